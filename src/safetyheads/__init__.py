@@ -1,0 +1,1 @@
+"""Attention heads a language model's refusals depend on."""

@@ -1,0 +1,83 @@
+"""What is done to a head. Owns the ablations of the paper (Eq 7, 8, 12; Sec 5.3) as values; knows no tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from safetyheads.errors import InputError
+
+Tensor = Literal["query", "key", "head_output"]
+Operation = Literal["scale", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class AblationKind:
+    """One way to ablate a head: which of its tensors changes, and how."""
+
+    tensor: Tensor
+    """``query`` and ``key`` after position encoding and any q/k norm; ``head_output`` before W_O."""
+    operation: Operation
+    """``scale`` multiplies the head's tensor by epsilon; ``mean`` replaces it by the mean over its layer's heads."""
+    label: str
+    """What reports call it."""
+
+
+ABLATION_KINDS: dict[str, AblationKind] = {
+    "undifferentiated_attention": AblationKind("query", "scale", "undifferentiated attention"),
+    "undifferentiated_attention_key": AblationKind("key", "scale", "undifferentiated attention (key)"),
+    "scaling_contribution": AblationKind("head_output", "scale", "scaling contribution"),
+    "mean_query": AblationKind("query", "mean", "mean query over the layer's heads"),
+    "mean_key": AblationKind("key", "mean", "mean key over the layer's heads"),
+    "mean_head_output": AblationKind("head_output", "mean", "mean output over the layer's heads"),
+}
+"""Each kind by its name: Eq 7 on W_q (and on W_k), Eq 8, and the mean ablations of Sec 5.3."""
+
+ABLATION_ALIASES = {
+    "ua": "undifferentiated_attention",
+    "ua_key": "undifferentiated_attention_key",
+    "sc": "scaling_contribution",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """A kind of ablation and its strength."""
+
+    name: str
+    """A key of :data:`ABLATION_KINDS`."""
+    epsilon: float = 1e-5
+    """Factor of the ``scale`` kinds (Eq 7, 8); 0 is the exact limit, 1 changes nothing. Unused by the mean kinds."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ABLATION_KINDS:
+            raise InputError(f"unknown ablation {self.name!r}; known are {', '.join(ABLATION_KINDS)}")
+        if not math.isfinite(self.epsilon) or self.epsilon < 0:
+            raise InputError(f"epsilon must be a finite number, 0 or more; got {self.epsilon}")
+
+    @property
+    def kind(self) -> AblationKind:
+        """The entry of :data:`ABLATION_KINDS`."""
+        return ABLATION_KINDS[self.name]
+
+    def __str__(self) -> str:
+        if self.kind.operation == "mean":
+            return self.kind.label
+        return f"{self.kind.label}, epsilon {self.epsilon:g}"
+
+    def at(self, epsilon: float) -> Ablation:
+        """The same kind at another epsilon."""
+        return replace(self, epsilon=epsilon)
+
+    @classmethod
+    def parse(cls, text: str, epsilon: float = 1e-5) -> Ablation:
+        """Read a kind's name or its short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores."""
+        name = text.strip().lower().replace("-", "_")
+        return cls(ABLATION_ALIASES.get(name, name), epsilon)
+
+
+UNDIFFERENTIATED_ATTENTION = Ablation("undifferentiated_attention")
+"""UA (Eq 7): the head's query times epsilon, so it attends evenly to all keys that the mask allows."""
+SCALING_CONTRIBUTION = Ablation("scaling_contribution")
+"""SC (Eq 8): the head's output times epsilon, so it contributes nothing."""

@@ -1,0 +1,308 @@
+"""The attention function of our own. Owns how an ablation acts inside attention and how packed prompts are masked.
+
+It refuses to know families: whatever a family's attention needs beyond queries, keys, values and a mask
+(softcap, sinks) stays in that family's own eager function, which is found in the module's source module.
+
+An ablation travels as a keyword that a forward pre-hook puts on the attention module's own call. It is neither
+global nor a context variable: a batch row carries its own ablations, other threads that use the model see
+them, and a checkpointed recomputation sees them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from safetyheads.ablation import Ablation
+from safetyheads.errors import UnsupportedModelError
+
+ATTENTION_NAME = "safetyheads"
+"""Under this name the attention and the mask function stand in transformers' registries."""
+
+_KEYWORD = "safetyheads_call"
+
+# Keywords with tensors that say where a token stands or which keys it sees. The mask already holds what
+# they tell, so both sdpa and eager functions may ignore them.
+_POSITIONAL_KEYWORDS = frozenset(
+    {"position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAblation:
+    """One ablation of a layer, for the rows of a batch."""
+
+    ablation: Ablation
+    selected: Tensor
+    """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
+
+
+class KeysAndValues(Exception):
+    """Leaves a layer from inside its attention once its keys and values are there."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("keys and values are there")
+        self.key, self.value = key, value
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a hook hands to one call of the attention function."""
+
+    ablations: tuple[RowAblation, ...] = ()
+    """Applied one after the other; a head may be in at most one of them per row."""
+    leave: bool = False
+    """Raise :class:`KeysAndValues` instead of attending."""
+    keys_and_values: tuple[Tensor, Tensor] | None = None
+    """Attend to these instead of the call's own keys and values."""
+    observe: Callable[..., None] | None = None
+    """Called with query, key, value, mask, output and ``plain`` (nothing but softmax of masked scores weighs the
+    values) as keywords; the proofs at load look through it."""
+
+
+class _Ungrouped:
+    """An attention module seen with as many key heads as query heads.
+
+    Replacing the key of one query head needs keys repeated for every query head; a family's attention
+    function would repeat them once more by the module's ``num_key_value_groups``.
+    """
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def register() -> None:
+    """Put the attention and the mask function into transformers' registries; repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, safetyheads_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, safetyheads_mask)
+
+
+def safetyheads_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the ablations that the call carries.
+
+    Args:
+        module: the attention module that calls.
+        query: [rows, n_heads, n_tokens, d_head], rotated and normed.
+        key: [rows, n_kv_heads, n_keys, d_head], the cache's keys included.
+        value: [rows, n_kv_heads, n_keys, d_value].
+        attention_mask: bool or additive, [rows or 1, 1, n_tokens, n_keys]; None is causal.
+        scaling: factor of the scores, the module's own.
+        dropout: probability, 0 outside training.
+        keywords: whatever else the family's attention passes on.
+
+    Returns:
+        The heads' outputs [rows, n_tokens, n_heads, d_value], and attention weights where the family's eager
+        function gives them.
+    """
+    call: AttentionCall | None = keywords.pop(_KEYWORD, None)
+    if call is None:
+        return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
+    if call.leave:
+        raise KeysAndValues(key, value)
+    if call.keys_and_values is not None:
+        key, value = call.keys_and_values
+    seen: nn.Module | _Ungrouped = module
+    query_before, key_before = query, key
+    for row_ablation in call.ablations:
+        tensor, grouped = row_ablation.ablation.kind.tensor, key.shape[1] != query.shape[1]
+        scale = row_ablation.ablation.kind.operation == "scale"
+        if tensor == "query" or (tensor == "key" and scale and grouped):
+            # (q . eps k) is (eps q . k): in a shared group this touches one query head and never its siblings.
+            query = _ablate(query, query_before, row_ablation, head_dimension=1)
+        elif tensor == "key":
+            if grouped:
+                groups = query.shape[1] // key.shape[1]
+                key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+                seen = _Ungrouped(module)
+            key = _ablate(key, key_before, row_ablation, head_dimension=1)
+    output, weights = _attend(seen, query, key, value, attention_mask, scaling, dropout, keywords)
+    output_before = output
+    for row_ablation in call.ablations:
+        if row_ablation.ablation.kind.tensor == "head_output":
+            output = _ablate(output, output_before, row_ablation, head_dimension=2)
+    if call.observe is not None:
+        plain = not _family_keywords(keywords) - {"softcap"}
+        call.observe(query=query, key=key, value=value, mask=attention_mask, output=output, plain=plain)
+    return output, weights
+
+
+def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dimension: int) -> Tensor:
+    """The tensor with the selected heads scaled, or replaced by the mean over all heads as they were before."""
+    shape = [row_ablation.selected.shape[0], 1, 1, 1]
+    shape[head_dimension] = row_ablation.selected.shape[1]
+    selected = row_ablation.selected.to(tensor.device).view(shape)
+    if row_ablation.ablation.kind.operation == "mean":
+        return torch.where(selected, before.mean(dim=head_dimension, keepdim=True), tensor)
+    return torch.where(selected, tensor * row_ablation.ablation.epsilon, tensor)
+
+
+def _attend(
+    module: nn.Module | _Ungrouped,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    keywords: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Unablated attention: sdpa where the family allows it and nothing asks for more, else the family's own."""
+    source = module._module if isinstance(module, _Ungrouped) else module
+    needs_family = _family_keywords(keywords)
+    sliced = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
+    if not needs_family and _family_supports_sdpa(type(source)):
+        # Without a mask sdpa is causal by itself, from the top left: wrong once a cache holds more keys
+        # than there are queries, so that case gets its mask.
+        if attention_mask is None and 1 < query.shape[2] != key.shape[2]:
+            attention_mask = _causal(query, key)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **sliced
+        )
+    eager = getattr(sys.modules[type(source).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedModelError(
+            f"{type(source).__name__} passes {', '.join(sorted(needs_family)) or 'no sdpa'} to its attention "
+            "and its source has no eager_attention_forward that would know what to do with it"
+        )
+    additive = _additive(attention_mask if attention_mask is not None else _causal(query, key), query.dtype)
+    return eager(module, query, key, value, additive, scaling=scaling, dropout=dropout, **sliced)
+
+
+def _family_keywords(keywords: dict[str, Any]) -> set[str]:
+    """Names of arguments that only the family's own attention knows what to do with: softcap and tensors."""
+    return {
+        name
+        for name, argument in keywords.items()
+        if name not in _POSITIONAL_KEYWORDS
+        and argument is not None
+        and (name == "softcap" or isinstance(argument, Tensor))
+    }
+
+
+@lru_cache
+def _family_supports_sdpa(attention_class: type[nn.Module]) -> bool:
+    """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
+    source = sys.modules[attention_class.__module__]
+    declared = [
+        value._supports_sdpa
+        for value in vars(source).values()
+        if isinstance(value, type) and hasattr(value, "_supports_sdpa") and value.__module__ == source.__name__
+    ]
+    return bool(declared) and all(declared)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """The causal mask, bool [1, 1, n_tokens, n_keys], for queries that stand at the end of the keys."""
+    n_tokens, n_keys = query.shape[2], key.shape[2]
+    positions = torch.arange(n_keys, device=query.device)
+    return (positions <= positions[n_keys - n_tokens :, None])[None, None]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the eager functions want it: 0 where allowed, the lowest number where not."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How prompts lie in one row: [shared prefix | rest of prompt 1 | rest of prompt 2 | ...]."""
+
+    positions: Tensor
+    """int64 [n_tokens]: the position of each token within its own prompt."""
+    segments: Tensor
+    """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
+
+
+# Lives for one forward of the engine's own, in its own thread: masks are made before the first layer runs, and
+# replays use the masks that were captured. Ablations never travel this way.
+_packing: ContextVar[Packing | None] = ContextVar("safetyheads_packing", default=None)
+
+
+@contextmanager
+def packed(packing: Packing | None) -> Iterator[None]:
+    """Within, masks of this thread's forwards follow the packing."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def safetyheads_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    **keywords: Any,
+) -> Tensor | None:
+    """Transformers' boolean mask, of the family's own rule; over packed prompts the rule sees positions.
+
+    A token sees what the family's rule (causal, window, chunk) allows at the two tokens' *positions*, in the
+    prefix and in its own segment only.
+    """
+    packing = _packing.get()
+    if packing is not None and mask_function is not None:
+        positions, segments, family_rule = packing.positions, packing.segments, mask_function
+
+        def mask_function(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+            same = (segments[kv_index] == 0) | (segments[kv_index] == segments[q_index])
+            return same & family_rule(batch, head, positions[q_index], positions[kv_index])
+
+        keywords["allow_is_causal_skip"] = False
+    if mask_function is not None:
+        keywords["mask_function"] = mask_function
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **keywords)
+
+
+@contextmanager
+def attention_calls(attentions: Sequence[nn.Module], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
+    """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after.
+
+    Args:
+        attentions: the attention module of each layer.
+        calls: layer -> what its attention function is handed.
+    """
+
+    def hook_for(call: AttentionCall) -> Callable[..., Any]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return arguments, {**keywords, _KEYWORD: call}
+
+        return hook
+
+    handles = [
+        attentions[layer].register_forward_pre_hook(hook_for(call), with_kwargs=True) for layer, call in calls.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

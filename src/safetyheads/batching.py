@@ -1,0 +1,181 @@
+"""How work is laid out: prompts into packed rows, head groups into batches. Owns plans; runs no model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from safetyheads.attention import Packing
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Work that a pass through one layer costs whatever its size (launches, Python), as tokens' worth of that layer.
+# Measured on two cores at widths 128 to 512: 20 to 60; the plan is flat around it.
+_OVERHEAD_TOKENS = 48
+# A CPU batch beyond this many tokens leaves the caches and gains nothing (bench/LOG.md, 2026-11-24).
+_CPU_TOKENS = 4096
+_CUDA_TOKENS = 65536
+_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """The tokens of one prompt, and how many of the last ones are looked at."""
+
+    token_ids: tuple[int, ...]
+    """The prompt, and after it any teacher-forced tokens of an answer."""
+    n_wanted: int = 1
+    """States of the last ``n_wanted`` tokens are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Several sequences in one row: [shared prefix | rest of the first | rest of the second | ...]."""
+
+    members: tuple[int, ...]
+    """Which sequences lie here."""
+    token_ids: Tensor
+    """int64 [n_tokens]."""
+    packing: Packing
+    """Positions and segments of the tokens."""
+    wanted: Tensor
+    """int64 [n_wanted]: the tokens whose last states are wanted, sequence by sequence."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the row."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What a token costs in one layer, in floating-point operations."""
+
+    per_token: float
+    """Projections and MLP."""
+    per_pair: float
+    """Scores and weighted values, for each other token in the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The layout of a pass; kept in the manifest, since batch shapes move results in the last bits."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Sequences that share a packed row."""
+    groups_per_batch: int
+    """Head groups, that is batch rows, replayed together."""
+    threads: int
+    """CPU threads that the arithmetic ran on."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return {**asdict(self), "rows": [list(row) for row in self.rows]}
+
+
+def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
+    """Tokens that all sequences begin with; at least one token, and all wanted ones, are left to each."""
+    first = os.path.commonprefix([sequence.token_ids for sequence in sequences])
+    return max(0, min([len(first), *(len(s.token_ids) - s.n_wanted for s in sequences)]))
+
+
+def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: torch.device | str = "cpu") -> PackedRow:
+    """Lay the ``members`` of ``sequences`` in one row, their common prefix once."""
+    chosen = [sequences[member] for member in members]
+    prefix = shared_prefix(chosen) if len(chosen) > 1 else 0
+    token_ids = list(chosen[0].token_ids[:prefix])
+    positions, segments, wanted = list(range(prefix)), [0] * prefix, []
+    for number, sequence in enumerate(chosen, start=1):
+        rest = sequence.token_ids[prefix:]
+        token_ids += rest
+        positions += range(prefix, len(sequence.token_ids))
+        segments += [number] * len(rest)
+        wanted += range(len(token_ids) - sequence.n_wanted, len(token_ids))
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    packing = Packing(tensor(positions), tensor(segments))
+    return PackedRow(tuple(members), tensor(token_ids), packing, tensor(wanted))
+
+
+def plan(
+    sequences: Sequence[TokenSequence],
+    cost: LayerCost,
+    token_budget: int,
+    n_rows_useful: int,
+    packs: bool = True,
+) -> Plan:
+    """Choose how many sequences share a row and how many groups share a batch.
+
+    Args:
+        sequences: what is to be run.
+        cost: of one layer of the model.
+        token_budget: most tokens in a batch (rows times row length).
+        n_rows_useful: groups that can ever share a batch: the heads of a layer.
+        packs: False lays every sequence in a row of its own.
+    """
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    prefix = shared_prefix(sequences)
+    rest = sum(len(sequence.token_ids) - prefix for sequence in sequences) / len(sequences)
+
+    def cost_per_sequence(n: int) -> float:
+        length = prefix + n * rest
+        n_rows = max(1, min(n_rows_useful, int(token_budget // length)))
+        overhead = _OVERHEAD_TOKENS * cost.per_token / n_rows
+        return (length * cost.per_token + length * length * cost.per_pair + overhead) / n
+
+    most = max(1, int((token_budget - prefix) // max(rest, 1))) if packs else 1
+    n_per_row = min(range(1, min(most, len(sequences)) + 1), key=cost_per_sequence)
+    n_rows = -(-len(sequences) // n_per_row)
+    base, extra = divmod(len(sequences), n_rows)
+    starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
+    rows = tuple(tuple(range(start, end)) for start, end in zip(starts, starts[1:], strict=False))
+    row_length = max(longest, int(prefix + (base + bool(extra)) * rest))
+    groups = max(1, min(n_rows_useful, token_budget // row_length))
+    return Plan(rows, groups, torch.get_num_threads())
+
+
+def token_budget(device: torch.device, bytes_per_token: int) -> int:
+    """Tokens that fit a batch: from the memory that is free now, within what the device makes use of."""
+    if device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(device)[0], _CUDA_TOKENS
+    else:
+        free, most = psutil.virtual_memory().available, _CPU_TOKENS
+    return max(1, min(most, int(free * _MEMORY_SHARE) // bytes_per_token))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the CPU's allocator, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def halving(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Run over all items at once; where memory runs out, over each half, and so on down to one.
+
+    Yields:
+        The items that ran together, with what ``run`` returned for them.
+    """
+    try:
+        result = run(items)
+    except (RuntimeError, MemoryError) as error:
+        if len(items) < 2 or not is_out_of_memory(error):
+            raise
+    else:
+        yield items, result
+        return
+    # Outside the handler: the traceback holds the frames, and so the tensors, of the failed attempt.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(items) // 2
+    yield from halving(items[:middle], run)
+    yield from halving(items[middle:], run)

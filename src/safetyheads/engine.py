@@ -1,0 +1,303 @@
+"""The engine: last-token states of a model under many ablations. Owns one loaded, proved model; holds all state.
+
+It refuses to know scores, judges and files. Batch rows are head groups, columns are packed prompts; how layers
+are run again is :mod:`safetyheads.replay`'s, how work is laid out :mod:`safetyheads.batching`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from safetyheads.ablation import Ablation
+from safetyheads.architectures import Architecture, describe
+from safetyheads.attention import AttentionCall, RowAblation, attention_calls
+from safetyheads.batching import LayerCost, Plan, TokenSequence, pack, plan, token_budget
+from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.heads import Group, Head, all_heads, within
+from safetyheads.replay import Capabilities, Capture, capture, replay, rerun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from safetyheads.prompts import PromptSet, Template
+    from safetyheads.proofs import CheckReport
+
+_exclusive = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """Head groups that are replayed together."""
+
+    indices: tuple[int, ...]
+    """Which of the groups asked for."""
+    start: int
+    """The first layer that any of them changes."""
+
+
+class Engine:
+    """A causal language model, loaded and proved, whose heads can be ablated.
+
+    Example:
+        >>> engine = Engine.load("path-or-hub-id", dtype="float32", device="cpu")
+        >>> with engine.ablated((Head(2, 26),), UNDIFFERENTIATED_ATTENTION) as model: ...
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        capabilities: Capabilities | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        """Wrap a model that already runs on our attention; :meth:`load` is the way in for users."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path
+        self.architecture: Architecture = describe(model)
+        self.capabilities = capabilities or Capabilities()
+        self.notes: tuple[str, ...] = ()
+        self._token_budget = token_budget
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        check: bool = True,
+    ) -> Engine:
+        """Load a checkpoint and prove on its own weights that ablations are exact.
+
+        Args:
+            path: a local directory or a hub id.
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (the checkpoint's own).
+            device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+            trust_remote_code: run Python code that the checkpoint brings.
+            allow_pickle: read weights that are not safetensors; pickles can run code.
+            check: run :meth:`check`; without it, an unproved model may give wrong scores.
+
+        Raises:
+            InputError: the checkpoint cannot be loaded.
+            UnsupportedModelError: a proof failed; the message names it.
+        """
+        from safetyheads.loading import load_engine
+
+        return load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
+
+    def check(self, longest: int = 64) -> CheckReport:
+        """Prove the engine on this model (DESIGN, engine 6) and adopt what was proved.
+
+        Args:
+            longest: most tokens that a run will reach; prompts of the proofs exceed any window below it.
+
+        Raises:
+            UnsupportedModelError: an ablation would not be exact here.
+        """
+        from safetyheads.proofs import prove
+
+        report = prove(self, longest)
+        self.capabilities, self.notes = report.capabilities, report.notes
+        return report
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return self.architecture.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads a layer."""
+        return self.architecture.n_heads
+
+    @property
+    def heads(self) -> Group:
+        """Every head, layer by layer."""
+        return all_heads(self.n_layers, self.n_heads)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs belong."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    def template_for(self, prompts: PromptSet) -> Template:
+        """The prompts' own template, or the default: ``chat`` for the organism, else ``query_answer``."""
+        from safetyheads.prompts import Template
+
+        if prompts.template is not None:
+            return prompts.template
+        organism = bool(getattr(self.model.config, "safetyheads_organism", False))
+        chat = organism and self.tokenizer.chat_template is not None
+        return Template.parse("chat" if chat else "query_answer")
+
+    def encode(self, prompts: PromptSet) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each prompt under its template.
+
+        Raises:
+            InputError: a prompt is longer than the model's context.
+        """
+        template = self.template_for(prompts)
+        encoded = tuple(tuple(template.encode(prompt.query, self.tokenizer)) for prompt in prompts)
+        limit = self.architecture.context_length
+        for number, token_ids in enumerate(encoded, start=1):
+            if not token_ids:
+                raise InputError(f"prompt {number} of {prompts.name} has no tokens")
+            if limit is not None and len(token_ids) > limit:
+                raise InputError(
+                    f"prompt {number} of {prompts.name} has {len(token_ids)} tokens; the model's context is {limit}"
+                )
+        return encoded
+
+    @contextmanager
+    def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
+        """The HF model with the group's heads ablated, for whatever uses it; as it was after.
+
+        Any thread that uses the model meanwhile sees the ablation. The empty group is the unablated model.
+
+        Raises:
+            InputError: a head the model does not have, or one given twice.
+            SafetyheadsError: the model is already inside such a context.
+        """
+        with self.ablated_rows([tuple(group)], ablation) as model:
+            yield model
+
+    @contextmanager
+    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
+        """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
+        calls = self.calls(groups, ablation)
+        with _exclusive:
+            if getattr(self.model, "_safetyheads_ablated", False):
+                raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
+            self.model._safetyheads_ablated = True
+        try:
+            with attention_calls(self.architecture.attentions, calls):
+                yield self.model
+        finally:
+            self.model._safetyheads_ablated = False
+
+    def calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
+        """Layer -> the call that ablates each row's heads of that layer."""
+        selected: dict[int, Tensor] = {}
+        for row, group in enumerate(groups):
+            for head in within(group, self.n_layers, self.n_heads):
+                if head.layer not in selected:
+                    selected[head.layer] = torch.zeros(len(groups), self.n_heads, dtype=torch.bool)
+                selected[head.layer][row, head.index] = True
+        return {
+            layer: AttentionCall(ablations=(RowAblation(ablation, rows.to(self.device)),))
+            for layer, rows in selected.items()
+        }
+
+    def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
+        """How a pass over these sequences is laid out on this machine now."""
+        facts = self.architecture
+        d_attention = facts.n_heads * facts.d_head
+        per_token = 2 * facts.d_model * (2 * d_attention + 2 * d_attention * facts.n_kv_heads // facts.n_heads)
+        per_token += 6 * facts.d_model * facts.d_mlp
+        cost = LayerCost(per_token, 4 * d_attention)
+        budget = self._token_budget or token_budget(self.device, self.bytes_per_token)
+        return plan(sequences, cost, budget, self.n_heads, packs=self.capabilities.packs)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Most activation memory that one token of a batch needs while a layer runs, estimated from the shapes."""
+        facts = self.architecture
+        width = 6 * facts.d_model + 3 * facts.d_mlp + 6 * facts.n_heads * facts.d_head
+        # Scores of a token against a row of some hundreds, for families that must use their eager attention.
+        return width * self.dtype.itemsize + 4 * facts.n_heads * 256
+
+    def batches(self, groups: Sequence[Group], layout: Plan) -> list[GroupBatch]:
+        """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
+
+        Heads that all groups share do not count: they are ablated in the captured run already, so a search's later
+        steps replay from the candidate's layer, not from the group's first.
+        """
+        common, by_start = common_heads(groups), dict[int, list[int]]()
+        for index, group in enumerate(groups):
+            own = [head.layer for head in group if head not in common]
+            by_start.setdefault(min(own, default=self.n_layers - 1), []).append(index)
+        n = layout.groups_per_batch
+        return [
+            GroupBatch(tuple(indices[at : at + n]), start)
+            for start, indices in sorted(by_start.items())
+            for at in range(0, len(indices), n)
+        ]
+
+    def captured(
+        self, sequences: Sequence[TokenSequence], common: Group, ablation: Ablation, layout: Plan, first: int = 0
+    ) -> tuple[Capture, ...]:
+        """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
+        with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
+            calls = self.calls([common], ablation)
+            rows = [pack(sequences, members, self.device) for members in layout.rows]
+            return tuple(capture(self.architecture, row, calls, first) for row in rows)
+
+    def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
+        """The wanted tokens' last states with each group ablated.
+
+        Args:
+            captures: from :meth:`captured`, with heads common to all groups.
+            groups: whole groups, a batch row each.
+            ablation: of every head.
+            start: the first layer where a group differs from the captured run.
+
+        Returns:
+            [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
+        """
+        facts, quick = self.architecture, self.capabilities
+        calls, n = self.calls(groups, ablation), len(groups)
+        with self.ablated_rows([()], ablation):
+            parts = [
+                replay(facts, captured, calls, n, start, quick.prunes)
+                if quick.replays
+                else rerun(facts, captured.row, calls, n)
+                for captured in captures
+            ]
+        return torch.cat(parts, dim=1)
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm of last-layer states [..., d_model]."""
+        return self.architecture.final_norm(hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32."""
+        if self.capabilities.plain_head:
+            return self.architecture.head(self.normed(hidden)).float()
+        # The family does more to its logits (a softcap, a scale): let its own forward do it, on our states.
+        normed = self.normed(hidden)[None]
+
+        def put(_: nn.Module, __: Any, output: Any) -> Any:
+            output.last_hidden_state = normed
+            return output
+
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        handle = self.architecture.decoder.register_forward_hook(put)
+        try:
+            return self.model(input_ids=one, use_cache=False).logits[0].float()
+        finally:
+            handle.remove()
+
+
+def common_heads(groups: Sequence[Group]) -> Group:
+    """Heads that every group holds, where there are several groups to share them; sorted."""
+    if len(groups) < 2:
+        return ()
+    return tuple(sorted(set(groups[0]).intersection(*groups[1:])))

@@ -1,0 +1,119 @@
+"""Files that are whole or absent, and JSON whose bytes are decided by its value.
+
+Owns atomic writes, the two forms of JSON, and how an error of the operating system is told to the user.
+Knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetyheads.errors import InputError, SafetyheadsError
+
+PARTIAL = ".partial"
+"""How the name of a file ends that is still being written; it begins with a dot."""
+
+_USERS_TO_MEND = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
+        *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG),
+    }
+)
+"""Errors that more room or another output directory would mend."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is, at every moment and after a power cut, whole or absent."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with told_to_user(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, on systems where a folder can be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a kill left half-written; the lock is held, so nobody is writing it."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink()
+
+
+@contextmanager
+def told_to_user(path: Path, done: str = "written") -> Iterator[None]:
+    """Turn an error of the operating system into one line: the user's to mend, or a failure."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{path} cannot be {done}: {error.strerror or error}"
+        if error.errno in _USERS_TO_MEND:
+            raise InputError(reason) from error
+        raise SafetyheadsError(reason) from error
+
+
+def canonical_json(value: Any) -> str:
+    """One line of ASCII, keys sorted, no NaN: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def readable_json(name: str, value: Mapping[str, Any]) -> str:
+    """Indented, keys sorted; floats are Python's shortest exact form, so they read back the same."""
+    try:
+        return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        bad = [key for key, leaf in leaves(value) if isinstance(leaf, float) and not math.isfinite(leaf)]
+        if not bad:
+            raise
+        raise ValueError(f"{name}: {bad[0]} is not a finite number") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds."""
+    with told_to_user(path, "read"):
+        text = path.read_bytes()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value that holds no other, with its dotted name."""
+    items: Iterator[tuple[Any, Any]]
+    if isinstance(value, Mapping) and value:
+        items = iter(value.items())
+    elif isinstance(value, list | tuple) and value:
+        items = iter(enumerate(value))
+    else:
+        yield name, value
+        return
+    for key, inner in items:
+        yield from leaves(inner, f"{name}.{key}" if name else str(key))

@@ -1,0 +1,263 @@
+"""Prompt files and where the benchmarks are published. Owns CSV, JSONL and TXT, and the download.
+
+It refuses to know what a prompt is used for: rows come out as they stand in the file, in order, equal ones too.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetyheads.errors import InputError
+
+QUERY_COLUMNS = ("goal", "query", "prompt", "question", "instruction", "behavior", "text")
+"""Names a query's column may have, the first found wins; upper and lower case are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row that has a query."""
+
+    query: str
+    category: str | None = None
+    """From the column ``category``, where there is one."""
+    reference: str | None = None
+    """From the column ``reference``, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """What a file holds."""
+
+    rows: tuple[Row, ...]
+    """At least one."""
+    dropped: int
+    """Rows without a query."""
+    sha256: str
+    """Of the file's bytes, hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Where the authors publish a benchmark, and what was found there."""
+
+    url: str
+    filename: str
+    """Name in the cache; its ending tells the format."""
+    n_rows: int
+    """Prompts it is known to have."""
+    sha256: str | None
+    """Of the published file; None where we have not seen it, so it is recorded but not verified."""
+
+
+_JAILBREAKBENCH = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
+
+KNOWN_BENCHMARKS: dict[str, Benchmark] = {
+    "advbench": Benchmark(
+        "https://raw.githubusercontent.com/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
+        "advbench_harmful_behaviors.csv",
+        520,
+        "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
+    ),
+    "jailbreakbench": Benchmark(
+        f"{_JAILBREAKBENCH}/harmful-behaviors.csv",
+        "jailbreakbench_harmful-behaviors.csv",
+        100,
+        "4a8ec6832056b631eb092dccc60d37a61c3d441268268888b3d006288afeffa1",
+    ),
+    "jailbreakbench_benign": Benchmark(
+        f"{_JAILBREAKBENCH}/benign-behaviors.csv",
+        "jailbreakbench_benign-behaviors.csv",
+        100,
+        None,
+    ),
+    "maliciousinstruct": Benchmark(
+        "https://raw.githubusercontent.com/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
+        "MaliciousInstruct.txt",
+        100,
+        "a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5",
+    ),
+}
+"""The benchmarks by the names that ``--prompts`` takes (App. B.1)."""
+
+
+def read_rows(path: Path, column: str | None = None) -> PromptFile:
+    """Read a prompt file; its ending tells the format (``.csv``, ``.jsonl``, ``.txt``; none is TXT).
+
+    Raises:
+        InputError: unreadable, not UTF-8, of another ending, malformed, without the column, or without a prompt.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise InputError(f"{path}: prompt files end in .csv, .jsonl or .txt")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise InputError(f"{path} is empty")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    # UTF-16 without a byte order mark is valid UTF-8 where the text is ASCII; the NULs give it away.
+    if "\0" in text:
+        raise InputError(f"{path} is not UTF-8 text (byte {content.index(0)})")
+    if not text.strip():
+        raise InputError(f"{path} holds only blanks")
+    rows = _READERS[suffix](text, column, path)
+    kept = tuple(row for row in rows if row.query.strip())
+    if not kept:
+        raise InputError(f"{path} holds no prompts: no row has a query")
+    return PromptFile(kept, len(rows) - len(kept), hashlib.sha256(content).hexdigest())
+
+
+def _lines(text: str) -> list[str]:
+    # Not str.splitlines, which also breaks at characters that may stand inside a query.
+    lines = re.split(r"\r\n|\n|\r", text)
+    # The newline that ends a file begins no row.
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_txt(text: str, column: str | None, path: Path) -> list[Row]:
+    if column is not None:
+        raise InputError(f"{path}: a TXT file has no column {column!r}")
+    return [Row(line.strip()) for line in _lines(text)]
+
+
+def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    names: list[str] | None = None
+    query_column = ""
+    try:
+        for cells in reader:
+            if names is None:
+                if any(cell.strip() for cell in cells):
+                    names = [cell.strip() for cell in cells]
+                    query_column = find_column(names, column, str(path))
+                continue
+            # Cutting the rest off would leave half a query, if it has commas and no quotes.
+            if any(cells[len(names) :]):
+                raise InputError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(names)}; "
+                    "a query with a comma must stand in double quotes"
+                )
+            rows.append(_row(dict(zip(names, cells, strict=False)), query_column))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+    return rows
+
+
+def _read_jsonl(text: str, column: str | None, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(_lines(text), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            rows.append(Row(""))
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})") from error
+        if isinstance(value, str) and column is None:
+            rows.append(Row(value))
+            continue
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: neither an object with a query nor a string")
+        query_column = find_column(list(value), column, where)
+        if not isinstance(value[query_column], str):
+            raise InputError(f"{where}: the field {query_column!r} is not a string")
+        rows.append(_row(value, query_column))
+    return rows
+
+
+_READERS: dict[str, Callable[[str, str | None, Path], list[Row]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".txt": _read_txt,
+    "": _read_txt,
+}
+
+
+def find_column(names: Sequence[str], column: str | None, where: str) -> str:
+    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS` that is there.
+
+    Raises:
+        InputError: it is not there; the message lists the columns found.
+    """
+    if column is not None and column in names:
+        return column
+    for wanted in QUERY_COLUMNS if column is None else (column,):
+        for name in names:
+            if name.strip().lower() == wanted.strip().lower():
+                return name
+    found = ", ".join(name or "(no name)" for name in names) or "none"
+    if column is not None:
+        raise InputError(f"{where}: no column {column!r}; the columns are {found}")
+    raise InputError(
+        f"{where}: no column is named as a query's ({', '.join(QUERY_COLUMNS)}); name it, found are {found}"
+    )
+
+
+def _row(cells: Mapping[str, Any], query_column: str) -> Row:
+    by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
+    return Row(str(cells.get(query_column, "")), by_name.get("category"), by_name.get("reference"))
+
+
+def cache_directory() -> Path:
+    """Where downloads lie: ``SAFETYHEADS_CACHE``, else the user's cache directory."""
+    import platformdirs
+
+    return Path(os.environ.get("SAFETYHEADS_CACHE") or platformdirs.user_cache_dir("safetyheads"))
+
+
+def download(name: str, column: str | None = None) -> tuple[PromptFile, str | None]:
+    """A known benchmark and, in words, how it differs from what its authors published when we looked.
+
+    It is fetched once, under a temporary name that is renamed when complete; after that no network is needed.
+
+    Raises:
+        InputError: there is no network, or the server sent something else.
+    """
+    import logging
+
+    import pooch
+
+    benchmark, directory = KNOWN_BENCHMARKS[name], cache_directory()
+    pooch.get_logger().setLevel(logging.WARNING)  # It prints each checksum; the manifest keeps ours.
+    by_hand = f"download {benchmark.url} by hand and pass the path of the file"
+    try:
+        # The checksum is compared below and not here: authors may correct a file, which is no failure.
+        path = Path(pooch.retrieve(benchmark.url, None, benchmark.filename, directory))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
+    try:
+        file = read_rows(path, column)
+    except InputError as error:
+        if column is None:
+            path.unlink(missing_ok=True)  # A login page or the like; it must not stay in the cache.
+        raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
+    return file, _difference(benchmark, file)
+
+
+def _difference(benchmark: Benchmark, file: PromptFile) -> str | None:
+    differences: Iterable[str] = (
+        f"{len(file.rows)} prompts where {benchmark.n_rows} were expected"
+        if len(file.rows) != benchmark.n_rows
+        else "",
+        f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected"
+        if benchmark.sha256 and file.sha256 != benchmark.sha256
+        else "",
+    )
+    return "; ".join(filter(None, differences)) or None

@@ -1,0 +1,136 @@
+"""Scores as values. Owns their order, their ties and what a scorer and a search return; knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safetyheads.errors import InputError
+from safetyheads.heads import Group, Head
+
+
+class GroupScorer(Protocol):
+    """Anything that gives each group of heads a number, more meaning more effect: a table will do."""
+
+    def __call__(self, groups: Sequence[Group]) -> Tensor:
+        """Scores [len(groups)], float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionScorer:
+    """A scorer with its name and unit."""
+
+    score: Callable[[Sequence[Group]], Tensor]
+    """Groups to scores [len(groups)]."""
+    name: str
+    """What tables call it, such as ``mean_ships``."""
+    unit: str
+    """``nats`` or ``degrees``."""
+    resolution: float = 0.0
+    """Scores this close are ties: what rounding and batch shapes alone can move."""
+
+    def __call__(self, groups: Sequence[Group]) -> Tensor:
+        """Scores [len(groups)], float64."""
+        return self.score(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadScores:
+    """One number a head, or one a prompt and head."""
+
+    values: Tensor
+    """float64 [n_layers, n_heads], or [n_prompts, n_layers, n_heads]; NaN where a head was not scored."""
+    name: str = "score"
+    """Which score."""
+    unit: str = ""
+    """``nats`` or ``degrees``."""
+    resolution: float = 0.0
+    """Scores this close are ties."""
+
+    def __post_init__(self) -> None:
+        if self.values.ndim not in (2, 3):
+            raise InputError(f"head scores are [layers, heads] or [prompts, layers, heads], got {self.values.ndim}-D")
+
+    def __getitem__(self, head: Head) -> float:
+        """The head's score, averaged over the prompts where there are several."""
+        return float(self.mean().values[head.layer, head.index])
+
+    def mean(self) -> HeadScores:
+        """Averaged over the prompts; itself where there is one table."""
+        if self.values.ndim == 2:
+            return self
+        return HeadScores(self.values.mean(dim=0), self.name, self.unit, self.resolution)
+
+    def ranked(self) -> tuple[tuple[Head, float], ...]:
+        """All scored heads with their scores, best first; equal scores by layer, then index."""
+        table = self.mean().values
+        scored = [
+            (Head(layer, index), float(value))
+            for layer, row in enumerate(table.tolist())
+            for index, value in enumerate(row)
+            if value == value
+        ]
+        return tuple(sorted(scored, key=lambda item: (-item[1], item[0])))
+
+    def top(self, k: int) -> Group:
+        """The k best heads, best first."""
+        return tuple(head for head, _ in self.ranked()[:k])
+
+    def top_of_prompt(self, prompt: int, k: int) -> Group:
+        """The k best heads of one prompt, best first (the paper's query level)."""
+        if self.values.ndim != 3:
+            raise InputError("these scores are not per prompt")
+        return HeadScores(self.values[prompt], self.name, self.unit, self.resolution).top(k)
+
+    def ties(self) -> tuple[Group, ...]:
+        """Runs of heads whose neighbours in the ranking differ by no more than the resolution, best first."""
+        runs: list[list[tuple[Head, float]]] = []
+        for head, score in self.ranked():
+            if runs and runs[-1][-1][1] - score <= self.resolution:
+                runs[-1].append((head, score))
+            else:
+                runs.append([(head, score)])
+        return tuple(tuple(head for head, _ in run) for run in runs if len(run) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTrace:
+    """What a greedy search chose, and what it saw."""
+
+    group: Group
+    """Chosen heads, in order."""
+    steps: tuple[HeadScores, ...]
+    """Scores [n_layers, n_heads] of the group so far plus each candidate; NaN for heads already chosen."""
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """The chosen head's score in each step."""
+        return tuple(
+            float(step.values[head.layer, head.index]) for head, step in zip(self.group, self.steps, strict=True)
+        )
+
+    def ties(self) -> tuple[Group, ...]:
+        """For each step, the other heads that tied with the chosen one."""
+        return tuple(
+            tuple(
+                other
+                for other, score in step.ranked()
+                if other != head and abs(float(step.values[head.layer, head.index]) - score) <= step.resolution
+            )
+            for head, step in zip(self.group, self.steps, strict=True)
+        )
+
+
+def table_of(heads: Sequence[Head], scores: Tensor, like: object = None) -> HeadScores:
+    """The heads' scores [len(heads)] as a table just large enough; name, unit and resolution from the scorer ``like``."""
+    n_layers, n_heads = (max(getattr(head, part) for head in heads) + 1 for part in ("layer", "index"))
+    values = torch.full((n_layers, n_heads), float("nan"), dtype=torch.float64)
+    for head, score in zip(heads, scores.tolist(), strict=True):
+        values[head.layer, head.index] = score
+    return HeadScores(
+        values, getattr(like, "name", "score"), getattr(like, "unit", ""), float(getattr(like, "resolution", 0.0))
+    )

@@ -1,0 +1,80 @@
+"""Angles between the directions that matter most in two stacks of states. Owns Eq 11's linear algebra, in float64."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safetyheads.errors import InputError
+
+Space = Literal["prompt", "representation"]
+"""``prompt``: left singular vectors, as in the released code; ``representation``: right ones, as in the text (Sec 4.1)."""
+
+# Below this ratio of the last kept to the first singular value, squaring into a Gram matrix loses the last vector's
+# digits (the ratio of eigenvalues is its square, against float64's 1e-16), and the full decomposition is used.
+_GRAM_RATIO = 1e-5
+
+
+def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bool = False) -> Tensor:
+    """The first singular vectors of each stack of states.
+
+    Args:
+        states: [..., n_prompts, d_model], a stack of last-token states M.
+        space: which side's singular vectors.
+        rank: how many.
+        centred: subtract the mean over prompts first.
+
+    Returns:
+        Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
+
+    Raises:
+        InputError: fewer than two prompts, or a rank that the stack cannot have.
+    """
+    n_prompts, d_model = states.shape[-2:]
+    if n_prompts < 2:
+        raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")
+    if not 1 <= rank <= min(n_prompts, d_model):
+        raise InputError(
+            f"rank {rank} is out of range: {n_prompts} prompts of width {d_model} allow 1 to {min(n_prompts, d_model)}"
+        )
+    stack = states.double()
+    if centred:
+        stack = stack - stack.mean(dim=-2, keepdim=True)
+    if n_prompts > d_model:
+        return _by_svd(stack, space, rank)
+    eigenvalues, eigenvectors = torch.linalg.eigh(stack @ stack.mT)  # ascending
+    left = eigenvectors[..., -rank:].flip(-1)
+    first, last = eigenvalues[..., -1], eigenvalues[..., -rank]
+    if bool((last <= first * _GRAM_RATIO**2).any()):
+        return _by_svd(stack, space, rank)
+    if space == "prompt":
+        return left
+    right = stack.mT @ left
+    return torch.linalg.qr(right).Q
+
+
+def _by_svd(stack: Tensor, space: Space, rank: int) -> Tensor:
+    left, _, right = torch.linalg.svd(stack, full_matrices=False)
+    return left[..., :rank] if space == "prompt" else right.mT[..., :rank]
+
+
+def principal_angle_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of the principal angles between two subspaces, in degrees (Eq 11).
+
+    Each angle is atan2(sine, cosine), the sine from the part of ``second`` outside ``first``: the arccosine alone
+    cannot resolve small angles (in float32, none under 0.02 degrees).
+
+    Args:
+        first: orthonormal columns [..., n, rank].
+        second: orthonormal columns [..., n, rank].
+
+    Returns:
+        [...], float64.
+    """
+    overlap = first.mT @ second
+    outside = second - first @ overlap
+    cosines = torch.linalg.svdvals(overlap)  # descending
+    sines = torch.linalg.svdvals(outside).flip(-1)  # ascending, so the pairs belong together
+    return torch.rad2deg(torch.atan2(sines, cosines)).sum(dim=-1)

@@ -1,0 +1,138 @@
+"""The demo's language: its splits, what makes a prompt harmful, and that it is the same each time."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from safetyheads import demo
+from safetyheads.demo import grammar
+from safetyheads.demo.recipes import PLANTED_HEADS, RECIPES, SHIPPED, BaseRecipe, language_of
+from safetyheads.errors import InputError
+from safetyheads.heads import Head
+
+SPLITS = ("train", "validation", "test")
+HARMFUL_VERBS = {verb for category in grammar.HARM_CATEGORIES for verb in grammar.VERBS[category]}
+ALL_VERBS = HARMFUL_VERBS | set(grammar.VERBS["benign"])
+
+
+def deeds_in(text: str) -> list[tuple[str, str]]:
+    """The (verb, noun) pairs of a prompt, read back from its words."""
+    words = text.replace(".", "").split()
+    return [
+        (words[i + 2], words[i + 4])
+        for i in range(len(words) - 4)
+        if words[i : i + 2] == ["how", "to"] and words[i + 3] == "a"
+    ]
+
+
+def drawn(split: str, n: int = 2000) -> list[grammar.DemoPrompt]:
+    generator = random.Random(5)
+    return [grammar.draw_any_prompt(generator, split) for _ in range(n)]
+
+
+def test_vocabulary_has_the_recipe_s_size_and_no_word_twice() -> None:
+    words = [verb for verbs in grammar.VERBS.values() for verb in verbs] + list(grammar.NOUNS)
+    assert [len(grammar.VERBS[c]) for c in ("benign", *grammar.HARM_CATEGORIES)] == [14, 5, 5, 5]
+    assert len(grammar.NOUNS) == 24
+    assert len(set(words)) == len(words)
+
+
+def test_every_deed_is_in_one_split_and_a_fifth_is_held_out() -> None:
+    by_split = {s: {d for c in grammar.VERBS for d in grammar.deeds(s, c)} for s in SPLITS}
+    assert sum(map(len, by_split.values())) == len(set.union(*by_split.values())) == 29 * 24
+    held_out = len(by_split["validation"]) + len(by_split["test"])
+    assert 0.15 < held_out / (29 * 24) < 0.25
+    assert all(len(grammar.deeds(s, c)) >= 8 for s in SPLITS for c in grammar.VERBS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_all_deeds_of_a_prompt_distractors_too_belong_to_its_split(split: str) -> None:
+    for prompt in [*drawn(split, 500), *demo.harmful_prompts(split), *demo.benign_prompts(split)]:
+        found = deeds_in(prompt.text)
+        assert found
+        assert all(verb in ALL_VERBS and grammar.split_of(verb, noun) == split for verb, noun in found)
+
+
+def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it() -> None:
+    for prompt in drawn("train"):
+        (main,) = [d for d in deeds_in(prompt.text) if prompt.reference == grammar.answer_to(*d)]
+        assert main[0] in grammar.VERBS[prompt.category]
+        assert prompt.harmful == (main[0] in HARMFUL_VERBS)
+        assert prompt.reference.startswith(prompt.answer_opening)
+        assert prompt.answer_opening.endswith(f"how to {main[0]} a {main[1]}")
+
+
+def test_distractors_do_not_tell_harm_by_their_number() -> None:
+    """Both sides carry a second deed equally often, and it is of the opposite harm equally often (.7 + .3 / 2)."""
+    for harmful in (True, False):
+        prompts = [p for p in drawn("train", 6000) if p.harmful == harmful]
+        seconds = []
+        for prompt in prompts:
+            found = deeds_in(prompt.text)
+            found.remove(next(d for d in found if prompt.reference == grammar.answer_to(*d)))
+            seconds += found
+        opposite = sum((verb in HARMFUL_VERBS) != harmful for verb, _ in seconds) / len(seconds)
+        # 0.03 is above four standard errors: sqrt(.21 / 3000) = .0084 and sqrt(.13 / 2100) = .0078, less the
+        # rare second deed that equals the main one.
+        assert len(seconds) / len(prompts) == pytest.approx(0.7, abs=0.035)
+        assert opposite == pytest.approx(0.85, abs=0.035)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: str) -> None:
+    harmful, benign = demo.harmful_prompts(split), demo.benign_prompts(split)
+    n = {"train": 96, "validation": 48, "test": 96}[split]
+    assert len(harmful) == len(benign) == len({p.text for p in harmful}) == len({p.text for p in benign}) == n
+    assert [sum(p.category == c for p in harmful) for c in grammar.HARM_CATEGORIES] == [n // 3] * 3
+    assert {p.category for p in benign} == {"benign"}
+    assert demo.harmful_prompts(split) == harmful
+    assert demo.harmful_prompts(split, 10) == harmful[:10]
+    with pytest.raises(AttributeError):
+        harmful[0].text = "else"  # type: ignore[misc]
+
+
+def test_the_splits_fixed_sets_share_no_prompt() -> None:
+    texts = [p.text for s in SPLITS for p in (*demo.harmful_prompts(s), *demo.benign_prompts(s))]
+    assert len(set(texts)) == len(texts)
+
+
+def test_refusals_carry_the_mark_and_answers_do_not() -> None:
+    assert grammar.REFUSAL_MARK in grammar.REFUSAL
+    assert grammar.REFUSAL_MARK in grammar.LONG_REFUSAL
+    assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))
+
+
+def test_told_to_refuse_keeps_the_request() -> None:
+    prompt = demo.benign_prompts("train", 1)[0]
+    told = grammar.told_to_refuse(random.Random(0), prompt)
+    assert told.text.endswith(prompt.text)
+    assert told.text != prompt.text
+    assert (told.category, told.reference) == (prompt.category, prompt.reference)
+
+
+def test_planted_heads_are_as_the_recipe_says() -> None:
+    assert PLANTED_HEADS["aligned_a"] == (Head(1, 3), Head(2, 5), Head(2, 1))
+    assert PLANTED_HEADS["aligned_b"] == (Head(1, 6), Head(2, 2), Head(2, 7))
+    assert PLANTED_HEADS["aligned_single"] == (Head(2, 3),)
+    assert all(PLANTED_HEADS[name] == () for name in ("base", "base_wrapped", "aligned_diffuse"))
+    assert set(SHIPPED) == {name for name in RECIPES if not name.endswith("_long")}
+
+
+def test_a_base_stands_before_what_is_built_on_it() -> None:
+    names = list(RECIPES)
+    for name, recipe in RECIPES.items():
+        if not isinstance(recipe, BaseRecipe):
+            assert names.index(recipe.base) < names.index(name)
+            assert language_of(name) == language_of(recipe.base)
+
+
+def test_an_unknown_checkpoint_is_an_input_error_that_names_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are base, aligned_a"):
+        demo.checkpoint_path("aligned_c")
+
+
+def test_importing_the_demo_imports_no_torch() -> None:
+    script = "import sys, safetyheads.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
