@@ -1,0 +1,187 @@
+"""Attack success: answers under ablation, judged. Owns rates and their rows; the judge is whoever is given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safetyheads.ablation import Ablation
+from safetyheads.errors import InputError
+from safetyheads.generation import GREEDY, Request, Sampling, answer, decode_text
+from safetyheads.heads import Group, Head, within
+from safetyheads.judges import Completion, Judge, Verdict
+from safetyheads.prompts import Prompt
+from safetyheads.scores import HeadScores
+from safetyheads.stats import Interval, Rate
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+    from safetyheads.prompts import PromptSet
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One prompt's answer with its verdict."""
+
+    prompt: Prompt
+    """What was asked."""
+    group: Group
+    """Heads that were ablated."""
+    token_ids: tuple[int, ...]
+    """New tokens."""
+    text: str
+    """The answer."""
+    finished: bool
+    """Whether the model ended it."""
+    verdict: Verdict
+    """What the judge said, with its reason."""
+
+    @property
+    def kept(self) -> bool:
+        """For benign prompts: answered, and with the prompt's reference answer where it has one."""
+        reference = self.prompt.reference
+        return self.verdict.complied and (reference is None or self.text.lstrip().startswith(reference))
+
+
+@dataclass(frozen=True, slots=True)
+class AttackSuccess:
+    """ASR of a set of prompts under one ablation (Eq 10)."""
+
+    asr: Rate
+    """Complied / scored."""
+    refused: Rate
+    """Refused / scored."""
+    incoherent: Rate
+    """Neither: empty, short or repeating; counts as not complied."""
+    rows: tuple[JudgedAnswer, ...]
+    """One for each prompt."""
+
+    @property
+    def rate(self) -> float | None:
+        """The ASR, from 0 to 1."""
+        return self.asr.rate
+
+    @property
+    def n(self) -> int:
+        """Answers scored."""
+        return self.asr.n
+
+    @property
+    def interval(self) -> Interval | None:
+        """Its 95 % Wilson interval."""
+        return self.asr.interval
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often each reason was given, most frequent first."""
+        counts = Counter(row.verdict.reason.split(" (")[0] for row in self.rows)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def summarise(rows: Sequence[JudgedAnswer]) -> AttackSuccess:
+    """Rates of judged answers."""
+    labels = Counter(row.verdict.label for row in rows)
+    n = len(rows)
+    rates = (Rate(labels[label], n) for label in ("complied", "refused", "incoherent"))
+    return AttackSuccess(*rates, rows=tuple(rows))
+
+
+def attack_success_rate(
+    engine: Engine,
+    prompts: PromptSet,
+    heads: Sequence[Head],
+    ablation: Ablation,
+    judge: Judge,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+) -> AttackSuccess:
+    """ASR with one group of heads ablated for all prompts (Eq 10); the empty group is the vanilla model.
+
+    Args:
+        engine: the model.
+        prompts: harmful queries under their template.
+        heads: the group.
+        ablation: of its heads.
+        judge: decides complied, refused or incoherent.
+        max_new_tokens: the paper has 128.
+        sampling: greedy, or top-k with 5 as in Fig 4.
+    """
+    group = within(heads, engine.n_layers, engine.n_heads)
+    (rows,) = answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)
+    return summarise(rows)
+
+
+def query_level_attack_success_rate(
+    engine: Engine,
+    prompts: PromptSet,
+    groups: Sequence[Group],
+    ablation: Ablation,
+    judge: Judge,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+) -> AttackSuccess:
+    """ASR with a group of its own for each prompt (Fig 2, Table 3): rows of one batch carry different ablations.
+
+    Args:
+        engine: the model.
+        prompts: harmful queries under their template.
+        groups: one for each prompt, such as :func:`query_level_groups` gives.
+        ablation: of the heads.
+        judge: decides complied, refused or incoherent.
+        max_new_tokens: the paper has 128.
+        sampling: greedy, or top-k.
+    """
+    if len(groups) != len(prompts):
+        raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
+    encoded = engine.encode(prompts)
+    requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
+    return summarise(_judged(engine, list(prompts), requests, ablation, judge, max_new_tokens, sampling, None))
+
+
+def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
+    """Each prompt's own k best heads, from scores [n_prompts, n_layers, n_heads]."""
+    return tuple(scores.top_of_prompt(prompt, k) for prompt in range(len(scores.values)))
+
+
+def answers_under(
+    engine: Engine,
+    prompts: PromptSet,
+    groups: Sequence[Group],
+    ablation: Ablation,
+    judge: Judge,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[list[JudgedAnswer]]:
+    """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches."""
+    encoded, asked = engine.encode(prompts), list(prompts)
+    requests = [Request(token_ids, group) for group in groups for token_ids in encoded]
+    rows = _judged(engine, asked * len(groups), requests, ablation, judge, max_new_tokens, sampling, on_rows)
+    n = len(asked)
+    return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
+
+
+def _judged(
+    engine: Engine,
+    asked: Sequence[Prompt],
+    requests: Sequence[Request],
+    ablation: Ablation,
+    judge: Judge,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_rows: Callable[[int], None] | None,
+) -> list[JudgedAnswer]:
+    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
+    completions = [
+        Completion(
+            prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, max_new_tokens
+        )
+        for prompt, one in zip(asked, made, strict=True)
+    ]
+    verdicts = judge(completions)
+    return [
+        JudgedAnswer(prompt, request.group, each.token_ids, each.text, each.finished, verdict)
+        for prompt, request, each, verdict in zip(asked, requests, completions, verdicts, strict=True)
+    ]

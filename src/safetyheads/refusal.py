@@ -1,0 +1,73 @@
+"""The signed refusal score. Owns the openers of refusals: data, read off the model's own unablated answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safetyheads.ablation import Ablation
+from safetyheads.asr import JudgedAnswer, answers_under
+from safetyheads.batching import TokenSequence
+from safetyheads.errors import SafetyheadsError
+from safetyheads.judges import Judge, KeywordJudge
+from safetyheads.scores import FunctionScorer
+from safetyheads.ships import HeadPass, Readings
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+    from safetyheads.prompts import PromptSet
+
+_OPENER_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """A first token of the model's own refusals."""
+
+    token_id: int
+    """Its id."""
+    text: str
+    """What it decodes to."""
+    count: int
+    """How many refusals began with it."""
+
+
+def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener, ...]:
+    """First tokens of the refused answers, most frequent first; empty where nothing was refused."""
+    firsts = Counter(row.token_ids[0] for row in answers if row.verdict.label == "refused" and row.token_ids)
+    return tuple(
+        Opener(token, engine.tokenizer.decode([token]), count)
+        for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def refusal_score(
+    engine: Engine,
+    prompts: PromptSet,
+    ablation: Ablation,
+    openers: Sequence[Opener] | None = None,
+    judge: Judge | None = None,
+) -> FunctionScorer:
+    """A signed scorer of groups: how far log P(R) / (1 - P(R)) of the next token drops, mean over prompts, in nats.
+
+    Args:
+        engine: the model.
+        prompts: harmful queries under their template.
+        ablation: of the groups' heads.
+        openers: R, the first tokens of refusals; by default those of the model's own unablated refusals of these
+            prompts, as ``judge`` finds them (the log-odds are those of refusal_direction's selection score).
+        judge: the paper's keyword judge by default.
+
+    Raises:
+        SafetyheadsError: no openers are given and the model refuses none of the prompts.
+    """
+    if openers is None:
+        (answers,) = answers_under(engine, prompts, [()], ablation, judge or KeywordJudge(), _OPENER_TOKENS)
+        openers = openers_of(engine, answers)
+    if not openers:
+        raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
+    sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))
+    readings = Readings(openers=tuple(opener.token_id for opener in openers))
+    return HeadPass.begin(engine, sequences, ablation, readings).scorer("refusal_score")
