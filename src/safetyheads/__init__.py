@@ -1,1 +1,109 @@
-"""Attention heads a language model's refusals depend on."""
+"""safetyheads: which attention heads a language model's refusals depend on, and how concentrated that is.
+
+Public names are listed in ``__all__``; those that need torch are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.heads import Head, parse_heads
+from safetyheads.prompts import Prompt, PromptSet, Template
+
+if TYPE_CHECKING:
+    from safetyheads.asr import AttackSuccess, attack_success_rate, query_level_attack_success_rate, query_level_groups
+    from safetyheads.demo.loading import Demo, load_demo
+    from safetyheads.engine import Engine
+    from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
+    from safetyheads.judges import Completion, Judge, KeywordJudge, Verdict
+    from safetyheads.refusal import Opener, refusal_score
+    from safetyheads.sahara import rank_heads, sahara
+    from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
+    from safetyheads.ships import generalized_ships, mean_ships, ships
+    from safetyheads.stats import PairedDifference, Rate
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AttackSuccess": "asr",
+    "attack_success_rate": "asr",
+    "query_level_attack_success_rate": "asr",
+    "query_level_groups": "asr",
+    "Demo": "demo.loading",
+    "load_demo": "demo.loading",
+    "Engine": "engine",
+    "GREEDY": "generation",
+    "TOP_5": "generation",
+    "Sampling": "generation",
+    "generate": "generation",
+    "Completion": "judges",
+    "Judge": "judges",
+    "KeywordJudge": "judges",
+    "Verdict": "judges",
+    "Opener": "refusal",
+    "refusal_score": "refusal",
+    "rank_heads": "sahara",
+    "sahara": "sahara",
+    "GroupScorer": "scores",
+    "HeadScores": "scores",
+    "SearchTrace": "scores",
+    "generalized_ships": "ships",
+    "mean_ships": "ships",
+    "ships": "ships",
+    "PairedDifference": "stats",
+    "Rate": "stats",
+}
+
+__all__ = [
+    "GREEDY",
+    "SCALING_CONTRIBUTION",
+    "TOP_5",
+    "UNDIFFERENTIATED_ATTENTION",
+    "Ablation",
+    "AttackSuccess",
+    "Completion",
+    "Demo",
+    "Engine",
+    "GroupScorer",
+    "Head",
+    "HeadScores",
+    "InputError",
+    "Judge",
+    "KeywordJudge",
+    "Opener",
+    "PairedDifference",
+    "Prompt",
+    "PromptSet",
+    "Rate",
+    "SafetyheadsError",
+    "Sampling",
+    "SearchTrace",
+    "Template",
+    "UnsupportedModelError",
+    "Verdict",
+    "attack_success_rate",
+    "generalized_ships",
+    "generate",
+    "load_demo",
+    "mean_ships",
+    "parse_heads",
+    "query_level_attack_success_rate",
+    "query_level_groups",
+    "rank_heads",
+    "refusal_score",
+    "sahara",
+    "ships",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a heavy name on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    # A submodule of the same name (ships, sahara) would otherwise stand in the function's place once imported.
+    globals()[name] = value
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -78,6 +78,11 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
         return {**asdict(self), "rows": [list(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`as_dict` gave."""
+        return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
 
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:

@@ -125,8 +125,8 @@ class HeadPass:
             made.unablated[angle.name] = made._directions(hidden[None], angle)[0]
         return made
 
-    def measure(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Every reading of each group.
+    def measure(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+        """Every reading of each group; ``on_groups`` is told how many were just done.
 
         Returns:
             ``ships`` and ``refusal_score`` [len(groups), n_prompts] (nats), and each angle's name [len(groups)]
@@ -150,6 +150,8 @@ class HeadPass:
                     if name not in results:
                         results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)
                     results[name][list(indices)] = values
+                if on_groups is not None:
+                    on_groups(len(indices))
         return results
 
     def _batch(
@@ -262,7 +264,7 @@ def _log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:
     return inside - log_probabilities[..., ~chosen].logsumexp(dim=-1)
 
 
-def _sequences(engine: Engine, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
+def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
     """The prompts, each with the first ``positions - 1`` tokens of its unablated answer, teacher-forced."""
     from safetyheads.generation import generate
 
@@ -305,7 +307,7 @@ def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int
     Raises:
         InputError: a prompt longer than the model's context; ``positions`` below 1.
     """
-    measuring = HeadPass.begin(engine, _sequences(engine, prompts, positions), ablation, Readings(ships=True))
+    measuring = HeadPass.begin(engine, answer_sequences(engine, prompts, positions), ablation, Readings(ships=True))
     values = measuring.measure([(head,) for head in engine.heads])["ships"]
     table = values.T.reshape(len(prompts), engine.n_layers, engine.n_heads)
     return HeadScores(table, "ships", "nats", measuring.scorer("mean_ships").resolution)
@@ -313,7 +315,7 @@ def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int
 
 def mean_ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int = 1) -> FunctionScorer:
     """A scorer of groups: Ships (Eq 9) averaged over the prompts, in nats. Arguments as for :func:`ships`."""
-    sequences = _sequences(engine, prompts, positions)
+    sequences = answer_sequences(engine, prompts, positions)
     return HeadPass.begin(engine, sequences, ablation, Readings(ships=True)).scorer("mean_ships")
 
 

@@ -141,16 +141,18 @@ def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path: Path) ->
     program = """
         import sys, time
         from safetyheads.storage import RunDirectory
-        RunDirectory.start(sys.argv[1], {}, {})
+        run = RunDirectory.start(sys.argv[1], {}, {})
         sys.stdout.write("started\\n"); sys.stdout.flush(); time.sleep(600)
     """
     arguments = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "started\n"
-        with pytest.raises(InputError, match="in use by another process"):
-            started(tmp_path / "run", {})
-        other.kill()
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "started\n"
+            with pytest.raises(InputError, match="in use by another process"):
+                started(tmp_path / "run", {})
+        finally:
+            other.kill()
     started(tmp_path / "run", {}).close()
 
 

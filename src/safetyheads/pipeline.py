@@ -1,0 +1,232 @@
+"""From settings to a finished run directory. Owns what a run is made of: model, prompts, fingerprints, estimate.
+
+It writes results, never a report: reports are read off the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safetyheads.audit import LEAD, Audit, AuditData
+from safetyheads.batching import TokenSequence, pack
+from safetyheads.config import AuditConfig
+from safetyheads.errors import InputError
+from safetyheads.generation import Sampling
+from safetyheads.heads import Group
+from safetyheads.judges import judge_named
+from safetyheads.progress import Progress, Silent
+from safetyheads.prompts import PromptSet
+from safetyheads.replay import capture
+from safetyheads.results import results_of
+from safetyheads.storage import RunDirectory
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+
+DEMO_CAVEAT = (
+    "The demo organisms' planted heads, their answer to ablation and the silence of the other heads were trained: "
+    "they validate this code, not the method."
+)
+CAVEATS = (
+    "A low ASR is no proof of safety: other prompts, languages and attacks were not tried.",
+    'A head is not "the" safety mechanism: the ablation shows that refusals pass through it here.',
+    "The judge decides by keywords and simple rules; it reads neither harm nor truth.",
+)
+
+
+def run_audit(
+    engine: Engine,
+    config: AuditConfig,
+    out: Path,
+    data: AuditData | None = None,
+    planted: Group | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Audit a loaded model into a run directory; a directory that holds part of this run is continued.
+
+    Args:
+        engine: the model, loaded as ``config`` says.
+        config: all settings.
+        out: the run directory.
+        data: the four prompt sets; by default read and split as the config says.
+        planted: the true heads, for a model that has them.
+        progress: who watches.
+        command: the command line, for the record.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        InputError: bad settings or prompts, or a directory that belongs to another run.
+    """
+    progress = progress or Silent()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        data = data or read_data(config)
+        data = AuditData(*(_resolved(engine, prompts, config) for prompts in data.sets().values()))
+        _prove_for(engine, data, config)
+        with RunDirectory.start(out, _settings(engine, config, data), _provenance(command)) as run:
+            torch.set_num_threads(run.remember("threads", torch.get_num_threads()))
+            started = time.monotonic()
+            progress.say(estimate(engine, data, config))
+            found = Audit(engine, config, data, run, progress).execute()
+            notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(str(one.message) for one in caught)]
+            caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
+            results = results_of(found, _about(engine, config, data), planted, caveats, notes)
+            run.write_results(results)
+            run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
+            return run.read_results()
+
+
+def read_data(config: AuditConfig) -> AuditData:
+    """The harmful and benign prompts that the config names, each divided in search and test."""
+    harmful = PromptSet.read(
+        config.prompts, config.template, column=config.column, system=config.system, limit=config.limit
+    )
+    benign = PromptSet.read(config.benign, config.template, system=config.system, limit=config.limit)
+    return AuditData.split(harmful, benign, config.split, config.seed)
+
+
+def demo_data() -> AuditData:
+    """The organism's prompts: search on its validation split, test on its held-out one."""
+    from safetyheads import demo
+    from safetyheads.demo.loading import demo_prompts
+
+    return AuditData(
+        # A refusal is no right answer, so harmful prompts go without a reference.
+        demo_prompts("harmful", "validation", demo.harmful_prompts("validation"), with_reference=False),
+        demo_prompts("harmful", "test", demo.harmful_prompts("test"), with_reference=False),
+        demo_prompts("benign", "validation", demo.benign_prompts("validation")),
+        demo_prompts("benign", "test", demo.benign_prompts("test")),
+    )
+
+
+def _resolved(engine: Engine, prompts: PromptSet, config: AuditConfig) -> PromptSet:
+    """The prompts with their template fixed, so that the manifest can say which."""
+    if config.system is not None and engine.template_for(prompts).name != "chat":
+        raise InputError("a system prompt belongs to the chat template; give --template chat")
+    return prompts.resolved(engine.template_for(prompts))
+
+
+def _prove_for(engine: Engine, data: AuditData, config: AuditConfig) -> None:
+    """Prove windows that this run can reach, where the proof at load did not."""
+    longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
+    longest += config.max_new_tokens
+    if any(window < longest for window in engine.architecture.windows):
+        engine.check(longest)
+
+
+def estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:
+    """What lies ahead, as one line: passes, answers, about how long, and how much memory a batch takes.
+
+    The rate is that of one run over the first packed row, so machines and models speak for themselves.
+    """
+    encoded = [TokenSequence(ids) for ids in engine.encode(data.harmful_search)]
+    layout = engine.plan(encoded)
+    row = pack(encoded, layout.rows[0], engine.device)
+    capture(engine.architecture, row, {}, engine.n_layers)
+    started = time.monotonic()
+    capture(engine.architecture, row, {}, engine.n_layers)
+    per_token = (time.monotonic() - started) / row.n_tokens
+    tokens = sum(len(sequence.token_ids) for sequence in encoded)
+    n_heads = engine.n_heads * engine.n_layers
+    # One pass over single heads on two sets, then the lead's and both angles' later steps, half the layers each.
+    n_passes = 2 + 3 * (config.size - 1)
+    scoring = n_passes * n_heads * tokens * per_token * (engine.n_layers + 1) / (2 * engine.n_layers)
+    n_test, n_search = len(data.harmful_test), len(data.harmful_search)
+    n_benign = len(data.benign_test) + len(data.benign_search)
+    n_answers = (n_test + n_search + n_benign) * (1 + 3 * config.size) + n_test * (10 + config.n_random * config.size)
+    answering = n_answers * (tokens / len(encoded) + config.max_new_tokens) * per_token
+    memory = layout.groups_per_batch * row.n_tokens * engine.bytes_per_token
+    return (
+        f"{n_heads} heads x {n_search} prompts, {n_passes} passes; about {n_answers} answers of at most "
+        f"{config.max_new_tokens} tokens: at most about {_duration(scoring + answering)} and "
+        f"{memory / 2**30:.1f} GiB beside the weights"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def fingerprint(engine: Engine) -> str:
+    """sha256 of all weights, by name, dtype and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(engine.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, Any]:
+    """All that the numbers depend on."""
+    return {
+        **config.as_dict(),
+        "template": str(data.harmful_search.template),
+        "weights_sha256": fingerprint(engine),
+        "prompts_sha256": {name: prompts.sha256 for name, prompts in data.sets().items()},
+        "judge": judge_named(config.judge).describe(),
+        "versions": {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")},
+    }
+
+
+def _provenance(command: Sequence[str]) -> dict[str, Any]:
+    return {
+        "command": list(command),
+        "started": datetime.now(UTC).isoformat(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, Any]:
+    facts, ablation = engine.architecture, config.parsed_ablation
+    sampling = Sampling(config.top_k, config.seed)
+
+    def described(search: PromptSet, test: PromptSet) -> dict[str, Any]:
+        both = hashlib.sha256((search.sha256 + test.sha256).encode()).hexdigest()
+        return {"name": search.name, "n_search": len(search), "n_test": len(test), "sha256": both}
+
+    return {
+        "model": {
+            "name": config.model,
+            "family": facts.family,
+            "n_layers": facts.n_layers,
+            "n_heads": facts.n_heads,
+            "n_parameters": engine.model.num_parameters(),
+            "head_parameters": facts.head_parameters,
+        },
+        "data": {
+            "harmful": described(data.harmful_search, data.harmful_test),
+            "benign": described(data.benign_search, data.benign_test),
+            "template": str(data.harmful_search.template),
+        },
+        "ablation": {**asdict(ablation), "label": ablation.kind.label},
+        "sampling": {"name": sampling.name, "seed": config.seed, "max_new_tokens": config.max_new_tokens},
+        "judge": judge_named(config.judge).describe(),
+        "lead_score": LEAD,
+    }
+
+
+def _data_warnings(data: AuditData) -> list[str]:
+    found = []
+    for prompts in data.sets().values():
+        if prompts.warning and prompts.warning not in found:
+            found.append(prompts.warning)
+    return found

@@ -1,0 +1,39 @@
+"""What a long run tells while it runs. Owns the protocol and its silent form; the command line draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Somebody who watches a run."""
+
+    def say(self, line: str) -> None:
+        """One line worth keeping."""
+
+    def track(self, name: str, total: int) -> Tracking:
+        """A context that gives a function to call with the number of items just done."""
+
+
+class Tracking(Protocol):
+    """The context manager that :meth:`Progress.track` returns."""
+
+    def __enter__(self) -> Callable[[int], None]:
+        """Begin the stage."""
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Nothing, as often as asked."""
+        yield lambda _: None
