@@ -1,0 +1,62 @@
+"use strict";
+// Draws each chart in its place, in the colours of the page's theme, and again when the theme changes.
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const specs = read("chart-specs");
+  const heads = read("head-rows");
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  let drawn = [];
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  // A string such as "--attack" in a specification stands for the page's custom property of that name.
+  const resolved = (value) => {
+    if (typeof value === "string") return value.startsWith("--") ? colour(value) : value;
+    if (Array.isArray(value)) return value.map(resolved);
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, key === "values" ? inner : resolved(inner)]));
+  };
+
+  const config = () => {
+    const font = getComputedStyle(document.body).fontFamily;
+    const text = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 400 };
+    const soft = { labelColor: colour("--ink-soft"), titleColor: colour("--ink-soft") };
+    return {
+      background: "transparent", font, view: { stroke: null }, padding: 2,
+      axis: {
+        ...text, ...soft, gridColor: colour("--grid"), domainColor: colour("--line"), tickColor: colour("--line"),
+        titlePadding: 8, labelPadding: 5,
+      },
+      legend: { ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, offset: 10 },
+      text: { font },
+    };
+  };
+
+  const draw = async (place, spec) => {
+    const full = { ...resolved(spec), datasets: { ...(spec.datasets ?? {}), heads } };
+    const options = {
+      mode: "vega-lite", renderer: "svg", actions: false, config: config(),
+      // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
+      ast: true, tooltip: { theme: "none" },
+    };
+    try {
+      return await window.vegaEmbed(place, full, options);
+    } catch (error) {
+      place.textContent = `This figure could not be drawn (${error.message}); its numbers are in the tables.`;
+      console.error(error);
+      return null;
+    }
+  };
+
+  const drawAll = async () => {
+    drawn.forEach((result) => result && result.finalize());
+    drawn = [];
+    for (const place of document.querySelectorAll("[data-chart]")) {
+      drawn.push(await draw(place, specs[place.dataset.chart]));
+    }
+    document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
+  };
+
+  dark.addEventListener("change", drawAll);
+  drawAll();
+})();
