@@ -77,11 +77,13 @@ def asr_by_size(results: Results) -> Spec | None:
         return None
     color = alt.Color(
         "series:N",
-        legend=alt.Legend(orient="top", title=None, direction="vertical", symbolType="stroke"),
+        legend=alt.Legend(orient="top", title=None, direction="vertical", symbolOpacity=1),
         scale=alt.Scale(domain=[SEARCHED, RANDOM, KEPT], range=["--attack", "--random", "--kept"]),
     )
     dash = alt.StrokeDash(
-        "series:N", legend=None, scale=alt.Scale(domain=[SEARCHED, RANDOM, KEPT], range=[[1, 0], [2, 3], [6, 4]])
+        "series:N",
+        legend=alt.Legend(title=None),
+        scale=alt.Scale(domain=[SEARCHED, RANDOM, KEPT], range=[[1, 0], [2, 3], [6, 4]]),
     )
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=_sizes(groups), color=color)
     searched = base.transform_filter("datum.kind == 'rate'")
@@ -160,7 +162,7 @@ def asr_by_scorer(results: Results) -> Spec | None:
     shape = alt.Shape("series:N", legend=legend, scale=alt.Scale(domain=names, range=[*_SCORER_SHAPES]))
     chart = alt.layer(
         base.mark_rule(strokeWidth=1.5, opacity=0.45).encode(y=_share("low"), y2="high:Q"),
-        base.mark_line(strokeWidth=2).encode(y=_share("value", "ASR, share of held-out prompts")),
+        base.mark_line(strokeWidth=2).encode(y=_share("value")),
         base.mark_point(filled=True, size=70, opacity=1).encode(
             y=_share("value"), shape=shape, tooltip=_rate_tooltip()
         ),
@@ -201,7 +203,7 @@ def heatmap(results: Results, name: str) -> Spec:
     planted = base.transform_filter("datum.planted").mark_point(
         shape="diamond", filled=True, size=34, color="--ink", opacity=1, stroke="--paper", strokeWidth=1
     )
-    cell = max(9, min(30, 360 // model["n_layers"]))
+    cell = max(9, min(44, 360 // model["n_layers"]))
     return _spec(
         alt.layer(tiles, group, planted),
         height=cell * model["n_layers"],
@@ -313,8 +315,8 @@ def _sizes(groups: Sequence[Mapping[str, Any]]) -> alt.X:
     return alt.X("size:Q", title="heads ablated together", scale=scale, axis=axis)
 
 
-def _share(field: str, title: str = "share of held-out prompts") -> alt.Y:
-    y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, 1], nice=False))
+def _share(field: str) -> alt.Y:
+    y = alt.Y(f"{field}:Q", title="share of held-out prompts", scale=alt.Scale(domain=[0, 1], nice=False))
     return y.axis(format=".1f", tickCount=6)
 
 

@@ -1,0 +1,400 @@
+"""The report: one HTML file that answers first and shows its numbers below.
+
+Owns what the page says and in which order; reads a run directory and refuses to know models, measures and how
+figures are drawn. The page asks for nothing: its styles, data and drawing library are inside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from safetyheads.errors import InputError
+from safetyheads.files import leaves
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from safetyheads.storage import RunDirectory
+
+Results: TypeAlias = Mapping[str, Any]
+
+SCHEMA_VERSION = 1
+"""Version of ``results.json`` that this report reads."""
+
+BADGES = {
+    "concentrated": "Concentrated heads found",
+    "none_found": "No concentrated heads found",
+    "no_refusals": "Nothing to measure",
+}
+"""What each verdict is called on the page."""
+
+SCORE_ORDER = ("mean_ships", "benign_ships", "refusal_score", "generalized_ships_representation")
+"""Harmful beside benign first; the others follow."""
+MAX_TABLE_HEADS = 1024
+"""Up to this many heads, all of them are listed in a table; the maps show any number."""
+MAX_COMPLETION_CHARACTERS = 2_000_000
+"""Room for completions in the page, so that it stays under 5 MB; the rest is counted."""
+
+
+def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
+    """Write ``report/index.html`` into the run directory.
+
+    Args:
+        run: A run that has results.
+        show_completions: Put the answers to harmful prompts into the page, folded away and as text.
+
+    Returns:
+        Where the report is.
+
+    Raises:
+        InputError: the results are of a kind or schema that this version cannot show.
+    """
+    results = run.read_results()
+    if results.get("schema_version") != SCHEMA_VERSION or results.get("kind") != "audit":
+        raise InputError(
+            f"{run.path} holds results of kind {results.get('kind')!r}, schema {results.get('schema_version')!r}; "
+            f"a report needs an audit of schema {SCHEMA_VERSION}"
+        )
+    rows = list(run.completions()) if show_completions else None
+    return run.write_report(render(results, run.read_manifest(), rows))
+
+
+def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] | None = None) -> str:
+    """The page of an audit; equal arguments give equal text."""
+    from safetyheads import report_charts
+
+    completions, left_out = (None, 0) if rows is None else _completion_sets(results, rows)
+    results = dict(results) | {"scores": _in_order(results["scores"]), "sahara": _in_order(results["sahara"])}
+    scores = results["scores"]
+    page = {
+        "results": results,
+        "badge": BADGES[results["verdict"]["label"]],
+        "planted": results.get("planted_heads") or [],
+        "scores": scores,
+        "labels": {name: _label(results, name) for name in [*scores, *_scorers(results)]},
+        "units": {name: scores.get(name, {}).get("unit", "") for name in [*scores, *_scorers(results)]},
+        "alpha": (results["verdict"].get("smallest_detectable_change") or {}).get("alpha", 0.05),
+        "charts": report_charts.charts(results),
+        "head_rows": report_charts.head_rows(results),
+        "head_table": _head_table(results),
+        "heads_n": _heads_n(results),
+        "curve_caption": _curve_caption(report_charts.lead_groups(results)),
+        "tail_caption": _tail_caption(results),
+        "sahara": _sahara_steps(results),
+        "bars": list(_bars(results)),
+        "reasons": list(_reason_tables(results)),
+        "completions": completions,
+        "completions_left_out": left_out,
+        **_provenance(results, manifest),
+        **_assets(),
+    }
+    return _environment().get_template("report.html.j2").render(page) + "\n"
+
+
+# What the page shows.
+
+
+def _in_order(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores in the page's order; files keep their keys sorted, and new scores come last."""
+    known = {name: named[name] for name in SCORE_ORDER if name in named}
+    return known | {name: value for name, value in named.items() if name not in known}
+
+
+def _label(results: Results, name: str) -> str:
+    label: str = results["scores"].get(name, {}).get("label", name)
+    return label
+
+
+def _scorers(results: Results) -> list[str]:
+    return list(dict.fromkeys([*results["sahara"], *(group["scorer"] for group in results["behaviour"]["groups"])]))
+
+
+def _verdict_group(results: Results) -> Mapping[str, Any] | None:
+    """The measured group that the verdict is about."""
+    verdict = results["verdict"]
+    for group in results["behaviour"]["groups"]:
+        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"]):
+            found: Mapping[str, Any] = group
+            return found
+    return None
+
+
+def _heads_n(results: Results) -> str:
+    heads = results["behaviour"]["heads"]
+    if not heads:
+        return ""
+    scored, judged = heads[0]["mean_ships"]["n"], (heads[0]["asr"] or {}).get("n")
+    return f"scores over n = {scored} search prompts" + (f", ASR over n = {judged} held-out ones" if judged else "")
+
+
+def _curve_caption(groups: Sequence[Mapping[str, Any]]) -> str:
+    if not groups:
+        return ""
+    text = (
+        f"Held-out prompts, n = {groups[0]['asr']['n']} harmful and {groups[0]['benign_kept']['n']} benign; lines "
+        "through the points: 95 % Wilson intervals. Size 0 and the dotted line: nothing ablated."
+    )
+    random = [group["random"] for group in groups if group["random"] is not None]
+    if random:
+        text += (
+            f" Grey: {random[0]['n_groups']} random groups of the same size, from the same layers, a tick each; the "
+            "band runs from the lowest to the highest."
+        )
+    return text
+
+
+def _tail_caption(results: Results) -> str:
+    from safetyheads.report_charts import ranked_scores
+
+    name = results["verdict"]["scorer"]
+    if name not in results["scores"]:
+        return ""
+    score, ranked = results["scores"][name], ranked_scores(results, name)
+    left_out = sum(value <= 0 for _, value in ranked)
+    text = f"{_label(results, name)} of all {len(ranked)} heads, n = {score['n']} prompts, by rank on harmful prompts."
+    text = text[0].upper() + text[1:]
+    if name == "mean_ships" and "benign_ships" in results["scores"]:
+        text += " Beside each head, its score on benign prompts."
+    if left_out:
+        text += f" {left_out} heads score 0 or less and have no place on a logarithmic axis."
+    return text + " Ringed and named: the ablated group, planted heads and the first three. No intervals are drawn."
+
+
+def _head_table(results: Results) -> list[tuple[str, list[str]]]:
+    """Each head with its scores, or nothing where the table would be too long to be read."""
+    model, scores = results["model"], results["scores"]
+    if model["n_layers"] * model["n_heads"] > MAX_TABLE_HEADS:
+        return []
+    return [
+        (f"{i}-{j}", [_number(score["values"][i][j], digits=4) for score in scores.values()])
+        for i in range(model["n_layers"])
+        for j in range(model["n_heads"])
+    ]
+
+
+def _sahara_steps(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """Sahara's steps for each scorer, each with the measured group of that size."""
+    groups = {(group["scorer"], group["size"]): group for group in results["behaviour"]["groups"]}
+    return {
+        scorer: [dict(step) | {"group": groups.get((scorer, size))} for size, step in enumerate(trace["steps"], 1)]
+        for scorer, trace in results["sahara"].items()
+    }
+
+
+def _bars(results: Results) -> Iterator[dict[str, Any]]:
+    """Verdict counts, unablated and under the verdict's group."""
+    states = [("nothing ablated", results["behaviour"]["vanilla"])]
+    group = _verdict_group(results)
+    if group is not None:
+        states.append((f"{', '.join(group['heads'])} ablated", group))
+    for name, state in states:
+        parts = [
+            {"name": part, "style": part, "count": state[field]["count"], "rate": state[field]}
+            for part, field in (("complied", "asr"), ("refused", "refused"), ("incoherent", "incoherent"))
+        ]
+        yield {"label": f"Harmful prompts, {name}", "n": state["asr"]["n"], "parts": parts}
+    for name, state in states:
+        kept = state["benign_kept"]
+        lost = None if kept["rate"] is None else _complement(kept)
+        parts = [{"name": "kept", "style": "answered", "count": kept["count"], "rate": kept}]
+        if lost is not None:
+            parts.append({"name": "not kept", "style": "other", "count": lost["count"], "rate": lost})
+        yield {"label": f"Benign prompts, {name}", "n": kept["n"], "parts": parts}
+
+
+def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
+    """The rate of the other outcome; a Wilson interval mirrors with it."""
+    low, high = rate["interval"]
+    return {
+        "count": rate["n"] - rate["count"],
+        "n": rate["n"],
+        "rate": 1 - rate["rate"],
+        "interval": [1 - high, 1 - low],
+    }
+
+
+def _reason_tables(results: Results) -> Iterator[dict[str, Any]]:
+    group = _verdict_group(results)
+    for title, field in (("Harmful prompts", "reasons"), ("Benign prompts", "benign_reasons")):
+        columns = [("nothing ablated", results["behaviour"]["vanilla"].get(field))]
+        columns.append(("group ablated", group.get(field) if group else None))
+        shown = [(name, counts) for name, counts in columns if counts is not None]
+        reasons = {reason: sum(counts.get(reason, 0) for _, counts in shown) for _, c in shown for reason in c}
+        ordered = sorted(reasons, key=lambda reason: (-reasons[reason], reason))
+        if ordered:
+            rows = [(reason, [counts.get(reason, 0) for _, counts in shown]) for reason in ordered]
+            yield {"title": title, "columns": [name for name, _ in shown], "rows": rows}
+
+
+def _completion_sets(results: Results, rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Completions of the unablated model and the verdict's group, set by set, and how many found no room."""
+    group = set(results["verdict"]["heads"])
+    sets: dict[str, list[Mapping[str, Any]]] = {}
+    room, left_out = MAX_COMPLETION_CHARACTERS, 0
+    for row in rows:
+        heads = {head for head in str(row.get("group") or "").split(",") if head}
+        if "text" not in row or (heads and heads != group):
+            continue
+        room -= len(str(row["text"])) + len(str(row.get("query", "")))
+        if room < 0:
+            left_out += 1
+            continue
+        name = str(row.get("set", "prompts")).replace("_", " ")
+        title = f"{name}, {', '.join(results['verdict']['heads']) + ' ablated' if heads else 'nothing ablated'}"
+        sets.setdefault(title[0].upper() + title[1:], []).append(row)
+    return [{"title": title, "rows": shown} for title, shown in sets.items()], left_out
+
+
+def _provenance(results: Results, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, the config, each start, and what the run remembered."""
+    own = ("schema_version", "config", "provenance")
+    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
+    return {
+        "measured": [(name, _plain(value)) for name, value in leaves(measured)],
+        "config": [(name, _plain(value)) for name, value in leaves(manifest["config"])],
+        "starts": [[(name, _plain(value)) for name, value in leaves(start)] for start in manifest["provenance"]],
+        "remembered": [
+            (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
+        ],
+    }
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# How numbers are written.
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _rate(rate: Mapping[str, Any] | None) -> str:
+    return "–" if not rate or rate["rate"] is None else _two(rate["rate"])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _number(value: float | None, signed: bool = False, digits: int = 3) -> str:
+    """Significant digits, with the sign of a minus and no exponent down to a millionth."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    text = f"{size:.2g}" if 0 < size < 1e-4 else f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
+    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
+    return sign + re.sub(r"e-0?(\d+)$", r"e−\1", text)
+
+
+def _interval(bounds: Sequence[float] | None, signed: bool = False) -> str:
+    write = _signed if signed else _two
+    return f"[{write(bounds[0])}, {write(bounds[1])}]" if bounds else ""
+
+
+def _interval_of_numbers(bounds: Sequence[float], signed: bool = False) -> str:
+    return f"[{_number(bounds[0], signed, 2)}, {_number(bounds[1], signed, 2)}]"
+
+
+def _range_of(values: Sequence[float]) -> str:
+    return f"{_two(min(values))} to {_two(max(values))}" if values else ""
+
+
+def _p_value(value: float | None, equals: str = "") -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else equals + (f"{value:.3f}" if value < 0.1 else f"{value:.2f}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
+def _in_words(change: Mapping[str, Any] | None, alpha: float) -> tuple[str, str]:
+    """What a change means, and the class of its colour."""
+    if not change or change["change"] is None:
+        return "not measured", "soft"
+    p_value = change.get("p_holm", change["p_value"])
+    if p_value is None or p_value >= alpha:
+        return "no clear change", "soft"
+    return ("complies more", "yes") if change["change"] > 0 else ("refuses more", "less")
+
+
+def _ties(groups: Sequence[Sequence[str]]) -> str:
+    shown = "; ".join(" = ".join(group) for group in groups[:4])
+    return shown + (f"; and {len(groups) - 4} more" if len(groups) > 4 else "")
+
+
+def _sentence(text: str) -> Markup:
+    """The verdict with its intervals set apart; everything else is escaped."""
+    from markupsafe import Markup, escape
+
+    marked = re.sub(r"\[[−+\-.,\d\s]*\]", lambda found: f'<span class="interval">{found[0]}</span>', str(escape(text)))
+    return Markup(marked)
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "rate": _rate,
+    "two": _two,
+    "signed": _signed,
+    "number": _number,
+    "interval": _interval,
+    "interval_of_numbers": _interval_of_numbers,
+    "range_of": _range_of,
+    "p_value": _p_value,
+    "percent": _percent,
+    "in_words": _in_words,
+    "ties": _ties,
+    "sentence": _sentence,
+    "sentence_case": lambda text: text[:1].upper() + text[1:],
+    "quoted": lambda text: json.dumps(text, ensure_ascii=False),
+}
+
+
+# What the page is made of.
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
+    environment = Environment(
+        loader=PackageLoader("safetyheads", "report_assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= _FILTERS
+    return environment
+
+
+def _assets() -> dict[str, Markup]:
+    from markupsafe import Markup
+
+    folder = files("safetyheads") / "report_assets"
+    return {
+        "css": Markup((folder / "report.css").read_text(encoding="utf-8")),
+        "javascript": Markup((folder / "report.js").read_text(encoding="utf-8")),
+        "bundle": Markup(_drawing_library()),
+    }
+
+
+@cache
+def _drawing_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    bundle: str = vl_convert.javascript_bundle(None, version)
+    # Inside a script element these two would end or hide the rest of the page.
+    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.ablation import (
+    ABLATION_ALIASES,
+    ABLATION_KINDS,
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Ablation,
+)
+from safetyheads.errors import InputError
+
+# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+quick = settings(deadline=None, max_examples=50)
+
+
+@quick
+@given(st.sampled_from(sorted(ABLATION_KINDS)), st.floats(0, 1e6))
+def test_a_kind_reads_back_from_its_name_with_dashes_and_capitals(name, epsilon):
+    assert Ablation.parse(f" {name.replace('_', '-').upper()} ", epsilon) == Ablation(name, epsilon)
+
+
+def test_short_forms_mean_the_papers_ablations():
+    assert Ablation.parse("ua") == UNDIFFERENTIATED_ATTENTION
+    assert Ablation.parse("SC") == SCALING_CONTRIBUTION
+    assert Ablation.parse("ua-key").kind.tensor == "key"
+    assert set(ABLATION_ALIASES.values()) <= set(ABLATION_KINDS)
+
+
+def test_each_ablation_changes_the_tensor_that_its_equation_says():
+    acts = {name: (kind.tensor, kind.operation) for name, kind in ABLATION_KINDS.items()}
+    assert acts == {
+        "undifferentiated_attention": ("query", "scale"),
+        "undifferentiated_attention_key": ("key", "scale"),
+        "scaling_contribution": ("head_output", "scale"),
+        "mean_query": ("query", "mean"),
+        "mean_key": ("key", "mean"),
+        "mean_head_output": ("head_output", "mean"),
+    }
+
+
+def test_the_default_epsilon_is_the_papers():
+    assert UNDIFFERENTIATED_ATTENTION.epsilon == SCALING_CONTRIBUTION.epsilon == 1e-5
+    assert Ablation.parse("ua").epsilon == 1e-5
+
+
+@pytest.mark.parametrize("epsilon", [-1e-9, math.nan, math.inf, -math.inf])
+def test_epsilon_is_finite_and_not_negative(epsilon):
+    with pytest.raises(InputError, match="epsilon must be a finite number"):
+        Ablation.parse("ua", epsilon)
+    with pytest.raises(InputError, match="epsilon must be a finite number"):
+        UNDIFFERENTIATED_ATTENTION.at(epsilon)
+
+
+def test_another_epsilon_leaves_the_original_alone():
+    assert UNDIFFERENTIATED_ATTENTION.at(0.0) == Ablation("undifferentiated_attention", 0.0)
+    assert UNDIFFERENTIATED_ATTENTION.epsilon == 1e-5
+
+
+def test_an_unknown_kind_lists_the_known():
+    with pytest.raises(InputError, match=r"unknown ablation 'nothing'.*mean_head_output"):
+        Ablation.parse("nothing")
+
+
+def test_only_the_scale_kinds_print_their_epsilon():
+    assert str(UNDIFFERENTIATED_ATTENTION) == "undifferentiated attention, epsilon 1e-05"
+    assert str(Ablation("mean_query")) == "mean query over the layer's heads"

@@ -1,0 +1,72 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.errors import InputError
+from safetyheads.heads import Head, all_heads, distinct, format_heads, parse_heads, within
+
+# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+quick = settings(deadline=None, max_examples=50)
+
+heads = st.builds(Head, st.integers(0, 200), st.integers(0, 200))
+
+
+@quick
+@given(heads)
+def test_what_a_head_prints_reads_back_as_that_head(head):
+    assert Head.parse(str(head)) == head
+
+
+@quick
+@given(heads)
+def test_every_written_form_has_the_layer_first(head):
+    forms = (f"{head.layer}.{head.index}", f"L{head.layer}H{head.index}", f" l{head.layer}h{head.index} ")
+    assert {Head.parse(form) for form in forms} == {head}
+
+
+@quick
+@given(st.lists(heads, unique=True))
+def test_a_group_reads_back_in_its_order(group):
+    assert parse_heads(format_heads(group)) == tuple(group)
+
+
+@pytest.mark.parametrize("text", ["", "2", "2-", "-26", "2--6", "2-26-1", "H26L2", "a-b", "2-26 3-1", "2/26"])
+def test_a_malformed_head_is_named(text):
+    with pytest.raises(InputError, match="form layer-head"):
+        Head.parse(text)
+
+
+def test_layer_and_index_are_not_negative():
+    with pytest.raises(InputError, match="count from 0"):
+        Head(-1, 3)
+    with pytest.raises(InputError, match="count from 0"):
+        Head(1, -3)
+
+
+def test_heads_are_ordered_by_layer_and_then_index():
+    assert sorted([Head(1, 0), Head(0, 9), Head(0, 2)]) == [Head(0, 2), Head(0, 9), Head(1, 0)]
+
+
+def test_a_head_given_twice_is_refused_whatever_its_form():
+    with pytest.raises(InputError, match="2-26 is given twice"):
+        parse_heads("2-26, L2H26")
+    with pytest.raises(InputError, match="given twice"):
+        distinct([Head(0, 0), Head(0, 1), Head(0, 0)])
+
+
+def test_no_heads_are_the_empty_group():
+    assert parse_heads(" ") == ()
+    with pytest.raises(InputError):
+        parse_heads("2-26,")
+
+
+def test_a_head_must_be_in_the_model():
+    assert within([Head(1, 3)], n_layers=2, n_heads=4) == (Head(1, 3),)
+    with pytest.raises(InputError, match=r"2-0 is out of range: the model has layers 0-1 and heads 0-3"):
+        within([Head(2, 0)], n_layers=2, n_heads=4)
+    with pytest.raises(InputError, match="1-4 is out of range"):
+        within([Head(1, 4)], n_layers=2, n_heads=4)
+
+
+def test_all_heads_go_layer_by_layer():
+    assert format_heads(all_heads(2, 3)) == "0-0,0-1,0-2,1-0,1-1,1-2"

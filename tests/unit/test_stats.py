@@ -1,0 +1,207 @@
+import json
+import math
+from dataclasses import asdict
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.errors import InputError
+from safetyheads.stats import (
+    Mean,
+    Rate,
+    exact_mcnemar,
+    holm,
+    mean_with_interval,
+    newcombe_paired_interval,
+    paired_difference,
+    random_p_value,
+    smallest_detectable_change,
+)
+
+# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+quick = settings(deadline=None, max_examples=50)
+
+counts = st.integers(0, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+tables = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
+
+
+@quick
+@given(counts)
+def test_a_rate_lies_in_its_interval_and_the_interval_in_the_unit_interval(pair):
+    count, n = pair
+    rate = Rate(count, n)
+    if n == 0:
+        assert rate.rate is None
+        assert rate.interval is None
+        return
+    low, high = rate.interval
+    assert 0 <= low <= rate.rate <= high <= 1
+    assert low < high
+    mirrored = Rate(n - count, n).interval
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+
+
+def test_wilsons_interval_is_the_published_one():
+    # E. B. Wilson's interval in Newcombe's comparison (Statistics in Medicine 17 (1998) 857-872): 81/263, 0/20.
+    assert Rate(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert Rate(0, 20).interval == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_results_are_valid_json_with_the_interval_in_them():
+    written = json.loads(json.dumps(asdict(Rate(1, 2, 3)), allow_nan=False))
+    assert written["rate"] == 0.5
+    assert written["unscored"] == 3
+    assert len(written["interval"]) == 2
+    for empty in (Rate(0, 0), paired_difference([], []), mean_with_interval([]), mean_with_interval([2.0])):
+        json.dumps(asdict(empty), allow_nan=False)
+
+
+@pytest.mark.parametrize("numbers", [(3, 2, 0), (-1, 2, 0), (0, 0, -1), (0, -1, 0)])
+def test_impossible_rates_are_refused(numbers):
+    with pytest.raises(InputError, match="cannot be"):
+        Rate(*numbers)
+
+
+def test_a_rate_prints_with_n_and_interval():
+    assert str(Rate(72, 100)) == "0.72 [0.63, 0.80] (72/100)"
+    assert str(Rate(0, 0, 4)) == "no scored answers"
+
+
+@pytest.mark.parametrize(
+    ("table", "published"),
+    [
+        # Fagerland, Lydersen, Laake, Statistical Analysis of Contingency Tables (2017), chapter 8: Cavo et al.
+        ((59, 6, 16, 80), (-0.1186, -0.0046)),
+        # Newcombe (1998), the illustrative tables with n = 50; Altman et al. (2000), table 6.2.
+        ((36, 12, 2, 0), (0.0569, 0.3404)),
+        ((20, 12, 2, 16), (0.0562, 0.3292)),
+        ((14, 5, 0, 22), (0.0115, 0.2265)),
+    ],
+)
+def test_the_paired_interval_is_the_published_one(table, published):
+    assert newcombe_paired_interval(*table) == pytest.approx(published, abs=6e-5)
+
+
+@quick
+@given(tables)
+def test_the_paired_interval_holds_the_change_and_mirrors(table):
+    both, first, second, neither = table
+    low, high = newcombe_paired_interval(*table)
+    change = (first - second) / sum(table)
+    assert -1 <= low <= change <= high <= 1
+    swapped = newcombe_paired_interval(both, second, first, neither)
+    assert (low, high) == pytest.approx((-swapped[1], -swapped[0]))
+    complemented = newcombe_paired_interval(neither, first, second, both)
+    assert (low, high) == pytest.approx(complemented)
+
+
+def test_the_paired_interval_covers_the_true_change():
+    # 50 pairs as in an audit: before mostly False, after mostly True; and a case of no change at all.
+    generator = np.random.default_rng(0)
+    for cells in ([0.03, 0.60, 0.01, 0.36], [0.25, 0.15, 0.15, 0.45], [0.0, 0.05, 0.0, 0.95]):
+        true_change = cells[1] - cells[2]
+        drawn = generator.multinomial(50, cells, size=800)
+        tables, repeats = np.unique(drawn, axis=0, return_counts=True)
+        bounds = np.array([newcombe_paired_interval(*map(int, table)) for table in tables])
+        covered = (bounds[:, 0] <= true_change) & (true_change <= bounds[:, 1])
+        # 800 draws at 0.95 have a standard error of 0.008.
+        assert (repeats * covered).sum() / repeats.sum() > 0.925
+
+
+def mcnemar_by_enumeration(gained, lost):
+    """All ways the changed pairs could have gone, each as likely; those no likelier than what was seen count."""
+    changed = gained + lost
+    ways = [sum(way) for way in product((0, 1), repeat=changed)]
+    weights = {k: ways.count(k) for k in range(changed + 1)}
+    return sum(weight for weight in weights.values() if weight <= weights[gained]) / 2**changed
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (6, 0), (0, 6), (7, 2), (4, 4), (1, 9)])
+def test_mcnemar_is_the_exact_sum(gained, lost):
+    assert exact_mcnemar(gained, lost) == pytest.approx(mcnemar_by_enumeration(gained, lost))
+
+
+def test_a_paired_difference_by_hand():
+    before = [True, False, False, False, False, False, False, True]
+    after = [True, True, True, True, True, True, False, False]
+    result = paired_difference(before, after)
+    assert (result.n, result.gained, result.lost) == (8, 5, 1)
+    assert result.change == 0.5
+    assert result.p_value == pytest.approx(2 * (1 + 6) / 2**6)
+    assert result.interval == newcombe_paired_interval(1, 5, 1, 1)
+
+
+@quick
+@given(outcomes)
+def test_a_paired_difference_agrees_with_the_rates(pairs):
+    before, after = zip(*pairs, strict=True)
+    result = paired_difference(before, after)
+    assert result.change == pytest.approx(Rate(sum(after), len(after)).rate - Rate(sum(before), len(before)).rate)
+    assert result.interval[0] <= result.change <= result.interval[1]
+
+
+def test_pairs_must_be_aligned():
+    with pytest.raises(InputError, match="2 before, 1 after"):
+        paired_difference([True, False], [True])
+
+
+def test_no_pairs_have_no_change():
+    result = paired_difference([], [])
+    assert (result.change, result.interval, result.p_value, result.n) == (None, None, None, 0)
+
+
+def test_students_interval_by_hand():
+    # Values 1..5: mean 3, variance 2.5, t(4) at 97.5 % is 2.7764.
+    result = mean_with_interval([1, 2, 3, 4, 5])
+    assert (result.mean, result.n) == (3, 5)
+    assert result.standard_error == pytest.approx(math.sqrt(0.5))
+    assert result.interval == pytest.approx((3 - 2.7764 * math.sqrt(0.5), 3 + 2.7764 * math.sqrt(0.5)), abs=1e-4)
+
+
+def test_few_values_have_no_interval():
+    assert mean_with_interval([]) == Mean(None, 0, None, None)
+    assert mean_with_interval([2.5]) == Mean(2.5, 1, None, None)
+    assert mean_with_interval([2.5, 2.5]) == Mean(2.5, 2, (2.5, 2.5), 0.0)
+    with pytest.raises(InputError, match="finite"):
+        mean_with_interval([1.0, math.nan])
+
+
+@quick
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_is_the_step_down_of_the_definition(p_values):
+    expected, running = {}, 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        expected[index] = running
+    assert holm(p_values) == pytest.approx([expected[index] for index in range(len(p_values))])
+
+
+def test_holm_refuses_what_is_no_p_value():
+    with pytest.raises(InputError, match="between 0 and 1"):
+        holm([0.5, math.nan])
+
+
+@quick
+@given(st.integers(0, 80), st.sampled_from([0.2, 0.05, 0.01]), st.sampled_from([1, 3, 32, 1024]))
+def test_the_smallest_detectable_change_is_the_first_that_mcnemar_finds(n, alpha, tests):
+    found = [k for k in range(1, n + 1) if exact_mcnemar(k, 0) <= alpha / tests]
+    assert smallest_detectable_change(n, alpha, tests) == (found[0] / n if found else None)
+
+
+def test_the_smallest_detectable_change_by_hand():
+    assert smallest_detectable_change(50) == 6 / 50
+    assert smallest_detectable_change(5) is None
+    assert smallest_detectable_change(48, tests=32) == 11 / 48
+    for bad in ((-1, 0.05, 1), (10, 0.0, 1), (10, 1.0, 1), (10, 0.05, 0)):
+        with pytest.raises(InputError, match="no detectable change"):
+            smallest_detectable_change(*bad)
+
+
+def test_the_observed_group_is_one_of_the_draws():
+    assert random_p_value(0.7, [0.1] * 20) == 1 / 21
+    assert random_p_value(0.1, [0.1, 0.0, 0.2]) == 3 / 4
+    assert random_p_value(0.1, []) == 1.0
