@@ -175,7 +175,7 @@ def _attend(
     source = module._module if isinstance(module, _Ungrouped) else module
     needs_family = _family_keywords(keywords)
     sliced = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
-    if not needs_family and _family_supports_sdpa(type(source)):
+    if not needs_family and _family_supports_sdpa(type(source).__module__):
         # Without a mask sdpa is causal by itself, from the top left: wrong once a cache holds more keys
         # than there are queries, so that case gets its mask.
         if attention_mask is None and 1 < query.shape[2] != key.shape[2]:
@@ -205,9 +205,9 @@ def _family_keywords(keywords: dict[str, Any]) -> set[str]:
 
 
 @lru_cache
-def _family_supports_sdpa(attention_class: type[nn.Module]) -> bool:
+def _family_supports_sdpa(module_name: str) -> bool:
     """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
-    source = sys.modules[attention_class.__module__]
+    source = sys.modules[module_name]
     declared = [
         value._supports_sdpa
         for value in vars(source).values()

@@ -154,7 +154,7 @@ class Audit:
 
     def _table(self, values: Tensor) -> HeadScores:
         """[n_heads in all, n_prompts] as [n_prompts, n_layers, n_heads]."""
-        return HeadScores(values.T.unflatten(1, (self.engine.n_layers, self.engine.n_heads)), unit="nats")
+        return HeadScores(values.T.reshape(-1, self.engine.n_layers, self.engine.n_heads), unit="nats")
 
     def _pass(self, name: str, prompts: PromptSet, readings: Readings) -> HeadPass:
         """A pass over one set whose results and plan are kept."""

@@ -96,7 +96,8 @@ def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: tor
     chosen = [sequences[member] for member in members]
     prefix = shared_prefix(chosen) if len(chosen) > 1 else 0
     token_ids = list(chosen[0].token_ids[:prefix])
-    positions, segments, wanted = list(range(prefix)), [0] * prefix, []
+    positions, segments = list(range(prefix)), [0] * prefix
+    wanted: list[int] = []
     for number, sequence in enumerate(chosen, start=1):
         rest = sequence.token_ids[prefix:]
         token_ids += rest

@@ -72,7 +72,7 @@ def run_audit(
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
     """
-    progress = progress or Silent()
+    watching: Progress = progress or Silent()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)
@@ -81,8 +81,8 @@ def run_audit(
         with RunDirectory.start(out, _settings(engine, config, data), _provenance(command)) as run:
             torch.set_num_threads(run.remember("threads", torch.get_num_threads()))
             started = time.monotonic()
-            progress.say(estimate(engine, data, config))
-            found = Audit(engine, config, data, run, progress).execute()
+            watching.say(estimate(engine, data, config))
+            found = Audit(engine, config, data, run, watching).execute()
             notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(str(one.message) for one in caught)]
             caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
             results = results_of(found, _about(engine, config, data), planted, caveats, notes)

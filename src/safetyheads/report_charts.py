@@ -77,7 +77,15 @@ def asr_by_size(results: Results) -> Spec | None:
         return None
     color = alt.Color(
         "series:N",
-        legend=alt.Legend(orient="top", title=None, direction="vertical", symbolOpacity=1),
+        legend=alt.Legend(
+            orient="top",
+            title=None,
+            direction="vertical",
+            symbolType="stroke",
+            symbolOpacity=1,
+            symbolSize=500,
+            symbolStrokeWidth=2.5,
+        ),
         scale=alt.Scale(domain=[SEARCHED, RANDOM, KEPT], range=["--attack", "--random", "--kept"]),
     )
     dash = alt.StrokeDash(

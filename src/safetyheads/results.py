@@ -55,9 +55,7 @@ def lead_group(found: Findings) -> GroupOutcome:
         (outcome.search.rate or 0.0) - max(0.0, kept - (outcome.search_benign.kept.rate or 0.0))
         for outcome in candidates
     ]
-    return next(
-        outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= max(gains) - SIZE_TOLERANCE
-    )
+    return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= max(gains) - SIZE_TOLERANCE)
 
 
 def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:

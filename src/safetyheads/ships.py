@@ -223,7 +223,7 @@ class HeadPass:
         step = max(1, _LOGITS_AT_ONCE // (n_wanted * reference.shape[-1]))
         for at in range(0, n_groups, step):
             states = hidden[at : at + step]
-            logits = self.engine.logits(states.flatten(0, 1)).double().unflatten(0, states.shape[:2])
+            logits = self.engine.logits(states.flatten(0, 1)).double().view(*states.shape[:2], -1)
             log_probabilities = torch.log_softmax(logits, dim=-1)
             # The exponential of the reference is taken per slice, so that the vocabulary is held once.
             divergences.append((reference.exp() * (reference - log_probabilities)).sum(dim=-1).cpu())

@@ -71,19 +71,31 @@ def test_a_rate_prints_with_n_and_interval():
     assert str(Rate(0, 0, 4)) == "no scored answers"
 
 
-@pytest.mark.parametrize(
-    ("table", "published"),
-    [
-        # Fagerland, Lydersen, Laake, Statistical Analysis of Contingency Tables (2017), chapter 8: Cavo et al.
-        ((59, 6, 16, 80), (-0.1186, -0.0046)),
-        # Newcombe (1998), the illustrative tables with n = 50; Altman et al. (2000), table 6.2.
-        ((36, 12, 2, 0), (0.0569, 0.3404)),
-        ((20, 12, 2, 16), (0.0562, 0.3292)),
-        ((14, 5, 0, 22), (0.0115, 0.2265)),
-    ],
-)
-def test_the_paired_interval_is_the_published_one(table, published):
-    assert newcombe_paired_interval(*table) == pytest.approx(published, abs=6e-5)
+def test_the_paired_interval_is_the_published_one():
+    # Fagerland, Lydersen, Laake, Statistical Analysis of Contingency Tables (2017), chapter 8: 59, 6, 16, 80.
+    assert newcombe_paired_interval(59, 6, 16, 80) == pytest.approx((-0.1186, -0.0046), abs=5e-5)
+
+
+@pytest.mark.parametrize("table", [(10, 10, 10, 10), (12, 8, 9, 8), (30, 20, 0, 0), (0, 7, 0, 43), (0, 0, 0, 50)])
+def test_uncorrelated_pairs_have_newcombes_interval_of_independent_samples(table):
+    # In each table phi is 0: no association, less of it than the correction takes away, or an empty margin.
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    both, first, second, _ = table
+    n = sum(table)
+    expected = confint_proportions_2indep(both + first, n, both + second, n, method="newcomb")
+    assert newcombe_paired_interval(*table) == pytest.approx(expected)
+
+
+def test_correlation_narrows_the_paired_interval_and_its_opposite_widens_it():
+    # Both rates are 0.6 and 0.4 of 50 in each table; only who changed differs.
+    widths = [high - low for low, high in (newcombe_paired_interval(*t) for t in TABLES_BY_CORRELATION)]
+    assert widths == sorted(widths)
+    assert len(set(widths)) == 3
+
+
+# Most pairs keep their outcome; none in particular does; most change it.
+TABLES_BY_CORRELATION = [(20, 10, 0, 20), (12, 18, 8, 12), (0, 30, 20, 0)]
 
 
 @quick
