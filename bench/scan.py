@@ -77,7 +77,7 @@ def ours(size: str) -> float:
     from safetyheads.batching import TokenSequence
     from safetyheads.engine import Engine
     from safetyheads.loading import use_our_attention
-    from safetyheads.ships import Angle, HeadPass, Readings
+    from safetyheads.scoring import Angle, HeadPass, Readings
 
     model, prompts = build(size)
     use_our_attention(model)

@@ -37,7 +37,10 @@ def answers(share: float, n: int) -> list[bool]:
 
 def score_values(layers: int, heads: int, strong: dict[str, float], scale: float, seed: int) -> list[list[float]]:
     draw = random.Random(seed)
-    return [[strong.get(f"{i}-{j}", scale * math.exp(draw.gauss(0, 1.6))) for j in range(heads)] for i in range(layers)]
+    return [
+        [strong.get(f"{i}-{j}", scale * math.exp(min(draw.gauss(0, 1.6), 4))) for j in range(heads)]
+        for i in range(layers)
+    ]
 
 
 def ranking(values: list[list[float]]) -> list[tuple[str, float]]:
@@ -148,8 +151,9 @@ def audit(layers: int = 4, heads: int = 8, n: int = 48, sizes: int = 4) -> dict[
         "kind": "audit",
         "verdict": {
             "label": "concentrated",
-            "sentence": f"Ablating 3 of {total:,} heads ({', '.join(found)}) takes held-out ASR from 0.04 [0.01, 0.14] to "
-            "0.73 [0.59, 0.83]; 20 random groups: 0.05 [0.00, 0.10]; benign answers kept: 0.96 [0.86, 0.99].",
+            "sentence": f"Ablating 3 of {total:,} heads ({', '.join(found)}) takes held-out ASR from 0.04 "
+            "[0.01, 0.14] to 0.73 [0.59, 0.83]; 20 random groups: 0.05 [0.00, 0.10]; "
+            "benign answers kept: 0.96 [0.86, 0.99].",
             "reasons": ["the group's ASR is above that of every random group", "benign answers are kept"],
             "heads": found,
             "size": 3,

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
     from safetyheads.judges import Completion, Judge, KeywordJudge, Verdict
     from safetyheads.refusal import Opener, refusal_score
-    from safetyheads.sahara import rank_heads, sahara
+    from safetyheads.search import rank_heads, sahara
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
-    from safetyheads.ships import generalized_ships, mean_ships, ships
+    from safetyheads.scoring import generalized_ships, mean_ships, ships
     from safetyheads.stats import PairedDifference, Rate
 
 __version__ = "0.1.0"
@@ -45,14 +45,14 @@ _LAZY = {
     "Verdict": "judges",
     "Opener": "refusal",
     "refusal_score": "refusal",
-    "rank_heads": "sahara",
-    "sahara": "sahara",
+    "rank_heads": "search",
+    "sahara": "search",
     "GroupScorer": "scores",
     "HeadScores": "scores",
     "SearchTrace": "scores",
-    "generalized_ships": "ships",
-    "mean_ships": "ships",
-    "ships": "ships",
+    "generalized_ships": "scoring",
+    "mean_ships": "scoring",
+    "ships": "scoring",
     "PairedDifference": "stats",
     "Rate": "stats",
 }
@@ -104,6 +104,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    # A submodule of the same name (ships, sahara) would otherwise stand in the function's place once imported.
+    # Kept, so that the next use does not come here.
     globals()[name] = value
     return value

@@ -24,9 +24,9 @@ from safetyheads.judges import Judge, Verdict, judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
-from safetyheads.sahara import rank_heads, sahara
+from safetyheads.search import rank_heads, sahara
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.ships import Angle, HeadPass, Readings, answer_sequences
+from safetyheads.scoring import Angle, HeadPass, Readings, answer_sequences
 from safetyheads.storage import RunDirectory
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
 import psutil
@@ -87,8 +87,9 @@ class Plan:
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     """Tokens that all sequences begin with; at least one token, and all wanted ones, are left to each."""
-    first = os.path.commonprefix([sequence.token_ids for sequence in sequences])
-    return max(0, min([len(first), *(len(s.token_ids) - s.n_wanted for s in sequences)]))
+    columns = zip(*(sequence.token_ids for sequence in sequences), strict=False)
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
 
 
 def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: torch.device | str = "cpu") -> PackedRow:
@@ -143,7 +144,7 @@ def plan(
     n_rows = -(-len(sequences) // n_per_row)
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
-    rows = tuple(tuple(range(start, end)) for start, end in zip(starts, starts[1:], strict=False))
+    rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts))
     row_length = max(longest, int(prefix + (base + bool(extra)) * rest))
     groups = max(1, min(n_rows_useful, token_budget // row_length))
     return Plan(rows, groups, torch.get_num_threads())

@@ -72,7 +72,7 @@ def run_audit(
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
     """
-    watching: Progress = progress or Silent()
+    watching: Progress = Silent() if progress is None else progress
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)

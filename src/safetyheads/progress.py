@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -13,18 +13,8 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """One line worth keeping."""
 
-    def track(self, name: str, total: int) -> Tracking:
+    def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A context that gives a function to call with the number of items just done."""
-
-
-class Tracking(Protocol):
-    """The context manager that :meth:`Progress.track` returns."""
-
-    def __enter__(self) -> Callable[[int], None]:
-        """Begin the stage."""
-
-    def __exit__(self, *_: object) -> None:
-        """End it."""
 
 
 class Silent:

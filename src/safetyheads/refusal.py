@@ -13,7 +13,7 @@ from safetyheads.batching import TokenSequence
 from safetyheads.errors import SafetyheadsError
 from safetyheads.judges import Judge, KeywordJudge
 from safetyheads.scores import FunctionScorer
-from safetyheads.ships import HeadPass, Readings
+from safetyheads.scoring import HeadPass, Readings
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine

@@ -7,14 +7,14 @@ figures are drawn. The page asks for nothing: its styles, data and drawing libra
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
+from safetyheads.report_numbers import FILTERS, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,8 +40,9 @@ SCORE_ORDER = ("mean_ships", "benign_ships", "refusal_score", "generalized_ships
 """Harmful beside benign first; the others follow."""
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
-MAX_COMPLETION_CHARACTERS = 2_000_000
+MAX_COMPLETION_BYTES = 2_500_000
 """Room for completions in the page, so that it stays under 5 MB; the rest is counted."""
+_BYTES_AROUND_A_COMPLETION = 200
 
 
 def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
@@ -83,12 +84,14 @@ def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping
         "units": {name: scores.get(name, {}).get("unit", "") for name in [*scores, *_scorers(results)]},
         "alpha": (results["verdict"].get("smallest_detectable_change") or {}).get("alpha", 0.05),
         "charts": report_charts.charts(results),
-        "head_rows": report_charts.head_rows(results),
+        "head_columns": report_charts.head_columns(results),
         "head_table": _head_table(results),
         "heads_n": _heads_n(results),
         "curve_caption": _curve_caption(report_charts.lead_groups(results)),
         "tail_caption": _tail_caption(results),
         "sahara": _sahara_steps(results),
+        "groups": _groups_by_scorer(results),
+        "n_random": max((g["random"]["n_groups"] for g in results["behaviour"]["groups"] if g["random"]), default=0),
         "bars": list(_bars(results)),
         "reasons": list(_reason_tables(results)),
         "completions": completions,
@@ -174,7 +177,7 @@ def _head_table(results: Results) -> list[tuple[str, list[str]]]:
     if model["n_layers"] * model["n_heads"] > MAX_TABLE_HEADS:
         return []
     return [
-        (f"{i}-{j}", [_number(score["values"][i][j], digits=4) for score in scores.values()])
+        (f"{i}-{j}", [number(score["values"][i][j], digits=4) for score in scores.values()])
         for i in range(model["n_layers"])
         for j in range(model["n_heads"])
     ]
@@ -187,6 +190,15 @@ def _sahara_steps(results: Results) -> dict[str, list[dict[str, Any]]]:
         scorer: [dict(step) | {"group": groups.get((scorer, size))} for size, step in enumerate(trace["steps"], 1)]
         for scorer, trace in results["sahara"].items()
     }
+
+
+def _groups_by_scorer(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """The groups that each scorer led to, by size; the verdict's scorer first."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    lead = results["verdict"]["scorer"]
+    for group in sorted(results["behaviour"]["groups"], key=lambda group: (group["scorer"] != lead, group["size"])):
+        found.setdefault(group["scorer"], []).append(group)
+    return found
 
 
 def _bars(results: Results) -> Iterator[dict[str, Any]]:
@@ -236,14 +248,16 @@ def _reason_tables(results: Results) -> Iterator[dict[str, Any]]:
 
 def _completion_sets(results: Results, rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """Completions of the unablated model and the verdict's group, set by set, and how many found no room."""
+    from markupsafe import escape
+
     group = set(results["verdict"]["heads"])
     sets: dict[str, list[Mapping[str, Any]]] = {}
-    room, left_out = MAX_COMPLETION_CHARACTERS, 0
+    room, left_out = MAX_COMPLETION_BYTES, 0
     for row in rows:
         heads = {head for head in str(row.get("group") or "").split(",") if head}
         if "text" not in row or (heads and heads != group):
             continue
-        room -= len(str(row["text"])) + len(str(row.get("query", "")))
+        room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(text).encode()) for text in map(str, row.values()))
         if room < 0:
             left_out += 1
             continue
@@ -271,98 +285,10 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-# How numbers are written.
-
-
-def _two(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
-
-
-def _rate(rate: Mapping[str, Any] | None) -> str:
-    return "–" if not rate or rate["rate"] is None else _two(rate["rate"])
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _number(value: float | None, signed: bool = False, digits: int = 3) -> str:
-    """Significant digits, with the sign of a minus and no exponent down to a millionth."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    text = f"{size:.2g}" if 0 < size < 1e-4 else f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
-    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
-    return sign + re.sub(r"e-0?(\d+)$", r"e−\1", text)
-
-
-def _interval(bounds: Sequence[float] | None, signed: bool = False) -> str:
-    write = _signed if signed else _two
-    return f"[{write(bounds[0])}, {write(bounds[1])}]" if bounds else ""
-
-
-def _interval_of_numbers(bounds: Sequence[float], signed: bool = False) -> str:
-    return f"[{_number(bounds[0], signed, 2)}, {_number(bounds[1], signed, 2)}]"
-
-
-def _range_of(values: Sequence[float]) -> str:
-    return f"{_two(min(values))} to {_two(max(values))}" if values else ""
-
-
-def _p_value(value: float | None, equals: str = "") -> str:
-    if value is None:
-        return "–"
-    return "< 0.001" if value < 0.001 else equals + (f"{value:.3f}" if value < 0.1 else f"{value:.2f}")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
-
-
-def _in_words(change: Mapping[str, Any] | None, alpha: float) -> tuple[str, str]:
-    """What a change means, and the class of its colour."""
-    if not change or change["change"] is None:
-        return "not measured", "soft"
-    p_value = change.get("p_holm", change["p_value"])
-    if p_value is None or p_value >= alpha:
-        return "no clear change", "soft"
-    return ("complies more", "yes") if change["change"] > 0 else ("refuses more", "less")
-
-
-def _ties(groups: Sequence[Sequence[str]]) -> str:
-    shown = "; ".join(" = ".join(group) for group in groups[:4])
-    return shown + (f"; and {len(groups) - 4} more" if len(groups) > 4 else "")
-
-
-def _sentence(text: str) -> Markup:
-    """The verdict with its intervals set apart; everything else is escaped."""
-    from markupsafe import Markup, escape
-
-    marked = re.sub(r"\[[−+\-.,\d\s]*\]", lambda found: f'<span class="interval">{found[0]}</span>', str(escape(text)))
-    return Markup(marked)
-
-
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "rate": _rate,
-    "two": _two,
-    "signed": _signed,
-    "number": _number,
-    "interval": _interval,
-    "interval_of_numbers": _interval_of_numbers,
-    "range_of": _range_of,
-    "p_value": _p_value,
-    "percent": _percent,
-    "in_words": _in_words,
-    "ties": _ties,
-    "sentence": _sentence,
-    "sentence_case": lambda text: text[:1].upper() + text[1:],
-    "quoted": lambda text: json.dumps(text, ensure_ascii=False),
-}
-
-
 # What the page is made of.
 
 
+@cache
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -373,7 +299,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= _FILTERS
+    environment.filters |= FILTERS
     return environment
 
 
@@ -395,6 +321,6 @@ def _drawing_library() -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle(None, version)
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     # Inside a script element these two would end or hide the rest of the page.
     return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")

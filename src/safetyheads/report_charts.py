@@ -19,6 +19,7 @@ HEADS = "heads"
 """Name of the dataset of :func:`head_rows`, which the page gives to every chart that asks for it."""
 
 SEARCHED, RANDOM, KEPT = "searched group: ASR", "random groups: ASR", "searched group: benign kept"
+HARMFUL, BENIGN = "harmful prompts", "benign prompts"
 _LABELLED_HEADS = 3
 _DIGITS = 6
 _SCORER_COLOURS = ("--attack", "--kept", "--third", "--fourth", "--ink-soft")
@@ -37,20 +38,25 @@ def charts(results: Results) -> dict[str, Spec]:
     return {name: spec for name, spec in made.items() if spec is not None}
 
 
-def head_rows(results: Results) -> list[dict[str, Any]]:
-    """One row a head: its name, place, scores, and whether the ablated group or the planted heads hold it."""
-    group, planted = set(results["verdict"]["heads"]), set(results.get("planted_heads") or ())
-    scores: Mapping[str, Any] = results["scores"]
-    rows = []
-    for layer in range(results["model"]["n_layers"]):
-        for index in range(results["model"]["n_heads"]):
-            head = f"{layer}-{index}"
-            row: dict[str, Any] = {"head": head, "layer": layer, "index": index}
-            row |= {name: _rounded(score["values"][layer][index]) for name, score in scores.items()}
-            row |= {"group": True} if head in group else {}
-            row |= {"planted": True} if head in planted else {}
-            rows.append(row)
-    return rows
+def head_columns(results: Results) -> dict[str, Any]:
+    """What the charts know of each head, a column a fact, head after head: the page makes rows of it.
+
+    Columns, because a row for each of the 16,128 heads of the largest models would make the page too large.
+    """
+    verdict, scores = results["verdict"], results["scores"]
+    lead = verdict["scorer"] if verdict["scorer"] in scores else next(iter(scores))
+    best_first = [head for head, _ in ranked_scores(results, lead)]
+    group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
+    return {
+        "n_heads": results["model"]["n_heads"],
+        "scores": {
+            name: [_rounded(value) for layer in score["values"] for value in layer] for name, score in scores.items()
+        },
+        "best_first": best_first,
+        "group": group,
+        "planted": planted,
+        "named": sorted({*group, *planted, *best_first[:_LABELLED_HEADS]}),
+    }
 
 
 def ranked_scores(results: Results, name: str) -> list[tuple[str, float]]:
@@ -162,7 +168,7 @@ def asr_by_scorer(results: Results) -> Spec | None:
     for group in groups:
         rows += _rate_row(group["size"], labels[group["scorer"]], group["asr"], ", ".join(group["heads"]))
     names = [labels[scorer] for scorer in scorers]
-    legend = alt.Legend(orient="top", title=None, direction="vertical", labelLimit=320)
+    legend = alt.Legend(orient="top", title=None, direction="vertical", labelLimit=320, symbolOpacity=1)
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=_sizes(groups),
         color=alt.Color("series:N", legend=legend, scale=alt.Scale(domain=names, range=[*_SCORER_COLOURS])),
@@ -183,35 +189,37 @@ def heatmap(results: Results, name: str) -> Spec:
     score, model = results["scores"][name], results["model"]
     lowest, highest = _colour_range(results, name)
     if lowest < 0:
-        scale = alt.Scale(type="sqrt", domain=[lowest, 0, highest], range=["--cold-3", "--heat-0", "--heat-4"])
+        domain = [lowest, lowest / 4, 0, highest / 4, highest]
+        colours = ["--cold-4", "--cold-2", "--neutral", "--heat-2", "--heat-4"]
     else:
         # Colours at equal steps of the square root: most heads score near 0, and would else look alike.
         domain = [highest * (step / 4) ** 2 for step in range(5)]
-        scale = alt.Scale(type="sqrt", domain=domain, range=[f"--heat-{step}" for step in range(5)])
+        colours = [f"--heat-{step}" for step in range(5)]
+    scale = alt.Scale(type="sqrt", domain=domain, range=colours, clamp=True)
     legend = alt.Legend(
         title=f"{score['unit']}, square-root scale",
         orient="bottom",
         direction="horizontal",
         gradientLength=180,
         gradientThickness=8,
-        format=".2~g",
+        format=".2~r",
         values=_legend_values(lowest, highest),
     )
+    cell = max(9, min(44, 360 // model["n_layers"]))
     base = alt.Chart(alt.NamedData(name=HEADS)).encode(
         x=alt.X("index:O", title="head", axis=_band_axis(model["n_heads"])),
         y=alt.Y("layer:O", title="layer", axis=_band_axis(model["n_layers"])),
         tooltip=_head_tooltip(results, name),
     )
-    tiles = base.mark_rect(stroke="--paper", strokeWidth=0.75).encode(
+    tiles = base.mark_rect(aria=False, stroke="--paper", strokeWidth=0.75).encode(
         color=alt.Color(f"{name}:Q", scale=scale, legend=legend)
     )
     group = base.transform_filter("datum.group").mark_rect(
         fill="transparent", stroke="--ink", strokeWidth=2, cornerRadius=1
     )
     planted = base.transform_filter("datum.planted").mark_point(
-        shape="diamond", filled=True, size=34, color="--ink", opacity=1, stroke="--paper", strokeWidth=1
+        shape="diamond", filled=True, size=4 * cell, color="--ink", opacity=1, stroke="--paper", strokeWidth=1
     )
-    cell = max(9, min(44, 360 // model["n_layers"]))
     return _spec(
         alt.layer(tiles, group, planted),
         height=cell * model["n_layers"],
@@ -226,7 +234,9 @@ def _colour_range(results: Results, name: str) -> tuple[float, float]:
     names = [other for other in shared if other in scores] if name in shared else [name]
     values = [value for other in names for layer in scores[other]["values"] for value in layer]
     largest = max(map(abs, values), default=0.0) or 1.0
-    return (-largest if min(values, default=0.0) < 0 else 0.0), largest
+    # A divergence that rounds to just below 0 does not make a score signed.
+    signed = min(values, default=0.0) < -0.01 * largest
+    return (-largest if signed else 0.0), largest
 
 
 def _legend_values(lowest: float, highest: float) -> list[float]:
@@ -259,54 +269,37 @@ def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
 
 def long_tail(results: Results) -> Spec | None:
     """The lead score of every head by rank, both axes logarithmic, with the same head's benign score."""
-    name = results["verdict"]["scorer"]
-    if name not in results["scores"]:
+    name, scores = results["verdict"]["scorer"], results["scores"]
+    if name not in scores or not any(value > 0 for layer in scores[name]["values"] for value in layer):
         return None
-    rows = _tail_rows(results, name)
-    if not any(row["value"] for row in rows):
-        return None
-    score = results["scores"][name]
-    y = alt.Y("value:Q", title=f"{score['label']}, {score['unit']} (log scale)", scale=alt.Scale(type="log"))
-    y = y.axis(format="~g", tickCount=5)
-    last = max(row["rank"] for row in rows)
+    score, last = scores[name], results["model"]["n_layers"] * results["model"]["n_heads"]
+    ticks = [rank for rank in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if rank <= last]
     x = alt.X("rank:Q", title="rank of the head (log scale)", scale=alt.Scale(type="log", domain=[0.9, last * 1.15]))
-    x = x.axis(
-        format="d", values=[v for v in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000) if v <= last], grid=False
-    )
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    colours = {"harmful": "--attack", "benign": "--kept"}
+    kinds = {HARMFUL: name} | ({BENIGN: "benign_ships"} if name == "mean_ships" and "benign_ships" in scores else {})
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y)
-    tooltip = ["head:N", "rank:Q", alt.Tooltip("value:Q", title=score["unit"], format=f".{_DIGITS}~g"), "kind:N"]
-    colour = alt.Color(
-        "kind:N", legend=legend, scale=alt.Scale(domain=kinds, range=[colours[k.split()[0]] for k in kinds])
+    scale = alt.Scale(domain=list(kinds), range=["--attack", "--kept"][: len(kinds)])
+    base = alt.Chart(alt.NamedData(name=HEADS)).encode(
+        x=x.axis(format="d", values=ticks, grid=False),
+        tooltip=[alt.Tooltip("rank:Q", title="rank"), *_head_tooltip(results, name)],
     )
-    named = base.transform_filter("datum.label")
-    chart = alt.layer(
-        base.mark_point(filled=True, size=26).encode(
-            color=colour,
-            opacity=alt.condition(alt.datum.kind == "benign prompts", alt.value(0.4), alt.value(0.85)),
-            tooltip=tooltip,
-        ),
-        named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1).encode(tooltip=tooltip),
-        named.mark_text(align="left", dx=10, dy=-6, color="--ink", fontWeight=600, fontSize=12).encode(text="label:N"),
-    )
-    return _spec(chart, height=280, description=f"{score['label']} of all heads by rank")
 
+    def points(field: str) -> alt.Chart:
+        y = alt.Y(f"{field}:Q", title=f"{score['label']}, {score['unit']} (log scale)", scale=alt.Scale(type="log"))
+        chart: alt.Chart = base.transform_filter(f"datum.{field} > 0").encode(y=y.axis(format="~g", tickCount=5))
+        return chart
 
-def _tail_rows(results: Results, name: str) -> list[dict[str, Any]]:
-    """A row for each positive score: a logarithm has no place for the others."""
-    marked = set(results["verdict"]["heads"]) | set(results.get("planted_heads") or ())
-    benign = dict(ranked_scores(results, "benign_ships")) if "benign_ships" in results["scores"] else {}
-    rows = []
-    for rank, (head, value) in enumerate(ranked_scores(results, name), 1):
-        label = {"label": head} if head in marked or rank <= _LABELLED_HEADS else {}
-        one = {"head": head, "rank": rank}
-        if value > 0:
-            rows.append(one | {"kind": "harmful prompts", "value": _rounded(value)} | label)
-        if name == "mean_ships" and benign.get(head, 0) > 0:
-            rows.append(one | {"kind": "benign prompts", "value": _rounded(benign[head])})
-    return rows
+    named = points(name).transform_filter("datum.named")
+    layers = [
+        points(field)
+        .transform_calculate(kind=f"'{kind}'")
+        .mark_point(filled=True, size=26, aria=False, opacity=0.85 if kind == HARMFUL else 0.4)
+        .encode(color=alt.Color("kind:N", legend=legend, scale=scale))
+        for kind, field in reversed(kinds.items())
+    ]
+    layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
+    text = named.mark_text(align="left", dx=10, dy=-6, color="--ink", fontWeight=600, fontSize=12)
+    layers.append(text.encode(text="head:N"))
+    return _spec(alt.layer(*layers), height=280, description=f"{score['label']} of all heads by rank")
 
 
 def _vanilla_rule(rate: float) -> alt.Chart:

@@ -126,7 +126,7 @@ class SearchTrace:
 
 
 def table_of(heads: Sequence[Head], scores: Tensor, like: object = None) -> HeadScores:
-    """The heads' scores [len(heads)] as a table just large enough; name, unit and resolution from the scorer ``like``."""
+    """The heads' scores [len(heads)] as a table just large enough, named as the scorer ``like``."""
     n_layers, n_heads = (max(getattr(head, part) for head in heads) + 1 for part in ("layer", "index"))
     values = torch.full((n_layers, n_heads), float("nan"), dtype=torch.float64)
     for head, score in zip(heads, scores.tolist(), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from safetyheads.errors import InputError
 
 Space = Literal["prompt", "representation"]
-"""``prompt``: left singular vectors, as in the released code; ``representation``: right ones, as in the text (Sec 4.1)."""
+"""``prompt``: left singular vectors (the released code); ``representation``: right ones (the text, Sec 4.1)."""
 
 # Below this ratio of the last kept to the first singular value, squaring into a Gram matrix loses the last vector's
 # digits (the ratio of eigenvalues is its square, against float64's 1e-16), and the full decomposition is used.

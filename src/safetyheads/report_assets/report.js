@@ -3,9 +3,23 @@
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const specs = read("chart-specs");
-  const heads = read("head-rows");
+  const columns = read("head-columns");
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   let drawn = [];
+
+  // A row a head from the columns: its place follows from its position.
+  const heads = columns.scores[Object.keys(columns.scores)[0]].map((_, position) => {
+    const [layer, index] = [Math.floor(position / columns.n_heads), position % columns.n_heads];
+    return { head: `${layer}-${index}`, layer, index };
+  });
+  const byName = new Map(heads.map((row) => [row.head, row]));
+  for (const [name, values] of Object.entries(columns.scores)) {
+    values.forEach((value, position) => { heads[position][name] = value; });
+  }
+  columns.best_first.forEach((head, position) => { byName.get(head).rank = position + 1; });
+  for (const mark of ["group", "planted", "named"]) {
+    columns[mark].forEach((head) => { byName.get(head)[mark] = true; });
+  }
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
