@@ -195,7 +195,7 @@ def heatmap(results: Results, name: str) -> Spec:
         # Colours at equal steps of the square root: most heads score near 0, and would else look alike.
         domain = [highest * (step / 4) ** 2 for step in range(5)]
         colours = [f"--heat-{step}" for step in range(5)]
-    scale = alt.Scale(type="sqrt", domain=domain, range=colours, clamp=True)
+    scale = alt.Scale(type="sqrt", domain=domain, range=colours, clamp=True, interpolate="lab")
     legend = alt.Legend(
         title=f"{score['unit']}, square-root scale",
         orient="bottom",

@@ -53,7 +53,8 @@ LABELS = """() => [...document.querySelectorAll("[data-chart]")].map((place) => 
   return {
     name: place.dataset.chart, place: [box.left, box.width],
     drawn: place.querySelector("svg").getBoundingClientRect().width,
-    labels: labels.map((text) => [text.textContent, text.getBoundingClientRect().left, text.getBoundingClientRect().right]),
+    labels: labels.map((text) => [text.textContent, text.getBoundingClientRect()])
+      .map(([text, bounds]) => [text, bounds.left, bounds.right]),
   };
 })"""
 
