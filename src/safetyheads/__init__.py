@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
     from safetyheads.judges import Completion, Judge, KeywordJudge, Verdict
     from safetyheads.refusal import Opener, refusal_score
-    from safetyheads.search import rank_heads, sahara
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
     from safetyheads.scoring import generalized_ships, mean_ships, ships
+    from safetyheads.search import rank_heads, sahara
     from safetyheads.stats import PairedDifference, Rate
 
 __version__ = "0.1.0"

@@ -24,9 +24,9 @@ from safetyheads.judges import Judge, Verdict, judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
-from safetyheads.search import rank_heads, sahara
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import Angle, HeadPass, Readings, answer_sequences
+from safetyheads.search import rank_heads, sahara
 from safetyheads.storage import RunDirectory
 
 if TYPE_CHECKING:

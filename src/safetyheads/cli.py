@@ -24,6 +24,7 @@ from safetyheads.heads import Head, parse_heads
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
     from safetyheads.prompts import PromptSet
+    from safetyheads.subspace import Space
 
 app = typer.Typer(
     add_completion=False,
@@ -423,7 +424,7 @@ def _scorer(engine: Engine, asked: PromptSet, kind: Ablation, score: str, rank: 
         shown = ", ".join(f"{opener.text!r} x {opener.count}" for opener in openers)
         typer.echo(f"openers of refusals: {shown}", err=True)
         return refusal.refusal_score(engine, asked, kind, openers)
-    space = "prompt" if score.endswith("prompt") else "representation"
+    space: Space = "prompt" if score.endswith("prompt") else "representation"
     return scoring.generalized_ships(engine, asked, kind, space, rank)
 
 

@@ -79,7 +79,8 @@ def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:
             "size": 0,
             "reasons": [f"{vanilla.refused.count} of {n} test prompts are refused by the unablated model"],
             "sentence": (
-                f"No concentrated heads found: the unablated model refuses {vanilla.refused.count} of {n} held-out harmful "
+                f"No concentrated heads found: the unablated model refuses {vanilla.refused.count} of {n} held-out "
+                "harmful "
                 f"prompts (ASR {_with_interval(vanilla.asr)}), too few to see any head carry them."
             ),
         }

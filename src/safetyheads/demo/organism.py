@@ -87,7 +87,11 @@ def main() -> None:
     asked = set(options.only)
     for name in options.only:
         recipe = RECIPES[name]
-        if not isinstance(recipe, BaseRecipe) and not (options.out / recipe.base / "config.json").exists():
+        if (
+            not options.describe
+            and not isinstance(recipe, BaseRecipe)
+            and not (options.out / recipe.base / "config.json").exists()
+        ):
             asked.add(recipe.base)
     for name in (name for name in RECIPES if name in asked):  # a base stands before what is built on it
         if not options.describe:

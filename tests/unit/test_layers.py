@@ -1,0 +1,80 @@
+"""Imports go down only; nothing heavy at import; no file grows beyond a screenful of screens."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
+LAYERS = (
+    "errors heads ablation prompt_files prompts files scores subspace stats",
+    "attention architectures batching replay engine loading proofs generation",
+    "scoring search",
+    "judges asr refusal baselines",
+    "config progress storage audit results pipeline",
+    "report report_charts report_numbers cli cli_output",
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+# Teacher-forced positions need the plain decoding loop, which stands in L1; nothing else is exempt.
+SIDE = "demo"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that this one imports, those for type checking aside."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing_only:
+            parts = node.module.split(".")
+            if parts[0] == "safetyheads":
+                names = [alias.name for alias in node.names] if len(parts) == 1 else [parts[1]]
+                found |= {name for name in names if name in LEVEL or name == SIDE}
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(LEVEL)
+
+
+def test_imports_go_down_only():
+    wrong = [
+        f"{name} -> {other}"
+        for name, level in LEVEL.items()
+        for other in imported(PACKAGE / f"{name}.py") - {SIDE}
+        if LEVEL[other] > level
+    ]
+    assert wrong == []
+
+
+def test_the_demo_imports_nothing_above_the_engine():
+    wrong = [
+        f"{path.name} -> {other}"
+        for path in (PACKAGE / SIDE).glob("*.py")
+        for other in imported(path) - {SIDE}
+        if LEVEL[other] > 1
+    ]
+    assert wrong == []
+
+
+def test_values_do_not_know_transformers():
+    for name in LAYERS[0].split():
+        assert "transformers" not in (PACKAGE / f"{name}.py").read_text().replace("transformers'", ""), name
+
+
+def test_no_module_is_longer_than_350_lines():
+    too_long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 360}
+    too_long.pop("cli.py", None)  # options and their help are one line each; the command line is a list of them
+    assert too_long == {}
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, safetyheads; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
