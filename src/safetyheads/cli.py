@@ -1,283 +1,246 @@
-"""The command line. Owns options, exit codes and the words of usage errors; every number comes from elsewhere.
+"""The command line. Owns commands, exit codes and the words of usage errors; every number comes from elsewhere.
 
-Exit codes: 0 done, 1 failed, 2 bad input. torch is not imported before a command needs it.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. torch is not imported before a command needs it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
-from rich.console import Console
 
-from safetyheads.ablation import Ablation
+from safetyheads.cli_options import (
+    AblationOptions,
+    AngleOptions,
+    AnswerOptions,
+    Benign,
+    Heads,
+    Limit,
+    ModelOptions,
+    OutputOptions,
+    Positions,
+    PromptOptions,
+    QueryLevel,
+    RunOptions,
+    Score,
+    SearchOptions,
+    ShowCompletions,
+    Size,
+    Split,
+    Threads,
+    takes,
+)
+from safetyheads.cli_output import (
+    one_line,
+    print_json,
+    progress_for,
+    show_check,
+    show_rates,
+    show_ranking,
+    show_steps,
+    show_summary,
+    stdout,
+    warnings_as_lines,
+)
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Head, parse_heads
+from safetyheads.heads import Group, parse_heads, within
 
 if TYPE_CHECKING:
+    from safetyheads.cli_output import RateTable
     from safetyheads.engine import Engine
+    from safetyheads.progress import Progress
     from safetyheads.prompts import PromptSet
-    from safetyheads.subspace import Space
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Which attention heads a model's refusals depend on, how concentrated that is, and what ablating them does.",
 )
 
-Model = Annotated[
-    str, typer.Argument(help="Directory or hub id; demo:NAME is an embedded checkpoint.", show_default=False)
-]
-Prompts = Annotated[
-    str, typer.Option(help="CSV, JSONL or TXT file, or advbench, jailbreakbench, maliciousinstruct, demo.")
-]
-Benign = Annotated[str, typer.Option(help="Benign prompts, likewise; 'benign' is the package's own list.")]
-TemplateOption = Annotated[str | None, typer.Option(help="direct, query_answer, chat, or a string with {query}.")]
-System = Annotated[str | None, typer.Option(help="System prompt of the chat template.")]
-Column = Annotated[str | None, typer.Option(help="Column of the prompts, where the file has several.")]
-Limit = Annotated[int | None, typer.Option(help="Read only the first so many prompts.")]
-AblationOption = Annotated[str, typer.Option(help="ua, ua_key, sc, mean_query, mean_key or mean_head_output.")]
-Epsilon = Annotated[float, typer.Option(help="Strength of the ablation; 0 is the exact limit.")]
-Size = Annotated[int, typer.Option(help="Most heads in a group.")]
-Judge = Annotated[str, typer.Option(help="paper or released.")]
-NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-TopK = Annotated[int, typer.Option(help="1 is greedy; the paper samples with 5.")]
-Positions = Annotated[int, typer.Option(help="Answer tokens over which Ships are averaged.")]
-Seed = Annotated[int, typer.Option(help="Of the split, the random groups and the sampling.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run code.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, without completions.")]
-Out = Annotated[Path | None, typer.Option(help="Run directory; continued if it holds part of this run.")]
+# typer carries a click of its own in newer versions, so click's base class is reached through typer's own name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
-SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalized_ships_representation")
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False,
+) -> None:
+    if version:
+        from safetyheads import __version__
+
+        typer.echo(f"safetyheads {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
+@takes
 def demo(
+    ablation: AblationOptions,
+    search: SearchOptions,
+    answers: AnswerOptions,
+    run: RunOptions,
+    output: OutputOptions,
     name: Annotated[
-        str, typer.Argument(help="aligned_a, aligned_b, aligned_single, aligned_diffuse, base, ...")
+        str, typer.Argument(help="aligned_a, aligned_b, aligned_single, aligned_wrapped, aligned_diffuse or base.")
     ] = "aligned_a",
-    ablation: AblationOption = "ua",
-    epsilon: Epsilon = 1e-5,
-    size: Size = 3,
-    out: Out = None,
-    json_output: Json = False,
+    limit: Limit = None,
+    threads: Threads = None,
 ) -> None:
     """Audit an embedded model whose refusal heads are known."""
-    config = AuditConfig(f"demo:{name}", "demo", "demo", ablation=ablation, epsilon=epsilon, size=size)
-    _audit(config, out or Path("runs") / f"demo-{name}", json_output)
+    model = ModelOptions(model=f"demo:{name}", threads=threads)
+    settings = {**asdict(ablation), **asdict(search), **asdict(answers)}
+    config = AuditConfig(model.model, "demo", "demo", limit=limit, store_completions=not run.no_completions, **settings)
+    _audit(model, config, replace(run, out=run.out or Path("runs") / f"demo-{name}"), output)
 
 
 @app.command()
+@takes
 def audit(
-    model: Model,
-    prompts: Prompts,
+    model: ModelOptions,
+    prompts: PromptOptions,
+    ablation: AblationOptions,
+    search: SearchOptions,
+    answers: AnswerOptions,
+    run: RunOptions,
+    output: OutputOptions,
     benign: Benign = "benign",
-    template: TemplateOption = None,
-    system: System = None,
-    column: Column = None,
-    limit: Limit = None,
-    ablation: AblationOption = "ua",
-    epsilon: Epsilon = 1e-5,
-    size: Size = 3,
-    positions: Positions = 1,
-    judge: Judge = "paper",
-    max_new_tokens: NewTokens = 128,
-    top_k: TopK = 1,
-    split: Annotated[float, typer.Option(help="Share of the prompts that the search sees.")] = 0.5,
-    n_random: Annotated[int, typer.Option(help="Random groups for each size.")] = 20,
-    seed: Seed = 0,
-    out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    no_completions: Annotated[bool, typer.Option("--no-completions", help="Store verdicts, not answers.")] = False,
-    json_output: Json = False,
+    split: Split = 0.5,
 ) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    if prompts == "demo" and benign == "benign":
-        benign = "demo"
+    settings = {**asdict(prompts), **asdict(ablation), **asdict(search), **asdict(answers)}
     config = AuditConfig(
-        model, prompts, benign, template, system, column, limit, ablation, epsilon, size, positions, judge,
-        max_new_tokens, top_k, split, n_random, seed, dtype, device, not no_completions,
-    )  # fmt: skip
-    names = [Path(part.rstrip("/")).name.split(".")[0].replace(":", "-") for part in (model, prompts)]
-    default = Path("runs") / "-".join([*names, ablation])
-    _audit(config, out or default, json_output, threads, trust_remote_code, allow_pickle)
+        model.model,
+        # The organism knows no other language than its own, so its harmful prompts go with its benign ones.
+        benign="demo" if prompts.prompts == "demo" and benign == "benign" else benign,
+        split=split,
+        dtype=model.dtype,
+        device=model.device,
+        store_completions=not run.no_completions,
+        **settings,
+    )
+    _audit(model, config, replace(run, out=run.out or _default_out(config)), output)
 
 
 @app.command()
+@takes
 def ships(
-    model: Model,
-    prompts: Prompts,
-    template: TemplateOption = None,
-    system: System = None,
-    column: Column = None,
-    limit: Limit = None,
-    ablation: AblationOption = "ua",
-    epsilon: Epsilon = 1e-5,
+    model: ModelOptions,
+    prompts: PromptOptions,
+    ablation: AblationOptions,
+    output: OutputOptions,
     positions: Positions = 1,
     top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    json_output: Json = False,
 ) -> None:
     """Rank all heads by mean Ships (Eq 9, averaged over the prompts)."""
-    from safetyheads import cli_output, scoring
+    kind, asked = ablation.parsed(), _prompts(prompts)
+    _at_least(1, positions=positions, top=top)
+    engine, watching = _engine(model), progress_for(output.quiet)
+    from safetyheads.scores import HeadScores
+    from safetyheads.scoring import HeadPass, Readings, answer_sequences
+    from safetyheads.stats import mean_with_interval
 
-    kind = Ablation.parse(ablation, epsilon)
-    asked = _prompts(prompts, template, system, column, limit)
-    engine = _engine(model, dtype, device, threads, trust_remote_code, allow_pickle)
-    scores = scoring.ships(engine, asked, kind, positions).mean()
-    ranked, ties = scores.ranked()[:top], scores.ties()
-    if json_output:
-        heads = [{"head": str(head), "mean_ships": value} for head, value in scores.ranked()]
-        _print_json({"unit": "nats", "n": len(asked), "ablation": asdict(kind), "heads": heads})
-        return
-    title = f"mean Ships over {len(asked)} prompts, {kind}"
-    cli_output.show_ranking(Console(), title, "nats", ranked, [tie for tie in ties if tie[0] in dict(ranked)])
+    sequences = answer_sequences(engine, asked, positions)
+    measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
+    with watching.track("scoring heads", len(engine.heads)) as done:
+        values = measuring.measure([(head,) for head in engine.heads], done)["ships"]
+    table = values.T.reshape(len(asked), engine.n_layers, engine.n_heads)
+    scores = HeadScores(table, "ships", "nats", measuring.scorer("mean_ships").resolution).mean()
+    heads = [
+        {"head": str(head), **asdict(mean_with_interval(table[:, head.layer, head.index].tolist()))}
+        for head, _ in scores.ranked()
+    ]
+    if output.json_output:
+        about = {"score": "mean_ships", "unit": "nats", "n": len(asked), "ablation": asdict(kind)}
+        ties = [[str(head) for head in tie] for tie in scores.ties()]
+        print_json({**about, "positions": positions, "heads": heads, "ties": ties})
+    else:
+        show_ranking(f"Mean Ships over {len(asked)} prompts, in nats: {kind}", heads[:top], scores.ties())
 
 
 @app.command()
+@takes
 def sahara(
-    model: Model,
-    prompts: Prompts,
-    score: Annotated[str, typer.Option(help=", ".join(SCORES))] = "mean_ships",
+    model: ModelOptions,
+    prompts: PromptOptions,
+    ablation: AblationOptions,
+    answers: AnswerOptions,
+    angle: AngleOptions,
+    output: OutputOptions,
+    score: Score = "mean_ships",
     size: Size = 3,
-    rank: Annotated[int, typer.Option(help="Singular vectors, for Generalized Ships.")] = 1,
-    template: TemplateOption = None,
-    system: System = None,
-    column: Column = None,
-    limit: Limit = None,
-    ablation: AblationOption = "ua",
-    epsilon: Epsilon = 1e-5,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    json_output: Json = False,
+    positions: Positions = 1,
 ) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
-    from safetyheads import cli_output, search
+    from safetyheads.cli_search import ScoreChoice, searched
 
-    if score not in SCORES:
-        raise InputError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
-    kind = Ablation.parse(ablation, epsilon)
-    asked = _prompts(prompts, template, system, column, limit)
-    engine = _engine(model, dtype, device, threads, trust_remote_code, allow_pickle)
-    if not 1 <= size <= len(engine.heads):
-        raise InputError(f"size {size} is out of range: the model has {len(engine.heads)} heads")
-    scorer = _scorer(engine, asked, kind, score, rank)
-    trace = search.sahara(scorer, engine.heads, size)
-    steps = [
-        {"chosen": str(head), "score": value, "ties": [str(other) for other in ties]}
-        for head, value, ties in zip(trace.group, trace.scores, trace.ties(), strict=True)
-    ]
-    if json_output:
-        about = {"score": score, "unit": scorer.unit, "n": len(asked), "ablation": asdict(kind)}
-        _print_json({**about, "group": [str(head) for head in trace.group], "steps": steps})
-        return
-    ranked = list(zip(trace.group, trace.scores, strict=True))
-    title = f"Sahara by {score} over {len(asked)} prompts, {kind}"
-    cli_output.show_ranking(
-        Console(), title, scorer.unit, ranked, [(h, *t) for h, t in zip(trace.group, trace.ties(), strict=True) if t]
-    )
+    choice = ScoreChoice.of(score, positions, answers, angle)
+    kind, asked = ablation.parsed(), _prompts(prompts)
+    _at_least(1, size=size, positions=positions)
+    choice.refuse_too_few(len(asked))
+    engine, watching = _engine(model), progress_for(output.quiet)
+    _refuse_large(size, engine)
+    result = searched(engine, asked, kind, choice, size, watching)
+    if output.json_output:
+        print_json(result)
+    else:
+        show_steps(f"Sahara by {choice.name} over {len(asked)} prompts: {kind}", result)
 
 
 @app.command()
+@takes
 def asr(
-    model: Model,
-    prompts: Prompts,
-    heads: Annotated[str, typer.Option(help="Heads to ablate, such as 2-26,3-1; none is the vanilla model.")] = "",
-    query_level: Annotated[int, typer.Option(help="Each prompt ablates its own top so many heads by Ships.")] = 0,
-    template: TemplateOption = None,
-    system: System = None,
-    column: Column = None,
-    limit: Limit = None,
-    ablation: AblationOption = "ua",
-    epsilon: Epsilon = 1e-5,
-    judge: Judge = "paper",
-    max_new_tokens: NewTokens = 128,
-    top_k: TopK = 1,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    json_output: Json = False,
+    model: ModelOptions,
+    prompts: PromptOptions,
+    ablation: AblationOptions,
+    answers: AnswerOptions,
+    output: OutputOptions,
+    heads: Heads = "",
+    query_level: QueryLevel = None,
 ) -> None:
-    """Attack success rate with heads ablated, beside the vanilla model; answers are not printed."""
-    from safetyheads import asr as behaviour
-    from safetyheads import scoring
-    from safetyheads.generation import Sampling
-    from safetyheads.heads import within
+    """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.judges import judge_named
-    from safetyheads.stats import paired_difference
 
-    kind, group, judging = Ablation.parse(ablation, epsilon), parse_heads(heads), judge_named(judge)
-    if group and query_level:
+    kind, group, judging = ablation.parsed(), parse_heads(heads), judge_named(answers.judge)
+    if group and query_level is not None:
         raise InputError("--heads and --query-level exclude each other")
-    asked = _prompts(prompts, template, system, column, limit)
-    engine = _engine(model, dtype, device, threads, trust_remote_code, allow_pickle)
+    _at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
+    asked = _prompts(prompts)
+    engine, watching = _engine(model), progress_for(output.quiet)
     within(group, engine.n_layers, engine.n_heads)
-    groups: Sequence[tuple[Head, ...]] = [group] * len(asked)
-    if query_level:
-        groups = behaviour.query_level_groups(scoring.ships(engine, asked, kind), query_level)
-    sampling = Sampling(top_k, seed)
-    vanilla = behaviour.attack_success_rate(engine, asked, (), kind, judging, max_new_tokens, sampling)
-    ablated = behaviour.query_level_attack_success_rate(engine, asked, groups, kind, judging, max_new_tokens, sampling)
-    change = paired_difference(*([row.verdict.complied for row in one.rows] for one in (vanilla, ablated)))
-    result = {
-        "heads": heads if not query_level else f"each prompt's top {query_level}",
-        "ablation": asdict(kind),
-        "judge": judging.describe(),
-        "vanilla": {"asr": asdict(vanilla.asr), "reasons": vanilla.reasons},
-        "ablated": {"asr": asdict(ablated.asr), "reasons": ablated.reasons},
-        "change": asdict(change),
-    }
-    if json_output:
-        _print_json(result)
-        return
-    console = Console()
-    console.print(f"vanilla ASR {vanilla.asr}", highlight=False)
-    for reason, count in vanilla.reasons.items():
-        console.print(f"  {count:4d}  {reason}", highlight=False, markup=False)
-    console.print(f"ASR with {result['heads'] or 'no head'} ablated {ablated.asr}", highlight=False)
-    for reason, count in ablated.reasons.items():
-        console.print(f"  {count:4d}  {reason}", highlight=False, markup=False)
-    if change.change is not None and change.interval is not None:
-        low, high = change.interval
-        words = (
-            f"change {change.change:+.2f} [{low:+.2f}, {high:+.2f}], exact McNemar p {change.p_value:.2g}, n {change.n}"
+    groups: Sequence[Group] = [group] * len(asked)
+    label = ", ".join(str(head) for head in group)
+    if query_level is not None:
+        from safetyheads.asr import query_level_groups
+        from safetyheads.scoring import ships as ships_of
+
+        _refuse_large(query_level, engine)
+        groups, label = (
+            query_level_groups(ships_of(engine, asked, kind), query_level),
+            f"each prompt's top {query_level}",
         )
-        console.print(words, highlight=False, markup=False)
+    rows: RateTable = {"none": [()] * len(asked)} | ({label: groups} if label else {})
+    result = _rates(engine, asked, rows, ablation, answers, watching)
+    result |= {"judge": judging.describe(), "ablation": asdict(kind), "n": len(asked)}
+    if output.json_output:
+        print_json(result)
+    else:
+        show_rates(f"Attack success over {len(asked)} prompts: {kind}", result)
 
 
 @app.command()
+@takes
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    show_completions: Annotated[
-        bool, typer.Option("--show-completions", help="Put the answers into the report.")
-    ] = False,
-    json_output: Json = False,
+    output: OutputOptions,
+    run: Annotated[Path, typer.Argument(help="Run directory of a finished audit.", show_default=False)],
+    show_completions: ShowCompletions = False,
 ) -> None:
     """Write the report of a finished run again."""
     from safetyheads.report import write_report
@@ -285,169 +248,182 @@ def report(
 
     opened = RunDirectory.open(run)
     path = write_report(opened, show_completions=show_completions)
-    if json_output:
-        _print_json(opened.read_results())
-        return
-    Console().print(f"Report: {path}", highlight=False, soft_wrap=True)
+    if output.json_output:
+        print_json(opened.read_results())
+    else:
+        stdout().print(f"Report: {path}", soft_wrap=True)
 
 
 @app.command()
+@takes
 def check(
-    model: Model,
+    model: ModelOptions,
+    output: OutputOptions,
     longest: Annotated[int, typer.Option(help="Most tokens that a run will reach.")] = 64,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    json_output: Json = False,
 ) -> None:
     """Prove on a model's own weights that ablations are exact; a model where they are not is refused by name."""
-    from rich.table import Table
-
-    engine = _engine(model, dtype, device, threads, trust_remote_code, allow_pickle, proved=False)
+    _at_least(1, longest=longest)
+    engine = _engine(model, proved=False)
     proved = engine.check(longest)
-    if json_output:
+    if output.json_output:
         proofs = [{**asdict(proof), "passed": proof.passed} for proof in proved.proofs]
-        _print_json({"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)})
-        return
-    table = Table("claim", "difference", "allowed", "holds", title=f"{engine.architecture.family}: {model}")
-    for proof in proved.proofs:
-        table.add_row(proof.name, f"{proof.error:.1e}", f"{proof.tolerance:.0e}", "yes" if proof.passed else "no")
-    console = Console()
-    console.print(table)
-    for note in proved.notes:
-        console.print(f"note: {note}", highlight=False)
+        print_json({"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)})
+    else:
+        show_check(f"{engine.architecture.family}: {model.model}", proved)
 
 
-def _audit(
-    config: AuditConfig,
-    out: Path,
-    json_output: bool,
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> None:
-    from safetyheads import demo as organism
-    from safetyheads.cli_output import TerminalProgress, show_summary
+def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: OutputOptions) -> None:
+    """Load, audit, report. All that can be refused without the model is refused before it is read."""
     from safetyheads.judges import judge_named
 
+    out = run.out or _default_out(config)
+    if run.show_completions and run.no_completions:
+        raise InputError("--show-completions and --no-completions exclude each other")
     judge_named(config.judge)
-    _usable(out)
-    on_demo_prompts = config.prompts == "demo"
-    if not on_demo_prompts:
-        from safetyheads.pipeline import read_data
+    _refuse_unusable(out)
+    from safetyheads.pipeline import read_data, run_audit
 
-        data = read_data(config)
-    engine = _engine(config.model, config.dtype, config.device, threads, trust_remote_code, allow_pickle)
-    from safetyheads.pipeline import demo_data, run_audit
+    data = read_data(config)
+    engine = _engine(model)
+    from safetyheads import demo as organism
     from safetyheads.report import write_report
     from safetyheads.storage import RunDirectory
 
-    if on_demo_prompts:
-        data = demo_data()
-    name = config.model.removeprefix("demo:")
-    planted = organism.PLANTED_HEADS[name] if config.model.startswith("demo:") else None
-    watching = TerminalProgress(Console(stderr=True))
-    results = run_audit(engine, config, out, data, planted, watching, sys.argv)
-    path = write_report(RunDirectory.open(out))
-    if json_output:
-        _print_json(results)
+    planted = organism.PLANTED_HEADS[model.model.removeprefix("demo:")] if model.model.startswith("demo:") else None
+    results = run_audit(engine, config, out, data, planted, progress_for(output.quiet), sys.argv)
+    path = write_report(RunDirectory.open(out), show_completions=run.show_completions)
+    if output.json_output:
+        print_json(results)
     else:
-        show_summary(Console(), results, str(path))
+        show_summary(results, path)
 
 
-def _usable(out: Path) -> None:
-    """Refuse an output directory that cannot be made, before a model is read."""
-    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+def _default_out(config: AuditConfig) -> Path:
+    """``runs/MODEL-PROMPTS-ABLATION``."""
+    model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
+    return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.ablation}"
+
+
+def _refuse_unusable(out: Path) -> None:
+    """Refuse an output directory that cannot be made or written, before a model is read."""
+    import os
+
+    # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
+    existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
     if not existing.is_dir():
-        raise InputError(f"cannot write {out}: {existing} is not a directory")
+        raise InputError(f"{out} cannot be written: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: no permission to write in {existing}")
 
 
-def _prompts(
-    prompts: str, template: str | None, system: str | None, column: str | None, limit: int | None
-) -> PromptSet:
-    from safetyheads.prompts import PromptSet
-
-    if prompts == "demo":
+def _prompts(options: PromptOptions) -> PromptSet:
+    """The harmful prompts; ``demo`` is the organism's held-out split."""
+    if options.prompts == "demo" and not Path("demo").is_file():
         from safetyheads import demo as organism
         from safetyheads.demo.loading import demo_prompts
 
-        read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)
-        read = read[:limit] if limit else read
-        return read.with_template(template, system) if template else read
-    return PromptSet.read(prompts, template, column=column, system=system, limit=limit)
+        _at_least(1, limit=options.limit)
+        read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)[: options.limit]
+        return read.with_template(options.template or "chat", options.system)
+    from safetyheads.prompts import PromptSet
+
+    given = asdict(options)
+    return PromptSet.read(given.pop("prompts"), **given)
 
 
-def _engine(
-    model: str,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-    proved: bool = True,
-) -> Engine:
+def _engine(options: ModelOptions, proved: bool = True) -> Engine:
     """The model, with transformers' own bars and remarks silenced."""
+    path = options.model
+    if path.startswith("demo:"):
+        from safetyheads import demo as organism
+
+        path = str(organism.checkpoint_path(path.removeprefix("demo:")))
+    _at_least(1, threads=options.threads)
     import torch
     import transformers
 
-    from safetyheads import demo as organism
     from safetyheads.engine import Engine
 
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads must be at least 1; got {threads}")
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path = model
-    if model.startswith("demo:"):
-        path = str(organism.checkpoint_path(model.removeprefix("demo:")))
-    elif not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise InputError(f"no such model directory: {model}")
     return Engine.load(
-        path, dtype, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, check=proved
+        path,
+        options.dtype,
+        options.device,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+        check=proved,
     )
 
 
-def _scorer(engine: Engine, asked: PromptSet, kind: Ablation, score: str, rank: int) -> Any:
-    from safetyheads import refusal, scoring
-    from safetyheads.asr import answers_under
-    from safetyheads.judges import KeywordJudge
+def _rates(
+    engine: Engine,
+    asked: PromptSet,
+    rows: RateTable,
+    ablation: AblationOptions,
+    answers: AnswerOptions,
+    watching: Progress,
+) -> dict[str, Any]:
+    """ASR for each row of groups, one group a prompt, the first being the unablated model."""
+    from safetyheads.asr import query_level_attack_success_rate
+    from safetyheads.generation import Sampling
+    from safetyheads.judges import judge_named
+    from safetyheads.stats import paired_difference
 
-    if score == "mean_ships":
-        return scoring.mean_ships(engine, asked, kind)
-    if score == "refusal_score":
-        (answers,) = answers_under(engine, asked, [()], kind, KeywordJudge(), 32)
-        openers = refusal.openers_of(engine, answers)
-        shown = ", ".join(f"{opener.text!r} x {opener.count}" for opener in openers)
-        typer.echo(f"openers of refusals: {shown}", err=True)
-        return refusal.refusal_score(engine, asked, kind, openers)
-    space: Space = "prompt" if score.endswith("prompt") else "representation"
-    return scoring.generalized_ships(engine, asked, kind, space, rank)
+    kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)
+    measured = {}
+    with watching.track("answers", len(rows) * len(asked)) as done:
+        for label, groups in rows.items():
+            measured[label] = query_level_attack_success_rate(
+                engine, asked, groups, kind, judging, answers.max_new_tokens, sampling
+            )
+            done(len(asked))
+    complied = [[row.verdict.complied for row in one.rows] for one in measured.values()]
+    return {
+        "sampling": {"name": sampling.name, "seed": answers.seed, "max_new_tokens": answers.max_new_tokens},
+        "rates": [
+            {
+                "heads": label,
+                **{name: asdict(getattr(one, name)) for name in ("asr", "refused", "incoherent")},
+                "reasons": one.reasons,
+                "change": None if label == "none" else asdict(paired_difference(complied[0], ours)),
+            }
+            for (label, one), ours in zip(measured.items(), complied, strict=True)
+        ],
+    }
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+def _at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below ``least``, by the option's name."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}; got {number}")
+
+
+def _refuse_large(size: int, engine: Engine) -> None:
+    if size > len(engine.heads):
+        raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: errors become one line and an exit code."""
     try:
-        code = typer.main.get_command(app).main(arguments, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as shown:
-        typer.echo(shown.format_message())
-        code = 2
-    except click.ClickException as error:
-        typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        with warnings_as_lines():
+            code = typer.main.get_command(app).main(arguments, "safetyheads", standalone_mode=False)
+    except _UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        typer.echo(f"error: {one_line(message)}", err=True)
         code = 2
     except SafetyheadsError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {one_line(str(error))}", err=True)
         code = 2 if isinstance(error, InputError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted; the same command goes on where it stopped", err=True)
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
+    # typer makes this code of an interrupt by itself, where it sees it first.
+    if code == 130:
+        typer.echo("interrupted; start it again with the same command to continue", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

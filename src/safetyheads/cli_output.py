@@ -1,22 +1,84 @@
-"""What the terminal shows: progress, tables, the summary. Owns their look; computes nothing."""
+"""What the terminal shows: progress, tables, the summary. Owns their look; computes nothing.
+
+Results go to stdout; progress, notes and errors to stderr.
+"""
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rich.console import Console
+import typer
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
+from safetyheads.heads import Group
+from safetyheads.progress import Progress as Watching
+from safetyheads.progress import Silent
+
+if TYPE_CHECKING:
+    from safetyheads.proofs import CheckReport
+
+RateTable: TypeAlias = dict[str, Sequence[Group]]
+"""Rows of ``safetyheads asr``: what is ablated, and the group of each prompt."""
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
+_WIDTH_OFF_TERMINAL = 140
+_TIES_SHOWN = 12
+_BORDERS = {"concentrated": "yellow", "none_found": "green"}
 
 
-class TerminalProgress:
+def stdout() -> Console:
+    """Results; brackets in them are text. Off a terminal there is no width to keep to, and lines stay whole."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=_WIDTH_OFF_TERMINAL)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Our own warnings as one line each; those of libraries, which users cannot act on, are left out."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category.__module__.startswith("safetyheads"):
+            typer.echo(f"warning: {one_line(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def progress_for(quiet: bool) -> Watching:
+    """Who watches a run."""
+    return Silent() if quiet else RichProgress(Console(stderr=True, markup=False, highlight=False))
+
+
+class RichProgress:
     """Bars on a terminal for stages that take over two seconds; elsewhere only the lines worth keeping."""
 
     def __init__(self, console: Console) -> None:
@@ -24,7 +86,7 @@ class TerminalProgress:
 
     def say(self, line: str) -> None:
         """One line on stderr."""
-        self.console.print(line, style="dim", highlight=False)
+        self.console.print(line, style="dim", soft_wrap=True)
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -32,25 +94,34 @@ class TerminalProgress:
         if not self.console.is_terminal:
             yield lambda _: None
             return
-        started = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(name, total=total, rate="", visible=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with _Patient(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda count: bars.advance(task, count)
 
-            def done(count: int) -> None:
-                lasted = time.monotonic() - started
-                completed = bars.tasks[0].completed + count
-                bars.update(
-                    task, advance=count, visible=lasted > PATIENCE, rate=f"{completed / max(lasted, 1e-3):.0f}/s"
-                )
 
-            yield done
+class _Patient(Progress):
+    """Bars that are not drawn before the stage has lasted ``PATIENCE``: most stages are over by then."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, transient: bool) -> None:
+        self._started = time.monotonic()
+        super().__init__(*columns, console=console, transient=transient)
+
+    def get_renderables(self) -> Iterator[RenderableType]:  # type: ignore[override]
+        if time.monotonic() - self._started >= PATIENCE:
+            yield from super().get_renderables()
+        else:
+            yield ""
+
+
+class _Rate(ProgressColumn):
+    """Items a second since the stage began; seconds an item where they are slow."""
+
+    def render(self, task: Task) -> Text:
+        if not task.completed or not task.elapsed:
+            return Text("")
+        rate = task.completed / task.elapsed
+        return Text(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
@@ -61,52 +132,129 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}] ({rate['count']}/{rate['n']})"
 
 
-def show_summary(console: Console, results: Mapping[str, Any], report: str) -> None:
+def _change_text(change: Mapping[str, Any] | None) -> str:
+    if change is None or change["change"] is None:
+        return ""
+    low, high = change["interval"]
+    return f"{change['change']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _p_text(p_value: float | None) -> str:
+    return "" if p_value is None else f"{p_value:.2g}"
+
+
+def show_summary(results: Mapping[str, Any], report: Path) -> None:
     """The end of an audit: the verdict, the groups, the top heads, and where the report is."""
-    verdict = results["verdict"]
-    style = {"concentrated": "yellow", "none_found": "green"}.get(verdict["label"], "blue")
-    console.print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=style))
-    groups = Table("search by", "heads", "ASR", "p", "random groups", "benign kept", title="Groups, on the test half")
+    console, verdict = stdout(), results["verdict"]
+    border = _BORDERS.get(verdict["label"], "blue")
+    console.print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
+    for reason in verdict["reasons"]:
+        console.print(f"- {reason}", soft_wrap=True)
+    console.print(f"Unablated: ASR {rate_text(results['behaviour']['vanilla']['asr'])}", soft_wrap=True)
+    console.print(_groups(results))
+    console.print(_heads(results))
+    planted = results["planted_heads"]
+    if planted is not None:
+        console.print(f"Planted heads: {', '.join(planted) or 'none'}")
+    for caveat in results["caveats"]:
+        console.print(f"- {caveat}", style="dim", soft_wrap=True)
+    for warning in results["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _groups(results: Mapping[str, Any]) -> Table:
+    names = ("search by", "size", "heads", "ASR", "change", "p", "random groups", "benign kept")
+    table = Table(*names, title="Groups, on the test half (95 % intervals; exact McNemar)")
     for group in results["behaviour"]["groups"]:
-        control = group["random"]
-        band = f"{control['mean']:.2f} [{control['low']:.2f}, {control['high']:.2f}]" if control else ""
-        groups.add_row(
-            group["scorer"],
+        control, change = group["random"], group["asr_change"]
+        table.add_row(
+            results["scores"][group["scorer"]]["label"],
+            str(group["size"]),
             ", ".join(group["heads"]),
             rate_text(group["asr"]),
-            f"{group['asr_change']['p_value']:.2g}",
-            band,
+            _change_text(change),
+            _p_text(change["p_value"]),
+            f"{control['mean']:.2f} [{control['low']:.2f}, {control['high']:.2f}]" if control else "",
             rate_text(group["benign_kept"]),
         )
-    heads = Table(
-        "head", "mean Ships", "on benign", "refusal score", "ASR alone", "p (Holm)", title="Top heads by mean Ships"
-    )
+    return table
+
+
+def _heads(results: Mapping[str, Any]) -> Table:
+    names = ("head", "mean Ships", "on benign", "refusal score", "ASR alone", "change", "p (Holm)")
+    table = Table(*names, title="Top heads by mean Ships, each ablated alone")
     for head in results["behaviour"]["heads"]:
-        score = head["refusal_score"]
-        heads.add_row(
+        score, change = head["refusal_score"], head["asr_change"]
+        table.add_row(
             head["head"],
             f"{head['mean_ships']['mean']:.3g}",
             f"{head['benign_ships']['mean']:.3g}",
             "" if score is None else f"{score['mean']:+.3g}",
             rate_text(head["asr"]),
-            f"{head['asr_change']['p_holm']:.2g}",
+            _change_text(change),
+            _p_text(change["p_holm"]),
         )
-    console.print(groups)
-    console.print(heads)
-    for caveat in results["caveats"]:
-        console.print(f"- {caveat}", style="dim", highlight=False)
-    for warning in results["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    return table
 
 
-def show_ranking(
-    console: Console, title: str, unit: str, ranked: Sequence[tuple[Any, float]], ties: Sequence[Any]
-) -> None:
-    """Heads with their scores, best first, and how many of them tie."""
-    table = Table("rank", "head", unit, title=title)
-    for rank, (head, score) in enumerate(ranked, start=1):
-        table.add_row(str(rank), str(head), f"{score:.6g}")
+def show_ranking(title: str, heads: Sequence[Mapping[str, Any]], ties: Sequence[Group]) -> None:
+    """Heads with their scores, best first, and which of them tie."""
+    table = Table("rank", "head", "mean", "95 % interval", "ties with", title=title)
+    tied = {str(head): group for group in ties for head in group}
+    for rank, row in enumerate(heads, start=1):
+        interval = row["interval"]
+        others = [str(other) for other in tied.get(row["head"], ()) if str(other) != row["head"]]
+        table.add_row(
+            str(rank),
+            row["head"],
+            f"{row['mean']:.6g}",
+            "" if interval is None else f"[{interval[0]:.3g}, {interval[1]:.3g}]",
+            _some(others),
+        )
+    stdout().print(table)
+
+
+def _some(heads: Sequence[str]) -> str:
+    more = len(heads) - _TIES_SHOWN
+    return ", ".join(heads[:_TIES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def show_steps(title: str, found: Mapping[str, Any]) -> None:
+    """Sahara's steps with ties, and the openers where the score has some."""
+    console = stdout()
+    if found["openers"]:
+        shown = ", ".join(f"{opener['text']!r} ({opener['count']})" for opener in found["openers"])
+        console.print(f"Openers of the model's own refusals: {shown}", soft_wrap=True)
+    table = Table("step", "head", f"score of the group, {found['unit']}", "next best", "ties with", title=title)
+    for number, step in enumerate(found["steps"], start=1):
+        following = ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2])
+        table.add_row(str(number), step["chosen"], f"{step['score']:.6g}", following, _some(step["ties"]))
     console.print(table)
-    for tie in ties:
-        console.print(f"tied: {', '.join(str(head) for head in tie[:12])}{' ...' * (len(tie) > 12)}", highlight=False)
+    console.print(f"Group: {','.join(found['group'])}")
+
+
+def show_rates(title: str, found: Mapping[str, Any]) -> None:
+    """ASR with heads ablated beside the unablated model, and why answers counted as they did."""
+    console = stdout()
+    table = Table("ablated", "ASR", "refused", "incoherent", "change", "p", title=title)
+    for row in found["rates"]:
+        change = row["change"]
+        rates = (rate_text(row[name]) for name in ("asr", "refused", "incoherent"))
+        table.add_row(row["heads"], *rates, _change_text(change), _p_text(change["p_value"] if change else None))
+    reasons = Table("reason", *(row["heads"] for row in found["rates"]), title="Why, in answers")
+    for reason in dict.fromkeys(reason for row in found["rates"] for reason in row["reasons"]):
+        reasons.add_row(reason, *(str(row["reasons"].get(reason, 0)) for row in found["rates"]))
+    console.print(table)
+    console.print(reasons)
+
+
+def show_check(title: str, proved: CheckReport) -> None:
+    """Each proof with its difference, and what was given up."""
+    console = stdout()
+    table = Table("claim", "difference", "allowed", "holds", title=title)
+    for proof in proved.proofs:
+        table.add_row(proof.name, f"{proof.error:.1e}", f"{proof.tolerance:.0e}", "yes" if proof.passed else "no")
+    console.print(table)
+    for note in proved.notes:
+        console.print(f"note: {note}", soft_wrap=True)

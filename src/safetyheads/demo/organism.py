@@ -68,6 +68,7 @@ def train(name: str, directory: Path) -> Trained:
 
 def write(trained: Trained, path: Path) -> None:
     """Write the checkpoint in bfloat16, as any local Hugging Face checkpoint."""
+    trained.model.config.safetyheads_organism = True  # the engine's default template for these is chat
     trained.model.to(torch.bfloat16).save_pretrained(path)
     trained.tokenizer.save_pretrained(path)
     for file in path.iterdir():  # safetensors writes files that only their owner reads; a package is for all

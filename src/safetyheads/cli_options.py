@@ -1,0 +1,252 @@
+"""The options of the command line, in groups that commands share. Owns their names, help and panels.
+
+A command takes a group as one argument; :func:`takes` spreads its fields into options for typer. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from safetyheads.ablation import Ablation
+
+_MODEL, _PROMPTS, _ABLATION, _ANSWERS, _SEARCH, _RUN, _OUTPUT = (
+    "Model",
+    "Prompts",
+    "Ablation",
+    "Answers",
+    "Search",
+    "Run directory",
+    "Output",
+)
+
+Size = Annotated[int, typer.Option(help="Most heads in a group.", rich_help_panel=_SEARCH)]
+Positions = Annotated[
+    int,
+    typer.Option(
+        help="Average Ships over the first so many tokens of the unablated answer.", rich_help_panel=_ABLATION
+    ),
+]
+Benign = Annotated[
+    str,
+    typer.Option(
+        help="Benign prompts: a file, 'demo', or 'benign', the package's own list.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Split = Annotated[float, typer.Option(help="Share of the prompts that the search sees.", rich_help_panel=_SEARCH)]
+Heads = Annotated[
+    str,
+    typer.Option(help="Heads to ablate, such as 2-26,3-1; none is the unablated model.", rich_help_panel=_ABLATION),
+]
+QueryLevel = Annotated[
+    int | None,
+    typer.Option(help="Let each prompt ablate its own so many top heads by Ships.", rich_help_panel=_ABLATION),
+]
+Score = Annotated[
+    str,
+    typer.Option(
+        help="mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation.",
+        rich_help_panel=_SEARCH,
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Read only the first so many prompts of each set.", rich_help_panel=_PROMPTS)
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads to use.", rich_help_panel=_MODEL)]
+ShowCompletions = Annotated[
+    bool,
+    typer.Option("--show-completions", help="Put the answers into the report, as text.", rich_help_panel=_RUN),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str, typer.Argument(help="Directory or hub id; demo:NAME is an embedded checkpoint.", show_default=False)
+    ]
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_MODEL)] = "cpu"
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=_MODEL)
+    ] = "float32"
+    threads: Threads = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.", rich_help_panel=_MODEL),
+    ] = False
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Read pickled weights, which can run code when read.", rich_help_panel=_MODEL
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """Which harmful prompts, and how they are put to the model."""
+
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo.",
+            rich_help_panel=_PROMPTS,
+        ),
+    ]
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="direct, query_answer, chat, or a text that holds {query}.",
+            rich_help_panel=_PROMPTS,
+            show_default="query_answer; chat for the demo's models",
+        ),
+    ] = None
+    system: Annotated[
+        str | None, typer.Option(help="System prompt of the chat template.", rich_help_panel=_PROMPTS)
+    ] = None
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of the file that holds the prompts, where it has several.", rich_help_panel=_PROMPTS),
+    ] = None
+    limit: Limit = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblationOptions:
+    """What happens to an ablated head."""
+
+    ablation: Annotated[
+        str,
+        typer.Option(help="ua, ua_key, sc, mean_query, mean_key or mean_head_output.", rich_help_panel=_ABLATION),
+    ] = "ua"
+    epsilon: Annotated[
+        float, typer.Option(help="Strength of the ablation; 0 is the exact limit.", rich_help_panel=_ABLATION)
+    ] = 1e-5
+
+    def parsed(self) -> Ablation:
+        """The ablation as a value."""
+        return Ablation.parse(self.ablation, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How answers are made and judged."""
+
+    judge: Annotated[str, typer.Option(help="Judge of the answers: paper or released.", rich_help_panel=_ANSWERS)] = (
+        "paper"
+    )
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_ANSWERS)] = 128
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 1 is greedy.", rich_help_panel=_ANSWERS)] = 1
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling, the split and the random groups.", rich_help_panel=_ANSWERS)
+    ] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """What an audit searches, and with what it compares."""
+
+    size: Size = 3
+    positions: Positions = 1
+    n_random: Annotated[
+        int, typer.Option(help="Random groups to compare with, for each size.", rich_help_panel=_SEARCH)
+    ] = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AngleOptions:
+    """Readings of Generalized Ships; None is the score's own."""
+
+    rank: Annotated[
+        int | None, typer.Option(help="Singular vectors that Generalized Ships keeps.", rich_help_panel=_SEARCH)
+    ] = None
+    subspace: Annotated[
+        str | None,
+        typer.Option(help="prompt or representation; with --score generalized_ships.", rich_help_panel=_SEARCH),
+    ] = None
+    state: Annotated[
+        str | None,
+        typer.Option(help="Last-token state that it reads: after_norm or before_norm.", rich_help_panel=_SEARCH),
+    ] = None
+    centred: Annotated[
+        bool, typer.Option("--centred", help="Subtract the mean over prompts first.", rich_help_panel=_SEARCH)
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Where an audit is kept."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run directory; it is continued if it holds part of this run.",
+            rich_help_panel=_RUN,
+            show_default="a name of its own under runs/",
+        ),
+    ] = None
+    no_completions: Annotated[
+        bool,
+        typer.Option("--no-completions", help="Store verdicts alone, not the answers.", rich_help_panel=_RUN),
+    ] = False
+    show_completions: ShowCompletions = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What is printed."""
+
+    json_output: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the result as one JSON object, never with answers.", rich_help_panel=_OUTPUT
+        ),
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress and no notes on stderr.", rich_help_panel=_OUTPUT)
+    ] = False
+
+
+def takes(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer: each parameter that is one of the groups above becomes its options."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    def called(**given: Any) -> None:
+        grouped = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**grouped, **given)
+
+    # Not functools.wraps: it points typer back at the command itself, past the signature made here.
+    called.__name__, called.__doc__, called.__annotations__ = command.__name__, command.__doc__, {}
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return called
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    """The fields of a group as keyword parameters."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
