@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safetyheads.cli_inputs import at_least, default_out, load_engine, prompts_of, refuse_large, refuse_unusable
 from safetyheads.cli_options import (
     AblationOptions,
     AngleOptions,
@@ -39,8 +40,8 @@ from safetyheads.cli_output import (
     print_json,
     progress_for,
     show_check,
-    show_rates,
     show_ranking,
+    show_rates,
     show_steps,
     show_summary,
     stdout,
@@ -126,7 +127,7 @@ def audit(
         store_completions=not run.no_completions,
         **settings,
     )
-    _audit(model, config, replace(run, out=run.out or _default_out(config)), output)
+    _audit(model, config, replace(run, out=run.out or default_out(config)), output)
 
 
 @app.command()
@@ -140,9 +141,9 @@ def ships(
     top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
 ) -> None:
     """Rank all heads by mean Ships (Eq 9, averaged over the prompts)."""
-    kind, asked = ablation.parsed(), _prompts(prompts)
-    _at_least(1, positions=positions, top=top)
-    engine, watching = _engine(model), progress_for(output.quiet)
+    kind, asked = ablation.parsed(), prompts_of(prompts)
+    at_least(1, positions=positions, top=top)
+    engine, watching = load_engine(model), progress_for(output.quiet)
     from safetyheads.scores import HeadScores
     from safetyheads.scoring import HeadPass, Readings, answer_sequences
     from safetyheads.stats import mean_with_interval
@@ -182,11 +183,11 @@ def sahara(
     from safetyheads.cli_search import ScoreChoice, searched
 
     choice = ScoreChoice.of(score, positions, answers, angle)
-    kind, asked = ablation.parsed(), _prompts(prompts)
-    _at_least(1, size=size, positions=positions)
+    kind, asked = ablation.parsed(), prompts_of(prompts)
+    at_least(1, size=size, positions=positions)
     choice.refuse_too_few(len(asked))
-    engine, watching = _engine(model), progress_for(output.quiet)
-    _refuse_large(size, engine)
+    engine, watching = load_engine(model), progress_for(output.quiet)
+    refuse_large(size, engine)
     result = searched(engine, asked, kind, choice, size, watching)
     if output.json_output:
         print_json(result)
@@ -211,9 +212,9 @@ def asr(
     kind, group, judging = ablation.parsed(), parse_heads(heads), judge_named(answers.judge)
     if group and query_level is not None:
         raise InputError("--heads and --query-level exclude each other")
-    _at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
-    asked = _prompts(prompts)
-    engine, watching = _engine(model), progress_for(output.quiet)
+    at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
+    asked = prompts_of(prompts)
+    engine, watching = load_engine(model), progress_for(output.quiet)
     within(group, engine.n_layers, engine.n_heads)
     groups: Sequence[Group] = [group] * len(asked)
     label = ", ".join(str(head) for head in group)
@@ -221,7 +222,7 @@ def asr(
         from safetyheads.asr import query_level_groups
         from safetyheads.scoring import ships as ships_of
 
-        _refuse_large(query_level, engine)
+        refuse_large(query_level, engine)
         groups, label = (
             query_level_groups(ships_of(engine, asked, kind), query_level),
             f"each prompt's top {query_level}",
@@ -262,8 +263,8 @@ def check(
     longest: Annotated[int, typer.Option(help="Most tokens that a run will reach.")] = 64,
 ) -> None:
     """Prove on a model's own weights that ablations are exact; a model where they are not is refused by name."""
-    _at_least(1, longest=longest)
-    engine = _engine(model, proved=False)
+    at_least(1, longest=longest)
+    engine = load_engine(model, proved=False)
     proved = engine.check(longest)
     if output.json_output:
         proofs = [{**asdict(proof), "passed": proof.passed} for proof in proved.proofs]
@@ -276,15 +277,15 @@ def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: Ou
     """Load, audit, report. All that can be refused without the model is refused before it is read."""
     from safetyheads.judges import judge_named
 
-    out = run.out or _default_out(config)
+    out = run.out or default_out(config)
     if run.show_completions and run.no_completions:
         raise InputError("--show-completions and --no-completions exclude each other")
     judge_named(config.judge)
-    _refuse_unusable(out)
+    refuse_unusable(out)
     from safetyheads.pipeline import read_data, run_audit
 
     data = read_data(config)
-    engine = _engine(model)
+    engine = load_engine(model)
     from safetyheads import demo as organism
     from safetyheads.report import write_report
     from safetyheads.storage import RunDirectory
@@ -296,66 +297,6 @@ def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: Ou
         print_json(results)
     else:
         show_summary(results, path)
-
-
-def _default_out(config: AuditConfig) -> Path:
-    """``runs/MODEL-PROMPTS-ABLATION``."""
-    model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
-    return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.ablation}"
-
-
-def _refuse_unusable(out: Path) -> None:
-    """Refuse an output directory that cannot be made or written, before a model is read."""
-    import os
-
-    # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
-    existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
-    if not existing.is_dir():
-        raise InputError(f"{out} cannot be written: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be written: no permission to write in {existing}")
-
-
-def _prompts(options: PromptOptions) -> PromptSet:
-    """The harmful prompts; ``demo`` is the organism's held-out split."""
-    if options.prompts == "demo" and not Path("demo").is_file():
-        from safetyheads import demo as organism
-        from safetyheads.demo.loading import demo_prompts
-
-        _at_least(1, limit=options.limit)
-        read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)[: options.limit]
-        return read.with_template(options.template or "chat", options.system)
-    from safetyheads.prompts import PromptSet
-
-    given = asdict(options)
-    return PromptSet.read(given.pop("prompts"), **given)
-
-
-def _engine(options: ModelOptions, proved: bool = True) -> Engine:
-    """The model, with transformers' own bars and remarks silenced."""
-    path = options.model
-    if path.startswith("demo:"):
-        from safetyheads import demo as organism
-
-        path = str(organism.checkpoint_path(path.removeprefix("demo:")))
-    _at_least(1, threads=options.threads)
-    import torch
-    import transformers
-
-    from safetyheads.engine import Engine
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return Engine.load(
-        path,
-        options.dtype,
-        options.device,
-        trust_remote_code=options.trust_remote_code,
-        allow_pickle=options.allow_pickle,
-        check=proved,
-    )
 
 
 def _rates(
@@ -393,18 +334,6 @@ def _rates(
             for (label, one), ours in zip(measured.items(), complied, strict=True)
         ],
     }
-
-
-def _at_least(least: int, **numbers: int | None) -> None:
-    """Refuse numbers below ``least``, by the option's name."""
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}; got {number}")
-
-
-def _refuse_large(size: int, engine: Engine) -> None:
-    if size > len(engine.heads):
-        raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

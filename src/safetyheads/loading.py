@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by name; ``auto`` keeps the checkpoint's own."""
 
+_HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -30,8 +33,11 @@ def load_engine(path: str, dtype: str, device: str, trust_remote_code: bool, all
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)} and auto")
-    if Path(path).exists():
+    # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
+    if os.path.exists(path):
         _look_at_directory(Path(path), trust_remote_code, allow_pickle)
+    else:
+        _look_at_hub(path)
     model = _load_model(path, dtype, trust_remote_code, allow_pickle)
     _refuse_broken_weights(model, path)
     model = model.to(place).eval()
@@ -92,6 +98,28 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
         raise InputError(
             f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
         )
+
+
+def _look_at_hub(name: str) -> None:
+    """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"no such model directory: {name}")
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except HFValidationError:
+        raise InputError(f"{name!r} is neither a directory nor a hub id") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: no such directory, and no such model on the hub that you may read") from None
+    except HfHubHTTPError as error:
+        raise InputError(f"{name}: no such directory, and the hub answers: {_first_line(error)}") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({_first_line(error)})") from error
 
 
 def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:

@@ -78,6 +78,7 @@ def run_audit(
         data = data or read_data(config)
         data = AuditData(*(_resolved(engine, prompts, config) for prompts in data.sets().values()))
         _prove_for(engine, data, config)
+        _refuse_impossible(engine, data, config)
         with RunDirectory.start(out, _settings(engine, config, data), _provenance(command)) as run:
             torch.set_num_threads(run.remember("threads", torch.get_num_threads()))
             started = time.monotonic()
@@ -93,11 +94,21 @@ def run_audit(
 
 def read_data(config: AuditConfig) -> AuditData:
     """The harmful and benign prompts that the config names, each divided in search and test."""
-    harmful = PromptSet.read(
-        config.prompts, config.template, column=config.column, system=config.system, limit=config.limit
-    )
-    benign = PromptSet.read(config.benign, config.template, system=config.system, limit=config.limit)
-    return AuditData.split(harmful, benign, config.split, config.seed)
+    return AuditData(*_halves(config, "harmful", config.prompts), *_halves(config, "benign", config.benign))
+
+
+def _halves(config: AuditConfig, kind: str, named: str) -> tuple[PromptSet, PromptSet]:
+    """Search and test part of one kind of prompts; the demo's come divided, a file's are divided here."""
+    if named == "demo" and not Path(named).is_file():
+        data = demo_data().sets()
+        search, test = (data[f"{kind}_{half}"][: config.limit] for half in ("search", "test"))
+        if config.template is None and config.system is None:
+            return search, test
+        template = config.template or "chat"
+        return search.with_template(template, config.system), test.with_template(template, config.system)
+    column = config.column if kind == "harmful" else None
+    prompts = PromptSet.read(named, config.template, column=column, system=config.system, limit=config.limit)
+    return prompts.split(config.split, config.seed)
 
 
 def demo_data() -> AuditData:
@@ -127,6 +138,14 @@ def _prove_for(engine: Engine, data: AuditData, config: AuditConfig) -> None:
     longest += config.max_new_tokens
     if any(window < longest for window in engine.architecture.windows):
         engine.check(longest)
+
+
+def _refuse_impossible(engine: Engine, data: AuditData, config: AuditConfig) -> None:
+    """Refuse what the stages would refuse later, while nothing is written."""
+    if config.size > len(engine.heads):
+        raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
+    if len(data.harmful_search) < 2:
+        raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
 
 
 def estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:

@@ -1,0 +1,89 @@
+"""What a command is given, made ready: prompts, model, output directory. Owns the refusals that need no model.
+
+torch is imported when a model is loaded, and not before.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetyheads.cli_options import ModelOptions, PromptOptions
+from safetyheads.config import AuditConfig
+from safetyheads.errors import InputError
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+    from safetyheads.prompts import PromptSet
+
+
+def default_out(config: AuditConfig) -> Path:
+    """``runs/MODEL-PROMPTS-ABLATION``."""
+    model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
+    return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.ablation}"
+
+
+def refuse_unusable(out: Path) -> None:
+    """Refuse an output directory that cannot be made or written, before a model is read."""
+    # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
+    existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
+    if not existing.is_dir():
+        raise InputError(f"{out} cannot be written: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: no permission to write in {existing}")
+
+
+def prompts_of(options: PromptOptions) -> PromptSet:
+    """The harmful prompts; ``demo`` is the organism's held-out split."""
+    if options.prompts == "demo" and not Path("demo").is_file():
+        from safetyheads import demo as organism
+        from safetyheads.demo.loading import demo_prompts
+
+        at_least(1, limit=options.limit)
+        read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)[: options.limit]
+        return read.with_template(options.template or "chat", options.system)
+    from safetyheads.prompts import PromptSet
+
+    given = asdict(options)
+    return PromptSet.read(given.pop("prompts"), **given)
+
+
+def load_engine(options: ModelOptions, proved: bool = True) -> Engine:
+    """The model, with transformers' own bars and remarks silenced."""
+    path = options.model
+    if path.startswith("demo:"):
+        from safetyheads import demo as organism
+
+        path = str(organism.checkpoint_path(path.removeprefix("demo:")))
+    at_least(1, threads=options.threads)
+    import torch
+    import transformers
+
+    from safetyheads.engine import Engine
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return Engine.load(
+        path,
+        options.dtype,
+        options.device,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+        check=proved,
+    )
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below ``least``, by the option's name."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}; got {number}")
+
+
+def refuse_large(size: int, engine: Engine) -> None:
+    if size > len(engine.heads):
+        raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")
