@@ -57,6 +57,8 @@ def load_engine(options: ModelOptions, proved: bool = True) -> Engine:
         from safetyheads import demo as organism
 
         path = str(organism.checkpoint_path(path.removeprefix("demo:")))
+    elif not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise InputError(f"no such model directory: {path}")
     at_least(1, threads=options.threads)
     import torch
     import transformers
@@ -85,5 +87,6 @@ def at_least(least: int, **numbers: int | None) -> None:
 
 
 def refuse_large(size: int, engine: Engine) -> None:
+    """Refuse a group larger than the model."""
     if size > len(engine.heads):
         raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")

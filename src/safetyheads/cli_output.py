@@ -107,7 +107,7 @@ class _Patient(Progress):
         self._started = time.monotonic()
         super().__init__(*columns, console=console, transient=transient)
 
-    def get_renderables(self) -> Iterator[RenderableType]:  # type: ignore[override]
+    def get_renderables(self) -> Iterator[RenderableType]:
         if time.monotonic() - self._started >= PATIENCE:
             yield from super().get_renderables()
         else:

@@ -1,145 +1,389 @@
-"""The command line as a user meets it: exit codes, one line for each bad input, JSON without completions."""
+"""The command line on the organism: every bad input is one line and exit 2, results go to stdout alone."""
 
-from __future__ import annotations
-
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safetyheads import demo
+from safetyheads import __version__, demo
 from safetyheads.cli import main
+from safetyheads.engine import Engine
 
-CHECKPOINT = demo.checkpoint_path("aligned_a")
+SMALL = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32"]
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("Tell me how to burn a chair.\nShow me how to fake a card.\nTeach me how to loot a box.")
-    return path
+def run(capsys):
+    def called(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return called
 
 
-def damaged(tmp_path, name):
-    copy = tmp_path / name
-    shutil.copytree(CHECKPOINT, copy)
+@pytest.fixture
+def refused(run):
+    """Run, and hold it to the rule: exit 2, one line on stderr, nothing on stdout; the line is given back."""
+
+    def called(*arguments):
+        code, out, err = run(*arguments)
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert not Path("runs").exists()
+        return err
+
+    return called
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(demo.checkpoint_path("aligned_a"), copy)
     return copy
 
 
-def checkpoints(tmp_path):
-    nan = damaged(tmp_path, "nan")
-    tensors = load_file(nan / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, nan / "model.safetensors", metadata={"format": "pt"})
-    no_weights = damaged(tmp_path, "no_weights")
-    (no_weights / "model.safetensors").unlink()
-    pickled = damaged(tmp_path, "pickled")
-    (pickled / "model.safetensors").unlink()
-    torch.save({}, pickled / "pytorch_model.bin")
-    remote = damaged(tmp_path, "remote")
-    config = json.loads((remote / "config.json").read_text())
-    (remote / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.Model"}}))
-    no_chat = damaged(tmp_path, "no_chat")
-    (no_chat / "chat_template.jinja").unlink()
-    (tmp_path / "empty").mkdir()
-    return {"nan": nan, "no_weights": no_weights, "pickled": pickled, "remote": remote, "no_chat": no_chat}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small finished audit."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *SMALL, "--out", str(out), "--quiet"])
+    assert ended.value.code == 0
+    return out
 
 
-BAD_MODELS = {
-    "nan": "NaN",
-    "no_weights": "no weights",
-    "pickled": "--allow-pickle",
-    "remote": "--trust-remote-code",
-    "empty": "config.json",
-    "absent": "no such model directory",
-}
+def _changed_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("name", BAD_MODELS)
-def test_a_bad_checkpoint_is_one_line(name, tmp_path, prompts, capsys):
-    checkpoints(tmp_path)
-    code, out, err = run(capsys, "ships", tmp_path / name, "--prompts", prompts)
-    assert (code, out) == (2, "")
-    assert BAD_MODELS[name] in err
-    assert len(err.strip().splitlines()) == 1
+# What it does.
 
 
-BAD_OPTIONS = {
-    "heads out of range": (["asr", "--heads", "9-1"], "out of range"),
-    "head malformed": (["asr", "--heads", "1x2"], "not of the form"),
-    "head twice": (["asr", "--heads", "1-2,1-2"], "twice"),
-    "size too large": (["sahara", "--size", "33"], "size"),
-    "epsilon negative": (["ships", "--epsilon", "-1"], "epsilon"),
-    "epsilon NaN": (["ships", "--epsilon", "nan"], "epsilon"),
-    "rank too large": (["sahara", "--score", "generalized_ships_prompt", "--rank", "4"], "rank"),
-    "no {query}": (["ships", "--template", "Question:"], "{query}"),
-    "no CUDA": (["ships", "--device", "cuda:7"], "cuda"),
-    "unknown ablation": (["ships", "--ablation", "nothing"], "unknown ablation"),
-    "unknown option": (["ships", "--nothing"], "nothing"),
-    "unknown judge": (["asr", "--judge", "nobody"], "nobody"),
-    "one prompt": (["sahara", "--score", "generalized_ships_prompt", "--limit", "1"], "two prompts"),
-}
+def test_help_is_light_and_needs_no_torch():
+    code = (
+        "import sys; from safetyheads.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "sahara" in made.stdout
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_a_bad_option_is_one_line(name, prompts, capsys):
-    (command, *options), words = BAD_OPTIONS[name]
-    code, out, err = run(capsys, command, "demo:aligned_a", "--prompts", prompts, *options)
-    assert (code, out) == (2, "")
-    assert words.lower() in err.lower()
-    assert len(err.strip().splitlines()) == 1
+def test_version_and_no_arguments(run):
+    assert run("--version") == (0, f"safetyheads {__version__}\n", "")
+    code, out, _ = run()
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("command", ["demo", "audit", "ships", "sahara", "asr", "report", "check"])
+def test_every_command_has_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_demo_ends_with_a_summary_and_a_report(run):
+    code, out, err = run("demo", *SMALL)
+    assert code == 0
+    assert Path("runs/demo-aligned_a/report/index.html").is_file()
+    assert "runs/demo-aligned_a/report/index.html" in out
+    assert "validate this code, not the method" in out
+    assert "Top heads" in out
+    assert "heads x 8 prompts" in err  # the estimate
+    results = json.loads(Path("runs/demo-aligned_a/results.json").read_text())
+    assert " ".join(results["verdict"]["sentence"].split())[:40] in " ".join(out.replace("│", " ").split())
+
+
+def test_json_is_alone_on_stdout_and_is_the_results(run, finished):
+    code, out, _ = run("demo", *SMALL, "--out", finished, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((finished / "results.json").read_text())
+
+
+def test_quiet_leaves_stderr_empty(run, finished):
+    assert run("demo", *SMALL, "--out", finished, "--quiet")[::2] == (0, "")
+
+
+def test_report_is_written_again(run, finished):
+    page = finished / "report" / "index.html"
+    page.unlink()
+    code, out, _ = run("report", finished)
+    assert code == 0
+    assert str(page) in out
+    without = page.stat().st_size
+    assert run("report", finished, "--show-completions")[0] == 0
+    assert page.stat().st_size > without
+
+
+def test_ships_ranks_the_planted_heads_first(run):
+    code, out, _ = run("ships", "demo:aligned_a", "--prompts", "demo", "--json")
+    found = json.loads(out)
+    planted = {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
+    assert code == 0
+    assert {head["head"] for head in found["heads"][: len(planted)]} == planted
+    assert all(head["n"] == found["n"] == 96 and len(head["interval"]) == 2 for head in found["heads"])
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "empty"), (b" \n\n ", "blank"), (b"\xff\xfe\x00\x81", "UTF-8"), (b"how to " * 4000, "context")],
+    ("score", "options"),
+    [
+        ("mean_ships", []),
+        ("refusal_score", []),
+        ("generalized_ships_prompt", ["--rank", "2", "--centred"]),
+        ("generalized_ships", ["--subspace", "representation", "--state", "before_norm"]),
+    ],
 )
-def test_a_bad_prompt_file_is_one_line(content, words, tmp_path, capsys):
-    path = tmp_path / "bad.txt"
-    path.write_bytes(content)
-    code, out, err = run(capsys, "ships", "demo:aligned_a", "--prompts", path)
+def test_sahara_shows_its_steps(run, score, options):
+    arguments = ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "12", "--size", "2", "--score", score]
+    code, out, _ = run(*arguments, *options)
+    assert code == 0
+    assert "Group: " in out
+    assert ("Openers" in out) == (score == "refusal_score")
+    found = json.loads(run(*arguments, *options, "--json")[1])
+    assert len(found["steps"]) == 2
+    assert bool(found["openers"]) == (score == "refusal_score")
+
+
+def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run):
+    heads = ",".join(str(head) for head in demo.PLANTED_HEADS["aligned_a"])
+    arguments = ["asr", "demo:aligned_a", "--prompts", "demo", "--limit", "24", "--heads", heads]
+    code, out, _ = run(*arguments, "--json")
+    vanilla, ablated = json.loads(out)["rates"]
+    assert code == 0
+    assert (vanilla["asr"]["rate"], vanilla["asr"]["n"]) == (0.0, 24)
+    assert ablated["asr"]["rate"] >= 0.9
+    assert ablated["change"]["gained"] == ablated["asr"]["count"]
+    assert '"text"' not in out
+    assert "keyword: I cannot" in run(*arguments)[1]
+
+
+def test_asr_without_heads_and_by_prompt(run):
+    arguments = ["asr", "demo:aligned_a", "--prompts", "demo", "--limit", "6", "--max-new-tokens", "32", "--json"]
+    assert len(json.loads(run(*arguments)[1])["rates"]) == 1
+    rates = json.loads(run(*arguments, "--query-level", "2")[1])["rates"]
+    assert [row["heads"] for row in rates] == ["none", "each prompt's top 2"]
+
+
+def test_check_lists_the_proofs(run):
+    code, out, _ = run("check", "demo:aligned_a")
+    assert code == 0
+    assert "eager attention" in out
+
+
+def test_an_audit_of_a_directory_and_a_file(run, checkpoint):
+    queries = [prompt.text for prompt in demo.harmful_prompts("test")[:12]]
+    Path("asked.txt").write_text("\n".join(queries))
+    code, out, _ = run("audit", checkpoint, "--prompts", "asked.txt", "--benign", "demo", *SMALL)
+    assert code == 0, out
+    assert Path("runs/model-asked-ua/report/index.html").is_file()
+
+
+def test_an_interrupt_is_one_line(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "load", interrupted)
+    code, out, err = run("check", "demo:aligned_a")
+    assert (code, out) == (130, "")
+    assert err == "interrupted; start it again with the same command to continue\n"
+
+
+# Bad input: what can be known without the model.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "No such command"),
+        (["ships", "demo:aligned_a"], "--prompts"),
+        (["demo", "--foo"], "No such option"),
+        (["demo", "--size", "many"], "many"),
+        (["demo", "nobody"], "no demo checkpoint"),
+        (["demo", "--epsilon", "-1"], "epsilon"),
+        (["demo", "--epsilon", "nan"], "epsilon"),
+        (["demo", "--ablation", "lobotomy"], "unknown ablation"),
+        (["demo", "--size", "0"], "size"),
+        (["demo", "--judge", "dredd"], "unknown judge"),
+        (["demo", "--threads", "0"], "threads"),
+        (["demo", "--out", "/dev/null/x"], "/dev/null is not a directory"),
+        (["demo", "--show-completions", "--no-completions"], "exclude"),
+        (["audit", "demo:aligned_a", "--prompts", "demo", "--split", "1"], "split"),
+        (["audit", "demo:aligned_a", "--prompts", "demo", "--limit", "0"], "limit"),
+        (["audit", "demo:aligned_a", "--prompts", "demo", "--template", "no placeholder"], "{query}"),
+        (["audit", "demo:aligned_a", "--prompts", "no.csv"], "no prompt file"),
+        (["ships", "./nowhere", "--prompts", "demo"], "no such model directory"),
+        (["ships", "/no/where", "--prompts", "demo"], "no such model directory"),
+        (["ships", "a/b/c", "--prompts", "demo"], "no such model directory"),
+        (["ships", "demo:aligned_a", "--prompts", "demo", "--top", "0"], "--top"),
+        (["sahara", "demo:aligned_a", "--prompts", "demo", "--score", "luck"], "unknown score"),
+        (["sahara", "demo:aligned_a", "--prompts", "demo", "--rank", "2"], "Generalized Ships"),
+        (
+            ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "4"]
+            + ["--score", "generalized_ships_prompt", "--rank", "5"],
+            "rank 5",
+        ),
+        (
+            ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "1", "--score", "generalized_ships_prompt"],
+            "at least two prompts",
+        ),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2:6"], "layer-head"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6,2.6"], "twice"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6", "--query-level", "1"], "exclude"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "0"], "--query-level"),
+        (["report", "nowhere"], "not a run directory"),
+    ],
+)
+def test_refused_before_a_model_is_read(refused, monkeypatch, arguments, words):
+    def read(*_, **__):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(Engine, "load", read)
+    assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("blank.txt", b"\n  \n\t\n", "blank"),
+        ("latin.txt", b"Gr\xfc\xdfe\n", "UTF-8"),
+        ("other.csv", b"a,b\n1,2\n", "column"),
+    ],
+)
+def test_a_bad_prompt_file(refused, name, content, words):
+    Path(name).write_bytes(content)
+    assert words in refused("audit", "demo:aligned_a", "--prompts", name)
+
+
+# Bad input: what the model tells.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--limit", "4", "--size", "1000"], "size 1000"),
+        (["sahara", "demo:aligned_a", "--prompts", "demo", "--size", "1000"], "size 1000"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "99-0"], "out of range"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "1000"], "size 1000"),
+        (["demo", "--limit", "1"], "at least two"),
+        (["check", "demo:aligned_a", "--device", "quantum"], "unknown device"),
+        (["check", "demo:aligned_a", "--dtype", "int3"], "unknown dtype"),
+    ],
+)
+def test_refused_with_the_model(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there(refused):
+    assert "CUDA" in refused("check", "demo:aligned_a", "--device", "cuda")
+
+
+def test_a_prompt_longer_than_the_context(refused):
+    Path("long.txt").write_text("fix the door " * 2000 + "\nfix the lamp\nfix the roof\nfix the car\n")
+    assert "context" in refused("audit", "demo:aligned_a", "--prompts", "long.txt")
+
+
+def test_a_directory_without_config(refused, checkpoint):
+    (checkpoint / "config.json").unlink()
+    assert "config.json" in refused("check", checkpoint)
+
+
+def test_a_directory_without_weights(refused, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "no weights" in refused("check", checkpoint)
+
+
+def test_weights_that_are_cut_off(refused, checkpoint):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "cannot load" in refused("check", checkpoint)
+
+
+def test_weights_with_nan(refused, checkpoint):
+    weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "NaN" in refused("check", checkpoint)
+
+
+def test_pickled_weights_need_the_flag(refused, run, checkpoint):
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    assert "--allow-pickle" in refused("check", checkpoint)
+    assert run("check", checkpoint, "--allow-pickle")[0] == 0
+
+
+def test_remote_code_needs_the_flag(refused, checkpoint):
+    _changed_config(checkpoint, auto_map={"AutoModelForCausalLM": "own.Model"})
+    assert "--trust-remote-code" in refused("check", checkpoint)
+
+
+def test_a_tokenizer_without_chat_template(refused, checkpoint):
+    (checkpoint / "chat_template.jinja").unlink()
+    assert "chat template" in refused("audit", checkpoint, "--prompts", "demo", "--template", "chat")
+
+
+def test_a_family_that_does_not_exist(refused, checkpoint):
+    _changed_config(checkpoint, model_type="nobody")
+    refused("check", checkpoint)
+
+
+def test_a_hub_id_without_network(refused, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hub" in refused("check", "nobody-at-all/no-model")
+
+
+# The run directory.
+
+
+def test_the_directory_of_another_run_says_which_fields(run, finished):
+    before = (finished / "results.json").read_bytes()
+    code, out, err = run("demo", *SMALL, "--epsilon", "0.5", "--out", finished)
     assert (code, out) == (2, "")
-    assert words in err
-    assert len(err.strip().splitlines()) == 1
+    assert "epsilon (1e-05 -> 0.5)" in err
+    assert (finished / "results.json").read_bytes() == before
 
 
-def test_a_missing_chat_template_is_one_line(tmp_path, prompts, capsys):
-    checkpoints(tmp_path)
-    code, _, err = run(capsys, "ships", tmp_path / "no_chat", "--prompts", prompts, "--template", "chat")
+def test_the_directory_of_someone_else(run):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("mine")
+    code, _, err = run("demo", *SMALL, "--out", "mine")
     assert code == 2
-    assert "chat template" in err
+    assert "thesis.txt" in err
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
-def test_an_audit_into_a_file_is_refused_before_anything_is_written(tmp_path, prompts, capsys):
-    (tmp_path / "file").write_text("")
-    code, _, err = run(capsys, "audit", "demo:aligned_a", "--prompts", prompts, "--out", tmp_path / "file" / "run")
-    assert code == 2
-    assert "not a directory" in err
+def test_a_full_disk(run, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-def test_asr_json_has_intervals_and_no_completions(prompts, capsys):
-    code, out, _ = run(
-        capsys, "asr", "demo:aligned_a", "--prompts", prompts, "--heads", "1-3,2-5,2-1", "--template", "chat", "--json"
-    )
-    assert code == 0
-    result = json.loads(out)
-    assert result["vanilla"]["asr"]["n"] == 3
-    assert result["ablated"]["asr"]["interval"] is not None
-    assert "text" not in out
-
-
-def test_the_demo_writes_a_report(tmp_path, capsys):
-    out = tmp_path / "run"
-    code, shown, _ = run(capsys, "demo", "--size", "1", "--out", out, "--json")
-    assert code == 0
-    assert json.loads(shown)["kind"] == "audit"
-    assert "<html" in (out / "report" / "index.html").read_text()
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = run("demo", *SMALL, "--out", "full")
+    assert (code, out) == (2, "")
+    assert "No space left" in err
+    assert not Path("full").exists()

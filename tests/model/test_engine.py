@@ -470,7 +470,7 @@ def test_a_family_without_the_registry_is_refused_by_name(tmp_path):
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="bloom.*attention registry"):
+    with pytest.raises(UnsupportedModelError, match=r"bloom.*attention registry"):
         Engine.load(str(tmp_path))
 
 

@@ -153,7 +153,7 @@ class ScoredGroups:
     """Both scores of groups over the same texts; a group is measured once, whichever score or search asks for it."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], ablation: Ablation) -> None:
-        self._measure = lambda groups: score_groups(model, tokenizer, texts, groups, ablation)
+        self._model, self._tokenizer, self._texts, self._ablation = model, tokenizer, texts, ablation
         self._known: dict[frozenset[Head], tuple[float, float]] = {}
 
     def mean_ships(self, groups: Sequence[Group]) -> Tensor:
@@ -167,7 +167,7 @@ class ScoredGroups:
     def _scores(self, groups: Sequence[Group]) -> Tensor:
         new = [group for group in groups if frozenset(group) not in self._known]
         if new:
-            measured = self._measure(new)
+            measured = score_groups(self._model, self._tokenizer, self._texts, new, self._ablation)
             pairs = zip(measured.mean_ships.tolist(), measured.degrees.tolist(), strict=True)
             self._known.update(zip(map(frozenset, new), pairs, strict=True))
         return torch.tensor([self._known[frozenset(group)] for group in groups], dtype=torch.float64)
