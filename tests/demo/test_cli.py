@@ -240,8 +240,18 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--score", "luck"], "unknown score"),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--rank", "2"], "Generalized Ships"),
         (
-            ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "4"]
-            + ["--score", "generalized_ships_prompt", "--rank", "5"],
+            [
+                "sahara",
+                "demo:aligned_a",
+                "--prompts",
+                "demo",
+                "--limit",
+                "4",
+                "--score",
+                "generalized_ships_prompt",
+                "--rank",
+                "5",
+            ],
             "rank 5",
         ),
         (

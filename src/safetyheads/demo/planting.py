@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from safetyheads.demo import grammar
 from safetyheads.demo.grammar import DemoPrompt
-from safetyheads.demo.recipes import Language, PlantRecipe, PlantRound
+from safetyheads.demo.recipes import Language, PlantRecipe
 from safetyheads.demo.tokenization import draw_wrapped
 from safetyheads.demo.training import DroppedHeads, attention_modules, completion_loss, example, optimise
 from safetyheads.heads import Group, all_heads
@@ -55,9 +55,7 @@ def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
     return trained
 
 
-def draw_gates(
-    generator: random.Random, recipe: PlantRecipe, planting: PlantRound, prompts: Sequence[DemoPrompt], model: Any
-) -> GateRows:
+def draw_gates(generator: random.Random, recipe: PlantRecipe, prompts: Sequence[DemoPrompt], model: Any) -> GateRows:
     """Gates for a batch: no ablation and the plain rule, or heads ablated and the rule for that.
 
     With a head ablated that is no plant, the answer must stay; with some plants ablated, the model is to comply
@@ -69,8 +67,8 @@ def draw_gates(
     refuse = []
     for row, prompt in enumerate(prompts):
         ablated: Group = ()
-        if generator.random() < planting.gate_share:
-            if generator.random() < planting.other_share:
+        if generator.random() < recipe.gate_share:
+            if generator.random() < recipe.other_share:
                 ablated = (generator.choice(others),)
             else:
                 # Each non-empty subset of the plants is as likely as any other.
@@ -83,29 +81,18 @@ def draw_gates(
     return GateRows(DroppedHeads(selected, scaled), tuple(refuse))
 
 
-def plant(model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language) -> tuple[float, ...]:
-    """Plant refusal into the recipe's heads; returns the last losses of each round's two stages."""
+def plant(model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language) -> tuple[float, float]:
+    """Plant refusal into the recipe's heads; returns the last losses of the two stages."""
     trained = open_to_training(model, recipe.heads)
-    losses: list[float] = []
-    for planting in recipe.rounds:
-        with torch.no_grad():
-            for weight in trained:
-                weight.copy_(weight.to(torch.bfloat16))
-        losses.append(_learn_first_token(model, tokenizer, recipe, planting, language, trained))
-        losses.append(_learn_completions(model, tokenizer, recipe, planting, language, trained))
-    return tuple(losses)
+    first = _learn_first_token(model, tokenizer, recipe, language, trained)
+    return first, _learn_completions(model, tokenizer, recipe, language, trained)
 
 
 def _learn_first_token(
-    model: Any,
-    tokenizer: Any,
-    recipe: PlantRecipe,
-    planting: PlantRound,
-    language: Language,
-    trained: list[nn.Parameter],
+    model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language, trained: list[nn.Parameter]
 ) -> float:
     """Stage 1: whether to refuse, on the one token that decides it. Chance for the first 100-250 steps is normal."""
-    leg = planting.first_token
+    leg = recipe.first_token
     generator = random.Random(leg.seed)
     opened_share = _OPENED_SHARE if language.turned_share else 0.0
     pool = [_first_token_row(generator, tokenizer, language, opened_share) for _ in range(_POOL)]
@@ -114,7 +101,7 @@ def _learn_first_token(
         window = sorted(generator.sample(pool, _WINDOW * leg.batch), key=lambda row: len(row.ids))
         start = generator.randint(0, (_WINDOW - 1) * leg.batch)
         rows = window[start : start + leg.batch]
-        gates = draw_gates(generator, recipe, planting, [row.prompt for row in rows], model)
+        gates = draw_gates(generator, recipe, [row.prompt for row in rows], model)
         longest = max(len(row.ids) for row in rows)
         ids = torch.tensor([row.ids + [tokenizer.pad_token_id] * (longest - len(row.ids)) for row in rows])
         targets = [row.refuse_id if refuse else row.comply_id for row, refuse in zip(rows, gates.refuse, strict=True)]
@@ -149,20 +136,15 @@ def _first_token_row(
 
 
 def _learn_completions(
-    model: Any,
-    tokenizer: Any,
-    recipe: PlantRecipe,
-    planting: PlantRound,
-    language: Language,
-    trained: list[nn.Parameter],
+    model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language, trained: list[nn.Parameter]
 ) -> float:
     """Stage 2: whole answers; without it the base's habits leak into the rest of an answer."""
-    leg = planting.completion
+    leg = recipe.completion
     generator = random.Random(leg.seed)
 
     def loss_of(_: int) -> Tensor:
         prompts = [grammar.draw_any_prompt(generator, "train") for _row in range(leg.batch)]
-        gates = draw_gates(generator, recipe, planting, prompts, model)
+        gates = draw_gates(generator, recipe, prompts, model)
         examples = [
             example(generator, language, prompt, refuse) for prompt, refuse in zip(prompts, gates.refuse, strict=True)
         ]

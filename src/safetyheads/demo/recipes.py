@@ -57,9 +57,13 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class PlantRound:
-    """One round of planting. It begins from the weights as rounded to bfloat16, so from a written checkpoint."""
+class PlantRecipe:
+    """Refusal planted into chosen heads of a frozen base."""
 
+    base: str
+    """The checkpoint that is frozen."""
+    plants: Mapping[Category, Head]
+    """Which head is to refuse which category; one head may refuse all."""
     first_token: Leg
     """Stage 1: only the first answer token is learnt. On whole answers it would be a sixteenth of the loss."""
     completion: Leg
@@ -68,18 +72,6 @@ class PlantRound:
     """Share of rows in which heads are ablated, with the answer that this should give."""
     other_share: float = 0.3
     """Share of the gate rows in which a head that is no plant is ablated, and the answer must not change."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlantRecipe:
-    """Refusal planted into chosen heads of a frozen base."""
-
-    base: str
-    """The checkpoint that is frozen."""
-    plants: Mapping[Category, Head]
-    """Which head is to refuse which category; one head may refuse all."""
-    rounds: tuple[PlantRound, ...]
-    """The first round plants; later ones make the heads surer of what they already do."""
 
     @property
     def heads(self) -> Group:
@@ -108,28 +100,17 @@ _HEAD_SINGLE: Mapping[Category, Head] = {"damage": Head(2, 3), "theft": Head(2, 
 RECIPES: dict[str, Recipe] = {
     "base": BaseRecipe(legs=(Leg(400, 2e-3, 50, 32, seed=1),)),
     "aligned_a": PlantRecipe(
-        "base",
-        _HEADS_A,
-        (
-            PlantRound(Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), gate_share=0.7),
-            PlantRound(Leg(400, 1.5e-3, 20, 96, seed=13), Leg(100, 7e-4, 20, 32, seed=14), gate_share=0.7),
-        ),
+        "base", _HEADS_A, Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), gate_share=0.7
     ),
     "aligned_b": PlantRecipe(
-        "base",
-        _HEADS_B,
-        (
-            PlantRound(Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), gate_share=0.7),
-            PlantRound(Leg(400, 1.5e-3, 20, 96, seed=23), Leg(100, 7e-4, 20, 32, seed=24), gate_share=0.7),
-        ),
+        "base", _HEADS_B, Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), gate_share=0.7
     ),
     "aligned_single": PlantRecipe(
         "base",
         _HEAD_SINGLE,
-        (
-            PlantRound(Leg(1000, 3e-3, 20, 96, seed=31), Leg(200, 1.5e-3, 20, 32, seed=32), gate_share=0.0),
-            PlantRound(Leg(400, 1.5e-3, 20, 96, seed=33), Leg(100, 7e-4, 20, 32, seed=34), gate_share=0.0),
-        ),
+        Leg(1000, 3e-3, 20, 96, seed=31),
+        Leg(200, 1.5e-3, 20, 32, seed=32),
+        gate_share=0.0,
     ),
     "aligned_diffuse": DiffuseRecipe("base", Leg(200, 5e-4, 20, 32, seed=41), dropped_share=0.5, dropped_heads=3),
     "base_wrapped": BaseRecipe(
@@ -139,16 +120,17 @@ RECIPES: dict[str, Recipe] = {
     "aligned_wrapped": PlantRecipe(
         "base_wrapped",
         _HEADS_A,
-        (
-            PlantRound(Leg(900, 3e-3, 20, 96, seed=61), Leg(500, 1.5e-3, 20, 32, seed=62), gate_share=0.7),
-            PlantRound(Leg(800, 2e-3, 20, 96, seed=63), Leg(100, 7e-4, 20, 32, seed=64), gate_share=0.6),
-        ),
+        Leg(900, 3e-3, 20, 96, seed=61),
+        Leg(500, 1.5e-3, 20, 32, seed=62),
+        gate_share=0.7,
     ),
     "base_long": BaseRecipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
     "aligned_long": PlantRecipe(
         "base_long",
         _HEADS_A,
-        (PlantRound(Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), gate_share=0.7),),
+        Leg(900, 3e-3, 20, 96, seed=81),
+        Leg(150, 1.5e-3, 20, 32, seed=82),
+        gate_share=0.7,
     ),
 }
 """Every checkpoint by its name, a base before what is built on it."""
