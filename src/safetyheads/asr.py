@@ -123,6 +123,7 @@ def query_level_attack_success_rate(
     judge: Judge,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
+    on_rows: Callable[[int], None] | None = None,
 ) -> AttackSuccess:
     """ASR with a group of its own for each prompt (Fig 2, Table 3): rows of one batch carry different ablations.
 
@@ -134,12 +135,13 @@ def query_level_attack_success_rate(
         judge: decides complied, refused or incoherent.
         max_new_tokens: the paper has 128.
         sampling: greedy, or top-k.
+        on_rows: told how many answers were just made.
     """
     if len(groups) != len(prompts):
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
     encoded = engine.encode(prompts)
     requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
-    return summarise(_judged(engine, list(prompts), requests, ablation, judge, max_new_tokens, sampling, None))
+    return summarise(_judged(engine, list(prompts), requests, ablation, judge, max_new_tokens, sampling, on_rows))
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:

@@ -278,6 +278,9 @@ def safetyheads_mask(
             return same & family_rule(batch, head, positions[q_index], positions[kv_index])
 
         keywords["allow_is_causal_skip"] = False
+    elif 1 < q_length != kv_length:
+        # The skipped mask would mean causal from the top left for a static cache, from the bottom right for others.
+        keywords["allow_is_causal_skip"] = False
     if mask_function is not None:
         keywords["mask_function"] = mask_function
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **keywords)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -52,10 +52,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, parse_heads, within
 
 if TYPE_CHECKING:
-    from safetyheads.cli_output import RateTable
-    from safetyheads.engine import Engine
-    from safetyheads.progress import Progress
-    from safetyheads.prompts import PromptSet
+    from safetyheads.cli_asr import RateTable
 
 app = typer.Typer(
     add_completion=False,
@@ -207,9 +204,11 @@ def asr(
     query_level: QueryLevel = None,
 ) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
+    from safetyheads.cli_asr import measured_rates
     from safetyheads.judges import judge_named
 
-    kind, group, judging = ablation.parsed(), parse_heads(heads), judge_named(answers.judge)
+    kind, group = ablation.parsed(), parse_heads(heads)
+    judge_named(answers.judge)
     if group and query_level is not None:
         raise InputError("--heads and --query-level exclude each other")
     at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
@@ -223,13 +222,10 @@ def asr(
         from safetyheads.scoring import ships as ships_of
 
         refuse_large(query_level, engine)
-        groups, label = (
-            query_level_groups(ships_of(engine, asked, kind), query_level),
-            f"each prompt's top {query_level}",
-        )
+        groups = query_level_groups(ships_of(engine, asked, kind), query_level)
+        label = f"each prompt's top {query_level}"
     rows: RateTable = {"none": [()] * len(asked)} | ({label: groups} if label else {})
-    result = _rates(engine, asked, rows, ablation, answers, watching)
-    result |= {"judge": judging.describe(), "ablation": asdict(kind), "n": len(asked)}
+    result = measured_rates(engine, asked, rows, ablation, answers, watching)
     if output.json_output:
         print_json(result)
     else:
@@ -297,43 +293,6 @@ def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: Ou
         print_json(results)
     else:
         show_summary(results, path)
-
-
-def _rates(
-    engine: Engine,
-    asked: PromptSet,
-    rows: RateTable,
-    ablation: AblationOptions,
-    answers: AnswerOptions,
-    watching: Progress,
-) -> dict[str, Any]:
-    """ASR for each row of groups, one group a prompt, the first being the unablated model."""
-    from safetyheads.asr import query_level_attack_success_rate
-    from safetyheads.generation import Sampling
-    from safetyheads.judges import judge_named
-    from safetyheads.stats import paired_difference
-
-    kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)
-    measured = {}
-    with watching.track("answers", len(rows) * len(asked)) as done:
-        for label, groups in rows.items():
-            measured[label] = query_level_attack_success_rate(
-                engine, asked, groups, kind, judging, answers.max_new_tokens, sampling
-            )
-            done(len(asked))
-    complied = [[row.verdict.complied for row in one.rows] for one in measured.values()]
-    return {
-        "sampling": {"name": sampling.name, "seed": answers.seed, "max_new_tokens": answers.max_new_tokens},
-        "rates": [
-            {
-                "heads": label,
-                **{name: asdict(getattr(one, name)) for name in ("asr", "refused", "incoherent")},
-                "reasons": one.reasons,
-                "change": None if label == "none" else asdict(paired_difference(complied[0], ours)),
-            }
-            for (label, one), ours in zip(measured.items(), complied, strict=True)
-        ],
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -35,8 +35,6 @@ from safetyheads.progress import Silent
 if TYPE_CHECKING:
     from safetyheads.proofs import CheckReport
 
-RateTable: TypeAlias = dict[str, Sequence[Group]]
-"""Rows of ``safetyheads asr``: what is ablated, and the group of each prompt."""
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
 _WIDTH_OFF_TERMINAL = 140

@@ -219,7 +219,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         (["bogus"], "No such command"),
         (["ships", "demo:aligned_a"], "--prompts"),
         (["demo", "--foo"], "No such option"),
-        (["demo", "--size", "many"], "many"),
+        (["demo", "--size", "many"], "--size"),
         (["demo", "nobody"], "no demo checkpoint"),
         (["demo", "--epsilon", "-1"], "epsilon"),
         (["demo", "--epsilon", "nan"], "epsilon"),

@@ -8,56 +8,70 @@ from pathlib import Path
 
 import pytest
 
-# Runs a small audit; where a count is given, kills itself in the middle of the so-manieth write.
-AUDIT = """
+# Loads the model once (that is most of the time), then forks an audit for each line "directory count" it reads; with
+# a count, the audit kills itself in the so-manieth write. Answers "exit status, writes" on one line.
+SERVER = """
 import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from safetyheads import files, storage
 from safetyheads.audit import AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.demo.loading import load_demo
 from safetyheads.pipeline import demo_data, run_audit
 
-out, deadly = Path(sys.argv[1]), int(sys.argv[2])
-written = 0
-replace = os.replace
-
-def counted(*names):
-    global written
-    written += 1
-    if written == deadly:
-        os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
-    replace(*names)
-
-os.replace = counted
 config = AuditConfig("demo:aligned_a", "demo", "demo", n_random=3, size=2, max_new_tokens=24)
 data = AuditData(*(prompts[:6] for prompts in demo_data().sets().values()))
 engine = load_demo().engine
-run_audit(engine, config, out, data)
-print(written)
+replace = os.replace
+
+def audit(out, deadly):
+    written = 0
+    def counted(*names):
+        nonlocal written
+        written += 1
+        if written == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
+        replace(*names)
+    os.replace = counted
+    run_audit(engine, config, Path(out), data)
+    Path(out + ".writes").write_text(str(written))
+
+for line in sys.stdin:
+    out, deadly = line.split()
+    child = os.fork()
+    if child == 0:
+        try:
+            audit(out, int(deadly))
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def _audit(out, deadly=0):
+@pytest.fixture(scope="module")
+def audit():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", AUDIT, str(out), str(deadly)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=300,
-    )
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def made(out, deadly=0):
+            server.stdin.write(f"{out} {deadly}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield made
+        server.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(audit, tmp_path_factory):
     out = tmp_path_factory.mktemp("resume") / "whole"
-    made = _audit(out)
-    assert made.returncode == 0, made.stderr
-    return out, int(made.stdout)
+    assert audit(out) == 0
+    return out, int(Path(f"{out}.writes").read_text())
 
 
 def _shards(out):
@@ -70,14 +84,12 @@ def _shards(out):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
-def test_killed_and_started_again(uninterrupted, tmp_path, share):
+def test_killed_and_started_again(audit, uninterrupted, tmp_path, share):
     whole, n_writes = uninterrupted
     out = tmp_path / "run"
-    killed = _audit(out, deadly=1 + round(share * (n_writes - 1)))
-    assert killed.returncode == -signal.SIGKILL
+    assert audit(out, deadly=1 + round(share * (n_writes - 1))) == -signal.SIGKILL
     before = _shards(out)
-    again = _audit(out)
-    assert again.returncode == 0, again.stderr
+    assert audit(out) == 0
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     after = _shards(out)
     assert after.keys() == _shards(whole).keys()

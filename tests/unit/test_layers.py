@@ -14,10 +14,9 @@ LAYERS = (
     "scoring search",
     "judges asr refusal baselines",
     "config progress storage audit results pipeline",
-    "report report_charts report_numbers cli cli_output cli_options cli_search",
+    "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-# Teacher-forced positions need the plain decoding loop, which stands in L1; nothing else is exempt.
 SIDE = "demo"
 
 
@@ -71,8 +70,7 @@ def test_values_do_not_know_transformers():
 
 
 def test_no_module_is_longer_than_350_lines():
-    too_long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 360}
-    too_long.pop("cli.py", None)  # options and their help are one line each; the command line is a list of them
+    too_long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350}
     assert too_long == {}
 
 

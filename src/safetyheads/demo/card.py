@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.demo import evaluation, grammar, tokenization
 from safetyheads.demo.grammar import DemoPrompt
 from safetyheads.demo.recipes import PLANTED_HEADS, language_of
@@ -59,18 +59,8 @@ def score_card(name: str, model: Any, tokenizer: Any, split: grammar.Split) -> T
     for wrapper, wrapped in _wrappers(name).items():
         texts = [wrapped(prompt) for prompt in harmful]
         for label, ablation in _ABLATIONS.items():
-            for score_name in ("mean_ships", "degrees"):
-
-                def score(
-                    groups: Sequence[Group],
-                    texts: list[str] = texts,
-                    ablation: Ablation = ablation,
-                    score_name: str = score_name,
-                ) -> Tensor:
-                    scores = evaluation.score_groups(model, tokenizer, texts, groups, ablation)
-                    found: Tensor = getattr(scores, score_name)
-                    return found
-
+            scored = evaluation.ScoredGroups(model, tokenizer, texts, ablation)
+            for score_name, score in (("mean_ships", scored.mean_ships), ("degrees", scored.degrees)):
                 single = score([(head,) for head in heads])
                 found = evaluation.greedy_group(score, heads, len(planted) or _SEARCHED)
                 (on_harmful,) = evaluation.rates(model, tokenizer, harmful, wrapped, [found], ablation)

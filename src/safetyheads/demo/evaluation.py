@@ -15,7 +15,7 @@ from torch import Tensor
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
 from safetyheads.demo.grammar import REFUSAL_MARK, DemoPrompt
 from safetyheads.demo.training import DroppedHeads
-from safetyheads.heads import Group, all_heads
+from safetyheads.heads import Group, Head, all_heads
 
 _ROWS = 768  # rows a batch; a row is one prompt under one group
 _NEW_TOKENS = 28  # the longest answer of the clean and wrapped languages has 26 tokens with its end
@@ -147,6 +147,30 @@ def score_groups(
     directions = torch.linalg.svd(states.hidden, full_matrices=False).Vh[:, 0]  # [1 + n_groups, d_model]
     cosines = (directions[1:] @ directions[0]).abs().clamp(max=1.0)
     return GroupScores(mean_ships, torch.rad2deg(torch.arccos(cosines)))
+
+
+class ScoredGroups:
+    """Both scores of groups over the same texts; a group is measured once, whichever score or search asks for it."""
+
+    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], ablation: Ablation) -> None:
+        self._model, self._tokenizer, self._texts, self._ablation = model, tokenizer, texts, ablation
+        self._known: dict[frozenset[Head], tuple[float, float]] = {}
+
+    def mean_ships(self, groups: Sequence[Group]) -> Tensor:
+        """float64 [n_groups], nats."""
+        return self._scores(groups)[:, 0]
+
+    def degrees(self, groups: Sequence[Group]) -> Tensor:
+        """float64 [n_groups]."""
+        return self._scores(groups)[:, 1]
+
+    def _scores(self, groups: Sequence[Group]) -> Tensor:
+        new = [group for group in groups if frozenset(group) not in self._known]
+        if new:
+            measured = score_groups(self._model, self._tokenizer, self._texts, new, self._ablation)
+            pairs = zip(measured.mean_ships.tolist(), measured.degrees.tolist(), strict=True)
+            self._known.update(zip(map(frozenset, new), pairs, strict=True))
+        return torch.tensor([self._known[frozenset(group)] for group in groups], dtype=torch.float64)
 
 
 def greedy_group(score: Callable[[Sequence[Group]], Tensor], heads: Group, size: int) -> Group:
