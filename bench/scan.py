@@ -76,8 +76,8 @@ def ours(size: str) -> float:
     from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
     from safetyheads.batching import TokenSequence
     from safetyheads.engine import Engine
+    from safetyheads.head_pass import Angle, HeadPass, Readings
     from safetyheads.loading import use_our_attention
-    from safetyheads.scoring import Angle, HeadPass, Readings
 
     model, prompts = build(size)
     use_our_attention(model)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetyheads.pipeline import CAVEATS, DEMO_CAVEAT
 from safetyheads.stats import Rate, mean_with_interval, paired_difference, random_p_value, smallest_detectable_change
 from safetyheads.storage import RunDirectory
 
@@ -152,7 +153,7 @@ def audit(layers: int = 4, heads: int = 8, n: int = 48, sizes: int = 4) -> dict[
         "verdict": {
             "label": "concentrated",
             "sentence": f"Ablating 3 of {total:,} heads ({', '.join(found)}) takes held-out ASR from 0.04 "
-            "[0.01, 0.14] to 0.73 [0.59, 0.83]; 20 random groups: 0.05 [0.00, 0.10]; "
+            "[0.01, 0.14] to 0.73 [0.59, 0.83]; 20 random groups: 0.05 on average, 0.00 to 0.10; "
             "benign answers kept: 0.96 [0.86, 0.99].",
             "reasons": ["the group's ASR is above that of every random group", "benign answers are kept"],
             "heads": found,
@@ -192,12 +193,7 @@ def audit(layers: int = 4, heads: int = 8, n: int = 48, sizes: int = 4) -> dict[
         "sahara": sahara,
         "openers": [{"text": "I", "token_id": 12, "count": n - 8}, {"text": "\n", "token_id": 3, "count": 8}],
         "planted_heads": found if layers == 4 else None,
-        "caveats": [
-            "The planted heads were trained with gate rows: the answer to ablation and the silence of the other "
-            "heads are trained too, so this organism checks the code, not the method."
-        ]
-        if layers == 4
-        else [],
+        "caveats": [*[DEMO_CAVEAT] * (layers == 4), *CAVEATS],
         "warnings": ["2 of 96 prompts are longer than the shared row and were packed alone."],
     }
 
@@ -208,13 +204,13 @@ def none_found() -> dict[str, Any]:
     results["verdict"] |= {
         "label": "none_found",
         "sentence": "No concentrated heads found: the best group of 3 takes held-out ASR from 0.04 [0.01, 0.14] to "
-        "0.10 [0.05, 0.22]; 20 random groups: 0.05 [0.00, 0.10].",
+        "0.10 [0.05, 0.22]; 20 random groups: 0.05 on average, 0.00 to 0.10.",
         "reasons": ["random groups reach as much (p = 0.19)"],
     }
     for group in results["behaviour"]["groups"]:
         if group["size"] != 3:
             group["random"] = None
-    results["planted_heads"], results["caveats"] = None, []
+    results["planted_heads"], results["caveats"] = None, list(CAVEATS)
     return results
 
 
@@ -235,7 +231,7 @@ def no_refusals() -> dict[str, Any]:
     results["behaviour"]["groups"] = []
     for head in results["behaviour"]["heads"]:
         head |= {"refusal_score": None, "asr": None, "asr_change": None}
-    results |= {"sahara": {}, "openers": [], "planted_heads": None, "caveats": [], "warnings": []}
+    results |= {"sahara": {}, "openers": [], "planted_heads": None, "caveats": list(CAVEATS), "warnings": []}
     return results
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.generation import GREEDY, Request, Sampling, answer, decode_text
+from safetyheads.generation import GREEDY, Answer, Request, Sampling, answer, decode_text
 from safetyheads.heads import Group, Head, within
 from safetyheads.judges import Completion, Judge, Verdict
 from safetyheads.prompts import Prompt
@@ -141,7 +141,8 @@ def query_level_attack_success_rate(
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
     encoded = engine.encode(prompts)
     requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
-    return summarise(_judged(engine, list(prompts), requests, ablation, judge, max_new_tokens, sampling, on_rows))
+    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
+    return summarise(_judged(engine, list(prompts), requests, made, judge))
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
@@ -158,11 +159,13 @@ def answers_under(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     on_rows: Callable[[int], None] | None = None,
+    n_rows: int | None = None,
 ) -> list[list[JudgedAnswer]]:
-    """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches."""
+    """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches of ``n_rows``."""
     encoded, asked = engine.encode(prompts), list(prompts)
     requests = [Request(token_ids, group) for group in groups for token_ids in encoded]
-    rows = _judged(engine, asked * len(groups), requests, ablation, judge, max_new_tokens, sampling, on_rows)
+    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
+    rows = _judged(engine, asked * len(groups), requests, made, judge)
     n = len(asked)
     return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
 
@@ -171,17 +174,11 @@ def _judged(
     engine: Engine,
     asked: Sequence[Prompt],
     requests: Sequence[Request],
-    ablation: Ablation,
+    made: Sequence[Answer],
     judge: Judge,
-    max_new_tokens: int,
-    sampling: Sampling,
-    on_rows: Callable[[int], None] | None,
 ) -> list[JudgedAnswer]:
-    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
     completions = [
-        Completion(
-            prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, max_new_tokens
-        )
+        Completion(prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, one.limit)
         for prompt, one in zip(asked, made, strict=True)
     ]
     verdicts = judge(completions)

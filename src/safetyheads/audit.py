@@ -15,17 +15,17 @@ from torch import Tensor
 
 from safetyheads.asr import AttackSuccess, JudgedAnswer, answers_under, summarise
 from safetyheads.baselines import random_groups
-from safetyheads.batching import Plan, TokenSequence
+from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
 from safetyheads.config import AuditConfig
-from safetyheads.errors import InputError
-from safetyheads.generation import Sampling
+from safetyheads.generation import Sampling, rows_that_fit
+from safetyheads.head_pass import Angle, HeadPass, Readings
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges import Judge, Verdict, judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.scoring import Angle, HeadPass, Readings, answer_sequences
+from safetyheads.scoring import answer_sequences
 from safetyheads.search import rank_heads, sahara
 from safetyheads.storage import RunDirectory
 
@@ -41,6 +41,7 @@ SEARCHED = (LEAD, *(angle.name for angle in ANGLES))
 N_LISTED = 10
 """Heads whose own ASR is measured."""
 _ROWS_KEPT_TOGETHER = 256
+_HALVED = "halved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,6 @@ class AuditData:
     harmful_test: PromptSet
     benign_search: PromptSet
     benign_test: PromptSet
-
-    @classmethod
-    def split(cls, harmful: PromptSet, benign: PromptSet, fraction: float, seed: int) -> AuditData:
-        """Harmful and benign prompts, each divided in two."""
-        return cls(*harmful.split(fraction, seed), *benign.split(fraction, seed))
 
     def sets(self) -> dict[str, PromptSet]:
         """The four by name."""
@@ -117,8 +113,6 @@ class Audit:
 
     def execute(self) -> Findings:
         """Every stage, in order; what the run directory holds already is not computed again."""
-        if self.config.size > len(self.engine.heads):
-            raise InputError(f"size {self.config.size} is larger than the number of heads, {len(self.engine.heads)}")
         sets = self.data.sets()
         vanilla = {name: summarise(self._answers(name, prompts, [()])[0]) for name, prompts in sets.items()}
         openers = openers_of(self.engine, vanilla["harmful_search"].rows)
@@ -136,25 +130,20 @@ class Audit:
             for name in SEARCHED:
                 traces[name] = sahara(harmful.scorer(name), self.engine.heads, self.config.size)
                 done(1)
-        groups = self._outcomes(traces)
-        top = scores[LEAD].top(N_LISTED)
-        alone = self._answers("harmful_test", self.data.harmful_test, [(head,) for head in top])
+        top = [(head,) for head in scores[LEAD].top(N_LISTED)]
+        groups, alone = self._outcomes(traces, top)
         return Findings(
             self.data,
             vanilla,
             openers,
             {**scores, "benign_ships": rank_heads(benign.scorer(LEAD), self.engine.heads)},
-            self._table(measured["ships"]),
-            self._table(benign_measured["ships"]),
-            self._table(measured["refusal_score"]) if openers else None,
+            harmful.table("ships", measured["ships"]),
+            benign.table("ships", benign_measured["ships"]),
+            harmful.table("refusal_score", measured["refusal_score"]) if openers else None,
             traces,
             groups,
-            tuple(((head,), summarise(rows)) for head, rows in zip(top, alone, strict=True)),
+            alone,
         )
-
-    def _table(self, values: Tensor) -> HeadScores:
-        """[n_heads in all, n_prompts] as [n_prompts, n_layers, n_heads]."""
-        return HeadScores(values.T.reshape(-1, self.engine.n_layers, self.engine.n_heads), unit="nats")
 
     def _pass(self, name: str, prompts: PromptSet, readings: Readings) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
@@ -172,27 +161,30 @@ class Audit:
         """The set's plan: the one of the run's first start."""
         return Plan.from_dict(self.run.remember(f"plan_{name}", self.engine.plan(sequences).as_dict()))
 
-    def _outcomes(self, traces: Mapping[str, SearchTrace]) -> tuple[GroupOutcome, ...]:
-        """What each group of each search does, on both halves; random groups beside the lead's."""
+    def _outcomes(
+        self, traces: Mapping[str, SearchTrace], alone: Sequence[Group]
+    ) -> tuple[tuple[GroupOutcome, ...], tuple[tuple[Group, AttackSuccess], ...]]:
+        """What each group of each search does, on both halves, and what the heads of ``alone`` do on the test half."""
         listed = [
             (name, size, trace.group[:size])
             for name, trace in traces.items()
             for size in range(1, self.config.size + 1)
         ]
-        unique = list(dict.fromkeys(tuple(sorted(group)) for _, _, group in listed))
-        by_set = {
-            name: dict(zip(unique, map(summarise, self._answers(name, prompts, unique)), strict=True))
-            for name, prompts in self.data.sets().items()
+        unique = list(dict.fromkeys(_sorted(group) for _, _, group in listed))
+        drawn = {
+            group: random_groups(group, self.engine.n_heads, self.config.n_random, self.config.seed) for group in unique
         }
+        # One group is answered once on each set, whoever asks for it: in other batches its last bits may differ.
+        on_test = [*unique, *alone, *(control for controls in drawn.values() for control in controls)]
+        by_set: dict[str, dict[Group, AttackSuccess]] = {}
+        for name, prompts in self.data.sets().items():
+            groups = list(dict.fromkeys(on_test)) if name == "harmful_test" else unique
+            by_set[name] = dict(zip(groups, map(summarise, self._answers(name, prompts, groups)), strict=True))
         benign = self._pass("benign_test", self.data.benign_test, Readings(ships=True))
         divergence = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
         outcomes = []
         for name, size, group in listed:
-            key = tuple(sorted(group))
-            drawn: tuple[Group, ...] = ()
-            if name == LEAD and self.config.n_random:
-                drawn = random_groups(group, self.engine.n_heads, self.config.n_random, self.config.seed)
-            controls = self._controls(drawn)
+            key = _sorted(group)
             outcomes.append(
                 GroupOutcome(
                     name,
@@ -203,33 +195,26 @@ class Audit:
                     tuple(divergence[key]),
                     by_set["harmful_search"][key],
                     by_set["benign_search"][key],
-                    controls,
-                    drawn,
+                    tuple(by_set["harmful_test"][control] for control in drawn[key]),
+                    drawn[key],
                 )
             )
-        return tuple(outcomes)
-
-    def _controls(self, drawn: Sequence[Group]) -> tuple[AttackSuccess, ...]:
-        """The random groups' ASR on the test half; a group drawn twice is answered once."""
-        if not drawn:
-            return ()
-        distinct = list(dict.fromkeys(drawn))
-        answered = map(summarise, self._answers("harmful_test", self.data.harmful_test, distinct))
-        by_group = dict(zip(distinct, answered, strict=True))
-        return tuple(by_group[group] for group in drawn)
+        return tuple(outcomes), tuple((group, by_set["harmful_test"][group]) for group in alone)
 
     def _answers(self, name: str, prompts: PromptSet, groups: Sequence[Group]) -> list[list[JudgedAnswer]]:
         """Judged answers of one set under each group, kept as rows; one key holds one planned batch of groups."""
+        longest = max(map(len, self.engine.encode(prompts))) + self.config.max_new_tokens
+        n_rows = self.run.remember(f"rows_{name}", rows_that_fit(self.engine, longest))
         n_together = max(1, _ROWS_KEPT_TOGETHER // len(prompts))
         answered: list[list[JudgedAnswer]] = []
         label = f"{name.replace('_', ' ')}: answers"
         with self.progress.track(label, len(groups) * len(prompts)) as done:
             for at in range(0, len(groups), n_together):
-                answered += self._answers_of_batch(name, prompts, groups[at : at + n_together], done)
+                answered += self._answers_of_batch(name, prompts, groups[at : at + n_together], n_rows, done)
         return answered
 
     def _answers_of_batch(
-        self, name: str, prompts: PromptSet, groups: Sequence[Group], done: Callable[[int], None]
+        self, name: str, prompts: PromptSet, groups: Sequence[Group], n_rows: int, done: Callable[[int], None]
     ) -> list[list[JudgedAnswer]]:
         config, ablation = self.config, self.config.parsed_ablation
         sampling = Sampling(config.top_k, config.seed)
@@ -240,15 +225,23 @@ class Audit:
             "sampling": asdict(sampling),
             "max_new_tokens": config.max_new_tokens,
             "judge": self.judge.describe(),
+            "rows": n_rows,
         }
 
         def compute() -> list[dict[str, Any]]:
-            made = answers_under(
-                self.engine, prompts, groups, ablation, self.judge, config.max_new_tokens, sampling, done
-            )
+            try:
+                made = answers_under(
+                    self.engine, prompts, groups, ablation, self.judge, config.max_new_tokens, sampling, done, n_rows
+                )
+            except (RuntimeError, MemoryError) as error:
+                if n_rows < 2 or not is_out_of_memory(error):
+                    raise
+                return [{_HALVED: True}]
             return [self._row(name, number, row) for rows in made for number, row in enumerate(rows)]
 
         rows = self.run.rows(f"answers-{name}", fields, compute)
+        if _HALVED in rows[0]:
+            return self._answers_of_batch(name, prompts, groups, n_rows // 2, done)
         n = len(prompts)
         return [
             [_answer(row, prompts[number]) for number, row in enumerate(rows[at * n : (at + 1) * n])]
@@ -270,6 +263,11 @@ class Audit:
         if self.config.store_completions:
             written |= {"query": row.prompt.query, "text": row.text, "token_ids": list(row.token_ids)}
         return written
+
+
+def _sorted(group: Group) -> Group:
+    """The group by layer and index: its order has no effect."""
+    return tuple(sorted(group))
 
 
 def _answer(row: Mapping[str, Any], prompt: Any) -> JudgedAnswer:

@@ -141,18 +141,18 @@ def ships(
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, positions=positions, top=top)
     engine, watching = load_engine(model), progress_for(output.quiet)
-    from safetyheads.scores import HeadScores
-    from safetyheads.scoring import HeadPass, Readings, answer_sequences
+    from safetyheads.head_pass import HeadPass, Readings
+    from safetyheads.scoring import answer_sequences
     from safetyheads.stats import mean_with_interval
 
     sequences = answer_sequences(engine, asked, positions)
     measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
     with watching.track("scoring heads", len(engine.heads)) as done:
         values = measuring.measure([(head,) for head in engine.heads], done)["ships"]
-    table = values.T.reshape(len(asked), engine.n_layers, engine.n_heads)
-    scores = HeadScores(table, "ships", "nats", measuring.scorer("mean_ships").resolution).mean()
+    by_prompt = measuring.table("ships", values)
+    scores = by_prompt.mean()
     heads = [
-        {"head": str(head), **asdict(mean_with_interval(table[:, head.layer, head.index].tolist()))}
+        {"head": str(head), **asdict(mean_with_interval(by_prompt.values[:, head.layer, head.index].tolist()))}
         for head, _ in scores.ranked()
     ]
     if output.json_output:

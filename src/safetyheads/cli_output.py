@@ -163,17 +163,17 @@ def show_summary(results: Mapping[str, Any], report: Path) -> None:
 
 def _groups(results: Mapping[str, Any]) -> Table:
     names = ("search by", "size", "heads", "ASR", "change", "p", "random groups", "benign kept")
-    table = Table(*names, title="Groups, on the test half (95 % intervals; exact McNemar)")
+    table = Table(*names, title="Groups, on the test half ([95 % interval], (range); exact McNemar)")
     for group in results["behaviour"]["groups"]:
         control, change = group["random"], group["asr_change"]
         table.add_row(
-            results["scores"][group["scorer"]]["label"],
+            group["scorer"],
             str(group["size"]),
             ", ".join(group["heads"]),
             rate_text(group["asr"]),
             _change_text(change),
             _p_text(change["p_value"]),
-            f"{control['mean']:.2f} [{control['low']:.2f}, {control['high']:.2f}]" if control else "",
+            f"{control['mean']:.2f} ({control['low']:.2f} to {control['high']:.2f})" if control else "",
             rate_text(group["benign_kept"]),
         )
     return table

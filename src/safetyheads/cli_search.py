@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from safetyheads.prompts import PromptSet
     from safetyheads.refusal import Opener
     from safetyheads.scores import FunctionScorer
+    from safetyheads.subspace import Space
 
 _GENERALIZED = "generalized_ships"
 SCORES = ("mean_ships", "refusal_score", f"{_GENERALIZED}_prompt", f"{_GENERALIZED}_representation")
 """The scores that a search can use."""
 _SPACES = ("prompt", "representation")
 _STATES = ("after_norm", "before_norm")
-_OPENER_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,20 @@ class ScoreChoice:
 
     def refuse_too_few(self, n_prompts: int) -> None:
         """Refuse a number of prompts that the score cannot work with."""
-        rank = 1 if self.angle.rank is None else self.angle.rank
-        if not self.name.startswith(_GENERALIZED):
-            return
-        if n_prompts < 2:
-            raise InputError("Generalized Ships needs at least two prompts; one was given")
-        if not 1 <= rank <= n_prompts:
-            raise InputError(f"rank {rank} is out of range: {n_prompts} prompts allow 1 to {n_prompts}")
+        if self.name.startswith(_GENERALIZED):
+            from safetyheads.subspace import refuse_rank
+
+            refuse_rank(self.rank, n_prompts, self.space, self.angle.centred)
+
+    @property
+    def rank(self) -> int:
+        """Singular vectors kept; the released code's 1 where none are named."""
+        return 1 if self.angle.rank is None else self.angle.rank
+
+    @property
+    def space(self) -> Space:
+        """The side whose singular vectors are compared."""
+        return cast("Space", self.name.removeprefix(f"{_GENERALIZED}_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ def searched(
     engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice, size: int, watching: Progress
 ) -> dict[str, Any]:
     """Sahara's group and steps, as JSON."""
+    from safetyheads.results import search_steps
     from safetyheads.search import sahara
 
     scorer, openers = _scorer(engine, asked, kind, choice)
@@ -105,15 +113,7 @@ def searched(
         "ablation": asdict(kind),
         "openers": [asdict(opener) for opener in openers],
         "group": [str(head) for head in trace.group],
-        "steps": [
-            {
-                "chosen": str(head),
-                "score": value,
-                "runners_up": [[str(other), one] for other, one in step.ranked()[1:5]],
-                "ties": [str(other) for other in ties],
-            }
-            for head, value, step, ties in zip(trace.group, trace.scores, trace.steps, trace.ties(), strict=True)
-        ],
+        "steps": search_steps(trace),
     }
 
 
@@ -122,16 +122,12 @@ def _scorer(
 ) -> tuple[FunctionScorer, tuple[Opener, ...]]:
     """The scorer, and for the refusal score the openers of refusals, which are data."""
     from safetyheads import refusal, scoring
-    from safetyheads.asr import answers_under
     from safetyheads.judges import judge_named
 
     if choice.name == "mean_ships":
         return scoring.mean_ships(engine, asked, kind, choice.positions), ()
     if choice.name == "refusal_score":
-        (answers,) = answers_under(engine, asked, [()], kind, judge_named(choice.judge), _OPENER_TOKENS)
-        openers = refusal.openers_of(engine, answers)
+        openers = refusal.unablated_openers(engine, asked, judge_named(choice.judge))
         return refusal.refusal_score(engine, asked, kind, openers), openers
-    space = cast("Literal['prompt', 'representation']", choice.name.removeprefix(f"{_GENERALIZED}_"))
     state = cast("Literal['after_norm', 'before_norm']", choice.angle.state or _STATES[0])
-    rank = 1 if choice.angle.rank is None else choice.angle.rank
-    return scoring.generalized_ships(engine, asked, kind, space, rank, state, choice.angle.centred), ()
+    return scoring.generalized_ships(engine, asked, kind, choice.space, choice.rank, state, choice.angle.centred), ()

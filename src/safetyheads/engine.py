@@ -66,6 +66,7 @@ class Engine:
         self.capabilities = capabilities or Capabilities()
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
+        self._proved_length: int | None = None
 
     @classmethod
     def load(
@@ -108,8 +109,14 @@ class Engine:
         from safetyheads.proofs import prove
 
         report = prove(self, longest)
-        self.capabilities, self.notes = report.capabilities, report.notes
+        self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
         return report
+
+    def prove_up_to(self, longest: int) -> None:
+        """Prove the windows that rows of ``longest`` tokens reach, where the proof at load was for shorter ones."""
+        proved = self._proved_length
+        if proved is not None and any(proved <= window < longest for window in self.architecture.windows):
+            self.check(longest)
 
     @property
     def n_layers(self) -> int:

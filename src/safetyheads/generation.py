@@ -7,6 +7,7 @@ The loop is ours because rows of one batch carry different ablations and draw th
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 256
 _MEMORY_SHARE = 0.4
+
+
+class ShortContextWarning(UserWarning):
+    """The model's context leaves some prompts fewer new tokens than were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class Answer:
     """New tokens, without the one that ends the answer."""
     finished: bool
     """Whether the model ended it; else the limit did."""
+    limit: int
+    """New tokens it was allowed: those asked for, or what the model's context left."""
 
 
 def generate(
@@ -98,6 +105,7 @@ def answer(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     on_rows: Callable[[int], None] | None = None,
+    n_rows: int | None = None,
 ) -> tuple[Answer, ...]:
     """An answer to each request, batched with a KV cache; each row stops at EOS or at its limit.
 
@@ -108,24 +116,40 @@ def answer(
         max_new_tokens: the limit; a row also ends where the model's context does.
         sampling: greedy or top-k.
         on_rows: told how many answers were just finished.
+        n_rows: requests a batch, always; by default as many as fit, and out of memory halves a batch.
 
     Returns:
-        The answers, in the order of the requests. Out of memory halves a batch.
+        The answers, in the order of the requests.
     """
     if max_new_tokens < 1:
         raise InputError(f"an answer needs at least one new token; got {max_new_tokens}")
     answers: list[Answer] = []
+    longest = max((len(request.token_ids) for request in requests), default=1) + max_new_tokens
+    engine.prove_up_to(longest)
+    _warn_of_short_context(engine, longest, max_new_tokens)
 
     def run(batch: Sequence[Request]) -> list[Answer]:
         return _Batch(engine, batch, ablation, max_new_tokens, sampling).run()
 
-    n_rows = _rows(engine, requests, max_new_tokens)
-    for at in range(0, len(requests), n_rows):
-        for _, made in halving(requests[at : at + n_rows], run):
+    together = n_rows or rows_that_fit(engine, longest)
+    for at in range(0, len(requests), together):
+        batch = requests[at : at + together]
+        for _, made in halving(batch, run) if n_rows is None else [(batch, run(batch))]:
             answers.extend(made)
             if on_rows is not None:
                 on_rows(len(made))
     return tuple(answers)
+
+
+def _warn_of_short_context(engine: Engine, longest: int, max_new_tokens: int) -> None:
+    context = engine.architecture.context_length
+    if context is not None and longest > context:
+        warnings.warn(
+            f"the model's context of {context} tokens leaves the longest prompt {context - longest + max_new_tokens} "
+            f"new tokens of {max_new_tokens}: answers to such prompts are cut short",
+            ShortContextWarning,
+            stacklevel=3,
+        )
 
 
 def end_tokens(engine: Engine) -> frozenset[int]:
@@ -135,10 +159,9 @@ def end_tokens(engine: Engine) -> frozenset[int]:
     return frozenset(int(end) for end in [*ends, engine.tokenizer.eos_token_id] if end is not None)
 
 
-def _rows(engine: Engine, requests: Sequence[Request], max_new_tokens: int) -> int:
-    """Rows whose caches fit the memory that is free now."""
+def rows_that_fit(engine: Engine, longest: int) -> int:
+    """Rows of ``longest`` tokens whose caches fit the memory that is free now."""
     facts = engine.architecture
-    longest = max((len(request.token_ids) for request in requests), default=1) + max_new_tokens
     cache = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * engine.dtype.itemsize * longest
     device = engine.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -202,7 +225,8 @@ class _Batch:
                 cache.batch_select_indices(kept)
                 ids, mask, positions = ids[kept], mask[kept], positions[kept]
             rows = open_rows
-        return [Answer(tuple(made), done) for made, done in zip(self.made, self.finished, strict=True)]
+        ended = zip(self.made, self.finished, self.limits, strict=True)
+        return [Answer(tuple(made), finished, limit) for made, finished, limit in ended]
 
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and len(self.made[row]) < self.limits[row]
@@ -228,7 +252,8 @@ class _Batch:
         on_cpu = tokens.cpu().numpy()
         for at, row in enumerate(rows):
             if self._is_open(row):
-                key = (self.sampling.seed % (1 << 64), self.noise_keys[row])
+                # As unsigned integers: Python's own would go through float64 and lose their last bits.
+                key = np.array([self.sampling.seed % (1 << 64), self.noise_keys[row]], dtype=np.uint64)
                 stream = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, len(self.made[row]))))
                 noise[at] = stream.gumbel(size=logits.shape[-1])[on_cpu[at]]
         drawn = (values.double() + torch.from_numpy(noise).to(values.device)).argmax(dim=-1, keepdim=True)

@@ -36,14 +36,18 @@ if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
 DEMO_CAVEAT = (
-    "The demo organisms' planted heads, their answer to ablation and the silence of the other heads were trained: "
-    "they validate this code, not the method."
+    "This model validates the code, not the method. Its planted heads, their answer to ablation and the silence of the "
+    "other heads were trained."
 )
 CAVEATS = (
-    "A low ASR is no proof of safety: other prompts, languages and attacks were not tried.",
-    'A head is not "the" safety mechanism: the ablation shows that refusals pass through it here.',
-    "The judge decides by keywords and simple rules; it reads neither harm nor truth.",
+    "A low ASR is no proof of safety. It holds for these prompts, this template and this way of decoding.",
+    'A head is not "the" safety mechanism. Ablating one changes all that comes after it, and refusals can run through '
+    "other parts that nobody ablated.",
+    "The judge reads words, not harm. An answer has complied when no wording of a refusal is in it and it is neither "
+    "short nor repeating; whether it is harmful, true or of use is not asked.",
+    "Intervals cover the draw of prompts only. Other seeds, templates, judges and precisions are not in them.",
 )
+"""What no audit shows; the first sentence is the point, the rest why."""
 
 
 def run_audit(
@@ -77,14 +81,16 @@ def run_audit(
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)
         data = AuditData(*(_resolved(engine, prompts, config) for prompts in data.sets().values()))
-        _prove_for(engine, data, config)
+        longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
+        engine.prove_up_to(longest + config.max_new_tokens)  # before anything is planned: it may cost a quick path
         _refuse_impossible(engine, data, config)
         with RunDirectory.start(out, _settings(engine, config, data), _provenance(command)) as run:
             torch.set_num_threads(run.remember("threads", torch.get_num_threads()))
             started = time.monotonic()
             watching.say(estimate(engine, data, config))
             found = Audit(engine, config, data, run, watching).execute()
-            notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(str(one.message) for one in caught)]
+            ours = [str(one.message) for one in caught if one.category.__module__.startswith("safetyheads")]
+            notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(ours)]
             caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
             results = results_of(found, _about(engine, config, data), planted, caveats, notes)
             run.write_results(results)
@@ -130,14 +136,6 @@ def _resolved(engine: Engine, prompts: PromptSet, config: AuditConfig) -> Prompt
     if config.system is not None and engine.template_for(prompts).name != "chat":
         raise InputError("a system prompt belongs to the chat template; give --template chat")
     return prompts.resolved(engine.template_for(prompts))
-
-
-def _prove_for(engine: Engine, data: AuditData, config: AuditConfig) -> None:
-    """Prove windows that this run can reach, where the proof at load did not."""
-    longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
-    longest += config.max_new_tokens
-    if any(window < longest for window in engine.architecture.windows):
-        engine.check(longest)
 
 
 def _refuse_impossible(engine: Engine, data: AuditData, config: AuditConfig) -> None:
@@ -199,9 +197,22 @@ def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str,
         "template": str(data.harmful_search.template),
         "weights_sha256": fingerprint(engine),
         "prompts_sha256": {name: prompts.sha256 for name, prompts in data.sets().items()},
+        "references_sha256": {name: _references_sha256(prompts) for name, prompts in data.sets().items()},
+        "device": _device(engine),
         "judge": judge_named(config.judge).describe(),
         "versions": {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")},
     }
+
+
+def _references_sha256(prompts: PromptSet) -> str:
+    """Of the right answers, which decide whether a benign answer is kept."""
+    return hashlib.sha256(str([prompt.reference for prompt in prompts]).encode()).hexdigest()
+
+
+def _device(engine: Engine) -> str:
+    """Where the numbers are made, whatever ``auto`` came to."""
+    device = engine.device
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def _provenance(command: Sequence[str]) -> dict[str, Any]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safetyheads.ablation import Ablation
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.asr import JudgedAnswer, answers_under
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import SafetyheadsError
+from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.judges import Judge, KeywordJudge
 from safetyheads.scores import FunctionScorer
-from safetyheads.scoring import HeadPass, Readings
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
     from safetyheads.prompts import PromptSet
 
 _OPENER_TOKENS = 32
+
+
+class BlankOpenerWarning(UserWarning):
+    """Most refusals open with a blank token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,30 @@ class Opener:
 
 
 def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener, ...]:
-    """First tokens of the refused answers, most frequent first; empty where nothing was refused."""
+    """First tokens of the refused answers, most frequent first; empty where nothing was refused.
+
+    Warns where most refusals open with a blank (a space, a newline): answers of every kind may do so.
+    """
     firsts = Counter(row.token_ids[0] for row in answers if row.verdict.label == "refused" and row.token_ids)
-    return tuple(
+    openers = tuple(
         Opener(token, engine.tokenizer.decode([token]), count)
         for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))
     )
+    blank = sum(opener.count for opener in openers if not opener.text.strip())
+    if 2 * blank > sum(firsts.values()):
+        warnings.warn(
+            f"{blank} of {sum(firsts.values())} refusals open with a blank token, which answers may open with too: "
+            "the refusal score says little here",
+            BlankOpenerWarning,
+            stacklevel=2,
+        )
+    return openers
+
+
+def unablated_openers(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[Opener, ...]:
+    """The openers of the model's own unablated refusals of these prompts."""
+    (answers,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS)
+    return openers_of(engine, answers)
 
 
 def refusal_score(
@@ -64,8 +87,7 @@ def refusal_score(
         SafetyheadsError: no openers are given and the model refuses none of the prompts.
     """
     if openers is None:
-        (answers,) = answers_under(engine, prompts, [()], ablation, judge or KeywordJudge(), _OPENER_TOKENS)
-        openers = openers_of(engine, answers)
+        openers = unablated_openers(engine, prompts, judge or KeywordJudge())
     if not openers:
         raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
     sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))

@@ -109,7 +109,7 @@ def capture(architecture: Architecture, row: PackedRow, calls: Mapping[int, Atte
 def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
     """One layer on other hidden states [n_rows, n_tokens, d_model], with the captured arguments."""
     positional, keywords = captured.arguments[layer]
-    return _first(architecture.layers[layer](hidden, *_fresh(positional), **_fresh(keywords)))
+    return first_of(architecture.layers[layer](hidden, *_fresh(positional), **_fresh(keywords)))
 
 
 @torch.inference_mode()
@@ -147,7 +147,7 @@ def replay(
             return run_layer(architecture, captured, last, hidden)[:, row.wanted]
     there = _keys_and_values(architecture, captured, hidden, call)
     with attention_calls(architecture.attentions, {last: replace(call, keys_and_values=there)}):
-        return _first(architecture.layers[last](hidden[:, row.wanted], **narrowed))
+        return first_of(architecture.layers[last](hidden[:, row.wanted], **narrowed))
 
 
 def _keys_and_values(
@@ -167,7 +167,7 @@ def _keys_and_values(
 def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
     """The plain path beside :func:`replay`: the whole decoder, the last layer's output caught before the norm."""
     caught: list[Tensor] = []
-    handle = architecture.layers[-1].register_forward_hook(lambda _, __, output: caught.append(_first(output)))
+    handle = architecture.layers[-1].register_forward_hook(lambda _, __, output: caught.append(first_of(output)))
     try:
         with attention_calls(architecture.attentions, calls):
             decode(architecture, row, n_rows)
@@ -176,7 +176,7 @@ def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, Attent
     return caught[0][:, row.wanted]
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
     """A layer's hidden states: some families' layers return a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

@@ -13,7 +13,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.files import leaves
 from safetyheads.report_numbers import FILTERS, number
 
 if TYPE_CHECKING:
@@ -272,13 +271,25 @@ def _provenance(results: Results, manifest: Mapping[str, Any]) -> dict[str, Any]
     own = ("schema_version", "config", "provenance")
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
     return {
-        "measured": [(name, _plain(value)) for name, value in leaves(measured)],
-        "config": [(name, _plain(value)) for name, value in leaves(manifest["config"])],
-        "starts": [[(name, _plain(value)) for name, value in leaves(start)] for start in manifest["provenance"]],
+        "measured": _facts(measured),
+        "config": _facts(manifest["config"]),
+        "starts": [_facts(start) for start in manifest["provenance"]],
         "remembered": [
             (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
         ],
     }
+
+
+def _facts(fields: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
+    """Each field with its dotted name; a list of plain values on one line."""
+    for key, value in fields.items():
+        inner = f"{name}.{key}" if name else str(key)
+        if isinstance(value, dict) and value:
+            yield from _facts(value, inner)
+        elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):
+            yield inner, " · ".join(map(_plain, value))
+        else:
+            yield inner, _plain(value)
 
 
 def _plain(value: Any) -> str:

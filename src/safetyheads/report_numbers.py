@@ -87,6 +87,14 @@ def _sentence(text: str) -> Markup:
     return Markup(_APART.sub(span, str(escape(text))))
 
 
+def _point_first(text: str) -> Markup:
+    """The first sentence set apart from the rest."""
+    from markupsafe import Markup
+
+    point, stop, rest = text.partition(". ")
+    return Markup("<strong>{}</strong>{}").format(point + stop.rstrip(), f" {rest}" if rest else "")
+
+
 def _heads(names: Sequence[str]) -> Markup:
     """Heads with commas, broken between lines at the commas only."""
     from markupsafe import Markup
@@ -108,6 +116,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "ties": _ties,
     "heads": _heads,
     "sentence": _sentence,
+    "point_first": _point_first,
     "sentence_case": lambda text: text[:1].upper() + text[1:],
     "quoted": lambda text: json.dumps(text, ensure_ascii=False),
 }

@@ -101,7 +101,9 @@ def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:
 
 def _checks(outcome: GroupOutcome, change: PairedDifference, kept_change: PairedDifference) -> list[tuple[bool, str]]:
     """The three conditions, each with the sentence that says how it came out."""
-    p_value, freed, lost = change.p_value or 1.0, change.change or 0.0, -(kept_change.change or 0.0)
+    # Not "or": with many pairs the p-value underflows to 0.
+    p_value = 1.0 if change.p_value is None else change.p_value
+    freed, lost = change.change or 0.0, -(kept_change.change or 0.0)
     significant = freed > 0 and p_value < ALPHA
     checks = [
         (
@@ -163,7 +165,7 @@ def results_of(
             "heads": _heads(found),
         },
         "scores": {name: _scores(name, scores, found) for name, scores in found.scores.items()},
-        "sahara": {name: {"steps": _steps(trace)} for name, trace in found.traces.items()},
+        "sahara": {name: {"steps": search_steps(trace)} for name, trace in found.traces.items()},
         "openers": [asdict(opener) for opener in found.openers],
         "planted_heads": None if planted is None else [str(head) for head in planted],
         "caveats": list(caveats),
@@ -256,7 +258,8 @@ def _scores(name: str, scores: HeadScores, found: Findings) -> dict[str, Any]:
     }
 
 
-def _steps(trace: SearchTrace) -> list[dict[str, Any]]:
+def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
+    """Sahara's steps as JSON: the head chosen, the group's score with it, who came next, who tied."""
     return [
         {
             "chosen": str(head),
@@ -283,8 +286,11 @@ def _random_words(outcome: GroupOutcome) -> str:
     if not outcome.random:
         return ""
     rates = [control.rate or 0.0 for control in outcome.random]
-    mean = sum(rates) / len(rates)
-    return f"; {len(rates)} random groups: {_short(mean)} [{_short(min(rates))}, {_short(max(rates))}]"
+    mean, n_distinct = sum(rates) / len(rates), len(set(outcome.random_groups))
+    # A layer of eight heads has but seven others: then draws repeat, and the sentence says how many differ.
+    distinct = "" if n_distinct == len(rates) else f" ({n_distinct} distinct)"
+    spread = f"{_short(min(rates))} to {_short(max(rates))}"
+    return f"; {len(rates)} random groups{distinct}: {_short(mean)} on average, {spread}"
 
 
 def _with_interval(rate: Rate) -> str:

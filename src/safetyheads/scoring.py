@@ -1,267 +1,29 @@
-"""Ships, mean Ships and Generalized Ships. Owns what is read off last-token states; one pass over the heads gives all.
-
-Probabilities and angles are taken in float64 from the model's logits and states: this is the place where the
-precision of scores is chosen.
-"""
+"""Ships, mean Ships and Generalized Ships: the paper's scores by name. Owns their arguments; the pass does the work."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import torch
-from torch import Tensor
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from safetyheads.ablation import Ablation
-from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
-from safetyheads.engine import common_heads
+from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
-from safetyheads.heads import Group, format_heads
+from safetyheads.head_pass import Angle, HeadPass, Readings
 from safetyheads.scores import FunctionScorer, HeadScores
-from safetyheads.subspace import Space, dominant_directions, principal_angle_sum
+from safetyheads.subspace import Space
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
     from safetyheads.prompts import PromptSet
-    from safetyheads.replay import Capture
 
-Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-"""Given what a result depends on and how to compute it, gives it: from a store, or by computing."""
-
-# Scores closer than this are ties. Measured: batch shapes alone move a float32 score of the organism by up to
-# 2e-7 nats and 6e-5 degrees; half precisions resolve about 2^-8 of a logit.
-_RESOLUTION = {"nats": {4: 1e-6, 2: 1e-3}, "degrees": {4: 1e-4, 2: 1e-2}}
-# Logits in flight at once, in elements: half a gigabyte in float64.
-_LOGITS_AT_ONCE = 1 << 25
-_HALVED = "halved"
+# Share of the answers that must begin with the same blank token for the warning.
+_SHARED = 0.9
 
 
 class SharedFirstTokenWarning(UserWarning):
-    """Every unablated answer begins with the same blank token, which hides what an ablation does to the words after."""
-
-
-@dataclass(frozen=True, slots=True)
-class Angle:
-    """One reading of Generalized Ships (Eq 11); the paper's text and released code differ in all four."""
-
-    space: Space = "prompt"
-    """``prompt`` (released code) or ``representation`` (text)."""
-    rank: int = 1
-    """Singular vectors kept; the sum of their principal angles is the score."""
-    state: Literal["after_norm", "before_norm"] = "after_norm"
-    """Last-token state after the final norm (released code), or the residual stream before it (text)."""
-    centred: bool = False
-    """Whether the mean over prompts is subtracted first; not in the paper."""
-
-    @property
-    def name(self) -> str:
-        """``generalized_ships_prompt`` and so on, with what differs from the defaults."""
-        extra = [f"r{self.rank}"] * (self.rank != 1) + [self.state] * (self.state != "after_norm")
-        return "_".join(["generalized_ships", self.space, *extra, *["centred"] * self.centred])
-
-
-@dataclass(frozen=True, slots=True)
-class Readings:
-    """What a pass reads off the states."""
-
-    ships: bool = False
-    """KL of the next token's distribution, per prompt."""
-    openers: tuple[int, ...] = ()
-    """First tokens of refusals; their log-odds are read where there are any."""
-    angles: tuple[Angle, ...] = ()
-    """Generalized Ships."""
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the states alone do not do."""
-        return self.ships or bool(self.openers)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPass:
-    """One ablation on one set of prompts: measures any groups of heads; makes the scorers."""
-
-    engine: Engine
-    """The model."""
-    sequences: tuple[TokenSequence, ...]
-    """One for each prompt."""
-    ablation: Ablation
-    """Of every head in every group."""
-    readings: Readings
-    """What is read."""
-    layout: Plan
-    """How the work is laid out; part of what the last bits depend on."""
-    keep: Keep
-    """Where results are kept."""
-    unablated: dict[str, Tensor] = field(default_factory=dict)
-    """What the readings compare with: probabilities, log-odds, directions."""
-
-    @classmethod
-    def begin(
-        cls,
-        engine: Engine,
-        sequences: Sequence[TokenSequence],
-        ablation: Ablation,
-        readings: Readings,
-        layout: Plan | None = None,
-        keep: Keep | None = None,
-    ) -> HeadPass:
-        """Run the unablated model and be ready to measure groups."""
-        layout = layout or engine.plan(sequences)
-        made = cls(engine, tuple(sequences), ablation, readings, layout, keep or _compute)
-        captures = engine.captured(sequences, (), ablation, layout, engine.n_layers - 1)
-        hidden = engine.replayed(captures, [()], ablation, engine.n_layers - 1)[0]
-        if readings.needs_logits:
-            log_probabilities = torch.log_softmax(engine.logits(hidden).double(), dim=-1)
-            made.unablated["log_probabilities"] = log_probabilities
-            if readings.openers:
-                made.unablated["log_odds"] = _log_odds(log_probabilities, readings.openers)
-        for angle in readings.angles:
-            made.unablated[angle.name] = made._directions(hidden[None], angle)[0]
-        return made
-
-    def measure(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> dict[str, Tensor]:
-        """Every reading of each group; ``on_groups`` is told how many were just done.
-
-        Returns:
-            ``ships`` and ``refusal_score`` [len(groups), n_prompts] (nats), and each angle's name [len(groups)]
-            (degrees); float64, on the CPU.
-        """
-        common = common_heads(groups)
-        batches = self.engine.batches(groups, self.layout)
-        captures: list[Capture] = []
-
-        def hidden_of(chosen: Sequence[Group], start: int) -> Tensor:
-            if not captures:  # not before the first batch that the store does not have
-                captures.extend(self.engine.captured(self.sequences, common, self.ablation, self.layout, start))
-            for capture in captures:
-                capture.drop_before(start)
-            return self.engine.replayed(captures, chosen, self.ablation, start)
-
-        results: dict[str, Tensor] = {}
-        for batch in batches:
-            for indices, part in self._batch(groups, batch.indices, partial(hidden_of, start=batch.start)):
-                for name, values in part.items():
-                    if name not in results:
-                        results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)
-                    results[name][list(indices)] = values
-                if on_groups is not None:
-                    on_groups(len(indices))
-        return results
-
-    def _batch(
-        self, groups: Sequence[Group], indices: Sequence[int], hidden_of: Callable[[Sequence[Group]], Tensor]
-    ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
-        """The readings of one batch; of its halves where memory does not suffice, which the store remembers."""
-        chosen = [groups[index] for index in indices]
-
-        def compute() -> dict[str, Tensor]:
-            try:
-                return self._read(hidden_of(chosen))
-            except (RuntimeError, MemoryError) as error:
-                if len(indices) < 2 or not is_out_of_memory(error):
-                    raise
-            return {_HALVED: torch.ones(1)}
-
-        part = self.keep(self.fields(chosen), compute)
-        if _HALVED not in part:
-            yield indices, part
-            return
-        middle = len(indices) // 2
-        for half in (indices[:middle], indices[middle:]):
-            yield from self._batch(groups, half, hidden_of)
-
-    def scorer(self, name: str) -> FunctionScorer:
-        """One reading as a scorer of groups, averaged over the prompts: ``mean_ships``, ``refusal_score``, an angle."""
-        reading = "ships" if name == "mean_ships" else name
-        unit = "degrees" if name.startswith("generalized") else "nats"
-
-        def score(groups: Sequence[Group]) -> Tensor:
-            values = self.measure(groups)[reading]
-            return values.mean(dim=1) if values.ndim == 2 else values
-
-        return FunctionScorer(score, name, unit, _RESOLUTION[unit][self.engine.dtype.itemsize])
-
-    def fields(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """All that the readings of this batch of groups depend on, the model itself aside."""
-        tokens = json.dumps([[sequence.token_ids, sequence.n_wanted] for sequence in self.sequences])
-        return {
-            "groups": [format_heads(group) for group in groups],
-            "ablation": asdict(self.ablation),
-            "readings": asdict(self.readings),
-            "plan": self.layout.as_dict(),
-            "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
-        }
-
-    @property
-    def _prompt_of(self) -> Tensor:
-        """int64 [n_wanted]: the prompt of each wanted token."""
-        counts = torch.tensor([sequence.n_wanted for sequence in self.sequences])
-        return torch.repeat_interleave(torch.arange(len(counts)), counts)
-
-    @torch.inference_mode()
-    def _read(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The readings of states [n_groups, n_wanted, d_model]."""
-        found: dict[str, Tensor] = {}
-        if self.readings.needs_logits:
-            found |= self._read_next_token(hidden)
-        for angle in self.readings.angles:
-            angles = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
-            found[angle.name] = angles.cpu()
-        return found
-
-    def _read_next_token(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Ships (Eq 9) and the drop of the refusal log-odds, averaged over each prompt's wanted tokens."""
-        reference = self.unablated["log_probabilities"]
-        n_groups, n_wanted = hidden.shape[:2]
-        divergences, odds = [], []
-        step = max(1, _LOGITS_AT_ONCE // (n_wanted * reference.shape[-1]))
-        for at in range(0, n_groups, step):
-            states = hidden[at : at + step]
-            logits = self.engine.logits(states.flatten(0, 1)).double().view(*states.shape[:2], -1)
-            log_probabilities = torch.log_softmax(logits, dim=-1)
-            # The exponential of the reference is taken per slice, so that the vocabulary is held once.
-            divergences.append((reference.exp() * (reference - log_probabilities)).sum(dim=-1).cpu())
-            if self.readings.openers:
-                drop = self.unablated["log_odds"] - _log_odds(log_probabilities, self.readings.openers)
-                odds.append(drop.cpu())
-        # KL is never negative; what rounding leaves below 0 is 0.
-        found = {"ships": self._by_prompt(torch.cat(divergences).clamp_min(0.0))} if self.readings.ships else {}
-        if self.readings.openers:
-            found["refusal_score"] = self._by_prompt(torch.cat(odds))
-        return found
-
-    def _by_prompt(self, values: Tensor) -> Tensor:
-        """[n_groups, n_wanted] averaged to [n_groups, n_prompts]."""
-        prompts = self._prompt_of.expand_as(values)
-        sums = torch.zeros(len(values), len(self.sequences), dtype=values.dtype)
-        sums.scatter_add_(1, prompts, values)
-        return sums / torch.bincount(self._prompt_of).clamp_min(1)
-
-    def _directions(self, hidden: Tensor, angle: Angle) -> Tensor:
-        """Dominant directions of each group's states [n_groups, n_wanted, d_model], of the prompts' last tokens."""
-        firsts = torch.tensor([0, *[s.n_wanted for s in self.sequences[:-1]]]).cumsum(0)
-        states = hidden[:, firsts.to(hidden.device)]
-        states = self.engine.normed(states) if angle.state == "after_norm" else states
-        return dominant_directions(states, angle.space, angle.rank, angle.centred)
-
-
-def _compute(_: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A :data:`Keep` that keeps nothing."""
-    return compute()
-
-
-def _log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:
-    """Log P(R) / (1 - P(R)) of the openers R [...], from log-probabilities [..., vocabulary], without cancellation."""
-    chosen = torch.zeros(log_probabilities.shape[-1], dtype=torch.bool, device=log_probabilities.device)
-    chosen[list(openers)] = True
-    inside = log_probabilities[..., chosen].logsumexp(dim=-1)
-    return inside - log_probabilities[..., ~chosen].logsumexp(dim=-1)
+    """Nearly all unablated answers begin with one blank token, which hides what an ablation does to the words after."""
 
 
 def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
@@ -280,13 +42,14 @@ def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tupl
 
 
 def _warn_of_shared_first_token(engine: Engine, first_tokens: Sequence[int], positions: int) -> None:
-    if positions > 1 or len(set(first_tokens)) != 1:
+    if positions > 1 or not first_tokens:
         return
-    text = engine.tokenizer.decode(first_tokens[:1])
-    if not text.strip():
+    (token, count), n = Counter(first_tokens).most_common(1)[0], len(first_tokens)
+    text = engine.tokenizer.decode([token])
+    if count >= _SHARED * n and not text.strip():
         warnings.warn(
-            f"every unablated answer begins with the same blank token {text!r}, which hides what an ablation does to "
-            "the words after it: use positions=2 or more",
+            f"{count} of {n} unablated answers begin with the same blank token {text!r}, which hides what an ablation "
+            "does to the words after it: use positions=2 or more",
             SharedFirstTokenWarning,
             stacklevel=3,
         )
@@ -308,9 +71,7 @@ def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int
         InputError: a prompt longer than the model's context; ``positions`` below 1.
     """
     measuring = HeadPass.begin(engine, answer_sequences(engine, prompts, positions), ablation, Readings(ships=True))
-    values = measuring.measure([(head,) for head in engine.heads])["ships"]
-    table = values.T.reshape(len(prompts), engine.n_layers, engine.n_heads)
-    return HeadScores(table, "ships", "nats", measuring.scorer("mean_ships").resolution)
+    return measuring.table("ships", measuring.measure([(head,) for head in engine.heads])["ships"])
 
 
 def mean_ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int = 1) -> FunctionScorer:

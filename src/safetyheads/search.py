@@ -18,7 +18,10 @@ def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
         scorer: gives each group a number, more meaning more effect.
         heads: the candidates, usually ``engine.heads``.
     """
-    return _score(scorer, (), distinct(heads), heads)
+    heads = distinct(heads)
+    if not heads:
+        raise InputError("no heads to rank")
+    return _score(scorer, (), heads, heads)
 
 
 def sahara(scorer: GroupScorer, heads: Sequence[Head], steps: int = 3) -> SearchTrace:

@@ -30,15 +30,10 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
         Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
 
     Raises:
-        InputError: fewer than two prompts, or a rank that the stack cannot have.
+        InputError: fewer than two prompts, or a rank that says nothing.
     """
     n_prompts, d_model = states.shape[-2:]
-    if n_prompts < 2:
-        raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")
-    if not 1 <= rank <= min(n_prompts, d_model):
-        raise InputError(
-            f"rank {rank} is out of range: {n_prompts} prompts of width {d_model} allow 1 to {min(n_prompts, d_model)}"
-        )
+    refuse_rank(rank, n_prompts, space, centred, d_model)
     stack = states.double()
     if centred:
         stack = stack - stack.mean(dim=-2, keepdim=True)
@@ -53,6 +48,25 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
         return left
     right = stack.mT @ left
     return torch.linalg.qr(right).Q
+
+
+def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model: int | None = None) -> None:
+    """Refuse a rank that no stack of so many prompts has, or at which every angle is 0.
+
+    Centring takes one dimension away; and in prompt space as many vectors as there are dimensions span it whole,
+    with and without the ablation.
+
+    Raises:
+        InputError: fewer than two prompts, or a rank out of range; ``d_model`` is left out where it is not known yet.
+    """
+    if n_prompts < 2:
+        raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")
+    largest = n_prompts - centred - (space == "prompt")
+    largest = largest if d_model is None else min(largest, d_model)
+    if not 1 <= rank <= largest:
+        what = f"{n_prompts} prompts{', centred,' if centred else ''} in {space} space"
+        allowed = f"allow 1 to {largest}" if largest else "are too few for any"
+        raise InputError(f"rank {rank} is out of range: {what} {allowed}")
 
 
 def _by_svd(stack: Tensor, space: Space, rank: int) -> Tensor:

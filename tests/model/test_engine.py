@@ -14,9 +14,10 @@ from safetyheads import Ablation, Engine, Head, InputError, SafetyheadsError, sh
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.batching import Plan, TokenSequence
 from safetyheads.errors import UnsupportedModelError
+from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.loading import use_our_attention
 from safetyheads.replay import Capabilities
-from safetyheads.scoring import HeadPass, Readings, generalized_ships
+from safetyheads.scoring import generalized_ships
 
 # Two float32 sums of a few dozen terms in another order; measured: 2e-6 on states of size 5. A wrong head, mask
 # or position is off by 0.1 and more.

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
     "attention architectures batching replay engine loading proofs generation",
-    "scoring search",
+    "head_pass scoring search",
     "judges asr refusal baselines",
     "config progress storage audit results pipeline",
     "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search",

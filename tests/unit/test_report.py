@@ -240,10 +240,8 @@ def test_the_page_opens_with_the_verdict(name: str, badge: str) -> None:
     words = Page(sample_page(name)).words
     assert words.index(badge) < words.index(" ".join(results["verdict"]["sentence"].split()))
     assert words.index(results["verdict"]["sentence"]) < words.index("What this does not show")
-    for said in ("A low ASR is no proof of safety", "A head is not “the” safety mechanism", "The judge reads words"):
-        assert said in words
     for caveat in results["caveats"]:
-        assert caveat in words
+        assert words.count(" ".join(caveat.split())) == 1
 
 
 def test_each_number_stands_with_its_interval_and_n() -> None:
