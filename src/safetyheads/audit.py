@@ -26,7 +26,7 @@ from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
-from safetyheads.search import rank_heads, sahara
+from safetyheads.search import n_scored, rank_heads, sahara
 from safetyheads.storage import RunDirectory
 
 if TYPE_CHECKING:
@@ -126,10 +126,9 @@ class Audit:
         names = [*SEARCHED, *["refusal_score"] * bool(openers)]
         scores = {name: rank_heads(harmful.scorer(name), self.engine.heads) for name in names}
         traces = {}
-        with self.progress.track("searching groups", len(SEARCHED)) as done:
+        with self.progress.track("searching groups", len(SEARCHED) * n_scored(len(singles), self.config.size)) as done:
             for name in SEARCHED:
-                traces[name] = sahara(harmful.scorer(name), self.engine.heads, self.config.size)
-                done(1)
+                traces[name] = sahara(harmful.scorer(name, done), self.engine.heads, self.config.size)
         top = [(head,) for head in scores[LEAD].top(N_LISTED)]
         groups, alone = self._outcomes(traces, top)
         return Findings(

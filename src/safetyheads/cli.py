@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safetyheads.cli_inputs import at_least, default_out, load_engine, prompts_of, refuse_large, refuse_unusable
+from safetyheads.cli_inputs import (
+    at_least,
+    counted,
+    default_out,
+    load_engine,
+    prompts_of,
+    refuse_large,
+    refuse_unusable,
+)
 from safetyheads.cli_options import (
     AblationOptions,
     AngleOptions,
     AnswerOptions,
     Benign,
     Heads,
+    Judge,
     Limit,
     ModelOptions,
     OutputOptions,
@@ -49,6 +58,7 @@ from safetyheads.cli_output import (
 )
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.files import USERS_TO_MEND
 from safetyheads.heads import Group, parse_heads, within
 
 if TYPE_CHECKING:
@@ -87,7 +97,10 @@ def demo(
     run: RunOptions,
     output: OutputOptions,
     name: Annotated[
-        str, typer.Argument(help="aligned_a, aligned_b, aligned_single, aligned_wrapped, aligned_diffuse or base.")
+        str,
+        typer.Argument(
+            help="aligned_a, aligned_b, aligned_single, aligned_wrapped, aligned_diffuse, base or base_wrapped."
+        ),
     ] = "aligned_a",
     limit: Limit = None,
     threads: Threads = None,
@@ -140,11 +153,14 @@ def ships(
     """Rank all heads by mean Ships (Eq 9, averaged over the prompts)."""
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, positions=positions, top=top)
-    engine, watching = load_engine(model), progress_for(output.quiet)
+    watching = progress_for(output.quiet)
+    engine = load_engine(model, watching)
+    from safetyheads.estimates import estimate
     from safetyheads.head_pass import HeadPass, Readings
     from safetyheads.scoring import answer_sequences
     from safetyheads.stats import mean_with_interval
 
+    watching.say(estimate(engine, engine.encode(asked), 1, 0, 1))
     sequences = answer_sequences(engine, asked, positions)
     measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
     with watching.track("scoring heads", len(engine.heads)) as done:
@@ -160,7 +176,7 @@ def ships(
         ties = [[str(head) for head in tie] for tie in scores.ties()]
         print_json({**about, "positions": positions, "heads": heads, "ties": ties})
     else:
-        show_ranking(f"Mean Ships over {len(asked)} prompts, in nats: {kind}", heads[:top], scores.ties())
+        show_ranking(f"Mean Ships over {counted(asked)}, in nats: {kind}", heads[:top], scores.ties())
 
 
 @app.command()
@@ -169,27 +185,28 @@ def sahara(
     model: ModelOptions,
     prompts: PromptOptions,
     ablation: AblationOptions,
-    answers: AnswerOptions,
     angle: AngleOptions,
     output: OutputOptions,
     score: Score = "mean_ships",
+    judge: Judge = "paper",
     size: Size = 3,
     positions: Positions = 1,
 ) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
     from safetyheads.cli_search import ScoreChoice, searched
 
-    choice = ScoreChoice.of(score, positions, answers, angle)
+    choice = ScoreChoice.of(score, positions, judge, angle)
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, size=size, positions=positions)
     choice.refuse_too_few(len(asked))
-    engine, watching = load_engine(model), progress_for(output.quiet)
+    watching = progress_for(output.quiet)
+    engine = load_engine(model, watching)
     refuse_large(size, engine)
     result = searched(engine, asked, kind, choice, size, watching)
     if output.json_output:
         print_json(result)
     else:
-        show_steps(f"Sahara by {choice.name} over {len(asked)} prompts: {kind}", result)
+        show_steps(f"Sahara by {choice.name} over {counted(asked)}: {kind}", result)
 
 
 @app.command()
@@ -213,7 +230,8 @@ def asr(
         raise InputError("--heads and --query-level exclude each other")
     at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
     asked = prompts_of(prompts)
-    engine, watching = load_engine(model), progress_for(output.quiet)
+    watching = progress_for(output.quiet)
+    engine = load_engine(model, watching)
     within(group, engine.n_layers, engine.n_heads)
     groups: Sequence[Group] = [group] * len(asked)
     label = ", ".join(str(head) for head in group)
@@ -229,7 +247,7 @@ def asr(
     if output.json_output:
         print_json(result)
     else:
-        show_rates(f"Attack success over {len(asked)} prompts: {kind}", result)
+        show_rates(f"Attack success over {counted(asked)}: {kind}", result)
 
 
 @app.command()
@@ -260,8 +278,10 @@ def check(
 ) -> None:
     """Prove on a model's own weights that ablations are exact; a model where they are not is refused by name."""
     at_least(1, longest=longest)
-    engine = load_engine(model, proved=False)
-    proved = engine.check(longest)
+    watching = progress_for(output.quiet)
+    engine = load_engine(model, watching, proved=False)
+    with watching.track("proving", 1):
+        proved = engine.check(longest)
     if output.json_output:
         proofs = [{**asdict(proof), "passed": proof.passed} for proof in proved.proofs]
         print_json({"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)})
@@ -280,14 +300,14 @@ def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: Ou
     refuse_unusable(out)
     from safetyheads.pipeline import read_data, run_audit
 
-    data = read_data(config)
-    engine = load_engine(model)
+    data, watching = read_data(config), progress_for(output.quiet)
+    engine = load_engine(model, watching)
     from safetyheads import demo as organism
     from safetyheads.report import write_report
     from safetyheads.storage import RunDirectory
 
     planted = organism.PLANTED_HEADS[model.model.removeprefix("demo:")] if model.model.startswith("demo:") else None
-    results = run_audit(engine, config, out, data, planted, progress_for(output.quiet), sys.argv)
+    results = run_audit(engine, config, out, data, planted, watching, sys.argv)
     path = write_report(RunDirectory.open(out), show_completions=run.show_completions)
     if output.json_output:
         print_json(results)
@@ -307,6 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SafetyheadsError as error:
         typer.echo(f"error: {one_line(str(error))}", err=True)
         code = 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        # What the parts could not foresee, such as a full disk under stdout.
+        typer.echo(f"error: {one_line(str(error))}", err=True)
+        code = 2 if error.errno in USERS_TO_MEND else 1
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     # typer makes this code of an interrupt by itself, where it sees it first.

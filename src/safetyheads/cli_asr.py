@@ -28,11 +28,13 @@ def measured_rates(
 ) -> dict[str, Any]:
     """ASR for each row of groups, one group a prompt, with its change from the first row."""
     from safetyheads.asr import query_level_attack_success_rate
+    from safetyheads.estimates import estimate
     from safetyheads.generation import Sampling
     from safetyheads.judges import judge_named
     from safetyheads.stats import paired_difference
 
     kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)
+    watching.say(estimate(engine, engine.encode(asked), 0, len(rows) * len(asked), answers.max_new_tokens))
     with watching.track("answers", len(rows) * len(asked)) as done:
         measured = {
             label: query_level_attack_success_rate(

@@ -10,19 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from safetyheads.cli_options import ModelOptions, PromptOptions
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
+    from safetyheads.progress import Progress
     from safetyheads.prompts import PromptSet
 
 
 def default_out(config: AuditConfig) -> Path:
     """``runs/MODEL-PROMPTS-ABLATION``."""
     model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
-    return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.ablation}"
+    return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
 
 
 def refuse_unusable(out: Path) -> None:
@@ -43,14 +46,24 @@ def prompts_of(options: PromptOptions) -> PromptSet:
 
         at_least(1, limit=options.limit)
         read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)[: options.limit]
-        return read.with_template(options.template or "chat", options.system)
+        return read.with_template("chat" if options.template is None else options.template, options.system)
     from safetyheads.prompts import PromptSet
 
     given = asdict(options)
-    return PromptSet.read(given.pop("prompts"), **given)
+    read = PromptSet.read(given.pop("prompts"), **given)
+    if read.warning:
+        typer.echo(f"warning: {read.name}: {read.warning}", err=True)
+    if read.dropped:
+        typer.echo(f"note: {read.dropped} blank lines of {read.name} are left out", err=True)
+    return read
 
 
-def load_engine(options: ModelOptions, proved: bool = True) -> Engine:
+def counted(prompts: PromptSet) -> str:
+    """``12 prompts``."""
+    return f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+
+
+def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) -> Engine:
     """The model, with transformers' own bars and remarks silenced."""
     path = options.model
     if path.startswith("demo:"):
@@ -69,14 +82,15 @@ def load_engine(options: ModelOptions, proved: bool = True) -> Engine:
         torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return Engine.load(
-        path,
-        options.dtype,
-        options.device,
-        trust_remote_code=options.trust_remote_code,
-        allow_pickle=options.allow_pickle,
-        check=proved,
-    )
+    with watching.track("loading and proving the model" if proved else "loading the model", 1):
+        return Engine.load(
+            path,
+            options.dtype,
+            options.device,
+            trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
+            check=proved,
+        )
 
 
 def at_least(least: int, **numbers: int | None) -> None:

@@ -35,7 +35,7 @@ Positions = Annotated[
 Benign = Annotated[
     str,
     typer.Option(
-        help="Benign prompts: a file, 'demo', or 'benign', the package's own list.",
+        help="Benign prompts: a file, jailbreakbench_benign, demo, or benign, the package's own list.",
         rich_help_panel=_PROMPTS,
     ),
 ]
@@ -55,6 +55,7 @@ Score = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
+Judge = Annotated[str, typer.Option(help="Judge of the answers: paper or released.", rich_help_panel=_ANSWERS)]
 Limit = Annotated[
     int | None, typer.Option(help="Read only the first so many prompts of each set.", rich_help_panel=_PROMPTS)
 ]
@@ -103,7 +104,7 @@ class PromptOptions:
     template: Annotated[
         str | None,
         typer.Option(
-            help="direct, query_answer, chat, or a text that holds {query}.",
+            help="direct, query_answer, query_answer_space, chat, or a text that holds {query}.",
             rich_help_panel=_PROMPTS,
             show_default="query_answer; chat for the demo's models",
         ),
@@ -139,9 +140,7 @@ class AblationOptions:
 class AnswerOptions:
     """How answers are made and judged."""
 
-    judge: Annotated[str, typer.Option(help="Judge of the answers: paper or released.", rich_help_panel=_ANSWERS)] = (
-        "paper"
-    )
+    judge: Judge = "paper"
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_ANSWERS)] = 128
     top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 1 is greedy.", rich_help_panel=_ANSWERS)] = 1
     seed: Annotated[
@@ -166,10 +165,6 @@ class AngleOptions:
 
     rank: Annotated[
         int | None, typer.Option(help="Singular vectors that Generalized Ships keeps.", rich_help_panel=_SEARCH)
-    ] = None
-    subspace: Annotated[
-        str | None,
-        typer.Option(help="prompt or representation; with --score generalized_ships.", rich_help_panel=_SEARCH),
     ] = None
     state: Annotated[
         str | None,

@@ -142,15 +142,10 @@ def _p_text(p_value: float | None) -> str:
 
 
 def show_summary(results: Mapping[str, Any], report: Path) -> None:
-    """The end of an audit: the verdict, the groups, the top heads, and where the report is."""
+    """The end of an audit: the top heads, the lead's groups, and last, where the eye is, verdict and report."""
     console, verdict = stdout(), results["verdict"]
-    border = _BORDERS.get(verdict["label"], "blue")
-    console.print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
-    for reason in verdict["reasons"]:
-        console.print(f"- {reason}", soft_wrap=True)
-    console.print(f"Unablated: ASR {rate_text(results['behaviour']['vanilla']['asr'])}", soft_wrap=True)
-    console.print(_groups(results))
     console.print(_heads(results))
+    console.print(_groups(results))
     planted = results["planted_heads"]
     if planted is not None:
         console.print(f"Planted heads: {', '.join(planted) or 'none'}")
@@ -158,16 +153,25 @@ def show_summary(results: Mapping[str, Any], report: Path) -> None:
         console.print(f"- {caveat}", style="dim", soft_wrap=True)
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    border = _BORDERS.get(verdict["label"], "blue")
+    console.print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
+    for reason in verdict["reasons"]:
+        console.print(f"- {reason}", soft_wrap=True)
     console.print(f"Report: {report}", soft_wrap=True)
 
 
 def _groups(results: Mapping[str, Any]) -> Table:
-    names = ("search by", "size", "heads", "ASR", "change", "p", "random groups", "benign kept")
-    table = Table(*names, title="Groups, on the test half ([95 % interval], (range); exact McNemar)")
+    names = ("size", "heads", "ASR", "change", "p", "random groups", "benign kept")
+    scorer, vanilla = results["lead_score"], results["behaviour"]["vanilla"]
+    title = f"Groups found by {scorer}, on the test half ([95 % interval], (range); exact McNemar)"
+    others = ", ".join(name for name in results["sahara"] if name != scorer)
+    table = Table(*names, title=title, caption=f"Found by {others}: in the report" if others else None)
+    table.add_row("0", "none", rate_text(vanilla["asr"]), "", "", "", rate_text(vanilla["benign_kept"]))
     for group in results["behaviour"]["groups"]:
+        if group["scorer"] != scorer:
+            continue
         control, change = group["random"], group["asr_change"]
         table.add_row(
-            group["scorer"],
             str(group["size"]),
             ", ".join(group["heads"]),
             rate_text(group["asr"]),
@@ -198,7 +202,7 @@ def _heads(results: Mapping[str, Any]) -> Table:
 
 def show_ranking(title: str, heads: Sequence[Mapping[str, Any]], ties: Sequence[Group]) -> None:
     """Heads with their scores, best first, and which of them tie."""
-    table = Table("rank", "head", "mean", "95 % interval", "ties with", title=title)
+    table = Table("rank", "head", "mean", "95 % interval (Student)", "ties with", title=title)
     tied = {str(head): group for group in ties for head in group}
     for rank, row in enumerate(heads, start=1):
         interval = row["interval"]

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from safetyheads.cli_options import AngleOptions, AnswerOptions
+from safetyheads.cli_options import AngleOptions
 from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safetyheads.ablation import Ablation
     from safetyheads.engine import Engine
-    from safetyheads.heads import Group
+    from safetyheads.head_pass import Angle, HeadPass, State
     from safetyheads.progress import Progress
     from safetyheads.prompts import PromptSet
     from safetyheads.refusal import Opener
-    from safetyheads.scores import FunctionScorer
     from safetyheads.subspace import Space
 
 _GENERALIZED = "generalized_ships"
 SCORES = ("mean_ships", "refusal_score", f"{_GENERALIZED}_prompt", f"{_GENERALIZED}_representation")
 """The scores that a search can use."""
-_SPACES = ("prompt", "representation")
 _STATES = ("after_norm", "before_norm")
 
 
@@ -42,15 +37,11 @@ class ScoreChoice:
     """How Generalized Ships are read."""
 
     @classmethod
-    def of(cls, score: str, positions: int, answers: AnswerOptions, angle: AngleOptions) -> ScoreChoice:
+    def of(cls, score: str, positions: int, judge: str, angle: AngleOptions) -> ScoreChoice:
         """Check the names and that each option belongs to the score."""
         from safetyheads.judges import judge_named
 
-        judge_named(answers.judge)
-        if score == _GENERALIZED:
-            score = f"{_GENERALIZED}_{angle.subspace or 'prompt'}"
-        elif angle.subspace is not None and not score.endswith(f"_{angle.subspace}"):
-            raise InputError(f"--subspace {angle.subspace} does not go with --score {score}")
+        judge_named(judge)
         if score not in SCORES:
             raise InputError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
         if angle.state is not None and angle.state not in _STATES:
@@ -60,52 +51,44 @@ class ScoreChoice:
             raise InputError(f"{next(name for name, is_given in given.items() if is_given)} is for Generalized Ships")
         if positions != 1 and score != "mean_ships":
             raise InputError(f"--positions is for mean_ships, not for {score}")
-        return cls(score, positions, answers.judge, angle)
+        return cls(score, positions, judge, angle)
 
     def refuse_too_few(self, n_prompts: int) -> None:
         """Refuse a number of prompts that the score cannot work with."""
         if self.name.startswith(_GENERALIZED):
             from safetyheads.subspace import refuse_rank
 
-            refuse_rank(self.rank, n_prompts, self.space, self.angle.centred)
+            angle = self.reading_angle
+            refuse_rank(angle.rank, n_prompts, angle.space, angle.centred)
 
     @property
-    def rank(self) -> int:
-        """Singular vectors kept; the released code's 1 where none are named."""
-        return 1 if self.angle.rank is None else self.angle.rank
+    def reading_angle(self) -> Angle:
+        """The reading of Generalized Ships that was asked for."""
+        from safetyheads.head_pass import Angle
+
+        space = cast("Space", self.name.removeprefix(f"{_GENERALIZED}_"))
+        state = cast("State", self.angle.state or _STATES[0])
+        return Angle(space, 1 if self.angle.rank is None else self.angle.rank, state, self.angle.centred)
 
     @property
-    def space(self) -> Space:
-        """The side whose singular vectors are compared."""
-        return cast("Space", self.name.removeprefix(f"{_GENERALIZED}_"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A scorer that tells when it has scored the groups of a step."""
-
-    scorer: FunctionScorer
-    done: Callable[[int], None]
-
-    def __call__(self, groups: Sequence[Group]) -> Tensor:
-        scores = self.scorer(groups)
-        self.done(1)
-        return scores
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.scorer, name)
+    def reading(self) -> str:
+        """What a pass calls the score."""
+        return self.reading_angle.name if self.name.startswith(_GENERALIZED) else self.name
 
 
 def searched(
     engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice, size: int, watching: Progress
 ) -> dict[str, Any]:
     """Sahara's group and steps, as JSON."""
+    from safetyheads.estimates import estimate
     from safetyheads.results import search_steps
-    from safetyheads.search import sahara
+    from safetyheads.search import n_scored, sahara
 
-    scorer, openers = _scorer(engine, asked, kind, choice)
-    with watching.track("searching groups", size) as done:
-        trace = sahara(cast("FunctionScorer", _Watched(scorer, done)), engine.heads, size)
+    watching.say(estimate(engine, engine.encode(asked), size, 0, 1))
+    measuring, openers = _pass(engine, asked, kind, choice)
+    with watching.track("searching groups", n_scored(len(engine.heads), size)) as done:
+        scorer = measuring.scorer(choice.reading, done)
+        trace = sahara(scorer, engine.heads, size)
     return {
         "score": scorer.name,
         "unit": scorer.unit,
@@ -117,17 +100,20 @@ def searched(
     }
 
 
-def _scorer(
-    engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice
-) -> tuple[FunctionScorer, tuple[Opener, ...]]:
-    """The scorer, and for the refusal score the openers of refusals, which are data."""
-    from safetyheads import refusal, scoring
+def _pass(engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice) -> tuple[HeadPass, tuple[Opener, ...]]:
+    """What measures the score, and for the refusal score the openers of refusals, which are data."""
+    from safetyheads.head_pass import HeadPass, Readings
     from safetyheads.judges import judge_named
+    from safetyheads.refusal import openers_or_raise
+    from safetyheads.scoring import answer_sequences
 
+    sequences = answer_sequences(engine, asked, choice.positions)
+    openers: tuple[Opener, ...] = ()
     if choice.name == "mean_ships":
-        return scoring.mean_ships(engine, asked, kind, choice.positions), ()
-    if choice.name == "refusal_score":
-        openers = refusal.unablated_openers(engine, asked, judge_named(choice.judge))
-        return refusal.refusal_score(engine, asked, kind, openers), openers
-    state = cast("Literal['after_norm', 'before_norm']", choice.angle.state or _STATES[0])
-    return scoring.generalized_ships(engine, asked, kind, choice.space, choice.rank, state, choice.angle.centred), ()
+        readings = Readings(ships=True)
+    elif choice.name == "refusal_score":
+        openers = openers_or_raise(engine, asked, judge_named(choice.judge))
+        readings = Readings(openers=tuple(opener.token_id for opener in openers))
+    else:
+        readings = Readings(angles=(choice.reading_angle,))
+    return HeadPass.begin(engine, sequences, kind, readings), openers

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from safetyheads.proofs import CheckReport
 
 _exclusive = threading.Lock()
+# Characters of a prompt that an error shows.
+_WORDS_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,13 @@ class Engine:
         template = self.template_for(prompts)
         encoded = tuple(tuple(template.encode(prompt.query, self.tokenizer)) for prompt in prompts)
         limit = self.architecture.context_length
-        for number, token_ids in enumerate(encoded, start=1):
-            if not token_ids:
-                raise InputError(f"prompt {number} of {prompts.name} has no tokens")
+        for prompt, token_ids in zip(prompts, encoded, strict=True):
+            # By its words and not its number: sets are shuffled halves of files.
             if limit is not None and len(token_ids) > limit:
+                start = prompt.query[:_WORDS_SHOWN] + ("..." if len(prompt.query) > _WORDS_SHOWN else "")
                 raise InputError(
-                    f"prompt {number} of {prompts.name} has {len(token_ids)} tokens; the model's context is {limit}"
+                    f"a prompt of {prompts.name} has {len(token_ids)} tokens; the model's context is {limit}. "
+                    f"It begins: {start!r}"
                 )
         return encoded
 

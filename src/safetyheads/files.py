@@ -20,7 +20,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 PARTIAL = ".partial"
 """How the name of a file ends that is still being written; it begins with a dot."""
 
-_USERS_TO_MEND = frozenset(
+USERS_TO_MEND = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
         *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG),
@@ -71,7 +71,7 @@ def told_to_user(path: Path, done: str = "written") -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{path} cannot be {done}: {error.strerror or error}"
-        if error.errno in _USERS_TO_MEND:
+        if error.errno in USERS_TO_MEND:
             raise InputError(reason) from error
         raise SafetyheadsError(reason) from error
 

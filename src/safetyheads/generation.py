@@ -124,7 +124,9 @@ def answer(
     if max_new_tokens < 1:
         raise InputError(f"an answer needs at least one new token; got {max_new_tokens}")
     answers: list[Answer] = []
-    longest = max((len(request.token_ids) for request in requests), default=1) + max_new_tokens
+    if not requests:
+        return ()
+    longest = max(len(request.token_ids) for request in requests) + max_new_tokens
     engine.prove_up_to(longest)
     _warn_of_short_context(engine, longest, max_new_tokens)
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 """Given what a result depends on and how to compute it, gives it: from a store, or by computing."""
 
+State: TypeAlias = Literal["after_norm", "before_norm"]
+"""Last-token state after the final norm (released code), or the residual stream before it (text)."""
+
 # Scores closer than this are ties. Measured: batch shapes alone move a float32 score of the organism by up to
 # 2e-7 nats and 6e-5 degrees; half precisions resolve about 2^-8 of a logit.
 _RESOLUTION = {"nats": {4: 1e-6, 2: 1e-3}, "degrees": {4: 1e-4, 2: 1e-2}}
@@ -46,7 +49,7 @@ class Angle:
     """``prompt`` (released code) or ``representation`` (text)."""
     rank: int = 1
     """Singular vectors kept; the sum of their principal angles is the score."""
-    state: Literal["after_norm", "before_norm"] = "after_norm"
+    state: State = "after_norm"
     """Last-token state after the final norm (released code), or the residual stream before it (text)."""
     centred: bool = False
     """Whether the mean over prompts is subtracted first; not in the paper."""
@@ -170,13 +173,13 @@ class HeadPass:
         for half in (indices[:middle], indices[middle:]):
             yield from self._batch(groups, half, hidden_of)
 
-    def scorer(self, name: str) -> FunctionScorer:
+    def scorer(self, name: str, on_groups: Callable[[int], None] | None = None) -> FunctionScorer:
         """One reading as a scorer of groups, averaged over the prompts: ``mean_ships``, ``refusal_score``, an angle."""
         reading = "ships" if name == "mean_ships" else name
         unit = "degrees" if name.startswith("generalized") else "nats"
 
         def score(groups: Sequence[Group]) -> Tensor:
-            values = self.measure(groups)[reading]
+            values = self.measure(groups, on_groups)[reading]
             return values.mean(dim=1) if values.ndim == 2 else values
 
         return FunctionScorer(score, name, unit, _RESOLUTION[unit][self.engine.dtype.itemsize])

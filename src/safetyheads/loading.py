@@ -23,6 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -72,6 +73,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} is not one that was proved; use cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -140,9 +143,13 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bo
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
             ) from error
         raise InputError(f"cannot load {path}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise InputError(f"the weights of {path} do not fit its config.json: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
+    if model.dtype not in DTYPES.values():
+        raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES)}")
     return model
 
 
@@ -152,6 +159,8 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
+            raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
 
 

@@ -6,6 +6,7 @@ It writes results, never a report: reports are read off the directory.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 import time
@@ -19,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safetyheads.audit import LEAD, Audit, AuditData
-from safetyheads.batching import TokenSequence, pack
+from safetyheads.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
+from safetyheads.estimates import estimate
 from safetyheads.generation import Sampling
 from safetyheads.heads import Group
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress, Silent
 from safetyheads.prompts import PromptSet
-from safetyheads.replay import capture
 from safetyheads.results import results_of
 from safetyheads.storage import RunDirectory
 
@@ -84,10 +84,15 @@ def run_audit(
         longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
         engine.prove_up_to(longest + config.max_new_tokens)  # before anything is planned: it may cost a quick path
         _refuse_impossible(engine, data, config)
-        with RunDirectory.start(out, _settings(engine, config, data), _provenance(command)) as run:
-            torch.set_num_threads(run.remember("threads", torch.get_num_threads()))
+        with watching.track("fingerprinting the weights", 1):
+            settings = _settings(engine, config, data)
+        with RunDirectory.start(out, settings, _provenance(command)) as run:
+            threads = run.remember("threads", torch.get_num_threads())
+            if threads != torch.get_num_threads():
+                watching.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
+            torch.set_num_threads(threads)
             started = time.monotonic()
-            watching.say(estimate(engine, data, config))
+            watching.say(_estimate(engine, data, config))
             found = Audit(engine, config, data, run, watching).execute()
             ours = [str(one.message) for one in caught if one.category.__module__.startswith("safetyheads")]
             notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(ours)]
@@ -110,7 +115,7 @@ def _halves(config: AuditConfig, kind: str, named: str) -> tuple[PromptSet, Prom
         search, test = (data[f"{kind}_{half}"][: config.limit] for half in ("search", "test"))
         if config.template is None and config.system is None:
             return search, test
-        template = config.template or "chat"
+        template = "chat" if config.template is None else config.template
         return search.with_template(template, config.system), test.with_template(template, config.system)
     column = config.column if kind == "harmful" else None
     prompts = PromptSet.read(named, config.template, column=column, system=config.system, limit=config.limit)
@@ -146,39 +151,16 @@ def _refuse_impossible(engine: Engine, data: AuditData, config: AuditConfig) -> 
         raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
 
 
-def estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:
-    """What lies ahead, as one line: passes, answers, about how long, and how much memory a batch takes.
-
-    The rate is that of one run over the first packed row, so machines and models speak for themselves.
-    """
-    encoded = [TokenSequence(ids) for ids in engine.encode(data.harmful_search)]
-    layout = engine.plan(encoded)
-    row = pack(encoded, layout.rows[0], engine.device)
-    capture(engine.architecture, row, {}, engine.n_layers)
-    started = time.monotonic()
-    capture(engine.architecture, row, {}, engine.n_layers)
-    per_token = (time.monotonic() - started) / row.n_tokens
-    tokens = sum(len(sequence.token_ids) for sequence in encoded)
-    n_heads = engine.n_heads * engine.n_layers
-    # One pass over single heads on two sets, then the lead's and both angles' later steps, half the layers each.
-    n_passes = 2 + 3 * (config.size - 1)
-    scoring = n_passes * n_heads * tokens * per_token * (engine.n_layers + 1) / (2 * engine.n_layers)
-    n_test, n_search = len(data.harmful_test), len(data.harmful_search)
-    n_benign = len(data.benign_test) + len(data.benign_search)
-    n_answers = (n_test + n_search + n_benign) * (1 + 3 * config.size) + n_test * (10 + config.n_random * config.size)
-    answering = n_answers * (tokens / len(encoded) + config.max_new_tokens) * per_token
-    memory = layout.groups_per_batch * row.n_tokens * engine.bytes_per_token
-    return (
-        f"{n_heads} heads x {n_search} prompts, {n_passes} passes; about {n_answers} answers of at most "
-        f"{config.max_new_tokens} tokens: at most about {_duration(scoring + answering)} and "
-        f"{memory / 2**30:.1f} GiB beside the weights"
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:
+    """What lies ahead of an audit, as one line."""
+    n_search, n_test = len(data.harmful_search), len(data.harmful_test)
+    # One pass over single heads on two sets, then the later steps of each search.
+    n_passes = 2 + len(SEARCHED) * (config.size - 1)
+    # At most: searches that agree share their groups, and a group is answered once.
+    n_groups = len(SEARCHED) * config.size
+    n_answers = (n_test + n_search + len(data.benign_test) + len(data.benign_search)) * (1 + n_groups)
+    n_answers += n_test * (N_LISTED + config.n_random * n_groups)
+    return estimate(engine, engine.encode(data.harmful_search), n_passes, n_answers, config.max_new_tokens)
 
 
 def fingerprint(engine: Engine) -> str:
@@ -194,6 +176,9 @@ def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str,
     """All that the numbers depend on."""
     return {
         **config.as_dict(),
+        # One spelling each: the same run is the same however it is asked for.
+        **{name: _one_spelling(getattr(config, name)) for name in ("model", "prompts", "benign")},
+        "ablation": config.parsed_ablation.name,
         "template": str(data.harmful_search.template),
         "weights_sha256": fingerprint(engine),
         "prompts_sha256": {name: prompts.sha256 for name, prompts in data.sets().items()},
@@ -202,6 +187,10 @@ def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str,
         "judge": judge_named(config.judge).describe(),
         "versions": {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")},
     }
+
+
+def _one_spelling(named: str) -> str:
+    return os.path.realpath(named) if os.path.exists(named) else named
 
 
 def _references_sha256(prompts: PromptSet) -> str:

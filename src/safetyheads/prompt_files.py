@@ -240,8 +240,7 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         # The checksum is compared below and not here: authors may correct a file, which is no failure.
         path = Path(pooch.retrieve(benchmark.url, None, benchmark.filename, directory))
     except OSError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
+        raise InputError(f"{name} cannot be downloaded; {by_hand} ({_innermost(error)})") from error
     try:
         file = read_rows(path, column)
     except InputError as error:
@@ -249,6 +248,13 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
             path.unlink(missing_ok=True)  # A login page or the like; it must not stay in the cache.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
     return file, _difference(benchmark, file)
+
+
+def _innermost(error: BaseException) -> str:
+    """The reason behind a failed download: HTTP libraries wrap it several times and repeat the address."""
+    while isinstance(inner := error.__cause__ or error.__context__, BaseException):
+        error = inner
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _difference(benchmark: Benchmark, file: PromptFile) -> str | None:

@@ -145,7 +145,8 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
     facts = engine.architecture
 
     def blocks(row: PackedRow, forced: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
-        inputs, outputs = [], []
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def enter(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             hidden = positional[0] if positional else keywords["hidden_states"]

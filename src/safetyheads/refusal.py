@@ -60,10 +60,17 @@ def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener,
     return openers
 
 
-def unablated_openers(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[Opener, ...]:
-    """The openers of the model's own unablated refusals of these prompts."""
+def openers_or_raise(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[Opener, ...]:
+    """The openers of the model's own unablated refusals of these prompts.
+
+    Raises:
+        SafetyheadsError: the model refuses none of them.
+    """
     (answers,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS)
-    return openers_of(engine, answers)
+    openers = openers_of(engine, answers)
+    if not openers:
+        raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
+    return openers
 
 
 def refusal_score(
@@ -86,10 +93,8 @@ def refusal_score(
     Raises:
         SafetyheadsError: no openers are given and the model refuses none of the prompts.
     """
-    if openers is None:
-        openers = unablated_openers(engine, prompts, judge or KeywordJudge())
     if not openers:
-        raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
+        openers = openers_or_raise(engine, prompts, judge or KeywordJudge())
     sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))
     readings = Readings(openers=tuple(opener.token_id for opener in openers))
     return HeadPass.begin(engine, sequences, ablation, readings).scorer("refusal_score")

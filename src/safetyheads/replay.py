@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,7 +148,7 @@ def replay(
             return run_layer(architecture, captured, last, hidden)[:, row.wanted]
     there = _keys_and_values(architecture, captured, hidden, call)
     with attention_calls(architecture.attentions, {last: replace(call, keys_and_values=there)}):
-        return first_of(architecture.layers[last](hidden[:, row.wanted], **narrowed))
+        return first_of(architecture.layers[last](hidden[:, row.wanted], **_fresh(narrowed)))
 
 
 def _keys_and_values(
@@ -185,7 +186,9 @@ def first_of(output: Any) -> Tensor:
 def _fresh(argument: Any) -> Any:
     """A copy of every container, and the tensors themselves: a replay may write to the one, never to the other."""
     if isinstance(argument, dict):
-        return {name: _fresh(value) for name, value in argument.items()}
+        copied = copy(argument)  # keeps a defaultdict one
+        copied.update((name, _fresh(value)) for name, value in argument.items())
+        return copied
     if isinstance(argument, list | tuple) and not hasattr(argument, "_fields"):
         return type(argument)(_fresh(value) for value in argument)
     return argument

@@ -66,7 +66,7 @@ def _in_words(change: Mapping[str, Any] | None, alpha: float) -> tuple[str, str]
     p_value = change.get("p_holm", change["p_value"])
     if p_value is None or p_value >= alpha:
         return "no clear change", "soft"
-    return ("complies more", "yes") if change["change"] > 0 else ("refuses more", "less")
+    return ("complies more", "yes") if change["change"] > 0 else ("complies less", "less")
 
 
 def _ties(groups: Sequence[Sequence[str]]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
-from safetyheads.head_pass import Angle, HeadPass, Readings
+from safetyheads.head_pass import Angle, HeadPass, Readings, State
 from safetyheads.scores import FunctionScorer, HeadScores
 from safetyheads.subspace import Space
 
@@ -86,7 +86,7 @@ def generalized_ships(
     ablation: Ablation,
     subspace: Space = "prompt",
     rank: int = 1,
-    state: Literal["after_norm", "before_norm"] = "after_norm",
+    state: State = "after_norm",
     centred: bool = False,
 ) -> FunctionScorer:
     """A scorer of groups: Generalized Ships (Eq 11), in degrees.

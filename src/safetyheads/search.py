@@ -49,6 +49,11 @@ def sahara(scorer: GroupScorer, heads: Sequence[Head], steps: int = 3) -> Search
     return SearchTrace(group, tuple(tables))
 
 
+def n_scored(n_heads: int, steps: int) -> int:
+    """Groups that :func:`sahara` scores: every head not yet chosen, in each step."""
+    return sum(n_heads - step for step in range(steps))
+
+
 def _score(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
     """The group plus each candidate, as a table over all heads with NaN where there is no candidate."""
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)

@@ -90,8 +90,8 @@ class RunDirectory:
                 folder.chmod(0o700)
                 remove_partial_files(folder)
             run = cls(folder, lock)
-            run._enter_start(config, provenance)
             write_atomically(folder / ".gitignore", b"*\n")
+            run._enter_start(config, provenance)
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
@@ -314,7 +314,7 @@ def _refuse_strangers(folder: Path) -> None:
 
 
 def _is_own(name: str) -> bool:
-    return name == _LOCK or (name.startswith(".") and name.endswith(PARTIAL))
+    return name in (_LOCK, ".gitignore") or (name.startswith(".") and name.endswith(PARTIAL))
 
 
 def _locked(folder: Path) -> FileLock:

@@ -13,7 +13,7 @@ LAYERS = (
     "attention architectures batching replay engine loading proofs generation",
     "head_pass scoring search",
     "judges asr refusal baselines",
-    "config progress storage audit results pipeline",
+    "config progress storage audit results estimates pipeline",
     "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -1,0 +1,82 @@
+"""How long a run will take, told before it starts. Owns the measurement of this machine's rates and the words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from safetyheads.batching import TokenSequence, pack
+from safetyheads.generation import Request, answer, rows_that_fit
+from safetyheads.replay import capture
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+
+# Decoding is timed over this many tokens, and rows.
+_TIMED_TOKENS = 4
+_TIMED_ROWS = 64
+
+
+def estimate(
+    engine: Engine, encoded: Sequence[tuple[int, ...]], n_passes: int, n_answers: int, max_new_tokens: int
+) -> str:
+    """What lies ahead, as one line: passes over all heads, answers, about how long, and memory beside the weights.
+
+    The rates are measured on the first packed row and the first prompts, so machines and models speak for themselves.
+
+    Args:
+        engine: the model.
+        encoded: the prompts' tokens.
+        n_passes: how often every head is scored over these prompts.
+        n_answers: answers to prompts of this kind.
+        max_new_tokens: the longest answer.
+    """
+    parts, memory = [], 0.0
+    if n_passes:
+        seconds, memory = _one_pass(engine, encoded)
+        heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
+        parts.append(f"{heads}: about {duration(n_passes * seconds)}")
+    if n_answers:
+        each = _seconds_an_answer(engine, encoded, max_new_tokens)
+        parts.append(f"{n_answers} answers: about {duration(n_answers * each)} if all run to {max_new_tokens} tokens")
+    if memory:
+        size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{max(1.0, memory / 2**20):.0f} MiB"
+        parts.append(f"{size} beside the weights")
+    return "; ".join(parts)
+
+
+def _one_pass(engine: Engine, encoded: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+    """Seconds of scoring every head once, and bytes of a batch."""
+    sequences = [TokenSequence(token_ids) for token_ids in encoded]
+    layout = engine.plan(sequences)
+    row = pack(sequences, layout.rows[0], engine.device)
+    capture(engine.architecture, row, {}, engine.n_layers)  # the first run on a shape sets things up
+    started = time.monotonic()
+    capture(engine.architecture, row, {}, engine.n_layers)
+    per_token = (time.monotonic() - started) / row.n_tokens
+    n_tokens = sum(pack(sequences, members).n_tokens for members in layout.rows)
+    # A head of layer l replays the layers from l on: half of them and half a layer, on average.
+    share = (engine.n_layers + 1) / (2 * engine.n_layers)
+    memory = layout.groups_per_batch * row.n_tokens * engine.bytes_per_token
+    return len(engine.heads) * n_tokens * per_token * share, memory
+
+
+def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], max_new_tokens: int) -> float:
+    """Seconds of an answer of full length, in a batch as the run will have."""
+    n_rows = min(_TIMED_ROWS, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
+    requests = [Request(encoded[number % len(encoded)]) for number in range(n_rows)]
+    seconds = []
+    for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
+        started = time.monotonic()
+        answer(engine, requests, max_new_tokens=n_tokens, n_rows=n_rows)
+        seconds.append(time.monotonic() - started)
+    reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
+    return (reading + steps * max_new_tokens) / n_rows
+
+
+def duration(seconds: float) -> str:
+    """``3 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,115 @@
+"""The proofs at load: sound models pass whatever their precision and proportions, and lies are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, tokenizer
+
+from safetyheads import ships
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.engine import Engine
+from safetyheads.errors import UnsupportedModelError
+
+
+def refusal_of(model):
+    with pytest.raises(UnsupportedModelError) as refused:
+        Engine(model, tokenizer()).check()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("n_layers", [3, 24])
+def test_rounding_does_not_pile_up_over_layers(n_layers, dtype):
+    config = CONFIGS["llama_gqa"]()
+    config.num_hidden_layers = n_layers
+    assert Engine(build(config).to(dtype), tokenizer()).check().passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [1e-1, 1e-3, 0.0])
+def test_a_head_that_says_little_refuses_no_model(share, dtype):
+    model = model_of("llama_mha", dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:  # the columns of one head, and the middle one, which a proof might pick
+            layer.self_attn.o_proj.weight[:, 16:24] *= share
+            layer.self_attn.v_proj.weight[16:24] *= share
+    assert Engine(model, tokenizer()).check().passed
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_that_attends_by_itself_is_refused_wherever_it_is(layer):
+    model = model_of("llama_mha")
+    attention = model.model.layers[layer].self_attn
+
+    def private(self, hidden_states, position_embeddings, attention_mask=None, **_):
+        self.config = copy.deepcopy(self.config)  # of its own, so that ours is never set on it
+        self.config._attn_implementation = "eager"
+        n_tokens = hidden_states.shape[1]
+        causal = torch.full((1, 1, n_tokens, n_tokens), -1e9).triu(1)
+        return type(self).forward(self, hidden_states, position_embeddings, causal)
+
+    attention.forward = types.MethodType(private, attention)
+    assert f"layer {layer} does not call the attention registry" in refusal_of(model)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
+    from safetyheads import attention
+
+    ablate = attention._ablate
+    model = model_of("llama_gqa")
+    target = model.model.layers[layer].self_attn
+    seen = []
+    target.register_forward_pre_hook(lambda *_: seen.append(True))
+    target.register_forward_hook(lambda *_: seen.clear())
+
+    def of_the_group(tensor, before, row_ablation, head_dimension):
+        if seen:
+            groups = row_ablation.selected.view(-1, 2, 2).any(dim=-1, keepdim=True).expand(-1, 2, 2).flatten(1)
+            row_ablation = attention.RowAblation(row_ablation.ablation, groups)
+        return ablate(tensor, before, row_ablation, head_dimension)
+
+    monkeypatch.setattr(attention, "_ablate", of_the_group)
+    said = refusal_of(model)
+    assert "leaves the other heads unchanged" in said
+    assert f"most in {layer}" in said
+
+
+def test_code_that_trips_over_the_proofs_is_refused_by_name():
+    model = model_of("llama_mha")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def of_one_row_only(hidden_states, *arguments, **keywords):
+        if len(hidden_states) > 1:
+            raise RuntimeError("expand(): the batch is not the first dimension here\nand a second line")
+        return forward(hidden_states, *arguments, **keywords)
+
+    attention.forward = of_one_row_only
+    said = refusal_of(model)
+    assert said.startswith("llama: refused, because ablating a head of each layer raised RuntimeError: expand()")
+    assert "second line" not in said
+
+
+def test_a_window_is_proved_when_a_row_first_reaches_it():
+    config = CONFIGS["mistral_window"]()
+    config.sliding_window = 70
+    engine = Engine(build(config), tokenizer())
+    engine.check(longest=64)
+    checked = []
+    engine.check = lambda longest: checked.append(longest)
+    ships(engine, prompts_of(range(1, 60)), UNDIFFERENTIATED_ATTENTION)
+    assert checked == []
+    ships(engine, prompts_of([*range(1, 60)] * 2), UNDIFFERENTIATED_ATTENTION)
+    assert checked
+    assert min(checked) > 70
+
+
+def test_an_engine_that_was_never_proved_stays_so():
+    engine = engine_of("mistral_window")
+    engine.prove_up_to(10_000)
+    assert engine.notes == ()
