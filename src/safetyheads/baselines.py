@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from safetyheads.heads import Group, Head
@@ -12,8 +10,8 @@ from safetyheads.heads import Group, Head
 def random_groups(group: Group, n_heads: int, n_groups: int, seed: int = 0) -> tuple[Group, ...]:
     """Groups with as many heads in each layer as ``group``, drawn from that layer's other heads.
 
-    Where a layer has too few others, its own heads are drawn too. Groups may repeat: a layer of eight heads has but
-    seven others.
+    Where a layer has too few others, all of them are taken and the group's own heads fill up. Groups may repeat: a layer
+    of eight heads has but seven others. A group that is all of its layers has no control at all.
 
     Args:
         group: what is to be matched.
@@ -22,13 +20,19 @@ def random_groups(group: Group, n_heads: int, n_groups: int, seed: int = 0) -> t
         seed: of the draw.
     """
     generator = np.random.default_rng([seed, len(group)])
-    per_layer = sorted(Counter(head.layer for head in group).items())
+    by_layer: dict[int, list[int]] = {}
+    for head in sorted(group):
+        by_layer.setdefault(head.layer, []).append(head.index)
+    if all(len(own) == n_heads for own in by_layer.values()):
+        return ()
     drawn = []
     for _ in range(n_groups):
         heads: list[Head] = []
-        for layer, count in per_layer:
-            others = [index for index in range(n_heads) if Head(layer, index) not in group]
-            pool = others if len(others) >= count else list(range(n_heads))
-            heads += [Head(layer, int(index)) for index in generator.choice(pool, size=count, replace=False)]
+        for layer, own in by_layer.items():
+            others = [index for index in range(n_heads) if index not in own]
+            n_others = min(len(own), len(others))
+            chosen = [*generator.choice(others, n_others, replace=False)] if others else []
+            chosen += [*generator.choice(own, len(own) - n_others, replace=False)]
+            heads += [Head(layer, int(index)) for index in chosen]
         drawn.append(tuple(sorted(heads)))
     return tuple(drawn)

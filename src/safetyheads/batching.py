@@ -129,7 +129,6 @@ def plan(
         n_rows_useful: groups that can ever share a batch: the heads of a layer.
         packs: False lays every sequence in a row of its own.
     """
-    longest = max(len(sequence.token_ids) for sequence in sequences)
     prefix = shared_prefix(sequences)
     rest = sum(len(sequence.token_ids) - prefix for sequence in sequences) / len(sequences)
 
@@ -145,9 +144,15 @@ def plan(
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
     rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts))
-    row_length = max(longest, int(prefix + (base + bool(extra)) * rest))
+    row_length = max(_row_length([sequences[member] for member in row]) for row in rows)
     groups = max(1, min(n_rows_useful, token_budget // row_length))
     return Plan(rows, groups, torch.get_num_threads())
+
+
+def _row_length(members: Sequence[TokenSequence]) -> int:
+    """Tokens of a packed row, the common prefix counted once."""
+    prefix = shared_prefix(members) if len(members) > 1 else 0
+    return prefix + sum(len(member.token_ids) - prefix for member in members)
 
 
 def token_budget(device: torch.device, bytes_per_token: int) -> int:

@@ -55,7 +55,9 @@ def lead_group(found: Findings) -> GroupOutcome:
         (outcome.search.rate or 0.0) - max(0.0, kept - (outcome.search_benign.kept.rate or 0.0))
         for outcome in candidates
     ]
-    return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= max(gains) - SIZE_TOLERANCE)
+    # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
+    least = max(gains) - SIZE_TOLERANCE - 1e-9
+    return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= least)
 
 
 def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:

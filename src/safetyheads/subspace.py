@@ -53,8 +53,8 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
 def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model: int | None = None) -> None:
     """Refuse a rank that no stack of so many prompts has, or at which every angle is 0.
 
-    Centring takes one dimension away; and in prompt space as many vectors as there are dimensions span it whole,
-    with and without the ablation.
+    Centring takes one dimension away; and as many vectors as a space has dimensions span it whole, with and without
+    the ablation.
 
     Raises:
         InputError: fewer than two prompts, or a rank out of range; ``d_model`` is left out where it is not known yet.
@@ -62,7 +62,8 @@ def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model:
     if n_prompts < 2:
         raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")
     largest = n_prompts - centred - (space == "prompt")
-    largest = largest if d_model is None else min(largest, d_model)
+    if d_model is not None:
+        largest = min(largest, d_model - (space == "representation"))
     if not 1 <= rank <= largest:
         what = f"{n_prompts} prompts{', centred,' if centred else ''} in {space} space"
         allowed = f"allow 1 to {largest}" if largest else "are too few for any"

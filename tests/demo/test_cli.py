@@ -109,7 +109,7 @@ def test_demo_ends_with_a_summary_and_a_report(run):
     assert code == 0
     assert Path("runs/demo-aligned_a/report/index.html").is_file()
     assert "runs/demo-aligned_a/report/index.html" in out
-    assert "validate this code, not the method" in out
+    assert "validates the code, not the method" in out
     assert "Top heads" in out
     assert "heads x 8 prompts" in err  # the estimate
     results = json.loads(Path("runs/demo-aligned_a/results.json").read_text())
@@ -152,7 +152,7 @@ def test_ships_ranks_the_planted_heads_first(run):
         ("mean_ships", []),
         ("refusal_score", []),
         ("generalized_ships_prompt", ["--rank", "2", "--centred"]),
-        ("generalized_ships", ["--subspace", "representation", "--state", "before_norm"]),
+        ("generalized_ships_representation", ["--state", "before_norm"]),
     ],
 )
 def test_sahara_shows_its_steps(run, score, options):
@@ -197,7 +197,7 @@ def test_an_audit_of_a_directory_and_a_file(run, checkpoint):
     Path("asked.txt").write_text("\n".join(queries))
     code, out, _ = run("audit", checkpoint, "--prompts", "asked.txt", "--benign", "demo", *SMALL)
     assert code == 0, out
-    assert Path("runs/model-asked-ua/report/index.html").is_file()
+    assert Path("runs/model-asked-undifferentiated_attention/report/index.html").is_file()
 
 
 def test_an_interrupt_is_one_line(run, monkeypatch):

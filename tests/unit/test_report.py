@@ -271,7 +271,7 @@ def test_the_top_heads_say_in_words_what_their_change_means() -> None:
     in_words = FILTERS["in_words"]
     change = {"change": 0.3, "p_value": 0.001, "p_holm": 0.01}
     assert in_words(change, 0.05)[0] == "complies more"
-    assert in_words(change | {"change": -0.3}, 0.05)[0] == "refuses more"
+    assert in_words(change | {"change": -0.3}, 0.05)[0] == "complies less"
     assert in_words(change | {"p_holm": 0.06}, 0.05)[0] == "no clear change"
     assert in_words(None, 0.05)[0] == "not measured"
 

@@ -99,8 +99,8 @@ BOUNDS = [
     ("representation", False, (4, 9), 4),
     ("representation", True, (4, 9), 3),
     ("representation", True, (2, 9), 1),
-    ("representation", False, (9, 4), 4),
-    ("representation", True, (9, 4), 4),
+    ("representation", False, (9, 4), 3),
+    ("representation", True, (9, 4), 3),
     ("representation", True, (4, 4), 3),
 ]
 
