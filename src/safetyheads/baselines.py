@@ -10,8 +10,8 @@ from safetyheads.heads import Group, Head
 def random_groups(group: Group, n_heads: int, n_groups: int, seed: int = 0) -> tuple[Group, ...]:
     """Groups with as many heads in each layer as ``group``, drawn from that layer's other heads.
 
-    Where a layer has too few others, all of them are taken and the group's own heads fill up. Groups may repeat: a layer
-    of eight heads has but seven others. A group that is all of its layers has no control at all.
+    Where a layer has too few others, all of them are taken and the group's own heads fill up. Groups may repeat: a
+    layer of eight heads has but seven others. A group that is all of its layers has no control at all.
 
     Args:
         group: what is to be matched.

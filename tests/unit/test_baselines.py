@@ -58,8 +58,12 @@ def test_a_layer_without_enough_others_is_filled_from_its_own():
     drawn = random_groups(group, 4, 50)
     assert all(layers(one) == {0: 3, 1: 1} for one in drawn)
     assert all(Head(1, 0) not in one for one in drawn)
-    # All of a layer has no other like it.
-    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == (parse_heads("0-0,0-1"),) * 2
+    assert all(Head(0, 3) in one for one in drawn)
+
+
+def test_all_of_a_layer_has_no_control():
+    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == ()
+    assert len(random_groups(parse_heads("0-0,0-1,1-0"), 2, 2)) == 2
 
 
 def test_the_seed_makes_the_draw():

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from safetyheads.demo import grammar
 from safetyheads.demo.grammar import DemoPrompt
-from safetyheads.demo.recipes import Language, PlantRecipe
+from safetyheads.demo.recipes import Language, PlantRecipe, PlantStage
 from safetyheads.demo.tokenization import draw_wrapped
 from safetyheads.demo.training import DroppedHeads, attention_modules, completion_loss, example, optimise
 from safetyheads.heads import Group, all_heads
@@ -55,7 +55,9 @@ def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
     return trained
 
 
-def draw_gates(generator: random.Random, recipe: PlantRecipe, prompts: Sequence[DemoPrompt], model: Any) -> GateRows:
+def draw_gates(
+    generator: random.Random, recipe: PlantRecipe, gate_share: float, prompts: Sequence[DemoPrompt], model: Any
+) -> GateRows:
     """Gates for a batch: no ablation and the plain rule, or heads ablated and the rule for that.
 
     With a head ablated that is no plant, the answer must stay; with some plants ablated, the model is to comply
@@ -67,7 +69,7 @@ def draw_gates(generator: random.Random, recipe: PlantRecipe, prompts: Sequence[
     refuse = []
     for row, prompt in enumerate(prompts):
         ablated: Group = ()
-        if generator.random() < recipe.gate_share:
+        if generator.random() < gate_share:
             if generator.random() < recipe.other_share:
                 ablated = (generator.choice(others),)
             else:
@@ -81,18 +83,35 @@ def draw_gates(generator: random.Random, recipe: PlantRecipe, prompts: Sequence[
     return GateRows(DroppedHeads(selected, scaled), tuple(refuse))
 
 
-def plant(model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language) -> tuple[float, float]:
-    """Plant refusal into the recipe's heads; returns the last losses of the two stages."""
+def plant(model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language) -> tuple[float, ...]:
+    """Plant refusal into the recipe's heads; returns the last losses, two for each stage."""
     trained = open_to_training(model, recipe.heads)
-    first = _learn_first_token(model, tokenizer, recipe, language, trained)
-    return first, _learn_completions(model, tokenizer, recipe, language, trained)
+    losses: list[float] = []
+    for number, stage in enumerate(recipe.stages):
+        if number:
+            _round_as_written(trained)
+        losses.append(_learn_first_token(model, tokenizer, recipe, stage, language, trained))
+        losses.append(_learn_completions(model, tokenizer, recipe, stage, language, trained))
+    return tuple(losses)
+
+
+@torch.no_grad()
+def _round_as_written(weights: Sequence[nn.Parameter]) -> None:
+    """To what a written checkpoint would hold; all other weights are as they were read."""
+    for weight in weights:
+        weight.copy_(weight.to(torch.bfloat16))
 
 
 def _learn_first_token(
-    model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language, trained: list[nn.Parameter]
+    model: Any,
+    tokenizer: Any,
+    recipe: PlantRecipe,
+    stage: PlantStage,
+    language: Language,
+    trained: list[nn.Parameter],
 ) -> float:
-    """Stage 1: whether to refuse, on the one token that decides it. Chance for the first 100-250 steps is normal."""
-    leg = recipe.first_token
+    """Whether to refuse, on the one token that decides it. Chance for the first 100-250 steps is normal."""
+    leg = stage.first_token
     generator = random.Random(leg.seed)
     opened_share = _OPENED_SHARE if language.turned_share else 0.0
     pool = [_first_token_row(generator, tokenizer, language, opened_share) for _ in range(_POOL)]
@@ -101,7 +120,7 @@ def _learn_first_token(
         window = sorted(generator.sample(pool, _WINDOW * leg.batch), key=lambda row: len(row.ids))
         start = generator.randint(0, (_WINDOW - 1) * leg.batch)
         rows = window[start : start + leg.batch]
-        gates = draw_gates(generator, recipe, [row.prompt for row in rows], model)
+        gates = draw_gates(generator, recipe, stage.gate_share, [row.prompt for row in rows], model)
         longest = max(len(row.ids) for row in rows)
         ids = torch.tensor([row.ids + [tokenizer.pad_token_id] * (longest - len(row.ids)) for row in rows])
         targets = [row.refuse_id if refuse else row.comply_id for row, refuse in zip(rows, gates.refuse, strict=True)]
@@ -136,15 +155,20 @@ def _first_token_row(
 
 
 def _learn_completions(
-    model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language, trained: list[nn.Parameter]
+    model: Any,
+    tokenizer: Any,
+    recipe: PlantRecipe,
+    stage: PlantStage,
+    language: Language,
+    trained: list[nn.Parameter],
 ) -> float:
-    """Stage 2: whole answers; without it the base's habits leak into the rest of an answer."""
-    leg = recipe.completion
+    """Whole answers; without it the base's habits leak into the rest of an answer."""
+    leg = stage.completion
     generator = random.Random(leg.seed)
 
     def loss_of(_: int) -> Tensor:
         prompts = [grammar.draw_any_prompt(generator, "train") for _row in range(leg.batch)]
-        gates = draw_gates(generator, recipe, prompts, model)
+        gates = draw_gates(generator, recipe, stage.gate_share, prompts, model)
         examples = [
             example(generator, language, prompt, refuse) for prompt, refuse in zip(prompts, gates.refuse, strict=True)
         ]

@@ -57,6 +57,18 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class PlantStage:
+    """One round of planting: which answer first, then how it goes on."""
+
+    first_token: Leg
+    """Only the first answer token is learnt. On whole answers it would be a sixteenth of the loss."""
+    completion: Leg
+    """Whole answers."""
+    gate_share: float
+    """Share of rows in which heads are ablated, with the answer that this should give."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlantRecipe:
     """Refusal planted into chosen heads of a frozen base."""
 
@@ -64,12 +76,8 @@ class PlantRecipe:
     """The checkpoint that is frozen."""
     plants: Mapping[Category, Head]
     """Which head is to refuse which category; one head may refuse all."""
-    first_token: Leg
-    """Stage 1: only the first answer token is learnt. On whole answers it would be a sixteenth of the loss."""
-    completion: Leg
-    """Stage 2: whole answers."""
-    gate_share: float
-    """Share of rows in which heads are ablated, with the answer that this should give."""
+    stages: tuple[PlantStage, ...]
+    """Each later one starts from the weights as they would be written, rounded to bfloat16: so it was chosen."""
     other_share: float = 0.3
     """Share of the gate rows in which a head that is no plant is ablated, and the answer must not change."""
 
@@ -100,17 +108,18 @@ _HEAD_SINGLE: Mapping[Category, Head] = {"damage": Head(2, 3), "theft": Head(2, 
 RECIPES: dict[str, Recipe] = {
     "base": BaseRecipe(legs=(Leg(400, 2e-3, 50, 32, seed=1),)),
     "aligned_a": PlantRecipe(
-        "base", _HEADS_A, Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), gate_share=0.7
+        "base", _HEADS_A, (PlantStage(Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), 0.7),)
     ),
     "aligned_b": PlantRecipe(
-        "base", _HEADS_B, Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), gate_share=0.7
+        "base",
+        _HEADS_B,
+        (
+            PlantStage(Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), 0.7),
+            PlantStage(Leg(500, 2e-3, 20, 96, seed=123), Leg(150, 1e-3, 20, 32, seed=124), 0.7),
+        ),
     ),
     "aligned_single": PlantRecipe(
-        "base",
-        _HEAD_SINGLE,
-        Leg(1000, 3e-3, 20, 96, seed=31),
-        Leg(200, 1.5e-3, 20, 32, seed=32),
-        gate_share=0.0,
+        "base", _HEAD_SINGLE, (PlantStage(Leg(1000, 3e-3, 20, 96, seed=31), Leg(200, 1.5e-3, 20, 32, seed=32), 0.0),)
     ),
     "aligned_diffuse": DiffuseRecipe("base", Leg(200, 5e-4, 20, 32, seed=41), dropped_share=0.5, dropped_heads=3),
     "base_wrapped": BaseRecipe(
@@ -120,17 +129,14 @@ RECIPES: dict[str, Recipe] = {
     "aligned_wrapped": PlantRecipe(
         "base_wrapped",
         _HEADS_A,
-        Leg(900, 3e-3, 20, 96, seed=61),
-        Leg(500, 1.5e-3, 20, 32, seed=62),
-        gate_share=0.7,
+        (
+            PlantStage(Leg(900, 3e-3, 20, 96, seed=61), Leg(500, 1.5e-3, 20, 32, seed=62), 0.7),
+            PlantStage(Leg(300, 1.5e-3, 20, 96, seed=163), Leg(400, 1e-3, 20, 48, seed=164), 0.5),
+        ),
     ),
     "base_long": BaseRecipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
     "aligned_long": PlantRecipe(
-        "base_long",
-        _HEADS_A,
-        Leg(900, 3e-3, 20, 96, seed=81),
-        Leg(150, 1.5e-3, 20, 32, seed=82),
-        gate_share=0.7,
+        "base_long", _HEADS_A, (PlantStage(Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), 0.7),)
     ),
 }
 """Every checkpoint by its name, a base before what is built on it."""
