@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from safetyheads.proofs import CheckReport
 
 _exclusive = threading.Lock()
+# Prompt sets whose tokens are kept.
+_SETS_KEPT = 16
 # Characters of a prompt that an error shows.
 _WORDS_SHOWN = 60
 
@@ -69,6 +71,7 @@ class Engine:
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
         self._proved_length: int | None = None
+        self._encoded: dict[PromptSet, tuple[tuple[int, ...], ...]] = {}
 
     @classmethod
     def load(
@@ -161,6 +164,8 @@ class Engine:
         Raises:
             InputError: a prompt is longer than the model's context.
         """
+        if prompts in self._encoded:
+            return self._encoded[prompts]
         template = self.template_for(prompts)
         encoded = tuple(tuple(template.encode(prompt.query, self.tokenizer)) for prompt in prompts)
         limit = self.architecture.context_length
@@ -172,6 +177,10 @@ class Engine:
                     f"a prompt of {prompts.name} has {len(token_ids)} tokens; the model's context is {limit}. "
                     f"It begins: {start!r}"
                 )
+        # An audit asks for its sets again with every batch of groups.
+        if len(self._encoded) >= _SETS_KEPT:
+            self._encoded.pop(next(iter(self._encoded)))
+        self._encoded[prompts] = encoded
         return encoded
 
     @contextmanager
