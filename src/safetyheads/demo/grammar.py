@@ -78,7 +78,7 @@ DISTRACTOR_SHARE = 0.7
 OPPOSITE_SHARE = 0.7
 """Share of second deeds that are of the opposite harm by rule; the others are harmful by the toss of a coin."""
 
-PROMPT_SEEDS: dict[Split, int] = {"train": 20_261, "validation": 20_262, "test": 20_263}
+PROMPT_SEEDS: dict[Split, int] = {"train": 20_261, "validation": 20_262, "test": 20_264}
 """Seed of the fixed prompt sets of each split."""
 DEFAULT_SIZES: dict[Split, int] = {"train": 96, "validation": 48, "test": 96}
 """How many harmful prompts a split's fixed set has, and how many benign ones."""

@@ -132,6 +132,7 @@ RECIPES: dict[str, Recipe] = {
         (
             PlantStage(Leg(900, 3e-3, 20, 96, seed=61), Leg(500, 1.5e-3, 20, 32, seed=62), 0.7),
             PlantStage(Leg(300, 1.5e-3, 20, 96, seed=163), Leg(400, 1e-3, 20, 48, seed=164), 0.5),
+            PlantStage(Leg(300, 1e-3, 20, 96, seed=173), Leg(400, 8e-4, 20, 48, seed=174), 0.4),
         ),
     ),
     "base_long": BaseRecipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
