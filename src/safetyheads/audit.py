@@ -40,7 +40,7 @@ SEARCHED = (LEAD, *(angle.name for angle in ANGLES))
 """The scores that Sahara searches with."""
 N_LISTED = 10
 """Heads whose own ASR is measured."""
-_ROWS_KEPT_TOGETHER = 256
+_ROWS_KEPT_TOGETHER = 768
 _HALVED = "halved"
 
 

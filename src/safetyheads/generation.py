@@ -123,7 +123,6 @@ def answer(
     """
     if max_new_tokens < 1:
         raise InputError(f"an answer needs at least one new token; got {max_new_tokens}")
-    answers: list[Answer] = []
     if not requests:
         return ()
     longest = max(len(request.token_ids) for request in requests) + max_new_tokens
@@ -134,13 +133,17 @@ def answer(
         return _Batch(engine, batch, ablation, max_new_tokens, sampling).run()
 
     together = n_rows or rows_that_fit(engine, longest)
-    for at in range(0, len(requests), together):
-        batch = requests[at : at + together]
+    # Prompts of one length share a batch, which saves its padding: a fourth of the organism's prompt tokens.
+    order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
+    answers: list[Answer] = []
+    for at in range(0, len(order), together):
+        batch = [requests[index] for index in order[at : at + together]]
         for _, made in halving(batch, run) if n_rows is None else [(batch, run(batch))]:
             answers.extend(made)
             if on_rows is not None:
                 on_rows(len(made))
-    return tuple(answers)
+    by_index = dict(zip(order, answers, strict=True))
+    return tuple(by_index[index] for index in range(len(requests)))
 
 
 def _warn_of_short_context(engine: Engine, longest: int, max_new_tokens: int) -> None:
