@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from safetyheads.batching import TokenSequence, pack
 from safetyheads.generation import Request, answer, rows_that_fit
 from safetyheads.replay import capture
@@ -51,9 +53,11 @@ def _one_pass(engine: Engine, encoded: Sequence[tuple[int, ...]]) -> tuple[float
     sequences = [TokenSequence(token_ids) for token_ids in encoded]
     layout = engine.plan(sequences)
     row = pack(sequences, layout.rows[0], engine.device)
-    capture(engine.architecture, row, {}, engine.n_layers)  # the first run on a shape sets things up
-    started = time.monotonic()
-    capture(engine.architecture, row, {}, engine.n_layers)
+    for _ in range(2):  # the first run on a shape sets things up
+        started = time.monotonic()
+        capture(engine.architecture, row, {}, engine.n_layers)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
     per_token = (time.monotonic() - started) / row.n_tokens
     n_tokens = sum(pack(sequences, members).n_tokens for members in layout.rows)
     # A head of layer l replays the layers from l on: half of them and half a layer, on average.

@@ -91,7 +91,7 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         claim("our attention equals the family's eager attention, layer by layer", difference, True)
         with _refusing(facts.family, "ablating a head of each layer"):
             for worst in _ablation_errors(engine, rows[0]):
-                claim(f"{worst.claim} (of {facts.n_layers} layers, most in {worst.layer})", worst.error, True)
+                claim(f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})", worst.error, True)
         capabilities, notes = _prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, notes)
 

@@ -76,7 +76,7 @@ def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
     monkeypatch.setattr(attention, "_ablate", of_the_group)
     said = refusal_of(model)
     assert "leaves the other heads unchanged" in said
-    assert f"most in {layer}" in said
+    assert f"most in layer {layer}" in said
 
 
 def test_code_that_trips_over_the_proofs_is_refused_by_name():
