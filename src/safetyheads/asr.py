@@ -142,7 +142,7 @@ def query_level_attack_success_rate(
     encoded = engine.encode(prompts)
     requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
-    return summarise(_judged(engine, list(prompts), requests, made, judge))
+    return summarise(_judged(engine, list(prompts), requests, made, judge, max_new_tokens))
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
@@ -165,7 +165,7 @@ def answers_under(
     encoded, asked = engine.encode(prompts), list(prompts)
     requests = [Request(token_ids, group) for group in groups for token_ids in encoded]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
-    rows = _judged(engine, asked * len(groups), requests, made, judge)
+    rows = _judged(engine, asked * len(groups), requests, made, judge, max_new_tokens)
     n = len(asked)
     return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
 
@@ -176,9 +176,14 @@ def _judged(
     requests: Sequence[Request],
     made: Sequence[Answer],
     judge: Judge,
+    max_new_tokens: int,
 ) -> list[JudgedAnswer]:
+    # What was asked for and not what the context left: one rule for all rows of a run, so that an answer does not
+    # count as an attack because its prompt was long.
     completions = [
-        Completion(prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, one.limit)
+        Completion(
+            prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, max_new_tokens
+        )
         for prompt, one in zip(asked, made, strict=True)
     ]
     verdicts = judge(completions)

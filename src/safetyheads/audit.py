@@ -146,8 +146,7 @@ class Audit:
 
     def _pass(self, name: str, prompts: PromptSet, readings: Readings) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
-        positions = self.config.positions if readings.ships and name != "benign_test" else 1
-        sequences = answer_sequences(self.engine, prompts, positions)
+        sequences = self._sequences(name, prompts, 1 if name == "benign_test" else self.config.positions)
         layout = self._plan(name, sequences)
 
         def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -155,6 +154,21 @@ class Audit:
 
         ablation = self.config.parsed_ablation
         return HeadPass.begin(self.engine, sequences, ablation, readings, layout, keep)
+
+    def _sequences(self, name: str, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
+        """The prompts with their teacher-forced tokens, which are kept: made again, in bfloat16 they might differ."""
+        if positions == 1 or not self.config.store_completions:
+            return answer_sequences(self.engine, prompts, positions)
+
+        def compute() -> list[dict[str, Any]]:
+            return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
+
+        fields = {
+            "tokens": hashlib.sha256(str(self.engine.encode(prompts)).encode()).hexdigest(),
+            "positions": positions,
+        }
+        rows = self.run.rows(f"sequences-{name}", fields, compute)
+        return tuple(TokenSequence(tuple(row["token_ids"]), row["n_wanted"]) for row in rows)
 
     def _plan(self, name: str, sequences: Sequence[TokenSequence]) -> Plan:
         """The set's plan: the one of the run's first start."""

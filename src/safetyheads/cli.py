@@ -160,7 +160,7 @@ def ships(
     from safetyheads.scoring import answer_sequences
     from safetyheads.stats import mean_with_interval
 
-    watching.say(estimate(engine, engine.encode(asked), 1, 0, 1))
+    watching.say(lambda: estimate(engine, engine.encode(asked), 1, 0, 1))
     sequences = answer_sequences(engine, asked, positions)
     measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
     with watching.track("scoring heads", len(engine.heads)) as done:
@@ -331,6 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # What the parts could not foresee, such as a full disk under stdout.
         typer.echo(f"error: {one_line(str(error))}", err=True)
         code = 2 if error.errno in USERS_TO_MEND else 1
+    except (RuntimeError, MemoryError) as error:
+        from safetyheads.batching import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        typer.echo("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help", err=True)
+        code = 1
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     # typer makes this code of an interrupt by itself, where it sees it first.

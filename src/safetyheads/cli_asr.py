@@ -34,7 +34,8 @@ def measured_rates(
     from safetyheads.stats import paired_difference
 
     kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)
-    watching.say(estimate(engine, engine.encode(asked), 0, len(rows) * len(asked), answers.max_new_tokens))
+    n_answers = len(rows) * len(asked)
+    watching.say(lambda: estimate(engine, engine.encode(asked), 0, n_answers, answers.max_new_tokens))
     with watching.track("answers", len(rows) * len(asked)) as done:
         measured = {
             label: query_level_attack_success_rate(

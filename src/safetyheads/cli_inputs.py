@@ -54,7 +54,7 @@ def prompts_of(options: PromptOptions) -> PromptSet:
     if read.warning:
         typer.echo(f"warning: {read.name}: {read.warning}", err=True)
     if read.dropped:
-        typer.echo(f"note: {read.dropped} blank lines of {read.name} are left out", err=True)
+        typer.echo(f"warning: {read.dropped} blank lines of {read.name} are left out", err=True)
     return read
 
 

@@ -155,7 +155,7 @@ class SearchOptions:
     size: Size = 3
     positions: Positions = 1
     n_random: Annotated[
-        int, typer.Option(help="Random groups to compare with, for each size.", rich_help_panel=_SEARCH)
+        int, typer.Option(help="Random groups to compare each group with.", rich_help_panel=_SEARCH)
     ] = 20
 
 

@@ -82,9 +82,9 @@ class RichProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Callable[[], str]) -> None:
         """One line on stderr."""
-        self.console.print(line, style="dim", soft_wrap=True)
+        self.console.print(line if isinstance(line, str) else line(), style="dim", soft_wrap=True)
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

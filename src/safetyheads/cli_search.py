@@ -84,7 +84,7 @@ def searched(
     from safetyheads.results import search_steps
     from safetyheads.search import n_scored, sahara
 
-    watching.say(estimate(engine, engine.encode(asked), size, 0, 1))
+    watching.say(lambda: estimate(engine, engine.encode(asked), size, 0, 1))
     measuring, openers = _pass(engine, asked, kind, choice)
     with watching.track("searching groups", n_scored(len(engine.heads), size)) as done:
         scorer = measuring.scorer(choice.reading, done)

@@ -44,7 +44,7 @@ class AuditConfig:
     split: float = 0.5
     """Share of the prompts that the search sees; ASR is reported on the others."""
     n_random: int = 20
-    """Random groups of the same size and layers, for each size."""
+    """Random groups of the same size and layers, for each group."""
     seed: int = 0
     """Of the split, the random groups and the sampling."""
     dtype: str = "float32"

@@ -71,7 +71,7 @@ class Engine:
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
         self._proved_length: int | None = None
-        self._encoded: dict[PromptSet, tuple[tuple[int, ...], ...]] = {}
+        self._encoded: dict[tuple[PromptSet, str], tuple[tuple[int, ...], ...]] = {}
 
     @classmethod
     def load(
@@ -103,7 +103,7 @@ class Engine:
         return load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
 
     def check(self, longest: int = 64) -> CheckReport:
-        """Prove the engine on this model (DESIGN, engine 6) and adopt what was proved.
+        """Prove the engine on this model and adopt what was proved.
 
         Args:
             longest: most tokens that a run will reach; prompts of the proofs exceed any window below it.
@@ -113,7 +113,12 @@ class Engine:
         """
         from safetyheads.proofs import prove
 
-        report = prove(self, longest)
+        before = self.capabilities
+        try:
+            report = prove(self, longest)
+        except BaseException:
+            self.capabilities = before
+            raise
         self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
         return report
 
@@ -164,8 +169,9 @@ class Engine:
         Raises:
             InputError: a prompt is longer than the model's context.
         """
-        if prompts in self._encoded:
-            return self._encoded[prompts]
+        key = (prompts, str(self.tokenizer.chat_template))
+        if key in self._encoded:
+            return self._encoded[key]
         template = self.template_for(prompts)
         encoded = tuple(tuple(template.encode(prompt.query, self.tokenizer)) for prompt in prompts)
         limit = self.architecture.context_length
@@ -180,7 +186,7 @@ class Engine:
         # An audit asks for its sets again with every batch of groups.
         if len(self._encoded) >= _SETS_KEPT:
             self._encoded.pop(next(iter(self._encoded)))
-        self._encoded[prompts] = encoded
+        self._encoded[key] = encoded
         return encoded
 
     @contextmanager

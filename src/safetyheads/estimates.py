@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from safetyheads.batching import TokenSequence, pack
-from safetyheads.generation import Request, answer, rows_that_fit
+from safetyheads.generation import Request, ShortContextWarning, answer, rows_that_fit
 from safetyheads.replay import capture
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def estimate(
         heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
         parts.append(f"{heads}: about {duration(n_passes * seconds)}")
     if n_answers:
-        each = _seconds_an_answer(engine, encoded, max_new_tokens)
+        each = _seconds_an_answer(engine, encoded, min(n_answers, _TIMED_ROWS), max_new_tokens)
         parts.append(f"{n_answers} answers: about {duration(n_answers * each)} if all run to {max_new_tokens} tokens")
     if memory:
         size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{max(1.0, memory / 2**20):.0f} MiB"
@@ -66,14 +67,17 @@ def _one_pass(engine: Engine, encoded: Sequence[tuple[int, ...]]) -> tuple[float
     return len(engine.heads) * n_tokens * per_token * share, memory
 
 
-def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], max_new_tokens: int) -> float:
-    """Seconds of an answer of full length, in a batch as the run will have."""
-    n_rows = min(_TIMED_ROWS, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
+def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_rows: int, max_new_tokens: int) -> float:
+    """Seconds of an answer of full length, ``n_rows`` together or as many as fit."""
+    n_rows = min(n_rows, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
     requests = [Request(encoded[number % len(encoded)]) for number in range(n_rows)]
     seconds = []
     for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
         started = time.monotonic()
-        answer(engine, requests, max_new_tokens=n_tokens, n_rows=n_rows)
+        with warnings.catch_warnings():
+            # The run says itself where the context is short; here it would be said of these few tokens.
+            warnings.simplefilter("ignore", ShortContextWarning)
+            answer(engine, requests, max_new_tokens=n_tokens)
         seconds.append(time.monotonic() - started)
     reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
     return (reading + steps * max_new_tokens) / n_rows

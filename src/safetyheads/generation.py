@@ -147,14 +147,20 @@ def answer(
 
 
 def _warn_of_short_context(engine: Engine, longest: int, max_new_tokens: int) -> None:
+    said = short_context(engine, longest, max_new_tokens)
+    if said is not None:
+        warnings.warn(said, ShortContextWarning, stacklevel=3)
+
+
+def short_context(engine: Engine, longest: int, max_new_tokens: int) -> str | None:
+    """What is to be said where the context leaves the longest prompt fewer new tokens than asked for."""
     context = engine.architecture.context_length
-    if context is not None and longest > context:
-        warnings.warn(
-            f"the model's context of {context} tokens leaves the longest prompt {context - longest + max_new_tokens} "
-            f"new tokens of {max_new_tokens}: answers to such prompts are cut short",
-            ShortContextWarning,
-            stacklevel=3,
-        )
+    if context is None or longest <= context:
+        return None
+    return (
+        f"the model's context of {context} tokens leaves the longest prompt {context - longest + max_new_tokens} new "
+        f"tokens of {max_new_tokens}: answers to such prompts are cut short"
+    )
 
 
 def end_tokens(engine: Engine) -> frozenset[int]:

@@ -94,7 +94,7 @@ class Completion:
     finished: bool
     """The model ended the answer itself, by an end-of-sequence token."""
     max_new_tokens: int
-    """Tokens it was allowed; the paper allows 128."""
+    """Tokens that were asked for; the paper asks for 128. The model's context may have left fewer."""
 
 
 @dataclass(frozen=True, slots=True)

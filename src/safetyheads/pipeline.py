@@ -24,10 +24,11 @@ from safetyheads.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
 from safetyheads.estimates import estimate
-from safetyheads.generation import Sampling
+from safetyheads.generation import Sampling, ShortContextWarning, short_context
 from safetyheads.heads import Group
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress, Silent
+from safetyheads.prompt_files import KNOWN_BENCHMARKS
 from safetyheads.prompts import PromptSet
 from safetyheads.results import results_of
 from safetyheads.storage import RunDirectory
@@ -82,7 +83,8 @@ def run_audit(
         data = data or read_data(config)
         data = AuditData(*(_resolved(engine, prompts, config) for prompts in data.sets().values()))
         longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
-        engine.prove_up_to(longest + config.max_new_tokens)  # before anything is planned: it may cost a quick path
+        # Before anything is planned: it may cost a quick path.
+        engine.prove_up_to(longest + max(config.max_new_tokens, config.positions))
         _refuse_impossible(engine, data, config)
         with watching.track("fingerprinting the weights", 1):
             settings = _settings(engine, config, data)
@@ -92,10 +94,12 @@ def run_audit(
                 watching.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
             torch.set_num_threads(threads)
             started = time.monotonic()
-            watching.say(_estimate(engine, data, config))
+            watching.say(lambda: _estimate(engine, data, config))
             found = Audit(engine, config, data, run, watching).execute()
-            ours = [str(one.message) for one in caught if one.category.__module__.startswith("safetyheads")]
-            notes = [*engine.notes, *_data_warnings(data), *dict.fromkeys(ours)]
+            # A short context is told from the data: answers that are read back do not warn again.
+            short = short_context(engine, longest + config.max_new_tokens, config.max_new_tokens)
+            ours = [str(one.message) for one in caught if _is_ours(one.category)]
+            notes = [*engine.notes, *_data_warnings(data), *([short] if short else []), *dict.fromkeys(ours)]
             caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
             results = results_of(found, _about(engine, config, data), planted, caveats, notes)
             run.write_results(results)
@@ -190,7 +194,9 @@ def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str,
 
 
 def _one_spelling(named: str) -> str:
-    return os.path.realpath(named) if os.path.exists(named) else named
+    # A directory of a known name does not win over the name, as in reading.
+    is_path = os.path.isfile(named) or (os.path.isdir(named) and named not in (*KNOWN_BENCHMARKS, "benign", "demo"))
+    return os.path.realpath(named) if is_path else named
 
 
 def _references_sha256(prompts: PromptSet) -> str:
@@ -243,9 +249,15 @@ def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, An
     }
 
 
+def _is_ours(category: type[Warning]) -> bool:
+    return category.__module__.startswith("safetyheads") and category is not ShortContextWarning
+
+
 def _data_warnings(data: AuditData) -> list[str]:
     found = []
     for prompts in data.sets().values():
-        if prompts.warning and prompts.warning not in found:
+        if prompts.warning:
             found.append(prompts.warning)
-    return found
+        if prompts.dropped:
+            found.append(f"{prompts.dropped} blank lines of {prompts.source} are left out")
+    return list(dict.fromkeys(found))

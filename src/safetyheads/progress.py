@@ -10,8 +10,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Somebody who watches a run."""
 
-    def say(self, line: str) -> None:
-        """One line worth keeping."""
+    def say(self, line: str | Callable[[], str]) -> None:
+        """One line worth keeping; one that costs something is given as what makes it."""
 
     def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A context that gives a function to call with the number of items just done."""
@@ -20,7 +20,7 @@ class Progress(Protocol):
 class Silent:
     """Nobody watches."""
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Callable[[], str]) -> None:
         """Nothing."""
 
     @contextmanager

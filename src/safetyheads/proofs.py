@@ -1,12 +1,13 @@
 """Proofs at load. Owns the claims on which every number rests, tried on the user's own weights.
 
 A claim that only a quick path needs, when it fails, costs that path; a claim about the ablation itself, when it
-fails, refuses the model by name.
+fails, refuses the model by name. So does a family whose single layers cannot be run again: nothing could be proved of
+its ablations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.attention import AttentionCall, RowAblation, attention_calls
-from safetyheads.batching import PackedRow, TokenSequence, pack
+from safetyheads.batching import PackedRow, TokenSequence, is_out_of_memory, pack
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.heads import Head
 from safetyheads.loading import use_our_attention
@@ -104,6 +105,8 @@ def _refusing(family: str, what: str) -> Iterator[None]:
     except UnsupportedModelError:
         raise
     except _TRIPS as error:
+        if is_out_of_memory(error):
+            raise
         first = next(iter(str(error).splitlines()), "")
         raise UnsupportedModelError(
             f"{family}: refused, because {what} raised {type(error).__name__}: {first}"
@@ -165,13 +168,21 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
         return inputs, outputs
 
     engine.model.set_attn_implementation("eager")
-    references = [blocks(row, None) for row in rows]
-    use_our_attention(engine.model)
-    return max(
+    try:
+        references = [blocks(row, None) for row in rows]
+    finally:
+        # Whatever happens: under another attention function ablations would do nothing, and not say so.
+        use_our_attention(engine.model)
+    return _largest(
         _difference(ours, reference)
         for row, (inputs, outputs) in zip(rows, references, strict=True)
         for ours, reference in zip(blocks(row, inputs)[1], outputs, strict=True)
     )
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest error; a NaN is the largest there is, which Python's ``max`` does not say."""
+    return float(torch.tensor(list(errors)).max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +295,7 @@ def _prove_quick_paths(
                 errors.append(_difference(replay(facts, captured, {}, 1, start, prunes), reference))
             errors.append(_difference(replay(facts, captured, ablated, 2, 0, prunes), both))
             errors.append(_difference(replay(facts, captured, {}, 1, 0, prunes), reference))
-        return max(errors)
+        return _largest(errors)
 
     attempts: list[tuple[str, str, Callable[[], float]]] = [
         (
@@ -300,6 +311,8 @@ def _prove_quick_paths(
         try:
             error = measure()
         except _TRIPS as failure:
+            if is_out_of_memory(failure):
+                raise
             error = float("inf")
             notes.append(f"{sentence}: raised {type(failure).__name__}")
         # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits.
@@ -326,4 +339,4 @@ def _head_error(engine: Engine, rows: list[PackedRow]) -> float:
         states = rerun(engine.architecture, whole, {}, 1)
         errors.append(_difference(engine.logits(states[0]), _logits(engine, row)))
         errors.append(_difference(engine.normed(states), decode(engine.architecture, row, 1)))
-    return max(errors)
+    return _largest(errors)

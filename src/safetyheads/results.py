@@ -118,7 +118,9 @@ def _checks(
             + ("significant" if significant else "not a significant increase"),
         )
     ]
-    if outcome.random:
+    if not outcome.random:
+        checks.append((True, "no random group was compared with"))
+    else:
         highest = max(control.rate or 0.0 for control in outcome.random)
         above = (outcome.harmful.rate or 0.0) > highest
         checks.append(

@@ -102,7 +102,7 @@ def generalized_ships(
         centred: subtract the mean over prompts first.
 
     Raises:
-        InputError: fewer than two prompts, or a rank above their number.
+        InputError: fewer than two prompts, or a rank that they do not allow (:func:`safetyheads.subspace.refuse_rank`).
     """
     angle = Angle(subspace, rank, state, centred)
     sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))

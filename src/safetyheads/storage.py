@@ -42,6 +42,7 @@ KEY_DIGITS = 24
 """Hexadecimal digits of a content key: 96 bits, so two of a million shards collide once in 10^17 runs."""
 
 _LOCK = ".lock"
+_GITIGNORE = b"*\n"
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OWN_FIELDS = ("schema_version", "config", "provenance")
 _DIFFERENCES_SHOWN = 6
@@ -90,7 +91,7 @@ class RunDirectory:
                 folder.chmod(0o700)
                 remove_partial_files(folder)
             run = cls(folder, lock)
-            write_atomically(folder / ".gitignore", b"*\n")
+            write_atomically(folder / ".gitignore", _GITIGNORE)
             run._enter_start(config, provenance)
         except BaseException:
             lock.release()
@@ -308,13 +309,15 @@ def _refuse_strangers(folder: Path) -> None:
             raise InputError(f"{folder} is a file; a run needs a directory")
         if not folder.is_dir() or (folder / "manifest.json").exists():
             return
-        others = [entry.name for entry in folder.iterdir() if not _is_own(entry.name)]
+        others = [entry.name for entry in folder.iterdir() if not _is_own(entry)]
     if others:
         raise InputError(f"{folder} is not empty and holds no run (it has {min(others)}); give another one")
 
 
-def _is_own(name: str) -> bool:
-    return name in (_LOCK, ".gitignore") or (name.startswith(".") and name.endswith(PARTIAL))
+def _is_own(path: Path) -> bool:
+    if path.name == ".gitignore":
+        return path.read_bytes() == _GITIGNORE  # not the user's, kept to have an empty folder in git
+    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
 
 
 def _locked(folder: Path) -> FileLock:
@@ -333,6 +336,6 @@ def _remove_own_folder(folder: Path) -> None:
     """Undo the making of a folder in which no run could be started."""
     with suppress(OSError):
         for path in folder.iterdir():
-            if _is_own(path.name):
+            if _is_own(path):
                 path.unlink()
         folder.rmdir()

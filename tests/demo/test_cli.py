@@ -397,3 +397,13 @@ def test_a_full_disk(run, monkeypatch):
     assert (code, out) == (2, "")
     assert "No space left" in err
     assert not Path("full").exists()
+
+
+def test_a_finished_audit_started_again_gives_the_same_bytes_and_warnings(run):
+    # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
+    arguments = ["demo", "--limit", "4", "--size", "1", "--n-random", "1", "--max-new-tokens", "500", "--out", "again"]
+    assert run(*arguments)[0] == 0
+    first = Path("again/results.json").read_bytes()
+    assert any("answers to such prompts are cut short" in line for line in json.loads(first)["warnings"])
+    assert run(*arguments)[0] == 0
+    assert Path("again/results.json").read_bytes() == first

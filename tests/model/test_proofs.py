@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 
 import pytest
 import torch
 from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, tokenizer
+from transformers.models.llama import modeling_llama
 
-from safetyheads import ships
+from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.engine import Engine
 from safetyheads.errors import UnsupportedModelError
+from safetyheads.proofs import _largest
+from safetyheads.replay import Capabilities
 
 
 def refusal_of(model):
@@ -113,3 +117,37 @@ def test_an_engine_that_was_never_proved_stays_so():
     engine = engine_of("mistral_window")
     engine.prove_up_to(10_000)
     assert engine.notes == ()
+
+
+def without_memory(monkeypatch):
+    """The family's eager attention finds no memory; ours, by sdpa, needs none of it."""
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("no memory for the scores")
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", fails)
+
+
+def test_a_shortage_of_memory_refuses_no_model(monkeypatch):
+    engine = engine_of("llama_mha")
+    without_memory(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.check()
+
+
+def test_a_proof_that_breaks_off_leaves_ablations_at_work(monkeypatch):
+    engine = engine_of("llama_mha")
+    slow = engine.capabilities = Capabilities(packs=False)
+    ids = torch.arange(1, 9)[None]
+    unablated = engine.model(ids).logits
+    without_memory(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.check()
+    assert engine.capabilities == slow
+    with engine.ablated((Head(1, 1),), UNDIFFERENTIATED_ATTENTION) as model:
+        assert float((model(ids).logits - unablated).detach().abs().max()) > 1e-3
+
+
+def test_a_nan_is_the_largest_error():
+    assert math.isnan(_largest([0.0, float("nan"), 0.1]))
+    assert _largest([0.0, 0.2, 0.1]) == pytest.approx(0.2)
