@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2 if isinstance(error, InputError) else 1
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
-        typer.echo(f"error: {one_line(str(error))}", err=True)
+        typer.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}", err=True)
         code = 2 if error.errno in USERS_TO_MEND else 1
     except (RuntimeError, MemoryError) as error:
         from safetyheads.batching import is_out_of_memory

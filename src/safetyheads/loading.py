@@ -144,7 +144,10 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bo
             ) from error
         raise InputError(f"cannot load {path}: {_first_line(error)}") from error
     except RuntimeError as error:
-        raise InputError(f"the weights of {path} do not fit its config.json: {_first_line(error)}") from error
+        # transformers' own words for shapes that differ speak of an option that is not ours.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")

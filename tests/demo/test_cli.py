@@ -407,3 +407,30 @@ def test_a_finished_audit_started_again_gives_the_same_bytes_and_warnings(run):
     assert any("answers to such prompts are cut short" in line for line in json.loads(first)["warnings"])
     assert run(*arguments)[0] == 0
     assert Path("again/results.json").read_bytes() == first
+
+
+def test_weights_of_another_shape(refused, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "head_dim": 8}))
+    assert "do not fit its config.json" in refused("check", checkpoint)
+
+
+def test_a_directory_without_tokenizer(refused, checkpoint):
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in refused("check", checkpoint)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "nonsense"])
+def test_a_device_that_is_not_one_of_ours(refused, device):
+    assert "use cpu, cuda" in refused("check", "demo:aligned_a", "--device", device)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_under_stdout_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "safetyheads.cli", "check", "demo:aligned_a", "--json", "--quiet"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[0] == "error: the output cannot be written: No space left on device"
+    assert "Traceback" not in ended.stderr
