@@ -163,12 +163,13 @@ class Audit:
         def compute() -> list[dict[str, Any]]:
             return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
 
-        fields = {
-            "tokens": hashlib.sha256(str(self.engine.encode(prompts)).encode()).hexdigest(),
-            "positions": positions,
-        }
+        fields = {"tokens": self._tokens_sha256(prompts), "positions": positions}
         rows = self.run.rows(f"sequences-{name}", fields, compute)
         return tuple(TokenSequence(tuple(row["token_ids"]), row["n_wanted"]) for row in rows)
+
+    def _tokens_sha256(self, prompts: PromptSet) -> str:
+        """Of the prompts under their template, as the model reads them."""
+        return hashlib.sha256(str(self.engine.encode(prompts)).encode()).hexdigest()
 
     def _plan(self, name: str, sequences: Sequence[TokenSequence]) -> Plan:
         """The set's plan: the one of the run's first start."""
@@ -234,7 +235,7 @@ class Audit:
         fields = {
             "groups": [format_heads(group) for group in groups],
             "ablation": asdict(ablation) if any(groups) else None,
-            "tokens": hashlib.sha256(str(self.engine.encode(prompts)).encode()).hexdigest(),
+            "tokens": self._tokens_sha256(prompts),
             "sampling": asdict(sampling),
             "max_new_tokens": config.max_new_tokens,
             "judge": self.judge.describe(),

@@ -133,7 +133,7 @@ def answer(
         return _Batch(engine, batch, ablation, max_new_tokens, sampling).run()
 
     together = n_rows or rows_that_fit(engine, longest)
-    # Prompts of one length share a batch, which saves its padding: a fourth of the organism's prompt tokens.
+    # Prompts of one length share a batch, which saves padding (bench/LOG.md, the demo's time).
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
     answers: list[Answer] = []
     for at in range(0, len(order), together):
