@@ -17,6 +17,10 @@ LAYER_NAMES = ("layers", "h", "blocks")
 """The decoder's module list of layers, by the names families use."""
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 """A layer's attention module."""
+QUERY_NAMES = ("q_proj",)
+"""An attention's projection to queries alone."""
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""An attention's last projection, of its heads' outputs."""
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
 """The decoder's norm after its last layer."""
 
@@ -33,6 +37,10 @@ class Architecture:
     """Decoder layers, first to last."""
     attentions: tuple[nn.Module, ...]
     """The attention module of each layer."""
+    query_projections: tuple[nn.Module | None, ...]
+    """Of each layer, None where queries have none of their own."""
+    output_projections: tuple[nn.Module | None, ...]
+    """What each layer does to its heads' outputs, None where no such module is known."""
     final_norm: nn.Module
     """Applied to the residual stream after the last layer."""
     head: nn.Module
@@ -88,6 +96,8 @@ def describe(model: PreTrainedModel) -> Architecture:
         decoder=decoder,
         layers=tuple(layers),
         attentions=attentions,
+        query_projections=tuple(_first_named(attention, QUERY_NAMES) for attention in attentions),
+        output_projections=tuple(_first_named(attention, OUTPUT_NAMES) for attention in attentions),
         final_norm=_named(decoder, FINAL_NORM_NAMES, family, "final norm"),
         head=head,
         n_heads=n_heads,
@@ -102,11 +112,15 @@ def describe(model: PreTrainedModel) -> Architecture:
 
 
 def _named(parent: nn.Module, names: tuple[str, ...], family: str, what: str) -> Any:
-    for name in names:
-        child = getattr(parent, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    raise UnsupportedModelError(f"{family}: no {what} under any of the names {', '.join(names)}")
+    child = _first_named(parent, names)
+    if child is None:
+        raise UnsupportedModelError(f"{family}: no {what} under any of the names {', '.join(names)}")
+    return child
+
+
+def _first_named(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    children = (getattr(parent, name, None) for name in names)
+    return next((child for child in children if isinstance(child, nn.Module)), None)
 
 
 def _windows(config: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The attention function of our own. Owns how an ablation acts inside attention and how packed prompts are masked.
+"""The attention function of our own. Owns how an ablation acts inside attention.
 
 It refuses to know families: whatever a family's attention needs beyond queries, keys, values and a mask
 (softcap, sinks) stays in that family's own eager function, which is found in the module's source module.
@@ -13,19 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import UnsupportedModelError
+from safetyheads.packing import Segments, by_segment, safetyheads_mask
 
 ATTENTION_NAME = "safetyheads"
 """Under this name the attention and the mask function stand in transformers' registries."""
@@ -56,6 +55,14 @@ class KeysAndValues(Exception):
         self.key, self.value = key, value
 
 
+class HeadOutputs(Exception):
+    """Leaves a layer from inside its attention once its heads' outputs are there, unablated and ablated."""
+
+    def __init__(self, plain: Tensor, ablated: Tensor) -> None:
+        super().__init__("the heads' outputs are there")
+        self.plain, self.ablated = plain, ablated
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """What a hook hands to one call of the attention function."""
@@ -64,6 +71,10 @@ class AttentionCall:
     """Applied one after the other; a head may be in at most one of them per row."""
     leave: bool = False
     """Raise :class:`KeysAndValues` instead of attending."""
+    compare: bool = False
+    """Raise :class:`HeadOutputs` instead of returning: every head unablated, and every head ablated."""
+    segments: Segments | None = None
+    """How the row's prompts lie, where attention may be taken prompt by prompt."""
     keys_and_values: tuple[Tensor, Tensor] | None = None
     """Attend to these instead of the call's own keys and values."""
     observe: Callable[..., None] | None = None
@@ -126,9 +137,35 @@ def safetyheads_attention(
         raise KeysAndValues(key, value)
     if call.keys_and_values is not None:
         key, value = call.keys_and_values
+
+    def attend(ablations: tuple[RowAblation, ...]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        seen, ablated = _ablate_inputs(module, query, key, value, ablations)
+        inner = partial(_attend, seen, scaling=scaling, dropout=dropout, keywords=keywords)
+        weights = None
+        if attention_mask is not None and call.segments is not None and call.segments.cover(query, attention_mask):
+            output = by_segment(inner, call.segments, *ablated, attention_mask)
+        else:
+            output, weights = inner(*ablated, attention_mask)
+        output = _ablate_output(output, ablations)
+        return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
+
+    if call.compare:
+        everywhere = [RowAblation(each.ablation, torch.ones_like(each.selected[:1])) for each in call.ablations]
+        raise HeadOutputs(attend(())[0], attend(tuple(everywhere))[0])
+    output, weights, inputs = attend(call.ablations)
+    if call.observe is not None:
+        plain = not _family_keywords(keywords) - {"softcap"}
+        call.observe(**inputs, mask=attention_mask, output=output, plain=plain)
+    return output, weights
+
+
+def _ablate_inputs(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, ablations: tuple[RowAblation, ...]
+) -> tuple[nn.Module | _Ungrouped, tuple[Tensor, Tensor, Tensor]]:
+    """Query, key and value with the ablations that act on them, and the module as it must be seen with these."""
     seen: nn.Module | _Ungrouped = module
     query_before, key_before = query, key
-    for row_ablation in call.ablations:
+    for row_ablation in ablations:
         tensor, grouped = row_ablation.ablation.kind.tensor, key.shape[1] != query.shape[1]
         scale = row_ablation.ablation.kind.operation == "scale"
         if tensor == "query" or (tensor == "key" and scale and grouped):
@@ -140,15 +177,16 @@ def safetyheads_attention(
                 key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
                 seen = _Ungrouped(module)
             key = _ablate(key, key_before, row_ablation, head_dimension=1)
-    output, weights = _attend(seen, query, key, value, attention_mask, scaling, dropout, keywords)
-    output_before = output
-    for row_ablation in call.ablations:
+    return seen, (query, key, value)
+
+
+def _ablate_output(output: Tensor, ablations: tuple[RowAblation, ...]) -> Tensor:
+    """The heads' outputs with the ablations that act on them."""
+    before = output
+    for row_ablation in ablations:
         if row_ablation.ablation.kind.tensor == "head_output":
-            output = _ablate(output, output_before, row_ablation, head_dimension=2)
-    if call.observe is not None:
-        plain = not _family_keywords(keywords) - {"softcap"}
-        call.observe(query=query, key=key, value=value, mask=attention_mask, output=output, plain=plain)
-    return output, weights
+            output = _ablate(output, before, row_ablation, head_dimension=2)
+    return output
 
 
 def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dimension: int) -> Tensor:
@@ -228,62 +266,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How prompts lie in one row: [shared prefix | rest of prompt 1 | rest of prompt 2 | ...]."""
-
-    positions: Tensor
-    """int64 [n_tokens]: the position of each token within its own prompt."""
-    segments: Tensor
-    """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
-
-
-# Lives for one forward of the engine's own, in its own thread: masks are made before the first layer runs, and
-# replays use the masks that were captured. Ablations never travel this way.
-_packing: ContextVar[Packing | None] = ContextVar("safetyheads_packing", default=None)
-
-
-@contextmanager
-def packed(packing: Packing | None) -> Iterator[None]:
-    """Within, masks of this thread's forwards follow the packing."""
-    token = _packing.set(packing)
-    try:
-        yield
-    finally:
-        _packing.reset(token)
-
-
-def safetyheads_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    **keywords: Any,
-) -> Tensor | None:
-    """Transformers' boolean mask, of the family's own rule; over packed prompts the rule sees positions.
-
-    A token sees what the family's rule (causal, window, chunk) allows at the two tokens' *positions*, in the
-    prefix and in its own segment only.
-    """
-    packing = _packing.get()
-    if packing is not None and mask_function is not None:
-        positions, segments, family_rule = packing.positions, packing.segments, mask_function
-
-        def mask_function(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            same = (segments[kv_index] == 0) | (segments[kv_index] == segments[q_index])
-            return same & family_rule(batch, head, positions[q_index], positions[kv_index])
-
-        keywords["allow_is_causal_skip"] = False
-    elif 1 < q_length != kv_length:
-        # The skipped mask would mean causal from the top left for a static cache, from the bottom right for others.
-        keywords["allow_is_causal_skip"] = False
-    if mask_function is not None:
-        keywords["mask_function"] = mask_function
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **keywords)
 
 
 @contextmanager

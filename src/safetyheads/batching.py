@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from safetyheads.attention import Packing
+from safetyheads.packing import Packing, Segments
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,6 +22,8 @@ _OVERHEAD_TOKENS = 48
 # A CPU batch beyond this many tokens leaves the caches and gains nothing (bench/LOG.md, 2026-11-24).
 _CPU_TOKENS = 4096
 _CUDA_TOKENS = 65536
+# The mask of a row has this number squared of entries.
+_LONGEST_ROW = 4096
 _MEMORY_SHARE = 0.5
 
 
@@ -45,6 +47,8 @@ class PackedRow:
     """int64 [n_tokens]."""
     packing: Packing
     """Positions and segments of the tokens."""
+    segments: Segments
+    """The same layout, for attention taken sequence by sequence."""
     wanted: Tensor
     """int64 [n_wanted]: the tokens whose last states are wanted, sequence by sequence."""
 
@@ -110,7 +114,7 @@ def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: tor
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     packing = Packing(tensor(positions), tensor(segments))
-    return PackedRow(tuple(members), tensor(token_ids), packing, tensor(wanted))
+    return PackedRow(tuple(members), tensor(token_ids), packing, Segments.of(packing), tensor(wanted))
 
 
 def plan(
@@ -119,6 +123,7 @@ def plan(
     token_budget: int,
     n_rows_useful: int,
     packs: bool = True,
+    by_segment: bool = True,
 ) -> Plan:
     """Choose how many sequences share a row and how many groups share a batch.
 
@@ -128,17 +133,20 @@ def plan(
         token_budget: most tokens in a batch (rows times row length).
         n_rows_useful: groups that can ever share a batch: the heads of a layer.
         packs: False lays every sequence in a row of its own.
+        by_segment: whether tokens are compared within their sequence only, or with their whole row.
     """
     prefix = shared_prefix(sequences)
     rest = sum(len(sequence.token_ids) - prefix for sequence in sequences) / len(sequences)
 
     def cost_per_sequence(n: int) -> float:
         length = prefix + n * rest
+        n_pairs = prefix**2 + n * rest * (prefix + rest) if by_segment else length**2
         n_rows = max(1, min(n_rows_useful, int(token_budget // length)))
         overhead = _OVERHEAD_TOKENS * cost.per_token / n_rows
-        return (length * cost.per_token + length * length * cost.per_pair + overhead) / n
+        return (length * cost.per_token + n_pairs * cost.per_pair + overhead) / n
 
-    most = max(1, int((token_budget - prefix) // max(rest, 1))) if packs else 1
+    longest = min(token_budget, _LONGEST_ROW)
+    most = max(1, int((longest - prefix) // max(rest, 1))) if packs else 1
     n_per_row = min(range(1, min(most, len(sequences)) + 1), key=cost_per_sequence)
     n_rows = -(-len(sequences) // n_per_row)
     base, extra = divmod(len(sequences), n_rows)

@@ -237,7 +237,8 @@ class Engine:
         per_token += 6 * facts.d_model * facts.d_mlp
         cost = LayerCost(per_token, 4 * d_attention)
         budget = self._token_budget or token_budget(self.device, self.bytes_per_token)
-        return plan(sequences, cost, budget, self.n_heads, packs=self.capabilities.packs)
+        quick = self.capabilities
+        return plan(sequences, cost, budget, self.n_heads, packs=quick.packs, by_segment=quick.segments)
 
     @property
     def bytes_per_token(self) -> int:
@@ -271,7 +272,8 @@ class Engine:
         with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
             calls = self.calls([common], ablation)
             rows = [pack(sequences, members, self.device) for members in layout.rows]
-            return tuple(capture(self.architecture, row, calls, first) for row in rows)
+            segments = self.capabilities.segments
+            return tuple(capture(self.architecture, row, calls, first, segments) for row in rows)
 
     def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
         """The wanted tokens' last states with each group ablated.
@@ -289,7 +291,7 @@ class Engine:
         calls, n = self.calls(groups, ablation), len(groups)
         with self.ablated_rows([()], ablation):
             parts = [
-                replay(facts, captured, calls, n, start, quick.prunes)
+                replay(facts, captured, calls, n, start, quick)
                 if quick.replays
                 else rerun(facts, captured.row, calls, n)
                 for captured in captures

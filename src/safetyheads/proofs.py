@@ -7,9 +7,9 @@ its ablations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +19,15 @@ from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTIO
 from safetyheads.attention import AttentionCall, RowAblation, attention_calls
 from safetyheads.batching import PackedRow, TokenSequence, is_out_of_memory, pack
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.heads import Head
 from safetyheads.loading import use_our_attention
-from safetyheads.replay import Capabilities, Capture, capture, decode, first_of, replay, rerun, run_layer
+from safetyheads.quick_paths import TRIPS, difference, largest, prove_quick_paths
+from safetyheads.replay import Capabilities, Capture, capture, first_of, run_layer
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
-_SAME_ARITHMETIC = 1e-6
-# What a family's code raises when it is called in a way it does not expect: wrong shapes, names or arguments.
-_TRIPS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         with _refusing(facts.family, "ablating a head of each layer"):
             for worst in _ablation_errors(engine, rows[0]):
                 claim(f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})", worst.error, True)
-        capabilities, notes = _prove_quick_paths(engine, sequences, rows, claim)
+        capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, notes)
 
 
@@ -104,7 +101,7 @@ def _refusing(family: str, what: str) -> Iterator[None]:
         yield
     except UnsupportedModelError:
         raise
-    except _TRIPS as error:
+    except TRIPS as error:
         if is_out_of_memory(error):
             raise
         first = next(iter(str(error).splitlines()), "")
@@ -125,18 +122,6 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     ids = torch.randint(size, (2, length), generator=generator).tolist()
     shared = length // 3
     return [TokenSequence(tuple(ids[0])), TokenSequence(tuple(ids[0][:shared] + ids[1][shared : length - 2]))]
-
-
-def _difference(ours: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
-    """Largest difference relative to the largest value of the reference (or of ``scale``); shapes must agree."""
-    if ours.shape != reference.shape:
-        return float("inf")
-    largest = (reference if scale is None else scale).float().abs().max().clamp_min(1e-12)
-    return float((ours.float() - reference.float()).abs().max() / largest)
-
-
-def _logits(engine: Engine, row: PackedRow) -> Tensor:
-    return engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]
 
 
 def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
@@ -173,16 +158,11 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
     finally:
         # Whatever happens: under another attention function ablations would do nothing, and not say so.
         use_our_attention(engine.model)
-    return _largest(
-        _difference(ours, reference)
+    return largest(
+        difference(ours, reference)
         for row, (inputs, outputs) in zip(rows, references, strict=True)
         for ours, reference in zip(blocks(row, inputs)[1], outputs, strict=True)
     )
-
-
-def _largest(errors: Iterable[float]) -> float:
-    """The largest error; a NaN is the largest there is, which Python's ``max`` does not say."""
-    return float(torch.tensor(list(errors)).max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,24 +221,24 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     seen, block = observed(SCALING_CONTRIBUTION.at(0.0), torch.stack([none, one, ~one, ~none]))
     output = seen["output"]
     yield "scaling a head to 0 silences it", float(output[1, :, head].abs().max())
-    yield "scaling a head leaves the other heads unchanged", _difference(output[1][:, ~one], output[0][:, ~one])
+    yield "scaling a head leaves the other heads unchanged", difference(output[1][:, ~one], output[0][:, ~one])
     # The parts are differences of whole outputs, so the rounding of these is the measure, however small a part is.
     yield (
         "a head changes its block's output by its own part alone",
-        _difference(block[0] - block[1], block[2] - block[3], scale=block[0]),
+        difference(block[0] - block[1], block[2] - block[3], scale=block[0]),
     )
 
     seen, _ = observed(UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one]))
     output = seen["output"]
     yield (
         "undifferentiated attention leaves the other heads unchanged",
-        _difference(output[1][:, ~one], output[0][:, ~one]),
+        difference(output[1][:, ~one], output[0][:, ~one]),
     )
     if seen["plain"]:
         uniform = _uniform(seen["value"][1], seen["mask"], head * facts.n_kv_heads // n_heads)
         yield (
             "undifferentiated attention is uniform over the allowed keys",
-            _difference(output[1][:, head], uniform),
+            difference(output[1][:, head], uniform),
         )
 
 
@@ -271,72 +251,3 @@ def _uniform(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:
         allowed = given if given.dtype == torch.bool else given >= 0
     weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
     return (weights @ value[kv_head].double()).to(value.dtype)
-
-
-def _prove_quick_paths(
-    engine: Engine,
-    sequences: list[TokenSequence],
-    rows: list[PackedRow],
-    claim: Callable[..., bool],
-) -> tuple[Capabilities, tuple[str, ...]]:
-    """(ii), (iii) Replay, pruning, packing and the head, each against the plain path, also after an ablated replay."""
-    facts = engine.architecture
-    plain = [rerun(facts, row, {}, 1) for row in rows]
-    group = (Head(0, 0), Head(facts.n_layers - 1, facts.n_heads - 1))
-    ablated = engine.calls([group, ()], UNDIFFERENTIATED_ATTENTION)
-    capabilities, notes = Capabilities(), []
-
-    def replayed(prunes: bool) -> float:
-        errors = []
-        for row, reference in zip(rows, plain, strict=True):
-            captured = capture(facts, row, {}, 0)
-            both = rerun(facts, row, ablated, 2)
-            for start in sorted({0, facts.n_layers // 2, facts.n_layers - 1}):
-                errors.append(_difference(replay(facts, captured, {}, 1, start, prunes), reference))
-            errors.append(_difference(replay(facts, captured, ablated, 2, 0, prunes), both))
-            errors.append(_difference(replay(facts, captured, {}, 1, 0, prunes), reference))
-        return _largest(errors)
-
-    attempts: list[tuple[str, str, Callable[[], float]]] = [
-        (
-            "prunes",
-            "finishing the last layer for the wanted tokens equals finishing it whole",
-            lambda: replayed(True),
-        ),
-        ("replays", "replaying layers equals a plain forward", lambda: replayed(False)),
-        ("packs", "packed prompts equal prompts one by one", lambda: _packed_error(engine, sequences, plain)),
-        ("plain_head", "logits are the head of the normed state", lambda: _head_error(engine, rows)),
-    ]
-    for name, sentence, measure in attempts:
-        try:
-            error = measure()
-        except _TRIPS as failure:
-            if is_out_of_memory(failure):
-                raise
-            error = float("inf")
-            notes.append(f"{sentence}: raised {type(failure).__name__}")
-        # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits.
-        if not claim(sentence, error, False, *[_SAME_ARITHMETIC] * (name == "plain_head")):
-            capabilities = replace(capabilities, **{name: False})
-            notes.append(f"{sentence}: not on this model, so the slower plain path is taken")
-    if not capabilities.plain_head:
-        engine.capabilities = capabilities
-        claim("logits of given states equal the model's own", _head_error(engine, rows), True)
-    return capabilities, tuple(notes)
-
-
-def _packed_error(engine: Engine, sequences: list[TokenSequence], plain: list[Tensor]) -> float:
-    """(iii) All probes in one row against each alone."""
-    row = pack(sequences, range(len(sequences)), engine.device)
-    return _difference(rerun(engine.architecture, row, {}, 1)[0], torch.cat(plain, dim=1)[0])
-
-
-def _head_error(engine: Engine, rows: list[PackedRow]) -> float:
-    """The engine's logits and norm against the model's own, of all tokens: the same shapes, so the same arithmetic."""
-    errors = []
-    for row in rows:
-        whole = replace(row, wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
-        states = rerun(engine.architecture, whole, {}, 1)
-        errors.append(_difference(engine.logits(states[0]), _logits(engine, row)))
-        errors.append(_difference(engine.normed(states), decode(engine.architecture, row, 1)))
-    return _largest(errors)

@@ -2,24 +2,27 @@
 
 For one packed row of prompts:
 1. capture: one run keeps every layer's input and arguments;
-2. replay: an ablation of layer l changes nothing before l, so layers l.. run again, a batch row per head group;
-3. finish: in the last layer only the wanted tokens get past attention.
+2. start: in the first ablated layer all rows have one input, so its heads' outputs are taken once, unablated and
+   ablated; each row mixes them and goes on from there;
+3. replay: the layers after it run again, a batch row per head group;
+4. finish: in the last layer only the wanted tokens get past attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from safetyheads.architectures import Architecture
-from safetyheads.attention import AttentionCall, KeysAndValues, attention_calls, packed
+from safetyheads.attention import AttentionCall, HeadOutputs, KeysAndValues, attention_calls
 from safetyheads.batching import PackedRow
+from safetyheads.packing import packed
 
 # The dimension of a layer argument that runs over the row's tokens, counted from the end.
 _TOKEN_DIMENSION = {
@@ -30,16 +33,24 @@ _TOKEN_DIMENSION = {
 }
 
 
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a layer, beside its hidden states: positional ones, and keywords."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Which quick paths were proved on this model; without one the engine takes the slow, plain path."""
 
     packs: bool = True
     """Several prompts may share a row."""
+    segments: bool = True
+    """Attention may be taken prompt by prompt, not over the whole row."""
     replays: bool = True
     """Layers may be run again from captured inputs."""
     prunes: bool = True
     """The last layer may be finished for the wanted tokens alone."""
+    starts_late: bool = True
+    """The first ablated layer may start from its heads' outputs."""
     plain_head: bool = True
     """Logits are the head applied to the normed state; else the model's own forward makes them."""
 
@@ -51,7 +62,7 @@ class Capture:
     row: PackedRow
     inputs: dict[int, Tensor]
     """layer -> hidden states entering it [1, n_tokens, d_model]."""
-    arguments: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: Mapping[int, _Arguments]
     """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
 
     def drop_before(self, layer: int) -> None:
@@ -75,7 +86,13 @@ def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
 
 
 @torch.inference_mode()
-def capture(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], first: int) -> Capture:
+def capture(
+    architecture: Architecture,
+    row: PackedRow,
+    calls: Mapping[int, AttentionCall],
+    first: int,
+    segments: bool = False,
+) -> Capture:
     """Run the decoder over one packed row, keeping what layers ``first``.. are given.
 
     Args:
@@ -83,9 +100,10 @@ def capture(architecture: Architecture, row: PackedRow, calls: Mapping[int, Atte
         row: the packed prompts.
         calls: layer -> ablations already in force during this run.
         first: the first layer whose input is kept.
+        segments: take attention prompt by prompt.
     """
     inputs: dict[int, Tensor] = {}
-    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    arguments: dict[int, _Arguments] = {}
 
     def keep(layer: int) -> Any:
         def hook(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -99,7 +117,7 @@ def capture(architecture: Architecture, row: PackedRow, calls: Mapping[int, Atte
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(attention_calls(architecture.attentions, calls))
+        stack.enter_context(attention_calls(architecture.attentions, _segmented(architecture, row, calls, segments)))
         for layer in range(first, architecture.n_layers):
             handle = architecture.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
             stack.callback(handle.remove)
@@ -109,8 +127,12 @@ def capture(architecture: Architecture, row: PackedRow, calls: Mapping[int, Atte
 
 def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
     """One layer on other hidden states [n_rows, n_tokens, d_model], with the captured arguments."""
-    positional, keywords = captured.arguments[layer]
-    return first_of(architecture.layers[layer](hidden, *_fresh(positional), **_fresh(keywords)))
+    return _call(architecture.layers[layer], hidden, captured.arguments[layer])
+
+
+def _call(layer: nn.Module, hidden: Tensor, arguments: _Arguments) -> Tensor:
+    positional, keywords = arguments
+    return first_of(layer(hidden, *_fresh(positional), **_fresh(keywords)))
 
 
 @torch.inference_mode()
@@ -120,7 +142,7 @@ def replay(
     calls: Mapping[int, AttentionCall],
     n_rows: int,
     start: int,
-    prunes: bool = True,
+    quick: Capabilities,
 ) -> Tensor:
     """Run layers ``start``.. again on copies of the captured row and give the wanted tokens' states.
 
@@ -130,25 +152,63 @@ def replay(
         calls: layer -> the ablations of each batch row.
         n_rows: batch rows.
         start: the first layer to run again.
-        prunes: finish the last layer for the wanted tokens alone, where its arguments allow it.
+        quick: the quick paths to take.
 
     Returns:
         [n_rows, n_wanted, d_model], before the final norm.
     """
+    last = architecture.n_layers - 1
+    calls = _segmented(architecture, captured.row, calls, quick.segments)
+    # Rows that are equal so far are one row, until the first ablation tells them apart.
+    hidden, told_apart = captured.inputs[start], False
+    for layer in range(start, last + 1):
+        call = calls.get(layer, AttentionCall())
+        late = not told_apart and quick.starts_late and len(call.ablations) == 1
+        if not late and not told_apart:
+            hidden, told_apart = hidden.expand(n_rows, -1, -1), True
+        if layer == last:
+            return _finish(architecture, captured, hidden, call, late, quick.prunes)
+        hidden = _run(architecture, layer, hidden, captured.arguments[layer], call, late)
+        told_apart = True
+    raise ValueError(f"there is no layer {start} to start from")
+
+
+def _run(
+    architecture: Architecture, layer: int, hidden: Tensor, arguments: _Arguments, call: AttentionCall, late: bool
+) -> Tensor:
+    """One layer under a call: [n_rows, n_tokens, d_model]; ``late``: from one row's heads' outputs on."""
+    module, attentions = architecture.layers[layer], architecture.attentions
+    if not late:
+        with attention_calls(attentions, {layer: call}):
+            return _call(module, hidden, arguments)
+    try:
+        with attention_calls(attentions, {layer: replace(call, compare=True)}):
+            _call(module, hidden, arguments)
+    except HeadOutputs as reached:
+        plain, ablated = reached.plain, reached.ablated  # [1, n_tokens, n_heads, d_value]
+    else:
+        raise RuntimeError(f"layer {layer} ended without calling its attention function")
+    selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
+    projection = architecture.output_projections[layer]
+    assert projection is not None  # starts_late was proved
+    block = projection(torch.where(selected, ablated, plain).flatten(2))
+    # The row itself stays one: the layer adds the rows' blocks to it.
+    with _instead(attentions[layer], lambda *_, **__: (block, None)):
+        return _call(module, hidden, arguments)
+
+
+def _finish(
+    architecture: Architecture, captured: Capture, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool
+) -> Tensor:
+    """The last layer, for the wanted tokens alone where its arguments allow it: [n_rows, n_wanted, d_model]."""
     last, row = architecture.n_layers - 1, captured.row
-    hidden = captured.inputs[start].expand(n_rows, -1, -1)
-    with attention_calls(architecture.attentions, {layer: call for layer, call in calls.items() if layer < last}):
-        for layer in range(start, last):
-            hidden = run_layer(architecture, captured, layer, hidden)
-    call = calls.get(last, AttentionCall())
     positional, keywords = captured.arguments[last]
     narrowed = _narrow(keywords, row.wanted, row.n_tokens) if prunes and not positional else None
     if narrowed is None:
-        with attention_calls(architecture.attentions, {last: call}):
-            return run_layer(architecture, captured, last, hidden)[:, row.wanted]
+        return _run(architecture, last, hidden, captured.arguments[last], call, late)[:, row.wanted]
     there = _keys_and_values(architecture, captured, hidden, call)
-    with attention_calls(architecture.attentions, {last: replace(call, keys_and_values=there)}):
-        return first_of(architecture.layers[last](hidden[:, row.wanted], **_fresh(narrowed)))
+    call = replace(call, keys_and_values=there, segments=None)
+    return _run(architecture, last, hidden[:, row.wanted], ((), narrowed), call, late)
 
 
 def _keys_and_values(
@@ -156,12 +216,46 @@ def _keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """All tokens' keys and values in the last layer, which is left as soon as they are there."""
     last = architecture.n_layers - 1
+    projection = architecture.query_projections[last]
+    width = getattr(projection, "out_features", 0)
+
+    def no_queries(hidden: Tensor) -> Tensor:
+        """Of the right shape; nobody looks at them."""
+        return hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
+
     try:
-        with attention_calls(architecture.attentions, {last: replace(call, leave=True)}):
+        with ExitStack() as stack:
+            stack.enter_context(attention_calls(architecture.attentions, {last: replace(call, leave=True)}))
+            if projection is not None and width:
+                stack.enter_context(_instead(projection, no_queries))
             run_layer(architecture, captured, last, hidden)
     except KeysAndValues as reached:
         return reached.key, reached.value
     raise RuntimeError("the last layer ended without calling its attention function")
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, calling the module runs ``forward``; what stood there before (accelerate keeps one) is put back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _segmented(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], segments: bool
+) -> dict[int, AttentionCall]:
+    """The calls, with every layer told how the row's prompts lie."""
+    if not segments or len(row.members) == 1:
+        return dict(calls)
+    layers = range(architecture.n_layers)
+    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
 
 
 @torch.inference_mode()

@@ -131,13 +131,41 @@ def test_prompts_without_a_common_beginning_equal_the_oracle(family, rows, oracl
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gemma2_softcap"])
-@pytest.mark.parametrize("slow", ["packs", "replays", "prunes"])
+@pytest.mark.parametrize("slow", ["packs", "segments", "replays", "prunes", "starts_late"])
 def test_each_slow_path_equals_the_oracle(family, slow, oracles):
     engine = engine_of(family)
     engine.capabilities = Capabilities(**{slow: False})
     rows = ((0,), (1,), (2,)) if slow == "packs" else ((0, 1, 2),)
     ours = hidden_of(engine, PROMPTS, GROUPS, UNDIFFERENTIATED_ATTENTION, rows)
     assert relative(ours, oracles[family].hidden(PROMPTS, GROUPS, UNDIFFERENTIATED_ATTENTION)) < FLOAT32
+
+
+def test_the_ablated_layer_starts_from_its_heads_and_the_last_asks_only_wanted_tokens():
+    """The two savings are taken: queries are projected once a row and never for tokens that nobody asks for."""
+    engine, asked = engine_of("llama_gqa"), []
+    attentions = engine.architecture.attentions
+    for layer, attention in enumerate(attentions):
+        attention.q_proj.register_forward_hook(lambda _, __, out, at=layer: asked.append((at, out)))
+    groups, layout = [(Head(0, 0),), (Head(0, 1),), (Head(0, 2),)], Plan(((0, 1, 2),), 4, 1)
+    captures = engine.captured(sequences_of(PROMPTS), (), UNDIFFERENTIATED_ATTENTION, layout, 0)
+    n_tokens = captures[0].row.n_tokens
+    asked.clear()
+    engine.replayed(captures, groups, UNDIFFERENTIATED_ATTENTION, 0)
+    # What stands in for the last layer's queries is one number, seen many times.
+    projected = [(layer, out.shape[:2]) for layer, out in asked if any(out.stride())]
+    assert projected == [(0, (1, n_tokens)), (1, (3, n_tokens)), (2, (3, len(PROMPTS)))]
+    assert all("forward" not in module.__dict__ for module in engine.model.modules())
+
+
+def test_a_forward_that_stood_on_the_module_is_put_back():
+    from safetyheads.replay import _instead
+
+    engine = engine_of("llama_gqa")
+    module = engine.architecture.attentions[0]
+    module.forward = stood = module.forward
+    with pytest.raises(KeyError), _instead(module, lambda: None):
+        raise KeyError
+    assert module.__dict__["forward"] is stood
 
 
 @pytest.mark.parametrize("name", ABLATION_KINDS)

@@ -15,7 +15,7 @@ from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.engine import Engine
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.proofs import _largest
+from safetyheads.quick_paths import largest
 from safetyheads.replay import Capabilities
 
 
@@ -149,5 +149,5 @@ def test_a_proof_that_breaks_off_leaves_ablations_at_work(monkeypatch):
 
 
 def test_a_nan_is_the_largest_error():
-    assert math.isnan(_largest([0.0, float("nan"), 0.1]))
-    assert _largest([0.0, 0.2, 0.1]) == pytest.approx(0.2)
+    assert math.isnan(largest([0.0, float("nan"), 0.1]))
+    assert largest([0.0, 0.2, 0.1]) == pytest.approx(0.2)

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
-    "attention architectures batching replay engine loading proofs generation",
+    "packing attention architectures batching replay engine loading quick_paths proofs generation",
     "head_pass scoring search",
     "judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",

@@ -1,0 +1,153 @@
+"""How prompts lie in one row. Owns the mask of packed prompts, and attention taken prompt by prompt.
+
+It refuses to know families and ablations: the family's own mask rule and attention are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How prompts lie in one row: [shared prefix | rest of prompt 1 | rest of prompt 2 | ...]."""
+
+    positions: Tensor
+    """int64 [n_tokens]: the position of each token within its own prompt."""
+    segments: Tensor
+    """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
+
+
+# Lives for one forward of the engine's own, in its own thread: masks are made before the first layer runs, and
+# replays use the masks that were captured. Ablations never travel this way.
+_packing: ContextVar[Packing | None] = ContextVar("safetyheads_packing", default=None)
+
+
+@contextmanager
+def packed(packing: Packing | None) -> Iterator[None]:
+    """Within, masks of this thread's forwards follow the packing."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def safetyheads_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    **keywords: Any,
+) -> Tensor | None:
+    """Transformers' boolean mask, of the family's own rule; over packed prompts the rule sees positions.
+
+    A token sees what the family's rule (causal, window, chunk) allows at the two tokens' *positions*, in the
+    prefix and in its own segment only.
+    """
+    packing = _packing.get()
+    if packing is not None and mask_function is not None:
+        positions, segments, family_rule = packing.positions, packing.segments, mask_function
+
+        def mask_function(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+            same = (segments[kv_index] == 0) | (segments[kv_index] == segments[q_index])
+            return same & family_rule(batch, head, positions[q_index], positions[kv_index])
+
+        keywords["allow_is_causal_skip"] = False
+    elif 1 < q_length != kv_length:
+        # The skipped mask would mean causal from the top left for a static cache, from the bottom right for others.
+        keywords["allow_is_causal_skip"] = False
+    if mask_function is not None:
+        keywords["mask_function"] = mask_function
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **keywords)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The same row cut into its prompts, so that a token is compared with the prefix and its own prompt only."""
+
+    n_prefix: int
+    """Tokens of the shared prefix, at the row's beginning."""
+    tokens: Tensor
+    """int64 [n_prompts, longest_rest]: the tokens of each rest; shorter ones end in repeats of their last token."""
+    real: Tensor
+    """bool [n_prompts, longest_rest]: which of them are no repeats."""
+    places: Tensor
+    """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
+
+    @classmethod
+    def of(cls, packing: Packing) -> Segments:
+        """The segments of a packing."""
+        device = packing.segments.device
+        lengths = torch.bincount(packing.segments).tolist()
+        n_prefix, rests = lengths[0], lengths[1:]
+        longest = max(rests)
+        starts = torch.tensor([n_prefix + sum(rests[:number]) for number in range(len(rests))], device=device)
+        offsets = torch.arange(longest, device=device)
+        ends = torch.tensor(rests, device=device)
+        tokens = starts[:, None] + torch.minimum(offsets, ends[:, None] - 1)
+        real = offsets < ends[:, None]
+        return cls(n_prefix, tokens, real, real.flatten().nonzero()[:, 0])
+
+    def cover(self, query: Tensor, mask: Tensor) -> bool:
+        """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
+        n_tokens = self.n_prefix + len(self.places)
+        whole = query.shape[2] == n_tokens
+        return whole and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
+
+
+def by_segment(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Any]],
+    segments: Segments,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Attention of a packed row, prompt by prompt: what the mask forbids between prompts is never computed.
+
+    Args:
+        attend: (query, key, value, mask) -> (heads' outputs [rows, n_tokens, n_heads, d_value], anything).
+        segments: how the prompts lie.
+        query: [rows, n_heads, n_tokens, d_head]; key and value likewise, with their own number of heads.
+        key: see query.
+        value: see query.
+        mask: bool [1, 1, n_tokens, n_tokens], the family's rule within prompts.
+
+    Returns:
+        The heads' outputs [rows, n_tokens, n_heads, d_value].
+    """
+    n_rows, n_prefix = len(query), segments.n_prefix
+    n_prompts, longest = segments.tokens.shape
+    prefix = torch.arange(n_prefix, device=query.device).expand(n_prompts, -1)
+    keys = torch.cat([prefix, segments.tokens], dim=1)
+    real = torch.cat([torch.ones_like(prefix, dtype=torch.bool), segments.real], dim=1)
+    allowed = mask[0, 0][segments.tokens[:, :, None], keys[:, None, :]] & real[:, None, :]
+
+    def picked(tensor: Tensor, tokens: Tensor) -> Tensor:
+        """[rows, heads, n_tokens, d] -> [rows * n_prompts, heads, tokens of a prompt, d]."""
+        flat = tensor.transpose(1, 2).index_select(1, tokens.flatten())
+        return flat.view(len(tensor) * n_prompts, tokens.shape[1], *flat.shape[2:]).transpose(1, 2)
+
+    rests, _ = attend(
+        picked(query, segments.tokens),
+        picked(key, keys),
+        picked(value, keys),
+        allowed.repeat(n_rows, 1, 1)[:, None],
+    )
+    output = rests.reshape(n_rows, n_prompts * longest, *rests.shape[2:]).index_select(1, segments.places)
+    if not n_prefix:
+        return output
+    query, key, value = (tensor[:, :, :n_prefix] for tensor in (query, key, value))
+    first, _ = attend(query, key, value, mask[:, :, :n_prefix, :n_prefix])
+    return torch.cat([first, output], dim=1)
