@@ -55,6 +55,8 @@ class Architecture:
     """Width of one head's query."""
     d_mlp: int
     """Inner width of the MLP, used to estimate memory only."""
+    active_experts: float
+    """Share of a layer's experts that a token is sent to; 1 where there are none."""
     vocabulary_size: int
     """Number of logits."""
     context_length: int | None
@@ -105,6 +107,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         d_model=config.hidden_size,
         d_head=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
         d_mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        active_experts=_active_experts(config),
         vocabulary_size=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
         windows=_windows(config),
@@ -121,6 +124,12 @@ def _named(parent: nn.Module, names: tuple[str, ...], family: str, what: str) ->
 def _first_named(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     children = (getattr(parent, name, None) for name in names)
     return next((child for child in children if isinstance(child, nn.Module)), None)
+
+
+def _active_experts(config: Any) -> float:
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    n_experts = next((count for count in counts if count), None)
+    return getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0
 
 
 def _windows(config: Any) -> tuple[int, ...]:

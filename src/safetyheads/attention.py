@@ -55,14 +55,6 @@ class KeysAndValues(Exception):
         self.key, self.value = key, value
 
 
-class HeadOutputs(Exception):
-    """Leaves a layer from inside its attention once its heads' outputs are there, unablated and ablated."""
-
-    def __init__(self, plain: Tensor, ablated: Tensor) -> None:
-        super().__init__("the heads' outputs are there")
-        self.plain, self.ablated = plain, ablated
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """What a hook hands to one call of the attention function."""
@@ -71,8 +63,9 @@ class AttentionCall:
     """Applied one after the other; a head may be in at most one of them per row."""
     leave: bool = False
     """Raise :class:`KeysAndValues` instead of attending."""
-    compare: bool = False
-    """Raise :class:`HeadOutputs` instead of returning: every head unablated, and every head ablated."""
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Given the heads' outputs, every head unablated and every head ablated [rows, n_tokens, n_heads, d_value],
+    gives the outputs to go on with, or raises to leave the layer."""
     segments: Segments | None = None
     """How the row's prompts lie, where attention may be taken prompt by prompt."""
     keys_and_values: tuple[Tensor, Tensor] | None = None
@@ -149,9 +142,9 @@ def safetyheads_attention(
         output = _ablate_output(output, ablations)
         return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
 
-    if call.compare:
+    if call.compare is not None:
         everywhere = [RowAblation(each.ablation, torch.ones_like(each.selected[:1])) for each in call.ablations]
-        raise HeadOutputs(attend(())[0], attend(tuple(everywhere))[0])
+        return call.compare(attend(())[0], attend(tuple(everywhere))[0]), None
     output, weights, inputs = attend(call.ablations)
     if call.observe is not None:
         plain = not _family_keywords(keywords) - {"softcap"}

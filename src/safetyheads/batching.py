@@ -96,10 +96,15 @@ def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
 
 
-def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: torch.device | str = "cpu") -> PackedRow:
-    """Lay the ``members`` of ``sequences`` in one row, their common prefix once."""
+def pack(
+    sequences: Sequence[TokenSequence],
+    members: Sequence[int],
+    device: torch.device | str = "cpu",
+    shares_prefix: bool = True,
+) -> PackedRow:
+    """Lay the ``members`` of ``sequences`` in one row, their common prefix once, or with each of them."""
     chosen = [sequences[member] for member in members]
-    prefix = shared_prefix(chosen) if len(chosen) > 1 else 0
+    prefix = shared_prefix(chosen) if shares_prefix and len(chosen) > 1 else 0
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
     wanted: list[int] = []

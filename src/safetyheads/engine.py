@@ -306,10 +306,14 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32."""
+        return self.differentiable_logits(hidden)
+
+    def differentiable_logits(self, hidden: Tensor) -> Tensor:
+        """:meth:`logits`, with gradients where the caller records them."""
         if self.capabilities.plain_head:
-            return self.architecture.head(self.normed(hidden)).float()
+            return self.architecture.head(self.architecture.final_norm(hidden)).float()
         # The family does more to its logits (a softcap, a scale): let its own forward do it, on our states.
-        normed = self.normed(hidden)[None]
+        normed = self.architecture.final_norm(hidden)[None]
 
         def put(_: nn.Module, __: Any, output: Any) -> Any:
             output.last_hidden_state = normed

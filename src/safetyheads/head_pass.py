@@ -117,7 +117,7 @@ class HeadPass:
             log_probabilities = torch.cat([part for _, part in made._log_probabilities(hidden)])
             made.unablated["log_probabilities"] = log_probabilities
             if readings.openers:
-                made.unablated["log_odds"] = _log_odds(log_probabilities[made._first_wanted], readings.openers)
+                made.unablated["log_odds"] = log_odds(log_probabilities[made._first_wanted], readings.openers)
         for angle in readings.angles:
             made.unablated[angle.name] = made._directions(hidden[None], angle)[0]
         return made
@@ -244,7 +244,7 @@ class HeadPass:
             unablated = reference[of_wanted.to(reference.device)]
             divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1).cpu())
             if self.readings.openers:
-                odds.append(_log_odds(log_probabilities, self.readings.openers).cpu())
+                odds.append(log_odds(log_probabilities, self.readings.openers).cpu())
         found = {}
         if self.readings.ships:
             # KL is never negative; what rounding leaves below 0 is 0.
@@ -273,7 +273,7 @@ def _compute(_: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> 
     return compute()
 
 
-def _log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:
+def log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:
     """Log P(R) / (1 - P(R)) of the openers R [...], from log-probabilities [..., vocabulary], without cancellation."""
     chosen = torch.zeros(log_probabilities.shape[-1], dtype=torch.bool, device=log_probabilities.device)
     chosen[list(openers)] = True

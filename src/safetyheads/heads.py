@@ -54,9 +54,11 @@ def parse_heads(text: str) -> Group:
 def distinct(heads: Iterable[Head]) -> Group:
     """The heads as a group; raises :class:`InputError` where one is given twice."""
     group = tuple(heads)
-    for position, head in enumerate(group):
-        if head in group[:position]:
+    seen: set[Head] = set()
+    for head in group:
+        if head in seen:
             raise InputError(f"head {head} is given twice")
+        seen.add(head)
     return group
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.architectures import Architecture
-from safetyheads.attention import AttentionCall, HeadOutputs, KeysAndValues, attention_calls
+from safetyheads.attention import AttentionCall, KeysAndValues, attention_calls
 from safetyheads.batching import PackedRow
 from safetyheads.packing import packed
 
@@ -35,6 +35,14 @@ _TOKEN_DIMENSION = {
 
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a layer, beside its hidden states: positional ones, and keywords."""
+
+
+class _HeadOutputs(Exception):
+    """Leaves a layer from inside its attention once its heads' outputs are there, unablated and ablated."""
+
+    def __init__(self, plain: Tensor, ablated: Tensor) -> None:
+        super().__init__("the heads' outputs are there")
+        self.plain, self.ablated = plain, ablated
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +189,14 @@ def _run(
     if not late:
         with attention_calls(attentions, {layer: call}):
             return _call(module, hidden, arguments)
+
+    def leave(plain: Tensor, ablated: Tensor) -> Tensor:
+        raise _HeadOutputs(plain, ablated)
+
     try:
-        with attention_calls(attentions, {layer: replace(call, compare=True)}):
+        with attention_calls(attentions, {layer: replace(call, compare=leave)}):
             _call(module, hidden, arguments)
-    except HeadOutputs as reached:
+    except _HeadOutputs as reached:
         plain, ablated = reached.plain, reached.ablated  # [1, n_tokens, n_heads, d_value]
     else:
         raise RuntimeError(f"layer {layer} ended without calling its attention function")

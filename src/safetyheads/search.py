@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,7 +24,12 @@ def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
     return _score(scorer, (), heads, heads)
 
 
-def sahara(scorer: GroupScorer, heads: Sequence[Head], steps: int = 3) -> SearchTrace:
+def sahara(
+    scorer: GroupScorer,
+    heads: Sequence[Head],
+    steps: int = 3,
+    narrow: Callable[[Group], Sequence[Head]] | None = None,
+) -> SearchTrace:
     """Algorithm 1 (Sahara): from the empty group, add the best head given those chosen, ``steps`` times.
 
     Equal scores are settled by layer, then index, so the order of ``heads`` does not matter; the trace tells ties.
@@ -33,6 +38,8 @@ def sahara(scorer: GroupScorer, heads: Sequence[Head], steps: int = 3) -> Search
         scorer: gives each group a number, more meaning more effect.
         heads: the candidates, usually ``engine.heads``.
         steps: size of the group; the paper uses at most 5, and finds 3 best.
+        narrow: given the group so far, which heads are worth scoring; by default all are. The others are NaN in the
+            step's table.
 
     Raises:
         InputError: more steps than heads, or fewer than one.
@@ -43,7 +50,8 @@ def sahara(scorer: GroupScorer, heads: Sequence[Head], steps: int = 3) -> Search
     group: Group = ()
     tables: list[HeadScores] = []
     for _ in range(steps):
-        table = _score(scorer, group, [head for head in heads if head not in group], heads)
+        tried = heads if narrow is None else set(narrow(group))
+        table = _score(scorer, group, [head for head in heads if head in tried and head not in group], heads)
         tables.append(table)
         group = (*group, table.top(1)[0])
     return SearchTrace(group, tuple(tables))

@@ -228,3 +228,24 @@ def random_p_value(observed: float, random_values: Sequence[float]) -> float:
     """
     reached = sum(value >= observed for value in random_values)
     return (1 + reached) / (1 + len(random_values))
+
+
+def most_in_population(n_population: int, n_sampled: int, n_found: int) -> int:
+    """Upper bound, 95 %, on the members of a population that have a property, from a sample without replacement.
+
+    The largest number K for which finding ``n_found`` or fewer in the sample is not rarer than 5 % (hypergeometric,
+    one-sided, exact): 64 clean of 992 leave up to 44.
+    """
+    from scipy.stats import hypergeom
+
+    if not 0 <= n_found <= n_sampled <= n_population:
+        raise InputError(f"{n_found} found of {n_sampled} sampled of {n_population} cannot be")
+    # The chance of so few falls as K grows, so K is found by halving.
+    low, high = n_found, n_population - (n_sampled - n_found)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if hypergeom.cdf(n_found, n_population, middle, n_sampled) > 1 - CONFIDENCE:
+            low = middle
+        else:
+            high = middle - 1
+    return int(low)

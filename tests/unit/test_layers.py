@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
-    "packing attention architectures batching replay engine loading quick_paths proofs generation",
-    "head_pass scoring search",
+    "packing attention architectures batching costs replay engine loading quick_paths proofs generation",
+    "head_pass scoring screening rescoring search",
     "judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",
     "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search",

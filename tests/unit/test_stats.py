@@ -15,6 +15,7 @@ from safetyheads.stats import (
     exact_mcnemar,
     holm,
     mean_with_interval,
+    most_in_population,
     newcombe_paired_interval,
     paired_difference,
     random_p_value,
@@ -217,3 +218,27 @@ def test_the_observed_group_is_one_of_the_draws():
     assert random_p_value(0.7, [0.1] * 20) == 1 / 21
     assert random_p_value(0.1, [0.1, 0.0, 0.2]) == 3 / 4
     assert random_p_value(0.1, []) == 1.0
+
+
+@pytest.mark.parametrize(("n_population", "n_sampled", "n_found"), [(992, 64, 0), (24, 8, 0), (30, 12, 3), (9, 9, 2)])
+def test_the_bound_on_a_population_is_the_last_that_the_sample_does_not_refute(n_population, n_sampled, n_found):
+    bound = most_in_population(n_population, n_sampled, n_found)
+
+    def chance(members):
+        """Of finding so few or fewer, counted out."""
+        ways = sum(
+            math.comb(members, found) * math.comb(n_population - members, n_sampled - found)
+            for found in range(n_found + 1)
+        )
+        return ways / math.comb(n_population, n_sampled)
+
+    assert chance(bound) > 0.05
+    assert bound == n_population - n_sampled + n_found or chance(bound + 1) <= 0.05
+
+
+def test_bounds_known_by_hand():
+    assert most_in_population(100, 0, 0) == 100
+    assert most_in_population(10, 10, 3) == 3
+    assert most_in_population(992, 64, 0) == 43  # 44 would hide from the sample with a chance of 4.97 %
+    with pytest.raises(InputError, match="cannot be"):
+        most_in_population(5, 6, 0)
