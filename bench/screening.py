@@ -60,8 +60,8 @@ def _random(layers: int, heads: int, spread: float) -> tuple[Engine, tuple[tuple
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -116,7 +115,7 @@ def pack(
         wanted += range(len(token_ids) - sequence.n_wanted, len(token_ids))
 
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return to_device(torch.tensor(values, dtype=torch.int64), torch.device(device))
 
     packing = Packing(tensor(positions), tensor(segments))
     return PackedRow(tuple(members), tensor(token_ids), packing, Segments.of(packing), tensor(wanted))
@@ -173,8 +172,17 @@ def token_budget(device: torch.device, bytes_per_token: int) -> int:
     if device.type == "cuda":
         free, most = torch.cuda.mem_get_info(device)[0], _CUDA_TOKENS
     else:
+        import psutil
+
         free, most = psutil.virtual_memory().available, _CPU_TOKENS
     return max(1, min(most, int(free * _MEMORY_SHARE) // bytes_per_token))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without the host waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

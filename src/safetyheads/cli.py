@@ -37,6 +37,7 @@ from safetyheads.cli_options import (
     QueryLevel,
     RunOptions,
     Score,
+    ScreenOptions,
     SearchOptions,
     ShowCompletions,
     Size,
@@ -134,6 +135,7 @@ def audit(
         split=split,
         dtype=model.dtype,
         device=model.device,
+        compile=model.compile,
         store_completions=not run.no_completions,
         **settings,
     )
@@ -146,37 +148,23 @@ def ships(
     model: ModelOptions,
     prompts: PromptOptions,
     ablation: AblationOptions,
+    screened: ScreenOptions,
     output: OutputOptions,
     positions: Positions = 1,
     top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
 ) -> None:
-    """Rank all heads by mean Ships (Eq 9, averaged over the prompts)."""
+    """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
+    from safetyheads.cli_ships import ranked
+
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, positions=positions, top=top)
+    screened.check()
     watching = progress_for(output.quiet)
-    engine = load_engine(model, watching)
-    from safetyheads.estimates import estimate
-    from safetyheads.head_pass import HeadPass, Readings
-    from safetyheads.scoring import answer_sequences
-    from safetyheads.stats import mean_with_interval
-
-    watching.say(lambda: estimate(engine, engine.encode(asked), 1, 0, 1))
-    sequences = answer_sequences(engine, asked, positions)
-    measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
-    with watching.track("scoring heads", len(engine.heads)) as done:
-        values = measuring.measure([(head,) for head in engine.heads], done)["ships"]
-    by_prompt = measuring.table("ships", values)
-    scores = by_prompt.mean()
-    heads = [
-        {"head": str(head), **asdict(mean_with_interval(by_prompt.values[:, head.layer, head.index].tolist()))}
-        for head, _ in scores.ranked()
-    ]
+    result = ranked(load_engine(model, watching), asked, kind, positions, screened, watching)
     if output.json_output:
-        about = {"score": "mean_ships", "unit": "nats", "n": len(asked), "ablation": asdict(kind)}
-        ties = [[str(head) for head in tie] for tie in scores.ties()]
-        print_json({**about, "positions": positions, "heads": heads, "ties": ties})
+        print_json(result)
     else:
-        show_ranking(f"Mean Ships over {counted(asked)}, in nats: {kind}", heads[:top], scores.ties())
+        show_ranking(f"Mean Ships over {counted(asked)}, in nats: {kind}", result, top)
 
 
 @app.command()
@@ -186,6 +174,7 @@ def sahara(
     prompts: PromptOptions,
     ablation: AblationOptions,
     angle: AngleOptions,
+    screened: ScreenOptions,
     output: OutputOptions,
     score: Score = "mean_ships",
     judge: Judge = "paper",
@@ -196,13 +185,14 @@ def sahara(
     from safetyheads.cli_search import ScoreChoice, searched
 
     choice = ScoreChoice.of(score, positions, judge, angle)
+    choice.refuse_screening(screened)
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, size=size, positions=positions)
     choice.refuse_too_few(len(asked))
     watching = progress_for(output.quiet)
     engine = load_engine(model, watching)
     refuse_large(size, engine)
-    result = searched(engine, asked, kind, choice, size, watching)
+    result = searched(engine, asked, kind, choice, size, screened, watching)
     if output.json_output:
         print_json(result)
     else:

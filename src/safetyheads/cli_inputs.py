@@ -90,6 +90,7 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
             trust_remote_code=options.trust_remote_code,
             allow_pickle=options.allow_pickle,
             check=proved,
+            compiles=options.compile,
         )
 
 

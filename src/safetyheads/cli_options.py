@@ -9,18 +9,23 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from safetyheads.ablation import Ablation
+from safetyheads.errors import InputError
 
-_MODEL, _PROMPTS, _ABLATION, _ANSWERS, _SEARCH, _RUN, _OUTPUT = (
+if TYPE_CHECKING:
+    from safetyheads.rescoring import Extent
+
+_MODEL, _PROMPTS, _ABLATION, _ANSWERS, _SEARCH, _SCREEN, _RUN, _OUTPUT = (
     "Model",
     "Prompts",
     "Ablation",
     "Answers",
     "Search",
+    "Screening",
     "Run directory",
     "Output",
 )
@@ -78,6 +83,14 @@ class ModelOptions:
         str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=_MODEL)
     ] = "float32"
     threads: Threads = None
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile norms and MLPs with torch.compile; slow to start, needs a compiler.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.", rich_help_panel=_MODEL),
@@ -173,6 +186,51 @@ class AngleOptions:
     centred: Annotated[
         bool, typer.Option("--centred", help="Subtract the mean over prompts first.", rich_help_panel=_SEARCH)
     ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenOptions:
+    """Whether every head is scored, or the best of a forecast; None is the default of :class:`Extent`."""
+
+    screen: Annotated[
+        bool,
+        typer.Option(
+            "--screen",
+            help="Forecast all heads from a few backward passes and score only the best of them exactly.",
+            rich_help_panel=_SCREEN,
+        ),
+    ] = False
+    candidates: Annotated[
+        int | None, typer.Option(help="Best forecasts to score.", rich_help_panel=_SCREEN, show_default="32")
+    ] = None
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            help="Other heads to score, drawn at random; they bound what was missed.",
+            rich_help_panel=_SCREEN,
+            show_default="64",
+        ),
+    ] = None
+
+    @property
+    def best(self) -> int:
+        """What counts as best where the bound on missed heads is told: a score among the top ten."""
+        return 10
+
+    def check(self) -> None:
+        """Refuse numbers that cannot be, and numbers without ``--screen``."""
+        for name, value, least in (("--candidates", self.candidates, 1), ("--sample", self.sample, 0)):
+            if value is not None and not self.screen:
+                raise InputError(f"{name} belongs to --screen")
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}; got {value}")
+
+    def extent(self) -> Extent:
+        """How many heads are scored exactly."""
+        from safetyheads.rescoring import Extent
+
+        given = {"n_candidates": self.candidates, "n_sampled": self.sample}
+        return Extent(**{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

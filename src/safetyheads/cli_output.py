@@ -28,7 +28,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from safetyheads.heads import Group
 from safetyheads.progress import Progress as Watching
 from safetyheads.progress import Silent
 
@@ -200,13 +199,14 @@ def _heads(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_ranking(title: str, heads: Sequence[Mapping[str, Any]], ties: Sequence[Group]) -> None:
-    """Heads with their scores, best first, and which of them tie."""
+def show_ranking(title: str, found: Mapping[str, Any], top: int) -> None:
+    """The ``top`` heads with their scores, best first, which of them tie, and what a screening left open."""
+    console = stdout()
     table = Table("rank", "head", "mean", "95 % interval (Student)", "ties with", title=title)
-    tied = {str(head): group for group in ties for head in group}
-    for rank, row in enumerate(heads, start=1):
+    tied = {head: group for group in found["ties"] for head in group}
+    for rank, row in enumerate(found["heads"][:top], start=1):
         interval = row["interval"]
-        others = [str(other) for other in tied.get(row["head"], ()) if str(other) != row["head"]]
+        others = [other for other in tied.get(row["head"], ()) if other != row["head"]]
         table.add_row(
             str(rank),
             row["head"],
@@ -214,7 +214,15 @@ def show_ranking(title: str, heads: Sequence[Mapping[str, Any]], ties: Sequence[
             "" if interval is None else f"[{interval[0]:.3g}, {interval[1]:.3g}]",
             _some(others),
         )
-    stdout().print(table)
+    console.print(table)
+    if "screening" not in found:
+        return
+    pairs = Table("heads", "together", "alone", "beyond the sum", title="Pairs that the screening proposed, in nats")
+    for pair in found["screening"]["pairs"]:
+        alone = " + ".join(f"{score:.4g}" for score in pair["alone"])
+        pairs.add_row(", ".join(pair["heads"]), f"{pair['together']:.4g}", alone, f"{pair['synergy']:+.4g}")
+    console.print(pairs)
+    console.print(f"Screened: {found['screening']['missed']['sentence']}.", soft_wrap=True)
 
 
 def _some(heads: Sequence[str]) -> str:
@@ -233,6 +241,8 @@ def show_steps(title: str, found: Mapping[str, Any]) -> None:
         following = ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2])
         table.add_row(str(number), step["chosen"], f"{step['score']:.6g}", following, _some(step["ties"]))
     console.print(table)
+    for number, screened in enumerate(found.get("screening", ()), start=1):
+        console.print(f"Step {number}, screened: {screened['missed']['sentence']}.", soft_wrap=True)
     console.print(f"Group: {','.join(found['group'])}")
 
 

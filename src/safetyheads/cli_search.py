@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from safetyheads.cli_options import AngleOptions
+from safetyheads.cli_options import AngleOptions, ScreenOptions
+from safetyheads.cli_ships import screening_json
 from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from safetyheads.progress import Progress
     from safetyheads.prompts import PromptSet
     from safetyheads.refusal import Opener
+    from safetyheads.screening import Screened
     from safetyheads.subspace import Space
 
 _GENERALIZED = "generalized_ships"
@@ -53,6 +55,12 @@ class ScoreChoice:
             raise InputError(f"--positions is for mean_ships, not for {score}")
         return cls(score, positions, judge, angle)
 
+    def refuse_screening(self, screened: ScreenOptions) -> None:
+        """Refuse a screening of a score that is not forecast, and a screening's numbers without one."""
+        screened.check()
+        if screened.screen and self.name.startswith(_GENERALIZED):
+            raise InputError(f"--screen forecasts mean_ships and refusal_score, not {self.name}")
+
     def refuse_too_few(self, n_prompts: int) -> None:
         """Refuse a number of prompts that the score cannot work with."""
         if self.name.startswith(_GENERALIZED):
@@ -77,19 +85,36 @@ class ScoreChoice:
 
 
 def searched(
-    engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice, size: int, watching: Progress
+    engine: Engine,
+    asked: PromptSet,
+    kind: Ablation,
+    choice: ScoreChoice,
+    size: int,
+    screened: ScreenOptions,
+    watching: Progress,
 ) -> dict[str, Any]:
     """Sahara's group and steps, as JSON."""
     from safetyheads.estimates import estimate
+    from safetyheads.rescoring import screened_sahara
     from safetyheads.results import search_steps
     from safetyheads.search import n_scored, sahara
 
-    watching.say(lambda: estimate(engine, engine.encode(asked), size, 0, 1))
+    extent, n_heads = screened.extent(), len(engine.heads)
+    n_each = min(n_heads, extent.n_candidates + extent.n_sampled) if screened.screen else n_heads
+    if not screened.screen:
+        watching.say(lambda: estimate(engine, engine.encode(asked), size, 0, 1))
     measuring, openers = _pass(engine, asked, kind, choice)
-    with watching.track("searching groups", n_scored(len(engine.heads), size)) as done:
+    with watching.track("searching groups", n_scored(n_each, size)) as done:
         scorer = measuring.scorer(choice.reading, done)
-        trace = sahara(scorer, engine.heads, size)
+        if screened.screen:
+            found = screened_sahara(measuring, cast("Screened", choice.name), size, extent, scorer)
+            trace = found.trace
+            steps = zip(found.proposals, found.missed, strict=True)
+            extra = {"screening": [screening_json(proposal, bound) for proposal, bound in steps]}
+        else:
+            trace, extra = sahara(scorer, engine.heads, size), {}
     return {
+        **extra,
         "score": scorer.name,
         "unit": scorer.unit,
         "n": len(asked),

@@ -51,6 +51,8 @@ class AuditConfig:
     """Of the weights."""
     device: str = "cpu"
     """Where the model runs."""
+    compile: bool = False
+    """Whether norms and MLPs are compiled, which may move the last bits."""
     store_completions: bool = True
     """Whether answers are written to the run directory, or verdicts alone."""
 

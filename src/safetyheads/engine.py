@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from safetyheads.ablation import Ablation
 from safetyheads.architectures import Architecture, describe
 from safetyheads.attention import AttentionCall, RowAblation, attention_calls
-from safetyheads.batching import LayerCost, Plan, TokenSequence, pack, plan, token_budget
+from safetyheads.batching import LayerCost, Plan, TokenSequence, pack, plan, to_device, token_budget
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.fusing import fused
 from safetyheads.heads import Group, Head, all_heads, within
 from safetyheads.replay import Capabilities, Capture, capture, replay, rerun
 
@@ -70,6 +71,7 @@ class Engine:
         self.capabilities = capabilities or Capabilities()
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
+        self.compiles = False
         self._proved_length: int | None = None
         self._encoded: dict[tuple[PromptSet, str], tuple[tuple[int, ...], ...]] = {}
 
@@ -83,6 +85,7 @@ class Engine:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         check: bool = True,
+        compiles: bool = False,
     ) -> Engine:
         """Load a checkpoint and prove on its own weights that ablations are exact.
 
@@ -93,6 +96,7 @@ class Engine:
             trust_remote_code: run Python code that the checkpoint brings.
             allow_pickle: read weights that are not safetensors; pickles can run code.
             check: run :meth:`check`; without it, an unproved model may give wrong scores.
+            compiles: run norms and MLPs of replayed layers through torch.compile, which needs a compiler.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
@@ -100,7 +104,9 @@ class Engine:
         """
         from safetyheads.loading import load_engine
 
-        return load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
+        engine = load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
+        engine.compiles = compiles
+        return engine
 
     def check(self, longest: int = 64) -> CheckReport:
         """Prove the engine on this model and adopt what was proved.
@@ -225,7 +231,7 @@ class Engine:
                     selected[head.layer] = torch.zeros(len(groups), self.n_heads, dtype=torch.bool)
                 selected[head.layer][row, head.index] = True
         return {
-            layer: AttentionCall(ablations=(RowAblation(ablation, rows.to(self.device)),))
+            layer: AttentionCall(ablations=(RowAblation(ablation, to_device(rows, self.device)),))
             for layer, rows in selected.items()
         }
 
@@ -289,7 +295,7 @@ class Engine:
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.calls(groups, ablation), len(groups)
-        with self.ablated_rows([()], ablation):
+        with self.ablated_rows([()], ablation), fused(facts) if self.compiles else nullcontext():
             parts = [
                 replay(facts, captured, calls, n, start, quick)
                 if quick.replays

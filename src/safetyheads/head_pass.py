@@ -19,7 +19,7 @@ from torch import Tensor
 from safetyheads.ablation import Ablation
 from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
 from safetyheads.engine import common_heads
-from safetyheads.heads import Group, format_heads
+from safetyheads.heads import Group, Head, format_heads
 from safetyheads.scores import FunctionScorer, HeadScores
 from safetyheads.subspace import Space, dominant_directions, principal_angle_sum
 
@@ -195,11 +195,14 @@ class HeadPass:
             "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
         }
 
-    def table(self, name: str, values: Tensor) -> HeadScores:
-        """What :meth:`measure` gave for all of the engine's heads, as [n_prompts, n_layers, n_heads]."""
-        scorer = self.scorer(name)
-        table = values.T.reshape(len(self.sequences), self.engine.n_layers, self.engine.n_heads)
-        return HeadScores(table, name, scorer.unit, scorer.resolution)
+    def table(self, name: str, values: Tensor, heads: Sequence[Head] | None = None) -> HeadScores:
+        """What :meth:`measure` gave for each of ``heads`` alone, as [n_prompts, n_layers, n_heads]; by default all."""
+        scorer, n_heads = self.scorer(name), self.engine.n_heads
+        table = torch.full((len(self.sequences), self.engine.n_layers * n_heads), float("nan"), dtype=torch.float64)
+        places = [head.layer * n_heads + head.index for head in (self.engine.heads if heads is None else heads)]
+        table[:, places] = values.T
+        by_layer = table.view(len(self.sequences), self.engine.n_layers, n_heads)
+        return HeadScores(by_layer, name, scorer.unit, scorer.resolution)
 
     @property
     def _prompt_of(self) -> Tensor:
@@ -222,14 +225,13 @@ class HeadPass:
 
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The readings of states [n_groups, n_wanted, d_model]."""
+        """The readings of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
         found: dict[str, Tensor] = {}
         if self.readings.needs_logits:
             found |= self._read_next_token(hidden)
         for angle in self.readings.angles:
-            angles = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
-            found[angle.name] = angles.cpu()
-        return found
+            found[angle.name] = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
+        return {name: values.cpu() for name, values in found.items()}
 
     def _read_next_token(self, hidden: Tensor) -> dict[str, Tensor]:
         """Ships (Eq 9), averaged over each prompt's wanted tokens, and the drop of the log-odds at its last token.
@@ -240,26 +242,28 @@ class HeadPass:
         n_groups, n_wanted = hidden.shape[:2]
         divergences, odds = [], []
         for part, log_probabilities in self._log_probabilities(hidden.flatten(0, 1)):
-            of_wanted = torch.arange(part.start, part.start + len(log_probabilities)) % n_wanted
-            unablated = reference[of_wanted.to(reference.device)]
-            divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1).cpu())
+            end = part.start + len(log_probabilities)
+            unablated = reference[torch.arange(part.start, end, device=reference.device) % n_wanted]
+            divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1))
             if self.readings.openers:
-                odds.append(log_odds(log_probabilities, self.readings.openers).cpu())
+                odds.append(log_odds(log_probabilities, self.readings.openers))
         found = {}
         if self.readings.ships:
             # KL is never negative; what rounding leaves below 0 is 0.
             found["ships"] = self._by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
         if self.readings.openers:
-            ablated = torch.cat(odds).view(n_groups, n_wanted)[:, self._first_wanted]
-            found["refusal_score"] = self.unablated["log_odds"].cpu() - ablated
+            ablated = torch.cat(odds).view(n_groups, n_wanted)
+            firsts = self._first_wanted.to(ablated.device)
+            found["refusal_score"] = self.unablated["log_odds"] - ablated[:, firsts]
         return found
 
     def _by_prompt(self, values: Tensor) -> Tensor:
         """[n_groups, n_wanted] averaged to [n_groups, n_prompts]."""
-        prompts = self._prompt_of.expand_as(values)
-        sums = torch.zeros(len(values), len(self.sequences), dtype=values.dtype)
-        sums.scatter_add_(1, prompts, values)
-        return sums / torch.bincount(self._prompt_of).clamp_min(1)
+        prompts = self._prompt_of.to(values.device)
+        sums = values.new_zeros(len(values), len(self.sequences))
+        sums.scatter_add_(1, prompts.expand_as(values), values)
+        counts = torch.tensor([sequence.n_wanted for sequence in self.sequences], device=values.device)
+        return sums / counts.clamp_min(1)
 
     def _directions(self, hidden: Tensor, angle: Angle) -> Tensor:
         """Dominant directions of each group's states [n_groups, n_wanted, d_model], of the prompts' last tokens."""

@@ -205,7 +205,7 @@ def _run(
     assert projection is not None  # starts_late was proved
     block = projection(torch.where(selected, ablated, plain).flatten(2))
     # The row itself stays one: the layer adds the rows' blocks to it.
-    with _instead(attentions[layer], lambda *_, **__: (block, None)):
+    with instead(attentions[layer], lambda *_, **__: (block, None)):
         return _call(module, hidden, arguments)
 
 
@@ -239,7 +239,7 @@ def _keys_and_values(
         with ExitStack() as stack:
             stack.enter_context(attention_calls(architecture.attentions, {last: replace(call, leave=True)}))
             if projection is not None and width:
-                stack.enter_context(_instead(projection, no_queries))
+                stack.enter_context(instead(projection, no_queries))
             run_layer(architecture, captured, last, hidden)
     except KeysAndValues as reached:
         return reached.key, reached.value
@@ -247,7 +247,7 @@ def _keys_and_values(
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within, calling the module runs ``forward``; what stood there before (accelerate keeps one) is put back."""
     before = module.__dict__.get("forward")
     module.forward = forward

@@ -146,6 +146,41 @@ def test_ships_ranks_the_planted_heads_first(run):
     assert all(head["n"] == found["n"] == 96 and len(head["interval"]) == 2 for head in found["heads"])
 
 
+def test_a_screened_ranking_is_exact_where_it_speaks_and_bounds_the_rest(run):
+    arguments = ("ships", "demo:aligned_a", "--prompts", "demo", "--limit", "24")
+    whole = {head["head"]: head for head in json.loads(run(*arguments, "--json")[1])["heads"]}
+    screened = (*arguments, "--screen", "--candidates", "6", "--sample", "5")
+    found = json.loads(run(*screened, "--json")[1])
+    about = found["screening"]
+    assert {head["head"] for head in found["heads"]} == {*about["candidates"], *about["sampled"]}
+    assert len(found["heads"]) == 11
+    # Other heads in a batch move the last bits.
+    assert all(head["mean"] == pytest.approx(whole[head["head"]]["mean"], rel=1e-4) for head in found["heads"])
+    assert set(about["candidates"][:3]) == {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
+    assert (about["missed"]["n_others"], about["missed"]["n_sampled"]) == (26, 5)
+    assert list(about["costs"].values()) == sorted(about["costs"].values())
+    for pair in about["pairs"]:
+        assert pair["alone"] == pytest.approx([whole[head]["mean"] for head in pair["heads"]], rel=1e-4)
+    code, out, err = run(*screened)
+    assert code == 0
+    assert about["missed"]["sentence"] in out
+    assert "beyond the sum" in out
+    assert "11 of 32 heads are scored exactly" in err
+
+
+@pytest.mark.parametrize("score", ["mean_ships", "refusal_score"])
+def test_a_screened_search_finds_the_planted_heads(run, score):
+    arguments = ("sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "32", "--score", score)
+    screened = (*arguments, "--screen", "--candidates", "8", "--sample", "4")
+    found = json.loads(run(*screened, "--json")[1])
+    assert set(found["group"]) == {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
+    assert [step["missed"]["top"] for step in found["screening"]] == [1, 1, 1]
+    assert [step["missed"]["n_others"] for step in found["screening"]] == [24, 23, 22]
+    code, out, _ = run(*screened)
+    assert code == 0
+    assert "Step 3, screened: " in out
+
+
 @pytest.mark.parametrize(
     ("score", "options"),
     [
@@ -237,6 +272,13 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         (["ships", "/no/where", "--prompts", "demo"], "no such model directory"),
         (["ships", "a/b/c", "--prompts", "demo"], "no such model directory"),
         (["ships", "demo:aligned_a", "--prompts", "demo", "--top", "0"], "--top"),
+        (["ships", "demo:aligned_a", "--prompts", "demo", "--sample", "8"], "--sample belongs to --screen"),
+        (["ships", "demo:aligned_a", "--prompts", "demo", "--screen", "--candidates", "0"], "--candidates must be"),
+        (["sahara", "demo:aligned_a", "--prompts", "demo", "--screen", "--sample", "-1"], "--sample must be"),
+        (
+            ["sahara", "demo:aligned_a", "--prompts", "demo", "--screen", "--score", "generalized_ships_prompt"],
+            "--screen forecasts",
+        ),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--score", "luck"], "unknown score"),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--rank", "2"], "Generalized Ships"),
         (

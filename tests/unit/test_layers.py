@@ -10,11 +10,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
-    "packing attention architectures batching costs replay engine loading quick_paths proofs generation",
+    "packing attention architectures batching fusing costs replay engine loading quick_paths proofs generation",
     "head_pass scoring screening rescoring search",
     "judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",
-    "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search",
+    "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search cli_ships",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 SIDE = "demo"
