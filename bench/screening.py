@@ -10,8 +10,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, load_demo
 from safetyheads.batching import TokenSequence
 from safetyheads.head_pass import HeadPass, Readings
+from safetyheads.linearising import Point
 from safetyheads.loading import use_our_attention
-from safetyheads.screening import N_TOKENS, screen
+from safetyheads.screening import POINTS, screen
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
 ABLATIONS = (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)
@@ -76,13 +77,13 @@ def _random(layers: int, heads: int, spread: float) -> tuple[Engine, tuple[tuple
     return Engine(model, None, "random"), prompts  # type: ignore[arg-type]
 
 
-def ranks(case: Case, ablation: Ablation, prompts: int, draws: int, n_tokens: int) -> dict[str, Any]:
+def ranks(case: Case, ablation: Ablation, prompts: int, draws: int, points: Sequence[Point]) -> dict[str, Any]:
     """Where the exact top 3 and top 10 by mean Ships stand in the forecast, at worst over the draws."""
     sequences = [TokenSequence(ids) for ids in case.prompts]
     heads = case.engine.heads
     measuring = HeadPass.begin(case.engine, sequences, ablation, Readings(ships=True))
     exact = measuring.measure([(head,) for head in heads])["ships"]  # [n_heads, n_prompts]
-    forecast = screen(case.engine, sequences, ablation, n_tokens=n_tokens)
+    forecast = screen(case.engine, sequences, ablation, points=points)
     generator = torch.Generator().manual_seed(0)
     worst = {3: 0, 10: 0}
     for _ in range(draws):
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a draw")
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=N_TOKENS, help="tokens that are linearised")
+    parser.add_argument("--tokens", type=int, help="linearise so many tokens at the unablated point alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="one model")
     options = parser.parse_args()
@@ -110,9 +111,10 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     for case in cases(options.layers, options.heads, options.only):
         for ablation in ABLATIONS:
-            found = ranks(case, ablation, options.prompts, options.draws, options.tokens)
+            points = POINTS if options.tokens is None else (Point(0.0, options.tokens),)
+            found = ranks(case, ablation, options.prompts, options.draws, points)
             line = {"bench": Path(__file__).stem, "commit": commit.stdout.strip(), "model": case.name}
-            line |= {"ablation": ablation.name, "tokens": options.tokens, "draws": options.draws}
+            line |= {"ablation": ablation.name, "points": [asdict(point) for point in points], "draws": options.draws}
             print(json.dumps({**line, "prompts": options.prompts, "dtype": "float32", **found}), flush=True)
 
 

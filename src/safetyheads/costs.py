@@ -124,7 +124,7 @@ def scan_flops(engine: Engine, rows: Sequence[RowSize], heads: Sequence[Head] | 
     return sum(by_layer[head.layer] for head in heads)
 
 
-def screening_flops(engine: Engine, sequences: Sequence[TokenSequence], n_columns: int, n_points: int) -> float:
+def screening_flops(engine: Engine, sequences: Sequence[TokenSequence], n_columns: Sequence[int]) -> float:
     """A screening: at each point a forward pass, and a backward pass a column.
 
     A backward pass costs what a forward does, for no weight wants a gradient; attention costs two and a half times as
@@ -133,4 +133,5 @@ def screening_flops(engine: Engine, sequences: Sequence[TokenSequence], n_column
     (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1), shares_prefix=False)
     each = layer_flops(engine.architecture)
     tokens, pairs = each.token * row.n_tokens, each.pair * row.n_pairs
-    return engine.n_layers * n_points * ((tokens + 2 * pairs) + n_columns * (tokens + 2.5 * pairs))
+    forwards = len(n_columns) * (tokens + 2 * pairs)
+    return engine.n_layers * (forwards + sum(n_columns) * (tokens + 2.5 * pairs))

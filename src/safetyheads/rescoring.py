@@ -17,9 +17,12 @@ from safetyheads.errors import InputError
 from safetyheads.head_pass import HeadPass
 from safetyheads.heads import Group, Head, all_heads
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
-from safetyheads.screening import FURTHER, N_TOKENS, Screened, Screening, screen
+from safetyheads.screening import POINTS, Screened, Screening, screen
 from safetyheads.search import sahara
 from safetyheads.stats import CONFIDENCE, most_in_population
+
+COLUMNS = tuple(point.n_columns for point in POINTS)
+"""Backward passes at each point of a screening."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +215,12 @@ def rescore_pairs(scorer: GroupScorer, pairs: Sequence[tuple[Head, Head]]) -> tu
     return tuple(sorted(found, key=lambda pair: -abs(pair.synergy)))
 
 
-def costs_of(measuring: HeadPass, proposal: Proposal, n_columns: int = N_TOKENS) -> Costs:
+def costs_of(measuring: HeadPass, proposal: Proposal, n_columns: Sequence[int] = COLUMNS) -> Costs:
     """The three costs of one screened ranking, against scoring every head."""
     engine, sequences = measuring.engine, measuring.sequences
     rows = row_sizes(sequences, measuring.layout)
     exact = scan_flops(engine, rows, engine.heads)
-    running, shares = screening_flops(engine, sequences, n_columns, 1 + len(FURTHER)), []
+    running, shares = screening_flops(engine, sequences, n_columns), []
     # Both ways of scoring need the unablated run first.
     base = forward_flops(engine, rows)
     for heads in ((), proposal.candidates, proposal.sampled):

@@ -14,6 +14,7 @@ from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablati
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import SafetyheadsError
 from safetyheads.head_pass import HeadPass, Readings
+from safetyheads.linearising import Asked, Chosen, Point, linearise
 from safetyheads.replay import Capabilities
 from safetyheads.rescoring import Extent, costs_of, missed, propose, rescore, rescore_pairs, screened_sahara
 from safetyheads.screening import Screening, screen
@@ -102,13 +103,13 @@ def test_moves_equal_central_differences_of_plain_forwards(family, name):
     ablation = Ablation(name, 0.01)
     engine, slow = engine_of(family), Differences(family, ablation)
     engine.capabilities = Capabilities(plain_head=family != "gemma2_softcap")
-    found = screen(engine, SEQUENCES, ablation, n_tokens=3)
+    moves = linearise(engine, SEQUENCES, Asked(ablation, Point(0.0, 3), ()), 3, None).moves
     tokens, largest = tokens_of(engine, SEQUENCES, 3), []
     # Differences in float32 lose two digits more.
     tolerance = 1e-2 if family == "gpt_oss_sinks" else SLOPE
     for number, head in itertools.product((0, 2), HEADS):
         expected = slow.move(PROMPTS[number], head, tokens[number])
-        ours = found.moves[number, head.layer, head.index]
+        ours = moves[number, head.layer, head.index]
         largest.append(float(expected.abs().max()))
         assert ours.tolist() == pytest.approx(expected.tolist(), abs=tolerance * max(1.0, largest[-1]))
     assert max(largest) > 10 * tolerance  # or the comparison could not fail
@@ -118,15 +119,15 @@ def test_further_points_are_where_all_heads_are_ablated_in_part():
     """With one further point, the larger of the two forecasts: each made from slow moves."""
     ablation = SCALING_CONTRIBUTION.at(0.1)
     engine, slow = engine_of("llama_gqa"), Differences("llama_gqa", ablation)
-    found = screen(engine, SEQUENCES[:1], ablation, n_tokens=2, further=(0.05,))
+    found = screen(engine, SEQUENCES[:1], ablation, points=(Point(0.0, 2), Point(0.05, 2)))
     tokens = tokens_of(engine, SEQUENCES[:1], 2)[0]
     start = slow.columns(PROMPTS[0], tokens, [])
     for head in HEADS:
         # At a further point the changes are those of the ablation there: every layer's input has moved a little.
         here = divergence(start, start + slow.move(PROMPTS[0], head, tokens))
         assert float(found.ships[0, head.layer, head.index]) >= here * (1 - 0.01)
-    alone = screen(engine, SEQUENCES[:1], ablation, n_tokens=2, further=())
-    assert torch.equal(alone.moves, found.moves)
+    alone = screen(engine, SEQUENCES[:1], ablation, points=(Point(0.0, 2),))
+    assert torch.equal(alone.directions, found.directions)
     assert bool((found.ships >= alone.ships).all())
     assert float((found.ships - alone.ships).max()) > 0
 
@@ -139,7 +140,7 @@ def divergence(before, after):
 
 def test_the_forecast_is_the_kl_of_the_moved_odds():
     engine, slow = engine_of("llama_gqa"), Differences("llama_gqa", UNDIFFERENTIATED_ATTENTION)
-    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3, further=())
+    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=(Point(0.0, 3),))
     tokens = tokens_of(engine, SEQUENCES, 3)
     for number, head in itertools.product((0, 1), HEADS):
         start = slow.columns(PROMPTS[number], tokens[number], [])
@@ -152,7 +153,7 @@ def test_weak_ablations_are_forecast_as_they_are():
     """Scaling by 1 - t moves the logits in first order, so forecast and exact Ships meet as t shrinks."""
     engine, weak = engine_of("llama_gqa", torch.float64), SCALING_CONTRIBUTION.at(1 - 1e-3)
     exact = HeadPass.begin(engine, SEQUENCES, weak, Readings(ships=True)).measure([(head,) for head in engine.heads])
-    found = screen(engine, SEQUENCES, weak, n_tokens=63, further=())
+    found = screen(engine, SEQUENCES, weak, points=(Point(0.0, 63),))
     ours = found.ships.flatten(1).T
     # Second order in t is a thousandth of the first; 63 of 64 tokens and the other are all classes there are.
     assert torch.allclose(ours, exact["ships"], rtol=2e-2, atol=1e-12)
@@ -161,7 +162,7 @@ def test_weak_ablations_are_forecast_as_they_are():
 def test_forecasts_with_heads_ablated_already_start_from_there():
     ablation, common = SCALING_CONTRIBUTION.at(0.1), (Head(0, 2), Head(1, 0))
     engine, slow = engine_of("llama_gqa"), Differences("llama_gqa", ablation, common)
-    found = screen(engine, SEQUENCES, ablation, common=common, n_tokens=2, further=())
+    found = screen(engine, SEQUENCES, ablation, common=common, points=(Point(0.0, 2),))
     unablated = Differences("llama_gqa", ablation)
     tokens = tokens_of(engine, SEQUENCES, 2)
     for number, head in itertools.product((0, 2), (Head(0, 1), Head(1, 3), Head(2, 0))):
@@ -179,11 +180,12 @@ def test_forecasts_with_heads_ablated_already_start_from_there():
 def test_several_answer_positions_are_forecast_each_and_averaged():
     engine = engine_of("llama_gqa")
     teacher_forced = [TokenSequence((*ids, 7, 8), n_wanted=3) for ids in PROMPTS[:2]]
-    together = screen(engine, teacher_forced, UNDIFFERENTIATED_ATTENTION)
+    points = (Point(0.0, 2), Point(-0.2, 1))
+    together = screen(engine, teacher_forced, UNDIFFERENTIATED_ATTENTION, points=points)
     for number, ids in enumerate(PROMPTS[:2]):
         whole = (*ids, 7, 8)
         each = [
-            screen(engine, [TokenSequence(whole[: len(ids) + end])], UNDIFFERENTIATED_ATTENTION).ships[0]
+            screen(engine, [TokenSequence(whole[: len(ids) + end])], UNDIFFERENTIATED_ATTENTION, points=points).ships[0]
             for end in range(3)
         ]
         assert torch.allclose(together.ships[number], torch.stack(each).mean(dim=0), rtol=1e-3, atol=1e-5)
@@ -192,7 +194,7 @@ def test_several_answer_positions_are_forecast_each_and_averaged():
 def test_the_refusals_log_odds_are_forecast_signed():
     engine, openers = engine_of("llama_gqa"), (4, 9)
     slow = Differences("llama_gqa", UNDIFFERENTIATED_ATTENTION)
-    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, openers, further=())
+    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, openers, points=(Point(0.0, 2),))
     step = 0.02
     for number, head in itertools.product((0, 1), HEADS):
         change = slow.changes(PROMPTS[number])[head]
@@ -232,32 +234,72 @@ def test_the_model_is_left_as_it_was():
         pytest.raises(SafetyheadsError, match="already ablated"),
     ):
         screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
-    with pytest.raises(InputError, match="at least one token"):
-        screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=0)
+    for points in ((), (Point(0.5, 1),), (Point(0.0, 64),)):
+        with pytest.raises(InputError, match="begins at the unablated model"):
+            screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)
+    with pytest.raises(InputError, match="one token or more"):
+        Point(0.0, 0)
     with torch.inference_mode():  # a caller's own inference mode does not take the gradients away
         assert screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).candidates(3)
 
 
 def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
     engine = engine_of("llama_gqa")
-    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3, further=())
+    found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=(Point(0.0, 3),))
     heads = found.candidates(5)
+
+    linear = linearise(engine, SEQUENCES, Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 3), ()), 3, None)
 
     def curvature(move):
         """KL per t^2 of moving by t, written out."""
         t, total = 1e-3, 0.0
         for state in range(len(SEQUENCES)):
-            p = found.probabilities[state]
-            q = torch.softmax(p.log() + t * torch.cat([move[state], torch.zeros(1)]), dim=0)
-            total += float((p * (p / q).log()).sum()) / t**2
+            log_p = torch.cat([linear.tokens[state], linear.others[state, -1:]])
+            q = torch.softmax(log_p + t * torch.cat([move[state], torch.zeros(1)]), dim=0)
+            total += float((log_p.exp() * (log_p.exp() / q).log()).sum()) / t**2
         return total
 
-    moves = {head: found.moves[:, head.layer, head.index] for head in heads}
+    moves = {head: linear.moves[:, head.layer, head.index] for head in heads}
     cross = {
         pair: abs(curvature(moves[pair[0]] + moves[pair[1]]) - curvature(moves[pair[0]]) - curvature(moves[pair[1]]))
         for pair in itertools.combinations(heads, 2)
     }
     assert found.pairs(heads, 3) == tuple(sorted(cross, key=lambda pair: -cross[pair])[:3])
+
+
+def test_sampled_tokens_stand_for_all_others_in_second_order():
+    """With every token sampled in turn, by its probability, the within-others term is half its variance."""
+    engine = engine_of("llama_gqa")
+    asked = Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 1, 63), ())
+    first = linearise(engine, SEQUENCES[:1], asked, 1, None).chosen
+    others = torch.tensor([[token for token in range(64) if token != int(first.tokens[0, 0])]])
+    linear = linearise(engine, SEQUENCES[:1], asked, 1, Chosen(first.tokens, others))
+    log_p = HeadPass.begin(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION, Readings(ships=True)).unablated[
+        "log_probabilities"
+    ][0]
+    given_others = torch.softmax(log_p[others[0]], dim=0)
+    within = linear.moves[0, ..., 1:]  # of log p(token | others): their mean under p is 0
+    scale = float(within.abs().max())
+    assert float((given_others * within).sum(dim=-1).abs().max()) < 1e-4 * scale
+    assert scale > 0.01
+
+
+def test_samples_follow_the_probabilities_of_the_others():
+    from safetyheads.linearising import _choose
+
+    log_p = torch.tensor([[0.5, 0.02, 0.3, 0.0, 0.18]]).log()
+    uniforms = (torch.arange(1000) + 0.5)[None] / 1000
+    chosen = _choose(log_p, 2, Point(0.0, 1, 1000), uniforms)
+    assert chosen.tokens.tolist() == [[0, 2]]
+    # All but the first point's one token: 2 % and 30 % and 18 % of 50 %.
+    assert torch.bincount(chosen.samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
+
+
+def test_memory_does_not_choose_the_samples():
+    engines = (engine_of("llama_gqa"), engine_of("llama_gqa", token_budget=12))
+    asked = Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 1, 2), ())
+    whole, divided = (linearise(engine, SEQUENCES, asked, 1, None).chosen for engine in engines)
+    assert torch.equal(whole.samples, divided.samples)
 
 
 # Exact scores of what is proposed

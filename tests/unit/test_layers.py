@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
     "packing attention architectures batching fusing costs replay engine loading quick_paths proofs generation",
-    "head_pass scoring screening rescoring search",
+    "head_pass scoring linearising screening rescoring search",
     "judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",
     "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search cli_ships",
