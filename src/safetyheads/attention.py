@@ -206,7 +206,7 @@ def _attend(
     source = module._module if isinstance(module, _Ungrouped) else module
     needs_family = _family_keywords(keywords)
     sliced = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
-    if not needs_family and _family_supports_sdpa(type(source).__module__):
+    if not needs_family and family_supports_sdpa(type(source).__module__):
         # Without a mask sdpa is causal by itself, from the top left: wrong once a cache holds more keys
         # than there are queries, so that case gets its mask.
         if attention_mask is None and 1 < query.shape[2] != key.shape[2]:
@@ -236,7 +236,7 @@ def _family_keywords(keywords: dict[str, Any]) -> set[str]:
 
 
 @lru_cache
-def _family_supports_sdpa(module_name: str) -> bool:
+def family_supports_sdpa(module_name: str) -> bool:
     """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
     source = sys.modules[module_name]
     declared = [

@@ -167,15 +167,20 @@ def _row_length(members: Sequence[TokenSequence]) -> int:
     return prefix + sum(len(member.token_ids) - prefix for member in members)
 
 
-def token_budget(device: torch.device, bytes_per_token: int) -> int:
-    """Tokens that fit a batch: from the memory that is free now, within what the device makes use of."""
-    if device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(device)[0], _CUDA_TOKENS
-    else:
-        import psutil
+def token_budget(device: torch.device, bytes_per_token: int, memory_budget: int | None = None) -> int:
+    """Tokens that fit a batch: in the budget or half of the free memory, within what the device makes use of."""
+    most = _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
+    allowed = int(free_memory(device) * _MEMORY_SHARE) if memory_budget is None else memory_budget
+    return max(1, min(most, allowed // bytes_per_token))
 
-        free, most = psutil.virtual_memory().available, _CPU_TOKENS
-    return max(1, min(most, int(free * _MEMORY_SHARE) // bytes_per_token))
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now where the model runs."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

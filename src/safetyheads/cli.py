@@ -135,6 +135,7 @@ def audit(
         split=split,
         dtype=model.dtype,
         device=model.device,
+        memory=model.memory,
         compile=model.compile,
         store_completions=not run.no_completions,
         **settings,

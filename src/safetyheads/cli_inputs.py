@@ -73,6 +73,8 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
     elif not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise InputError(f"no such model directory: {path}")
     at_least(1, threads=options.threads)
+    if options.memory is not None and not 0 < options.memory < float("inf"):
+        raise InputError(f"--memory is a number of GiB above 0; got {options.memory}")
     import torch
     import transformers
 
@@ -91,6 +93,7 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
             allow_pickle=options.allow_pickle,
             check=proved,
             compiles=options.compile,
+            memory_budget=None if options.memory is None else int(options.memory * 2**30),
         )
 
 

@@ -83,6 +83,14 @@ class ModelOptions:
         str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=_MODEL)
     ] = "float32"
     threads: Threads = None
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Most GiB that batches may take beside the weights.",
+            rich_help_panel=_MODEL,
+            show_default="half of what is free",
+        ),
+    ] = None
     compile: Annotated[
         bool,
         typer.Option(

@@ -51,6 +51,8 @@ class AuditConfig:
     """Of the weights."""
     device: str = "cpu"
     """Where the model runs."""
+    memory: float | None = None
+    """Most GiB that batches may take beside the weights; None is half of what is free. Batches move the last bits."""
     compile: bool = False
     """Whether norms and MLPs are compiled, which may move the last bits."""
     store_completions: bool = True

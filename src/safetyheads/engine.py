@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from safetyheads import memory
 from safetyheads.ablation import Ablation
 from safetyheads.architectures import Architecture, describe
 from safetyheads.attention import AttentionCall, RowAblation, attention_calls
-from safetyheads.batching import LayerCost, Plan, TokenSequence, pack, plan, to_device, token_budget
+from safetyheads.batching import Plan, TokenSequence, pack, to_device, token_budget
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.fusing import fused
 from safetyheads.heads import Group, Head, all_heads, within
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _exclusive = threading.Lock()
 # Prompt sets whose tokens are kept.
 _SETS_KEPT = 16
+# In elements: 176 MiB while they are read.
+_LOGITS_AT_ONCE = 1 << 22
 # Characters of a prompt that an error shows.
 _WORDS_SHOWN = 60
 
@@ -72,6 +75,7 @@ class Engine:
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
         self.compiles = False
+        self.memory_budget: int | None = None
         self._proved_length: int | None = None
         self._encoded: dict[tuple[PromptSet, str], tuple[tuple[int, ...], ...]] = {}
 
@@ -86,6 +90,7 @@ class Engine:
         allow_pickle: bool = False,
         check: bool = True,
         compiles: bool = False,
+        memory_budget: int | None = None,
     ) -> Engine:
         """Load a checkpoint and prove on its own weights that ablations are exact.
 
@@ -97,6 +102,7 @@ class Engine:
             allow_pickle: read weights that are not safetensors; pickles can run code.
             check: run :meth:`check`; without it, an unproved model may give wrong scores.
             compiles: run norms and MLPs of replayed layers through torch.compile, which needs a compiler.
+            memory_budget: bytes that batches may take beside the weights; by default half of what is free.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
@@ -105,7 +111,7 @@ class Engine:
         from safetyheads.loading import load_engine
 
         engine = load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
-        engine.compiles = compiles
+        engine.compiles, engine.memory_budget = compiles, memory_budget
         return engine
 
     def check(self, longest: int = 64) -> CheckReport:
@@ -236,23 +242,27 @@ class Engine:
         }
 
     def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
-        """How a pass over these sequences is laid out on this machine now."""
-        facts = self.architecture
-        d_attention = facts.n_heads * facts.d_head
-        per_token = 2 * facts.d_model * (2 * d_attention + 2 * d_attention * facts.n_kv_heads // facts.n_heads)
-        per_token += 6 * facts.d_model * facts.d_mlp
-        cost = LayerCost(per_token, 4 * d_attention)
-        budget = self._token_budget or token_budget(self.device, self.bytes_per_token)
-        quick = self.capabilities
-        return plan(sequences, cost, budget, self.n_heads, packs=quick.packs, by_segment=quick.segments)
+        """How a pass over these sequences is laid out on this machine now.
+
+        Raises:
+            InputError: not even one head on one prompt fits the memory budget.
+        """
+        return memory.fitted_plan(self, sequences)
+
+    def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan) -> int:
+        """Bytes that a pass takes beside the weights, at its peak."""
+        return memory.pass_bytes(self, sequences, layout)
+
+    def tokens_that_fit(self, bytes_per_token: int) -> int:
+        """Tokens of a batch, at so many bytes each."""
+        return self._token_budget or token_budget(self.device, bytes_per_token, self.memory_budget)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Most activation memory that one token of a batch needs while a layer runs, estimated from the shapes."""
-        facts = self.architecture
-        width = 6 * facts.d_model + 3 * facts.d_mlp + 6 * facts.n_heads * facts.d_head
-        # Scores of a token against a row of some hundreds, for families that must use their eager attention.
-        return width * self.dtype.itemsize + 4 * facts.n_heads * 256
+    def logits_at_once(self) -> int:
+        """Logits in flight together, in elements, when next tokens are read."""
+        if self.memory_budget is None:
+            return _LOGITS_AT_ONCE
+        return min(_LOGITS_AT_ONCE, self.memory_budget // (4 * memory.LOGIT_BYTES))
 
     def batches(self, groups: Sequence[Group], layout: Plan) -> list[GroupBatch]:
         """The groups in batches of one first layer each, layers ascending, at most the plan's number together.

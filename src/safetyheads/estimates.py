@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from safetyheads.batching import TokenSequence, pack
+from safetyheads.ablation import SCALING_CONTRIBUTION
+from safetyheads.batching import Plan, TokenSequence
+from safetyheads.costs import forward_flops, replay_flops, row_sizes, scan_flops
 from safetyheads.generation import Request, ShortContextWarning, answer, rows_that_fit
-from safetyheads.replay import capture
+from safetyheads.heads import Head
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
+# A pass is timed over a batch of the last so many layers.
+_TIMED_LAYERS = 3
 # Decoding is timed over this many tokens, and rows.
 _TIMED_TOKENS = 4
 _TIMED_ROWS = 64
@@ -35,9 +40,10 @@ def estimate(
         n_answers: answers to prompts of this kind.
         max_new_tokens: the longest answer.
     """
-    parts, memory = [], 0.0
+    parts, memory = [], 0
     if n_passes:
-        seconds, memory = _one_pass(engine, encoded)
+        sequences = [TokenSequence(token_ids) for token_ids in encoded]
+        seconds, memory = estimate_pass(engine, sequences, engine.plan(sequences))
         heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
         parts.append(f"{heads}: about {duration(n_passes * seconds)}")
     if n_answers:
@@ -49,22 +55,26 @@ def estimate(
     return "; ".join(parts)
 
 
-def _one_pass(engine: Engine, encoded: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-    """Seconds of scoring every head once, and bytes of a batch."""
-    sequences = [TokenSequence(token_ids) for token_ids in encoded]
-    layout = engine.plan(sequences)
-    row = pack(sequences, layout.rows[0], engine.device)
-    for _ in range(2):  # the first run on a shape sets things up
+def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:
+    """Seconds of scoring every head once, and bytes beside the weights.
+
+    A batch of the last layers is timed; what it makes of its counted operations, the whole pass is taken to make too.
+    """
+    start = max(0, engine.n_layers - 1 - _TIMED_LAYERS)
+    timed = replace(layout, rows=layout.rows[:1])
+    captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
+    groups = [(Head(start, index),) for index in range(min(layout.groups_per_batch, engine.n_heads))]
+    seconds = []
+    for _ in range(3):  # the first run on a shape sets things up
         started = time.monotonic()
-        capture(engine.architecture, row, {}, engine.n_layers)
+        engine.replayed(captures, groups, SCALING_CONTRIBUTION, start)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
-    per_token = (time.monotonic() - started) / row.n_tokens
-    n_tokens = sum(pack(sequences, members).n_tokens for members in layout.rows)
-    # A head of layer l replays the layers from l on: half of them and half a layer, on average.
-    share = (engine.n_layers + 1) / (2 * engine.n_layers)
-    memory = layout.groups_per_batch * row.n_tokens * engine.bytes_per_token
-    return len(engine.heads) * n_tokens * per_token * share, memory
+        seconds.append(time.monotonic() - started)
+    rate = len(groups) * replay_flops(engine, row_sizes(sequences, timed), start) / min(seconds[1:])
+    rows = row_sizes(sequences, layout)
+    flops = forward_flops(engine, rows) + scan_flops(engine, rows, engine.heads)
+    return flops / rate, engine.memory_estimate(sequences, layout)
 
 
 def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_rows: int, max_new_tokens: int) -> float:

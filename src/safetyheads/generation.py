@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.batching import halving
+from safetyheads.batching import free_memory, halving
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 
@@ -174,9 +173,8 @@ def rows_that_fit(engine: Engine, longest: int) -> int:
     """Rows of ``longest`` tokens whose caches fit the memory that is free now."""
     facts = engine.architecture
     cache = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * engine.dtype.itemsize * longest
-    device = engine.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, min(_MOST_ROWS, int(free * _MEMORY_SHARE) // (cache + 8 * facts.vocabulary_size)))
+    allowed = engine.memory_budget or int(free_memory(engine.device) * _MEMORY_SHARE)
+    return max(1, min(_MOST_ROWS, allowed // (cache + 8 * facts.vocabulary_size)))
 
 
 class _Batch:

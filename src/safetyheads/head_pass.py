@@ -36,8 +36,6 @@ State: TypeAlias = Literal["after_norm", "before_norm"]
 # Scores closer than this are ties. Measured: batch shapes alone move a float32 score of the organism by up to
 # 2e-7 nats and 6e-5 degrees; half precisions resolve about 2^-8 of a logit.
 _RESOLUTION = {"nats": {4: 1e-6, 2: 1e-3}, "degrees": {4: 1e-4, 2: 1e-2}}
-# Logits in flight at once, in elements: 128 MiB in float64, of which some copies are alive together.
-_LOGITS_AT_ONCE = 1 << 24
 _HALVED = "halved"
 
 
@@ -218,7 +216,7 @@ class HeadPass:
     @torch.inference_mode()
     def _log_probabilities(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of the next token, [n, vocabulary] in float64, of states [n, d_model], some at a time."""
-        step = max(1, _LOGITS_AT_ONCE // self.engine.architecture.vocabulary_size)
+        step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
         for at in range(0, len(states), step):
             logits = self.engine.logits(states[at : at + step])
             yield slice(at, at + step), torch.log_softmax(logits.double(), dim=-1)

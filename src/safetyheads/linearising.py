@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
 from safetyheads.attention import AttentionCall, RowAblation, attention_calls
-from safetyheads.batching import PackedRow, TokenSequence, pack, token_budget
+from safetyheads.batching import PackedRow, TokenSequence, pack
 from safetyheads.errors import InputError
 from safetyheads.head_pass import log_odds
 from safetyheads.heads import Group
+from safetyheads.memory import bytes_per_token
 from safetyheads.replay import decode, first_of
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _by_turn(prompt_of: Sequence[int]) -> Iterator[list[int]]:
 
 def _rows(engine: Engine, sequences: Sequence[TokenSequence]) -> list[list[int]]:
     """Which sequences share a row: as many as memory lets keep all layers' activations for the backward passes."""
-    budget = token_budget(engine.device, engine.n_layers * engine.bytes_per_token)
+    budget = engine.tokens_that_fit(engine.n_layers * bytes_per_token(engine))
     rows: list[list[int]] = []
     size = 0
     for number, sequence in enumerate(sequences):

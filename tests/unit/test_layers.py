@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files prompts files scores subspace stats",
-    "packing attention architectures batching fusing costs replay engine loading quick_paths proofs generation",
+    "packing attention architectures batching fusing costs memory replay engine loading quick_paths proofs generation",
     "head_pass scoring linearising screening rescoring search",
     "judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",
