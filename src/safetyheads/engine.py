@@ -249,9 +249,9 @@ class Engine:
         """
         return memory.fitted_plan(self, sequences)
 
-    def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan) -> int:
+    def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
-        return memory.pass_bytes(self, sequences, layout)
+        return memory.pass_bytes(self, sequences, layout, reads_logits)
 
     def tokens_that_fit(self, bytes_per_token: int) -> int:
         """Tokens of a batch, at so many bytes each."""

@@ -94,6 +94,8 @@ class HeadPass:
     """Where results are kept."""
     unablated: dict[str, Tensor] = field(default_factory=dict)
     """What the readings compare with: probabilities, log-odds, directions."""
+    captures: list[Capture] = field(default_factory=list)
+    """What the unablated run kept, until the first groups are measured."""
 
     @classmethod
     def begin(
@@ -109,8 +111,8 @@ class HeadPass:
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
         layout = layout or engine.plan(sequences)
         made = cls(engine, tuple(sequences), ablation, readings, layout, keep or _compute)
-        captures = engine.captured(sequences, (), ablation, layout, engine.n_layers - 1)
-        hidden = engine.replayed(captures, [()], ablation, engine.n_layers - 1)[0]
+        made.captures.extend(engine.captured(sequences, (), ablation, layout))
+        hidden = engine.replayed(made.captures, [()], ablation, engine.n_layers - 1)[0]
         if readings.needs_logits:
             log_probabilities = torch.cat([part for _, part in made._log_probabilities(hidden)])
             made.unablated["log_probabilities"] = log_probabilities
@@ -129,7 +131,8 @@ class HeadPass:
         """
         common = common_heads(groups)
         batches = self.engine.batches(groups, self.layout)
-        captures: list[Capture] = []
+        captures = [] if common else list(self.captures)
+        self.captures.clear()
 
         def hidden_of(chosen: Sequence[Group], start: int) -> Tensor:
             if not captures:  # not before the first batch that the store does not have

@@ -86,8 +86,8 @@ def pass_bytes(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan,
         chunk = min(max(1, engine.logits_at_once // vocabulary), n * n_wanted) * vocabulary
         kept = 8 * n_wanted * vocabulary
         reading = max(reading, LOGIT_BYTES * chunk)
-        beginning = 2 * kept + 12 * chunk
-    return max(beginning, kept + captured + max(capturing, states + replaying, 2 * states, states + reading))
+        beginning = kept + 12 * chunk
+    return kept + captured + max(beginning, capturing, states + replaying, 2 * states, states + reading)
 
 
 def layer_bytes(engine: Engine, n_groups: int, row: RowShape) -> int:

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from safetyheads.ablation import Ablation
 from safetyheads.architectures import Architecture
 from safetyheads.attention import AttentionCall, KeysAndValues, attention_calls
 from safetyheads.batching import PackedRow
@@ -72,11 +73,15 @@ class Capture:
     """layer -> hidden states entering it [1, n_tokens, d_model]."""
     arguments: Mapping[int, _Arguments]
     """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
+    compared: dict[tuple[int, Ablation], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(layer, ablation) -> outputs of a first ablated layer's heads, unablated and ablated, for all its batches."""
 
     def drop_before(self, layer: int) -> None:
-        """Let go of the inputs of earlier layers, once no replay starts there any more."""
+        """Let go of what earlier layers need, once no replay starts there any more."""
         for earlier in [kept for kept in self.inputs if kept < layer]:
             del self.inputs[earlier]
+        for key in [key for key in self.compared if key[0] < layer]:
+            del self.compared[key]
 
 
 def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
@@ -174,32 +179,34 @@ def replay(
         late = not told_apart and quick.starts_late and len(call.ablations) == 1
         if not late and not told_apart:
             hidden, told_apart = hidden.expand(n_rows, -1, -1), True
+        shared = captured.compared if late else None
         if layer == last:
-            return _finish(architecture, captured, hidden, call, late, quick.prunes)
-        hidden = _run(architecture, layer, hidden, captured.arguments[layer], call, late)
+            return _finish(architecture, captured, hidden, call, shared, quick.prunes)
+        hidden = _run(architecture, layer, hidden, captured.arguments[layer], call, shared)
         told_apart = True
     raise ValueError(f"there is no layer {start} to start from")
 
 
+_Shared: TypeAlias = dict[tuple[int, Ablation], tuple[Tensor, Tensor]]
+
+
 def _run(
-    architecture: Architecture, layer: int, hidden: Tensor, arguments: _Arguments, call: AttentionCall, late: bool
+    architecture: Architecture,
+    layer: int,
+    hidden: Tensor,
+    arguments: _Arguments,
+    call: AttentionCall,
+    shared: _Shared | None,
 ) -> Tensor:
-    """One layer under a call: [n_rows, n_tokens, d_model]; ``late``: from one row's heads' outputs on."""
+    """One layer under a call: [n_rows, n_tokens, d_model]; with ``shared``, from one row's heads' outputs on."""
     module, attentions = architecture.layers[layer], architecture.attentions
-    if not late:
+    if shared is None:
         with attention_calls(attentions, {layer: call}):
             return _call(module, hidden, arguments)
-
-    def leave(plain: Tensor, ablated: Tensor) -> Tensor:
-        raise _HeadOutputs(plain, ablated)
-
-    try:
-        with attention_calls(attentions, {layer: replace(call, compare=leave)}):
-            _call(module, hidden, arguments)
-    except _HeadOutputs as reached:
-        plain, ablated = reached.plain, reached.ablated  # [1, n_tokens, n_heads, d_value]
-    else:
-        raise RuntimeError(f"layer {layer} ended without calling its attention function")
+    key = (layer, call.ablations[0].ablation)
+    if key not in shared:
+        shared[key] = _head_outputs(architecture, layer, hidden, arguments, call)
+    plain, ablated = shared[key]  # [1, n_tokens, n_heads, d_value]
     selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
     projection = architecture.output_projections[layer]
     assert projection is not None  # starts_late was proved
@@ -209,18 +216,39 @@ def _run(
         return _call(module, hidden, arguments)
 
 
+def _head_outputs(
+    architecture: Architecture, layer: int, hidden: Tensor, arguments: _Arguments, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """The heads' outputs of one row [1, n_tokens, n_heads, d_value], unablated, and each ablated."""
+
+    def leave(plain: Tensor, ablated: Tensor) -> Tensor:
+        raise _HeadOutputs(plain, ablated)
+
+    try:
+        with attention_calls(architecture.attentions, {layer: replace(call, compare=leave)}):
+            _call(architecture.layers[layer], hidden, arguments)
+    except _HeadOutputs as reached:
+        return reached.plain, reached.ablated
+    raise RuntimeError(f"layer {layer} ended without calling its attention function")
+
+
 def _finish(
-    architecture: Architecture, captured: Capture, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool
+    architecture: Architecture,
+    captured: Capture,
+    hidden: Tensor,
+    call: AttentionCall,
+    shared: _Shared | None,
+    prunes: bool,
 ) -> Tensor:
     """The last layer, for the wanted tokens alone where its arguments allow it: [n_rows, n_wanted, d_model]."""
     last, row = architecture.n_layers - 1, captured.row
     positional, keywords = captured.arguments[last]
     narrowed = _narrow(keywords, row.wanted, row.n_tokens) if prunes and not positional else None
     if narrowed is None:
-        return _run(architecture, last, hidden, captured.arguments[last], call, late)[:, row.wanted]
+        return _run(architecture, last, hidden, captured.arguments[last], call, shared)[:, row.wanted]
     there = _keys_and_values(architecture, captured, hidden, call)
     call = replace(call, keys_and_values=there, segments=None)
-    return _run(architecture, last, hidden[:, row.wanted], ((), narrowed), call, late)
+    return _run(architecture, last, hidden[:, row.wanted], ((), narrowed), call, shared)
 
 
 def _keys_and_values(
