@@ -27,6 +27,8 @@ from safetyheads.loading import use_our_attention
 from safetyheads.screening import POINTS, screen
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
+_POOL = 64
+"""Prompts that the larger models' draws are made of."""
 ABLATIONS = (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)
 
 
@@ -50,7 +52,7 @@ def cases(layers: int, heads: int, only: str | None) -> Iterator[Case]:
             if only != name:
                 larger, _ = embed(demo.engine.model, layers, heads)
                 use_our_attention(larger)
-                yield Case(f"{name}_embedded", Engine(larger, demo.engine.tokenizer, name), encoded)
+                yield Case(f"{name}_embedded", Engine(larger, demo.engine.tokenizer, name), encoded[:_POOL])
     for spread in (0.02, 0.1, 0.2):
         name = f"random_{spread}"
         if only is None or only == name:
@@ -73,7 +75,7 @@ def _random(layers: int, heads: int, spread: float) -> tuple[Engine, tuple[tuple
     use_our_attention(model)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(12, 32, (96,), generator=generator).tolist()
-    prompts = tuple(tuple(torch.randint(512, (length,), generator=generator).tolist()) for length in lengths)
+    prompts = tuple(tuple(torch.randint(512, (length,), generator=generator).tolist()) for length in lengths[:_POOL])
     return Engine(model, None, "random"), prompts  # type: ignore[arg-type]
 
 

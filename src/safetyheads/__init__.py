@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
     from safetyheads.judges import Completion, Judge, KeywordJudge, Verdict
     from safetyheads.refusal import Opener, refusal_score
+    from safetyheads.rescoring import Extent, Rescored, screened_ships
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
     from safetyheads.scoring import generalized_ships, mean_ships, ships
     from safetyheads.search import rank_heads, sahara
@@ -45,6 +46,9 @@ _LAZY = {
     "Verdict": "judges",
     "Opener": "refusal",
     "refusal_score": "refusal",
+    "Extent": "rescoring",
+    "Rescored": "rescoring",
+    "screened_ships": "rescoring",
     "rank_heads": "search",
     "sahara": "search",
     "GroupScorer": "scores",
@@ -67,6 +71,7 @@ __all__ = [
     "Completion",
     "Demo",
     "Engine",
+    "Extent",
     "GroupScorer",
     "Head",
     "HeadScores",
@@ -78,6 +83,7 @@ __all__ = [
     "Prompt",
     "PromptSet",
     "Rate",
+    "Rescored",
     "SafetyheadsError",
     "Sampling",
     "SearchTrace",
@@ -95,6 +101,7 @@ __all__ = [
     "rank_heads",
     "refusal_score",
     "sahara",
+    "screened_ships",
     "ships",
 ]
 

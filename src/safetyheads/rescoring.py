@@ -9,17 +9,24 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from safetyheads.costs import forward_flops, row_sizes, scan_flops, screening_flops
 from safetyheads.errors import InputError
-from safetyheads.head_pass import HeadPass
+from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group, Head, all_heads
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
+from safetyheads.scoring import answer_sequences
 from safetyheads.screening import POINTS, Screened, Screening, screen
 from safetyheads.search import sahara
 from safetyheads.stats import CONFIDENCE, most_in_population
+
+if TYPE_CHECKING:
+    from safetyheads.ablation import Ablation
+    from safetyheads.engine import Engine
+    from safetyheads.prompts import PromptSet
 
 COLUMNS = tuple(point.n_columns for point in POINTS)
 """Backward passes at each point of a screening."""
@@ -165,6 +172,29 @@ def rescore(
     everywhere[[head.layer * n_heads + head.index for head in proposal.heads]] = scores
     table = table_of(all_heads(n_layers, n_heads), everywhere, scorer)
     return Rescored(table, proposal, missed(table, proposal, top))
+
+
+def screened_ships(
+    engine: Engine,
+    prompts: PromptSet,
+    ablation: Ablation,
+    extent: Extent | None = None,
+    top: int = 10,
+    positions: int = 1,
+) -> Rescored:
+    """Mean Ships (Eq 9) of the heads that a screening of the same prompts proposes, in nats.
+
+    Args:
+        engine: the model.
+        prompts: harmful queries under their template.
+        ablation: of one head at a time.
+        extent: how many heads are scored exactly; 32 candidates and 64 sampled others by default.
+        top: how many best heads the bound on missed ones is about.
+        positions: as for :func:`safetyheads.ships`.
+    """
+    sequences = answer_sequences(engine, prompts, positions)
+    scorer = HeadPass.begin(engine, sequences, ablation, Readings(ships=True)).scorer("mean_ships")
+    return rescore(scorer, screen(engine, sequences, ablation), extent=extent, top=top)
 
 
 def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:

@@ -412,3 +412,15 @@ def propose_of(heads):
     from safetyheads.rescoring import Proposal
 
     return Proposal(heads[:32], heads[32:96], len(heads) - 32)
+
+
+def test_screened_ships_by_name_are_the_scores_of_ships():
+    from tiny_models import prompts_of
+
+    from safetyheads import screened_ships, ships
+
+    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
+    made = screened_ships(engine, prompts, SCALING_CONTRIBUTION, Extent(4, 2), top=2)
+    whole = ships(engine, prompts, SCALING_CONTRIBUTION).mean()
+    assert len(made.scores.ranked()) == 6
+    assert all(score == pytest.approx(whole[head], rel=1e-4, abs=1e-7) for head, score in made.scores.ranked())
