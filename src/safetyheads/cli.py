@@ -186,7 +186,7 @@ def sahara(
     from safetyheads.cli_search import ScoreChoice, searched
 
     choice = ScoreChoice.of(score, positions, judge, angle)
-    choice.refuse_screening(screened)
+    screened.check()
     kind, asked = ablation.parsed(), prompts_of(prompts)
     at_least(1, size=size, positions=positions)
     choice.refuse_too_few(len(asked))

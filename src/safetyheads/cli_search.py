@@ -55,11 +55,10 @@ class ScoreChoice:
             raise InputError(f"--positions is for mean_ships, not for {score}")
         return cls(score, positions, judge, angle)
 
-    def refuse_screening(self, screened: ScreenOptions) -> None:
-        """Refuse a screening of a score that is not forecast, and a screening's numbers without one."""
-        screened.check()
-        if screened.screen and self.name.startswith(_GENERALIZED):
-            raise InputError(f"--screen forecasts mean_ships and refusal_score, not {self.name}")
+    @property
+    def forecast(self) -> Screened:
+        """The forecast that proposes heads: the score's own, or mean Ships for an angle (bench/LOG.md)."""
+        return "refusal_score" if self.name == "refusal_score" else "mean_ships"
 
     def refuse_too_few(self, n_prompts: int) -> None:
         """Refuse a number of prompts that the score cannot work with."""
@@ -107,10 +106,13 @@ def searched(
     with watching.track("searching groups", n_scored(n_each, size)) as done:
         scorer = measuring.scorer(choice.reading, done)
         if screened.screen:
-            found = screened_sahara(measuring, cast("Screened", choice.name), size, extent, scorer)
+            found = screened_sahara(measuring, choice.forecast, size, extent, scorer)
             trace = found.trace
             steps = zip(found.proposals, found.missed, strict=True)
-            extra = {"screening": [screening_json(proposal, bound) for proposal, bound in steps]}
+            extra = {
+                "forecast": choice.forecast,
+                "screening": [screening_json(proposal, bound) for proposal, bound in steps],
+            }
         else:
             trace, extra = sahara(scorer, engine.heads, size), {}
     return {

@@ -168,12 +168,13 @@ def test_a_screened_ranking_is_exact_where_it_speaks_and_bounds_the_rest(run):
     assert "11 of 32 heads are scored exactly" in err
 
 
-@pytest.mark.parametrize("score", ["mean_ships", "refusal_score"])
+@pytest.mark.parametrize("score", ["mean_ships", "refusal_score", "generalized_ships_representation"])
 def test_a_screened_search_finds_the_planted_heads(run, score):
     arguments = ("sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "32", "--score", score)
     screened = (*arguments, "--screen", "--candidates", "8", "--sample", "4")
     found = json.loads(run(*screened, "--json")[1])
     assert set(found["group"]) == {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
+    assert found["forecast"] == ("refusal_score" if score == "refusal_score" else "mean_ships")
     assert [step["missed"]["top"] for step in found["screening"]] == [1, 1, 1]
     assert [step["missed"]["n_others"] for step in found["screening"]] == [24, 23, 22]
     code, out, _ = run(*screened)
@@ -275,10 +276,6 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         (["ships", "demo:aligned_a", "--prompts", "demo", "--sample", "8"], "--sample belongs to --screen"),
         (["ships", "demo:aligned_a", "--prompts", "demo", "--screen", "--candidates", "0"], "--candidates must be"),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--screen", "--sample", "-1"], "--sample must be"),
-        (
-            ["sahara", "demo:aligned_a", "--prompts", "demo", "--screen", "--score", "generalized_ships_prompt"],
-            "--screen forecasts",
-        ),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--score", "luck"], "unknown score"),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--rank", "2"], "Generalized Ships"),
         (
