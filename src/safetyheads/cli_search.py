@@ -94,7 +94,7 @@ def searched(
 ) -> dict[str, Any]:
     """Sahara's group and steps, as JSON."""
     from safetyheads.estimates import estimate
-    from safetyheads.rescoring import screened_sahara
+    from safetyheads.rescoring import COLUMNS, costs_of, screened_sahara
     from safetyheads.results import search_steps
     from safetyheads.search import n_scored, sahara
 
@@ -108,13 +108,13 @@ def searched(
         if screened.screen:
             found = screened_sahara(measuring, choice.forecast, size, extent, scorer)
             trace = found.trace
-            steps = zip(found.proposals, found.missed, strict=True)
-            extra = {
-                "forecast": choice.forecast,
-                "screening": [screening_json(proposal, bound) for proposal, bound in steps],
-            }
+            steps = [screening_json(*step) for step in zip(found.proposals, found.missed, strict=True)]
+            extra_column = choice.forecast == "refusal_score"
+            costs = costs_of(measuring, found.proposals[0], [n + extra_column for n in COLUMNS])
+            watching.say(f"each step: {costs}")
+            extra = {"forecast": choice.forecast, "screening": steps, "costs": asdict(costs)}
         else:
-            trace, extra = sahara(scorer, engine.heads, size), {}
+            trace, extra = sahara(scorer, engine.heads, size), dict[str, Any]()
     return {
         **extra,
         "score": scorer.name,
