@@ -53,10 +53,14 @@ def fitted_plan(engine: Engine, sequences: Sequence[TokenSequence]) -> Plan:
             return layout
         if n_tokens == 1:
             raise InputError(
-                f"one head on these prompts needs about {needed / 2**20:.0f} MiB beside the weights; the memory budget "
-                f"is {budget / 2**20:.0f} MiB"
+                f"one head on these prompts needs about {_mebibytes(needed)} beside the weights; the memory budget is "
+                f"{_mebibytes(budget)}"
             )
         n_tokens //= 2
+
+
+def _mebibytes(n: int) -> str:
+    return f"{n / 2**20:.0f} MiB" if n >= 10 * 2**20 else f"{n / 2**20:.2g} MiB"
 
 
 def bytes_per_token(engine: Engine) -> int:
