@@ -94,5 +94,5 @@ def test_a_pass_stays_within_any_budget(name, share):
 def test_a_budget_that_nothing_fits_is_refused():
     engine = engine_of("mha")
     engine.memory_budget = 1000
-    with pytest.raises(InputError, match="memory budget is 0.00095 MiB"):
+    with pytest.raises(InputError, match=r"memory budget is 0\.00095 MiB"):
         engine.plan(sequences_of(2, 24, 0))
