@@ -97,8 +97,16 @@ def tokens_of(engine, sequences, n):
     return begun.unablated["log_probabilities"].topk(n, dim=-1).indices.tolist()
 
 
-@pytest.mark.parametrize("name", ["undifferentiated_attention", "scaling_contribution", "mean_key"])
-@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window", "gemma2_softcap", "gpt_oss_sinks"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama_gqa", "undifferentiated_attention"),
+        ("llama_gqa", "mean_key"),
+        ("mistral_window", "scaling_contribution"),
+        ("gemma2_softcap", "undifferentiated_attention"),
+        ("gpt_oss_sinks", "scaling_contribution"),
+    ],
+)
 def test_moves_equal_central_differences_of_plain_forwards(family, name):
     ablation = Ablation(name, 0.01)
     engine, slow = engine_of(family), Differences(family, ablation)
