@@ -1,8 +1,8 @@
 """How a pass grows: ``python bench/growth.py``.
 
-Time and estimated memory against heads, prompts, prompt length and layers, the others held, on small Llamas. The plan
-predicts the operations: linear in prompts and heads, L (L + 1) / 2 a head of each layer in layers. One JSON line a
-sweep, with the slope of log time and of log operations.
+Time and memory, measured and told before, against heads, prompts, prompt length and layers, the others held, on small
+Llamas. The plan predicts the operations: linear in prompts and heads, L (L + 1) / 2 a head of each layer in layers. One
+JSON line a sweep, with the slopes of log time, log operations and log bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from passes import Clock
+from roofline import peak_of
 from scan import commit, machine
 from shapes import Shape, build
 
@@ -42,7 +43,7 @@ _HEADS, _D_MODEL = 16, 256
 
 
 def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str, float]:
-    """One pass: counted operations, seconds, estimated bytes."""
+    """One pass: counted operations, seconds, bytes at the peak, told and measured."""
     shape = Shape(_D_MODEL // scale, 688 // scale, at["layers"], _HEADS, _HEADS, 2000)
     model = build(shape, "sdpa", device)
     use_our_attention(model)
@@ -56,14 +57,21 @@ def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str
     heads = [head for head in engine.heads if head.index < at["heads"]]
     layout = replace(layout, groups_per_batch=min(layout.groups_per_batch, at["heads"]))
     seconds = []
+
+    def begun() -> HeadPass:
+        return HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(angles=(Angle(),)), layout)
+
     for _ in range(repeats + 1):  # the first run on a shape sets things up
-        measuring = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(angles=(Angle(),)), layout)
+        measuring = begun()
         clock = Clock(device)
         measuring.measure([(head,) for head in heads])
         seconds.append(clock.lap())
+    # The first layer's heads: no later batch runs through more layers or keeps more inputs.
+    first = [(head,) for head in heads if head.layer == 0]
     return {
         "flops": scan_flops(engine, row_sizes(sequences, layout), heads),
         "seconds": statistics.median(seconds[1:]),
+        "peak_bytes": peak_of(lambda: begun().measure(first), device),
         "estimated_bytes": engine.memory_estimate(sequences, layout, reads_logits=False),
     }
 
@@ -85,6 +93,8 @@ def sweep(name: str, sizes: Sequence[int], device: str, repeats: int, scale: int
         **columns,
         "slope_of_flops": slope(sizes, columns["flops"]),
         "slope_of_seconds": slope(sizes, columns["seconds"]),
+        "slope_of_peak_bytes": slope(sizes, columns["peak_bytes"]),
+        "slope_of_estimated_bytes": slope(sizes, columns["estimated_bytes"]),
         "largest_over_smallest_seconds_a_flop": max(per_flop) / min(per_flop),
     }
 

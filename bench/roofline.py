@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,13 @@ def moved_bytes(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan
     return moved
 
 
-def live_peak(run: Any) -> int:
-    """Most bytes of tensors alive at once during ``run``, beyond those before it, as torch's profiler saw them."""
+def peak_of(run: Callable[[], object], device: str) -> int:
+    """Most bytes allocated at once during ``run``, beyond those before it: CUDA's count, or torch's profiler's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -135,13 +140,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         times["begin"].append(clock.lap())
         made.measure(groups)
         times["measure"].append(clock.lap())
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        begun().measure(groups[: engine.n_heads])
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        peak = live_peak(lambda: begun().measure(groups[: engine.n_heads]))
+    peak = peak_of(lambda: begun().measure(groups[: engine.n_heads]), options.device)
+    estimated = engine.memory_estimate(sequences, layout, reads_logits=False)
     seconds = statistics.median(times["measure"])
     whole = seconds + statistics.median(times["begin"])
     flops, moved = scan_flops(engine, rows, engine.heads), moved_bytes(engine, sequences, layout)
@@ -160,7 +160,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "flops_a_byte": flops / moved,
         "peak_bytes": peak,
         # Without logits, as the pass that was measured.
-        "estimated_bytes": engine.memory_estimate(sequences, layout, reads_logits=False),
+        "estimated_bytes": estimated,
+        "estimated_over_measured_bytes": estimated / peak,
         "estimated_bytes_with_logits": told_bytes,
         "estimated_seconds": told_seconds,
         "estimated_over_measured_seconds": told_seconds / whole,

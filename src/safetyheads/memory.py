@@ -76,10 +76,9 @@ def pass_bytes(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan,
     rows = [RowShape.of([sequences[member] for member in members]) for members in layout.rows]
     n_wanted = sum(sequence.n_wanted for sequence in sequences)
     masks = 2 if facts.windows else 1
-    captured = sum(
-        row.n_tokens * (facts.d_model * facts.n_layers * size + 2 * facts.d_head * size + 32) + masks * row.n_tokens**2
-        for row in rows
-    )
+    # Each layer's input, positions, and the outputs of the first ablated layer's heads, unablated and ablated.
+    width = facts.d_model * facts.n_layers + 2 * facts.d_head + 2 * facts.n_heads * facts.d_head
+    captured = sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
     capturing = max(layer_bytes(engine, 1, row) + 4 * row.n_tokens**2 for row in rows)
     replaying = max(layer_bytes(engine, n, row) for row in rows)
     states = n * n_wanted * facts.d_model * size
@@ -99,29 +98,51 @@ def layer_bytes(engine: Engine, n_groups: int, row: RowShape) -> int:
     facts, size = engine.architecture, engine.dtype.itemsize
     d_model, heads, kv_heads = facts.d_model, facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
     tokens = n_groups * row.n_tokens
-    mlp = tokens * (3 * d_model + _mlp_width(facts)) * size + 2 * row.n_tokens * heads * size
+    mlp = tokens * (3 * d_model + _mlp_width(facts)) * size
+    if _score_bytes(facts, size) and not _is_segmented(engine, row):
+        # Layers hold their attention's weights until they return.
+        mlp += tokens * facts.n_heads * (row.n_tokens + 1) * size
     rotary = tokens * (2 * d_model + 4 * heads + 2 * kv_heads) * size
     norm = tokens * (4 * d_model * size + 8 * d_model)  # in float32, whatever the dtype
     return max(mlp, rotary, norm, _attention_bytes(engine, n_groups, row))
+
+
+def _is_segmented(engine: Engine, row: RowShape) -> bool:
+    """Whether attention is taken prompt by prompt."""
+    return engine.capabilities.segments and row.n_prompts > 1
 
 
 def _attention_bytes(engine: Engine, n_groups: int, row: RowShape) -> int:
     """Inside attention: the block's input and its norm, queries, keys, values, and what is gathered of them."""
     facts, size = engine.architecture, engine.dtype.itemsize
     heads, kv_heads = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
+    whole = n_groups * row.n_tokens * (2 * facts.d_model + heads + 2 * kv_heads) * size
+    if not _is_segmented(engine, row):
+        mask = row.n_tokens**2 * (1 + size)
+        return whole + mask + _attend_bytes(facts, size, n_groups, row.n_tokens, row.n_tokens)
+    n, each = n_groups * row.n_prompts, row.n_prefix + row.longest_rest
+    picked = n * (row.longest_rest * heads + 2 * each * kv_heads) * size
+    mask = n * row.longest_rest * each * (1 + size)
+    rests = picked + mask + _attend_bytes(facts, size, n, row.longest_rest, each)
+    if not row.n_prefix:
+        return whole + rests
+    # The rests' outputs, padded and in place, and their weights if there are any, wait while the prefix attends.
+    waiting = (n * row.longest_rest + n_groups * (row.n_tokens - row.n_prefix)) * heads * size
+    if _score_bytes(facts, size):
+        waiting += n * row.longest_rest * each * facts.n_heads * size
+    mask = row.n_prefix**2 * (1 + size)
+    first = waiting + mask + _attend_bytes(facts, size, n_groups, row.n_prefix, row.n_prefix)
+    return whole + max(rests, first)
+
+
+def _attend_bytes(facts: Architecture, size: int, n: int, n_queries: int, n_keys: int) -> int:
+    """One call of an attention function on ``n`` rows: repeated keys and values, scores, outputs."""
+    heads = facts.n_heads * facts.d_head
+    repeated = 2 * n_keys * heads * size if facts.n_kv_heads != facts.n_heads else 0
+    output, n_scores = n_queries * heads * size, n_queries * n_keys * facts.n_heads
     scores = _score_bytes(facts, size)
-    if engine.capabilities.segments and row.n_prompts > 1:
-        each = row.n_prefix + row.longest_rest
-        n_queries, n_keys = row.n_prompts * row.longest_rest, row.n_prompts * each
-        picked, mask = n_queries * heads + 2 * n_keys * kv_heads, n_groups * n_queries * each * (1 + size)
-    else:
-        n_queries = n_keys = each = row.n_tokens
-        picked, mask = 0, row.n_tokens**2 * (1 + size)
-    repeated = 2 * n_keys * heads if kv_heads != heads else 0
-    result = 0 if scores else n_queries * heads
-    whole = row.n_tokens * (2 * facts.d_model + heads + 2 * kv_heads)
-    gathered = n_groups * (whole + picked + repeated + result) * size
-    return gathered + mask + n_groups * facts.n_heads * n_queries * each * scores
+    # Eager: first scores and what becomes of them, then weights, and the output in two orders.
+    return n * (repeated + (max(n_scores * scores, n_scores * size + 2 * output) if scores else output))
 
 
 def _mlp_width(facts: Architecture) -> int:

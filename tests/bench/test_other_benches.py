@@ -46,7 +46,7 @@ def test_growth_is_predicted_by_the_plan(capsys, monkeypatch):
     assert set(found) == set(sweeps)
     for name, line in found.items():
         assert line["sizes"] == list(sweeps[name])
-        assert all(value > 0 for value in line["seconds"] + line["estimated_bytes"])
+        assert all(value > 0 for value in line["seconds"] + line["estimated_bytes"] + line["peak_bytes"])
     assert found["heads"]["slope_of_flops"] == pytest.approx(1.0)
     assert found["prompts"]["slope_of_flops"] == pytest.approx(1.0)
     # Nearly the square: the ablated layer and the last cost less than those between.

@@ -31,6 +31,7 @@ CONFIGS = {
 LAYOUTS = {
     "one row": (8, 24, 0, Plan((tuple(range(8)),), 8, 1)),
     "two rows behind a prefix": (8, 20, 60, Plan((tuple(range(4)), tuple(range(4, 8))), 8, 1)),
+    "one row behind a long prefix": (4, 10, 150, Plan(((0, 1, 2, 3),), 8, 1)),
     "one head at a time": (4, 40, 0, Plan(((0, 1, 2, 3),), 1, 1)),
     "one prompt a row": (3, 70, 0, Plan(((0,), (1,), (2,)), 8, 1)),
 }
