@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from passes import Clock
 from scan import commit, machine
+from shapes import LENGTHS
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,14 +25,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from safetyheads.batching import TokenSequence, pack
 from safetyheads.packing import by_segment
 
-LENGTHS = (24, 26, 27, 28, 29, 30, 30, 31, 31, 32, 33, 34, 35, 37, 39, 30)
-
 
 def ways(prompts: int, prefix: int, rows: int, heads: int, d_head: int, device: str, dtype: torch.dtype):  # noqa: ANN201
     """Name -> a call that attends over the same random queries, keys and values; and the row's number of tokens."""
     shared = tuple(range(1, prefix + 1))
+    rests = [LENGTHS[number % len(LENGTHS)] for number in range(prompts)]
     sequences = [
-        TokenSequence((*shared, *(1000 * (n + 1) + token for token in range(LENGTHS[n % 16])))) for n in range(prompts)
+        TokenSequence((*shared, *(1000 * number + token for token in range(rest))))
+        for number, rest in enumerate(rests, start=1)
     ]
     row = pack(sequences, range(prompts), device)
     positions, segments = row.packing.positions, row.packing.segments
@@ -56,17 +57,6 @@ def ways(prompts: int, prefix: int, rows: int, heads: int, d_head: int, device: 
         "flex": lambda: compiled(query, key, value, block_mask=blocks).transpose(1, 2),
     }
     return calls, n_tokens
-
-
-def timed(call: Callable[[], Tensor], device: str) -> float:
-    """Seconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -102,11 +92,13 @@ def main() -> None:
             try:
                 errors[name] = float((call().float() - reference).abs().max())
                 times[name] = []
-            except Exception as error:  # noqa: BLE001 - a compiler's failure is a result here, and is printed
+            except RuntimeError as error:  # a compiler's failure is a result here, and is printed
                 unavailable[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         for _ in range(options.repeats):
             for name, seconds in times.items():
-                seconds.append(timed(calls[name], options.device))
+                clock = Clock(options.device)
+                calls[name]()
+                seconds.append(clock.lap())
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     line = {"bench": Path(__file__).stem, **vars(options), "n_tokens": n_tokens, "commit": commit()}
     line["machine"] = machine(torch.cuda.get_device_name() if options.device == "cuda" else None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from embedded import embed
+from scan import commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, load_demo
@@ -110,14 +110,18 @@ def main() -> None:
     parser.add_argument("--only", help="one model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    about = {"bench": Path(__file__).stem, "commit": commit(), "machine": machine(None), "dtype": "float32"}
     for case in cases(options.layers, options.heads, options.only):
         for ablation in ABLATIONS:
             points = POINTS if options.tokens is None else (Point(0.0, options.tokens),)
             found = ranks(case, ablation, options.prompts, options.draws, points)
-            line = {"bench": Path(__file__).stem, "commit": commit.stdout.strip(), "model": case.name}
-            line |= {"ablation": ablation.name, "points": [asdict(point) for point in points], "draws": options.draws}
-            print(json.dumps({**line, "prompts": options.prompts, "dtype": "float32", **found}), flush=True)
+            line = {
+                **about,
+                "model": case.name,
+                "ablation": ablation.name,
+                "points": [asdict(point) for point in points],
+            }
+            print(json.dumps({**line, "draws": options.draws, "prompts": options.prompts, **found}), flush=True)
 
 
 if __name__ == "__main__":

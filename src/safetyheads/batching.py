@@ -95,6 +95,22 @@ def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
 
 
+def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
+    """int64 [n_wanted of all]: the sequence of each wanted token."""
+    counts = torch.tensor([sequence.n_wanted for sequence in sequences])
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+
+def first_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
+    """int64 [n_sequences]: the first wanted token of each, a prompt's last, among the wanted tokens of all."""
+    return torch.tensor([0, *[sequence.n_wanted for sequence in sequences[:-1]]]).cumsum(0)
+
+
+def row_prefix(members: Sequence[TokenSequence]) -> int:
+    """Tokens that a packed row of these sequences holds once; a sequence alone in its row shares nothing."""
+    return shared_prefix(members) if len(members) > 1 else 0
+
+
 def pack(
     sequences: Sequence[TokenSequence],
     members: Sequence[int],
@@ -103,7 +119,7 @@ def pack(
 ) -> PackedRow:
     """Lay the ``members`` of ``sequences`` in one row, their common prefix once, or with each of them."""
     chosen = [sequences[member] for member in members]
-    prefix = shared_prefix(chosen) if shares_prefix and len(chosen) > 1 else 0
+    prefix = row_prefix(chosen) if shares_prefix else 0
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
     wanted: list[int] = []
@@ -163,24 +179,25 @@ def plan(
 
 def _row_length(members: Sequence[TokenSequence]) -> int:
     """Tokens of a packed row, the common prefix counted once."""
-    prefix = shared_prefix(members) if len(members) > 1 else 0
+    prefix = row_prefix(members)
     return prefix + sum(len(member.token_ids) - prefix for member in members)
 
 
 def token_budget(device: torch.device, bytes_per_token: int, memory_budget: int | None = None) -> int:
     """Tokens that fit a batch: in the budget or half of the free memory, within what the device makes use of."""
     most = _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
-    allowed = int(free_memory(device) * _MEMORY_SHARE) if memory_budget is None else memory_budget
-    return max(1, min(most, allowed // bytes_per_token))
+    return max(1, min(most, allowed_memory(device, memory_budget, _MEMORY_SHARE) // bytes_per_token))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free now where the model runs."""
+def allowed_memory(device: torch.device, memory_budget: int | None, share: float) -> int:
+    """Bytes that batches may take: the budget where there is one, else a share of what is free now."""
+    if memory_budget is not None:
+        return memory_budget
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0] * share)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available * share)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -220,11 +220,6 @@ class ScreenOptions:
         ),
     ] = None
 
-    @property
-    def best(self) -> int:
-        """What counts as best where the bound on missed heads is told: a score among the top ten."""
-        return 10
-
     def check(self) -> None:
         """Refuse numbers that cannot be, and numbers without ``--screen``."""
         for name, value, least in (("--candidates", self.candidates, 1), ("--sample", self.sample, 0)):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from safetyheads.prompts import PromptSet
     from safetyheads.rescoring import Missed, Proposal
 
+# What counts as best where the bound on missed heads is told.
+_TOP = 10
 _PAIRED = 8
 _PAIRS = 5
 
@@ -66,7 +68,7 @@ def ranked(
     }
     if screening is not None and proposal is not None:
         pairs = rescore_pairs(measuring.scorer("mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
-        bound = missed(scores, proposal, screened.best)
+        bound = missed(scores, proposal, _TOP)
         result["screening"] = {
             **screening_json(proposal, bound),
             "costs": asdict(costs),

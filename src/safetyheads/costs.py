@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from safetyheads.batching import Plan, TokenSequence, shared_prefix
-from safetyheads.heads import Group, Head
+from safetyheads.batching import Plan, TokenSequence, row_prefix
+from safetyheads.heads import Head
 
 if TYPE_CHECKING:
     from safetyheads.architectures import Architecture
@@ -77,7 +77,7 @@ def row_sizes(sequences: Sequence[TokenSequence], layout: Plan, shares_prefix: b
     sizes = []
     for row in layout.rows:
         members = [sequences[member] for member in row]
-        prefix = shared_prefix(members) if shares_prefix and len(members) > 1 else 0
+        prefix = row_prefix(members) if shares_prefix else 0
         lengths = [len(member.token_ids) for member in members]
         n_tokens = prefix + sum(length - prefix for length in lengths)
         n_pairs = _pairs(0, prefix) + sum(_pairs(prefix, length) for length in lengths)
@@ -118,7 +118,7 @@ def replay_flops(engine: Engine, rows: Sequence[RowSize], start: int) -> float:
     return finish if start == last else late + (last - 1 - start) * whole + finish
 
 
-def scan_flops(engine: Engine, rows: Sequence[RowSize], heads: Sequence[Head] | Group) -> float:
+def scan_flops(engine: Engine, rows: Sequence[RowSize], heads: Sequence[Head]) -> float:
     """Scoring each head alone; what rows of one layer share (their first attention) is left out."""
     by_layer = {layer: replay_flops(engine, rows, layer) for layer in {head.layer for head in heads}}
     return sum(by_layer[head.layer] for head in heads)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.batching import free_memory, halving
+from safetyheads.batching import allowed_memory, halving
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 
@@ -173,7 +173,7 @@ def rows_that_fit(engine: Engine, longest: int) -> int:
     """Rows of ``longest`` tokens whose caches fit the memory that is free now."""
     facts = engine.architecture
     cache = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * engine.dtype.itemsize * longest
-    allowed = engine.memory_budget or int(free_memory(engine.device) * _MEMORY_SHARE)
+    allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
     return max(1, min(_MOST_ROWS, allowed // (cache + 8 * facts.vocabulary_size)))
 
 

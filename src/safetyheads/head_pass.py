@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
+from safetyheads.batching import Plan, TokenSequence, first_wanted, is_out_of_memory, prompt_of_wanted
 from safetyheads.engine import common_heads
 from safetyheads.heads import Group, Head, format_heads
 from safetyheads.scores import FunctionScorer, HeadScores
@@ -117,7 +117,7 @@ class HeadPass:
             log_probabilities = torch.cat([part for _, part in made._log_probabilities(hidden)])
             made.unablated["log_probabilities"] = log_probabilities
             if readings.openers:
-                made.unablated["log_odds"] = log_odds(log_probabilities[made._first_wanted], readings.openers)
+                made.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(made.sequences)], readings.openers)
         for angle in readings.angles:
             made.unablated[angle.name] = made._directions(hidden[None], angle)[0]
         return made
@@ -205,17 +205,6 @@ class HeadPass:
         by_layer = table.view(len(self.sequences), self.engine.n_layers, n_heads)
         return HeadScores(by_layer, name, scorer.unit, scorer.resolution)
 
-    @property
-    def _prompt_of(self) -> Tensor:
-        """int64 [n_wanted]: the prompt of each wanted token."""
-        counts = torch.tensor([sequence.n_wanted for sequence in self.sequences])
-        return torch.repeat_interleave(torch.arange(len(counts)), counts)
-
-    @property
-    def _first_wanted(self) -> Tensor:
-        """int64 [n_prompts]: the last token of each prompt, among the wanted tokens of all."""
-        return torch.tensor([0, *[sequence.n_wanted for sequence in self.sequences[:-1]]]).cumsum(0)
-
     @torch.inference_mode()
     def _log_probabilities(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of the next token, [n, vocabulary] in float64, of states [n, d_model], some at a time."""
@@ -254,13 +243,13 @@ class HeadPass:
             found["ships"] = self._by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
         if self.readings.openers:
             ablated = torch.cat(odds).view(n_groups, n_wanted)
-            firsts = self._first_wanted.to(ablated.device)
+            firsts = first_wanted(self.sequences).to(ablated.device)
             found["refusal_score"] = self.unablated["log_odds"] - ablated[:, firsts]
         return found
 
     def _by_prompt(self, values: Tensor) -> Tensor:
         """[n_groups, n_wanted] averaged to [n_groups, n_prompts]."""
-        prompts = self._prompt_of.to(values.device)
+        prompts = prompt_of_wanted(self.sequences).to(values.device)
         sums = values.new_zeros(len(values), len(self.sequences))
         sums.scatter_add_(1, prompts.expand_as(values), values)
         counts = torch.tensor([sequence.n_wanted for sequence in self.sequences], device=values.device)
@@ -268,7 +257,7 @@ class HeadPass:
 
     def _directions(self, hidden: Tensor, angle: Angle) -> Tensor:
         """Dominant directions of each group's states [n_groups, n_wanted, d_model], of the prompts' last tokens."""
-        states = hidden[:, self._first_wanted.to(hidden.device)]
+        states = hidden[:, first_wanted(self.sequences).to(hidden.device)]
         states = self.engine.normed(states) if angle.state == "after_norm" else states
         return dominant_directions(states, angle.space, angle.rank, angle.centred)
 

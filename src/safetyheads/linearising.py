@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
-from safetyheads.attention import AttentionCall, RowAblation, attention_calls
+from safetyheads.attention import AttentionCall, RowAblation
 from safetyheads.batching import PackedRow, TokenSequence, pack
 from safetyheads.errors import InputError
 from safetyheads.head_pass import log_odds
 from safetyheads.heads import Group
 from safetyheads.memory import bytes_per_token
-from safetyheads.replay import decode, first_of
+from safetyheads.replay import wanted_states
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -136,23 +136,27 @@ def _linear_row(
     """One forward over a packed row, and its backward passes where gradients are recorded."""
     outputs: list[Tensor] = []  # of each layer's heads, [1, n_tokens, n_heads, d_value]
     changes: list[Tensor] = []  # by the ablation of each head
-    logits = engine.differentiable_logits(_states(engine, row, _compared(engine, row, asked, outputs, changes)))
+    calls = _compared(engine, row, asked, outputs, changes)
+    logits = engine.differentiable_logits(wanted_states(engine.architecture, row, calls, 1)[0])
     log_probabilities = torch.log_softmax(logits.double(), dim=-1)
     if chosen is None:
         chosen = _choose(log_probabilities.detach(), n_tokens, asked.point, uniforms)
     here = Chosen(chosen.tokens.to(logits.device), chosen.samples.to(logits.device))
     columns = asked.columns(log_probabilities, here)
-    prompt_of = row.packing.segments[row.wanted] - 1
+    prompts = row.packing.segments - 1  # of each token
+    prompt_of = prompts[row.wanted]
     moves = torch.zeros(len(columns), engine.n_layers, engine.n_heads, columns.shape[1], dtype=torch.float64)
     for states in _by_turn(prompt_of.tolist()) if outputs else ():
         for column in range(columns.shape[1]):
             # Prompts of a row do not see each other, so one backward pass of the sum is one of each.
             gradients = torch.autograd.grad(columns[states, column].sum(), outputs, retain_graph=True)
-            for layer, (gradient, change) in enumerate(zip(gradients, changes, strict=True)):
+            by_layer = []
+            for gradient, change in zip(gradients, changes, strict=True):
                 by_token = (gradient * change)[0].double().sum(dim=-1)  # [n_tokens, n_heads]
                 by_prompt = by_token.new_zeros(len(row.members), engine.n_heads)
-                by_prompt.index_add_(0, (row.packing.segments - 1).to(by_token.device), by_token)
-                moves[states, layer, :, column] = by_prompt.cpu()[prompt_of.cpu()[states]]
+                by_prompt.index_add_(0, prompts.to(by_token.device), by_token)
+                by_layer.append(by_prompt.to(prompts.device))
+            moves[states, :, :, column] = torch.stack(by_layer, dim=1)[prompt_of[states]].cpu()
     refusal = columns[:, -1].detach().cpu() if asked.openers else torch.zeros(len(columns), dtype=torch.float64)
     with torch.no_grad():
         followed = log_probabilities.gather(-1, here.tokens).cpu()
@@ -200,19 +204,6 @@ def _compared(
         return AttentionCall((RowAblation(asked.ablation, everywhere),), compare=compare, segments=segments)
 
     return {layer: call(layer) for layer in range(engine.n_layers)}
-
-
-def _states(engine: Engine, row: PackedRow, calls: dict[int, AttentionCall]) -> Tensor:
-    """The wanted tokens' states before the final norm, [n_states, d_model]."""
-    caught: list[Tensor] = []
-    facts = engine.architecture
-    handle = facts.layers[-1].register_forward_hook(lambda _, __, output: caught.append(first_of(output)))
-    try:
-        with attention_calls(facts.attentions, calls):
-            decode(facts, row, 1)
-    finally:
-        handle.remove()
-    return caught[0][0, row.wanted]
 
 
 def _by_turn(prompt_of: Sequence[int]) -> Iterator[list[int]]:

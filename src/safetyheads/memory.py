@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetyheads.attention import family_supports_sdpa
-from safetyheads.batching import LayerCost, Plan, TokenSequence, plan, shared_prefix
+from safetyheads.batching import LayerCost, Plan, TokenSequence, plan, row_prefix
 from safetyheads.costs import layer_flops
 from safetyheads.errors import InputError
 
@@ -37,7 +37,7 @@ class RowShape:
     @classmethod
     def of(cls, members: Sequence[TokenSequence]) -> RowShape:
         """The row of these sequences."""
-        prefix = shared_prefix(members) if len(members) > 1 else 0
+        prefix = row_prefix(members)
         rests = [len(member.token_ids) - prefix for member in members]
         return cls(prefix + sum(rests), len(members), prefix, max(rests))
 

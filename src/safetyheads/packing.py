@@ -80,8 +80,10 @@ class Segments:
     """Tokens of the shared prefix, at the row's beginning."""
     tokens: Tensor
     """int64 [n_prompts, longest_rest]: the tokens of each rest; shorter ones end in repeats of their last token."""
+    keys: Tensor
+    """int64 [n_prompts, n_prefix + longest_rest]: the prefix's tokens, then ``tokens``: all that they may see."""
     real: Tensor
-    """bool [n_prompts, longest_rest]: which of them are no repeats."""
+    """bool, same shape: which of the keys are no repeats."""
     places: Tensor
     """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
 
@@ -89,15 +91,14 @@ class Segments:
     def of(cls, packing: Packing) -> Segments:
         """The segments of a packing."""
         device = packing.segments.device
-        lengths = torch.bincount(packing.segments).tolist()
-        n_prefix, rests = lengths[0], lengths[1:]
-        longest = max(rests)
-        starts = torch.tensor([n_prefix + sum(rests[:number]) for number in range(len(rests))], device=device)
-        offsets = torch.arange(longest, device=device)
-        ends = torch.tensor(rests, device=device)
-        tokens = starts[:, None] + torch.minimum(offsets, ends[:, None] - 1)
-        real = offsets < ends[:, None]
-        return cls(n_prefix, tokens, real, real.flatten().nonzero()[:, 0])
+        lengths = torch.bincount(packing.segments)
+        starts, rests = lengths.cumsum(0)[:-1, None], lengths[1:, None]
+        offsets = torch.arange(int(rests.max()), device=device)
+        tokens, real = starts + torch.minimum(offsets, rests - 1), offsets < rests
+        prefix = torch.arange(int(lengths[0]), device=device).expand(len(tokens), -1)
+        keys = torch.cat([prefix, tokens], dim=1)
+        seen = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
+        return cls(prefix.shape[1], tokens, keys, seen, real.flatten().nonzero()[:, 0])
 
     def cover(self, query: Tensor, mask: Tensor) -> bool:
         """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
@@ -129,10 +130,7 @@ def by_segment(
     """
     n_rows, n_prefix = len(query), segments.n_prefix
     n_prompts, longest = segments.tokens.shape
-    prefix = torch.arange(n_prefix, device=query.device).expand(n_prompts, -1)
-    keys = torch.cat([prefix, segments.tokens], dim=1)
-    real = torch.cat([torch.ones_like(prefix, dtype=torch.bool), segments.real], dim=1)
-    allowed = mask[0, 0][segments.tokens[:, :, None], keys[:, None, :]] & real[:, None, :]
+    allowed = mask[0, 0][segments.tokens[:, :, None], segments.keys[:, None, :]] & segments.real[:, None, :]
 
     def picked(tensor: Tensor, tokens: Tensor) -> Tensor:
         """[rows, heads, n_tokens, d] -> [rows * n_prompts, heads, tokens of a prompt, d]."""
@@ -141,8 +139,8 @@ def by_segment(
 
     rests, _ = attend(
         picked(query, segments.tokens),
-        picked(key, keys),
-        picked(value, keys),
+        picked(key, segments.keys),
+        picked(value, segments.keys),
         allowed.repeat(n_rows, 1, 1)[:, None],
     )
     output = rests.reshape(n_rows, n_prompts * longest, *rests.shape[2:]).index_select(1, segments.places)

@@ -5,7 +5,7 @@ A claim that fails costs its path and leaves a note; the model stays usable on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -48,23 +48,15 @@ def prove_quick_paths(
     """(ii), (iii) Replay, pruning, packing and the head, each against the plain path, also after an ablated replay."""
     facts = engine.architecture
     plain = [rerun(facts, row, {}, 1) for row in rows]
-    last = facts.n_layers - 1
-    starts = sorted({0, facts.n_layers // 2, last})
-    groups: list[tuple[Group, Group]] = [((Head(start, 0), Head(last, facts.n_heads - 1)), ()) for start in starts]
-    calls = [engine.calls(group, UNDIFFERENTIATED_ATTENTION) for group in groups]
     slow = Capabilities(segments=False, prunes=False, starts_late=False)
     capabilities, notes = Capabilities(), []
 
     def replayed(quick: Capabilities) -> float:
-        errors = []
-        for row, reference in zip(rows, plain, strict=True):
-            captured = capture(facts, row, {}, 0)
-            for start, ablated in zip(starts, calls, strict=True):
-                errors.append(difference(replay(facts, captured, {}, 1, start, quick), reference))
-                ours = replay(facts, captured, ablated, 2, start, quick)
-                errors.append(difference(ours, rerun(facts, row, ablated, 2)))
-            errors.append(difference(replay(facts, captured, {}, 1, 0, quick), reference))
-        return largest(errors)
+        return largest(
+            error
+            for row, reference in zip(rows, plain, strict=True)
+            for error in _replay_errors(engine, row, reference, quick)
+        )
 
     attempts: list[tuple[str, str, Callable[[], float]]] = [
         (
@@ -102,6 +94,18 @@ def prove_quick_paths(
         engine.capabilities = capabilities
         claim("logits of given states equal the model's own", _head_error(engine, rows), True)
     return capabilities, tuple(notes)
+
+
+def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities) -> Iterator[float]:
+    """(ii) Replay from the first, a middle and the last layer, unablated and ablated, and unablated once more after."""
+    facts, last = engine.architecture, engine.n_layers - 1
+    captured = capture(facts, row, {}, 0)
+    for start in sorted({0, facts.n_layers // 2, last}):
+        yield difference(replay(facts, captured, {}, 1, start, quick), plain)
+        groups: tuple[Group, Group] = ((Head(start, 0), Head(last, facts.n_heads - 1)), ())
+        ablated = engine.calls(groups, UNDIFFERENTIATED_ATTENTION)
+        yield difference(replay(facts, captured, ablated, 2, start, quick), rerun(facts, row, ablated, 2))
+    yield difference(replay(facts, captured, {}, 1, 0, quick), plain)
 
 
 def _packed_error(engine: Engine, sequences: list[TokenSequence], plain: list[Tensor], segments: bool) -> float:

@@ -36,6 +36,7 @@ _TOKEN_DIMENSION = {
 
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a layer, beside its hidden states: positional ones, and keywords."""
+_Shared: TypeAlias = dict[tuple[int, Ablation], tuple[Tensor, Tensor]]
 
 
 class _HeadOutputs(Exception):
@@ -73,7 +74,7 @@ class Capture:
     """layer -> hidden states entering it [1, n_tokens, d_model]."""
     arguments: Mapping[int, _Arguments]
     """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
-    compared: dict[tuple[int, Ablation], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    compared: _Shared = field(default_factory=dict)
     """(layer, ablation) -> outputs of a first ablated layer's heads, unablated and ablated, for all its batches."""
 
     def drop_before(self, layer: int) -> None:
@@ -173,21 +174,13 @@ def replay(
     last = architecture.n_layers - 1
     calls = _segmented(architecture, captured.row, calls, quick.segments)
     # Rows that are equal so far are one row, until the first ablation tells them apart.
-    hidden, told_apart = captured.inputs[start], False
-    for layer in range(start, last + 1):
-        call = calls.get(layer, AttentionCall())
-        late = not told_apart and quick.starts_late and len(call.ablations) == 1
-        if not late and not told_apart:
-            hidden, told_apart = hidden.expand(n_rows, -1, -1), True
-        shared = captured.compared if late else None
-        if layer == last:
-            return _finish(architecture, captured, hidden, call, shared, quick.prunes)
-        hidden = _run(architecture, layer, hidden, captured.arguments[layer], call, shared)
-        told_apart = True
-    raise ValueError(f"there is no layer {start} to start from")
-
-
-_Shared: TypeAlias = dict[tuple[int, Ablation], tuple[Tensor, Tensor]]
+    late = quick.starts_late and len(calls.get(start, AttentionCall()).ablations) == 1
+    hidden = captured.inputs[start] if late else captured.inputs[start].expand(n_rows, -1, -1)
+    shared = captured.compared if late else None
+    for layer in range(start, last):
+        hidden = _run(architecture, layer, hidden, captured.arguments[layer], calls.get(layer, AttentionCall()), shared)
+        shared = None
+    return _finish(architecture, captured, hidden, calls.get(last, AttentionCall()), shared, quick.prunes)
 
 
 def _run(
@@ -300,7 +293,17 @@ def _segmented(
 
 @torch.inference_mode()
 def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
-    """The plain path beside :func:`replay`: the whole decoder, the last layer's output caught before the norm."""
+    """The plain path beside :func:`replay`: the same states by the whole decoder."""
+    return wanted_states(architecture, row, calls, n_rows)
+
+
+def wanted_states(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
+) -> Tensor:
+    """The whole decoder, the last layer's output caught before the norm [n_rows, n_wanted, d_model].
+
+    Gradients are recorded where the caller records them.
+    """
     caught: list[Tensor] = []
     handle = architecture.layers[-1].register_forward_hook(lambda _, __, output: caught.append(first_of(output)))
     try:

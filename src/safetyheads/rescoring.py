@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from safetyheads.costs import forward_flops, row_sizes, scan_flops, screening_flops
 from safetyheads.errors import InputError
 from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group, Head, all_heads
-from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
+from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
 from safetyheads.screening import POINTS, Screened, Screening, screen
-from safetyheads.search import sahara
+from safetyheads.search import sahara, score_heads
 from safetyheads.stats import CONFIDENCE, most_in_population
 
 if TYPE_CHECKING:
@@ -166,11 +164,7 @@ def rescore(
         top: how many best heads the bound is about.
     """
     proposal = propose(screening, name, extent)
-    scores = scorer([(*screening.common, head) for head in proposal.heads])
-    n_layers, n_heads = screening.ships.shape[1:]
-    everywhere = torch.full((n_layers * n_heads,), float("nan"), dtype=torch.float64)
-    everywhere[[head.layer * n_heads + head.index for head in proposal.heads]] = scores
-    table = table_of(all_heads(n_layers, n_heads), everywhere, scorer)
+    table = score_heads(scorer, screening.common, proposal.heads, all_heads(*screening.ships.shape[1:]))
     return Rescored(table, proposal, missed(table, proposal, top))
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.batching import TokenSequence
+from safetyheads.batching import TokenSequence, first_wanted, prompt_of_wanted
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
 from safetyheads.linearising import Asked, Linear, Point, linearise
@@ -76,8 +76,7 @@ class Screening:
 
     def candidates(self, k: int, name: Screened = "mean_ships") -> Group:
         """The ``k`` heads with the highest forecasts, best first; fewer where there are no more."""
-        table = self.table(name)
-        return table.top(min(k, int(torch.isfinite(table.values).sum())))
+        return self.table(name).top(k)
 
     def pairs(self, heads: Sequence[Head], k: int) -> tuple[tuple[Head, Head], ...]:
         """The ``k`` pairs of ``heads`` whose joint effect is forecast to differ most from the sum of their own.
@@ -132,12 +131,11 @@ def screen(
     forecasts = [_divergence(reference, start, at) for at in at_points]
     forecast = torch.stack(forecasts).amax(dim=0)  # [n_states, n_layers, n_heads]
     counts = torch.tensor([sequence.n_wanted for sequence in sequences])
-    prompt_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
     per_prompt = torch.zeros(len(counts), *forecast.shape[1:], dtype=forecast.dtype)
-    ships = per_prompt.index_add(0, prompt_of, forecast) / counts[:, None, None]
+    ships = per_prompt.index_add(0, prompt_of_wanted(sequences), forecast) / counts[:, None, None]
     refusal = None
     if openers:
-        firsts = torch.tensor([0, *counts[:-1].tolist()]).cumsum(0)
+        firsts = first_wanted(sequences)
         drops = torch.stack([-at.moves[firsts][..., -1] for at in at_points]).amax(dim=0)
         refusal = (reference.refusal[firsts] - start.refusal[firsts])[:, None, None] + drops
     for head in common:

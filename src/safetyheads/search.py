@@ -21,7 +21,7 @@ def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
     heads = distinct(heads)
     if not heads:
         raise InputError("no heads to rank")
-    return _score(scorer, (), heads, heads)
+    return score_heads(scorer, (), heads, heads)
 
 
 def sahara(
@@ -51,7 +51,7 @@ def sahara(
     tables: list[HeadScores] = []
     for _ in range(steps):
         tried = heads if narrow is None else set(narrow(group))
-        table = _score(scorer, group, [head for head in heads if head in tried and head not in group], heads)
+        table = score_heads(scorer, group, [head for head in heads if head in tried and head not in group], heads)
         tables.append(table)
         group = (*group, table.top(1)[0])
     return SearchTrace(group, tuple(tables))
@@ -62,7 +62,7 @@ def n_scored(n_heads: int, steps: int) -> int:
     return sum(n_heads - step for step in range(steps))
 
 
-def _score(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
+def score_heads(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
     """The group plus each candidate, as a table over all heads with NaN where there is no candidate."""
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)
     if not bool(torch.isfinite(scores).all()):
