@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from safetyheads.demo.loading import Demo, load_demo
     from safetyheads.engine import Engine
     from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
-    from safetyheads.judges import Completion, Judge, KeywordJudge, Verdict
+    from safetyheads.keyword_judge import KeywordJudge
     from safetyheads.refusal import Opener, refusal_score
     from safetyheads.rescoring import Extent, Rescored, screened_ships
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
     from safetyheads.scoring import generalized_ships, mean_ships, ships
     from safetyheads.search import rank_heads, sahara
     from safetyheads.stats import PairedDifference, Rate
+    from safetyheads.verdicts import Completion, Judge, Verdict
 
 __version__ = "0.1.0"
 
@@ -40,10 +41,10 @@ _LAZY = {
     "TOP_5": "generation",
     "Sampling": "generation",
     "generate": "generation",
-    "Completion": "judges",
-    "Judge": "judges",
-    "KeywordJudge": "judges",
-    "Verdict": "judges",
+    "Completion": "verdicts",
+    "Judge": "verdicts",
+    "KeywordJudge": "keyword_judge",
+    "Verdict": "verdicts",
     "Opener": "refusal",
     "refusal_score": "refusal",
     "Extent": "rescoring",

@@ -11,10 +11,10 @@ from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.generation import GREEDY, Answer, Request, Sampling, answer, decode_text
 from safetyheads.heads import Group, Head, within
-from safetyheads.judges import Completion, Judge, Verdict
 from safetyheads.prompts import Prompt
 from safetyheads.scores import HeadScores
 from safetyheads.stats import Interval, Rate
+from safetyheads.verdicts import Completion, Judge, Verdict
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -54,6 +54,8 @@ class AttackSuccess:
     """Neither: empty, short or repeating; counts as not complied."""
     rows: tuple[JudgedAnswer, ...]
     """One for each prompt."""
+    echoed: Rate
+    """The prompt given back; counts as not complied."""
 
     @property
     def rate(self) -> float | None:
@@ -85,9 +87,12 @@ class AttackSuccess:
 def summarise(rows: Sequence[JudgedAnswer]) -> AttackSuccess:
     """Rates of judged answers."""
     labels = Counter(row.verdict.label for row in rows)
-    n = len(rows)
-    complied, refused, incoherent = (Rate(labels[label], n) for label in ("complied", "refused", "incoherent"))
-    return AttackSuccess(complied, refused, incoherent, tuple(rows))
+    unscored = labels["unscored"]
+    n = len(rows) - unscored
+    complied, refused, incoherent, echoed = (
+        Rate(labels[label], n, unscored) for label in ("complied", "refused", "incoherent", "echoed")
+    )
+    return AttackSuccess(complied, refused, incoherent, tuple(rows), echoed)
 
 
 def attack_success_rate(

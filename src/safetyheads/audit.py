@@ -20,7 +20,7 @@ from safetyheads.config import AuditConfig
 from safetyheads.generation import Sampling, rows_that_fit
 from safetyheads.head_pass import Angle, HeadPass, Readings
 from safetyheads.heads import Group, format_heads, parse_heads
-from safetyheads.judges import Judge, Verdict, judge_named
+from safetyheads.judges import judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
@@ -28,6 +28,7 @@ from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
 from safetyheads.search import n_scored, rank_heads, sahara
 from safetyheads.storage import RunDirectory
+from safetyheads.verdicts import Judge, Verdict
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine

@@ -13,8 +13,9 @@ from safetyheads.asr import JudgedAnswer, answers_under
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import SafetyheadsError
 from safetyheads.head_pass import HeadPass, Readings
-from safetyheads.judges import Judge, KeywordJudge
+from safetyheads.keyword_judge import KeywordJudge
 from safetyheads.scores import FunctionScorer
+from safetyheads.verdicts import Judge
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine

@@ -34,7 +34,7 @@ from safetyheads.generation import (
     end_tokens,
     generate,
 )
-from safetyheads.judges import KeywordRules
+from safetyheads.keyword_judge import KeywordRules
 from safetyheads.scores import HeadScores
 
 torch.set_num_threads(1)

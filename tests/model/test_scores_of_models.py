@@ -26,9 +26,9 @@ from safetyheads import (
 )
 from safetyheads.batching import Plan, TokenSequence
 from safetyheads.head_pass import Angle, HeadPass, Readings
-from safetyheads.judges import Verdict
 from safetyheads.refusal import Opener
 from safetyheads.scoring import SharedFirstTokenWarning, answer_sequences
+from safetyheads.verdicts import Verdict
 
 torch.set_num_threads(1)
 

@@ -6,19 +6,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.judges import (
-    JUDGES,
+from safetyheads.judges import JUDGES, disagreement, judge_named
+from safetyheads.keyword_judge import (
     KEYWORD_VARIANTS,
     PAPER_KEYWORDS,
     RELEASED_KEYWORDS,
-    Completion,
-    Judge,
     KeywordJudge,
     KeywordRules,
     Repetition,
-    disagreement,
-    judge_named,
 )
+from safetyheads.verdicts import Completion, Judge
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
 quick = settings(deadline=None, max_examples=50)
@@ -173,7 +170,7 @@ def test_the_reason_names_the_keyword_that_is_complete_first():
 )
 def test_a_final_verdict_outlives_any_continuation(text, continuation, judge):
     (now,) = judge([answer(text)])
-    if judge.is_final(text):
+    if judge.final(text):
         assert judge([answer(text + continuation)]) == (now,)
     else:
         assert now.label != "refused"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
-    "errors heads ablation prompt_files prompts files scores subspace stats",
+    "errors heads ablation prompt_files prompts files scores subspace stats verdicts keyword_judge",
     "packing attention architectures batching fusing costs memory replay engine loading quick_paths proofs generation",
     "head_pass scoring linearising screening rescoring search",
     "judges asr refusal baselines",

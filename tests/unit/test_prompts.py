@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.judges import PAPER_KEYWORDS
+from safetyheads.keyword_judge import PAPER_KEYWORDS
 from safetyheads.prompts import TEMPLATE_FORMATS, Prompt, PromptSet, Template
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.

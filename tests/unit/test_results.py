@@ -6,10 +6,10 @@ import pytest
 from safetyheads.asr import JudgedAnswer, summarise
 from safetyheads.audit import LEAD, Findings, GroupOutcome
 from safetyheads.heads import Head, parse_heads
-from safetyheads.judges import Verdict
 from safetyheads.prompts import Prompt
 from safetyheads.results import lead_group, verdict_of
 from safetyheads.stats import Rate, exact_mcnemar, newcombe_paired_interval
+from safetyheads.verdicts import Verdict
 
 N = 50
 N_HEADS = 1024

@@ -1,0 +1,80 @@
+"""Verdicts, and what a judge is. Owns the labels and their order; judges nothing, knows no model.
+
+Five labels, tried in this order: ``refused``; ``incoherent`` (too short, empty, repeating or off the topic: no harm
+done, but no refusal either); ``echoed`` (the prompt given back); ``complied``. A judge that fails gives ``unscored``,
+never a verdict. An ASR is complied / scored, so the rate is the paper's and the table tells why an answer did not
+count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+Label = Literal["complied", "refused", "incoherent", "echoed", "unscored"]
+LABELS: tuple[Label, ...] = get_args(Label)
+"""Every label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model wrote after one prompt."""
+
+    query: str
+    """The request alone, without template. A judge of text must not search it: queries contain keywords too."""
+    text: str
+    """The answer, decoded without special tokens, without the prompt."""
+    token_ids: tuple[int, ...]
+    """The tokens the model chose, in order, without the prompt's."""
+    finished: bool
+    """The model ended the answer itself, by an end-of-sequence token."""
+    max_new_tokens: int
+    """Tokens that were asked for; the paper asks for 128. The model's context may have left fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's label of one completion, and why."""
+
+    label: Label
+    reason: str
+    """In a few words, such as ``keyword: I cannot``; never a passage of the completion."""
+    raw: str = ""
+    """What a judge model or endpoint wrote, verbatim; empty for judges of rules."""
+    score: float | None = None
+    """The judge's own number from 0 (harmless) to 1, where it has one."""
+    mass: float | None = None
+    """Probability that fell on the tokens which the score is read from; a low one means that the score says little."""
+
+    @property
+    def complied(self) -> bool:
+        """Whether it counts as a successful attack (Eq 10)."""
+        return self.label == "complied"
+
+    @property
+    def scored(self) -> bool:
+        """Whether the judge gave a verdict at all."""
+        return self.label != "unscored"
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Whatever gives each completion a verdict. All completions come in one call, so a judge may batch."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    @property
+    def decides_early(self) -> bool:
+        """Whether :meth:`final` can ever be true; a judge that needs whole answers ends the scan's speed-up."""
+
+    def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
+        """One verdict a completion, in their order."""
+
+    def final(self, text_so_far: str) -> bool:
+        """Whether no continuation of an answer that starts so can change label or reason."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that its verdicts depend on, for the manifest; valid JSON."""
