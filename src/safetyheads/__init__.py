@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from safetyheads.asr import AttackSuccess, attack_success_rate, query_level_attack_success_rate, query_level_groups
     from safetyheads.demo.loading import Demo, load_demo
     from safetyheads.engine import Engine
-    from safetyheads.generation import GREEDY, TOP_5, Sampling, generate
+    from safetyheads.generation import generate
     from safetyheads.keyword_judge import KeywordJudge
     from safetyheads.refusal import Opener, refusal_score
     from safetyheads.rescoring import Extent, Rescored, screened_ships
+    from safetyheads.sampling import GREEDY, TOP_5, Sampling
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
     from safetyheads.scoring import generalized_ships, mean_ships, ships
     from safetyheads.search import rank_heads, sahara
@@ -37,9 +38,9 @@ _LAZY = {
     "Demo": "demo.loading",
     "load_demo": "demo.loading",
     "Engine": "engine",
-    "GREEDY": "generation",
-    "TOP_5": "generation",
-    "Sampling": "generation",
+    "GREEDY": "sampling",
+    "TOP_5": "sampling",
+    "Sampling": "sampling",
     "generate": "generation",
     "Completion": "verdicts",
     "Judge": "verdicts",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.generation import GREEDY, Answer, Request, Sampling, answer, decode_text
+from safetyheads.generation import Answer, Request, answer, decode_text
 from safetyheads.heads import Group, Head, within
 from safetyheads.prompts import Prompt
+from safetyheads.sampling import GREEDY, Sampling
 from safetyheads.scores import HeadScores
 from safetyheads.stats import Interval, Rate
 from safetyheads.verdicts import Completion, Judge, Verdict

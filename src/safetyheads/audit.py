@@ -17,13 +17,14 @@ from safetyheads.asr import AttackSuccess, JudgedAnswer, answers_under, summaris
 from safetyheads.baselines import random_groups
 from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
 from safetyheads.config import AuditConfig
-from safetyheads.generation import Sampling, rows_that_fit
+from safetyheads.generation import rows_that_fit
 from safetyheads.head_pass import Angle, HeadPass, Readings
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
 from safetyheads.refusal import Opener, openers_of
+from safetyheads.sampling import Sampling
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
 from safetyheads.search import n_scored, rank_heads, sahara

@@ -29,8 +29,8 @@ def measured_rates(
     """ASR for each row of groups, one group a prompt, with its change from the first row."""
     from safetyheads.asr import query_level_attack_success_rate
     from safetyheads.estimates import estimate
-    from safetyheads.generation import Sampling
     from safetyheads.judges import judge_named
+    from safetyheads.sampling import Sampling
     from safetyheads.stats import paired_difference
 
     kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)

@@ -1,4 +1,4 @@
-"""Answers of the model under ablations, a group a row. Owns decoding and its randomness; judges nothing.
+"""Answers of the model under ablations, a group a row. Owns decoding; judges nothing.
 
 The loop is ours because rows of one batch carry different ablations and draw the same noise whatever the batch;
 ``engine.ablated`` with the model's own ``generate`` serves everything else.
@@ -6,20 +6,18 @@ The loop is ours because rows of one batch carry different ablations and draw th
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.batching import allowed_memory, halving
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
+from safetyheads.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -34,31 +32,6 @@ class ShortContextWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen, at temperature 1."""
-
-    top_k: int = 1
-    """1 is greedy; the paper samples with 5 and no top-p."""
-    seed: int = 0
-    """With the prompt's tokens and the position it fixes the noise; unused when greedy."""
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise InputError(f"top-k keeps at least one token; got {self.top_k}")
-
-    @property
-    def name(self) -> str:
-        """``greedy`` or ``top-5``."""
-        return "greedy" if self.top_k == 1 else f"top-{self.top_k}"
-
-
-GREEDY = Sampling()
-"""The most probable token, always."""
-TOP_5 = Sampling(top_k=5)
-"""The paper's sampling (Sec 3.3)."""
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """One answer to be made: a batch row."""
 
@@ -66,6 +39,10 @@ class Request:
     """The prompt under its template."""
     group: Group = ()
     """Heads ablated while answering."""
+    begun: tuple[int, ...] = ()
+    """The answer's first tokens, where they are known already; it goes on from there."""
+    stop: Callable[[Sequence[int]], bool] | None = None
+    """Asked after each new token whether the answer so far is enough; None answers to the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +55,14 @@ class Answer:
     """Whether the model ended it; else the limit did."""
     limit: int
     """New tokens it was allowed: those asked for, or what the model's context left."""
+    margins: tuple[float, ...] = ()
+    """How narrowly each token was chosen (:class:`safetyheads.sampling.Choice`), from the first that was not begun
+    on; the end token's is the last."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model or the limit ended it, and no request to stop."""
+        return self.finished or len(self.token_ids) >= self.limit
 
 
 def generate(
@@ -186,9 +171,10 @@ class _Batch:
         self.engine, self.requests, self.ablation, self.sampling = engine, requests, ablation, sampling
         context = engine.architecture.context_length or 1 << 60
         self.limits = [min(max_new_tokens, context - len(request.token_ids)) for request in requests]
-        self.made: list[list[int]] = [[] for _ in requests]
-        self.finished = [False] * len(requests)
-        self.noise_keys = [_noise_key(request.token_ids) for request in requests]
+        self.made = [list(request.begun) for request in requests]
+        self.margins: list[list[float]] = [[] for _ in requests]
+        self.finished, self.stopped = [False] * len(requests), [False] * len(requests)
+        self.noise_keys = [noise_key(request.token_ids) for request in requests]
         self.ends = end_tokens(engine)
 
     @torch.inference_mode()
@@ -196,16 +182,16 @@ class _Batch:
         """Decode until every row has ended."""
         from transformers import DynamicCache
 
-        longest = max(len(request.token_ids) for request in self.requests)
+        read = [request.token_ids + request.begun for request in self.requests]
+        longest = max(map(len, read))
         pad = next(iter(self.ends), 0)
-        padded = [[pad] * (longest - len(r.token_ids)) + list(r.token_ids) for r in self.requests]
         device = self.engine.device
-        ids = torch.tensor(padded, device=device)
-        mask = torch.tensor([[0] * (longest - len(r.token_ids)) + [1] * len(r.token_ids) for r in self.requests])
+        ids = torch.tensor([[pad] * (longest - len(tokens)) + list(tokens) for tokens in read], device=device)
+        mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in read])
         mask = mask.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         cache = DynamicCache(config=self.engine.model.config)
-        rows = [row for row, limit in enumerate(self.limits) if limit > 0]
+        rows = [row for row in range(len(self.requests)) if self._is_open(row)]
         if len(rows) < len(self.requests):
             ids, mask, positions = ids[rows], mask[rows], positions[rows]
         while rows:
@@ -222,10 +208,11 @@ class _Batch:
                         use_cache=True,
                         logits_to_keep=1,
                     )
-                    chosen = self._choose(output.logits[:, -1].float(), rows)
-                    self._take(chosen.tolist(), rows)
+                    places = [self._place(row) for row in rows]
+                    choice = choose(output.logits[:, -1].float(), places, self.sampling)
+                    self._take(choice, rows)
                     open_rows = [row for row in rows if self._is_open(row)]
-                    ids, positions = chosen[:, None], positions[:, -1:] + 1
+                    ids, positions = choice.tokens[:, None], positions[:, -1:] + 1
                     mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                     if not open_rows:
                         break
@@ -234,44 +221,26 @@ class _Batch:
                 cache.batch_select_indices(kept)
                 ids, mask, positions = ids[kept], mask[kept], positions[kept]
             rows = open_rows
-        ended = zip(self.made, self.finished, self.limits, strict=True)
-        return [Answer(tuple(made), finished, limit) for made, finished, limit in ended]
+        ended = zip(self.made, self.finished, self.limits, self.margins, strict=True)
+        return [Answer(tuple(made), finished, limit, tuple(margins)) for made, finished, limit, margins in ended]
 
     def _is_open(self, row: int) -> bool:
-        return not self.finished[row] and len(self.made[row]) < self.limits[row]
+        return not self.finished[row] and not self.stopped[row] and len(self.made[row]) < self.limits[row]
 
-    def _take(self, chosen: Sequence[int], rows: Sequence[int]) -> None:
-        for token, row in zip(chosen, rows, strict=True):
-            if self._is_open(row):
-                if token in self.ends:
-                    self.finished[row] = True
-                else:
-                    self.made[row].append(token)
+    def _place(self, row: int) -> Place | None:
+        return Place(self.noise_keys[row], len(self.made[row])) if self._is_open(row) else None
 
-    def _choose(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """The next token of each row [n_rows], from logits [n_rows, vocabulary].
-
-        Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise belongs to
-        (seed, prompt, position, token), so equal distributions give equal tokens under every ablation.
-        """
-        if self.sampling.top_k == 1:
-            return logits.argmax(dim=-1)
-        values, tokens = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1)
-        noise = np.zeros(values.shape)
-        on_cpu = tokens.cpu().numpy()
-        for at, row in enumerate(rows):
-            if self._is_open(row):
-                # As unsigned integers: Python's own would go through float64 and lose their last bits.
-                key = np.array([self.sampling.seed % (1 << 64), self.noise_keys[row]], dtype=np.uint64)
-                stream = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, len(self.made[row]))))
-                noise[at] = stream.gumbel(size=logits.shape[-1])[on_cpu[at]]
-        drawn = (values.double() + torch.from_numpy(noise).to(values.device)).argmax(dim=-1, keepdim=True)
-        return tokens.gather(1, drawn)[:, 0]
-
-
-def _noise_key(token_ids: Sequence[int]) -> int:
-    """64 bits that name a prompt by its tokens, wherever it stands in a file or batch."""
-    return int.from_bytes(hashlib.sha256(str(tuple(token_ids)).encode()).digest()[:8], "big")
+    def _take(self, choice: Choice, rows: Sequence[int]) -> None:
+        for token, margin, row in zip(choice.tokens.tolist(), choice.margins.tolist(), rows, strict=True):
+            if not self._is_open(row):
+                continue
+            self.margins[row].append(margin)
+            if token in self.ends:
+                self.finished[row] = True
+                continue
+            self.made[row].append(token)
+            stop = self.requests[row].stop
+            self.stopped[row] = stop is not None and stop(self.made[row])
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

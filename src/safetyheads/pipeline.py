@@ -24,13 +24,14 @@ from safetyheads.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
 from safetyheads.estimates import estimate
-from safetyheads.generation import Sampling, ShortContextWarning, short_context
+from safetyheads.generation import ShortContextWarning, short_context
 from safetyheads.heads import Group
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress, Silent
 from safetyheads.prompt_files import KNOWN_BENCHMARKS
 from safetyheads.prompts import PromptSet
 from safetyheads.results import results_of
+from safetyheads.sampling import Sampling
 from safetyheads.storage import RunDirectory
 
 if TYPE_CHECKING:

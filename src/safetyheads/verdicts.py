@@ -31,6 +31,8 @@ class Completion:
     """The model ended the answer itself, by an end-of-sequence token."""
     max_new_tokens: int
     """Tokens that were asked for; the paper asks for 128. The model's context may have left fewer."""
+    system: str = ""
+    """The system prompt, which an answer may echo."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,7 @@ from safetyheads import (
 )
 from safetyheads.asr import query_level_attack_success_rate, query_level_groups
 from safetyheads.generation import (
-    TOP_5,
     Request,
-    Sampling,
     ShortContextWarning,
     answer,
     decode_text,
@@ -35,6 +33,7 @@ from safetyheads.generation import (
     generate,
 )
 from safetyheads.keyword_judge import KeywordRules
+from safetyheads.sampling import TOP_5, Sampling
 from safetyheads.scores import HeadScores
 
 torch.set_num_threads(1)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
-    "errors heads ablation prompt_files prompts files scores subspace stats verdicts keyword_judge",
+    "errors heads ablation prompt_files prompts files scores subspace stats sampling verdicts keyword_judge",
     "packing attention architectures batching fusing costs memory replay engine loading quick_paths proofs generation",
-    "head_pass scoring linearising screening rescoring search",
-    "judges asr refusal baselines",
+    "head_pass scoring linearising screening rescoring search drafts drafted",
+    "exhaustive judges asr refusal baselines",
     "config progress storage audit results estimates pipeline",
     "report report_charts report_numbers cli cli_output cli_options cli_inputs cli_asr cli_search cli_ships",
 )

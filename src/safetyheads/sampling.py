@@ -1,0 +1,120 @@
+"""How a next token is chosen, and how narrowly. Owns the noise of sampling; runs no model.
+
+Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise belongs to (seed, prompt,
+position, token), so equal distributions give equal tokens under every ablation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safetyheads.errors import InputError
+
+# Tokens below the top k that are looked at for one that could come in.
+_OUTSIDE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, at temperature 1."""
+
+    top_k: int = 1
+    """1 is greedy; the paper samples with 5 and no top-p."""
+    seed: int = 0
+    """With the prompt's tokens and the position it fixes the noise; unused when greedy."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"top-k keeps at least one token; got {self.top_k}")
+
+    @property
+    def name(self) -> str:
+        """``greedy`` or ``top-5``."""
+        return "greedy" if self.top_k == 1 else f"top-{self.top_k}"
+
+
+GREEDY = Sampling()
+"""The most probable token, always."""
+TOP_5 = Sampling(top_k=5)
+"""The paper's sampling (Sec 3.3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token is chosen; it names the noise."""
+
+    noise_key: int
+    """Of the prompt, by :func:`noise_key`."""
+    position: int
+    """Tokens of the answer before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Next tokens, and how narrowly they were chosen."""
+
+    tokens: Tensor
+    """int64 [n]."""
+    margins: Tensor
+    """float64 [n], in logits: while no difference of two logits changes by as much, the token stays the same."""
+
+
+def noise_key(token_ids: Sequence[int]) -> int:
+    """64 bits that name a prompt by its tokens, wherever it stands in a file or batch."""
+    return int.from_bytes(hashlib.sha256(str(tuple(token_ids)).encode()).digest()[:8], "big")
+
+
+def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -> Choice:
+    """The next token of each row.
+
+    Args:
+        logits: [n, vocabulary], float32.
+        places: of the rows; None for a row whose token nobody uses.
+        sampling: greedy or top-k.
+    """
+    if sampling.top_k == 1:
+        leading = logits.topk(min(2, logits.shape[-1]), dim=-1).values.double()
+        # Not the first of the topk: among equals a plain greedy loop takes argmax's.
+        return Choice(logits.argmax(dim=-1), leading[:, 0] - leading[:, -1])
+    kept = min(sampling.top_k, logits.shape[-1])
+    values, tokens = logits.topk(min(kept + _OUTSIDE, logits.shape[-1]), dim=-1)
+    values = values.double()
+    scores = values + _noise(tokens, places, sampling.seed, logits.shape[-1])
+    best, at = scores[:, :kept].max(dim=-1)
+    drawn = tokens.gather(1, at[:, None])[:, 0]
+    return Choice(drawn, _margins(values, scores, best, at, kept))
+
+
+def _margins(values: Tensor, scores: Tensor, best: Tensor, at: Tensor, kept: int) -> Tensor:
+    """How far the draw is from another one; ``values`` and ``scores`` [n, kept and some outside], best logits first."""
+    inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
+    margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
+    if values.shape[1] == kept:
+        return margins
+    # The drawn token may fall out of the kept ones, or another come in with more noise.
+    falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
+    gaps = values[:, kept - 1 : kept] - values[:, kept:]
+    comes_in = torch.maximum(gaps, best[:, None] - scores[:, kept:]).amin(dim=-1)
+    # Of the tokens not looked at, no more is known than that they lie below the last one.
+    return torch.stack([margins, falls_out, comes_in, gaps[:, -1]]).amin(dim=0)
+
+
+def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:
+    """Gumbel noise of the tokens [n, some], float64; rows without a place get none."""
+    on_cpu, noise = tokens.cpu().numpy(), np.zeros(tuple(tokens.shape))
+    rows_of: dict[Place, list[int]] = {}
+    for row, place in enumerate(places):
+        if place is not None:
+            rows_of.setdefault(place, []).append(row)
+    for place, rows in rows_of.items():
+        # As unsigned integers: Python's own would go through float64 and lose their last bits.
+        key = np.array([seed % (1 << 64), place.noise_key], dtype=np.uint64)
+        stream = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, place.position)))
+        noise[rows] = stream.gumbel(size=vocabulary_size)[on_cpu[rows]]
+    return torch.from_numpy(noise).to(tokens.device)
