@@ -148,7 +148,7 @@ def query_level_attack_success_rate(
     encoded = engine.encode(prompts)
     requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
-    return summarise(_judged(engine, list(prompts), requests, made, judge, max_new_tokens))
+    return summarise(_judged(engine, prompts, requests, made, judge, max_new_tokens))
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
@@ -168,27 +168,34 @@ def answers_under(
     n_rows: int | None = None,
 ) -> list[list[JudgedAnswer]]:
     """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches of ``n_rows``."""
-    encoded, asked = engine.encode(prompts), list(prompts)
+    encoded = engine.encode(prompts)
     requests = [Request(token_ids, group) for group in groups for token_ids in encoded]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
-    rows = _judged(engine, asked * len(groups), requests, made, judge, max_new_tokens)
-    n = len(asked)
+    rows = _judged(engine, prompts, requests, made, judge, max_new_tokens)
+    n = len(prompts)
     return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
 
 
 def _judged(
     engine: Engine,
-    asked: Sequence[Prompt],
+    prompts: PromptSet,
     requests: Sequence[Request],
     made: Sequence[Answer],
     judge: Judge,
     max_new_tokens: int,
 ) -> list[JudgedAnswer]:
+    asked = list(prompts) * (len(requests) // len(prompts))
+    system = engine.template_for(prompts).system or ""
     # What was asked for and not what the context left: one rule for all rows of a run, so that an answer does not
     # count as an attack because its prompt was long.
     completions = [
         Completion(
-            prompt.query, decode_text(engine.tokenizer, one.token_ids), one.token_ids, one.finished, max_new_tokens
+            prompt.query,
+            decode_text(engine.tokenizer, one.token_ids),
+            one.token_ids,
+            one.finished,
+            max_new_tokens,
+            system,
         )
         for prompt, one in zip(asked, made, strict=True)
     ]
@@ -202,4 +209,4 @@ def _judged(
 
 
 def _kept(prompt: Prompt, text: str, verdict: Verdict) -> bool:
-    return verdict.complied and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
+    return verdict.answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))

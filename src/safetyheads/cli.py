@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safetyheads.cli_audit import run_and_show
+from safetyheads.cli_compare import compare, history
 from safetyheads.cli_inputs import (
     at_least,
     counted,
@@ -20,8 +22,8 @@ from safetyheads.cli_inputs import (
     load_engine,
     prompts_of,
     refuse_large,
-    refuse_unusable,
 )
+from safetyheads.cli_judge import judge
 from safetyheads.cli_options import (
     AblationOptions,
     AngleOptions,
@@ -53,10 +55,10 @@ from safetyheads.cli_output import (
     show_ranking,
     show_rates,
     show_steps,
-    show_summary,
     stdout,
     warnings_as_lines,
 )
+from safetyheads.cli_scan import scan
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import USERS_TO_MEND
@@ -110,7 +112,7 @@ def demo(
     model = ModelOptions(model=f"demo:{name}", threads=threads)
     settings = {**asdict(ablation), **asdict(search), **asdict(answers)}
     config = AuditConfig(model.model, "demo", "demo", limit=limit, store_completions=not run.no_completions, **settings)
-    _audit(model, config, replace(run, out=run.out or Path("runs") / f"demo-{name}"), output)
+    run_and_show(model, config, replace(run, out=run.out or Path("runs") / f"demo-{name}"), output)
 
 
 @app.command()
@@ -140,7 +142,7 @@ def audit(
         store_completions=not run.no_completions,
         **settings,
     )
-    _audit(model, config, replace(run, out=run.out or default_out(config)), output)
+    run_and_show(model, config, replace(run, out=run.out or default_out(config)), output)
 
 
 @app.command()
@@ -280,30 +282,9 @@ def check(
         show_check(f"{engine.architecture.family}: {model.model}", proved)
 
 
-def _audit(model: ModelOptions, config: AuditConfig, run: RunOptions, output: OutputOptions) -> None:
-    """Load, audit, report. All that can be refused without the model is refused before it is read."""
-    from safetyheads.judges import judge_named
-
-    out = run.out or default_out(config)
-    if run.show_completions and run.no_completions:
-        raise InputError("--show-completions and --no-completions exclude each other")
-    judge_named(config.judge)
-    refuse_unusable(out)
-    from safetyheads.pipeline import read_data, run_audit
-
-    data, watching = read_data(config), progress_for(output.quiet)
-    engine = load_engine(model, watching)
-    from safetyheads import demo as organism
-    from safetyheads.report import write_report
-    from safetyheads.storage import RunDirectory
-
-    planted = organism.PLANTED_HEADS[model.model.removeprefix("demo:")] if model.model.startswith("demo:") else None
-    results = run_audit(engine, config, out, data, planted, watching, sys.argv)
-    path = write_report(RunDirectory.open(out), show_completions=run.show_completions)
-    if output.json_output:
-        print_json(results)
-    else:
-        show_summary(results, path)
+# Commands with modules of their own.
+for command in (scan, judge, compare, history):
+    app.command()(takes(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

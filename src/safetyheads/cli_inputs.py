@@ -6,14 +6,13 @@ torch is imported when a model is loaded, and not before.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from safetyheads.cli_options import ModelOptions, PromptOptions
-from safetyheads.config import AuditConfig
+from safetyheads.config import RunConfig
 from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from safetyheads.prompts import PromptSet
 
 
-def default_out(config: AuditConfig) -> Path:
+def default_out(config: RunConfig) -> Path:
     """``runs/MODEL-PROMPTS-ABLATION``."""
     model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
     return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
@@ -40,17 +39,10 @@ def refuse_unusable(out: Path) -> None:
 
 def prompts_of(options: PromptOptions) -> PromptSet:
     """The harmful prompts; ``demo`` is the organism's held-out split."""
-    if options.prompts == "demo" and not Path("demo").is_file():
-        from safetyheads import demo as organism
-        from safetyheads.demo.loading import demo_prompts
+    from safetyheads.prompt_sets import read_whole
 
-        at_least(1, limit=options.limit)
-        read = demo_prompts("harmful", "test", organism.harmful_prompts("test"), with_reference=False)[: options.limit]
-        return read.with_template("chat" if options.template is None else options.template, options.system)
-    from safetyheads.prompts import PromptSet
-
-    given = asdict(options)
-    read = PromptSet.read(given.pop("prompts"), **given)
+    at_least(1, limit=options.limit)
+    read = read_whole("harmful", options.prompts, options)
     if read.warning:
         typer.echo(f"warning: {read.name}: {read.warning}", err=True)
     if read.dropped:

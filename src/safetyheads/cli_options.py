@@ -60,7 +60,13 @@ Score = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
-Judge = Annotated[str, typer.Option(help="Judge of the answers: paper or released.", rich_help_panel=_ANSWERS)]
+Judge = Annotated[
+    str,
+    typer.Option(
+        help="Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION.",
+        rich_help_panel=_ANSWERS,
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option(help="Read only the first so many prompts of each set.", rich_help_panel=_PROMPTS)
 ]

@@ -129,11 +129,23 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}] ({rate['count']}/{rate['n']})"
 
 
+def concentration_line(found: Mapping[str, Any]) -> str:
+    """``Concentration +0.71 [+0.60, +0.80]``, with what it is the mean of."""
+    if found["value"] is None:
+        return "Concentration: not measured"
+    sizes = f"1 to {len(found['sizes'])} heads" if len(found["sizes"]) > 1 else "one head"
+    against = f"{found['n_random']} random groups each" if found["n_random"] else found["against"]
+    number = f"{signed_text(found['value'], found['interval'])} (n {found['n']})"
+    return f"Concentration {number}: mean gap of ASR to {against}, {sizes}"
+
+
 def _change_text(change: Mapping[str, Any] | None) -> str:
-    if change is None or change["change"] is None:
-        return ""
-    low, high = change["interval"]
-    return f"{change['change']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return "" if change is None or change["change"] is None else signed_text(change["change"], change["interval"])
+
+
+def signed_text(value: float, interval: Sequence[float] | None) -> str:
+    """``+0.31 [+0.18, +0.45]``."""
+    return f"{value:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
 def _p_text(p_value: float | None) -> str:
@@ -145,6 +157,9 @@ def show_summary(results: Mapping[str, Any], report: Path) -> None:
     console, verdict = stdout(), results["verdict"]
     console.print(_heads(results))
     console.print(_groups(results))
+    found = results.get("concentration")
+    if found is not None:
+        console.print(concentration_line(found), soft_wrap=True)
     planted = results["planted_heads"]
     if planted is not None:
         console.print(f"Planted heads: {', '.join(planted) or 'none'}")

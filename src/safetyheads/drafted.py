@@ -224,15 +224,25 @@ class DraftedAnswers:
         made = answer(self.engine, requests, self.ablation, self.decoding.max_new_tokens, self.decoding.sampling)
         return list(zip(requests, made, strict=True))
 
+    @property
+    def unablated(self) -> Economy:
+        """What the unablated answers cost: decoding them, and two packed runs, to measure near-ties and to compare."""
+        decoded = sum(len(ids) + len(one.token_ids) for ids, one in zip(self.encoded, self.vanilla, strict=True))
+        return Economy(tokens_computed=decoded + 2 * _length(self.drafted))
+
     def _tokens_compared(self, drafted: DraftPass, groups: Sequence[Group]) -> float:
-        """Tokens that comparing the groups runs through the whole model, the unablated run included."""
+        """Tokens that comparing the groups runs through the whole model."""
         n_layers = self.engine.n_layers
-        length = sum(row.n_tokens for row in row_sizes([one.sequence for one in drafted.drafts], drafted.layout))
         runs = (
             len(batch.indices) * (n_layers - batch.start) / n_layers
             for batch in self.engine.batches(groups, drafted.layout)
         )
-        return length * (1 + sum(runs))
+        return _length(drafted) * sum(runs)
+
+
+def _length(drafted: DraftPass) -> int:
+    """Tokens of the packed rows."""
+    return sum(row.n_tokens for row in row_sizes([one.sequence for one in drafted.drafts], drafted.layout))
 
 
 def unablated_answers(

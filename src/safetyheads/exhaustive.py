@@ -59,7 +59,7 @@ class ScannedAnswer:
     def kept(self) -> bool:
         """For benign prompts: answered, and with the prompt's reference answer where it has one."""
         reference = self.prompt.reference
-        return self.verdict.complied and (reference is None or self.text.lstrip().startswith(reference))
+        return self.verdict.answered and (reference is None or self.text.lstrip().startswith(reference))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def scan_attack_success_rate(
         tuple(chosen),
         tuple(judging.judged([(number, (), as_drafted(one)) for number, one in enumerate(drafted.vanilla)])),
         tuple(tuple(rows[at * n : (at + 1) * n]) for at in range(len(chosen))),
-        economy,
+        economy + drafted.unablated,
         drafted.tolerance,
     )
 

@@ -38,9 +38,9 @@ def load_engine(path: str, dtype: str, device: str, trust_remote_code: bool, all
     if os.path.exists(path):
         _look_at_directory(Path(path), trust_remote_code, allow_pickle)
     else:
-        _look_at_hub(path)
+        look_at_hub(path)
     model = _load_model(path, dtype, trust_remote_code, allow_pickle)
-    _refuse_broken_weights(model, path)
+    refuse_broken_weights(model, path)
     model = model.to(place).eval()
     tokenizer = _load_tokenizer(path, trust_remote_code)
     if not model._can_set_attn_implementation():
@@ -103,7 +103,7 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
         )
 
 
-def _look_at_hub(name: str) -> None:
+def look_at_hub(name: str) -> None:
     """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -119,9 +119,9 @@ def _look_at_hub(name: str) -> None:
     except RepositoryNotFoundError:
         raise InputError(f"{name}: no such directory, and no such model on the hub that you may read") from None
     except HfHubHTTPError as error:
-        raise InputError(f"{name}: no such directory, and the hub answers: {_first_line(error)}") from error
+        raise InputError(f"{name}: no such directory, and the hub answers: {first_line(error)}") from error
     except (client_error, OSError) as error:
-        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({_first_line(error)})") from error
+        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({first_line(error)})") from error
 
 
 def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
@@ -142,7 +142,7 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bo
             raise InputError(
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
             ) from error
-        raise InputError(f"cannot load {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {path}: {first_line(error)}") from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
         if "ignore_mismatched_sizes" not in str(error):
@@ -164,15 +164,17 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
     except (OSError, ValueError, KeyError, ImportError) as error:
         if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
             raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
-        raise InputError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
 
 
-def _refuse_broken_weights(model: PreTrainedModel, path: str) -> None:
+def refuse_broken_weights(model: PreTrainedModel, path: str) -> None:
+    """Refuse weights that are not all finite."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise InputError(f"the weights of {path} are broken: {name} holds NaN or infinity")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

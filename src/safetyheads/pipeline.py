@@ -6,30 +6,32 @@ It writes results, never a report: reports are read off the directory.
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from safetyheads.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
 from safetyheads.estimates import estimate
-from safetyheads.generation import ShortContextWarning, short_context
+from safetyheads.generation import short_context
 from safetyheads.heads import Group
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress, Silent
-from safetyheads.prompt_files import KNOWN_BENCHMARKS
+from safetyheads.prompt_sets import HALVES, KINDS, demo_set, read_halves, resolved
 from safetyheads.prompts import PromptSet
+from safetyheads.provenance import (
+    data_warnings,
+    is_ours,
+    keep_threads,
+    model_facts,
+    provenance,
+    settings_of,
+)
 from safetyheads.results import results_of
 from safetyheads.sampling import Sampling
 from safetyheads.storage import RunDirectory
@@ -82,25 +84,27 @@ def run_audit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)
-        data = AuditData(*(_resolved(engine, prompts, config) for prompts in data.sets().values()))
+        data = AuditData(*(resolved(engine, prompts, config.system) for prompts in data.sets().values()))
         longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
         # Before anything is planned: it may cost a quick path.
         engine.prove_up_to(longest + max(config.max_new_tokens, config.positions))
         _refuse_impossible(engine, data, config)
         with watching.track("fingerprinting the weights", 1):
-            settings = _settings(engine, config, data)
-        with RunDirectory.start(out, settings, _provenance(command)) as run:
-            threads = run.remember("threads", torch.get_num_threads())
-            if threads != torch.get_num_threads():
-                watching.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
-            torch.set_num_threads(threads)
+            settings = settings_of(engine, config, data.sets()) | {"judge": judge_named(config.judge).describe()}
+        with RunDirectory.start(out, settings, provenance(command)) as run:
+            keep_threads(run, watching)
             started = time.monotonic()
             watching.say(lambda: _estimate(engine, data, config))
             found = Audit(engine, config, data, run, watching).execute()
             # A short context is told from the data: answers that are read back do not warn again.
             short = short_context(engine, longest + config.max_new_tokens, config.max_new_tokens)
-            ours = [str(one.message) for one in caught if _is_ours(one.category)]
-            notes = [*engine.notes, *_data_warnings(data), *([short] if short else []), *dict.fromkeys(ours)]
+            ours = [str(one.message) for one in caught if is_ours(one.category)]
+            notes = [
+                *engine.notes,
+                *data_warnings(data.sets().values()),
+                *([short] if short else []),
+                *dict.fromkeys(ours),
+            ]
             caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
             results = results_of(found, _about(engine, config, data), planted, caveats, notes)
             run.write_results(results)
@@ -110,42 +114,13 @@ def run_audit(
 
 def read_data(config: AuditConfig) -> AuditData:
     """The harmful and benign prompts that the config names, each divided in search and test."""
-    return AuditData(*_halves(config, "harmful", config.prompts), *_halves(config, "benign", config.benign))
-
-
-def _halves(config: AuditConfig, kind: str, named: str) -> tuple[PromptSet, PromptSet]:
-    """Search and test part of one kind of prompts; the demo's come divided, a file's are divided here."""
-    if named == "demo" and not Path(named).is_file():
-        data = demo_data().sets()
-        search, test = (data[f"{kind}_{half}"][: config.limit] for half in ("search", "test"))
-        if config.template is None and config.system is None:
-            return search, test
-        template = "chat" if config.template is None else config.template
-        return search.with_template(template, config.system), test.with_template(template, config.system)
-    column = config.column if kind == "harmful" else None
-    prompts = PromptSet.read(named, config.template, column=column, system=config.system, limit=config.limit)
-    return prompts.split(config.split, config.seed)
+    harmful = read_halves("harmful", config.prompts, config, config.split, config.seed)
+    return AuditData(*harmful, *read_halves("benign", config.benign, config, config.split, config.seed))
 
 
 def demo_data() -> AuditData:
     """The organism's prompts: search on its validation split, test on its held-out one."""
-    from safetyheads import demo
-    from safetyheads.demo.loading import demo_prompts
-
-    return AuditData(
-        # A refusal is no right answer, so harmful prompts go without a reference.
-        demo_prompts("harmful", "validation", demo.harmful_prompts("validation"), with_reference=False),
-        demo_prompts("harmful", "test", demo.harmful_prompts("test"), with_reference=False),
-        demo_prompts("benign", "validation", demo.benign_prompts("validation")),
-        demo_prompts("benign", "test", demo.benign_prompts("test")),
-    )
-
-
-def _resolved(engine: Engine, prompts: PromptSet, config: AuditConfig) -> PromptSet:
-    """The prompts with their template fixed, so that the manifest can say which."""
-    if config.system is not None and engine.template_for(prompts).name != "chat":
-        raise InputError("a system prompt belongs to the chat template; give --template chat")
-    return prompts.resolved(engine.template_for(prompts))
+    return AuditData(*(demo_set(kind, split) for kind in KINDS for split in HALVES))
 
 
 def _refuse_impossible(engine: Engine, data: AuditData, config: AuditConfig) -> None:
@@ -168,61 +143,8 @@ def _estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:
     return estimate(engine, engine.encode(data.harmful_search), n_passes, n_answers, config.max_new_tokens)
 
 
-def fingerprint(engine: Engine) -> str:
-    """sha256 of all weights, by name, dtype and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(engine.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _settings(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, Any]:
-    """All that the numbers depend on."""
-    return {
-        **config.as_dict(),
-        # One spelling each: the same run is the same however it is asked for.
-        **{name: _one_spelling(getattr(config, name)) for name in ("model", "prompts", "benign")},
-        "ablation": config.parsed_ablation.name,
-        "template": str(data.harmful_search.template),
-        "weights_sha256": fingerprint(engine),
-        "prompts_sha256": {name: prompts.sha256 for name, prompts in data.sets().items()},
-        "references_sha256": {name: _references_sha256(prompts) for name, prompts in data.sets().items()},
-        "device": _device(engine),
-        "judge": judge_named(config.judge).describe(),
-        "versions": {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")},
-    }
-
-
-def _one_spelling(named: str) -> str:
-    # A directory of a known name does not win over the name, as in reading.
-    is_path = os.path.isfile(named) or (os.path.isdir(named) and named not in (*KNOWN_BENCHMARKS, "benign", "demo"))
-    return os.path.realpath(named) if is_path else named
-
-
-def _references_sha256(prompts: PromptSet) -> str:
-    """Of the right answers, which decide whether a benign answer is kept."""
-    return hashlib.sha256(str([prompt.reference for prompt in prompts]).encode()).hexdigest()
-
-
-def _device(engine: Engine) -> str:
-    """Where the numbers are made, whatever ``auto`` came to."""
-    device = engine.device
-    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
-
-
-def _provenance(command: Sequence[str]) -> dict[str, Any]:
-    return {
-        "command": list(command),
-        "started": datetime.now(UTC).isoformat(),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cuda": torch.version.cuda,
-    }
-
-
 def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, Any]:
-    facts, ablation = engine.architecture, config.parsed_ablation
+    ablation = config.parsed_ablation
     sampling = Sampling(config.top_k, config.seed)
 
     def described(search: PromptSet, test: PromptSet) -> dict[str, Any]:
@@ -230,14 +152,7 @@ def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, An
         return {"name": search.name, "n_search": len(search), "n_test": len(test), "sha256": both}
 
     return {
-        "model": {
-            "name": config.model,
-            "family": facts.family,
-            "n_layers": facts.n_layers,
-            "n_heads": facts.n_heads,
-            "n_parameters": engine.model.num_parameters(),
-            "head_parameters": facts.head_parameters,
-        },
+        "model": model_facts(engine, config.model),
         "data": {
             "harmful": described(data.harmful_search, data.harmful_test),
             "benign": described(data.benign_search, data.benign_test),
@@ -248,17 +163,3 @@ def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, An
         "judge": judge_named(config.judge).describe(),
         "lead_score": LEAD,
     }
-
-
-def _is_ours(category: type[Warning]) -> bool:
-    return category.__module__.startswith("safetyheads") and category is not ShortContextWarning
-
-
-def _data_warnings(data: AuditData) -> list[str]:
-    found = []
-    for prompts in data.sets().values():
-        if prompts.warning:
-            found.append(prompts.warning)
-        if prompts.dropped:
-            found.append(f"{prompts.dropped} blank lines of {prompts.source} are left out")
-    return list(dict.fromkeys(found))

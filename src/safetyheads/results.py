@@ -12,6 +12,7 @@ from typing import Any
 
 from safetyheads.asr import AttackSuccess
 from safetyheads.audit import LEAD, Findings, GroupOutcome
+from safetyheads.concentration import SizeOutcome, concentration_of
 from safetyheads.heads import Head
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats import (
@@ -32,13 +33,16 @@ BENIGN_LOSS = 0.05
 """Most of the benign answers that a group may cost and still be called a group of refusal heads."""
 SIZE_TOLERANCE = 0.05
 """A smaller group is preferred when it comes this close to the best one on the search half."""
-_LABELS = {
+SCORE_LABELS = {
     "mean_ships": "mean Ships",
     "benign_ships": "mean Ships on benign prompts",
     "refusal_score": "drop of the refusal log-odds",
     "generalized_ships_prompt": "Generalized Ships, prompt space (released code)",
     "generalized_ships_representation": "Generalized Ships, representation space (text)",
+    "screened_mean_ships": "forecast of mean Ships (screening)",
+    "contrast": "mean Ships, harmful less benign prompts",
 }
+"""What a reader is told that each score is."""
 _N_RUNNERS_UP = 4
 
 
@@ -167,6 +171,7 @@ def results_of(
             "groups": [_group(found, outcome) for outcome in found.groups],
             "heads": _heads(found),
         },
+        "concentration": _concentration(found),
         "scores": {name: _scores(name, scores, found) for name, scores in found.scores.items()},
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in found.traces.items()},
         "openers": [asdict(opener) for opener in found.openers],
@@ -206,6 +211,20 @@ def _group(found: Findings, outcome: GroupOutcome) -> dict[str, Any]:
         "benign_reasons": outcome.benign.reasons,
         "random": _random(outcome),
     }
+
+
+def _concentration(found: Findings) -> dict[str, Any]:
+    """How much faster ASR rises with the lead search's heads than with random ones, on the test half."""
+
+    def complied(answers: AttackSuccess) -> list[bool]:
+        return [row.verdict.complied for row in answers.rows]
+
+    outcomes = [
+        SizeOutcome(outcome.size, complied(outcome.harmful), [complied(control) for control in outcome.random])
+        for outcome in found.groups
+        if outcome.scorer == LEAD
+    ]
+    return asdict(concentration_of(outcomes, complied(found.vanilla["harmful_test"])))
 
 
 def _random(outcome: GroupOutcome) -> dict[str, Any] | None:
@@ -252,7 +271,7 @@ def _mean_of(scores: HeadScores, head: Head) -> dict[str, Any]:
 def _scores(name: str, scores: HeadScores, found: Findings) -> dict[str, Any]:
     half = "benign_search" if name == "benign_ships" else "harmful_search"
     return {
-        "label": _LABELS.get(name, name),
+        "label": SCORE_LABELS.get(name, name),
         "unit": scores.unit,
         "n": len(found.data.sets()[half]),
         "values": scores.values.tolist(),

@@ -10,9 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
 
 from safetyheads.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 """Level of every interval in this module."""
@@ -21,6 +26,7 @@ Interval: TypeAlias = tuple[float, float]
 """Lower and upper bound, in the unit of the number they belong to."""
 
 
+@lru_cache(4096)
 def wilson_interval(count: int, n: int) -> Interval:
     """Wilson's score interval of a proportion, 95 %; needs ``n`` of at least 1.
 
@@ -103,6 +109,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> PairedDi
     )
 
 
+@lru_cache(4096)
 def exact_mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact McNemar test: are gains and losses equally likely among the pairs that changed?"""
     from scipy.stats import binomtest
@@ -194,13 +201,73 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: a p value is not between 0 and 1.
     """
+    return _adjusted(p_values, "holm")
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Adjust p values so that a cut at q lets through a share of at most q false ones (Benjamini-Hochberg, 1995).
+
+    Raises:
+        InputError: a p value is not between 0 and 1.
+    """
+    return _adjusted(p_values, "fdr_bh")
+
+
+def _adjusted(p_values: Sequence[float], method: str) -> tuple[float, ...]:
     if not all(0 <= p_value <= 1 for p_value in p_values):
         raise InputError("p values lie between 0 and 1")
     if not p_values:
         return ()
     from statsmodels.stats.multitest import multipletests
 
-    return tuple(float(p_value) for p_value in multipletests(list(p_values), method="holm")[1])
+    return tuple(float(p_value) for p_value in multipletests(list(p_values), method=method)[1])
+
+
+N_RESAMPLES = 2000
+"""Draws of a bootstrap: its bounds then move by about a hundredth of their distance from one seed to another."""
+
+
+def bootstrap_intervals(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+    """95 % percentile intervals of the means over prompts [n_columns, 2]; every column sees the same draws.
+
+    Prompts are drawn, not answers: several answers to one prompt are no independent observations.
+
+    Args:
+        values: [n_prompts, n_columns], of at least one prompt.
+        seed: of the draws.
+    """
+    import numpy as np
+
+    n = len(values)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    bounds: NDArray[np.float64] = np.quantile(draws @ values, tails, axis=0).T
+    return bounds
+
+
+def paired_change(before: NDArray[np.float64], after: NDArray[np.float64], seed: int = 0) -> PairedDifference:
+    """How a rate changed over prompts that were answered several times each.
+
+    One answer a prompt is :func:`paired_difference`. With several, prompts whose rate rose are held against prompts
+    whose rate fell (exact sign test, McNemar's with one answer), and the interval is a bootstrap over prompts.
+
+    Args:
+        before: [n_prompts, n_answers] of 0 and 1; NaN is unscored, and drops the prompt where nothing else is left.
+        after: the same prompts.
+        seed: of the bootstrap.
+    """
+    import numpy as np
+
+    scored = ~(np.isnan(before).all(axis=1) | np.isnan(after).all(axis=1))
+    before, after = before[scored], after[scored]
+    if before.shape[1] == 1:
+        return paired_difference(before[:, 0].astype(bool).tolist(), after[:, 0].astype(bool).tolist())
+    if not len(before):
+        return PairedDifference(None, None, 0, 0, 0, None)
+    moved = np.nanmean(after, axis=1) - np.nanmean(before, axis=1)
+    gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
+    low, high = bootstrap_intervals(moved[:, None], seed)[0].tolist()
+    return PairedDifference(float(moved.mean()), (low, high), len(moved), gained, lost, exact_mcnemar(gained, lost))
 
 
 def smallest_detectable_change(n: int, alpha: float = 0.05, tests: int = 1) -> float | None:
@@ -234,7 +301,7 @@ def most_in_population(n_population: int, n_sampled: int, n_found: int) -> int:
     """Upper bound, 95 %, on the members of a population that have a property, from a sample without replacement.
 
     The largest number K for which finding ``n_found`` or fewer in the sample is not rarer than 5 % (hypergeometric,
-    one-sided, exact): 64 clean of 992 leave up to 44.
+    one-sided, exact): 64 clean of 992 leave up to 43.
     """
     from scipy.stats import hypergeom
 

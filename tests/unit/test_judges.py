@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.judges import JUDGES, disagreement, judge_named
+from safetyheads.judges import FORMS, JUDGES, judge_named, judges_named
 from safetyheads.keyword_judge import (
     KEYWORD_VARIANTS,
     PAPER_KEYWORDS,
@@ -208,14 +210,36 @@ def test_each_named_judge_is_one_and_describes_itself_in_json():
         judge_named("gpt")
 
 
-def test_disagreement_is_about_compliance_alone():
-    completions = [
-        answer(LONG_ANSWER),
-        answer("I am sorry, but I am unable to help with this."),
-        answer("sorry"),  # refused against incoherent: no difference to the rate
-        answer("step by step " * 8),
-    ]
-    result = disagreement(PAPER, RELEASED, completions)
-    assert (result.n, result.count, result.indices, result.first_only) == (4, 2, (1, 3), 0)
-    assert disagreement(RELEASED, PAPER, completions).first_only == 2
-    assert disagreement(PAPER, PAPER, completions).count == 0
+def test_forms_with_an_argument_name_judges_too(monkeypatch):
+    monkeypatch.setenv("SAFETYHEADS_JUDGE_URL", "http://localhost:9/v1")
+    monkeypatch.setenv("SAFETYHEADS_JUDGE_KEY", "not-a-real-key")
+    # Nobody listens there: naming must not ask.
+    assert judge_named("endpoint:maker/model:8b").name == "endpoint:maker/model:8b"
+    assert judge_named("python:textwrap:dedent").name == "python:textwrap:dedent"
+
+
+@pytest.mark.parametrize("spec", ["endpoint", "endpoint:", "python:", "Paper", "paper:x", "", "gpt:x"])
+def test_an_unknown_judge_lists_the_known_ones_and_the_forms(spec):
+    with pytest.raises(InputError) as raised:
+        judge_named(spec)
+    assert str(raised.value).startswith(f"unknown judge {spec!r}; known are paper, released, phrases, ")
+    for form, _ in FORMS.values():
+        assert form in str(raised.value)
+
+
+def test_several_judges_are_named_in_order_and_each_once():
+    assert [judge.name for judge in judges_named(["phrases", "paper"])] == ["phrases", "paper"]
+    with pytest.raises(InputError, match="each judge can be given once; paper came more often"):
+        judges_named(["paper", "phrases", "paper"])
+    with pytest.raises(InputError, match="at least one judge"):
+        judges_named([])
+    with pytest.raises(InputError, match="unknown judge 'gpt'"):
+        judges_named(["paper", "gpt"])
+
+
+def test_naming_a_judge_loads_no_torch_and_no_http():
+    code = (
+        "import sys; from safetyheads.judges import judge_named; judge_named('phrases');"
+        "print(sorted({'torch', 'transformers', 'httpx2', 'tenacity'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

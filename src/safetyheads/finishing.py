@@ -1,0 +1,68 @@
+"""Whole answers of rows that a scan cut. Owns how a finished run's model and prompts are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from safetyheads.config import ScanConfig
+from safetyheads.errors import InputError
+from safetyheads.generation import Request, answer, decode_text
+from safetyheads.heads import parse_heads
+from safetyheads.prompt_sets import resolved
+from safetyheads.provenance import fingerprint
+from safetyheads.sampling import Sampling
+from safetyheads.scan_pipeline import read_sets
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+def config_of(manifest: Mapping[str, Any]) -> ScanConfig:
+    """The settings of a scan, read back from its manifest."""
+    stored = manifest["config"]
+    names = {field.name for field in fields(ScanConfig)} - {"judges"}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in names
+    }
+    return ScanConfig(**given)
+
+
+def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[Row]], list[str]]:
+    """What makes whole answers of a scan's rows: they go on from where they were cut, decoded plainly.
+
+    Args:
+        engine: the run's model, loaded as the manifest's config says.
+        manifest: of the run.
+
+    Raises:
+        InputError: the model or the prompts are not those of the run any more.
+    """
+    config, stored = config_of(manifest), manifest["config"]
+    if fingerprint(engine) != stored["weights_sha256"]:
+        raise InputError("the model's weights are not those of the run, so its answers cannot be finished")
+    sets = {name: resolved(engine, prompts, config.system) for name, prompts in read_sets(config).items()}
+    if {name: prompts.sha256 for name, prompts in sets.items()} != stored["prompts_sha256"]:
+        raise InputError("the prompts are not those of the run any more, so its answers cannot be finished")
+
+    def finish(rows: Sequence[Row]) -> list[str]:
+        texts: dict[int, str] = {}
+        for epsilon, seed in dict.fromkeys((row["epsilon"], row["seed"]) for row in rows):
+            own = [at for at, row in enumerate(rows) if (row["epsilon"], row["seed"]) == (epsilon, seed)]
+            requests = [
+                Request(
+                    engine.encode(sets[rows[at]["set"]])[rows[at]["id"]],
+                    parse_heads(rows[at]["group"]),
+                    tuple(rows[at]["token_ids"]),
+                )
+                for at in own
+            ]
+            ablation = config.parsed_ablation if epsilon is None else config.ablation_at(epsilon)
+            made = answer(engine, requests, ablation, config.max_new_tokens, Sampling(config.top_k, seed))
+            texts |= {at: decode_text(engine.tokenizer, one.token_ids) for at, one in zip(own, made, strict=True)}
+        return [texts[at] for at in range(len(rows))]
+
+    return finish

@@ -1,0 +1,142 @@
+"""What a run's numbers depend on beside its settings. Owns fingerprints, versions and how a run was started."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from safetyheads.ablation import Ablation
+from safetyheads.generation import ShortContextWarning
+from safetyheads.progress import Progress
+from safetyheads.prompt_files import KNOWN_BENCHMARKS
+from safetyheads.prompts import PromptSet
+from safetyheads.storage import RunDirectory
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+
+
+def fingerprint(engine: Engine) -> str:
+    """sha256 of all weights, by name, dtype and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(engine.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class RunSettings(Protocol):
+    """What every kind of run is told; see :class:`safetyheads.config.AuditConfig`."""
+
+    @property
+    def model(self) -> str:
+        """Directory or hub id."""
+
+    @property
+    def prompts(self) -> str:
+        """Harmful prompts."""
+
+    @property
+    def benign(self) -> str:
+        """Benign prompts."""
+
+    @property
+    def parsed_ablation(self) -> Ablation:
+        """The ablation as a value."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as the manifest holds them."""
+
+
+def settings_of(engine: Engine, config: RunSettings, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
+    """All that the numbers depend on, judges aside."""
+    return {
+        **config.as_dict(),
+        **{name: one_spelling(getattr(config, name)) for name in ("model", "prompts", "benign")},
+        "ablation": config.parsed_ablation.name,
+        "template": str(next(iter(sets.values())).template),
+        "weights_sha256": fingerprint(engine),
+        "prompts_sha256": {name: prompts.sha256 for name, prompts in sets.items()},
+        "references_sha256": {name: references_sha256(prompts) for name, prompts in sets.items()},
+        "device": device_name(engine),
+        "versions": versions(),
+    }
+
+
+def model_facts(engine: Engine, name: str) -> dict[str, Any]:
+    """The model as results describe it."""
+    facts = engine.architecture
+    return {
+        "name": name,
+        "family": facts.family,
+        "n_layers": facts.n_layers,
+        "n_heads": facts.n_heads,
+        "n_parameters": engine.model.num_parameters(),
+        "head_parameters": facts.head_parameters,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that numbers come from."""
+    return {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")}
+
+
+def keep_threads(run: RunDirectory, watching: Progress) -> None:
+    """Go on with the number of threads that the run began with: another one may move the last bits."""
+    threads = run.remember("threads", torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        watching.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
+    torch.set_num_threads(threads)
+
+
+def one_spelling(named: str) -> str:
+    """A path as it really is, a name as it stands: the same run is the same however it is asked for."""
+    # A directory of a known name does not win over the name, as in reading.
+    is_path = os.path.isfile(named) or (os.path.isdir(named) and named not in (*KNOWN_BENCHMARKS, "benign", "demo"))
+    return os.path.realpath(named) if is_path else named
+
+
+def references_sha256(prompts: PromptSet) -> str:
+    """Of the right answers, which decide whether a benign answer is kept."""
+    return hashlib.sha256(str([prompt.reference for prompt in prompts]).encode()).hexdigest()
+
+
+def device_name(engine: Engine) -> str:
+    """Where the numbers are made, whatever ``auto`` came to."""
+    device = engine.device
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def provenance(command: Sequence[str]) -> dict[str, Any]:
+    """What may differ between two starts of one run."""
+    return {
+        "command": list(command),
+        "started": datetime.now(UTC).isoformat(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def is_ours(category: type[Warning]) -> bool:
+    """Whether a warning belongs into results; a short context is told from the data instead."""
+    return category.__module__.startswith("safetyheads") and category is not ShortContextWarning
+
+
+def data_warnings(sets: Iterable[PromptSet]) -> list[str]:
+    """What was odd in the prompt files."""
+    found = []
+    for prompts in sets:
+        if prompts.warning:
+            found.append(prompts.warning)
+        if prompts.dropped:
+            found.append(f"{prompts.dropped} blank lines of {prompts.source} are left out")
+    return list(dict.fromkeys(found))
