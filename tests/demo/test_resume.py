@@ -1,4 +1,4 @@
-"""Kill an audit at any point, start it again: only what was missing is computed, and the results are the same bytes."""
+"""Kill a run at any point, start it again: only what was missing is computed, and the results are the same bytes."""
 
 import os
 import signal
@@ -8,24 +8,30 @@ from pathlib import Path
 
 import pytest
 
-# Loads the model once (that is most of the time), then forks an audit for each line "directory count" it reads; with
-# a count, the audit kills itself in the so-manieth write. Answers "exit status, writes" on one line.
+# Loads the model once (that is most of the time), then forks a run for each line "kind directory count" it reads; with
+# a count, the run kills itself in the so-manieth write. Answers its exit status on one line.
 SERVER = """
 import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetyheads.audit import AuditData
-from safetyheads.config import AuditConfig
+from safetyheads import scan_run
+from safetyheads.config import AuditConfig, ScanConfig
 from safetyheads.demo.loading import load_demo
 from safetyheads.pipeline import demo_data, run_audit
+from safetyheads.scan_pipeline import read_sets, run_scan
 
-config = AuditConfig("demo:aligned_a", "demo", "demo", n_random=3, size=2, max_new_tokens=24)
+audited = AuditConfig("demo:aligned_a", "demo", "demo", n_random=3, size=2, max_new_tokens=24)
 data = AuditData(*(prompts[:6] for prompts in demo_data().sets().values()))
+beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
+sampled = dict(judges=("paper", "phrases"), top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
+scanned = ScanConfig("demo:aligned_a", "demo", "demo", **beside, **sampled)
+scan_run._ROWS_TOGETHER = 66  # eleven heads a chunk, so that there are several
 engine = load_demo().engine
 replace = os.replace
 
-def audit(out, deadly):
+def run(kind, out, deadly):
     written = 0
     def counted(*names):
         nonlocal written
@@ -34,15 +40,18 @@ def audit(out, deadly):
             os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
         replace(*names)
     os.replace = counted
-    run_audit(engine, config, Path(out), data)
+    if kind == "audit":
+        run_audit(engine, audited, Path(out), data)
+    else:
+        run_scan(engine, scanned, Path(out), read_sets(scanned))
     Path(out + ".writes").write_text(str(written))
 
 for line in sys.stdin:
-    out, deadly = line.split()
+    kind, out, deadly = line.split()
     child = os.fork()
     if child == 0:
         try:
-            audit(out, int(deadly))
+            run(kind, out, int(deadly))
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -52,14 +61,14 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def audit():
+def run():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as server:
 
-        def made(out, deadly=0):
-            server.stdin.write(f"{out} {deadly}\n")
+        def made(kind, out, deadly=0):
+            server.stdin.write(f"{kind} {out} {deadly}\n")
             server.stdin.flush()
             return int(server.stdout.readline())
 
@@ -67,11 +76,11 @@ def audit():
         server.stdin.close()
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(audit, tmp_path_factory):
+@pytest.fixture(scope="module", params=["audit", "scan"])
+def uninterrupted(run, tmp_path_factory, request):
     out = tmp_path_factory.mktemp("resume") / "whole"
-    assert audit(out) == 0
-    return out, int(Path(f"{out}.writes").read_text())
+    assert run(request.param, out) == 0
+    return request.param, out, int(Path(f"{out}.writes").read_text())
 
 
 def _shards(out):
@@ -84,12 +93,12 @@ def _shards(out):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
-def test_killed_and_started_again(audit, uninterrupted, tmp_path, share):
-    whole, n_writes = uninterrupted
+def test_killed_and_started_again(run, uninterrupted, tmp_path, share):
+    kind, whole, n_writes = uninterrupted
     out = tmp_path / "run"
-    assert audit(out, deadly=1 + round(share * (n_writes - 1))) == -signal.SIGKILL
+    assert run(kind, out, deadly=1 + round(share * (n_writes - 1))) == -signal.SIGKILL
     before = _shards(out)
-    assert audit(out) == 0
+    assert run(kind, out) == 0
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     after = _shards(out)
     assert after.keys() == _shards(whole).keys()
