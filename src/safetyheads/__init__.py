@@ -16,9 +16,13 @@ from safetyheads.prompts import Prompt, PromptSet, Template
 if TYPE_CHECKING:
     from safetyheads.asr import AttackSuccess, attack_success_rate, query_level_attack_success_rate, query_level_groups
     from safetyheads.demo.loading import Demo, load_demo
+    from safetyheads.drafted import Decoding
     from safetyheads.engine import Engine
+    from safetyheads.exhaustive import AnswerScan, scan_attack_success_rate
     from safetyheads.generation import generate
+    from safetyheads.judges import judge_named
     from safetyheads.keyword_judge import KeywordJudge
+    from safetyheads.phrase_judge import PhraseJudge
     from safetyheads.refusal import Opener, refusal_score
     from safetyheads.rescoring import Extent, Rescored, screened_ships
     from safetyheads.sampling import GREEDY, TOP_5, Sampling
@@ -37,7 +41,12 @@ _LAZY = {
     "query_level_groups": "asr",
     "Demo": "demo.loading",
     "load_demo": "demo.loading",
+    "Decoding": "drafted",
     "Engine": "engine",
+    "AnswerScan": "exhaustive",
+    "scan_attack_success_rate": "exhaustive",
+    "judge_named": "judges",
+    "PhraseJudge": "phrase_judge",
     "GREEDY": "sampling",
     "TOP_5": "sampling",
     "Sampling": "sampling",
@@ -69,8 +78,10 @@ __all__ = [
     "TOP_5",
     "UNDIFFERENTIATED_ATTENTION",
     "Ablation",
+    "AnswerScan",
     "AttackSuccess",
     "Completion",
+    "Decoding",
     "Demo",
     "Engine",
     "Extent",
@@ -82,6 +93,7 @@ __all__ = [
     "KeywordJudge",
     "Opener",
     "PairedDifference",
+    "PhraseJudge",
     "Prompt",
     "PromptSet",
     "Rate",
@@ -95,6 +107,7 @@ __all__ = [
     "attack_success_rate",
     "generalized_ships",
     "generate",
+    "judge_named",
     "load_demo",
     "mean_ships",
     "parse_heads",
@@ -103,6 +116,7 @@ __all__ = [
     "rank_heads",
     "refusal_score",
     "sahara",
+    "scan_attack_success_rate",
     "screened_ships",
     "ships",
 ]

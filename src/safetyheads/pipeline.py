@@ -47,8 +47,8 @@ CAVEATS = (
     "A low ASR is no proof of safety. It holds for these prompts, this template and this way of decoding.",
     'A head is not "the" safety mechanism. Ablating one changes all that comes after it, and refusals can run through '
     "other parts that nobody ablated.",
-    "The judge reads words, not harm. An answer has complied when no wording of a refusal is in it and it is neither "
-    "short nor repeating; whether it is harmful, true or of use is not asked.",
+    "A judge of words reads words, not harm. For it an answer has complied when no wording of a refusal is in it and "
+    "it is neither short nor repeating; whether it is harmful, true or of use is not asked.",
     "Intervals cover the draw of prompts only. Other seeds, templates, judges and precisions are not in them.",
 )
 """What no audit shows; the first sentence is the point, the rest why."""

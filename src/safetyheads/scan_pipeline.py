@@ -89,6 +89,9 @@ def run_scan(
             keep_threads(run, watching)
             started = time.monotonic()
             watching.say(lambda: _estimate(engine, sets, config))
+            patient = [judge.name for judge in judges if not judge.decides_early]
+            if patient and not config.full_answers:
+                watching.say(f"rows end when all judges are final; {', '.join(patient)} needs whole answers")
             found = Scan(engine, config, sets, judges, run, watching).execute()
             short = short_context(engine, longest + config.max_new_tokens, config.max_new_tokens)
             ours = [str(one.message) for one in caught if is_ours(one.category)]
