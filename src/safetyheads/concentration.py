@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.errors import InputError
-from safetyheads.stats import CONFIDENCE, Interval, bootstrap_intervals
+from safetyheads.stats import Interval, bootstrap_intervals
 
 BoolArray: TypeAlias = NDArray[np.bool_]
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -135,17 +135,11 @@ def prompt_gains(groups: BoolArray, random: BoolArray, vanilla: Sequence[bool] |
 
 
 def bootstrap_interval(values: FloatArray, seed: int = 0, span: float = 1.0) -> Interval | None:
-    """95 % percentile interval of the mean of values between -span and span; None below two values.
+    """95 % interval of the mean of values between -span and span (:func:`safetyheads.stats.bootstrap_intervals`).
 
-    Where all values are equal, resampling would give a point and so claim a certainty that n values do not have.
-    Then it is the exact bound on the share of other values that n draws can have missed (Clopper and Pearson), all
-    of which may lie at one end.
+    None below two values.
     """
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return None
-    if np.ptp(values) < 1e-12:
-        missed, value = 1 - ((1 - CONFIDENCE) / 2) ** (1 / n), float(values[0])
-        return value - missed * (value + span), value + missed * (span - value)
-    low, high = bootstrap_intervals(values[:, None], seed)[0].tolist()
+    low, high = bootstrap_intervals(values[:, None], seed, -span, span)[0].tolist()
     return low, high

@@ -287,7 +287,7 @@ def _synergy(table: RowTable, vanilla: Answered, epsilon: float, lead: str) -> d
                 "together": rate(together.verdict("complied", lead)),
                 "alone": [rate(one.verdict("complied", lead)) for one in alone],
                 "synergy": float(beyond.mean()),
-                "interval": bootstrap_intervals(beyond[:, None])[0].tolist(),
+                "interval": bootstrap_intervals(beyond[:, None], least=-2.0, most=2.0)[0].tolist(),
                 "n": len(beyond),
             }
         )

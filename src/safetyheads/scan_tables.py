@@ -72,7 +72,7 @@ def rate(values: Floats) -> dict[str, Any]:
     found = asdict(Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum())))
     if values.shape[1] > 1 and scored.any():
         means = np.nanmean(values[scored.any(axis=1)], axis=1)
-        found["interval"] = bootstrap_intervals(means[:, None])[0].tolist()
+        found["interval"] = bootstrap_intervals(means[:, None], least=0.0)[0].tolist()
     return found
 
 

@@ -227,14 +227,21 @@ N_RESAMPLES = 2000
 """Draws of a bootstrap: its bounds then move by about a hundredth of their distance from one seed to another."""
 
 
-def bootstrap_intervals(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+def bootstrap_intervals(
+    values: NDArray[np.float64], seed: int = 0, least: float = -1.0, most: float = 1.0
+) -> NDArray[np.float64]:
     """95 % percentile intervals of the means over prompts [n_columns, 2]; every column sees the same draws.
 
-    Prompts are drawn, not answers: several answers to one prompt are no independent observations.
+    Prompts are drawn, not answers: several answers to one prompt are no independent observations. Where all values
+    of a column are equal, resampling would give a point, and so claim a certainty that n values do not have; there
+    it is the exact bound on the share of other values that n draws can have missed (Clopper and Pearson), all of
+    which may lie at one end.
 
     Args:
         values: [n_prompts, n_columns], of at least one prompt.
         seed: of the draws.
+        least: the lowest value that there can be.
+        most: the highest.
     """
     import numpy as np
 
@@ -242,7 +249,9 @@ def bootstrap_intervals(values: NDArray[np.float64], seed: int = 0) -> NDArray[n
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     bounds: NDArray[np.float64] = np.quantile(draws @ values, tails, axis=0).T
-    return bounds
+    equal, missed = np.ptp(values, axis=0) < 1e-12, 1 - tails[0] ** (1 / n)
+    beyond = np.stack([values[0] - missed * (values[0] - least), values[0] + missed * (most - values[0])], axis=1)
+    return np.where(equal[:, None], beyond, bounds)
 
 
 def paired_change(before: NDArray[np.float64], after: NDArray[np.float64], seed: int = 0) -> PairedDifference:

@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,11 +13,14 @@ from safetyheads.errors import InputError
 from safetyheads.stats import (
     Mean,
     Rate,
+    benjamini_hochberg,
+    bootstrap_intervals,
     exact_mcnemar,
     holm,
     mean_with_interval,
     most_in_population,
     newcombe_paired_interval,
+    paired_change,
     paired_difference,
     random_p_value,
     smallest_detectable_change,
@@ -242,3 +246,65 @@ def test_bounds_known_by_hand():
     assert most_in_population(992, 64, 0) == 43  # 44 would hide from the sample with a chance of 4.97 %
     with pytest.raises(InputError, match="cannot be"):
         most_in_population(5, 6, 0)
+
+
+# Several answers a prompt
+
+
+def test_benjamini_hochberg_is_the_step_up_rule():
+    p_values = [0.001, 0.02, 0.03, 0.4, 0.9]
+    expected = [min(p * 5 / rank for rank, p in enumerate(p_values, 1) if rank >= own) for own in range(1, 6)]
+    assert benjamini_hochberg(p_values) == pytest.approx(expected)
+    assert benjamini_hochberg(p_values[::-1]) == pytest.approx(expected[::-1])
+    assert benjamini_hochberg([]) == ()
+    with pytest.raises(InputError):
+        benjamini_hochberg([2.0])
+
+
+def test_a_bootstrap_draws_prompts_and_covers_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        values = (generator.random((60, 1)) < 0.3).astype(float)
+        low, high = bootstrap_intervals(values, seed)[0]
+        covered += low <= 0.3 <= high
+    assert 180 <= covered <= 200  # 95 % of 200, with room for its own spread
+
+
+def test_equal_values_are_no_certainty():
+    low, high = bootstrap_intervals(np.zeros((48, 1)), least=0.0)[0]
+    assert low == 0.0
+    # Clopper and Pearson's upper bound for 0 of 48.
+    assert high == pytest.approx(scipy.stats.beta.ppf(0.975, 1, 48))
+    assert bootstrap_intervals(np.ones((48, 1)), least=0.0)[0].tolist() == pytest.approx([1 - high, 1.0])
+
+
+def test_a_bootstrap_of_many_columns_is_that_of_each_alone():
+    values = np.random.default_rng(0).random((20, 3))
+    together = bootstrap_intervals(values, seed=4)
+    for column in range(3):
+        assert together[column] == pytest.approx(bootstrap_intervals(values[:, [column]], seed=4)[0])
+
+
+def test_one_answer_a_prompt_is_mcnemars_test():
+    before, after = np.array([[0.0], [0], [1], [1], [0]]), np.array([[1.0], [1], [1], [0], [0]])
+    assert paired_change(before, after) == paired_difference([0, 0, 1, 1, 0], [1, 1, 1, 0, 0])
+
+
+def test_several_answers_a_prompt_are_one_observation():
+    before, after = np.zeros((8, 3)), np.zeros((8, 3))
+    after[:6, :2] = 1  # six prompts rise by two thirds each
+    found = paired_change(before, after)
+    assert (found.n, found.gained, found.lost) == (8, 6, 0)
+    assert found.change == pytest.approx(0.5)
+    assert found.p_value == exact_mcnemar(6, 0)
+    assert 0.2 < found.interval[0] < 0.5 < found.interval[1] <= 2 / 3
+
+
+def test_unscored_answers_leave_the_pair():
+    nan = float("nan")
+    before, after = np.array([[0.0, 0], [nan, nan], [0, nan]]), np.array([[1.0, 1], [1, 1], [nan, 1]])
+    found = paired_change(before, after)
+    assert (found.n, found.gained) == (2, 2)
+    assert paired_change(np.full((2, 2), nan), np.zeros((2, 2))).p_value is None
+    assert paired_change(np.array([[nan], [0.0]]), np.array([[1.0], [1]])).n == 1
