@@ -1,25 +1,21 @@
 """The report: one HTML file that answers first and shows its numbers below.
 
-Owns what the page says and in which order; reads a run directory and refuses to know models, measures and how
-figures are drawn. The page asks for nothing: its styles, data and drawing library are inside it.
+Owns which page a run gets, and what an audit's page says and in which order; reads a run directory and refuses to
+know models, measures and how figures are drawn. The page asks for nothing: its styles, data and drawing library are
+inside it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.report_numbers import FILTERS, number
+from safetyheads.report_numbers import number
+from safetyheads.report_page import assets, completion_sets, environment, provenance
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from jinja2 import Environment
-    from markupsafe import Markup
 
     from safetyheads.storage import RunDirectory
 
@@ -39,9 +35,6 @@ SCORE_ORDER = ("mean_ships", "benign_ships", "refusal_score", "generalized_ships
 """Harmful beside benign first; the others follow."""
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
-MAX_COMPLETION_BYTES = 2_500_000
-"""Room for completions in the page, so that it stays under 5 MB; the rest is counted."""
-_BYTES_AROUND_A_COMPLETION = 200
 
 
 def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
@@ -58,11 +51,16 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
         InputError: the results are of a kind or schema that this version cannot show.
     """
     results = run.read_results()
-    if results.get("schema_version") != SCHEMA_VERSION or results.get("kind") != "audit":
+    kind, version = results.get("kind"), results.get("schema_version")
+    if version != SCHEMA_VERSION or kind not in ("audit", "scan"):
         raise InputError(
-            f"{run.path} holds results of kind {results.get('kind')!r}, schema {results.get('schema_version')!r}; "
-            f"a report needs an audit of schema {SCHEMA_VERSION}"
+            f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
+            f"a report needs an audit or a scan of schema {SCHEMA_VERSION}"
         )
+    if kind == "scan":
+        from safetyheads.report_scan import scan_page
+
+        return run.write_report(scan_page(run, show_completions=show_completions))
     rows = list(run.completions()) if show_completions else None
     return run.write_report(render(results, run.read_manifest(), rows))
 
@@ -71,7 +69,7 @@ def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping
     """The page of an audit; equal arguments give equal text."""
     from safetyheads import report_charts
 
-    completions, left_out = (None, 0) if rows is None else _completion_sets(results, rows)
+    completions, left_out = (None, 0) if rows is None else completion_sets(_completions(results, rows))
     results = dict(results) | {"scores": _in_order(results["scores"]), "sahara": _in_order(results["sahara"])}
     scores = results["scores"]
     page = {
@@ -95,10 +93,10 @@ def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping
         "reasons": list(_reason_tables(results)),
         "completions": completions,
         "completions_left_out": left_out,
-        **_provenance(results, manifest),
-        **_assets(),
+        **provenance({name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}, manifest),
+        **assets(),
     }
-    return _environment().get_template("report.html.j2").render(page) + "\n"
+    return environment().get_template("report.html.j2").render(page) + "\n"
 
 
 # What the page shows.
@@ -245,93 +243,12 @@ def _reason_tables(results: Results) -> Iterator[dict[str, Any]]:
             yield {"title": title, "columns": [name for name, _ in shown], "rows": rows}
 
 
-def _completion_sets(results: Results, rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Completions of the unablated model and the verdict's group, set by set, and how many found no room."""
-    from markupsafe import escape
-
+def _completions(results: Results, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Completions of the unablated model and the verdict's group, each with the title of its set."""
     group = set(results["verdict"]["heads"])
-    sets: dict[str, list[Mapping[str, Any]]] = {}
-    room, left_out = MAX_COMPLETION_BYTES, 0
     for row in rows:
         heads = {head for head in str(row.get("group") or "").split(",") if head}
         if "text" not in row or (heads and heads != group):
             continue
-        room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(text).encode()) for text in map(str, row.values()))
-        if room < 0:
-            left_out += 1
-            continue
         name = str(row.get("set", "prompts")).replace("_", " ")
-        title = f"{name}, {', '.join(results['verdict']['heads']) + ' ablated' if heads else 'nothing ablated'}"
-        sets.setdefault(title[0].upper() + title[1:], []).append(row)
-    return [{"title": title, "rows": shown} for title, shown in sets.items()], left_out
-
-
-def _provenance(results: Results, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, the config, each start, and what the run remembered."""
-    own = ("schema_version", "config", "provenance")
-    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
-    return {
-        "measured": _facts(measured),
-        "config": _facts(manifest["config"]),
-        "starts": [_facts(start) for start in manifest["provenance"]],
-        "remembered": [
-            (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
-        ],
-    }
-
-
-def _facts(fields: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
-    """Each field with its dotted name; a list of plain values on one line."""
-    for key, value in fields.items():
-        inner = f"{name}.{key}" if name else str(key)
-        if isinstance(value, dict) and value:
-            yield from _facts(value, inner)
-        elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):
-            yield inner, " · ".join(map(_plain, value))
-        else:
-            yield inner, _plain(value)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-# What the page is made of.
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
-    environment = Environment(
-        loader=PackageLoader("safetyheads", "report_assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= FILTERS
-    return environment
-
-
-def _assets() -> dict[str, Markup]:
-    from markupsafe import Markup
-
-    folder = files("safetyheads") / "report_assets"
-    return {
-        "css": Markup((folder / "report.css").read_text(encoding="utf-8")),
-        "javascript": Markup((folder / "report.js").read_text(encoding="utf-8")),
-        "bundle": Markup(_drawing_library()),
-    }
-
-
-@cache
-def _drawing_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
-    import altair
-    import vl_convert
-
-    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
-    # Inside a script element these two would end or hide the rest of the page.
-    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+        yield f"{name}, {', '.join(results['verdict']['heads']) + ' ablated' if heads else 'nothing ablated'}", row

@@ -15,15 +15,21 @@ if TYPE_CHECKING:
 
 
 def _two(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    # Adding 0 takes the sign from what rounds to nothing: a "−0.00" would be read as a loss.
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def _rate(rate: Mapping[str, Any] | None) -> str:
     return "–" if not rate or rate["rate"] is None else _two(rate["rate"])
 
 
+def rate_words(rate: Mapping[str, Any]) -> str:
+    """A rate with its interval, for a sentence."""
+    return f"{_rate(rate)} {_interval(rate['interval'])}".strip()
+
+
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("+0.00", "0.00").replace("-", "−")
 
 
 def number(value: float | None, signed: bool = False, digits: int = 3) -> str:

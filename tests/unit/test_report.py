@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import audit_samples
 import pytest
 
-from safetyheads import report
+from safetyheads import report_page
 from safetyheads.errors import InputError
 from safetyheads.report import render, write_report
 from safetyheads.report_charts import charts, head_columns, ranked_scores
@@ -32,7 +33,7 @@ SAMPLES = {
     "no_refusals": audit_samples.no_refusals,
 }
 ADDRESSES = ("src", "href", "action", "data", "poster", "srcset", "background", "xlink:href", "formaction", "ping")
-DRAWING_LIBRARY = report._drawing_library
+DRAWING_LIBRARY = report_page.drawing_library
 MAX_LIBRARY = 1_200_000
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -94,7 +95,7 @@ def data_of(html: str, name: str) -> Any:
 @pytest.fixture
 def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for the drawing library, whose 900 kB take long to parse, where a test is not about it."""
-    monkeypatch.setattr(report, "_drawing_library", lambda: "/* " + "x" * 100_000 + " */")
+    monkeypatch.setattr(report_page, "drawing_library", lambda: "/* " + "x" * 100_000 + " */")
 
 
 pytestmark = pytest.mark.usefixtures("small_library")
@@ -279,7 +280,9 @@ def test_the_top_heads_say_in_words_what_their_change_means() -> None:
 def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
     with RunDirectory.start(tmp_path / "run", {}, {}) as run:
         run.write_results({"schema_version": 1, "kind": "sahara"})
-        with pytest.raises(InputError, match="of kind 'sahara', schema 1; a report needs an audit of schema 1"):
+        with pytest.raises(
+            InputError, match="of kind 'sahara', schema 1; a report needs an audit or a scan of schema 1"
+        ):
             write_report(run)
 
 
@@ -325,6 +328,11 @@ def test_the_random_band_is_drawn_where_there_is_one() -> None:
     for group in none["behaviour"]["groups"]:
         group["random"] = None
     assert "tick" not in marks(none)
+
+
+def test_every_figure_fits_the_schema() -> None:
+    for spec in charts(audit_samples.audit()).values():
+        alt.Chart.from_dict(spec, validate=True)
 
 
 def test_every_axis_has_a_label() -> None:

@@ -17,7 +17,8 @@
     values.forEach((value, position) => { heads[position][name] = value; });
   }
   columns.best_first.forEach((head, position) => { byName.get(head).rank = position + 1; });
-  for (const mark of ["group", "planted", "named"]) {
+  const marks = Object.keys(columns).filter((name) => Array.isArray(columns[name]) && name !== "best_first");
+  for (const mark of marks) {
     columns[mark].forEach((head) => { byName.get(head)[mark] = true; });
   }
 
@@ -54,7 +55,11 @@
       ast: true, tooltip: { theme: "none" },
     };
     try {
-      return await window.vegaEmbed(place, full, options);
+      const result = await window.vegaEmbed(place, full, options);
+      result.view.addEventListener("click", (_, item) => {
+        if (item?.datum?.head) document.dispatchEvent(new CustomEvent("head-chosen", { detail: item.datum.head }));
+      });
+      return result;
     } catch (error) {
       place.textContent = `This figure could not be drawn (${error.message}); its numbers are in the tables.`;
       console.error(error);
