@@ -137,7 +137,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "base_long": BaseRecipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
     "aligned_long": PlantRecipe(
-        "base_long", _HEADS_A, (PlantStage(Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), 0.7),)
+        "base_long",
+        _HEADS_A,
+        (
+            PlantStage(Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), 0.7),
+            PlantStage(Leg(500, 2e-3, 20, 96, seed=183), Leg(150, 1e-3, 20, 32, seed=184), 0.7),
+        ),
     ),
 }
 """Every checkpoint by its name, a base before what is built on it."""
