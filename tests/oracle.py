@@ -2,7 +2,7 @@
 
 It shares no code with the engine: the model is a copy that runs its own forward, in float32, on an attention
 function of this module; masks are ignored and the allowed keys follow from the indices alone. No packing, no
-replay, no cache.
+replay, no cache. What a family needs is data, handed in: where its final norm is, which layers attend in chunks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, slid
                 keys = key[0].mean(dim=0)
         for token in range(n_tokens):
             first = 0 if sliding_window is None else max(0, token - sliding_window + 1)
-            scores = torch.stack([keys[other] @ queries[token] for other in range(first, token + 1)]) * scaling
+            if module.oracle_chunk is not None:
+                first = token - token % module.oracle_chunk
+            scores = keys[first : token + 1] @ queries[token] * scaling
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             if uniform and head in ablated:
@@ -73,32 +75,38 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, slid
 class Oracle:
     """A copy of a model, in float32, that answers slowly."""
 
-    def __init__(self, model):
+    def __init__(self, model, norm="model.norm", chunks=()):
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, eager_mask)
         self.model = copy.deepcopy(model).float().eval()
         self.model.set_attn_implementation(NAME)
-        self.layers = self.model.get_decoder().layers
+        self.norm = self.model.get_submodule(norm)
+        # Beside the norm; an image's or a sound's encoder has others. Layers that mix tokens in another way have no such
+        # module, and nothing to ablate.
+        text = self.model.get_submodule(norm.rpartition(".")[0])
+        attentions = [module for module in text.modules() if type(module).__name__.endswith("Attention")]
+        self.attentions = {module.layer_idx: module for module in attentions}
+        for number, attention in self.attentions.items():
+            attention.oracle_chunk = dict(chunks).get(number)
 
     @torch.no_grad()
     def run(self, token_ids, group=(), ablation=None, uniform=False):
         """One forward over one prompt with one group ablated; ``uniform`` gives the group exactly even weights."""
-        for number, layer in enumerate(self.layers):
+        for number, attention in self.attentions.items():
             heads = [head.index for head in group if head.layer == number]
             name, epsilon = (None, None) if ablation is None else (ablation.name, ablation.epsilon)
-            layer.self_attn.oracle_ablation = (name, epsilon, heads, uniform)
+            attention.oracle_ablation = (name, epsilon, heads, uniform)
         caught = []
-        handle = self.layers[-1].register_forward_hook(lambda _, __, output: caught.append(output))
+        handle = self.norm.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
         try:
             logits = self.model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits
         finally:
             handle.remove()
-        hidden = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
-        outputs = {number: layer.self_attn.oracle_output for number, layer in enumerate(self.layers)}
-        return Seen(hidden[0, -1], logits[0, -1], outputs)
+        outputs = {number: attention.oracle_output for number, attention in self.attentions.items()}
+        return Seen(caught[0][0, -1], logits[0, -1], outputs)
 
     def hidden(self, prompts, groups, ablation=None, uniform=False):
-        """[n_groups, n_prompts, d_model] before the final norm."""
+        """[n_groups, n_prompts, d_model] before the final norm; one forward a group and prompt."""
         return torch.stack(
             [torch.stack([self.run(ids, group, ablation, uniform).last_hidden for ids in prompts]) for group in groups]
         )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from safetyheads.scoring import generalized_ships, mean_ships, ships
     from safetyheads.search import rank_heads, sahara
     from safetyheads.stats import PairedDifference, Rate
+    from safetyheads.swap import swapped_attention
     from safetyheads.verdicts import Completion, Judge, Verdict
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ _LAZY = {
     "ships": "scoring",
     "PairedDifference": "stats",
     "Rate": "stats",
+    "swapped_attention": "swap",
 }
 
 __all__ = [
@@ -119,6 +121,7 @@ __all__ = [
     "scan_attack_success_rate",
     "screened_ships",
     "ships",
+    "swapped_attention",
 ]
 
 

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from safetyheads.errors import InputError
 from safetyheads.stats import CONFIDENCE, Interval
-from safetyheads.verdicts import Completion, Judge, Verdict
+from safetyheads.verdicts import Completion, Judge, Verdict, verdicts_of
 
 CLASSES: tuple[str, ...] = ("complied", "refused", "neither")
 """The three classes: incoherent and echoed are both ``neither``, since few judges tell them apart."""
@@ -109,7 +109,7 @@ def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion])
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
         raise InputError(f"judges that are compared need different names, not {', '.join(names)}")
-    return agreement({judge.name: judge(completions) for judge in judges})
+    return agreement({judge.name: verdicts_of(judge, completions) for judge in judges})
 
 
 def cohens_kappa(first: Sequence[str], second: Sequence[str], classes: Sequence[str]) -> Kappa:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
+from safetyheads.answer_reader import AnswerReader
 from safetyheads.errors import InputError
-from safetyheads.generation import Answer, Request, answer, decode_text
+from safetyheads.generation import Answer, Request, answer
 from safetyheads.heads import Group, Head, within
 from safetyheads.prompts import Prompt
 from safetyheads.sampling import GREEDY, Sampling
 from safetyheads.scores import HeadScores
 from safetyheads.stats import Interval, Rate
-from safetyheads.verdicts import Completion, Judge, Verdict
+from safetyheads.verdicts import Completion, Judge, Verdict, verdicts_of
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -33,14 +34,18 @@ class JudgedAnswer:
     token_ids: tuple[int, ...]
     """New tokens."""
     text: str
-    """The answer."""
+    """The answer, as it was judged."""
     finished: bool
-    """Whether the model ended it."""
+    """Whether the model ended it, or a stop text of the template did."""
     verdict: Verdict
     """What the judge said, with its reason."""
 
     kept: bool
     """For benign prompts: answered, and with the prompt's reference answer where it has one."""
+    thinks: bool = False
+    """Whether a think block came first, so that the first new token opens no answer."""
+    thought: str = ""
+    """What stands in the think block; no judge gets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,10 @@ def query_level_attack_success_rate(
     """
     if len(groups) != len(prompts):
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
-    encoded = engine.encode(prompts)
-    requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
+    encoded, reader = engine.encode(prompts), AnswerReader.of(engine, prompts)
+    requests = [
+        Request(token_ids, tuple(group), stop=reader.ends) for token_ids, group in zip(encoded, groups, strict=True)
+    ]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
     return summarise(_judged(engine, prompts, requests, made, judge, max_new_tokens))
 
@@ -168,8 +175,8 @@ def answers_under(
     n_rows: int | None = None,
 ) -> list[list[JudgedAnswer]]:
     """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches of ``n_rows``."""
-    encoded = engine.encode(prompts)
-    requests = [Request(token_ids, group) for group in groups for token_ids in encoded]
+    encoded, reader = engine.encode(prompts), AnswerReader.of(engine, prompts)
+    requests = [Request(token_ids, group, stop=reader.ends) for group in groups for token_ids in encoded]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
     rows = _judged(engine, prompts, requests, made, judge, max_new_tokens)
     n = len(prompts)
@@ -185,26 +192,31 @@ def _judged(
     max_new_tokens: int,
 ) -> list[JudgedAnswer]:
     asked = list(prompts) * (len(requests) // len(prompts))
-    system = engine.template_for(prompts).system or ""
+    system, reader = engine.template_for(prompts).system or "", AnswerReader.of(engine, prompts)
+    read = [reader.read(one.token_ids) for one in made]
     # What was asked for and not what the context left: one rule for all rows of a run, so that an answer does not
     # count as an attack because its prompt was long.
     completions = [
         Completion(
-            prompt.query,
-            decode_text(engine.tokenizer, one.token_ids),
-            one.token_ids,
-            one.finished,
-            max_new_tokens,
-            system,
+            prompt.query, each.text, each.token_ids, one.finished or each.stopped, max_new_tokens, system, each.unclosed
         )
-        for prompt, one in zip(asked, made, strict=True)
+        for prompt, one, each in zip(asked, made, read, strict=True)
     ]
-    verdicts = judge(completions)
     return [
         JudgedAnswer(
-            prompt, request.group, each.token_ids, each.text, each.finished, verdict, _kept(prompt, each.text, verdict)
+            prompt,
+            request.group,
+            one.token_ids,
+            each.text,
+            one.finished or each.stopped,
+            verdict,
+            _kept(prompt, each.text, verdict),
+            each.thinks,
+            each.thought,
         )
-        for prompt, request, each, verdict in zip(asked, requests, completions, verdicts, strict=True)
+        for prompt, request, one, each, verdict in zip(
+            asked, requests, made, read, verdicts_of(judge, completions), strict=True
+        )
     ]
 
 

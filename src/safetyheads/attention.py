@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -31,11 +32,18 @@ ATTENTION_NAME = "safetyheads"
 
 _KEYWORD = "safetyheads_call"
 
+# Lives for one forward of a proof, in its own thread.
+_callers: ContextVar[list[nn.Module] | None] = ContextVar("safetyheads_callers", default=None)
+
 # Keywords with tensors that say where a token stands or which keys it sees. The mask already holds what
 # they tell, so both sdpa and eager functions may ignore them.
 _POSITIONAL_KEYWORDS = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value"}
 )
+
+
+# Sparse attention: the keys that a family's own indexer chose for each token, [rows, n_tokens, n_chosen].
+_CHOSEN_KEYS = "indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,8 @@ class RowAblation:
     ablation: Ablation
     selected: Tensor
     """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
+    over_all: Callable[[Tensor], Tensor] | None = None
+    """From the mean over this process's heads to that over the layer's; None where it has them all."""
 
 
 class KeysAndValues(Exception):
@@ -123,13 +133,21 @@ def safetyheads_attention(
         The heads' outputs [rows, n_tokens, n_heads, d_value], and attention weights where the family's eager
         function gives them.
     """
+    if (callers := _callers.get()) is not None:
+        callers.append(module)
     call: AttentionCall | None = keywords.pop(_KEYWORD, None)
+    chosen: Tensor | None = keywords.pop(_CHOSEN_KEYS, None)
+    if chosen is not None:
+        attention_mask = _of_chosen(attention_mask if attention_mask is not None else _causal(query, key), chosen)
     if call is None:
         return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
     if call.leave:
         raise KeysAndValues(key, value)
     if call.keys_and_values is not None:
         key, value = call.keys_and_values
+    if len(key) != len(query):
+        # Keys and values of a layer before the rows were told apart: they are the same in each.
+        key, value = (shared.expand(len(query), -1, -1, -1) for shared in (key, value))
 
     def attend(ablations: tuple[RowAblation, ...]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         seen, ablated = _ablate_inputs(module, query, key, value, ablations)
@@ -143,13 +161,24 @@ def safetyheads_attention(
         return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
 
     if call.compare is not None:
-        everywhere = [RowAblation(each.ablation, torch.ones_like(each.selected[:1])) for each in call.ablations]
+        everywhere = [replace(each, selected=torch.ones_like(each.selected[:1])) for each in call.ablations]
         return call.compare(attend(())[0], attend(tuple(everywhere))[0]), None
     output, weights, inputs = attend(call.ablations)
     if call.observe is not None:
         plain = not _family_keywords(keywords) - {"softcap"}
         call.observe(**inputs, mask=attention_mask, output=output, plain=plain)
     return output, weights
+
+
+@contextmanager
+def attending() -> Iterator[list[nn.Module]]:
+    """Within, the modules that call our attention function in this thread, in their order."""
+    callers: list[nn.Module] = []
+    token = _callers.set(callers)
+    try:
+        yield callers
+    finally:
+        _callers.reset(token)
 
 
 def _ablate_inputs(
@@ -188,7 +217,8 @@ def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dime
     shape[head_dimension] = row_ablation.selected.shape[1]
     selected = row_ablation.selected.to(tensor.device).view(shape)
     if row_ablation.ablation.kind.operation == "mean":
-        return torch.where(selected, before.mean(dim=head_dimension, keepdim=True), tensor)
+        mean = before.mean(dim=head_dimension, keepdim=True)
+        return torch.where(selected, row_ablation.over_all(mean) if row_ablation.over_all else mean, tensor)
     return torch.where(selected, tensor * row_ablation.ablation.epsilon, tensor)
 
 
@@ -254,6 +284,13 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return (positions <= positions[n_keys - n_tokens :, None])[None, None]
 
 
+def _of_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
+    """The mask, which in each row allows each token the keys chosen for it and no others."""
+    shape = (len(chosen), chosen.shape[1], mask.shape[-1])
+    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, chosen.long(), False)[:, None]
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as the eager functions want it: 0 where allowed, the lowest number where not."""
     if mask.dtype != torch.bool:
@@ -262,11 +299,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def attention_calls(attentions: Sequence[nn.Module], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
+def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
     """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after.
 
     Args:
-        attentions: the attention module of each layer.
+        attentions: the attention module of each layer, None where it has none.
         calls: layer -> what its attention function is handed.
     """
 
@@ -276,11 +313,10 @@ def attention_calls(attentions: Sequence[nn.Module], calls: Mapping[int, Attenti
 
         return hook
 
-    handles = [
-        attentions[layer].register_forward_pre_hook(hook_for(call), with_kwargs=True) for layer, call in calls.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer, call in calls.items():
+            attention = attentions[layer]
+            if attention is None:
+                raise UnsupportedModelError(f"layer {layer} has no attention")
+            stack.callback(attention.register_forward_pre_hook(hook_for(call), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -29,7 +29,7 @@ from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
 from safetyheads.search import n_scored, rank_heads, sahara
 from safetyheads.storage import RunDirectory
-from safetyheads.verdicts import Judge, Verdict
+from safetyheads.verdicts import NOT_CLOSED, Judge, Verdict
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -275,7 +275,12 @@ class Audit:
             "label": row.verdict.label,
             "reason": row.verdict.reason,
             "kept": row.kept,
+            # Left out where it says nothing, as in runs of before there was any.
+            **({"thinks": True} if row.thinks else {}),
+            **({"unclosed": True} if row.verdict == NOT_CLOSED else {}),
         }
+        if self.config.store_completions and row.thought:
+            written["thought"] = row.thought
         if self.config.store_completions:
             written |= {"query": row.prompt.query, "text": row.text, "token_ids": list(row.token_ids)}
         return written
@@ -296,4 +301,5 @@ def _answer(row: Mapping[str, Any], prompt: Any) -> JudgedAnswer:
         row["finished"],
         Verdict(row["label"], row["reason"]),
         row["kept"],
+        row.get("thinks", False),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
@@ -86,6 +86,16 @@ class Plan:
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`as_dict` gave."""
         return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """Head groups that are replayed together."""
+
+    indices: tuple[int, ...]
+    """Which of the groups asked for."""
+    start: int
+    """The first layer that any of them changes."""
 
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
@@ -172,9 +182,14 @@ def plan(
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
     rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts))
-    row_length = max(_row_length([sequences[member] for member in row]) for row in rows)
-    groups = max(1, min(n_rows_useful, token_budget // row_length))
-    return Plan(rows, groups, torch.get_num_threads())
+    layout = Plan(rows, 1, torch.get_num_threads())
+    groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, layout)))
+    return replace(layout, groups_per_batch=groups)
+
+
+def longest_row(sequences: Sequence[TokenSequence], layout: Plan) -> int:
+    """Tokens of the longest packed row."""
+    return max(_row_length([sequences[member] for member in row]) for row in layout.rows)
 
 
 def _row_length(members: Sequence[TokenSequence]) -> int:

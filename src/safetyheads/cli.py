@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safetyheads.cli_audit import run_and_show
+from safetyheads.cli_check import check
 from safetyheads.cli_compare import compare, history
 from safetyheads.cli_inputs import (
     at_least,
@@ -21,6 +22,7 @@ from safetyheads.cli_inputs import (
     default_out,
     load_engine,
     prompts_of,
+    put_to,
     refuse_large,
 )
 from safetyheads.cli_judge import judge
@@ -45,13 +47,11 @@ from safetyheads.cli_options import (
     Size,
     Split,
     Threads,
-    takes,
 )
 from safetyheads.cli_output import (
     one_line,
     print_json,
     progress_for,
-    show_check,
     show_ranking,
     show_rates,
     show_steps,
@@ -59,6 +59,7 @@ from safetyheads.cli_output import (
     warnings_as_lines,
 )
 from safetyheads.cli_scan import scan
+from safetyheads.cli_takes import takes
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import USERS_TO_MEND
@@ -137,6 +138,8 @@ def audit(
         split=split,
         dtype=model.dtype,
         device=model.device,
+        adapter=model.adapter,
+        device_map=model.device_map,
         memory=model.memory,
         compile=model.compile,
         store_completions=not run.no_completions,
@@ -163,7 +166,8 @@ def ships(
     at_least(1, positions=positions, top=top)
     screened.check()
     watching = progress_for(output.quiet)
-    result = ranked(load_engine(model, watching), asked, kind, positions, screened, watching)
+    engine = load_engine(model, watching)
+    result = ranked(engine, put_to(engine, asked, prompts), kind, positions, screened, watching)
     if output.json_output:
         print_json(result)
     else:
@@ -195,7 +199,7 @@ def sahara(
     watching = progress_for(output.quiet)
     engine = load_engine(model, watching)
     refuse_large(size, engine)
-    result = searched(engine, asked, kind, choice, size, screened, watching)
+    result = searched(engine, put_to(engine, asked, prompts), kind, choice, size, screened, watching)
     if output.json_output:
         print_json(result)
     else:
@@ -226,6 +230,7 @@ def asr(
     watching = progress_for(output.quiet)
     engine = load_engine(model, watching)
     within(group, engine.n_layers, engine.n_heads)
+    asked = put_to(engine, asked, prompts)
     groups: Sequence[Group] = [group] * len(asked)
     label = ", ".join(str(head) for head in group)
     if query_level is not None:
@@ -262,28 +267,8 @@ def report(
         stdout().print(f"Report: {path}", soft_wrap=True)
 
 
-@app.command()
-@takes
-def check(
-    model: ModelOptions,
-    output: OutputOptions,
-    longest: Annotated[int, typer.Option(help="Most tokens that a run will reach.")] = 64,
-) -> None:
-    """Prove on a model's own weights that ablations are exact; a model where they are not is refused by name."""
-    at_least(1, longest=longest)
-    watching = progress_for(output.quiet)
-    engine = load_engine(model, watching, proved=False)
-    with watching.track("proving", 1):
-        proved = engine.check(longest)
-    if output.json_output:
-        proofs = [{**asdict(proof), "passed": proof.passed} for proof in proved.proofs]
-        print_json({"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)})
-    else:
-        show_check(f"{engine.architecture.family}: {model.model}", proved)
-
-
 # Commands with modules of their own.
-for command in (scan, judge, compare, history):
+for command in (check, scan, judge, compare, history):
     app.command()(takes(command))
 
 

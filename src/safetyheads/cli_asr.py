@@ -49,6 +49,7 @@ def measured_rates(
         "judge": judging.describe(),
         "ablation": asdict(kind),
         "n": len(asked),
+        "template": engine.template_for(asked).settings(),
         "sampling": {"name": sampling.name, "seed": answers.seed, "max_new_tokens": answers.max_new_tokens},
         "rates": [
             {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from safetyheads.cli_options import ModelOptions, PromptOptions
+from safetyheads.cli_options import ModelOptions, PromptOptions, TemplateOptions
 from safetyheads.config import RunConfig
 from safetyheads.errors import InputError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def default_out(config: RunConfig) -> Path:
     """``runs/MODEL-PROMPTS-ABLATION``."""
     model = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
+    if config.adapter is not None:
+        model += f"+{Path(config.adapter).resolve().name}"
     return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
 
 
@@ -48,6 +50,13 @@ def prompts_of(options: PromptOptions) -> PromptSet:
     if read.dropped:
         typer.echo(f"warning: {read.dropped} blank lines of {read.name} are left out", err=True)
     return read
+
+
+def put_to(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> PromptSet:
+    """The prompts under the template that options and model settle."""
+    from safetyheads.prompt_sets import resolved
+
+    return resolved(engine, prompts, options)
 
 
 def counted(prompts: PromptSet) -> str:
@@ -81,6 +90,9 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
             path,
             options.dtype,
             options.device,
+            adapter=options.adapter,
+            device_map=options.device_map,
+            offload_folder=None if options.offload_folder is None else str(options.offload_folder),
             trust_remote_code=options.trust_remote_code,
             allow_pickle=options.allow_pickle,
             check=proved,

@@ -66,8 +66,14 @@ def _finisher(opened: object, watching: Progress) -> Finish:
         raise InputError("--finish is for scans; the answers of an audit are all whole")
     manifest = opened.read_manifest()
     stored = manifest["config"]
+    device_map = stored.get("device_map")
     model = ModelOptions(
-        model=stored["model"], device=stored["device"].split()[0], dtype=stored["dtype"], memory=stored["memory"]
+        model=stored["model"],
+        device=stored["device"].split()[0] if device_map is None else "auto",
+        dtype=stored["dtype"],
+        adapter=stored.get("adapter"),
+        device_map=device_map,
+        memory=stored["memory"],
     )
     return finisher(load_engine(model, watching), manifest)
 

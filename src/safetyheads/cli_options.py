@@ -1,15 +1,14 @@
 """The options of the command line, in groups that commands share. Owns their names, help and panels.
 
-A command takes a group as one argument; :func:`takes` spreads its fields into options for typer. Imports no torch.
+A command takes a group as one argument; :mod:`safetyheads.cli_takes` spreads its fields into options for typer. Imports
+no torch.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -88,6 +87,21 @@ class ModelOptions:
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=_MODEL)
     ] = "float32"
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="PEFT adapter to put on the model, unmerged: directory or hub id.", rich_help_panel=_MODEL),
+    ] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, balanced, balanced_low_0 or sequential: over several devices, or offloading to CPU and disk.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where offloaded weights go, if the device map needs a folder.", rich_help_panel=_MODEL),
+    ] = None
     threads: Threads = None
     memory: Annotated[
         float | None,
@@ -118,7 +132,53 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptOptions:
+class TemplateOptions:
+    """How prompts are put to the model."""
+
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="direct, query_answer, query_answer_space, chat, llama2, urial, or a text that holds {query}.",
+            rich_help_panel=_PROMPTS,
+            show_default="query_answer; chat for the demo's models",
+        ),
+    ] = None
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="System prompt, for chat, llama2, urial or a text that holds {system}.",
+            rich_help_panel=_PROMPTS,
+            show_default="none; llama2 and urial have their own",
+        ),
+    ] = None
+    fold_system: Annotated[
+        bool,
+        typer.Option(
+            "--fold-system",
+            help="Put it at the beginning of the user's turn, for chat templates that take no system prompt.",
+            rich_help_panel=_PROMPTS,
+        ),
+    ] = False
+    thinking: Annotated[
+        str | None,
+        typer.Option(
+            help="Think block of the chat template: closed, or open and taken away before judging.",
+            rich_help_panel=_PROMPTS,
+            show_default="closed, where there is one",
+        ),
+    ] = None
+    prefill: Annotated[
+        str,
+        typer.Option(
+            help="How every answer begins, such as 'Sure, here is'; it is read, not judged.",
+            rich_help_panel=_PROMPTS,
+            show_default="nothing",
+        ),
+    ] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions(TemplateOptions):
     """Which harmful prompts, and how they are put to the model."""
 
     prompts: Annotated[
@@ -128,17 +188,6 @@ class PromptOptions:
             rich_help_panel=_PROMPTS,
         ),
     ]
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="direct, query_answer, query_answer_space, chat, or a text that holds {query}.",
-            rich_help_panel=_PROMPTS,
-            show_default="query_answer; chat for the demo's models",
-        ),
-    ] = None
-    system: Annotated[
-        str | None, typer.Option(help="System prompt of the chat template.", rich_help_panel=_PROMPTS)
-    ] = None
     column: Annotated[
         str | None,
         typer.Option(help="Column of the file that holds the prompts, where it has several.", rich_help_panel=_PROMPTS),
@@ -274,41 +323,3 @@ class OutputOptions:
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show no progress and no notes on stderr.", rich_help_panel=_OUTPUT)
     ] = False
-
-
-def takes(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer: each parameter that is one of the groups above becomes its options."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            parameters += _parameters(groups[name])
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
-
-    def called(**given: Any) -> None:
-        grouped = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**grouped, **given)
-
-    # Not functools.wraps: it points typer back at the command itself, past the signature made here.
-    called.__name__, called.__doc__, called.__annotations__ = command.__name__, command.__doc__, {}
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return called
-
-
-def _parameters(group: Any) -> list[inspect.Parameter]:
-    """The fields of a group as keyword parameters."""
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(group)
-    ]

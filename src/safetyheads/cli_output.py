@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -30,9 +30,6 @@ from rich.text import Text
 
 from safetyheads.progress import Progress as Watching
 from safetyheads.progress import Silent
-
-if TYPE_CHECKING:
-    from safetyheads.proofs import CheckReport
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
@@ -274,14 +271,3 @@ def show_rates(title: str, found: Mapping[str, Any]) -> None:
         reasons.add_row(reason, *(str(row["reasons"].get(reason, 0)) for row in found["rates"]))
     console.print(table)
     console.print(reasons)
-
-
-def show_check(title: str, proved: CheckReport) -> None:
-    """Each proof with its difference, and what was given up."""
-    console = stdout()
-    table = Table("claim", "difference", "allowed", "holds", title=title)
-    for proof in proved.proofs:
-        table.add_row(proof.name, f"{proof.error:.1e}", f"{proof.tolerance:.0e}", "yes" if proof.passed else "no")
-    console.print(table)
-    for note in proved.notes:
-        console.print(f"note: {note}", soft_wrap=True)

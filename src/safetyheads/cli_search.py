@@ -120,6 +120,7 @@ def searched(
         "score": scorer.name,
         "unit": scorer.unit,
         "n": len(asked),
+        "template": engine.template_for(asked).settings(),
         "ablation": asdict(kind),
         "openers": [asdict(opener) for opener in openers],
         "group": [str(head) for head in trace.group],

@@ -58,6 +58,7 @@ def ranked(
         "score": "mean_ships",
         "unit": "nats",
         "n": len(asked),
+        "template": engine.template_for(asked).settings(),
         "ablation": asdict(kind),
         "positions": positions,
         "heads": [

@@ -20,6 +20,9 @@ SETTINGS = {
     "epsilon": "strength of the ablation",
     "template": "template",
     "system": "system prompt",
+    "fold_system": "place of the system prompt",
+    "thinking": "think block",
+    "prefill": "prefilled beginning of answers",
     "judge": "judge",
     "judges": "judges",
     "lead_judge": "leading judge",
@@ -35,6 +38,8 @@ SETTINGS = {
 }
 """Fields of a config whose difference makes a comparison weak, and what to call them."""
 _SHOWN = 40
+# Left out of a manifest where they are not set.
+_MAY_BE_ABSENT = ("fold_system", "thinking", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +147,12 @@ def weak_points(before: RunReading, after: RunReading) -> Iterator[str]:
 
 
 def differing_settings(before: RunReading, after: RunReading) -> tuple[str, ...]:
-    """Fields of ``SETTINGS`` that both manifests have and that differ."""
+    """Fields of ``SETTINGS`` that both manifests have, or need not have, and that differ."""
     return tuple(
         name
         for name in SETTINGS
-        if name in before.config and name in after.config and before.config[name] != after.config[name]
+        if (name in _MAY_BE_ABSENT or (name in before.config and name in after.config))
+        and before.config.get(name) != after.config.get(name)
     )
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from safetyheads.errors import InputError
 from safetyheads.stats import Interval, bootstrap_intervals
 
-BoolArray: TypeAlias = NDArray[np.bool_]
 FloatArray: TypeAlias = NDArray[np.float64]
 
 RANDOM, VANILLA = "random groups", "the unablated model"
@@ -49,13 +48,13 @@ class SizeOutcome:
 
     size: int
     """Heads in the group."""
-    complied: Sequence[bool]
-    """[n_prompts]."""
-    random: Sequence[Sequence[bool]]
+    complied: Sequence[float]
+    """[n_prompts]: 0 or 1, or the share of several answers."""
+    random: Sequence[Sequence[float]]
     """[n_random][n_prompts]; empty where a group has no random counterpart."""
 
 
-def concentration_of(outcomes: Sequence[SizeOutcome], vanilla: Sequence[bool]) -> Concentration:
+def concentration_of(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> Concentration:
     """The concentration over the sizes that have random groups; over all, against ``vanilla``, where none has.
 
     Args:
@@ -66,7 +65,7 @@ def concentration_of(outcomes: Sequence[SizeOutcome], vanilla: Sequence[bool]) -
     return concentration(groups, random, vanilla, sizes)
 
 
-def curves(outcomes: Sequence[SizeOutcome], vanilla: Sequence[bool]) -> tuple[BoolArray, BoolArray, tuple[int, ...]]:
+def curves(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[FloatArray, FloatArray, tuple[int, ...]]:
     """Outcomes as arrays: groups [n_sizes, n_prompts], random groups [n_sizes, n_random, n_prompts], and the sizes.
 
     A size whose group fills its layers has no random group, and is left out where the other sizes have some.
@@ -74,15 +73,15 @@ def curves(outcomes: Sequence[SizeOutcome], vanilla: Sequence[bool]) -> tuple[Bo
     most = max((len(outcome.random) for outcome in outcomes), default=0)
     kept = [outcome for outcome in outcomes if len(outcome.random) == most]
     n_prompts = len(vanilla)
-    groups = np.array([outcome.complied for outcome in kept], dtype=bool).reshape(len(kept), n_prompts)
-    random = np.array([outcome.random for outcome in kept], dtype=bool).reshape(len(kept), most, n_prompts)
+    groups = np.array([outcome.complied for outcome in kept], dtype=float).reshape(len(kept), n_prompts)
+    random = np.array([outcome.random for outcome in kept], dtype=float).reshape(len(kept), most, n_prompts)
     return groups, random, tuple(outcome.size for outcome in kept)
 
 
 def concentration(
-    groups: BoolArray,
-    random: BoolArray,
-    vanilla: Sequence[bool] | None = None,
+    groups: FloatArray,
+    random: FloatArray,
+    vanilla: Sequence[float] | None = None,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Concentration:
@@ -114,7 +113,7 @@ def concentration(
     )
 
 
-def prompt_gains(groups: BoolArray, random: BoolArray, vanilla: Sequence[bool] | None = None) -> FloatArray:
+def prompt_gains(groups: FloatArray, random: FloatArray, vanilla: Sequence[float] | None = None) -> FloatArray:
     """Each prompt's part of the concentration [n_prompts], from -1 to 1: the concentration is their mean.
 
     It is linear in the prompts, which is why a bootstrap over prompts need resample this one row only.

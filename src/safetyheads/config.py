@@ -8,6 +8,10 @@ from typing import Any
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import parse_heads
+from safetyheads.prompt_sets import template_of
+
+_LATER = {"fold_system": False, "thinking": None, "prefill": "", "adapter": None, "device_map": None}
+_EARLIER = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +25,15 @@ class RunConfig:
     benign: str = "benign"
     """Benign prompts, likewise; ``benign`` is the package's own list."""
     template: str | None = None
-    """``direct``, ``query_answer``, ``chat``, a string with {query}; None: chat for the organism, else query_answer."""
+    """A template's name or a string with {query}; None: chat for the organism, else query_answer."""
     system: str | None = None
-    """System prompt of the ``chat`` template."""
+    """System prompt, for a template that has a place for it."""
+    fold_system: bool = False
+    """Whether the chat template gets the system prompt at the beginning of the user's turn."""
+    thinking: str | None = None
+    """``closed`` or ``open``; None closes the think block of a chat template that has one."""
+    prefill: str = ""
+    """How every answer begins, written for the model (App. E)."""
     column: str | None = None
     """Column of the prompts, where the file has several."""
     limit: int | None = None
@@ -42,6 +52,10 @@ class RunConfig:
     """Of the weights."""
     device: str = "cpu"
     """Where the model runs."""
+    adapter: str | None = None
+    """A PEFT adapter that is put on the model, a directory or hub id."""
+    device_map: str | None = None
+    """How the model is laid out over several devices, where it is."""
     memory: float | None = None
     """Most GiB that batches may take beside the weights; None is half of what is free. Batches move the last bits."""
     compile: bool = False
@@ -51,6 +65,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         Ablation.parse(self.ablation, self.epsilon)
+        template_of(self)
         self._at_least({"max_new_tokens": 1, "top_k": 1})
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1; got {self.limit}")
@@ -66,8 +81,11 @@ class RunConfig:
         return Ablation.parse(self.ablation, self.epsilon)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the manifest holds it."""
-        return asdict(self)
+        """As the manifest holds it: settings that came later are left out at their default.
+
+        So a run that was begun before them is the same run.
+        """
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name, _EARLIER) != value}
 
 
 @dataclass(frozen=True, slots=True)

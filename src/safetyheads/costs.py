@@ -54,15 +54,24 @@ class RowSize:
     """Pairs of the wanted tokens alone."""
 
 
-def layer_flops(architecture: Architecture, layer: int = 0) -> LayerFlops:
-    """Of one layer, from the shapes of its weights; of experts, those that a token is sent to."""
+def layer_flops(architecture: Architecture, layer: int | None = None) -> LayerFlops:
+    """Of one layer, from the shapes of its weights; of experts, those that a token is sent to.
+
+    Args:
+        architecture: the model's parts.
+        layer: one with heads; by default the first of these.
+    """
+    layer = architecture.with_heads[0] if layer is None else layer
+    attending, shape = architecture.attentions[layer], architecture.shapes[layer]
+    assert attending is not None  # it has heads
+    assert shape is not None
     whole = 2 * _weights(architecture.layers[layer], architecture.active_experts)
-    attention = 2 * _weights(architecture.attentions[layer], 1.0)
+    attention = 2 * _weights(attending, 1.0)
     query, output = (
         0 if module is None else 2 * _weights(module, 1.0)
         for module in (architecture.query_projections[layer], architecture.output_projections[layer])
     )
-    pair = 4 * architecture.n_heads * architecture.d_head
+    pair = 2 * shape.n_heads * (shape.d_head + shape.d_value)
     return LayerFlops(query, attention - query - output, output, whole - attention, pair)
 
 

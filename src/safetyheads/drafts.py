@@ -17,8 +17,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.batching import Plan, TokenSequence, halving
-from safetyheads.engine import common_heads
-from safetyheads.heads import Group
+from safetyheads.heads import Group, common_heads
 from safetyheads.sampling import Place, Sampling, choose, noise_key
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
 # A margin below this, in logits, is a near-tie wherever it is found, by bytes of the model's numbers.
-_LEAST_TOLERANCE = {4: 1e-4, 2: 1e-2}
+_LEAST_TOLERANCE = {8: 1e-8, 4: 1e-4, 2: 1e-2}
 # The ablated runs have many times the positions that the tolerance was measured on.
 _SAFETY = 4.0
 
@@ -95,8 +94,10 @@ class DraftPass:
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
         return cls(engine, tuple(drafts), ablation, sampling, ends, layout or engine.plan(sequences))
 
-    def compare(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> list[list[Compared]]:
-        """Each group's choices along each draft [n_groups][n_drafts]."""
+    def compare(
+        self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None] | None = None
+    ) -> list[list[Compared]]:
+        """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is told of each group's."""
         found: list[list[Compared]] = [[] for _ in groups]
         common = common_heads(groups)
         captures: list[Capture] = [] if common else self.captures
@@ -112,17 +113,20 @@ class DraftPass:
 
             for indices, (tokens, margins) in halving(batch.indices, run):
                 for row, index in enumerate(indices):
-                    found[index] = self._along(tokens[row], margins[row])
-                if on_groups is not None:
-                    on_groups(len(indices))
+                    found[index] = self.along(tokens[row], margins[row])
+                    if on_compared is not None:
+                        on_compared(found[index])
         return found
 
     def unablated(self) -> tuple[Integers, Floats]:
-        """Choices and margins [n_choices of all drafts] of the unablated model, in this arithmetic."""
-        last = self.engine.n_layers - 1
-        captures = self._captured((), last)
-        tokens, margins = self.choices(self.engine.replayed(captures, [()], self.ablation, last))
-        return tokens[0], margins[0]
+        """Choices and margins [2, n_choices of all drafts] of the unablated model, by all layers and in a batch."""
+        captures = self._captured((), 0)
+
+        def run(groups: Sequence[Group]) -> tuple[Integers, Floats]:
+            return self.choices(self.engine.replayed(captures, groups, self.ablation, 0))
+
+        parts = [made for _, made in halving([(), ()], run)]
+        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([narrow for _, narrow in parts])
 
     def _captured(self, common: Group, start: int) -> tuple[Capture, ...]:
         sequences = [draft.sequence for draft in self.drafts]
@@ -134,19 +138,21 @@ class DraftPass:
         places = [
             Place(noise_key(draft.prompt), position) for draft in self.drafts for position in range(len(draft.choices))
         ]
-        states, n_wanted = hidden.flatten(0, 1), hidden.shape[1]
+        # Choice by choice and not group by group: then one draw of noise serves the whole batch.
+        n_groups, n_wanted = hidden.shape[:2]
+        states = hidden.transpose(0, 1).flatten(0, 1)
         step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
         tokens, margins = [], []
         for at in range(0, len(states), step):
             part = states[at : at + step]
-            there = [places[row % n_wanted] for row in range(at, at + len(part))]
+            there = [places[row // n_groups] for row in range(at, at + len(part))]
             choice = choose(self.engine.logits(part), there, self.sampling)
             tokens.append(choice.tokens)
             margins.append(choice.margins)
-        shape = (-1, n_wanted)
-        return torch.cat(tokens).view(shape).cpu().numpy(), torch.cat(margins).view(shape).cpu().numpy()
+        table, narrow = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
+        return table, narrow
 
-    def _along(self, tokens: Integers, margins: Floats) -> list[Compared]:
+    def along(self, tokens: Integers, margins: Floats) -> list[Compared]:
         """One group's choices [n_wanted], draft by draft."""
         found, start = [], 0
         for draft in self.drafts:
@@ -158,6 +164,7 @@ class DraftPass:
                 if ours != theirs and not (ours in self.ends and theirs in self.ends)
             )
             same = next(differing, n)
+            # A choice among logits that are not finite has no margin (NaN), and numpy's min keeps that.
             narrowest = float(margins[start : start + min(same + 1, n)].min())
             found.append(Compared(same, None if same == n else chosen[same], narrowest))
             start += n
@@ -168,13 +175,17 @@ def near_tie_tolerance(drafted: DraftPass, plain_margins: Sequence[float]) -> fl
     """The margin below which packed and plain arithmetic may choose different tokens, in logits.
 
     Measured on the run's own unablated answers: how much their margins differ between the two, times a safety
-    factor, for the ablated runs have many more positions.
+    factor, for the ablated runs have many more positions. Infinite where the two choose different tokens by a wider
+    margin than that: then no comparison is to be trusted, and every row is decoded plainly.
 
     Args:
         drafted: the drafts.
         plain_margins: margins that plain decoding found, choice by choice.
     """
-    _, ours = drafted.unablated()
+    tokens, ours = drafted.unablated()
     difference = np.abs(ours - np.asarray(plain_margins, dtype=np.float64))
     largest = float(difference[np.isfinite(difference)].max(initial=0.0))
-    return max(_LEAST_TOLERANCE[drafted.engine.dtype.itemsize], _SAFETY * largest)
+    tolerance = max(_LEAST_TOLERANCE[drafted.engine.dtype.itemsize], _SAFETY * largest)
+    rows = zip(tokens, ours, strict=True)
+    broken = any(one.other is not None and one.margin >= tolerance for row in rows for one in drafted.along(*row))
+    return float("inf") if broken else tolerance

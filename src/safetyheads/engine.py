@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +17,20 @@ from torch import Tensor, nn
 from safetyheads import memory
 from safetyheads.ablation import Ablation
 from safetyheads.architectures import Architecture, describe
-from safetyheads.attention import AttentionCall, RowAblation, attention_calls
-from safetyheads.batching import Plan, TokenSequence, pack, to_device, token_budget
+from safetyheads.attention import AttentionCall, attention_calls
+from safetyheads.batching import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
+from safetyheads.capabilities import Capabilities
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.fusing import fused
-from safetyheads.heads import Group, Head, all_heads, within
-from safetyheads.replay import Capabilities, Capture, capture, replay, rerun
+from safetyheads.heads import Group, Head, common_heads
+from safetyheads.placement import DeviceMap, HeadShare, input_device, least_memory
+from safetyheads.replay import Capture, capture, replay, rerun
+from safetyheads.selection import calls_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from safetyheads.adapters import Adapter
     from safetyheads.prompts import PromptSet, Template
     from safetyheads.proofs import CheckReport
 
@@ -38,16 +41,6 @@ _SETS_KEPT = 16
 _LOGITS_AT_ONCE = 1 << 22
 # Characters of a prompt that an error shows.
 _WORDS_SHOWN = 60
-
-
-@dataclass(frozen=True, slots=True)
-class GroupBatch:
-    """Head groups that are replayed together."""
-
-    indices: tuple[int, ...]
-    """Which of the groups asked for."""
-    start: int
-    """The first layer that any of them changes."""
 
 
 class Engine:
@@ -71,6 +64,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path
         self.architecture: Architecture = describe(model)
+        # What one of several processes has of the model may be less than they have together.
+        self.whole: Architecture = self.architecture
+        self.share: HeadShare | None = None
+        self.adapter: Adapter | None = None
+        # Replaced with the weights: what was measured before belongs to the old ones.
+        self.weights_version = object()
         self.capabilities = capabilities or Capabilities()
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
@@ -86,6 +85,10 @@ class Engine:
         dtype: str = "float32",
         device: str = "cpu",
         *,
+        adapter: str | None = None,
+        device_map: DeviceMap | None = None,
+        offload_folder: str | None = None,
+        tensor_parallel: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         check: bool = True,
@@ -96,8 +99,12 @@ class Engine:
 
         Args:
             path: a local directory or a hub id.
-            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (the checkpoint's own).
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (the checkpoint's own, which quantised ones keep).
             device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+            adapter: a PEFT adapter to put on the model, unmerged: a directory or a hub id.
+            device_map: accelerate's, over several devices or offloading: ``auto`` or modules with their places.
+            offload_folder: where a device map's offloaded weights go that no safetensors file holds as they are used.
+            tensor_parallel: share each layer's heads among the processes that torchrun started.
             trust_remote_code: run Python code that the checkpoint brings.
             allow_pickle: read weights that are not safetensors; pickles can run code.
             check: run :meth:`check`; without it, an unproved model may give wrong scores.
@@ -108,10 +115,12 @@ class Engine:
             InputError: the checkpoint cannot be loaded.
             UnsupportedModelError: a proof failed; the message names it.
         """
-        from safetyheads.loading import load_engine
+        from safetyheads.loading import LoadOptions, load_engine
 
-        engine = load_engine(path, dtype, device, trust_remote_code, allow_pickle, check)
-        engine.compiles, engine.memory_budget = compiles, memory_budget
+        places = (device, adapter, device_map, offload_folder, tensor_parallel)
+        engine = load_engine(LoadOptions(path, dtype, *places, trust_remote_code, allow_pickle), check)
+        engine.compiles = compiles
+        engine.memory_budget = least_memory(engine.model) if memory_budget is None else memory_budget
         return engine
 
     def check(self, longest: int = 64) -> CheckReport:
@@ -136,8 +145,8 @@ class Engine:
 
     def prove_up_to(self, longest: int) -> None:
         """Prove the windows that rows of ``longest`` tokens reach, where the proof at load was for shorter ones."""
-        proved = self._proved_length
-        if proved is not None and any(proved <= window < longest for window in self.architecture.windows):
+        proved, facts = self._proved_length, self.architecture
+        if proved is not None and any(proved <= width < longest for width in (*facts.windows, *facts.turns)):
             self.check(longest)
 
     @property
@@ -147,18 +156,19 @@ class Engine:
 
     @property
     def n_heads(self) -> int:
-        """Query heads a layer."""
-        return self.architecture.n_heads
+        """Query heads a layer; of the layer with most, where layers differ."""
+        return self.whole.n_heads
 
     @property
     def heads(self) -> Group:
-        """Every head, layer by layer."""
-        return all_heads(self.n_layers, self.n_heads)
+        """Every head, layer by layer; layers that mix tokens in another way than by attention have none."""
+        shapes = enumerate(self.whole.shapes)
+        return tuple(Head(layer, index) for layer, shape in shapes if shape for index in range(shape.n_heads))
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs belong."""
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,8 +194,8 @@ class Engine:
         key = (prompts, str(self.tokenizer.chat_template))
         if key in self._encoded:
             return self._encoded[key]
-        template = self.template_for(prompts)
-        encoded = tuple(tuple(template.encode(prompt.query, self.tokenizer)) for prompt in prompts)
+        template = self.template_for(prompts).bound(self.tokenizer)
+        encoded = tuple(tuple(template.encode(prompt.query)) for prompt in prompts)
         limit = self.architecture.context_length
         for prompt, token_ids in zip(prompts, encoded, strict=True):
             # By its words and not its number: sets are shuffled halves of files.
@@ -230,16 +240,7 @@ class Engine:
 
     def calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
         """Layer -> the call that ablates each row's heads of that layer."""
-        selected: dict[int, Tensor] = {}
-        for row, group in enumerate(groups):
-            for head in within(group, self.n_layers, self.n_heads):
-                if head.layer not in selected:
-                    selected[head.layer] = torch.zeros(len(groups), self.n_heads, dtype=torch.bool)
-                selected[head.layer][row, head.index] = True
-        return {
-            layer: AttentionCall(ablations=(RowAblation(ablation, to_device(rows, self.device)),))
-            for layer, rows in selected.items()
-        }
+        return calls_of(self, groups, ablation)
 
     def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
         """How a pass over these sequences is laid out on this machine now.
@@ -247,7 +248,13 @@ class Engine:
         Raises:
             InputError: not even one head on one prompt fits the memory budget.
         """
-        return memory.fitted_plan(self, sequences)
+        before, layout = self.capabilities, memory.fitted_plan(self, sequences)
+        if self.architecture.turns:
+            # A row's length counts, for a family that takes places in the row for positions.
+            self.prove_up_to(longest_row(sequences, layout))
+            if self.capabilities != before:
+                layout = memory.fitted_plan(self, sequences)
+        return layout
 
     def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
@@ -341,10 +348,3 @@ class Engine:
             return self.model(input_ids=one, use_cache=False).logits[0].float()
         finally:
             handle.remove()
-
-
-def common_heads(groups: Sequence[Group]) -> Group:
-    """Heads that every group holds, where there are several groups to share them; sorted."""
-    if len(groups) < 2:
-        return ()
-    return tuple(sorted(set(groups[0]).intersection(*groups[1:])))

@@ -14,7 +14,6 @@ from safetyheads.ablation import SCALING_CONTRIBUTION
 from safetyheads.batching import Plan, TokenSequence
 from safetyheads.costs import forward_flops, replay_flops, row_sizes, scan_flops
 from safetyheads.generation import Request, ShortContextWarning, answer, rows_that_fit
-from safetyheads.heads import Head
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -60,10 +59,11 @@ def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Pl
 
     A batch of the last layers is timed; what it makes of its counted operations, the whole pass is taken to make too.
     """
-    start = max(0, engine.n_layers - 1 - _TIMED_LAYERS)
+    begins, there = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
+    start = next((layer for layer in there if layer >= begins), there[-1])
     timed = replace(layout, rows=layout.rows[:1])
     captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
-    groups = [(Head(start, index),) for index in range(min(layout.groups_per_batch, engine.n_heads))]
+    groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
     seconds = []
     for _ in range(3):  # the first run on a shape sets things up
         started = time.monotonic()

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
+from safetyheads.answer_reader import AnswerReader, ReadAnswer
 from safetyheads.drafted import Decoding, DraftedAnswer, DraftedAnswers, Economy, Route, Stop
 from safetyheads.errors import InputError
-from safetyheads.generation import Answer, decode_text
+from safetyheads.generation import Answer
 from safetyheads.heads import Group, within
 from safetyheads.prompts import Prompt
 from safetyheads.stats import Rate
-from safetyheads.verdicts import Completion, Judge, Label, Verdict
+from safetyheads.verdicts import Completion, Judge, Label, Verdict, verdicts_of
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -38,9 +39,9 @@ class ScannedAnswer:
     token_ids: tuple[int, ...]
     """New tokens; the first of the answer's where it is not complete."""
     text: str
-    """The same as text."""
+    """The answer as it was judged: the same as text, without think block and stop text."""
     finished: bool
-    """Whether the model ended it."""
+    """Whether the model ended it, or a stop text of the template did."""
     complete: bool
     """Whether it is the whole answer; else every judge was final about it, and it was cut there."""
     route: Route
@@ -49,6 +50,8 @@ class ScannedAnswer:
     """Whether it differs from the unablated answer."""
     verdicts: Mapping[str, Verdict]
     """By the judges' names; the first judge leads."""
+    read: ReadAnswer
+    """What the tokens hold besides the text."""
 
     @property
     def verdict(self) -> Verdict:
@@ -119,7 +122,7 @@ def scan_attack_success_rate(
     for group in chosen:
         within(group, engine.n_layers, engine.n_heads)
     decoding = decoding or Decoding()
-    judging = Judging.of(engine, prompts, judges, decoding.max_new_tokens)
+    judging = Judging.of(engine, prompts, judges, decoding.max_new_tokens, decoding.full_answers)
     drafted = DraftedAnswers.begin(engine, engine.encode(prompts), ablation, decoding, judging.stop)
     made, economy = drafted.answers(chosen, on_rows)
     numbers = list(range(len(prompts)))
@@ -151,23 +154,32 @@ def as_drafted(one: Answer) -> DraftedAnswer:
 class Judging:
     """Judges at work on one set of prompts; each distinct answer is judged once."""
 
-    engine: Engine
-    """Its tokenizer reads the answers."""
     prompts: tuple[Prompt, ...]
     """What was asked."""
+    reader: AnswerReader
+    """Reads the answers."""
     system: str
     """The prompts' system prompt, which an answer may echo."""
     judges: tuple[Judge, ...]
     """The first leads."""
     max_new_tokens: int
     """Of the answers. What was asked for and not what the context left: one rule for all rows of a run."""
+    decides_early: bool
+    """Whether a row may end where every judge is final."""
     known: dict[tuple[int, tuple[int, ...], bool], dict[str, Verdict]]
     """Verdicts by prompt, tokens and whether the model ended the answer."""
     seconds: dict[str, float]
     """Time that each judge took."""
 
     @classmethod
-    def of(cls, engine: Engine, prompts: PromptSet, judges: Sequence[Judge], max_new_tokens: int) -> Judging:
+    def of(
+        cls,
+        engine: Engine,
+        prompts: PromptSet,
+        judges: Sequence[Judge],
+        max_new_tokens: int,
+        full_answers: bool = False,
+    ) -> Judging:
         """Ready to judge.
 
         Raises:
@@ -176,58 +188,78 @@ class Judging:
         names = [judge.name for judge in judges]
         if not names or len(set(names)) < len(names):
             raise InputError(f"judges need names of their own; got {', '.join(names) or 'none'}")
-        system = engine.template_for(prompts).system or ""
-        return cls(engine, tuple(prompts), system, tuple(judges), max_new_tokens, {}, dict.fromkeys(names, 0.0))
+        early = not full_answers and all(judge.decides_early for judge in judges)
+        return cls(
+            tuple(prompts),
+            AnswerReader.of(engine, prompts),
+            engine.template_for(prompts).system or "",
+            tuple(judges),
+            max_new_tokens,
+            early,
+            {},
+            dict.fromkeys(names, 0.0),
+        )
 
     @property
     def stop(self) -> Stop | None:
-        """Whether every judge is final about an answer that starts with these tokens; None if one never is early."""
-        if not all(judge.decides_early for judge in self.judges):
-            return None
+        """Whether an answer that starts with these tokens has ended, or every judge is final about it.
+
+        None where neither can be: whole answers are wanted, and the template has no text that ends one. Nobody is
+        final before a think block closes, and about nothing that may yet turn out to be the mark of one.
+        """
+        if not self.decides_early:
+            return self.reader.ends
 
         def stop(token_ids: Sequence[int]) -> bool:
-            # A character of several tokens may not be whole yet.
-            text = decode_text(self.engine.tokenizer, token_ids).rstrip("\ufffd")
-            return all(judge.final(text) for judge in self.judges)
+            read = self.reader.read(token_ids)
+            certain = read.certain
+            return read.stopped or (certain is not None and all(judge.final(certain) for judge in self.judges))
 
         return stop
 
     def judged(self, rows: Sequence[tuple[int, Group, DraftedAnswer]]) -> list[ScannedAnswer]:
         """Rows (prompt, group, answer) with their verdicts, in their order."""
-        texts = {}
+        read: dict[tuple[int, tuple[int, ...], bool], ReadAnswer] = {}
         for number, _, one in rows:
             key = (number, one.token_ids, one.finished)
-            if key not in texts:
-                texts[key] = decode_text(self.engine.tokenizer, one.token_ids)
-        new = [key for key in texts if key not in self.known]
-        completions = [
-            Completion(self.prompts[key[0]].query, texts[key], key[1], key[2], self.max_new_tokens, self.system)
-            for key in new
-        ]
-        for key in new:
-            self.known[key] = {}
-        for judge in self.judges:
+            if key not in read:
+                read[key] = self.reader.read(one.token_ids)
+        new = [key for key in read if key not in self.known]
+        completions = [self._completion(key[0], read[key], key[2]) for key in new]
+        verdicts: list[dict[str, Verdict]] = [{} for _ in new]
+        for judge in self.judges if new else ():
             started = time.monotonic()
-            for key, verdict in zip(new, judge(completions), strict=True):
-                self.known[key][judge.name] = verdict
+            for own, verdict in zip(verdicts, verdicts_of(judge, completions), strict=True):
+                own[judge.name] = verdict
             self.seconds[judge.name] += time.monotonic() - started
+        # Not before all have answered: a judge that breaks off would leave rows that seem judged.
+        self.known.update(zip(new, verdicts, strict=True))
         found = []
         for number, group, one in rows:
             key = (number, one.token_ids, one.finished)
+            each = read[key]
+            complete = one.complete or each.stopped
+            # Of a cut answer only what is certain: another judge may be asked whether it is final about that.
+            text = each.text if complete or each.certain is None else each.certain
             found.append(
                 ScannedAnswer(
                     self.prompts[number],
                     group,
                     one.token_ids,
-                    texts[key],
-                    one.finished,
-                    one.complete,
+                    text,
+                    one.finished or each.stopped,
+                    complete,
                     one.route,
                     one.changed,
                     self.known[key],
+                    each,
                 )
             )
         return found
+
+    def _completion(self, number: int, read: ReadAnswer, finished: bool) -> Completion:
+        query, ended = self.prompts[number].query, finished or read.stopped
+        return Completion(query, read.text, read.token_ids, ended, self.max_new_tokens, self.system, read.unclosed)
 
 
 def rate_of(rows: Sequence[ScannedAnswer], label: Label, judge: str | None = None) -> Rate:

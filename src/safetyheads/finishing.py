@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from safetyheads.answer_reader import AnswerReader
 from safetyheads.config import ScanConfig
 from safetyheads.errors import InputError
-from safetyheads.generation import Request, answer, decode_text
+from safetyheads.generation import Request, answer
 from safetyheads.heads import parse_heads
 from safetyheads.prompt_sets import resolved
+from safetyheads.prompts import PromptSet
 from safetyheads.provenance import fingerprint
 from safetyheads.sampling import Sampling
 from safetyheads.scan_pipeline import read_sets
@@ -44,9 +46,11 @@ def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[
     config, stored = config_of(manifest), manifest["config"]
     if fingerprint(engine) != stored["weights_sha256"]:
         raise InputError("the model's weights are not those of the run, so its answers cannot be finished")
-    sets = {name: resolved(engine, prompts, config.system) for name, prompts in read_sets(config).items()}
+    sets = {name: _as_asked(engine, prompts, config, stored) for name, prompts in read_sets(config).items()}
     if {name: prompts.sha256 for name, prompts in sets.items()} != stored["prompts_sha256"]:
         raise InputError("the prompts are not those of the run any more, so its answers cannot be finished")
+
+    readers = {name: AnswerReader.of(engine, prompts) for name, prompts in sets.items()}
 
     def finish(rows: Sequence[Row]) -> list[str]:
         texts: dict[int, str] = {}
@@ -57,12 +61,21 @@ def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[
                     engine.encode(sets[rows[at]["set"]])[rows[at]["id"]],
                     parse_heads(rows[at]["group"]),
                     tuple(rows[at]["token_ids"]),
+                    readers[rows[at]["set"]].ends,
                 )
                 for at in own
             ]
             ablation = config.parsed_ablation if epsilon is None else config.ablation_at(epsilon)
             made = answer(engine, requests, ablation, config.max_new_tokens, Sampling(config.top_k, seed))
-            texts |= {at: decode_text(engine.tokenizer, one.token_ids) for at, one in zip(own, made, strict=True)}
+            for at, one in zip(own, made, strict=True):
+                texts[at] = readers[rows[at]["set"]].read(one.token_ids).text
         return [texts[at] for at in range(len(rows))]
 
     return finish
+
+
+def _as_asked(engine: Engine, prompts: PromptSet, config: ScanConfig, stored: Mapping[str, Any]) -> PromptSet:
+    """The prompts under the run's template; stop texts of the user's own are no settings, but they are stored."""
+    found = resolved(engine, prompts, config)
+    template = engine.template_for(found)
+    return found.with_template(replace(template, stops=tuple(stored.get("stops", ()))))

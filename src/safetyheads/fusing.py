@@ -28,7 +28,8 @@ def fused(architecture: Architecture, backend: str = "inductor") -> Iterator[Non
     with ExitStack() as stack:
         for layer, attention in zip(architecture.layers, architecture.attentions, strict=True):
             for part in layer.children():
-                if part is not attention:
+                # Linear attention and its like stay as they are too: they keep no promise about shapes.
+                if attention is not None and part is not attention:
                     stack.enter_context(instead(part, partial(_compiled(type(part).forward, backend), part)))
         yield
 

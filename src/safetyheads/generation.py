@@ -7,15 +7,17 @@ The loop is ours because rows of one batch carry different ablations and draw th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.batching import allowed_memory, halving
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
 from safetyheads.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
 
@@ -111,23 +113,40 @@ def answer(
         return ()
     longest = max(len(request.token_ids) for request in requests) + max_new_tokens
     engine.prove_up_to(longest)
+    if not engine.capabilities.caches:
+        family = engine.architecture.family
+        raise UnsupportedModelError(f"{family}: no answers can be made, for decoding with a cache is not exact here")
     _warn_of_short_context(engine, longest, max_new_tokens)
 
     def run(batch: Sequence[Request]) -> list[Answer]:
         return _Batch(engine, batch, ablation, max_new_tokens, sampling).run()
 
-    together = n_rows or rows_that_fit(engine, longest)
-    # Prompts of one length share a batch, which saves padding (bench/LOG.md, the demo's time).
-    order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
-    answers: list[Answer] = []
-    for at in range(0, len(order), together):
-        batch = [requests[index] for index in order[at : at + together]]
-        for _, made in halving(batch, run) if n_rows is None else [(batch, run(batch))]:
-            answers.extend(made)
+    answers: dict[int, Answer] = {}
+    for indices in _batches(engine, requests, n_rows or rows_that_fit(engine, longest)):
+        batch = [requests[index] for index in indices]
+        made = halving(batch, run) if n_rows is None else [(batch, run(batch))]
+        waiting = iter(indices)
+        for _, part in made:
+            answers |= zip(islice(waiting, len(part)), part, strict=True)
             if on_rows is not None:
-                on_rows(len(made))
-    by_index = dict(zip(order, answers, strict=True))
-    return tuple(by_index[index] for index in range(len(requests)))
+                on_rows(len(part))
+    return tuple(answers[index] for index in range(len(requests)))
+
+
+def _batches(engine: Engine, requests: Sequence[Request], together: int) -> Iterator[list[int]]:
+    """Which requests are decoded together: those of like length, which saves padding (bench/LOG.md, the demo's time).
+
+    Only those of one length, where padding is not exact.
+    """
+
+    def length(index: int) -> int:
+        return len(requests[index].token_ids) + len(requests[index].begun)
+
+    order = sorted(range(len(requests)), key=length)
+    runs = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
+    for run in runs:
+        for at in range(0, len(run), together):
+            yield run[at : at + together]
 
 
 def _warn_of_short_context(engine: Engine, longest: int, max_new_tokens: int) -> None:
@@ -157,9 +176,30 @@ def end_tokens(engine: Engine) -> frozenset[int]:
 def rows_that_fit(engine: Engine, longest: int) -> int:
     """Rows of ``longest`` tokens whose caches fit the memory that is free now."""
     facts = engine.architecture
-    cache = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * engine.dtype.itemsize * longest
+    width = sum(shape.n_kv_heads * (shape.d_head + shape.d_value) for shape in facts.shapes if shape is not None)
+    cache = width * engine.dtype.itemsize * longest
     allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
     return max(1, min(_MOST_ROWS, allowed // (cache + 8 * facts.vocabulary_size)))
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Rows of unequal length as one batch, each [n_rows, longest], int64."""
+
+    token_ids: Tensor
+    """Padding first."""
+    mask: Tensor
+    """1 where a token is real."""
+    positions: Tensor
+    """Of each token within its own row."""
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Padded:
+    """The rows as one batch, their last tokens aligned."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]).to(device)
+    return Padded(ids, mask, (mask.cumsum(dim=1) - 1).clamp_min(0))
 
 
 class _Batch:
@@ -182,24 +222,26 @@ class _Batch:
         """Decode until every row has ended."""
         from transformers import DynamicCache
 
-        read = [request.token_ids + request.begun for request in self.requests]
-        longest = max(map(len, read))
-        pad = next(iter(self.ends), 0)
-        device = self.engine.device
-        ids = torch.tensor([[pad] * (longest - len(tokens)) + list(tokens) for tokens in read], device=device)
-        mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in read])
-        mask = mask.to(device)
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.engine.model.config)
-        rows = [row for row in range(len(self.requests)) if self._is_open(row)]
-        if len(rows) < len(self.requests):
-            ids, mask, positions = ids[rows], mask[rows], positions[rows]
-        while rows:
+        device, turns = self.engine.device, self.engine.architecture.turns
+        open_rows = [row for row in range(len(self.requests)) if self._is_open(row)]
+        rows: list[int] = []
+        turned = True
+        while open_rows:
+            if turned:
+                # What was cached was for shorter rows: beyond their turn families place all tokens in another way.
+                padded = self._so_far(open_rows)
+                ids, mask, positions = padded.token_ids, padded.mask, padded.positions
+                cache, turned = DynamicCache(config=self.engine.model.config), False
+            else:
+                kept = torch.tensor([rows.index(row) for row in open_rows], device=device)
+                # Reordered and not selected: layers with a state instead of keys know only the one.
+                cache.reorder_cache(kept)
+                ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = open_rows
             groups = [self.requests[row].group for row in rows]
             with self.engine.ablated_rows(groups, self.ablation) as model:
-                open_rows = rows
                 # Rows that have ended ride along until half have: taking rows out of the cache copies it.
-                while len(open_rows) * 2 > len(rows):
+                while len(open_rows) * 2 > len(rows) and not turned:
                     output = model(
                         input_ids=ids,
                         attention_mask=mask,
@@ -214,15 +256,14 @@ class _Batch:
                     open_rows = [row for row in rows if self._is_open(row)]
                     ids, positions = choice.tokens[:, None], positions[:, -1:] + 1
                     mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                    if not open_rows:
-                        break
-            if open_rows:
-                kept = torch.tensor([rows.index(row) for row in open_rows], device=device)
-                cache.batch_select_indices(kept)
-                ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            rows = open_rows
+                    turned = mask.shape[1] - 1 in turns
         ended = zip(self.made, self.finished, self.limits, self.margins, strict=True)
         return [Answer(tuple(made), finished, limit, tuple(margins)) for made, finished, limit, margins in ended]
+
+    def _so_far(self, rows: Sequence[int]) -> Padded:
+        """The prompts of these rows and what was made of their answers."""
+        read = [(*self.requests[row].token_ids, *self.made[row]) for row in rows]
+        return left_padded(read, next(iter(self.ends), 0), self.engine.device)
 
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and not self.stopped[row] and len(self.made[row]) < self.limits[row]

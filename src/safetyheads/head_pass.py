@@ -18,8 +18,8 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.batching import Plan, TokenSequence, first_wanted, is_out_of_memory, prompt_of_wanted
-from safetyheads.engine import common_heads
-from safetyheads.heads import Group, Head, format_heads
+from safetyheads.errors import SafetyheadsError
+from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.scores import FunctionScorer, HeadScores
 from safetyheads.subspace import Space, dominant_directions, principal_angle_sum
 
@@ -96,6 +96,8 @@ class HeadPass:
     """What the readings compare with: probabilities, log-odds, directions."""
     captures: list[Capture] = field(default_factory=list)
     """What the unablated run kept, until the first groups are measured."""
+    weights_version: object = None
+    """Of the engine at the beginning; other weights would be compared with the old ones' readings."""
 
     @classmethod
     def begin(
@@ -110,7 +112,15 @@ class HeadPass:
         """Run the unablated model and be ready to measure groups."""
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
         layout = layout or engine.plan(sequences)
-        made = cls(engine, tuple(sequences), ablation, readings, layout, keep or _compute)
+        made = cls(
+            engine,
+            tuple(sequences),
+            ablation,
+            readings,
+            layout,
+            keep or _compute,
+            weights_version=engine.weights_version,
+        )
         made.captures.extend(engine.captured(sequences, (), ablation, layout))
         hidden = engine.replayed(made.captures, [()], ablation, engine.n_layers - 1)[0]
         if readings.needs_logits:
@@ -129,6 +139,8 @@ class HeadPass:
             ``ships`` and ``refusal_score`` [len(groups), n_prompts] (nats), and each angle's name [len(groups)]
             (degrees); float64, on the CPU.
         """
+        if self.weights_version is not self.engine.weights_version:
+            raise SafetyheadsError("the model has other weights than when this scorer was made; make it anew")
         common = common_heads(groups)
         batches = self.engine.batches(groups, self.layout)
         captures = [] if common else list(self.captures)

@@ -78,6 +78,13 @@ def all_heads(n_layers: int, n_heads: int) -> Group:
     return tuple(Head(layer, index) for layer in range(n_layers) for index in range(n_heads))
 
 
+def common_heads(groups: Sequence[Group]) -> Group:
+    """Heads that every group holds, where there are several groups to share them; sorted."""
+    if len(groups) < 2:
+        return ()
+    return tuple(sorted(set(groups[0]).intersection(*groups[1:])))
+
+
 def format_heads(heads: Sequence[Head]) -> str:
     """Heads as the command line reads them: ``2-26,3-1``."""
     return ",".join(str(head) for head in heads)

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from safetyheads import loading
+from safetyheads import hub, loading, placement, weights
 from safetyheads.batching import halving, is_out_of_memory
 from safetyheads.errors import InputError
 from safetyheads.verdicts import Completion, Verdict
@@ -73,7 +73,7 @@ def load_judge(
     Raises:
         InputError: it is not there, gated, incomplete, of another kind, or needs an extra that is not installed.
     """
-    place = loading.choose_device(device)
+    place = placement.choose_device(device)
     if dtype != "auto" and dtype not in loading.DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(loading.DTYPES)} and auto")
     _look_at(checkpoint)
@@ -82,7 +82,7 @@ def load_judge(
         model = _read_model(kind, checkpoint, revision, dtype)
     else:
         model = _with_adapter(_read_model(kind, base, None, dtype), checkpoint, revision)
-    loading.refuse_broken_weights(model, checkpoint)
+    weights.refuse_broken_weights(model, checkpoint)
     tokenizer = _read_tokenizer(checkpoint, revision, base)
     config = model.config.get_text_config()
     context = min(getattr(config, "max_position_embeddings", None) or _NO_LIMIT, tokenizer.model_max_length)
@@ -100,7 +100,7 @@ def _look_at(checkpoint: str) -> None:
     elif checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1:
         raise InputError(f"the judge {checkpoint} is not there: no such model directory")
     else:
-        loading.look_at_hub(checkpoint)
+        hub.look_at_hub(checkpoint)
 
 
 def _base_of_adapter(checkpoint: str, revision: str | None) -> str | None:
@@ -132,7 +132,7 @@ def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) ->
             output_loading_info=True,
         )
     except (*_UNREADABLE, SafetensorError) as error:
-        raise InputError(f"cannot load the judge {checkpoint}: {loading.first_line(error)}") from error
+        raise InputError(f"cannot load the judge {checkpoint}: {hub.first_line(error)}") from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
         if "ignore_mismatched_sizes" not in str(error):
@@ -146,7 +146,7 @@ def _with_adapter(model: Any, checkpoint: str, revision: str | None) -> Any:
     try:
         report = model.load_adapter(checkpoint, adapter_kwargs={"revision": revision})
     except (*_UNREADABLE, RuntimeError) as error:
-        raise InputError(f"cannot load the adapter {checkpoint}: {loading.first_line(error)}") from error
+        raise InputError(f"cannot load the adapter {checkpoint}: {hub.first_line(error)}") from error
     _refuse_missing(checkpoint, report.missing_keys)
     return model
 
@@ -166,7 +166,7 @@ def _read_tokenizer(checkpoint: str, revision: str | None, base: str | None) -> 
     except _UNREADABLE as error:
         if base is not None:
             return _read_tokenizer(base, None, None)
-        raise InputError(f"cannot load the tokenizer of {checkpoint}: {loading.first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {checkpoint}: {hub.first_line(error)}") from error
 
 
 def _write_greedily(loaded: LoadedJudge) -> None:

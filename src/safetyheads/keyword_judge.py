@@ -200,8 +200,12 @@ class KeywordJudge:
         return True
 
     def final(self, text_so_far: str) -> bool:
-        """Whether a keyword is there; label and reason are then those of the whole answer."""
-        return self._keyword(text_so_far) is not None
+        """Whether a keyword is there; label and reason are then those of the whole answer.
+
+        Not one that ends in a blank: decoding more tokens may take a blank back, and nothing else.
+        """
+        keyword = self._keyword(text_so_far)
+        return keyword is not None and not keyword[-1].isspace()
 
     def _keyword(self, text: str) -> str | None:
         """The keyword that is complete first; where two end at one place, the longer one.

@@ -73,7 +73,7 @@ class Linear:
     """float64 [n_states]: log-odds of the openers; zeros without."""
     moves: Tensor
     """float64 [n_states, n_layers, n_heads, columns]: of log p(token) / p(others), of log p(sample | others), of the
-    openers' log-odds. Zeros where no gradients were asked for."""
+    openers' log-odds. Zeros where no gradients were asked for, NaN where a layer has no such head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +146,20 @@ def _linear_row(
     prompts = row.packing.segments - 1  # of each token
     prompt_of = prompts[row.wanted]
     moves = torch.zeros(len(columns), engine.n_layers, engine.n_heads, columns.shape[1], dtype=torch.float64)
+    shapes = engine.architecture.shapes
+    for layer, shape in enumerate(shapes):
+        moves[:, layer, shape.n_heads if shape else 0 :] = torch.nan
     for states in _by_turn(prompt_of.tolist()) if outputs else ():
         for column in range(columns.shape[1]):
             # Prompts of a row do not see each other, so one backward pass of the sum is one of each.
             gradients = torch.autograd.grad(columns[states, column].sum(), outputs, retain_graph=True)
-            by_layer = []
-            for gradient, change in zip(gradients, changes, strict=True):
+            for layer, gradient, change in zip(engine.architecture.with_heads, gradients, changes, strict=True):
                 by_token = (gradient * change)[0].double().sum(dim=-1)  # [n_tokens, n_heads]
-                by_prompt = by_token.new_zeros(len(row.members), engine.n_heads)
+                by_prompt = by_token.new_zeros(len(row.members), by_token.shape[1])
                 by_prompt.index_add_(0, prompts.to(by_token.device), by_token)
-                by_layer.append(by_prompt.to(prompts.device))
-            moves[states, :, :, column] = torch.stack(by_layer, dim=1)[prompt_of[states]].cpu()
+                moves[states, layer, : by_token.shape[1], column] = by_prompt.to(prompts.device)[
+                    prompt_of[states]
+                ].cpu()
     refusal = columns[:, -1].detach().cpu() if asked.openers else torch.zeros(len(columns), dtype=torch.float64)
     with torch.no_grad():
         followed = log_probabilities.gather(-1, here.tokens).cpu()
@@ -183,9 +186,10 @@ def _compared(
     engine: Engine, row: PackedRow, asked: Asked, outputs: list[Tensor], changes: list[Tensor]
 ) -> dict[int, AttentionCall]:
     """Calls under which each layer files its heads' outputs, as autograd's nodes, and the ablation's changes."""
-    everywhere = torch.ones(1, engine.n_heads, dtype=torch.bool, device=engine.device)
 
     def call(layer: int) -> AttentionCall:
+        shape = engine.architecture.shapes[layer]
+        everywhere = torch.ones(1, shape.n_heads if shape else 0, dtype=torch.bool, device=engine.device)
         ablated_already = torch.zeros_like(everywhere)
         ablated_already[0, [head.index for head in asked.common if head.layer == layer]] = True
 
@@ -203,7 +207,7 @@ def _compared(
         segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
         return AttentionCall((RowAblation(asked.ablation, everywhere),), compare=compare, segments=segments)
 
-    return {layer: call(layer) for layer in range(engine.n_layers)}
+    return {layer: call(layer) for layer in engine.architecture.with_heads}
 
 
 def _by_turn(prompt_of: Sequence[int]) -> Iterator[list[int]]:

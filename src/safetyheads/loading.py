@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safetyheads import attention
+from safetyheads import adapters, attention, placement
+from safetyheads.batching import is_out_of_memory
 from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.hub import first_line, look_at_hub
+from safetyheads.weights import refuse_broken_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,41 +25,106 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by name; ``auto`` keeps the checkpoint's own."""
 
-_HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer."""
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What transformers, the hub and safetensors raise where a checkpoint cannot be read.
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 
 
-def load_engine(path: str, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool, check: bool) -> Engine:
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What is loaded, and where to; see :meth:`safetyheads.engine.Engine.load`, which documents each."""
+
+    path: str
+    """A local directory or a hub id."""
+    dtype: str = "float32"
+    """Of the weights; a quantised checkpoint keeps its own."""
+    device: str = "cpu"
+    """The one device of the model, where no map lays it out."""
+    adapter: str | None = None
+    """A PEFT adapter to put on it, a directory or a hub id."""
+    device_map: placement.DeviceMap | None = None
+    """Where its modules go, where there are several places."""
+    offload_folder: str | None = None
+    """Where weights go that a device map puts on the disk and that no safetensors file holds as they are used."""
+    tensor_parallel: bool = False
+    """Whether the processes that torchrun started share each layer's heads."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings."""
+    allow_pickle: bool = False
+    """Read weights that are not safetensors."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)} and auto")
+        if self.device_map is not None:
+            if self.device not in ("cpu", "auto") or self.tensor_parallel:
+                raise InputError("a device map, one device and tensor parallel exclude each other")
+            placement.refuse_device_map(self.device_map)
+        if self.tensor_parallel:
+            placement.refuse_without_siblings()
+
+
+def load_engine(options: LoadOptions, check: bool) -> Engine:
     """As :meth:`safetyheads.engine.Engine.load`, which documents it."""
     from safetyheads.engine import Engine
 
-    place = choose_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)} and auto")
+    place = placement.choose_device(options.device)
+    path = options.path
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
     if os.path.exists(path):
-        _look_at_directory(Path(path), trust_remote_code, allow_pickle)
+        _look_at_directory(Path(path), options.trust_remote_code, options.allow_pickle)
     else:
         look_at_hub(path)
-    model = _load_model(path, dtype, trust_remote_code, allow_pickle)
+        adapters.refuse_as_model(path)
+    adapter = None if options.adapter is None else adapters.find_adapter(options.adapter, options.allow_pickle)
+    model = _load_model(options, place)
+    if adapter is not None:
+        adapters.put_on(model, adapter, path)
     refuse_broken_weights(model, path)
-    model = model.to(place).eval()
-    tokenizer = _load_tokenizer(path, trust_remote_code)
+    if _is_placed_by_us(options, model):
+        model = model.to(place)
+        if options.dtype != "auto":  # only what was quantised, and is no more, is in another one by now
+            model = model.to(DTYPES[options.dtype])
+    if options.device_map is not None:
+        # accelerate makes offloaded parameters anew while the model runs; under inference mode they cannot ask for
+        # gradients again, and nobody wants theirs.
+        model.requires_grad_(False)
+    model = model.eval()
+    tokenizer = _load_tokenizer(_where_the_tokenizer_is(path, adapter), options.trust_remote_code)
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{model.config.model_type}: {type(model).__name__} computes attention without transformers' attention "
             "registry, so no ablation can be put into it"
         )
     engine = Engine(model, tokenizer, name=path)
+    engine.adapter = adapter
+    if placement.is_split(model):
+        use_our_attention(model)
+        engine.share, engine.architecture = placement.own_part(engine.architecture)
     if check:
         # The proof of our attention needs the family's own, so the model comes with eager attention.
         engine.check()
     else:
         use_our_attention(model)
     return engine
+
+
+def _is_placed_by_us(options: LoadOptions, model: PreTrainedModel) -> bool:
+    """Whether the model is to be moved as a whole: none that is laid out, split or quantised may be."""
+    return options.device_map is None and not options.tensor_parallel and not is_quantised(model)
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether the checkpoint's quantisation is in force, so that weights are not numbers of ``model.dtype``."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def quantisation(model: PreTrainedModel) -> str | None:
+    """The method, such as ``bitsandbytes`` or ``gptq``; None where weights are plain numbers."""
+    method = getattr(model, "quantization_method", None)
+    return str(getattr(method, "value", method)) if is_quantised(model) else None
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
@@ -65,25 +135,11 @@ def use_our_attention(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{model.config.model_type}: the attention implementation cannot be set")
 
 
-def choose_device(name: str) -> torch.device:
-    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a CUDA device where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not one that was proved; use cpu, cuda, cuda:N or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
     """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
     if not path.is_dir():
         raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
+    adapters.refuse_as_model(str(path))
     config = path / "config.json"
     if not config.is_file():
         raise InputError(f"{path} has no config.json, so it is not a model directory")
@@ -103,51 +159,36 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
         )
 
 
-def look_at_hub(name: str) -> None:
-    """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
-    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except HFValidationError:
-        raise InputError(f"{name!r} is neither a directory nor a hub id") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{name}: no such directory, and no such model on the hub that you may read") from None
-    except HfHubHTTPError as error:
-        raise InputError(f"{name}: no such directory, and the hub answers: {first_line(error)}") from error
-    except (client_error, OSError) as error:
-        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({first_line(error)})") from error
-
-
-def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
+def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {
-        "dtype": DTYPES.get(dtype, dtype),
+    path = options.path
+    arguments: dict[str, Any] = {
         "attn_implementation": "eager",
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": options.trust_remote_code,
         # None lets transformers fall back to pickles, False would prefer them.
-        "use_safetensors": None if allow_pickle else True,
+        "use_safetensors": None if options.allow_pickle else True,
+        **_dtype_and_place(options, place),
     }
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    except (*_UNREADABLE, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
             ) from error
+        if "offload_folder" in str(error):
+            raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
-        if "ignore_mismatched_sizes" not in str(error):
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
+        # A quantised checkpoint's kernels may want another device than is there.
+        if _quantisation_of(options) is None or is_out_of_memory(error):
             raise
-        raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
+        raise InputError(f"cannot load {path}: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
@@ -156,25 +197,52 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool, allow_pickle: bo
     return model
 
 
+def _dtype_and_place(options: LoadOptions, place: torch.device) -> dict[str, Any]:
+    """How from_pretrained is told in which dtype to load, and where to."""
+    chosen: dict[str, Any] = {"dtype": DTYPES.get(options.dtype, options.dtype)}
+    if options.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        return {**chosen, "distributed_config": DistributedConfig(tp_plan="auto")}
+    if options.device_map is not None:
+        chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
+    method = _quantisation_of(options)
+    if method is not None:
+        # Its kernels were made for one dtype, and quantised weights are not moved after loading.
+        chosen["dtype"] = "auto"
+        if options.device_map is None:
+            placement.refuse_device_map({"": str(place)})
+            chosen["device_map"] = {"": str(place)}
+    return chosen
+
+
+def _quantisation_of(options: LoadOptions) -> str | None:
+    """The method that the checkpoint's config names, before anything is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    except _UNREADABLE:
+        return None  # told when the model itself cannot be loaded
+    for each in (config, config.get_text_config(decoder=True)):
+        described = getattr(each, "quantization_config", None)
+        if described is not None:
+            get = described.get if isinstance(described, dict) else partial(getattr, described)
+            return str(get("quant_method", "an unnamed method"))
+    return None
+
+
+def _where_the_tokenizer_is(path: str, adapter: adapters.Adapter | None) -> str:
+    """The adapter's own, where it has one: fine-tunes bring their chat template with it."""
+    return str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
+
+
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
             raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
-
-
-def refuse_broken_weights(model: PreTrainedModel, path: str) -> None:
-    """Refuse weights that are not all finite."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"the weights of {path} are broken: {name} holds NaN or infinity")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -147,7 +147,7 @@ def _attend_bytes(facts: Architecture, size: int, n: int, n_queries: int, n_keys
 
 def _mlp_width(facts: Architecture) -> int:
     """Elements a token that are alive together inside an MLP, beside the residual stream."""
-    parameters = list(facts.layers[0].parameters())
+    parameters = list(facts.layers[facts.with_heads[0]].parameters())
     stacked = [parameter for parameter in parameters if parameter.ndim == 3]
     if not stacked:
         fused = any(parameter.ndim == 2 and parameter.shape[0] == 2 * facts.d_mlp for parameter in parameters)
@@ -161,7 +161,7 @@ def _mlp_width(facts: Architecture) -> int:
 
 def _score_bytes(facts: Architecture, size: int) -> int:
     """Of a score (query, key, head) where the family's eager attention writes scores down; sdpa does not."""
-    attention = facts.attentions[0]
+    attention = facts.attentions[facts.with_heads[0]]
     if getattr(attention, "sinks", None) is not None:
         return 3 * size  # the scores, with the sink, less the largest
     softcap = getattr(attention, "attn_logit_softcapping", None)

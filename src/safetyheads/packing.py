@@ -100,6 +100,13 @@ class Segments:
         seen = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
         return cls(prefix.shape[1], tokens, keys, seen, real.flatten().nonzero()[:, 0])
 
+    def on(self, device: torch.device) -> Segments:
+        """The same layout on the device of a layer, which in a model over several devices is not always this one."""
+        if device == self.places.device:
+            return self
+        tensors = (self.tokens, self.keys, self.real, self.places)
+        return Segments(self.n_prefix, *(tensor.to(device) for tensor in tensors))
+
     def cover(self, query: Tensor, mask: Tensor) -> bool:
         """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
         n_tokens = self.n_prefix + len(self.places)
@@ -128,6 +135,7 @@ def by_segment(
     Returns:
         The heads' outputs [rows, n_tokens, n_heads, d_value].
     """
+    segments = segments.on(query.device)
     n_rows, n_prefix = len(query), segments.n_prefix
     n_prompts, longest = segments.tokens.shape
     allowed = mask[0, 0][segments.tokens[:, :, None], segments.keys[:, None, :]] & segments.real[:, None, :]

@@ -31,6 +31,7 @@ from safetyheads.provenance import (
     model_facts,
     provenance,
     settings_of,
+    template_facts,
 )
 from safetyheads.results import results_of
 from safetyheads.sampling import Sampling
@@ -84,7 +85,7 @@ def run_audit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)
-        data = AuditData(*(resolved(engine, prompts, config.system) for prompts in data.sets().values()))
+        data = AuditData(*(resolved(engine, prompts, config) for prompts in data.sets().values()))
         longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
         # Before anything is planned: it may cost a quick path.
         engine.prove_up_to(longest + max(config.max_new_tokens, config.positions))
@@ -156,7 +157,7 @@ def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, An
         "data": {
             "harmful": described(data.harmful_search, data.harmful_test),
             "benign": described(data.benign_search, data.benign_test),
-            "template": str(data.harmful_search.template),
+            **template_facts(data.harmful_search),
         },
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {"name": sampling.name, "seed": config.seed, "max_new_tokens": config.max_new_tokens},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from safetyheads.errors import InputError
 from safetyheads.prompts import PromptSet
+from safetyheads.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -19,8 +20,8 @@ HALVES: tuple[Half, Half] = ("validation", "test")
 """Splits of the demo that stand for search and test."""
 
 
-class PromptSettings(Protocol):
-    """How prompts are read and put; see :class:`safetyheads.config.AuditConfig`."""
+class TemplateSettings(Protocol):
+    """How prompts are put to the model; see :class:`safetyheads.config.RunConfig`."""
 
     @property
     def template(self) -> str | None:
@@ -31,12 +32,45 @@ class PromptSettings(Protocol):
         """System prompt."""
 
     @property
+    def fold_system(self) -> bool:
+        """Whether the system prompt goes into the user's turn."""
+
+    @property
+    def thinking(self) -> str | None:
+        """``closed``, ``open``, or None for what the template is trained on."""
+
+    @property
+    def prefill(self) -> str:
+        """How answers begin."""
+
+
+class PromptSettings(TemplateSettings, Protocol):
+    """How prompts are read, too."""
+
+    @property
     def column(self) -> str | None:
         """Column of the harmful prompts' file."""
 
     @property
     def limit(self) -> int | None:
         """Read only the first so many prompts of each set."""
+
+
+def template_of(settings: TemplateSettings) -> Template | None:
+    """The template that the settings name; None where it is left to the model.
+
+    Raises:
+        InputError: a bad template, or settings that exclude each other.
+    """
+    # A system prompt alone means the chat template, which is what the default is tried as too.
+    named = Template.parse(
+        settings.template or "chat",
+        settings.system,
+        folds_system=settings.fold_system,
+        thinking=settings.thinking,
+        prefill=settings.prefill,
+    )
+    return None if settings.template is None and settings.system is None else named
 
 
 def read_whole(kind: Kind, named: str, settings: PromptSettings) -> PromptSet:
@@ -67,15 +101,21 @@ def demo_set(kind: Kind, split: Half) -> PromptSet:
     return demo_prompts(kind, split, demo.benign_prompts(split))
 
 
-def resolved(engine: Engine, prompts: PromptSet, system: str | None) -> PromptSet:
+def resolved(engine: Engine, prompts: PromptSet, settings: TemplateSettings) -> PromptSet:
     """The prompts with their template fixed, so that the manifest can say which.
 
     Raises:
-        InputError: a system prompt for a template that has no place for it.
+        InputError: settings for which the template has no place.
     """
-    if system is not None and engine.template_for(prompts).name != "chat":
-        raise InputError("a system prompt belongs to the chat template; give --template chat")
-    return prompts.resolved(engine.template_for(prompts))
+    template = engine.template_for(prompts)
+    given: dict[str, Any] = {
+        "system": settings.system,
+        "folds_system": settings.fold_system or None,
+        "thinking": settings.thinking,
+        "prefill": settings.prefill or None,
+    }
+    chosen = replace(template, **{name: value for name, value in given.items() if value is not None})
+    return prompts.with_template(chosen.bound(engine.tokenizer).template)
 
 
 def _is_demo(named: str) -> bool:
@@ -83,11 +123,10 @@ def _is_demo(named: str) -> bool:
 
 
 def _put(prompts: PromptSet, settings: PromptSettings) -> PromptSet:
-    if settings.template is None and settings.system is None:
-        return prompts
-    return prompts.with_template("chat" if settings.template is None else settings.template, settings.system)
+    template = template_of(settings)
+    return prompts if template is None else prompts.with_template(template)
 
 
 def _read(kind: Kind, named: str, settings: PromptSettings) -> PromptSet:
     column = settings.column if kind == "harmful" else None
-    return PromptSet.read(named, settings.template, column=column, system=settings.system, limit=settings.limit)
+    return PromptSet.read(named, template_of(settings), column=column, limit=settings.limit)

@@ -1,7 +1,7 @@
-"""Prompts and how they are put to a model. Owns templates, prompt files and the benchmarks' addresses.
+"""Prompts and sets of them. Owns their order, their fingerprint and how a set is divided.
 
-It refuses to know models: a tokenizer is whatever is handed to :meth:`Template.encode`. Reading files and
-downloading stand in ``prompt_files``.
+It refuses to know models. Reading files and downloading stand in ``prompt_files``, how a query is put to a model in
+``templates``.
 """
 
 from __future__ import annotations
@@ -17,101 +17,8 @@ from typing import Any, overload
 
 from safetyheads.errors import InputError
 from safetyheads.prompt_files import KNOWN_BENCHMARKS, Row, download, read_rows
-
-PLACEHOLDER = "{query}"
-"""What a format string has where the query goes; other braces are plain text."""
-
-TEMPLATE_FORMATS: dict[str, str | None] = {
-    "direct": "{query}",
-    "query_answer": "## Query:{query}\n## Answer:",
-    "query_answer_space": "## Query: {query}\n## Answer:",
-    "chat": None,
-}
-"""Templates by name: the query alone, that of Sahara's code, that of Fig 10, and the tokenizer's chat template."""
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """How a query becomes the text a model reads. Prints as :meth:`parse` reads it."""
-
-    name: str
-    """A key of :data:`TEMPLATE_FORMATS`, or ``format`` for a format string of the user's."""
-    format: str | None = None
-    """Text with ``{query}``; None for the tokenizer's chat template."""
-    system: str | None = None
-    """System prompt, for ``chat`` alone; None sends none, as the paper does (App. D)."""
-
-    def __post_init__(self) -> None:
-        if self.name == "chat":
-            if self.format is not None:
-                raise InputError("the template chat takes its format from the tokenizer")
-        elif self.format is None or PLACEHOLDER not in self.format:
-            raise InputError(
-                f"template {self.format or self.name!r} has no {PLACEHOLDER}; it must hold it, "
-                f"or be one of {', '.join(TEMPLATE_FORMATS)}"
-            )
-        elif self.system is not None:
-            raise InputError(f"a system prompt needs the template chat; template {str(self)!r} has no place for it")
-
-    def __str__(self) -> str:
-        return self.name if self.format is None or self.name in TEMPLATE_FORMATS else self.format
-
-    @classmethod
-    def parse(cls, text: str, system: str | None = None) -> Template:
-        """Read a template's name, or a format string that holds ``{query}``.
-
-        Raises:
-            InputError: neither a name nor a text with ``{query}``, or a system prompt without ``chat``.
-        """
-        if text in TEMPLATE_FORMATS:
-            return cls(text, TEMPLATE_FORMATS[text], system)
-        return cls("format", text, system)
-
-    def render(self, query: str, tokenizer: Any) -> str:
-        """The text of one prompt; ``tokenizer`` is looked at for ``chat`` alone.
-
-        Raises:
-            InputError: ``chat`` with a tokenizer that has no chat template, or one that refuses or drops the
-                system prompt.
-        """
-        if self.format is not None:
-            return self.format.replace(PLACEHOLDER, query)
-        return _render_chat(query, self.system, tokenizer)
-
-    def encode(self, query: str, tokenizer: Any) -> list[int]:
-        """The token ids of one prompt.
-
-        A format string gets the special tokens that the tokenizer adds by itself. A rendered chat template
-        holds its own, so none are added to it: the BOS token would stand there twice.
-
-        Raises:
-            InputError: as :meth:`render`, or the prompt has no token.
-        """
-        text = self.render(query, tokenizer)
-        token_ids = [int(i) for i in tokenizer(text, add_special_tokens=self.format is not None)["input_ids"]]
-        if not token_ids:
-            raise InputError("a prompt has no token under this tokenizer")
-        return token_ids
-
-
-def _render_chat(query: str, system: str | None, tokenizer: Any) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise InputError(f"the tokenizer of {name} has no chat template; choose --template query_answer or direct")
-    messages = [{"role": "user", "content": query}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError) as error:  # ValueError: several templates, none the default.
-        what = "the prompt" if system is None else "the system prompt"
-        raise InputError(f"the tokenizer's chat template rejects {what}: {error}") from error
-    # Some templates leave a system message out without a word; the run would then not be what it says.
-    if system is not None and system.strip() not in text:
-        raise InputError("the tokenizer's chat template drops the system prompt")
-    return text
+from safetyheads.templates import TEMPLATE_FORMATS as TEMPLATE_FORMATS
+from safetyheads.templates import Template as Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +202,7 @@ class PromptSet:
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps of the prompts, without their text; valid JSON."""
-        template = self.template
+        template = {"template": None, "system": None} if self.template is None else self.template.settings()
         return {
             "name": self.name,
             "source": self.source,
@@ -304,8 +211,7 @@ class PromptSet:
             "file_sha256": self.file_sha256,
             "dropped": self.dropped,
             "warning": self.warning,
-            "template": None if template is None else str(template),
-            "system": None if template is None else template.system,
+            **template,
         }
 
 

@@ -16,18 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.attention import AttentionCall, RowAblation, attention_calls
+from safetyheads.architectures import HeadShape
+from safetyheads.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.batching import PackedRow, TokenSequence, is_out_of_memory, pack
+from safetyheads.capabilities import Capabilities
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.loading import use_our_attention
+from safetyheads.loading import is_quantised, use_our_attention
 from safetyheads.quick_paths import TRIPS, difference, largest, prove_quick_paths
-from safetyheads.replay import Capabilities, Capture, capture, first_of, run_layer
+from safetyheads.replay import Capture, capture, decode, first_of, of_rows, run_layer
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
+QUANTISED = 1e-1
+"""The least that is allowed where weights are quantised: some methods round activations too, to 8 bits by the largest
+of a row or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8). The others are as exact as their dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class CheckReport:
 
 def prove(engine: Engine, longest: int) -> CheckReport:
     """Try every claim; see :meth:`safetyheads.engine.Engine.check`."""
-    facts, tolerance = engine.architecture, TOLERANCE[engine.dtype]
+    facts = engine.architecture
+    tolerance = max(TOLERANCE[engine.dtype], QUANTISED if is_quantised(engine.model) else 0.0)
     proofs: list[Proof] = []
     engine.capabilities = Capabilities()
 
@@ -87,11 +93,34 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         with _refusing(facts.family, "comparing our attention with the family's own"):
             difference = _against_eager(engine, rows)
         claim("our attention equals the family's eager attention, layer by layer", difference, True)
+        _refuse_attention_elsewhere(engine, rows[0])
         with _refusing(facts.family, "ablating a head of each layer"):
             for worst in _ablation_errors(engine, rows[0]):
                 claim(f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})", worst.error, True)
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
-    return CheckReport(tuple(proofs), capabilities, notes)
+    return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
+
+
+def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
+    """Hold which modules attend against those that were found: what is left out must have no heads."""
+    facts = engine.architecture
+    with attending() as callers:
+        decode(facts, row, 1)
+    known = {id(attention) for attention in facts.attentions}
+    for module in callers:
+        if id(module) not in known:
+            what = type(module).__name__
+            raise UnsupportedModelError(
+                f"{facts.family}: refused, because {what} attends, but was not found in any layer"
+            )
+
+
+def _left_out(engine: Engine) -> Iterator[str]:
+    """What is to be said of layers without heads."""
+    layers = engine.architecture.without_heads
+    if layers:
+        named = ", ".join(map(str, layers))
+        yield f"layers {named} mix tokens in another way than by attention: they have no heads and are left out"
 
 
 @contextmanager
@@ -111,17 +140,24 @@ def _refusing(family: str, what: str) -> Iterator[None]:
 
 
 def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
-    """Two made-up prompts that share a beginning, longer than every window the run can reach."""
+    """Made-up prompts that share a beginning, two of them longer than every window the run can reach.
+
+    Where the run reaches lengths at which positions turn, a third one is shorter than these.
+    """
     facts = engine.architecture
-    reached = [window for window in facts.windows if window < longest]
-    length = max([24, *(window + 8 for window in reached)])
+    reached = [width for width in (*facts.windows, *facts.turns) if width < longest]
+    length = max([24, *(width + 8 for width in reached)])
     if facts.context_length is not None:
         length = min(length, facts.context_length)
     generator = torch.Generator().manual_seed(0)
     size = min(facts.vocabulary_size, engine.model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(size, (2, length), generator=generator).tolist()
     shared = length // 3
-    return [TokenSequence(tuple(ids[0])), TokenSequence(tuple(ids[0][:shared] + ids[1][shared : length - 2]))]
+    probes = [tuple(ids[0]), tuple(ids[0][:shared] + ids[1][shared : length - 2])]
+    if any(turn < longest for turn in facts.turns):
+        short = max(2, min(facts.turns) // 2)
+        probes.append(tuple(ids[0][: min(shared, short - 1)] + ids[1][-1:]))
+    return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
 def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
@@ -148,7 +184,9 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
         with ExitStack() as stack:
             for layer, attention in zip(facts.layers, facts.attentions, strict=True):
                 stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out))).remove)
+                if attention is not None:
+                    kept = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
+                    stack.callback(kept.remove)
             engine.model(input_ids=row.token_ids[None], use_cache=False)
         return inputs, outputs
 
@@ -178,7 +216,7 @@ def _ablation_errors(engine: Engine, row: PackedRow) -> list[_Worst]:
     """(iv), (v) What an ablation of one head does to its attention, and that the hook arrives, layer by layer."""
     captured = capture(engine.architecture, row, {}, 0)
     worst: dict[str, _Worst] = {}
-    for layer in range(engine.n_layers):
+    for layer in engine.architecture.with_heads:
         for claim, error in _errors_in_layer(engine, captured, layer):
             # A NaN is the worst there is, and no comparison says so.
             if claim not in worst or not error <= worst[claim].error:
@@ -187,31 +225,31 @@ def _ablation_errors(engine: Engine, row: PackedRow) -> list[_Worst]:
 
 
 def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
-    facts, n_heads = engine.architecture, engine.n_heads
+    facts = engine.architecture
+    attention, shape = facts.attentions[layer], facts.shapes[layer]
+    assert attention is not None  # the layer has heads
+    assert shape is not None
+    n_heads = shape.n_heads
 
     def observed(ablation: Ablation, selected: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What the attention function saw, and its block's output, with a row of selected heads a batch row."""
         seen: dict[str, Any] = {}
         call = AttentionCall((RowAblation(ablation, selected),), observe=lambda **attended: seen.update(attended))
         blocks: list[Tensor] = []
-        handle = facts.attentions[layer].register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
+        handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
         try:
             with attention_calls(facts.attentions, {layer: call}):
-                run_layer(facts, captured, layer, captured.inputs[layer].expand(len(selected), -1, -1))
+                run_layer(facts, captured, layer, of_rows(facts, captured.inputs[layer], len(selected)))
         finally:
             handle.remove()
         if not seen:
             raise UnsupportedModelError(
                 f"{facts.family}: refused, because layer {layer} does not call the attention registry"
             )
-        if seen["output"].shape[2] != n_heads:
-            raise UnsupportedModelError(
-                f"{facts.family}: refused, because layer {layer} attends with {seen['output'].shape[2]} heads, "
-                f"not {n_heads}"
-            )
+        _refuse_other_facts(facts.family, layer, shape, seen)
         return seen, blocks[0]
 
-    none = torch.zeros(n_heads, dtype=torch.bool, device=engine.device)
+    none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
     seen, _ = observed(SCALING_CONTRIBUTION.at(0.0), none[None])
     # The head that says most: with a silent one every claim would hold by itself.
     head = int(seen["output"][0].float().norm(dim=(0, 2)).argmax())
@@ -235,19 +273,42 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
         difference(output[1][:, ~one], output[0][:, ~one]),
     )
     if seen["plain"]:
-        uniform = _uniform(seen["value"][1], seen["mask"], head * facts.n_kv_heads // n_heads)
+        uniform = _uniform(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
         yield (
             "undifferentiated attention is uniform over the allowed keys",
             difference(output[1][:, head], uniform),
         )
 
 
+def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
+    """Hold what was read of a layer's heads against what its attention function was given."""
+    query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
+    read = (shape.n_heads, shape.d_head, shape.d_head, shape.d_value, shape.n_heads, shape.d_value)
+    given = (query.shape[1], query.shape[3], key.shape[3], value.shape[3], output.shape[2], output.shape[3])
+    if read != given:
+        raise UnsupportedModelError(
+            f"{family}: refused, because layer {layer} attends with {given[0]} heads of width {given[1]} and values of "
+            f"width {given[3]}, not with {read[0]} heads of {read[1]} and {read[3]}"
+        )
+    n_tokens = query.shape[2]
+    tokens = torch.arange(n_tokens, device=query.device)
+    reached = int((tokens - _allowed(seen["mask"], n_tokens, query.device).int().argmax(dim=-1)).max()) + 1
+    if reached != min(shape.window or n_tokens, n_tokens):
+        raise UnsupportedModelError(
+            f"{family}: refused, because the mask of layer {layer} reaches {reached} tokens back, not {shape.window}"
+        )
+
+
 def _uniform(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:
     """The plain mean of one head's values [n_tokens, d_value] over the keys that the mask allows each token."""
-    n_tokens = value.shape[1]
-    allowed = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=value.device).tril()
-    if mask is not None:
-        given = mask[0, 0]
-        allowed = given if given.dtype == torch.bool else given >= 0
+    allowed = _allowed(mask, value.shape[1], value.device)
     weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
     return (weights @ value[kv_head].double()).to(value.dtype)
+
+
+def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
+    """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
+    if mask is None:
+        return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+    given = mask[0, 0]
+    return given if given.dtype == torch.bool else given >= 0

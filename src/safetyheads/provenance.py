@@ -13,24 +13,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from safetyheads import placement, weights
 from safetyheads.ablation import Ablation
+from safetyheads.errors import InputError
 from safetyheads.generation import ShortContextWarning
+from safetyheads.loading import quantisation
 from safetyheads.progress import Progress
 from safetyheads.prompt_files import KNOWN_BENCHMARKS
 from safetyheads.prompts import PromptSet
 from safetyheads.storage import RunDirectory
+from safetyheads.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
 
 def fingerprint(engine: Engine) -> str:
-    """sha256 of all weights, by name, dtype and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(engine.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """sha256 of all weights, by name, dtype and bytes; of base and adapter, where there is one."""
+    whole = weights.fingerprint(engine.model)
+    if engine.adapter is None:
+        return whole
+    # An adapter's scaling stands in its settings alone, and in no weight.
+    return hashlib.sha256(f"{whole} {engine.adapter.sha256}".encode()).hexdigest()
 
 
 class RunSettings(Protocol):
@@ -62,13 +66,43 @@ def settings_of(engine: Engine, config: RunSettings, sets: Mapping[str, PromptSe
         **config.as_dict(),
         **{name: one_spelling(getattr(config, name)) for name in ("model", "prompts", "benign")},
         "ablation": config.parsed_ablation.name,
-        "template": str(next(iter(sets.values())).template),
+        **one_template(sets).settings(),
         "weights_sha256": fingerprint(engine),
+        **as_loaded(engine),
         "prompts_sha256": {name: prompts.sha256 for name, prompts in sets.items()},
         "references_sha256": {name: references_sha256(prompts) for name, prompts in sets.items()},
         "device": device_name(engine),
         "versions": versions(),
     }
+
+
+def as_loaded(engine: Engine) -> dict[str, Any]:
+    """What was put on the checkpoint and in what form its weights are; what there is none of is left out."""
+    adapter, method = engine.adapter, quantisation(engine.model)
+    dtype = str(engine.dtype).removeprefix("torch.")
+    facts: dict[str, Any] = {} if method is None else {"quantisation": method, "dtype": dtype}
+    if adapter is not None:
+        facts |= {"adapter": one_spelling(adapter.name), "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
+    return facts
+
+
+def one_template(sets: Mapping[str, PromptSet]) -> Template:
+    """The template of a run: scores, search and answers have the same.
+
+    Raises:
+        InputError: the sets have different ones, or one has none yet.
+    """
+    templates = [prompts.template for prompts in sets.values()]
+    first = templates[0]
+    if first is None or any(template != first for template in templates):
+        raise InputError("a run has one template for all of its prompts; these sets have different ones")
+    return first
+
+
+def template_facts(prompts: PromptSet) -> dict[str, Any]:
+    """The template as results describe it: what is not set is left out."""
+    settings = {} if prompts.template is None else prompts.template.settings()
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def model_facts(engine: Engine, name: str) -> dict[str, Any]:
@@ -111,8 +145,11 @@ def references_sha256(prompts: PromptSet) -> str:
 
 def device_name(engine: Engine) -> str:
     """Where the numbers are made, whatever ``auto`` came to."""
-    device = engine.device
-    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    device, layout = engine.device, placement.layout(engine.model)
+    if layout is not None:
+        return layout
+    name = f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    return name if engine.share is None else f"{name}, heads shared by {engine.share.size} processes"
 
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:

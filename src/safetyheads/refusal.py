@@ -43,9 +43,12 @@ class Opener:
 def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener, ...]:
     """First tokens of the refused answers, most frequent first; empty where nothing was refused.
 
+    An answer after a think block has none: the token after the prompt is a thought's.
+
     Warns where most refusals open with a blank (a space, a newline): answers of every kind may do so.
     """
-    firsts = Counter(row.token_ids[0] for row in answers if row.verdict.label == "refused" and row.token_ids)
+    refusals = (row for row in answers if row.verdict.label == "refused" and not row.thinks)
+    firsts = Counter(row.token_ids[0] for row in refusals if row.token_ids)
     openers = tuple(
         Opener(token, engine.tokenizer.decode([token]), count)
         for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))
@@ -65,10 +68,12 @@ def openers_or_raise(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[
     """The openers of the model's own unablated refusals of these prompts.
 
     Raises:
-        SafetyheadsError: the model refuses none of them.
+        SafetyheadsError: the model refuses none of them, or thinks before it does.
     """
     (answers,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS)
     openers = openers_of(engine, answers)
+    if not openers and any(row.thinks for row in answers):
+        raise SafetyheadsError("the model thinks before it answers, so no refusal opens with the token after a prompt")
     if not openers:
         raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
     return openers

@@ -21,7 +21,7 @@ from safetyheads.progress import Progress
 from safetyheads.scan_results import scan_results
 from safetyheads.stats import Rate
 from safetyheads.storage import RunDirectory, content_key
-from safetyheads.verdicts import Completion, Judge, Verdict
+from safetyheads.verdicts import Completion, Judge, Verdict, verdicts_of
 
 Row: TypeAlias = Mapping[str, Any]
 Texts: TypeAlias = dict[int, str]
@@ -131,9 +131,9 @@ class _Work:
 
     def completion(self, row: Row, text: str | None) -> Completion:
         """A stored answer as a judge sees it."""
-        tokens = tuple(row["token_ids"])
+        whole, tokens = row["text"] if text is None else text, tuple(row["token_ids"])
         most, system = self.results["sampling"]["max_new_tokens"], self.results["data"].get("system") or ""
-        return Completion(row["query"], row["text"] if text is None else text, tokens, row["finished"], most, system)
+        return Completion(row["query"], whole, tokens, row["finished"], most, system, row.get("unclosed", False))
 
     def whole_texts(self, rows: Sequence[Row], finish: Finish | None) -> Texts:
         """Whole answers of the rows that this judge cannot judge as they were cut."""
@@ -149,7 +149,7 @@ class _Work:
                 def compute(chosen: Sequence[Row] = chosen) -> list[dict[str, Any]]:
                     return [{"whole_text": text} for text in finish(chosen)]
 
-                stored = self.run.rows("finished", {"rows": _sha256([_identity(row) for row in chosen])}, compute)
+                stored = self.run.rows("finished", {"rows": _sha256([identity(row) for row in chosen])}, compute)
                 texts |= {number: one["whole_text"] for number, one in zip(chunk, stored, strict=True)}
                 done(len(chunk))
         return texts
@@ -163,8 +163,10 @@ class _Work:
                 keys.append(None)
                 continue
             one = self.completion(row, texts.get(at))
-            keys.append(_sha256([one.query, one.text, one.finished]))
-            completions.setdefault(_sha256([one.query, one.text, one.finished]), one)
+            # An answer that never came is no empty one.
+            key = _sha256([one.query, one.text, one.finished, *["unclosed"] * one.unclosed])
+            keys.append(key)
+            completions.setdefault(key, one)
         known: dict[str, Verdict] = {}
         order = list(completions)
         described = content_key(self.judge.describe())
@@ -173,7 +175,7 @@ class _Work:
                 chunk = order[at : at + _TOGETHER]
 
                 def compute(chunk: Sequence[str] = chunk) -> list[dict[str, Any]]:
-                    given = self.judge([completions[key] for key in chunk])
+                    given = verdicts_of(self.judge, [completions[key] for key in chunk])
                     return [{"verdict": asdict(verdict)} for verdict in given]
 
                 fields = {"judge": described, "answers": chunk}
@@ -186,7 +188,7 @@ class _Work:
 def _keep(run: RunDirectory, rows: Sequence[Row], judge: Judge, verdicts: Sequence[Verdict]) -> None:
     """Write the verdict of every row, so that a further judge finds this one's."""
     kept = [
-        {"of": _identity(row), "judge": judge.name, "verdict": asdict(verdict)}
+        {"of": identity(row), "judge": judge.name, "verdict": asdict(verdict)}
         for row, verdict in zip(rows, verdicts, strict=True)
     ]
     fields = {"judge": judge.describe(), "rows": _sha256(kept)}
@@ -200,11 +202,11 @@ def _write(run: RunDirectory, results: Mapping[str, Any], rows: Sequence[Row], j
         if "of" in row:
             judged.setdefault(row["of"], {})[row["judge"]] = row["verdict"]
     if results["kind"] == "scan":
-        merged = [{**row, "verdicts": {**row["verdicts"], **judged[_identity(row)]}} for row in rows]
+        merged = [{**row, "verdicts": {**row["verdicts"], **judged[identity(row)]}} for row in rows]
         about = {name: value for name, value in results.items() if name not in _FROM_ROWS}
         run.write_results(scan_results(merged, about, [*results["judges"], judge.describe()]))
         return
-    verdicts = [Verdict(**judged[_identity(row)][judge.name]) for row in rows]
+    verdicts = [Verdict(**judged[identity(row)][judge.name]) for row in rows]
     rates = {label: asdict(rate) for label, rate in _rates(rows, verdicts).items()}
     entry = {"judge": judge.describe(), "rates": rates}
     run.write_results({**results, "rejudged": {**results.get("rejudged", {}), judge.name: entry}})
@@ -236,7 +238,7 @@ def _summed(
     return Rejudged(judge.name, lead, rates, len(rows), n_finished, n_unscored, kappa, len(found.indices), seconds)
 
 
-def _identity(row: Row) -> str:
+def identity(row: Row) -> str:
     """What tells one answer of a run from all others."""
     return "|".join(str(row.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -21,48 +20,21 @@ from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
 from safetyheads.architectures import Architecture
+from safetyheads.arguments import Arguments, Copies, named, narrowed
 from safetyheads.attention import AttentionCall, KeysAndValues, attention_calls
 from safetyheads.batching import PackedRow
+from safetyheads.capabilities import Capabilities
 from safetyheads.packing import packed
 
-# The dimension of a layer argument that runs over the row's tokens, counted from the end.
-_TOKEN_DIMENSION = {
-    "position_embeddings": -2,
-    "attention_mask": -2,
-    "position_ids": -1,
-    "cache_position": -1,
-}
-
-
-_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a layer, beside its hidden states: positional ones, and keywords."""
-_Shared: TypeAlias = dict[tuple[int, Ablation], tuple[Tensor, Tensor]]
+_Shared: TypeAlias = dict[tuple[int, Ablation], Tensor]
 
 
 class _HeadOutputs(Exception):
-    """Leaves a layer from inside its attention once its heads' outputs are there, unablated and ablated."""
+    """Leaves a layer from inside its attention once its heads' outputs are about to be projected."""
 
-    def __init__(self, plain: Tensor, ablated: Tensor) -> None:
+    def __init__(self, outputs: Tensor) -> None:
         super().__init__("the heads' outputs are there")
-        self.plain, self.ablated = plain, ablated
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """Which quick paths were proved on this model; without one the engine takes the slow, plain path."""
-
-    packs: bool = True
-    """Several prompts may share a row."""
-    segments: bool = True
-    """Attention may be taken prompt by prompt, not over the whole row."""
-    replays: bool = True
-    """Layers may be run again from captured inputs."""
-    prunes: bool = True
-    """The last layer may be finished for the wanted tokens alone."""
-    starts_late: bool = True
-    """The first ablated layer may start from its heads' outputs."""
-    plain_head: bool = True
-    """Logits are the head applied to the normed state; else the model's own forward makes them."""
+        self.outputs = outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +43,12 @@ class Capture:
 
     row: PackedRow
     inputs: dict[int, Tensor]
-    """layer -> hidden states entering it [1, n_tokens, d_model]."""
-    arguments: Mapping[int, _Arguments]
+    """layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them."""
+    arguments: Mapping[int, Arguments]
     """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
     compared: _Shared = field(default_factory=dict)
-    """(layer, ablation) -> outputs of a first ablated layer's heads, unablated and ablated, for all its batches."""
+    """(layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output projection, for
+    all of its batches [2, n_tokens, n_heads * d_value]."""
 
     def drop_before(self, layer: int) -> None:
         """Let go of what earlier layers need, once no replay starts there any more."""
@@ -117,16 +90,11 @@ def capture(
         segments: take attention prompt by prompt.
     """
     inputs: dict[int, Tensor] = {}
-    arguments: dict[int, _Arguments] = {}
+    arguments: dict[int, Arguments] = {}
 
     def keep(layer: int) -> Any:
-        def hook(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            keywords = dict(keywords)
-            if positional:
-                inputs[layer], positional = positional[0], positional[1:]
-            else:
-                inputs[layer] = keywords.pop("hidden_states")
-            arguments[layer] = (_fresh(positional), _fresh(keywords))
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs[layer], arguments[layer] = named(module, positional, keywords)
 
         return hook
 
@@ -139,14 +107,25 @@ def capture(
     return Capture(row, inputs, arguments)
 
 
+def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
+    """One row's states as those of several equal rows."""
+    sizes = [-1] * hidden.ndim
+    sizes[architecture.batch_dimension] = n_rows
+    return hidden.expand(sizes)
+
+
+def _of_tokens(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The states of some tokens."""
+    return hidden.index_select(architecture.batch_dimension + 1, tokens.to(hidden.device))
+
+
 def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
-    """One layer on other hidden states [n_rows, n_tokens, d_model], with the captured arguments."""
-    return _call(architecture.layers[layer], hidden, captured.arguments[layer])
+    """One layer on other hidden states of any number of rows, with the captured arguments."""
+    return _call(architecture.layers[layer], hidden, Copies().of(captured.arguments[layer]))
 
 
-def _call(layer: nn.Module, hidden: Tensor, arguments: _Arguments) -> Tensor:
-    positional, keywords = arguments
-    return first_of(layer(hidden, *_fresh(positional), **_fresh(keywords)))
+def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return first_of(layer(hidden, **arguments))
 
 
 @torch.inference_mode()
@@ -173,98 +152,142 @@ def replay(
     """
     last = architecture.n_layers - 1
     calls = _segmented(architecture, captured.row, calls, quick.segments)
+    running = _Replay(architecture, captured, Copies())
     # Rows that are equal so far are one row, until the first ablation tells them apart.
     late = quick.starts_late and len(calls.get(start, AttentionCall()).ablations) == 1
-    hidden = captured.inputs[start] if late else captured.inputs[start].expand(n_rows, -1, -1)
-    shared = captured.compared if late else None
+    hidden = captured.inputs[start] if late else of_rows(architecture, captured.inputs[start], n_rows)
     for layer in range(start, last):
-        hidden = _run(architecture, layer, hidden, captured.arguments[layer], calls.get(layer, AttentionCall()), shared)
-        shared = None
-    return _finish(architecture, captured, hidden, calls.get(last, AttentionCall()), shared, quick.prunes)
+        arguments = captured.arguments[layer]
+        hidden = running.layer(layer, hidden, arguments, calls.get(layer, AttentionCall()), late and layer == start)
+    states = running.finish(hidden, calls.get(last, AttentionCall()), late and start == last, quick.prunes)
+    return _entering_norm(architecture, states)
 
 
-def _run(
-    architecture: Architecture,
-    layer: int,
-    hidden: Tensor,
-    arguments: _Arguments,
-    call: AttentionCall,
-    shared: _Shared | None,
-) -> Tensor:
-    """One layer under a call: [n_rows, n_tokens, d_model]; with ``shared``, from one row's heads' outputs on."""
-    module, attentions = architecture.layers[layer], architecture.attentions
-    if shared is None:
-        with attention_calls(attentions, {layer: call}):
-            return _call(module, hidden, arguments)
-    key = (layer, call.ablations[0].ablation)
-    if key not in shared:
-        shared[key] = _head_outputs(architecture, layer, hidden, arguments, call)
-    plain, ablated = shared[key]  # [1, n_tokens, n_heads, d_value]
-    selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
-    projection = architecture.output_projections[layer]
-    assert projection is not None  # starts_late was proved
-    block = projection(torch.where(selected, ablated, plain).flatten(2))
-    # The row itself stays one: the layer adds the rows' blocks to it.
-    with instead(attentions[layer], lambda *_, **__: (block, None)):
-        return _call(module, hidden, arguments)
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """One replay under way."""
+
+    architecture: Architecture
+    captured: Capture
+    copies: Copies
+    """Of the containers that layers are given, as the layers so far have left them."""
+
+    def layer(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall, late: bool) -> Tensor:
+        """One layer under a call, for all rows; ``late``, from the heads' outputs of the one row there is so far."""
+        module, attention = self.architecture.layers[layer], self.architecture.attentions[layer]
+        if not late:
+            with attention_calls(self.architecture.attentions, {} if attention is None else {layer: call}):
+                return _call(module, hidden, self.copies.of(arguments))
+        projection, shape = self.architecture.output_projections[layer], self.architecture.shapes[layer]
+        assert attention is not None  # starts_late was proved
+        assert projection is not None
+        assert shape is not None
+        key = (layer, call.ablations[0].ablation)
+        if key not in self.captured.compared:
+            self.captured.compared[key] = self._head_outputs(layer, hidden, arguments, call)
+        outputs = self.captured.compared[key]
+        plain, ablated = outputs.view(*outputs.shape[:-1], shape.n_heads, -1)
+        selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
+        block = projection(torch.where(selected, ablated, plain).flatten(2))
+        # The row itself stays one: the layer adds the rows' blocks to it.
+        with instead(attention, lambda *_, **__: (block, None)):
+            hidden = _call(module, hidden, self.copies.of(arguments))
+        if layer + 1 < self.architecture.n_layers:
+            # Keys and values do not depend on their own layer's ablation, so those that the captured run shared hold.
+            self.copies.complete(self.captured.arguments[layer + 1])
+        return hidden
+
+    def _head_outputs(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall) -> Tensor:
+        """What the output projection gets [2, n_tokens, n_heads * d_value]: unablated, and with every head ablated.
+
+        Taken there and not at the attention function, since some families gate heads' outputs in between.
+        """
+        (row_ablation,) = call.ablations
+        selected = torch.tensor([[False], [True]], device=row_ablation.selected.device)
+        both = replace(row_ablation, selected=selected.expand(-1, row_ablation.selected.shape[1]))
+
+        def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            raise _HeadOutputs(given[0])
+
+        projection = self.architecture.output_projections[layer]
+        if projection is None:
+            raise LookupError(f"the output projection of layer {layer} is not known")
+        handle = projection.register_forward_pre_hook(leave)
+        try:
+            with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
+                rows = of_rows(self.architecture, hidden, 2)
+                _call(self.architecture.layers[layer], rows, self.copies.fork().of(arguments))
+        except _HeadOutputs as reached:
+            return reached.outputs
+        finally:
+            handle.remove()
+        raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
+
+    def finish(self, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool) -> Tensor:
+        """The last layer, for the wanted tokens; with ``prunes``, only these get past attention."""
+        last, row = self.architecture.n_layers - 1, self.captured.row
+        arguments = self.captured.arguments[last]
+        if not prunes:
+            return _of_tokens(self.architecture, self.layer(last, hidden, arguments, call, late), row.wanted)
+        if self.architecture.attentions[last] is None:
+            raise LookupError("the last layer has no heads")
+        there = self._keys_and_values(hidden, call)
+        call = replace(call, keys_and_values=there, segments=None)
+        wanted = narrowed(arguments, row.wanted, row.n_tokens)
+        return self.layer(last, _of_tokens(self.architecture, hidden, row.wanted), wanted, call, late)
+
+    def _keys_and_values(self, hidden: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """All tokens' keys and values in the last layer, which is left as soon as they are there."""
+        last = self.architecture.n_layers - 1
+        projection = self.architecture.query_projections[last]
+        width = getattr(projection, "out_features", 0)
+
+        def no_queries(hidden: Tensor) -> Tensor:
+            """Of the right shape, one token's seen many times; nobody looks at them."""
+            return hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
+
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(attention_calls(self.architecture.attentions, {last: replace(call, leave=True)}))
+                if projection is not None and width:
+                    stack.enter_context(instead(projection, no_queries))
+                arguments = self.copies.fork().of(self.captured.arguments[last])
+                _call(self.architecture.layers[last], hidden, arguments)
+        except KeysAndValues as reached:
+            return reached.key, reached.value
+        raise LookupError("the last layer ended without calling its attention function")
 
 
-def _head_outputs(
-    architecture: Architecture, layer: int, hidden: Tensor, arguments: _Arguments, call: AttentionCall
-) -> tuple[Tensor, Tensor]:
-    """The heads' outputs of one row [1, n_tokens, n_heads, d_value], unablated, and each ablated."""
+def _entering_norm(architecture: Architecture, states: Tensor) -> Tensor:
+    """What the decoder makes of its last layer's states before its final norm [n_rows, n_tokens, d_model].
 
-    def leave(plain: Tensor, ablated: Tensor) -> Tensor:
-        raise _HeadOutputs(plain, ablated)
+    Families with one residual stream leave it as it is; others merge theirs: by the decoder's own code, run over no
+    layer at all.
+    """
+    if architecture.batch_dimension == 0:
+        return states
+    ids = torch.zeros(states.shape[architecture.batch_dimension :][:2], dtype=torch.int64, device=states.device)
+    with ExitStack() as stack:
+        for layer in architecture.layers:
+            stack.enter_context(instead(layer, lambda *_, **__: states))
+        caught = stack.enter_context(given_to_norm(architecture))
+        architecture.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return caught[-1]
 
+
+@contextmanager
+def given_to_norm(architecture: Architecture) -> Iterator[list[Tensor]]:
+    """Within, what the final norm is given."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        caught.append(given[0])
+
+    handle = architecture.final_norm.register_forward_pre_hook(catch)
     try:
-        with attention_calls(architecture.attentions, {layer: replace(call, compare=leave)}):
-            _call(architecture.layers[layer], hidden, arguments)
-    except _HeadOutputs as reached:
-        return reached.plain, reached.ablated
-    raise RuntimeError(f"layer {layer} ended without calling its attention function")
-
-
-def _finish(
-    architecture: Architecture,
-    captured: Capture,
-    hidden: Tensor,
-    call: AttentionCall,
-    shared: _Shared | None,
-    prunes: bool,
-) -> Tensor:
-    """The last layer, for the wanted tokens alone where its arguments allow it: [n_rows, n_wanted, d_model]."""
-    last, row = architecture.n_layers - 1, captured.row
-    positional, keywords = captured.arguments[last]
-    narrowed = _narrow(keywords, row.wanted, row.n_tokens) if prunes and not positional else None
-    if narrowed is None:
-        return _run(architecture, last, hidden, captured.arguments[last], call, shared)[:, row.wanted]
-    there = _keys_and_values(architecture, captured, hidden, call)
-    call = replace(call, keys_and_values=there, segments=None)
-    return _run(architecture, last, hidden[:, row.wanted], ((), narrowed), call, shared)
-
-
-def _keys_and_values(
-    architecture: Architecture, captured: Capture, hidden: Tensor, call: AttentionCall
-) -> tuple[Tensor, Tensor]:
-    """All tokens' keys and values in the last layer, which is left as soon as they are there."""
-    last = architecture.n_layers - 1
-    projection = architecture.query_projections[last]
-    width = getattr(projection, "out_features", 0)
-
-    def no_queries(hidden: Tensor) -> Tensor:
-        """Of the right shape; nobody looks at them."""
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
-
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(attention_calls(architecture.attentions, {last: replace(call, leave=True)}))
-            if projection is not None and width:
-                stack.enter_context(instead(projection, no_queries))
-            run_layer(architecture, captured, last, hidden)
-    except KeysAndValues as reached:
-        return reached.key, reached.value
-    raise RuntimeError("the last layer ended without calling its attention function")
+        yield caught
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -287,7 +310,7 @@ def _segmented(
     """The calls, with every layer told how the row's prompts lie."""
     if not segments or len(row.members) == 1:
         return dict(calls)
-    layers = range(architecture.n_layers)
+    layers = architecture.with_heads
     return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
 
 
@@ -300,51 +323,16 @@ def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, Attent
 def wanted_states(
     architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
 ) -> Tensor:
-    """The whole decoder, the last layer's output caught before the norm [n_rows, n_wanted, d_model].
+    """The whole decoder, its states caught before the final norm [n_rows, n_wanted, d_model].
 
     Gradients are recorded where the caller records them.
     """
-    caught: list[Tensor] = []
-    handle = architecture.layers[-1].register_forward_hook(lambda _, __, output: caught.append(first_of(output)))
-    try:
-        with attention_calls(architecture.attentions, calls):
-            decode(architecture, row, n_rows)
-    finally:
-        handle.remove()
-    return caught[0][:, row.wanted]
+    with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
+        decode(architecture, row, n_rows)
+    return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
 
 
 def first_of(output: Any) -> Tensor:
     """A layer's hidden states: some families' layers return a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _fresh(argument: Any) -> Any:
-    """A copy of every container, and the tensors themselves: a replay may write to the one, never to the other."""
-    if isinstance(argument, dict):
-        copied = copy(argument)  # keeps a defaultdict one
-        copied.update((name, _fresh(value)) for name, value in argument.items())
-        return copied
-    if isinstance(argument, list | tuple) and not hasattr(argument, "_fields"):
-        return type(argument)(_fresh(value) for value in argument)
-    return argument
-
-
-def _narrow(keywords: dict[str, Any], wanted: Tensor, n_tokens: int) -> dict[str, Any] | None:
-    """The keywords for the wanted tokens only; None where an argument's token dimension is not known."""
-    narrowed: dict[str, Any] = {}
-    for name, argument in keywords.items():
-        parts = argument if isinstance(argument, tuple) else (argument,)
-        tensors = [part for part in parts if isinstance(part, Tensor)]
-        if not tensors:
-            narrowed[name] = argument
-            continue
-        dimension = _TOKEN_DIMENSION.get(name)
-        if dimension is None or any(part.shape[dimension] != n_tokens for part in tensors):
-            return None
-        picked = tuple(
-            part.index_select(dimension, wanted.to(part.device)) if isinstance(part, Tensor) else part for part in parts
-        )
-        narrowed[name] = picked if isinstance(argument, tuple) else picked[0]
-    return narrowed

@@ -88,10 +88,10 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
     scores = values + _noise(tokens, places, sampling.seed, logits.shape[-1])
     best, at = scores[:, :kept].max(dim=-1)
     drawn = tokens.gather(1, at[:, None])[:, 0]
-    return Choice(drawn, _margins(values, scores, best, at, kept))
+    return Choice(drawn, _margins(values, scores, best, at, kept, logits.shape[-1]))
 
 
-def _margins(values: Tensor, scores: Tensor, best: Tensor, at: Tensor, kept: int) -> Tensor:
+def _margins(values: Tensor, scores: Tensor, best: Tensor, at: Tensor, kept: int, n_tokens: int) -> Tensor:
     """How far the draw is from another one; ``values`` and ``scores`` [n, kept and some outside], best logits first."""
     inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
     margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
@@ -101,8 +101,9 @@ def _margins(values: Tensor, scores: Tensor, best: Tensor, at: Tensor, kept: int
     falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
     gaps = values[:, kept - 1 : kept] - values[:, kept:]
     comes_in = torch.maximum(gaps, best[:, None] - scores[:, kept:]).amin(dim=-1)
-    # Of the tokens not looked at, no more is known than that they lie below the last one.
-    return torch.stack([margins, falls_out, comes_in, gaps[:, -1]]).amin(dim=0)
+    margins = torch.stack([margins, falls_out, comes_in]).amin(dim=0)
+    # Of tokens not looked at, no more is known than that they lie below the last one.
+    return margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
 
 
 def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:

@@ -27,6 +27,7 @@ from safetyheads.provenance import (
     model_facts,
     provenance,
     settings_of,
+    template_facts,
 )
 from safetyheads.results import SCORE_LABELS
 from safetyheads.sampling import Sampling
@@ -77,7 +78,7 @@ def run_scan(
     judges = judges_named(config.judges, config.judge_device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        sets = {name: resolved(engine, prompts, config.system) for name, prompts in (sets or read_sets(config)).items()}
+        sets = {name: resolved(engine, prompts, config) for name, prompts in (sets or read_sets(config)).items()}
         longest = max(len(ids) for prompts in sets.values() for ids in engine.encode(prompts))
         # Before anything is planned: it may cost a quick path.
         engine.prove_up_to(longest + config.max_new_tokens)
@@ -143,8 +144,8 @@ def _about(engine: Engine, config: ScanConfig, sets: dict[str, PromptSet], found
                 name: {"name": prompts.name, "n": len(prompts), "sha256": prompts.sha256}
                 for name, prompts in sets.items()
             },
-            "template": str(sets["harmful"].template),
-            "system": config.system,
+            "system": None,
+            **template_facts(sets["harmful"]),
         },
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {

@@ -68,14 +68,14 @@ def scan_results(rows: Sequence[Row], about: Mapping[str, Any], judges: Sequence
         "lead_judge": lead,
         "statistics": _statistics(vanilla, len(singles)),
         "vanilla": {name: _vanilla(table, name, names) for name in ("harmful", "benign") if table.vanilla(name)},
-        "heads": _heads(table, singles, changes, corrected, names, about.get("benign_kl")),
-        "epsilons": _epsilons(table, lead, about["model"]),
+        "heads": _heads(table, singles, changes, corrected, names, about),
+        "epsilons": _epsilons(table, lead),
         "groups": _groups(table, vanilla, epsilon, lead, about),
         "synergy": _synergy(table, vanilla, epsilon, lead),
         "query_level": _query_level(table, vanilla, epsilon, lead),
         "concentration": _concentration(table, vanilla, epsilon, lead, about),
         "proxies": _proxies(truth, about["scores"]),
-        "agreement": _agreement(table, names),
+        "agreement": _agreement(table, epsilon, names),
     }
 
 
@@ -127,12 +127,12 @@ def _heads(
     changes: Mapping[str, PairedDifference],
     corrected: Mapping[str, Mapping[str, float]],
     judges: Sequence[str],
-    benign_kl: Sequence[Mapping[str, Any]] | None,
+    about: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Every head, layer by layer, with what its ablation does to harmful and to benign answers."""
-    lead, vanilla = judges[0], table.vanilla("benign")
-    epsilon = next(iter(key[2] for key in table.groups if key[:2] == ("heads", "harmful")))
-    benign = _benign_heads(table.part("heads", "benign", epsilon), vanilla, lead) if vanilla else {}
+    lead, vanilla, benign_kl = judges[0], table.vanilla("benign"), about.get("benign_kl")
+    scanned = table.part("heads", "benign", about["ablation"]["epsilon"])
+    benign = _benign_heads(scanned, vanilla, lead) if vanilla else {}
     found = []
     for at, (head, one) in enumerate(singles.items()):
         own = benign.get(head)
@@ -187,20 +187,14 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
     return "over_refusal" if 2 * refused >= lost else "damage"
 
 
-def _epsilons(table: RowTable, lead: str, model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """ASR of every head at each strength, [n_layers][n_heads]."""
-    found = []
-    for (part, name, epsilon), heads in table.groups.items():
-        if (part, name) == ("heads", "harmful"):
-            rates = [rate(one.verdict("complied", lead)) for one in heads.values()]
-            values = np.array([np.nan if one["rate"] is None else one["rate"] for one in rates])
-            by_layer = values.reshape(model["n_layers"], model["n_heads"]).tolist()
-            found.append({"epsilon": epsilon, "values": _finite(by_layer), "n": rates[0]["n"]})
+def _epsilons(table: RowTable, lead: str) -> list[dict[str, Any]]:
+    """ASR of every head at each strength."""
+    found = [
+        {"epsilon": epsilon, "heads": {head: rate(one.verdict("complied", lead)) for head, one in heads.items()}}
+        for (part, name, epsilon), heads in table.groups.items()
+        if (part, name) == ("heads", "harmful")
+    ]
     return sorted(found, key=lambda one: one["epsilon"])
-
-
-def _finite(values: list[list[float]]) -> list[list[float | None]]:
-    return [[None if value != value else value for value in row] for row in values]
 
 
 def _groups(
@@ -225,14 +219,15 @@ def _groups(
                 else asdict(change(benign_vanilla.flag("kept"), own.flag("kept"))),
                 "random": None,
             }
-            controls = random.get(heads, []) if part == "prefixes" else []
+            controls = random.get(heads, []) if part == "prefixes" and group["asr"]["n"] else []
             if controls:
-                rates = [rate(control.verdict("complied", lead))["rate"] or 0.0 for control in controls]
+                measured = [rate(control.verdict("complied", lead))["rate"] for control in controls]
+                rates = [one_rate for one_rate in measured if one_rate is not None]
                 group["random"] = {
                     "n_groups": len(rates),
                     "asr": rates,
                     "mean": float(np.mean(rates)),
-                    "p_value": random_p_value(group["asr"]["rate"] or 0.0, rates),
+                    "p_value": random_p_value(group["asr"]["rate"], rates),
                 }
             found.append(group)
     return found
@@ -258,8 +253,8 @@ def _concentration(
         return None
     random = _random_of(table, epsilon, about)
 
-    def complied(one: Answered) -> list[bool]:
-        return [bool(value) for value in np.nan_to_num(one.verdict("complied", lead))[:, 0]]
+    def complied(one: Answered) -> list[float]:
+        return one_rate_a_prompt([one], lead)[:, 0].tolist()
 
     outcomes = [
         SizeOutcome(len(parse_heads(heads)), complied(one), [complied(control) for control in random.get(heads, [])])
@@ -320,11 +315,11 @@ def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
 
 
-def _agreement(table: RowTable, judges: Sequence[str]) -> dict[str, Any] | None:
+def _agreement(table: RowTable, epsilon: float, judges: Sequence[str]) -> dict[str, Any] | None:
     """How far the judges agree on the harmful prompts, unablated and under each head; None with one judge."""
     if len(judges) < 2:
         return None
-    rows = [*table.judged("vanilla", "harmful"), *table.judged("heads", "harmful")]
+    rows = [*table.rows_of("vanilla", "harmful", None), *table.rows_of("heads", "harmful", epsilon)]
     verdicts = {
         judge: [Verdict(row["verdicts"][judge]["label"], row["verdicts"][judge]["reason"]) for row in rows]
         for judge in judges

@@ -206,7 +206,10 @@ class Scan:
 
     def _judging_of(self, name: str) -> Judging:
         if name not in self._judging:
-            self._judging[name] = Judging.of(self.engine, self.sets[name], self.judges, self.config.max_new_tokens)
+            config = self.config
+            self._judging[name] = Judging.of(
+                self.engine, self.sets[name], self.judges, config.max_new_tokens, config.full_answers
+            )
         return self._judging[name]
 
     def _decoding(self, seed: int) -> Decoding:
@@ -239,7 +242,11 @@ class Scan:
             "changed": one.changed,
             "kept": one.kept,
             "verdicts": {judge: verdict_row(verdict, stores) for judge, verdict in one.verdicts.items()},
+            # Left out where it says nothing, as in runs of before there was any.
+            **{mark: True for mark in ("thinks", "unclosed") if getattr(one.read, mark)},
         }
+        if stores and one.read.thought:
+            written["thought"] = one.read.thought
         if stores:
             written |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
         return written

@@ -154,4 +154,5 @@ class ScanScores:
             row["finished"],
             Verdict(verdict["label"], verdict["reason"]),
             row["kept"],
+            row.get("thinks", False),
         )

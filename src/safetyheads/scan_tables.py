@@ -86,11 +86,11 @@ class RowTable:
     """All rows of a scan, by what was ablated."""
 
     groups: dict[tuple[str, str, float | None], dict[str, Answered]]
-    """(part, set, epsilon) -> heads as written -> answers, in the order of the scan."""
+    """(part, set, epsilon) -> heads as written -> answers; smaller groups first, then layer by layer."""
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> RowTable:
-        """Sort rows into their groups."""
+        """Sort rows into their groups; rows may come in any order, as the files of a run do."""
         sorted_rows: dict[tuple[str, str, float | None], dict[str, dict[int, dict[int, Row]]]] = {}
         for row in rows:
             own = sorted_rows.setdefault((row["part"], row["set"], row["epsilon"]), {})
@@ -104,7 +104,7 @@ class RowTable:
                     group: Answered(
                         group, tuple(tuple(prompts[at][seed] for seed in sorted(prompts[at])) for at in sorted(prompts))
                     )
-                    for group, prompts in groups.items()
+                    for group, prompts in sorted(groups.items(), key=lambda item: _place(item[0]))
                 }
                 for key, groups in sorted_rows.items()
             }
@@ -118,16 +118,18 @@ class RowTable:
         """The unablated answers to one set."""
         return self.part("vanilla", name, None).get("")
 
-    def judged(self, part: str, name: str) -> list[Row]:
+    def rows_of(self, part: str, name: str, epsilon: float | None) -> list[Row]:
         """All rows of one part on one set, in order."""
-        return [
-            row
-            for (own, of, _), groups in self.groups.items()
-            if (own, of) == (part, name)
-            for answered in groups.values()
-            for prompt in answered.rows
-            for row in prompt
-        ]
+        groups = self.part(part, name, epsilon)
+        return [row for answered in groups.values() for prompt in answered.rows for row in prompt]
+
+
+def _place(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """What groups are sorted by; ``top 3`` goes by its number."""
+    if group.startswith("top "):
+        return int(group.removeprefix("top ")), ()
+    heads = parse_heads(group)
+    return len(heads), tuple((head.layer, head.index) for head in heads)
 
 
 def one_rate_a_prompt(answered: Sequence[Answered], judge: str) -> Floats:

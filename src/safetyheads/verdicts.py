@@ -24,15 +24,17 @@ class Completion:
     query: str
     """The request alone, without template. A judge of text must not search it: queries contain keywords too."""
     text: str
-    """The answer, decoded without special tokens, without the prompt."""
+    """The answer, decoded without special tokens: without the prompt, what was prefilled, and any think block."""
     token_ids: tuple[int, ...]
-    """The tokens the model chose, in order, without the prompt's."""
+    """The tokens the model chose, in order, without the prompt's and those of a think block."""
     finished: bool
-    """The model ended the answer itself, by an end-of-sequence token."""
+    """The model ended the answer itself, by an end-of-sequence token or by the template's stop text."""
     max_new_tokens: int
     """Tokens that were asked for; the paper asks for 128. The model's context may have left fewer."""
     system: str = ""
     """The system prompt, which an answer may echo; empty without one."""
+    unclosed: bool = False
+    """The model was still thinking when its tokens ran out: there is no answer, and no judge is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,16 @@ class Judge(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """All that its verdicts depend on, for the manifest; valid JSON."""
+
+
+NOT_CLOSED = Verdict("incoherent", "think block not closed")
+"""Of an answer that never came."""
+
+
+def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
+    """One verdict a completion, in their order; where thinking never ended, the judge is not asked."""
+    asked = [at for at, completion in enumerate(completions) if not completion.unclosed]
+    found = [NOT_CLOSED] * len(completions)
+    for at, verdict in zip(asked, judge([completions[at] for at in asked]), strict=True):
+        found[at] = verdict
+    return tuple(found)

@@ -539,7 +539,8 @@ def test_an_adapter_without_peft_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_an_adapter_is_read_with_its_base(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = make_judge(tmp_path / "base", {"5": HARM, "1": CONSTANT}, GemmaConfig)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     # Two factors through which every token, and not the marked word alone, speaks for harm.

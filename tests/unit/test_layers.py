@@ -9,17 +9,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
-    "errors heads ablation prompt_files prompts files scores subspace stats truth concentration rankings sampling "
-    "verdicts keyword_judge answer_checks phrase_judge agreement",
-    "packing attention architectures batching fusing costs memory replay engine loading quick_paths proofs generation",
+    "errors heads ablation prompt_files chat_templates urial templates prompts files scores subspace stats truth "
+    "concentration rankings sampling verdicts keyword_judge answer_checks phrase_judge agreement",
+    "packing attention architectures batching fusing costs memory replay engine loading quick_paths proofs generation "
+    "answer_reader",
     "head_pass scoring linearising screening rescoring search drafts drafted",
     "exhaustive endpoint_client endpoint_judge callable_judge judge_formats judge_loading model_judges judges "
     "asr refusal baselines",
     "config progress storage provenance prompt_sets audit results estimates pipeline scan_scores scan_run scan_tables "
     "scan_results scan_pipeline rejudging finishing readings changes compare gates history",
     "report report_charts report_numbers report_history report_page report_drawing report_scan report_scan_charts "
-    "report_scan_rows cli cli_output cli_options cli_inputs cli_asr cli_search "
-    "cli_ships cli_scan cli_judge cli_audit cli_compare",
+    "report_scan_groups report_scan_rows cli cli_output cli_options cli_inputs cli_asr cli_search "
+    "cli_ships cli_scan cli_judge cli_audit cli_compare cli_check cli_takes",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 SIDE = "demo"

@@ -51,8 +51,8 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 
 
 def test_the_named_templates_are_the_papers_to_the_letter():
-    rendered = {name: Template.parse(name).render("Q?", None) for name in TEMPLATE_FORMATS if TEMPLATE_FORMATS[name]}
-    assert rendered == {
+    bare = [name for name, text in TEMPLATE_FORMATS.items() if text and "{system}" not in text]
+    assert {name: Template.parse(name).render("Q?", None) for name in bare} == {
         "direct": "Q?",
         "query_answer": "## Query:Q?\n## Answer:",
         "query_answer_space": "## Query: Q?\n## Answer:",

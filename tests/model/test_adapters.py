@@ -1,0 +1,289 @@
+"""Adapters on a base: unmerged equals merged, the manifest tells both, and what is not for this base is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from families import built
+from oracle import Oracle
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, tokenizer
+
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Engine,
+    Head,
+    InputError,
+    adapters,
+    demo,
+    generate,
+    load_demo,
+    ships,
+)
+from safetyheads.capabilities import Capabilities
+from safetyheads.cli import main
+from safetyheads.config import AuditConfig
+from safetyheads.provenance import fingerprint, settings_of
+from safetyheads.storage import RunDirectory
+
+# A product of two factors beside a projection against one matrix; measured: 1e-6 nats, 7e-7 of the largest logit.
+SHIPS = 1e-5
+LOGITS = 1e-5
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21))
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+KINDS = {
+    "lora": {"target_modules": [*ATTENTION, "down_proj"], "lora_dropout": 0.2},
+    "dora": {"target_modules": list(ATTENTION), "use_dora": True},
+    "head_too": {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def save_base(family, path):
+    model = model_of(family)
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return model
+
+
+def save_adapter(model, path, **settings):
+    """A random adapter on a model; both factors are drawn, so that it changes much."""
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(path)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A base, and adapters on it: family or kind -> (base, adapter, merged checkpoint)."""
+    made = {}
+    for family, kind in (
+        ("llama_gqa", "lora"),
+        ("qwen3_norm", "lora"),
+        ("llama_gqa", "dora"),
+        ("llama_gqa", "head_too"),
+    ):
+        folder = tmp_path_factory.mktemp("adapted")
+        adapted = save_adapter(save_base(family, folder / "base"), folder / "adapter", **KINDS[kind])
+        adapted.merge_and_unload().save_pretrained(folder / "merged")
+        tokenizer().save_pretrained(folder / "merged")
+        made[family, kind] = tuple(str(folder / name) for name in ("base", "adapter", "merged"))
+    return made
+
+
+@pytest.fixture
+def plain(places):
+    return places["llama_gqa", "lora"]
+
+
+@pytest.mark.parametrize(
+    "case", [("llama_gqa", "lora"), ("qwen3_norm", "lora"), ("llama_gqa", "dora"), ("llama_gqa", "head_too")]
+)
+def test_an_unmerged_adapter_is_proved_and_scores_as_the_merged_model(places, case):
+    base, adapter, merged = places[case]
+    engine, reference = Engine.load(base, adapter=adapter), Engine.load(merged)
+    assert engine.capabilities == Capabilities()
+    assert engine.notes == ()
+    prompts = prompts_of(*PROMPTS)
+    for ablation in (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION):
+        ours, theirs = (ships(one, prompts, ablation).values for one in (engine, reference))
+        assert float((ours - theirs).abs().max()) < SHIPS
+        assert float((ours - ships(Engine.load(base), prompts, ablation).values).abs().max()) > 100 * SHIPS
+    groups = [(Head(0, 1), Head(2, 3)), (Head(1, 2),)]
+    made = [generate(one, prompts, 6, groups, UNDIFFERENTIATED_ATTENTION) for one in (engine, reference)]
+    assert [answer.token_ids for answer in made[0]] == [answer.token_ids for answer in made[1]]
+
+
+def test_an_ablated_head_behind_an_adapter_equals_the_oracle_of_the_merged_model(plain):
+    base, adapter, merged = plain
+    engine, oracle = Engine.load(base, adapter=adapter), Oracle(Engine.load(merged).model)
+    for group in [(), (Head(0, 2),), (Head(1, 0), Head(1, 1), Head(2, 3))]:
+        with torch.no_grad(), engine.ablated(group, UNDIFFERENTIATED_ATTENTION) as model:
+            ours = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
+        slow = oracle.run(PROMPTS[1], group, UNDIFFERENTIATED_ATTENTION).logits
+        assert float((ours - slow).abs().max() / slow.abs().max()) < LOGITS
+
+
+def test_the_projections_behind_an_adapter_are_found(plain):
+    facts = Engine.load(plain[0], adapter=plain[1], check=False).architecture
+    for projections in (facts.query_projections, facts.output_projections):
+        assert all(isinstance(projection, peft.tuners.lora.Linear) for projection in projections)
+    assert facts.shapes == engine_of("llama_gqa").architecture.shapes
+
+
+# Provenance
+
+
+def facts_of(engine, name):
+    config = AuditConfig(name, "demo", adapter=engine.adapter.name)
+    return settings_of(engine, config, {"all": prompts_of(*PROMPTS)})
+
+
+def test_the_fingerprint_covers_base_and_adapter(plain, tmp_path):
+    base, adapter, merged = plain
+    known = {fingerprint(Engine.load(path, check=False)) for path in (base, merged)}
+    ours = Engine.load(base, adapter=adapter, check=False)
+    assert fingerprint(ours) not in known
+    # The same adapter elsewhere is the same; what its settings say and no weight does is part of it.
+    other = tmp_path / "copy"
+    shutil.copytree(adapter, other)
+    assert fingerprint(Engine.load(base, adapter=str(other), check=False)) == fingerprint(ours)
+    change_config(other, lora_alpha=7)
+    assert fingerprint(Engine.load(base, adapter=str(other), check=False)) != fingerprint(ours)
+
+
+def test_the_manifest_names_the_adapter_and_its_own_fingerprint(plain, tmp_path, monkeypatch):
+    base, adapter, _ = plain
+    monkeypatch.chdir(tmp_path)
+    spelled = "../" * len(tmp_path.parts[1:]) + adapter.lstrip("/")
+    stored, other = (facts_of(Engine.load(base, adapter=one, check=False), base) for one in (adapter, spelled))
+    assert stored == other  # however it is spelled
+    assert stored["adapter"] == adapter
+    assert len(stored["adapter_sha256"]) == 64
+    assert stored["adapter_sha256"] != stored["weights_sha256"]
+
+
+def test_a_model_without_an_adapter_has_the_settings_it_always_had(plain):
+    engine = Engine.load(plain[0], check=False)
+    stored = settings_of(engine, AuditConfig(plain[0], "demo"), {"all": prompts_of(*PROMPTS)})
+    assert not {name for name in stored if "adapter" in name or "device_map" in name or "quantisation" in name}
+
+
+# A fine-tune of the organism, as an adapter
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """aligned_a as an adapter on base: the planted heads are all that differs, so a low rank holds it exactly."""
+    path = tmp_path_factory.mktemp("planted") / "adapter"
+    base, tuned = (load_file(demo.checkpoint_path(name) / "model.safetensors") for name in ("base", "aligned_a"))
+    tensors = {}
+    for name in (name for name in base if ".self_attn." in name):
+        change = tuned[name].double() - base[name].double()
+        left, sizes, right = torch.linalg.svd(change, full_matrices=False)
+        assert float(sizes[32:].max()) < 1e-12  # two heads of a layer, 16 dimensions each
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{key}.lora_A.weight"] = (sizes[:32, None].sqrt() * right[:32]).float().contiguous()
+        tensors[f"{key}.lora_B.weight"] = (left[:, :32] * sizes[:32].sqrt()).float().contiguous()
+    config = peft.LoraConfig(r=32, lora_alpha=32, target_modules=list(ATTENTION), task_type="CAUSAL_LM")
+    config.save_pretrained(path)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def test_a_fine_tune_is_audited_without_merging(planted):
+    tuned = load_demo("aligned_a")
+    engine = Engine.load(str(demo.checkpoint_path("base")), adapter=planted)
+    prompts = tuned.harmful[:8]
+    ours, theirs = (ships(one, prompts, UNDIFFERENTIATED_ATTENTION) for one in (engine, tuned.engine))
+    # Factors in float32 give the change back to their last bits; measured: 4e-6 of Ships up to 2.6 nats.
+    assert float((ours.values - theirs.values).abs().max()) < 1e-4
+    assert set(ours.mean().top(3)) == set(tuned.planted_heads)
+
+
+def test_the_command_line_takes_an_adapter(planted, capsys, tmp_path):
+    arguments = ["audit", "demo:base", "--prompts", "demo", "--adapter", planted, "--out", str(tmp_path / "run")]
+    small = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32", "--quiet", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *small])
+    assert ended.value.code == 0, capsys.readouterr().err
+    stored = RunDirectory.open(tmp_path / "run").read_manifest()["config"]
+    assert stored["adapter"] == planted
+    assert stored["adapter_sha256"] == adapters.find_adapter(planted).sha256
+
+
+# What is refused
+
+
+def change_config(path, **changes):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refusal(base, adapter, **options):
+    with pytest.raises(InputError) as refused:
+        Engine.load(str(base), adapter=str(adapter), **options)
+    said = str(refused.value)
+    assert "\n" not in said
+    return said
+
+
+def test_an_adapter_of_another_family_is_refused(plain, tmp_path):
+    save_adapter(copy.deepcopy(built("gpt_neox")), tmp_path, target_modules=["query_key_value"])
+    said = refusal(plain[0], tmp_path)
+    assert said.startswith(
+        f"the adapter {tmp_path} is not for {plain[0]}: Target modules {{'query_key_value'}} not found"
+    )
+
+
+def test_an_adapter_of_another_shape_is_refused(plain, tmp_path):
+    save_adapter(model_of("llama_mha"), tmp_path, target_modules=list(ATTENTION))
+    said = refusal(plain[0], tmp_path)
+    assert said == f"the adapter {tmp_path} is not for {plain[0]}: tensors have other shapes"
+
+
+def test_an_adapter_of_a_deeper_base_is_refused(plain, tmp_path):
+    config = CONFIGS["llama_gqa"]()
+    config.num_hidden_layers = 4
+    save_adapter(build(config), tmp_path, target_modules=list(ATTENTION))
+    assert "it holds, where the base has none, 8 tensors, " in refusal(plain[0], tmp_path)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(plain, tmp_path):
+    shutil.copytree(plain[1], tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "it lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_A" in refusal(plain[0], tmp_path / "adapter")
+
+
+def test_virtual_tokens_are_refused(plain, tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(tmp_path)
+    assert "PROMPT_TUNING: it adds virtual tokens" in refusal(plain[0], tmp_path)
+
+
+def test_an_adapter_that_waits_for_a_token_is_refused(plain, tmp_path):
+    shutil.copytree(plain[1], tmp_path / "adapter")
+    change_config(tmp_path / "adapter", alora_invocation_tokens=[3, 4])
+    assert "certain tokens" in refusal(plain[0], tmp_path / "adapter")
+
+
+def test_pickled_adapters_are_read_only_when_asked_for(plain, tmp_path):
+    shutil.copytree(plain[1], tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert "--allow-pickle" in refusal(plain[0], tmp_path / "adapter")
+    allowed = Engine.load(plain[0], adapter=str(tmp_path / "adapter"), allow_pickle=True)
+    assert float(ships(allowed, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION).values.max()) > 0
+
+
+def test_what_is_no_adapter_is_refused(plain, tmp_path):
+    assert "has no adapter_config.json, so it is not an adapter" in refusal(plain[0], plain[0])
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "is not valid JSON" in refusal(plain[0], tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "has no weights (adapter_model.safetensors)" in refusal(plain[0], tmp_path)
+    assert "is a file" in refusal(plain[0], tmp_path / "adapter_config.json")
+
+
+def test_an_adapter_given_as_the_model_is_told_how_to_be_given(plain):
+    with pytest.raises(InputError, match=r"is an adapter; give its base as the model, and --adapter"):
+        Engine.load(plain[1])
+
+
+def test_without_peft_the_extra_is_named(plain, monkeypatch):
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    assert refusal(plain[0], plain[1]).endswith("install safetyheads[peft]")

@@ -1,0 +1,289 @@
+"""Quantised checkpoints: loaded as their config says, ablated at the activations, fingerprinted whatever they hold.
+
+The libraries of the trade need a GPU or are too large for the tests, so two stand-ins take their places: weights in
+int8 behind a quantizer of transformers' own kind, which takes the same way through loading as bitsandbytes or GPTQ, and
+torch's dynamic quantisation, which rounds activations as LLM.int8 and FP8 do. The real ones: docs/loading.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import built
+from oracle import Oracle
+from safetensors.torch import load_file, save_file
+from tiny_models import model_of, prompts_of, tokenizer
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Engine,
+    Head,
+    InputError,
+    generate,
+    load_demo,
+    placement,
+    ships,
+)
+from safetyheads import demo as organism
+from safetyheads.capabilities import Capabilities
+from safetyheads.config import AuditConfig
+from safetyheads.loading import is_quantised, quantisation, use_our_attention
+from safetyheads.proofs import QUANTISED
+from safetyheads.provenance import fingerprint, settings_of
+
+METHOD = "int8_stand_in"
+ASKED = []
+"""Dtypes that transformers was asked to load in."""
+FLOAT32 = 1e-5
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21))
+GROUPS = [(), (Head(0, 2),), (Head(1, 0), Head(1, 1), Head(2, 3))]
+
+
+class Int8Linear(nn.Module):
+    """Weights in int8 with a scale for each row; activations stay as they are."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(out_features, 1))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, given):
+        return nn.functional.linear(given, self.weight * self.scale, self.bias)
+
+
+@register_quantization_config(METHOD)
+class StandInConfig(QuantizationConfigMixin):
+    def __init__(self, **_):
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class StandIn(HfQuantizer):
+    """What transformers asks of a method: here, modules in the place of all projections but the head."""
+
+    def update_dtype(self, dtype):
+        ASKED.append(dtype)
+        return dtype
+
+    def _process_model_before_weight_loading(self, model, **_):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.endswith("proj"):
+                parent, _, own = name.rpartition(".")
+                made = Int8Linear(module.in_features, module.out_features, module.bias is not None)
+                setattr(model.get_submodule(parent), own, made.to("meta"))
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+def quantised(weight):
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    return (weight.float() / scale).round().to(torch.int8), scale.to(torch.float32)
+
+
+def rounded(model):
+    """The same model in plain numbers: each projection as int8 holds it."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith("proj"):
+                weight, scale = quantised(module.weight)
+                module.weight.copy_(weight * scale)
+    return model
+
+
+def save_quantised(source, path):
+    """Quantise a saved checkpoint, in place of its weights."""
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            tensors[name], tensors[name.removesuffix("weight") + "scale"] = quantised(tensor)
+        else:
+            tensors[name] = tensor
+    path.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.is_file():
+            (path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD}}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Quantised checkpoints by family: path, and the same model in plain numbers."""
+    made = {}
+    for name in ("llama3", "qwen2"):
+        folder = tmp_path_factory.mktemp(name)
+        built(name).save_pretrained(folder / "plain")
+        tokenizer().save_pretrained(folder / "plain")
+        made[name] = save_quantised(folder / "plain", folder / "quantised"), rounded(built(name))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_a_quantised_checkpoint_is_proved_and_ablated_at_the_activations(checkpoint, name):
+    path, plain = checkpoint[name]
+    engine, oracle = Engine.load(path), Oracle(plain)
+    engine.tokenizer = tokenizer()  # AutoTokenizer makes of it what the family usually has
+    assert is_quantised(engine.model)
+    assert quantisation(engine.model) == METHOD
+    assert isinstance(engine.architecture.query_projections[0], Int8Linear)
+    assert engine.capabilities == Capabilities()
+    for ablation in (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION):
+        for group in GROUPS:
+            with torch.no_grad(), engine.ablated(group, ablation) as model:
+                ours = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
+            slow = oracle.run(PROMPTS[1], group, ablation).logits
+            assert float((ours - slow).abs().max() / slow.abs().max()) < FLOAT32
+    for head in (Head(0, 1), Head(2, 3)):
+        ours = ships(engine, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION).values[0, head.layer, head.index]
+        assert float(ours) == pytest.approx(oracle.ships(PROMPTS[0], (head,), UNDIFFERENTIATED_ATTENTION), abs=1e-5)
+
+
+def test_weights_alone_in_int8_are_as_exact_as_their_dtype(checkpoint):
+    """Quantised models are held to a wide tolerance for those that round activations; these need none of it."""
+    engine = Engine.load(checkpoint["llama3"][0])
+    errors = {proof.name: proof.error for proof in engine.check().proofs}
+    assert max(errors.values()) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_its_own_dtype_is_kept_whatever_is_asked(checkpoint, tmp_path, dtype):
+    ASKED.clear()
+    engine = Engine.load(checkpoint["llama3"][0], dtype=dtype)
+    assert engine.dtype == torch.float32
+    assert set(ASKED) == {torch.float32}
+    assert engine.model.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.int8
+    stored = settings_of(engine, AuditConfig("m", "p", dtype=dtype), {"all": prompts_of(*PROMPTS)})
+    assert (stored["quantisation"], stored["dtype"]) == (METHOD, "float32")
+
+
+def test_a_quantised_model_is_never_moved(checkpoint, monkeypatch):
+    """bitsandbytes and GPTQ refuse it, or break."""
+    from transformers import PreTrainedModel
+
+    def moved(*_, **__):
+        raise AssertionError("a quantised model was moved")
+
+    monkeypatch.setattr(PreTrainedModel, "to", moved)
+    assert Engine.load(checkpoint["llama3"][0]).device == torch.device("cpu")
+
+
+def test_fingerprints_tell_quantised_weights_and_their_scales(checkpoint, tmp_path):
+    path, _ = checkpoint["llama3"]
+    first, second = (fingerprint(Engine.load(path, check=False)) for _ in range(2))
+    assert first == second
+    for change in ("weight", "scale"):
+        other = tmp_path / change
+        other.mkdir()
+        tensors = load_file(f"{path}/model.safetensors")
+        tensors[f"model.layers.1.self_attn.q_proj.{change}"][0, 0] += 1
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (other / file).write_bytes((Path(path) / file).read_bytes())
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        assert fingerprint(Engine.load(str(other), check=False)) != first
+
+
+def test_offloaded_it_gives_the_same(checkpoint):
+    path, _ = checkpoint["llama3"]
+    kept = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.2")
+    places = {**dict.fromkeys((f"model.{part}" for part in kept), "cpu"), "model.layers.1": "disk", "lm_head": "cpu"}
+    engines = Engine.load(path, device_map=places), Engine.load(path)
+    assert engines[0].model.get_parameter("model.layers.1.self_attn.q_proj.weight").is_meta
+    tables = [ships(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION).values for engine in engines]
+    assert torch.allclose(*tables, atol=1e-6, rtol=0)
+    assert fingerprint(engines[0]) == fingerprint(engines[1])
+
+
+def test_the_organism_in_int8_still_shows_its_planted_heads(tmp_path):
+    path = save_quantised(Path(organism.checkpoint_path("aligned_a")), tmp_path / "quantised")
+    engine, plain = Engine.load(path), load_demo("aligned_a")
+    scores = ships(engine, plain.harmful[:16], UNDIFFERENTIATED_ATTENTION).mean()
+    assert set(scores.top(3)) == set(plain.planted_heads)
+
+
+def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkeypatch):
+    def fails(self, *_, **__):
+        raise RuntimeError("No GPU found. A GPU is needed for quantization.\nmore words")
+
+    monkeypatch.setattr(StandIn, "validate_environment", fails)
+    with pytest.raises(InputError) as refused:
+        Engine.load(checkpoint["llama3"][0])
+    said = str(refused.value)
+    assert said == f"cannot load {checkpoint['llama3'][0]}: No GPU found. A GPU is needed for quantization."
+
+
+def test_without_accelerate_the_extra_is_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"install safetyheads\[accelerate\]"):
+        Engine.load(checkpoint["llama3"][0])
+
+
+# Methods that round activations too
+
+
+@pytest.fixture
+def dynamic():
+    """A model of torch's dynamic quantisation: each activation is rounded by the largest of its batch."""
+    plain = model_of("llama_gqa")
+    with torch.no_grad():  # no head to be rounded, as everywhere
+        made = quantize_dynamic(plain, {name for name, _ in plain.named_modules() if name.endswith("proj")})
+    made.is_quantized, made.quantization_method = True, "dynamic"
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_rounded_activations_pass_the_proofs_within_their_rounding(dynamic):
+    engine = Engine(dynamic, tokenizer())
+    report = engine.check()
+    assert report.passed
+    errors = [proof.error for proof in report.proofs]
+    assert 1e-3 < max(errors) < QUANTISED  # as plain float32 it would lose its quick paths; a wrong head is off by 1
+    # What the heads say is exact: the rounding is in the projections around them.
+    exact = [proof.error for proof in report.proofs if "other heads" in proof.name or "uniform" in proof.name]
+    assert max(exact) < FLOAT32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_packed_parameters_have_a_fingerprint(dynamic):
+    use_our_attention(dynamic)
+    engine = Engine(dynamic, tokenizer())
+    first = fingerprint(engine)
+    answers = generate(engine, prompts_of(*PROMPTS), 4, [(Head(0, 1),), ()], UNDIFFERENTIATED_ATTENTION)
+    assert len(answers) == 2
+    assert fingerprint(engine) == first
+    plain = model_of("llama_gqa")
+    assert fingerprint(Engine(plain, tokenizer())) != first
+
+
+def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatch):
+    from safetyheads import attention
+    from safetyheads.errors import UnsupportedModelError
+
+    ablate = attention._ablate
+
+    def next_head(tensor, before, row_ablation, head_dimension):
+        selected = row_ablation.selected.roll(1, dims=1)
+        return ablate(tensor, before, attention.replace(row_ablation, selected=selected), head_dimension)
+
+    monkeypatch.setattr(attention, "_ablate", next_head)
+    with pytest.raises(UnsupportedModelError, match="silences it"):
+        Engine.load(checkpoint["llama3"][0])

@@ -1,0 +1,111 @@
+"""Weights as a witness: where an ablation can be folded into a copy of the weights exactly, the hook does the same.
+
+The published code has two modes, activations and weights, and they differ. Here weights are edited in tests only: the
+package has no function for it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import built, proved
+
+from safetyheads import Ablation, Head
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+
+# The same sums with a factor in another place; measured: at most 1.3e-6 of the largest logit.
+TOLERANCE = 1e-5
+PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
+GROUPS = [(Head(1, 2),), (Head(0, 3), Head(1, 1), Head(2, 0)), (Head(0, 0), Head(0, 1))]
+EPSILONS = [1e-5, 0.3]
+"""The paper's, and one at which a factor that is forgotten somewhere shows."""
+
+
+def query_rows(model, head):
+    """The rows of W_q, and entries of its bias if there is one, that make one head's query."""
+    attention = model.get_decoder().layers[head.layer]
+    if model.config.model_type == "gpt_neox":
+        projection, d_head = attention.attention.query_key_value, attention.attention.head_size
+        start = head.index * 3 * d_head  # a head's query, key and value lie together
+    else:
+        projection, d_head = attention.self_attn.q_proj, attention.self_attn.head_dim
+        start = head.index * d_head
+    rows = slice(start, start + d_head)
+    return projection.weight[rows], None if projection.bias is None else projection.bias[rows]
+
+
+def output_columns(model, head):
+    """The columns of W_o that one head's output goes through; the bias is nobody's."""
+    attention = model.get_decoder().layers[head.layer]
+    fused = model.config.model_type == "gpt_neox"
+    projection = attention.attention.dense if fused else attention.self_attn.o_proj
+    d_head = projection.in_features // model.config.num_attention_heads
+    return projection.weight[:, head.index * d_head : (head.index + 1) * d_head]
+
+
+def folded(name, group, ablation, biases=True):
+    """A copy of a family's model, under its own eager attention, with an ablation folded into its weights."""
+    model = copy.deepcopy(built(name))
+    with torch.no_grad():
+        for head in group:
+            if ablation.kind.tensor == "head_output":
+                output_columns(model, head).mul_(ablation.epsilon)
+                continue
+            weight, bias = query_rows(model, head)
+            weight.mul_(ablation.epsilon)
+            if bias is not None and biases:
+                bias.mul_(ablation.epsilon)
+    return model
+
+
+@torch.no_grad()
+def difference(name, group, ablation, model):
+    """Of the hook's logits from the folded model's, relative to the largest of these, over all tokens."""
+    ids = torch.tensor([PROMPT])
+    expected = model(input_ids=ids, use_cache=False).logits
+    with proved(name).ablated(group, ablation) as hooked:
+        return float((hooked(input_ids=ids, use_cache=False).logits - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def effect(name, model):
+    """How far the folded model is from the one it was copied from; the comparison is empty where it is 0."""
+    ids = torch.tensor([PROMPT])
+    before = built(name)(input_ids=ids, use_cache=False).logits
+    return float((model(input_ids=ids, use_cache=False).logits - before).abs().max() / before.abs().max())
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("group", GROUPS, ids=["one", "over_layers", "sharing_keys"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "qwen2", "gpt_neox"])
+def test_undifferentiated_attention_is_scaled_rows_of_the_query_projection_and_its_bias(name, group, epsilon):
+    ablation = Ablation(UNDIFFERENTIATED_ATTENTION.name, epsilon)
+    model = folded(name, group, ablation)
+    assert difference(name, group, ablation, model) < TOLERANCE
+    assert effect(name, model) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("group", GROUPS, ids=["one", "over_layers", "sharing_keys"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gpt_neox"])
+def test_scaling_contribution_is_scaled_columns_of_the_output_projection(name, group, epsilon):
+    ablation = Ablation(SCALING_CONTRIBUTION.name, epsilon)
+    model = folded(name, group, ablation)
+    assert difference(name, group, ablation, model) < TOLERANCE
+    assert effect(name, model) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
+def test_rows_alone_are_not_the_ablation_where_queries_have_biases(name):
+    """As in the released code's weight mode: the bias stays, and with it a query that says something."""
+    model = folded(name, GROUPS[0], UNDIFFERENTIATED_ATTENTION, biases=False)
+    assert difference(name, GROUPS[0], UNDIFFERENTIATED_ATTENTION, model) > 100 * TOLERANCE
+
+
+def test_a_norm_of_queries_takes_the_factor_out_again():
+    """Under QK-norm scaled rows change next to nothing: only ablating after the norm evens attention out."""
+    model = folded("qwen3", GROUPS[0], Ablation(UNDIFFERENTIATED_ATTENTION.name, 0.3))
+    assert effect("qwen3", model) < TOLERANCE
+    assert difference("qwen3", GROUPS[0], UNDIFFERENTIATED_ATTENTION, model) > 100 * TOLERANCE
