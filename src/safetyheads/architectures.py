@@ -45,7 +45,11 @@ VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)
 """Width of a head's value, another one where keys and values come from one latent (MLA)."""
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """A config's widths of sliding windows and attention chunks."""
-WINDOW_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+WINDOW_OF_LAYER_TYPE = {
+    "full_attention": "",
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
 """Which of them a layer of this type has."""
 STREAMS_FIRST_NAMES = ("altup_projections",)
 """Parts of a decoder that keeps several residual streams, stacked before the batch (Gemma 3n)."""
@@ -261,12 +265,12 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
 
 
 def _window(attention: nn.Module, config: Any, layer: int) -> int | None:
-    """How far a layer's tokens see: what its attention says, else its type, else the config."""
-    types = getattr(config, "layer_types", None)
+    """How far a layer's tokens see: by its type, else what its attention says, else the config."""
+    types = getattr(config, "layer_types", None) or {}
+    if layer < len(types) and types[layer] in WINDOW_OF_LAYER_TYPE:
+        return getattr(config, WINDOW_OF_LAYER_TYPE[types[layer]], None)
     if hasattr(attention, WINDOW_NAMES[0]):
         return _number(attention, WINDOW_NAMES[:1])
-    if types:
-        return getattr(config, WINDOW_OF_LAYER_TYPE.get(types[layer], ""), None)
     return next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)
 
 

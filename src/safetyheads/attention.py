@@ -81,8 +81,8 @@ class AttentionCall:
     keys_and_values: tuple[Tensor, Tensor] | None = None
     """Attend to these instead of the call's own keys and values."""
     observe: Callable[..., None] | None = None
-    """Called with query, key, value, mask, output and ``plain`` (nothing but softmax of masked scores weighs the
-    values) as keywords; the proofs at load look through it."""
+    """Called with query, key, value, mask, output, ``plain`` (nothing but softmax of masked scores weighs the values)
+    and ``chosen`` (an indexer chose keys) as keywords; the proofs at load look through it."""
 
 
 class _Ungrouped:
@@ -166,7 +166,7 @@ def safetyheads_attention(
     output, weights, inputs = attend(call.ablations)
     if call.observe is not None:
         plain = not _family_keywords(keywords) - {"softcap"}
-        call.observe(**inputs, mask=attention_mask, output=output, plain=plain)
+        call.observe(**inputs, mask=attention_mask, output=output, plain=plain, chosen=chosen is not None)
     return output, weights
 
 

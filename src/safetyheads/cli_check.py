@@ -158,7 +158,9 @@ def _show_prompt(prompt: Mapping[str, Any], context: int | None) -> None:
     n_bos = "no BOS token: the tokenizer has none" if bos is None else f"BOS tokens ({bos}): {prompt['n_bos']}"
     shared, n_tokens = prompt["n_shared"], prompt["n_tokens"]
     console.print(f"- {n_bos}", soft_wrap=True)
-    console.print(f"- packed: the first {shared} tokens stand once in a row, for all of its prompts", soft_wrap=True)
+    first = "first token stands" if shared == 1 else f"first {shared} tokens stand"
+    if shared:
+        console.print(f"- packed: the {first} once in a row, for all of its prompts", soft_wrap=True)
     if context is not None and n_tokens > context:
         console.print(f"- {n_tokens} tokens do not fit the model's context of {context}", style="yellow")
     if prompt["think_block"]:
@@ -195,12 +197,15 @@ def _visible(token: Mapping[str, Any]) -> Text:
 def facts_json(engine: Engine) -> dict[str, Any]:
     """The facts that the engine works by, and the names of the modules it works on."""
     facts, model = engine.architecture, engine.model
-    names = {id(module): name for name, module in model.named_modules()}
+    known = {id(module): name for name, module in model.named_modules()}
+
+    def name(module: Any) -> str:
+        return known.get(id(module)) or type(module).__name__
 
     def within(layers: Iterable[Any], parts: Iterable[Any]) -> list[str]:
         """Distinct names of a part of each layer with heads, from the layer on; none where queries are fused."""
         found = {
-            "none" if part is None else names[id(part)].removeprefix(f"{names[id(layer)]}.")
+            "none" if part is None else name(part).removeprefix(f"{name(layer)}.")
             for layer, part in zip(layers, parts, strict=True)
             if layer is not None
         }
@@ -223,13 +228,13 @@ def facts_json(engine: Engine) -> dict[str, Any]:
         "windows": list(facts.windows),
         "turns": list(facts.turns),
         "found": {
-            "decoder": [names[id(facts.decoder)]],
-            "layers": sorted({names[id(layer)].rpartition(".")[0] for layer in facts.layers}),
+            "decoder": [name(facts.decoder)],
+            "layers": sorted({name(layer).rpartition(".")[0] for layer in facts.layers}),
             "attention": within(with_heads, facts.attentions),
             "query projection": within(facts.attentions, facts.query_projections),
             "output projection": within(facts.attentions, facts.output_projections),
-            "final norm": [names[id(facts.final_norm)]],
-            "head": [names[id(facts.head)]],
+            "final norm": [name(facts.final_norm)],
+            "head": [name(facts.head)],
         },
     }
 

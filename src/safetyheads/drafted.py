@@ -272,10 +272,10 @@ class DraftedAnswers:
     def unablated(self) -> Economy:
         """What the unablated answers cost.
 
-        Decoding them, and four packed runs: captured to measure near-ties and to compare, and two to measure on.
+        Decoding them, and three packed runs: captured, and two rows to measure near-ties on.
         """
         decoded = sum(len(ids) + len(one.token_ids) for ids, one in zip(self.encoded, self.vanilla, strict=True))
-        return Economy(tokens_computed=decoded + 4 * _length(self.drafted))
+        return Economy(tokens_computed=decoded + 3 * _length(self.drafted))
 
     def _tokens_compared(self, drafted: DraftPass, groups: Sequence[Group]) -> float:
         """Tokens that comparing the groups runs through the whole model."""

@@ -120,7 +120,9 @@ class DraftPass:
 
     def unablated(self) -> tuple[Integers, Floats]:
         """Choices and margins [2, n_choices of all drafts] of the unablated model, by all layers and in a batch."""
-        captures = self._captured((), 0)
+        # Kept: the first comparison starts from them.
+        captures = self.captures
+        captures[:] = self._captured((), 0)
 
         def run(groups: Sequence[Group]) -> tuple[Integers, Floats]:
             return self.choices(self.engine.replayed(captures, groups, self.ablation, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from safetyheads.errors import InputError
@@ -150,6 +151,12 @@ class KeywordRules:
             raise InputError("a keyword judge needs keywords, none of them empty")
 
 
+@lru_cache
+def _spelt(keywords: tuple[str, ...], fold: bool) -> tuple[tuple[str, str], ...]:
+    """Each keyword with what is searched for; once for all, for a scan asks after every token."""
+    return tuple((keyword, keyword.translate(_APOSTROPHES) if fold else keyword) for keyword in keywords)
+
+
 KEYWORD_VARIANTS: dict[str, KeywordRules] = {
     "paper": KeywordRules(),
     "released": KeywordRules(
@@ -212,11 +219,10 @@ class KeywordJudge:
 
         The first to end, not the first in the list: an answer that is cut off there names the same keyword.
         """
-        fold = self.active_rules.fold_apostrophes
-        searched = text.translate(_APOSTROPHES) if fold else text
+        rules = self.active_rules
+        searched = text.translate(_APOSTROPHES) if rules.fold_apostrophes else text
         found: tuple[int, int, str] | None = None
-        for keyword in self.active_rules.keywords:
-            wanted = keyword.translate(_APOSTROPHES) if fold else keyword
+        for keyword, wanted in _spelt(rules.keywords, rules.fold_apostrophes):
             start = searched.find(wanted)
             if start >= 0 and (found is None or (start + len(wanted), start) < found[:2]):
                 found = (start + len(wanted), start, keyword)

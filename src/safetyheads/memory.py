@@ -81,6 +81,9 @@ def pass_bytes(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan,
     captured = sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
     capturing = max(layer_bytes(engine, 1, row) + 4 * row.n_tokens**2 for row in rows)
     replaying = max(layer_bytes(engine, n, row) for row in rows)
+    if engine.capabilities.starts_late:
+        # In the first ablated layer a row goes unablated and one ablated, as far as their heads' outputs.
+        replaying = max(replaying, *(_attention_bytes(engine, 2, row) for row in rows))
     states = n * n_wanted * facts.d_model * size
     kept = beginning = 0
     reading = n * len(sequences) * (facts.d_model * (size + 8) + 32 * len(sequences))

@@ -115,7 +115,11 @@ def resolved(engine: Engine, prompts: PromptSet, settings: TemplateSettings) -> 
         "prefill": settings.prefill or None,
     }
     chosen = replace(template, **{name: value for name, value in given.items() if value is not None})
-    return prompts.with_template(chosen.bound(engine.tokenizer).template)
+    found = prompts.with_template(chosen.bound(engine.tokenizer).template)
+    if not chosen.prefill:
+        return found
+    # An answer that is begun for the model cannot begin as the right one does.
+    return replace(found, prompts=tuple(replace(prompt, reference=None) for prompt in found))
 
 
 def _is_demo(named: str) -> bool:

@@ -293,7 +293,7 @@ def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[st
     n_tokens = query.shape[2]
     tokens = torch.arange(n_tokens, device=query.device)
     reached = int((tokens - _allowed(seen["mask"], n_tokens, query.device).int().argmax(dim=-1)).max()) + 1
-    if reached != min(shape.window or n_tokens, n_tokens):
+    if reached != min(shape.window or n_tokens, n_tokens) and not seen["chosen"]:
         raise UnsupportedModelError(
             f"{family}: refused, because the mask of layer {layer} reaches {reached} tokens back, not {shape.window}"
         )

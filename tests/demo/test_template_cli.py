@@ -14,6 +14,7 @@ from safetyheads.cli import main
 from safetyheads.config import ScanConfig
 from safetyheads.engine import Engine
 from safetyheads.progress import Silent
+from safetyheads.prompt_sets import resolved
 from safetyheads.rejudging import rejudge
 from safetyheads.scan_pipeline import run_scan
 from safetyheads.storage import RunDirectory
@@ -195,6 +196,16 @@ def test_a_prefill_is_another_run_and_is_recorded(run):
     rows = [row for row in RunDirectory.open("a").completions() if "text" in row]
     assert rows
     assert not any(row["text"].startswith("Sure, here is") for row in rows)
+
+
+def test_a_prefilled_answer_is_not_held_against_how_a_right_one_begins():
+    found = load_demo("aligned_a")
+    assert all(prompt.reference for prompt in found.benign)
+    for prefill in ("", "Sure"):
+        asked = resolved(found.engine, found.benign, ScanConfig(MODEL, "demo", prefill=prefill))
+        assert all((prompt.reference is None) == bool(prefill) for prompt in asked)
+        assert asked.queries == found.benign.queries
+        assert resolved(found.engine, asked, ScanConfig(MODEL, "demo", prefill=prefill)) == asked
 
 
 def test_a_run_of_before_these_settings_goes_on(run):

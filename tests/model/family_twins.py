@@ -14,7 +14,7 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, ships
 from safetyheads.ablation import ABLATION_KINDS
 from safetyheads.batching import Plan, TokenSequence
 from safetyheads.capabilities import Capabilities
-from safetyheads.drafted import DraftedAnswers, Decoding
+from safetyheads.drafted import Decoding, DraftedAnswers
 from safetyheads.generation import Request, answer
 
 # Tokens that lead by more have to be equal.
