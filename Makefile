@@ -1,6 +1,7 @@
 # make setup   .venv with the package, its tests and its checks, versions pinned by constraints.txt
 # make demo    the audit on the embedded model; prints where the report is
 # make test    the tests
+# make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
 # make lint    format, lint, types
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-oldest lint clean
 
 setup: $(STAMP)
 
@@ -24,10 +25,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-oldest:
+	PYTHON=$(PYTHON) scripts/oldest.sh
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache

@@ -81,8 +81,8 @@ class Oracle:
         self.model = copy.deepcopy(model).float().eval()
         self.model.set_attn_implementation(NAME)
         self.norm = self.model.get_submodule(norm)
-        # Beside the norm; an image's or a sound's encoder has others. Layers that mix tokens in another way have no such
-        # module, and nothing to ablate.
+        # Beside the norm: an image's or a sound's encoder has others. Layers that mix tokens in another way have none
+        # of these, and nothing to ablate.
         text = self.model.get_submodule(norm.rpartition(".")[0])
         attentions = [module for module in text.modules() if type(module).__name__.endswith("Attention")]
         self.attentions = {module.layer_idx: module for module in attentions}

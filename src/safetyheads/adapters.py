@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from safetyheads.errors import InputError
+from safetyheads.files import read_json
 from safetyheads.hub import first_line, look_at_hub
 from safetyheads.placement import hooked_device
 
@@ -64,7 +66,8 @@ class Adapter:
     @property
     def has_tokenizer(self) -> bool:
         """Whether it brings a tokenizer of its own, as fine-tunes with a new chat template do."""
-        return (self.directory / "tokenizer_config.json").is_file()
+        named = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        return any((self.directory / name).is_file() for name in named)
 
 
 def refuse_as_model(path: str) -> None:
@@ -84,12 +87,9 @@ def find_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     directory = Path(name) if os.path.exists(name) else _fetched(name)
     if not directory.is_dir():
         raise InputError(f"the adapter {name} is a file; an adapter is a directory with {CONFIG_FILE}, or a hub id")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{name} has no {CONFIG_FILE}, so it is not an adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f"{directory / CONFIG_FILE} is not valid JSON") from None
+    if not (directory / CONFIG_FILE).is_file():
+        raise InputError(f"{name} has no {CONFIG_FILE}, so it is not an adapter")
+    config = read_json(directory / CONFIG_FILE)
     weights = directory / _WEIGHTS
     if not weights.is_file():
         if not (directory / _PICKLED_WEIGHTS).is_file():
@@ -119,13 +119,13 @@ def _fetched(name: str) -> Path:
 
 def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
     """Refuse adapters that are more than changes of modules: they would need the prompt, or be left out silently."""
-    from peft import PeftType
+    from peft import PeftType, PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = config.get("peft_type")
     if kind not in {known.value for known in PeftType}:
         raise InputError(f"the adapter {name} is of a kind that this peft does not know: {kind}")
-    if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().is_prompt_learning:
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig):
         raise InputError(
             f"the adapter {name} is a {kind}: it adds virtual tokens and changes no module, so it is not read"
         )
@@ -170,6 +170,7 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
     said = f"the adapter {adapter.name} is not for {base}"
     own = set(model.state_dict())
@@ -190,6 +191,8 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         if "size mismatch" not in str(error):
             raise
         raise InputError(f"{said}: tensors have other shapes") from error
+    except (SafetensorError, UnpicklingError) as error:
+        raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"{said}: {first_line(error)}") from error
     names = {name.replace(".base_layer.", ".").replace(".original_module.", ".") for name in report.missing_keys}

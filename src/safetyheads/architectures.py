@@ -45,8 +45,8 @@ VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)
 """Width of a head's value, another one where keys and values come from one latent (MLA)."""
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """A config's widths of sliding windows and attention chunks."""
-WINDOW_OF_LAYER_TYPE = {
-    "full_attention": "",
+WINDOW_OF_LAYER_TYPE: dict[str, str | None] = {
+    "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }
@@ -266,9 +266,10 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
 
 def _window(attention: nn.Module, config: Any, layer: int) -> int | None:
     """How far a layer's tokens see: by its type, else what its attention says, else the config."""
-    types = getattr(config, "layer_types", None) or {}
+    types = getattr(config, "layer_types", None) or ()
     if layer < len(types) and types[layer] in WINDOW_OF_LAYER_TYPE:
-        return getattr(config, WINDOW_OF_LAYER_TYPE[types[layer]], None)
+        name = WINDOW_OF_LAYER_TYPE[types[layer]]
+        return getattr(config, name, None) if name else None
     if hasattr(attention, WINDOW_NAMES[0]):
         return _number(attention, WINDOW_NAMES[:1])
     return next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)

@@ -247,8 +247,9 @@ def _show_facts(title: str, facts: Mapping[str, Any]) -> None:
 
     row("parameters", f"{facts['n_parameters']:,}, {facts['dtype']} on {facts['device']}", "decoder")
     row("layers", facts["n_layers"], "layers")
-    for shape, layers in _alike(facts["heads"]):
-        row("heads of " + ("every layer" if len(layers) == facts["n_layers"] else _ranges(layers)), shape, "attention")
+    for heads, layers in _alike(facts["heads"]):
+        which = "every layer" if len(layers) == facts["n_layers"] else _ranges(layers)
+        row(f"heads of {which}", heads, None if facts["heads"][layers[0]] is None else "attention")
     row("width of the model, of its MLP", f"{facts['d_model']}, {facts['d_mlp']}")
     if facts["active_experts"] != 1:
         row("experts that a token is sent to", f"{facts['active_experts']:.0%}")
@@ -281,14 +282,15 @@ def _heads_in_words(shape: Mapping[str, Any] | None) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """``layers 0-3, 5``."""
+    """``layers 0-3, 5``, or ``layer 1``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return "layers " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    named = "layer " if len(layers) == 1 else "layers "
+    return named + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 # What was proved.

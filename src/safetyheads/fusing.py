@@ -28,8 +28,9 @@ def fused(architecture: Architecture, backend: str = "inductor") -> Iterator[Non
     with ExitStack() as stack:
         for layer, attention in zip(architecture.layers, architecture.attentions, strict=True):
             for part in layer.children():
-                # Linear attention and its like stay as they are too: they keep no promise about shapes.
-                if attention is not None and part is not attention:
+                # Linear attention and its like stay as they are too: they keep no promise about shapes. So does what
+                # accelerate has a hook on: without it an offloaded module has no weights.
+                if attention is not None and part is not attention and not hasattr(part, "_hf_hook"):
                     stack.enter_context(instead(part, partial(_compiled(type(part).forward, backend), part)))
         yield
 

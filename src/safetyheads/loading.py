@@ -62,6 +62,8 @@ class LoadOptions:
             if self.device not in ("cpu", "auto") or self.tensor_parallel:
                 raise InputError("a device map, one device and tensor parallel exclude each other")
             placement.refuse_device_map(self.device_map)
+        elif self.offload_folder is not None:
+            raise InputError("an offload folder belongs to a device map")
         if self.tensor_parallel:
             placement.refuse_without_siblings()
 
@@ -85,8 +87,6 @@ def load_engine(options: LoadOptions, check: bool) -> Engine:
     refuse_broken_weights(model, path)
     if _is_placed_by_us(options, model):
         model = model.to(place)
-        if options.dtype != "auto":  # only what was quantised, and is no more, is in another one by now
-            model = model.to(DTYPES[options.dtype])
     if options.device_map is not None:
         # accelerate makes offloaded parameters anew while the model runs; under inference mode they cannot ask for
         # gradients again, and nobody wants theirs.
@@ -178,6 +178,8 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
             raise InputError(
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
             ) from error
+        if "tp_plan" in str(error):
+            raise InputError(f"{path} cannot be split: transformers has no tensor-parallel plan for it") from error
         if "offload_folder" in str(error):
             raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
@@ -186,9 +188,12 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
         # A quantised checkpoint's kernels may want another device than is there.
-        if _quantisation_of(options) is None or is_out_of_memory(error):
+        config = _config(options)
+        if config is None or _method(config) is None or is_out_of_memory(error):
             raise
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
+        model = model.to(DTYPES[options.dtype])  # its quantisation ended with loading: plain numbers again
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
@@ -200,13 +205,20 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
 def _dtype_and_place(options: LoadOptions, place: torch.device) -> dict[str, Any]:
     """How from_pretrained is told in which dtype to load, and where to."""
     chosen: dict[str, Any] = {"dtype": DTYPES.get(options.dtype, options.dtype)}
+    config = _config(options)
+    method = None if config is None else _method(config)
     if options.tensor_parallel:
         from transformers.distributed import DistributedConfig
 
+        if method is not None:
+            raise InputError(
+                f"{options.path} is quantised ({method}); tensor parallel was proved on plain weights only"
+            )
+        if config is not None:
+            placement.refuse_indivisible(config.get_text_config(decoder=True))
         return {**chosen, "distributed_config": DistributedConfig(tp_plan="auto")}
     if options.device_map is not None:
         chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
-    method = _quantisation_of(options)
     if method is not None:
         # Its kernels were made for one dtype, and quantised weights are not moved after loading.
         chosen["dtype"] = "auto"
@@ -216,14 +228,18 @@ def _dtype_and_place(options: LoadOptions, place: torch.device) -> dict[str, Any
     return chosen
 
 
-def _quantisation_of(options: LoadOptions) -> str | None:
-    """The method that the checkpoint's config names, before anything is loaded."""
+def _config(options: LoadOptions) -> Any:
+    """The checkpoint's config, before anything else is loaded; None where it cannot be read."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+        return AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     except _UNREADABLE:
         return None  # told when the model itself cannot be loaded
+
+
+def _method(config: Any) -> str | None:
+    """The quantisation that a config names."""
     for each in (config, config.get_text_config(decoder=True)):
         described = getattr(each, "quantization_config", None)
         if described is not None:

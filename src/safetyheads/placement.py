@@ -107,6 +107,17 @@ def refuse_without_siblings() -> None:
         raise InputError("tensor parallel needs several processes: start them by torchrun --nproc-per-node N")
 
 
+def refuse_indivisible(config: Any) -> None:
+    """Refuse heads that the processes cannot share evenly, before weights are read."""
+    n_heads = config.num_attention_heads
+    n_kv_heads, size = getattr(config, "num_key_value_heads", None) or n_heads, n_processes()
+    if n_heads % size or n_kv_heads % size:
+        raise InputError(
+            f"tensor parallel over {size} processes needs numbers of heads that they divide; this model has {n_heads} "
+            f"query and {n_kv_heads} key heads"
+        )
+
+
 def n_processes() -> int:
     """Processes that torchrun started together; 1 without it."""
     size = os.environ.get("WORLD_SIZE", "1")

@@ -35,6 +35,10 @@ QUANTISED = 1e-1
 of a row or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8). The others are as exact as their dtype."""
 
 
+# Of all facts only this decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
+_WINDOWS = "each layer's window is as wide as was read"
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """One claim and how far it held."""
@@ -96,7 +100,8 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         _refuse_attention_elsewhere(engine, rows[0])
         with _refusing(facts.family, "ablating a head of each layer"):
             for worst in _ablation_errors(engine, rows[0]):
-                claim(f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})", worst.error, True)
+                said = f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})"
+                claim(said, worst.error, worst.claim != _WINDOWS)
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
 
@@ -231,10 +236,11 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     assert shape is not None
     n_heads = shape.n_heads
 
-    def observed(ablation: Ablation, selected: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def observed(ablation: Ablation | None, selected: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What the attention function saw, and its block's output, with a row of selected heads a batch row."""
         seen: dict[str, Any] = {}
-        call = AttentionCall((RowAblation(ablation, selected),), observe=lambda **attended: seen.update(attended))
+        ablations = () if ablation is None else (RowAblation(ablation, selected),)
+        call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
         blocks: list[Tensor] = []
         handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
         try:
@@ -250,7 +256,15 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
         return seen, blocks[0]
 
     none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
-    seen, _ = observed(SCALING_CONTRIBUTION.at(0.0), none[None])
+    seen, _ = observed(None, none[None])
+    n_tokens, query = captured.row.n_tokens, seen["query"]
+    reached = _reached(seen["mask"], n_tokens, query.device)
+    if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
+        raise UnsupportedModelError(
+            f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
+        )
+    if not seen["chosen"]:
+        yield _WINDOWS, abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
     # The head that says most: with a silent one every claim would hold by itself.
     head = int(seen["output"][0].float().norm(dim=(0, 2)).argmax())
     one = none.clone()
@@ -283,20 +297,18 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
 def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
     """Hold what was read of a layer's heads against what its attention function was given."""
     query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
-    read = (shape.n_heads, shape.d_head, shape.d_head, shape.d_value, shape.n_heads, shape.d_value)
-    given = (query.shape[1], query.shape[3], key.shape[3], value.shape[3], output.shape[2], output.shape[3])
-    if read != given:
-        raise UnsupportedModelError(
-            f"{family}: refused, because layer {layer} attends with {given[0]} heads of width {given[1]} and values of "
-            f"width {given[3]}, not with {read[0]} heads of {read[1]} and {read[3]}"
-        )
-    n_tokens = query.shape[2]
-    tokens = torch.arange(n_tokens, device=query.device)
-    reached = int((tokens - _allowed(seen["mask"], n_tokens, query.device).int().argmax(dim=-1)).max()) + 1
-    if reached != min(shape.window or n_tokens, n_tokens) and not seen["chosen"]:
-        raise UnsupportedModelError(
-            f"{family}: refused, because the mask of layer {layer} reaches {reached} tokens back, not {shape.window}"
-        )
+    read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_value)
+    given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if read != given or output.shape[2:] != (shape.n_heads, shape.d_value) or key.shape[3] != shape.d_head:
+        names = ("heads", "key heads", "width", "width of values")
+        said = [f"{name} {number}, not {other}" for name, number, other in zip(names, given, read, strict=True)]
+        raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(said)}")
+
+
+def _reached(mask: Tensor | None, n_tokens: int, device: torch.device) -> int:
+    """Tokens from the first key that a token sees to the token itself, at most."""
+    first = _allowed(mask, n_tokens, device).int().argmax(dim=-1)
+    return int((torch.arange(n_tokens, device=device) - first).max()) + 1
 
 
 def _uniform(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:

@@ -109,7 +109,7 @@ def model_facts(engine: Engine, name: str) -> dict[str, Any]:
     """The model as results describe it."""
     facts = engine.architecture
     return {
-        "name": name,
+        "name": name if engine.adapter is None else f"{name} + {engine.adapter.name}",
         "family": facts.family,
         "n_layers": facts.n_layers,
         "n_heads": facts.n_heads,

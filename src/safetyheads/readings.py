@@ -124,7 +124,12 @@ class RunReading:
         return alone | {
             name: HeadTable(
                 score.get("label", name),
-                {f"{i}-{j}": value for i, layer in enumerate(score["values"]) for j, value in enumerate(layer)},
+                {
+                    f"{i}-{j}": value
+                    for i, layer in enumerate(score["values"])
+                    for j, value in enumerate(layer)
+                    if value is not None
+                },
                 score.get("resolution") or 0.0,
             )
             for name, score in self.results.get("scores", {}).items()

@@ -12,7 +12,17 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from safetyheads.report_drawing import DIGITS, HEADS, Spec, band_axis, curve, gradient_legend, lines, rounded, spec
+from safetyheads.report_drawing import (
+    DIGITS,
+    HEADS,
+    Spec,
+    band_axis,
+    curve,
+    gradient_legend,
+    lines,
+    rounded_table,
+    spec,
+)
 
 Results: TypeAlias = Mapping[str, Any]
 
@@ -43,9 +53,7 @@ def head_columns(results: Results) -> dict[str, Any]:
     group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
     return {
         "n_heads": results["model"]["n_heads"],
-        "scores": {
-            name: [rounded(value) for layer in score["values"] for value in layer] for name, score in scores.items()
-        },
+        "scores": {name: rounded_table(score["values"]) for name, score in scores.items()},
         "best_first": best_first,
         "group": group,
         "planted": planted,
@@ -56,7 +64,12 @@ def head_columns(results: Results) -> dict[str, Any]:
 def ranked_scores(results: Results, name: str) -> list[tuple[str, float]]:
     """Every head with its score, best first; ties go to the lower layer, then the lower index."""
     values = results["scores"][name]["values"]
-    named = [(f"{i}-{j}", float(value)) for i, layer in enumerate(values) for j, value in enumerate(layer)]
+    named = [
+        (f"{i}-{j}", float(value))
+        for i, layer in enumerate(values)
+        for j, value in enumerate(layer)
+        if value is not None  # a layer without heads has none
+    ]
     return sorted(named, key=lambda pair: -pair[1])
 
 
@@ -125,7 +138,7 @@ def _colour_range(results: Results, name: str) -> tuple[float, float]:
     scores = results["scores"]
     shared = ("mean_ships", "benign_ships")
     names = [other for other in shared if other in scores] if name in shared else [name]
-    values = [value for other in names for layer in scores[other]["values"] for value in layer]
+    values = [value for other in names for layer in scores[other]["values"] for value in layer if value is not None]
     largest = max(map(abs, values), default=0.0) or 1.0
     # A divergence that rounds to just below 0 does not make a score signed.
     signed = min(values, default=0.0) < -0.01 * largest
@@ -156,7 +169,7 @@ def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
 def long_tail(results: Results) -> Spec | None:
     """The lead score of every head by rank, both axes logarithmic, with the same head's benign score."""
     name, scores = results["verdict"]["scorer"], results["scores"]
-    if name not in scores or not any(value > 0 for layer in scores[name]["values"] for value in layer):
+    if name not in scores or not any((value or 0) > 0 for layer in scores[name]["values"] for value in layer):
         return None
     score, last = scores[name], results["model"]["n_layers"] * results["model"]["n_heads"]
     ticks = [rank for rank in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if rank <= last]

@@ -186,6 +186,11 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
+def rounded_table(values: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """A table of all heads, layer after layer, rounded; None where a layer has no such head."""
+    return [None if value is None else rounded(value) for layer in values for value in layer]
+
+
 def gradient_legend(title: str, number_format: str, values: Sequence[float]) -> alt.Legend:
     """The legend of a map's colours, below it."""
     return alt.Legend(

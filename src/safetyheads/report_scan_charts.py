@@ -6,7 +6,7 @@ Owns what each figure draws and how it is labelled; refuses to know colours (the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from safetyheads.report_drawing import (
     exact,
     gradient_legend,
     rounded,
+    rounded_table,
     share_axis,
     spec,
     vanilla_rule,
@@ -71,8 +72,9 @@ def head_columns(results: Results) -> dict[str, Any]:
         columns["lost"] = [_short(lost_of(head)) for head in heads]
         columns["changed"] = [_short((one.get("changed") or {}).get("rate")) for one in benign]
         columns["kl"] = [_short((one.get("kl") or {}).get("mean")) for one in benign]
+    columns = {name: _placed(results, column) for name, column in columns.items()}
     for name, score in results["scores"].items():
-        columns[f"score_{name}"] = [rounded(value) for layer in score["values"] for value in layer]
+        columns[f"score_{name}"] = rounded_table(score["values"])
     alpha, named = results["statistics"]["alpha"], named_heads(results)
     holm = [head["head"] for head in heads if head["change"]["p_holm"] < alpha]
     return {
@@ -85,6 +87,13 @@ def head_columns(results: Results) -> dict[str, Any]:
         "named": named,
         "below": named[1::2],
     }
+
+
+def _placed(results: Results, column: Sequence[Any]) -> list[Any]:
+    """A value for every place of the model, layer after layer: None where a layer has no such head."""
+    found = dict(zip((head["head"] for head in results["heads"]), column, strict=True))
+    model = results["model"]
+    return [found.get(f"{i}-{j}") for i in range(model["n_layers"]) for j in range(model["n_heads"])]
 
 
 def named_heads(results: Results) -> list[str]:

@@ -160,12 +160,11 @@ def results_of(
         caveats: what these numbers do not show.
         warnings: what happened on the way that a reader must know.
     """
-    model = about["model"]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "audit",
         **about,
-        "verdict": verdict_of(found, model["n_layers"] * model["n_heads"]),
+        "verdict": verdict_of(found, len(found.scores[LEAD].ranked())),
         "behaviour": {
             "vanilla": _vanilla(found),
             "groups": [_group(found, outcome) for outcome in found.groups],
@@ -274,7 +273,7 @@ def _scores(name: str, scores: HeadScores, found: Findings) -> dict[str, Any]:
         "label": SCORE_LABELS.get(name, name),
         "unit": scores.unit,
         "n": len(found.data.sets()[half]),
-        "values": scores.values.tolist(),
+        "values": scores.as_lists(),
         "resolution": scores.resolution,
         "ties": [[str(head) for head in tie] for tie in scores.ties()],
     }

@@ -135,7 +135,7 @@ def _about(engine: Engine, config: ScanConfig, sets: dict[str, PromptSet], found
     sampling = Sampling(config.top_k, config.seed)
     benign_kl = None
     if scored.benign_kl is not None:
-        columns = scored.benign_kl.values.flatten(1).T.tolist()
+        columns = [scored.benign_kl.values[:, head.layer, head.index].tolist() for head in engine.heads]
         benign_kl = [asdict(mean_with_interval(column)) for column in columns]
     return {
         "model": model_facts(engine, config.model),
@@ -160,7 +160,7 @@ def _about(engine: Engine, config: ScanConfig, sets: dict[str, PromptSet], found
                 "label": SCORE_LABELS.get(name, name),
                 "unit": scores.unit,
                 "n": len(sets["harmful"]),
-                "values": scores.values.tolist(),
+                "values": scores.as_lists(),
             }
             for name, scores in scored.scores.items()
         },

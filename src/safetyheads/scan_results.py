@@ -14,7 +14,7 @@ import numpy as np
 from safetyheads.agreement import agreement
 from safetyheads.baselines import random_groups
 from safetyheads.concentration import SizeOutcome, concentration_of
-from safetyheads.heads import format_heads, parse_heads
+from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.scan_tables import Answered, Floats, Row, RowTable, change, one_rate_a_prompt, rate
 from safetyheads.stats import (
     PairedDifference,
@@ -74,7 +74,7 @@ def scan_results(rows: Sequence[Row], about: Mapping[str, Any], judges: Sequence
         "synergy": _synergy(table, vanilla, epsilon, lead),
         "query_level": _query_level(table, vanilla, epsilon, lead),
         "concentration": _concentration(table, vanilla, epsilon, lead, about),
-        "proxies": _proxies(truth, about["scores"]),
+        "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
         "agreement": _agreement(table, epsilon, names),
     }
 
@@ -302,11 +302,14 @@ def _query_level(table: RowTable, vanilla: Answered, epsilon: float, lead: str) 
     ]
 
 
-def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Each score against the ASR; None without scores."""
+def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]], heads: Group) -> dict[str, Any] | None:
+    """Each score of the scanned heads against their ASR; None without scores."""
     if not scores:
         return None
-    values = {name: np.array(score["values"], float).ravel() for name, score in scores.items()}
+    values = {
+        name: np.array([score["values"][head.layer][head.index] for head in heads], float)
+        for name, score in scores.items()
+    }
     ceiling = split_half_ceiling(truth)
     return {
         "n": len(truth.complied),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +76,10 @@ class HeadScores:
         ]
         return tuple(sorted(scored, key=lambda item: (-item[1], item[0])))
 
+    def as_lists(self) -> list[Any]:
+        """The values as JSON holds them: None where a head was not scored, or is not there."""
+        return _without_nan(self.values.tolist())
+
     def top(self, k: int) -> Group:
         """The k best heads, best first."""
         return tuple(head for head, _ in self.ranked()[:k])
@@ -95,6 +99,12 @@ class HeadScores:
             else:
                 runs.append([(head, score)])
         return tuple(tuple(head for head, _ in run) for run in runs if len(run) > 1)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return value if value == value else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,3 +83,27 @@ def test_screening_and_precision_run_on_a_few_prompts(capsys, monkeypatch):
     found = lines(capsys)
     assert [line["n_heads"] for line in found] == [45, 45]
     assert all(line["top_3_within"] <= 8 and line["top_10_within"] <= 32 for line in found)
+
+
+def test_quantised_names_what_is_not_installed(capsys, monkeypatch):
+    import quantised
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(quantised, "import_module", missing)
+    quantised.main([])
+    found = lines(capsys)
+    assert {line["method"] for line in found} == set(quantised.METHODS)
+    assert all(line["skipped"].endswith(" is not installed") for line in found)
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_eight_numbers_of_four_bits_are_packed_into_one(dimension):
+    import quantised
+    import torch
+
+    numbers = torch.randint(16, (16, 16), generator=torch.Generator().manual_seed(0))
+    packed = quantised._packed(numbers, dimension).long() & 0xFFFFFFFF
+    parts = [(packed >> (4 * place)) & 15 for place in range(8)]
+    assert torch.equal(torch.stack(parts, dim=dimension + 1).flatten(dimension, dimension + 1), numbers)

@@ -11,6 +11,7 @@ from audit_samples import audit, finished_run
 
 from safetyheads import InputError, Template, demo, load_demo
 from safetyheads.cli import main
+from safetyheads.cli_check import _alike, _ranges
 from safetyheads.config import ScanConfig
 from safetyheads.engine import Engine
 from safetyheads.progress import Silent
@@ -374,3 +375,16 @@ def test_a_model_without_chat_template_is_refused_in_one_line(run, checkpoint):
     assert "has no chat template" in err
     assert err.count("\n") == 1
     assert "a chat template too" not in run("check", path)[1]
+
+
+def test_layers_that_differ_are_named_apart():
+    full, windowed = ({"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "d_value": 8, "window": w} for w in (None, 6))
+    other = full | {"d_value": 6}
+    told = _alike([windowed, full, windowed, windowed, None, other])
+    assert [_ranges(layers) for _, layers in told] == ["layers 0, 2-3", "layer 1", "layer 4", "layer 5"]
+    assert [heads for heads, _ in told] == [
+        "4 of width 8, 2 of keys and values; see a window of 6 tokens",
+        "4 of width 8, 2 of keys and values; see all tokens before",
+        "none: tokens are mixed in another way",
+        "4 of width 8 (values 6), 2 of keys and values; see all tokens before",
+    ]

@@ -1,4 +1,4 @@
-"""Writes docs/families.md from what was measured: ``python tests/model/families_table.py``. A test holds the two equal."""
+"""Writes docs/families.md from what was measured: ``python tests/model/families_table.py``. A test holds them equal."""
 
 from __future__ import annotations
 
@@ -35,22 +35,25 @@ COLUMNS = {
 INTRODUCTION = """\
 # Families
 
-Written by `python tests/model/families_table.py` from what the tests measure; a test fails where it is not up to date.
+Written by `python tests/model/families_table.py` from what the tests measure; a test fails where it is not up to
+date.
 
-Each row is a tiny random model of the family, compared with a slow twin: one prompt, one head or group, plain forward of
-the family's own code, softmax written out token by token; no packing, no replay, no cache. A row stands here if, for every
-kind of ablation, for single heads of the first, a middle and the last layer, for heads that share their keys and for groups
-that span layers, by the quick paths and by the plain one, the last hidden states differ by less than 2e-5 of the largest
-(float32), Ships by less than 1e-5 nats, and Ships at the paper's epsilon by less than 2e-4 nats from those of exactly even
-weights; and if greedy answers of uneven prompts, left-padded in one batch with a cache, each row under its own group, are the
-twin's token by token, as are those by drafts.
+Each row is a tiny random model of the family, compared with a slow twin: one prompt, one head or group, plain
+forward of the family's own code, softmax written out token by token; no packing, no replay, no cache. A row stands
+here if, by the quick paths and by the plain one, the last hidden states differ by less than 2e-5 of the largest
+(float32): for every kind of ablation, of heads that share their keys and of groups that span layers, and for
+undifferentiated attention also of single heads of the first, a middle and the last layer. Ships of these heads differ
+by less than 1e-5 nats, and at the paper's epsilon by less than 2e-4 nats from those of exactly even weights. Greedy
+answers of uneven prompts, left-padded in one batch with a cache, each row under its own group, are the twin's token
+by token, as are those by drafts.
 
-A quick path that is not exact on a family costs time, never exactness: the proofs at load find out on the weights that are
-loaded (`safetyheads check MODEL` prints them), and the plain path is taken. No family is known to the package by name.
+A quick path that is not exact on a family costs time, never exactness: the proofs at load find out on the weights
+that are loaded (`safetyheads check MODEL` prints them), and the plain path is taken. No family is known to the
+package by name.
 
 - **packs**: prompts share a row. **segments**: attention is taken prompt by prompt in it.
-- **replays**: only the layers from the ablated one on run again. **starts late**: the ablated layer starts from its heads'
-  outputs. **prunes**: only last tokens get past the last layer's attention.
+- **replays**: only the layers from the ablated one on run again. **starts late**: the ablated layer starts from its
+  heads' outputs. **prunes**: only last tokens get past the last layer's attention.
 - **plain head**: logits are the head of the normed state; else the family's own forward makes them.
 - **pads**: prompts of unequal length are answered in one batch; else batches hold prompts of one length.
 - **ablations**: kinds that equal the twin, of the six. **answers**: likewise, plainly and by drafts.
@@ -59,25 +62,26 @@ loaded (`safetyheads check MODEL` prints them), and the plain path is taken. No 
 NOTES = """
 ## What undifferentiated attention is
 
-Attention that is uniform over the keys that the mask allows the token: those of the window in a sliding layer, of the chunk
-in a chunked one, those an indexer chose, and never padding. A sink keeps the share that it has against even scores: the
-keys' weights are equal, and with the sink's they sum to 1. At the paper's epsilon of 1e-5 scores are not quite equal; the
-tests above hold Ships to 2e-4 nats of the exact limit, and measured it is less than 5e-5.
+Attention that is uniform over the keys that the mask allows the token: those of the window in a sliding layer, of
+the chunk in a chunked one, those an indexer chose, and never padding. A sink keeps the share that it has against
+even scores: the keys' weights are equal, and with the sink's they sum to 1. At the paper's epsilon of 1e-5 scores
+are not quite equal; the tests above hold Ships to 2e-4 nats of the exact limit (measured: 2e-5).
 
 The mean key of a layer with one key head is that head's own: `mean_key` does nothing there (Gemma).
 
 ## Layers without heads
 
-Linear attention, state spaces and convolutions mix tokens too, but have no attention heads: their layers are left out, tables
-of scores hold NaN there, and runs say so in their notes. Prompts are not packed in such models, since what a layer carries
-from token to token would run from one prompt into the next.
+Linear attention, state spaces and convolutions mix tokens too, but have no attention heads: their layers are left
+out, tables of scores hold no number there, and runs and reports say so. Prompts are not packed in such models,
+since what a layer carries from token to token would run from one prompt into the next.
 
 ## Lengths
 
-Windows, chunks, temperatures of positions (`floor_scale`), chosen keys (`index_topk`) and long-context RoPE (`longrope`)
-come into play beyond some length only. The proofs at load use prompts longer than those that a run of 64 tokens reaches;
-a run whose rows reach further proves the model again, at that length, before it goes on. Where RoPE turns while an answer is
-being made, the rows are read anew; prompts on both sides of the turn never share a batch.
+Windows, chunks, temperatures of positions (`floor_scale`), chosen keys (`index_topk`) and long-context RoPE
+(`longrope`) come into play beyond some length only. The proofs at load go beyond every such length that a row of 64
+tokens reaches; a run whose rows reach further proves the model again, at that length, before it goes on. Where RoPE
+turns while an answer is being made, the rows are read anew; prompts on both sides of the turn never share a batch.
+Drafts are compared under the RoPE of the whole row there, so that answers which cross the turn are decoded plainly.
 
 ## Refused
 """

@@ -19,7 +19,7 @@ from safetyheads.generation import Request, answer
 
 # Tokens that lead by more have to be equal.
 LEAD = 1e-4
-N_TOKENS = 4
+N_TOKENS = 3
 
 # Of unequal lengths, with a common beginning, longer than every window and chunk.
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2), (5, 9, 12, 40, 7, 7, 19, 33))

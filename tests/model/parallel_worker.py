@@ -19,9 +19,11 @@ from safetyheads import (
     attack_success_rate,
     generalized_ships,
     generate,
+    scan_attack_success_rate,
     screened_ships,
     ships,
 )
+from safetyheads.drafted import Decoding
 from safetyheads.keyword_judge import KeywordJudge
 from safetyheads.provenance import device_name, fingerprint
 
@@ -51,6 +53,8 @@ def measured(engine):
             found[f"logits {kind}"] = model(torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1].tolist()
     rate = attack_success_rate(engine, prompts, GROUPS[0], Ablation(KINDS[0]), KeywordJudge(), max_new_tokens=6)
     found["rate"] = rate.rate
+    scan = scan_attack_success_rate(engine, prompts, Ablation(KINDS[0]), KeywordJudge(), Decoding(max_new_tokens=6))
+    found["scan"] = [[list(answer.token_ids) for answer in row] for row in scan.rows]
     found["weights"] = fingerprint(engine)
     return found
 
@@ -65,20 +69,14 @@ def refused(run):
 
 
 def main(path, out):
-    try:
-        engine = Engine.load(path, tensor_parallel=True)
-    except InputError as error:
-        found = {"refused": str(error)}
-    else:
-        found = measured(engine)
-        found["device"] = device_name(engine)
-        found["own_heads"] = engine.architecture.n_heads
-        found["screened"] = refused(lambda: screened_ships(engine, prompts_of(*PROMPTS), Ablation(KINDS[0])))
-    rank = int(dist.get_rank()) if dist.is_initialized() else 0
-    (Path(out) / f"{rank}.json").write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    engine = Engine.load(path, tensor_parallel=True)
+    found = measured(engine)
+    found["device"] = device_name(engine)
+    found["own_heads"] = engine.architecture.n_heads
+    found["screened"] = refused(lambda: screened_ships(engine, prompts_of(*PROMPTS), Ablation(KINDS[0])))
+    (Path(out) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -121,6 +121,16 @@ def test_the_projections_behind_an_adapter_are_found(plain):
     assert facts.shapes == engine_of("llama_gqa").architecture.shapes
 
 
+def test_on_a_base_in_half_precision_the_factors_stay_as_they_were_saved(plain):
+    engine = Engine.load(plain[0], dtype="bfloat16", adapter=plain[1])
+    dtypes = {"lora_" in name: parameter.dtype for name, parameter in engine.model.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    assert engine.capabilities == Capabilities()
+    saved = load_file(f"{plain[1]}/adapter_model.safetensors")
+    ours = engine.model.get_parameter("model.layers.1.self_attn.q_proj.lora_A.default.weight")
+    assert torch.equal(ours, saved["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"])
+
+
 # Provenance
 
 
@@ -197,7 +207,9 @@ def test_the_command_line_takes_an_adapter(planted, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *small])
     assert ended.value.code == 0, capsys.readouterr().err
-    stored = RunDirectory.open(tmp_path / "run").read_manifest()["config"]
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.read_results()["model"]["name"] == f"demo:base + {planted}"
+    stored = run.read_manifest()["config"]
     assert stored["adapter"] == planted
     assert stored["adapter_sha256"] == adapters.find_adapter(planted).sha256
 
@@ -270,10 +282,21 @@ def test_pickled_adapters_are_read_only_when_asked_for(plain, tmp_path):
     assert float(ships(allowed, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION).values.max()) > 0
 
 
+def test_a_truncated_adapter_is_refused(plain, tmp_path):
+    shutil.copytree(plain[1], tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert refusal(plain[0], tmp_path / "adapter").startswith(
+        f"the weights of the adapter {tmp_path}/adapter are broken"
+    )
+
+
 def test_what_is_no_adapter_is_refused(plain, tmp_path):
     assert "has no adapter_config.json, so it is not an adapter" in refusal(plain[0], plain[0])
     (tmp_path / "adapter_config.json").write_text("{")
     assert "is not valid JSON" in refusal(plain[0], tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert "does not hold a JSON object" in refusal(plain[0], tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "has no weights (adapter_model.safetensors)" in refusal(plain[0], tmp_path)
     assert "is a file" in refusal(plain[0], tmp_path / "adapter_config.json")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from families import FAMILIES, REFUSED, built, proved
 from families_table import LIMIT_NATS, PAGE, SHIPS_NATS, STATES, page
 from family_twins import PROMPTS, SHORT, groups_of, kl, measured, relative, seen
 from tiny_models import tokenizer
+from typer.testing import CliRunner
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.ablation import ABLATION_KINDS
 from safetyheads.capabilities import Capabilities
+from safetyheads.cli import app
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.generation import left_padded
 
@@ -91,6 +95,112 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(name):
     with pytest.raises(UnsupportedModelError, match=REFUSED[name].said) as said:
         Engine(model, tokenizer()).check()
     assert str(said.value).startswith(model.config.model_type)
+
+
+# Facts are claims
+
+
+def with_facts(name, **facts):
+    """An unproved engine that was told something else of its model."""
+    engine = Engine(copy.deepcopy(built(name)), tokenizer())
+    engine.architecture = replace(engine.architecture, **facts)
+    return engine
+
+
+def shapes_of(name, **wrong):
+    return tuple(shape and replace(shape, **wrong) for shape in proved(name).architecture.shapes)
+
+
+LIES = {
+    "the number of heads": (
+        "llama3",
+        lambda: {"shapes": shapes_of("llama3", n_heads=8, d_head=4, d_value=4)},
+        "heads 4, not 8",
+    ),
+    "the number of key heads": (
+        "llama3",
+        lambda: {"shapes": shapes_of("llama3", n_kv_heads=4)},
+        "key heads 2, not 4",
+    ),
+    "a value's width": ("deepseek_v3", lambda: {"shapes": shapes_of("deepseek_v3", d_value=12)}, "values 6, not 12"),
+    "no window": ("mistral", lambda: {"windows": ()}, "see 5 tokens back, which no window says"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_wrong_numbers_are_refused(lie):
+    name, facts, said = LIES[lie]
+    with pytest.raises(UnsupportedModelError, match=said):
+        with_facts(name, **facts()).check()
+
+
+def test_a_window_of_the_wrong_layer_is_told():
+    engine = with_facts("gemma2")
+    first, *others = engine.architecture.shapes
+    assert [shape.window for shape in (first, *others)] == [6, None, 6]
+    engine.architecture = replace(engine.architecture, shapes=(replace(first, window=None), *others))
+    (told,) = (proof for proof in engine.check().proofs if not proof.passed and "window" in proof.name)
+    assert "most in layer 0" in told.name
+
+
+def test_a_layer_with_heads_that_is_said_to_have_none_is_refused():
+    engine = with_facts("qwen3_next")
+    facts = engine.architecture
+    engine.architecture = replace(facts, attentions=(*facts.attentions[:3], None), shapes=(*facts.shapes[:3], None))
+    with pytest.raises(UnsupportedModelError, match="Qwen3NextAttention attends, but was not found in any layer"):
+        engine.check()
+
+
+def test_layers_in_another_order_are_refused():
+    engine = with_facts("llama3")
+    attentions = engine.architecture.attentions
+    engine.architecture = replace(engine.architecture, attentions=attentions[::-1])
+    with pytest.raises(UnsupportedModelError, match="layer 0 does not call the attention registry"):
+        engine.check()
+
+
+def test_another_norm_is_refused():
+    engine = with_facts("llama3")
+    other = engine.architecture.layers[-1].post_attention_layernorm
+    engine.architecture = replace(engine.architecture, final_norm=other)
+    with pytest.raises(UnsupportedModelError, match="logits of given states equal the model's own"):
+        engine.check()
+
+
+@pytest.mark.parametrize(
+    ("facts", "lost"),
+    [
+        (lambda facts: {"query_projections": tuple(each.v_proj for each in facts.attentions)}, {"prunes"}),
+        (lambda facts: {"output_projections": tuple(each.q_proj for each in facts.attentions)}, {"starts_late"}),
+        (lambda facts: {"output_projections": (None,) * 3}, {"starts_late"}),
+    ],
+    ids=["values for queries", "queries for outputs", "no outputs"],
+)
+def test_a_wrong_projection_costs_its_quick_path_and_no_more(facts, lost):
+    engine = with_facts("llama3")
+    engine.architecture = replace(engine.architecture, **facts(engine.architecture))
+    engine.check()
+    assert {each.name for each in fields(Capabilities) if not getattr(engine.capabilities, each.name)} == lost
+
+
+# A run
+
+
+def test_a_run_on_a_hybrid_leaves_layers_out_and_its_report_says_so(tmp_path):
+    built("qwen3_5").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for name, prompts in (("harmful", PROMPTS), ("benign", ((3, 60, 11), (30, 2)))):
+        lines = (" ".join(f"w{token}" for token in ids) for ids in prompts)
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    options = ["--template", "direct", "--max-new-tokens", "3", "--out", str(tmp_path / "run"), "--quiet"]
+    files = ["--prompts", str(tmp_path / "harmful.txt"), "--benign", str(tmp_path / "benign.txt")]
+    made = CliRunner().invoke(app, ["scan", str(tmp_path / "model"), *files, *options])
+    assert made.exit_code == 0, made.output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    values = results["scores"]["mean_ships"]["values"]
+    assert [[value is None for value in layer] for layer in values] == [[True] * 4, [False] * 4] * 2
+    assert [one["head"] for one in results["heads"]] == [f"{layer}-{index}" for layer in (1, 3) for index in range(4)]
+    assert "layers 0, 2 mix tokens in another way" in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
 def test_the_table_is_up_to_date():

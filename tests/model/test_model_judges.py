@@ -553,7 +553,7 @@ def test_an_adapter_is_read_with_its_base(tmp_path):
     plain, tuned = (
         model_judge(f"strongreject={path}")(completions("talk"))[0] for path in (base, tmp_path / "adapter")
     )
-    assert (plain.label, tuned.label) == ("refused", "complied")
+    assert (plain.label, tuned.label) == ("safe", "complied")
     assert tuned.score > 0.99
 
 

@@ -30,6 +30,7 @@ from safetyheads import (
 from safetyheads.cli import main
 from safetyheads.drafted import Decoding
 from safetyheads.exhaustive import scan_attack_success_rate
+from safetyheads.fusing import fused
 from safetyheads.loading import use_our_attention
 from safetyheads.provenance import device_name, fingerprint
 
@@ -79,7 +80,7 @@ def test_offloaded_to_the_disk_every_score_is_the_same(family, tmp_path):
     assert device_name(engine) == "cpu (4 modules), disk (3 modules)"
 
 
-def test_offloaded_to_the_disk_answers_scans_and_forecasts_are_the_same(tmp_path):
+def test_offloaded_to_the_disk_answers_and_forecasts_are_the_same(tmp_path):
     path = saved(model_of("llama_gqa"), tmp_path)
     engines = Engine.load(path, device_map=on_cpu_and_disk()), Engine.load(path)
     prompts = prompts_of(*PROMPTS)
@@ -103,6 +104,15 @@ def test_offloaded_by_cpu_offload_every_score_is_the_same_and_the_hooks_stay():
     after = {name: module.__dict__["forward"] for name, module in model.named_modules() if "_hf_hook" in vars(module)}
     assert after == hooked
     assert all(parameter.is_meta for parameter in model.parameters())  # each module gave its weights back
+
+
+def test_compiling_leaves_modules_with_hooks_alone():
+    """Through torch.compile's plain backend; an offloaded norm has no weights but for its hook."""
+    model = accelerate.cpu_offload(model_of("llama_gqa"), execution_device=torch.device("cpu"))
+    use_our_attention(model)
+    engine = Engine(model, tokenizer())
+    with fused(engine.architecture, backend="eager"):
+        same_scores(engine, proved_plain())
 
 
 def proved_plain():
@@ -234,6 +244,7 @@ def test_device_maps_that_cannot_be_are_refused():
     assert refusal(device_map="everywhere").startswith("unknown device map 'everywhere'; known are auto, ")
     exclude = "a device map, one device and tensor parallel exclude each other"
     assert refusal(device_map="auto", tensor_parallel=True) == exclude
+    assert refusal(offload_folder="somewhere") == "an offload folder belongs to a device map"
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):

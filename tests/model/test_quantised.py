@@ -176,6 +176,18 @@ def test_its_own_dtype_is_kept_whatever_is_asked(checkpoint, tmp_path, dtype):
     assert (stored["quantisation"], stored["dtype"]) == (METHOD, "float32")
 
 
+def test_a_checkpoint_that_is_dequantised_when_read_gets_the_dtype_that_was_asked(checkpoint, monkeypatch):
+    """As gpt-oss is on a CPU."""
+    monkeypatch.setattr(StandIn, "_process_model_after_weight_loading", lambda self, model, **_: end(model))
+
+    def end(model):
+        model.is_quantized = False
+
+    engine = Engine.load(checkpoint["llama3"][0], dtype="bfloat16", check=False)
+    assert quantisation(engine.model) is None
+    assert engine.dtype == torch.bfloat16
+
+
 def test_a_quantised_model_is_never_moved(checkpoint, monkeypatch):
     """bitsandbytes and GPTQ refuse it, or break."""
     from transformers import PreTrainedModel
@@ -229,6 +241,14 @@ def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkey
         Engine.load(checkpoint["llama3"][0])
     said = str(refused.value)
     assert said == f"cannot load {checkpoint['llama3'][0]}: No GPU found. A GPU is needed for quantization."
+
+
+def test_tensor_parallel_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match=r"is quantised \(int8_stand_in\); tensor parallel was proved on plain weights"
+    ):
+        Engine.load(checkpoint["llama3"][0], tensor_parallel=True)
 
 
 def test_without_accelerate_the_extra_is_named(checkpoint, monkeypatch):

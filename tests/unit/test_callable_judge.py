@@ -68,7 +68,7 @@ def test_any_sequence_of_any_numbers_is_read(returned):
         (1.01, "value: no number from 0 to 1"),
         (-0.01, "value: no number from 0 to 1"),
         (10**400, "value: no number from 0 to 1"),
-        ("good", "label: none of complied, refused, incoherent, echoed, unscored"),
+        ("good", "label: none of complied, refused, incoherent, echoed, safe, unscored"),
     ],
 )
 def test_what_is_no_verdict_costs_its_own_row_alone(value, reason):

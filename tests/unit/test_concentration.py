@@ -3,9 +3,11 @@
 import json
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_results import findings, outcome
 
 from safetyheads.concentration import (
@@ -18,6 +20,7 @@ from safetyheads.concentration import (
 )
 from safetyheads.errors import InputError
 from safetyheads.results import results_of
+from safetyheads.scores import HeadScores
 from safetyheads.stats import N_RESAMPLES, mean_with_interval
 
 
@@ -128,7 +131,9 @@ def test_an_audit_writes_it_from_the_lead_search_alone():
         outcome(2, freed=40, random=(5, 5)),
         outcome(1, freed=50, random=(0, 0), scorer="generalized_ships_prompt"),
     )
-    made = replace(made, scores={}, traces={}, heads=(), openers=())
+    lead = HeadScores(torch.zeros(4, 8, dtype=torch.float64), "mean_ships", "nats", 0.0)
+    data = SimpleNamespace(sets=lambda: {"harmful_search": range(50)})
+    made = replace(made, data=data, scores={"mean_ships": lead}, traces={}, heads=(), openers=())
     found = results_of(made, ABOUT, None, (), ())["concentration"]
     # (20/50 - 5/50 + 40/50 - 5/50) / 2
     assert found["value"] == pytest.approx(0.5)
