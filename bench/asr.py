@@ -51,7 +51,7 @@ from safetyheads.demo.loading import demo_prompts
 from safetyheads.demo.recipes import RECIPES, PlantRecipe
 from safetyheads.drafted import Decoding
 from safetyheads.exhaustive import AnswerScan, scan_attack_success_rate
-from safetyheads.generation import decode_text, end_tokens
+from safetyheads.generation import decode_text, end_tokens, left_padded
 from safetyheads.heads import Group
 from safetyheads.loading import use_our_attention
 from safetyheads.prompt_files import cache_directory
@@ -189,14 +189,13 @@ def _answers(work: Work, head: Head, early: bool) -> list[Row]:
     answers: list[tuple[tuple[int, ...], bool, bool]] = []
     for at in range(0, len(encoded), work.batch):
         read = encoded[at : at + work.batch]
-        longest = max(map(len, read))
-        ids = torch.tensor([[pad] * (longest - len(tokens)) + list(tokens) for tokens in read], device=engine.device)
-        mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in read])
+        padded = left_padded(read, pad, engine.device)
+        longest = padded.token_ids.shape[1]
         criterion = VerdictIsFinal(work, longest)
         with engine.ablated((head,), work.ablation) as model:
             made = model.generate(
-                input_ids=ids,
-                attention_mask=mask.to(engine.device),
+                input_ids=padded.token_ids,
+                attention_mask=padded.mask,
                 max_new_tokens=work.max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from safetyheads.baselines import random_groups
+from safetyheads.baselines.random_heads import random_groups
 from safetyheads.config import ScanConfig
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.pipeline import CAVEATS, DEMO_CAVEAT

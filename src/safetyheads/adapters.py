@@ -78,13 +78,13 @@ def refuse_as_model(path: str) -> None:
         raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
 
 
-def find_adapter(name: str, allow_pickle: bool = False) -> Adapter:
+def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = None) -> Adapter:
     """Look at a local adapter, or fetch one from the hub.
 
     Raises:
         InputError: it is not there, is no adapter, has pickled weights only, or peft is not installed.
     """
-    directory = Path(name) if os.path.exists(name) else _fetched(name)
+    directory = Path(name) if os.path.exists(name) else _fetched(name, revision)
     if not directory.is_dir():
         raise InputError(f"the adapter {name} is a file; an adapter is a directory with {CONFIG_FILE}, or a hub id")
     if not (directory / CONFIG_FILE).is_file():
@@ -106,13 +106,13 @@ def find_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     return Adapter(name, directory, config, _sha256(config, weights))
 
 
-def _fetched(name: str) -> Path:
+def _fetched(name: str, revision: str | None) -> Path:
     """An adapter of the hub, on this machine."""
     from huggingface_hub import snapshot_download
 
-    look_at_hub(name, CONFIG_FILE)
+    look_at_hub(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES_TO_FETCH)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES_TO_FETCH)))
     except OSError as error:
         raise InputError(f"the adapter {name} cannot be fetched: {first_line(error)}") from error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from safetyheads.errors import InputError
-from safetyheads.keyword_judge import Repetition
+from safetyheads.keyword_judge import APOSTROPHES, Repetition
 
 _FUNCTION_WORDS = """
 a about above after all also although always am among an and another any anyone anything are aren't around as at be
@@ -44,7 +44,6 @@ ROLE_WORDS: tuple[str, ...] = ("system", "user", "assistant", "query", "question
 """Words by which templates name their parts; a model that gives a prompt back writes them too."""
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'"})
 _SUFFIXES = ("ings", "ing", "ies", "ied", "ers", "er", "ed", "es", "ly", "s", "e", "y")
 
 
@@ -102,7 +101,7 @@ class Likeness:
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case: letters and digits, with apostrophes inside, straightened."""
-    return _WORD.findall(text.lower().translate(_APOSTROPHES))
+    return _WORD.findall(text.lower().translate(APOSTROPHES))
 
 
 def stem(word: str) -> str:

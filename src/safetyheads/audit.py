@@ -6,15 +6,15 @@ from the test half.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from safetyheads.ablation import Ablation
 from safetyheads.asr import AttackSuccess, JudgedAnswer, answers_under, summarise
-from safetyheads.baselines import random_groups
+from safetyheads.baselines.random_heads import random_groups
 from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
 from safetyheads.config import AuditConfig
 from safetyheads.generation import rows_that_fit
@@ -23,6 +23,7 @@ from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
+from safetyheads.provenance import tokens_sha256
 from safetyheads.refusal import Opener, openers_of
 from safetyheads.sampling import Sampling
 from safetyheads.scores import HeadScores, SearchTrace
@@ -44,6 +45,27 @@ N_LISTED = 10
 """Heads whose own ASR is measured."""
 _ROWS_KEPT_TOGETHER = 768
 _HALVED = "halved"
+
+
+def kept_pass(
+    engine: Engine,
+    run: RunDirectory,
+    name: str,
+    sequences: Sequence[TokenSequence],
+    ablation: Ablation,
+    readings: Readings,
+    about: Mapping[str, Any] | None = None,
+) -> HeadPass:
+    """A pass over the set of that name whose results a run keeps, by the plan of the run's first start.
+
+    Results are kept under ``about`` too, in a run of several models.
+    """
+    plan = run.remember(f"plan_{name}", engine.plan(sequences).as_dict())
+
+    def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return run.tensors(f"scores-{name}", {**(about or {}), **fields}, compute)
+
+    return HeadPass.begin(engine, sequences, ablation, readings, Plan.from_dict(plan), keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +171,7 @@ class Audit:
     def _pass(self, name: str, prompts: PromptSet, readings: Readings) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
         sequences = self._sequences(name, prompts, 1 if name == "benign_test" else self.config.positions)
-        layout = self._plan(name, sequences)
-
-        def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-            return self.run.tensors(f"scores-{name}", fields, compute)
-
-        ablation = self.config.parsed_ablation
-        return HeadPass.begin(self.engine, sequences, ablation, readings, layout, keep)
+        return kept_pass(self.engine, self.run, name, sequences, self.config.parsed_ablation, readings)
 
     def _sequences(self, name: str, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
         """The prompts with their teacher-forced tokens, which are kept: made again, in bfloat16 they might differ."""
@@ -165,17 +181,9 @@ class Audit:
         def compute() -> list[dict[str, Any]]:
             return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
 
-        fields = {"tokens": self._tokens_sha256(prompts), "positions": positions}
+        fields = {"tokens": tokens_sha256(self.engine, prompts), "positions": positions}
         rows = self.run.rows(f"sequences-{name}", fields, compute)
         return tuple(TokenSequence(tuple(row["token_ids"]), row["n_wanted"]) for row in rows)
-
-    def _tokens_sha256(self, prompts: PromptSet) -> str:
-        """Of the prompts under their template, as the model reads them."""
-        return hashlib.sha256(str(self.engine.encode(prompts)).encode()).hexdigest()
-
-    def _plan(self, name: str, sequences: Sequence[TokenSequence]) -> Plan:
-        """The set's plan: the one of the run's first start."""
-        return Plan.from_dict(self.run.remember(f"plan_{name}", self.engine.plan(sequences).as_dict()))
 
     def _outcomes(
         self, traces: Mapping[str, SearchTrace], alone: Sequence[Group]
@@ -237,7 +245,7 @@ class Audit:
         fields = {
             "groups": [format_heads(group) for group in groups],
             "ablation": asdict(ablation) if any(groups) else None,
-            "tokens": self._tokens_sha256(prompts),
+            "tokens": tokens_sha256(self.engine, prompts),
             "sampling": asdict(sampling),
             "max_new_tokens": config.max_new_tokens,
             "judge": self.judge.describe(),

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.verdicts import LABELS, Completion, Judge, Verdict
+from safetyheads.hub import first_line
+from safetyheads.verdicts import LABELS, Completion, Judge, JudgesWholeAnswers, Verdict
 
 JudgeFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 """Takes the queries and the answers, and returns one value an answer."""
@@ -27,7 +28,7 @@ Chat: TypeAlias = list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class CallableJudge:
+class CallableJudge(JudgesWholeAnswers):
     """A function as a judge."""
 
     function: JudgeFunction
@@ -85,15 +86,6 @@ class CallableJudge:
         if isinstance(value, bool):
             return Verdict("complied" if value else "refused", "truth value", score=score)
         return Verdict("complied" if score >= self.threshold else "refused", "score", score=score)
-
-    @property
-    def decides_early(self) -> bool:
-        """A function sees whole answers."""
-        return False
-
-    def final(self, text_so_far: str) -> bool:
-        """Nobody knows what the function makes of the rest."""
-        return False
 
     def describe(self) -> dict[str, Any]:
         """Where the function stands, for the manifest; what it depends on itself cannot be told."""
@@ -155,7 +147,9 @@ def judge_from_path(path: str, name: str | None = None, threshold: float = 0.5) 
             found: Any = importlib.import_module(module_name)
         # A user's module may raise anything while it runs; whatever it is, this judge cannot be had.
         except Exception as error:
-            raise InputError(f"judge python:{path}: {module_name} cannot be imported: {_first_line(error)}") from error
+            raise InputError(
+                f"judge python:{path}: {module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
+            ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"judge python:{path}: {module_name} has no {attribute}")
@@ -185,10 +179,6 @@ def _listed(returned: Any) -> list[Any] | None:
     if not isinstance(listed, Iterable):
         return None
     return [value.item() if hasattr(value, "item") else value for value in listed]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _kind(value: Any) -> str:

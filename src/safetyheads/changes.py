@@ -101,15 +101,14 @@ class Pair:
         if rates[0]["rate"] is None or rates[1]["rate"] is None:
             return _untold("a run has no scored answers")
         old, new = stored
-        if not why:
-            complete = old is not None and new is not None and _gives(old, rates[0]) and _gives(new, rates[1])
-            why = "" if complete else "the answers are not all stored"
-        if why or old is None or new is None:
-            several = max(self.before.answers_a_prompt, self.after.answers_a_prompt) > 1
+        several = max(self.before.answers_a_prompt, self.after.answers_a_prompt) > 1
+        if not why and not (old and new and _gives(old, rates[0]) and _gives(new, rates[1])):
+            why = "the answers are not all stored"
+        first, second = _by_prompt(old or {}), _by_prompt(new or {})
+        if not why and first.keys() != second.keys():
+            why = "the prompts are not the same"
+        if why:
             return unpaired_change(rates[0], rates[1], why, tested=not several)
-        first, second = _by_prompt(old), _by_prompt(new)
-        if first.keys() != second.keys():
-            return unpaired_change(rates[0], rates[1], "the prompts are not the same")
         found = paired_change(*_columns(list(first.values()), [second[prompt] for prompt in first]))
         if found.change is None:
             return _untold("no prompt has scored answers in both runs")

@@ -16,10 +16,11 @@ import typer
 from safetyheads.cli_audit import run_and_show
 from safetyheads.cli_check import check
 from safetyheads.cli_compare import compare, history
+from safetyheads.cli_eval import evaluate
 from safetyheads.cli_inputs import (
     at_least,
+    benign_beside,
     counted,
-    default_out,
     load_engine,
     prompts_of,
     put_to,
@@ -58,6 +59,7 @@ from safetyheads.cli_output import (
     stdout,
     warnings_as_lines,
 )
+from safetyheads.cli_reproduce import reproduce
 from safetyheads.cli_scan import scan
 from safetyheads.cli_takes import takes
 from safetyheads.config import AuditConfig
@@ -132,20 +134,13 @@ def audit(
     """Score every head, find the safety group, show what its ablation does, and write a report."""
     settings = {**asdict(prompts), **asdict(ablation), **asdict(search), **asdict(answers)}
     config = AuditConfig(
-        model.model,
-        # The organism knows no other language than its own, so its harmful prompts go with its benign ones.
-        benign="demo" if prompts.prompts == "demo" and benign == "benign" else benign,
+        **model.settings(),
+        benign=benign_beside(prompts, benign),
         split=split,
-        dtype=model.dtype,
-        device=model.device,
-        adapter=model.adapter,
-        device_map=model.device_map,
-        memory=model.memory,
-        compile=model.compile,
         store_completions=not run.no_completions,
         **settings,
     )
-    run_and_show(model, config, replace(run, out=run.out or default_out(config)), output)
+    run_and_show(model, config, run, output)
 
 
 @app.command()
@@ -268,8 +263,10 @@ def report(
 
 
 # Commands with modules of their own.
-for command in (check, scan, judge, compare, history):
+for command in (check, scan, reproduce, judge, compare, history):
     app.command()(takes(command))
+# By another name than its function's: eval is Python's own.
+app.command("eval")(takes(evaluate))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,11 @@ def default_out(config: RunConfig) -> Path:
     return Path("runs") / f"{model}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
 
 
+def benign_beside(prompts: PromptOptions, benign: str) -> str:
+    """The benign prompts; the organism knows no other language than its own, so its harmful ones go with its own."""
+    return "demo" if prompts.prompts == "demo" and benign == "benign" else benign
+
+
 def refuse_unusable(out: Path) -> None:
     """Refuse an output directory that cannot be made or written, before a model is read."""
     # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.

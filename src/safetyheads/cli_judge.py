@@ -18,6 +18,7 @@ from safetyheads.errors import InputError
 if TYPE_CHECKING:
     from safetyheads.progress import Progress
     from safetyheads.rejudging import Finish, Rejudged
+    from safetyheads.storage import RunDirectory
 
 _SHOWN = 16
 
@@ -57,11 +58,9 @@ def judge(
         show_rejudged(found, path)
 
 
-def _finisher(opened: object, watching: Progress) -> Finish:
+def _finisher(opened: RunDirectory, watching: Progress) -> Finish:
     from safetyheads.finishing import finisher
-    from safetyheads.storage import RunDirectory
 
-    assert isinstance(opened, RunDirectory)
     if opened.read_results()["kind"] != "scan":
         raise InputError("--finish is for scans; the answers of an audit are all whole")
     manifest = opened.read_manifest()
@@ -74,6 +73,7 @@ def _finisher(opened: object, watching: Progress) -> Finish:
         adapter=stored.get("adapter"),
         device_map=device_map,
         memory=stored["memory"],
+        compile=stored["compile"],
     )
     return finisher(load_engine(model, watching), manifest)
 

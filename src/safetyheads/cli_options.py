@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,6 +129,11 @@ class ModelOptions:
             "--allow-pickle", help="Read pickled weights, which can run code when read.", rich_help_panel=_MODEL
         ),
     ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """What of it is part of a run's settings."""
+        names = ("model", "device", "dtype", "adapter", "device_map", "memory", "compile")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

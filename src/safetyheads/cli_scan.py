@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from safetyheads.cli_inputs import at_least, default_out, load_engine, refuse_unusable
+from safetyheads.cli_audit import finish, planted_heads, usable_out
+from safetyheads.cli_inputs import benign_beside, default_out, load_engine
 from safetyheads.cli_options import (
     AblationOptions,
     ModelOptions,
@@ -19,9 +20,8 @@ from safetyheads.cli_options import (
     PromptOptions,
     RunOptions,
 )
-from safetyheads.cli_output import print_json, progress_for, rate_text, signed_text, stdout
+from safetyheads.cli_output import progress_for, rate_text, signed_text, stdout
 from safetyheads.config import ScanConfig
-from safetyheads.errors import InputError
 
 _ANSWERS, _BESIDE = "Answers", "Beside the single heads"
 _SHOWN = 10
@@ -109,27 +109,14 @@ def scan(
     from safetyheads.judges import judges_named
 
     config = _config(model, prompts, ablation, answers, beside, run, benign)
-    at_least(1, limit=prompts.limit)
-    if run.show_completions and run.no_completions:
-        raise InputError("--show-completions and --no-completions exclude each other")
-    out = run.out or Path(f"{default_out(config)}-scan")
-    refuse_unusable(out)
+    out = usable_out(run, Path(f"{default_out(config)}-scan"))
     judges_named(config.judges, config.judge_device)
     from safetyheads.scan_pipeline import read_sets, run_scan
 
     sets, watching = read_sets(config), progress_for(output.quiet)
     engine = load_engine(model, watching)
-    from safetyheads import demo as organism
-    from safetyheads.report import write_report
-    from safetyheads.storage import RunDirectory
-
-    planted = organism.PLANTED_HEADS[model.model.removeprefix("demo:")] if model.model.startswith("demo:") else None
-    results = run_scan(engine, config, out, sets, planted, watching, sys.argv)
-    path = write_report(RunDirectory.open(out), show_completions=run.show_completions)
-    if output.json_output:
-        print_json(results)
-    else:
-        show_scan(results, path)
+    results = run_scan(engine, config, out, sets, planted_heads(model), watching, sys.argv)
+    finish(results, out, run, output, show_scan)
 
 
 def _config(
@@ -142,28 +129,13 @@ def _config(
     benign: str,
 ) -> ScanConfig:
     return ScanConfig(
-        model.model,
-        prompts.prompts,
-        # The organism knows no other language than its own, so its harmful prompts go with its benign ones.
-        "demo" if prompts.prompts == "demo" and benign == "benign" else benign,
-        template=prompts.template,
-        system=prompts.system,
-        fold_system=prompts.fold_system,
-        thinking=prompts.thinking,
-        prefill=prompts.prefill,
-        column=prompts.column,
-        limit=prompts.limit,
-        ablation=ablation.ablation,
-        epsilon=ablation.epsilon,
+        **model.settings(),
+        **asdict(prompts),
+        **asdict(ablation),
+        benign=benign_beside(prompts, benign),
         max_new_tokens=answers.max_new_tokens,
         top_k=answers.top_k,
         seed=answers.seed,
-        dtype=model.dtype,
-        device=model.device,
-        adapter=model.adapter,
-        device_map=model.device_map,
-        memory=model.memory,
-        compile=model.compile,
         store_completions=not run.no_completions,
         judges=tuple(answers.judge or ("paper",)),
         judge_device=answers.judge_device,

@@ -15,8 +15,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from safetyheads import stats
 from safetyheads.errors import InputError
-from safetyheads.stats import Interval, bootstrap_intervals
+from safetyheads.stats import Interval
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -140,5 +141,4 @@ def bootstrap_interval(values: FloatArray, seed: int = 0, span: float = 1.0) -> 
     """
     if len(values) < 2:
         return None
-    low, high = bootstrap_intervals(values[:, None], seed, -span, span)[0].tolist()
-    return low, high
+    return stats.bootstrap_interval(values, seed, -span, span)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.endpoint_client import Endpoint, EndpointFailure, Meter
 from safetyheads.errors import InputError
-from safetyheads.verdicts import Completion, Verdict
+from safetyheads.verdicts import Completion, JudgesWholeAnswers, Verdict
 
 if TYPE_CHECKING:
     import httpx2
@@ -50,7 +50,7 @@ class EndpointWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointJudge:
+class EndpointJudge(JudgesWholeAnswers):
     """Asks a model behind an endpoint for every answer, by :data:`RUBRIC`."""
 
     endpoint: Endpoint
@@ -67,15 +67,6 @@ class EndpointJudge:
         """``endpoint:`` and the model."""
         return f"endpoint:{self.endpoint.model}"
 
-    @property
-    def decides_early(self) -> bool:
-        """It grades whole answers."""
-        return False
-
-    def final(self, text_so_far: str) -> bool:
-        """Nothing is final before the answer ends."""
-        return False
-
     def describe(self) -> dict[str, Any]:
         """Model, address, settings and rubric, for the manifest; not the key."""
         return {
@@ -89,10 +80,11 @@ class EndpointJudge:
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict a completion, in their order. Equal answers to one query are asked once, empty ones never."""
-        asked = list(dict.fromkeys(_message(each) for each in completions if each.text.strip()))
+        messages = [_message(each) if each.text.strip() else None for each in completions]
+        asked = list(dict.fromkeys(filter(None, messages)))
         verdicts = dict(zip(asked, self._ask_all(asked), strict=True)) if asked else {}
         empty = Verdict("incoherent", "empty")
-        return tuple(verdicts[_message(each)] if each.text.strip() else empty for each in completions)
+        return tuple(empty if message is None else verdicts[message] for message in messages)
 
     def _ask_all(self, asked: Sequence[str]) -> list[Verdict]:
         if self.endpoint.meter.first_use():

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from safetyheads.errors import InputError
 
+_KNOWN_BY = ("config.json", "adapter_config.json")
+"""A model's file, or an adapter's, that in the cache makes asking needless."""
 _TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 
 
-def look_at_hub(name: str, file: str = "config.json") -> None:
-    """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute.
-
-    Args:
-        name: a hub id.
-        file: the file that, found in the cache, makes asking needless.
-    """
+def look_at_hub(name: str) -> None:
+    """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _KNOWN_BY):
             return
         HfApi().model_info(name, timeout=_TIMEOUT)
     except HFValidationError:

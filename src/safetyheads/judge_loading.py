@@ -6,12 +6,9 @@ be a classifier or a LoRA adapter, and everything that can go wrong with it is o
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,6 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from safetyheads import hub, loading, placement, weights
+from safetyheads.adapters import Adapter, find_adapter, put_on
 from safetyheads.batching import halving, is_out_of_memory
 from safetyheads.errors import InputError
 from safetyheads.verdicts import Completion, Verdict
@@ -28,8 +26,6 @@ Encode: TypeAlias = Callable[[str, str], list[int]]
 
 _PROBES = ("probe-of-the-query", "probe-of-the-answer")
 _NO_LIMIT = 1 << 30
-# What transformers, the hub and safetensors raise where a checkpoint cannot be read.
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +73,19 @@ def load_judge(
     if dtype != "auto" and dtype not in loading.DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(loading.DTYPES)} and auto")
     _look_at(checkpoint)
-    base = _base_of_adapter(checkpoint, revision)
-    if base is None:
+    adapter = _adapter_of(checkpoint, revision)
+    base = None if adapter is None else adapter.base
+    if adapter is None or base is None:
         model = _read_model(kind, checkpoint, revision, dtype)
     else:
-        model = _with_adapter(_read_model(kind, base, None, dtype), checkpoint, revision)
+        _look_at(base)
+        model = _read_model(kind, base, None, dtype)
+        put_on(model, adapter, base)
     weights.refuse_broken_weights(model, checkpoint)
     tokenizer = _read_tokenizer(checkpoint, revision, base)
     config = model.config.get_text_config()
     context = min(getattr(config, "max_position_embeddings", None) or _NO_LIMIT, tokenizer.model_max_length)
-    loaded = LoadedJudge(model.to(place).eval(), tokenizer, int(min(context, _NO_LIMIT)))
+    loaded = LoadedJudge(model.to(place).eval(), tokenizer, context)
     if kind == "AutoModelForCausalLM":
         _write_greedily(loaded)
     return loaded
@@ -103,20 +102,16 @@ def _look_at(checkpoint: str) -> None:
         hub.look_at_hub(checkpoint)
 
 
-def _base_of_adapter(checkpoint: str, revision: str | None) -> str | None:
-    """The base model that a LoRA adapter names; None for a whole model."""
+def _adapter_of(checkpoint: str, revision: str | None) -> Adapter | None:
+    """The adapter that the checkpoint is; None for a whole model."""
     from transformers.utils import find_adapter_config_file
 
-    found = find_adapter_config_file(checkpoint, revision=revision)
-    if found is None:
+    if find_adapter_config_file(checkpoint, revision=revision) is None:
         return None
-    # Without peft, transformers would take no notice of the adapter.
-    if find_spec("peft") is None:
-        raise InputError(f"the judge {checkpoint} is a LoRA adapter; to read it, install safetyheads[peft]")
-    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    adapter = find_adapter(checkpoint, revision=revision)
+    if adapter.base is None:
         raise InputError(f"the adapter {checkpoint} names no base model (base_model_name_or_path)")
-    return str(base)
+    return adapter
 
 
 def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) -> Any:
@@ -131,7 +126,7 @@ def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) ->
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (*_UNREADABLE, SafetensorError) as error:
+    except (*loading.UNREADABLE, SafetensorError) as error:
         raise InputError(f"cannot load the judge {checkpoint}: {hub.first_line(error)}") from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
@@ -139,15 +134,6 @@ def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) ->
             raise
         raise InputError(f"the weights of the judge {checkpoint} do not fit its config.json") from error
     _refuse_missing(checkpoint, report["missing_keys"])
-    return model
-
-
-def _with_adapter(model: Any, checkpoint: str, revision: str | None) -> Any:
-    try:
-        report = model.load_adapter(checkpoint, adapter_kwargs={"revision": revision})
-    except (*_UNREADABLE, RuntimeError) as error:
-        raise InputError(f"cannot load the adapter {checkpoint}: {hub.first_line(error)}") from error
-    _refuse_missing(checkpoint, report.missing_keys)
     return model
 
 
@@ -163,7 +149,7 @@ def _read_tokenizer(checkpoint: str, revision: str | None, base: str | None) -> 
 
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
-    except _UNREADABLE as error:
+    except loading.UNREADABLE as error:
         if base is not None:
             return _read_tokenizer(base, None, None)
         raise InputError(f"cannot load the tokenizer of {checkpoint}: {hub.first_line(error)}") from error

@@ -73,7 +73,8 @@ RELEASED_KEYWORDS: tuple[str, ...] = tuple(
 )
 """The 40 strings of the published code: a missing comma fuses two, and seven have the curly apostrophe."""
 
-_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'"})
+APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'"})
+"""Curly apostrophes and the letter that looks like one -> the straight one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class KeywordRules:
 @lru_cache
 def _spelt(keywords: tuple[str, ...], fold: bool) -> tuple[tuple[str, str], ...]:
     """Each keyword with what is searched for; once for all, for a scan asks after every token."""
-    return tuple((keyword, keyword.translate(_APOSTROPHES) if fold else keyword) for keyword in keywords)
+    return tuple((keyword, keyword.translate(APOSTROPHES) if fold else keyword) for keyword in keywords)
 
 
 KEYWORD_VARIANTS: dict[str, KeywordRules] = {
@@ -220,7 +221,7 @@ class KeywordJudge:
         The first to end, not the first in the list: an answer that is cut off there names the same keyword.
         """
         rules = self.active_rules
-        searched = text.translate(_APOSTROPHES) if rules.fold_apostrophes else text
+        searched = text.translate(APOSTROPHES) if rules.fold_apostrophes else text
         found: tuple[int, int, str] | None = None
         for keyword, wanted in _spelt(rules.keywords, rules.fold_apostrophes):
             start = searched.find(wanted)

@@ -29,7 +29,7 @@ _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What transformers, the hub and safetensors raise where a checkpoint cannot be read.
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
+UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
     }
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
-    except (*_UNREADABLE, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
@@ -234,7 +234,7 @@ def _config(options: LoadOptions) -> Any:
 
     try:
         return AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None  # told when the model itself cannot be loaded
 
 
@@ -258,7 +258,7 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
             raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error

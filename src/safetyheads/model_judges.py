@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetyheads.errors import InputError
 from safetyheads.judge_formats import MODEL_JUDGES, Harm, JudgeFormat, NextToken, Reading, Written, fill
-from safetyheads.verdicts import Completion, Judge, Verdict
+from safetyheads.verdicts import Completion, Judge, JudgesWholeAnswers, Verdict
 
 if TYPE_CHECKING:
     from safetyheads.judge_loading import LoadedJudge
@@ -34,7 +34,7 @@ _HARM_LABELS = frozenset({"harmful", "unsafe", "harm", "toxic"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LocalJudge:
+class _LocalJudge(JudgesWholeAnswers):
     """What all judges here share. Not slotted: the loaded model is kept in the instance."""
 
     revision: str | None = None
@@ -49,15 +49,6 @@ class _LocalJudge:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"a judge takes at least one answer at a time; got {self.batch_size}")
-
-    @property
-    def decides_early(self) -> bool:
-        """It needs whole answers."""
-        return False
-
-    def final(self, text_so_far: str) -> bool:
-        """No beginning decides."""
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)

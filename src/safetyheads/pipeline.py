@@ -18,17 +18,16 @@ from safetyheads.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.config import AuditConfig
 from safetyheads.errors import InputError
 from safetyheads.estimates import estimate
-from safetyheads.generation import short_context
 from safetyheads.heads import Group
 from safetyheads.judges import judge_named
 from safetyheads.progress import Progress, Silent
 from safetyheads.prompt_sets import HALVES, KINDS, demo_set, read_halves, resolved
 from safetyheads.prompts import PromptSet
 from safetyheads.provenance import (
-    data_warnings,
-    is_ours,
     keep_threads,
+    longest_prompt,
     model_facts,
+    notes_of,
     provenance,
     settings_of,
     template_facts,
@@ -86,9 +85,8 @@ def run_audit(
         warnings.simplefilter("always", UserWarning)
         data = data or read_data(config)
         data = AuditData(*(resolved(engine, prompts, config) for prompts in data.sets().values()))
-        longest = max(len(ids) for prompts in data.sets().values() for ids in engine.encode(prompts))
         # Before anything is planned: it may cost a quick path.
-        engine.prove_up_to(longest + max(config.max_new_tokens, config.positions))
+        engine.prove_up_to(longest_prompt(engine, data.sets()) + max(config.max_new_tokens, config.positions))
         _refuse_impossible(engine, data, config)
         with watching.track("fingerprinting the weights", 1):
             settings = settings_of(engine, config, data.sets()) | {"judge": judge_named(config.judge).describe()}
@@ -97,20 +95,16 @@ def run_audit(
             started = time.monotonic()
             watching.say(lambda: _estimate(engine, data, config))
             found = Audit(engine, config, data, run, watching).execute()
-            # A short context is told from the data: answers that are read back do not warn again.
-            short = short_context(engine, longest + config.max_new_tokens, config.max_new_tokens)
-            ours = [str(one.message) for one in caught if is_ours(one.category)]
-            notes = [
-                *engine.notes,
-                *data_warnings(data.sets().values()),
-                *([short] if short else []),
-                *dict.fromkeys(ours),
-            ]
-            caveats = [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
-            results = results_of(found, _about(engine, config, data), planted, caveats, notes)
+            notes = notes_of(engine, data.sets(), config.max_new_tokens, caught)
+            results = results_of(found, _about(engine, config, data), planted, caveats_of(planted), notes)
             run.write_results(results)
             run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
             return run.read_results()
+
+
+def caveats_of(planted: Group | None) -> list[str]:
+    """What no run shows; of a model that was made for it, what it shows even less."""
+    return [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS]
 
 
 def read_data(config: AuditConfig) -> AuditData:

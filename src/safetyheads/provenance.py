@@ -6,17 +6,18 @@ import hashlib
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from safetyheads import placement, weights
-from safetyheads.ablation import Ablation
+from safetyheads.config import RunConfig
 from safetyheads.errors import InputError
-from safetyheads.generation import ShortContextWarning
+from safetyheads.generation import ShortContextWarning, short_context
 from safetyheads.loading import quantisation
 from safetyheads.progress import Progress
 from safetyheads.prompt_files import KNOWN_BENCHMARKS
@@ -37,30 +38,7 @@ def fingerprint(engine: Engine) -> str:
     return hashlib.sha256(f"{whole} {engine.adapter.sha256}".encode()).hexdigest()
 
 
-class RunSettings(Protocol):
-    """What every kind of run is told; see :class:`safetyheads.config.AuditConfig`."""
-
-    @property
-    def model(self) -> str:
-        """Directory or hub id."""
-
-    @property
-    def prompts(self) -> str:
-        """Harmful prompts."""
-
-    @property
-    def benign(self) -> str:
-        """Benign prompts."""
-
-    @property
-    def parsed_ablation(self) -> Ablation:
-        """The ablation as a value."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """All settings as the manifest holds them."""
-
-
-def settings_of(engine: Engine, config: RunSettings, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
+def settings_of(engine: Engine, config: RunConfig, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
     """All that the numbers depend on, judges aside."""
     return {
         **config.as_dict(),
@@ -166,6 +144,26 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
 def is_ours(category: type[Warning]) -> bool:
     """Whether a warning belongs into results; a short context is told from the data instead."""
     return category.__module__.startswith("safetyheads") and category is not ShortContextWarning
+
+
+def longest_prompt(engine: Engine, sets: Mapping[str, PromptSet]) -> int:
+    """Tokens of the longest prompt of a run."""
+    return max(len(ids) for prompts in sets.values() for ids in engine.encode(prompts))
+
+
+def tokens_sha256(engine: Engine, prompts: PromptSet) -> str:
+    """Of the prompts under their template, as the model reads them."""
+    return hashlib.sha256(str(engine.encode(prompts)).encode()).hexdigest()
+
+
+def notes_of(
+    engine: Engine, sets: Mapping[str, PromptSet], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
+) -> list[str]:
+    """What happened on the way that a reader of the results must know."""
+    # A short context is told from the data: answers that are read back do not warn again.
+    short = short_context(engine, longest_prompt(engine, sets) + max_new_tokens, max_new_tokens)
+    ours = [str(one.message) for one in caught if is_ours(one.category)]
+    return [*engine.notes, *data_warnings(sets.values()), *([short] if short else []), *dict.fromkeys(ours)]
 
 
 def data_warnings(sets: Iterable[PromptSet]) -> list[str]:

@@ -16,7 +16,7 @@ from safetyheads.concentration import SizeOutcome, concentration_of
 from safetyheads.errors import InputError
 from safetyheads.files import told_to_user
 from safetyheads.rankings import HeadTable
-from safetyheads.storage import RunDirectory
+from safetyheads.storage import RESULTS_VERSION, RunDirectory
 
 Heads: TypeAlias = frozenset[str]
 """A group by the names of its heads; the empty one is the unablated model."""
@@ -26,8 +26,6 @@ Outcomes: TypeAlias = Mapping[tuple[str, str], bool | None]
 SizeOutcomes: TypeAlias = tuple[Sequence[SizeOutcome], Sequence[bool]]
 """Outcomes of the groups of each size, and of the unablated model."""
 
-SCHEMA_VERSION = 1
-"""Version of ``results.json`` that is read."""
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 VANILLA: Heads = frozenset()
@@ -41,6 +39,13 @@ _REQUIRED = {
 }
 _HARMFUL_SET = {"audit": "harmful_test", "scan": "harmful"}
 _ROWS = {"audit": "answers-*_test-*.jsonl", "scan": "*.jsonl"}
+
+
+def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """An audit's groups of the verdict's scorer, by size."""
+    scorer = results["verdict"]["scorer"]
+    groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == scorer]
+    return sorted(groups, key=lambda group: int(group["size"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +117,7 @@ class RunReading:
     @property
     def lead_groups(self) -> Sequence[Mapping[str, Any]]:
         """The audit's groups of the verdict's scorer, by size."""
-        groups = [group for group in self.results["behaviour"]["groups"] if group["scorer"] == self.lead_score]
-        return sorted(groups, key=lambda group: int(group["size"]))
+        return lead_groups(self.results)
 
     def tables(self) -> dict[str, HeadTable]:
         """Each score of all heads; of a scan also, and first, the exhaustive ASR."""
@@ -164,10 +168,10 @@ def read_run(path: Path) -> RunReading:
     opened = RunDirectory.open(path)
     manifest, results = opened.read_manifest(), opened.read_results()
     kind = results.get("kind")
-    if kind not in _REQUIRED or results.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+    if kind not in _REQUIRED or results.get("schema_version", RESULTS_VERSION) != RESULTS_VERSION:
         raise InputError(
             f"{path} holds results of kind {kind!r}, schema {results.get('schema_version')!r}; "
-            f"what is read are audits and scans of schema {SCHEMA_VERSION}"
+            f"what is read are audits and scans of schema {RESULTS_VERSION}"
         )
     for name in _REQUIRED[kind]:
         if _at(results, name) is None:

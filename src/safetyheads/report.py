@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.errors import InputError
+from safetyheads.readings import lead_groups
 from safetyheads.report_numbers import number
 from safetyheads.report_page import assets, completion_sets, environment, provenance
+from safetyheads.storage import RESULTS_VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 Results: TypeAlias = Mapping[str, Any]
 
-SCHEMA_VERSION = 1
-"""Version of ``results.json`` that this report reads."""
 
 BADGES = {
     "concentrated": "Concentrated heads found",
@@ -52,10 +52,10 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     """
     results = run.read_results()
     kind, version = results.get("kind"), results.get("schema_version")
-    if version != SCHEMA_VERSION or kind not in ("audit", "scan"):
+    if version != RESULTS_VERSION or kind not in ("audit", "scan"):
         raise InputError(
             f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit or a scan of schema {SCHEMA_VERSION}"
+            f"a report needs an audit or a scan of schema {RESULTS_VERSION}"
         )
     if kind == "scan":
         from safetyheads.report_scan import scan_page
@@ -84,7 +84,7 @@ def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping
         "head_columns": report_charts.head_columns(results),
         "head_table": _head_table(results),
         "heads_n": _heads_n(results),
-        "curve_caption": _curve_caption(report_charts.lead_groups(results)),
+        "curve_caption": _curve_caption(lead_groups(results)),
         "tail_caption": _tail_caption(results),
         "sahara": _sahara_steps(results),
         "groups": _groups_by_scorer(results),

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
+from safetyheads.readings import lead_groups
 from safetyheads.report_drawing import (
     DIGITS,
     HEADS,
@@ -71,13 +72,6 @@ def ranked_scores(results: Results, name: str) -> list[tuple[str, float]]:
         if value is not None  # a layer without heads has none
     ]
     return sorted(named, key=lambda pair: -pair[1])
-
-
-def lead_groups(results: Results) -> list[Mapping[str, Any]]:
-    """The groups of the verdict's scorer, by size."""
-    scorer = results["verdict"]["scorer"]
-    groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == scorer]
-    return sorted(groups, key=lambda group: int(group["size"]))
 
 
 def asr_by_size(results: Results) -> Spec | None:

@@ -37,7 +37,7 @@ def number(value: float | None, signed: bool = False, digits: int = 3) -> str:
     if value is None:
         return "–"
     size = abs(value)
-    text = f"{size:.2g}" if 0 < size < 1e-4 else f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
+    text = f"{size:.2g}" if 0 < size < 1e-4 else f"{size:.{digits}g}" if round(size) < 10**digits else f"{size:.0f}"
     sign = "−" if value < 0 else "+" if signed and value > 0 else ""
     return sign + re.sub(r"e-0?(\d+)$", r"e−\1", text)
 
@@ -62,7 +62,7 @@ def _p_value(value: float | None, equals: str = "") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{number(100 * share, digits=2)} %"
 
 
 def _in_words(change: Mapping[str, Any] | None, alpha: float) -> tuple[str, str]:

@@ -88,7 +88,7 @@ def render(results: Results, manifest: Mapping[str, Any], told: Told) -> str:
         "first_heads": _first_heads(results),
         "all_heads": results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else [],
         "roles": {head["head"]: _role_words(head) for head in results["heads"]},
-        "n_at_origin": sum(not head["change"]["change"] and not figures.lost_of(head) for head in results["heads"]),
+        "n_at_origin": sum(head["change"]["change"] == 0 and figures.lost_of(head) == 0 for head in results["heads"]),
         "groups": _groups_by_part(results),
         "epsilons": _epsilon_table(results),
         "judged": list(_judge_tables(results, table, judges, strongest)),

@@ -24,13 +24,12 @@ from safetyheads.stats import (
     random_p_value,
     smallest_detectable_change,
 )
+from safetyheads.storage import RESULTS_VERSION
 
-SCHEMA_VERSION = 1
-"""Of ``results.json``."""
 ALPHA = 0.05
-"""Level of the tests behind the verdict."""
+"""Level of the tests, after whatever correction there is."""
 BENIGN_LOSS = 0.05
-"""Most of the benign answers that a group may cost and still be called a group of refusal heads."""
+"""Most of the benign answers that a head or group may cost and still be said to carry refusal."""
 SIZE_TOLERANCE = 0.05
 """A smaller group is preferred when it comes this close to the best one on the search half."""
 SCORE_LABELS = {
@@ -161,7 +160,7 @@ def results_of(
         warnings: what happened on the way that a reader must know.
     """
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": RESULTS_VERSION,
         "kind": "audit",
         **about,
         "verdict": verdict_of(found, len(found.scores[LEAD].ranked())),

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.config import NO_BENIGN, ScanConfig
 from safetyheads.errors import InputError
 from safetyheads.estimates import estimate
-from safetyheads.generation import short_context
 from safetyheads.heads import Group, parse_heads, within
 from safetyheads.judges import judges_named
-from safetyheads.pipeline import CAVEATS, DEMO_CAVEAT
+from safetyheads.pipeline import caveats_of
 from safetyheads.progress import Progress, Silent
 from safetyheads.prompt_sets import read_whole, resolved
 from safetyheads.prompts import PromptSet
 from safetyheads.provenance import (
-    data_warnings,
-    is_ours,
     keep_threads,
+    longest_prompt,
     model_facts,
+    notes_of,
     provenance,
     settings_of,
     template_facts,
@@ -79,9 +78,8 @@ def run_scan(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sets = {name: resolved(engine, prompts, config) for name, prompts in (sets or read_sets(config)).items()}
-        longest = max(len(ids) for prompts in sets.values() for ids in engine.encode(prompts))
         # Before anything is planned: it may cost a quick path.
-        engine.prove_up_to(longest + config.max_new_tokens)
+        engine.prove_up_to(longest_prompt(engine, sets) + config.max_new_tokens)
         _refuse_impossible(engine, config)
         with watching.track("fingerprinting the weights", 1):
             described = [judge.describe() for judge in judges]
@@ -94,13 +92,10 @@ def run_scan(
             if patient and not config.full_answers:
                 watching.say(f"rows end when all judges are final; {', '.join(patient)} needs whole answers")
             found = Scan(engine, config, sets, judges, run, watching).execute()
-            short = short_context(engine, longest + config.max_new_tokens, config.max_new_tokens)
-            ours = [str(one.message) for one in caught if is_ours(one.category)]
-            notes = [*engine.notes, *data_warnings(sets.values()), *([short] if short else []), *dict.fromkeys(ours)]
             about = _about(engine, config, sets, found) | {
                 "planted_heads": None if planted is None else [str(head) for head in planted],
-                "caveats": [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS],
-                "warnings": notes,
+                "caveats": caveats_of(planted),
+                "warnings": notes_of(engine, sets, config.max_new_tokens, caught),
             }
             run.write_results(scan_results(found.rows, about, described))
             finished = datetime.now(UTC).isoformat()

@@ -12,27 +12,23 @@ from typing import Any
 import numpy as np
 
 from safetyheads.agreement import agreement
-from safetyheads.baselines import random_groups
+from safetyheads.baselines.random_heads import random_groups
 from safetyheads.concentration import SizeOutcome, concentration_of
 from safetyheads.heads import Group, format_heads, parse_heads
+from safetyheads.results import ALPHA, BENIGN_LOSS
 from safetyheads.scan_tables import Answered, Floats, Row, RowTable, change, one_rate_a_prompt, rate
 from safetyheads.stats import (
     PairedDifference,
     benjamini_hochberg,
-    bootstrap_intervals,
+    bootstrap_interval,
     holm,
     random_p_value,
     smallest_detectable_change,
 )
+from safetyheads.storage import RESULTS_VERSION
 from safetyheads.truth import Truth, proxy_qualities, split_half_ceiling
 from safetyheads.verdicts import Verdict
 
-SCHEMA_VERSION = 1
-"""Of ``results.json``."""
-ALPHA = 0.05
-"""Level of the tests after correction."""
-BENIGN_LOSS = 0.05
-"""Most of the benign answers that a head may cost and still be said to carry refusal."""
 _DISAGREEING_ROWS = 200
 
 
@@ -60,9 +56,10 @@ def scan_results(rows: Sequence[Row], about: Mapping[str, Any], judges: Sequence
         one_rate_a_prompt(list(singles.values()), lead),
         np.array([_is_higher(changes[head], corrected[head]["p_holm"]) for head in singles], bool),
     )
+    random = _random_of(table, epsilon, about)
     return {
         **about,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": RESULTS_VERSION,
         "kind": "scan",
         "judges": list(judges),
         "lead_judge": lead,
@@ -70,10 +67,10 @@ def scan_results(rows: Sequence[Row], about: Mapping[str, Any], judges: Sequence
         "vanilla": {name: _vanilla(table, name, names) for name in ("harmful", "benign") if table.vanilla(name)},
         "heads": _heads(table, singles, changes, corrected, names, about),
         "epsilons": _epsilons(table, lead),
-        "groups": _groups(table, vanilla, epsilon, lead, about),
+        "groups": _groups(table, vanilla, epsilon, lead, random),
         "synergy": _synergy(table, vanilla, epsilon, lead),
         "query_level": _query_level(table, vanilla, epsilon, lead),
-        "concentration": _concentration(table, vanilla, epsilon, lead, about),
+        "concentration": _concentration(table, vanilla, epsilon, lead, random),
         "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
         "agreement": _agreement(table, epsilon, names),
     }
@@ -198,10 +195,10 @@ def _epsilons(table: RowTable, lead: str) -> list[dict[str, Any]]:
 
 
 def _groups(
-    table: RowTable, vanilla: Answered, epsilon: float, lead: str, about: Mapping[str, Any]
+    table: RowTable, vanilla: Answered, epsilon: float, lead: str, random: Mapping[str, Sequence[Answered]]
 ) -> list[dict[str, Any]]:
     """Each group of heads that was scanned beside the single heads."""
-    benign_vanilla, random = table.vanilla("benign"), _random_of(table, epsilon, about)
+    benign_vanilla = table.vanilla("benign")
     found = []
     for part in ("groups", "pairs", "prefixes"):
         benign = table.part(part, "benign", epsilon)
@@ -245,13 +242,12 @@ def _random_of(table: RowTable, epsilon: float, about: Mapping[str, Any]) -> dic
 
 
 def _concentration(
-    table: RowTable, vanilla: Answered, epsilon: float, lead: str, about: Mapping[str, Any]
+    table: RowTable, vanilla: Answered, epsilon: float, lead: str, random: Mapping[str, Sequence[Answered]]
 ) -> dict[str, Any] | None:
     """How fast ASR rises with the heads of Sahara's group, against random heads; None where no prefix was scanned."""
     prefixes = table.part("prefixes", "harmful", epsilon)
     if not prefixes:
         return None
-    random = _random_of(table, epsilon, about)
 
     def complied(one: Answered) -> list[float]:
         return one_rate_a_prompt([one], lead)[:, 0].tolist()
@@ -272,7 +268,7 @@ def _synergy(table: RowTable, vanilla: Answered, epsilon: float, lead: str) -> d
     def freed(one: Answered) -> Floats:
         return one_rate_a_prompt([one], lead)[:, 0]
 
-    found = []
+    found: list[dict[str, Any]] = []
     for heads, together in pairs.items():
         alone = [singles[str(head)] for head in parse_heads(heads)]
         beyond = freed(together) - freed(alone[0]) - freed(alone[1]) + freed(vanilla)
@@ -282,7 +278,7 @@ def _synergy(table: RowTable, vanilla: Answered, epsilon: float, lead: str) -> d
                 "together": rate(together.verdict("complied", lead)),
                 "alone": [rate(one.verdict("complied", lead)) for one in alone],
                 "synergy": float(beyond.mean()),
-                "interval": bootstrap_intervals(beyond[:, None], least=-2.0, most=2.0)[0].tolist(),
+                "interval": bootstrap_interval(beyond, least=-2.0, most=2.0),
                 "n": len(beyond),
             }
         )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from safetyheads.asr import JudgedAnswer
-from safetyheads.audit import ANGLES, LEAD
-from safetyheads.baselines import random_groups
-from safetyheads.batching import Plan, TokenSequence
+from safetyheads.audit import ANGLES, LEAD, kept_pass
+from safetyheads.baselines.random_heads import random_groups
 from safetyheads.config import ScanConfig
 from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group, parse_heads
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
+from safetyheads.provenance import tokens_sha256
 from safetyheads.refusal import Opener, openers_of
 from safetyheads.scores import HeadScores
+from safetyheads.scoring import answer_sequences
 from safetyheads.screening import screen
 from safetyheads.search import rank_heads, sahara
 from safetyheads.storage import RunDirectory
@@ -118,30 +118,22 @@ class ScanScores:
 
     def _pass(self, name: str, readings: Readings) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
-        sequences = self._sequences(name)
-        plan = self.run.remember(f"plan_{name}", self.engine.plan(sequences).as_dict())
-
-        def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-            return self.run.tensors(f"scores-{name}", fields, compute)
-
-        ablation = self.config.parsed_ablation
-        return HeadPass.begin(self.engine, sequences, ablation, readings, Plan.from_dict(plan), keep)
+        sequences, ablation = answer_sequences(self.engine, self.sets[name], 1), self.config.parsed_ablation
+        return kept_pass(self.engine, self.run, name, sequences, ablation, readings)
 
     def _forecast(self) -> HeadScores:
         """The screening's forecast of mean Ships."""
-        ablation, sequences = self.config.parsed_ablation, self._sequences("harmful")
+        ablation, prompts = self.config.parsed_ablation, self.sets["harmful"]
 
         def compute() -> dict[str, Tensor]:
             with self.progress.track("screening", 1):
-                return {"values": screen(self.engine, sequences, ablation).table().values}
+                return {
+                    "values": screen(self.engine, answer_sequences(self.engine, prompts, 1), ablation).table().values
+                }
 
-        tokens = hashlib.sha256(str([sequence.token_ids for sequence in sequences]).encode()).hexdigest()
-        fields = {"tokens": tokens, "ablation": asdict(ablation)}
+        fields = {"tokens": tokens_sha256(self.engine, prompts), "ablation": asdict(ablation)}
         values = self.run.tensors("screening-harmful", fields, compute)["values"]
         return HeadScores(values, "screened_mean_ships", "nats", 0.0)
-
-    def _sequences(self, name: str) -> tuple[TokenSequence, ...]:
-        return tuple(TokenSequence(token_ids) for token_ids in self.engine.encode(self.sets[name]))
 
     def _as_judged(self, row: Mapping[str, Any], lead: str) -> JudgedAnswer:
         """A stored unablated answer, as far as its opener goes."""

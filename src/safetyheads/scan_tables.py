@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.heads import parse_heads
-from safetyheads.stats import PairedDifference, Rate, bootstrap_intervals, paired_change
+from safetyheads.stats import PairedDifference, Rate, bootstrap_interval, paired_change
 from safetyheads.verdicts import LABELS, Label
 
 Row: TypeAlias = Mapping[str, Any]
@@ -72,7 +72,7 @@ def rate(values: Floats) -> dict[str, Any]:
     found = asdict(Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum())))
     if values.shape[1] > 1 and scored.any():
         means = np.nanmean(values[scored.any(axis=1)], axis=1)
-        found["interval"] = bootstrap_intervals(means[:, None], least=0.0)[0].tolist()
+        found["interval"] = bootstrap_interval(means, least=0.0)
     return found
 
 

@@ -254,6 +254,12 @@ def bootstrap_intervals(
     return np.where(equal[:, None], beyond, bounds)
 
 
+def bootstrap_interval(values: NDArray[np.float64], seed: int = 0, least: float = -1.0, most: float = 1.0) -> Interval:
+    """:func:`bootstrap_intervals` of one column [n_prompts]."""
+    low, high = bootstrap_intervals(values[:, None], seed, least, most)[0].tolist()
+    return low, high
+
+
 def paired_change(before: NDArray[np.float64], after: NDArray[np.float64], seed: int = 0) -> PairedDifference:
     """How a rate changed over prompts that were answered several times each.
 
@@ -275,8 +281,8 @@ def paired_change(before: NDArray[np.float64], after: NDArray[np.float64], seed:
         return PairedDifference(None, None, 0, 0, 0, None)
     moved = np.nanmean(after, axis=1) - np.nanmean(before, axis=1)
     gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
-    low, high = bootstrap_intervals(moved[:, None], seed)[0].tolist()
-    return PairedDifference(float(moved.mean()), (low, high), len(moved), gained, lost, exact_mcnemar(gained, lost))
+    interval = bootstrap_interval(moved, seed)
+    return PairedDifference(float(moved.mean()), interval, len(moved), gained, lost, exact_mcnemar(gained, lost))
 
 
 def smallest_detectable_change(n: int, alpha: float = 0.05, tests: int = 1) -> float | None:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 """Version of the layout of a run directory; another version is refused, not guessed at."""
 
+RESULTS_VERSION = 1
+"""Version of the schema of ``results.json``, whatever kind of run wrote it."""
+
 KEY_DIGITS = 24
 """Hexadecimal digits of a content key: 96 bits, so two of a million shards collide once in 10^17 runs."""
 
@@ -213,9 +216,9 @@ class RunDirectory:
         self._write(path, text.encode())
         return _parse_rows(text)
 
-    def completions(self) -> Iterator[dict[str, Any]]:
-        """Every stored row, stage by stage, in the order of the file names."""
-        for path in sorted((self.path / "completions").glob("*.jsonl")):
+    def completions(self, stage: str = "*") -> Iterator[dict[str, Any]]:
+        """Every stored row, of a stage or stage by stage, in the order of the file names."""
+        for path in sorted((self.path / "completions").glob(f"{stage}-*.jsonl")):
             try:
                 yield from _parse_rows(path.read_text(encoding="utf-8"))
             except ValueError as error:

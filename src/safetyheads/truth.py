@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from safetyheads.stats import CONFIDENCE, Interval, Rate, bootstrap_intervals
+from safetyheads.stats import CONFIDENCE, Interval, Rate, bootstrap_interval
 
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -122,9 +122,8 @@ def _quality(name: str, values: Floats, truth: Truth, halves: Sequence[tuple[Int
         precision = Rate(int(truth.differs[chosen].sum()), k) if truth.differs.any() else None
         # The best k are fixed by all prompts: drawn anew in each resample, their hindsight would grow with the draw.
         lost = truth.complied[:, _best(asr, k)].mean(axis=1) - truth.complied[:, chosen].mean(axis=1)
-        low, high = bootstrap_intervals(lost[:, None])[0].tolist()
         on_halves = [_regret(truth.complied[second].mean(axis=0), chosen) for _, second in halves]
-        sizes.append(AtSize(k, precision, float(lost.mean()), (low, high), _mean(on_halves)))
+        sizes.append(AtSize(k, precision, float(lost.mean()), bootstrap_interval(lost), _mean(on_halves)))
     auc, p_value = _auc(values, truth.differs)
     n_differing = int(truth.differs.sum())
     return ProxyQuality(name, _spearman(values, asr), auc, p_value, n_differing, len(asr), tuple(sizes))

@@ -93,6 +93,21 @@ NOT_CLOSED = Verdict("incoherent", "think block not closed")
 """Of an answer that never came."""
 
 
+class JudgesWholeAnswers:
+    """A judge that no beginning of an answer tells anything; it ends the scan's speed-up."""
+
+    __slots__ = ()
+
+    @property
+    def decides_early(self) -> bool:
+        """It sees whole answers."""
+        return False
+
+    def final(self, text_so_far: str) -> bool:
+        """Nobody knows what it makes of the rest."""
+        return False
+
+
 def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
     """One verdict a completion, in their order; where thinking never ended, the judge is not asked."""
     asked = [at for at, completion in enumerate(completions) if not completion.unclosed]

@@ -99,11 +99,14 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def show(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
-    """Opens a report and waits until it is drawn; every request but that for the file itself is refused."""
+def show(browser: Any, reports: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Opens a report and waits until it is drawn; every request but that for the file itself is refused.
+
+    As wide as the widest of the asking module's widths, unless told otherwise.
+    """
     contexts = []
 
-    def opened(name: str, width: int = 1600, theme: str = "light") -> Shown:
+    def opened(name: str, width: int = request.module.WIDTHS[-1], theme: str = "light") -> Shown:
         context = browser.new_context(
             viewport={"width": width, "height": 1000}, color_scheme=theme, reduced_motion="reduce"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import scan_samples
 from scan_samples import Sample
 
 # The fixtures and measures of the audit's report serve this one too.
-from test_report_browser import CHROMIUM, CONTRAST, LABELS, THEMES, Shown, browser, playwright
+from test_report_browser import CHROMIUM, CONTRAST, LABELS, THEMES, browser, playwright, show
 
 from safetyheads.report import write_report
 
-__all__ = ["browser"]
+__all__ = ["browser", "show"]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
 
 WIDTHS = (400, 1280)
@@ -29,36 +28,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     written = {name: write_report(scan_samples.finished_run(folder / name, sample)) for name, sample in SAMPLES.items()}
     texts = scan_samples.finished_run(folder / "texts", Sample(text=HOSTILE))
     return written | {"texts": write_report(texts, show_completions=True)}
-
-
-@pytest.fixture
-def show(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
-    """Opens a report and waits until it is drawn; every request but that for the file itself is refused."""
-    contexts = []
-
-    def opened(name: str, width: int = 1280, theme: str = "light") -> Shown:
-        context = browser.new_context(viewport={"width": width, "height": 1000}, color_scheme=theme)
-        contexts.append(context)
-        shown, address = Shown(context.new_page()), reports[name].as_uri()
-
-        def decide(route: Any) -> None:
-            if route.request.url == address:
-                route.continue_()
-            else:
-                shown.requests.append(route.request.url)
-                route.abort()
-
-        context.route("**/*", decide)
-        shown.page.on("console", lambda message: shown.complaints.append(message.text))
-        shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
-        shown.page.on("dialog", lambda dialog: shown.complaints.append("a dialog opened"))
-        shown.page.goto(address)
-        shown.page.wait_for_selector("html[data-drawn]")
-        return shown
-
-    yield opened
-    for context in contexts:
-        context.close()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

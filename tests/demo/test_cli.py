@@ -16,25 +16,8 @@ from safetyheads import __version__, demo
 from safetyheads.cli import main
 from safetyheads.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 SMALL = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def run(capsys):
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return called
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from run_samples import audit_run, first, scan_run
 
-from safetyheads.cli import main
-
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch, tmp_path):
@@ -18,18 +16,6 @@ def _here(monkeypatch, tmp_path):
     audit_run(Path("runs/b"), vanilla=first(9), heads=("2-1", "0-1"))
     scan_run(Path("scans/a"), {"1-3": 12}, significant=("1-3",))
     scan_run(Path("scans/b"), {"1-3": 5})
-
-
-@pytest.fixture
-def run(capsys):
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return called
 
 
 def test_a_comparison_is_printed(run):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetyheads.audit import AuditData
-from safetyheads import scan_run
+from safetyheads import kept_answers
 from safetyheads.config import AuditConfig, ScanConfig
 from safetyheads.demo.loading import load_demo
 from safetyheads.pipeline import demo_data, run_audit
@@ -27,7 +27,7 @@ data = AuditData(*(prompts[:6] for prompts in demo_data().sets().values()))
 beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
 sampled = dict(judges=("paper", "phrases"), top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
 scanned = ScanConfig("demo:aligned_a", "demo", "demo", **beside, **sampled)
-scan_run._ROWS_TOGETHER = 66  # eleven heads a chunk, so that there are several
+kept_answers._ROWS_TOGETHER = 66  # eleven heads a chunk, so that there are several
 engine = load_demo().engine
 replace = os.replace
 

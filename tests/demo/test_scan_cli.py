@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetyheads.cli import main
 from safetyheads.storage import RunDirectory
 from safetyheads.verdicts import Verdict
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 SMALL = ("--prompts", "demo", "--limit", "8", "--max-new-tokens", "24", "--quiet")
 MODEL = "demo:aligned_a"
 SEEN = []
@@ -24,25 +24,6 @@ def seen_answers(queries, answers):
 
 def failing(queries, answers):
     raise RuntimeError("the judge is out of order")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def run(capsys):
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return called
 
 
 def scanned(out, *options):

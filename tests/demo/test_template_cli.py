@@ -6,11 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from audit_samples import audit, finished_run
 
 from safetyheads import InputError, Template, demo, load_demo
-from safetyheads.cli import main
 from safetyheads.cli_check import _alike, _ranges
 from safetyheads.config import ScanConfig
 from safetyheads.engine import Engine
@@ -21,6 +19,7 @@ from safetyheads.scan_pipeline import run_scan
 from safetyheads.storage import RunDirectory
 from safetyheads.verdicts import NOT_CLOSED, Verdict
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 MODEL = "demo:aligned_a"
 SMALL = ("--prompts", "demo", "--limit", "4", "--size", "1", "--n-random", "1", "--max-new-tokens", "24", "--quiet")
 THINKS = (
@@ -33,25 +32,6 @@ BEGINS = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|
 def says_yes(queries, answers):
     """A judge that needs whole answers."""
     return [1.0 for _ in answers]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def run(capsys):
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return called
 
 
 @pytest.fixture

@@ -18,6 +18,15 @@ from tiny_models import COMMON, build, tokenizer
 from safetyheads import Engine
 
 GROUPED = {"num_key_value_heads": 2}
+LINEAR = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
 SHARED_KEYS = {
@@ -267,13 +276,7 @@ FAMILIES = {
         {
             **GROUPED,
             **EXPERTS,
-            "num_hidden_layers": 4,
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            **LINEAR,
             "shared_expert_intermediate_size": 24,
         },
         given_up={"packs": STATE, "segments": STATE},
@@ -284,14 +287,8 @@ FAMILIES = {
         "linear attention in most layers; gated heads",
         {
             **GROUPED,
-            "num_hidden_layers": 4,
+            **LINEAR,
             "initializer_range": 0.12,  # logits ten times those of the others else, and their rounding with them
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
         },
         given_up={"packs": STATE, "segments": STATE},
         without_heads=(0, 2),

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from safetyheads import judge_loading
+from safetyheads import adapters, judge_loading
 from safetyheads.errors import InputError
 from safetyheads.judge_formats import MODEL_JUDGES, NextToken, Reading, fill
 from safetyheads.model_judges import CausalJudge, SequenceClassifierJudge, model_judge
@@ -533,7 +533,8 @@ def test_a_model_without_a_classifiers_head_is_refused(harmbench):
 
 def test_an_adapter_without_peft_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2b"}))
-    monkeypatch.setattr(judge_loading, "find_spec", lambda name: None)
+    (tmp_path / "adapter_model.safetensors").touch()
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[peft\]"):
         model_judge(f"strongreject={tmp_path}")(completions("BOMB"))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.baselines import random_groups
+from safetyheads.baselines.random_heads import random_groups
 from safetyheads.heads import Head, parse_heads
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.

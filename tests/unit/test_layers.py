@@ -10,17 +10,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files chat_templates urial templates prompts files scores subspace stats truth "
-    "concentration rankings sampling verdicts keyword_judge answer_checks phrase_judge agreement",
+    "paired_metrics concentration rankings sampling verdicts keyword_judge answer_checks phrase_judge agreement",
     "packing attention selection arguments capabilities architectures batching fusing costs memory replay hub adapters "
     "placement weights engine loading quick_paths proofs generation answer_reader",
     "head_pass scoring linearising screening rescoring search drafts drafted swap",
     "exhaustive endpoint_client endpoint_judge callable_judge judge_formats judge_loading model_judges judges "
-    "asr refusal baselines",
-    "config progress storage provenance prompt_sets audit results estimates pipeline scan_scores scan_run scan_tables "
-    "scan_results scan_pipeline rejudging finishing readings changes compare gates history",
+    "asr refusal baselines harness_manners organism_task harness utility",
+    "config progress storage provenance prompt_sets audit results estimates pipeline scan_scores kept_answers scan_run "
+    "scan_tables scan_results scan_pipeline rejudging finishing readings changes compare gates history utility_run",
     "report report_charts report_numbers report_history report_page report_drawing report_scan report_scan_charts "
     "report_scan_groups report_scan_rows cli cli_output cli_options cli_inputs cli_asr cli_search "
-    "cli_ships cli_scan cli_judge cli_audit cli_compare cli_check cli_takes",
+    "cli_ships cli_scan cli_judge cli_audit cli_compare cli_check cli_takes "
+    "cli_reproduce cli_reproduce_output cli_eval integrations",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 SIDE = "demo"
@@ -45,16 +46,28 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} <= set(LEVEL)
+def files_of(name: str) -> list[Path]:
+    """The module of this name, or all modules of the folder: a folder is of one layer."""
+    module = PACKAGE / f"{name}.py"
+    return [module] if module.exists() else sorted((PACKAGE / name).rglob("*.py"))
+
+
+def test_every_module_and_folder_has_a_layer():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {SIDE}
+    assert modules | folders <= set(LEVEL)
+
+
+def test_every_folder_is_a_package():
+    assert {path.parent for path in PACKAGE.rglob("*.py")} == {path.parent for path in PACKAGE.rglob("__init__.py")}
 
 
 def test_imports_go_down_only():
     wrong = [
-        f"{name} -> {other}"
+        f"{path.relative_to(PACKAGE)} -> {other}"
         for name, level in LEVEL.items()
-        if (PACKAGE / f"{name}.py").exists()
-        for other in imported(PACKAGE / f"{name}.py") - {SIDE}
+        for path in files_of(name)
+        for other in imported(path) - {SIDE}
         if LEVEL[other] > level
     ]
     assert wrong == []

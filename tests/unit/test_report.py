@@ -396,6 +396,7 @@ def test_the_long_tail_counts_what_a_logarithm_cannot_show() -> None:
         (-0.00412, "−0.00412"),
         (1e-5, "1e−5"),
         (123.4, "123"),
+        (999.7, "1000"),
         (45678.0, "45678"),
         (None, "–"),
     ],
@@ -406,6 +407,7 @@ def test_numbers_are_written_for_people(value: float | None, text: str) -> None:
 
 def test_signs_and_p_values_are_written_for_people() -> None:
     assert number(0.5, signed=True) == "+0.5"
+    assert [FILTERS["percent"](share) for share in (0.005, 0.25, 0.996, 1.0)] == ["0.5 %", "25 %", "100 %", "100 %"]
     assert FILTERS["signed"](-0.021) == "−0.02"
     assert [FILTERS["p_value"](p) for p in (0.0, 0.0123, 0.5, None)] == ["< 0.001", "0.012", "0.50", "–"]
     assert FILTERS["p_value"](0.0123, "= ") == "= 0.012"

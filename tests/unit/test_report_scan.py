@@ -409,3 +409,8 @@ def test_tables_name_their_rows_and_columns() -> None:
     ids = [attributes["id"] for _, attributes in elements if attributes.get("id")]
     assert len(ids) == len(set(ids))
     assert {a["aria-labelledby"] for _, a in elements if a.get("aria-labelledby")} <= set(ids)
+
+
+def test_a_head_without_verdicts_is_not_said_to_change_nothing() -> None:
+    assert "heads change neither" in sample_page("whole").words
+    assert "heads change neither" not in sample_page("nothing_scored").words

@@ -1,0 +1,93 @@
+"""The command ``reproduce``: the paper's experiments by name. Owns what is refused before a model is read."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safetyheads.cli_audit import finish, usable_out
+from safetyheads.cli_inputs import load_engine
+from safetyheads.cli_options import Limit, ModelOptions, OutputOptions, RunOptions, Threads
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
+    from safetyheads.experiments.settings import ReproductionConfig
+
+_LIST = "list"
+
+
+def reproduce(
+    run: RunOptions,
+    output: OutputOptions,
+    experiment: Annotated[
+        str, typer.Argument(help="fig2, table3, ... as list prints them; all of them; or list.", show_default=False)
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Aligned models: directories, hub ids or demo:NAME.", show_default="the demo's"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings: models, datasets, templates, sizes.", show_default=False)
+    ] = None,
+    limit: Limit = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.", show_default="cpu")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or auto.", show_default="float32")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
+    from safetyheads.experiments.catalogue import ALL, chosen
+    from safetyheads.experiments.settings import ReproductionConfig
+
+    named = tuple(models or ())
+    settings = ReproductionConfig.for_models(named) if config is None else ReproductionConfig.read(config, named)
+    given: dict[str, Any] = {"limit": limit, "device": device, "dtype": dtype}
+    settings = replace(
+        settings,
+        **{name: value for name, value in given.items() if value is not None},
+        store_completions=not run.no_completions,
+    )
+    if experiment == _LIST:
+        _show_list(settings, output)
+        return
+    experiments = chosen(experiment)
+    out = usable_out(run, _default_out(settings))
+    from safetyheads.cli_output import progress_for
+    from safetyheads.cli_reproduce_output import show_outcomes
+    from safetyheads.experiments.reproduction import reproduce as run_experiments
+
+    watching = progress_for(output.quiet)
+
+    def load(name: str) -> Engine:
+        return load_engine(
+            ModelOptions(model=name, device=settings.device, dtype=settings.dtype, threads=threads), watching
+        )
+
+    results = run_experiments(settings, experiments, out, load, watching, sys.argv, skips=experiment == ALL)
+    names = [one.name for one in experiments]
+    finish(results, out, run, output, lambda found, report: show_outcomes(found, names, report))
+
+
+def _default_out(config: ReproductionConfig) -> Path:
+    """``runs/reproduce-MODELS``."""
+    models = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in config.models)
+    return Path("runs") / f"reproduce-{models}"
+
+
+def _show_list(config: ReproductionConfig, output: OutputOptions) -> None:
+    from safetyheads.cli_output import print_json
+    from safetyheads.cli_reproduce_output import show_list
+    from safetyheads.experiments.catalogue import EXPERIMENTS
+    from safetyheads.experiments.reproduction import missing
+
+    if output.json_output:
+        print_json(
+            {name: {"title": one.title, "costs": one.costs, "needs": one.needs} for name, one in EXPERIMENTS.items()}
+        )
+    else:
+        show_list({name: missing(one, config) for name, one in EXPERIMENTS.items()})

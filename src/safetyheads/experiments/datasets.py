@@ -1,0 +1,46 @@
+"""The prompts of a reproduction. Owns what the organism's categories and splits stand for."""
+
+from __future__ import annotations
+
+from safetyheads import prompt_sets
+from safetyheads.demo.grammar import HARM_CATEGORIES
+from safetyheads.errors import InputError
+from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
+from safetyheads.prompts import PromptSet
+
+BENIGN = "benign"
+"""Name of the benign prompts among the datasets."""
+LEARN_HARMFUL, LEARN_BENIGN = "learn harmful", "learn benign"
+"""Names of what baselines learn from."""
+
+
+def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: str) -> PromptSet:
+    """One of the config's datasets, or its part that searches see.
+
+    Args:
+        config: the settings.
+        model: who is asked; an embedded one knows its own language only.
+        dataset: one of the config's, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`.
+        half: ``search`` or ``test``.
+    """
+    named = {BENIGN: config.benign, LEARN_HARMFUL: config.learn_harmful, LEARN_BENIGN: config.learn_benign}
+    name = named.get(dataset, dataset)
+    learns = dataset in (LEARN_HARMFUL, LEARN_BENIGN)
+    if model.startswith(ORGANISM):
+        # Its splits share no deed, so what was learned on one is not known of the other.
+        split: prompt_sets.Half = "validation" if config.held_out and (half == "search" or learns) else "test"
+        kind: prompt_sets.Kind = "benign" if dataset in (BENIGN, LEARN_BENIGN) else "harmful"
+        found = prompt_sets.demo_set(kind, split)
+        if name in HARM_CATEGORIES:
+            found = found.select(at for at, prompt in enumerate(found) if prompt.category == name)
+        elif name != "demo":
+            raise InputError(
+                f"the embedded models know the datasets {', '.join(HARM_CATEGORIES)} and demo; got {name!r}"
+            )
+        return found[: config.limit]
+    if not name:
+        raise InputError(f"baselines need prompts to learn from; give {dataset.replace(' ', '_')}")
+    whole = PromptSet.read(name, None, limit=config.limit)
+    if learns or not config.held_out:
+        return whole
+    return whole.split(config.split, config.seed)[half == "test"]
