@@ -17,9 +17,12 @@ LAYERS = (
     "exhaustive endpoint_client endpoint_judge callable_judge judge_formats judge_loading model_judges judges "
     "asr refusal baselines harness_manners organism_task harness utility",
     "config progress storage provenance prompt_sets audit results estimates pipeline scan_scores kept_answers scan_run "
-    "scan_tables scan_results scan_pipeline rejudging finishing readings changes compare gates history utility_run",
+    "scan_tables scan_results scan_pipeline rejudging finishing readings changes compare gates history utility_run "
+    "experiments",
     "report report_charts report_numbers report_history report_page report_drawing report_scan report_scan_charts "
-    "report_scan_groups report_scan_rows cli cli_output cli_options cli_inputs cli_asr cli_search "
+    "report_scan_groups report_scan_rows report_experiments report_experiments_axes report_experiments_cells "
+    "report_experiments_figures report_experiments_labels report_experiments_maps report_experiments_marks "
+    "cli cli_output cli_options cli_inputs cli_asr cli_search "
     "cli_ships cli_scan cli_judge cli_audit cli_compare cli_check cli_takes "
     "cli_reproduce cli_reproduce_output cli_eval integrations",
 )
