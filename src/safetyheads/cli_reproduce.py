@@ -33,6 +33,12 @@ def reproduce(
     config: Annotated[
         Path | None, typer.Option(help="TOML file of settings: models, datasets, templates, sizes.", show_default=False)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="What the first model was aligned from, for fig6a and table1.", show_default="the demo's base"
+        ),
+    ] = None,
     limit: Limit = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.", show_default="cpu")] = None,
     dtype: Annotated[
@@ -46,7 +52,7 @@ def reproduce(
 
     named = tuple(models or ())
     settings = ReproductionConfig.for_models(named) if config is None else ReproductionConfig.read(config, named)
-    given: dict[str, Any] = {"limit": limit, "device": device, "dtype": dtype}
+    given: dict[str, Any] = {"base": base, "limit": limit, "device": device, "dtype": dtype}
     settings = replace(
         settings,
         **{name: value for name, value in given.items() if value is not None},

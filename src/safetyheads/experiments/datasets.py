@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safetyheads import prompt_sets
 from safetyheads.demo.grammar import HARM_CATEGORIES
 from safetyheads.errors import InputError
@@ -44,3 +46,16 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: str) 
     if learns or not config.held_out:
         return whole
     return whole.split(config.split, config.seed)[half == "test"]
+
+
+def begun_by(prefill: str, prompts: PromptSet) -> PromptSet:
+    """The prompts whose answers are begun so: what is left of a right answer, where it begins so, is the right one."""
+    if not prefill:
+        return prompts
+    rest = [
+        replace(prompt, reference=(prompt.reference or "").removeprefix(prefill).strip())
+        if (prompt.reference or "").startswith(prefill)
+        else replace(prompt, reference=None)
+        for prompt in prompts
+    ]
+    return replace(prompts, prompts=tuple(rest))

@@ -18,7 +18,7 @@ from safetyheads.drafted import Decoding
 from safetyheads.errors import InputError
 from safetyheads.exhaustive import Judging
 from safetyheads.experiments.answers import Answers
-from safetyheads.experiments.datasets import prompts_of
+from safetyheads.experiments.datasets import begun_by, prompts_of
 from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
 from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group
@@ -37,6 +37,8 @@ from safetyheads.verdicts import Judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from safetyheads.engine import Engine
 
@@ -130,7 +132,7 @@ class Lab:
         engine = self.engine(model)
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
         if key not in self._subjects:
-            prompts = prompts_of(self.config, model, dataset, half)
+            prompts = begun_by(prefill, prompts_of(self.config, model, dataset, half))
             chosen = template or self.config.template
             named = Template.parse(chosen or engine.template_for(prompts).name, system, prefill=prefill)
             bound = prompts.with_template(named.bound(engine.tokenizer).template)
@@ -138,14 +140,20 @@ class Lab:
             self._subjects[key] = Subject(self, model, dataset, engine, bound)
         return self._subjects[key]
 
-    def not_meaningful(self, harmful: Subject, benign: Subject) -> tuple[str, ...]:
-        """Why an unablated model's answers leave nothing to measure; () where they do."""
+    def not_meaningful(self, harmful: Subject, benign: Subject, refuses: bool = True) -> tuple[str, ...]:
+        """Why an unablated model's answers leave nothing to measure; () where they do.
+
+        Args:
+            harmful: the model with harmful prompts.
+            benign: the same with benign ones.
+            refuses: whether the model is expected to, which one that was not aligned is not.
+        """
         vanilla, kept = harmful.vanilla(), benign.vanilla().kept
         reasons = []
-        about = f"{harmful.model}, {harmful.dataset}, template {harmful.prompts.template}"
+        about = f"{harmful.model}, {harmful.dataset}, {harmful.asked}"
         if vanilla.empty.rate is not None and vanilla.empty.rate > _MOST_EMPTY:
             reasons.append(f"{about}: {vanilla.empty} of its unablated answers are empty or incoherent")
-        elif vanilla.asr.rate is None or vanilla.asr.rate > _MOST_VANILLA_ASR:
+        elif refuses and (vanilla.asr.rate is None or vanilla.asr.rate > _MOST_VANILLA_ASR):
             reasons.append(f"{about}: unablated, its ASR is {vanilla.asr}, so it hardly refuses")
         if kept.rate is None or kept.rate < _LEAST_BENIGN_KEPT:
             reasons.append(f"{about}: unablated, it keeps {kept} of the benign answers")
@@ -169,12 +177,19 @@ class Subject:
         return {"weights": self.lab.weights_of(self.model)}
 
     @cached_property
-    def _name(self) -> str:
+    def name(self) -> str:
         """What files of this subject are called."""
         model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
         tokens = tokens_sha256(self.engine, self.prompts)[:8]
         named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{tokens}"
         return "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
+
+    @property
+    def asked(self) -> str:
+        """How the prompts are put, in words."""
+        template = self.engine.template_for(self.prompts)
+        system = " with a system prompt" if template.system else ""
+        return f"template {template}{system}" + (f", answer begun as {template.prefill!r}" if template.prefill else "")
 
     # Answers.
 
@@ -202,7 +217,7 @@ class Subject:
             config = self.lab.config
             self._kept[sampling] = KeptAnswers(
                 self.engine,
-                f"{self._name}-{sampling.name}",
+                f"{self.name}-{sampling.name}",
                 self.prompts,
                 Decoding(config.max_new_tokens, sampling),
                 Judging.of(self.engine, self.prompts, [self.lab.judge], config.max_new_tokens),
@@ -222,7 +237,7 @@ class Subject:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
         singles = [(head,) for head in self.engine.heads]
         scored = self._pass(ablation, Readings(ships=True))
-        with self.lab.progress.track(f"{self._name}: Ships", len(singles)) as done:
+        with self.lab.progress.track(f"{self.name}: Ships", len(singles)) as done:
             return scored.table("ships", scored.measure(singles, done)["ships"])
 
     def scores(self, name: str, ablation: Ablation) -> HeadScores:
@@ -233,18 +248,25 @@ class Subject:
 
     def search(self, ablation: Ablation, steps: int) -> SearchTrace:
         """The group that Sahara finds by the config's search score (Algorithm 1)."""
-        with self.lab.progress.track(f"{self._name}: Sahara", 1):
+        with self.lab.progress.track(f"{self.name}: Sahara", 1):
             return sahara(self._scorer(self.lab.config.search_score, ablation), self.engine.heads, steps)
 
     def _scorer(self, name: str, ablation: Ablation) -> Any:
-        angles = tuple(angle for angle in ANGLES if angle.name == name)
+        # One pass reads both angles, whichever is asked for first.
+        angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
         return self._pass(ablation, Readings(ships=True) if not angles else Readings(angles=angles)).scorer(name)
+
+    def ships_of(self, groups: Sequence[Group], ablation: Ablation) -> Tensor:
+        """Ships of every prompt without each group [n_groups, n_prompts], in nats; float64."""
+        # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
+        return self._begun(ablation, Readings(ships=True)).measure(groups)["ships"]
 
     def _pass(self, ablation: Ablation, readings: Readings) -> HeadPass:
         key = (ablation, readings)
         if key not in self._passes:
-            sequences = answer_sequences(self.engine, self.prompts, 1)
-            self._passes[key] = kept_pass(
-                self.engine, self.lab.run, self._name, sequences, ablation, readings, self._about
-            )
+            self._passes[key] = self._begun(ablation, readings)
         return self._passes[key]
+
+    def _begun(self, ablation: Ablation, readings: Readings) -> HeadPass:
+        sequences = answer_sequences(self.engine, self.prompts, 1)
+        return kept_pass(self.engine, self.lab.run, self.name, sequences, ablation, readings, self._about)

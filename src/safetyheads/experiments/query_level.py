@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.experiments.answers import point
-from safetyheads.experiments.datasets import BENIGN
+from safetyheads.experiments.common import meaningful_subjects
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.paper_numbers import FIG2, paper_model
@@ -70,15 +70,8 @@ def _by_size(lab: Lab, about: Experiment, ablation: Ablation) -> Outcome:
 
 def _subjects(lab: Lab, model: str, draft: Draft) -> Iterator[Subject]:
     """Every dataset under every template whose unablated answers leave something to measure."""
-    draft.models.append(model)
     for template in lab.config.templates:
-        benign = lab.subject(model, BENIGN, template=template)
-        for dataset in lab.config.datasets:
-            subject = lab.subject(model, dataset, template=template)
-            reasons = lab.not_meaningful(subject, benign)
-            draft.not_meaningful.extend(reasons)
-            if not reasons:
-                yield subject
+        yield from meaningful_subjects(lab, model, draft, template=template)
 
 
 def _template(subject: Subject) -> str:

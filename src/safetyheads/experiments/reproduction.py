@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KIND = "reproduction"
 """What manifest and results call such a run."""
 _WANTED: dict[Need, str] = {
-    "base": "base: the checkpoint that the first model was aligned from",
+    "base": "base: the checkpoint that the first model was aligned from (--base)",
     "related": "related: another model of the same base",
     "base_models": "base_models: models that were not aligned",
     "learn_harmful": "learn_harmful: harmful prompts that no dataset holds",

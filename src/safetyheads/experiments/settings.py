@@ -116,13 +116,17 @@ class ReproductionConfig:
         """The defaults for these models; none are the organism's.
 
         The organism's categories and wrapped checkpoints stand for the paper's datasets and templates only where an
-        embedded model is asked for.
+        embedded model is asked for. A second model is taken to be of the first one's base.
         """
         if not models:
             return cls()
+        related = models[1] if len(models) > 1 else None
         if all(model.startswith(ORGANISM) for model in models):
-            return cls(models=tuple(models))
-        return replace(PAPER, models=tuple(models))
+            wrapped = models[0].endswith("_wrapped")
+            other = "demo:aligned_a" if models[0] == "demo:aligned_b" else "demo:aligned_b"
+            base, other = ("demo:base_wrapped", None) if wrapped else ("demo:base", other)
+            return cls(models=tuple(models), base=base, related=related or other)
+        return replace(PAPER, models=tuple(models), related=related)
 
     @classmethod
     def read(cls, path: Path, models: Sequence[str] = ()) -> ReproductionConfig:
