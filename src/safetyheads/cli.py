@@ -247,7 +247,9 @@ def asr(
 @takes
 def report(
     output: OutputOptions,
-    run: Annotated[Path, typer.Argument(help="Run directory of a finished audit.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a finished audit, scan or reproduction.", show_default=False)
+    ],
     show_completions: ShowCompletions = False,
 ) -> None:
     """Write the report of a finished run again."""

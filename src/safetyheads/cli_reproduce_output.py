@@ -6,70 +6,174 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from safetyheads.cli_output import stdout
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.report_numbers import number
+from safetyheads.report_experiments_cells import Cell, cells, finding
 
 _ROWS_SHOWN = 24
+_APART = 2
+"""Blanks between two columns."""
+_WIDEST_TEXT = 36
+"""Characters of a line of text in a table."""
 
 
 def show_list(lacking: Mapping[str, Sequence[str]]) -> None:
     """Every experiment with what it costs, and what of it is not given."""
-    table = Table("name", "what", "what it costs", "needs first", title="The paper's experiments")
+    console = stdout()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=1)
     for name, one in EXPERIMENTS.items():
-        table.add_row(name, one.title, one.costs, "; ".join(lacking[name]))
-    stdout().print(table)
+        said = Text(one.title)
+        said.append(f"\n{one.costs}", style="dim")
+        if lacking[name]:
+            said.append(f"\nneeds first: {'; '.join(lacking[name])}", style="yellow")
+        table.add_row(name, said)
+    console.print("The paper's experiments, and what each costs\n", style="bold")
+    console.print(table)
+    console.print(
+        "\nH: heads of the model; D: datasets of n prompts; T: templates. Run one with safetyheads reproduce NAME "
+        "[MODEL...], or all of them with safetyheads reproduce all.",
+        style="dim",
+    )
 
 
 def show_outcomes(results: Mapping[str, Any], names: Sequence[str], report: Path) -> None:
-    """The tables of the experiments that were asked for, and where all of it is."""
+    """What was asked for: the tables of one experiment, or a line each where there are more; then the report."""
     console = stdout()
-    for outcome in results["experiments"]:
-        if outcome["name"] not in names:
-            continue
-        console.print(f"\n{outcome['name']}: {outcome['title']}", style="bold")
-        for reason in outcome["not_meaningful"]:
-            console.print(f"Not meaningful on this model. {reason}", style="yellow", soft_wrap=True)
-        for table in outcome["tables"]:
-            console.print(_table(table))
-        for note in outcome["notes"]:
-            console.print(note, style="dim", soft_wrap=True)
+    found = [outcome for outcome in results["experiments"] if outcome["name"] in names]
+    if len(found) > 1:
+        console.print(_summary(found))
+    else:
+        for outcome in found:
+            _show_outcome(outcome)
     console.print(f"\nReport: {report}", soft_wrap=True)
 
 
-def _table(made: Mapping[str, Any]) -> Table:
-    rows = made["rows"]
-    left_out = len(rows) - _ROWS_SHOWN
-    caption = made["caption"] + (f" {left_out} more rows in the report." if left_out > 0 else "")
-    table = Table(title=made["title"], caption=caption)
-    for column in made["columns"]:
-        table.add_column(column["title"], justify="left" if column["kind"] == "text" else "right")
-    for row in rows[:_ROWS_SHOWN]:
-        table.add_row(*(cell(row.get(column["key"]), column["kind"]) for column in made["columns"]))
+def _summary(outcomes: Sequence[Mapping[str, Any]]) -> Table:
+    """A line an experiment; all tables at once would be hundreds of rows."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=1)
+    for outcome in outcomes:
+        said = Text(outcome["title"])
+        if outcome["tables"] or outcome["figures"]:
+            said.append(f"\n{finding(outcome)}".rstrip())
+        for reason in outcome["not_meaningful"]:
+            said.append(f"\nNot meaningful on this model. {reason}", style="yellow")
+        table.add_row(outcome["name"], said)
     return table
 
 
-def cell(value: Any, kind: str) -> str:
-    """A cell as text: a measured number with its interval, a quoted one alone."""
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        if value["value"] is None:
-            return "none scored"
-        text = cell(value["value"], kind)
-        if value["low"] is not None:
-            text += f" [{cell(value['low'], kind)}, {cell(value['high'], kind)}]"
-        return text
-    if kind == "text" or isinstance(value, str):
-        return str(value)
-    if kind == "count":
-        return f"{value:,}"
-    if kind == "change":
-        return f"{value:+.2f}"
-    if kind == "rate":
-        return f"{value:.2f}"
-    if kind == "p":
-        return f"{value:.2g}"
-    return number(value)
+def _show_outcome(outcome: Mapping[str, Any]) -> None:
+    console = stdout()
+    console.print(f"\n{outcome['name']}: {outcome['title']}", style="bold")
+    for reason in outcome["not_meaningful"]:
+        console.print(f"Not meaningful on this model. {reason}", style="yellow", soft_wrap=True)
+    for table in outcome["tables"]:
+        console.print()
+        console.print(_table(table, console))
+        console.print(_caption(table), style="dim")
+    if outcome["notes"]:
+        console.print()
+    for note in outcome["notes"]:
+        console.print(f"- {note}", soft_wrap=True)
+
+
+def _caption(made: Mapping[str, Any]) -> str:
+    """With n, where all cells share it, and with how much is not shown."""
+    n, left_out = _common_n(made), len(made["rows"]) - _ROWS_SHOWN
+    counted = f" n = {n:,} behind every interval." if n is not None else ""
+    more = f" {left_out} more row{'s' * (left_out > 1)} in the report." if left_out > 0 else ""
+    return f"{made['caption']}{counted}{more}"
+
+
+def _common_n(made: Mapping[str, Any]) -> int | None:
+    found = {value["n"] for row in made["rows"] for value in row.values() if isinstance(value, Mapping)}
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def _table(made: Mapping[str, Any], console: Console) -> Table | Text:
+    """Intervals beside their numbers where the terminal is wide enough, else below them, else a paragraph a row."""
+    for between in (" ", "\n"):
+        lines = _lines(made, between)
+        titles = [column["title"] for column in made["columns"]]
+        widths = _widths(titles, lines, [column["kind"] == "text" for column in made["columns"]], console.width)
+        if widths is not None:
+            return _laid_out(made, lines, widths)
+    return _stacked(made)
+
+
+def _lines(made: Mapping[str, Any], between: str) -> list[list[Text]]:
+    """The cells of the rows that are shown."""
+    columns, has_n, above = made["columns"], _common_n(made) is None, None
+    found = []
+    for row in made["rows"][:_ROWS_SHOWN]:
+        found.append([_written(cell, between, has_n) for cell in cells(row, columns, above)])
+        above = row
+    return found
+
+
+def _widths(
+    titles: Sequence[str], rows: Sequence[Sequence[Text]], are_text: Sequence[bool], width: int
+) -> list[int] | None:
+    """Widths of the columns in which no word and no number breaks; None where there is no room for them."""
+    least, most = [], []
+    for at, (title, is_text) in enumerate(zip(titles, are_text, strict=True)):
+        cells_of = [row[at].plain for row in rows]
+        words = [word for text in (title, *(cells_of if is_text else ())) for word in text.split()]
+        found = [line for text in cells_of for line in text.split("\n")]
+        least.append(max(map(len, words if is_text else [*words, *found]), default=1))
+        most.append(max(least[-1], *(min(len(line), _WIDEST_TEXT) for line in (title, *found))))
+    left = width - sum(least) - _APART * (len(titles) - 1)
+    for _ in range(left):
+        at = max(range(len(least)), key=lambda at: most[at] / least[at])
+        least[at] += least[at] < most[at]
+    return least if left >= 0 else None
+
+
+def _laid_out(made: Mapping[str, Any], lines: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
+    table = Table(
+        title=made["title"],
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, _APART - 1, 0, 0),
+    )
+    for column, width in zip(made["columns"], widths, strict=True):
+        table.add_column(column["title"], justify="left" if column["kind"] == "text" else "right", width=width)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _stacked(made: Mapping[str, Any]) -> Text:
+    """A paragraph a row, for a table that is wider than the terminal."""
+    said, columns = Text(made["title"], style="bold"), made["columns"]
+    for row in made["rows"][:_ROWS_SHOWN]:
+        shown = list(zip(columns, cells(row, columns), strict=True))
+        names = " · ".join(cell.text for column, cell in shown if column["kind"] == "text")
+        said.append(f"\n{names}\n", style="bold not dim")
+        numbers = [
+            f"{column['title']}: {_written(cell, ' ', _common_n(made) is None).plain}"
+            for column, cell in shown
+            if column["kind"] != "text" and cell.text != "–"
+        ]
+        said.append("; ".join(numbers), style="not bold")
+    return said
+
+
+def _written(cell: Cell, between: str, has_n: bool) -> Text:
+    """A cell: a measured number with its interval, and n where it differs; what the row above said is left out."""
+    if cell.quoted:
+        return Text(f"{cell.text}{between}quoted", style="italic")
+    text = Text("" if cell.again else cell.text)
+    parts = [part for part in (cell.interval, cell.n if has_n else "", cell.p) if part]
+    return text.append(between + between.join(parts), style="dim") if parts else text

@@ -77,10 +77,13 @@ def rejudge(
         started: what the manifest keeps of this start.
 
     Raises:
-        InputError: no finished run; no answers in it; a judge that the run has already.
+        InputError: no finished run, or one that is neither audit nor scan; no answers in it; a judge that the run has
+            already.
     """
     opened = RunDirectory.open(folder)
     results, manifest = opened.read_results(), opened.read_manifest()
+    if results.get("kind") not in ("audit", "scan"):
+        raise InputError(f"{folder} holds results of kind {results.get('kind')!r}; what is judged again: audits, scans")
     names = [one["name"] for one in _judges_of(results)]
     if judge.name in names:
         raise InputError(f"{folder} has verdicts of {judge.name} already; its judges are {', '.join(names)}")

@@ -7,6 +7,7 @@ inside it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,12 +38,20 @@ MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
 
 
+_NO_COMPLETIONS = "the pages of a reproduction hold no completions; they are in the run's completions folder"
+
+
+class ReportWarning(UserWarning):
+    """The report does not hold what was asked for."""
+
+
 def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     """Write ``report/index.html`` into the run directory.
 
     Args:
         run: A run that has results.
-        show_completions: Put the answers to harmful prompts into the page, folded away and as text.
+        show_completions: Put the answers to harmful prompts into the page, folded away and as text; the pages of a
+            reproduction never hold any, and a warning says so.
 
     Returns:
         Where the report is.
@@ -52,11 +61,17 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     """
     results = run.read_results()
     kind, version = results.get("kind"), results.get("schema_version")
-    if version != RESULTS_VERSION or kind not in ("audit", "scan"):
+    if version != RESULTS_VERSION or kind not in ("audit", "scan", "reproduction"):
         raise InputError(
             f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit or a scan of schema {RESULTS_VERSION}"
+            f"a report needs an audit, a scan or a reproduction of schema {RESULTS_VERSION}"
         )
+    if kind == "reproduction":
+        from safetyheads.report_experiments import experiment_pages
+
+        if show_completions:
+            warnings.warn(_NO_COMPLETIONS, ReportWarning, stacklevel=2)
+        return run.write_report(*experiment_pages(run))
     if kind == "scan":
         from safetyheads.report_scan import scan_page
 

@@ -18,13 +18,15 @@ Rate: TypeAlias = Mapping[str, Any]
 
 HEADS = "heads"
 """Name of the dataset of all heads, which the page makes of its columns and gives to every chart that asks for it."""
+ROWS = "rows"
+"""Name of the rows that :func:`with_rows` puts into a chart."""
 DIGITS = 6
 """Significant digits of a number in a figure."""
 SEARCHED, RANDOM, KEPT = "searched group: ASR", "random groups: ASR", "searched group: benign kept"
 _SHARE_TITLE = "share of held-out prompts"
-_LINE_COLOURS = ("--attack", "--kept", "--third", "--fourth", "--ink-soft")
-_LINE_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
-MOST_LINES = len(_LINE_COLOURS)
+LINE_COLOURS = ("--attack", "--kept", "--third", "--fourth", "--ink-soft")
+LINE_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+MOST_LINES = len(LINE_COLOURS)
 """Lines that one figure can tell apart."""
 
 
@@ -138,7 +140,7 @@ def line_layers(
 ) -> list[alt.Chart]:
     """Intervals, lines and points of the rows of :func:`rate_row`, told apart by colour and by shape."""
     legend = alt.Legend(orient="top", title=None, direction="vertical", labelLimit=320, symbolOpacity=1)
-    colours, shapes = _LINE_COLOURS[: len(names)], _LINE_SHAPES[: len(names)]
+    colours, shapes = LINE_COLOURS[: len(names)], LINE_SHAPES[: len(names)]
     color = alt.Color("series:N", legend=legend, scale=alt.Scale(domain=[*names], range=[*colours]))
     shape = alt.Shape("series:N", legend=legend, scale=alt.Scale(domain=[*names], range=[*shapes]))
     base = alt.Chart(alt.InlineData(values=[*rows])).encode(x=x, color=color)
@@ -211,6 +213,27 @@ def band_axis(count: int) -> alt.Axis:
     return alt.Axis(
         values=list(range(0, count, step)), labelAngle=0, ticks=False, domain=False, labelOverlap=False, grid=False
     )
+
+
+def with_rows(made: Spec, rows: Sequence[Mapping[str, Any]]) -> Spec:
+    """The layers with their rows where they have a name only: altair copies and checks inline ones at every step."""
+    made = dict(made)
+    held = {name: {"values": found} for name, found in made.pop("datasets", {}).items()}
+    made["data"] = {"values": [*rows]}
+    # A layer without data of its own has the chart's.
+    made["layer"] = [
+        {
+            key: held[value["name"]] if key == "data" else value
+            for key, value in layer.items()
+            if not _is_named(key, value)
+        }
+        for layer in made["layer"]
+    ]
+    return made
+
+
+def _is_named(key: str, value: Any) -> bool:
+    return key == "data" and value == {"name": ROWS}
 
 
 def spec(chart: Any, height: int, description: str) -> Spec:

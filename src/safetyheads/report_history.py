@@ -13,7 +13,7 @@ from typing import Any
 
 from safetyheads.files import write_atomically
 from safetyheads.history import History, HistoryEntry
-from safetyheads.report_page import assets, environment
+from safetyheads.report_page import NO_HEADS, assets, environment
 
 FILE = "history.html"
 """Name of the page in the folder whose runs it shows."""
@@ -21,8 +21,6 @@ VANILLA, GROUP, CONCENTRATION = "ASR, nothing ablated", "ASR, verdict’s group 
 _COLOURS = {VANILLA: "--kept", GROUP: "--attack", CONCENTRATION: "--third"}
 _DASHES = {VANILLA: [6, 4], GROUP: [1, 0], CONCENTRATION: [2, 3]}
 _APART = 0.07
-# The page's script makes rows of heads for charts that ask for them; this page has none that does.
-_NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [], "planted": [], "named": []}
 
 
 def write_history(history: History) -> Path:
@@ -38,7 +36,7 @@ def render_history(history: History) -> str:
         "history": history,
         "name": history.folder.resolve().name,
         "charts": {"over_runs": over_runs(history)},
-        "head_columns": _NO_HEADS,
+        "head_columns": NO_HEADS,
         **assets(),
     }
     return environment().get_template("history.html.j2").render(page) + "\n"

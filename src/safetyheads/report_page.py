@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_COMPLETION_BYTES = 2_500_000
 """Room for completions in the page, so that it stays under 5 MB; the rest is counted."""
 _BYTES_AROUND_A_COMPLETION = 200
+NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [], "planted": [], "named": []}
+"""For pages without a chart that asks for rows of heads, which the page's script makes."""
 
 
 def completion_sets(

@@ -243,9 +243,11 @@ class RunDirectory:
         """Write ``timings.json``: seconds, dates and rates, kept apart from the results."""
         self._write_json("timings.json", timings)
 
-    def write_report(self, html: str) -> Path:
-        """Write ``report/index.html``; a finished run that was only opened takes one too."""
+    def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
+        """Write ``report/index.html``, after the pages it links to by name; an opened finished run takes one too."""
         path = self.path / "report" / "index.html"
+        for name, page in (pages or {}).items():
+            write_atomically(path.with_name(name), page.encode())
         write_atomically(path, html.encode())
         return path
 

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[2] / "src" / "safetyheads"
 LAYERS = (
     "errors heads ablation prompt_files chat_templates urial templates prompts files scores subspace stats truth "
     "paired_metrics concentration rankings sampling verdicts keyword_judge answer_checks phrase_judge agreement",
-    "packing attention selection arguments capabilities architectures batching fusing costs memory replay hub adapters "
-    "placement weights engine loading quick_paths proofs generation answer_reader",
+    "packing allowed_keys attention selection encoding placed_heads arguments capabilities architectures batching "
+    "fusing costs memory replay hub adapters placement weights engine loading quick_paths against_eager proofs "
+    "generation answer_reader",
     "head_pass scoring linearising screening rescoring search drafts drafted swap",
     "exhaustive endpoint_client endpoint_judge callable_judge judge_formats judge_loading model_judges judges "
     "asr refusal baselines harness_manners organism_task harness utility",

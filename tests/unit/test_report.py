@@ -281,7 +281,7 @@ def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
     with RunDirectory.start(tmp_path / "run", {}, {}) as run:
         run.write_results({"schema_version": 1, "kind": "sahara"})
         with pytest.raises(
-            InputError, match="of kind 'sahara', schema 1; a report needs an audit or a scan of schema 1"
+            InputError, match="kind 'sahara', schema 1; a report needs an audit, a scan or a reproduction of schema 1"
         ):
             write_report(run)
 
