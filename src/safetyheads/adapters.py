@@ -31,6 +31,8 @@ CONFIG_FILE = "adapter_config.json"
 """What makes a directory an adapter."""
 _NAME, _PREFIX = "default", "base_model.model."
 _WEIGHTS, _PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+# AdaLoRA's number of ranks, which peft sets by the config.
+_IS_SAVED_NOWHERE = ".ranknum."
 # What a config says of where things lay and not of what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _FILES_TO_FETCH = (
@@ -120,11 +122,16 @@ def _fetched(name: str, revision: str | None) -> Path:
 def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
     """Refuse adapters that are more than changes of modules: they would need the prompt, or be left out silently."""
     from peft import PeftType, PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kind = config.get("peft_type")
-    if kind not in {known.value for known in PeftType}:
+    if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
         raise InputError(f"the adapter {name} is of a kind that this peft does not know: {kind}")
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
+        raise InputError(
+            f"the adapter {name} is a {kind}: its modules share weights that stand in none of them, so it cannot be "
+            "put on a base module by module; merge it into its base and give the merged model"
+        )
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig):
         raise InputError(
             f"the adapter {name} is a {kind}: it adds virtual tokens and changes no module, so it is not read"
@@ -161,6 +168,14 @@ def _bring_back(model: PreTrainedModel) -> None:
                     module._parameters[own] = nn.Parameter(empty, requires_grad=False)
 
 
+def _share_config(model: PreTrainedModel) -> None:
+    """Give layers that peft copied the model's own config, which says how to attend; copies would not hear of it."""
+    own = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        if type(getattr(module, "config", None)) is type(own):
+            module.config = own
+
+
 def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     """Load the adapter into its base, unmerged; through peft itself, since transformers knows fewer kinds of them.
 
@@ -173,11 +188,12 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     from safetensors import SafetensorError
 
     said = f"the adapter {adapter.name} is not for {base}"
-    own = set(model.state_dict())
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
         inject_adapter_in_model(config, model, _NAME)
+        if adapter.config.get("layer_replication"):
+            _share_config(model)
         _bring_back(model)
         # As peft does by itself: in half precision the two small factors would lose most.
         cast_adapter_dtype(model, _NAME)
@@ -195,8 +211,9 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"{said}: {first_line(error)}") from error
-    names = {name.replace(".base_layer.", ".").replace(".original_module.", ".") for name in report.missing_keys}
-    for found, what in ((names - own, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
+    # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to.
+    lacked = {name for name in report.missing_keys if _NAME in name.split(".") and _IS_SAVED_NOWHERE not in name}
+    for found, what in ((lacked, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
         if found:
             raise InputError(f"{said}: it {what} {len(found)} tensors, {min(found)} among them")
     model._hf_peft_config_loaded = True  # so that transformers knows

@@ -212,22 +212,32 @@ def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module |
     named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
     found = tuple(module if module is not None and attends(module) else None for module in named)
     kinds = sorted({type(module).__name__ for module in named if module is not None})
+    _refuse_elsewhere(layers, found, family)
     if not any(found):
         what = f" (they have {', '.join(kinds)})" if kinds else ""
         raise UnsupportedModelError(
             f"{family}: no layer computes attention through transformers' attention registry{what}, so no ablation can "
             "be put into it"
         )
-    for number, (layer, attention) in enumerate(zip(layers, found, strict=True)):
-        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
-        if elsewhere:
-            raise UnsupportedModelError(
-                f"{family}: layer {number} computes attention in {elsewhere[0]}, an unknown place"
-            )
     there = [id(module) for module in found if module is not None]
     if len(set(there)) < len(there):
         raise UnsupportedModelError(f"{family}: layers share one attention module, so a head has no layer of its own")
     return found
+
+
+def _refuse_elsewhere(layers: tuple[nn.Module, ...], found: tuple[nn.Module | None, ...], family: str) -> None:
+    """Refuse layers that attend in modules where no attention was looked for."""
+    for number, (layer, attention) in enumerate(zip(layers, found, strict=True)):
+        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
+        if len(elsewhere) > 1:
+            raise UnsupportedModelError(
+                f"{family}: layer {number} has {len(elsewhere)} attentions ({', '.join(elsewhere)}), so a layer and a "
+                "number do not say which head"
+            )
+        if elsewhere:
+            raise UnsupportedModelError(
+                f"{family}: layer {number} computes attention in {elsewhere[0]}, an unknown place"
+            )
 
 
 def attends(module: nn.Module) -> bool:
@@ -250,7 +260,7 @@ def _attends(kind: Any) -> bool:
 
 def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
     """The heads of one layer, of which some families have fewer, or wider ones, than of another."""
-    own = _of_layer(config, layer)
+    own = of_layer(config, layer)
     n_heads = _number(attention, HEAD_COUNT_NAMES) or own.num_attention_heads
     groups = _number(attention, ("num_key_value_groups",))
     n_kv_heads = n_heads // groups if groups else getattr(own, "num_key_value_heads", None) or n_heads
@@ -281,7 +291,7 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def _of_layer(config: Any, layer: int) -> Any:
+def of_layer(config: Any, layer: int) -> Any:
     """The config of one layer; only some families' layers have one of their own."""
     each = getattr(config, "per_layer_config", None)
     return each[layer] if each else config
@@ -289,7 +299,7 @@ def _of_layer(config: Any, layer: int) -> Any:
 
 def _value(config: Any, name: str) -> Any:
     """A config's value, the first layer's where layers differ."""
-    value = getattr(_of_layer(config, 0), name, None)
+    value = getattr(of_layer(config, 0), name, None)
     return value[0] if isinstance(value, list | tuple) else value
 
 

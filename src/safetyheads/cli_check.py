@@ -94,6 +94,7 @@ def prompt_json(engine: Engine, asked: PromptSet) -> dict[str, Any]:
     return {
         **bound.template.settings(),
         "think_block": _about_thinking(bound),
+        "note": bound.note,
         "query": asked[0].query,
         "n_tokens": len(token_ids),
         "n_bos": token_ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0,
@@ -165,6 +166,8 @@ def _show_prompt(prompt: Mapping[str, Any], context: int | None) -> None:
         console.print(f"- {n_tokens} tokens do not fit the model's context of {context}", style="yellow")
     if prompt["think_block"]:
         console.print(f"- think block {prompt['think_block']}", soft_wrap=True)
+    if prompt["note"]:
+        console.print(f"- {prompt['note']}", soft_wrap=True)
     if prompt["has_chat_template"] and prompt["template"] != "chat":
         console.print("- the tokenizer has a chat template too: --template chat", soft_wrap=True)
 

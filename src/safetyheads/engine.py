@@ -20,7 +20,8 @@ from safetyheads.architectures import Architecture, describe
 from safetyheads.attention import AttentionCall, attention_calls
 from safetyheads.batching import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
 from safetyheads.capabilities import Capabilities
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.encoding import token_ids_of
+from safetyheads.errors import SafetyheadsError
 from safetyheads.fusing import fused
 from safetyheads.heads import Group, Head, common_heads
 from safetyheads.placement import DeviceMap, HeadShare, input_device, least_memory
@@ -39,8 +40,6 @@ _exclusive = threading.Lock()
 _SETS_KEPT = 16
 # In elements: 176 MiB while they are read.
 _LOGITS_AT_ONCE = 1 << 22
-# Characters of a prompt that an error shows.
-_WORDS_SHOWN = 60
 
 
 class Engine:
@@ -131,15 +130,17 @@ class Engine:
 
         Raises:
             UnsupportedModelError: an ablation would not be exact here.
+            SafetyheadsError: the model is ablated at the moment.
         """
         from safetyheads.proofs import prove
 
         before = self.capabilities
-        try:
-            report = prove(self, longest)
-        except BaseException:
-            self.capabilities = before
-            raise
+        with self._taken():  # an ablation in force would be taken for the model's own attention
+            try:
+                report = prove(self, longest)
+            except BaseException:
+                self.capabilities = before
+                raise
         self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
         return report
 
@@ -189,22 +190,12 @@ class Engine:
         """Token ids of each prompt under its template.
 
         Raises:
-            InputError: a prompt is longer than the model's context.
+            InputError: a prompt is longer than the model's context, or holds a token that the model does not know.
         """
         key = (prompts, str(self.tokenizer.chat_template))
         if key in self._encoded:
             return self._encoded[key]
-        template = self.template_for(prompts).bound(self.tokenizer)
-        encoded = tuple(tuple(template.encode(prompt.query)) for prompt in prompts)
-        limit = self.architecture.context_length
-        for prompt, token_ids in zip(prompts, encoded, strict=True):
-            # By its words and not its number: sets are shuffled halves of files.
-            if limit is not None and len(token_ids) > limit:
-                start = prompt.query[:_WORDS_SHOWN] + ("..." if len(prompt.query) > _WORDS_SHOWN else "")
-                raise InputError(
-                    f"a prompt of {prompts.name} has {len(token_ids)} tokens; the model's context is {limit}. "
-                    f"It begins: {start!r}"
-                )
+        encoded = token_ids_of(self, prompts)
         # An audit asks for its sets again with every batch of groups.
         if len(self._encoded) >= _SETS_KEPT:
             self._encoded.pop(next(iter(self._encoded)))
@@ -228,13 +219,18 @@ class Engine:
     def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
         """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
         calls = self.calls(groups, ablation)
+        with self._taken(), attention_calls(self.architecture.attentions, calls):
+            yield self.model
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Within, nobody else may ablate the model, or prove it."""
         with _exclusive:
             if getattr(self.model, "_safetyheads_ablated", False):
                 raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
             self.model._safetyheads_ablated = True
         try:
-            with attention_calls(self.architecture.attentions, calls):
-                yield self.model
+            yield
         finally:
             self.model._safetyheads_ablated = False
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.batching import allowed_memory, halving
+from safetyheads.encoding import n_embedded
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
 from safetyheads.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
@@ -263,7 +264,9 @@ class _Batch:
     def _so_far(self, rows: Sequence[int]) -> Padded:
         """The prompts of these rows and what was made of their answers."""
         read = [(*self.requests[row].token_ids, *self.made[row]) for row in rows]
-        return left_padded(read, next(iter(self.ends), 0), self.engine.device)
+        # Any token does for padding, which is masked; an end token may be one that the model has no embedding for.
+        pad = next(iter(self.ends), 0)
+        return left_padded(read, pad if pad < n_embedded(self.engine) else 0, self.engine.device)
 
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and not self.stopped[row] and len(self.made[row]) < self.limits[row]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from safetyheads import adapters, attention, placement
 from safetyheads.batching import is_out_of_memory
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.hub import first_line, look_at_hub
-from safetyheads.weights import refuse_broken_weights
+from safetyheads.files import read_json
+from safetyheads.hub import first_line, look_at_hub, one_line
+from safetyheads.weights import refuse_broken_weights, refuse_unused_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +30,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Methods that keep activations as they are, and how the config of one that does so now and then says it.
+_ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    **dict.fromkeys(
+        ("gptq", "awq", "hqq", "aqlm", "eetq", "higgs", "vptq", "spqr", "auto-round", "mxfp4"), lambda settings: True
+    ),
+    "bitsandbytes": lambda settings: bool(settings.get("load_in_4bit", settings.get("_load_in_4bit"))),
+    "quanto": lambda settings: settings.get("activations") is None,
+}
 # What transformers, the hub and safetensors raise where a checkpoint cannot be read.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError)
+# What their code trips over where a config says nonsense: words for numbers, a list for an object, no heads at all.
+_NONSENSE = (TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +139,14 @@ def quantisation(model: PreTrainedModel) -> str | None:
     return str(getattr(method, "value", method)) if is_quantised(model) else None
 
 
+def rounds_activations(model: PreTrainedModel) -> bool:
+    """Whether a quantised model may round activations too: all that is not known to leave them as they are."""
+    leaves_them = _ROUND_WEIGHTS_ALONE.get(quantisation(model) or "")
+    described: Any = getattr(model.config, "quantization_config", None)
+    settings = described if isinstance(described, dict) else vars(described) if described is not None else {}
+    return leaves_them is None or not leaves_them(settings)
+
+
 def use_our_attention(model: PreTrainedModel) -> None:
     """Set the model to our attention function and mask."""
     attention.register()
@@ -143,12 +163,12 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
     config = path / "config.json"
     if not config.is_file():
         raise InputError(f"{path} has no config.json, so it is not a model directory")
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f"{config} is not valid JSON") from None
-    if "auto_map" in described and not trust_remote_code:
+    described = read_json(config)
+    if "auto_map" in described and not trust_remote_code and not _is_shipped(described.get("model_type")):
         raise InputError(f"{path} brings its own Python code; to run that code, give --trust-remote-code")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)
     if any((path / name).is_file() for name in _SAFE_WEIGHTS):
         return
     if not any((path / name).is_file() for name in _PICKLED_WEIGHTS):
@@ -157,6 +177,13 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
         raise InputError(
             f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
         )
+
+
+def _is_shipped(family: Any) -> bool:
+    """Whether transformers has the family's code itself: then code that a checkpoint brings beside it is not run."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(family, str) and family in CONFIG_MAPPING
 
 
 def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
@@ -183,6 +210,8 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
         if "offload_folder" in str(error):
             raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    except _NONSENSE as error:
+        raise _told_as_nonsense(path, error) from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
         if "ignore_mismatched_sizes" in str(error):
@@ -197,6 +226,9 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
+    config = _config(options)
+    is_described_as_quantised = config is not None and _method(config) is not None
+    refuse_unused_weights(model, path, report["unexpected_keys"], is_described_as_quantised)
     if model.dtype not in DTYPES.values():
         raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES)}")
     return model
@@ -236,6 +268,12 @@ def _config(options: LoadOptions) -> Any:
         return AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     except UNREADABLE:
         return None  # told when the model itself cannot be loaded
+    except _NONSENSE as error:
+        raise _told_as_nonsense(options.path, error) from error
+
+
+def _told_as_nonsense(path: str, error: Exception) -> InputError:
+    return InputError(f"cannot load {path}, whose config.json may be wrong: {one_line(error)}")
 
 
 def _method(config: Any) -> str | None:
@@ -258,7 +296,7 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except (*UNREADABLE, *_NONSENSE) as error:
         if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
             raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error

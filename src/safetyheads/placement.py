@@ -51,6 +51,14 @@ def refuse_device_map(device_map: DeviceMap) -> None:
     """Refuse a map that cannot be used, before a model is read."""
     if isinstance(device_map, str) and device_map not in STRATEGIES:
         raise InputError(f"unknown device map {device_map!r}; known are {', '.join(STRATEGIES)}")
+    if not device_map:
+        raise InputError("the device map is empty; it gives modules by name their places")
+    for name, place in () if isinstance(device_map, str) else device_map.items():
+        if place != "disk":
+            try:
+                choose_device(f"cuda:{place}" if isinstance(place, int) else str(place))
+            except InputError as error:
+                raise InputError(f"the device map's place of {name or 'the model'!r}: {error}") from None
     if find_spec("accelerate") is None:
         raise InputError("a device map needs accelerate; install safetyheads[accelerate]")
 

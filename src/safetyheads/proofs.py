@@ -8,21 +8,24 @@ its ablations.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+from safetyheads.against_eager import against_eager
+from safetyheads.allowed_keys import mean_over_allowed, nearest_share, reached_tokens
 from safetyheads.architectures import HeadShape
 from safetyheads.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.batching import PackedRow, TokenSequence, is_out_of_memory, pack
 from safetyheads.capabilities import Capabilities
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.loading import is_quantised, use_our_attention
-from safetyheads.quick_paths import TRIPS, difference, largest, prove_quick_paths
+from safetyheads.loading import is_quantised, rounds_activations
+from safetyheads.placed_heads import misplaced
+from safetyheads.quick_paths import TRIPS, difference, prove_quick_paths
 from safetyheads.replay import Capture, capture, decode, first_of, of_rows, run_layer
 
 if TYPE_CHECKING:
@@ -30,13 +33,17 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
-QUANTISED = 1e-1
-"""The least that is allowed where weights are quantised: some methods round activations too, to 8 bits by the largest
-of a row or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8). The others are as exact as their dtype."""
+ROUNDED = 1e-1
+"""The least that is allowed behind projections whose method rounds activations too, to 8 bits by the largest of a row
+or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
+QUANTISED = 1e-2
+"""The least that is allowed elsewhere where weights are quantised: kernels count in float16 (measured: 2e-3)."""
 
 
 # Of all facts only this decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
 _WINDOWS = "each layer's window is as wide as was read"
+# Of the claims about single layers only this one looks at what comes after the heads, where activations may be rounded.
+_PARTS = "a head changes its block's output by its own part alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class CheckReport:
 def prove(engine: Engine, longest: int) -> CheckReport:
     """Try every claim; see :meth:`safetyheads.engine.Engine.check`."""
     facts = engine.architecture
-    tolerance = max(TOLERANCE[engine.dtype], QUANTISED if is_quantised(engine.model) else 0.0)
+    exact, tolerance = tolerances(engine)
     proofs: list[Proof] = []
     engine.capabilities = Capabilities()
 
@@ -95,15 +102,31 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         sequences = _probes(engine, longest)
         rows = [pack(sequences, (member,), engine.device) for member in range(len(sequences))]
         with _refusing(facts.family, "comparing our attention with the family's own"):
-            difference = _against_eager(engine, rows)
-        claim("our attention equals the family's eager attention, layer by layer", difference, True)
+            in_heads, in_blocks = against_eager(engine, rows)
+        said = "our attention equals the family's eager attention, layer by layer"
+        if in_heads is not None:
+            claim(f"{said}, before what the heads say is projected", in_heads, True, exact)
+        claim(said, in_blocks, True)
         _refuse_attention_elsewhere(engine, rows[0])
         with _refusing(facts.family, "ablating a head of each layer"):
             for worst in _ablation_errors(engine, rows[0]):
                 said = f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})"
-                claim(said, worst.error, worst.claim != _WINDOWS)
+                claim(said, worst.error, worst.claim != _WINDOWS, tolerance if worst.claim == _PARTS else exact)
+        if engine.share is not None:
+            claim(
+                "a head is ablated in the process that computes it, and in no other", misplaced(engine, rows[0]), True
+            )
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
+
+
+def tolerances(engine: Engine) -> tuple[float, float]:
+    """Of what heads say, which no method rounds, and of what lies behind projections."""
+    exact = TOLERANCE[engine.dtype]
+    if not is_quantised(engine.model):
+        return exact, exact
+    exact = max(exact, QUANTISED)
+    return exact, max(exact, ROUNDED) if rounds_activations(engine.model) else exact
 
 
 def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
@@ -165,49 +188,6 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
-def _against_eager(engine: Engine, rows: list[PackedRow]) -> float:
-    """(i) Each attention block's output with our attention against the family's eager; leaves ours set.
-
-    Every layer is given what it was given under eager attention, so that rounding does not pile up over the layers:
-    in bfloat16 even eager and sdpa differ by some percent of the logits at the end of four layers.
-    """
-    facts = engine.architecture
-
-    def blocks(row: PackedRow, forced: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-
-        def enter(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            hidden = positional[0] if positional else keywords["hidden_states"]
-            if forced is not None:
-                hidden = forced[len(inputs)]
-            inputs.append(hidden)
-            if positional:
-                return (hidden, *positional[1:]), keywords
-            return positional, {**keywords, "hidden_states": hidden}
-
-        with ExitStack() as stack:
-            for layer, attention in zip(facts.layers, facts.attentions, strict=True):
-                stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                if attention is not None:
-                    kept = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
-                    stack.callback(kept.remove)
-            engine.model(input_ids=row.token_ids[None], use_cache=False)
-        return inputs, outputs
-
-    engine.model.set_attn_implementation("eager")
-    try:
-        references = [blocks(row, None) for row in rows]
-    finally:
-        # Whatever happens: under another attention function ablations would do nothing, and not say so.
-        use_our_attention(engine.model)
-    return largest(
-        difference(ours, reference)
-        for row, (inputs, outputs) in zip(rows, references, strict=True)
-        for ours, reference in zip(blocks(row, inputs)[1], outputs, strict=True)
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Worst:
     """A claim about every layer, where it held least."""
@@ -236,29 +216,30 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     assert shape is not None
     n_heads = shape.n_heads
 
-    def observed(ablation: Ablation | None, selected: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """What the attention function saw, and its block's output, with a row of selected heads a batch row."""
+    def observed(*ablations: RowAblation) -> tuple[dict[str, Any], Tensor]:
+        """What the attention function saw, and its block's output, with a batch row for each row of selected heads."""
         seen: dict[str, Any] = {}
-        ablations = () if ablation is None else (RowAblation(ablation, selected),)
+        n_rows = len(ablations[0].selected) if ablations else 1
         call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
         blocks: list[Tensor] = []
         handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
         try:
             with attention_calls(facts.attentions, {layer: call}):
-                run_layer(facts, captured, layer, of_rows(facts, captured.inputs[layer], len(selected)))
+                run_layer(facts, captured, layer, of_rows(facts, captured.inputs[layer], n_rows))
         finally:
             handle.remove()
         if not seen:
             raise UnsupportedModelError(
-                f"{facts.family}: refused, because layer {layer} does not call the attention registry"
+                f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "
+                "hand its keywords on to it"
             )
         _refuse_other_facts(facts.family, layer, shape, seen)
         return seen, blocks[0]
 
     none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
-    seen, _ = observed(None, none[None])
+    seen, _ = observed()
     n_tokens, query = captured.row.n_tokens, seen["query"]
-    reached = _reached(seen["mask"], n_tokens, query.device)
+    reached = reached_tokens(seen["mask"], n_tokens, query.device)
     if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
         raise UnsupportedModelError(
             f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
@@ -270,27 +251,35 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     one = none.clone()
     one[head] = True
 
-    seen, block = observed(SCALING_CONTRIBUTION.at(0.0), torch.stack([none, one, ~one, ~none]))
+    seen, block = observed(RowAblation(SCALING_CONTRIBUTION.at(0.0), torch.stack([none, one, ~one, ~none])))
     output = seen["output"]
     yield "scaling a head to 0 silences it", float(output[1, :, head].abs().max())
     yield "scaling a head leaves the other heads unchanged", difference(output[1][:, ~one], output[0][:, ~one])
     # The parts are differences of whole outputs, so the rounding of these is the measure, however small a part is.
-    yield (
-        "a head changes its block's output by its own part alone",
-        difference(block[0] - block[1], block[2] - block[3], scale=block[0]),
-    )
+    yield _PARTS, difference(block[0] - block[1], block[2] - block[3], scale=block[0])
 
-    seen, _ = observed(UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one]))
-    output = seen["output"]
+    seen, _ = observed(
+        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one, none])),
+        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.5), torch.stack([none, none, one])),
+    )
+    output, query = seen["output"], seen["query"]
     yield (
         "undifferentiated attention leaves the other heads unchanged",
         difference(output[1][:, ~one], output[0][:, ~one]),
     )
+    # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
+    yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
+    uniform = mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
     if seen["plain"]:
-        uniform = _uniform(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
         yield (
             "undifferentiated attention is uniform over the allowed keys",
             difference(output[1][:, head], uniform),
+        )
+    else:
+        # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more.
+        yield (
+            "undifferentiated attention is uniform over the allowed keys, beside a sink's share",
+            difference(output[1][:, head], nearest_share(output[1][:, head], uniform)),
         )
 
 
@@ -301,26 +290,10 @@ def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[st
     given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if read != given or output.shape[2:] != (shape.n_heads, shape.d_value) or key.shape[3] != shape.d_head:
         names = ("heads", "key heads", "width", "width of values")
-        said = [f"{name} {number}, not {other}" for name, number, other in zip(names, given, read, strict=True)]
+        differing: list[tuple[str, Any, Any]] = [
+            each for each in zip(names, given, read, strict=True) if each[1] != each[2]
+        ]
+        if not differing:
+            differing.append(("outputs", list(output.shape[2:]), [shape.n_heads, shape.d_value]))
+        said = [f"{name} {number}, not {other}" for name, number, other in differing]
         raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(said)}")
-
-
-def _reached(mask: Tensor | None, n_tokens: int, device: torch.device) -> int:
-    """Tokens from the first key that a token sees to the token itself, at most."""
-    first = _allowed(mask, n_tokens, device).int().argmax(dim=-1)
-    return int((torch.arange(n_tokens, device=device) - first).max()) + 1
-
-
-def _uniform(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:
-    """The plain mean of one head's values [n_tokens, d_value] over the keys that the mask allows each token."""
-    allowed = _allowed(mask, value.shape[1], value.device)
-    weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
-    return (weights @ value[kv_head].double()).to(value.dtype)
-
-
-def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
-    """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
-    if mask is None:
-        return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
-    given = mask[0, 0]
-    return given if given.dtype == torch.bool else given >= 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safetyheads import placement, weights
+from safetyheads.baselines.random_heads import heads_by_layer
 from safetyheads.config import RunConfig
 from safetyheads.errors import InputError
 from safetyheads.generation import ShortContextWarning, short_context
@@ -86,11 +87,15 @@ def template_facts(prompts: PromptSet) -> dict[str, Any]:
 def model_facts(engine: Engine, name: str) -> dict[str, Any]:
     """The model as results describe it."""
     facts = engine.architecture
+    by_layer = heads_by_layer(engine)
+    # Only where layers differ: a scan's random groups are drawn again from what stands here.
+    differing = {"heads_by_layer": list(by_layer)} if len({n for n in by_layer if n}) > 1 else {}
     return {
         "name": name if engine.adapter is None else f"{name} + {engine.adapter.name}",
         "family": facts.family,
         "n_layers": facts.n_layers,
         "n_heads": facts.n_heads,
+        **differing,
         "n_parameters": engine.model.num_parameters(),
         "head_parameters": facts.head_parameters,
     }
@@ -162,8 +167,11 @@ def notes_of(
     """What happened on the way that a reader of the results must know."""
     # A short context is told from the data: answers that are read back do not warn again.
     short = short_context(engine, longest_prompt(engine, sets) + max_new_tokens, max_new_tokens)
+    # So is what a template writes: prompts that were encoded before do not warn again.
+    of_templates = [engine.template_for(prompts).bound(engine.tokenizer).note for prompts in sets.values()]
     ours = [str(one.message) for one in caught if is_ours(one.category)]
-    return [*engine.notes, *data_warnings(sets.values()), *([short] if short else []), *dict.fromkeys(ours)]
+    said = [*engine.notes, *data_warnings(sets.values()), short, *of_templates, *ours]
+    return list(dict.fromkeys(note for note in said if note))
 
 
 def data_warnings(sets: Iterable[PromptSet]) -> list[str]:

@@ -4,13 +4,15 @@ it is put back; writes nothing to disk.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from safetyheads.architectures import Architecture, describe
+from safetyheads.architectures import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer
 from safetyheads.engine import Engine
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.loading import quantisation
@@ -19,8 +21,8 @@ from safetyheads.placement import is_split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a config says of how attention works beside its weights: under other settings the same weights attend otherwise.
-_ATTENTION_SETTINGS = (
+# What a config says of how attention works beside its weights, outside of its modules: positions and masks.
+_SETTINGS_AROUND = (
     "rope_parameters",
     "rope_theta",
     "rope_scaling",
@@ -28,12 +30,14 @@ _ATTENTION_SETTINGS = (
     "sliding_window",
     "layer_types",
     "attention_chunk_size",
-    "attn_logit_softcapping",
-    "query_pre_attn_scalar",
-    "attention_multiplier",
     "no_rope_layers",
-    "use_qk_norm",
+    "use_bidirectional_attention",
 )
+# What changes no number here: nothing is dropped outside training, dtypes and heads are compared by themselves, and
+# how long sequences may be counts where RoPE depends on it alone, which is looked at beside RoPE.
+_IDLE = ("training", "dtype", "max_position_embeddings", "max_seq_len_cached", "inplace", "layer_idx")
+_IDLE_PARTS = ("dropout", "pdrop")
+_PLAIN = (bool, int, float, str, type(None))
 _SWAPPED = "_safetyheads_swapped"
 
 
@@ -130,8 +134,9 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel) -> None:
         _refuse_wrapped(name, model)
     if ours.dtype != theirs.dtype:
         raise InputError(f"the model is loaded in {ours.dtype}, the donor in {theirs.dtype}; load both in one dtype")
-    _refuse_other_shapes(engine.architecture, describe(theirs))
-    _refuse_other_settings(ours, theirs)
+    given = describe(theirs)
+    _refuse_other_shapes(engine.architecture, given)
+    _refuse_other_settings(engine.architecture, given, (ours, theirs))
     if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
         raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
 
@@ -169,9 +174,63 @@ def _refuse_other_shapes(ours: Architecture, theirs: Architecture) -> None:
             raise InputError(f"{name} of layer {layer} is {there[0]} in the model, {there[1]} in the donor")
 
 
-def _refuse_other_settings(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
-    configs = [model.config.get_text_config(decoder=True) for model in (ours, theirs)]
-    for name in _ATTENTION_SETTINGS:
-        values: list[Any] = [getattr(config, name, None) for config in configs]
-        if values[0] != values[1]:
-            raise InputError(f"{name} of the attention is {values[0]} in the model, {values[1]} in the donor")
+def _refuse_other_settings(ours: Architecture, theirs: Architecture, models: tuple[PreTrainedModel, ...]) -> None:
+    """Refuse attention that the same weights would make another one, by the first setting that differs."""
+    configs = [model.config.get_text_config(decoder=True) for model in models]
+    for layer in ours.with_heads:
+        own = [of_layer(config, layer) for config in configs]
+        for name in _SETTINGS_AROUND:
+            _refuse_unequal(name, "the attention", [getattr(config, name, None) for config in own])
+        if any(_rope_depends_on_length(config) for config in own):
+            lengths = [getattr(config, "max_position_embeddings", None) for config in own]
+            _refuse_unequal("max_position_embeddings", "the attention", lengths)
+        for modules in _modules(ours, theirs, layer):
+            where = f"the attention of layer {layer}"
+            kind: Any = type(modules[0])
+            for name in _read_when_run(kind):
+                _refuse_unequal(name, where, [_plain(getattr(config, name, None)) for config in own])
+            settings = [_settings(module) for module in modules]
+            for name in sorted({*settings[0], *settings[1]}):
+                _refuse_unequal(name, where, [each.get(name) for each in settings])
+
+
+def _rope_depends_on_length(config: Any) -> bool:
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
+    return any(one.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for one in each)
+
+
+def _refuse_unequal(name: str, where: str, values: list[Any]) -> None:
+    if values[0] != values[1]:
+        raise InputError(f"{name} of {where} is {values[0]} in the model, {values[1]} in the donor")
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers, switches and words that a module holds beside its weights: scales, epsilons, clips, kinds of layers."""
+    if isinstance(module, nn.Dropout):
+        return {}
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and _counts(name)}
+
+
+def _plain(value: Any) -> Any:
+    """A config's value; what goes by the same name and is no setting (methods of the config) is None."""
+    return value if isinstance(value, (*_PLAIN, list, dict)) else None
+
+
+def _counts(name: str) -> bool:
+    return not name.startswith("_") and name not in _IDLE and not any(part in name for part in _IDLE_PARTS)
+
+
+@lru_cache
+def _read_when_run(kind: Any) -> tuple[str, ...]:
+    """Names of what a module's code may read of its config while it runs; what it reads when made stands on it."""
+    methods: list[Any] = [
+        inspect.unwrap(method)
+        for base in kind.__mro__
+        if base is not nn.Module and issubclass(base, nn.Module)
+        for name, method in vars(base).items()
+        if inspect.isfunction(method) and name != "__init__"
+    ]
+    codes = [method.__code__ for method in methods if "config" in method.__code__.co_names]
+    words = {word for code in codes for word in (*code.co_names, *code.co_consts) if isinstance(word, str)}
+    return tuple(sorted(word for word in words if word.isidentifier() and _counts(word)))

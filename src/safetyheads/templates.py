@@ -239,6 +239,11 @@ class BoundTemplate:
         return token_ids
 
     @property
+    def note(self) -> str | None:
+        """What a reader of the results must know of the prompts; None where there is nothing."""
+        return None if self.chat is None else self.chat.note
+
+    @property
     def block(self) -> ThinkBlock | None:
         """The think block that an answer may begin with; None unless thinking is open."""
         if self.template.thinking != "open":

@@ -1,11 +1,13 @@
 """The weights as they are. Owns reading them wherever and in whatever form they lie: offloaded to the CPU or the disk,
-split over processes, quantised. It changes none of them.
+split over processes, quantised; and telling those that are broken or that nothing uses. It changes none of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ from safetyheads.errors import InputError
 
 # Beside tensors, quantised modules keep such values in their state.
 _PLAIN_VALUES = (str, int, float, bool, torch.dtype, type(None))
+# Tensors of a checkpoint that a text model rightly leaves alone: other senses and what joins them to it, heads that
+# guess further tokens, and buffers that are computed anew.
+_BESIDE_TEXT = re.compile(
+    r"(^|[._])(vision|visual|image|video|audio|speech|talker|code2wav|multi_modal|multimodal|multimodality|mm"
+    r"|connector|aligner|resampler|mtp|nextn)([._]|$)"
+    r"|(^|\.)(inv_freq|position_ids|masked_bias|version|_extra_state)$"
+)
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+# Of quantised checkpoints each format has tensors of its own, scales and the like, that only its kernels know.
+_PLAIN_TENSORS = ("weight", "bias")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -39,6 +51,56 @@ def refuse_broken_weights(model: nn.Module, path: str) -> None:
         values = part if part.dtype.itemsize > 1 else part.float()
         if not bool(torch.isfinite(values).all()):
             raise InputError(f"the weights of {path} are broken: {name} holds NaN or infinity")
+
+
+def refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], is_quantised: bool) -> None:
+    """Refuse weights that the model as its config describes it has no place for: it would be another model in silence.
+
+    Args:
+        model: as it was loaded.
+        path: of its checkpoint.
+        unexpected: names of tensors without a place, but for those that the family itself tells to ignore.
+        is_quantised: whether the checkpoint is.
+    """
+    config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+    heads = [f"{name}." for name, module in model.named_modules() if module is head]
+    within = (f"{model.base_model_prefix}.", *heads)
+    # Layers after the last one that guess further tokens (DeepSeek-V3 and its kin).
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    last = config.num_hidden_layers + further if further else None
+
+    def is_further(name: str) -> bool:
+        number = _LAYER_NUMBER.search(name)
+        return last is not None and number is not None and config.num_hidden_layers <= int(number[1]) < last
+
+    unused = [
+        name
+        for name in sorted(unexpected)
+        if name.startswith(within)
+        and not _BESIDE_TEXT.search(name)
+        and not is_further(name)
+        and (not is_quantised or name.rpartition(".")[2] in _PLAIN_TENSORS)
+    ]
+    unused = [name for name in unused if not _changes_nothing(path, name)]
+    if unused:
+        raise InputError(
+            f"the weights of {path} hold {len(unused)} tensors that its config.json has no place for, {unused[0]} "
+            "among them"
+        )
+
+
+def _changes_nothing(path: str, name: str) -> bool:
+    """Whether a tensor is a bias of zeros: some tools write one for every projection."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    if not name.endswith(".bias"):
+        return False
+    for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118, since it is no dict
+                return not bool(tensors.get_tensor(name).any())
+    return False
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:

@@ -375,7 +375,7 @@ def test_pickled_weights_need_the_flag(refused, run, checkpoint):
 
 
 def test_remote_code_needs_the_flag(refused, checkpoint):
-    _changed_config(checkpoint, auto_map={"AutoModelForCausalLM": "own.Model"})
+    _changed_config(checkpoint, model_type="of_its_own", auto_map={"AutoModelForCausalLM": "own.Model"})
     assert "--trust-remote-code" in refused("check", checkpoint)
 
 

@@ -27,6 +27,7 @@ LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
 SHARED_KEYS = {
@@ -386,6 +387,65 @@ REFUSED = {
         "its mask weighs keys by their values, so no scale of the query makes attention even",
         "undifferentiated attention is uniform|our attention equals",  # the latter under transformers 5.17
         GROUPED,
+    ),
+    "longcat_flash": Refused(
+        "LongcatFlashConfig",
+        "a layer has two attentions, so a layer and a number do not say which head",
+        "layer 0 has 2 attentions",
+        {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, **ROUTED, "moe_topk": 2},
+    ),
+    "hrm_text": Refused(
+        "HrmTextConfig",
+        "two stacks of layers run several times over, so a head acts more than once",
+        "no decoder layers under any of the names",
+        {"head_dim": 8},
+    ),
+    "deepseek_v4": Refused(
+        "DeepseekV4Config",
+        "experts that are chosen by a token's id are handed the ids of one row, whatever the rows of states",
+        "ablating a head of each layer raised RuntimeError",
+        {
+            **ROUTED,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "moe_intermediate_size": 24,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_topk": 4,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "sliding_window": 6,
+            "hc_mult": 2,
+        },
+    ),
+    "inkling2": Refused(
+        "Inkling2TextConfig",
+        "a layer adds up the states after earlier ones, which it is handed for one row, whatever the rows of states",
+        "ablating a head of each layer raised RuntimeError",
+        {
+            **GROUPED,
+            **ROUTED,
+            "head_dim": 8,
+            "swa_head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "moe_intermediate_size": 24,
+            "rel_extent": 16,
+            "unpadded_vocab_size": COMMON["vocab_size"],
+        },
+    ),
+    "bart": Refused(
+        "BartConfig",
+        "no norm comes after its decoder's last layer (nor in Marian, PLBart, BigBird-Pegasus)",
+        "no final norm under any of the names",
+        {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4, "is_decoder": True},
+    ),
+    "bert": Refused(
+        "BertConfig",
+        "an encoder, whose parts stand elsewhere even when it decodes (as are RoBERTa, ELECTRA, ERNIE)",
+        "no decoder layers under any of the names",
+        {"is_decoder": True},
     ),
 }
 

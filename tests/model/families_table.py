@@ -41,11 +41,11 @@ date.
 Each row is a tiny random model of the family, compared with a slow twin: one prompt, one head or group, plain
 forward of the family's own code, softmax written out token by token; no packing, no replay, no cache. A row stands
 here if, by the quick paths and by the plain one, the last hidden states differ by less than 2e-5 of the largest
-(float32): for every kind of ablation, of heads that share their keys and of groups that span layers, and for
-undifferentiated attention also of single heads of the first, a middle and the last layer. Ships of these heads differ
-by less than 1e-5 nats, and at the paper's epsilon by less than 2e-4 nats from those of exactly even weights. Greedy
-answers of uneven prompts, left-padded in one batch with a cache, each row under its own group, are the twin's token
-by token, as are those by drafts.
+(float32): for every kind of ablation, of single heads of the first, a middle and the last layer, of heads that share
+their keys and of groups that span layers. Ships of the single heads differ by less than 1e-5 nats, and at the paper's
+epsilon by less than 2e-4 nats from those of exactly even weights. Greedy answers of uneven prompts, left-padded in
+one batch with a cache, each row under its own group, are the twin's token by token under a scaled key and, by turns
+over the families, a scaled query or output; those by drafts are the plain ones.
 
 A quick path that is not exact on a family costs time, never exactness: the proofs at load find out on the weights
 that are loaded (`safetyheads check MODEL` prints them), and the plain path is taken. No family is known to the

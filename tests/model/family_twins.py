@@ -1,4 +1,10 @@
-"""What the engine gives on each family, measured against the oracle. Owns the comparison; the tests judge it."""
+"""What the engine gives on each family, measured against the oracle. Owns the comparison; the tests judge it.
+
+On each family, by its quick paths and by the plain one: each of the six kinds on each of five groups, single heads of
+the first, a middle and the last layer (where replay starts) among them. The oracle's runs are kept, since they cost
+most; of single heads it makes those of one prompt, which the quick paths have packed behind another. What turns with
+the family is one kind for heads captured once for several groups, and the second kind that answers are made under.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +13,11 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
-from families import oracle_of, proved
+from families import FAMILIES, oracle_of, proved
 from tiny_models import END, prompts_of
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, ships
-from safetyheads.ablation import ABLATION_KINDS
+from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
 from safetyheads.batching import Plan, TokenSequence
 from safetyheads.capabilities import Capabilities
 from safetyheads.drafted import Decoding, DraftedAnswers
@@ -36,6 +42,8 @@ class Measured:
 
     states: Mapping[str, float]
     """Kind of ablation -> largest difference of last hidden states over groups, prompts and paths, of the largest."""
+    captured: float
+    """Likewise, of groups with a head that was ablated in the captured run; one kind a family."""
     least_change: Mapping[str, float]
     """Kind of ablation -> how far the group that changes least moves them, likewise: or no difference could be seen."""
     ships: float
@@ -45,7 +53,8 @@ class Measured:
     largest_ships: float
     """Of the oracle, nats."""
     answers: bool
-    """Whether greedy answers of uneven prompts under mixed groups in one batch are the oracle's."""
+    """Whether greedy answers of uneven prompts under mixed groups in one batch are the oracle's: for the key's scale,
+    and for the query's or the output's."""
     drafts: bool
     """Whether answers by drafts are those."""
 
@@ -55,10 +64,20 @@ class Measured:
         return max(self.states.values())
 
 
+def starts_of(name):
+    """The first, a middle and the last layer with heads."""
+    layers = proved(name).architecture.with_heads
+    return layers[0], layers[len(layers) // 2], layers[-1]
+
+
+def turn_of(name, choices):
+    """One of the choices, another one for the next family."""
+    return choices[list(FAMILIES).index(name) % len(choices)]
+
+
 def groups_of(name):
     """Single heads of the first, a middle and the last layer; a pair that shares its keys; one of several layers."""
-    layers = proved(name).architecture.with_heads
-    first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
+    first, middle, last = starts_of(name)
     return (
         (Head(first, 0),),
         (Head(middle, 1),),
@@ -74,23 +93,23 @@ def seen(name, prompt, group=(), ablation=None, uniform=False):
     return oracle_of(name).run(prompt, group, ablation, uniform)
 
 
-def slow_states(name, groups, ablation):
+def slow_states(name, groups, ablation, prompts=PROMPTS):
     """[n_groups, n_prompts, d_model] of the oracle."""
     return torch.stack(
-        [torch.stack([seen(name, prompt, group, ablation).last_hidden for prompt in PROMPTS]) for group in groups]
+        [torch.stack([seen(name, prompt, group, ablation).last_hidden for prompt in prompts]) for group in groups]
     )
 
 
-def states(name, groups, ablation, capabilities):
-    """The same of the engine, by the quick paths given."""
+def states(name, groups, ablation, capabilities, prompts=PROMPTS, common=()):
+    """The same of the engine, by the quick paths given; ``common`` heads, in all groups, are captured once."""
     engine = proved(name)
     before, engine.capabilities = engine.capabilities, capabilities
-    sequences = [TokenSequence(prompt) for prompt in PROMPTS]
-    layout = Plan(((0, 1),) if capabilities.packs else ((0,), (1,)), 4, 1)
+    sequences, numbers = [TokenSequence(prompt) for prompt in prompts], range(len(prompts))
+    layout = Plan((tuple(numbers),) if capabilities.packs else tuple((number,) for number in numbers), 4, 1)
     found = {}
     try:
         for batch in engine.batches(groups, layout):
-            captures = engine.captured(sequences, (), ablation, layout, batch.start)
+            captures = engine.captured(sequences, common, ablation, layout, batch.start)
             hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
             found |= dict(zip(batch.indices, hidden, strict=True))
     finally:
@@ -124,18 +143,29 @@ def slow_answer(name, prompt, group, ablation):
 @cache
 def measured(name):
     """Every kind of ablation by the quick paths and the plain one; Ships; answers."""
-    engine, groups = proved(name), groups_of(name)
+    quickly, groups = proved(name).capabilities, groups_of(name)
+    singles, several = slice(0, 3), slice(3, 5)
     unablated = slow_states(name, [()], None)
     differences, changes = {}, {}
     for ablation in KINDS:
-        # All groups, those of one layer too, for undifferentiated attention; the others meet the same replays.
-        some = groups if ablation.name == UNDIFFERENTIATED_ATTENTION.name else groups[-2:]
-        reference = slow_states(name, some, ablation)
-        quick = states(name, some, ablation, engine.capabilities)
-        plain = states(name, some[-2:], ablation, SLOW)
-        differences[ablation.name] = max(relative(quick, reference), relative(plain, reference[-2:]))
-        changes[ablation.name] = float((reference - unablated).abs().amax(dim=(1, 2)).min() / reference.abs().max())
-    return Measured(differences, changes, *_ships(name), *_answers(name))
+        quick, found, moved = states(name, groups, ablation, quickly), [], []
+        for some, prompts in ((singles, PROMPTS[1:]), (several, PROMPTS)):
+            reference = slow_states(name, groups[some], ablation, prompts)
+            plain = states(name, groups[some], ablation, SLOW, prompts)
+            found += [relative(ours, reference) for ours in (quick[some, -len(prompts) :], plain)]
+            change = (reference - unablated[:, -len(prompts) :]).abs().amax(dim=(1, 2))
+            moved.append(float(change.min() / reference.abs().max()))
+        differences[ablation.name], changes[ablation.name] = max(found), min(moved)
+    return Measured(differences, _captured(name), changes, *_ships(name), *_answers(name))
+
+
+def _captured(name):
+    """A head of the first layer in every group, ablated in the captured run; replays start at the other heads."""
+    (first, middle, last), ablation = starts_of(name), turn_of(name, KINDS)
+    common = (Head(first, 1),)
+    groups = [(*common, Head(middle, 0)), (*common, Head(last, 3))]
+    ours = states(name, groups, ablation, proved(name).capabilities, common=common)
+    return relative(ours[:, 1:], slow_states(name, groups, ablation, PROMPTS[1:]))
 
 
 def _ships(name):
@@ -154,15 +184,21 @@ def _ships(name):
 
 def _answers(name):
     engine, ablation = proved(name), Ablation("undifferentiated_attention_key", 0.01)
+    second = turn_of(name, (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)).at(0.01)
     *_, pair, several = groups_of(name)
     asked = [(PROMPTS[0], several), (PROMPTS[1], pair), (PROMPTS[1], ()), (SHORT, several)]
-    equal = []
-    for one, given in zip(answer(engine, [Request(*each) for each in asked], ablation, N_TOKENS), asked, strict=True):
-        slow, close = slow_answer(name, *given, ablation)
-        assert slow or not close, "a close call at the first token; choose another prompt"
-        equal.append((one.token_ids[: len(slow)] if close else one.token_ids) == slow)
+    equal = [*_as_the_oracles(name, ablation, asked), *_as_the_oracles(name, second, [asked[0], (SHORT, pair)])]
     encoded, groups = [*PROMPTS, SHORT], [pair, several]
     table, _ = DraftedAnswers.begin(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
     plainly = answer(engine, [Request(prompt, group) for group in groups for prompt in encoded], ablation, N_TOKENS)
     drafted = [one.token_ids for row in table for one in row]
     return all(equal), drafted == [one.token_ids for one in plainly]
+
+
+def _as_the_oracles(name, ablation, asked):
+    """For each (prompt, group), all in one left-padded batch with a cache, whether the oracle answers likewise."""
+    made = answer(proved(name), [Request(*each) for each in asked], ablation, N_TOKENS)
+    for one, given in zip(made, asked, strict=True):
+        slow, close = slow_answer(name, *given, ablation)
+        assert slow or not close, "a close call at the first token; choose another prompt"
+        yield (one.token_ids[: len(slow)] if close else one.token_ids) == slow

@@ -25,6 +25,7 @@ from safetyheads import (
 )
 from safetyheads.drafted import Decoding
 from safetyheads.keyword_judge import KeywordJudge
+from safetyheads.placement import HeadShare
 from safetyheads.provenance import device_name, fingerprint
 
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21), (2, 30, 17))
@@ -68,7 +69,18 @@ def refused(run):
     return None
 
 
-def main(path, out):
+def flipped(share, selected):
+    """The heads of another process taken for one's own."""
+    return selected.chunk(share.size, dim=1)[share.size - 1 - share.rank]
+
+
+def main(path, out, *lies):
+    if lies:
+        HeadShare.own = flipped
+        said = refused(lambda: Engine.load(path, tensor_parallel=True))
+        (Path(out) / f"{dist.get_rank()}.json").write_text(json.dumps(said))
+        dist.destroy_process_group()
+        return
     engine = Engine.load(path, tensor_parallel=True)
     found = measured(engine)
     found["device"] = device_name(engine)

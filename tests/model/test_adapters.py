@@ -29,6 +29,7 @@ from safetyheads import (
 from safetyheads.capabilities import Capabilities
 from safetyheads.cli import main
 from safetyheads.config import AuditConfig
+from safetyheads.loading import use_our_attention
 from safetyheads.provenance import fingerprint, settings_of
 from safetyheads.storage import RunDirectory
 
@@ -129,6 +130,48 @@ def test_on_a_base_in_half_precision_the_factors_stay_as_they_were_saved(plain):
     saved = load_file(f"{plain[1]}/adapter_model.safetensors")
     ours = engine.model.get_parameter("model.layers.1.self_attn.q_proj.lora_A.default.weight")
     assert torch.equal(ours, saved["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"])
+
+
+FURTHER_KINDS = {
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=list(ATTENTION), init_lora_weights=False
+    ),
+    "tokens": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights=False, target_modules=list(ATTENTION), trainable_token_indices=[5, 9]
+    ),
+    "replicated": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights=False, target_modules=list(ATTENTION), layer_replication=[[0, 2], [1, 3]]
+    ),
+}
+"""Whose files hold less than the modules they make: numbers of ranks, embeddings and layers are the base's."""
+
+
+@pytest.mark.parametrize("kind", FURTHER_KINDS)
+def test_adapters_that_keep_parts_of_the_base_score_as_their_merged_models(kind, tmp_path):
+    base = save_base("llama_gqa", tmp_path / "base")
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(copy.deepcopy(base), FURTHER_KINDS[kind]())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    engine = Engine.load(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    assert engine.n_layers == (4 if kind == "replicated" else 3)
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers = engine.n_layers
+    config.layer_types = None
+    merged = build(config)
+    for module in adapted.modules():  # copies of a layer share its weights, into which each would be merged
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    merged.load_state_dict(adapted.merge_and_unload().state_dict())
+    use_our_attention(merged)
+    reference = Engine(merged, tokenizer())
+    ours, theirs = (ships(one, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION).values for one in (engine, reference))
+    assert float((ours - theirs).abs().max()) < SHIPS
+    assert float(ours.max()) > 100 * SHIPS
 
 
 # Provenance
@@ -264,6 +307,21 @@ def test_virtual_tokens_are_refused(plain, tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(tmp_path)
     assert "PROMPT_TUNING: it adds virtual tokens" in refusal(plain[0], tmp_path)
+
+
+def test_an_adapter_whose_modules_share_weights_is_refused_with_the_reason(plain, tmp_path):
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"])
+    peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(tmp_path)
+    assert refusal(plain[0], tmp_path) == (
+        f"the adapter {tmp_path} is a VERA: its modules share weights that stand in none of them, so it cannot be put "
+        "on a base module by module; merge it into its base and give the merged model"
+    )
+
+
+def test_an_adapter_of_a_kind_that_is_no_word_is_refused(plain, tmp_path):
+    shutil.copytree(plain[1], tmp_path / "adapter")
+    change_config(tmp_path / "adapter", peft_type=["LORA"])
+    assert refusal(plain[0], tmp_path / "adapter").endswith("is of a kind that this peft does not know: ['LORA']")
 
 
 def test_an_adapter_that_waits_for_a_token_is_refused(plain, tmp_path):

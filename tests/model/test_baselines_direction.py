@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -110,18 +111,34 @@ def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited
 # Removal
 
 
-def by_weights(model, direction):
-    """The twin: every matrix that writes to the residual stream, times I - r^ r^T; the logits' head stays as it was."""
+AFTER = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+"""Family -> the norms whose outputs are added to the stream."""
+
+
+# What writes to the stream by the ends of its names: [d_model, n] (Linear), and [n, d_model] (embeddings, GPT-2).
+WRITE = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight",
+         "self_attn.dense.weight", "fc2.weight")  # fmt: skip
+WRITE_TRANSPOSED = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "wpe.weight", "c_proj.weight")
+BIASES = tuple(name.replace(".weight", ".bias") for name in WRITE + WRITE_TRANSPOSED)
+
+
+def by_weights(model, direction, share=1.0):
+    """The twin: all that writes to the residual stream, times I - share r^ r^T; the logits' head stays as it was."""
     edited = copy.deepcopy(model)
-    edited.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())  # untied
+    head = edited.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.clone())  # untied
     unit = (direction / direction.norm()).double()
     with torch.no_grad():
         for name, parameter in edited.named_parameters():
             wide = parameter.double()
-            if name.endswith("embed_tokens.weight"):
-                parameter.copy_(wide - (wide @ unit)[:, None] * unit)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.copy_(wide - unit[:, None] * (unit @ wide))
+            if name.endswith((*WRITE_TRANSPOSED, *BIASES)):
+                parameter.copy_(wide - share * (wide @ unit)[..., None] * unit)
+            elif name.endswith(WRITE):
+                parameter.copy_(wide - share * unit[:, None] * (unit @ wide))
     return edited
 
 
@@ -155,6 +172,60 @@ def test_a_share_of_the_direction_is_removed_once_a_place():
     with direction_removed(engine, direction, 0.25):
         after = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
     assert float(after) == pytest.approx(0.75 * float(before), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1"])
+def test_a_share_by_hooks_is_the_share_by_weights(name, share):
+    """Blocks one after the other and side by side, with biases, and with factors of what is added."""
+    engine, direction = proved(name), drawn()
+    if name == "falcon_h1":  # the MLP reads its state space before anything is freed of that
+        engine = Engine(copy.deepcopy(built(name)), tokenizer())
+        for layer in engine.architecture.layers:
+            nn.init.zeros_(layer.mamba.out_proj.weight)
+    with direction_removed(engine, direction, share):
+        removed = logits_of(engine.model)
+    edited = by_weights(engine.model, direction, share)
+    close(removed, logits_of(edited))
+    whole = logits_of(by_weights(engine.model, direction))
+    assert (removed - whole).abs().max() > 0.01 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi", "gemma2", "olmo2", "lfm2"])
+def test_where_blocks_write_nothing_a_share_does_not_compound(name):
+    engine, direction = Engine(copy.deepcopy(built(name)), tokenizer()), drawn()
+    unit = direction / direction.norm()
+    with torch.no_grad():
+        for part, parameter in engine.model.named_parameters():
+            if part.endswith(WRITE) or part.endswith(("out_proj.weight", "w2.weight", *BIASES)):
+                parameter.zero_()
+    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
+    with direction_removed(engine, direction, 0.25):
+        leaving = last_states(engine, sequences_of(engine, prompts_of(PROMPTS[0])))[0].double() @ unit
+    assert float(leaving) == pytest.approx(0.75 * float(before), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4"])
+def test_a_share_under_norms_after_attention_is_of_what_they_add(name):
+    engine, direction, share = proved(name), drawn(), 0.5
+    unit, layer = (direction / direction.norm()).float(), engine.architecture.layers[0]
+    seen = {}
+
+    def seeing(where):
+        def hook(_, given, output=None):
+            states = given[0] if output is None else output[0] if isinstance(output, tuple) else output
+            seen[where] = states @ unit
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for part in AFTER[name]:  # before ours, so they see what is not yet parted
+            stack.callback(layer.get_submodule(part).register_forward_hook(seeing(part)).remove)
+        stack.enter_context(direction_removed(engine, direction, share))
+        stack.callback(layer.register_forward_pre_hook(seeing("given")).remove)
+        stack.callback(layer.register_forward_hook(seeing("left")).remove)
+        engine.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False)
+    close(seen["left"] - seen["given"], (1 - share) * sum(seen[part] for part in AFTER[name]))
 
 
 @pytest.mark.parametrize("put", [direction_removed, lambda engine, r: direction_added(engine, r, 1)])

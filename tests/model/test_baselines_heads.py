@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from baseline_samples import made_up_material
 from families import FAMILIES, built, proved
 from head_material import N_TOKENS, figures, material, organism, short
 from tiny_models import engine_of, prompts_of, tokenizer
@@ -360,6 +361,31 @@ def test_sizes_are_whole_numbers_of_heads_there_are():
         for strength in (0, 1.5, 33):
             with pytest.raises(InputError, match="a group has 1 to 32 heads"):
                 method.interventions(material(), (strength,))
+
+
+def test_a_default_sweep_goes_as_far_as_the_model_has_heads():
+    engine = proved("llama3")  # 12 heads
+    learned = made_up_material(engine)
+    for method in (methods.RDSHA, methods.OUTPUT_NORM):
+        made = method.interventions(learned, methods.RDSHA_SIZES)
+        assert [one.strength for one in made] == [1, 2, 3, 5, 10], method.name
+    # What is asked for by itself is not left out in silence.
+    with pytest.raises(InputError, match="size 20 is out of range: a group has 1 to 12 heads"):
+        methods.OUTPUT_NORM.interventions(learned, (1, 20))
+
+
+def test_random_heads_where_layers_have_other_numbers_of_heads(monkeypatch):
+    engine = organism().engine
+    first, *others = engine.architecture.shapes
+    fewer = replace(engine.architecture, shapes=(replace(first, n_heads=2), *others))
+    monkeypatch.setattr(engine, "architecture", fewer)
+    drawn_heads = set()
+    for seed in range(12):
+        (one,) = methods.random_interventions(replace(material(), seed=seed), (2,), parse_heads("0-1,1-0"))
+        drawn_heads |= set(one.groups(organism().harmful)[0])
+    assert {head for head in drawn_heads if head.layer == 0} == {Head(0, 0)}
+    # The larger layer is drawn from whole, not from as many heads as the smaller one has.
+    assert max(head.index for head in drawn_heads) > 2
 
 
 def test_every_ranking_is_given_and_compared():

@@ -31,6 +31,7 @@ from safetyheads.baselines.neurons import (
     patched,
     top_neurons,
 )
+from safetyheads.baselines.parameters import DOWN_NAMES, WRITING_NAMES
 from safetyheads.batching import TokenSequence
 from safetyheads.generation import Request, answer
 
@@ -42,7 +43,13 @@ FLOAT32 = 1e-5
 
 
 def clean(engine):
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in engine.model.modules())
+    """No hook is left but transformers' own, which stay once attention maps were asked for, by whatever test."""
+    hooks = [
+        hook
+        for module in engine.model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def neuron_values(engine, ids):
@@ -320,6 +327,11 @@ def test_runs_are_scaled_to_the_depth():
     assert candidate_runs(4, 0.5) == (range(1, 3),)
     assert candidate_runs(3, 0.9) == (range(1, 2),)
     assert all(run[-1] < 31 for run in candidate_runs(32, 0.99))
+
+
+def test_an_mlps_last_projection_writes_under_each_name_that_it_is_known_by():
+    assert set(DOWN_NAMES) < set(WRITING_NAMES)
+    assert "fc_out" in WRITING_NAMES
 
 
 def test_log_odds_are_the_definitions():

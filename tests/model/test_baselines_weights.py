@@ -342,6 +342,22 @@ def test_snips_scores_are_weight_times_gradient_by_finite_differences():
         assert float(scores[row, column]) == pytest.approx(expected, rel=3e-3)
 
 
+def test_a_matrix_that_no_token_passes_scores_zero():
+    engine = engine_on("llama3")
+    text = refusal_text(made_up_material(engine), whole=False)
+    before = {linear.name: linear for linear in linear_layers(engine) if linear.layer == 0}
+    wanted = snip_scores_of(engine, list(before.values()), text)
+    engine.architecture.layers[0].idle = torch.nn.Linear(32, 16)
+    here = [linear for linear in linear_layers(engine) if linear.layer == 0]
+    (idle,) = (linear for linear in here if linear.name == "idle")
+    scores = snip_scores_of(engine, here, text)
+    assert torch.equal(scores[idle], torch.zeros(16, 32))
+    for linear in here:
+        if linear is not idle:
+            assert torch.equal(scores[linear], wanted[before[linear.name]])
+    assert torch.equal(snip_scores_of(engine, [idle], text)[idle], torch.zeros(16, 32))
+
+
 @pytest.mark.parametrize("method", [SNIP_DIFFERENCE, WANDA_DIFFERENCE], ids=lambda method: method.name)
 def test_as_many_weights_are_zeroed_as_counted(method):
     engine = engine_of("llama_gqa")

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, REFUSED, built, proved
 from families_table import LIMIT_NATS, PAGE, SHIPS_NATS, STATES, page
 from family_twins import PROMPTS, SHORT, groups_of, kl, measured, relative, seen
@@ -52,6 +53,7 @@ def test_the_proofs_leave_the_quick_paths_that_are_exact_and_say_what_is_left_ou
 def test_every_kind_of_ablation_equals_the_oracle_on_the_quick_and_the_plain_path(name):
     found = measured(name)
     assert set(found.states) == set(ABLATION_KINDS)
+    assert found.captured < STATES
     for kind, difference in found.states.items():
         assert difference < STATES, kind
         if kind == "mean_key" and proved(name).architecture.n_kv_heads == 1:
@@ -91,13 +93,15 @@ def test_padding_takes_no_share_of_even_attention(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused_by_name_with_the_reason(name):
+    if not hasattr(transformers, REFUSED[name].config):
+        pytest.skip(f"transformers {transformers.__version__} does not have it")
     model = built(name)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name].said) as said:
         Engine(model, tokenizer()).check()
     assert str(said.value).startswith(model.config.model_type)
 
 
-# Facts are claims
+# Facts are claims; the lies that issue 6 names are in test_lies.py
 
 
 def with_facts(name, **facts):
@@ -123,7 +127,6 @@ LIES = {
         "key heads 2, not 4",
     ),
     "a value's width": ("deepseek_v3", lambda: {"shapes": shapes_of("deepseek_v3", d_value=12)}, "values 6, not 12"),
-    "no window": ("mistral", lambda: {"windows": ()}, "see 5 tokens back, which no window says"),
 }
 
 
@@ -156,14 +159,6 @@ def test_layers_in_another_order_are_refused():
     attentions = engine.architecture.attentions
     engine.architecture = replace(engine.architecture, attentions=attentions[::-1])
     with pytest.raises(UnsupportedModelError, match="layer 0 does not call the attention registry"):
-        engine.check()
-
-
-def test_another_norm_is_refused():
-    engine = with_facts("llama3")
-    other = engine.architecture.layers[-1].post_attention_layernorm
-    engine.architecture = replace(engine.architecture, final_norm=other)
-    with pytest.raises(UnsupportedModelError, match="logits of given states equal the model's own"):
         engine.check()
 
 

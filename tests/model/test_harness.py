@@ -62,6 +62,16 @@ def test_requests_longer_than_the_context_are_counted():
     assert lm.n_truncated == 1
 
 
+def test_contexts_of_answers_that_leave_no_room_are_counted():
+    lm = harness_model(proved("llama2"), 8)
+    settings = {"until": [], "max_gen_toks": 8}
+    # Of 128 tokens 120 are left beside the answer.
+    asked = [" ".join(["w5"] * n) for n in (3, 119, 121, 125)]
+    requests = [Instance("generate_until", {}, (text, settings), number) for number, text in enumerate(asked)]
+    lm.generate_until(requests, disable_tqdm=True)
+    assert lm.n_truncated == 2
+
+
 def test_the_tokenizer_of_the_engine_gets_no_padding_token():
     engine = proved("llama2")
     before = engine.tokenizer.pad_token

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.engine import Engine
-from safetyheads.errors import UnsupportedModelError
+from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.quick_paths import largest
 from safetyheads.replay import Capabilities
 
@@ -81,6 +82,62 @@ def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
     said = refusal_of(model)
     assert "leaves the other heads unchanged" in said
     assert f"most in layer {layer}" in said
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_sinks"])
+def test_an_ablation_of_the_inputs_that_does_nothing_is_refused(family, monkeypatch):
+    """With a sink too, where only the rest of what a token attends to is uniform."""
+    from safetyheads import attention
+
+    monkeypatch.setattr(attention, "_ablate_inputs", lambda module, query, key, value, _: (module, (query, key, value)))
+    # Whichever of the claims about the query comes first; each alone would do.
+    said = refusal_of(model_of(family))
+    assert "undifferentiated attention" in said
+
+
+def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
+    from safetyheads import attention
+
+    proofs = {proof.name: proof for proof in Engine(model_of("gpt_oss_sinks"), tokenizer()).check().proofs}
+    (name,) = [name for name in proofs if "beside a sink's share" in name]
+    assert proofs[name].error < 1e-5
+    attend = attention._attend
+
+    def favouring_the_first_key(module, query, key, value, mask, scaling, dropout, keywords):
+        # The query is as it should be, and what is made of it is not.
+        first = torch.zeros_like(key)
+        first[:, :, 0] = 1e-3
+        silent = (query == 0).all(dim=-1, keepdim=True)
+        return attend(
+            module, torch.where(silent, 1e3, query), key + first * silent.any(), value, mask, scaling, dropout, keywords
+        )
+
+    monkeypatch.setattr(attention, "_attend", favouring_the_first_key)
+    assert "beside a sink's share" in refusal_of(model_of("gpt_oss_sinks"))
+
+
+def test_only_the_facts_of_heads_that_differ_are_named():
+    engine = Engine(model_of("llama_gqa"), tokenizer())
+    shapes = tuple(replace(shape, n_kv_heads=4) for shape in engine.architecture.shapes)
+    engine.architecture = replace(engine.architecture, shapes=shapes)
+    with pytest.raises(UnsupportedModelError) as refused:
+        engine.check()
+    assert str(refused.value) == "llama: refused, because layer 0 attends with key heads 2, not 4"
+
+
+def test_a_model_that_is_ablated_is_not_proved_but_said_to_be_ablated():
+    config = CONFIGS["mistral_window"]()
+    config.sliding_window = 70
+    engine = Engine(build(config), tokenizer())
+    engine.check(longest=64)
+    long = prompts_of([*range(1, 60)] * 2)
+    with engine.ablated((Head(1, 1),), UNDIFFERENTIATED_ATTENTION):
+        with pytest.raises(SafetyheadsError, match="the model is already ablated"):
+            engine.check()
+        with pytest.raises(SafetyheadsError, match="the model is already ablated"):
+            ships(engine, long, UNDIFFERENTIATED_ATTENTION)
+    assert engine.check().passed
+    ships(engine, long, UNDIFFERENTIATED_ATTENTION)
 
 
 def test_code_that_trips_over_the_proofs_is_refused_by_name():

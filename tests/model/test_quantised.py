@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import model_of, prompts_of, tokenizer
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -38,7 +39,7 @@ from safetyheads import demo as organism
 from safetyheads.capabilities import Capabilities
 from safetyheads.config import AuditConfig
 from safetyheads.loading import is_quantised, quantisation, use_our_attention
-from safetyheads.proofs import QUANTISED
+from safetyheads.proofs import ROUNDED, tolerances
 from safetyheads.provenance import fingerprint, settings_of
 
 METHOD = "int8_stand_in"
@@ -276,10 +277,13 @@ def test_rounded_activations_pass_the_proofs_within_their_rounding(dynamic):
     report = engine.check()
     assert report.passed
     errors = [proof.error for proof in report.proofs]
-    assert 1e-3 < max(errors) < QUANTISED  # as plain float32 it would lose its quick paths; a wrong head is off by 1
+    assert 1e-3 < max(errors) < ROUNDED  # as plain float32 it would lose its quick paths; a wrong head is off by 1
     # What the heads say is exact: the rounding is in the projections around them.
-    exact = [proof.error for proof in report.proofs if "other heads" in proof.name or "uniform" in proof.name]
-    assert max(exact) < FLOAT32
+    words = ("other heads", "uniform", "before what the heads say is projected")
+    exact = [proof for proof in report.proofs if any(word in proof.name for word in words)]
+    assert len(exact) == 4
+    assert max(proof.error for proof in exact) < FLOAT32
+    assert {proof.tolerance for proof in exact} == {1e-2}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -307,3 +311,52 @@ def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatc
     monkeypatch.setattr(attention, "_ablate", next_head)
     with pytest.raises(UnsupportedModelError, match="silences it"):
         Engine.load(checkpoint["llama3"][0])
+
+
+def quantised_by(method, model, **settings):
+    """A model that says of itself that it is quantised, which changes none of its numbers."""
+    model = copy.deepcopy(model)
+    model.is_quantized, model.quantization_method = True, method
+    model.config.quantization_config = settings
+    return Engine(model, tokenizer())
+
+
+def test_only_methods_that_may_round_activations_are_held_to_a_wide_tolerance():
+    model = model_of("llama_gqa")
+    narrow = [quantised_by("gptq", model), quantised_by("bitsandbytes", model, load_in_4bit=True)]
+    wide = [quantised_by("bitsandbytes", model), quantised_by("fbgemm_fp8", model)]
+    wide.append(quantised_by("quanto", model, activations="int8"))
+    assert {tolerances(engine) for engine in narrow} == {(1e-2, 1e-2)}
+    assert {tolerances(engine) for engine in wide} == {(1e-2, ROUNDED)}
+    assert tolerances(Engine(model, tokenizer())) == (1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "fbgemm_fp8"])
+def test_weak_sinks_that_are_dropped_are_refused_in_quantised_models_too(method, monkeypatch):
+    """Their share is some percent of what heads say, less than rounded activations move a block's output."""
+    from safetyheads import attention
+    from safetyheads.errors import UnsupportedModelError
+
+    model = copy.deepcopy(built("gpt_oss"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.sub_(3.0)
+    assert quantised_by(method, model).check().passed
+
+    def without_sinks(module, query, key, value, mask, scaling, dropout, keywords):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+    monkeypatch.setattr(attention, "_attend", without_sinks)
+    with pytest.raises(UnsupportedModelError, match="eager attention, layer by layer, before what the heads say"):
+        quantised_by(method, model).check()
+
+
+def test_a_part_that_is_wrong_by_some_percent_is_refused_where_only_weights_are_rounded():
+    from safetyheads.errors import UnsupportedModelError
+
+    model = model_of("llama_gqa")
+    for layer in model.model.layers:  # a block whose output is no sum of its heads' parts
+        layer.self_attn.register_forward_hook(lambda _, __, given: (given[0] + 0.05 * given[0].abs(), *given[1:]))
+    assert quantised_by("fbgemm_fp8", model).check()
+    with pytest.raises(UnsupportedModelError, match="by its own part alone"):
+        quantised_by("gptq", model).check()

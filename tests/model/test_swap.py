@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from families import built
 from oracle import Oracle
-from tiny_models import CONFIGS, build, model_of, prompts_of, tokenizer
+from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of, tokenizer
 from transformers import AutoConfig
 
 from safetyheads import (
@@ -195,6 +196,47 @@ def test_weights_for_other_positions_are_refused(pair):
     config = AutoConfig.for_model(**pair[0].model.config.to_dict())
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
     assert refusal(pair[0], engine_on(build(config))).startswith("rope_parameters of the attention is ")
+
+
+LLAMA4 = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_chunk_size": 64,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+    "no_rope_layers": [1, 0, 1],
+    "floor_scale": 4,
+}
+IN_THE_MODULES = {
+    "clip_qkv": ("olmo", {}, {"clip_qkv": 0.3}),
+    "scale_attn_by_inverse_layer_idx": ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}),
+    "variance_epsilon": ("qwen3", {"head_dim": 16}, {"rms_norm_eps": 1e-2}),
+    "attn_scale": ("llama4_text", LLAMA4, {"attn_scale": 0.9}),
+    "scaling": ("granite", {}, {"attention_multiplier": 0.5}),
+}
+"""Setting -> a family whose attention holds it beside its weights, what makes it small, and the donor's value."""
+
+
+@pytest.mark.parametrize("setting", IN_THE_MODULES)
+def test_settings_that_live_in_the_attention_itself_are_refused_by_name(setting):
+    family, common, donors = IN_THE_MODULES[setting]
+    models = [build(AutoConfig.for_model(family, **COMMON, **{**common, **own})) for own in ({}, donors)]
+    said = refusal(engine_on(models[0]), models[1])
+    assert re.match(rf"{setting} of the attention of layer \d is \S+ in the model, \S+ in the donor$", said)
+
+
+def test_settings_outside_attention_are_no_reason_to_refuse(pair):
+    """Norms of the residual stream, dropouts and the length of the context: attention is the same whatever they are."""
+    engine, _ = pair
+    donor = changed(
+        rms_norm_eps=1e-3, attention_dropout=0.3, max_position_embeddings=256, eos_token_id=5, pad_token_id=0
+    )
+    with swapped_attention(engine, donor):
+        pass
+    for rope in ({"rope_type": "yarn", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
+        both = {"rope_parameters": {**rope, "rope_theta": 1e4}}
+        ours, theirs = changed(**both), changed(**both, max_position_embeddings=256)
+        assert refusal(ours, theirs).startswith("max_position_embeddings of the attention is 128 in the model")
 
 
 def test_other_tokenizers_are_refused(pair):

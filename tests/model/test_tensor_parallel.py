@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 TOLERANCE = {"ships": 1e-5, "angles": 1e-3, "logits": 1e-4}
 
 
-def run(path, out):
+def run(path, out, *lies):
     """What each of two processes found."""
     out.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -35,7 +35,7 @@ def run(path, out):
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
     ended = subprocess.run(
-        [*command, str(HERE / "parallel_worker.py"), str(path), str(out)],
+        [*command, str(HERE / "parallel_worker.py"), str(path), str(out), *lies],
         env=environment,
         capture_output=True,
         text=True,
@@ -71,6 +71,14 @@ def test_two_processes_give_what_one_gives(tmp_path):
             else:
                 assert torch.allclose(torch.tensor(found[name]), torch.tensor(expected), atol=tolerance, rtol=0), name
                 assert float(torch.tensor(expected).abs().max()) > 100 * tolerance
+
+
+def test_heads_that_are_ablated_in_the_wrong_process_are_refused_by_both(tmp_path):
+    path = saved("llama3", tmp_path / "model")
+    for said in run(path, tmp_path / "out", "flipped"):
+        assert said.startswith(
+            "llama: refused, because a head is ablated in the process that computes it, and in no other does not hold"
+        )
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 1)], ids=["query", "key"])

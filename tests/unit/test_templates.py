@@ -189,6 +189,57 @@ def test_of_several_chat_templates_the_default_counts_and_none_is_a_refusal():
         rendered(None)
 
 
+LISTED = (
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}[assistant]"
+)
+
+
+def test_a_template_that_wants_content_in_parts_gets_the_query_so():
+    assert rendered(LISTED) == "[user]hi[assistant]"
+    assert rendered(LISTED, system="be brief") == "[system]be brief[user]hi[assistant]"
+    assert rendered(LISTED + "{{ messages[0].content[0].text }}") == "[user]hi[assistant]hi"
+    assert rendered(LISTED, prefill="Sure") == "[user]hi[assistant]Sure"
+
+
+@pytest.mark.parametrize("chat_template", ["[user][assistant]", "{{ messages[0].content | upper }}"])
+def test_a_query_that_is_dropped_or_changed_is_refused(chat_template):
+    with pytest.raises(InputError) as refused:
+        rendered(chat_template)
+    assert str(refused.value) == (
+        "the chat template of maker/model drops the query, or changes it; choose --template query_answer or direct"
+    )
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "why"),
+    [
+        ("{{ 'x' + 5 }}", 'can only concatenate str (not "int") to str'),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ [1][messages] }}{{ messages | sum }}", "unsupported operand"),
+    ],
+)
+def test_what_a_templates_code_trips_over_is_one_line(chat_template, why):
+    with pytest.raises(InputError) as refused:
+        rendered(chat_template)
+    said = str(refused.value)
+    assert said.startswith(f"the chat template of maker/model rejects the prompt: {why}")
+    assert "\n" not in said
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
+
+
+def test_a_template_that_writes_the_date_says_so():
+    note = "the chat template writes today's date into the prompts; the same command on another day is another run"
+    assert Template.parse("chat").bound(tokenizer(DATED)).note == note
+    unasked = (CHAT, "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT, NO_SYSTEM)
+    for chat_template in unasked:
+        assert Template.parse("chat").bound(tokenizer(chat_template)).note is None
+    assert Template.parse("direct").bound(tokenizer(DATED)).note is None
+
+
 # Think blocks
 
 

@@ -1,0 +1,228 @@
+"""What a checkpoint may be wrong in: each is one clear line, and nothing of a checkpoint is left out in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from families import REFUSED, built
+from safetensors.torch import load_file, save_file
+from tiny_models import COMMON, build, prompts_of, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
+from safetyheads.architectures import describe
+from safetyheads.encoding import DatedPromptWarning
+from safetyheads.errors import UnsupportedModelError
+from safetyheads.provenance import notes_of
+
+
+def saved(path, model, tokens=None):
+    model.save_pretrained(path)
+    (tokens or tokenizer()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A Llama with biases on its projections."""
+    config = LlamaConfig(**COMMON, num_key_value_heads=2, attention_bias=True)
+    return saved(tmp_path_factory.mktemp("whole"), build(config))
+
+
+@pytest.fixture
+def place(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def change(path, file="config.json", **settings):
+    described = json.loads((path / file).read_text()) if (path / file).exists() else {}
+    (path / file).write_text(json.dumps({**described, **settings}))
+
+
+def add(path, **tensors):
+    file = path / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, metadata={"format": "pt"})
+
+
+def refusal(path, **options):
+    with pytest.raises(InputError) as refused:
+        Engine.load(str(path), **options)
+    said = str(refused.value)
+    assert "\n" not in said
+    return said.replace(str(path), "M")
+
+
+# Weights that nothing uses
+
+
+def test_biases_that_the_config_does_not_have_are_refused(place):
+    change(place, attention_bias=False)
+    assert refusal(place) == (
+        "the weights of M hold 12 tensors that its config.json has no place for, "
+        "model.layers.0.self_attn.k_proj.bias among them"
+    )
+
+
+def test_layers_that_the_config_does_not_have_are_refused(place):
+    change(place, num_hidden_layers=2)
+    assert "that its config.json has no place for, model.layers.2." in refusal(place)
+
+
+def test_a_head_bias_without_a_place_is_refused(place):
+    add(place, **{"lm_head.bias": torch.ones(64)})
+    assert "hold 1 tensors that its config.json has no place for, lm_head.bias" in refusal(place)
+
+
+def test_tensors_that_a_text_model_rightly_leaves_alone_are_no_reason_to_refuse(place):
+    change(place, attention_bias=False)
+    tensors = {name: each for name, each in load_file(place / "model.safetensors").items() if "bias" not in name}
+    beside = (
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+        "vision_tower.layers.0.weight",
+        "model.multi_modal_projector.linear_1.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.mtp.layers.0.mlp.up_proj.weight",
+        "score.weight",
+    )
+    tensors |= {name: torch.ones(2) for name in beside}
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)  # as some tools write for every projection
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    assert Engine.load(str(place), check=False).n_layers == 3
+
+
+def test_layers_that_guess_further_tokens_are_left_alone(place):
+    change(place, num_hidden_layers=2, num_nextn_predict_layers=1)
+    assert Engine.load(str(place), check=False).n_layers == 2
+
+
+def test_scales_of_quantised_formats_are_left_alone_and_their_biases_are_not(place):
+    change(place, quantization_config={"quant_method": "nobody_knows"})
+    add(place, **{"model.layers.0.self_attn.k_scale": torch.ones(1)})
+    assert Engine.load(str(place), check=False).n_layers == 3
+    change(place, attention_bias=False)
+    assert "12 tensors that its config.json has no place for" in refusal(place)
+
+
+# Code that a checkpoint brings
+
+
+def test_a_family_that_transformers_ships_is_loaded_by_its_code_whatever_the_checkpoint_brings(place):
+    brought = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    change(place, auto_map=brought)
+    engine = Engine.load(str(place), check=False)
+    assert type(engine.model).__module__.startswith("transformers.models.llama")
+    change(place, model_type="of_its_own")
+    assert "of_its_own" not in CONFIG_MAPPING
+    assert refusal(place) == "M brings its own Python code; to run that code, give --trust-remote-code"
+
+
+# Tokens
+
+
+def bigger(end):
+    words = {f"w{number}": number for number in range(80)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token=end)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused():
+    engine = Engine(built("llama3"), bigger("w63"))
+    assert len(engine.encode(prompts_of((5, 63, 3)))[0]) == 3
+    with pytest.raises(InputError) as refused:
+        ships(engine, prompts_of((1, 2), (5, 70, 3)), UNDIFFERENTIATED_ATTENTION)
+    assert "has the token 70, and the model knows 64 tokens; is the tokenizer that of another model?" in str(
+        refused.value
+    )
+    assert str(refused.value).endswith("It begins: 'w5 w70 w3'")
+
+
+def test_an_end_token_without_an_embedding_pads_nothing(place):
+    engine = Engine.load(str(place), check=False)
+    expected = generate(engine, prompts_of((5, 7, 3), (4,)), 4)
+    engine.tokenizer = bigger("w75")
+    engine.model.generation_config.eos_token_id = None
+    found = generate(engine, prompts_of((5, 7, 3), (4,)), 4)
+    # Another end, so an answer may be longer by what the model would have ended at.
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids[: len(theirs.token_ids)] == theirs.token_ids
+
+
+def test_a_template_that_writes_the_date_is_told_in_every_run(place):
+    engine = Engine.load(str(place), check=False)
+    engine.tokenizer = bigger("w63")
+    engine.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    prompts = PromptSet.from_queries(["w5 w7"], "chat")
+    with pytest.warns(DatedPromptWarning, match="writes today's date into the prompts"):
+        ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        notes = notes_of(engine, {"all": prompts}, 4, caught)
+    assert sum("today's date" in note for note in notes) == 1
+
+
+# Files that say nonsense
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("null", "M/config.json does not hold a JSON object"), ("5", "does not hold"), ("[]", "does not")]
+)
+def test_a_config_that_is_no_object_is_refused(place, text, why):
+    (place / "config.json").write_text(text)
+    assert why in refusal(place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"hidden_size": 33}, "The hidden size (33) is not a multiple of the number of attention heads (4)"),
+        ({"num_attention_heads": "4"}, "Field 'num_attention_heads' expected int, got str (value: '4')"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+        ({"dtype": "nonsense"}, "has no attribute 'nonsense'"),
+        ({"quantization_config": []}, "'list' object has no attribute"),
+    ],
+)
+def test_settings_that_are_nonsense_are_refused(place, settings, why):
+    change(place, **settings)
+    said = refusal(place)
+    assert said.startswith("cannot load M, whose config.json may be wrong: ")
+    assert why in said
+
+
+def test_a_generation_config_that_is_no_object_is_refused(place):
+    (place / "generation_config.json").write_text("[]")
+    assert refusal(place) == "M/generation_config.json does not hold a JSON object"
+
+
+@pytest.mark.parametrize(
+    ("device_map", "why"),
+    [
+        ({"": "nonsense"}, "the device map's place of 'the model': unknown device 'nonsense'"),
+        ({"": "cuda:9"}, "the device map's place of 'the model': device cuda:9 is not there"),
+        ({"": 9}, "device cuda:9 is not there"),
+        ({"lm_head": "meta"}, "the device map's place of 'lm_head': device meta is not one that was proved"),
+        ({}, "the device map is empty"),
+    ],
+)
+def test_a_device_map_with_places_that_are_none_is_refused(place, device_map, why):
+    assert why in refusal(place, device_map=device_map)
+
+
+# Attention that is not where a head could be told
+
+
+def test_a_layer_with_two_attentions_is_refused_with_the_true_reason():
+    case = REFUSED["longcat_flash"]
+    model = build(AutoConfig.for_model("longcat_flash", **{**COMMON, **case.settings}))
+    with pytest.raises(UnsupportedModelError) as refused:
+        describe(model)
+    assert str(refused.value) == (
+        "longcat_flash: layer 0 has 2 attentions (self_attn.0, self_attn.1), so a layer and a number do not say which "
+        "head"
+    )
