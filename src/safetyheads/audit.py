@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.asr import AttackSuccess, JudgedAnswer, answers_under, summarise
-from safetyheads.baselines.random_heads import random_groups
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.batching import Plan, TokenSequence, is_out_of_memory
 from safetyheads.config import AuditConfig
 from safetyheads.generation import rows_that_fit
@@ -196,7 +196,8 @@ class Audit:
         ]
         unique = list(dict.fromkeys(_sorted(group) for _, _, group in listed))
         drawn = {
-            group: random_groups(group, self.engine.n_heads, self.config.n_random, self.config.seed) for group in unique
+            group: random_groups(group, heads_by_layer(self.engine), self.config.n_random, self.config.seed)
+            for group in unique
         }
         # One group is answered once on each set, whoever asks for it: in other batches its last bits may differ.
         on_test = [*unique, *alone, *(control for controls in drawn.values() for control in controls)]

@@ -69,15 +69,24 @@ def counted(prompts: PromptSet) -> str:
     return f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
 
 
-def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) -> Engine:
-    """The model, with transformers' own bars and remarks silenced."""
-    path = options.model
-    if path.startswith("demo:"):
+def model_path(named: str) -> str:
+    """Where a model is, or its hub id.
+
+    Raises:
+        InputError: no such directory, or no embedded checkpoint of that name.
+    """
+    if named.startswith("demo:"):
         from safetyheads import demo as organism
 
-        path = str(organism.checkpoint_path(path.removeprefix("demo:")))
-    elif not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise InputError(f"no such model directory: {path}")
+        return str(organism.checkpoint_path(named.removeprefix("demo:")))
+    if not os.path.exists(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
+        raise InputError(f"no such model directory: {named}")
+    return named
+
+
+def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) -> Engine:
+    """The model, with transformers' own bars and remarks silenced."""
+    path = model_path(options.model)
     at_least(1, threads=options.threads)
     if options.memory is not None and not 0 < options.memory < float("inf"):
         raise InputError(f"--memory is a number of GiB above 0; got {options.memory}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safetyheads.cli_audit import finish, usable_out
-from safetyheads.cli_inputs import load_engine
+from safetyheads.cli_inputs import load_engine, model_path
 from safetyheads.cli_options import Limit, ModelOptions, OutputOptions, RunOptions, Threads
 
 if TYPE_CHECKING:
@@ -63,9 +63,13 @@ def reproduce(
         return
     experiments = chosen(experiment)
     out = usable_out(run, _default_out(settings))
+    for model in (*settings.models, settings.base, settings.related, *settings.templated, *settings.base_models):
+        if model:
+            model_path(model)
     from safetyheads.cli_output import progress_for
     from safetyheads.cli_reproduce_output import show_outcomes
     from safetyheads.experiments.reproduction import reproduce as run_experiments
+    from safetyheads.files import read_json
 
     watching = progress_for(output.quiet)
 
@@ -75,8 +79,8 @@ def reproduce(
         )
 
     results = run_experiments(settings, experiments, out, load, watching, sys.argv, skips=experiment == ALL)
-    names = [one.name for one in experiments]
-    finish(results, out, run, output, lambda found, report: show_outcomes(found, names, report))
+    names, timed = [one.name for one in experiments], read_json(out / "timings.json")["timed"]
+    finish(results, out, run, output, lambda found, report: show_outcomes(found, names, report, timed))
 
 
 def _default_out(config: ReproductionConfig) -> Path:

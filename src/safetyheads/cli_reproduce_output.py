@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safetyheads.cli_output import stdout
+from safetyheads.cli_output import one_line, stdout
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.report_experiments_cells import Cell, cells, finding
 
@@ -43,15 +43,30 @@ def show_list(lacking: Mapping[str, Sequence[str]]) -> None:
     )
 
 
-def show_outcomes(results: Mapping[str, Any], names: Sequence[str], report: Path) -> None:
-    """What was asked for: the tables of one experiment, or a line each where there are more; then the report."""
+def show_outcomes(
+    results: Mapping[str, Any],
+    names: Sequence[str],
+    report: Path,
+    timed: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """What was asked for: the tables of one experiment, or a line each where there are more; then the report.
+
+    Args:
+        results: of the run directory.
+        names: the experiments that were asked for.
+        report: where its pages are.
+        timed: tables of what was timed, by experiment, which results leave out.
+    """
     console = stdout()
     found = [outcome for outcome in results["experiments"] if outcome["name"] in names]
-    if len(found) > 1:
+    if len(names) > 1 and found:
         console.print(_summary(found))
     else:
         for outcome in found:
-            _show_outcome(outcome)
+            _show_outcome(outcome, (timed or {}).get(outcome["name"], ()))
+    for name, why in results.get("left_out", {}).items():
+        if name in names:
+            console.print(f"{name} left out: {one_line(why)}", style="yellow", soft_wrap=True)
     console.print(f"\nReport: {report}", soft_wrap=True)
 
 
@@ -62,27 +77,36 @@ def _summary(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column(ratio=1)
     for outcome in outcomes:
         said = Text(outcome["title"])
-        if outcome["tables"] or outcome["figures"]:
-            said.append(f"\n{finding(outcome)}".rstrip())
+        said.append(f"\n{finding(outcome)}".rstrip())
         for reason in outcome["not_meaningful"]:
             said.append(f"\nNot meaningful on this model. {reason}", style="yellow")
         table.add_row(outcome["name"], said)
     return table
 
 
-def _show_outcome(outcome: Mapping[str, Any]) -> None:
+def _show_outcome(outcome: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> None:
     console = stdout()
     console.print(f"\n{outcome['name']}: {outcome['title']}", style="bold")
     for reason in outcome["not_meaningful"]:
         console.print(f"Not meaningful on this model. {reason}", style="yellow", soft_wrap=True)
+    if own := outcome.get("finding"):
+        console.print(own, soft_wrap=True)
     for table in outcome["tables"]:
-        console.print()
-        console.print(_table(table, console))
-        console.print(_caption(table), style="dim")
+        _show_table(table, console)
+    if timed:
+        console.print("\nTimed on this machine", style="bold")
+    for table in timed:
+        _show_table(table, console)
     if outcome["notes"]:
         console.print()
     for note in outcome["notes"]:
         console.print(f"- {note}", soft_wrap=True)
+
+
+def _show_table(table: Mapping[str, Any], console: Console) -> None:
+    console.print()
+    console.print(_table(table, console))
+    console.print(_caption(table), style="dim")
 
 
 def _caption(made: Mapping[str, Any]) -> str:

@@ -175,6 +175,8 @@ class DraftedAnswers:
         rows: list[_Row] = []
         economy, drafts = Economy(), self._draft_of()
         for prompt, own in enumerate(groups):
+            if not own:
+                continue
             if prompt not in drafts:
                 economy += Economy(n_rows=len(own), n_drafted=len(own))
                 _tell(on_rows, len(own))

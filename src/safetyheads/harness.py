@@ -136,9 +136,9 @@ def run_task(
 
     Returns:
         First a row about the whole: ``metrics`` (name -> number, or None where it is not finite) and ``truncated``
-        (requests cut to the model's context). Then one row a document: ``document``, ``filter``, ``hash`` (of what
-        was asked and expected), ``values`` (metric -> number) and ``responses`` (log-likelihood of each choice, or
-        what was generated).
+        (requests cut to the model's context, or to what an answer to be generated leaves of it). Then one row a
+        document: ``document``, ``filter``, ``hash`` (of what was asked and expected), ``values`` (metric -> number) and
+        ``responses`` (log-likelihood of each choice, or what was generated).
     """
     from lm_eval import evaluate
 
@@ -206,6 +206,13 @@ def _class() -> Any:
             longest = self.max_length + 1
             self.n_truncated += sum(len(context) + len(continued) > longest for _, context, continued in requests)
             return super()._loglikelihood_tokens(requests, *given, **named)
+
+        def tok_batch_encode(self, strings: list[str], *given: Any, **named: Any) -> Any:
+            # Contexts of answers to be generated, which are cut to leave room for the answer.
+            if longest := named.get("left_truncate_len"):
+                _, is_token = super().tok_batch_encode(strings, *given, **{**named, "left_truncate_len": None})
+                self.n_truncated += int((is_token.sum(dim=1) > longest).sum())
+            return super().tok_batch_encode(strings, *given, **named)
 
     return InMemory
 

@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -84,22 +85,27 @@ class KeptAnswers:
 
     def of_each(self, part: str, own: Sequence[Sequence[Group]], ablation: Ablation) -> list[Row]:
         """Each prompt under groups of its own, prompt after prompt."""
-        written = [[format_heads(group) for group in groups] for groups in own]
-        fields = self._judged_fields(ablation) | {"groups": written}
+        together = max(1, _ROWS_TOGETHER // max(1, *map(len, own)))
+        rows: list[Row] = []
+        with self.progress.track(f"{self.name}: {part.replace('_', ' ')}", sum(map(len, own))) as done:
+            for at in range(0, len(own), together):
+                # Every prompt has its place; those of other chunks have no group.
+                chunk = [groups if at <= number < at + together else () for number, groups in enumerate(own)]
+                written = [[format_heads(group) for group in groups] for groups in chunk]
+                fields = self._judged_fields(ablation) | {"groups": written}
 
-        def compute() -> list[Row]:
-            n = sum(map(len, own))
-            with self.progress.track(f"{self.name}: {part.replace('_', ' ')}", n) as done:
-                made, economy = self._drafted_answers(ablation).answers_of_each(own, done)
-            self.run.remember(f"economy_{content_key(fields)}", asdict(economy))
-            answered = [
-                (number, group, one)
-                for number, (groups, row) in enumerate(zip(own, made, strict=True))
-                for group, one in zip(groups, row, strict=True)
-            ]
-            return self._judged(part, ablation.epsilon, answered)
+                def compute(chunk: Sequence[Sequence[Group]] = chunk, key: str = content_key(fields)) -> list[Row]:
+                    made, economy = self._drafted_answers(ablation).answers_of_each(chunk, done)
+                    self.run.remember(f"economy_{key}", asdict(economy))
+                    answered = [
+                        (number, group, one)
+                        for number, (groups, row) in enumerate(zip(chunk, made, strict=True))
+                        for group, one in zip(groups, row, strict=True)
+                    ]
+                    return self._judged(part, ablation.epsilon, answered)
 
-        return self.run.rows(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                rows += self.run.rows(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+        return rows
 
     def forget(self) -> None:
         """Let go of the drafts, which hold states of all layers."""
@@ -141,7 +147,8 @@ class KeptAnswers:
             # Another plan would move margins in their last bits, and so might move the number of near-ties.
             label = self.label(ablation)
             layout = Plan.from_dict(self.run.remember(f"plan_drafts_{label}", made.drafted.layout.as_dict()))
-            tolerance = self.run.remember(f"tolerance_{label}", made.tolerance)
+            # Infinite where logits are not finite, which JSON has no word for.
+            tolerance = self.run.remember(f"tolerance_{label}", min(made.tolerance, sys.float_info.max))
             self.run.remember(f"economy_{label}", asdict(made.unablated))
             self._drafted[ablation] = replace(made, tolerance=tolerance, drafted=replace(made.drafted, layout=layout))
         return self._drafted[ablation]

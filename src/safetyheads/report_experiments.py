@@ -110,10 +110,14 @@ def _states(results: Results, config: Mapping[str, Any], timings: Mapping[str, A
     from safetyheads.experiments.catalogue import EXPERIMENTS
 
     outcomes = {outcome["name"]: outcome for outcome in results["experiments"]}
+    left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
     seconds = timings.get("seconds", {})
     for name, about in EXPERIMENTS.items():
         if name in outcomes:
             yield _state(outcomes.pop(name), seconds.get(name))
+            continue
+        if name in left_out:
+            yield State(name, about.title, "left out", "soft", left_out.pop(name))
             continue
         lacking = [need for need in about.needs if need != "lm-eval" and not config.get(need)]
         if lacking:
@@ -124,13 +128,17 @@ def _states(results: Results, config: Mapping[str, Any], timings: Mapping[str, A
             yield State(name, about.title, "not run", "soft", said)
     for name, outcome in outcomes.items():
         yield _state(outcome, seconds.get(name))
+    for name, why in left_out.items():
+        yield State(name, name, "left out", "soft", why)
 
 
 def _state(outcome: Mapping[str, Any], seconds: float | None) -> State:
     reasons = outcome["not_meaningful"]
     has_numbers = bool(outcome["tables"] or outcome["figures"])
     label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
-    said = finding(outcome) if has_numbers else reasons[0] if reasons else next(iter(outcome["notes"]), "")
+    # What only was timed has no numbers among its results, and may have a finding.
+    found = finding(outcome) if has_numbers or not reasons else ""
+    said = found or next(iter([*reasons, *outcome["notes"]]), "")
     tone = "yes" if label == "not meaningful" else ""
     return State(outcome["name"], outcome["title"], label, tone, said, tuple(outcome["models"]), seconds)
 
@@ -161,8 +169,8 @@ def _points(results: Results, config: Mapping[str, Any], models: Sequence[str]) 
         yield f"{sets}; benign: {config.get('benign')}; judge: {results['judge']}."
     if any(model.startswith(EMBEDDED) for model in models):
         yield (
-            f"Models named {EMBEDDED}… are small ones with planted heads, made for this package: what they show "
-            f"follows from how they were made, and is {NO_EVIDENCE}."
+            f"Models named {EMBEDDED}… are small ones made for this package, some of them with planted heads: what "
+            f"they show follows from how they were made, and is {NO_EVIDENCE}."
         )
     yield "ASR, the attack success rate: the share of harmful prompts whose answer the judge takes as complying."
     yield "UA: undifferentiated attention; SC: scaling contribution, the paper's two ablations of a head."

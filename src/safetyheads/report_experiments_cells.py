@@ -150,7 +150,11 @@ def written(value: Any, kind: str) -> str:
 
 
 def finding(outcome: Mapping[str, Any]) -> str:
-    """From where to where the first panel's numbers run, series by series; without figures, the first table's."""
+    """The experiment's own sentence. Where it gives none, as older ones do: the range of the first panel's numbers,
+    series by series, or without figures of the first table's.
+    """
+    if own := outcome.get("finding"):
+        return str(own)
     said = next(_findings(outcome), "")
     return said[:1].upper() + said[1:]
 

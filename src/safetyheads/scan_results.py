@@ -233,7 +233,9 @@ def _groups(
 def _random_of(table: RowTable, epsilon: float, about: Mapping[str, Any]) -> dict[str, list[Answered]]:
     """The random groups of each prefix, drawn again: a draw is stored once, whoever it is for."""
     answered = table.part("random", "harmful", epsilon)
-    settings, n_heads = about["settings"], about["model"]["n_heads"]
+    settings, model = about["settings"], about["model"]
+    # As the scan drew them; results tell heads by layer only where layers differ.
+    n_heads = model.get("heads_by_layer", model["n_heads"])
     drawn = {
         heads: random_groups(parse_heads(heads), n_heads, settings["n_random"], settings["seed"])
         for heads in (table.part("prefixes", "harmful", epsilon) if answered else ())

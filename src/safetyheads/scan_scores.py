@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safetyheads.asr import JudgedAnswer
 from safetyheads.audit import ANGLES, LEAD, kept_pass
-from safetyheads.baselines.random_heads import random_groups
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.config import ScanConfig
 from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group, parse_heads
@@ -100,7 +100,7 @@ class ScanScores:
             found["prefixes"] = [group[:size] for size in range(1, len(group) + 1)]
             if config.n_random:
                 drawn = [
-                    random_groups(prefix, self.engine.n_heads, config.n_random, config.seed)
+                    random_groups(prefix, heads_by_layer(self.engine), config.n_random, config.seed)
                     for prefix in found["prefixes"]
                 ]
                 found["random"] = list(dict.fromkeys(one for controls in drawn for one in controls))

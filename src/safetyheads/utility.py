@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.ablation import Ablation
+from safetyheads.encoding import tokenizer_sha256
 from safetyheads.errors import InputError
 from safetyheads.harness import HarnessSettings, LoadedTask, load_tasks, require_harness, run_task
 from safetyheads.heads import Group, format_heads, within
@@ -164,6 +165,8 @@ def _rows(
     fields = {
         "task": task.name,
         "asked_sha256": task.sha256,
+        # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
+        "tokenizer_sha256": tokenizer_sha256(engine),
         "variant": dict(variant.fields) or {"label": variant.label},
         "settings": {**asdict(settings), "include_paths": [], "offline": False},
         "lm_eval": require_harness(),
@@ -219,6 +222,6 @@ def _shown(name: str) -> str:
 def _notes(rows: Mapping[tuple[str, str], Rows]) -> tuple[str, ...]:
     cut = {task: own[0]["truncated"] for (task, label), own in rows.items() if label == VANILLA and own[0]["truncated"]}
     return tuple(
-        f"{count} requests of task {task} are longer than the model's context; their beginnings were cut off"
+        f"{count} requests of task {task} do not fit the model's context; their beginnings were cut off"
         for task, count in cut.items()
     )

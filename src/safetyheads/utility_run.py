@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
+from safetyheads.encoding import tokenizer_sha256
 from safetyheads.errors import InputError
 from safetyheads.harness import HarnessSettings, LoadedTask, require_harness
 from safetyheads.heads import Group, format_heads, parse_heads
@@ -133,6 +134,7 @@ def run_evaluation(
         settings = {
             **config.as_dict(),
             "asked_sha256": {task.name: task.sha256 for task in tasks},
+            "tokenizer_sha256": tokenizer_sha256(engine),
             "weights_sha256": fingerprint(engine),
             **as_loaded(engine),
             "device": device_name(engine),

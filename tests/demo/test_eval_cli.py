@@ -1,12 +1,14 @@
 """``eval`` as a user meets it, on the organism: what is printed, kept, continued and refused."""
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from safetyheads import cli_eval, harness, utility
 from safetyheads.cli_output import stdout
+from safetyheads.demo import checkpoint_path
 from safetyheads.harness import HarnessSettings
 from safetyheads.storage import RunDirectory
 
@@ -102,6 +104,19 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
         code, _, err = run(*command)
         assert (code, err.count("\n")) == (2, 1)
         assert "kind 'eval'" in err
+
+
+def test_another_chat_template_or_tokenizer_is_another_run(run, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(checkpoint_path("aligned_a"), model)
+    arguments = ("eval", model, "--limit", "2", "--quiet", "--chat-template", "--out", out)
+    assert run(*arguments)[0] == 0
+    assert run(*arguments)[0] == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'] + '!'"))
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "holds a run with another config: tokenizer_sha256" in err
 
 
 def test_a_missing_extra_is_named(run, monkeypatch):

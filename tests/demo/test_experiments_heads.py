@@ -81,6 +81,13 @@ def test_ua_and_sc_point_at_the_same_heads_beyond_chance(found):
     assert row["p_holm"] >= row["p"]
 
 
+def test_the_finding_tells_what_two_models_share_and_chance(found):
+    said = found["fig5"]["finding"]
+    assert said.startswith("Heads shared of the top 3 of 32, where chance gives 0.28: UA against SC: ")
+    assert "models, UA: 0 (n 4 pairs)" in said
+    assert "datasets, UA: " in said
+
+
 def test_chance_and_its_p_values_are_the_hypergeometric_ones_by_hand():
     # Of 32 heads: C(32, 3) = 4960 tops of three; 3 * 29 share two with a given one, 1 shares three.
     first = ("1-3", "2-1", "2-5")
@@ -115,6 +122,8 @@ def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):
     config = ReproductionConfig(related=None, limit=4, max_new_tokens=40, datasets=("damage", "theft"))
     outcome = run_of(config, ["fig5"], tmp_path / "run")["fig5"]
     assert any("`related` names no second model" in note for note in outcome["notes"])
+    assert any("Not evidence about the paper" in note for note in outcome["notes"])
+    assert "models" not in outcome["finding"]
     assert {row["comparison"] for row in rows(outcome)} == {"UA against SC", "datasets, UA", "datasets, SC"}
     assert outcome["models"] == ["demo:aligned_a"]
 

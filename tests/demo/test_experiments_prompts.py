@@ -160,7 +160,33 @@ def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
     assert any("not stored" in note for note in outcome["notes"])
 
 
+# What is said.
+
+
+@pytest.mark.parametrize("name", ["fig17", "fig18", "table7"])
+def test_captions_name_the_epsilon(found, name):
+    for made in (*found[name]["tables"], *found[name]["figures"]):
+        assert "epsilon 1e-05" in made["caption"]
+
+
+def test_nothing_is_said_of_heads_where_nothing_was_measured(tmp_path):
+    config = replace(SMALL, limit=4, datasets=("damage",), templated=("demo:base_wrapped",), store_completions=False)
+    for outcome in run_of(config, ["fig17", "fig18", "table7"], tmp_path / "run").values():
+        assert outcome["not_meaningful"]
+        assert outcome["tables"] == outcome["notes"] == []
+        assert outcome["finding"] == ""
+
+
 # Table 7.
+
+
+def test_the_finding_is_the_mean_over_the_datasets(found):
+    outcome = found["table7"]
+    said = outcome["finding"]
+    assert said.startswith("Mean ASR of 3 datasets with the answer begun, and without: unablated ")
+    begun, plain = (sum(row["asr"]["value"] for row in rows(outcome, label=label)) / 3 for label in ("UA, Sure", "UA"))
+    assert f"UA {begun:.2f} and {plain:.2f}" in said
+    assert said.endswith("(n 8 prompts each).")
 
 
 def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(found):
@@ -183,7 +209,7 @@ def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(found):
 
 def test_the_papers_numbers_stand_beside_its_own_model_alone():
     ways = [
-        _Way(dataset, label, (), answers("Well"), answers("Well"), answers("Well"))
+        _Way(f"data/{dataset}.jsonl", label, (), answers("Well"), answers("Well"), answers("Well"))
         for dataset, of in TABLE7.items()
         for label in of
     ]

@@ -75,9 +75,21 @@ def test_both_samplings_stand_side_by_side(outcomes):
     }
 
 
+def test_captions_say_what_stands_for_the_unablated_model_and_how_strong_ablations_are(outcomes):
+    said = {"fig2": "vanilla: the unablated model", "fig11": "at 0 heads the unablated model"}
+    for name, outcome in outcomes.items():
+        for made in (*outcome["figures"], *outcome["tables"]):
+            assert said.get(name, said["fig11"]) in made["caption"]
+            assert "epsilon 1e-05" in made["caption"]
+            assert f"n = {N}." in made["caption"]
+        assert "0 heads" not in outcomes["fig2"]["figures"][0]["caption"]
+        assert any("Not evidence about the paper" in note for note in outcome["notes"])
+
+
 def test_a_model_that_answers_all_is_not_tabled(tmp_path):
     found = reproduced(tmp_path / "run", ("fig2",), templates=("query_answer",), templated=("demo:base_wrapped",))
     assert found["fig2"]["tables"] == found["fig2"]["figures"] == []
+    assert found["fig2"]["notes"] == []
     assert any("hardly refuses" in reason for reason in found["fig2"]["not_meaningful"])
 
 

@@ -97,6 +97,12 @@ def test_every_cell_and_point_names_a_column_or_a_number(found):
                 assert value is None or math.isfinite(value)
 
 
+@pytest.mark.parametrize("name", ["fig4a", "table3", "table5", "transfer", "epsilon"])
+def test_captions_name_the_epsilon(found, name):
+    for made in (*found[name]["tables"], *found[name]["figures"]):
+        assert "epsilon 1e-05" in made["caption"] or made["title"].endswith("where it settles")
+
+
 # Group sizes.
 
 
@@ -157,6 +163,24 @@ def test_the_mean_column_is_the_mean_of_the_changes(found):
 def test_three_heads_raise_the_asr_at_both_levels(found):
     for row in (*rows(found["table3"]), *rows(found["table5"])):
         assert row["heads_3"]["value"] >= 0.6
+
+
+@pytest.mark.parametrize("name", ["table3", "table5"])
+def test_the_finding_tells_both_levels_from_one_head_to_all(found, name):
+    said = found[name]["finding"]
+    assert said.startswith("Mean change of the ASR of 3 datasets with 1 head and with 3: dataset level, UA ")
+    own = rows(found[name], level="query, Ships", ablation="SC")
+    first, last = (sum(row[f"heads_{k}"]["value"] for row in own) / 3 for k in (1, 3))
+    assert said.endswith(f"SC {first:+.2f} and {last:+.2f} (n 6 prompts each).")
+
+
+def test_the_finding_tells_prompts_and_random_groups_apart(found):
+    said = found["fig4a"]["finding"]
+    assert said.startswith("UA, mean ASR of 3 datasets: 0.00 unablated, ")
+    whole = sum(row["asr"]["value"] for row in rows(found["fig4a"], ablation="UA", size=3)) / 3
+    assert f"{whole:.2f} without its 3 (n 6 prompts each), " in said
+    assert "random ones (n " in said
+    assert "groups each); SC, mean ASR" in said
 
 
 def test_table_5_is_of_the_further_model(found):
@@ -326,7 +350,8 @@ def test_words_say_where_it_settles(found):
         assert 0 < float(row["ships"]) < 1
     for ablation in ("UA", "SC"):
         least = min(float(row[key]) for row in settled if row["ablation"] == ablation for key in ("asr", "ships"))
-        assert any(f"{ablation}: from epsilon {least:g} on" in note for note in found["epsilon"]["notes"])
+        about = f"{ablation}, the whole group of each dataset (3 heads): at epsilon {least:g} and below"
+        assert any(about in note for note in found["epsilon"]["notes"])
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,13 @@ import pytest
 import transformers
 
 from safetyheads import demo
+from safetyheads.cli_inputs import load_engine
+from safetyheads.cli_options import ModelOptions
 from safetyheads.errors import SafetyheadsError
 from safetyheads.experiments import reproduction
 from safetyheads.experiments.catalogue import EXPERIMENTS
+from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -101,16 +105,54 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     assert "limit (6 -> 7)" in error
 
 
-def test_weights_that_changed_under_their_name_are_refused(run):
-    shutil.copytree(demo.checkpoint_path("aligned_a"), "mine")
-    Path("lab.toml").write_text('models = ["mine"]\ndatasets = ["prompts.txt"]\nbenign = "prompts.txt"\n')
-    Path("prompts.txt").write_text("".join(f"{one.text}\n" for one in demo.harmful_prompts("test", 6)))
-    arguments = ("reproduce", "fig13", "--config", "lab.toml", "--out", "run", "--threads", "1")
-    assert run(*arguments)[0] == 0
-    shutil.copy(demo.checkpoint_path("aligned_b") / "model.safetensors", "mine/model.safetensors")
-    code, _, error = run(*arguments)
+@pytest.fixture
+def own_files(own_folder):
+    """Two checkpoints and prompts in this folder, with settings for them."""
+    for name, origin in (("mine", "aligned_a"), ("other", "aligned_b")):
+        shutil.copytree(demo.checkpoint_path(origin), name)
+    for name, prompts in (("harmful", demo.harmful_prompts("test", 6)), ("benign", demo.benign_prompts("test", 6))):
+        Path(f"{name}.txt").write_text("".join(f"{one.text}\n" for one in prompts))
+    Path("lab.toml").write_text(
+        'models = ["mine"]\nrelated = "other"\ndatasets = ["harmful.txt"]\nbenign = "benign.txt"\n'
+    )
+    return "--config", "lab.toml", "--out", "run", "--threads", "1"
+
+
+@pytest.mark.parametrize("changed", ["mine", "other"])
+def test_weights_that_changed_under_their_name_are_refused(run, own_files, changed):
+    assert run("reproduce", "fig5", *own_files)[0] == 0
+    shutil.copy(demo.checkpoint_path("aligned_single") / "model.safetensors", f"{changed}/model.safetensors")
+    code, _, error = run("reproduce", "fig5", *own_files)
     assert code == 2
-    assert "other weights than this run began with" in error
+    assert f"{changed} has other weights than this run began with" in error
+
+
+def test_prompts_that_changed_under_their_name_are_another_run(run, own_files):
+    assert run("reproduce", "fig13", *own_files)[0] == 0
+    Path("harmful.txt").write_text(Path("benign.txt").read_text())
+    code, _, error = run("reproduce", "fig13", *own_files)
+    assert code == 2
+    assert "holds a run with another config: prompts_sha256" in error
+
+
+def test_what_one_experiment_cannot_be_run_on_others_may_be(run, own_files):
+    organism = demo.checkpoint_path("aligned_a")
+    config = transformers.AutoConfig.from_pretrained(organism)
+    config.num_hidden_layers = 3
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("other")
+    settings = ReproductionConfig.read(Path("lab.toml"))
+    results = reproduction.reproduce(
+        settings,
+        [EXPERIMENTS[name] for name in ("fig5", "fig6a", "fig13")],
+        Path("run"),
+        lambda name: load_engine(ModelOptions(model=name, threads=1), Silent()),
+        Silent(),
+        skips=True,
+    )
+    assert [one["name"] for one in results["experiments"]] == ["fig13"]
+    assert set(results["left_out"]) == {"fig5", "fig6a"}
+    assert "3 layers" in results["left_out"]["fig5"]
+    assert "base: the checkpoint" in results["left_out"]["fig6a"]
 
 
 def test_an_experiment_that_breaks_off_leaves_the_others(run, monkeypatch):

@@ -1,10 +1,12 @@
 """lm-eval on the organism: its numbers against ours, ablations against edited weights, and what it leaves behind."""
 
+import copy
 import json
 import logging
 import os
 import random
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from scipy.stats import binomtest
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
+from safetyheads.encoding import tokenizer_sha256
 from safetyheads.harness import HarnessSettings, harness_model, load_tasks
 from safetyheads.organism_task import organism_documents
 from safetyheads.stats import paired_difference
@@ -242,3 +245,36 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
     assert (perplexity.value.n, perplexity.change.n) == (6, 6)
     assert perplexity.change.change != 0
     assert perplexity.change.p_value is None
+
+
+def test_kept_rows_are_another_tokenizers_no_more(engine):
+    kept = []
+
+    def keep(_, fields, compute):
+        kept.append(json.dumps(fields, sort_keys=True))
+        return compute()
+
+    tokenizer = engine.tokenizer
+    before, template = tokenizer_sha256(engine), tokenizer.chat_template
+    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    # Neither evaluating nor cutting and padding makes another tokenizer of it.
+    tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
+    assert tokenizer_sha256(engine) == before
+    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    try:
+        tokenizer.chat_template = template + " "
+        evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    finally:
+        tokenizer.chat_template = template
+    assert kept[0] == kept[1] != kept[2]
+    other = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer))
+    other.tokenizer.add_tokens(["another"])
+    assert tokenizer_sha256(other) != before
+
+
+def test_a_tokenizer_without_a_backend_is_its_vocabulary():
+    def slow(**vocabulary):
+        made = SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
+        return SimpleNamespace(tokenizer=made)
+
+    assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))

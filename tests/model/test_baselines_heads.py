@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -363,8 +364,9 @@ def test_sizes_are_whole_numbers_of_heads_there_are():
                 method.interventions(material(), (strength,))
 
 
-def test_a_default_sweep_goes_as_far_as_the_model_has_heads():
+def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
     engine = proved("llama3")  # 12 heads
+    monkeypatch.setattr(methods, "select_direction", lambda *_: SimpleNamespace(vector=drawn(), caveat=""))
     learned = made_up_material(engine)
     for method in (methods.RDSHA, methods.OUTPUT_NORM):
         made = method.interventions(learned, methods.RDSHA_SIZES)
@@ -375,7 +377,7 @@ def test_a_default_sweep_goes_as_far_as_the_model_has_heads():
 
 
 def test_random_heads_where_layers_have_other_numbers_of_heads(monkeypatch):
-    engine = organism().engine
+    engine = material().engine
     first, *others = engine.architecture.shapes
     fewer = replace(engine.architecture, shapes=(replace(first, n_heads=2), *others))
     monkeypatch.setattr(engine, "architecture", fewer)

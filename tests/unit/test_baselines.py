@@ -1,10 +1,11 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.baselines.random_heads import random_groups
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.heads import Head, parse_heads
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
@@ -77,3 +78,21 @@ def test_the_seed_makes_the_draw():
 
 def test_groups_differ_among_themselves():
     assert len(set(random_groups(parse_heads("0-0,1-1"), 32, 20))) > 15
+
+
+def test_no_head_is_drawn_that_its_layer_does_not_have():
+    group = parse_heads("0-1,1-6")
+    drawn = random_groups(group, (4, 8), 60)
+    assert {head for one in drawn for head in one} == {Head(0, index) for index in (0, 2, 3)} | {
+        Head(1, index) for index in (0, 1, 2, 3, 4, 5, 7)
+    }
+    # Layers of one size are drawn from as before, however they are told.
+    assert random_groups(group, (8, 8), 5) == random_groups(group, 8, 5)
+    # The smaller layer's heads are all in the group, the larger one's are not.
+    assert len(random_groups(parse_heads("0-0,0-1,1-0"), (2, 4), 3)) == 3
+    assert random_groups(parse_heads("0-0,0-1"), (2, 4), 3) == ()
+
+
+def test_heads_are_counted_by_layer():
+    shapes = (SimpleNamespace(n_heads=4), None, SimpleNamespace(n_heads=8))
+    assert heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))) == (4, 0, 8)

@@ -92,6 +92,22 @@ def test_what_lacks_a_setting_is_left_out_and_says_which() -> None:
     assert "fig8 not run" in words
 
 
+def test_what_a_run_left_out_has_its_reason_as_text() -> None:
+    left_out = {"fig6a": samples.HOSTILE, "fig2": "It is there by now.", "fig99": "Nobody knows it."}
+    html, _ = render(samples.results([samples.fig2()]) | {"left_out": left_out}, samples.manifest(), {})
+    page = Page(html)
+    words = page.words
+    assert words.index("fig6a left out") < words.index("onerror=alert(1)") < words.index("fig99 left out")
+    assert "fig2 done" in words
+    assert "by now" not in words
+    assert not any(tag == "img" for tag, _ in page.elements)
+
+
+def test_embedded_models_are_told_of_in_words_true_of_those_without_plants() -> None:
+    words = pages()["index"].words
+    assert "small ones made for this package, some of them with planted heads" in words
+
+
 def test_a_run_of_nothing_says_so() -> None:
     assert "None of 21 experiments was run." in index_of()
     assert "; none is meaningful there." in index_of(samples.not_meaningful())
@@ -254,6 +270,28 @@ def _with(*tables: Table) -> Outcome:
 def test_a_finding_is_a_range(points: list[dict[str, Any]], said: str) -> None:
     outcome = {"figures": [figure_of("lines", points)], "tables": []}
     assert finding(outcome) == said
+
+
+def test_an_experiments_own_finding_goes_before_a_range() -> None:
+    own = replace(samples.fig2(), finding="UA frees 13 of 24 <b>.", setting="Ablations at epsilon 1e-05; <b> judge.")
+    html, rest = render(samples.results([own]), samples.manifest(), {})
+    for text in (html, rest["fig2.html"]):
+        assert "UA frees 13 of 24 <b>." in Page(text).words
+        assert "vanilla 0.00; UA 0.54" not in Page(text).words
+    page = Page(rest["fig2.html"])
+    assert page.words.index(own.question) < page.words.index(own.setting) < page.words.index(own.finding)
+    timed_only = replace(samples.table2(), finding="A pass takes 2 s (n 5).", notes=("A note.",))
+    assert "A pass takes 2 s (n 5)." in index_of(timed_only)
+    assert page_of(timed_only).words.count("A pass takes 2 s (n 5).") == 1
+
+
+def test_results_of_older_runs_have_neither_finding_nor_setting() -> None:
+    old = samples.results([samples.fig2()])
+    for outcome in old["experiments"]:
+        del outcome["finding"], outcome["setting"]
+    index, rest = render(old, samples.manifest(), {})
+    for text in (index, rest["fig2.html"]):
+        assert "vanilla 0.00; UA 0.54; SC 0.62 (n 24)." in Page(text).words
 
 
 # Figures.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,32 @@ def test_reasons_stand_in_place_of_tables(terminal: Any) -> None:
     lines = terminal(120, show_outcomes, samples.results(), ["fig15"], REPORT)
     assert sum(line.startswith("Not meaningful on this model.") for line in lines) == 2
     assert lines[-1] == f"Report: {REPORT}"
+
+
+def test_what_was_left_out_has_a_line_each(terminal: Any) -> None:
+    results = samples.results() | {"left_out": {"fig6a": "It needs base:\nthe checkpoint.", "fig8": "Not asked for."}}
+    lines = terminal(60, show_outcomes, results, ["fig2", "fig6a", "table1"], REPORT)
+    assert "fig6a left out: It needs base: the checkpoint." in lines
+    assert not any("fig8" in line for line in lines)
+
+
+def test_nothing_but_what_was_left_out(terminal: Any) -> None:
+    results = samples.results([]) | {"left_out": {"fig6a": "It needs base."}}
+    lines = terminal(80, show_outcomes, results, ["fig6a", "fig8"], REPORT)
+    assert [line for line in lines if line] == ["fig6a left out: It needs base.", f"Report: {REPORT}"]
+
+
+def test_what_was_timed_is_shown_where_it_is_given(terminal: Any) -> None:
+    timed = samples.timings()["timed"]
+    text = "\n".join(terminal(100, show_outcomes, samples.results(), ["table2"], REPORT, timed))
+    assert text.index("Timed on this machine") < text.index("1.73 [1.7, 1.76]") < text.index("850 quoted")
+    assert "Timed" not in "\n".join(terminal(100, show_outcomes, samples.results(), ["table2"], REPORT))
+    assert "Timed" not in "\n".join(terminal(100, show_outcomes, samples.results(), ["fig2"], REPORT, timed))
+
+
+def test_a_finding_of_its_own_is_said_in_both_ways(terminal: Any) -> None:
+    results = samples.results([replace(samples.fig2(), finding="UA frees 13 of 24 [bold]."), samples.table1()])
+    for names in (["fig2"], ["fig2", "table1"]):
+        text = "\n".join(terminal(120, show_outcomes, results, names, REPORT))
+        assert "UA frees 13 of 24 [bold]." in text
+        assert "vanilla 0.00; UA 0.54; SC 0.62 (n 24)" not in text

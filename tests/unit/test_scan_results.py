@@ -1,12 +1,16 @@
 """A scan's results, number by number, from rows whose outcome is known by construction."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scan_samples import Sample, about, rows
 
-from safetyheads.scan_results import scan_results
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
+from safetyheads.heads import format_heads, parse_heads
+from safetyheads.provenance import model_facts
+from safetyheads.scan_results import _random_of, scan_results
 from safetyheads.scan_tables import RowTable
 from safetyheads.stats import exact_mcnemar, wilson_interval
 
@@ -88,6 +92,30 @@ def test_groups_prefixes_and_their_random_ones(results):
     assert prefix["random"]["p_value"] == pytest.approx(1 / 3)  # none of two does as well
     assert results["concentration"]["sizes"] == (1, 2)
     assert results["concentration"]["value"] > 0.5
+
+
+def test_random_groups_are_found_again_where_layers_have_other_numbers_of_heads():
+    """As a scan draws them: of two heads in the first layer and eight in the second."""
+    by_layer, settings = (2, 8), {"n_random": 12, "seed": 0}
+    architecture = SimpleNamespace(
+        shapes=tuple(SimpleNamespace(n_heads=n) for n in by_layer),
+        family="made-up",
+        n_layers=2,
+        n_heads=8,
+        head_parameters={},
+    )
+    engine = SimpleNamespace(architecture=architecture, model=SimpleNamespace(num_parameters=lambda: 1), adapter=None)
+    model = model_facts(engine, "made-up")
+    assert model["heads_by_layer"] == [2, 8]
+    prefixes = ("0-1", "0-1,1-2")
+    drawn = [random_groups(parse_heads(one), heads_by_layer(engine), 12, 0) for one in prefixes]
+    stored = {"prefixes": dict.fromkeys(prefixes), "random": {format_heads(g): g for one in drawn for g in one}}
+    table = SimpleNamespace(part=lambda part, *_: stored[part])
+    again = _random_of(table, 0.0, {"model": model, "settings": settings})
+    assert {prefix: tuple(groups) for prefix, groups in again.items()} == dict(zip(prefixes, drawn, strict=True))
+    # Where layers are alike, results say nothing new.
+    architecture.shapes = (None, SimpleNamespace(n_heads=8))
+    assert "heads_by_layer" not in model_facts(engine, "made-up")
 
 
 def test_query_level_and_epsilons(results):

@@ -24,7 +24,7 @@ from safetyheads.baselines.attributions import (
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.direction import TABLES_RULES, select_direction
 from safetyheads.baselines.parameters import head_parameters, most_head_parameters
-from safetyheads.baselines.random_heads import random_groups
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.rankings import RankAgreement
@@ -72,10 +72,7 @@ def random_interventions(material: Material, strengths: Sequence[float], group: 
     made = []
     for size in _sizes(engine, strengths, len(group)):
         heads = group[:size]
-        shapes = [engine.architecture.shapes[head.layer] for head in heads]
-        # Where layers differ, as many as each of the group's layers has: no head is drawn that is not there.
-        n_heads = min(shape.n_heads for shape in shapes if shape is not None)
-        drawn = random_groups(heads, n_heads, 1, material.seed)
+        drawn = random_groups(heads, heads_by_layer(engine), 1, material.seed)
         if not drawn:
             raise InputError(f"the group of {size} is all heads of its layers: there are no others to draw at random")
         made.append(_of_group(engine, drawn[0], UNDIFFERENTIATED_ATTENTION))
@@ -120,6 +117,13 @@ def _sizes(engine: Engine, strengths: Sequence[float], most: int | None = None) 
     return [int(strength) for strength in strengths]
 
 
+def _swept(engine: Engine, strengths: Sequence[float]) -> list[int]:
+    """Sizes of groups; of a default sweep those that the model has heads for, unless it has for none."""
+    fitting = [strength for strength in strengths if strength <= len(engine.heads)]
+    is_default = tuple(strengths) in (PAPERS_SIZES, RDSHA_SIZES)
+    return _sizes(engine, fitting if is_default and fitting else strengths)
+
+
 def _words(size: int, each: bool = False) -> str:
     return f"{size} head{'' if size == 1 else 's'}" + (" of each prompt" if each else "")
 
@@ -138,7 +142,7 @@ def _by_table(
     engine: Engine, strengths: Sequence[float], scores: Callable[[], HeadScores], ablation: Ablation
 ) -> list[Intervention]:
     """The first heads of one ranking for all prompts."""
-    sizes = _sizes(engine, strengths)  # before anything is measured
+    sizes = _swept(engine, strengths)  # before anything is measured
     ranked = scores()
     return [_of_group(engine, ranked.top(size), ablation) for size in sizes]
 
@@ -160,7 +164,7 @@ def _by_prompt(
 
 
 def _sahara(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    sizes = _sizes(material.engine, strengths)
+    sizes = _swept(material.engine, strengths)
     group = found_group(material, max(sizes))
     return [_of_group(material.engine, group[:size], UNDIFFERENTIATED_ATTENTION) for size in sizes]
 
@@ -171,12 +175,12 @@ def _ships_query(material: Material, strengths: Sequence[float]) -> list[Interve
     def scores(prompts: PromptSet) -> HeadScores:
         return ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
 
-    return _by_prompt(engine, _sizes(engine, strengths), scores, UNDIFFERENTIATED_ATTENTION)
+    return _by_prompt(engine, _swept(engine, strengths), scores, UNDIFFERENTIATED_ATTENTION)
 
 
 def _random(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    sizes = _sizes(material.engine, strengths)
-    return random_interventions(material, strengths, found_group(material, max(sizes)))
+    sizes = _swept(material.engine, strengths)
+    return random_interventions(material, sizes, found_group(material, max(sizes)))
 
 
 def _output_norm(material: Material, strengths: Sequence[float]) -> list[Intervention]:
@@ -185,7 +189,7 @@ def _output_norm(material: Material, strengths: Sequence[float]) -> list[Interve
 
 
 def _rdsha(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    engine, sizes = material.engine, _sizes(material.engine, strengths)
+    engine, sizes = material.engine, _swept(material.engine, strengths)
     found = select_direction(material, TABLES_RULES)
     made = _by_prompt(engine, sizes, lambda prompts: refusal_projections(engine, prompts, found.vector), ZEROED)
     return [replace(one, setting=one.setting + found.caveat.replace("it:", "the direction:")) for one in made]

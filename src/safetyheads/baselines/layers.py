@@ -19,6 +19,7 @@ from safetyheads.baselines.calibration import batches
 from safetyheads.baselines.linear_layers import refuse_wrapped
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
+from safetyheads.head_pass import log_odds
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -64,9 +65,7 @@ def refusal_log_odds(engine: Engine, prompts: Sequence[TokenSequence], openers: 
     found = []
     for batch in batches(engine, prompts):
         logits = engine.model(**batch.arguments(), logits_to_keep=1).logits[:, -1].double()  # [n_rows, vocabulary]
-        is_opener = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        is_opener[list(openers)] = True
-        found.append(logits[:, is_opener].logsumexp(dim=-1) - logits[:, ~is_opener].logsumexp(dim=-1))
+        found.append(log_odds(logits, openers))
     return float(torch.cat(found).mean())
 
 

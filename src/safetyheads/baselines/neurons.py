@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from safetyheads.baselines.base import Intervention, Material, Method, weights_changed
 from safetyheads.baselines.calibration import TextBatch, batches, inputs_seen, refusal_text
 from safetyheads.baselines.linear_layers import LinearLayer, linear_layers, refuse_wrapped
+from safetyheads.baselines.parameters import DOWN_NAMES
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
-DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
-"""An MLP's last projection, by the names families use."""
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """What moves rows or tokens of a cache; a twin cache must follow."""
 

@@ -14,8 +14,10 @@ from safetyheads.heads import Head
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
-WRITING_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "out_proj", "output_linear")
-"""What families call the matrix with which an MLP, or another part beside the attention, writes to the residual."""
+DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
+"""An MLP's last projection, by the names families use."""
+WRITING_NAMES = (*DOWN_NAMES, "out_proj")
+"""The matrices with which an MLP, or what mixes tokens beside the attention, writes to the residual."""
 FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj")
 """What they call one projection to queries, keys and values together."""
 

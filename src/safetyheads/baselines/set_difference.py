@@ -44,7 +44,10 @@ def wanda_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequen
 
 
 def snip_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TokenSequence]) -> Scores:
-    """|W_ij dL/dW_ij|, mean over the sequences (Eq 1); L is the mean negative log-probability of the counted tokens."""
+    """|W_ij dL/dW_ij|, mean over the sequences (Eq 1); L is the mean negative log-probability of the counted tokens.
+
+    A weight that L does not depend on scores 0.
+    """
     weights = [linear.module.get_parameter("weight") for linear in linears]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     with _asking(engine.model, weights), torch.enable_grad():
@@ -54,8 +57,13 @@ def snip_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequenc
             first = max(1, len(sequence.token_ids) - sequence.n_wanted)
             said = batch.token_ids[0, first:].to(logits.device)
             loss = nn.functional.cross_entropy(logits[first - 1 : -1].float(), said)
-            gradients = torch.autograd.grad(loss, weights)
+            if not loss.requires_grad:
+                continue
+            # A weight that these tokens do not pass, such as an idle expert's, has no gradient: it scores 0.
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for total, weight, gradient in zip(sums, weights, gradients, strict=True):
+                if gradient is None:
+                    continue
                 total += (weight.detach().float() * gradient.float()).abs()
     # Another W than the module's, where it keeps its own transposed.
     return {

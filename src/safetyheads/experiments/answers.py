@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from safetyheads.experiments.outcome import Measured
 from safetyheads.kept_answers import Row
-from safetyheads.stats import PairedDifference, Rate, mean_with_interval, paired_difference
+from safetyheads.stats import PairedDifference, Rate, paired_difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,6 @@ class Answers:
         return self.share("incoherent")
 
     @property
-    def echoed(self) -> Rate:
-        """Answers that give the prompt back."""
-        return self.share("echoed")
-
-    @property
     def kept(self) -> Rate:
         """Benign prompts answered, rightly where the right answer is known."""
         return Rate(sum(self.kept_rows), len(self.kept_rows))
@@ -71,12 +66,6 @@ class Answers:
     def kept_change_from(self, vanilla: Answers) -> PairedDifference:
         """Of the benign answers kept."""
         return paired_difference(vanilla.kept_rows, self.kept_rows)
-
-
-def mean_change(changes: Sequence[Sequence[float]]) -> Measured:
-    """The mean over several changes of the same prompts [n_changes][n_prompts], with an interval over the prompts."""
-    by_prompt: list[float] = [sum(column) / len(column) for column in zip(*changes, strict=True)]
-    return Measured.of(mean_with_interval(by_prompt))
 
 
 def point(found: Rate | PairedDifference | Measured, **where: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.asr import JudgedAnswer, attack_success_rate
 from safetyheads.experiments.answers import Answers, point
-from safetyheads.experiments.common import meaningful_subjects, numbers_of, planted_heads
+from safetyheads.experiments.common import corrected, meaningful_subjects, numbers_of, planted_heads, say_planted
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.kept_answers import verdict_row
 from safetyheads.provenance import tokens_sha256
-from safetyheads.stats import PairedDifference, Rate, holm
+from safetyheads.stats import PairedDifference, Rate
 from safetyheads.swap import swapped_attention
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from safetyheads.experiments.lab import Lab, Subject
 
 _BY_CONSTRUCTION = (
-    "In the embedded checkpoints only q, k, v and o of planted heads differ from the base, so the base's attention "
-    "takes all of the alignment away, and the aligned model's brings all of it: opposite to the paper, which finds "
-    "the aligned model nearly as safe, by construction. It is not evidence about the paper."
+    "In the embedded checkpoints only q, k, v and o of planted heads differ from their base, so that attention carries "
+    "their alignment is the construction's, while the paper finds the aligned model nearly as safe with the base's "
+    "attention. It is not evidence about the paper."
 )
 
 
@@ -60,8 +60,10 @@ def fig6a(lab: Lab, about: Experiment) -> Outcome:
             made.append(_Mixed(subject.dataset, name, subject.vanilla(), swapped_answers(lab, subject, donor)))
     if made:
         _show(draft, aligned, base, made)
-    if planted_heads(aligned):
-        draft.notes.append(_BY_CONSTRUCTION)
+        if planted_heads(aligned):
+            draft.notes.append(_BY_CONSTRUCTION)
+        else:
+            say_planted(draft, aligned, "what attention carries was built in")
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -147,9 +149,9 @@ def _table(title: str, caption: str, made: Sequence[_Mixed], what: str) -> Table
     changes: list[PairedDifference] = [
         one.swapped.kept_change_from(one.own) if what == "kept" else one.swapped.change_from(one.own) for one in made
     ]
-    adjusted = iter(holm([each.p_value for each in changes if each.p_value is not None]))
+    adjusted = corrected([each.p_value for each in changes])
     rows: list[Row] = []
-    for one, change in zip(made, changes, strict=True):
+    for one, change, p in zip(made, changes, adjusted, strict=True):
         own, swapped = _rate(one.own, what), _rate(one.swapped, what)
         rows.append(
             {
@@ -159,7 +161,7 @@ def _table(title: str, caption: str, made: Sequence[_Mixed], what: str) -> Table
                 "own": Measured.of(own),
                 "swapped": Measured.of(swapped),
                 "change": Measured.of(change),
-                "p": None if change.p_value is None else next(adjusted),
+                "p": p,
             }
         )
     columns = (

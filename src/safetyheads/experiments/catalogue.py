@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -38,7 +38,12 @@ class Experiment:
         function: Callable[[Lab, Experiment], Outcome] = getattr(
             import_module(f"safetyheads.experiments.{self.module}"), self.name
         )
-        return function(lab, self)
+        config = lab.config
+        setting = (
+            f"Ablations at epsilon {config.epsilon:g} where nothing else is said; judge {config.judge}; answers of at "
+            f"most {config.max_new_tokens} new tokens."
+        )
+        return replace(function(lab, self), setting=setting)
 
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -10,7 +10,11 @@ from safetyheads.ablation import Ablation
 from safetyheads.experiments.answers import Answers, point
 from safetyheads.experiments.common import (
     GROUP_SIZE,
+    answered_once,
+    corrected,
     found_group,
+    in_a_sentence,
+    mean_of,
     meaningful_subjects,
     numbers_of,
     say_planted,
@@ -19,9 +23,8 @@ from safetyheads.experiments.common import (
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.lab import SHORT
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
-from safetyheads.experiments.paper_numbers import TABLE7, paper_model
+from safetyheads.experiments.paper_numbers import TABLE7, paper_dataset, paper_model
 from safetyheads.heads import Group, format_heads
-from safetyheads.stats import holm
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment
@@ -47,13 +50,16 @@ class _Way:
 
 def table7(lab: Lab, about: Experiment) -> Outcome:
     """ASR with and without a begun answer: unablated, under UA and under SC."""
-    draft = Draft()
+    draft, findings = Draft(), dict[str, str]()
     for model in lab.config.with_templates:
         subjects = list(meaningful_subjects(lab, model, draft))
         if not subjects:
             continue
-        _show(draft, model, subjects, _ways(lab, model, subjects))
-        say_planted(draft, model, "ablating all planted heads answers all, begun or not")
+        ways = _ways(lab, model, subjects)
+        _show(draft, model, subjects, ways)
+        findings[model] = _in_words(ways)
+        say_planted(draft, model, "which heads turn an answer back, begun or not, was built in")
+    draft.finding = in_a_sentence(findings)
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -72,8 +78,7 @@ def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[_Way]:
             found.append(_Way(one.dataset, label, (), one.vanilla(), benign.vanilla(), one.vanilla()))
         for ablation in lab.ablations:
             # The benign prompts under all groups at once, ablation by ablation, so that drafts are made once.
-            distinct = list(dict.fromkeys(groups[ablation]))
-            kept = dict(zip(distinct, benign.under(distinct, ablation), strict=True))
+            kept = answered_once(benign, groups[ablation], ablation)
             for one, group in zip(asked, groups[ablation], strict=True):
                 label = SHORT[ablation.name] + (", Sure" if prefill else "")
                 (harmful,) = one.under([group], ablation)
@@ -83,12 +88,24 @@ def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[_Way]:
     return sorted(found, key=lambda way: order.index(way.dataset))
 
 
+def _in_words(ways: Sequence[_Way]) -> str:
+    """Mean ASR over the datasets with a begun answer and without: unablated, under UA and under SC."""
+    datasets = len({way.dataset for way in ways})
+    parts = []
+    for name, begun, plain in (("unablated", "Sure", "vanilla"), ("UA", "UA, Sure", "UA"), ("SC", "SC, Sure", "SC")):
+        means = [mean_of(way.harmful.asr.rate for way in ways if way.label == label) for label in (begun, plain)]
+        parts.append(f"{name} {' and '.join(means)}")
+    n = numbers_of(way.harmful.asr.n for way in ways)
+    of = f"{datasets} dataset{'s' * (datasets > 1)}"
+    return f"mean ASR of {of} with the answer begun, and without: {', '.join(parts)} (n {n} prompts each)"
+
+
 def _show(draft: Draft, model: str, subjects: Sequence[Subject], ways: Sequence[_Way]) -> None:
     n, n_benign = numbers_of(way.harmful.asr.n for way in ways), numbers_of(way.benign.kept.n for way in ways)
-    score = subjects[0].lab.config.search_score
+    score, epsilon = subjects[0].lab.config.search_score, subjects[0].lab.config.epsilon
     caption = (
         f'Sure: the answer is begun as "{BEGUN}" and only what follows is judged. UA, SC: without the {GROUP_SIZE} '
-        f"heads at most that Sahara finds on the dataset under that ablation (by {score}, "
+        f"heads at most that Sahara finds on the dataset under that ablation (epsilon {epsilon:g}, by {score}, "
         f"{subjects[0].asked}), without a begun answer; the paper does not say which heads it takes. "
         f"{searched_and_tested(subjects)} Greedy answers. Intervals: Wilson, 95 %, over the prompts; n = {n} harmful "
         f"prompts a dataset, and {n_benign} benign ones, begun alike."
@@ -105,11 +122,10 @@ def _show(draft: Draft, model: str, subjects: Sequence[Subject], ways: Sequence[
 
 def _table(model: str, caption: str, ways: Sequence[_Way]) -> Table:
     changes = [way.harmful.change_from(way.against) if way.group else None for way in ways]
-    adjusted = iter(holm([one.p_value for one in changes if one is not None and one.p_value is not None]))
+    adjusted = corrected([None if one is None else one.p_value for one in changes])
     known = paper_model(model) == "Llama-2-7b-chat"
     rows: list[Row] = []
-    for way, change in zip(ways, changes, strict=True):
-        tested = change is not None and change.p_value is not None
+    for way, change, p in zip(ways, changes, adjusted, strict=True):
         rows.append(
             {
                 "dataset": way.dataset,
@@ -117,10 +133,10 @@ def _table(model: str, caption: str, ways: Sequence[_Way]) -> Table:
                 "heads": format_heads(way.group) or "none",
                 "asr": Measured.of(way.harmful.asr),
                 "change": None if change is None else Measured.of(change),
-                "p": next(adjusted) if tested else None,
+                "p": p,
                 "empty": Measured.of(way.harmful.empty),
                 "kept": Measured.of(way.benign.kept),
-                "paper": TABLE7.get(way.dataset, {}).get(way.label) if known else None,
+                "paper": TABLE7.get(paper_dataset(way.dataset), {}).get(way.label) if known else None,
             }
         )
     columns = [

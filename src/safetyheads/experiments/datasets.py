@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from safetyheads import prompt_sets
@@ -9,6 +10,7 @@ from safetyheads.demo.grammar import HARM_CATEGORIES
 from safetyheads.errors import InputError
 from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
 from safetyheads.prompts import PromptSet
+from safetyheads.provenance import references_sha256
 
 BENIGN = "benign"
 """Name of the benign prompts among the datasets."""
@@ -30,7 +32,7 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: str) 
     learns = dataset in (LEARN_HARMFUL, LEARN_BENIGN)
     if model.startswith(ORGANISM):
         # Its splits share no deed, so what was learned on one is not known of the other.
-        split: prompt_sets.Half = "validation" if config.held_out and (half == "search" or learns) else "test"
+        split: prompt_sets.Half = "validation" if learns or (config.held_out and half == "search") else "test"
         kind: prompt_sets.Kind = "benign" if dataset in (BENIGN, LEARN_BENIGN) else "harmful"
         found = prompt_sets.demo_set(kind, split)
         if name in HARM_CATEGORIES:
@@ -43,6 +45,9 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: str) 
     if not name:
         raise InputError(f"baselines need prompts to learn from; give {dataset.replace(' ', '_')}")
     whole = PromptSet.read(name, None, limit=config.limit)
+    if name == config.benign == config.learn_benign and dataset in (BENIGN, LEARN_BENIGN):
+        # One file for both: what methods learn from is not what they are tested on.
+        return whole.split(config.split, config.seed)[dataset == BENIGN]
     if learns or not config.held_out:
         return whole
     return whole.split(config.split, config.seed)[half == "test"]
@@ -59,3 +64,20 @@ def begun_by(prefill: str, prompts: PromptSet) -> PromptSet:
         for prompt in prompts
     ]
     return replace(prompts, prompts=tuple(rest))
+
+
+def prompts_sha256(config: ReproductionConfig) -> dict[str, str]:
+    """Of every set of prompts with its right answers, by name: a file that changes makes another run.
+
+    Raises:
+        InputError: a set cannot be read.
+    """
+    names = [*config.datasets, BENIGN, *([LEARN_HARMFUL] if config.learn_harmful else []), LEARN_BENIGN]
+    models = {model.startswith(ORGANISM): model for model in reversed(config.models)}
+    found = {}
+    for organism, model in models.items():
+        for name in names:
+            prompts = prompts_of(config, model, name, "test")
+            digest = hashlib.sha256(f"{prompts.sha256} {references_sha256(prompts)}".encode()).hexdigest()
+            found[f"{name}, organism" if organism else name] = digest
+    return found

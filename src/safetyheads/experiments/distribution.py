@@ -47,7 +47,7 @@ def fig13(lab: Lab, about: Experiment) -> Outcome:
                 draft.figures.extend(_density(model, of_score))
         if found:
             draft.tables.append(_tails(model, found))
-            say_planted(draft, model, "a few heads have most of the Ships")
+            say_planted(draft, model, "how the scores are spread over the heads was built in")
     return draft.finished(about.name, about.title, about.question)
 
 

@@ -45,7 +45,7 @@ def epsilon(lab: Lab, about: Experiment) -> Outcome:
             draft.figures += [_asr(model, swept), _ships(model, swept)]
             draft.tables += [_settling(model, swept), _table(model, swept)]
             draft.notes += _in_words(model, swept)
-            say_planted(draft, model, "the heads found are planted ones for the most part")
+            say_planted(draft, model, "which heads are found and what they do was built in")
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -128,10 +128,18 @@ def _points(swept: Sequence[_Sweep], read: Callable[[_At], Measured]) -> tuple[R
 def _said(swept: Sequence[_Sweep]) -> str:
     subjects = [one.subject for one in swept]
     return (
-        "From epsilon 1, which is no ablation, to the smallest; 0, the exact limit, stands at the left end. Greedy "
-        f"answers, n = {numbers_of(len(subject.prompts) for subject in subjects)} prompts. Heads are Sahara's, at "
-        f"epsilon {swept[0].ablation.epsilon:g}. {searched_and_tested(subjects)}"
+        f"{swept_over([one.epsilon for one in swept[0].by_group[0]])} Greedy answers, n = "
+        f"{numbers_of(len(subject.prompts) for subject in subjects)} prompts. Heads are Sahara's, at epsilon "
+        f"{swept[0].ablation.epsilon:g}. {searched_and_tested(subjects)}"
     )
+
+
+def swept_over(epsilons: Sequence[float]) -> str:
+    """From where to where a sweep goes, and what its ends are, if they are among it."""
+    ends = [f"{end:g}" for end in dict.fromkeys((max(epsilons), min(epsilons)))]
+    no_ablation = "; 1 is no ablation" if 1 in epsilons else ""
+    limit = "; 0, at the left end of a figure, is the exact limit" if 0 in epsilons else ""
+    return f"{'Epsilons from ' if len(ends) > 1 else 'Epsilon '}{' to '.join(ends)}{no_ablation}{limit}."
 
 
 def _table(model: str, swept: Sequence[_Sweep]) -> Table:
@@ -172,13 +180,13 @@ def settled_from(near: Sequence[bool]) -> int:
 
 
 def _settling(model: str, swept: Sequence[_Sweep]) -> Table:
-    """The largest epsilon from which on the ASR, and mean Ships, of each whole group no longer change."""
+    """The largest epsilon at and below which the ASR, and mean Ships, of each whole group no longer change."""
     columns = (
         Column("dataset", "dataset"),
         Column("ablation", "ablation"),
         Column("heads", "heads"),
-        Column("asr", "ASR settled from epsilon"),
-        Column("ships", "mean Ships settled from epsilon"),
+        Column("asr", "ASR settled at and below epsilon"),
+        Column("ships", "mean Ships settled at and below epsilon"),
     )
     rows = []
     for each in swept:
@@ -187,8 +195,8 @@ def _settling(model: str, swept: Sequence[_Sweep]) -> Table:
         rows.append({**where, "heads": format_heads(each.groups[-1]), "asr": f"{asr:g}", "ships": f"{ships:g}"})
     n = numbers_of(len(one.subject.prompts) for one in swept)
     caption = (
-        f"The largest epsilon measured from which on, down to the smallest, {_TOLD} n = {n} prompts, so a small change "
-        f"of the ASR cannot be told. {searched_and_tested([one.subject for one in swept])}"
+        f"Of whole groups, no first heads: the largest epsilon measured at and below which {_TOLD} n = {n} prompts, so "
+        f"a small change of the ASR cannot be told. {searched_and_tested([one.subject for one in swept])}"
     )
     return Table(f"{model}, where it settles", caption, columns, tuple(rows))
 
@@ -200,22 +208,23 @@ _TOLD = (
 
 
 def _in_words(model: str, swept: Sequence[_Sweep]) -> Iterator[str]:
-    """For each ablation, the largest epsilon from which on nothing changes on any dataset."""
+    """For each ablation, the largest epsilon at and below which no whole group changes on any dataset."""
     for ablation in dict.fromkeys(one.ablation for one in swept):
         of_this = [one for one in swept if one.ablation == ablation]
         settled = min(epsilon for one in of_this for epsilon in _settled(one))
         smallest = of_this[0].by_group[-1][-1].epsilon
+        sizes = numbers_of(len(one.groups[-1]) for one in of_this)
+        about = f"{model}, {SHORT[ablation.name]}, the whole group of each dataset ({sizes} heads)"
         if settled > smallest:
-            yield f"{model}, {SHORT[ablation.name]}: from epsilon {settled:g} on, on every dataset, {_TOLD}"
+            yield f"{about}: at epsilon {settled:g} and below, on every dataset, {_TOLD}"
         else:
             yield (
-                f"{model}, {SHORT[ablation.name]}: on a dataset the ASR or mean Ships still change up to the smallest "
-                f"epsilon, {smallest:g}."
+                f"{about}: on a dataset the ASR or mean Ships still change down to the smallest epsilon, {smallest:g}."
             )
 
 
 def _settled(sweep: _Sweep) -> tuple[float, float]:
-    """From which epsilon on the ASR and mean Ships of the whole group are those of the smallest."""
+    """At and below which epsilon the ASR and mean Ships of the whole group are those of the smallest."""
     row = sweep.by_group[-1]
     last = row[-1]
     asr = settled_from([_same_asr(one, last) for one in row])

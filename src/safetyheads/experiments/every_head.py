@@ -51,7 +51,7 @@ def fig4b(lab: Lab, about: Experiment) -> Outcome:
         draft.figures.extend(_scatter(model, found, name) for name in SEARCH_SCORES)
         draft.tables.append(_proxies(model, found))
         draft.tables.extend(_top(model, one) for one in found)
-        say_planted(draft, model, "the heads that raise the ASR are planted ones")
+        say_planted(draft, model, "which heads raise the ASR was built in")
     return draft.finished(about.name, about.title, about.question)
 
 

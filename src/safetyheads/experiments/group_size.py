@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from safetyheads.ablation import Ablation
-from safetyheads.baselines.random_heads import random_groups
+from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.experiments.answers import Answers, point
 from safetyheads.experiments.common import (
     found_group,
+    in_a_sentence,
+    mean_of,
     meaningful_subjects,
     numbers_of,
     say_planted,
@@ -22,7 +23,7 @@ from safetyheads.experiments.common import (
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
-from safetyheads.experiments.paper_numbers import TABLE_3_AND_5, Level, paper_model
+from safetyheads.experiments.paper_numbers import TABLE_3_AND_5, Level, paper_dataset, paper_model
 from safetyheads.heads import Group, format_heads
 from safetyheads.sampling import GREEDY
 from safetyheads.stats import bootstrap_interval, random_p_value
@@ -30,7 +31,7 @@ from safetyheads.stats import bootstrap_interval, random_p_value
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment
 
-N_RANDOM = 20
+N_RANDOM = 10
 """Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""
 _GROUP, _OWN, _RANDOM, _KEPT = "Sahara's group", "each prompt's own heads", "random groups", "benign answers kept"
 _LEVELS: dict[Level, str] = {"dataset": "dataset, Sahara", "query": "query, Ships"}
@@ -42,7 +43,7 @@ _OWN_SAID = (
 
 def fig4a(lab: Lab, about: Experiment) -> Outcome:
     """The ASR without groups of 1 to n heads: Sahara's, each prompt's own, random ones; and the benign answers."""
-    draft = Draft()
+    draft, findings = Draft(), dict[str, str]()
     for model in lab.config.models:
         found = [
             _sized(subject, ablation)
@@ -52,17 +53,18 @@ def fig4a(lab: Lab, about: Experiment) -> Outcome:
         if found:
             draft.figures.append(_figure(model, found))
             draft.tables.append(_table(model, found))
-            say_planted(
-                draft, model, "groups of planted heads raise the ASR, and random ones of the same layers hardly do"
+            findings[model] = "; ".join(
+                _sized_in_words([one for one in found if one.ablation == ablation]) for ablation in lab.ablations
             )
+            say_planted(draft, model, "what Sahara's groups and random ones of the same layers do was built in")
+    draft.finding = in_a_sentence(findings)
     return draft.finished(about.name, about.title, about.question)
 
 
 def table3(lab: Lab, about: Experiment) -> Outcome:
     """The change of the ASR by number of heads, at both levels, of every model."""
     draft = Draft()
-    for model in lab.config.models:
-        _show_changes(lab, model, draft)
+    draft.finding = _show_changes(lab, lab.config.models, draft)
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -70,8 +72,7 @@ def table5(lab: Lab, about: Experiment) -> Outcome:
     """The same of every model but the first; of the related one, where there is but one."""
     config, draft = lab.config, Draft()
     further = config.models[1:] or ((config.related,) if config.related else ())
-    for model in further:
-        _show_changes(lab, model, draft)
+    draft.finding = _show_changes(lab, further, draft)
     if not further:
         draft.notes.append(
             "This table is of a second model, and there is none: name a further one after the first, or as related."
@@ -106,7 +107,7 @@ def _sized(subject: Subject, ablation: Ablation) -> _Sized:
     lab, sampling = subject.lab, subject.lab.sampled
     group = found_group(subject, ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
-    n_heads = subject.engine.n_heads
+    n_heads = heads_by_layer(subject.engine)
     drawn = [tuple(dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed))) for prefix in prefixes]
     # One call answers them all, and a group that comes twice is answered once.
     asked = list(dict.fromkeys([*prefixes, *(other for others in drawn for other in others)]))
@@ -167,6 +168,30 @@ def _mean_and_range(rates: Sequence[float]) -> Measured:
     return Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates))
 
 
+def _sized_in_words(found: Sequence[_Sized]) -> str:
+    """One ablation's: the ASR unablated, without Sahara's first head and whole group, and without random groups."""
+    size = min(len(one.group) for one in found)
+    # Of the largest size that every dataset has random groups of: few heads a layer allow none.
+    compared = [k for k in range(size) if all(one.random[k] for one in found)]
+    n = numbers_of(one.vanilla.asr.n for one in found)
+    said = (
+        f"{SHORT[found[0].ablation.name]}, mean ASR of {_datasets(len(found))}: "
+        f"{mean_of(one.vanilla.asr.rate for one in found)} unablated, "
+        f"{mean_of(one.by_size[0].asr.rate for one in found)} without Sahara's first head, "
+        f"{mean_of(one.by_size[size - 1].asr.rate for one in found)} without its {size} (n {n} prompts each)"
+    )
+    if compared:
+        k = compared[-1]
+        rates = [one.random[k] for one in found]
+        mean = mean_of(sum(own) / len(own) for own in rates)
+        said += f", {mean} without {k + 1} random ones (n {numbers_of(map(len, rates))} groups each)"
+    return said
+
+
+def _datasets(n: int) -> str:
+    return f"{n} dataset{'s' * (n > 1)}"
+
+
 def _table(model: str, found: Sequence[_Sized]) -> Table:
     columns = (
         Column("dataset", "dataset"),
@@ -206,7 +231,8 @@ def _table(model: str, found: Sequence[_Sized]) -> Table:
                 }
             )
     caption = (
-        f"Answers: {found[0].subject.lab.sampled.name}. {searched_and_tested([one.subject for one in found])} "
+        f"Answers: {found[0].subject.lab.sampled.name}; epsilon {found[0].ablation.epsilon:g}. "
+        f"{searched_and_tested([one.subject for one in found])} "
         "Intervals: Wilson, 95 %; of random groups lowest and highest. p: (1 + random groups that reach the ASR) / "
         "(1 + all of them), so few groups cannot give a small one."
     )
@@ -216,26 +242,55 @@ def _table(model: str, found: Sequence[_Sized]) -> Table:
 # Tables 3 and 5.
 
 
-def _show_changes(lab: Lab, model: str, draft: Draft) -> None:
-    subjects = list(meaningful_subjects(lab, model, draft))
-    if not subjects:
-        return
-    rows = [
-        _changes(subject, ablation, level) for level in _LEVELS for ablation in lab.ablations for subject in subjects
-    ]
+def _show_changes(lab: Lab, models: Sequence[str], draft: Draft) -> str:
+    """A table a model; gives what came out in a sentence."""
+    findings = {}
+    for model in models:
+        subjects = list(meaningful_subjects(lab, model, draft))
+        if subjects:
+            rows = [
+                _changes(subject, ablation, level)
+                for level in _LEVELS
+                for ablation in lab.ablations
+                for subject in subjects
+            ]
+            draft.tables.append(_changes_table(model, subjects, rows))
+            findings[model] = _changes_in_words(rows)
+            say_planted(draft, model, "which heads Sahara and Ships find, and what they do, was built in")
+    return in_a_sentence(findings)
+
+
+def _changes_in_words(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the datasets with the fewest and with the most heads, at both levels, under both ablations."""
+    size = min(len(row["by_size"]) for row in rows)
+    ends = list(dict.fromkeys((1, size)))
+    parts: dict[str, list[str]] = {}
+    for level, ablation in dict.fromkeys((row["level"], row["ablation"]) for row in rows):
+        own = [row["by_size"] for row in rows if (row["level"], row["ablation"]) == (level, ablation)]
+        means = " and ".join(mean_of((by_size[k - 1].value for by_size in own), signed=True) for k in ends)
+        parts.setdefault(f"{level} level", []).append(f"{ablation} {means}")
+    said = "; ".join(f"{level}, {', '.join(found)}" for level, found in parts.items())
+    n = numbers_of(change.n for row in rows for change in row["by_size"])
+    of = _datasets(len({row["dataset"] for row in rows}))
+    heads = f"1 head and with {size}" if size > 1 else "1 head"
+    return f"mean change of the ASR of {of} with {heads}: {said} (n {n} prompts each)"
+
+
+def _changes_table(model: str, subjects: Sequence[Subject], rows: Sequence[dict[str, Any]]) -> Table:
     size = max(len(row["by_size"]) for row in rows)
     quoted = any(row["paper"] for row in rows)
     columns = [Column("level", "level"), Column("ablation", "ablation"), Column("dataset", "dataset")]
     columns += [Column(f"heads_{k}", f"{k} head{'s' * (k > 1)}", "change") for k in range(1, size + 1)]
     columns += [Column("mean", "mean", "change"), *[Column("paper", "paper, 1 to 5 heads (mean)")] * quoted]
     caption = (
-        "Change of the ASR from the unablated model, greedy, over the same prompts. "
+        "Change of the ASR from the unablated model, greedy, over the same prompts; UA and SC at epsilon "
+        f"{subjects[0].lab.config.epsilon:g}. "
         f"{searched_and_tested(subjects)} {_OWN_SAID} Intervals, 95 %: Newcombe's for paired prompts; of the mean "
         "over the sizes a bootstrap over prompts. p values are not corrected for the number of cells."
     )
     if quoted:
         caption += " The paper's numbers are quoted; it has no intervals, and one set of prompts to search and test on."
-    cells = [
+    cells = tuple(
         {
             "level": _LEVELS[row["level"]],
             "ablation": row["ablation"],
@@ -245,9 +300,8 @@ def _show_changes(lab: Lab, model: str, draft: Draft) -> None:
             **({"paper": row["paper"]} if quoted else {}),
         }
         for row in rows
-    ]
-    draft.tables.append(Table(model, caption, tuple(columns), tuple(cells)))
-    say_planted(draft, model, "Sahara and Ships find planted heads first, and these raise the ASR")
+    )
+    return Table(model, caption, tuple(columns), cells)
 
 
 def _changes(subject: Subject, ablation: Ablation, level: Level) -> dict[str, Any]:
@@ -285,8 +339,7 @@ def _mean_of(found: Sequence[Answers], vanilla: Answers) -> Measured:
 def _quoted(subject: Subject, level: Level, ablation: str) -> str:
     """The paper's numbers for this row, where it has any."""
     known = paper_model(subject.model)
-    dataset = Path(subject.dataset).stem.lower()
-    numbers = TABLE_3_AND_5.get((known, level, ablation, dataset)) if known else None
+    numbers = TABLE_3_AND_5.get((known, level, ablation, paper_dataset(subject.dataset))) if known else None
     if numbers is None:
         return ""
     return f"{' '.join(f'{one:+.2f}' for one in numbers)} ({sum(numbers) / len(numbers):+.2f})"

@@ -1,7 +1,7 @@
-"""Where experiments are run: models, prompts, judge and the run directory. Owns that nothing is measured twice.
+"""Where experiments are run: models, prompts, judge, run directory. Owns what is kept of measures, and under what.
 
-Every measure is kept under all that it depends on (weights, tokens, ablation, judge), so experiments share what they
-have in common, and an interrupted one goes on where it was.
+Every measure is kept under all that it depends on (weights, tokens, ablation, judge). So an interrupted experiment goes
+on where it was, and experiments share scores, unablated answers and lists of groups that are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetyheads.judges import judge_named
 from safetyheads.kept_answers import KeptAnswers
 from safetyheads.progress import Progress
 from safetyheads.prompts import PromptSet
-from safetyheads.provenance import fingerprint, tokens_sha256
+from safetyheads.provenance import fingerprint, references_sha256, tokens_sha256
 from safetyheads.sampling import GREEDY, Sampling
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.scoring import answer_sequences
@@ -47,8 +47,10 @@ UA_AND_SC = (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)
 """The paper's two ablations, in its order."""
 SHORT = {"undifferentiated_attention": "UA", "scaling_contribution": "SC"}
 """What tables and legends call them."""
-# Models held at once: a swap needs two, and one more saves loading it again.
-_MODELS_HELD = 3
+# Models held at once: a swap needs two.
+_MODELS_HELD = 2
+# A pass has the unablated probabilities of every prompt over the vocabulary.
+_PASSES_HELD = 2
 # A model for which one of these does not hold says nothing about heads.
 _MOST_EMPTY = 0.2
 _MOST_VANILLA_ASR = 0.5
@@ -67,6 +69,10 @@ class Lab:
     _engines: dict[str, Engine] = field(default_factory=dict)
     _weights: dict[str, str] = field(default_factory=dict)
     _subjects: dict[tuple[Any, ...], Subject] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    """Models that were asked for, since somebody emptied it."""
+    _drafting: list[KeptAnswers] = field(default_factory=list)
+    _passes: dict[tuple[str, Ablation, Readings], HeadPass] = field(default_factory=dict)
 
     @cached_property
     def judge(self) -> Judge:
@@ -85,6 +91,7 @@ class Lab:
 
     def engine(self, model: str) -> Engine:
         """The model, loaded once; of several, the ones used last are held."""
+        self.used.add(model)
         if model in self._engines:
             self._engines[model] = self._engines.pop(model)
             return self._engines[model]
@@ -102,6 +109,7 @@ class Lab:
         Raises:
             InputError: the run began with other weights under this name.
         """
+        self.used.add(model)
         if model not in self._weights:
             found = fingerprint(self.engine(model))
             if self.run.remember(f"weights_{model}", found) != found:
@@ -140,6 +148,21 @@ class Lab:
             self._subjects[key] = Subject(self, model, dataset, engine, bound)
         return self._subjects[key]
 
+    def drafts_with(self, answers: KeptAnswers) -> None:
+        """Hold the drafts of these answers and of no others: they are states of all layers."""
+        for others in self._drafting:
+            if others is not answers:
+                others.forget()
+        self._drafting[:] = [answers]
+
+    def pass_of(self, key: tuple[str, Ablation, Readings], begin: Callable[[], HeadPass]) -> HeadPass:
+        """A pass that was begun already, or a new one; of several, the ones used last are held."""
+        found = self._passes.pop(key, None) or begin()
+        while len(self._passes) >= _PASSES_HELD:
+            del self._passes[next(iter(self._passes))]
+        self._passes[key] = found
+        return found
+
     def not_meaningful(self, harmful: Subject, benign: Subject, refuses: bool = True) -> tuple[str, ...]:
         """Why an unablated model's answers leave nothing to measure; () where they do.
 
@@ -170,18 +193,19 @@ class Subject:
     engine: Engine
     prompts: PromptSet
     _kept: dict[Sampling, KeptAnswers] = field(default_factory=dict)
-    _passes: dict[tuple[Ablation, Readings], HeadPass] = field(default_factory=dict)
 
     @cached_property
     def _about(self) -> dict[str, str]:
-        return {"weights": self.lab.weights_of(self.model)}
+        # Right answers decide what is kept, and are not in the tokens.
+        return {"weights": self.lab.weights_of(self.model), "references": references_sha256(self.prompts)}
 
     @cached_property
     def name(self) -> str:
         """What files of this subject are called."""
         model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
-        tokens = tokens_sha256(self.engine, self.prompts)[:8]
-        named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{tokens}"
+        # Plans and near-ties are remembered under it, and directories of two models may have one name.
+        told_apart = tokens_sha256(self.engine, self.prompts)[:8] + self._about["weights"][:8]
+        named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
         return "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
 
     @property
@@ -226,9 +250,7 @@ class Subject:
                 config.store_completions,
                 self._about,
             )
-        for other, kept in self._kept.items():
-            if other != sampling:
-                kept.forget()
+        self.lab.drafts_with(self._kept[sampling])
         return self._kept[sampling]
 
     # Scores.
@@ -262,10 +284,7 @@ class Subject:
         return self._begun(ablation, Readings(ships=True)).measure(groups)["ships"]
 
     def _pass(self, ablation: Ablation, readings: Readings) -> HeadPass:
-        key = (ablation, readings)
-        if key not in self._passes:
-            self._passes[key] = self._begun(ablation, readings)
-        return self._passes[key]
+        return self.lab.pass_of((self.name, ablation, readings), lambda: self._begun(ablation, readings))
 
     def _begun(self, ablation: Ablation, readings: Readings) -> HeadPass:
         sequences = answer_sequences(self.engine, self.prompts, 1)

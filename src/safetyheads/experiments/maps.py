@@ -102,8 +102,9 @@ def _shown(lab: Lab, subject: Subject, head: Head, wanted: Sequence[tuple[str, A
 def _show(draft: Draft, subject: Subject, head: Head, shown: Sequence[_Shown], said: str) -> None:
     n_searched, dataset = len(search_half(subject).prompts), subject.dataset
     about = (
-        f"Head {head}, the first that Sahara finds under UA on {n_searched} prompts of {dataset} "
-        f"(by {subject.lab.config.search_score}), on the first test prompt of {dataset}, {subject.asked}. {said}"
+        f"Head {head}, the first that Sahara finds under UA at epsilon {subject.lab.config.epsilon:g} on {n_searched} "
+        f"prompts of {dataset} (by {subject.lab.config.search_score}), on the first test prompt of {dataset}, "
+        f"{subject.asked}. {said}"
     )
     n_tokens = len(shown[0].found.weights)
     cut = f" The last {TOKENS_DRAWN} of {n_tokens} tokens are drawn." if n_tokens > TOKENS_DRAWN else ""

@@ -6,7 +6,7 @@ n; where it has an interval, that goes along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -104,6 +104,10 @@ class Outcome:
     """What a reader must know, such as that a construction made it so."""
     not_meaningful: tuple[str, ...] = ()
     """Reasons; with any there is no table and no figure of that model, and with no other model none at all."""
+    finding: str = ""
+    """What came out, in one sentence with numbers; an index has room for no more."""
+    setting: str = ""
+    """Strength of ablations, judge and length of answers, in one line."""
     timed: tuple[Table, ...] = ()
     """What was timed on this machine: kept apart from results, which are the same on every machine."""
 
@@ -122,14 +126,16 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     not_meaningful: list[str] = field(default_factory=list)
     timed: list[Table] = field(default_factory=list)
+    finding: str = ""
 
     def finished(self, name: str, title: str, question: str) -> Outcome:
         """The outcome under its name."""
-        parts: dict[str, Sequence[Any]] = {
-            each: tuple(dict.fromkeys(getattr(self, each)) if each in _SAID_ONCE else getattr(self, each))
-            for each in self.__dataclass_fields__
-        }
-        return Outcome(name, title, question, **parts)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {}
+        for each in self.__dataclass_fields__:
+            value = getattr(self, each)
+            once = dict.fromkeys(value) if each in _SAID_ONCE else value
+            parts[each] = value if isinstance(value, str) else tuple(once)
+        return Outcome(name, title, question, **parts)
 
 
 _SAID_ONCE = ("models", "notes", "not_meaningful")

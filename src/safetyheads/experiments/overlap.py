@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.experiments.common import meaningful_subjects, planted_heads
+from safetyheads.experiments.common import in_a_sentence, meaningful_subjects, planted_heads, say_planted
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Outcome, Row, Table
 from safetyheads.heads import Head
@@ -28,8 +28,8 @@ ALL_DATASETS = "all datasets"
 """Where a head's score is its mean over the datasets."""
 _BY_CONSTRUCTION = (
     "The refusal heads of both embedded checkpoints were planted, none in the same place: what they share is the "
-    "construction's, opposite to the paper, which finds a large overlap of two models of one base. It is not evidence "
-    "about the paper."
+    "construction's, while the paper finds a large overlap of two models of one base. It is not evidence about the "
+    "paper."
 )
 
 
@@ -51,7 +51,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """Two rankings held against each other."""
 
     comparison: str
@@ -62,7 +62,7 @@ class _Pair:
 
 def fig5(lab: Lab, about: Experiment) -> Outcome:
     """Overlaps of the top heads: UA and SC, datasets, and two models of one base, against chance."""
-    draft, config = Draft(), lab.config
+    draft, config, findings = Draft(), lab.config, dict[str, str]()
     related = config.related
     if related is not None:
         refuse_other_shapes(lab.engine(config.models[0]), lab.engine(related), config.models[0], related)
@@ -77,11 +77,15 @@ def fig5(lab: Lab, about: Experiment) -> Outcome:
                 # Means over other datasets would be held against each other.
                 others = [one for one in others if one.dataset != ALL_DATASETS]
         n_heads = len(lab.engine(model).heads)
-        _show(draft, lab, model, own, others, n_heads)
+        pairs = _pairs(own, others, n_heads)
+        _show(draft, lab, model, own, others, pairs, n_heads)
+        findings[model] = in_words(pairs, n_heads)
+        say_planted(draft, model, "which heads rank first was built in")
+        if others and _is_planted(model, others[0].model):
+            draft.notes.append(_BY_CONSTRUCTION)
+    draft.finding = in_a_sentence(findings)
     if related is None:
         draft.notes.append("Two models of one base were not compared: the setting `related` names no second model.")
-    elif _is_planted(config.models[0], related):
-        draft.notes.append(_BY_CONSTRUCTION)
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -125,7 +129,7 @@ def _under(lab: Lab, model: str, subjects: Sequence[Subject], ablation: Ablation
         yield Ranking(model, dataset, SHORT[ablation.name], top(named, size_of_top(len(named)), resolution))
 
 
-def _pairs(own: Sequence[Ranking], others: Sequence[Ranking], n_heads: int) -> list[_Pair]:
+def _pairs(own: Sequence[Ranking], others: Sequence[Ranking], n_heads: int) -> list[Pair]:
     """UA against SC, datasets against each other, models against each other."""
     found: list[tuple[str, Ranking, Ranking]] = []
     for first, second in combinations(own, 2):
@@ -140,18 +144,41 @@ def _pairs(own: Sequence[Ranking], others: Sequence[Ranking], n_heads: int) -> l
         if (first.dataset, first.ablation) == (second.dataset, second.ablation)
     ]
     k = size_of_top(n_heads)
-    pairs = [_Pair(*three, top_overlap(k, three[1].heads, three[2].heads, n_heads)) for three in found]
+    pairs = [Pair(*three, top_overlap(k, three[1].heads, three[2].heads, n_heads)) for three in found]
     return sorted(pairs, key=lambda pair: _ORDER.index(pair.comparison.split(",")[0]))
 
 
 _ORDER = ("UA against SC", "datasets", "models")
 
 
-def _show(draft: Draft, lab: Lab, model: str, own: list[Ranking], others: list[Ranking], n_heads: int) -> None:
+def in_words(pairs: Sequence[Pair], n_heads: int) -> str:
+    """How many heads the pairs of each comparison share, beside chance; no top is held against itself."""
     k = size_of_top(n_heads)
-    pairs = _pairs(own, others, n_heads)
+    shared: dict[str, list[int]] = {}
+    for pair in pairs:
+        shared.setdefault(pair.comparison, []).append(pair.overlap.shared)
+    parts = [
+        f"{comparison}: {'–'.join(map(str, dict.fromkeys((min(found), max(found)))))} (n {len(found)} "
+        f"pair{'s' * (len(found) > 1)})"
+        for comparison, found in shared.items()
+    ]
+    said = "; ".join(parts) or "nothing to hold against each other"
+    return f"heads shared of the top {k} of {n_heads}, where chance gives {k * k / n_heads:.2f}: {said}"
+
+
+def _show(
+    draft: Draft,
+    lab: Lab,
+    model: str,
+    own: list[Ranking],
+    others: list[Ranking],
+    pairs: list[Pair],
+    n_heads: int,
+) -> None:
+    k = size_of_top(n_heads)
     said = (
-        f"Top {k} of {n_heads} heads by {lab.config.search_score}, on the {_part(lab)}; {ALL_DATASETS}: by the mean "
+        f"Top {k} of {n_heads} heads by {lab.config.search_score}, each ablated alone at epsilon "
+        f"{lab.config.epsilon:g}, on the {_part(lab)}; {ALL_DATASETS}: by the mean "
         "of the datasets' scores."
     )
     chance = (
@@ -178,7 +205,7 @@ def _part(lab: Lab) -> str:
     return "search halves of the datasets" if lab.config.held_out else "datasets"
 
 
-def _overlap_table(model: str, pairs: Sequence[_Pair], said: str) -> Table:
+def _overlap_table(model: str, pairs: Sequence[Pair], said: str) -> Table:
     adjusted = holm([pair.overlap.p_value for pair in pairs])
     rows: list[Row] = [
         {

@@ -5,6 +5,7 @@ Zhou et al., On the Role of Attention Heads in Large Language Model Safety (ICLR
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 PaperModel: TypeAlias = Literal["Llama-2-7b-chat", "Vicuna-7b-v1.5"]
@@ -34,7 +35,7 @@ TABLE_3_AND_5: dict[tuple[PaperModel, Level, str, str], tuple[float, ...]] = {
 """Change of ASR with 1 to 5 heads: model, level, ablation, dataset. Table 3 is Llama-2's, Table 5 Vicuna's."""
 
 TABLE1: dict[str, tuple[float, float, float]] = {
-    "act_svd": (0.05, 0.73, 0.03),
+    "actsvd": (0.05, 0.73, 0.03),
     "gtac_dap": (0.05, 0.64, 0.03),
     "lsp": (0.03, 0.58, 0.04),
     "sahara": (0.00018, 0.72, 0.05),
@@ -50,6 +51,11 @@ TABLE7: dict[str, dict[str, float]] = {
     "maliciousinstruct": {"Sure": 0.35, "UA, Sure": 0.75, "SC, Sure": 0.40, "UA": 0.67, "SC": 0.05},
 }
 """ASR of Llama-2-7b-chat by dataset; with the answer begun as "Sure, here is", and without."""
+
+
+def paper_dataset(name: str) -> str:
+    """How these tables call a dataset that is given as a name or a file, such as ``data/AdvBench.csv``."""
+    return Path(name).stem.lower()
 
 
 def paper_model(name: str) -> PaperModel | None:

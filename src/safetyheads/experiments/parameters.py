@@ -8,12 +8,12 @@ nothing harmful by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from safetyheads.baselines.base import Intervention, Method
+from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.table import METHODS
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.answers import Answers
 from safetyheads.experiments.common import say_planted
 from safetyheads.experiments.datasets import BENIGN
@@ -22,7 +22,7 @@ from safetyheads.experiments.material import learning_subjects, material_of
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Table
 from safetyheads.experiments.paper_numbers import TABLE1, paper_model
 from safetyheads.kept_answers import Row, verdict_row
-from safetyheads.provenance import tokens_sha256
+from safetyheads.provenance import references_sha256, tokens_sha256
 from safetyheads.stats import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
@@ -35,10 +35,14 @@ _VANILLA = "vanilla"
 _CAPTION = (
     "Each method's strength is the one of highest ASR on its learning prompts among those that keep all but "
     f"{MOST_BENIGN_LOST:.0%} of the benign answers there; where none does, the one that keeps most. ASR, benign "
-    "answers and their paired changes are then measured on test prompts that no method saw (95 % intervals: Wilson; "
-    "changes: Newcombe). Ranked by ASR among methods within that damage on the test prompts, the others below. "
+    "answers and their paired changes are then measured on test prompts that no method learned from (95 % intervals: "
+    "Wilson; changes: Newcombe). Ranked by ASR among methods within that damage on the test prompts, the others below. "
     "Parameters are counted on this model, not quoted."
 )
+
+
+class _NothingLearned(SafetyheadsError):
+    """A method that this model gives nothing to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,14 @@ def table1(lab: Lab, about: Experiment) -> Outcome:
         try:
             sweeps[method.name], tested_once = bench.measured(method)
             rows.append(_row(method, bench, tested_once))
-        except SafetyheadsError as error:
+        except (_NothingLearned, UnsupportedModelError) as error:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             draft.notes.append(f"{method.label} is left out: {error}")
         partial = f". In part: {method.partial}" if method.partial else ""
         draft.notes.append(f"{method.label}: {method.source}{partial}")
     draft.tables.append(_table(lab, model, bench, rows))
     draft.figures.append(_frontier(model, bench, sweeps))
-    say_planted(draft, model, "methods that look at heads find them, and those that borrow from the base undo them")
+    say_planted(draft, model, "what methods find and undo was built in")
     draft.notes.append(f"Learned on {len(learned[0].prompts)} harmful and {len(learned[1].prompts)} benign prompts.")
     return draft.finished(about.name, about.title, about.question)
 
@@ -95,6 +99,8 @@ class _Bench:
     """Harmful and benign prompts that methods learn from."""
     tested: tuple[Subject, ...]
     benign: Subject
+    materials: dict[bool, Material] = field(default_factory=dict)
+    """With and without the checkpoint before alignment."""
 
     @property
     def n_parameters(self) -> int:
@@ -120,6 +126,7 @@ class _Bench:
             "most_benign_lost": MOST_BENIGN_LOST,
             "weights": self.lab.weights_of(self.model),
             "base": self.lab.weights_of(base) if method.needs_unaligned and base is not None else None,
+            "references": [references_sha256(one.prompts) for one in (self.learned[1], self.benign)],
             "asked": [tokens_sha256(one.engine, one.prompts) for one in (*self.learned, *self.tested, self.benign)],
             "judge": self.lab.judge.describe(),
             "max_new_tokens": self.lab.config.max_new_tokens,
@@ -130,14 +137,18 @@ class _Bench:
         """Answers to the learning prompts at every strength, and to the test prompts at the chosen one.
 
         Raises:
-            InputError: the method has no setting on this model.
+            _NothingLearned: the method has no setting on this model.
         """
         with self.lab.progress.track(f"table1: {method.label}", 1):
-            made = method.interventions(material_of(self.lab, self.model), method.strengths)
+            material = self._material(method.needs_unaligned)
+            try:
+                made = method.interventions(material, method.strengths)
+            except SafetyheadsError as error:
+                raise _NothingLearned(str(error)) from error
         # On a small model several strengths may come to the same.
         interventions = list({one.setting: one for one in reversed(made)}.values())[::-1]
         if not interventions:
-            raise InputError("it has no setting on this model")
+            raise _NothingLearned("it has no setting on this model")
         tested = (*self.tested, self.benign)
         n = len(interventions) * sum(len(one.prompts) for one in self.learned) + sum(len(one.prompts) for one in tested)
         with self.lab.progress.track(f"table1: {method.label}, answers", n) as done:
@@ -146,16 +157,22 @@ class _Bench:
             (best,) = (one for one in interventions if one.setting == chosen.setting)
             return rows + list(self._answered(best, tested, True, done))
 
+    def _material(self, borrows: bool) -> Material:
+        if borrows not in self.materials:
+            self.materials[borrows] = material_of(self.lab, self.model, borrows)
+        return self.materials[borrows]
+
     def _answered(
         self, one: Intervention, subjects: Sequence[Subject], tested: bool, done: Callable[[int], None]
     ) -> Iterator[Row]:
         about = {"tested": tested, "setting": one.setting, "strength": one.strength, "n_parameters": one.n_parameters}
         stores = self.lab.config.store_completions
+        # All sets at one go: a batch costs as many steps as its longest answer.
+        joined = replace(subjects[0].prompts, prompts=tuple(each for one in subjects for each in one.prompts))
+        found = one.answers(subjects[0].engine, joined, self.lab.judge, self.lab.config.max_new_tokens, on_rows=done)
+        rows = iter(found.rows)
         for subject in subjects:
-            found = one.answers(
-                subject.engine, subject.prompts, self.lab.judge, self.lab.config.max_new_tokens, on_rows=done
-            )
-            for number, row in enumerate(found.rows):
+            for number, row in zip(range(len(subject.prompts)), rows, strict=False):
                 text = {"query": row.prompt.query, "text": row.text} if stores else {}
                 verdicts = {self.lab.judge.name: verdict_row(row.verdict, stores)}
                 yield {"id": number, "set": subject.dataset, "kept": row.kept, "verdicts": verdicts, **about, **text}
@@ -187,11 +204,15 @@ def _together(parts: Sequence[Answers]) -> Answers:
 
 def _chosen(sweep: Sequence[_Tried], unablated: Answers) -> _Tried:
     """The strength of highest ASR within the damage that is allowed; else the one that keeps most."""
-    least = sum(unablated.kept_rows) / len(unablated.kept_rows) - MOST_BENIGN_LOST
-    within = [one for one in sweep if (one.benign.kept.rate or 0.0) >= least]
+    within = [one for one in sweep if _is_within(one.benign.kept_change_from(unablated))]
     if within:
         return max(within, key=lambda one: one.harmful.asr.rate or 0.0)
     return max(sweep, key=lambda one: one.benign.kept.rate or 0.0)
+
+
+def _is_within(kept: PairedDifference) -> bool:
+    """Whether no more benign answers were lost than is allowed; in whole answers, which round to nothing."""
+    return kept.lost - kept.gained <= int(MOST_BENIGN_LOST * kept.n + 1e-9)
 
 
 def _row(method: Method, bench: _Bench, found: _Tried) -> dict[str, Any]:
@@ -208,7 +229,7 @@ def _row(method: Method, bench: _Bench, found: _Tried) -> dict[str, Any]:
         "change": Measured.of(found.harmful.change_from(harmful)),
         "benign": Measured.of(found.benign.kept),
         "lost": Measured.of(kept),
-        "within": "yes" if (kept.change or 0.0) >= -MOST_BENIGN_LOST else "no",
+        "within": "yes" if _is_within(kept) else "no",
     }
 
 

@@ -11,6 +11,8 @@ from safetyheads.errors import InputError
 from safetyheads.experiments.answers import Answers, point
 from safetyheads.experiments.common import (
     GROUP_SIZE,
+    answered_once,
+    corrected,
     found_group,
     meaningful_subjects,
     numbers_of,
@@ -22,7 +24,7 @@ from safetyheads.experiments.lab import SHORT
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import ORGANISM
 from safetyheads.heads import format_heads
-from safetyheads.stats import Rate, holm
+from safetyheads.stats import Rate
 from safetyheads.templates import FORMS, Template
 
 if TYPE_CHECKING:
@@ -89,9 +91,10 @@ def fig15(lab: Lab, about: Experiment) -> Outcome:
                     rows.append(_row(subject, condition, None if one is bare else before))
         said = (
             "A base model, no head ablated, with the queries alone under query_answer and with URIAL's system "
-            "paragraph and shots; their texts are ours, since the paper does not give its own. "
+            "paragraph and shots; their texts are ours, since the paper does not give its own."
         )
         _show(draft, model, rows, said, "template")
+        say_planted(draft, model, "what it refuses was built in")
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -112,7 +115,7 @@ def fig17(lab: Lab, about: Experiment) -> Outcome:
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
                 _show(draft, f"{model}, {words}", rows, _heads_said(subjects, searched), "ablation")
-        say_planted(draft, model, "every group that ablates all planted heads answers all")
+                say_planted(draft, model, "what groups of heads do under any system prompt was built in")
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -129,12 +132,12 @@ def fig18(lab: Lab, about: Experiment) -> Outcome:
         if rows:
             said = f"System prompt: {system!r}. {_heads_said(subjects)}"
             _show(draft, model, rows, said, "ablation", echoes=lab.config.store_completions)
-        if embedded:
+        if rows and embedded:
             draft.notes.append(
                 f"{model}: an embedded model reads its own few sentences only, so all system prompts that it knows, "
                 "in a row, stand for a detailed one. What it does with them is not evidence about the paper."
             )
-    if not lab.config.store_completions:
+    if draft.tables and not lab.config.store_completions:
         draft.notes.append("Answers are not stored in this run (store_completions), so none can be held to its prompt.")
     return draft.finished(about.name, about.title, about.question)
 
@@ -197,23 +200,21 @@ def _ablated(lab: Lab, subjects: Sequence[Subject], searched: Sequence[Subject] 
         name = SHORT[ablation.name]
         (kept,) = benign.under_own(1, ablation)
         groups = [found_group(one, ablation, min(GROUP_SIZE, lab.config.size)) for one in searched]
-        distinct = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-        kept_by_group = dict(zip(distinct, benign.under(distinct, ablation) if distinct else (), strict=True))
+        kept_by_group = answered_once(benign, groups, ablation)
         for at, (subject, conditions) in enumerate(zip(subjects, found, strict=True)):
             (own,) = subject.under_own(1, ablation)
             conditions.append(_Condition(f"{name}, own top head", "each prompt's own", own, kept))
             if groups:
                 group = groups[at]
-                (harmful,) = subject.under([tuple(sorted(group))], ablation)
-                after = kept_by_group[tuple(sorted(group))]
-                conditions.append(_Condition(f"{name}, group", format_heads(group), harmful, after))
+                harmful = answered_once(subject, [group], ablation)[group]
+                conditions.append(_Condition(f"{name}, group", format_heads(group), harmful, kept_by_group[group]))
     return found
 
 
 def _heads_said(subjects: Sequence[Subject], searched: Sequence[Subject] = ()) -> str:
     said = (
-        f"Asked under {subjects[0].asked}. Own top head: each prompt, harmful or benign, goes without the head that "
-        "its own Ships ranks first."
+        f"Asked under {subjects[0].asked}; UA and SC at epsilon {subjects[0].lab.config.epsilon:g}. Own top head: "
+        "each prompt, harmful or benign, goes without the head that its own Ships ranks first."
     )
     if searched:
         said += (
@@ -272,6 +273,5 @@ def _show(draft: Draft, title: str, rows: Sequence[Row], said: str, over: str, e
     ]
     left_out = {"echo"} if not echoes else set()
     kept = tuple(column for column in columns if column.key not in left_out)
-    adjusted = iter(holm([row["p"] for row in rows if row["p"] is not None]))
-    tested = tuple({**row, "p": None if row["p"] is None else next(adjusted)} for row in rows)
+    tested = tuple({**row, "p": p} for row, p in zip(rows, corrected([row["p"] for row in rows]), strict=True))
     draft.tables.append(Table(title, caption, kept, tested))

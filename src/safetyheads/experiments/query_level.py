@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.experiments.answers import point
-from safetyheads.experiments.common import meaningful_subjects
+from safetyheads.experiments.common import meaningful_subjects, numbers_of, say_planted
 from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
+from safetyheads.experiments.outcome import Column, Draft, Figure, FigureKind, Measured, Outcome, Row, Table
 from safetyheads.experiments.paper_numbers import FIG2, paper_model
 from safetyheads.sampling import GREEDY
 
@@ -33,8 +33,8 @@ def fig2(lab: Lab, about: Experiment) -> Outcome:
                     (found,) = subject.under_own(1, ablation, sampling)
                     rows.append(point(found.asr, **here, series=SHORT[ablation.name]))
         if rows:
-            _show(draft, model, rows, "bars", "dataset", f"{_OWN} {_SAID}")
-            draft.tables.append(_table(model, rows, "dataset"))
+            said = f"{_OWN} UA and SC at epsilon {lab.config.epsilon:g}; vanilla: the unablated model."
+            _show(draft, model, rows, "bars", "dataset", said)
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -46,9 +46,6 @@ def fig11(lab: Lab, about: Experiment) -> Outcome:
 def fig12(lab: Lab, about: Experiment) -> Outcome:
     """The ASR without each prompt's own 1 to n top heads under SC."""
     return _by_size(lab, about, lab.ablations[1])
-
-
-_SAID = "Bars at 0 heads, or named vanilla, are the unablated model. Intervals: Wilson, 95 %, over the prompts."
 
 
 def _by_size(lab: Lab, about: Experiment, ablation: Ablation) -> Outcome:
@@ -63,8 +60,8 @@ def _by_size(lab: Lab, about: Experiment, ablation: Ablation) -> Outcome:
                 for k, found in enumerate(subject.under_own(size, ablation, sampling), 1):
                     rows.append(point(found.asr, **here, x=k))
         if rows:
-            _show(draft, model, rows, "lines", "heads ablated in each prompt", f"{_OWN} {ablation}. {_SAID}")
-            draft.tables.append(_table(model, rows, "heads"))
+            said = f"{_OWN} Ablation: {ablation}; at 0 heads the unablated model."
+            _show(draft, model, rows, "lines", "heads ablated in each prompt", said)
     return draft.finished(about.name, about.title, about.question)
 
 
@@ -78,13 +75,14 @@ def _template(subject: Subject) -> str:
     return f"template {subject.prompts.template}"
 
 
-def _show(draft: Draft, model: str, rows: list[Row], kind: str, x: str, caption: str) -> None:
-    n = sorted({row["n"] for row in rows})
-    said = f"{caption} n = {' or '.join(map(str, n))} prompts."
-    draft.figures.append(Figure("bars" if kind == "bars" else "lines", model, said, x, "ASR", tuple(rows)))
+def _show(draft: Draft, model: str, rows: list[Row], kind: FigureKind, x: str, said: str) -> None:
+    caption = f"{said} Intervals: Wilson, 95 %, over the prompts; n = {numbers_of(row['n'] for row in rows)}."
+    draft.figures.append(Figure(kind, model, caption, x, "ASR", tuple(rows)))
+    draft.tables.append(_table(model, rows, "dataset" if kind == "bars" else "heads", caption))
+    say_planted(draft, model, "which heads a prompt's refusal depends on was built in")
 
 
-def _table(model: str, rows: list[Row], over: str) -> Table:
+def _table(model: str, rows: list[Row], over: str, caption: str) -> Table:
     """The same numbers, with the paper's where the model is the paper's."""
     columns = [Column("panel", "template, sampling"), Column("x", over), Column("series", "ablation or dataset")]
     columns.append(Column("asr", "ASR", "rate"))
@@ -97,7 +95,7 @@ def _table(model: str, rows: list[Row], over: str) -> Table:
         }
         for row in rows
     ]
-    caption, known = "95 % Wilson intervals over the prompts.", paper_model(model)
+    known = paper_model(model)
     if known is not None:
         before, after = FIG2[known]
         caption += f" The paper has a mean of {before} unablated and {after} under UA with one head, with the template."

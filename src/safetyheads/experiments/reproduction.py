@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, Need
+from safetyheads.experiments.datasets import prompts_sha256
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.judges import judge_named
@@ -49,7 +50,7 @@ def reproduce(
         load: loads and proves a model by its name.
         progress: who watches.
         command: the command line, for the record.
-        skips: leave out, saying so, experiments that need a setting or an extra which is not there.
+        skips: leave out, saying why, experiments that need what is not there or cannot be run on these models.
 
     Returns:
         The results of all experiments that the directory holds.
@@ -57,21 +58,40 @@ def reproduce(
     Raises:
         InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
     """
-    runnable = [one for one in experiments if _is_runnable(one, config, progress, skips)]
+    runnable, left_out = [], dict[str, str]()
+    for one in experiments:
+        lacking = "; ".join(missing(one, config))
+        if not lacking:
+            runnable.append(one)
+            continue
+        if not skips:
+            raise InputError(f"{one.name} needs a setting that is not given, {lacking}")
+        left_out[one.name] = f"It needs {lacking}."
+        progress.say(f"left out: {one.name}, which needs {lacking}")
     judge = judge_named(config.judge)
-    settings = {"kind": KIND, **_spelled(config), "described_judge": judge.describe(), "versions": versions()}
+    settings = {
+        "kind": KIND,
+        **_spelled(config),
+        "prompts_sha256": prompts_sha256(config),
+        "described_judge": judge.describe(),
+        "versions": versions(),
+    }
     with RunDirectory.start(out, settings, provenance(command)) as run:
         keep_threads(run, progress)
         lab = Lab(config, run, progress, load)
-        for model in config.models:
-            # What the directory holds is other weights' if they changed under their name.
-            lab.weights_of(model)
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
-            _kept_outcome(run, experiment, lab)
-            _write(run, config)
+            try:
+                _kept_outcome(run, experiment, lab)
+            except SafetyheadsError as error:
+                if not skips:
+                    raise
+                # What one experiment cannot be run on, others may be.
+                left_out[experiment.name] = str(error)
+                progress.say(f"left out: {experiment.name}. {error}")
+            _write(run, config, left_out)
         if not runnable:
-            _write(run, config)
+            _write(run, config, left_out)
         return run.read_results()
 
 
@@ -81,15 +101,6 @@ def missing(experiment: Experiment, config: ReproductionConfig) -> list[str]:
     if "lm-eval" in experiment.needs and find_spec("lm_eval") is None:
         found.append("lm-eval: pip install 'safetyheads[lm-eval]'")
     return found
-
-
-def _is_runnable(experiment: Experiment, config: ReproductionConfig, progress: Progress, skips: bool) -> bool:
-    lacking = missing(experiment, config)
-    if lacking and not skips:
-        raise InputError(f"{experiment.name} needs a setting that is not given, {'; '.join(lacking)}")
-    if lacking:
-        progress.say(f"left out: {experiment.name}, which needs {'; '.join(lacking)}")
-    return not lacking
 
 
 def _spelled(config: ReproductionConfig) -> dict[str, Any]:
@@ -103,18 +114,26 @@ def _spelled(config: ReproductionConfig) -> dict[str, Any]:
 
 
 def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
-    """Run an experiment that the directory does not hold yet."""
+    """Run an experiment that the directory does not hold yet.
+
+    Raises:
+        InputError: it is there, of other weights than a model now has.
+    """
 
     def compute() -> list[dict[str, Any]]:
         started = time.monotonic()
+        lab.used.clear()
         outcome = experiment.run(lab)
         timed = [asdict(table) for table in outcome.timed]
-        return [{"outcome": outcome.as_dict(), "seconds": time.monotonic() - started, "timed": timed}]
+        seconds = time.monotonic() - started
+        return [{"outcome": outcome.as_dict(), "used": sorted(lab.used), "seconds": seconds, "timed": timed}]
 
-    run.rows("outcome", {"experiment": experiment.name}, compute)
+    (row,) = run.rows("outcome", {"experiment": experiment.name}, compute)
+    for model in row["used"]:
+        lab.weights_of(model)
 
 
-def _write(run: RunDirectory, config: ReproductionConfig) -> None:
+def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
     """Results of every experiment that is there, in the paper's order; times go apart."""
     outcomes: dict[str, Any] = {}
     seconds: dict[str, float] = {}
@@ -123,5 +142,6 @@ def _write(run: RunDirectory, config: ReproductionConfig) -> None:
         name = row["outcome"]["name"]
         outcomes[name], seconds[name], timed[name] = row["outcome"], row["seconds"], row["timed"]
     ordered = [outcomes[name] for name in EXPERIMENTS if name in outcomes]
-    run.write_results({"schema_version": RESULTS_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge})
+    results = {"schema_version": RESULTS_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge}
+    run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in outcomes}})
     run.write_timings({"seconds": seconds, "timed": {name: found for name, found in timed.items() if found}})

@@ -69,7 +69,7 @@ class ReproductionConfig:
     judge: str = "paper"
     tasks: tuple[str, ...] = ("organism",)
     """Tasks of lm-eval that utility is measured by."""
-    task_limit: int | None = None
+    task_limit: int | None = 48
     """Most samples of a task."""
     seed: int = 0
     dtype: str = "float32"
@@ -81,6 +81,9 @@ class ReproductionConfig:
         for name in ("models", "datasets", "templates"):
             if not getattr(self, name):
                 raise InputError(f"{name} must name at least one")
+        if not self.benign or not self.learn_benign:
+            raise InputError("benign and learn_benign must name prompts")
+        for name in ("models", "datasets", "templates", "templated", "base_models"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"{name} names one twice")
         for template in (*self.templates, self.template, self.official):
@@ -90,6 +93,10 @@ class ReproductionConfig:
             Ablation.parse("ua", epsilon)
         if self.search_score not in SEARCH_SCORES:
             raise InputError(f"search_score is one of {', '.join(SEARCH_SCORES)}; got {self.search_score!r}")
+        if not self.epsilons:
+            raise InputError("epsilons must name at least one")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0; got {self.seed}")
         if not 0 < self.split < 1:
             raise InputError(f"split is a share between 0 and 1; got {self.split}")
         for name in ("limit", "size", "query_size", "max_new_tokens", "top_k", "task_limit"):
@@ -123,9 +130,10 @@ class ReproductionConfig:
         related = models[1] if len(models) > 1 else None
         if all(model.startswith(ORGANISM) for model in models):
             wrapped = models[0].endswith("_wrapped")
+            if wrapped:
+                return cls(models=tuple(models), base="demo:base_wrapped", related=related, templated=())
             other = "demo:aligned_a" if models[0] == "demo:aligned_b" else "demo:aligned_b"
-            base, other = ("demo:base_wrapped", None) if wrapped else ("demo:base", other)
-            return cls(models=tuple(models), base=base, related=related or other)
+            return cls(models=tuple(models), related=related or other, templated=())
         return replace(PAPER, models=tuple(models), related=related)
 
     @classmethod
@@ -163,6 +171,7 @@ PAPER = ReproductionConfig(
     search_score="generalized_ships_prompt",
     held_out=False,
     limit=None,
+    task_limit=None,
     tasks=("boolq", "rte", "winogrande", "arc_challenge", "openbookqa"),
 )
 """The paper's settings, for models that are no organism."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
-from safetyheads.experiments.answers import Answers
 from safetyheads.experiments.common import (
     GROUP_SIZE,
+    answered_once,
     found_group,
     meaningful_subjects,
     numbers_of,
@@ -37,8 +37,9 @@ def transfer(lab: Lab, about: Experiment) -> Outcome:
         found = _found(lab, subjects)
         tested = {subject.dataset: _tested(lab, subject, found) for subject in subjects}
         said = (
-            "Change of the ASR from the unablated model, greedy, over the same prompts. Heads are the first of "
-            f"Sahara's. {searched_and_tested(subjects)} Intervals: Newcombe's for paired prompts, 95 %."
+            "Change of the ASR from the unablated model, greedy, over the same prompts; epsilon "
+            f"{lab.config.epsilon:g}. Heads are the first of Sahara's. {searched_and_tested(subjects)} Intervals: "
+            "Newcombe's for paired prompts, 95 %."
         )
         draft.figures.append(_across_datasets(model, found, tested, said))
         draft.figures.append(_across_ablations(model, found, tested, said))
@@ -83,17 +84,10 @@ def _tested(lab: Lab, subject: Subject, found: Sequence[_Found]) -> _Changes:
     changes: _Changes = {}
     for ablation in lab.ablations:
         wanted = [one for one in found if one.by == ablation or one.dataset == subject.dataset]
-        answered = _under(subject, [one.group for one in wanted], ablation)
+        answered = answered_once(subject, [one.group for one in wanted], ablation)
         vanilla = subject.vanilla()
         changes |= {(group, ablation): Measured.of(answers.change_from(vanilla)) for group, answers in answered.items()}
     return changes
-
-
-def _under(subject: Subject, groups: Sequence[Group], ablation: Ablation) -> Mapping[Group, Answers]:
-    """Answers by group; the order of heads has no effect, so each set of heads is answered once."""
-    asked = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-    answered = dict(zip(asked, subject.under(asked, ablation), strict=True))
-    return {group: answered[tuple(sorted(group))] for group in groups}
 
 
 def _across_datasets(model: str, found: Sequence[_Found], tested: Mapping[str, _Changes], said: str) -> Figure:
@@ -143,7 +137,7 @@ def _groups(model: str, lab: Lab, found: Sequence[_Found]) -> Table:
     vanilla = benign.vanilla()
     kept: dict[tuple[Group, Ablation], Measured] = {}
     for ablation in dict.fromkeys(one.by for one in found):
-        answered = _under(benign, [one.group for one in found if one.by == ablation], ablation)
+        answered = answered_once(benign, [one.group for one in found if one.by == ablation], ablation)
         kept |= {
             (group, ablation): Measured.of(answers.kept_change_from(vanilla)) for group, answers in answered.items()
         }
@@ -163,8 +157,8 @@ def _groups(model: str, lab: Lab, found: Sequence[_Found]) -> Table:
         for one in found
     )
     caption = (
-        f"Ablated as they were found, n = {len(benign.prompts)} benign test prompts, greedy. Intervals: Newcombe's for "
-        "paired prompts, 95 %."
+        f"Ablated as they were found, at epsilon {lab.config.epsilon:g}; n = {len(benign.prompts)} benign test "
+        "prompts, greedy. Intervals: Newcombe's for paired prompts, 95 %."
     )
     return Table(f"{model}, groups", caption, columns, rows)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.table import METHODS
-from safetyheads.experiments.datasets import LEARN_HARMFUL
 from safetyheads.experiments.lab import SHORT, Lab
 from safetyheads.experiments.material import learning_subjects, material_of
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
@@ -53,7 +52,11 @@ def fig6b(lab: Lab, about: Experiment) -> Outcome:
 
 def _measure(lab: Lab, model: str, draft: Draft) -> None:
     config, engine = lab.config, lab.engine(model)
-    subject = lab.subject(model, LEARN_HARMFUL, "search")
+    subject, benign = learning_subjects(lab, model)
+    reasons = lab.not_meaningful(subject, benign)
+    draft.not_meaningful.extend(reasons)
+    if reasons:
+        return
     group = subject.search(lab.ablations[0], min(config.size, len(engine.heads))).group
     compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
     weights = {"weights": lab.weights_of(model)}
@@ -112,7 +115,7 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
 
         @cache
         def contexts(name: str = name) -> Sequence[Callable[[], AbstractContextManager[Any]]]:
-            made = METHODS[name].interventions(material_of(lab, model), METHODS[name].strengths)
+            made = METHODS[name].interventions(material_of(lab, model, refuses=False), METHODS[name].strengths)
             return [one.at_work for one in made]
 
         for at, sparsity in enumerate(method.strengths):
