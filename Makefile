@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/safetyheads demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oldest:
 	PYTHON=$(PYTHON) scripts/oldest.sh

@@ -213,6 +213,8 @@ def test_only_the_papers_models_have_its_numbers_beside_them(found, tmp_path):
             written(tmp_path / "own.jsonl", queries[4:8]),
         ),
         benign=benign,
+        learn_harmful="",
+        learn_benign="benign",
         template="chat",
         held_out=False,
         limit=4,
