@@ -55,7 +55,12 @@ def table2(lab: Lab, about: Experiment) -> Outcome:
     draft = Draft()
     for subject in meaningful_subjects(lab, lab.config.models[0], draft):
         ways = _timed(lab, subject)
-        draft.tables.append(_counted(subject))
+        counted = _counted(subject)
+        draft.tables.append(counted)
+        draft.finding = (
+            f"A plain loop of forwards takes {counted.rows[1]['ratio']:.1f} times the operations of one score pass, "
+            f"counted on {len(subject.engine.heads)} heads and {len(subject.prompts)} prompts."
+        )
         draft.timed.append(_seconds(subject, ways))
         break
     draft.notes.append(

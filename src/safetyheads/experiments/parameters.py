@@ -80,9 +80,9 @@ def table1(lab: Lab, about: Experiment) -> Outcome:
         except (_NothingLearned, UnsupportedModelError) as error:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             draft.notes.append(f"{method.label} is left out: {error}")
-        partial = f". In part: {method.partial}" if method.partial else ""
-        draft.notes.append(f"{method.label}: {method.source}{partial}")
-    draft.tables.append(_table(lab, model, bench, rows))
+    draft.tables += [_table(lab, model, bench, rows), _methods(model, [row["name"] for row in rows])]
+    if rows:
+        draft.finding = _finding(rows)
     draft.figures.append(_frontier(model, bench, sweeps))
     say_planted(draft, model, "what methods find and undo was built in")
     draft.notes.append(f"Learned on {len(learned[0].prompts)} harmful and {len(learned[1].prompts)} benign prompts.")
@@ -271,6 +271,27 @@ def _table(lab: Lab, model: str, bench: _Bench, rows: list[dict[str, Any]]) -> T
     ranked = sorted(rows, key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
     n = f" {harmful.asr.n} harmful test prompts of {', '.join(lab.config.datasets)}, {benign.kept.n} benign ones."
     return Table(model, _CAPTION + n, tuple(columns), (unablated, *ranked))
+
+
+def _finding(rows: Sequence[dict[str, Any]]) -> str:
+    """The best within the damage beside random heads."""
+    rated = {row["name"]: row["asr"].value or 0.0 for row in rows if row["within"] == "yes"}
+    shown = dict.fromkeys([*sorted(rated, key=lambda name: -rated[name])[:1], "sahara"])
+    said = [f"{METHODS[name].label} {rated[name]:.2f}" for name in shown if name in rated]
+    if "random_heads" in rated:
+        said.append(f"random heads {rated['random_heads']:.2f}")
+    n = rows[0]["asr"].n
+    return f"ASR at no more than {MOST_BENIGN_LOST:.0%} of benign answers lost: {', '.join(said)} (n {n} prompts)."
+
+
+def _methods(model: str, names: Sequence[str]) -> Table:
+    """Where each method is from, and what of it is there in part only."""
+    columns = (Column("method", "method"), Column("source", "from"), Column("partial", "in part"))
+    rows = [
+        {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
+        for method in (METHODS[name] for name in names)
+    ]
+    return Table(f"{model}: the methods", "What is possible in part only, and why.", columns, tuple(rows))
 
 
 def _frontier(model: str, bench: _Bench, sweeps: dict[str, list[_Tried]]) -> Figure:

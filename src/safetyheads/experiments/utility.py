@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.table import METHODS
+from safetyheads.experiments.common import say_planted
 from safetyheads.experiments.lab import SHORT, Lab
 from safetyheads.experiments.material import learning_subjects, material_of
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
@@ -68,6 +69,7 @@ def _measure(lab: Lab, model: str, draft: Draft) -> None:
     variants = [one.variant for one in compared]
     found = evaluate_tasks(engine, config.tasks, variants, settings, keep, lab.progress.track)
     draft.notes.extend(found.notes)
+    say_planted(draft, model, "which heads the group has was built in")
     draft.tables.append(_table(model, group, compared, found.metrics))
     by_heads = [one for one in compared if not one.prunes]
     by_sparsity = [one for one in compared if one.prunes]
@@ -76,7 +78,7 @@ def _measure(lab: Lab, model: str, draft: Draft) -> None:
         _figure(
             f"{model}: heads ablated",
             f"The first 1 to {len(group)} of the heads {heads}, as Sahara found them on the learning prompts by "
-            f"{config.search_score} under UA. 0 heads is the unablated model.",
+            f"{config.search_score.replace('_', ' ')} under UA. 0 heads is the unablated model.",
             "heads ablated",
             by_heads,
             found.metrics,
