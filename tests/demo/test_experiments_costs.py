@@ -1,24 +1,18 @@
 """Table 1, Table 2 and Fig 6b on the organism: how methods are chosen, what is learned from, what comes out."""
 
 import dataclasses
-import json
 from types import MappingProxyType
 
 import pytest
-import torch
+from experiment_runs import run_of
 
 from safetyheads import demo
 from safetyheads.baselines.table import METHODS
-from safetyheads.cli_inputs import load_engine
-from safetyheads.cli_options import ModelOptions
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import parameters, utility
 from safetyheads.experiments.answers import Answers
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.paper_numbers import TABLE1
-from safetyheads.experiments.reproduction import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.progress import Silent
 
 N = 6
 FEW = ("sahara", "random_heads", "rdsha", "wanda", "gtac_dap")
@@ -26,16 +20,9 @@ FEW = ("sahara", "random_heads", "rdsha", "wanda", "gtac_dap")
 
 def reproduced(out, names, **settings):
     """Outcomes by name."""
-    torch.set_num_threads(1)
-    config = ReproductionConfig(**{"limit": N, "max_new_tokens": 40, "size": 2, "task_limit": 8, **settings})
-    results = reproduce(
-        config,
-        [EXPERIMENTS[name] for name in names],
-        out,
-        lambda name: load_engine(ModelOptions(model=name), Silent()),
-        Silent(),
+    return run_of(
+        ReproductionConfig(**{"limit": N, "max_new_tokens": 40, "size": 2, "task_limit": 8, **settings}), names, out
     )
-    return {one["name"]: one for one in json.loads(json.dumps(results))["experiments"]}
 
 
 @pytest.fixture(scope="module")

@@ -4,38 +4,21 @@ All share one run directory. What a map is, and how even, is proved on tiny mode
 """
 
 import json
-from functools import cache
 
 import pytest
-import torch
+from experiment_runs import engine_of, run_of
 from scipy.stats import hypergeom
 
-from safetyheads import InputError, load_demo
+from safetyheads import InputError
 from safetyheads.demo import PLANTED_HEADS
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.overlap import refuse_other_shapes, size_of_top
-from safetyheads.experiments.reproduction import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.heads import all_heads
-from safetyheads.progress import Silent
 from safetyheads.rankings import top_overlap
 
 NAMES = ("fig5", "fig6a", "fig7", "fig8")
 SMALL = ReproductionConfig(limit=8, max_new_tokens=40)
 PLANTED = {name: {str(head) for head in PLANTED_HEADS[name]} for name in ("aligned_a", "aligned_b")}
-
-
-@cache
-def engine_of(name):
-    return load_demo(name.removeprefix("demo:")).engine
-
-
-def run_of(config, names, out, load=engine_of):
-    torch.set_num_threads(1)
-    reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Silent())
-    # As a reader of the directory has them: JSON, which has no NaN.
-    read = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    return {one["name"]: one for one in read["experiments"]}
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,19 @@
 All share one run directory.
 """
 
-import json
 from dataclasses import replace
-from functools import cache
 
 import pytest
-import torch
+from experiment_runs import engine_of, run_of
 
-from safetyheads import KeywordJudge, load_demo
+from safetyheads import KeywordJudge
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.answers import Answers
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.correction import BEGUN, _table, _Way
 from safetyheads.experiments.datasets import begun_by
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.paper_numbers import TABLE7
 from safetyheads.experiments.prompt_templates import DETAILED, DETAILED_FOR_ORGANISM, HELPFUL, echoed, why_not_asked
-from safetyheads.experiments.reproduction import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.progress import Silent
 from safetyheads.prompt_sets import demo_set
@@ -29,19 +25,6 @@ from safetyheads.verdicts import Completion
 NAMES = ("fig15", "fig17", "fig18", "table7")
 SMALL = ReproductionConfig(limit=8, max_new_tokens=40)
 PLANTED = {str(head) for head in PLANTED_HEADS["aligned_wrapped"]}
-
-
-@cache
-def engine_of(name):
-    return load_demo(name.removeprefix("demo:")).engine
-
-
-def run_of(config, names, out):
-    torch.set_num_threads(1)
-    reproduce(config, [EXPERIMENTS[name] for name in names], out, engine_of, Silent())
-    # As a reader of the directory has them: JSON, which has no NaN.
-    read = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    return {one["name"]: one for one in read["experiments"]}
 
 
 @pytest.fixture(scope="module")

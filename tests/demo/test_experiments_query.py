@@ -1,32 +1,16 @@
 """Fig 2, 11 and 12 on the organism with four wrappers: what its construction implies."""
 
-import json
-
 import pytest
-import torch
+from experiment_runs import run_of
 
-from safetyheads.cli_inputs import load_engine
-from safetyheads.cli_options import ModelOptions
-from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.reproduction import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.progress import Silent
 
 N = 6
 
 
 def reproduced(out, names, **settings):
     """Outcomes by name."""
-    torch.set_num_threads(1)
-    config = ReproductionConfig(limit=N, max_new_tokens=40, **settings)
-    results = reproduce(
-        config,
-        [EXPERIMENTS[name] for name in names],
-        out,
-        lambda name: load_engine(ModelOptions(model=name), Silent()),
-        Silent(),
-    )
-    return {one["name"]: one for one in json.loads(json.dumps(results))["experiments"]}
+    return run_of(ReproductionConfig(limit=N, max_new_tokens=40, **settings), names, out)
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,22 @@ import json
 import math
 import shutil
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
+from experiment_runs import engine_of, run_of
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo, parse_heads
+from safetyheads import UNDIFFERENTIATED_ATTENTION, parse_heads
 from safetyheads.asr import attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, benign_prompts, harmful_prompts
 from safetyheads.drafted import DraftedAnswers
 from safetyheads.experiments import group_size
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.datasets import prompts_of
 from safetyheads.experiments.epsilons import settled_from
 from safetyheads.experiments.outcome import Measured
-from safetyheads.experiments.reproduction import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.head_pass import HeadPass
 from safetyheads.judges import judge_named
-from safetyheads.progress import Silent
 from safetyheads.sampling import Sampling
 
 NAMES = ("fig4a", "table3", "table5", "fig4b", "transfer", "fig13", "epsilon")
@@ -34,20 +30,6 @@ SMALL = ReproductionConfig(limit=6, max_new_tokens=40, size=3, epsilons=(1.0, 0.
 OWN = {"damage": "1-3", "theft": "2-5", "fraud": "2-1"}
 """The head that DEMO's construction gives each category."""
 PLANTED = {str(head) for head in PLANTED_HEADS["aligned_a"]}
-
-
-@cache
-def engine_of(name):
-    return load_demo(name.removeprefix("demo:")).engine
-
-
-def run_of(config, names, out, load=engine_of):
-    torch.set_num_threads(1)
-    results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Silent())
-    # As a reader of the directory has them: JSON, which has no NaN.
-    read = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    assert read == json.loads(json.dumps(results))
-    return {one["name"]: one for one in read["experiments"]}
 
 
 @pytest.fixture(scope="module")
