@@ -124,7 +124,7 @@ class HeadPass:
         made.captures.extend(engine.captured(sequences, (), ablation, layout))
         hidden = engine.replayed(made.captures, [()], ablation, engine.n_layers - 1)[0]
         if readings.needs_logits:
-            log_probabilities = torch.cat([part for _, part in made._log_probabilities(hidden)])
+            log_probabilities = torch.cat(list(next_token_log_probabilities(engine, hidden)))
             made.unablated["log_probabilities"] = log_probabilities
             if readings.openers:
                 made.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(made.sequences)], readings.openers)
@@ -218,14 +218,6 @@ class HeadPass:
         return HeadScores(by_layer, name, scorer.unit, scorer.resolution)
 
     @torch.inference_mode()
-    def _log_probabilities(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of the next token, [n, vocabulary] in float64, of states [n, d_model], some at a time."""
-        step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
-        for at in range(0, len(states), step):
-            logits = self.engine.logits(states[at : at + step])
-            yield slice(at, at + step), torch.log_softmax(logits.double(), dim=-1)
-
-    @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
         """The readings of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
         found: dict[str, Tensor] = {}
@@ -243,9 +235,11 @@ class HeadPass:
         reference = self.unablated["log_probabilities"]
         n_groups, n_wanted = hidden.shape[:2]
         divergences, odds = [], []
-        for part, log_probabilities in self._log_probabilities(hidden.flatten(0, 1)):
-            end = part.start + len(log_probabilities)
-            unablated = reference[torch.arange(part.start, end, device=reference.device) % n_wanted]
+        start = 0
+        for log_probabilities in next_token_log_probabilities(self.engine, hidden.flatten(0, 1)):
+            end = start + len(log_probabilities)
+            unablated = reference[torch.arange(start, end, device=reference.device) % n_wanted]
+            start = end
             divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1))
             if self.readings.openers:
                 odds.append(log_odds(log_probabilities, self.readings.openers))
@@ -277,6 +271,14 @@ class HeadPass:
 def _compute(_: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """A :data:`Keep` that keeps nothing."""
     return compute()
+
+
+@torch.inference_mode()
+def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
+    """Of the next token after states [n, d_model] before the final norm: [some of n, vocabulary], float64."""
+    step = max(1, engine.logits_at_once // engine.architecture.vocabulary_size)
+    for at in range(0, len(states), step):
+        yield torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)
 
 
 def log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:

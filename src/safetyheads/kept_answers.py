@@ -7,14 +7,15 @@ nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.batching import Plan
-from safetyheads.drafted import Decoding, DraftedAnswer, DraftedAnswers, unablated_answers
+from safetyheads.drafted import Decoding, DraftedAnswer, DraftedAnswers, Economy, unablated_answers
 from safetyheads.exhaustive import Judging, ScannedAnswer, as_drafted
 from safetyheads.generation import Answer
 from safetyheads.heads import Group, format_heads
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from safetyheads.prompts import PromptSet
 
 Row: TypeAlias = dict[str, Any]
+_Answered: TypeAlias = tuple[int, Group, DraftedAnswer]
 
 # Answers that are kept together: what a kill costs at most.
 _ROWS_TOGETHER = 2048
@@ -65,47 +67,59 @@ class KeptAnswers:
         n = len(self.prompts)
         together = max(1, _ROWS_TOGETHER // n)
         rows: list[Row] = []
-        with self.progress.track(f"{self.name}: {part.replace('_', ' ')}", len(groups) * n) as done:
+        with self._tracked(part, len(groups) * n) as done:
             for at in range(0, len(groups), together):
-                chunk = groups[at : at + together]
-                fields = self._judged_fields(ablation) | {"groups": [format_heads(group) for group in chunk]}
 
-                def compute(chunk: Sequence[Group] = chunk, key: str = content_key(fields)) -> list[Row]:
+                def answer(chunk: Sequence[Group] = groups[at : at + together]) -> tuple[list[_Answered], Economy]:
                     made, economy = self._drafted_answers(ablation).answers(chunk, done)
-                    self.run.remember(f"economy_{key}", asdict(economy))
-                    answered = [
-                        (number, group, one)
-                        for group, row in zip(chunk, made, strict=True)
-                        for number, one in enumerate(row)
-                    ]
-                    return self._judged(part, ablation.epsilon, answered)
+                    by_group = zip(chunk, made, strict=True)
+                    return [(number, group, one) for group, row in by_group for number, one in enumerate(row)], economy
 
-                rows += self.run.rows(f"{part}-{self.name}", fields, compute)
+                written = [format_heads(group) for group in groups[at : at + together]]
+                rows += self._chunk(part, ablation, written, answer)
         return rows
 
     def of_each(self, part: str, own: Sequence[Sequence[Group]], ablation: Ablation) -> list[Row]:
-        """Each prompt under groups of its own, prompt after prompt."""
+        """Each prompt under groups of its own, prompt after prompt; one key holds one chunk of prompts."""
         together = max(1, _ROWS_TOGETHER // max(1, *map(len, own)))
         rows: list[Row] = []
-        with self.progress.track(f"{self.name}: {part.replace('_', ' ')}", sum(map(len, own))) as done:
+        with self._tracked(part, sum(map(len, own))) as done:
             for at in range(0, len(own), together):
                 # Every prompt has its place; those of other chunks have no group.
-                chunk = [groups if at <= number < at + together else () for number, groups in enumerate(own)]
-                written = [[format_heads(group) for group in groups] for groups in chunk]
-                fields = self._judged_fields(ablation) | {"groups": written}
+                here = [groups if at <= number < at + together else () for number, groups in enumerate(own)]
 
-                def compute(chunk: Sequence[Sequence[Group]] = chunk, key: str = content_key(fields)) -> list[Row]:
+                def answer(chunk: Sequence[Sequence[Group]] = here) -> tuple[list[_Answered], Economy]:
                     made, economy = self._drafted_answers(ablation).answers_of_each(chunk, done)
-                    self.run.remember(f"economy_{key}", asdict(economy))
-                    answered = [
+                    by_prompt = enumerate(zip(chunk, made, strict=True))
+                    return [
                         (number, group, one)
-                        for number, (groups, row) in enumerate(zip(chunk, made, strict=True))
+                        for number, (groups, row) in by_prompt
                         for group, one in zip(groups, row, strict=True)
-                    ]
-                    return self._judged(part, ablation.epsilon, answered)
+                    ], economy
 
-                rows += self.run.rows(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                written = [[format_heads(group) for group in groups] for groups in here]
+                rows += self._chunk(part, ablation, written, answer)
         return rows
+
+    def _tracked(self, part: str, n_answers: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self.progress.track(f"{self.name}: {part.replace('_', ' ')}", n_answers)
+
+    def _chunk(
+        self,
+        part: str,
+        ablation: Ablation,
+        written: Sequence[Any],
+        answer: Callable[[], tuple[list[_Answered], Economy]],
+    ) -> list[Row]:
+        """Answers under the groups that ``written`` names, judged; made where they are not there yet."""
+        fields = self._judged_fields(ablation) | {"groups": written}
+
+        def compute() -> list[Row]:
+            answered, economy = answer()
+            self.run.remember(f"economy_{content_key(fields)}", asdict(economy))
+            return self._judged(part, ablation.epsilon, answered)
+
+        return self.run.rows(f"{part.replace('_', '-')}-{self.name}", fields, compute)
 
     def forget(self) -> None:
         """Let go of the drafts, which hold states of all layers."""
@@ -153,9 +167,7 @@ class KeptAnswers:
             self._drafted[ablation] = replace(made, tolerance=tolerance, drafted=replace(made.drafted, layout=layout))
         return self._drafted[ablation]
 
-    def _judged(
-        self, part: str, epsilon: float | None, answered: Sequence[tuple[int, Group, DraftedAnswer]]
-    ) -> list[Row]:
+    def _judged(self, part: str, epsilon: float | None, answered: Sequence[_Answered]) -> list[Row]:
         """Answers (prompt, group, answer) as rows, with every judge's verdict."""
         judged = self.judging.judged(answered)
         return [self._row(part, number, epsilon, one) for (number, _, _), one in zip(answered, judged, strict=True)]

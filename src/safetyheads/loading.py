@@ -147,6 +147,25 @@ def rounds_activations(model: PreTrainedModel) -> bool:
     return leaves_them is None or not leaves_them(settings)
 
 
+def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
+    """Refuse a model whose weights are more than plain numbers in this process's memory.
+
+    Args:
+        name: what the error calls the model.
+        model: the model.
+        does: who needs plain weights, with its verb, such as ``baselines edit``.
+    """
+    method = quantisation(model)
+    if method is not None:
+        raise InputError(f"{name} is quantised ({method}); {does} plain weights only")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{name} has an adapter on it; {does} plain weights only, so merge it first")
+    if placement.is_split(model):
+        raise InputError(f"{name} is split over processes; {does} whole weights only")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{name} is offloaded; {does} weights in memory only")
+
+
 def use_our_attention(model: PreTrainedModel) -> None:
     """Set the model to our attention function and mask."""
     attention.register()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from safetyheads.architectures import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer
 from safetyheads.engine import Engine
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.loading import quantisation
-from safetyheads.placement import is_split
+from safetyheads.loading import refuse_wrapped
+from safetyheads.weights import weights_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,19 +67,18 @@ def swapped_attention(
     pairs = [(ours, other) for layer in chosen for ours, other in _modules(engine.architecture, given, layer)]
     before = [(ours, dict(ours._parameters), dict(ours._buffers)) for ours, _ in pairs]
     setattr(model, _SWAPPED, getattr(model, _SWAPPED, 0) + 1)
-    engine.weights_version, version = object(), engine.weights_version
-    try:
-        for ours, other in pairs:
-            _take_over(ours._parameters, other._parameters)
-            _take_over(ours._buffers, other._buffers)
-        yield model
-    finally:
-        # The very tensors that stood there: nothing was computed or copied, so nothing can have changed.
-        for ours, parameters, buffers in before:
-            ours._parameters.update(parameters)
-            ours._buffers.update(buffers)
-        setattr(model, _SWAPPED, getattr(model, _SWAPPED) - 1)
-        engine.weights_version = version
+    with weights_changed(engine):
+        try:
+            for ours, other in pairs:
+                _take_over(ours._parameters, other._parameters)
+                _take_over(ours._buffers, other._buffers)
+            yield model
+        finally:
+            # The very tensors that stood there: nothing was computed or copied, so nothing can have changed.
+            for ours, parameters, buffers in before:
+                ours._parameters.update(parameters)
+                ours._buffers.update(buffers)
+            setattr(model, _SWAPPED, getattr(model, _SWAPPED) - 1)
 
 
 def _take_over(own: dict[str, Any], others: dict[str, Any]) -> None:
@@ -131,7 +130,7 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel) -> None:
     if families[0] != families[1]:
         raise InputError(f"attention cannot be swapped between families: {families[0]} and {families[1]}")
     for name, model in (("the model", ours), ("the donor", theirs)):
-        _refuse_wrapped(name, model)
+        refuse_wrapped(name, model, "attention is swapped between")
     if ours.dtype != theirs.dtype:
         raise InputError(f"the model is loaded in {ours.dtype}, the donor in {theirs.dtype}; load both in one dtype")
     given = describe(theirs)
@@ -139,21 +138,6 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel) -> None:
     _refuse_other_settings(engine.architecture, given, (ours, theirs))
     if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
         raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
-
-
-def _refuse_wrapped(name: str, model: PreTrainedModel) -> None:
-    """Refuse models whose attention is more than its plain weights."""
-    method = quantisation(model)
-    if method is not None:
-        raise InputError(f"{name} is quantised ({method}); attention is swapped between plain weights only")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(
-            f"{name} has an adapter on it; attention is swapped between plain weights only, so merge it first"
-        )
-    if is_split(model):
-        raise InputError(f"{name} is split over processes; attention is swapped between whole weights only")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(f"{name} is offloaded; attention is swapped between weights in memory only")
 
 
 def _refuse_other_shapes(ours: Architecture, theirs: Architecture) -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safetyheads.errors import InputError
+
+if TYPE_CHECKING:
+    from safetyheads.engine import Engine
 
 # Beside tensors, quantised modules keep such values in their state.
 _PLAIN_VALUES = (str, int, float, bool, torch.dtype, type(None))
@@ -147,3 +151,13 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
         if stored is not None:
             return stored[own]
     raise InputError(f"the weights cannot be read: {name} is on no device, and accelerate does not know where it is")
+
+
+@contextmanager
+def weights_changed(engine: Engine) -> Iterator[None]:
+    """Whatever the engine measured of its weights is of no use inside, and of use again after."""
+    engine.weights_version, version = object(), engine.weights_version
+    try:
+        yield
+    finally:
+        engine.weights_version = version

@@ -24,7 +24,7 @@ class Asked:
     def __init__(self) -> None:
         self.calls: list[list[Any]] = []
 
-    def under(self, groups: list[Any], ablation: object) -> list[str]:
+    def under(self, groups: list[Any], ablation: object, sampling: object) -> list[str]:
         self.calls.append(groups)
         return [str(group) for group in groups]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,13 +96,3 @@ class Method:
     """What of the method is possible in part only, and why; empty where nothing is missing."""
     needs_unaligned: bool = False
     """Whether it compares with the checkpoint before alignment."""
-
-
-@contextmanager
-def weights_changed(engine: Engine) -> Iterator[None]:
-    """Whatever the engine measured of its weights is of no use inside, and of use again after."""
-    engine.weights_version, version = object(), engine.weights_version
-    try:
-        yield
-    finally:
-        engine.weights_version = version

@@ -20,7 +20,6 @@ from safetyheads.arguments import named
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.forward import (
     last_states,
-    next_token_log_probabilities,
     refuse_streams,
     rows_of,
     sequences_of,
@@ -29,7 +28,7 @@ from safetyheads.baselines.forward import (
 from safetyheads.baselines.parameters import writing_parameters
 from safetyheads.baselines.steering import direction_added, direction_removed
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.head_pass import log_odds
+from safetyheads.head_pass import log_odds, next_token_log_probabilities
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine

@@ -53,14 +53,6 @@ def last_states(engine: Engine, sequences: Sequence[TokenSequence]) -> Tensor:
     return torch.cat([states_of(engine, row) for row in rows_of(engine, sequences)])
 
 
-@torch.inference_mode()
-def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
-    """Of the next token after states [n, d_model] before the final norm: [some of n, vocabulary], float64."""
-    step = max(1, engine.logits_at_once // engine.architecture.vocabulary_size)
-    for at in range(0, len(states), step):
-        yield torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)
-
-
 def refuse_split(engine: Engine) -> None:
     """Refuse a model of which this process has only some heads.
 

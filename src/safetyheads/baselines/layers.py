@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, Method, weights_changed
+from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.calibration import batches
-from safetyheads.baselines.linear_layers import refuse_wrapped
+from safetyheads.baselines.linear_layers import EDITS
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
 from safetyheads.head_pass import log_odds
+from safetyheads.loading import refuse_wrapped
+from safetyheads.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -83,7 +85,7 @@ def chosen_run(
 
 def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine = material.engine
-    refuse_wrapped(engine)
+    refuse_wrapped("the model", engine.model, EDITS)
     if engine.n_layers < 3:
         raise InputError(f"the model has {engine.n_layers} layers; runs between the first and the last need three")
     if not material.openers:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safetyheads.baselines.base import weights_changed
-from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.loading import quantisation
-from safetyheads.placement import is_split
+from safetyheads.errors import SafetyheadsError, UnsupportedModelError
+from safetyheads.loading import refuse_wrapped
+from safetyheads.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
 
 
+EDITS = "baselines edit"
+"""What the refusal of weights that are not plain begins with."""
 # What layers hold beside linear maps, small and edited by no method: embeddings, and convolutions over a few tokens.
 _LEFT_ALONE = (nn.Embedding, nn.Conv1d)
 
@@ -76,7 +77,7 @@ def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
         InputError: weights are not plain numbers in memory.
         UnsupportedModelError: a decoder layer has matrices that are no linear layer's, such as stacked experts.
     """
-    refuse_wrapped(engine)
+    refuse_wrapped("the model", engine.model, EDITS)
     found = []
     for number, layer in enumerate(engine.architecture.layers):
         for name, module in layer.named_modules():
@@ -91,20 +92,6 @@ def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
                         "methods that edit linear layers would leave part of the model out"
                     )
     return tuple(found)
-
-
-def refuse_wrapped(engine: Engine, name: str = "the model") -> None:
-    """Refuse a model whose weights are more than plain numbers in this process's memory."""
-    model, what = engine.model, "baselines edit plain weights only"
-    method = quantisation(model)
-    if method is not None:
-        raise InputError(f"{name} is quantised ({method}); {what}")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(f"{name} has an adapter on it; {what}, so merge it first")
-    if is_split(model):
-        raise InputError(f"{name} is split over processes; {what}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(f"{name} is offloaded; {what}")
 
 
 @contextmanager

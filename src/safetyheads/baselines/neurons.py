@@ -15,12 +15,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, Method, weights_changed
+from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.calibration import TextBatch, batches, inputs_seen, refusal_text
-from safetyheads.baselines.linear_layers import LinearLayer, linear_layers, refuse_wrapped
+from safetyheads.baselines.linear_layers import EDITS, LinearLayer, linear_layers
 from safetyheads.baselines.parameters import DOWN_NAMES
 from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.loading import refuse_wrapped
+from safetyheads.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine
@@ -219,7 +221,7 @@ def _refuse_unlike(engine: Engine, unaligned: Engine) -> None:
     """Refuse two models whose neurons or tokens do not stand for each other."""
     if unaligned.model is engine.model:
         raise InputError("the unaligned model is the model itself; neurons are patched from another checkpoint")
-    refuse_wrapped(unaligned, "the unaligned model")
+    refuse_wrapped("the unaligned model", unaligned.model, EDITS)
     widths = [[linear.d_in for linear in down_projections(each)] for each in (engine, unaligned)]
     if widths[0] != widths[1]:
         raise InputError("the unaligned model has other MLPs: neurons are patched between checkpoints of one shape")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import weights_changed
 from safetyheads.baselines.forward import refuse_streams
 from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.engine import Engine

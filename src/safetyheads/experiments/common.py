@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.settings import ORGANISM
+from safetyheads.sampling import GREEDY, Sampling
 from safetyheads.stats import holm
 
 if TYPE_CHECKING:
@@ -68,11 +69,13 @@ def found_group(subject: Subject, ablation: Ablation, size: int) -> Group:
     return half.search(ablation, min(size, len(half.engine.heads))).group
 
 
-def answered_once(subject: Subject, groups: Iterable[Group], ablation: Ablation) -> dict[Group, Answers]:
-    """Greedy answers by group; the order of heads has no effect, so each set of heads is answered once."""
+def answered_once(
+    subject: Subject, groups: Iterable[Group], ablation: Ablation, sampling: Sampling = GREEDY
+) -> dict[Group, Answers]:
+    """Answers by group; the order of heads has no effect, so each set of heads is answered once."""
     groups = list(groups)
     asked = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-    answered = dict(zip(asked, subject.under(asked, ablation) if asked else (), strict=True))
+    answered = dict(zip(asked, subject.under(asked, ablation, sampling) if asked else (), strict=True))
     return {group: answered[tuple(sorted(group))] for group in groups}
 
 
@@ -94,6 +97,11 @@ def searched_and_tested(subjects: Sequence[Subject]) -> str:
 def numbers_of(numbers: Iterable[int]) -> str:
     """Different numbers, in words: ``24``, or ``20 or 24``."""
     return " or ".join(map(str, sorted(set(numbers))))
+
+
+def datasets_of(n: int) -> str:
+    """``1 dataset``, ``3 datasets``."""
+    return f"{n} dataset{'s' * (n > 1)}"
 
 
 def mean_of(numbers: Iterable[float | None], signed: bool = False) -> str:

@@ -12,6 +12,7 @@ from safetyheads.experiments.common import (
     GROUP_SIZE,
     answered_once,
     corrected,
+    datasets_of,
     found_group,
     in_a_sentence,
     mean_of,
@@ -96,8 +97,8 @@ def _in_words(ways: Sequence[_Way]) -> str:
         means = [mean_of(way.harmful.asr.rate for way in ways if way.label == label) for label in (begun, plain)]
         parts.append(f"{name} {' and '.join(means)}")
     n = numbers_of(way.harmful.asr.n for way in ways)
-    of = f"{datasets} dataset{'s' * (datasets > 1)}"
-    return f"mean ASR of {of} with the answer begun, and without: {', '.join(parts)} (n {n} prompts each)"
+    said = f"mean ASR of {datasets_of(datasets)} with the answer begun, and without"
+    return f"{said}: {', '.join(parts)} (n {n} prompts each)"
 
 
 def _show(draft: Draft, model: str, subjects: Sequence[Subject], ways: Sequence[_Way]) -> None:

@@ -12,6 +12,8 @@ from safetyheads.ablation import Ablation
 from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.experiments.answers import Answers, point
 from safetyheads.experiments.common import (
+    answered_once,
+    datasets_of,
     found_group,
     in_a_sentence,
     mean_of,
@@ -109,9 +111,8 @@ def _sized(subject: Subject, ablation: Ablation) -> _Sized:
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
     n_heads = heads_by_layer(subject.engine)
     drawn = [tuple(dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed))) for prefix in prefixes]
-    # One call answers them all, and a group that comes twice is answered once.
-    asked = list(dict.fromkeys([*prefixes, *(other for others in drawn for other in others)]))
-    answered = dict(zip(asked, subject.under(asked, ablation, sampling), strict=True))
+    others_of_all = (other for others in drawn for other in others)
+    answered = answered_once(subject, [*prefixes, *others_of_all], ablation, sampling)
     rates = [[answered[other].asr.rate for other in others] for others in drawn]
     benign = lab.subject(subject.model, BENIGN)
     return _Sized(
@@ -175,7 +176,7 @@ def _sized_in_words(found: Sequence[_Sized]) -> str:
     compared = [k for k in range(size) if all(one.random[k] for one in found)]
     n = numbers_of(one.vanilla.asr.n for one in found)
     said = (
-        f"{SHORT[found[0].ablation.name]}, mean ASR of {_datasets(len(found))}: "
+        f"{SHORT[found[0].ablation.name]}, mean ASR of {datasets_of(len(found))}: "
         f"{mean_of(one.vanilla.asr.rate for one in found)} unablated, "
         f"{mean_of(one.by_size[0].asr.rate for one in found)} without Sahara's first head, "
         f"{mean_of(one.by_size[size - 1].asr.rate for one in found)} without its {size} (n {n} prompts each)"
@@ -186,10 +187,6 @@ def _sized_in_words(found: Sequence[_Sized]) -> str:
         mean = mean_of(sum(own) / len(own) for own in rates)
         said += f", {mean} without {k + 1} random ones (n {numbers_of(map(len, rates))} groups each)"
     return said
-
-
-def _datasets(n: int) -> str:
-    return f"{n} dataset{'s' * (n > 1)}"
 
 
 def _table(model: str, found: Sequence[_Sized]) -> Table:
@@ -271,7 +268,7 @@ def _changes_in_words(rows: Sequence[dict[str, Any]]) -> str:
         parts.setdefault(f"{level} level", []).append(f"{ablation} {means}")
     said = "; ".join(f"{level}, {', '.join(found)}" for level, found in parts.items())
     n = numbers_of(change.n for row in rows for change in row["by_size"])
-    of = _datasets(len({row["dataset"] for row in rows}))
+    of = datasets_of(len({row["dataset"] for row in rows}))
     heads = f"1 head and with {size}" if size > 1 else "1 head"
     return f"mean change of the ASR of {of} with {heads}: {said} (n {n} prompts each)"
 

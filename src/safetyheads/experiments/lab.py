@@ -193,6 +193,7 @@ class Subject:
     engine: Engine
     prompts: PromptSet
     _kept: dict[Sampling, KeptAnswers] = field(default_factory=dict)
+    _vanilla: dict[Sampling, Answers] = field(default_factory=dict)
 
     @cached_property
     def _about(self) -> dict[str, str]:
@@ -219,7 +220,9 @@ class Subject:
 
     def vanilla(self, sampling: Sampling = GREEDY) -> Answers:
         """The unablated answers."""
-        return Answers.of(self._answers(sampling).vanilla())
+        if sampling not in self._vanilla:
+            self._vanilla[sampling] = Answers.of(self._answers(sampling).vanilla())
+        return self._vanilla[sampling]
 
     def under(self, groups: Sequence[Group], ablation: Ablation, sampling: Sampling = GREEDY) -> list[Answers]:
         """All answers under each group."""
@@ -232,7 +235,8 @@ class Subject:
 
     def under_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[Answers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
-        by_size = [query_level_groups(self.ships(ablation), k) for k in range(1, size + 1)]
+        ships = self.ships(ablation)
+        by_size = [query_level_groups(ships, k) for k in range(1, size + 1)]
         rows = self._answers(sampling).of_each("query_level", list(zip(*by_size, strict=True)), ablation)
         return [Answers.of(rows[at::size]) for at in range(size)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.baselines.base import Intervention, Material, Method
@@ -114,6 +115,7 @@ class _Bench:
         (found,) = _tried(tested, self.tested)
         return _tried(swept, self.learned[:1]), found
 
+    @cached_property
     def vanilla(self) -> tuple[Answers, Answers]:
         """Unablated answers to the test prompts: harmful of all datasets together, and benign."""
         return _together([one.vanilla() for one in self.tested]), self.benign.vanilla()
@@ -216,7 +218,7 @@ def _is_within(kept: PairedDifference) -> bool:
 
 
 def _row(method: Method, bench: _Bench, found: _Tried) -> dict[str, Any]:
-    harmful, benign = bench.vanilla()
+    harmful, benign = bench.vanilla
     kept: PairedDifference = found.benign.kept_change_from(benign)
     return {
         "method": method.label,
@@ -249,7 +251,7 @@ def _table(lab: Lab, model: str, bench: _Bench, rows: list[dict[str, Any]]) -> T
     if paper_model(model) == "Llama-2-7b-chat":
         columns.insert(7, Column("paper", "ASR in the paper", "rate"))
         columns.insert(5, Column("paper_share", "share in the paper, %", "number"))
-    harmful, benign = bench.vanilla()
+    harmful, benign = bench.vanilla
     same = paired_difference(harmful.complied, harmful.complied)
     unablated = {
         "method": _VANILLA,
