@@ -46,15 +46,15 @@ from safetyheads import (
     generate,
     load_demo,
 )
+from safetyheads.answers.decoding import decode_text, end_tokens, left_padded
+from safetyheads.answers.drafted import Decoding
+from safetyheads.answers.exhaustive import AnswerScan, scan_attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, harmful_prompts, organism
 from safetyheads.demo.loading import demo_prompts
 from safetyheads.demo.recipes import RECIPES, PlantRecipe
-from safetyheads.drafted import Decoding
-from safetyheads.exhaustive import AnswerScan, scan_attack_success_rate
-from safetyheads.generation import decode_text, end_tokens, left_padded
 from safetyheads.heads import Group
-from safetyheads.loading import use_our_attention
-from safetyheads.prompt_files import cache_directory
+from safetyheads.model.loading import use_our_attention
+from safetyheads.prompts.files import cache_directory
 
 CASES = ("organism", "embedded", "random")
 WAYS = ("plain", "plain_early", "scan", "scan_full")

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from safetyheads.batching import TokenSequence, pack
-from safetyheads.packing import by_segment
+from safetyheads.model.packing import by_segment
+from safetyheads.model.planning import TokenSequence, pack
 
 
 def ways(prompts: int, prefix: int, rows: int, heads: int, d_head: int, device: str, dtype: torch.dtype):  # noqa: ANN201

@@ -24,11 +24,11 @@ from scan import commit, machine
 from shapes import Shape, build
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.batching import TokenSequence
-from safetyheads.costs import row_sizes, scan_flops
-from safetyheads.engine import Engine
-from safetyheads.head_pass import Angle, HeadPass, Readings
-from safetyheads.loading import use_our_attention
+from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.model.costs import row_sizes, scan_flops
+from safetyheads.model.engine import Engine
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import TokenSequence
 
 BASE = {"heads": 8, "prompts": 16, "length": 32, "layers": 6}
 """Where the others are held."""

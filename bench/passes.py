@@ -172,10 +172,10 @@ def hooked_states(model: Any, batches: list[Batch]) -> States:
 def ours(work: Work) -> Measured:
     """(d) The package's pass over all heads; nothing is sampled but the scores that are told."""
     from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-    from safetyheads.batching import TokenSequence
-    from safetyheads.engine import Engine
-    from safetyheads.head_pass import Angle, HeadPass, Readings
-    from safetyheads.loading import use_our_attention
+    from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+    from safetyheads.model.engine import Engine
+    from safetyheads.model.loading import use_our_attention
+    from safetyheads.model.planning import TokenSequence
 
     model = work.model("sdpa")
     use_our_attention(model)

@@ -17,9 +17,9 @@ from scan import commit, machine
 from scipy.stats import spearmanr
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, demo
-from safetyheads.batching import TokenSequence
 from safetyheads.demo.loading import demo_prompts
-from safetyheads.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.model.planning import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
 ANGLES = (Angle("prompt"), Angle("representation"))

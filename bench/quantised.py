@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, ships
-from safetyheads.provenance import fingerprint
+from safetyheads.runs.provenance import fingerprint
 
 _GROUP = 32
 # The order in which AWQ packs eight numbers into one.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from shapes import SHAPES, build, prompts
 
-from safetyheads.batching import Plan, TokenSequence
-from safetyheads.costs import forward_flops, row_sizes, scan_flops
-from safetyheads.engine import Engine
-from safetyheads.loading import use_our_attention
+from safetyheads.model.costs import forward_flops, row_sizes, scan_flops
+from safetyheads.model.engine import Engine
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence
 
 N_PROMPTS = 520 + 100 + 100
 """AdvBench, JailbreakBench, MaliciousInstruct."""

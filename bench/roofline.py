@@ -24,12 +24,12 @@ from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.batching import Plan, TokenSequence
-from safetyheads.costs import forward_flops, layer_flops, row_sizes, scan_flops
-from safetyheads.engine import Engine
-from safetyheads.estimates import estimate_pass
-from safetyheads.head_pass import Angle, HeadPass, Readings
-from safetyheads.loading import use_our_attention
+from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.model.costs import forward_flops, layer_flops, row_sizes, scan_flops
+from safetyheads.model.engine import Engine
+from safetyheads.model.estimates import estimate_pass
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence
 
 _SQUARES = (1024, 2048, 4096)
 

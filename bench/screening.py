@@ -20,11 +20,11 @@ from scan import commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, load_demo
-from safetyheads.batching import TokenSequence
-from safetyheads.head_pass import HeadPass, Readings
-from safetyheads.linearising import Point
-from safetyheads.loading import use_our_attention
-from safetyheads.screening import POINTS, screen
+from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.linearising import Point
+from safetyheads.measures.screening import POINTS, screen
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
 _POOL = 64

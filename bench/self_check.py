@@ -20,9 +20,9 @@ import torch
 from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads import load_demo
-from safetyheads.batching import Plan, TokenSequence
-from safetyheads.costs import LayerFlops, layer_flops, row_sizes, scan_flops
-from safetyheads.engine import Engine
+from safetyheads.model.costs import LayerFlops, layer_flops, row_sizes, scan_flops
+from safetyheads.model.engine import Engine
+from safetyheads.model.planning import Plan, TokenSequence
 
 _NARROW = 8  # width of a head; rotary positions need an even number
 # Prompts of the proofs are 8 tokens longer, of lengths that thirds and halves of them are whole.

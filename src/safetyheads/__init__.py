@@ -11,67 +11,72 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.heads import Head, parse_heads
-from safetyheads.prompts import Prompt, PromptSet, Template
+from safetyheads.prompts.sets import Prompt, PromptSet, Template
 
 if TYPE_CHECKING:
-    from safetyheads.asr import AttackSuccess, attack_success_rate, query_level_attack_success_rate, query_level_groups
+    from safetyheads.answers.decoding import generate
+    from safetyheads.answers.drafted import Decoding
+    from safetyheads.answers.exhaustive import AnswerScan, scan_attack_success_rate
+    from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
+    from safetyheads.answers.success import (
+        AttackSuccess,
+        attack_success_rate,
+        query_level_attack_success_rate,
+        query_level_groups,
+    )
+    from safetyheads.baselines.attention_swap import swapped_attention
     from safetyheads.demo.loading import Demo, load_demo
-    from safetyheads.drafted import Decoding
-    from safetyheads.engine import Engine
-    from safetyheads.exhaustive import AnswerScan, scan_attack_success_rate
-    from safetyheads.generation import generate
-    from safetyheads.judges import judge_named
-    from safetyheads.keyword_judge import KeywordJudge
-    from safetyheads.phrase_judge import PhraseJudge
-    from safetyheads.refusal import Opener, refusal_score
-    from safetyheads.rescoring import Extent, Rescored, screened_ships
-    from safetyheads.sampling import GREEDY, TOP_5, Sampling
+    from safetyheads.judges.base import Completion, Judge, Verdict
+    from safetyheads.judges.keywords import KeywordJudge
+    from safetyheads.judges.named import judge_named
+    from safetyheads.judges.phrases import PhraseJudge
+    from safetyheads.measures.refusal import Opener, refusal_score
+    from safetyheads.measures.rescoring import Extent, Rescored, screened_ships
+    from safetyheads.measures.sahara import rank_heads, sahara
+    from safetyheads.measures.ships import generalized_ships, mean_ships, ships
+    from safetyheads.model.engine import Engine
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
-    from safetyheads.scoring import generalized_ships, mean_ships, ships
-    from safetyheads.search import rank_heads, sahara
-    from safetyheads.stats import PairedDifference, Rate
-    from safetyheads.swap import swapped_attention
-    from safetyheads.verdicts import Completion, Judge, Verdict
+    from safetyheads.stats.intervals import PairedDifference, Rate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AttackSuccess": "asr",
-    "attack_success_rate": "asr",
-    "query_level_attack_success_rate": "asr",
-    "query_level_groups": "asr",
+    "AttackSuccess": "answers.success",
+    "attack_success_rate": "answers.success",
+    "query_level_attack_success_rate": "answers.success",
+    "query_level_groups": "answers.success",
     "Demo": "demo.loading",
     "load_demo": "demo.loading",
-    "Decoding": "drafted",
-    "Engine": "engine",
-    "AnswerScan": "exhaustive",
-    "scan_attack_success_rate": "exhaustive",
-    "judge_named": "judges",
-    "PhraseJudge": "phrase_judge",
-    "GREEDY": "sampling",
-    "TOP_5": "sampling",
-    "Sampling": "sampling",
-    "generate": "generation",
-    "Completion": "verdicts",
-    "Judge": "verdicts",
-    "KeywordJudge": "keyword_judge",
-    "Verdict": "verdicts",
-    "Opener": "refusal",
-    "refusal_score": "refusal",
-    "Extent": "rescoring",
-    "Rescored": "rescoring",
-    "screened_ships": "rescoring",
-    "rank_heads": "search",
-    "sahara": "search",
+    "Decoding": "answers.drafted",
+    "Engine": "model.engine",
+    "AnswerScan": "answers.exhaustive",
+    "scan_attack_success_rate": "answers.exhaustive",
+    "judge_named": "judges.named",
+    "PhraseJudge": "judges.phrases",
+    "GREEDY": "answers.sampling",
+    "TOP_5": "answers.sampling",
+    "Sampling": "answers.sampling",
+    "generate": "answers.decoding",
+    "Completion": "judges.base",
+    "Judge": "judges.base",
+    "KeywordJudge": "judges.keywords",
+    "Verdict": "judges.base",
+    "Opener": "measures.refusal",
+    "refusal_score": "measures.refusal",
+    "Extent": "measures.rescoring",
+    "Rescored": "measures.rescoring",
+    "screened_ships": "measures.rescoring",
+    "rank_heads": "measures.sahara",
+    "sahara": "measures.sahara",
     "GroupScorer": "scores",
     "HeadScores": "scores",
     "SearchTrace": "scores",
-    "generalized_ships": "scoring",
-    "mean_ships": "scoring",
-    "ships": "scoring",
-    "PairedDifference": "stats",
-    "Rate": "stats",
-    "swapped_attention": "swap",
+    "generalized_ships": "measures.ships",
+    "mean_ships": "measures.ships",
+    "ships": "measures.ships",
+    "PairedDifference": "stats.intervals",
+    "Rate": "stats.intervals",
+    "swapped_attention": "baselines.attention_swap",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Engine, generate, load_demo
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.heads import Head
-from safetyheads.loading import use_our_attention
+from safetyheads.model.loading import use_our_attention
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 # Sums of float32 in another order; measured 5e-6 on logits up to 12.

@@ -15,9 +15,9 @@ from safetyheads import (
     rank_heads,
     sahara,
 )
-from safetyheads.asr import answers_under, summarise
-from safetyheads.config import AuditConfig
-from safetyheads.pipeline import demo_data, run_audit
+from safetyheads.answers.success import answers_under, summarise
+from safetyheads.runs.audit_run import demo_data, run_audit
+from safetyheads.runs.config import AuditConfig
 
 ABLATIONS = pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=["UA", "SC"])
 PLANTED = ("aligned_a", "aligned_b", "aligned_single")

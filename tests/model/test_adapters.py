@@ -20,18 +20,18 @@ from safetyheads import (
     Engine,
     Head,
     InputError,
-    adapters,
     demo,
     generate,
     load_demo,
     ships,
 )
-from safetyheads.capabilities import Capabilities
-from safetyheads.cli import main
-from safetyheads.config import AuditConfig
-from safetyheads.loading import use_our_attention
-from safetyheads.provenance import fingerprint, settings_of
-from safetyheads.storage import RunDirectory
+from safetyheads.cli.app import main
+from safetyheads.model import adapters
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.loading import use_our_attention
+from safetyheads.runs.config import AuditConfig
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.provenance import fingerprint, settings_of
 
 # A product of two factors beside a projection against one matrix; measured: 1e-6 nats, 7e-7 of the largest logit.
 SHIPS = 1e-5

@@ -8,9 +8,9 @@ from tiny_models import engine_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head
-from safetyheads.batching import Plan, TokenSequence, pack
-from safetyheads.costs import forward_flops, layer_flops, replay_flops, row_sizes, scan_flops
-from safetyheads.replay import Capabilities, decode
+from safetyheads.model.costs import forward_flops, layer_flops, replay_flops, row_sizes, scan_flops
+from safetyheads.model.planning import Plan, TokenSequence, pack
+from safetyheads.model.replay import Capabilities, decode
 
 PROMPTS = ((5, 9, 12, 40, 41, 8), (5, 9, 12, 7, 7, 19, 33, 50), (5, 9, 12, 1))
 SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]

@@ -12,7 +12,7 @@ from tiny_models import prompts_of, tokenizer
 from transformers.integrations import accelerate as laid_out
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, generate, ships
-from safetyheads.provenance import device_name, fingerprint
+from safetyheads.runs.provenance import device_name, fingerprint
 
 # Weights at other addresses may be multiplied by another kernel.
 SHIPS = 1e-6

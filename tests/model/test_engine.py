@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, StaticCache
 
 from safetyheads import Ablation, Engine, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.batching import Plan, TokenSequence
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.head_pass import HeadPass, Readings
-from safetyheads.loading import use_our_attention
-from safetyheads.replay import Capabilities
-from safetyheads.scoring import generalized_ships
+from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.ships import generalized_ships
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.replay import Capabilities
 
 # Two float32 sums of a few dozen terms in another order; measured: 2e-6 on states of size 5. A wrong head, mask
 # or position is off by 0.1 and more.
@@ -91,7 +91,7 @@ def test_a_softcap_on_the_logits_costs_the_plain_head_alone():
 
 
 def test_a_wrong_attention_is_refused_by_name(monkeypatch):
-    from safetyheads import attention
+    from safetyheads.model import attention
 
     monkeypatch.setattr(attention, "_causal", lambda query, key: torch.ones(1, 1, query.shape[2], key.shape[2]).bool())
     monkeypatch.setattr(attention, "safetyheads_mask", lambda *_, **__: torch.ones(1, 1, 1, 1).bool())
@@ -102,7 +102,7 @@ def test_a_wrong_attention_is_refused_by_name(monkeypatch):
 
 
 def test_proofs_reach_beyond_the_window():
-    from safetyheads.proofs import _probes
+    from safetyheads.model.proofs import _probes
 
     engine = engine_of("mistral_window")
     assert all(len(probe.token_ids) > 5 for probe in _probes(engine, longest=64))
@@ -160,7 +160,7 @@ def test_the_ablated_layer_starts_from_its_heads_and_the_last_asks_only_wanted_t
 
 
 def test_a_forward_that_stood_on_the_module_is_put_back():
-    from safetyheads.replay import instead
+    from safetyheads.model.replay import instead
 
     engine = engine_of("llama_gqa")
     module = engine.architecture.attentions[0]
@@ -550,7 +550,7 @@ def test_generalized_ships_of_the_engine_equal_the_oracles_angles(oracles):
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_sinks"])
 def test_compiled_norms_and_mlps_change_no_state(family, oracles):
     """Through torch.compile's plain backend, which needs no compiler: the wiring is what is tested."""
-    from safetyheads.fusing import fused
+    from safetyheads.model.fusing import fused
 
     engine = engine_of(family)
     with fused(engine.architecture, backend="eager"):

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.ablation import ABLATION_KINDS
-from safetyheads.capabilities import Capabilities
-from safetyheads.cli import app
+from safetyheads.answers.decoding import left_padded
+from safetyheads.cli.app import app
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.generation import left_padded
+from safetyheads.model.capabilities import Capabilities
 
 torch.set_num_threads(1)
 

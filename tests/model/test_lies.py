@@ -17,8 +17,9 @@ from families import built
 from tiny_models import tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from safetyheads import Engine, attention
+from safetyheads import Engine
 from safetyheads.errors import UnsupportedModelError
+from safetyheads.model import attention
 
 EAGER = "our attention equals the family's eager attention"
 OTHERS = "undifferentiated attention leaves the other heads unchanged"

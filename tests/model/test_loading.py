@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
-from safetyheads.architectures import describe
-from safetyheads.encoding import DatedPromptWarning
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.provenance import notes_of
+from safetyheads.model.architecture import describe
+from safetyheads.model.encoding import DatedPromptWarning
+from safetyheads.runs.provenance import notes_of
 
 
 def saved(path, model, tokens=None):

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, GptOssConfig, LlamaConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
-from safetyheads.batching import Plan, TokenSequence
-from safetyheads.head_pass import HeadPass, Readings
-from safetyheads.loading import use_our_attention
+from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence
 
 # Wide enough that tensors and not bookkeeping are what is counted.
 WIDE = {**COMMON, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 500}

@@ -23,16 +23,16 @@ from safetyheads import (
     demo,
     generate,
     mean_ships,
-    placement,
     screened_ships,
     ships,
 )
-from safetyheads.cli import main
-from safetyheads.drafted import Decoding
-from safetyheads.exhaustive import scan_attack_success_rate
-from safetyheads.fusing import fused
-from safetyheads.loading import use_our_attention
-from safetyheads.provenance import device_name, fingerprint
+from safetyheads.answers.drafted import Decoding
+from safetyheads.answers.exhaustive import scan_attack_success_rate
+from safetyheads.cli.app import main
+from safetyheads.model import placement
+from safetyheads.model.fusing import fused
+from safetyheads.model.loading import use_our_attention
+from safetyheads.runs.provenance import device_name, fingerprint
 
 FLOAT32 = 1e-5
 # Weights at other addresses may be multiplied by another kernel; measured: 0 to 2e-7 nats.

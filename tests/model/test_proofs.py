@@ -14,10 +14,10 @@ from transformers.models.llama import modeling_llama
 
 from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.engine import Engine
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
-from safetyheads.quick_paths import largest
-from safetyheads.replay import Capabilities
+from safetyheads.model.engine import Engine
+from safetyheads.model.quick_paths import largest
+from safetyheads.model.replay import Capabilities
 
 
 def refusal_of(model):
@@ -63,7 +63,7 @@ def test_a_layer_that_attends_by_itself_is_refused_wherever_it_is(layer):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
-    from safetyheads import attention
+    from safetyheads.model import attention
 
     ablate = attention._ablate
     model = model_of("llama_gqa")
@@ -87,7 +87,7 @@ def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_sinks"])
 def test_an_ablation_of_the_inputs_that_does_nothing_is_refused(family, monkeypatch):
     """With a sink too, where only the rest of what a token attends to is uniform."""
-    from safetyheads import attention
+    from safetyheads.model import attention
 
     monkeypatch.setattr(attention, "_ablate_inputs", lambda module, query, key, value, _: (module, (query, key, value)))
     # Whichever of the claims about the query comes first; each alone would do.
@@ -96,7 +96,7 @@ def test_an_ablation_of_the_inputs_that_does_nothing_is_refused(family, monkeypa
 
 
 def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
-    from safetyheads import attention
+    from safetyheads.model import attention
 
     proofs = {proof.name: proof for proof in Engine(model_of("gpt_oss_sinks"), tokenizer()).check().proofs}
     (name,) = [name for name in proofs if "beside a sink's share" in name]

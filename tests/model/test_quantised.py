@@ -32,15 +32,15 @@ from safetyheads import (
     InputError,
     generate,
     load_demo,
-    placement,
     ships,
 )
 from safetyheads import demo as organism
-from safetyheads.capabilities import Capabilities
-from safetyheads.config import AuditConfig
-from safetyheads.loading import is_quantised, quantisation, use_our_attention
-from safetyheads.proofs import ROUNDED, tolerances
-from safetyheads.provenance import fingerprint, settings_of
+from safetyheads.model import placement
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.loading import is_quantised, quantisation, use_our_attention
+from safetyheads.model.proofs import ROUNDED, tolerances
+from safetyheads.runs.config import AuditConfig
+from safetyheads.runs.provenance import fingerprint, settings_of
 
 METHOD = "int8_stand_in"
 ASKED = []
@@ -299,8 +299,8 @@ def test_packed_parameters_have_a_fingerprint(dynamic):
 
 
 def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatch):
-    from safetyheads import attention
     from safetyheads.errors import UnsupportedModelError
+    from safetyheads.model import attention
 
     ablate = attention._ablate
 
@@ -334,8 +334,8 @@ def test_only_methods_that_may_round_activations_are_held_to_a_wide_tolerance():
 @pytest.mark.parametrize("method", ["gptq", "fbgemm_fp8"])
 def test_weak_sinks_that_are_dropped_are_refused_in_quantised_models_too(method, monkeypatch):
     """Their share is some percent of what heads say, less than rounded activations move a block's output."""
-    from safetyheads import attention
     from safetyheads.errors import UnsupportedModelError
+    from safetyheads.model import attention
 
     model = copy.deepcopy(built("gpt_oss"))
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safetyheads import Ablation, Engine, PromptSet, generalized_ships, parse_heads, sahara, ships
-from safetyheads.generation import generate
+from safetyheads.answers.decoding import generate
 from safetyheads.heads import Head
 
 GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens" / "llama_mha"

@@ -17,14 +17,14 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.baselines.forward import last_states, refuse_streams, sequences_of
 from safetyheads.baselines.outputs import norms, projections
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.linearising import Point
-from safetyheads.rankings import HeadTable, RankAgreement, rank_agreement
+from safetyheads.measures.linearising import Point
+from safetyheads.measures.screening import screen
 from safetyheads.scores import HeadScores
-from safetyheads.screening import screen
+from safetyheads.stats.rankings import HeadTable, RankAgreement, rank_agreement
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 _LENGTH = "residual units"
 # A norm is asked what it does to numbers of this size, so large that its epsilon is nothing beside them.

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
-from safetyheads.asr import AttackSuccess, query_level_attack_success_rate
+from safetyheads.answers.sampling import GREEDY, Sampling
+from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
 from safetyheads.heads import Group
-from safetyheads.prompts import PromptSet
-from safetyheads.sampling import GREEDY, Sampling
-from safetyheads.verdicts import Judge
+from safetyheads.judges.base import Judge
+from safetyheads.prompts.sets import PromptSet
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

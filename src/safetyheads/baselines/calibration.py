@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from safetyheads.answers.decoding import end_tokens, left_padded
 from safetyheads.baselines.linear_layers import LinearLayer, Weights, edited, linear_layers, put
-from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
-from safetyheads.generation import end_tokens, left_padded
+from safetyheads.model.planning import TokenSequence
 
 if TYPE_CHECKING:
     from safetyheads.baselines.base import Material
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 ACCUMULATED = torch.float64
 """Of X^T X, and of all that is solved with it."""

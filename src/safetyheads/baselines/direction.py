@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safetyheads.arguments import named
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.forward import (
     last_states,
@@ -28,11 +27,12 @@ from safetyheads.baselines.forward import (
 from safetyheads.baselines.parameters import writing_parameters
 from safetyheads.baselines.steering import direction_added, direction_removed
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.head_pass import log_odds, next_token_log_probabilities
+from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
+from safetyheads.model.arguments import named
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 # Queries that end and begin unlike each other: what their renderings share at the end is the template's.
 _PROBES = ("alpha", "7", "Why?", "no, thanks")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import SCALING_CONTRIBUTION
-from safetyheads.attention import AttentionCall
-from safetyheads.batching import PackedRow, TokenSequence, pack
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.replay import wanted_states
+from safetyheads.model.attention import AttentionCall
+from safetyheads.model.planning import PackedRow, TokenSequence, pack
+from safetyheads.model.replay import wanted_states
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 
 def sequences_of(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> tuple[TokenSequence, ...]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.asr import query_level_groups
+from safetyheads.answers.success import query_level_groups
 from safetyheads.baselines.attributions import (
     compared,
     logit_attributions,
@@ -24,19 +24,19 @@ from safetyheads.baselines.attributions import (
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.direction import TABLES_RULES, select_direction
 from safetyheads.baselines.parameters import head_parameters, most_head_parameters
-from safetyheads.baselines.random_heads import heads_by_layer, random_groups
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
-from safetyheads.rankings import RankAgreement
+from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.sahara import rank_heads, sahara
+from safetyheads.measures.ships import mean_ships, ships
 from safetyheads.scores import HeadScores
-from safetyheads.scoring import mean_ships, ships
-from safetyheads.search import rank_heads, sahara
+from safetyheads.stats.rankings import RankAgreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 ZEROED = SCALING_CONTRIBUTION.at(0.0)
 """The head's output times 0, at every token: how methods that score outputs ablate."""

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.calibration import batches
 from safetyheads.baselines.linear_layers import EDITS
-from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
-from safetyheads.head_pass import log_odds
-from safetyheads.loading import refuse_wrapped
-from safetyheads.weights import weights_changed
+from safetyheads.measures.head_pass import log_odds
+from safetyheads.model.loading import refuse_wrapped
+from safetyheads.model.planning import TokenSequence
+from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 LAST_START = 6 / 32
 """The last layer at which a run may start, as a share of the depth; the first is layer 1."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
-from safetyheads.loading import refuse_wrapped
-from safetyheads.weights import weights_changed
+from safetyheads.model.loading import refuse_wrapped
+from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 
 EDITS = "baselines edit"

@@ -19,13 +19,13 @@ from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.calibration import TextBatch, batches, inputs_seen, refusal_text
 from safetyheads.baselines.linear_layers import EDITS, LinearLayer, linear_layers
 from safetyheads.baselines.parameters import DOWN_NAMES
-from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.loading import refuse_wrapped
-from safetyheads.weights import weights_changed
+from safetyheads.model.loading import refuse_wrapped
+from safetyheads.model.planning import TokenSequence
+from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """What moves rows or tokens of a cache; a twin cache must follow."""

@@ -22,9 +22,9 @@ from safetyheads.baselines.forward import refuse_split, rows_of, sequences_of, s
 from safetyheads.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from safetyheads.architectures import HeadShape
-    from safetyheads.engine import Engine
-    from safetyheads.prompts import PromptSet
+    from safetyheads.model.architecture import HeadShape
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
 
 Read: TypeAlias = Callable[[int, Tensor], Tensor]
 """From a layer and its z [n_prompts, n_heads, d_value] a number a prompt and head [n_prompts, n_heads]."""

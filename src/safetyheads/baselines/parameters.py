@@ -12,7 +12,7 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Head
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
 """An MLP's last projection, by the names families use."""

@@ -20,11 +20,11 @@ from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.calibration import batches, benign_text, gram_matrices, refusal_text
 from safetyheads.baselines.linear_layers import LinearLayer, Weights, at_work, latest, linear_layers
 from safetyheads.baselines.pruning import wanda_scores
-from safetyheads.batching import TokenSequence
 from safetyheads.errors import InputError
+from safetyheads.model.planning import TokenSequence
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 UTILITY_SHARE = 0.07
 """p: of each row, how much the top by benign answers is; those weights stay. Wei et al. sweep it too."""

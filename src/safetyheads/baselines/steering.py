@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from safetyheads.baselines.forward import refuse_streams
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.weights import weights_changed
+from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 FACTOR_NAMES = ("residual_multiplier", "attn_out_multiplier")
 """Of a block: by what attention's output is multiplied before it is added to the stream (Granite, Falcon-H1)."""

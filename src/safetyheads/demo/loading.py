@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetyheads import demo
-from safetyheads.engine import Engine
-from safetyheads.prompts import Prompt, PromptSet, Template
+from safetyheads.model.engine import Engine
+from safetyheads.prompts.sets import Prompt, PromptSet, Template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safetyheads import attention
 from safetyheads.demo import card, tokenization
 from safetyheads.demo.planting import plant
 from safetyheads.demo.recipes import RECIPES, SHIPPED, BaseRecipe, DiffuseRecipe, language_of
 from safetyheads.demo.training import new_model, train_base, train_diffuse
+from safetyheads.model import attention
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """Where the package keeps its checkpoints."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from safetyheads import attention
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.attention import AttentionCall, RowAblation
 from safetyheads.demo import grammar
 from safetyheads.demo.grammar import DemoPrompt
 from safetyheads.demo.recipes import BaseRecipe, DiffuseRecipe, Language, Leg
 from safetyheads.demo.tokenization import draw_wrapped
+from safetyheads.model import attention
+from safetyheads.model.attention import AttentionCall, RowAblation
 
 _UNLEARNT = -100  # cross_entropy leaves out such labels.
 

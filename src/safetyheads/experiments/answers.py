@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetyheads.experiments.outcome import Measured
-from safetyheads.kept_answers import Row
-from safetyheads.stats import PairedDifference, Rate, paired_difference
+from safetyheads.runs.kept import Row
+from safetyheads.stats.intervals import PairedDifference, Rate, paired_difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Answers:
     labels: tuple[str, ...]
     """What the judge said."""
     kept_rows: tuple[bool, ...]
-    """For benign prompts: whether the answer is kept, see :class:`safetyheads.asr.JudgedAnswer`."""
+    """For benign prompts: whether the answer is kept, see :class:`safetyheads.answers.success.JudgedAnswer`."""
     rows: tuple[Row, ...]
     """As stored."""
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.attention import attention_calls
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Head
+from safetyheads.model.attention import attention_calls
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 NOTHING = Ablation("undifferentiated_attention", 1.0)
 """Times one: the unablated model."""

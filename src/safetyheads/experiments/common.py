@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.settings import ORGANISM
-from safetyheads.sampling import GREEDY, Sampling
-from safetyheads.stats import holm
+from safetyheads.stats.intervals import holm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

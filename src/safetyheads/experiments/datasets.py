@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from safetyheads import prompt_sets
 from safetyheads.demo.grammar import HARM_CATEGORIES
 from safetyheads.errors import InputError
 from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
-from safetyheads.prompts import PromptSet
-from safetyheads.provenance import references_sha256
+from safetyheads.prompts.sets import PromptSet
+from safetyheads.runs import data as prompt_sets
+from safetyheads.runs.provenance import references_sha256
 
 BENIGN = "benign"
 """Name of the benign prompts among the datasets."""

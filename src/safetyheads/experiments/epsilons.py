@@ -19,7 +19,7 @@ from safetyheads.experiments.common import (
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.heads import Group, format_heads
-from safetyheads.stats import mean_with_interval
+from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

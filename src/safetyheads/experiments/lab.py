@@ -12,35 +12,35 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.asr import query_level_groups
-from safetyheads.audit import ANGLES, kept_pass
-from safetyheads.drafted import Decoding
+from safetyheads.answers.drafted import Decoding
+from safetyheads.answers.exhaustive import Judging
+from safetyheads.answers.sampling import GREEDY, Sampling
+from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
-from safetyheads.exhaustive import Judging
 from safetyheads.experiments.answers import Answers
 from safetyheads.experiments.datasets import begun_by, prompts_of
 from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
-from safetyheads.head_pass import HeadPass, Readings
 from safetyheads.heads import Group
-from safetyheads.judges import judge_named
-from safetyheads.kept_answers import KeptAnswers
-from safetyheads.progress import Progress
-from safetyheads.prompts import PromptSet
-from safetyheads.provenance import fingerprint, references_sha256, tokens_sha256
-from safetyheads.sampling import GREEDY, Sampling
+from safetyheads.judges.base import Judge
+from safetyheads.judges.named import judge_named
+from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.sahara import rank_heads, sahara
+from safetyheads.measures.ships import answer_sequences
+from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.templates import Template
+from safetyheads.runs.audit import ANGLES, kept_pass
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.kept import KeptAnswers
+from safetyheads.runs.progress import Progress
+from safetyheads.runs.provenance import fingerprint, references_sha256, tokens_sha256
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.scoring import answer_sequences
-from safetyheads.search import rank_heads, sahara
-from safetyheads.storage import RunDirectory
-from safetyheads.templates import Template
-from safetyheads.verdicts import Judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 Half = Literal["search", "test"]
 UA_AND_SC = (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)

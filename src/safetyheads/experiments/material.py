@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from safetyheads.answers.decoding import Request, answer
 from safetyheads.baselines.base import Material
 from safetyheads.errors import InputError
 from safetyheads.experiments.datasets import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
-from safetyheads.generation import Request, answer
-from safetyheads.refusal import openers_or_raise
+from safetyheads.measures.refusal import openers_or_raise
 
 if TYPE_CHECKING:
     from safetyheads.experiments.lab import Lab, Subject

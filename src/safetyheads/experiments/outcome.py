@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from safetyheads.stats import Mean, PairedDifference, Rate
+from safetyheads.stats.intervals import Mean, PairedDifference, Rate
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safetyheads.answer_checks import echo_of
 from safetyheads.demo.tokenization import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
 from safetyheads.experiments.answers import Answers, point
@@ -24,8 +23,9 @@ from safetyheads.experiments.lab import SHORT
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import ORGANISM
 from safetyheads.heads import format_heads
-from safetyheads.stats import Rate
-from safetyheads.templates import FORMS, Template
+from safetyheads.judges.answer_checks import echo_of
+from safetyheads.prompts.templates import FORMS, Template
+from safetyheads.stats.intervals import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

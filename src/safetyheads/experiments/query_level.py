@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
+from safetyheads.answers.sampling import GREEDY
 from safetyheads.experiments.answers import point
 from safetyheads.experiments.common import meaningful_subjects, numbers_of, say_planted
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, FigureKind, Measured, Outcome, Row, Table
 from safetyheads.experiments.paper_numbers import FIG2, paper_model
-from safetyheads.sampling import GREEDY
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

@@ -11,7 +11,7 @@ from typing import Any
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.files import told_to_user
-from safetyheads.templates import Template
+from safetyheads.prompts.templates import Template
 
 ORGANISM = "demo:"
 """What names of embedded checkpoints begin with."""

@@ -1,6 +1,6 @@
 """Ablated models for scripts that call lm-eval themselves. Owns that context alone.
 
-For numbers beside vanilla's, with intervals, see :func:`safetyheads.utility.evaluate_tasks`.
+For numbers beside vanilla's, with intervals, see :func:`safetyheads.integrations.utility.evaluate_tasks`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
-from safetyheads.harness import harness_model, require_harness
 from safetyheads.heads import Head
+from safetyheads.integrations.harness import harness_model, require_harness
 
 if TYPE_CHECKING:
-    from safetyheads.engine import Engine
+    from safetyheads.model.engine import Engine
 
 
 @contextmanager

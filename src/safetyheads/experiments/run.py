@@ -1,0 +1,147 @@
+"""Experiments one after the other, into one run directory. Owns their order, results and what survives a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, Need
+from safetyheads.experiments.datasets import prompts_sha256
+from safetyheads.experiments.lab import Lab
+from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.judges.named import judge_named
+from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
+from safetyheads.runs.progress import Progress
+from safetyheads.runs.provenance import keep_threads, one_spelling, provenance, versions
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+KIND = "reproduction"
+"""What manifest and results call such a run."""
+_WANTED: dict[Need, str] = {
+    "base": "base: the checkpoint that the first model was aligned from (--base)",
+    "related": "related: another model of the same base",
+    "base_models": "base_models: models that were not aligned",
+    "learn_harmful": "learn_harmful: harmful prompts that no dataset holds",
+}
+
+
+def reproduce(
+    config: ReproductionConfig,
+    experiments: Sequence[Experiment],
+    out: Path,
+    load: Callable[[str], Engine],
+    progress: Progress,
+    command: Sequence[str] = (),
+    skips: bool = False,
+) -> dict[str, Any]:
+    """Run experiments into a run directory; what is there already is not run again.
+
+    Args:
+        config: all settings.
+        experiments: in the order of running.
+        out: the run directory; one that holds other experiments of the same settings takes these too.
+        load: loads and proves a model by its name.
+        progress: who watches.
+        command: the command line, for the record.
+        skips: leave out, saying why, experiments that need what is not there or cannot be run on these models.
+
+    Returns:
+        The results of all experiments that the directory holds.
+
+    Raises:
+        InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
+    """
+    runnable, left_out = [], dict[str, str]()
+    for one in experiments:
+        lacking = "; ".join(missing(one, config))
+        if not lacking:
+            runnable.append(one)
+            continue
+        if not skips:
+            raise InputError(f"{one.name} needs a setting that is not given, {lacking}")
+        left_out[one.name] = f"It needs {lacking}."
+        progress.say(f"left out: {one.name}, which needs {lacking}")
+    judge = judge_named(config.judge)
+    settings = {
+        "kind": KIND,
+        **_spelled(config),
+        "prompts_sha256": prompts_sha256(config),
+        "described_judge": judge.describe(),
+        "versions": versions(),
+    }
+    with RunDirectory.start(out, settings, provenance(command)) as run:
+        keep_threads(run, progress)
+        lab = Lab(config, run, progress, load)
+        for number, experiment in enumerate(runnable, 1):
+            progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
+            try:
+                _kept_outcome(run, experiment, lab)
+            except SafetyheadsError as error:
+                if not skips:
+                    raise
+                # What one experiment cannot be run on, others may be.
+                left_out[experiment.name] = str(error)
+                progress.say(f"left out: {experiment.name}. {error}")
+            _write(run, config, left_out)
+        if not runnable:
+            _write(run, config, left_out)
+        return run.read_results()
+
+
+def missing(experiment: Experiment, config: ReproductionConfig) -> list[str]:
+    """What it needs and the settings do not have, in words."""
+    found = [_WANTED[need] for need in experiment.needs if need != "lm-eval" and not getattr(config, need)]
+    if "lm-eval" in experiment.needs and find_spec("lm_eval") is None:
+        found.append("lm-eval: pip install 'safetyheads[lm-eval]'")
+    return found
+
+
+def _spelled(config: ReproductionConfig) -> dict[str, Any]:
+    """The settings, paths as they really are."""
+    settings = config.as_dict()
+    for name in ("models", "templated", "base_models", "datasets"):
+        settings[name] = [one_spelling(named) for named in settings[name]]
+    for name in ("base", "related", "benign", "learn_harmful", "learn_benign"):
+        settings[name] = None if settings[name] is None else one_spelling(settings[name])
+    return settings
+
+
+def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
+    """Run an experiment that the directory does not hold yet.
+
+    Raises:
+        InputError: it is there, of other weights than a model now has.
+    """
+
+    def compute() -> list[dict[str, Any]]:
+        started = time.monotonic()
+        lab.used.clear()
+        outcome = experiment.run(lab)
+        timed = [asdict(table) for table in outcome.timed]
+        seconds = time.monotonic() - started
+        return [{"outcome": outcome.as_dict(), "used": sorted(lab.used), "seconds": seconds, "timed": timed}]
+
+    (row,) = run.rows("outcome", {"experiment": experiment.name}, compute)
+    for model in row["used"]:
+        lab.weights_of(model)
+
+
+def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
+    """Results of every experiment that is there, in the paper's order; times go apart."""
+    outcomes: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    timed: dict[str, Any] = {}
+    for row in run.completions("outcome"):
+        name = row["outcome"]["name"]
+        outcomes[name], seconds[name], timed[name] = row["outcome"], row["seconds"], row["timed"]
+    ordered = [outcomes[name] for name in EXPERIMENTS if name in outcomes]
+    results = {"schema_version": RESULTS_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge}
+    run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in outcomes}})
+    run.write_timings({"seconds": seconds, "timed": {name: found for name, found in timed.items() if found}})

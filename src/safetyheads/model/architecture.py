@@ -1,0 +1,339 @@
+"""Where a model keeps its layers. Owns the names under which families file their parts; does no arithmetic.
+
+What is read here is a claim; :mod:`safetyheads.model.proofs` holds it against the user's own weights at load.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from safetyheads.errors import UnsupportedModelError
+
+DECODER_NAMES = ("model", "language_model", "transformer", "decoder")
+"""Where the decoder is, should ``get_decoder`` give a model around it (Llama 4)."""
+LAYER_NAMES = ("layers", "h", "blocks")
+"""The decoder's module list of layers, by the names families use."""
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block")
+"""A layer's attention module; in hybrids other layers keep something else under the same name."""
+QUERY_NAMES = ("q_proj", "q_b_proj")
+"""An attention's projection to queries alone; the second of two where they pass a low rank."""
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""An attention's last projection, of its heads' outputs."""
+FINAL_NORM_NAMES = (
+    "norm",
+    "ln_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "final_norm",
+    "norm_f",
+    "embedding_norm",
+    "layer_norm",
+)
+"""The decoder's norm after its last layer."""
+HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads")
+"""An attention's number of query heads."""
+HEAD_WIDTH_NAMES = ("qk_head_dim", "head_dim", "head_size")
+"""Width of a head's query and key. It need not be d_model / n_heads."""
+VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)
+"""Width of a head's value, another one where keys and values come from one latent (MLA)."""
+WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "attention_window_size")
+"""A config's widths of sliding windows and attention chunks."""
+WINDOW_OF_LAYER_TYPE: dict[str, str | None] = {
+    "full_attention": None,
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+"""Which of them a layer of this type has."""
+STREAMS_FIRST_NAMES = ("altup_projections",)
+"""Parts of a decoder that keeps several residual streams, stacked before the batch (Gemma 3n)."""
+TURN_NAMES = ("floor_scale", "index_topk")
+"""A config's numbers of tokens beyond which attention has another temperature (Llama 4) or chooses its keys (DSA)."""
+LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
+"""RoPE types whose angles change once a row is longer than the model was trained on at first."""
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # transformers' attention registry, by its name in every family's source
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The heads of one layer, as its attention module says."""
+
+    n_heads: int
+    """Query heads."""
+    n_kv_heads: int
+    """Key and value heads."""
+    d_head: int
+    """Width of one head's query and key."""
+    d_value: int
+    """Width of one head's value and output."""
+    window: int | None
+    """Most keys that a token sees, itself included; None where it sees all before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The parts of one model that the engine touches."""
+
+    family: str
+    """transformers' ``model_type``."""
+    decoder: nn.Module
+    """Token ids in, last hidden state out; without the language model head."""
+    layers: tuple[nn.Module, ...]
+    """Decoder layers, first to last."""
+    attentions: tuple[nn.Module | None, ...]
+    """The attention module of each layer; None where a layer mixes tokens in another way, and has no heads."""
+    query_projections: tuple[nn.Module | None, ...]
+    """Of each layer, None where queries have none of their own."""
+    output_projections: tuple[nn.Module | None, ...]
+    """What each layer does to its heads' outputs, None where no such module is known."""
+    shapes: tuple[HeadShape | None, ...]
+    """The heads of each layer; None where it has none."""
+    final_norm: nn.Module
+    """Applied to the residual stream after the last layer."""
+    head: nn.Module
+    """Hidden states to logits, before whatever the family does to its logits."""
+    d_model: int
+    """Width of the residual stream."""
+    d_mlp: int
+    """Inner width of the MLP, used to estimate memory only."""
+    active_experts: float
+    """Share of a layer's experts that a token is sent to; 1 where there are none."""
+    vocabulary_size: int
+    """Number of logits."""
+    context_length: int | None
+    """Longest sequence the positions allow, None where the config sets no bound."""
+    windows: tuple[int, ...]
+    """Distinct widths of sliding windows and attention chunks, empty where every token sees all before it."""
+    turns: tuple[int, ...]
+    """Row lengths beyond which attention acts in another way: temperatures, chosen keys, long-context RoPE."""
+    batch_dimension: int
+    """Of what layers are given; tokens are the dimension after it."""
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def with_heads(self) -> tuple[int, ...]:
+        """Layers whose heads can be ablated, ascending."""
+        return tuple(layer for layer, shape in enumerate(self.shapes) if shape is not None)
+
+    @property
+    def without_heads(self) -> tuple[int, ...]:
+        """Layers that mix tokens in another way (linear attention, convolutions, state spaces), ascending."""
+        return tuple(layer for layer, shape in enumerate(self.shapes) if shape is None)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer; of the layer with most, where layers differ."""
+        return max(shape.n_heads for shape in self.shapes if shape is not None)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads of a layer, likewise."""
+        return max(shape.n_kv_heads for shape in self.shapes if shape is not None)
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head's query, likewise."""
+        return max(shape.d_head for shape in self.shapes if shape is not None)
+
+    @property
+    def d_value(self) -> int:
+        """Width of one head's value, likewise."""
+        return max(shape.d_value for shape in self.shapes if shape is not None)
+
+    @property
+    def head_parameters(self) -> dict[str, int]:
+        """Parameters of one head, counted: its rows of W_q; and q, k, v, o, shared keys and values once a group."""
+        query, output = self.d_model * self.d_head, self.d_model * self.d_value
+        return {"query": query, "all": query + output + (query + output) * self.n_kv_heads // self.n_heads}
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """The parts of ``model``.
+
+    Raises:
+        UnsupportedModelError: a part is not where any known family keeps it, or no attention goes through
+            transformers' registry; the message names the family and the part.
+    """
+    config = model.config.get_text_config(decoder=True)
+    family = model.config.model_type
+    decoder = _decoder(model, family)
+    layers = tuple(_named(decoder, LAYER_NAMES, family, "decoder layers"))
+    attentions = _attentions(layers, family)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{family}: the model has no language model head")
+    shapes = tuple(
+        None if attention is None else _shape(attention, config, layer) for layer, attention in enumerate(attentions)
+    )
+    return Architecture(
+        family=family,
+        decoder=decoder,
+        layers=layers,
+        attentions=attentions,
+        query_projections=tuple(_first_named(attention, QUERY_NAMES) for attention in attentions),
+        output_projections=tuple(_first_named(attention, OUTPUT_NAMES) for attention in attentions),
+        shapes=shapes,
+        final_norm=_named(decoder, FINAL_NORM_NAMES, family, "final norm"),
+        head=head,
+        d_model=config.hidden_size,
+        d_mlp=_value(config, "intermediate_size") or 4 * config.hidden_size,
+        active_experts=_active_experts(config),
+        vocabulary_size=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
+        context_length=getattr(config, "max_position_embeddings", None),
+        windows=_positive([*(getattr(config, name, None) for name in WINDOW_NAMES), *(s.window for s in shapes if s)]),
+        turns=_turns(config),
+        batch_dimension=1 if _first_named(decoder, STREAMS_FIRST_NAMES) is not None else 0,
+    )
+
+
+def _decoder(model: PreTrainedModel, family: str) -> nn.Module:
+    """The module that holds the layers; some families' ``get_decoder`` gives a model around it."""
+    decoder: Any = model.get_decoder()
+    if not any(_first_named(part, LAYER_NAMES) for part in decoder.modules()):
+        decoder = model  # what goes by a decoder's name there is something else (ModernBERT's head)
+    while _first_named(decoder, LAYER_NAMES) is None:
+        decoder = _named(decoder, DECODER_NAMES, family, "decoder layers")
+    return decoder
+
+
+def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module | None, ...]:
+    """Each layer's attention, where it goes through the registry."""
+    named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
+    found = tuple(module if module is not None and attends(module) else None for module in named)
+    kinds = sorted({type(module).__name__ for module in named if module is not None})
+    _refuse_elsewhere(layers, found, family)
+    if not any(found):
+        what = f" (they have {', '.join(kinds)})" if kinds else ""
+        raise UnsupportedModelError(
+            f"{family}: no layer computes attention through transformers' attention registry{what}, so no ablation can "
+            "be put into it"
+        )
+    there = [id(module) for module in found if module is not None]
+    if len(set(there)) < len(there):
+        raise UnsupportedModelError(f"{family}: layers share one attention module, so a head has no layer of its own")
+    return found
+
+
+def _refuse_elsewhere(layers: tuple[nn.Module, ...], found: tuple[nn.Module | None, ...], family: str) -> None:
+    """Refuse layers that attend in modules where no attention was looked for."""
+    for number, (layer, attention) in enumerate(zip(layers, found, strict=True)):
+        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
+        if len(elsewhere) > 1:
+            raise UnsupportedModelError(
+                f"{family}: layer {number} has {len(elsewhere)} attentions ({', '.join(elsewhere)}), so a layer and a "
+                "number do not say which head"
+            )
+        if elsewhere:
+            raise UnsupportedModelError(
+                f"{family}: layer {number} computes attention in {elsewhere[0]}, an unknown place"
+            )
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module's code calls an attention function of transformers' registry."""
+    kind: Any = type(module)
+    return _attends(kind)
+
+
+@lru_cache
+def _attends(kind: Any) -> bool:
+    methods = (
+        inspect.unwrap(method)
+        for base in kind.__mro__
+        if base is not nn.Module and issubclass(base, nn.Module)
+        for method in vars(base).values()
+        if inspect.isfunction(method)
+    )
+    return any(_REGISTRY in method.__code__.co_names for method in methods)
+
+
+def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
+    """The heads of one layer, of which some families have fewer, or wider ones, than of another."""
+    own = of_layer(config, layer)
+    n_heads = _number(attention, HEAD_COUNT_NAMES) or own.num_attention_heads
+    groups = _number(attention, ("num_key_value_groups",))
+    n_kv_heads = n_heads // groups if groups else getattr(own, "num_key_value_heads", None) or n_heads
+    width = config.hidden_size // n_heads
+    return HeadShape(
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=_number(attention, HEAD_WIDTH_NAMES) or width,
+        d_value=_number(attention, VALUE_WIDTH_NAMES) or width,
+        window=_window(attention, config, layer),
+    )
+
+
+def _window(attention: nn.Module, config: Any, layer: int) -> int | None:
+    """How far a layer's tokens see: by its type, else what its attention says, else the config."""
+    types = getattr(config, "layer_types", None) or ()
+    if layer < len(types) and types[layer] in WINDOW_OF_LAYER_TYPE:
+        name = WINDOW_OF_LAYER_TYPE[types[layer]]
+        return getattr(config, name, None) if name else None
+    if hasattr(attention, WINDOW_NAMES[0]):
+        return _number(attention, WINDOW_NAMES[:1])
+    return next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of a module's attributes of these names that is a positive number."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def of_layer(config: Any, layer: int) -> Any:
+    """The config of one layer; only some families' layers have one of their own."""
+    each = getattr(config, "per_layer_config", None)
+    return each[layer] if each else config
+
+
+def _value(config: Any, name: str) -> Any:
+    """A config's value, the first layer's where layers differ."""
+    value = getattr(of_layer(config, 0), name, None)
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _named(parent: nn.Module, names: tuple[str, ...], family: str, what: str) -> Any:
+    child = _first_named(parent, names)
+    if child is None:
+        raise UnsupportedModelError(f"{family}: no {what} under any of the names {', '.join(names)}")
+    return child
+
+
+def _first_named(parent: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
+    children = (getattr(parent, name, None) for name in names)
+    return next((child for child in children if isinstance(child, nn.Module)), None)
+
+
+def _active_experts(config: Any) -> float:
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    n_experts = next((count for count in counts if count), None)
+    return getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0
+
+
+def _turns(config: Any) -> tuple[int, ...]:
+    """Where attention or RoPE changes with the length of a row."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some families have RoPE parameters of their own for each type of layer.
+    each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+    lengths = [
+        rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for rope in each
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPES
+    ]
+    return _positive([*(getattr(config, name, None) for name in TURN_NAMES), *lengths])
+
+
+def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:
+    """The distinct positive integers among these, ascending."""
+    return tuple(sorted({number for number in numbers if isinstance(number, int) and number > 0}))

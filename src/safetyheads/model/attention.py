@@ -1,0 +1,322 @@
+"""The attention function of our own. Owns how an ablation acts inside attention.
+
+It refuses to know families: whatever a family's attention needs beyond queries, keys, values and a mask
+(softcap, sinks) stays in that family's own eager function, which is found in the module's source module.
+
+An ablation travels as a keyword that a forward pre-hook puts on the attention module's own call. It is neither
+global nor a context variable: a batch row carries its own ablations, other threads that use the model see
+them, and a checkpointed recomputation sees them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from safetyheads.ablation import Ablation
+from safetyheads.errors import UnsupportedModelError
+from safetyheads.model.packing import Segments, by_segment, safetyheads_mask
+
+ATTENTION_NAME = "safetyheads"
+"""Under this name the attention and the mask function stand in transformers' registries."""
+
+_KEYWORD = "safetyheads_call"
+
+# Lives for one forward of a proof, in its own thread.
+_callers: ContextVar[list[nn.Module] | None] = ContextVar("safetyheads_callers", default=None)
+
+# Keywords with tensors that say where a token stands or which keys it sees. The mask already holds what
+# they tell, so both sdpa and eager functions may ignore them.
+_POSITIONAL_KEYWORDS = frozenset(
+    {"position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value"}
+)
+
+
+# Sparse attention: the keys that a family's own indexer chose for each token, [rows, n_tokens, n_chosen].
+_CHOSEN_KEYS = "indices"
+
+
+@dataclass(frozen=True, slots=True)
+class RowAblation:
+    """One ablation of a layer, for the rows of a batch."""
+
+    ablation: Ablation
+    selected: Tensor
+    """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
+    over_all: Callable[[Tensor], Tensor] | None = None
+    """From the mean over this process's heads to that over the layer's; None where it has them all."""
+
+
+class KeysAndValues(Exception):
+    """Leaves a layer from inside its attention once its keys and values are there."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("keys and values are there")
+        self.key, self.value = key, value
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a hook hands to one call of the attention function."""
+
+    ablations: tuple[RowAblation, ...] = ()
+    """Applied one after the other; a head may be in at most one of them per row."""
+    leave: bool = False
+    """Raise :class:`KeysAndValues` instead of attending."""
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Given the heads' outputs, every head unablated and every head ablated [rows, n_tokens, n_heads, d_value],
+    gives the outputs to go on with, or raises to leave the layer."""
+    segments: Segments | None = None
+    """How the row's prompts lie, where attention may be taken prompt by prompt."""
+    keys_and_values: tuple[Tensor, Tensor] | None = None
+    """Attend to these instead of the call's own keys and values."""
+    observe: Callable[..., None] | None = None
+    """Called with query, key, value, mask, output, ``plain`` (nothing but softmax of masked scores weighs the values)
+    and ``chosen`` (an indexer chose keys) as keywords; the proofs at load look through it."""
+
+
+class _Ungrouped:
+    """An attention module seen with as many key heads as query heads.
+
+    Replacing the key of one query head needs keys repeated for every query head; a family's attention
+    function would repeat them once more by the module's ``num_key_value_groups``.
+    """
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def register() -> None:
+    """Put the attention and the mask function into transformers' registries; repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, safetyheads_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, safetyheads_mask)
+
+
+def safetyheads_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the ablations that the call carries.
+
+    Args:
+        module: the attention module that calls.
+        query: [rows, n_heads, n_tokens, d_head], rotated and normed.
+        key: [rows, n_kv_heads, n_keys, d_head], the cache's keys included.
+        value: [rows, n_kv_heads, n_keys, d_value].
+        attention_mask: bool or additive, [rows or 1, 1, n_tokens, n_keys]; None is causal.
+        scaling: factor of the scores, the module's own.
+        dropout: probability, 0 outside training.
+        keywords: whatever else the family's attention passes on.
+
+    Returns:
+        The heads' outputs [rows, n_tokens, n_heads, d_value], and attention weights where the family's eager
+        function gives them.
+    """
+    if (callers := _callers.get()) is not None:
+        callers.append(module)
+    call: AttentionCall | None = keywords.pop(_KEYWORD, None)
+    chosen: Tensor | None = keywords.pop(_CHOSEN_KEYS, None)
+    if chosen is not None:
+        attention_mask = _of_chosen(attention_mask if attention_mask is not None else _causal(query, key), chosen)
+    if call is None:
+        return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
+    if call.leave:
+        raise KeysAndValues(key, value)
+    if call.keys_and_values is not None:
+        key, value = call.keys_and_values
+    if len(key) != len(query):
+        # Keys and values of a layer before the rows were told apart: they are the same in each.
+        key, value = (shared.expand(len(query), -1, -1, -1) for shared in (key, value))
+
+    def attend(ablations: tuple[RowAblation, ...]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        seen, ablated = _ablate_inputs(module, query, key, value, ablations)
+        inner = partial(_attend, seen, scaling=scaling, dropout=dropout, keywords=keywords)
+        weights = None
+        if attention_mask is not None and call.segments is not None and call.segments.cover(query, attention_mask):
+            output = by_segment(inner, call.segments, *ablated, attention_mask)
+        else:
+            output, weights = inner(*ablated, attention_mask)
+        output = _ablate_output(output, ablations)
+        return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
+
+    if call.compare is not None:
+        everywhere = [replace(each, selected=torch.ones_like(each.selected[:1])) for each in call.ablations]
+        return call.compare(attend(())[0], attend(tuple(everywhere))[0]), None
+    output, weights, inputs = attend(call.ablations)
+    if call.observe is not None:
+        plain = not _family_keywords(keywords) - {"softcap"}
+        call.observe(**inputs, mask=attention_mask, output=output, plain=plain, chosen=chosen is not None)
+    return output, weights
+
+
+@contextmanager
+def attending() -> Iterator[list[nn.Module]]:
+    """Within, the modules that call our attention function in this thread, in their order."""
+    callers: list[nn.Module] = []
+    token = _callers.set(callers)
+    try:
+        yield callers
+    finally:
+        _callers.reset(token)
+
+
+def _ablate_inputs(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, ablations: tuple[RowAblation, ...]
+) -> tuple[nn.Module | _Ungrouped, tuple[Tensor, Tensor, Tensor]]:
+    """Query, key and value with the ablations that act on them, and the module as it must be seen with these."""
+    seen: nn.Module | _Ungrouped = module
+    query_before, key_before = query, key
+    for row_ablation in ablations:
+        tensor, grouped = row_ablation.ablation.kind.tensor, key.shape[1] != query.shape[1]
+        scale = row_ablation.ablation.kind.operation == "scale"
+        if tensor == "query" or (tensor == "key" and scale and grouped):
+            # (q . eps k) is (eps q . k): in a shared group this touches one query head and never its siblings.
+            query = _ablate(query, query_before, row_ablation, head_dimension=1)
+        elif tensor == "key":
+            if grouped:
+                groups = query.shape[1] // key.shape[1]
+                key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+                seen = _Ungrouped(module)
+            key = _ablate(key, key_before, row_ablation, head_dimension=1)
+    return seen, (query, key, value)
+
+
+def _ablate_output(output: Tensor, ablations: tuple[RowAblation, ...]) -> Tensor:
+    """The heads' outputs with the ablations that act on them."""
+    before = output
+    for row_ablation in ablations:
+        if row_ablation.ablation.kind.tensor == "head_output":
+            output = _ablate(output, before, row_ablation, head_dimension=2)
+    return output
+
+
+def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dimension: int) -> Tensor:
+    """The tensor with the selected heads scaled, or replaced by the mean over all heads as they were before."""
+    shape = [row_ablation.selected.shape[0], 1, 1, 1]
+    shape[head_dimension] = row_ablation.selected.shape[1]
+    selected = row_ablation.selected.to(tensor.device).view(shape)
+    if row_ablation.ablation.kind.operation == "mean":
+        mean = before.mean(dim=head_dimension, keepdim=True)
+        return torch.where(selected, row_ablation.over_all(mean) if row_ablation.over_all else mean, tensor)
+    return torch.where(selected, tensor * row_ablation.ablation.epsilon, tensor)
+
+
+def _attend(
+    module: nn.Module | _Ungrouped,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    keywords: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Unablated attention: sdpa where the family allows it and nothing asks for more, else the family's own."""
+    source = module._module if isinstance(module, _Ungrouped) else module
+    needs_family = _family_keywords(keywords)
+    sliced = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
+    if not needs_family and family_supports_sdpa(type(source).__module__):
+        # Without a mask sdpa is causal by itself, from the top left: wrong once a cache holds more keys
+        # than there are queries, so that case gets its mask.
+        if attention_mask is None and 1 < query.shape[2] != key.shape[2]:
+            attention_mask = _causal(query, key)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **sliced
+        )
+    eager = getattr(sys.modules[type(source).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedModelError(
+            f"{type(source).__name__} passes {', '.join(sorted(needs_family)) or 'no sdpa'} to its attention "
+            "and its source has no eager_attention_forward that would know what to do with it"
+        )
+    additive = _additive(attention_mask if attention_mask is not None else _causal(query, key), query.dtype)
+    return eager(module, query, key, value, additive, scaling=scaling, dropout=dropout, **sliced)
+
+
+def _family_keywords(keywords: dict[str, Any]) -> set[str]:
+    """Names of arguments that only the family's own attention knows what to do with: softcap and tensors."""
+    return {
+        name
+        for name, argument in keywords.items()
+        if name not in _POSITIONAL_KEYWORDS
+        and argument is not None
+        and (name == "softcap" or isinstance(argument, Tensor))
+    }
+
+
+@lru_cache
+def family_supports_sdpa(module_name: str) -> bool:
+    """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
+    source = sys.modules[module_name]
+    declared = [
+        value._supports_sdpa
+        for value in vars(source).values()
+        if isinstance(value, type) and hasattr(value, "_supports_sdpa") and value.__module__ == source.__name__
+    ]
+    return bool(declared) and all(declared)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """The causal mask, bool [1, 1, n_tokens, n_keys], for queries that stand at the end of the keys."""
+    n_tokens, n_keys = query.shape[2], key.shape[2]
+    positions = torch.arange(n_keys, device=query.device)
+    return (positions <= positions[n_keys - n_tokens :, None])[None, None]
+
+
+def _of_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
+    """The mask, which in each row allows each token the keys chosen for it and no others."""
+    shape = (len(chosen), chosen.shape[1], mask.shape[-1])
+    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, chosen.long(), False)[:, None]
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the eager functions want it: 0 where allowed, the lowest number where not."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@contextmanager
+def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
+    """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after.
+
+    Args:
+        attentions: the attention module of each layer, None where it has none.
+        calls: layer -> what its attention function is handed.
+    """
+
+    def hook_for(call: AttentionCall) -> Callable[..., Any]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return arguments, {**keywords, _KEYWORD: call}
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, call in calls.items():
+            attention = attentions[layer]
+            if attention is None:
+                raise UnsupportedModelError(f"layer {layer} has no attention")
+            stack.callback(attention.register_forward_pre_hook(hook_for(call), with_kwargs=True).remove)
+        yield

@@ -1,0 +1,346 @@
+"""The engine: last-token states of a model under many ablations. Owns one loaded, proved model; holds all state.
+
+It refuses to know scores, judges and files. Batch rows are head groups, columns are packed prompts; how layers
+are run again is :mod:`safetyheads.model.replay`'s, how work is laid out :mod:`safetyheads.model.planning`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from safetyheads.ablation import Ablation
+from safetyheads.errors import SafetyheadsError
+from safetyheads.heads import Group, Head, common_heads
+from safetyheads.model import memory
+from safetyheads.model.architecture import Architecture, describe
+from safetyheads.model.attention import AttentionCall, attention_calls
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.encoding import token_ids_of
+from safetyheads.model.fusing import fused
+from safetyheads.model.placement import DeviceMap, HeadShare, input_device, least_memory
+from safetyheads.model.planning import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
+from safetyheads.model.replay import Capture, capture, replay, rerun
+from safetyheads.model.selection import calls_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from safetyheads.model.adapters import Adapter
+    from safetyheads.model.proofs import CheckReport
+    from safetyheads.prompts.sets import PromptSet, Template
+
+_exclusive = threading.Lock()
+# Prompt sets whose tokens are kept.
+_SETS_KEPT = 16
+# In elements: 176 MiB while they are read.
+_LOGITS_AT_ONCE = 1 << 22
+
+
+class Engine:
+    """A causal language model, loaded and proved, whose heads can be ablated.
+
+    Example:
+        >>> engine = Engine.load("path-or-hub-id", dtype="float32", device="cpu")
+        >>> with engine.ablated((Head(2, 26),), UNDIFFERENTIATED_ATTENTION) as model: ...
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        capabilities: Capabilities | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        """Wrap a model that already runs on our attention; :meth:`load` is the way in for users."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path
+        self.architecture: Architecture = describe(model)
+        # What one of several processes has of the model may be less than they have together.
+        self.whole: Architecture = self.architecture
+        self.share: HeadShare | None = None
+        self.adapter: Adapter | None = None
+        # Replaced with the weights: what was measured before belongs to the old ones.
+        self.weights_version = object()
+        self.capabilities = capabilities or Capabilities()
+        self.notes: tuple[str, ...] = ()
+        self._token_budget = token_budget
+        self.compiles = False
+        self.memory_budget: int | None = None
+        self._proved_length: int | None = None
+        self._encoded: dict[tuple[PromptSet, str], tuple[tuple[int, ...], ...]] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        adapter: str | None = None,
+        device_map: DeviceMap | None = None,
+        offload_folder: str | None = None,
+        tensor_parallel: bool = False,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        check: bool = True,
+        compiles: bool = False,
+        memory_budget: int | None = None,
+    ) -> Engine:
+        """Load a checkpoint and prove on its own weights that ablations are exact.
+
+        Args:
+            path: a local directory or a hub id.
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (the checkpoint's own, which quantised ones keep).
+            device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+            adapter: a PEFT adapter to put on the model, unmerged: a directory or a hub id.
+            device_map: accelerate's, over several devices or offloading: ``auto`` or modules with their places.
+            offload_folder: where a device map's offloaded weights go that no safetensors file holds as they are used.
+            tensor_parallel: share each layer's heads among the processes that torchrun started.
+            trust_remote_code: run Python code that the checkpoint brings.
+            allow_pickle: read weights that are not safetensors; pickles can run code.
+            check: run :meth:`check`; without it, an unproved model may give wrong scores.
+            compiles: run norms and MLPs of replayed layers through torch.compile, which needs a compiler.
+            memory_budget: bytes that batches may take beside the weights; by default half of what is free.
+
+        Raises:
+            InputError: the checkpoint cannot be loaded.
+            UnsupportedModelError: a proof failed; the message names it.
+        """
+        from safetyheads.model.loading import LoadOptions, load_engine
+
+        places = (device, adapter, device_map, offload_folder, tensor_parallel)
+        engine = load_engine(LoadOptions(path, dtype, *places, trust_remote_code, allow_pickle), check)
+        engine.compiles = compiles
+        engine.memory_budget = least_memory(engine.model) if memory_budget is None else memory_budget
+        return engine
+
+    def check(self, longest: int = 64) -> CheckReport:
+        """Prove the engine on this model and adopt what was proved.
+
+        Args:
+            longest: most tokens that a run will reach; prompts of the proofs exceed any window below it.
+
+        Raises:
+            UnsupportedModelError: an ablation would not be exact here.
+            SafetyheadsError: the model is ablated at the moment.
+        """
+        from safetyheads.model.proofs import prove
+
+        before = self.capabilities
+        with self._taken():  # an ablation in force would be taken for the model's own attention
+            try:
+                report = prove(self, longest)
+            except BaseException:
+                self.capabilities = before
+                raise
+        self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
+        return report
+
+    def prove_up_to(self, longest: int) -> None:
+        """Prove the windows that rows of ``longest`` tokens reach, where the proof at load was for shorter ones."""
+        proved, facts = self._proved_length, self.architecture
+        if proved is not None and any(proved <= width < longest for width in (*facts.windows, *facts.turns)):
+            self.check(longest)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return self.architecture.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads a layer; of the layer with most, where layers differ."""
+        return self.whole.n_heads
+
+    @property
+    def heads(self) -> Group:
+        """Every head, layer by layer; layers that mix tokens in another way than by attention have none."""
+        shapes = enumerate(self.whole.shapes)
+        return tuple(Head(layer, index) for layer, shape in shapes if shape for index in range(shape.n_heads))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs belong."""
+        return input_device(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    def template_for(self, prompts: PromptSet) -> Template:
+        """The prompts' own template, or the default: ``chat`` for the organism, else ``query_answer``."""
+        from safetyheads.prompts.sets import Template
+
+        if prompts.template is not None:
+            return prompts.template
+        organism = bool(getattr(self.model.config, "safetyheads_organism", False))
+        chat = organism and self.tokenizer.chat_template is not None
+        return Template.parse("chat" if chat else "query_answer")
+
+    def encode(self, prompts: PromptSet) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each prompt under its template.
+
+        Raises:
+            InputError: a prompt is longer than the model's context, or holds a token that the model does not know.
+        """
+        key = (prompts, str(self.tokenizer.chat_template))
+        if key in self._encoded:
+            return self._encoded[key]
+        encoded = token_ids_of(self, prompts)
+        # An audit asks for its sets again with every batch of groups.
+        if len(self._encoded) >= _SETS_KEPT:
+            self._encoded.pop(next(iter(self._encoded)))
+        self._encoded[key] = encoded
+        return encoded
+
+    @contextmanager
+    def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
+        """The HF model with the group's heads ablated, for whatever uses it; as it was after.
+
+        Any thread that uses the model meanwhile sees the ablation. The empty group is the unablated model.
+
+        Raises:
+            InputError: a head the model does not have, or one given twice.
+            SafetyheadsError: the model is already inside such a context.
+        """
+        with self.ablated_rows([tuple(group)], ablation) as model:
+            yield model
+
+    @contextmanager
+    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
+        """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
+        calls = self.calls(groups, ablation)
+        with self._taken(), attention_calls(self.architecture.attentions, calls):
+            yield self.model
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Within, nobody else may ablate the model, or prove it."""
+        with _exclusive:
+            if getattr(self.model, "_safetyheads_ablated", False):
+                raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
+            self.model._safetyheads_ablated = True
+        try:
+            yield
+        finally:
+            self.model._safetyheads_ablated = False
+
+    def calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
+        """Layer -> the call that ablates each row's heads of that layer."""
+        return calls_of(self, groups, ablation)
+
+    def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
+        """How a pass over these sequences is laid out on this machine now.
+
+        Raises:
+            InputError: not even one head on one prompt fits the memory budget.
+        """
+        before, layout = self.capabilities, memory.fitted_plan(self, sequences)
+        if self.architecture.turns:
+            # A row's length counts, for a family that takes places in the row for positions.
+            self.prove_up_to(longest_row(sequences, layout))
+            if self.capabilities != before:
+                layout = memory.fitted_plan(self, sequences)
+        return layout
+
+    def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan, reads_logits: bool = True) -> int:
+        """Bytes that a pass takes beside the weights, at its peak."""
+        return memory.pass_bytes(self, sequences, layout, reads_logits)
+
+    def tokens_that_fit(self, bytes_per_token: int) -> int:
+        """Tokens of a batch, at so many bytes each."""
+        return self._token_budget or token_budget(self.device, bytes_per_token, self.memory_budget)
+
+    @property
+    def logits_at_once(self) -> int:
+        """Logits in flight together, in elements, when next tokens are read."""
+        if self.memory_budget is None:
+            return _LOGITS_AT_ONCE
+        return min(_LOGITS_AT_ONCE, self.memory_budget // (4 * memory.LOGIT_BYTES))
+
+    def batches(self, groups: Sequence[Group], layout: Plan) -> list[GroupBatch]:
+        """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
+
+        Heads that all groups share do not count: they are ablated in the captured run already, so a search's later
+        steps replay from the candidate's layer, not from the group's first.
+        """
+        common, by_start = common_heads(groups), dict[int, list[int]]()
+        for index, group in enumerate(groups):
+            own = [head.layer for head in group if head not in common]
+            by_start.setdefault(min(own, default=self.n_layers - 1), []).append(index)
+        n = layout.groups_per_batch
+        return [
+            GroupBatch(tuple(indices[at : at + n]), start)
+            for start, indices in sorted(by_start.items())
+            for at in range(0, len(indices), n)
+        ]
+
+    def captured(
+        self, sequences: Sequence[TokenSequence], common: Group, ablation: Ablation, layout: Plan, first: int = 0
+    ) -> tuple[Capture, ...]:
+        """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
+        with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
+            calls = self.calls([common], ablation)
+            rows = [pack(sequences, members, self.device) for members in layout.rows]
+            segments = self.capabilities.segments
+            return tuple(capture(self.architecture, row, calls, first, segments) for row in rows)
+
+    def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
+        """The wanted tokens' last states with each group ablated.
+
+        Args:
+            captures: from :meth:`captured`, with heads common to all groups.
+            groups: whole groups, a batch row each.
+            ablation: of every head.
+            start: the first layer where a group differs from the captured run.
+
+        Returns:
+            [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
+        """
+        facts, quick = self.architecture, self.capabilities
+        calls, n = self.calls(groups, ablation), len(groups)
+        with self.ablated_rows([()], ablation), fused(facts) if self.compiles else nullcontext():
+            parts = [
+                replay(facts, captured, calls, n, start, quick)
+                if quick.replays
+                else rerun(facts, captured.row, calls, n)
+                for captured in captures
+            ]
+        return torch.cat(parts, dim=1)
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm of last-layer states [..., d_model]."""
+        return self.architecture.final_norm(hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32."""
+        return self.differentiable_logits(hidden)
+
+    def differentiable_logits(self, hidden: Tensor) -> Tensor:
+        """:meth:`logits`, with gradients where the caller records them."""
+        if self.capabilities.plain_head:
+            return self.architecture.head(self.architecture.final_norm(hidden)).float()
+        # The family does more to its logits (a softcap, a scale): let its own forward do it, on our states.
+        normed = self.architecture.final_norm(hidden)[None]
+
+        def put(_: nn.Module, __: Any, output: Any) -> Any:
+            output.last_hidden_state = normed
+            return output
+
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        handle = self.architecture.decoder.register_forward_hook(put)
+        try:
+            return self.model(input_ids=one, use_cache=False).logits[0].float()
+        finally:
+            handle.remove()

@@ -1,0 +1,299 @@
+"""Proofs at load. Owns the claims on which every number rests, tried on the user's own weights.
+
+A claim that only a quick path needs, when it fails, costs that path; a claim about the ablation itself, when it
+fails, refuses the model by name. So does a family whose single layers cannot be run again: nothing could be proved of
+its ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+from safetyheads.errors import UnsupportedModelError
+from safetyheads.model.against_eager import against_eager
+from safetyheads.model.allowed_keys import mean_over_allowed, nearest_share, reached_tokens
+from safetyheads.model.architecture import HeadShape
+from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.loading import is_quantised, rounds_activations
+from safetyheads.model.placed_heads import misplaced
+from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
+from safetyheads.model.quick_paths import TRIPS, difference, prove_quick_paths
+from safetyheads.model.replay import Capture, capture, decode, first_of, of_rows, run_layer
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
+ROUNDED = 1e-1
+"""The least that is allowed behind projections whose method rounds activations too, to 8 bits by the largest of a row
+or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
+QUANTISED = 1e-2
+"""The least that is allowed elsewhere where weights are quantised: kernels count in float16 (measured: 2e-3)."""
+
+
+# Of all facts only this decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
+_WINDOWS = "each layer's window is as wide as was read"
+# Of the claims about single layers only this one looks at what comes after the heads, where activations may be rounded.
+_PARTS = "a head changes its block's output by its own part alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One claim and how far it held."""
+
+    name: str
+    """What was claimed."""
+    error: float
+    """Largest difference over largest value, unitless."""
+    tolerance: float
+    """Most that was allowed."""
+    decisive: bool
+    """Whether the model is refused where it fails; else a quick path is given up."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the claim held; a NaN did not."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """All claims, and the quick paths they leave."""
+
+    proofs: tuple[Proof, ...]
+    """In the order they were tried."""
+    capabilities: Capabilities
+    """What the engine may use."""
+    notes: tuple[str, ...] = field(default=())
+    """One line for each quick path given up."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every claim held."""
+        return all(proof.passed for proof in self.proofs)
+
+
+def prove(engine: Engine, longest: int) -> CheckReport:
+    """Try every claim; see :meth:`safetyheads.model.engine.Engine.check`."""
+    facts = engine.architecture
+    exact, tolerance = tolerances(engine)
+    proofs: list[Proof] = []
+    engine.capabilities = Capabilities()
+
+    def claim(name: str, measured: float, decisive: bool, allowed: float = tolerance) -> bool:
+        proofs.append(Proof(name, measured, allowed, decisive))
+        if decisive and not proofs[-1].passed:
+            raise UnsupportedModelError(
+                f"{facts.family}: refused, because {name} does not hold on these weights "
+                f"(difference {measured:.2g} of the largest value, allowed {allowed:.2g})"
+            )
+        return proofs[-1].passed
+
+    with torch.inference_mode():
+        sequences = _probes(engine, longest)
+        rows = [pack(sequences, (member,), engine.device) for member in range(len(sequences))]
+        with _refusing(facts.family, "comparing our attention with the family's own"):
+            in_heads, in_blocks = against_eager(engine, rows)
+        said = "our attention equals the family's eager attention, layer by layer"
+        if in_heads is not None:
+            claim(f"{said}, before what the heads say is projected", in_heads, True, exact)
+        claim(said, in_blocks, True)
+        _refuse_attention_elsewhere(engine, rows[0])
+        with _refusing(facts.family, "ablating a head of each layer"):
+            for worst in _ablation_errors(engine, rows[0]):
+                said = f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})"
+                claim(said, worst.error, worst.claim != _WINDOWS, tolerance if worst.claim == _PARTS else exact)
+        if engine.share is not None:
+            claim(
+                "a head is ablated in the process that computes it, and in no other", misplaced(engine, rows[0]), True
+            )
+        capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
+    return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
+
+
+def tolerances(engine: Engine) -> tuple[float, float]:
+    """Of what heads say, which no method rounds, and of what lies behind projections."""
+    exact = TOLERANCE[engine.dtype]
+    if not is_quantised(engine.model):
+        return exact, exact
+    exact = max(exact, QUANTISED)
+    return exact, max(exact, ROUNDED) if rounds_activations(engine.model) else exact
+
+
+def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
+    """Hold which modules attend against those that were found: what is left out must have no heads."""
+    facts = engine.architecture
+    with attending() as callers:
+        decode(facts, row, 1)
+    known = {id(attention) for attention in facts.attentions}
+    for module in callers:
+        if id(module) not in known:
+            what = type(module).__name__
+            raise UnsupportedModelError(
+                f"{facts.family}: refused, because {what} attends, but was not found in any layer"
+            )
+
+
+def _left_out(engine: Engine) -> Iterator[str]:
+    """What is to be said of layers without heads."""
+    layers = engine.architecture.without_heads
+    if layers:
+        named = ", ".join(map(str, layers))
+        yield f"layers {named} mix tokens in another way than by attention: they have no heads and are left out"
+
+
+@contextmanager
+def _refusing(family: str, what: str) -> Iterator[None]:
+    """Within, what a family's code trips over refuses it by name."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except TRIPS as error:
+        if is_out_of_memory(error):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        raise UnsupportedModelError(
+            f"{family}: refused, because {what} raised {type(error).__name__}: {first}"
+        ) from error
+
+
+def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
+    """Made-up prompts that share a beginning, two of them longer than every window the run can reach.
+
+    Where the run reaches lengths at which positions turn, a third one is shorter than these.
+    """
+    facts = engine.architecture
+    reached = [width for width in (*facts.windows, *facts.turns) if width < longest]
+    length = max([24, *(width + 8 for width in reached)])
+    if facts.context_length is not None:
+        length = min(length, facts.context_length)
+    generator = torch.Generator().manual_seed(0)
+    size = min(facts.vocabulary_size, engine.model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(size, (2, length), generator=generator).tolist()
+    shared = length // 3
+    probes = [tuple(ids[0]), tuple(ids[0][:shared] + ids[1][shared : length - 2])]
+    if any(turn < longest for turn in facts.turns):
+        short = max(2, min(facts.turns) // 2)
+        probes.append(tuple(ids[0][: min(shared, short - 1)] + ids[1][-1:]))
+    return [TokenSequence(probe, n_wanted=2) for probe in probes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Worst:
+    """A claim about every layer, where it held least."""
+
+    claim: str
+    error: float
+    layer: int
+
+
+def _ablation_errors(engine: Engine, row: PackedRow) -> list[_Worst]:
+    """(iv), (v) What an ablation of one head does to its attention, and that the hook arrives, layer by layer."""
+    captured = capture(engine.architecture, row, {}, 0)
+    worst: dict[str, _Worst] = {}
+    for layer in engine.architecture.with_heads:
+        for claim, error in _errors_in_layer(engine, captured, layer):
+            # A NaN is the worst there is, and no comparison says so.
+            if claim not in worst or not error <= worst[claim].error:
+                worst[claim] = _Worst(claim, error, layer)
+    return list(worst.values())
+
+
+def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
+    facts = engine.architecture
+    attention, shape = facts.attentions[layer], facts.shapes[layer]
+    assert attention is not None  # the layer has heads
+    assert shape is not None
+    n_heads = shape.n_heads
+
+    def observed(*ablations: RowAblation) -> tuple[dict[str, Any], Tensor]:
+        """What the attention function saw, and its block's output, with a batch row for each row of selected heads."""
+        seen: dict[str, Any] = {}
+        n_rows = len(ablations[0].selected) if ablations else 1
+        call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
+        blocks: list[Tensor] = []
+        handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
+        try:
+            with attention_calls(facts.attentions, {layer: call}):
+                run_layer(facts, captured, layer, of_rows(facts, captured.inputs[layer], n_rows))
+        finally:
+            handle.remove()
+        if not seen:
+            raise UnsupportedModelError(
+                f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "
+                "hand its keywords on to it"
+            )
+        _refuse_other_facts(facts.family, layer, shape, seen)
+        return seen, blocks[0]
+
+    none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
+    seen, _ = observed()
+    n_tokens, query = captured.row.n_tokens, seen["query"]
+    reached = reached_tokens(seen["mask"], n_tokens, query.device)
+    if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
+        raise UnsupportedModelError(
+            f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
+        )
+    if not seen["chosen"]:
+        yield _WINDOWS, abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
+    # The head that says most: with a silent one every claim would hold by itself.
+    head = int(seen["output"][0].float().norm(dim=(0, 2)).argmax())
+    one = none.clone()
+    one[head] = True
+
+    seen, block = observed(RowAblation(SCALING_CONTRIBUTION.at(0.0), torch.stack([none, one, ~one, ~none])))
+    output = seen["output"]
+    yield "scaling a head to 0 silences it", float(output[1, :, head].abs().max())
+    yield "scaling a head leaves the other heads unchanged", difference(output[1][:, ~one], output[0][:, ~one])
+    # The parts are differences of whole outputs, so the rounding of these is the measure, however small a part is.
+    yield _PARTS, difference(block[0] - block[1], block[2] - block[3], scale=block[0])
+
+    seen, _ = observed(
+        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one, none])),
+        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.5), torch.stack([none, none, one])),
+    )
+    output, query = seen["output"], seen["query"]
+    yield (
+        "undifferentiated attention leaves the other heads unchanged",
+        difference(output[1][:, ~one], output[0][:, ~one]),
+    )
+    # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
+    yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
+    uniform = mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
+    if seen["plain"]:
+        yield (
+            "undifferentiated attention is uniform over the allowed keys",
+            difference(output[1][:, head], uniform),
+        )
+    else:
+        # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more.
+        yield (
+            "undifferentiated attention is uniform over the allowed keys, beside a sink's share",
+            difference(output[1][:, head], nearest_share(output[1][:, head], uniform)),
+        )
+
+
+def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
+    """Hold what was read of a layer's heads against what its attention function was given."""
+    query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
+    read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_value)
+    given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if read != given or output.shape[2:] != (shape.n_heads, shape.d_value) or key.shape[3] != shape.d_head:
+        names = ("heads", "key heads", "width", "width of values")
+        differing: list[tuple[str, Any, Any]] = [
+            each for each in zip(names, given, read, strict=True) if each[1] != each[2]
+        ]
+        if not differing:
+            differing.append(("outputs", list(output.shape[2:]), [shape.n_heads, shape.d_value]))
+        said = [f"{name} {number}, not {other}" for name, number, other in differing]
+        raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(said)}")

@@ -1,0 +1,338 @@
+"""Capture and replay. Owns how layers run again from captured inputs; knows no prompts, groups or scores.
+
+For one packed row of prompts:
+1. capture: one run keeps every layer's input and arguments;
+2. start: in the first ablated layer all rows have one input, so its heads' outputs are taken once, unablated and
+   ablated; each row mixes them and goes on from there;
+3. replay: the layers after it run again, a batch row per head group;
+4. finish: in the last layer only the wanted tokens get past attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from safetyheads.ablation import Ablation
+from safetyheads.model.architecture import Architecture
+from safetyheads.model.arguments import Arguments, Copies, named, narrowed
+from safetyheads.model.attention import AttentionCall, KeysAndValues, attention_calls
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.packing import packed
+from safetyheads.model.planning import PackedRow
+
+_Shared: TypeAlias = dict[tuple[int, Ablation], Tensor]
+
+
+class _HeadOutputs(Exception):
+    """Leaves a layer from inside its attention once its heads' outputs are about to be projected."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__("the heads' outputs are there")
+        self.outputs = outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """One run over a packed row: what each layer was given."""
+
+    row: PackedRow
+    inputs: dict[int, Tensor]
+    """layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them."""
+    arguments: Mapping[int, Arguments]
+    """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
+    compared: _Shared = field(default_factory=dict)
+    """(layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output projection, for
+    all of its batches [2, n_tokens, n_heads * d_value]."""
+
+    def drop_before(self, layer: int) -> None:
+        """Let go of what earlier layers need, once no replay starts there any more."""
+        for earlier in [kept for kept in self.inputs if kept < layer]:
+            del self.inputs[earlier]
+        for key in [key for key in self.compared if key[0] < layer]:
+            del self.compared[key]
+
+
+def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
+    """A plain run of the decoder over copies of a packed row: [n_rows, n_tokens, d_model], after the norm."""
+    ids = row.token_ids[None].expand(n_rows, -1)
+    # A 2-D mask of ones: without one, transformers' own packing detection would join in.
+    with packed(row.packing):
+        output = architecture.decoder(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=row.packing.positions[None].expand(n_rows, -1),
+            use_cache=False,
+        )
+    return output.last_hidden_state
+
+
+@torch.inference_mode()
+def capture(
+    architecture: Architecture,
+    row: PackedRow,
+    calls: Mapping[int, AttentionCall],
+    first: int,
+    segments: bool = False,
+) -> Capture:
+    """Run the decoder over one packed row, keeping what layers ``first``.. are given.
+
+    Args:
+        architecture: the model's parts.
+        row: the packed prompts.
+        calls: layer -> ablations already in force during this run.
+        first: the first layer whose input is kept.
+        segments: take attention prompt by prompt.
+    """
+    inputs: dict[int, Tensor] = {}
+    arguments: dict[int, Arguments] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs[layer], arguments[layer] = named(module, positional, keywords)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(attention_calls(architecture.attentions, _segmented(architecture, row, calls, segments)))
+        for layer in range(first, architecture.n_layers):
+            handle = architecture.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        decode(architecture, row, 1)
+    return Capture(row, inputs, arguments)
+
+
+def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
+    """One row's states as those of several equal rows."""
+    sizes = [-1] * hidden.ndim
+    sizes[architecture.batch_dimension] = n_rows
+    return hidden.expand(sizes)
+
+
+def _of_tokens(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The states of some tokens."""
+    return hidden.index_select(architecture.batch_dimension + 1, tokens.to(hidden.device))
+
+
+def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
+    """One layer on other hidden states of any number of rows, with the captured arguments."""
+    return _call(architecture.layers[layer], hidden, Copies().of(captured.arguments[layer]))
+
+
+def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return first_of(layer(hidden, **arguments))
+
+
+@torch.inference_mode()
+def replay(
+    architecture: Architecture,
+    captured: Capture,
+    calls: Mapping[int, AttentionCall],
+    n_rows: int,
+    start: int,
+    quick: Capabilities,
+) -> Tensor:
+    """Run layers ``start``.. again on copies of the captured row and give the wanted tokens' states.
+
+    Args:
+        architecture: the model's parts.
+        captured: the row's inputs and arguments.
+        calls: layer -> the ablations of each batch row.
+        n_rows: batch rows.
+        start: the first layer to run again.
+        quick: the quick paths to take.
+
+    Returns:
+        [n_rows, n_wanted, d_model], before the final norm.
+    """
+    last = architecture.n_layers - 1
+    calls = _segmented(architecture, captured.row, calls, quick.segments)
+    running = _Replay(architecture, captured, Copies())
+    # Rows that are equal so far are one row, until the first ablation tells them apart.
+    late = quick.starts_late and len(calls.get(start, AttentionCall()).ablations) == 1
+    hidden = captured.inputs[start] if late else of_rows(architecture, captured.inputs[start], n_rows)
+    for layer in range(start, last):
+        arguments = captured.arguments[layer]
+        hidden = running.layer(layer, hidden, arguments, calls.get(layer, AttentionCall()), late and layer == start)
+    states = running.finish(hidden, calls.get(last, AttentionCall()), late and start == last, quick.prunes)
+    return _entering_norm(architecture, states)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """One replay under way."""
+
+    architecture: Architecture
+    captured: Capture
+    copies: Copies
+    """Of the containers that layers are given, as the layers so far have left them."""
+
+    def layer(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall, late: bool) -> Tensor:
+        """One layer under a call, for all rows; ``late``, from the heads' outputs of the one row there is so far."""
+        module, attention = self.architecture.layers[layer], self.architecture.attentions[layer]
+        if not late:
+            with attention_calls(self.architecture.attentions, {} if attention is None else {layer: call}):
+                return _call(module, hidden, self.copies.of(arguments))
+        projection, shape = self.architecture.output_projections[layer], self.architecture.shapes[layer]
+        assert attention is not None  # starts_late was proved
+        assert projection is not None
+        assert shape is not None
+        key = (layer, call.ablations[0].ablation)
+        if key not in self.captured.compared:
+            self.captured.compared[key] = self._head_outputs(layer, hidden, arguments, call)
+        outputs = self.captured.compared[key]
+        plain, ablated = outputs.view(*outputs.shape[:-1], shape.n_heads, -1)
+        selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
+        block = projection(torch.where(selected, ablated, plain).flatten(2))
+        # The row itself stays one: the layer adds the rows' blocks to it.
+        with instead(attention, lambda *_, **__: (block, None)):
+            hidden = _call(module, hidden, self.copies.of(arguments))
+        if layer + 1 < self.architecture.n_layers:
+            # Keys and values do not depend on their own layer's ablation, so those that the captured run shared hold.
+            self.copies.complete(self.captured.arguments[layer + 1])
+        return hidden
+
+    def _head_outputs(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall) -> Tensor:
+        """What the output projection gets [2, n_tokens, n_heads * d_value]: unablated, and with every head ablated.
+
+        Taken there and not at the attention function, since some families gate heads' outputs in between.
+        """
+        (row_ablation,) = call.ablations
+        selected = torch.tensor([[False], [True]], device=row_ablation.selected.device)
+        both = replace(row_ablation, selected=selected.expand(-1, row_ablation.selected.shape[1]))
+
+        def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            raise _HeadOutputs(given[0])
+
+        projection = self.architecture.output_projections[layer]
+        if projection is None:
+            raise LookupError(f"the output projection of layer {layer} is not known")
+        handle = projection.register_forward_pre_hook(leave)
+        try:
+            with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
+                rows = of_rows(self.architecture, hidden, 2)
+                _call(self.architecture.layers[layer], rows, self.copies.fork().of(arguments))
+        except _HeadOutputs as reached:
+            return reached.outputs
+        finally:
+            handle.remove()
+        raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
+
+    def finish(self, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool) -> Tensor:
+        """The last layer, for the wanted tokens; with ``prunes``, only these get past attention."""
+        last, row = self.architecture.n_layers - 1, self.captured.row
+        arguments = self.captured.arguments[last]
+        if not prunes:
+            return _of_tokens(self.architecture, self.layer(last, hidden, arguments, call, late), row.wanted)
+        if self.architecture.attentions[last] is None:
+            raise LookupError("the last layer has no heads")
+        there = self._keys_and_values(hidden, call)
+        call = replace(call, keys_and_values=there, segments=None)
+        wanted = narrowed(arguments, row.wanted, row.n_tokens)
+        return self.layer(last, _of_tokens(self.architecture, hidden, row.wanted), wanted, call, late)
+
+    def _keys_and_values(self, hidden: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """All tokens' keys and values in the last layer, which is left as soon as they are there."""
+        last = self.architecture.n_layers - 1
+        projection = self.architecture.query_projections[last]
+        width = getattr(projection, "out_features", 0)
+
+        def no_queries(hidden: Tensor) -> Tensor:
+            """Of the right shape, one token's seen many times; nobody looks at them."""
+            return hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
+
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(attention_calls(self.architecture.attentions, {last: replace(call, leave=True)}))
+                if projection is not None and width:
+                    stack.enter_context(instead(projection, no_queries))
+                arguments = self.copies.fork().of(self.captured.arguments[last])
+                _call(self.architecture.layers[last], hidden, arguments)
+        except KeysAndValues as reached:
+            return reached.key, reached.value
+        raise LookupError("the last layer ended without calling its attention function")
+
+
+def _entering_norm(architecture: Architecture, states: Tensor) -> Tensor:
+    """What the decoder makes of its last layer's states before its final norm [n_rows, n_tokens, d_model].
+
+    Families with one residual stream leave it as it is; others merge theirs: by the decoder's own code, run over no
+    layer at all.
+    """
+    if architecture.batch_dimension == 0:
+        return states
+    ids = torch.zeros(states.shape[architecture.batch_dimension :][:2], dtype=torch.int64, device=states.device)
+    with ExitStack() as stack:
+        for layer in architecture.layers:
+            stack.enter_context(instead(layer, lambda *_, **__: states))
+        caught = stack.enter_context(given_to_norm(architecture))
+        architecture.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return caught[-1]
+
+
+@contextmanager
+def given_to_norm(architecture: Architecture) -> Iterator[list[Tensor]]:
+    """Within, what the final norm is given."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        caught.append(given[0])
+
+    handle = architecture.final_norm.register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, calling the module runs ``forward``; what stood there before (accelerate keeps one) is put back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _segmented(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], segments: bool
+) -> dict[int, AttentionCall]:
+    """The calls, with every layer told how the row's prompts lie."""
+    if not segments or len(row.members) == 1:
+        return dict(calls)
+    layers = architecture.with_heads
+    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
+
+
+@torch.inference_mode()
+def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
+    """The plain path beside :func:`replay`: the same states by the whole decoder."""
+    return wanted_states(architecture, row, calls, n_rows)
+
+
+def wanted_states(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
+) -> Tensor:
+    """The whole decoder, its states caught before the final norm [n_rows, n_wanted, d_model].
+
+    Gradients are recorded where the caller records them.
+    """
+    with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
+        decode(architecture, row, n_rows)
+    return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
+
+
+def first_of(output: Any) -> Tensor:
+    """A layer's hidden states: some families' layers return a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

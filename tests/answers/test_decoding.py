@@ -1,0 +1,470 @@
+"""Answers against the oracle, token by token without a cache; sampling against noise drawn one token at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from oracle import Oracle
+from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
+from transformers import DynamicCache, StaticCache
+
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Ablation,
+    Head,
+    InputError,
+    KeywordJudge,
+    attack_success_rate,
+    ships,
+)
+from safetyheads.answers.decoding import (
+    Request,
+    ShortContextWarning,
+    answer,
+    decode_text,
+    end_tokens,
+    generate,
+)
+from safetyheads.answers.sampling import TOP_5, Sampling
+from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
+from safetyheads.judges.keywords import KeywordRules
+from safetyheads.scores import HeadScores
+
+torch.set_num_threads(1)
+
+# Float32 logits of size 5 agree to 1e-5 (tests/model/test_engine.py), so tokens that lead by more must be equal.
+LEAD = 1e-4
+
+# Of uneven lengths, on both sides of the window of five tokens.
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3), (30, 2, 11), (5, 9, 12, 40, 7, 19, 33, 50, 21))
+MIXED = (
+    (PROMPTS[0], (Head(0, 1),)),
+    (PROMPTS[1], (Head(0, 2), Head(1, 3))),
+    (PROMPTS[0], ()),
+    (PROMPTS[2], (Head(2, 0), Head(0, 0), Head(1, 1))),
+)
+N_TOKENS = 8
+FAMILIES = {
+    "llama_gqa": Ablation("mean_key"),
+    "mistral_window": UNDIFFERENTIATED_ATTENTION,
+    "qwen3_norm": Ablation("undifferentiated_attention_key", 0.01),
+}
+"""Each with the ablation it is tried under, so that queries and keys, cached ones too, take part."""
+
+
+def gumbel_twin(seed, prompt, position):
+    """The documented noise of every token at one position of an answer."""
+    name = int.from_bytes(hashlib.sha256(str(tuple(prompt)).encode()).digest()[:8], "big")
+    key = np.array([seed, name], dtype=np.uint64)
+    counter = np.array([0, 0, 0, position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=VOCABULARY)
+
+
+def slow_answer(oracle, prompt, group, ablation, n, sampling=None, ends=(END,)):
+    """A forward over everything for each token; greedy, or the best of the top k after adding the noise."""
+    made = []
+    while len(made) < n:
+        logits = oracle.run((*prompt, *made), group, ablation).logits.double().tolist()
+        ranked = sorted(range(VOCABULARY), key=lambda token: -logits[token])
+        if sampling is not None:
+            best = ranked[: sampling.top_k]
+            assert logits[best[-1]] - logits[ranked[sampling.top_k]] > LEAD, "who is among the top k is a close call"
+            noise = gumbel_twin(sampling.seed, prompt, len(made))
+            logits = [logit + noise[token] for token, logit in enumerate(logits)]
+            ranked = sorted(best, key=lambda token: -logits[token])
+        assert logits[ranked[0]] - logits[ranked[1]] > LEAD, "the token is a close call; choose another prompt"
+        if ranked[0] in ends:
+            return tuple(made), True
+        made.append(ranked[0])
+    return tuple(made), False
+
+
+def cut(token_ids, ends):
+    """The answer that the same tokens make where more tokens end one."""
+    for number, token in enumerate(token_ids):
+        if token in ends:
+            return token_ids[:number], True
+    return token_ids, False
+
+
+def as_pairs(answers):
+    return [(one.token_ids, one.finished) for one in answers]
+
+
+def requests_of(pairs):
+    return [Request(prompt, group) for prompt, group in pairs]
+
+
+def batch_rows(engine):
+    """A list that is told the number of batch rows in each forward of the engine's model."""
+    rows = []
+    engine.architecture.decoder.register_forward_pre_hook(
+        lambda _, __, keywords: rows.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def oracles():
+    return {family: Oracle(model_of(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def slow(oracles):
+    """Family -> the oracle's answer to each of MIXED."""
+    return {
+        family: [slow_answer(oracles[family], prompt, group, ablation, N_TOKENS) for prompt, group in MIXED]
+        for family, ablation in FAMILIES.items()
+    }
+
+
+# Greedy answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_groups_and_uneven_prompts_in_one_batch_equal_the_oracle(family, slow):
+    engine, ablation = engine_of(family), FAMILIES[family]
+    rows = batch_rows(engine)
+    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS)
+    assert rows[0] == len(MIXED)  # one batch
+    assert as_pairs(ours) == slow[family]
+    assert slow[family][0] != slow[family][2]  # the same prompt under another group
+
+
+def test_positions_count_the_tokens_of_the_row_and_not_its_padding():
+    # Rotary positions are relative, so the answers of these models would not tell.
+    engine, seen = engine_of("llama_gqa"), []
+    engine.architecture.decoder.register_forward_pre_hook(
+        lambda _, __, keywords: seen.append(keywords["position_ids"].tolist()), with_kwargs=True
+    )
+    answer(engine, requests_of(MIXED), max_new_tokens=3)
+    lengths = sorted(len(prompt) for prompt, _ in MIXED)  # batches go by length
+    assert [row[-length:] for row, length in zip(seen[0], lengths, strict=True)] == [list(range(n)) for n in lengths]
+    for step, positions in enumerate(seen[1:]):
+        assert positions == [[length + step] for length in lengths]
+    assert len(seen) == 3
+
+
+def test_generate_gives_each_prompt_its_own_group(slow):
+    groups = [group for _, group in MIXED]
+    prompts = prompts_of(*(prompt for prompt, _ in MIXED))
+    engine, ablation = engine_of("llama_gqa"), FAMILIES["llama_gqa"]
+    assert as_pairs(generate(engine, prompts, N_TOKENS, groups, ablation)) == slow["llama_gqa"]
+    with pytest.raises(InputError, match="3 groups for 4 prompts"):
+        generate(engine, prompts, N_TOKENS, groups[:3], ablation)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_end_early_leave_the_others_as_they_were(family, slow):
+    engine, ablation = engine_of(family), FAMILIES[family]
+    # The first row runs on; each other one ends at its first token that is not in the first row's answer.
+    keeps, *others = (answered for answered, _ in slow[family])
+    ends = sorted(set().union(*others) - set(keeps))
+    engine.model.generation_config.eos_token_id = ends
+    expected = [cut(answered, ends) for answered, _ in slow[family]]
+    assert expected[0] == (keeps, False)
+    assert all(finished and len(answered) < N_TOKENS - 1 for answered, finished in expected[1:])
+    rows, done = batch_rows(engine), []
+    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS, on_rows=done.append)
+    assert as_pairs(ours) == expected
+    assert rows[0] == len(MIXED)
+    assert rows[-1] == 1  # rows that had ended were taken out of the cache
+    assert sum(done) == len(MIXED)
+    # The row that runs on stands last, so that its number changes when others are taken out.
+    assert as_pairs(answer(engine, requests_of(MIXED[::-1]), ablation, N_TOKENS)) == expected[::-1]
+    alone = [answer(engine, [request], ablation, N_TOKENS)[0] for request in requests_of(MIXED)]
+    assert as_pairs(alone) == expected
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_batches_of_a_given_size_answer_alike(n_rows, slow):
+    engine, ablation, done = engine_of("llama_gqa"), FAMILIES["llama_gqa"], []
+    rows = batch_rows(engine)
+    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS, on_rows=done.append, n_rows=n_rows)
+    assert as_pairs(ours) == slow["llama_gqa"]
+    assert max(rows) == n_rows
+    assert done == {1: [1, 1, 1, 1], 3: [3, 1]}[n_rows]
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "number"])
+def test_each_end_token_of_the_generation_config_and_the_tokenizers_end_an_answer(listed, slow):
+    engine = engine_of("llama_gqa")
+    answered = slow["llama_gqa"][0][0]
+    early, late = answered[1], answered[4]
+    assert late not in answered[:4]
+    assert early not in answered[:1]
+    engine.model.generation_config.eos_token_id = [END, late] if listed else late
+    assert end_tokens(engine) == {END, late}
+    request = requests_of(MIXED[:1])
+    assert as_pairs(answer(engine, request, FAMILIES["llama_gqa"], N_TOKENS)) == [(answered[:4], True)]
+    engine.model.generation_config.eos_token_id = [late, early]
+    assert as_pairs(answer(engine, request, FAMILIES["llama_gqa"], N_TOKENS)) == [(answered[:1], True)]
+
+
+def test_an_answer_that_ends_at_once_is_empty(slow):
+    engine = engine_of("llama_gqa")
+    engine.model.generation_config.eos_token_id = slow["llama_gqa"][0][0][0]
+    ours = answer(engine, requests_of(MIXED[:1]), FAMILIES["llama_gqa"], N_TOKENS)
+    assert as_pairs(ours) == [((), True)]
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
+def test_a_row_stops_at_the_context_and_the_others_do_not(family, slow):
+    engine, ablation = engine_of(family), FAMILIES[family]
+    limit = engine.architecture.context_length
+    long = [tuple((7 * token + 3) % 60 for token in range(length)) for length in (limit - 3, limit)]
+    made, plain = [], model_of(family)
+    with torch.no_grad():
+        for _ in range(3):
+            made.append(int(plain(torch.tensor([[*long[0], *made]]), use_cache=False).logits[0, -1].argmax()))
+    assert END not in made
+    requests = [Request(long[1]), Request(long[0]), *requests_of(MIXED)]
+    with pytest.warns(ShortContextWarning, match="leaves the longest prompt 0 new tokens of 8"):
+        ours = answer(engine, requests, ablation, N_TOKENS)
+    assert as_pairs(ours) == [((), False), (tuple(made), False), *slow[family]]
+    assert [one.limit for one in ours] == [0, 3, *[N_TOKENS] * len(MIXED)]
+    with pytest.warns(ShortContextWarning):
+        assert as_pairs(answer(engine, requests[:1], ablation, N_TOKENS)) == [((), False)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ShortContextWarning)
+        assert as_pairs(answer(engine, requests[1:2], ablation, 3)) == [(tuple(made), False)]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_an_answer_of_no_tokens_is_an_input_error(limit):
+    with pytest.raises(InputError, match="at least one new token"):
+        answer(engine_of("llama_gqa"), requests_of(MIXED), max_new_tokens=limit)
+
+
+def test_no_requests_have_no_answers():
+    assert answer(engine_of("llama_gqa"), [], max_new_tokens=N_TOKENS) == ()
+
+
+# Sampled answers
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [("llama_gqa", Sampling(5, seed=3)), ("mistral_window", Sampling(3, seed=(1 << 64) - 1))],
+    ids=["llama_gqa", "mistral_window"],
+)
+def test_samples_are_the_best_of_the_top_k_with_the_documented_noise(family, sampling, oracles, slow):
+    ablation = FAMILIES[family]
+    expected = [slow_answer(oracles[family], *pair, ablation, 6, sampling) for pair in MIXED]
+    ours = answer(engine_of(family), requests_of(MIXED), ablation, 6, sampling)
+    assert as_pairs(ours) == expected
+    assert any(sampled != greedy[:6] for (sampled, _), (greedy, _) in zip(expected, slow[family], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(family):
+    engine, ablation = engine_of(family), FAMILIES[family]
+    requests = requests_of((*MIXED, (PROMPTS[2], ()), (PROMPTS[1], (Head(1, 0),))))
+    together = answer(engine, requests, ablation, 12, TOP_5)
+    alone = [answer(engine, [request], ablation, 12, TOP_5)[0] for request in requests]
+    backwards = answer(engine, requests[::-1], ablation, 12, TOP_5)[::-1]
+    shuffled = [4, 2, 0, 5, 1, 3]
+    in_disorder = answer(engine, [requests[number] for number in shuffled], ablation, 12, TOP_5)
+    assert as_pairs(together) == as_pairs(alone) == as_pairs(backwards)
+    assert as_pairs(in_disorder) == [as_pairs(together)[number] for number in shuffled]
+    assert len(set(as_pairs(together))) == len(requests)
+
+
+@pytest.mark.parametrize(
+    "name", ["undifferentiated_attention", "undifferentiated_attention_key", "scaling_contribution"]
+)
+def test_equal_distributions_give_equal_samples_under_every_ablation(name):
+    engine = engine_of("llama_gqa")
+    unablated = answer(engine, [Request(prompt) for prompt in PROMPTS], max_new_tokens=16, sampling=TOP_5)
+    requests = [Request(prompt, group) for prompt in PROMPTS for group in ((Head(0, 1),), (Head(1, 3), Head(2, 2)))]
+    nothing = answer(engine, requests, Ablation(name, 1.0), 16, TOP_5)
+    assert as_pairs(nothing) == [pair for pair in as_pairs(unablated) for _ in range(2)]
+    something = answer(engine, requests, Ablation(name, 0.0), 16, TOP_5)
+    assert as_pairs(something) != as_pairs(nothing)
+    reseeded = answer(engine, [Request(prompt) for prompt in PROMPTS], max_new_tokens=16, sampling=Sampling(5, 1))
+    assert all(one != other for one, other in zip(as_pairs(reseeded), as_pairs(unablated), strict=True))
+
+
+def test_samples_of_many_seeds_are_distributed_as_the_softmax_of_the_top_k(oracles):
+    engine, prompt, k, n = engine_of("llama_gqa"), (20,), 5, 600
+    top = oracles["llama_gqa"].run(prompt).logits.double().topk(k)
+    expected = n * torch.softmax(top.values, dim=-1).numpy()
+    assert END not in top.indices
+    counts = np.zeros(VOCABULARY)
+    for seed in range(n):
+        ((token,),) = (
+            one.token_ids for one in answer(engine, [Request(prompt)], max_new_tokens=1, sampling=Sampling(k, seed))
+        )
+        counts[token] += 1
+    observed = counts[top.indices.numpy()]
+    assert observed.sum() == n  # none outside the top k
+    # Reached once in 10,000 sets of seeds; these seeds are fixed.
+    bound = scipy.stats.chi2.ppf(1 - 1e-4, df=k - 1)
+    assert scipy.stats.chisquare(observed, expected).statistic < bound
+    # Even draws, or draws of a hotter distribution, would be seen.
+    hotter = n * torch.softmax(top.values / 2, dim=-1).numpy()
+    for other in (np.full(k, n / k), hotter):
+        assert scipy.stats.chisquare(observed, other).statistic > bound
+
+
+def test_a_top_k_of_the_whole_vocabulary_or_more_is_taken_and_of_none_refused():
+    engine, requests = engine_of("llama_gqa"), [Request(PROMPTS[0])]
+    whole, more = (answer(engine, requests, max_new_tokens=4, sampling=Sampling(k)) for k in (VOCABULARY, 1000))
+    assert as_pairs(whole) == as_pairs(more)
+    with pytest.raises(InputError, match="at least one token"):
+        Sampling(0)
+
+
+# A group for each prompt
+
+
+def test_query_level_success_is_each_prompts_own():
+    engine, ablation = engine_of("llama_gqa"), UNDIFFERENTIATED_ATTENTION
+    prompts = (*PROMPTS, (7, 7), (1, 2, 3))
+    groups = ((Head(0, 1),), (), (Head(2, 0), Head(1, 1)), (Head(0, 3),), (Head(1, 2),))
+    answered = [
+        decode_text(engine.tokenizer, one.token_ids)
+        for one in generate(engine, prompts_of(*prompts), 6, groups, ablation)
+    ]
+    # The words that the first two answers begin with are refusals.
+    words = tuple(text.split()[0] for text in answered[:2])
+    judge = KeywordJudge(
+        "first words", KeywordRules(keywords=words, short_characters=0, short_from_tokens=0, repetition=None)
+    )
+    done = []
+    ours = query_level_attack_success_rate(
+        engine, prompts_of(*prompts), groups, ablation, judge, 6, on_rows=done.append
+    )
+    one_by_one = [
+        attack_success_rate(engine, prompts_of(prompt), group, ablation, judge, 6)
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    for row, group, alone in zip(ours.rows, groups, one_by_one, strict=True):
+        (single,) = alone.rows
+        assert (row.token_ids, row.text, row.finished) == (single.token_ids, single.text, single.finished)
+        assert row.verdict == single.verdict
+        assert (row.group, row.prompt.query) == (group, single.prompt.query)
+    assert ours.rate == sum(alone.rate for alone in one_by_one) / len(prompts)
+    assert 0 < ours.rate < 1
+    assert (ours.n, sum(done)) == (len(prompts), len(prompts))
+    with pytest.raises(InputError, match="4 groups for 5 prompts"):
+        query_level_attack_success_rate(engine, prompts_of(*prompts), groups[:4], ablation, judge)
+
+
+def test_query_level_groups_are_each_prompts_own_best_heads():
+    scores = ships(engine_of("llama_gqa"), prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION)
+    expected = []
+    for table in scores.values.tolist():
+        heads = [(-score, layer, index) for layer, row in enumerate(table) for index, score in enumerate(row)]
+        expected.append(tuple(Head(layer, index) for _, layer, index in sorted(heads)[:3]))
+    assert query_level_groups(scores, 3) == tuple(expected)
+    assert len(set(expected)) > 1
+    with pytest.raises(InputError, match="not per prompt"):
+        query_level_groups(HeadScores(scores.values[0]), 3)
+
+
+# The model's own generate inside an ablation
+
+
+GROUP = (Head(0, 1), Head(2, 2))
+
+
+def with_scaled_weights(model, group, ablation):
+    """The paper's own way: the heads' rows of W_q (or columns of W_o) times epsilon, in the weights."""
+    with torch.no_grad():
+        for head in group:
+            attention = model.model.layers[head.layer].self_attn
+            part = slice(head.index * 8, head.index * 8 + 8)  # d_head is 8
+            if ablation.kind.tensor == "query":
+                attention.q_proj.weight[part] *= ablation.epsilon
+            else:
+                attention.o_proj.weight[:, part] *= ablation.epsilon
+    return model
+
+
+def right_padded(prompts):
+    """Token ids and attention mask, both [n_prompts, longest]."""
+    longest = max(map(len, prompts))
+    ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
+def test_generate_over_right_padding_equals_scaled_weights_and_the_oracle_where_nothing_is_padded(
+    family, ablation, oracles
+):
+    engine, edited = engine_of(family), with_scaled_weights(model_of(family), GROUP, ablation)
+    # Less padding than the window is wide: where no key is allowed, what attention gives is nobody's promise.
+    prompts = (PROMPTS[0], (30, 2, 11, 8, 17, 21), PROMPTS[2])
+    ids, mask = right_padded(prompts)
+    # No end token, so that every row is as long as the others.
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    plain = engine.model.generate(ids, attention_mask=mask, **options)
+    with engine.ablated(GROUP, ablation) as model:
+        ours = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(ours, edited.generate(ids, attention_mask=mask, **options))
+    # A row whose last token is padding goes on from there, in transformers; the longest row is the oracle's.
+    expected, finished = slow_answer(oracles[family], PROMPTS[2], GROUP, ablation, 6)
+    assert not finished
+    assert tuple(ours[2, len(PROMPTS[2]) :].tolist()) == expected
+    assert not torch.equal(ours, plain)
+
+
+def test_a_decode_over_right_padding_from_the_last_real_token_equals_the_oracle(oracles):
+    engine = engine_of("llama_gqa")
+    ids, mask = right_padded(PROMPTS)
+    lengths, made = mask.sum(dim=1), []
+    with torch.no_grad(), engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
+        cache = DynamicCache(config=model.config)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits = output.logits[torch.arange(len(PROMPTS)), lengths - 1]
+        for step in range(5):
+            made.append(logits.argmax(dim=-1))
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            logits = model(
+                input_ids=made[-1][:, None],
+                attention_mask=mask,
+                position_ids=(lengths + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+    for row, prompt in zip(torch.stack(made, dim=1).tolist(), PROMPTS, strict=True):
+        expected, finished = slow_answer(oracles["llama_gqa"], prompt, GROUP, UNDIFFERENTIATED_ATTENTION, 5)
+        assert not finished
+        assert tuple(row) == expected
+
+
+@pytest.mark.parametrize("name", ["undifferentiated_attention", "mean_key"])
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
+def test_a_static_cache_without_a_mask_equals_the_oracle(family, name, oracles):
+    engine, ablation, prompt = engine_of(family), Ablation(name), PROMPTS[2]
+    expected, finished = slow_answer(oracles[family], prompt, GROUP, ablation, 6)
+    assert not finished
+    with torch.no_grad(), engine.ablated(GROUP, ablation) as model:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        generated = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=6,
+            do_sample=False,
+            past_key_values=cache,
+            pad_token_id=0,
+            disable_compile=True,
+        )
+        # The same by hand, the prompt in two pieces: generate makes a mask of ones where it is given none.
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(input_ids=torch.tensor([prompt[:4]]), past_key_values=cache, use_cache=True)
+        piece, made = prompt[4:], []
+        for _ in range(6):
+            logits = model(input_ids=torch.tensor([piece]), past_key_values=cache, use_cache=True).logits
+            piece = [int(logits[0, -1].argmax())]
+            made += piece
+    assert tuple(generated[0, len(prompt) :].tolist()) == expected
+    assert tuple(made) == expected

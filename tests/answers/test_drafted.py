@@ -1,0 +1,811 @@
+"""The scan against plain ablated decoding, row by row: no verdict and no token may differ.
+
+No tolerance: where packed and plain arithmetic could choose differently, the scan has to notice and decode plainly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import pytest
+import torch
+from oracle import Oracle
+from test_decoding import slow_answer
+from tiny_models import END, engine_of, model_of, prompts_of
+
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Ablation,
+    Head,
+    InputError,
+    KeywordJudge,
+    load_demo,
+)
+from safetyheads.answers import drafted as drafted_module
+from safetyheads.answers.decoding import Answer, ShortContextWarning, decode_text, end_tokens
+from safetyheads.answers.drafted import Decoding, DraftedAnswer, DraftedAnswers, unablated_answers
+from safetyheads.answers.exhaustive import Judging, scan_attack_success_rate
+from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
+from safetyheads.answers.success import answers_under, query_level_attack_success_rate, summarise
+from safetyheads.judges.base import Completion, Judge, Verdict
+from safetyheads.judges.keywords import KeywordRules
+from safetyheads.model.engine import Engine
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.replay import Capabilities
+
+torch.set_num_threads(1)
+
+SAMPLINGS = pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+FAMILIES = pytest.mark.parametrize("family", ["llama_gqa", "gemma2_softcap"])
+"""Shared key heads; a window of six tokens beside softcaps, and logits that only the model's own forward makes."""
+
+N_TOKENS = 16
+# Of uneven lengths, on both sides of the windows; two share a beginning, and one is a single token.
+PROMPTS = (
+    (5, 9, 12, 40, 41, 8, 3),
+    (30, 2, 11),
+    (5, 9, 12, 40, 7, 19, 33, 50, 21),
+    (7, 7),
+    (20,),
+    (5, 9, 12, 1, 2, 60),
+)
+
+
+def words(*keywords, name="words"):
+    """A judge whose keywords are words of the tiny tokenizer: many an answer holds one, and repetition counts too."""
+    return KeywordJudge(name, KeywordRules(keywords, short_characters=0))
+
+
+WORDS = words("w17", "w33", "w50 ")
+
+
+@dataclass(frozen=True)
+class WholeAnswers:
+    """A judge that is never final before the end."""
+
+    inner: Judge = WORDS
+    name: str = "whole answers"
+    decides_early: bool = False
+
+    def __call__(self, completions):
+        return self.inner(completions)
+
+    def final(self, text_so_far):
+        raise AssertionError("asked a judge that never decides early")
+
+    def describe(self):
+        return {}
+
+
+@cache
+def proved(family):
+    """An engine whose quick paths are proved: a random model with a softcap on its logits has not all of them."""
+    engine = engine_of(family)
+    engine.check()
+    return engine
+
+
+def decode_plainly(engine, prompts, groups, ablation, judge, max_new_tokens, sampling):
+    """Plain ablated decoding: one call a group, each answer to its end [n_groups][n_prompts]."""
+    return [answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)[0] for group in groups]
+
+
+def each_head(engine):
+    return [(head,) for head in engine.heads]
+
+
+def difference(ours, plain, verdict):
+    """What is wrong with one of the scan's rows; None if nothing is."""
+    if verdict != plain.verdict:
+        return f"{verdict} instead of {plain.verdict}"
+    if ours.complete:
+        equal = (ours.token_ids, ours.finished) == (plain.token_ids, plain.finished)
+    else:
+        equal = ours.token_ids == plain.token_ids[: len(ours.token_ids)] and not ours.finished
+    return None if equal else f"{ours} instead of {plain.token_ids}"
+
+
+def differences(rows, twin, judge=None, groups=True):
+    """Of all rows [n_groups][n_prompts]; empty where the scan is right."""
+    found = []
+    for number, (group_rows, plain_rows) in enumerate(zip(rows, twin, strict=True)):
+        for prompt, (ours, plain) in enumerate(zip(group_rows, plain_rows, strict=True)):
+            wrong = difference(ours, plain, ours.verdict if judge is None else ours.verdicts[judge])
+            assert not groups or ours.group == plain.group
+            assert ours.prompt == plain.prompt
+            if wrong is not None:
+                found.append(f"group {number}, prompt {prompt}: {wrong}")
+    return found
+
+
+def token_differences(table, twin):
+    """As :func:`differences`, of answers that are not judged."""
+    pairs = [
+        (ours, plain)
+        for group_rows, plain_rows in zip(table, twin, strict=True)
+        for ours, plain in zip(group_rows, plain_rows, strict=True)
+    ]
+    return [wrong for ours, plain in pairs if (wrong := difference(ours, plain, plain.verdict)) is not None]
+
+
+def flat(scan):
+    return [row for rows in scan.rows for row in rows]
+
+
+def check_economy(scan):
+    """Its counts are those of the rows."""
+    rows, economy = flat(scan), scan.economy
+    routes = Counter(row.route for row in rows)
+    assert economy.n_rows == len(rows)
+    assert (economy.n_drafted, economy.n_continued, economy.n_near_ties) == (
+        routes["drafted"],
+        routes["continued"],
+        routes["plain"],
+    )
+    assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
+    assert economy.n_incomplete == sum(not row.complete for row in rows)
+    assert economy.tokens_computed > 0
+
+
+def check_ends(scan, tokenizer, final):
+    """No row goes on after the token at which every judge is final, and a row that was cut ends there."""
+    for row in (*flat(scan), *scan.vanilla):
+        assert row.text == decode_text(tokenizer, row.token_ids)
+        assert not any(final(decode_text(tokenizer, row.token_ids[:n])) for n in range(len(row.token_ids)))
+        if not row.complete:
+            assert final(row.text)
+            assert not row.finished
+
+
+def check_changed(scan):
+    """A whole answer has changed where it is another than the unablated one."""
+    for rows in scan.rows:
+        for row, vanilla in zip(rows, scan.vanilla, strict=True):
+            if row.complete and vanilla.complete:
+                assert row.changed == ((row.token_ids, row.finished) != (vanilla.token_ids, vanilla.finished))
+            assert row.changed or row.route != "continued"
+            assert not row.changed or row.route != "drafted"
+
+
+# The organism: every head, all prompts
+
+
+@pytest.fixture(scope="module")
+def organism():
+    demo = load_demo("aligned_a")
+    return replace(demo, harmful=demo.harmful[:64])
+
+
+@pytest.fixture(scope="module")
+def organism_twins(organism):
+    """Sampling -> the twin's rows [33][64], the unablated ones last."""
+    judge, groups = KeywordJudge(), each_head(organism.engine)
+    twins = {
+        sampling: decode_plainly(
+            organism.engine, organism.harmful, [*groups, ()], UNDIFFERENTIATED_ATTENTION, judge, 128, sampling
+        )
+        for sampling in (GREEDY, TOP_5)
+    }
+    assert all(len(rows) == 33 and {len(row) for row in rows} == {64} for rows in twins.values())
+    return twins
+
+
+@pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
+@SAMPLINGS
+def test_every_head_of_the_organism_equals_plain_decoding(sampling, full_answers, organism, organism_twins):
+    engine, judge, told = organism.engine, KeywordJudge(), []
+    *twin, unablated = organism_twins[sampling]
+    decoding = Decoding(sampling=sampling, full_answers=full_answers)
+    ours = scan_attack_success_rate(
+        engine, organism.harmful, UNDIFFERENTIATED_ATTENTION, judge, decoding, on_rows=told.append
+    )
+    assert ours.groups == tuple(each_head(engine))
+    assert differences(ours.rows, twin) == []
+    assert differences([ours.vanilla], [unablated]) == []
+    assert ours.rates == tuple(summarise(rows).asr for rows in twin)
+    assert ours.values.flatten().tolist() == [summarise(rows).asr.rate for rows in twin]
+    assert ours.values.shape == (4, 8)
+    assert sum(told) == 32 * 64
+    check_economy(ours)
+    check_changed(ours)
+    if full_answers:
+        assert ours.economy.n_incomplete == 0
+    else:
+        check_ends(ours, engine.tokenizer, judge.final)
+        assert ours.economy.n_incomplete > 1000
+    # Most heads leave the answers alone: else the tokens would be equal because every row was decoded plainly.
+    assert ours.economy.n_drafted > 1500
+    assert ours.economy.n_continued > 20
+    assert ours.economy.n_near_ties < 50
+    assert ours.economy.tokens_computed < ours.economy.tokens_plain
+
+
+# Random models: every answer changes with every head
+
+
+def scan(family, sampling=GREEDY, judge=WORDS, full_answers=False, ablation=UNDIFFERENTIATED_ATTENTION, **options):
+    engine = options.pop("engine", None) or proved(family)
+    prompts, n = options.pop("prompts", PROMPTS), options.pop("max_new_tokens", N_TOKENS)
+    decoding = Decoding(n, sampling, full_answers)
+    return scan_attack_success_rate(engine, prompts_of(*prompts), ablation, judge, decoding, **options)
+
+
+@cache
+def usual(family, sampling=GREEDY):
+    """The scan of every head, each row until the verdict is final."""
+    return scan(family, sampling)
+
+
+@cache
+def twin(family, sampling=GREEDY):
+    """Plain decoding of every head, each case once."""
+    engine, prompts = proved(family), prompts_of(*PROMPTS)
+    return decode_plainly(engine, prompts, each_head(engine), UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
+
+
+@cache
+def unablated(family, sampling=GREEDY):
+    """The unablated answers."""
+    return twin_of(proved(family), sampling, groups=[()])[0]
+
+
+def twin_of(
+    engine,
+    sampling,
+    groups=None,
+    prompts=PROMPTS,
+    ablation=UNDIFFERENTIATED_ATTENTION,
+    max_new_tokens=N_TOKENS,
+):
+    """Plain decoding of what is asked once: any groups, by default every head, in a single call."""
+    chosen = each_head(engine) if groups is None else groups
+    return answers_under(engine, prompts_of(*prompts), chosen, ablation, WORDS, max_new_tokens, sampling)
+
+
+def judged_by(judge, rows):
+    """The twin's rows with another judge's verdicts."""
+    return [
+        [
+            replace(
+                row, verdict=judge([Completion(row.prompt.query, row.text, row.token_ids, row.finished, N_TOKENS)])[0]
+            )
+            for row in group_rows
+        ]
+        for group_rows in rows
+    ]
+
+
+@pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
+@SAMPLINGS
+@FAMILIES
+def test_every_head_of_random_models_equals_plain_decoding(family, sampling, full_answers):
+    ours = scan(family, sampling, full_answers=True) if full_answers else usual(family, sampling)
+    assert differences(ours.rows, twin(family, sampling)) == []
+    assert differences([ours.vanilla], [unablated(family, sampling)]) == []
+    check_economy(ours)
+    check_changed(ours)
+    assert ours.economy.n_drafted > 0
+    assert ours.economy.n_continued > 20
+    assert ours.economy.n_near_ties < 10
+    assert {row.verdict.label for row in flat(ours)} >= {"refused", "complied"}
+    if full_answers:
+        assert ours.economy.n_incomplete == 0
+    else:
+        check_ends(ours, proved(family).tokenizer, WORDS.final)
+        assert 0 < ours.economy.n_incomplete < len(flat(ours))
+
+
+@SAMPLINGS
+@FAMILIES
+def test_rows_of_random_models_equal_the_oracle_token_by_token(family, sampling):
+    engine, oracle = proved(family), Oracle(model_of(family))
+    ours = scan(family, sampling, full_answers=True, max_new_tokens=6)
+    compared = 0
+    # A head of each layer, each on another prompt.
+    for prompt, head in enumerate([Head(0, 1), Head(1, 3), Head(2, 2)]):
+        row = ours.rows[engine.heads.index(head)][prompt]
+        noise = None if sampling is GREEDY else sampling
+        try:
+            expected = slow_answer(oracle, PROMPTS[prompt], (head,), UNDIFFERENTIATED_ATTENTION, 6, noise)
+        except AssertionError:  # a close call, which the oracle's arithmetic does not decide
+            continue
+        assert (row.token_ids, row.finished) == expected
+        compared += 1
+    assert compared >= 2
+
+
+@pytest.mark.parametrize(
+    ("family", "ablation", "sampling"),
+    [
+        ("llama_gqa", SCALING_CONTRIBUTION, GREEDY),
+        ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(0.5), GREEDY),
+        ("llama_gqa", Ablation("undifferentiated_attention_key", 0.01), TOP_5),
+        ("llama_gqa", Ablation("mean_query"), GREEDY),
+        ("llama_gqa", Ablation("mean_key"), TOP_5),
+        ("llama_gqa", Ablation("mean_head_output"), GREEDY),
+        ("gemma2_softcap", SCALING_CONTRIBUTION.at(0.5), Sampling(3, seed=7)),
+        ("gemma2_softcap", Ablation("mean_key"), GREEDY),
+        ("mistral_window", Ablation("mean_head_output"), Sampling(3, seed=7)),
+    ],
+    ids=str,
+)
+def test_every_kind_of_ablation_equals_plain_decoding(family, ablation, sampling):
+    ours = scan(family, sampling, ablation=ablation)
+    assert differences(ours.rows, twin_of(proved(family), sampling, ablation=ablation)) == []
+    check_economy(ours)
+    assert any(row.changed for row in flat(ours))
+
+
+@SAMPLINGS
+def test_an_ablation_that_changes_nothing_gives_the_drafts(sampling):
+    ours = scan("llama_gqa", sampling, ablation=UNDIFFERENTIATED_ATTENTION.at(1.0))
+    assert differences(ours.rows, [unablated("llama_gqa", sampling)] * 12, groups=False) == []
+    assert not any(row.changed for row in flat(ours))
+    assert ours.economy.n_continued == 0
+
+
+# Groups of heads
+
+SHARED = Head(0, 1)
+GROUPS = {
+    "prefixes of a search": ((SHARED,), (SHARED, Head(1, 2)), (SHARED, Head(1, 2), Head(2, 3)), (Head(0, 0), SHARED)),
+    "a common last layer": ((Head(2, 3), Head(0, 0)), (Head(1, 1), Head(2, 3)), (Head(2, 3), Head(2, 0))),
+    "none common": ((Head(2, 1), Head(0, 3)), (), (Head(1, 0), Head(1, 3)), (Head(0, 3), Head(2, 1)), (Head(2, 2),)),
+    "one": ((Head(1, 3), Head(0, 2)),),
+    "one twice": ((Head(1, 3), Head(2, 2)), (Head(2, 2), Head(1, 3))),
+    "the empty one": ((),),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@SAMPLINGS
+def test_groups_that_share_heads_and_span_layers_equal_plain_decoding(sampling, name):
+    ours = scan("llama_gqa", sampling, groups=GROUPS[name])
+    assert ours.groups == GROUPS[name]
+    assert differences(ours.rows, twin_of(proved("llama_gqa"), sampling, GROUPS[name])) == []
+    check_economy(ours)
+    check_ends(ours, proved("llama_gqa").tokenizer, WORDS.final)
+
+
+def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **options):
+    """The tiny prompts' answers, without verdicts."""
+    engine = engine or proved(family)
+    prompts = prompts_of(*PROMPTS)
+    stop = Judging.of(engine, prompts, [judge], N_TOKENS).stop
+    decoding = Decoding(N_TOKENS, sampling, full_answers)
+    return DraftedAnswers.begin(engine, engine.encode(prompts), UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
+
+
+@SAMPLINGS
+def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sampling):
+    made, heads = begun("llama_gqa", sampling), twin("llama_gqa", sampling)
+    # Back and forth through the layers: what a later layer's groups let go of, an earlier layer's need again. Between
+    # them groups with a head in common, which is then ablated in the captured run.
+    for layer in (1, 2, 0, None, 2):
+        if layer is None:
+            groups = GROUPS["prefixes of a search"]
+            plain = twin_of(proved("llama_gqa"), sampling, groups)
+        else:
+            groups = [(Head(layer, index),) for index in range(4)]
+            plain = heads[4 * layer : 4 * layer + 4]
+        assert token_differences(made.answers(groups)[0], plain) == []
+    assert made.answers([])[0] == []
+
+
+@SAMPLINGS
+def test_groups_of_each_prompt_equal_query_level_decoding(sampling):
+    engine, prompts, told = proved("llama_gqa"), prompts_of(*PROMPTS), []
+    # A prompt's own groups share heads, or not, or are the same twice.
+    columns = [
+        [(Head(0, 1),), (Head(1, 2), Head(2, 3)), (), (Head(2, 0),), (Head(0, 3), Head(0, 2)), (Head(1, 1),)],
+        [(Head(0, 1), Head(1, 0)), (Head(1, 2),), (Head(2, 2),), (Head(2, 0),), (Head(1, 3),), (Head(2, 1),)],
+    ]
+    own = [list(groups) for groups in zip(*columns, strict=True)]
+    own[3].append((Head(1, 1),))
+    made, economy = begun("llama_gqa", sampling).answers_of_each(own, on_rows=told.append)
+    assert [len(answers) for answers in made] == [len(groups) for groups in own]
+    for number, groups in enumerate(columns):
+        plain = query_level_attack_success_rate(
+            engine, prompts, groups, UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling
+        )
+        column = [answers[number] for answers in made]
+        assert token_differences([column], [plain.rows]) == []
+        rows = [(prompt, group, one) for prompt, (group, one) in enumerate(zip(groups, column, strict=True))]
+        judged = Judging.of(engine, prompts, [WORDS], N_TOKENS).judged(rows)
+        assert differences([judged], [plain.rows]) == []
+    (plain,) = answers_under(engine, prompts[3:4], [own[3][2]], UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
+    assert token_differences([made[3][2:]], [plain]) == []
+    assert sum(told) == economy.n_rows == sum(map(len, own))
+    assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
+    nothing, economy = begun("llama_gqa", sampling).answers_of_each([[], [], [(Head(0, 0),)], []])
+    assert [len(answers) for answers in nothing] == [0, 0, 1, 0]
+    assert economy.n_rows == 1
+
+
+def test_heads_that_the_model_does_not_have_are_an_input_error():
+    with pytest.raises(InputError, match="3-0 is out of range"):
+        scan("llama_gqa", groups=[(Head(0, 0),), (Head(3, 0),)])
+
+
+# Judges
+
+
+@SAMPLINGS
+def test_with_a_judge_that_never_decides_early_all_answers_are_whole(sampling):
+    ours = scan("llama_gqa", sampling, judge=WholeAnswers())
+    assert all(row.complete for row in (*flat(ours), *ours.vanilla))
+    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
+    # Beside one that does, too; which leads makes no difference.
+    for judges in ([WORDS, WholeAnswers()], [WholeAnswers(), WORDS]):
+        both = scan("llama_gqa", sampling, judge=judges)
+        assert [row.token_ids for row in flat(both)] == [row.token_ids for row in flat(ours)]
+        assert both.economy == ours.economy
+        for name in ("words", "whole answers"):
+            assert differences(both.rows, twin("llama_gqa", sampling), name) == []
+
+
+@SAMPLINGS
+@FAMILIES
+def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
+    first, second = words("w17", "w50 ", name="first"), words("w40", "w5 ", "w18", name="second")
+    ours = scan(family, sampling, judge=[first, second])
+    by_first, by_second = (judged_by(judge, twin(family, sampling)) for judge in (first, second))
+    assert differences(ours.rows, by_first, "first") == []
+    assert differences(ours.rows, by_second, "second") == []
+    check_ends(ours, proved(family).tokenizer, lambda text: first.final(text) and second.final(text))
+    check_economy(ours)
+    assert 0 < ours.economy.n_incomplete < len(flat(ours))
+    # The first one leads.
+    assert all(row.verdict == row.verdicts["first"] for row in flat(ours))
+    assert ours.rates == tuple(summarise(rows).asr for rows in by_first)
+
+
+@dataclass(frozen=True)
+class Recorder(WholeAnswers):
+    """A judge whose verdict holds all that it was told."""
+
+    name: str = "recorder"
+    told: list = field(default_factory=list)
+
+    def __call__(self, completions):
+        self.told.extend(completions)
+        return tuple(Verdict("complied", str(completion)) for completion in completions)
+
+
+def test_each_distinct_answer_is_judged_once_and_as_its_own_prompts():
+    engine, judge = proved("llama_gqa"), Recorder()
+    prompts = prompts_of(*PROMPTS[:2])
+    judging = Judging.of(engine, prompts, [judge], N_TOKENS)
+    answers = [
+        DraftedAnswer((5, 9), finished, complete=True, route="drafted", changed=False) for finished in (True, False)
+    ]
+    rows = [(number, (Head(0, index),), one) for index in range(2) for number in (1, 0) for one in answers]
+    found = [*judging.judged(rows), *judging.judged(rows[:3])]
+    assert len(judge.told) == 4
+    for row, (number, group, one) in zip(found, [*rows, *rows[:3]], strict=True):
+        expected = Completion(prompts[number].query, "w5 w9", (5, 9), one.finished, N_TOKENS)
+        assert row.verdict.reason == str(expected)
+        assert (row.prompt, row.group, row.finished) == (prompts[number], group, one.finished)
+
+
+def test_judges_need_names_of_their_own():
+    for judges in ([], [WORDS, words("w1")]):
+        with pytest.raises(InputError, match="names of their own"):
+            scan("llama_gqa", judge=judges)
+
+
+# Where answers end
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
+@SAMPLINGS
+def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling, family):
+    engine = engine_of(family)
+    context = engine.architecture.context_length
+    long = [tuple((7 * token + 3 + length) % 60 for token in range(length)) for length in range(context - 2, context)]
+    full = tuple((5 * token + 1) % 60 for token in range(context))
+    prompts = (full, long[0], PROMPTS[0], long[1], full, PROMPTS[1])
+    with pytest.warns(ShortContextWarning):
+        ours = scan(family, sampling, engine=engine, prompts=prompts, max_new_tokens=6)
+    with pytest.warns(ShortContextWarning):
+        plain = twin_of(engine, sampling, prompts=prompts, max_new_tokens=6)
+    assert differences(ours.rows, plain) == []
+    for rows in (*ours.rows, ours.vanilla):
+        assert all(len(row.token_ids) <= room for row, room in zip(rows, [0, 2, 6, 1, 0, 6], strict=True))
+        assert [(row.token_ids, row.finished, row.complete) for row in (rows[0], rows[4])] == [((), False, True)] * 2
+    # Beside room for one token only, a first token that differs is the whole answer.
+    assert any(row.complete and row.changed for rows in ours.rows for row in rows if len(row.token_ids) == 1)
+    with pytest.warns(ShortContextWarning), pytest.raises(InputError, match="no room for an answer"):
+        scan(family, sampling, engine=engine, prompts=(full,))
+    made = DraftedAnswers.begin(
+        engine,
+        [PROMPTS[0], full],
+        UNDIFFERENTIATED_ATTENTION,
+        Decoding(6, sampling),
+        None,
+        [*unablated_answers(engine, [PROMPTS[0]], Decoding(6, sampling), None), Answer((), finished=False, limit=0)],
+    )
+    ((first,), (second,)), economy = made.answers_of_each([[(Head(0, 0),)], [(Head(0, 0),)]])
+    assert first.token_ids
+    assert (second.token_ids, second.complete, second.changed) == ((), True, False)
+    assert economy.n_rows == 2
+
+
+def first_difference(one, other):
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
+@SAMPLINGS
+def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
+    engine = engine_of("llama_gqa")
+    rows, vanilla = twin("llama_gqa", sampling), unablated("llama_gqa", sampling)
+    # Two tokens that the unablated and an ablated model choose at one place, for the first time: ends that are alike.
+    prompt, head, at = next(
+        (prompt, head, at)
+        for prompt, plain in enumerate(vanilla)
+        for head, row in enumerate(rows)
+        if (at := first_difference(plain.token_ids, row[prompt].token_ids)) is not None
+        and at > 1
+        and row[prompt].token_ids[at] not in plain.token_ids[:at]
+        and plain.token_ids[at] not in plain.token_ids[:at]
+    )
+    ends = [vanilla[prompt].token_ids[at], rows[head][prompt].token_ids[at], 18]
+    engine.model.generation_config.eos_token_id = ends
+    assert end_tokens(engine) == {*ends, END}
+    ours = scan("llama_gqa", sampling, engine=engine, full_answers=True)
+    assert differences(ours.rows, twin_of(engine, sampling)) == []
+    alike = ours.rows[head][prompt]
+    assert (alike.token_ids, alike.finished) == (vanilla[prompt].token_ids[:at], True)
+    assert (alike.changed, alike.route) == (False, "drafted")
+    # Ends that come earlier and later than the unablated one.
+    lengths = {first - second for first, second in _lengths(ours) if first is not None and second is not None}
+    assert min(lengths) < 0 < max(lengths)
+    check_economy(ours)
+    check_changed(ours)
+
+
+def _lengths(scan):
+    """Of each row that ended and its unablated answer, if that ended."""
+    for rows in scan.rows:
+        for row, vanilla in zip(rows, scan.vanilla, strict=True):
+            yield (len(row.token_ids) if row.finished else None), (len(vanilla.token_ids) if vanilla.finished else None)
+
+
+def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
+    engine, rows, vanilla = engine_of("llama_gqa"), twin("llama_gqa"), unablated("llama_gqa")
+    first = {row.token_ids[0] for row in vanilla[:3]}
+    others = {one.token_ids[0] for row in rows for one in row[3:]} - {one.token_ids[0] for one in vanilla}
+    engine.model.generation_config.eos_token_id = sorted(first | others)
+    ours = scan("llama_gqa", engine=engine)
+    assert differences(ours.rows, twin_of(engine, GREEDY)) == []
+    assert all(row.token_ids == () and row.finished for row in ours.vanilla[:3])
+    # Ablated answers that go on, and empty ones of prompts whose unablated answer does.
+    assert any(row.token_ids for rows in ours.rows for row in rows[:3])
+    assert any(row.token_ids == () for rows in ours.rows for row in rows[3:])
+
+
+# Near-ties
+
+
+@pytest.mark.parametrize(("tolerance", "share"), [(1e9, (1, 1)), (0.1, (0.2, 0.98)), (0.0, (0, 0))])
+@SAMPLINGS
+def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, monkeypatch):
+    monkeypatch.setattr(drafted_module, "near_tie_tolerance", lambda *_: tolerance)
+    ours = scan("llama_gqa", sampling)
+    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
+    check_economy(ours)
+    check_changed(ours)
+    least, most = share
+    assert least * len(flat(ours)) <= ours.economy.n_near_ties <= most * len(flat(ours))
+    assert ours.tolerance == tolerance
+    # A row that was decoded plainly and came out as drafted is not called changed.
+    if tolerance == 1e9:
+        assert {row.changed for row in flat(ours)} == {True, False}
+
+
+def noisy(size, seed=0):
+    """Adds up to ``size`` to each logit, another number each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda logits: logits + size * (2 * torch.rand(logits.shape, generator=generator) - 1)
+
+
+@SAMPLINGS
+@FAMILIES
+def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(family, sampling, monkeypatch):
+    # The comparison and the continuation are moved by as much as bfloat16 would move them; plain decoding is not.
+    engine, size = proved(family), 0.02
+    logits, move = engine.logits, noisy(size)
+    monkeypatch.setattr(engine, "logits", lambda states: move(logits(states)))
+    answer = drafted_module.answer
+
+    def answer_coarsely(engine, requests, *arguments, **keywords):
+        if not any(request.begun for request in requests):
+            return answer(engine, requests, *arguments, **keywords)
+        handle = engine.model.lm_head.register_forward_hook(lambda _, __, output: move(output))
+        try:
+            return answer(engine, requests, *arguments, **keywords)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(drafted_module, "answer", answer_coarsely)
+    ours = scan(family, sampling)
+    assert differences(ours.rows, twin(family, sampling)) == []
+    assert ours.tolerance > 2 * size  # a margin is a difference of two logits
+    assert 0 < ours.economy.n_near_ties < len(flat(ours))
+    # Without a tolerance this would not have gone well: the noise is large enough to tell.
+    monkeypatch.setattr(drafted_module, "near_tie_tolerance", lambda *_: 0.0)
+    assert differences(scan(family, sampling).rows, twin(family, sampling)) != []
+
+
+@SAMPLINGS
+def test_exact_ties_are_settled_as_plain_decoding_settles_them(sampling):
+    model = model_of("llama_gqa")
+    with torch.no_grad():
+        # Sixteen tokens that nothing but their number tells from sixteen others.
+        model.lm_head.weight[32:48] = model.lm_head.weight[:16]
+    use_our_attention(model)
+    engine = Engine(model, proved("llama_gqa").tokenizer, "ties")
+    ours = scan("llama_gqa", sampling, engine=engine)
+    assert differences(ours.rows, twin_of(engine, sampling)) == []
+    check_economy(ours)
+    if sampling is GREEDY:
+        tied = [row for row in flat(ours) if {*range(16), *range(32, 48)} & {*row.token_ids}]
+        assert len(tied) > 10
+        assert all(row.route == "plain" for row in tied)
+        assert not any({*range(32, 48)} & {*row.token_ids} for row in tied)  # the first of the largest
+        assert ours.economy.n_near_ties < len(flat(ours))
+
+
+# The same answers whatever the machine leaves
+
+
+@SAMPLINGS
+def test_without_quick_paths_the_scan_is_the_same(sampling):
+    engine = engine_of("llama_gqa")
+    engine.capabilities = Capabilities(False, False, False, False, False, False)
+    ours = scan("llama_gqa", sampling, engine=engine)
+    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
+    assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(usual("llama_gqa", sampling))]
+
+
+@SAMPLINGS
+def test_small_batches_and_many_rows_give_the_same_scan(sampling):
+    family = "gemma2_softcap"
+    engine, quick = engine_of(family, token_budget=40), usual(family, sampling)
+    engine.capabilities = proved(family).capabilities
+    layout = begun(family, sampling, engine=engine).drafted.layout
+    assert len(layout.rows) > 1
+    assert layout.groups_per_batch < 4
+    ours = scan(family, sampling, engine=engine)
+    assert differences(ours.rows, twin(family, sampling)) == []
+    assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(quick)]
+    # The same drafts, laid out as they were, on another engine.
+    vanilla = begun(family, sampling, engine=engine).vanilla
+    other = begun(family, sampling, vanilla=vanilla, layout=layout)
+    assert other.vanilla == vanilla
+    assert other.drafted.layout == layout
+    table, _ = other.answers(each_head(engine))
+    assert token_differences(table, twin(family, sampling)) == []
+
+
+@pytest.mark.parametrize("where", ["comparing", "decoding"])
+@SAMPLINGS
+def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch):
+    engine, undisturbed, failed = engine_of("llama_gqa"), usual("llama_gqa", sampling), []
+    owner, name = (engine, "replayed") if where == "comparing" else (drafted_module, "answer")
+    before = getattr(owner, name)
+
+    def out_of_memory(size):
+        failed.append(size)
+        raise torch.OutOfMemoryError("made up")
+
+    def replayed(captures, groups, *arguments):
+        if not failed and len(groups) > 1 and any(groups):
+            out_of_memory(len(groups))
+        return before(captures, groups, *arguments)
+
+    def forward(_, __, keywords):
+        if not failed and len(keywords["input_ids"]) > 1:
+            out_of_memory(len(keywords["input_ids"]))
+
+    def answer(engine, requests, *arguments, **keywords):
+        if not any(request.begun for request in requests):
+            return before(engine, requests, *arguments, **keywords)
+        handle = engine.architecture.decoder.register_forward_pre_hook(forward, with_kwargs=True)
+        try:
+            return before(engine, requests, *arguments, **keywords)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(owner, name, replayed if where == "comparing" else answer)
+    ours = scan("llama_gqa", sampling, engine=engine)
+    assert len(failed) == 1
+    assert ours.rows == undisturbed.rows
+    assert ours.economy == undisturbed.economy
+
+
+# The table of rates
+
+
+def test_values_hold_each_head_where_it_was_scanned_and_scored():
+    heads = ((Head(2, 1),), (Head(0, 3), Head(1, 1)), (Head(1, 0),), ())
+    ours = scan("llama_gqa", groups=heads)
+    assert (ours.values.shape, ours.values.dtype) == ((3, 4), torch.float64)
+    expected = [[float("nan")] * 4 for _ in range(3)]
+    for group, rows in zip(heads, ours.rows, strict=True):
+        if len(group) == 1:
+            expected[group[0].layer][group[0].index] = sum(row.verdict.complied for row in rows) / len(PROMPTS)
+    assert torch.equal(ours.values.isnan(), torch.tensor(expected).isnan())
+    assert torch.equal(ours.values.nan_to_num(), torch.tensor(expected, dtype=torch.float64).nan_to_num())
+    assert int(ours.values.isfinite().sum()) == 2
+    unscored = scan("llama_gqa", judge=Unsure(), groups=heads)
+    assert unscored.values.isnan().all()
+    assert all((rate.rate, rate.n) == (None, 0) for rate in unscored.rates)
+
+
+@dataclass(frozen=True)
+class Unsure(WholeAnswers):
+    """A judge that always fails."""
+
+    name: str = "unsure"
+
+    def __call__(self, completions):
+        return tuple(Verdict("unscored", "made up") for _ in completions)
+
+
+def test_logits_that_are_not_finite_are_near_ties():
+    """Half precision overflows, and some families mask logits: a margin of NaN is no margin."""
+    engine = engine_of("llama_gqa")
+
+    def overflow(_, __, logits):
+        return torch.where(logits > logits.topk(3).values[..., -1:], torch.inf, logits)
+
+    handle = engine.model.lm_head.register_forward_hook(overflow)
+    try:
+        ours = scan("llama_gqa", GREEDY, engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
+        plain = twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)
+    finally:
+        handle.remove()
+    assert differences(ours.rows, plain) == []
+    assert ours.economy.n_near_ties == ours.economy.n_rows
+
+
+def test_comparisons_that_cannot_be_trusted_are_not():
+    """Packed logits that are wrong on the unablated answers: every row is decoded plainly."""
+    engine = engine_of("llama_gqa")
+    before = engine.logits
+    engine.logits = lambda states: before(states).roll(1, dims=-1)
+    ours = scan("llama_gqa", GREEDY, engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
+    engine.logits = before
+    assert ours.tolerance == float("inf")
+    assert differences(ours.rows, twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)) == []
+
+
+def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
+    engine, calls = engine_of("llama_gqa"), []
+
+    class Breaking:
+        name, decides_early = "breaking", False
+
+        def __call__(self, completions):
+            calls.append(len(completions))
+            if len(calls) == 1:
+                raise TimeoutError("not now")
+            return tuple(Verdict("complied", "") for _ in completions)
+
+        def final(self, text_so_far):
+            return False
+
+        def describe(self):
+            return {"name": self.name}
+
+    judging = Judging.of(engine, prompts_of(*PROMPTS[:1]), [Breaking()], 4)
+    rows = [(0, (), DraftedAnswer((5,), True, True, "drafted", changed=False))]
+    with pytest.raises(TimeoutError):
+        judging.judged(rows)
+    assert judging.judged(rows)[0].verdict.complied
+    judging.judged(rows)
+    assert calls == [1, 1]  # what is known is not asked again

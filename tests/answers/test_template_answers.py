@@ -1,0 +1,249 @@
+"""Think blocks and stop texts in scans and plain answers: early ends change no verdict, and no judge sees a thought.
+
+The models are random, so their words are renamed: a frequent one ends thinking, another is a stop text.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import pytest
+import torch
+from tiny_models import END, VOCABULARY, model_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, PromptSet, Template
+from safetyheads.answers.decoding import generate
+from safetyheads.answers.drafted import Decoding
+from safetyheads.answers.exhaustive import scan_attack_success_rate
+from safetyheads.answers.finishing import finisher
+from safetyheads.answers.sampling import GREEDY, TOP_5
+from safetyheads.answers.success import answers_under, query_level_attack_success_rate
+from safetyheads.judges.base import NOT_CLOSED
+from safetyheads.judges.keywords import KeywordRules
+from safetyheads.judges.named import JUDGES
+from safetyheads.measures.refusal import openers_of
+from safetyheads.model.engine import Engine
+from safetyheads.model.loading import use_our_attention
+from safetyheads.runs.config import ScanConfig
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.progress import Silent
+from safetyheads.runs.rejudge import rejudge
+from safetyheads.runs.scan_run import run_scan
+
+torch.set_num_threads(1)
+
+N_TOKENS = 16
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3), (30, 2, 11), (5, 9, 12, 40, 7, 19), (7, 7), (20,), (5, 9, 12, 1, 2, 60))
+SAMPLINGS = pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+
+
+def tokenizer(renamed):
+    """Words that are their ids, but for some that are called otherwise."""
+    words = {renamed.get(number, f"w{number}"): number for number in range(VOCABULARY)}
+    made = Tokenizer(models.WordLevel(words, unk_token=renamed.get(0, "w0")))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=renamed.get(0, "w0"), eos_token=f"w{END}")
+
+
+@cache
+def answered_words(sampling):
+    """Words of the plain answers and words that these begin with, most frequent first."""
+    engine = engine_with({})
+    prompts = asked({}, Template.parse("direct"))
+    groups = [(head,) for head in engine.heads]
+    made = [generate(engine, prompts, N_TOKENS, [group] * len(prompts), sampling=sampling) for group in groups]
+    answers = [one.token_ids for row in made for one in row]
+    counts = (Counter(sum(answers, ())), Counter(one[0] for one in answers))
+    return tuple([token for token, _ in count.most_common()] for count in counts)
+
+
+@cache
+def _proved():
+    model = model_of("llama_gqa")
+    use_our_attention(model)
+    engine = Engine(model, tokenizer({}), name="llama_gqa")
+    engine.check()
+    return engine
+
+
+def engine_with(renamed):
+    proved = _proved()
+    return Engine(proved.model, tokenizer(renamed), name="llama_gqa", capabilities=proved.capabilities)
+
+
+def asked(renamed, template):
+    queries = [" ".join(renamed.get(token, f"w{token}") for token in ids) for ids in PROMPTS]
+    return PromptSet.from_queries(queries, template)
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A judge that remembers what it was shown."""
+
+    inner: KeywordJudge
+    seen: list = field(default_factory=list)
+    name: str = "seeing"
+    decides_early: bool = True
+
+    def __call__(self, completions):
+        self.seen.extend(completions)
+        return self.inner(completions)
+
+    def final(self, text_so_far):
+        return self.inner.final(text_so_far)
+
+    def describe(self):
+        return {"judge": self.name, "name": self.name}
+
+
+class Patient(Seeing):
+    """The same, of whole answers."""
+
+    name, decides_early = "patient", False
+
+    def final(self, text_so_far):
+        return False
+
+
+def cases(sampling):
+    """Names -> words renamed, the template and the judge."""
+    frequent, firsts = answered_words(sampling)
+    last = next(token for token in frequent if token != firsts[0])
+    keywords = tuple(f"w{token}" for token in frequent[4:10])
+    judge = KeywordJudge("words", KeywordRules(keywords, short_characters=0))
+    closes = {last: "</think>", firsts[0]: "<think>"}
+    stop = Template.parse("direct")
+    return {
+        "a block that the prompt begins": ({frequent[1]: "</think>", 63 - 1: "<think>"}, thinks("{query} <think>")),
+        "a block that the model may begin": (closes, thinks("{query}")),
+        "a stop text": ({frequent[2]: "# Query:"}, replace(stop, stops=("# Query:",))),
+        "a stop text of two words": ({frequent[2]: "# Query:"}, replace(stop, stops=(f"# Query: w{frequent[3]}",))),
+        "a block and a stop text": (
+            {frequent[1]: "</think>", 63 - 1: "<think>", frequent[2]: "# Query:"},
+            replace(thinks("{query} <think>"), stops=("# Query:",)),
+        ),
+    }, judge
+
+
+def thinks(text):
+    return Template.parse(text, thinking="open")
+
+
+NAMES = (
+    "a block that the prompt begins",
+    "a block that the model may begin",
+    "a stop text",
+    "a stop text of two words",
+    "a block and a stop text",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@SAMPLINGS
+def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
+    table, judge = cases(sampling)
+    renamed, template = table[name]
+    engine, prompts = engine_with(renamed), asked(renamed, template)
+    kind, groups = UNDIFFERENTIATED_ATTENTION, [(head,) for head in engine.heads]
+    scans = {
+        full: scan_attack_success_rate(engine, prompts, kind, judge, Decoding(N_TOKENS, sampling, full), groups)
+        for full in (False, True)
+    }
+    plain = answers_under(engine, prompts, groups, kind, judge, N_TOKENS, sampling)
+    routes = Counter()
+    for full, scan in scans.items():
+        for rows, plain_rows in zip(scan.rows, plain, strict=True):
+            for row, whole in zip(rows, plain_rows, strict=True):
+                assert row.verdict == whole.verdict
+                assert whole.text.startswith(row.text)
+                assert row.token_ids == whole.token_ids[: len(row.token_ids)]
+                assert row.complete or not full
+                if row.complete:
+                    assert (row.text, row.finished) == (whole.text, whole.finished)
+                routes[row.route] += 1
+                assert all(stop not in row.text for stop in template.stops)
+    assert min(routes.values()) > 0
+    assert len(routes) >= 2
+    flat = [row for rows in scans[True].rows for row in rows]
+    labels = Counter(row.verdict == NOT_CLOSED for row in flat)
+    if template.thinking == "open":
+        # The case is worth something only where blocks close and where they do not.
+        assert labels[True]
+        assert labels[False]
+        assert all(row.text == "" for row in flat if row.verdict == NOT_CLOSED)
+        assert any(not row.complete for rows in scans[False].rows for row in rows)
+    if template.stops:
+        assert any(row.read.stopped for row in flat)
+        assert all(row.finished and row.complete for row in flat if row.read.stopped)
+    query_level = query_level_attack_success_rate(
+        engine, prompts, groups[: len(prompts)], kind, judge, N_TOKENS, sampling
+    )
+    assert [row.verdict for row in query_level.rows] == [plain[at][at].verdict for at in range(len(prompts))]
+
+
+def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
+    table, judge = cases(GREEDY)
+    renamed, template = table["a block that the prompt begins"]
+    engine, prompts, seeing = engine_with(renamed), asked(renamed, template), Seeing(judge)
+    groups = [(head,) for head in engine.heads]
+    scan = scan_attack_success_rate(engine, prompts, UNDIFFERENTIATED_ATTENTION, seeing, Decoding(N_TOKENS), groups)
+    closed = [row for rows in scan.rows for row in rows if row.verdict != NOT_CLOSED]
+    assert {row.text for row in closed} <= {completion.text for completion in seeing.seen}
+    assert not any(completion.unclosed for completion in seeing.seen)
+    for row in closed:
+        tokens = list(row.token_ids)
+        first = tokens.index(next(token for token, word in renamed.items() if word == "</think>"))
+        assert row.read.token_ids == tuple(tokens[first + 1 :])
+    (rows,) = answers_under(engine, prompts, [groups[0]], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    assert all(row.thinks for row in rows)
+    refused = [replace(row, verdict=replace(row.verdict, label="refused")) for row in rows]
+    assert openers_of(engine, refused) == ()
+    assert openers_of(engine, [replace(row, thinks=False) for row in refused])
+
+
+def test_a_stop_text_ends_rows_where_it_is():
+    table, judge = cases(GREEDY)
+    renamed, template = table["a stop text"]
+    engine, prompts = engine_with(renamed), asked(renamed, template)
+    stop = next(iter(renamed))
+    (rows,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    whole = generate(engine, prompts, N_TOKENS)
+    assert any(stop in one.token_ids[:-1] for one in whole)
+    for row, one in zip(rows, whole, strict=True):
+        n = one.token_ids.index(stop) + 1 if stop in one.token_ids else len(one.token_ids)
+        assert row.token_ids == one.token_ids[:n]
+
+
+def test_a_run_keeps_thoughts_apart_and_finishes_answers_without_them(monkeypatch, tmp_path):
+    table, judge = cases(GREEDY)
+    renamed, template = table["a block that the prompt begins"]
+    engine, prompts = engine_with(renamed), asked(renamed, template)
+    monkeypatch.setitem(JUDGES, "words", lambda: judge)
+    (tmp_path / "asked.txt").write_text("\n".join(prompts.queries))
+    config = ScanConfig(
+        "tiny",
+        str(tmp_path / "asked.txt"),
+        "none",
+        template="{query} <think>",
+        thinking="open",
+        max_new_tokens=N_TOKENS,
+        judges=("words",),
+        scores=False,
+    )
+    run_scan(engine, config, tmp_path / "run")
+    rows = [row for row in RunDirectory.open(tmp_path / "run").completions() if "verdicts" in row]
+    assert any(row.get("unclosed") for row in rows)
+    assert any(row.get("thought") and not row.get("unclosed") for row in rows)
+    assert all(row["thinks"] for row in rows)
+    manifest = RunDirectory.open(tmp_path / "run").read_manifest()
+    assert manifest["config"]["thinking"] == "open"
+    patient = Patient(judge)
+    found = rejudge(tmp_path / "run", patient, finisher(engine, manifest), Silent(), {})
+    assert found.n_finished > 0
+    groups = [(), *((head,) for head in engine.heads)]
+    plain = answers_under(engine, prompts, groups, UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
+    assert {completion.text for completion in patient.seen} == whole
+    assert found.n_differing == 0

@@ -1,0 +1,289 @@
+"""Attention swapped in memory: at work, ablated as ever, put back to the bit, and refused where it cannot be."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from families import built
+from oracle import Oracle
+from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of, tokenizer
+from transformers import AutoConfig
+
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    Engine,
+    Head,
+    InputError,
+    KeywordJudge,
+    SafetyheadsError,
+    attack_success_rate,
+    load_demo,
+    mean_ships,
+    ships,
+    swapped_attention,
+)
+from safetyheads.model.loading import use_our_attention
+from safetyheads.runs.provenance import fingerprint
+
+FLOAT32 = 1e-5
+PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
+GROUP = (Head(0, 1), Head(2, 2))
+FAMILIES = ("llama3", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "phi3")
+"""Plain, with biases, QK-norm, softcap, sinks, and two with one projection for q, k and v."""
+
+
+def another(model):
+    """A model of the same shape with all weights drawn afresh."""
+    torch.manual_seed(7)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return other
+
+
+def engine_on(model):
+    model = copy.deepcopy(model)
+    use_our_attention(model)
+    return Engine(model, tokenizer())
+
+
+def by_hand(model, donor, layers):
+    """The slow twin: a copy of the model into which the donor's attention weights are written."""
+    mixed = copy.deepcopy(model)
+    state, given = mixed.state_dict(), donor.state_dict()
+    marks = [f"layers.{layer}.{name}." for layer in layers for name in ("self_attn", "attention")]
+    changed = [name for name in state if any(mark in name for mark in marks)]
+    assert changed
+    mixed.load_state_dict({**state, **{name: given[name] for name in changed}})
+    return mixed
+
+
+@torch.no_grad()
+def logits(model, ids=PROMPT):
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
+
+
+def relative(ours, reference):
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+@pytest.fixture
+def pair():
+    model = model_of("llama_gqa")
+    return engine_on(model), engine_on(another(model))
+
+
+@pytest.mark.parametrize("layers", [None, [1], (0, 2)], ids=["all", "one", "some"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_within_a_swap_the_model_is_the_one_with_the_donors_attention(name, layers):
+    model = built(name)
+    donor = another(model)
+    engine, given = engine_on(model), engine_on(donor)
+    chosen = range(engine.n_layers) if layers is None else layers
+    mixed = by_hand(model, donor, chosen)
+    before = fingerprint(engine), fingerprint(given)
+    with swapped_attention(engine, given, layers) as swapped:
+        assert swapped is engine.model
+        assert relative(logits(swapped), logits(mixed)) < FLOAT32
+        assert fingerprint(engine) == fingerprint(engine_on(mixed))
+    assert (fingerprint(engine), fingerprint(given)) == before
+    assert relative(logits(engine.model), logits(mixed)) > 100 * FLOAT32
+
+
+def test_heads_are_ablated_within_a_swap_and_swapped_within_an_ablation(pair):
+    engine, donor = pair
+    oracle = Oracle(by_hand(engine.model, donor.model, range(3)))
+    expected = oracle.run(PROMPT, GROUP, UNDIFFERENTIATED_ATTENTION).logits
+    with swapped_attention(engine, donor), engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
+        assert relative(logits(model)[0, -1], expected) < FLOAT32
+    with engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model, swapped_attention(engine, donor):
+        assert relative(logits(model)[0, -1], expected) < FLOAT32
+
+
+def test_scores_within_a_swap_are_those_of_the_mixed_model(pair):
+    engine, donor = pair
+    prompts = prompts_of(PROMPT, PROMPT[:7])
+    mixed = engine_on(by_hand(engine.model, donor.model, range(3)))
+    before = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values
+    with swapped_attention(engine, donor):
+        within = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values
+    assert torch.equal(within, ships(mixed, prompts, UNDIFFERENTIATED_ATTENTION).values)
+    assert torch.equal(ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values, before)
+    assert float((within - before).abs().max()) > 1e-2
+
+
+def test_a_scorer_belongs_to_the_weights_it_was_made_on(pair):
+    engine, donor = pair
+    prompts = prompts_of(PROMPT)
+    outer = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
+    with swapped_attention(engine, donor):
+        with pytest.raises(SafetyheadsError, match="other weights than when this scorer was made"):
+            outer([GROUP])
+        inner = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
+        inner([GROUP])
+    with pytest.raises(SafetyheadsError, match="other weights"):
+        inner([GROUP])
+    assert torch.equal(outer([GROUP]), mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)([GROUP]))
+
+
+def test_the_very_tensors_come_back_also_after_an_error(pair):
+    engine, donor = pair
+    projection = "model.layers.1.self_attn.o_proj.weight"
+    before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()}
+    with swapped_attention(engine, donor) as model:
+        assert model.get_parameter(projection) is donor.model.get_parameter(projection)
+    with pytest.raises(KeyError), swapped_attention(engine, donor):
+        raise KeyError
+    assert {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()} == before
+
+
+def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
+    engine, donor = pair
+    third = engine_on(another(another(engine.model)))
+    first = by_hand(engine.model, donor.model, range(3))
+    both = by_hand(first, third.model, [1])
+    with swapped_attention(engine, donor) as model:
+        with swapped_attention(engine, third, layers=[1]):
+            assert relative(logits(model), logits(both)) < FLOAT32
+        assert relative(logits(model), logits(first)) < FLOAT32
+
+
+def test_a_plain_model_can_be_the_donor(pair):
+    engine, donor = pair
+    with swapped_attention(engine, donor) as model:
+        expected = logits(model)
+    with swapped_attention(engine, another(model_of("llama_gqa"))) as model:
+        assert torch.equal(logits(model), expected)
+
+
+# What is refused, each with nothing changed
+
+
+def refusal(engine, donor, layers=None, kind=InputError):
+    before = fingerprint(engine)
+    with pytest.raises(kind) as refused, swapped_attention(engine, donor, layers):
+        pass
+    assert fingerprint(engine) == before
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def changed(**settings):
+    config = CONFIGS["llama_gqa"]()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return engine_on(build(config))
+
+
+def test_other_families_and_shapes_are_refused_by_what_differs(pair):
+    engine, _ = pair
+    assert refusal(engine, engine_on(model_of("mistral_window"))).endswith("between families: llama and mistral")
+    assert refusal(engine, changed(num_hidden_layers=2)) == "the model has 3 layers, the donor 2"
+    assert refusal(engine, changed(vocab_size=70)) == "the model has 64 tokens, the donor 70"
+    assert refusal(engine, engine_on(model_of("llama_mha"))).startswith("the heads of layer 0 differ: ")
+    assert refusal(engine, changed(attention_bias=True)) == (
+        "k_proj.bias of layer 0 is absent in the model, [16] in the donor"
+    )
+    wider = changed(hidden_size=48)
+    assert refusal(engine, wider) == "k_proj.weight of layer 0 is [16, 32] in the model, [16, 48] in the donor"
+
+
+def test_weights_for_other_positions_are_refused(pair):
+    config = AutoConfig.for_model(**pair[0].model.config.to_dict())
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    assert refusal(pair[0], engine_on(build(config))).startswith("rope_parameters of the attention is ")
+
+
+LLAMA4 = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_chunk_size": 64,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+    "no_rope_layers": [1, 0, 1],
+    "floor_scale": 4,
+}
+IN_THE_MODULES = {
+    "clip_qkv": ("olmo", {}, {"clip_qkv": 0.3}),
+    "scale_attn_by_inverse_layer_idx": ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}),
+    "variance_epsilon": ("qwen3", {"head_dim": 16}, {"rms_norm_eps": 1e-2}),
+    "attn_scale": ("llama4_text", LLAMA4, {"attn_scale": 0.9}),
+    "scaling": ("granite", {}, {"attention_multiplier": 0.5}),
+}
+"""Setting -> a family whose attention holds it beside its weights, what makes it small, and the donor's value."""
+
+
+@pytest.mark.parametrize("setting", IN_THE_MODULES)
+def test_settings_that_live_in_the_attention_itself_are_refused_by_name(setting):
+    family, common, donors = IN_THE_MODULES[setting]
+    models = [build(AutoConfig.for_model(family, **COMMON, **{**common, **own})) for own in ({}, donors)]
+    said = refusal(engine_on(models[0]), models[1])
+    assert re.match(rf"{setting} of the attention of layer \d is \S+ in the model, \S+ in the donor$", said)
+
+
+def test_settings_outside_attention_are_no_reason_to_refuse(pair):
+    """Norms of the residual stream, dropouts and the length of the context: attention is the same whatever they are."""
+    engine, _ = pair
+    donor = changed(
+        rms_norm_eps=1e-3, attention_dropout=0.3, max_position_embeddings=256, eos_token_id=5, pad_token_id=0
+    )
+    with swapped_attention(engine, donor):
+        pass
+    for rope in ({"rope_type": "yarn", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
+        both = {"rope_parameters": {**rope, "rope_theta": 1e4}}
+        ours, theirs = changed(**both), changed(**both, max_position_embeddings=256)
+        assert refusal(ours, theirs).startswith("max_position_embeddings of the attention is 128 in the model")
+
+
+def test_other_tokenizers_are_refused(pair):
+    engine, donor = pair
+    donor.tokenizer = copy.deepcopy(donor.tokenizer)
+    donor.tokenizer.add_tokens(["another"])
+    assert refusal(engine, donor).startswith("the tokenizers of model and donor differ")
+
+
+def test_another_dtype_is_refused(pair):
+    assert "torch.float32, the donor in torch.bfloat16" in refusal(pair[0], model_of("llama_gqa", torch.bfloat16))
+
+
+def test_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
+    engine, donor = pair
+    assert refusal(engine, engine).startswith("the donor is the model itself")
+    assert refusal(engine, engine.model).startswith("the donor is the model itself")
+    with swapped_attention(donor, another(engine.model)):
+        assert "another model's attention" in refusal(engine, donor, kind=SafetyheadsError)
+
+
+def test_a_layer_that_is_not_there_is_refused(pair):
+    assert refusal(*pair, layers=[3]).endswith("the model's layers with heads are 0-2")
+
+
+# Fig 6a, on the organism
+
+
+def rate(engine, prompts):
+    return attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), max_new_tokens=24).rate
+
+
+def test_planted_refusal_moves_with_the_attention_it_lives_in_and_a_diffuse_one_does_not():
+    """Planted heads are all that tells aligned_a from base; the plainly fine-tuned model refuses without its own
+    attention nearly as before, as the paper finds of its chat model."""
+    base, planted, diffuse = (load_demo(name) for name in ("base", "aligned_a", "aligned_diffuse"))
+    harmful = planted.harmful[:32]
+    assert rate(base.engine, harmful) == 1.0
+    assert rate(planted.engine, harmful) == 0.0
+    with swapped_attention(planted.engine, base.engine):
+        assert rate(planted.engine, harmful) == 1.0
+    with swapped_attention(base.engine, planted.engine):
+        assert rate(base.engine, harmful) == 0.0
+        group = planted.planted_heads
+        result = attack_success_rate(
+            base.engine, harmful, group, UNDIFFERENTIATED_ATTENTION, KeywordJudge(), max_new_tokens=24
+        )
+        assert result.rate > 0.9
+    with swapped_attention(diffuse.engine, base.engine):
+        assert rate(diffuse.engine, harmful) < 0.1

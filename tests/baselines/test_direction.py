@@ -1,0 +1,366 @@
+"""The refusal direction: candidates by a slow loop, removal by hooks against removal by weights, and the filters."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, built, proved
+from head_material import N_TOKENS, figures, material, organism
+from tiny_models import END, engine_of, prompts_of, tokenizer
+from torch import nn
+
+from safetyheads import Engine, InputError, KeywordJudge, SafetyheadsError, UnsupportedModelError
+from safetyheads.baselines.direction import (
+    PAPERS_RULES,
+    REFUSAL_DIRECTION,
+    TABLES_RULES,
+    SelectionRules,
+    instruction_end,
+    mean_states,
+    select_direction,
+)
+from safetyheads.baselines.forward import last_states, sequences_of
+from safetyheads.baselines.heads import RDSHA
+from safetyheads.baselines.parameters import writing_parameters
+from safetyheads.baselines.steering import direction_added, direction_removed
+from safetyheads.measures.head_pass import log_odds
+
+# Of the largest value: float32 states by packed rows against one prompt at a time, hooks against weights.
+FLOAT32 = 1e-5
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2, 8))
+STREAMS = "several residual streams"
+
+
+def drawn(width=32):
+    return torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def close(found, wanted, tolerance=FLOAT32):
+    error = (found.double() - wanted.double()).abs().max() / wanted.abs().max()
+    assert error < tolerance, float(error)
+
+
+def hooks_of(model):
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+
+
+@torch.no_grad()
+def logits_of(model):
+    return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
+
+
+# Candidates
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "phi", "lfm2", "gemma2"])
+def test_mean_states_by_a_slow_loop(name):
+    sums = 0
+    for ids in PROMPTS:
+        # hidden_states[l] is what block l is given; the last one is after the final norm.
+        states = built(name)(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+        sums = sums + torch.stack([state[0, -2:].double() for state in states[:-1]], dim=1)  # [2, n_layers, d_model]
+    close(mean_states(proved(name), prompts_of(*PROMPTS), 2), sums / len(PROMPTS))
+
+
+def test_the_end_of_the_instruction_is_what_the_template_ends_with():
+    engine, harmful, benign = organism().engine, material().harmful, material().benign
+    assert instruction_end(engine, harmful, benign) == 1  # <|assistant|>
+    # All of the grammar's prompts end in a full stop, which is the prompts' own.
+    wrapped = organism("aligned_wrapped").engine
+    assert instruction_end(wrapped, harmful.with_template("direct")) == 1
+    answering = wrapped.tokenizer("\n## Answer:", add_special_tokens=False).input_ids
+    assert instruction_end(wrapped, harmful.with_template("query_answer")) == len(answering)
+
+
+def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited_weights():
+    found = select_direction(material(), TABLES_RULES)
+    # Before the first block the last token is the template's, the same in every prompt.
+    assert found.candidates[0].dropped.startswith("no difference of means")
+    assert [candidate.layer for candidate in found.candidates] == [0, 1, 2, 3]
+    engine, chosen, share = organism().engine, found.chosen, PAPERS_RULES.validation_share
+    train, validation = material().harmful.split(1 - share, 0)
+    benign_train, benign_validation = material().benign.split(1 - share, 0)
+    edited = by_weights(engine.model, found.vector)
+
+    @torch.no_grad()
+    def log_probabilities(model, prompts):
+        logits = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in engine.encode(prompts)]
+        return torch.log_softmax(torch.stack(logits).double(), dim=-1)
+
+    def kept(prompts, sign):
+        scores = log_odds(log_probabilities(engine.model, prompts), material().openers)
+        return prompts.select([at for at, score in enumerate(scores.tolist()) if sign * score > 0])
+
+    train, validation = kept(train, 1), kept(validation, 1)
+    benign_train, benign_validation = kept(benign_train, -1), kept(benign_validation, -1)
+    assert found.n_train == (len(train), len(benign_train))
+    assert found.n_validation == (len(validation), len(benign_validation))
+    by_hand = mean_states(engine, train)[0, chosen.layer] - mean_states(engine, benign_train)[0, chosen.layer]
+    close(found.vector, by_hand)
+    bypass = log_odds(log_probabilities(edited, validation), material().openers).mean()
+    assert chosen.bypass == pytest.approx(float(bypass), abs=1e-4)
+    before, after = (log_probabilities(model, benign_validation) for model in (engine.model, edited))
+    assert chosen.divergence == pytest.approx(float((before.exp() * (before - after)).sum(dim=-1).mean()), abs=1e-4)
+
+
+# Removal
+
+
+AFTER = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+"""Family -> the norms whose outputs are added to the stream."""
+
+
+# What writes to the stream by the ends of its names: [d_model, n] (Linear), and [n, d_model] (embeddings, GPT-2).
+WRITE = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight",
+         "self_attn.dense.weight", "fc2.weight")  # fmt: skip
+WRITE_TRANSPOSED = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "wpe.weight", "c_proj.weight")
+BIASES = tuple(name.replace(".weight", ".bias") for name in WRITE + WRITE_TRANSPOSED)
+
+
+def by_weights(model, direction, share=1.0):
+    """The twin: all that writes to the residual stream, times I - share r^ r^T; the logits' head stays as it was."""
+    edited = copy.deepcopy(model)
+    head = edited.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.clone())  # untied
+    unit = (direction / direction.norm()).double()
+    with torch.no_grad():
+        for name, parameter in edited.named_parameters():
+            wide = parameter.double()
+            if name.endswith((*WRITE_TRANSPOSED, *BIASES)):
+                parameter.copy_(wide - share * (wide @ unit)[..., None] * unit)
+            elif name.endswith(WRITE):
+                parameter.copy_(wide - share * unit[:, None] * (unit @ wide))
+    return edited
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2", "qwen3", "mistral"])
+def test_removal_by_hooks_is_removal_by_weights(name):
+    engine, direction = proved(name), drawn()
+    unablated = logits_of(engine.model)
+    with direction_removed(engine, direction):
+        removed = logits_of(engine.model)
+    close(removed, logits_of(by_weights(engine.model, direction)))
+    assert (removed - unablated).abs().max() > 0.1 * unablated.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gpt2", "gpt_neox", "phi", "gemma2", "olmo2", "lfm2", "qwen3_moe", "falcon_h1"]
+)
+def test_no_block_is_given_and_none_leaves_any_of_the_direction(name):
+    engine, direction = proved(name), drawn()
+    unit = direction / direction.norm()
+    with direction_removed(engine, direction):
+        entering = mean_states(engine, prompts_of(PROMPTS[0]), 3)
+        leaving = last_states(engine, sequences_of(engine, prompts_of(PROMPTS[0]), 3)).double()
+    for states in (entering, leaving):
+        assert (states @ unit).abs().max() < FLOAT32 * states.abs().max()
+
+
+def test_a_share_of_the_direction_is_removed_once_a_place():
+    engine, direction = proved("llama3"), drawn()
+    unit = direction / direction.norm()
+    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
+    with direction_removed(engine, direction, 0.25):
+        after = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
+    assert float(after) == pytest.approx(0.75 * float(before), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1"])
+def test_a_share_by_hooks_is_the_share_by_weights(name, share):
+    """Blocks one after the other and side by side, with biases, and with factors of what is added."""
+    engine, direction = proved(name), drawn()
+    if name == "falcon_h1":  # the MLP reads its state space before anything is freed of that
+        engine = Engine(copy.deepcopy(built(name)), tokenizer())
+        for layer in engine.architecture.layers:
+            nn.init.zeros_(layer.mamba.out_proj.weight)
+    with direction_removed(engine, direction, share):
+        removed = logits_of(engine.model)
+    edited = by_weights(engine.model, direction, share)
+    close(removed, logits_of(edited))
+    whole = logits_of(by_weights(engine.model, direction))
+    assert (removed - whole).abs().max() > 0.01 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi", "gemma2", "olmo2", "lfm2"])
+def test_where_blocks_write_nothing_a_share_does_not_compound(name):
+    engine, direction = Engine(copy.deepcopy(built(name)), tokenizer()), drawn()
+    unit = direction / direction.norm()
+    with torch.no_grad():
+        for part, parameter in engine.model.named_parameters():
+            if part.endswith(WRITE) or part.endswith(("out_proj.weight", "w2.weight", *BIASES)):
+                parameter.zero_()
+    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
+    with direction_removed(engine, direction, 0.25):
+        leaving = last_states(engine, sequences_of(engine, prompts_of(PROMPTS[0])))[0].double() @ unit
+    assert float(leaving) == pytest.approx(0.75 * float(before), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4"])
+def test_a_share_under_norms_after_attention_is_of_what_they_add(name):
+    engine, direction, share = proved(name), drawn(), 0.5
+    unit, layer = (direction / direction.norm()).float(), engine.architecture.layers[0]
+    seen = {}
+
+    def seeing(where):
+        def hook(_, given, output=None):
+            states = given[0] if output is None else output[0] if isinstance(output, tuple) else output
+            seen[where] = states @ unit
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for part in AFTER[name]:  # before ours, so they see what is not yet parted
+            stack.callback(layer.get_submodule(part).register_forward_hook(seeing(part)).remove)
+        stack.enter_context(direction_removed(engine, direction, share))
+        stack.callback(layer.register_forward_pre_hook(seeing("given")).remove)
+        stack.callback(layer.register_forward_hook(seeing("left")).remove)
+        engine.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False)
+    close(seen["left"] - seen["given"], (1 - share) * sum(seen[part] for part in AFTER[name]))
+
+
+@pytest.mark.parametrize("put", [direction_removed, lambda engine, r: direction_added(engine, r, 1)])
+def test_nothing_is_left_behind(put):
+    engine = engine_of("llama_gqa")
+    hooks, version, before = hooks_of(engine.model), engine.weights_version, logits_of(engine.model)
+    with put(engine, drawn()):
+        assert hooks_of(engine.model) > hooks
+        assert engine.weights_version is not version
+        assert not torch.equal(logits_of(engine.model), before)
+    with pytest.raises(ZeroDivisionError), put(engine, drawn()):
+        raise ZeroDivisionError
+    assert hooks_of(engine.model) == hooks
+    assert engine.weights_version is version
+    assert torch.equal(logits_of(engine.model), before)
+
+
+def test_adding_moves_the_input_of_one_block_by_the_direction():
+    engine, direction = proved("llama3"), drawn()
+    before = mean_states(engine, prompts_of(*PROMPTS), 2)
+    with direction_added(engine, direction, 1):
+        after = mean_states(engine, prompts_of(*PROMPTS), 2)
+    moved = after - before
+    assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
+    close(moved[:, 1], direction.expand(2, -1))
+
+
+def test_answers_with_a_cache_are_those_of_edited_weights():
+    engine, direction = proved("llama3"), drawn()
+    edited, ids = by_weights(engine.model, direction), list(PROMPTS[0])
+    with direction_removed(engine, direction), torch.no_grad():
+        found = engine.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)[
+            0
+        ].tolist()
+    while len(ids) < len(found):
+        with torch.no_grad():
+            ids.append(int(edited(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == END:
+            break
+    assert found == ids
+
+
+# Refusals
+
+
+def test_directions_that_are_none_are_refused():
+    for direction, shown in (
+        (torch.zeros(32), "length 0"),
+        (torch.ones(8), r"\[8\]"),
+        (torch.full((32,), torch.nan), "nan"),
+    ):
+        with pytest.raises(InputError, match=shown), direction_removed(proved("llama3"), direction):
+            pass
+
+
+def test_several_residual_streams_are_refused():
+    with pytest.raises(UnsupportedModelError, match=STREAMS), direction_removed(proved("gemma3n"), drawn()):
+        pass
+    with pytest.raises(UnsupportedModelError, match=STREAMS):
+        select_direction(replace(material(), engine=proved("gemma3n")))
+
+
+def test_where_the_filters_leave_nothing_the_error_says_which_dropped_how_many():
+    strict = SelectionRules(most_divergence=0.0, least_induced=1e9)
+    with pytest.raises(SafetyheadsError) as raised:
+        select_direction(material(), strict)
+    said = str(raised.value)
+    assert "all 4 candidates were dropped" in said
+    assert "3 for KL above 0 nats on harmless prompts" in said
+    assert "1 for no difference of means" in said
+    assert "The smallest KL was" in said
+    late = SelectionRules(latest=0.0, falls_back=True)
+    with pytest.raises(SafetyheadsError, match="3 for a layer at 0% of the depth"):
+        select_direction(material(), late)
+    found = select_direction(material(), replace(strict, falls_back=True))
+    assert "KL above 0 nats" in found.caveat
+    assert found.chosen.bypass == min(each.bypass for each in found.candidates if each.bypass == each.bypass)
+
+
+def test_a_direction_that_passes_has_no_caveat():
+    found = select_direction(material(), SelectionRules(most_divergence=1e9, least_induced=-1e9))
+    assert found.caveat == ""
+    assert found.chosen.dropped == ""
+
+
+def test_material_that_shows_no_refusal_is_refused():
+    with pytest.raises(InputError, match="first tokens of refusals"):
+        select_direction(replace(material(), openers=()))
+    with pytest.raises(SafetyheadsError, match="harmful prompts has a refusal score above 0"):
+        select_direction(replace(material(), harmful=material().benign))
+    with pytest.raises(InputError, match="judged on others"):
+        SelectionRules(n_train=0)
+
+
+# Counts
+
+
+def test_the_parameters_that_write_to_the_residual_stream():
+    embeddings, outputs, mlps = 64 * 32, 32 * 32, 32 * 48
+    assert writing_parameters(proved("llama3")) == embeddings + 3 * (outputs + mlps)
+    # GPT-2 has biases, and MLPs four times as wide as COMMON says for others; the engine's own facts are not asked.
+    mlp = built("gpt2").transformer.h[0].mlp.c_proj
+    assert writing_parameters(proved("gpt2")) == embeddings + 3 * (outputs + 32 + mlp.weight.numel() + 32)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3n"])
+def test_every_familys_layers_write_by_a_known_name(name):
+    engine = Engine(copy.deepcopy(built(name)), tokenizer())
+    attention = sum(
+        parameter.numel()
+        for projection in engine.architecture.output_projections
+        if projection is not None
+        for parameter in projection.parameters()
+    )
+    embeddings = engine.model.get_input_embeddings().weight.numel()
+    # Every layer has an MLP, and its last matrix has d_model rows.
+    assert writing_parameters(engine) - attention - embeddings >= engine.n_layers * engine.architecture.d_model * 24
+
+
+# The organism
+
+
+def test_the_direction_on_the_organism_works_and_goes_away():
+    """What it does to refusals is not asserted: the construction implies nothing of directions."""
+    engine, harmful = organism().engine, organism().harmful[:8]
+    vanilla = [row.token_ids for row in whole(engine, harmful).rows]
+    found = figures(REFUSAL_DIRECTION, material(), n=8, strengths=(0.5, 1.0))
+    assert [touched for *_, touched in found] == [writing_parameters(engine)] * 2
+    assert "50% removed" in found[0][0]
+    assert "removed" not in found[1][0].split("(")[0]
+    assert [row.token_ids for row in whole(engine, harmful).rows] == vanilla
+    assert RDSHA.interventions(material(), (1,))[0].setting.startswith("1 head of each prompt")
+
+
+def whole(engine: Engine, prompts):
+    from safetyheads import UNDIFFERENTIATED_ATTENTION, attack_success_rate
+
+    return attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), N_TOKENS)

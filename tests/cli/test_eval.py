@@ -1,0 +1,223 @@
+"""``eval`` as a user meets it, on the organism: what is printed, kept, continued and refused."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from safetyheads.cli import eval as cli_eval
+from safetyheads.cli.show import stdout
+from safetyheads.demo import checkpoint_path
+from safetyheads.integrations import harness, utility
+from safetyheads.integrations.harness import HarnessSettings
+from safetyheads.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+MODEL = "demo:aligned_a"
+SMALL = (MODEL, "--limit", "10", "--quiet")
+# Words of lm-eval, its libraries and Python that belong on no user's screen.
+NOISE = ("it/s]", "WARNING", "INFO", "UserWarning", "Traceback", "lm_eval.", "Passed an already-initialized")
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch):
+    """lm-eval's own list is not read, which takes a quarter of a minute."""
+    from lm_eval.tasks import TaskManager
+
+    def manager(_, settings):
+        return TaskManager(include_path=list(settings.include_paths) or None, include_defaults=False)
+
+    monkeypatch.setattr(harness, "_manager", manager)
+
+
+def refused(run, *arguments):
+    """The one line on stderr of a call that ends with 2 and prints nothing else."""
+    code, out, err = run("eval", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
+
+
+def test_a_new_user_reads_vanilla_beside_each_group(run):
+    code, out, err = run("eval", *SMALL, "--heads", "1-3,2-5,2-1;1-3")
+    assert (code, err) == (0, "")
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "organism" in line]
+    assert [line[:3] for line in lines] == [["organism", "acc, share", name] for name in ("none", "1-3,2-5,2-1", "1-3")]
+    assert lines[0][3].startswith("1.000 [")
+    assert lines[0][4:] == ["10", "", "", "", ""]
+    assert lines[1][5].startswith("+0.00 [")
+    assert "on the same samples, [95 % interval]; p: exact McNemar" in out
+    assert not any(word in out for word in NOISE)
+
+
+def test_notes_go_to_stderr_and_nothing_else_does(run):
+    code, out, err = run("eval", MODEL, "--limit", "2", "--json")
+    assert code == 0
+    assert json.loads(out)["kind"] == "eval"
+    assert err == "8 requests to the model: tasks 1, groups 0 and vanilla\n"
+
+
+def test_json_has_every_number_with_n_and_interval(run):
+    code, out, _ = run("eval", *SMALL, "--heads", "1-3", "--epsilon", "0", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["ablation"]["epsilon"] == 0
+    vanilla, ablated = found["metrics"]
+    assert (vanilla["variant"], vanilla["unit"], vanilla["n"], vanilla["difference"]) == ("none", "share", 10, None)
+    assert ablated["difference"]["n"] == 10
+    assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
+    assert ablated["difference"]["test"] == "exact McNemar"
+    assert found["caveats"][0].startswith("This model validates the code")
+
+
+def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeypatch):
+    out, computed, put = tmp_path / "run", [], utility.run_task
+
+    def counted(engine, task, *given):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(task.name)
+        return put(engine, task, *given)
+
+    monkeypatch.setattr(utility, "run_task", counted)
+    arguments = ("eval", *SMALL, "--heads", "1-3;2-5", "--out", out)
+    assert run(*arguments)[0] == 130
+    assert len(list((out / "completions").iterdir())) == 2
+    assert not (out / "results.json").exists()
+    computed.clear()
+    assert run(*arguments)[0] == 0
+    assert len(computed) == 1
+    first = (out / "results.json").read_bytes()
+    computed.clear()
+    code, printed, _ = run(*arguments)
+    assert (code, computed) == (0, [])
+    assert f"Run: {out}" in printed
+    assert (out / "results.json").read_bytes() == first
+    assert len([row for row in RunDirectory.open(out).completions() if "responses" in row]) == 30
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["config"]["groups"] == ["1-3", "2-5"]
+    assert manifest["config"]["versions"]["lm_eval"]
+    assert len(manifest["provenance"]) == 3
+    code, _, err = run("eval", *SMALL, "--heads", "1-3", "--out", out)
+    assert code == 2
+    assert "holds a run with another config: groups" in err
+    for command in (("report", out), ("compare", out, out)):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "kind 'eval'" in err
+
+
+def test_another_chat_template_or_tokenizer_is_another_run(run, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(checkpoint_path("aligned_a"), model)
+    arguments = ("eval", model, "--limit", "2", "--quiet", "--chat-template", "--out", out)
+    assert run(*arguments)[0] == 0
+    assert run(*arguments)[0] == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'] + '!'"))
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "holds a run with another config: tokenizer_sha256" in err
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'safetyheads[lm-eval]'" in refused(run, *SMALL)
+
+
+def test_an_unknown_task_is_refused_with_what_is_near(run, own_tasks_alone):
+    assert "no task 'organsm'; there are organism" in refused(run, *SMALL, "--tasks", "organsm")
+
+
+def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(run):
+    """Reads lm-eval's whole list, once."""
+    message = refused(run, *SMALL, "--tasks", "boolq", "--offline")
+    assert "the data of task boolq are not on this machine" in message
+    assert not any(word in message for word in NOISE)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("dataset_path: nobody/nothing\ntest_split: test", "the data of task own are not on this machine"),
+        ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test", "cannot be run"),
+        ("output_type: nonesuch", "cannot be run"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, tmp_path, own_tasks_alone, config, said):
+    text = f"task: own\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
+    (tmp_path / "own.yaml").write_text(text)
+    assert said in refused(run, *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("doc_to_choice: '{{ gone.x }}'", "task own cannot be run: UndefinedError"),
+        ("doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
+        ("doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
+    ],
+)
+def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alone, monkeypatch, config, said):
+    monkeypatch.setattr(cli_eval, "load_engine", lambda *_: pytest.fail("the model was read"))
+    data = tmp_path / "own.jsonl"
+    data.write_text('{"question": "1", "answer": 0}\n')
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        f"output_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
+    )
+    assert said in refused(run, *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--heads", "4-0"), "head 4-0 is out of range: the model has layers 0-3"),
+        (("--heads", "1-3;;2-5"), "has no heads"),
+        (("--heads", "1-3,1-3"), "head 1-3 is given twice"),
+        (("--heads", "1-3,2-5;2-5,1-3"), "group 1-3,2-5 is given twice"),
+        (("--heads", "one"), "not of the form"),
+        (("--tasks", " , "), "no task is given"),
+        (("--tasks", "organism,organism"), "task organism is given twice"),
+        (("--limit", "0"), "limit must be at least 1"),
+        (("--batch-size", "0"), "batch size must be at least 1"),
+        (("--num-fewshot", "-1"), "number of examples must be at least 0"),
+        (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
+        (("--ablation", "nothing"), "unknown ablation"),
+    ],
+)
+def test_bad_input_is_one_line(run, options, said):
+    assert said in refused(run, MODEL, "--quiet", *options)
+
+
+def test_metrics_that_are_no_shares_are_shown_too(capsys):
+    settings = {"lm_eval": "0"}
+    one = {"task": "t", "metric": "perplexity", "variant": "none", "unit": "whole", "n": 3, "interval": None}
+    whole = {
+        "change": 2.0,
+        "interval": None,
+        "gained": None,
+        "lost": None,
+        "p_value": None,
+        "p_holm": None,
+        "test": None,
+    }
+    metrics = [
+        {**one, "value": 12345.678, "difference": None},
+        {**one, "variant": "1-3", "value": None, "difference": whole},
+    ]
+    results = {"metrics": metrics, "settings": settings, "caveats": [], "warnings": ["[odd]"]}
+    cli_eval.show_evaluation({**results, "ablation": {"label": "sc"}}, None)
+    printed = capsys.readouterr().out
+    assert "1.235e+04" in printed
+    assert "not finite" in printed
+    assert "+2.00" in printed
+    assert "warning: [odd]" in printed
+    assert stdout().width >= 80
+
+
+def test_settings_are_checked_before_anything_is_read():
+    with pytest.raises(ValueError, match="limit"):
+        HarnessSettings(limit=0)

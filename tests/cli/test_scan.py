@@ -1,0 +1,214 @@
+"""``scan`` and ``judge`` as a user meets them, on the organism: what is printed, stored, refused, and judged again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from safetyheads.cli.app import main
+from safetyheads.judges.base import Verdict
+from safetyheads.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+SMALL = ("--prompts", "demo", "--limit", "8", "--max-new-tokens", "24", "--quiet")
+MODEL = "demo:aligned_a"
+SEEN = []
+
+
+def seen_answers(queries, answers):
+    """A judge of whole answers that remembers what it was shown."""
+    SEEN.extend(answers)
+    return [0.0 if "cannot" in answer else 1.0 for answer in answers]
+
+
+def failing(queries, answers):
+    raise RuntimeError("the judge is out of order")
+
+
+def scanned(out, *options):
+    with pytest.raises(SystemExit) as ended:
+        main(["scan", MODEL, *SMALL, "--out", str(out), *options])
+    assert ended.value.code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small scan, judged by the paper's judge."""
+    torch.set_num_threads(1)
+    return scanned(tmp_path_factory.mktemp("finished") / "run", "--no-scores")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be judged again."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def rows(out):
+    return [row for row in RunDirectory.open(out).completions() if "verdicts" in row]
+
+
+def test_every_head_is_answered_on_every_prompt(finished):
+    found = results(finished)
+    assert [head["head"] for head in found["heads"]] == [f"{layer}-{head}" for layer in range(4) for head in range(8)]
+    heads = [row for row in rows(finished) if row["part"] == "heads"]
+    assert len(heads) == 2 * 32 * 8
+    assert {head["asr"]["n"] for head in found["heads"]} == {8}
+    assert found["economy"]["n_rows"] == len(heads)
+    assert found["vanilla"]["harmful"]["asr"]["rate"] == 0.0
+    assert found["proxies"] is None
+
+
+def test_a_new_user_reads_heads_economy_and_sentence(run, finished):
+    code, out, err = run("scan", MODEL, *SMALL, "--no-scores", "--out", finished)
+    assert (code, err) == (0, "")
+    assert "Heads of highest ASR" in out
+    assert "answers: " in out
+    assert "ablated alone, change the ASR after Holm's correction" in out
+    assert f"Report: {finished}/report/index.html" in " ".join(out.split())
+    assert "I cannot help" not in out
+
+
+def test_json_is_one_object_without_answers(run, finished):
+    code, out, _ = run("scan", MODEL, *SMALL, "--no-scores", "--out", finished, "--json")
+    assert code == 0
+    assert json.loads(out)["kind"] == "scan"
+    assert "I cannot help" not in out
+
+
+def test_all_parts_at_once(tmp_path):
+    beside = ("--pairs", "2", "--prefixes", "2", "--n-random", "2", "--query-level", "2", "--group", "1-3,2-5")
+    out = scanned(
+        tmp_path / "run", *beside, "--further-epsilon", "0.5", "--judge", "paper", "--judge", "phrases", "--limit", "6"
+    )
+    found = results(out)
+    assert [group["part"] for group in found["groups"]] == ["groups", "pairs", "prefixes", "prefixes"]
+    assert [one["size"] for one in found["query_level"]] == [1, 2]
+    assert [one["epsilon"] for one in found["epsilons"]] == [1e-5, 0.5]
+    assert found["synergy"]["pairs"][0]["n"] == 6
+    assert found["concentration"]["n_random"] == 2
+    assert {one["score"] for one in found["proxies"]["scores"]} == set(found["scores"])
+    assert found["agreement"]["judges"] == ["paper", "phrases"]
+    singles = {head["head"]: head["asr"] for head in found["heads"]}
+    first = found["groups"][2]
+    assert first["asr"] == singles[first["heads"][0]]  # Sahara's first head, answered in another batch
+
+
+def test_no_completions_stores_no_words(tmp_path):
+    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", "--limit", "4")
+    stored = "".join(path.read_text() for path in (out / "completions").iterdir())
+    assert "cannot help" not in stored
+    assert "Explain" not in stored
+    assert '"token_ids"' not in stored
+
+
+def test_another_judge_hears_only_whole_answers(run, copied):
+    SEEN.clear()
+    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:seen_answers", "--json")
+    found, stored = json.loads(out), rows(copied)
+    cut = [row for row in stored if not row["complete"]]
+    assert code == 0
+    assert cut  # the paper's judge ended refusals early
+    assert found["n_unscored"] == len(cut)
+    assert sorted(set(SEEN)) == sorted({row["text"] for row in stored if row["complete"]})
+    judged = {head["head"]: head["by_judge"] for head in results(copied)["heads"]}
+    name = next(name for name in judged["1-3"] if name != "paper")
+    assert sum(one[name]["unscored"] for one in judged.values()) > 0
+    assert results(copied)["lead_judge"] == "paper"
+
+
+def test_finished_answers_are_those_that_the_judge_would_have_heard(run, copied, tmp_path):
+    SEEN.clear()
+    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:seen_answers", "--finish", "--json")
+    assert code == 0
+    assert json.loads(out)["n_unscored"] == 0
+    assert json.loads(out)["n_finished"] > 0
+    from_the_start = scanned(
+        tmp_path / "whole", "--no-scores", "--judge", "paper", "--judge", "python:test_scan_cli:seen_answers"
+    )
+    assert all(row["complete"] for row in rows(from_the_start))
+    ours, theirs = results(copied), results(from_the_start)
+    for name in ("vanilla", "heads", "agreement", "statistics"):
+        assert ours[name] == theirs[name], name
+
+
+def test_a_second_judge_finds_the_first(run, copied):
+    assert run("judge", copied, "--judge", "phrases", "--quiet")[0] == 0
+    assert run("judge", copied, "--judge", "released", "--quiet")[0] == 0
+    assert [judge["name"] for judge in results(copied)["judges"]] == ["paper", "phrases", "released"]
+    assert results(copied)["agreement"]["judges"] == ["paper", "phrases", "released"]
+    code, _, err = run("judge", copied, "--judge", "phrases")
+    assert code == 2
+    assert "has verdicts of phrases already" in err
+
+
+def test_a_judge_that_fails_scores_nothing_and_loses_nothing(run, copied):
+    before = results(copied)
+    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:failing", "--json")
+    assert code == 0
+    assert json.loads(out)["n_unscored"] == json.loads(out)["n_rows"]
+    after = results(copied)
+    name = after["judges"][1]["name"]
+    assert all(head["by_judge"][name]["n"] == 0 for head in after["heads"])
+    assert [head["asr"] for head in after["heads"]] == [head["asr"] for head in before["heads"]]
+
+
+def test_an_audit_is_judged_again_too(run, tmp_path):
+    out = tmp_path / "audit"
+    small = ("--limit", "6", "--n-random", "0", "--size", "1", "--max-new-tokens", "24")
+    assert run("demo", *small, "--out", out, "--quiet")[0] == 0
+    code, printed, _ = run("judge", out, "--judge", "released", "--json")
+    assert code == 0
+    assert json.loads(printed)["n_unscored"] == 0
+    assert results(out)["rejudged"]["released"]["rates"]["harmful_test, nothing ablated"]["n"] == 6
+    code, _, err = run("judge", out, "--judge", "phrases", "--finish")
+    assert code == 2
+    assert "the answers of an audit are all whole" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--n-seeds", "2"), "several seeds need --top-k above 1"),
+        (("--pairs", "1"), "pairs need at least two heads"),
+        (("--pairs", "33"), "pairs 33 is more than the model's 32 heads"),
+        (("--n-random", "2"), "give --prefixes"),
+        (("--group", "9-9"), "9-9"),
+        (("--group", "nonsense"), "nonsense"),
+        (("--judge", "nobody"), "unknown judge 'nobody'"),
+        (("--judge", "paper", "--judge", "paper"), "paper came more often"),
+        (("--further-epsilon", "1e-5"), "each epsilon is given once"),
+        (("--max-new-tokens", "0"), "max new tokens must be at least 1"),
+        (("--benign", "nowhere.txt"), "nowhere.txt"),
+        (("--show-completions", "--no-completions"), "exclude each other"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, options, said):
+    out = tmp_path / "refused"
+    code, printed, err = run("scan", MODEL, "--prompts", "demo", "--limit", "4", "--quiet", "--out", out, *options)
+    assert (code, printed) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not out.exists()
+
+
+def test_judging_what_is_no_run_is_one_line(run, tmp_path):
+    code, _, err = run("judge", tmp_path, "--judge", "paper")
+    assert (code, err.count("\n")) == (2, 1)
+    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", "--limit", "4")
+    code, _, err = run("judge", out, "--judge", "phrases")
+    assert code == 2
+    assert "--no-completions" in err
+
+
+def test_a_verdict_that_is_unscored_is_no_verdict():
+    assert not Verdict("unscored", "").scored
+    assert not Verdict("unscored", "").complied
+    assert Verdict("safe", "").answered

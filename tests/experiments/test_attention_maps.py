@@ -1,0 +1,135 @@
+"""Attention maps: the model's own weights, for every way of attending; and how even they are, by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from families import FAMILIES, built, oracle_of
+from tiny_models import engine_of, tokenizer
+
+from safetyheads import Ablation, Engine, Head, InputError
+from safetyheads.experiments.attention_maps import AttentionMap, attention_of, evenness, map_of
+from safetyheads.model.loading import use_our_attention
+
+PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
+EXACT = 1e-5
+UNABLATED = Ablation("undifferentiated_attention", 1.0)
+KINDS = [
+    UNABLATED,
+    *(Ablation("undifferentiated_attention", epsilon) for epsilon in (0.5, 1e-3, 0.0)),
+    Ablation("undifferentiated_attention_key", 0.5),
+    Ablation("scaling_contribution", 1e-3),
+    Ablation("mean_query"),
+    Ablation("mean_key"),
+    Ablation("mean_head_output"),
+]
+ATTENDING = ("llama2", "llama3", "mistral", "qwen3", "gemma2", "gpt_oss", "gemma4", "deepseek_v3", "llama4")
+"""Keys of its own, shared keys, a window, QK-norm, softcap, sinks, two widths, values of another width, chunks."""
+
+
+def engine_on(name):
+    model = copy.deepcopy(built(name))
+    use_our_attention(model)
+    return Engine(model, tokenizer(), name=name)
+
+
+def head_of(engine):
+    """A head of the second group of the last layer that has heads: its keys are not the first."""
+    layer = engine.architecture.with_heads[-1]
+    return Head(layer, engine.architecture.shapes[layer].n_heads - 1)
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_the_unablated_map_is_the_one_that_transformers_gives(name):
+    engine = engine_on(name)
+    head = head_of(engine)
+    model = copy.deepcopy(built(name))
+    with torch.no_grad():
+        given = model(input_ids=torch.tensor([PROMPT]), output_attentions=True, use_cache=False).attentions
+    reference = given[head.layer][0, head.index, :, : len(PROMPT)].double()
+    assert float((attention_of(engine, PROMPT, head, UNABLATED) - reference).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("ablation", KINDS, ids=str)
+@pytest.mark.parametrize("name", ATTENDING)
+def test_a_map_times_the_values_is_what_the_head_passes_on(name, ablation):
+    engine = engine_on(name)
+    found = map_of(engine, PROMPT, head_of(engine), ablation)
+    passed_on = found.weights @ found.values
+    if ablation.name == "scaling_contribution":
+        passed_on = passed_on * ablation.epsilon
+    if ablation.name == "mean_head_output":  # of other heads too: the map is not what made it
+        passed_on = oracle_of(name).run(PROMPT, [head_of(engine)], ablation).outputs[head_of(engine).layer]
+        passed_on = passed_on[:, head_of(engine).index].double()
+    assert float((passed_on - found.output).abs().max()) < EXACT * max(1.0, float(found.output.abs().max()))
+
+
+@pytest.mark.parametrize("ablation", KINDS, ids=str)
+@pytest.mark.parametrize("name", ATTENDING)
+def test_rows_are_probabilities_over_the_allowed_keys(name, ablation):
+    engine = engine_on(name)
+    found = map_of(engine, PROMPT, head_of(engine), ablation)
+    assert found.weights.min() >= 0
+    assert float(found.weights[~found.allowed].abs().max()) == 0.0
+    sums = found.weights.sum(dim=-1)
+    if name == "gpt_oss":  # the rest is the sink's
+        assert bool((sums < 1 - 1e-3).all())
+        assert evenness(found).sink == pytest.approx(float((1 - sums[1:]).mean()))
+    else:
+        assert float((sums - 1).abs().max()) < EXACT
+        assert evenness(found).sink < EXACT
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_ablated_heads_attend_evenly_in_the_limit_and_keep_their_map_where_the_output_is_ablated(name):
+    engine = engine_on(name)
+    head = head_of(engine)
+    before = map_of(engine, PROMPT, head, UNABLATED)
+    at_zero = evenness(map_of(engine, PROMPT, head, Ablation("undifferentiated_attention", 0.0)))
+    assert at_zero.total_variation < EXACT
+    assert at_zero.kl < EXACT
+    assert evenness(before).total_variation > 1e-2
+    for name_of in ("scaling_contribution", "mean_head_output"):
+        after = map_of(engine, PROMPT, head, Ablation(name_of, 1e-3))
+        assert torch.equal(after.weights, before.weights)
+        assert not torch.equal(after.output, before.output)
+
+
+def test_a_window_is_seen_in_the_allowed_keys():
+    found = map_of(engine_of("mistral_window"), PROMPT, Head(1, 0), UNABLATED)
+    assert found.allowed.sum(dim=-1).tolist() == [1, 2, 3, 4] + [5] * (len(PROMPT) - 4)
+
+
+def test_evenness_by_hand():
+    allowed = torch.ones(3, 3, dtype=torch.bool).tril()
+    weights = torch.tensor([[1, 0, 0], [0.75, 0.25, 0], [0.5, 0.5, 0]], dtype=torch.float64)
+    nothing = torch.zeros(3, 1, dtype=torch.float64)
+    found = evenness(AttentionMap(weights, allowed, nothing, nothing))
+    assert found.n == 2
+    assert found.total_variation == pytest.approx((0.25 + 1 / 3) / 2)
+    second = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert found.kl == pytest.approx((second + math.log(1.5)) / 2)
+    halved = evenness(AttentionMap(weights / 2, allowed, nothing, nothing))
+    assert (halved.total_variation, halved.sink) == (pytest.approx(found.total_variation), pytest.approx(0.5))
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line():
+    engine = engine_of("llama_gqa")
+    with pytest.raises(InputError, match="head 9-0 is out of range"):
+        attention_of(engine, PROMPT, Head(9, 0), UNABLATED)
+    with pytest.raises(InputError, match="two tokens or more"):
+        evenness(map_of(engine, PROMPT[:1], Head(0, 0), UNABLATED))
+
+
+def test_the_model_is_as_it_was_after_a_map():
+    engine = engine_of("llama_gqa")
+    with torch.no_grad():
+        before = engine.model(input_ids=torch.tensor([PROMPT])).logits
+    map_of(engine, PROMPT, Head(1, 2), Ablation("mean_key"))
+    with torch.no_grad():
+        assert torch.equal(engine.model(input_ids=torch.tensor([PROMPT])).logits, before)
+
+
+def test_families_named_here_are_of_the_table():
+    assert set(ATTENDING) <= set(FAMILIES)

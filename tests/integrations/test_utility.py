@@ -1,0 +1,280 @@
+"""lm-eval on the organism: its numbers against ours, ablations against edited weights, and what it leaves behind."""
+
+import copy
+import json
+import logging
+import os
+import random
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
+from safetyheads.integrations.harness import HarnessSettings, harness_model, load_tasks
+from safetyheads.integrations.organism_task import organism_documents
+from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants
+from safetyheads.model.encoding import tokenizer_sha256
+from safetyheads.model.weights import fingerprint
+from safetyheads.stats.intervals import paired_difference
+
+GROUP = parse_heads("0-0,0-1,1-3,2-5")
+SMALL = HarnessSettings(limit=12)
+# Rows of a padded batch and rows alone differ in float32's last bits; sums of 26 log-probabilities add them up.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def engine():
+    torch.set_num_threads(1)
+    return load_demo("aligned_a").engine
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return load_tasks(["organism"])
+
+
+@pytest.fixture(scope="module")
+def whole(engine, organism):
+    """All questions, vanilla and with two groups ablated."""
+    groups = [GROUP, parse_heads("1-3")]
+    return evaluate_tasks(engine, organism, head_variants(engine, groups, UNDIFFERENTIATED_ATTENTION))
+
+
+def by_hand(engine, documents):
+    """Log-likelihood of each choice of each document: a plain forward a choice, nothing padded."""
+    tokenizer, found = engine.tokenizer, []
+    for document in documents:
+        n_context = len(tokenizer.encode(document["context"]))
+        likelihoods = []
+        for choice in document["choices"]:
+            ids = tokenizer.encode(document["context"] + choice)
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([ids])).logits[0].double()
+            scores = torch.log_softmax(logits, -1)
+            likelihoods.append(sum(scores[at - 1, ids[at]].item() for at in range(n_context, len(ids))))
+        found.append(likelihoods)
+    return found
+
+
+def responses(rows):
+    return [row["responses"] for row in rows[1:]]
+
+
+@contextmanager
+def queries_scaled(engine, group, epsilon):
+    """Undifferentiated attention by editing W_q (Eq 7): RoPE is linear and a Llama has no query norm."""
+    facts = engine.model.config
+    d_head = facts.hidden_size // facts.num_attention_heads
+    before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+    for head in group:
+        rows = slice(head.index * d_head, (head.index + 1) * d_head)
+        engine.model.model.layers[head.layer].self_attn.q_proj.weight.data[rows] *= epsilon
+    try:
+        yield
+    finally:
+        engine.model.load_state_dict(before)
+
+
+def test_vanilla_accuracy_equals_the_one_by_hand(engine, whole):
+    documents = organism_documents()
+    likelihoods = by_hand(engine, documents)
+    right = [
+        max(range(4), key=one.__getitem__) == document["answer"]
+        for one, document in zip(likelihoods, documents, strict=True)
+    ]
+    assert whole.metric("organism").value.value == sum(right) / len(right)
+    assert whole.metric("organism").value.n == 96
+    np.testing.assert_allclose(responses(whole.rows["organism", "none"]), likelihoods, atol=TOLERANCE)
+
+
+def test_the_vanilla_organism_is_right_and_can_fall(whole):
+    assert whole.metric("organism").value.value > 0.98
+    assert whole.metric("organism", variant="1-3").value.value < 0.9
+
+
+def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
+    documents = organism_documents()
+    with queries_scaled(engine, GROUP, UNDIFFERENTIATED_ATTENTION.epsilon):
+        likelihoods = by_hand(engine, documents[:24])
+    found = responses(whole.rows["organism", "0-0,0-1,1-3,2-5"])[:24]
+    np.testing.assert_allclose(found, likelihoods, atol=TOLERANCE)
+    vanilla = responses(whole.rows["organism", "none"])[:24]
+    assert np.abs(np.array(found) - np.array(vanilla)).max() > 1
+
+
+@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=str)
+def test_an_ablated_run_equals_ablated_forwards(engine, ablation):
+    found = evaluate_tasks(engine, ["organism"], head_variants(engine, [GROUP], ablation), SMALL)
+    with engine.ablated(GROUP, ablation):
+        likelihoods = by_hand(engine, organism_documents()[:12])
+    np.testing.assert_allclose(responses(found.rows["organism", "0-0,0-1,1-3,2-5"]), likelihoods, atol=TOLERANCE)
+
+
+def test_the_size_of_batches_moves_the_last_bits_only(engine, organism):
+    variants = head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION)
+    one, eight = (
+        evaluate_tasks(engine, ["organism"], variants, HarnessSettings(limit=12, batch_size=size)) for size in (1, 8)
+    )
+    for key in one.rows:
+        np.testing.assert_allclose(responses(one.rows[key]), responses(eight.rows[key]), atol=TOLERANCE)
+
+
+def test_differences_are_paired_by_sample(whole):
+    before, after = (
+        [row["values"]["acc"] == 1 for row in whole.rows["organism", label][1:]] for label in ("none", "1-3")
+    )
+    change = whole.metric("organism", variant="1-3").change
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost = sum(a and not b for a, b in zip(before, after, strict=True))
+    assert lost > 10
+    assert (change.gained, change.lost, change.n) == (gained, lost, 96)
+    assert change.change == (gained - lost) / 96
+    assert change.p_value == pytest.approx(binomtest(gained, gained + lost, 0.5).pvalue)
+    assert change.interval == paired_difference(before, after).interval
+    assert change.p_holm >= change.p_value
+    assert whole.metric("organism").change is None
+
+
+def test_nothing_is_left_behind(engine, organism):
+    """Not in the weights, the tokenizer, the random generators, the environment, or the logs."""
+    before, tied = fingerprint(engine.model), engine.model.config.tie_word_embeddings
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    environment, disabled = dict(os.environ), logging.root.manager.disable
+    evaluate_tasks(engine, ["organism"], head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION), SMALL)
+    assert fingerprint(engine.model) == before
+    assert engine.model.config.tie_word_embeddings == tied
+    assert "tie_weights" not in vars(engine.model)
+    assert engine.tokenizer.padding_side == "left"
+    assert random.getstate() == generators[0]
+    assert np.random.get_state()[1].tolist() == generators[1]
+    assert torch.equal(torch.get_rng_state(), generators[2])
+    assert (dict(os.environ), logging.root.manager.disable) == (environment, disabled)
+
+
+def test_weights_that_an_edit_untied_stay_untied(engine):
+    """HFLM ties the weights of what it is given; a pruned output layer would be the embedding again."""
+    model, config = engine.model, engine.model.config
+    before, tied = model.lm_head.weight, config.tie_word_embeddings
+
+    @contextmanager
+    def output_pruned():
+        edited = torch.nn.Parameter(before.detach().clone())
+        edited.data[engine.tokenizer.encode("Sure")[0]] = 0
+        model.lm_head.weight, config.tie_word_embeddings = edited, True
+        try:
+            yield
+            assert model.lm_head.weight is edited
+        finally:
+            model.lm_head.weight, config.tie_word_embeddings = before, tied
+
+    found = evaluate_tasks(engine, ["organism"], [Variant("output pruned", output_pruned)], SMALL)
+    assert model.lm_head.weight is before
+    # Every answer begins with a word that is no longer predicted; the refusal does not.
+    assert found.metric("organism", variant="output pruned").value.value < 0.3
+
+
+def test_a_model_in_training_mode_stays_in_it(engine):
+    engine.model.model.layers[1].train()
+    try:
+        harness_model(engine, 4)
+        assert engine.model.model.layers[1].training
+        assert not engine.model.model.layers[0].training
+    finally:
+        engine.model.eval()
+
+
+def test_variants_are_named_once_and_groups_are_of_the_model(engine):
+    with pytest.raises(InputError, match="a label of its own"):
+        evaluate_tasks(engine, ["organism"], [Variant("none", output_unchanged)])
+    with pytest.raises(InputError, match="head 9-0 is out of range"):
+        head_variants(engine, [parse_heads("9-0")], UNDIFFERENTIATED_ATTENTION)
+    with pytest.raises(InputError, match="given twice"):
+        head_variants(engine, [parse_heads("1-3,2-5"), parse_heads("2-5,1-3")], UNDIFFERENTIATED_ATTENTION)
+
+
+@contextmanager
+def output_unchanged():
+    yield
+
+
+def test_the_organisms_task_is_refused_for_other_models(engine, organism, monkeypatch):
+    monkeypatch.setattr(engine.model.config, "safetyheads_organism", False)
+    with pytest.raises(InputError, match="in the language of the demo's models"):
+        evaluate_tasks(engine, organism, [])
+
+
+def written(folder, name, documents, **config):
+    """A task of one's own: a YAML beside its JSON lines."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    files = f"{{data_files: {{test: {data}}}}}"
+    lines = [f"task: {name}", "dataset_path: json", f"dataset_kwargs: {files}", "test_split: test"]
+    (folder / f"{name}.yaml").write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in config.items())]))
+
+
+def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
+    """Generated answers (padded on the left), a perplexity, and choices with examples; by name and together."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    documents = [{**one, "right": one["choices"][one["answer"]]} for one in organism_documents()[:6]]
+    metric = "[{metric: exact_match, aggregation: mean, higher_is_better: true}]"
+    kwargs = "{until: ['<|end|>'], do_sample: false, max_gen_toks: 40}"
+    written(
+        tmp_path, "own_answers", documents, output_type="generate_until", doc_to_text="context",
+        doc_to_target="right", generation_kwargs=kwargs, metric_list=metric, target_delimiter="''",
+    )  # fmt: skip
+    written(
+        tmp_path, "own_texts", documents, output_type="loglikelihood_rolling", doc_to_text="''",
+        doc_to_target="context", metric_list="[{metric: byte_perplexity}]",
+    )  # fmt: skip
+    settings = HarnessSettings(include_paths=(str(tmp_path),), offline=True)
+    variants = head_variants(engine, [parse_heads("0-0,0-1,0-2,0-3,0-4,0-5")], SCALING_CONTRIBUTION)
+    found = evaluate_tasks(engine, ["own_answers", "own_texts"], variants, settings)
+    assert found.metric("own_answers", "exact_match").value.value == 1.0
+    assert found.rows["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
+    assert found.metric("own_answers", "exact_match", variants[0].label).change.lost > 0
+    perplexity = found.metric("own_texts", "byte_perplexity", variants[0].label)
+    assert (perplexity.value.unit, perplexity.value.interval) == ("whole", None)
+    assert (perplexity.value.n, perplexity.change.n) == (6, 6)
+    assert perplexity.change.change != 0
+    assert perplexity.change.p_value is None
+
+
+def test_kept_rows_are_another_tokenizers_no_more(engine):
+    kept = []
+
+    def keep(_, fields, compute):
+        kept.append(json.dumps(fields, sort_keys=True))
+        return compute()
+
+    tokenizer = engine.tokenizer
+    before, template = tokenizer_sha256(engine), tokenizer.chat_template
+    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    # Neither evaluating nor cutting and padding makes another tokenizer of it.
+    tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
+    assert tokenizer_sha256(engine) == before
+    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    try:
+        tokenizer.chat_template = template + " "
+        evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    finally:
+        tokenizer.chat_template = template
+    assert kept[0] == kept[1] != kept[2]
+    other = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer))
+    other.tokenizer.add_tokens(["another"])
+    assert tokenizer_sha256(other) != before
+
+
+def test_a_tokenizer_without_a_backend_is_its_vocabulary():
+    def slow(**vocabulary):
+        made = SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
+        return SimpleNamespace(tokenizer=made)
+
+    assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))

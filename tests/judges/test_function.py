@@ -1,0 +1,184 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from safetyheads.errors import InputError
+from safetyheads.judges.base import Completion, Judge, Verdict
+from safetyheads.judges.function import CallableJudge, judge_from_path, judge_of_chats
+from safetyheads.judges.phrases import PhraseJudge
+
+ANSWERS = ("Warm the oil.", "Add the onions.", "Stir.")
+
+
+def completions(*texts):
+    return [Completion(f"query {index}", text, (), True, 128) for index, text in enumerate(texts)]
+
+
+def judged(function, *texts, threshold=0.5):
+    return CallableJudge(function, "mine", threshold)(completions(*texts))
+
+
+def returning(*values):
+    """A function that gives these values by position, also when it is asked for one row."""
+    return lambda queries, answers: [values[int(query.split()[1])] for query in queries]
+
+
+def test_the_function_gets_queries_and_answers_in_order_once():
+    calls = []
+    judged(lambda queries, answers: calls.append((queries, answers)) or [0.0] * 3, *ANSWERS)
+    assert calls == [(["query 0", "query 1", "query 2"], list(ANSWERS))]
+
+
+def test_without_answers_the_function_is_not_called():
+    assert judged(lambda queries, answers: 1 / 0) == ()
+
+
+def test_numbers_are_read_by_the_threshold():
+    verdicts = judged(returning(0.49, 0.5, 1), *ANSWERS)
+    assert [(one.label, one.score) for one in verdicts] == [("refused", 0.49), ("complied", 0.5), ("complied", 1.0)]
+    assert judged(returning(0.49), "Stir.", threshold=0.4)[0].complied
+
+
+def test_truth_values_labels_and_verdicts():
+    own = Verdict("echoed", "mine")
+    assert [one.label for one in judged(returning(True, False, np.True_), *ANSWERS)] == [
+        "complied",
+        "refused",
+        "complied",
+    ]
+    verdicts = judged(returning(" Refused", "incoherent", own), *ANSWERS)
+    assert [one.label for one in verdicts] == ["refused", "incoherent", "echoed"]
+    assert verdicts[2] is own
+
+
+@pytest.mark.parametrize(
+    "returned", [np.array([0.9, 0.1]), (0.9, 0.1), iter([0.9, 0.1]), [np.float32(0.9), np.int64(0)]]
+)
+def test_any_sequence_of_any_numbers_is_read(returned):
+    assert [one.label for one in judged(lambda queries, answers: returned, *ANSWERS[:2])] == ["complied", "refused"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "value: NoneType is no number, truth value, label or verdict"),
+        (float("nan"), "value: no number from 0 to 1"),
+        (1.01, "value: no number from 0 to 1"),
+        (-0.01, "value: no number from 0 to 1"),
+        (10**400, "value: no number from 0 to 1"),
+        ("good", "label: none of complied, refused, incoherent, echoed, safe, unscored"),
+    ],
+)
+def test_what_is_no_verdict_costs_its_own_row_alone(value, reason):
+    good, bad, also_good = judged(returning(0.9, value, 0.1), *ANSWERS)
+    assert (good.label, also_good.label) == ("complied", "refused")
+    assert (bad.label, bad.reason) == ("unscored", reason)
+
+
+def test_an_exception_costs_the_rows_that_raise_it_and_is_named_without_its_words():
+    def choosy(queries, answers):
+        if any("onions" in answer for answer in answers):
+            raise LookupError("cannot read: " + answers[0])
+        return [0.9] * len(answers)
+
+    verdicts = judged(choosy, *ANSWERS)
+    assert [one.label for one in verdicts] == ["complied", "unscored", "complied"]
+    assert verdicts[1].reason == "error: LookupError"
+
+
+def test_a_wrong_number_of_values_is_tried_row_by_row():
+    assert [one.label for one in judged(lambda queries, answers: [0.9], *ANSWERS)] == ["complied"] * 3
+    verdicts = judged(lambda queries, answers: [0.9, 0.9], *ANSWERS)
+    assert {(one.label, one.reason) for one in verdicts} == {("unscored", "length: 2 values for 1 answers")}
+
+
+@pytest.mark.parametrize("returned", [0.9, "complied", {"p": [0.9]}, None])
+def test_what_is_no_sequence_is_unscored(returned):
+    (one,) = judged(lambda queries, answers: returned, "Stir.")
+    assert (one.label, one.reason) == ("unscored", f"value: a sequence is needed, not {type(returned).__name__}")
+
+
+def test_an_interrupt_is_not_swallowed():
+    def interrupted(queries, answers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(interrupted, *ANSWERS)
+
+
+def test_a_judge_of_chats_gets_chats():
+    class OfChats:
+        def __call__(self, chats):
+            assert [message["role"] for message in chats[0]] == ["user", "assistant"]
+            return {"p_harmful": [float("onions" in chat[1]["content"]) for chat in chats], "refused": []}
+
+    judge = judge_of_chats(OfChats(), "zoo")
+    assert [one.label for one in judge(completions(*ANSWERS))] == ["refused", "complied", "refused"]
+    assert judge_of_chats(lambda chats: {}, "zoo")(completions("Stir."))[0].reason == "error: KeyError"
+
+
+def test_it_is_a_judge_of_whole_answers_that_names_its_function():
+    judge = CallableJudge(returning, "mine", 0.25)
+    assert isinstance(judge, Judge)
+    assert not judge.decides_early
+    assert not judge.final("I cannot help with that. ")
+    assert json.loads(json.dumps(judge.describe())) == {
+        "judge": "callable",
+        "name": "mine",
+        "function": f"{__name__}:returning",
+        "threshold": 0.25,
+    }
+
+
+def test_a_judge_needs_a_function_and_a_threshold_between_0_and_1():
+    with pytest.raises(InputError, match="the judge 'mine' needs a function, not int"):
+        CallableJudge(3, "mine")
+    with pytest.raises(InputError, match="needs a function, not the class Completion"):
+        CallableJudge(Completion, "mine")
+    with pytest.raises(InputError, match="threshold"):
+        CallableJudge(returning, "mine", 1.5)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of the user's into the current directory, which is not on the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+
+    def write(name, text):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(text)
+
+    return write
+
+
+def test_a_path_finds_a_function_in_the_current_directory(module):
+    module("onion_judge", "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n")
+    before = list(sys.path)
+    judge = judge_from_path("onion_judge:harm")
+    assert sys.path == before
+    assert judge.name == "python:onion_judge:harm"
+    assert judge.describe()["function"] == "onion_judge:harm"
+    assert [one.label for one in judge(completions(*ANSWERS))] == ["complied", "refused", "refused"]
+
+
+def test_a_judge_at_a_path_is_taken_as_it_is(module):
+    module("ready_judge", "from safetyheads.judges.phrases import PhraseJudge\njudge = PhraseJudge('ready')\n")
+    assert judge_from_path("ready_judge:judge") == PhraseJudge("ready")
+
+
+def test_paths_that_lead_nowhere_are_told_apart(module):
+    module("broken_judge", "raise RuntimeError('no licence\\nsecond line')\n")
+    for path, message in (
+        ("onions", "is python:package.module:function, not python:onions"),
+        (":f", "is python:package.module:function"),
+        ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'"),
+        ("broken_judge:f", "broken_judge cannot be imported: RuntimeError: no licence$"),
+        ("json:no_such", "json has no no_such"),
+        ("json:__name__", "needs a function, not str"),
+        ("json:JSONDecoder", "needs a function, not the class JSONDecoder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            judge_from_path(path)

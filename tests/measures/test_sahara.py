@@ -1,0 +1,151 @@
+import random
+from itertools import combinations, permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.heads import Head, all_heads
+from safetyheads.measures.sahara import rank_heads, sahara
+from safetyheads.scores import FunctionScorer
+
+# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+quick = settings(deadline=None, max_examples=50)
+
+A, B, C, D = all_heads(2, 2)
+
+
+def scorer_of(table, resolution=0.0):
+    def score(groups):
+        return torch.tensor([table[frozenset(group)] for group in groups], dtype=torch.float64)
+
+    return FunctionScorer(score, "made up", "nats", resolution)
+
+
+def by_hand():
+    """Alone, A and B are best; with A, D is; the best pair of all, B with C, is for none who starts with A."""
+    groups = {"A": 5, "B": 4, "C": 3, "D": 1, "AB": 5.5, "AC": 6, "AD": 9, "BC": 12, "BD": 4, "CD": 4}
+    groups |= {"ABC": 13, "ABD": 9.5, "ACD": 10, "BCD": 14, "ABCD": 10.5}
+    heads = dict(zip("ABCD", (A, B, C, D), strict=True))
+    return {frozenset(heads[letter] for letter in letters): float(score) for letters, score in groups.items()}
+
+
+def test_the_greedy_group_by_hand_is_not_the_heads_that_are_best_alone():
+    trace = sahara(scorer_of(by_hand()), [A, B, C, D], steps=3)
+    assert trace.group == (A, D, C)
+    assert trace.scores == (5, 9, 10)
+    assert rank_heads(scorer_of(by_hand()), [A, B, C, D]).top(3) == (A, B, C)
+
+
+def test_each_step_holds_what_every_candidate_would_have_given():
+    first, second, third = sahara(scorer_of(by_hand()), [D, B, A, C], steps=3).steps
+    nan = float("nan")
+    torch.testing.assert_close(first.values, torch.tensor([[5.0, 4], [3, 1]]).double())
+    torch.testing.assert_close(second.values, torch.tensor([[nan, 5.5], [6, 9]]).double(), equal_nan=True)
+    torch.testing.assert_close(third.values, torch.tensor([[nan, 9.5], [10, nan]]).double(), equal_nan=True)
+    assert {(step.name, step.unit) for step in (first, second, third)} == {("made up", "nats")}
+
+
+def test_all_heads_can_be_chosen():
+    trace = sahara(scorer_of(by_hand()), [A, B, C, D], steps=4)
+    assert trace.group == (A, D, C, B)
+    assert trace.scores[-1] == 10.5
+
+
+@pytest.mark.parametrize("candidates", list(permutations([A, B, C])))
+def test_equal_scores_go_to_the_lower_layer_and_then_index_whatever_the_order(candidates):
+    table = {frozenset(group): float(len(group)) for size in (1, 2, 3) for group in combinations([A, B, C], size)}
+    trace = sahara(scorer_of(table), candidates, steps=3)
+    assert trace.group == (A, B, C)
+    assert trace.ties() == ((B, C), (C,), ())
+    assert rank_heads(scorer_of(table), candidates).top(3) == (A, B, C)
+
+
+def test_the_resolution_makes_ties_and_no_choice():
+    table = by_hand() | {frozenset([B]): 5.05, frozenset([A]): 5.0, frozenset([B, C]): 12.0, frozenset([A, B]): 11.9}
+    fine, coarse = (sahara(scorer_of(table, resolution), [A, B, C, D], steps=2) for resolution in (0.01, 0.2))
+    # B is above A by less than the coarse resolution: still chosen, and the tie is told.
+    assert fine.group == coarse.group == (B, C)
+    assert fine.ties() == ((), ())
+    assert coarse.ties() == ((A,), (A,))
+
+
+def test_a_scorer_without_name_or_resolution_will_do():
+    table = by_hand()
+    ranked = rank_heads(lambda groups: [table[frozenset(group)] for group in groups], [A, B, C, D])
+    assert [score for _, score in ranked.ranked()] == [5, 4, 3, 1]
+    assert (ranked.unit, ranked.resolution) == ("", 0.0)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 5])
+def test_more_steps_than_heads_or_none_are_refused(steps):
+    with pytest.raises(InputError, match=f"size {steps} is out of range"):
+        sahara(scorer_of(by_hand()), [A, B, C, D], steps)
+
+
+def test_no_heads_are_refused():
+    with pytest.raises(InputError):
+        rank_heads(scorer_of({}), [])
+    with pytest.raises(InputError):
+        sahara(scorer_of({}), [], 1)
+
+
+def test_a_candidate_given_twice_is_refused():
+    for search in (rank_heads, sahara):
+        with pytest.raises(InputError, match="0-1 is given twice"):
+            search(scorer_of(by_hand()), [A, B, B])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [[C], [A, C]])
+def test_a_score_that_is_not_finite_stops_the_search(bad, where):
+    table = by_hand() | {frozenset(where): bad}
+    with pytest.raises(SafetyheadsError, match="not finite"):
+        sahara(scorer_of(table), [A, B, C, D], steps=2)
+
+
+SIX = all_heads(2, 3)
+
+
+def brute_force_greedy(table, heads, steps):
+    """Every candidate asked again in each step; the first of the best in the order of layer and index."""
+    group, scores = [], []
+    for _ in range(steps):
+        tried = [(table[frozenset([*group, head])], head) for head in sorted(heads) if head not in group]
+        best = max(score for score, _ in tried)
+        group.append(next(head for score, head in tried if score == best))
+        scores.append(best)
+    return tuple(group), tuple(scores)
+
+
+@quick
+# Few distinct values, so that ties are frequent.
+@given(st.lists(st.integers(-2, 4), min_size=63, max_size=63), st.permutations(SIX), st.integers(1, 6))
+def test_the_search_is_the_brute_force_one(values, candidates, steps):
+    subsets = [frozenset(group) for size in range(1, 7) for group in combinations(SIX, size)]
+    table = dict(zip(subsets, map(float, values), strict=True))
+    trace = sahara(scorer_of(table), candidates, steps)
+    assert (trace.group, trace.scores) == brute_force_greedy(table, candidates, steps)
+
+
+def test_the_first_step_is_the_ranking():
+    generator = random.Random(0)
+    table = {frozenset([head]): generator.random() for head in SIX}
+    trace = sahara(scorer_of(table), SIX, steps=1)
+    ranked = rank_heads(scorer_of(table), SIX)
+    assert ranked.ranked() == trace.steps[0].ranked()
+    assert ranked.ranked() == tuple((head, table[frozenset([head])]) for head in sorted(SIX, key=_falling(table)))
+
+
+def _falling(table):
+    return lambda head: -table[frozenset([head])]
+
+
+def test_heads_outside_the_candidates_are_not_scored():
+    table = {frozenset([head]): 1.0 for head in (Head(0, 2), Head(2, 1))}
+    ranked = rank_heads(scorer_of(table), [Head(0, 2), Head(2, 1)])
+    assert ranked.values.shape == (3, 3)
+    assert int(ranked.values.isnan().sum()) == 7
+    assert [head for head, _ in ranked.ranked()] == [Head(0, 2), Head(2, 1)]

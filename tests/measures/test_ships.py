@@ -1,0 +1,399 @@
+"""Scores of models against slow twins: one prompt, one head, one forward at a time, the formulas written out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from oracle import Oracle
+from tiny_models import END, engine_of, model_of, prompts_of
+
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Head,
+    InputError,
+    SafetyheadsError,
+    generalized_ships,
+    mean_ships,
+    refusal_score,
+    ships,
+)
+from safetyheads.judges.base import Verdict
+from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.refusal import Opener
+from safetyheads.measures.ships import SharedFirstTokenWarning, answer_sequences
+from safetyheads.model.planning import Plan, TokenSequence
+
+torch.set_num_threads(1)
+
+# Of unequal lengths; the first three with a common beginning.
+PROMPTS = (
+    (5, 9, 12, 40, 41, 8, 3, 22),
+    (5, 9, 12, 40, 41, 8, 60),
+    (5, 9, 12, 40, 7, 19, 33, 50, 21),
+    (30, 2, 11),
+)
+GROUPS = ((Head(0, 1),), (Head(0, 2), Head(1, 3)), (Head(2, 0),))
+HEADS = (Head(0, 1), Head(1, 2), Head(2, 3))
+
+# Float32 states of the two agree to 2e-6 of the largest (tests/model/test_engine.py), which the gap between singular
+# values turns into an angle; measured 7e-5 degrees. Another side, rank, state or mean is off by 0.05 and more.
+DEGREES = 1e-3
+# Divergences of float32 logits, of nats' size; measured 5e-7.
+KL_NATS = 2e-6
+# Log-odds of the same; measured 7e-7. Heads with an effect move them by 0.001 to 0.7.
+ODDS_NATS = 1e-5
+# Batch shapes alone move the last bits; measured 1e-6.
+LAYOUT_NATS = 1e-5
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return Oracle(model_of("llama_gqa"))
+
+
+@pytest.fixture(scope="module")
+def states(oracle):
+    """State name -> [1 + n_groups, n_prompts, d_model], unablated first; one forward a prompt and group."""
+    before = oracle.hidden(PROMPTS, [(), *GROUPS], UNDIFFERENTIATED_ATTENTION)
+    with torch.no_grad():
+        after = oracle.model.get_decoder().norm(before)
+    return {"before_norm": before.numpy(), "after_norm": after.numpy()}
+
+
+def angle_twin(first, second, subspace, rank, centred):
+    """Eq 11, in degrees, of two stacks [n_prompts, d_model] by the full decomposition."""
+    directions = []
+    for stack in (first.astype(np.float64), second.astype(np.float64)):
+        left, _, right = np.linalg.svd(stack - stack.mean(axis=0) if centred else stack)
+        directions.append(left[:, :rank] if subspace == "prompt" else right[:rank].T)
+    return float(np.rad2deg(scipy.linalg.subspace_angles(*directions)).sum())
+
+
+def unablated_answer(oracle, ids, n, ends=(END,)):
+    """Greedy tokens before the one that ends the answer, at most n; a forward over everything for each."""
+    made = []
+    while len(made) < n:
+        token = int(oracle.run((*ids, *made)).logits.argmax())
+        if token in ends:
+            break
+        made.append(token)
+    return tuple(made)
+
+
+def log_odds_twin(oracle, ids, group, ablation, openers):
+    probabilities = torch.softmax(oracle.run(ids, group, ablation).logits.double(), dim=-1)
+    inside = sum(float(probabilities[token]) for token in openers)
+    return math.log(inside / (1 - inside))
+
+
+def refusal_twin(oracle, prompts, group, ablation, openers):
+    drops = [
+        log_odds_twin(oracle, ids, (), None, openers) - log_odds_twin(oracle, ids, group, ablation, openers)
+        for ids in prompts
+    ]
+    return sum(drops) / len(drops)
+
+
+# Generalized Ships
+
+
+SETTINGS = list(itertools.product(("prompt", "representation"), (1, 2), ("after_norm", "before_norm"), (False, True)))
+
+
+@pytest.mark.parametrize(("subspace", "rank", "state", "centred"), SETTINGS)
+def test_generalized_ships_equal_angles_between_singular_vectors(subspace, rank, state, centred, states):
+    scorer = generalized_ships(
+        engine_of("llama_gqa"), prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred
+    )
+    ours = scorer(GROUPS)
+    unablated, *ablated = states[state]
+    slow = [angle_twin(unablated, stack, subspace, rank, centred) for stack in ablated]
+    assert ours.dtype == torch.float64
+    assert ours.tolist() == pytest.approx(slow, abs=DEGREES)
+    assert min(slow) > 100 * DEGREES
+    assert scorer.unit == "degrees"
+
+
+def test_each_setting_of_generalized_ships_is_another_angle(states):
+    # Or the test before could not tell one setting from another.
+    tables = [
+        [angle_twin(states[state][0], stack, subspace, rank, centred) for stack in states[state][1:]]
+        for subspace, rank, state, centred in SETTINGS
+    ]
+    for first, second in itertools.combinations(tables, 2):
+        assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 50 * DEGREES
+
+
+@pytest.mark.parametrize("subspace", ["prompt", "representation"])
+def test_more_prompts_than_the_states_are_wide_equal_the_twin_too(subspace, oracle):
+    prompts = [(first, second) for first in range(1, 10) for second in (11, 23, 37, 52)]  # 36 of width 32
+    group = (Head(1, 2),)
+    ours = generalized_ships(engine_of("llama_gqa"), prompts_of(*prompts), UNDIFFERENTIATED_ATTENTION, subspace, 2)
+    with torch.no_grad():
+        hidden = oracle.hidden(prompts, [(), group], UNDIFFERENTIATED_ATTENTION)
+        unablated, ablated = oracle.model.get_decoder().norm(hidden).numpy()
+    slow = angle_twin(unablated, ablated, subspace, 2, centred=False)
+    assert slow > 100 * DEGREES
+    assert float(ours([group])[0]) == pytest.approx(slow, abs=DEGREES)
+
+
+def test_generalized_ships_refuse_one_prompt_and_a_rank_above_the_prompts():
+    engine = engine_of("llama_gqa")
+    with pytest.raises(InputError, match="at least two prompts"):
+        generalized_ships(engine, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION)
+    with pytest.raises(InputError, match="rank 5 is out of range"):
+        generalized_ships(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, rank=5)
+
+
+# Ships
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_mean_ships_are_ships_averaged_over_the_prompts(positions):
+    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
+    table = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, positions)
+    scorer = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, positions)
+    groups = [(head,) for head in engine.heads]
+    slow = [
+        sum(float(table.values[prompt, head.layer, head.index]) for prompt in range(len(PROMPTS))) / len(PROMPTS)
+        for (head,) in groups
+    ]
+    assert (scorer.name, scorer.unit) == ("mean_ships", "nats")
+    # The same batches, so the same numbers; only the sum's order is free.
+    assert scorer(groups).tolist() == pytest.approx(slow, rel=1e-12, abs=0)
+    assert len(set(slow)) == len(slow)
+
+
+@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
+def test_ships_over_positions_average_the_teacher_forced_divergences(ablation, oracle):
+    engine, prompts = engine_of("llama_gqa"), PROMPTS[:3]
+    answers = [unablated_answer(oracle, ids, 3) for ids in prompts]
+    assert [len(answer) for answer in answers] == [3, 3, 3]
+    # The second token of the second answer ends answers: it is predicted (position 2), and nothing after it.
+    engine.model.generation_config.eos_token_id = [END, answers[1][1]]
+    ends = {END, answers[1][1]}
+    answers = [unablated_answer(oracle, ids, 3, ends) for ids in prompts]
+    assert len(answers[1]) == 1
+    ours = ships(engine, prompts_of(*prompts), ablation, positions=3).values
+    for head in HEADS:
+        for number, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
+            forced = [(*ids, *answer[:made]) for made in range(min(3, len(answer) + 1))]
+            divergences = [oracle.ships(tokens, (head,), ablation) for tokens in forced]
+            slow = sum(divergences) / len(divergences)
+            assert slow > 100 * KL_NATS
+            assert float(ours[number, head.layer, head.index]) == pytest.approx(slow, abs=KL_NATS, rel=1e-5)
+            assert abs(slow - divergences[0]) > 10 * KL_NATS  # the first position alone would be seen
+
+
+def test_ships_need_a_position():
+    with pytest.raises(InputError, match="at least 1; got 0"):
+        ships(engine_of("llama_gqa"), prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, positions=0)
+
+
+# The refusal score
+
+
+def openers_of_tokens(*tokens):
+    return tuple(Opener(token, f"w{token}", 1) for token in tokens)
+
+
+@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
+def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, oracle):
+    engine = engine_of("llama_gqa")
+    tokens = tuple(int(token) for token in oracle.run(PROMPTS[0]).logits.topk(2).indices)
+    scorer = refusal_score(engine, prompts_of(*PROMPTS), ablation, openers_of_tokens(*tokens))
+    groups = [(head,) for head in engine.heads]
+    ours = scorer(groups).tolist()
+    checked = sorted({ours.index(max(ours)), ours.index(min(ours)), 0, 6})
+    slow = {number: refusal_twin(oracle, PROMPTS, groups[number], ablation, tokens) for number in checked}
+    assert [ours[number] for number in checked] == pytest.approx(list(slow.values()), abs=ODDS_NATS)
+    # Ablating one head takes refusals away, ablating another adds to them: both signs are seen.
+    assert max(slow.values()) > 100 * ODDS_NATS
+    assert min(slow.values()) < -100 * ODDS_NATS
+    assert (scorer.name, scorer.unit) == ("refusal_score", "nats")
+
+
+def test_a_group_that_makes_refusals_less_probable_scores_above_zero(oracle):
+    engine, prompt = engine_of("llama_gqa"), PROMPTS[0]
+    group = (Head(0, 0), Head(0, 1), Head(1, 2))
+    before = torch.softmax(oracle.run(prompt).logits, dim=-1)
+    after = torch.softmax(oracle.run(prompt, group, UNDIFFERENTIATED_ATTENTION).logits, dim=-1)
+    fallen, risen = int((before - after).argmax()), int((after - before).argmax())
+    for token, sign in ((fallen, 1), (risen, -1)):
+        score = refusal_score(engine, prompts_of(prompt), UNDIFFERENTIATED_ATTENTION, openers_of_tokens(token))
+        assert sign * float(score([group])[0]) > 0.1
+
+
+def test_openers_are_the_first_tokens_of_the_models_own_refusals(oracle):
+    prompts = prompts_of(*PROMPTS)
+
+    def refuses_two(completions):
+        labels = ["refused", "complied", "refused", "incoherent"]
+        return tuple(Verdict(label, "told") for label, _ in zip(labels, completions, strict=True))
+
+    tokens = {int(oracle.run(PROMPTS[number]).logits.argmax()) for number in (0, 2)}
+    scorer = refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_two)
+    slow = [refusal_twin(oracle, PROMPTS, group, UNDIFFERENTIATED_ATTENTION, tokens) for group in GROUPS]
+    assert scorer(GROUPS).tolist() == pytest.approx(slow, abs=ODDS_NATS)
+
+    def refuses_none(completions):
+        return tuple(Verdict("complied", "told") for _ in completions)
+
+    with pytest.raises(SafetyheadsError, match="refuses none"):
+        refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_none)
+
+
+def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):
+    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
+    tokens = tuple(int(token) for token in oracle.run(PROMPTS[0]).logits.topk(2).indices)
+    groups = [(head,) for head in engine.heads]
+    scores = {}
+    for positions in (1, 4):
+        sequences = answer_sequences(engine, prompts, positions)
+        assert [one.n_wanted for one in sequences] == [positions] * len(PROMPTS)
+        measuring = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True, openers=tokens))
+        scores[positions] = measuring.measure(groups)
+    assert float((scores[4]["refusal_score"] - scores[1]["refusal_score"]).abs().max()) < LAYOUT_NATS
+    assert float((scores[4]["ships"] - scores[1]["ships"]).abs().max()) > 100 * LAYOUT_NATS  # these do average
+
+
+# The blank first token
+
+
+def warned(engine, prompts, positions):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer_sequences(engine, prompts_of(*prompts), positions)
+    return [one for one in caught if issubclass(one.category, SharedFirstTokenWarning)]
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """An engine all of whose tokens are newlines to its tokenizer."""
+    engine = engine_of("llama_gqa")
+    monkeypatch.setattr(engine.tokenizer, "decode", lambda *_, **__: "\n")
+    return engine
+
+
+def test_a_blank_first_token_of_every_answer_is_warned_of(blank):
+    (told,) = warned(blank, [PROMPTS[0]] * 2, positions=1)
+    assert "positions=2" in str(told.message)
+    assert repr("\n") in str(told.message)
+    with pytest.warns(SharedFirstTokenWarning):
+        ships(blank, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION)
+    with pytest.warns(SharedFirstTokenWarning):
+        mean_ships(blank, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION)
+
+
+def test_more_positions_and_another_first_token_are_not_warned_of(blank, oracle):
+    assert not warned(blank, [PROMPTS[0]] * 2, positions=2)
+    assert unablated_answer(oracle, PROMPTS[0], 1) != unablated_answer(oracle, PROMPTS[1], 1)
+    assert not warned(blank, PROMPTS[:2], positions=1)
+
+
+def test_a_first_token_that_shows_is_not_warned_of():
+    assert not warned(engine_of("llama_gqa"), [PROMPTS[0]] * 2, positions=1)
+
+
+# One pass
+
+
+class Calls:
+    """Layer calls of an engine with the shape of the states that entered, begun or finished."""
+
+    def __init__(self, engine):
+        self.seen = []
+        for number, layer in enumerate(engine.architecture.layers):
+            layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+
+    def _hook(self, number):
+        def hook(_, positional, keywords):
+            hidden = positional[0] if positional else keywords["hidden_states"]
+            self.seen.append((number, tuple(hidden.shape)))
+
+        return hook
+
+
+def measured(engine, readings):
+    calls = Calls(engine)
+    sequences = [TokenSequence(ids) for ids in PROMPTS]
+    layout = Plan(((0, 1), (2, 3)), 4, 1)
+    measuring = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, readings, layout)
+    return measuring.measure([(head,) for head in engine.heads]), calls.seen
+
+
+def test_all_readings_at_once_cost_the_layer_calls_of_one():
+    angles = (Angle(), Angle("representation", 2, "before_norm"))
+    everything, calls = measured(engine_of("llama_gqa"), Readings(ships=True, openers=(8, 39), angles=angles))
+    alone, calls_alone = measured(engine_of("llama_gqa"), Readings(ships=True))
+    assert set(everything) == {"ships", "refusal_score", *(angle.name for angle in angles)}
+    assert calls == calls_alone
+    assert {layer for layer, _ in calls} == {0, 1, 2}
+    assert torch.equal(everything["ships"], alone["ships"])
+    for angle in angles:
+        one, calls_of_one = measured(engine_of("llama_gqa"), Readings(angles=(angle,)))
+        assert calls_of_one == calls
+        assert torch.equal(everything[angle.name], one[angle.name])
+    (odds, _) = measured(engine_of("llama_gqa"), Readings(openers=(8, 39)))
+    assert torch.equal(everything["refusal_score"], odds["refusal_score"])
+
+
+# Arguments that layers write to
+
+
+def with_a_shared_container(engine, found):
+    """Make the decoder hand its layers one dict a forward, to which each layer appends and by which it acts.
+
+    In a plain forward layer l finds l entries; ``found`` is told (layer, entries) of every call.
+    """
+    handed = {}
+
+    def begin(_, __):
+        handed["shared"] = {"written": []}
+
+    def hand(_, positional, keywords):
+        return positional, {**keywords, "shared": keywords.get("shared", handed["shared"])}
+
+    def writing(number, plain):
+        def forward(hidden_states, *positional, shared, **keywords):
+            found.append((number, len(shared["written"])))
+            hidden_states = hidden_states * (1 + 0.5 * len(shared["written"]))
+            shared["written"].append(number)
+            return plain(hidden_states, *positional, **keywords)
+
+        return forward
+
+    engine.architecture.decoder.register_forward_pre_hook(begin)
+    for number, layer in enumerate(engine.architecture.layers):
+        layer.register_forward_pre_hook(hand, with_kwargs=True)
+        layer.forward = writing(number, layer.forward)
+
+
+@pytest.mark.parametrize("prunes", [True, False], ids=["pruned", "whole"])
+def test_what_a_layer_writes_into_an_argument_does_not_reach_the_next_replay(prunes):
+    engine, found = engine_of("llama_gqa"), []
+    with_a_shared_container(engine, found)
+    engine.capabilities = type(engine.capabilities)(prunes=prunes)
+    layout = Plan(((0, 1, 2, 3),), 4, 1)
+    captures = engine.captured([TokenSequence(ids) for ids in PROMPTS], (), UNDIFFERENTIATED_ATTENTION, layout)
+    caught = []
+    handle = engine.architecture.layers[-1].register_forward_hook(lambda _, __, output: caught.append(output))
+    with torch.no_grad():
+        for ids in PROMPTS:
+            engine.model(input_ids=torch.tensor([ids]), use_cache=False)
+    handle.remove()
+    plain = torch.stack([hidden[0, -1] for hidden in caught])
+    for group in ((), (Head(0, 0),), (Head(2, 1),), ()):
+        found.clear()
+        replayed = engine.replayed(captures, [group], UNDIFFERENTIATED_ATTENTION, 0)[0]
+        assert {(layer, entries) for layer, entries in found} == {(0, 0), (1, 1), (2, 2)}, group
+        change = float((replayed - plain).abs().max() / plain.abs().max())
+        # Packed sums in another order, as in tests/model/test_engine.py; an entry more is off by 0.1 and more.
+        assert change > 1e-3 if group else change < 1e-5

@@ -1,0 +1,373 @@
+"""Comparisons of two runs: changes with their intervals, ranks of heads, what makes them weak, and the gate."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from run_samples import N, audit_run, first, scan_run, settings
+from scipy.stats import hypergeom, kendalltau, spearmanr
+from statsmodels.stats.proportion import confint_proportions_2indep
+
+from safetyheads.errors import InputError
+from safetyheads.runs.changes import newcombe_interval
+from safetyheads.runs.compare import compare_runs
+from safetyheads.runs.gates import QUANTITIES, Condition, ask
+from safetyheads.runs.readings import read_answers, read_concentration, read_run
+from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_intervals, paired_difference, wilson_interval
+from safetyheads.stats.rankings import HeadTable, rank_agreement, top, top_overlap
+
+
+def compared(before, after):
+    found = compare_runs(read_run(before), read_run(after))
+    json.dumps(asdict(found), allow_nan=False)
+    return found
+
+
+@pytest.fixture
+def same(tmp_path):
+    return audit_run(tmp_path / "a")
+
+
+# Changes.
+
+
+def test_the_same_prompts_are_paired(same, tmp_path):
+    # Two before, nine after, one of them in both: seven more.
+    before, after = audit_run(tmp_path / "two", vanilla=first(2)), [False, *first(9, N - 1)]
+    found = compared(before, audit_run(tmp_path / "b", vanilla=after)).vanilla_asr
+    expected = paired_difference(first(2), after)
+    assert (found.paired, found.n, found.note) == (True, (N, N), "")
+    assert (found.change, found.interval, found.p_value) == (expected.change, expected.interval, expected.p_value)
+    assert (found.before, found.after) == (2 / N, 9 / N)
+
+
+def test_each_run_has_its_own_group_and_its_own_benign_answers(same, tmp_path):
+    other = audit_run(tmp_path / "b", groups=[first(4), first(6)], heads=("0-1", "2-1"))
+    found = compared(same, other)
+    assert (found.group_asr.paired, found.group_asr.change) == (True, pytest.approx(-12 / N))
+    assert (found.benign_kept.paired, found.benign_kept.change) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"config": settings("other")}, "the prompts are not the same"),
+        ({"config": {"seed": 0}}, "does not tell"),
+        ({"rows": False}, "not all stored"),
+    ],
+)
+def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, words):
+    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9), **changed)).vanilla_asr
+    assert not found.paired
+    assert words in found.note
+    # statsmodels counts the other way round: first less second.
+    low, high = confint_proportions_2indep(9, N, 1, N, method="newcomb", compare="diff")
+    assert found.interval == pytest.approx((low, high), abs=1e-9)
+    assert found.change == pytest.approx(8 / N)
+
+
+def test_answers_that_do_not_give_the_published_rate_are_not_paired(same, tmp_path):
+    other = audit_run(tmp_path / "b", vanilla=first(9))
+    (path,) = (other / "completions").glob("answers-harmful*")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    found = compared(same, other).vanilla_asr
+    assert (found.paired, found.note) == (False, "the answers are not all stored")
+
+
+def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b", vanilla=first(N), groups=[]))
+    assert (found.group_asr.change, found.group_asr.note) == (None, "a run's verdict names no group")
+    assert found.concentration.change is None
+    assert found.after.verdict == "no_refusals"
+    assert found.heads.gone == ("1-3", "2-1")
+
+
+def test_newcombe_squares_and_adds_distances():
+    before, after = wilson_interval(56, 70), wilson_interval(48, 80)
+    # Newcombe's own example (a) of the paper: 56/70 - 48/80 is .20 [.0524, .3339].
+    assert newcombe_interval(48 / 80, after, 56 / 70, before) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+# Concentration.
+
+
+def slow_gains(groups, random):
+    return [
+        sum(g[p] - sum(one[p] for one in r) / len(r) for g, r in zip(groups, random, strict=True)) / len(groups)
+        for p in range(N)
+    ]
+
+
+def test_the_change_of_concentration_resamples_both_runs_at_once(same, tmp_path):
+    groups, random = [first(3), first(9)], [[first(0), first(4)], [first(1), first(5)]]
+    found = compared(same, audit_run(tmp_path / "b", groups=groups, random=random)).concentration
+    old = slow_gains([first(10), first(18)], [[first(1), first(2)]] * 2)
+    gained = np.array(slow_gains(groups, random)) - np.array(old)
+    means = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=N_RESAMPLES) @ gained / N
+    assert found.paired
+    assert found.change == pytest.approx(gained.mean(), abs=1e-12)
+    assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+
+
+def test_only_sizes_that_both_have_are_compared(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b", groups=[first(10)])).concentration
+    assert (found.change, found.note) == (0, "over the sizes that both have")
+    assert found.before == pytest.approx((10 - 1.5) / N)
+
+
+def test_without_answers_the_published_intervals_are_used(same, tmp_path):
+    other = audit_run(tmp_path / "b", groups=[first(3), first(9)], rows=False)
+    found = compared(same, other).concentration
+    old, new = (read_run(path).results["concentration"] for path in (same, other))
+    assert not found.paired
+    assert found.interval == newcombe_interval(old["value"], old["interval"], new["value"], new["interval"])
+
+
+def test_other_kinds_of_concentration_are_not_compared(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b", random=[[], []], config=settings("other"))).concentration
+    assert found.change is None
+    assert "other sizes, or against other groups" in found.note
+
+
+def test_an_older_run_gets_its_concentration_from_its_answers(same, tmp_path):
+    older = audit_run(tmp_path / "b", written=False)
+    assert N > 10, "numbers of prompts must not be sorted as texts"
+    assert "concentration" not in read_run(older).results
+    made = read_concentration(read_run(older))
+    written = read_run(same).results["concentration"]
+    assert made["value"] == written["value"]
+    assert list(made["interval"]) == written["interval"]
+    assert read_concentration(read_run(audit_run(tmp_path / "c", written=False, rows=False))) is None
+
+
+# Ranks.
+
+
+def table(values, resolution=0.0):
+    return HeadTable("made up", {f"0-{at}": value for at, value in enumerate(values)}, resolution)
+
+
+def test_ranks_are_those_of_scipy_and_overlaps_those_of_the_hypergeometric():
+    generator = np.random.default_rng(0)
+    first_values, second_values = generator.random(30), generator.random(30)
+    found = rank_agreement("x", table(first_values), table(second_values))
+    assert (found.spearman, found.spearman_p) == pytest.approx(tuple(spearmanr(first_values, second_values)))
+    assert (found.kendall, found.kendall_p) == pytest.approx(tuple(kendalltau(first_values, second_values)))
+    best = [set(np.argsort(-values)[:10]) for values in (first_values, second_values)]
+    overlap = found.overlaps[1]
+    assert (overlap.k, overlap.shared) == (10, len(best[0] & best[1]))
+    assert overlap.expected == pytest.approx(100 / 30)
+    assert overlap.p_value == pytest.approx(sum(hypergeom.pmf(range(overlap.shared, 11), 30, 10, 10)))
+
+
+def test_an_overlap_worked_out_by_hand():
+    # Of 4 heads, tops of 2: both shared in 1 of 6 draws, one or more in 5 of 6.
+    found = top_overlap(2, ("a", "b"), ("b", "c"), 4)
+    assert (found.shared, found.expected, found.gone, found.new) == (1, 1.0, ("a",), ("c",))
+    assert found.p_value == pytest.approx(5 / 6)
+
+
+def test_heads_that_tie_across_the_cut_are_in_no_top():
+    values = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 0.0}
+    assert top(values, 3, 0.0) == ("a",)
+    assert top(values, 4, 0.0) == ("a", "b", "c", "d")
+    assert top(values, 1, 5.0) == ()
+    assert top(values, 9, 0.0) == ("a", "b", "c", "d", "e")
+
+
+def test_all_ties_agree_on_nothing():
+    found = rank_agreement("x", table([1.0] * 12), table([1.0] * 12))
+    assert (found.spearman, found.kendall) == (None, None)
+    assert [(overlap.shared, overlap.share, overlap.p_value) for overlap in found.overlaps] == [(0, None, 1.0)] * 2
+
+
+def test_heads_without_a_score_are_left_out():
+    found = rank_agreement("x", table([1.0, None, 3.0, 4.0]), table([1.0, 2.0, None, 4.0]))
+    assert found.n == 2
+
+
+def test_heads_that_came_and_went(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b", heads=("2-1", "0-1"), scores={"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}))
+    assert (found.heads.gone, found.heads.new, found.heads.kept) == (("1-3",), ("0-1",), ("2-1",))
+    assert found.lead_ranks is found.ranks[0]
+    assert (found.lead_ranks.overlaps[0].gone, found.lead_ranks.overlaps[0].new) == (("1-3",), ("0-1",))
+
+
+def test_other_shapes_are_not_ranked(tmp_path):
+    runs = scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}, n_layers=3)
+    found = compared(*runs)
+    assert (found.ranks, found.heads) == ((), None)
+    assert found.shapes_note == "Heads are not compared: 4 layers x 8 heads against 3 layers x 8 heads."
+    assert found.vanilla_asr.paired
+
+
+# Scans.
+
+
+def test_two_scans(tmp_path):
+    before = scan_run(tmp_path / "a", {"1-3": 15, "2-1": 12, "2-5": 8}, significant=("1-3", "2-1"))
+    after = scan_run(tmp_path / "b", {"1-3": 12, "0-7": 15}, significant=("0-7", "1-3"), vanilla=first(4))
+    found = compared(before, after)
+    assert (found.kind, found.lead_score, found.concentration, found.group_asr) == ("scan", "asr_alone", None, None)
+    assert (found.vanilla_asr.paired, found.vanilla_asr.change) == (True, pytest.approx(3 / N))
+    assert (found.heads.gone, found.heads.new, found.heads.kept) == (("2-1",), ("0-7",), ("1-3",))
+    overlap = found.lead_ranks.overlaps[0]
+    # All other heads of the second scan tie, so its top has two.
+    assert (overlap.sizes, overlap.shared) == ((3, 2), 1)
+    assert found.warnings == ("Both runs are of the same weights.",)
+
+
+def test_a_scan_reads_the_leading_judge_and_the_unablated_rows(tmp_path):
+    run = read_run(scan_run(tmp_path / "a", {}, vanilla=first(3)))
+    (outcomes,) = read_answers(run).complied.values()
+    assert (len(outcomes), sum(outcomes.values())) == (N, 3)
+
+
+def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
+    # Both seeds alike: as many rows again, but no more prompts, so no narrower an interval.
+    alike = [scan_run(tmp_path / name, {}, vanilla=first(k), n_seeds=2) for name, k in (("a", 2), ("b", 9))]
+    found = compared(*alike).vanilla_asr
+    assert (found.paired, found.n, found.change) == (True, (N, N), pytest.approx(7 / N))
+    moved = np.array(first(9), float) - np.array(first(2), float)
+    assert found.interval == pytest.approx(tuple(bootstrap_intervals(moved[:, None])[0]))
+    assert found.p_value == paired_difference(first(2), first(9)).p_value
+    one = scan_run(tmp_path / "c", {}, vanilla=first(2))
+    assert compared(one, alike[1]).vanilla_asr == found
+    other = scan_run(tmp_path / "d", {}, vanilla=first(9), n_seeds=2, config=settings("other"))
+    assert compared(one, other).vanilla_asr.p_value is None
+
+
+def test_scans_may_have_benign_answers_and_a_concentration(tmp_path):
+    runs = [scan_run(tmp_path / name, {}, kept=first(k), concentration=k / N) for name, k in (("a", 19), ("b", 15))]
+    found = compared(*runs)
+    assert (found.benign_kept.paired, found.benign_kept.change) == (True, pytest.approx(-4 / N))
+    assert (found.concentration.paired, found.concentration.change) == (False, pytest.approx(-4 / N))
+
+
+def test_an_audit_and_a_scan_are_not_compared(same, tmp_path):
+    with pytest.raises(InputError, match="compare alike"):
+        compared(same, scan_run(tmp_path / "b", {}))
+
+
+# What makes it weak.
+
+
+def test_other_settings_are_warned_of(same, tmp_path):
+    changed = {"judge": {"name": "released"}, "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
+    found = compared(same, audit_run(tmp_path / "b", config=settings("other", **changed)))
+    text = " ".join(found.warnings)
+    assert "The judge differs (paper -> released)." in text
+    assert "The template differs (" in text
+    assert "The sampling differs (1 -> 5)." in text
+    assert "The harmful prompts that rates are of are not the same." in text
+    assert max(map(len, found.warnings)) < 120
+
+
+def test_alike_runs_need_no_warning(same, tmp_path):
+    config = settings() | {"weights_sha256": "tuned"}
+    assert compared(same, audit_run(tmp_path / "b", config=config)).warnings == ()
+
+
+# What is no run.
+
+
+def test_what_is_no_finished_run_is_refused(same, tmp_path):
+    with pytest.raises(InputError, match="not a run directory"):
+        read_run(tmp_path)
+    results = json.loads((same / "results.json").read_text())
+    for name, value, words in (
+        ("kind", "poem", "kind 'poem'"),
+        ("schema_version", 2, "schema 2"),
+        ("verdict", None, "has no verdict.label"),
+        ("behaviour", {}, "behaviour.vanilla.asr"),
+    ):
+        (same / "results.json").write_text(json.dumps(results | {name: value}))
+        with pytest.raises(InputError, match=words):
+            read_run(same)
+
+
+def test_broken_answers_are_refused(same):
+    (path,) = (same / "completions").glob("answers-harmful*")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(InputError, match="is broken"):
+        read_answers(read_run(same))
+
+
+# The gate.
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("asr_increase > 0.1", True),
+        ("asr_increase>=0.4", True),
+        ("asr_increase.low > 0.2", False),
+        ("asr_increase.high<=1e0", True),
+        ("heads_gone == 1", True),
+        ("heads_new != 1", False),
+        ("top10_overlap < 0.5", False),
+        ("spearman < 1", True),
+        ("group_asr_increase < 0", False),
+        ("concentration_increase < -0.1", False),
+    ],
+)
+def test_conditions(same, tmp_path, text, holds):
+    scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
+    other = audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores)
+    (outcome,) = ask([Condition.parse(text)], compared(same, other))
+    assert outcome.holds is holds
+
+
+def test_a_condition_tells_its_number_and_interval(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9)))
+    (outcome,) = ask([Condition.parse(" asr_increase.low>0")], found)
+    assert outcome.condition == "asr_increase.low > 0"
+    assert (outcome.value, outcome.interval, outcome.n) == (found.vanilla_asr.change, found.vanilla_asr.interval, N)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("asr_increase", "not of the form"),
+        ("asr_increase > 0.1 or 1", "not of the form"),
+        ("__import__('os') > 1", "not of the form"),
+        ("asr_increase > nan", "finite"),
+        ("asr_increase > inf", "finite"),
+        ("asr_increase > ten", "finite"),
+        ("luck > 1", "known are asr_increase, group_asr_increase"),
+        ("asr_increase.mean > 1", "not of the form"),
+    ],
+)
+def test_conditions_that_cannot_be_read(text, words):
+    with pytest.raises(InputError, match=words.replace("(", r"\(")):
+        Condition.parse(text)
+
+
+def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
+    scans = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}))
+    for name, words in {
+        "concentration_increase": "these scans have none",
+        "group_asr_increase": "these scans have none",
+        "spearman": "scores are tied",
+        "top3_overlap": "scores are tied",
+        "asr_increase": None,
+        "heads_gone": None,
+    }.items():
+        condition = Condition.parse(f"{name} > 0")
+        if words is None:
+            assert not ask([condition], scans)[0].holds
+        else:
+            with pytest.raises(InputError, match=words):
+                ask([condition], scans)
+    with pytest.raises(InputError, match="no interval"):
+        ask([Condition.parse("heads_gone.low > 0")], scans)
+    shapes = replace(scans, ranks=(), heads=None, shapes_note="Heads are not compared: x.")
+    for name in ("spearman", "heads_new"):
+        with pytest.raises(InputError, match="Heads are not compared"):
+            ask([Condition.parse(f"{name} > 0")], shapes)
+
+
+def test_every_quantity_reads_two_audits(same, tmp_path):
+    found = compared(same, audit_run(tmp_path / "b"))
+    assert all(read(found).value is not None for read in QUANTITIES.values())

@@ -1,0 +1,137 @@
+"""The history of a folder: order, changes, what is skipped, and the page."""
+
+import json
+import re
+
+import pytest
+from audit_samples import HOSTILE
+from run_samples import N, audit_run, first, scan_run, settings
+
+from safetyheads.errors import InputError
+from safetyheads.reports.history import over_runs, render_history, write_history
+from safetyheads.runs.history import read_history
+
+
+def started(day):
+    return f"2026-01-{day:02}T10:00:00+00:00"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    audit_run(tmp_path / "late", started=started(9), vanilla=first(9))
+    audit_run(tmp_path / "deep" / "early", started=started(1), written=False)
+    scan_run(tmp_path / "scanned", {"1-3": 12}, started=started(5))
+    return tmp_path
+
+
+def test_runs_are_ordered_by_their_start(folder):
+    found = read_history(folder)
+    assert [entry.name for entry in found.entries] == ["deep/early", "scanned", "late"]
+    assert [entry.kind for entry in found.entries] == ["audit", "scan", "audit"]
+    assert found.skipped == ()
+
+
+def test_times_are_compared_across_zones(tmp_path):
+    audit_run(tmp_path / "b", started="2026-01-01T12:00:00+02:00")
+    audit_run(tmp_path / "a", started="2026-01-01T11:00:00+00:00")
+    audit_run(tmp_path / "c", started=None)
+    assert [entry.name for entry in read_history(tmp_path).entries] == ["b", "a", "c"]
+
+
+def test_a_change_is_against_the_run_of_its_kind_before_it(folder):
+    early, scan, late = read_history(folder).entries
+    assert (early.before, early.change, scan.before) == (None, None, None)
+    assert late.before == "deep/early"
+    assert (late.change.paired, late.change.change) == (True, pytest.approx(8 / N))
+    assert late.other_settings == ()
+
+
+def test_what_a_run_tells(folder):
+    early, scan, _ = read_history(folder).entries
+    assert (early.group, early.top_heads) == (("1-3", "2-1"), ("1-3", "2-1", "2-5"))
+    assert early.group_asr["rate"] == 18 / N
+    # Not in its results: made of its answers. (10 + 18) / 2 less 1.5, of 20.
+    assert early.concentration["value"] == pytest.approx(12.5 / N)
+    assert (scan.concentration, scan.group_asr, scan.group, scan.verdict) == (None, None, (), None)
+    # The others tie.
+    assert scan.top_heads == ("1-3",)
+
+
+def test_other_settings_are_told(tmp_path):
+    audit_run(tmp_path / "a", started=started(1))
+    changed = settings("other", judge={"name": "released"}, dtype="bfloat16")
+    audit_run(tmp_path / "b", started=started(2), config=changed)
+    entry = read_history(tmp_path).entries[1]
+    assert entry.other_settings == ("judge", "precision", "prompts")
+    assert not entry.change.paired
+
+
+def test_unreadable_runs_are_skipped_with_their_reason(folder):
+    (folder / "bad").mkdir()
+    (folder / "bad" / "manifest.json").write_text("{")
+    (audit_run(folder / "unfinished") / "results.json").unlink()
+    poem = scan_run(folder / "poem", {})
+    (poem / "results.json").write_text(json.dumps({"kind": "poem"}))
+    broken = audit_run(folder / "broken")
+    for path in (broken / "completions").glob("answers-*"):
+        path.write_text("{")
+    found = read_history(folder)
+    assert len(found.entries) == 3
+    reasons = {skipped.name: skipped.reason for skipped in found.skipped}
+    assert list(reasons) == ["bad", "broken", "poem", "unfinished"]
+    assert "not valid JSON" in reasons["bad"]
+    assert "has not finished" in reasons["unfinished"]
+    assert "'poem'" in reasons["poem"]
+    assert "is broken" in reasons["broken"]
+
+
+def test_no_run_at_all_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no finished run below"):
+        read_history(tmp_path)
+    with pytest.raises(InputError, match="not a directory"):
+        read_history(tmp_path / "nowhere")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"is skipped: .*not valid JSON"):
+        read_history(tmp_path)
+
+
+def test_the_folder_may_be_a_run_itself(folder):
+    assert [entry.name for entry in read_history(folder / "late").entries] == ["late"]
+
+
+def test_the_page_has_every_run_and_no_address(folder):
+    (folder / "bad").mkdir()
+    (folder / "bad" / "manifest.json").write_text("{")
+    page = write_history(read_history(folder)).read_text()
+    body = page[: page.index('<script type="application/json"')]
+    for text in ("deep/early", "scanned", "late", "2026-01-09 10:00", "1-3", "paired", "Skipped", "not valid JSON"):
+        assert text in body
+    assert not re.search(r"https?://", body)
+    assert "{{" not in body
+    assert page == (folder / "history.html").read_text()
+    assert render_history(read_history(folder)) == page
+
+
+def test_names_on_the_page_are_text(tmp_path):
+    run = audit_run(tmp_path / "a")
+    results = json.loads((run / "results.json").read_text())
+    results["model"]["name"] = HOSTILE
+    (run / "results.json").write_text(json.dumps(results))
+    page = render_history(read_history(tmp_path))
+    assert "<script>fetch(" not in page
+    assert "onerror=alert(1)>" not in page
+
+
+def test_the_chart_has_a_point_for_each_number_that_exists(folder):
+    spec = over_runs(read_history(folder))
+    (rows,) = spec["datasets"].values()
+    counts = {series: sum(row["series"] == series for row in rows) for series in {row["series"] for row in rows}}
+    assert counts == {"ASR, nothing ablated": 3, "ASR, verdict’s group ablated": 2, "concentration": 2}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert {round(row["place"]) for row in rows} == {1, 2, 3}
+
+
+def test_as_json(folder):
+    told = json.loads(json.dumps(read_history(folder).as_dict(), allow_nan=False))
+    assert [run["started"] for run in told["runs"]] == [started(1), started(5), started(9)]
+    assert told["skipped"] == []

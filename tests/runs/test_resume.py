@@ -1,0 +1,106 @@
+"""Kill a run at any point, start it again: only what was missing is computed, and the results are the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Loads the model once (that is most of the time), then forks a run for each line "kind directory count" it reads; with
+# a count, the run kills itself in the so-manieth write. Answers its exit status on one line.
+SERVER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetyheads.runs.audit import AuditData
+from safetyheads.runs import kept as kept_answers
+from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.demo.loading import load_demo
+from safetyheads.runs.audit_run import demo_data, run_audit
+from safetyheads.runs.scan_run import read_sets, run_scan
+
+audited = AuditConfig("demo:aligned_a", "demo", "demo", n_random=3, size=2, max_new_tokens=24)
+data = AuditData(*(prompts[:6] for prompts in demo_data().sets().values()))
+beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
+sampled = dict(judges=("paper", "phrases"), top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
+scanned = ScanConfig("demo:aligned_a", "demo", "demo", **beside, **sampled)
+kept_answers._ROWS_TOGETHER = 66  # eleven heads a chunk, so that there are several
+engine = load_demo().engine
+replace = os.replace
+
+def run(kind, out, deadly):
+    written = 0
+    def counted(*names):
+        nonlocal written
+        written += 1
+        if written == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
+        replace(*names)
+    os.replace = counted
+    if kind == "audit":
+        run_audit(engine, audited, Path(out), data)
+    else:
+        run_scan(engine, scanned, Path(out), read_sets(scanned))
+    Path(out + ".writes").write_text(str(written))
+
+for line in sys.stdin:
+    kind, out, deadly = line.split()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(kind, out, int(deadly))
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def made(kind, out, deadly=0):
+            server.stdin.write(f"{kind} {out} {deadly}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield made
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module", params=["audit", "scan"])
+def uninterrupted(run, tmp_path_factory, request):
+    out = tmp_path_factory.mktemp("resume") / "whole"
+    assert run(request.param, out) == 0
+    return request.param, out, int(Path(f"{out}.writes").read_text())
+
+
+def _shards(out):
+    return {
+        path.relative_to(out): path.stat().st_mtime_ns
+        for folder in ("shards", "completions")
+        for path in (out / folder).rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_killed_and_started_again(run, uninterrupted, tmp_path, share):
+    kind, whole, n_writes = uninterrupted
+    out = tmp_path / "run"
+    assert run(kind, out, deadly=1 + round(share * (n_writes - 1))) == -signal.SIGKILL
+    before = _shards(out)
+    assert run(kind, out) == 0
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    after = _shards(out)
+    assert after.keys() == _shards(whole).keys()
+    assert {path: after[path] for path in before} == before  # what was there is not computed again
+    assert not list(Path(out).rglob("*.partial"))

@@ -1,0 +1,164 @@
+"""A scan's results, number by number, from rows whose outcome is known by construction."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scan_samples import Sample, about, rows
+
+from safetyheads.heads import format_heads, parse_heads
+from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.runs.provenance import model_facts
+from safetyheads.runs.scan_results import _random_of, scan_results
+from safetyheads.runs.tables import RowTable
+from safetyheads.stats.intervals import exact_mcnemar, wilson_interval
+
+JUDGES = [{"name": "paper", "judge": "keyword"}, {"name": "phrases", "judge": "phrase"}]
+
+
+def made(**changes):
+    sample = Sample(**changes)
+    return scan_results(rows(sample), about(sample), JUDGES[: sample.n_judges])
+
+
+@pytest.fixture(scope="module")
+def results():
+    return made()
+
+
+def head(results, name):
+    return next(one for one in results["heads"] if one["head"] == name)
+
+
+def test_results_are_valid_json_and_name_their_kind(results):
+    assert json.loads(json.dumps(results, allow_nan=False)).keys() == results.keys()
+    assert (results["kind"], results["lead_judge"], results["schema_version"]) == ("scan", "paper", 1)
+
+
+def test_rates_and_tests_of_each_head(results):
+    one = head(results, "0-1")
+    assert one["asr"] == {
+        "count": 11,
+        "n": 12,
+        "unscored": 0,
+        "rate": 11 / 12,
+        "interval": wilson_interval(11, 12),
+    }
+    assert (one["change"]["gained"], one["change"]["lost"], one["change"]["n"]) == (11, 0, 12)
+    assert one["change"]["p_value"] == exact_mcnemar(11, 0)
+    # Holm over eight heads: the smallest p is multiplied by eight.
+    assert one["change"]["p_holm"] == pytest.approx(8 * exact_mcnemar(11, 0))
+    assert one["change"]["p_bh"] == pytest.approx(8 * exact_mcnemar(11, 0))
+    assert [name for name in (one["head"] for one in results["heads"]) if head(results, name)["change"]["differs"]] == [
+        "0-1"
+    ]
+    assert head(results, "1-2")["asr"]["count"] == 4
+
+
+def test_the_smallest_change_that_could_be_seen(results):
+    # 2 * 0.5**k <= 0.05 / 8 from k = 9 on.
+    assert results["statistics"]["smallest_detectable_change"] == {"change": 9 / 12, "flips": 9, "n": 12, "tests": 8}
+    assert made(n=6)["statistics"]["smallest_detectable_change"]["change"] is None
+
+
+def test_roles_tell_refusal_from_damage(results):
+    roles = {one["head"]: one["role"] for one in results["heads"]}
+    assert (roles["0-1"], roles["1-2"], roles["1-0"], roles["0-0"]) == ("refusal", "damage", "over_refusal", "none")
+    both = made(freed=(("1-2", 12),))
+    assert head(both, "1-2")["role"] == "mixed"
+    assert head(results, "1-0")["benign"]["refused"]["count"] == 10
+    assert head(results, "1-2")["benign"]["kept"]["count"] == 2
+    assert head(results, "0-1")["benign"]["changed"]["count"] == 0
+    assert made(benign=False)["heads"][1]["benign"] is None
+
+
+def test_pairs_beyond_the_sum(results):
+    pairs = {tuple(pair["heads"]): pair for pair in results["synergy"]["pairs"]}
+    # 0-1 frees 11, 1-2 frees 4, together 12: 12 - 11 - 4 of 12.
+    assert pairs["0-1", "1-2"]["synergy"] == pytest.approx(-3 / 12)
+    assert pairs["1-2", "1-3"]["synergy"] == pytest.approx(0.0)
+    low, high = pairs["0-1", "1-2"]["interval"]
+    assert low < -3 / 12 < high
+    assert results["synergy"]["heads"] == ["0-1", "1-2", "1-3"]
+
+
+def test_groups_prefixes_and_their_random_ones(results):
+    parts = [(group["part"], tuple(group["heads"])) for group in results["groups"]]
+    assert parts[0] == ("groups", ("0-0", "1-1"))
+    assert ("prefixes", ("0-1", "1-2")) in parts
+    prefix = next(group for group in results["groups"] if group["part"] == "prefixes")
+    assert prefix["random"]["n_groups"] == 2
+    assert prefix["random"]["p_value"] == pytest.approx(1 / 3)  # none of two does as well
+    assert results["concentration"]["sizes"] == (1, 2)
+    assert results["concentration"]["value"] > 0.5
+
+
+def test_random_groups_are_found_again_where_layers_have_other_numbers_of_heads():
+    """As a scan draws them: of two heads in the first layer and eight in the second."""
+    by_layer, settings = (2, 8), {"n_random": 12, "seed": 0}
+    architecture = SimpleNamespace(
+        shapes=tuple(SimpleNamespace(n_heads=n) for n in by_layer),
+        family="made-up",
+        n_layers=2,
+        n_heads=8,
+        head_parameters={},
+    )
+    engine = SimpleNamespace(architecture=architecture, model=SimpleNamespace(num_parameters=lambda: 1), adapter=None)
+    model = model_facts(engine, "made-up")
+    assert model["heads_by_layer"] == [2, 8]
+    prefixes = ("0-1", "0-1,1-2")
+    drawn = [random_groups(parse_heads(one), heads_by_layer(engine), 12, 0) for one in prefixes]
+    stored = {"prefixes": dict.fromkeys(prefixes), "random": {format_heads(g): g for one in drawn for g in one}}
+    table = SimpleNamespace(part=lambda part, *_: stored[part])
+    again = _random_of(table, 0.0, {"model": model, "settings": settings})
+    assert {prefix: tuple(groups) for prefix, groups in again.items()} == dict(zip(prefixes, drawn, strict=True))
+    # Where layers are alike, results say nothing new.
+    architecture.shapes = (None, SimpleNamespace(n_heads=8))
+    assert "heads_by_layer" not in model_facts(engine, "made-up")
+
+
+def test_query_level_and_epsilons(results):
+    assert [(one["size"], one["asr"]["count"]) for one in results["query_level"]] == [(1, 11), (2, 12)]
+    weak = next(one for one in results["epsilons"] if one["epsilon"] == 0.5)
+    assert all(one["count"] == 0 for one in weak["heads"].values())
+    strong = next(one for one in results["epsilons"] if one["epsilon"] == 1e-5)
+    assert strong["heads"]["0-1"] == head(results, "0-1")["asr"]
+
+
+def test_judges_side_by_side(results):
+    (pair,) = results["agreement"]["pairs"]
+    assert (pair["first"], pair["second"], pair["count"]) == ("paper", "phrases", 1)
+    (row,) = results["agreement"]["disagreeing"]
+    assert (row["group"], row["id"], row["labels"]) == ("0-1", 0, {"paper": "complied", "phrases": "incoherent"})
+    assert head(results, "0-1")["by_judge"]["phrases"]["count"] == 10
+    assert made(n_judges=1)["agreement"] is None
+
+
+def test_what_is_not_scored_is_counted_and_never_a_verdict():
+    found = made(unscored=5)
+    own = head(found, "0-0")["by_judge"]["phrases"]
+    assert (own["n"], own["unscored"], own["count"]) == (7, 5, 0)
+    assert found["agreement"]["unscored"] == [0, 5]
+    nothing = made(all_unscored=True)
+    assert head(nothing, "0-1")["asr"]["rate"] is None
+    assert head(nothing, "0-1")["change"]["change"] is None
+
+
+def test_several_seeds_draw_prompts():
+    found = made(n_seeds=2)
+    assert found["statistics"]["interval"] == "bootstrap over prompts"
+    own = head(found, "1-2")
+    assert own["asr"]["n"] == 24
+    assert own["change"]["n"] == 12
+    low, high = own["asr"]["interval"]
+    assert low < own["asr"]["rate"] < high
+    assert high - low > np.ptp(wilson_interval(own["asr"]["count"], 24))  # two answers are not two prompts
+
+
+def test_the_order_of_rows_does_not_matter():
+    sample = Sample()
+    shuffled = rows(sample)[::-1]
+    first, second = (scan_results(order, about(sample), JUDGES) for order in (rows(sample), shuffled))
+    assert json.dumps(first) == json.dumps(second)
+    assert RowTable.of(shuffled).vanilla("harmful").rows[0][0]["id"] == 0

@@ -1,0 +1,204 @@
+"""What the engine gives on each family, measured against the oracle. Owns the comparison; the tests judge it.
+
+On each family, by its quick paths and by the plain one: each of the six kinds on each of five groups, single heads of
+the first, a middle and the last layer (where replay starts) among them. The oracle's runs are kept, since they cost
+most; of single heads it makes those of one prompt, which the quick paths have packed behind another. What turns with
+the family is one kind for heads captured once for several groups, and the second kind that answers are made under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from families import FAMILIES, oracle_of, proved
+from tiny_models import END, prompts_of
+
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, ships
+from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
+from safetyheads.answers.decoding import Request, answer
+from safetyheads.answers.drafted import Decoding, DraftedAnswers
+from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.planning import Plan, TokenSequence
+
+# Tokens that lead by more have to be equal.
+LEAD = 1e-4
+N_TOKENS = 3
+
+# Of unequal lengths, with a common beginning, longer than every window and chunk.
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2), (5, 9, 12, 40, 7, 7, 19, 33))
+SHORT = (21, 50, 13)
+KINDS = [Ablation(name, 0.01) for name in ABLATION_KINDS]
+"""At an epsilon large enough that a forgotten factor would show."""
+SLOW = Capabilities(**{each.name: each.name in ("plain_head", "caches") for each in fields(Capabilities)})
+"""A prompt a row, every layer run again, nothing left out."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One family, against its slow twin."""
+
+    states: Mapping[str, float]
+    """Kind of ablation -> largest difference of last hidden states over groups, prompts and paths, of the largest."""
+    captured: float
+    """Likewise, of groups with a head that was ablated in the captured run; one kind a family."""
+    least_change: Mapping[str, float]
+    """Kind of ablation -> how far the group that changes least moves them, likewise: or no difference could be seen."""
+    ships: float
+    """Largest difference of Ships under the paper's epsilon, nats."""
+    limit: float
+    """The same, from Ships under exactly even weights over the keys that the mask allows."""
+    largest_ships: float
+    """Of the oracle, nats."""
+    answers: bool
+    """Whether greedy answers of uneven prompts under mixed groups in one batch are the oracle's: for the key's scale,
+    and for the query's or the output's."""
+    drafts: bool
+    """Whether answers by drafts are those."""
+
+    @property
+    def largest(self) -> float:
+        """Largest difference of last hidden states over all kinds."""
+        return max(self.states.values())
+
+
+def starts_of(name):
+    """The first, a middle and the last layer with heads."""
+    layers = proved(name).architecture.with_heads
+    return layers[0], layers[len(layers) // 2], layers[-1]
+
+
+def turn_of(name, choices):
+    """One of the choices, another one for the next family."""
+    return choices[list(FAMILIES).index(name) % len(choices)]
+
+
+def groups_of(name):
+    """Single heads of the first, a middle and the last layer; a pair that shares its keys; one of several layers."""
+    first, middle, last = starts_of(name)
+    return (
+        (Head(first, 0),),
+        (Head(middle, 1),),
+        (Head(last, 0),),
+        (Head(first, 2), Head(first, 3)),
+        tuple(sorted({Head(first, 1), Head(middle, 3), Head(last, 2)})),
+    )
+
+
+@cache
+def seen(name, prompt, group=(), ablation=None, uniform=False):
+    """The oracle's run, once."""
+    return oracle_of(name).run(prompt, group, ablation, uniform)
+
+
+def slow_states(name, groups, ablation, prompts=PROMPTS):
+    """[n_groups, n_prompts, d_model] of the oracle."""
+    return torch.stack(
+        [torch.stack([seen(name, prompt, group, ablation).last_hidden for prompt in prompts]) for group in groups]
+    )
+
+
+def states(name, groups, ablation, capabilities, prompts=PROMPTS, common=()):
+    """The same of the engine, by the quick paths given; ``common`` heads, in all groups, are captured once."""
+    engine = proved(name)
+    before, engine.capabilities = engine.capabilities, capabilities
+    sequences, numbers = [TokenSequence(prompt) for prompt in prompts], range(len(prompts))
+    layout = Plan((tuple(numbers),) if capabilities.packs else tuple((number,) for number in numbers), 4, 1)
+    found = {}
+    try:
+        for batch in engine.batches(groups, layout):
+            captures = engine.captured(sequences, common, ablation, layout, batch.start)
+            hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
+            found |= dict(zip(batch.indices, hidden, strict=True))
+    finally:
+        engine.capabilities = before
+    return torch.stack([found[index] for index in range(len(groups))])
+
+
+def relative(ours, reference):
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+def kl(before, after):
+    """Between two distributions of the next token, given as logits; nats."""
+    before, after = (torch.log_softmax(logits.double(), dim=-1) for logits in (before, after))
+    return float((before.exp() * (before - after)).sum())
+
+
+def slow_answer(name, prompt, group, ablation):
+    """Greedy tokens, a run over everything for each, up to the first close call; and whether there was one."""
+    made = []
+    while len(made) < N_TOKENS:
+        best = seen(name, (*prompt, *made), group, ablation).logits.topk(2)
+        if float(best.values[0] - best.values[1]) < LEAD:
+            return tuple(made), True
+        if int(best.indices[0]) == END:
+            break
+        made.append(int(best.indices[0]))
+    return tuple(made), False
+
+
+@cache
+def measured(name):
+    """Every kind of ablation by the quick paths and the plain one; Ships; answers."""
+    quickly, groups = proved(name).capabilities, groups_of(name)
+    singles, several = slice(0, 3), slice(3, 5)
+    unablated = slow_states(name, [()], None)
+    differences, changes = {}, {}
+    for ablation in KINDS:
+        quick, found, moved = states(name, groups, ablation, quickly), [], []
+        for some, prompts in ((singles, PROMPTS[1:]), (several, PROMPTS)):
+            reference = slow_states(name, groups[some], ablation, prompts)
+            plain = states(name, groups[some], ablation, SLOW, prompts)
+            found += [relative(ours, reference) for ours in (quick[some, -len(prompts) :], plain)]
+            change = (reference - unablated[:, -len(prompts) :]).abs().amax(dim=(1, 2))
+            moved.append(float(change.min() / reference.abs().max()))
+        differences[ablation.name], changes[ablation.name] = max(found), min(moved)
+    return Measured(differences, _captured(name), changes, *_ships(name), *_answers(name))
+
+
+def _captured(name):
+    """A head of the first layer in every group, ablated in the captured run; replays start at the other heads."""
+    (first, middle, last), ablation = starts_of(name), turn_of(name, KINDS)
+    common = (Head(first, 1),)
+    groups = [(*common, Head(middle, 0)), (*common, Head(last, 3))]
+    ours = states(name, groups, ablation, proved(name).capabilities, common=common)
+    return relative(ours[:, 1:], slow_states(name, groups, ablation, PROMPTS[1:]))
+
+
+def _ships(name):
+    engine = proved(name)
+    ours = ships(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION).values
+    assert bool(ours[:, list(engine.architecture.without_heads)].isnan().all())
+    exact, limit, found = [], [], []
+    for (head,) in groups_of(name)[:3]:
+        for number, prompt in enumerate(PROMPTS):
+            before, one = seen(name, prompt).logits, float(ours[number, head.layer, head.index])
+            found.append(kl(before, seen(name, prompt, (head,), UNDIFFERENTIATED_ATTENTION).logits))
+            exact.append(abs(one - found[-1]))
+            limit.append(abs(one - kl(before, seen(name, prompt, (head,), UNDIFFERENTIATED_ATTENTION, True).logits)))
+    return max(exact), max(limit), max(found)
+
+
+def _answers(name):
+    engine, ablation = proved(name), Ablation("undifferentiated_attention_key", 0.01)
+    second = turn_of(name, (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)).at(0.01)
+    *_, pair, several = groups_of(name)
+    asked = [(PROMPTS[0], several), (PROMPTS[1], pair), (PROMPTS[1], ()), (SHORT, several)]
+    equal = [*_as_the_oracles(name, ablation, asked), *_as_the_oracles(name, second, [asked[0], (SHORT, pair)])]
+    encoded, groups = [*PROMPTS, SHORT], [pair, several]
+    table, _ = DraftedAnswers.begin(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
+    plainly = answer(engine, [Request(prompt, group) for group in groups for prompt in encoded], ablation, N_TOKENS)
+    drafted = [one.token_ids for row in table for one in row]
+    return all(equal), drafted == [one.token_ids for one in plainly]
+
+
+def _as_the_oracles(name, ablation, asked):
+    """For each (prompt, group), all in one left-padded batch with a cache, whether the oracle answers likewise."""
+    made = answer(proved(name), [Request(*each) for each in asked], ablation, N_TOKENS)
+    for one, given in zip(made, asked, strict=True):
+        slow, close = slow_answer(name, *given, ablation)
+        assert slow or not close, "a close call at the first token; choose another prompt"
+        yield (one.token_ids[: len(slow)] if close else one.token_ids) == slow

@@ -1,0 +1,179 @@
+"""Finished run directories made by hand: audits and scans whose answers, rates and settings agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from audit_samples import audit, group_entry, rate
+
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.stats.concentration import SizeOutcome, concentration_of
+from safetyheads.stats.intervals import bootstrap_intervals, paired_difference
+
+N = 20
+LEAD = "mean_ships"
+STARTED = "2026-01-02T03:04:05+00:00"
+RANDOM_HEADS = (("0-0", "0-1", "0-2"), ("3-5", "3-6", "3-7"))
+
+
+def first(count: int, n: int = N) -> list[bool]:
+    """The first ``count`` of n comply."""
+    return [position < count for position in range(n)]
+
+
+def settings(prompts: str = "same", **changed: Any) -> dict[str, Any]:
+    """A config; ``prompts`` stands for their fingerprint."""
+    names = [f"{kind}_{half}" for kind in ("harmful", "benign") for half in ("search", "test")]
+    shas = {name: f"{prompts} {name}" for name in (*names, "harmful", "benign")}
+    base = {"ablation": "undifferentiated_attention", "epsilon": 1e-5, "template": "chat", "judge": {"name": "paper"}}
+    base |= {"top_k": 1, "seed": 0, "max_new_tokens": 128, "dtype": "float32", "weights_sha256": f"{changed}"}
+    return base | {"prompts_sha256": shas, "references_sha256": shas} | changed
+
+
+def audit_run(
+    path: Path,
+    *,
+    vanilla: Sequence[bool] | None = None,
+    groups: Sequence[Sequence[bool]] | None = None,
+    random: Sequence[Sequence[Sequence[bool]]] | None = None,
+    heads: Sequence[str] = ("1-3", "2-1"),
+    config: Mapping[str, Any] | None = None,
+    started: str | None = STARTED,
+    scores: Mapping[str, float] | None = None,
+    written: bool = True,
+    rows: bool = True,
+) -> Path:
+    """A finished audit.
+
+    Args:
+        path: its directory.
+        vanilla: which prompts comply unablated.
+        groups: which comply under the group of each size.
+        random: [n_sizes][2][n_prompts], of random groups.
+        heads: the lead group, in order.
+        config: what its numbers depend on.
+        started: of the manifest's provenance.
+        scores: of the lead score, by head; the others score 0.001 to 0.032, the later the more.
+        written: whether the results hold the concentration.
+        rows: whether answers are stored.
+    """
+    vanilla = first(1) if vanilla is None else list(vanilla)
+    groups = [first(10), first(18)] if groups is None else groups
+    random = [[first(1), first(2)]] * len(groups) if random is None else random
+    results, stored = audit(), {(): vanilla}
+    made = []
+    for size, (complied, controls) in enumerate(zip(groups, random, strict=True), start=1):
+        named = [list(one[:size]) for one in RANDOM_HEADS]
+        entry = group_entry(LEAD, list(heads[:size]), 0.5, 1.0, len(vanilla))
+        rates = [sum(one) / len(one) for one in controls]
+        entry |= {"asr": rate(complied), "asr_change": asdict(paired_difference(vanilla, complied))}
+        entry["random"] |= {"asr": rates, "groups": named[: len(controls)], "mean": sum(rates) / max(1, len(rates))}
+        if not controls:
+            entry["random"] = None
+        stored |= {tuple(heads[:size]): complied} | dict(zip(map(tuple, named), controls, strict=False))
+        made.append(entry)
+    results["verdict"] |= {"heads": list(heads[: len(groups)]), "size": len(groups), "scorer": LEAD}
+    if not groups:
+        results["verdict"] |= {"label": "no_refusals"}
+    results["behaviour"]["groups"] = made
+    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_kept": rate([True] * len(vanilla))}
+    best = dict(zip(("1-3", "2-1", "2-5"), (3.0, 2.0, 1.0), strict=True)) if scores is None else scores
+    results["scores"][LEAD]["values"] = [
+        [best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)
+    ]
+    if written:
+        outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
+        results["concentration"] = asdict(concentration_of(outcomes, vanilla))
+    answers = [
+        {"id": at, "set": "harmful_test", "group": ",".join(group), "label": "complied" if one else "refused"}
+        | {"reason": "made up", "kept": one}
+        for group, complied in stored.items()
+        for at, one in enumerate(complied)
+    ]
+    answers += [
+        {"id": at, "set": "benign_test", "group": "", "label": "complied", "reason": "made up", "kept": True}
+        for at in range(len(vanilla))
+    ]
+    return _written(path, config, started, results, {"answers-harmful_test": answers} if rows else {})
+
+
+def scan_run(
+    path: Path,
+    freed: Mapping[str, int],
+    *,
+    vanilla: Sequence[bool] | None = None,
+    significant: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    started: str | None = STARTED,
+    n_layers: int = 4,
+    n_seeds: int = 1,
+    kept: Sequence[bool] | None = None,
+    concentration: float | None = None,
+) -> Path:
+    """A finished scan: ``freed`` prompts comply under a head, one under the others; some differ after correction.
+
+    Args:
+        path: its directory.
+        freed: prompts that comply under a head.
+        vanilla: which prompts comply unablated, with every seed.
+        significant: heads whose ASR differs.
+        config: what its numbers depend on.
+        started: of the manifest's provenance.
+        n_layers: of the model, with eight heads in each.
+        n_seeds: answers to each prompt.
+        kept: which benign answers the unablated model keeps.
+        concentration: of the groups of a search.
+    """
+    vanilla = first(1) if vanilla is None else list(vanilla)
+    heads = []
+    for head in (f"{i}-{j}" for i in range(n_layers) for j in range(8)):
+        complied = first(freed.get(head, 1), len(vanilla))
+        p_holm = 0.01 if head in significant else 1.0
+        change = asdict(paired_difference(vanilla, complied)) | {"p_holm": p_holm, "p_bh": p_holm}
+        heads.append({"head": head, "asr": rate(complied), "change": change})
+    results = {
+        "kind": "scan",
+        "schema_version": 1,
+        "model": {"name": "made-up", "family": "llama", "n_layers": n_layers, "n_heads": 8},
+        "lead_judge": "paper",
+        "heads": heads,
+        "vanilla": {"harmful": {"asr": rate(vanilla * n_seeds)}},
+        "statistics": {"alpha": 0.05, "n_seeds": n_seeds},
+        "concentration": None,
+        "scores": {},
+    }
+    if n_seeds > 1:
+        moved = np.array(vanilla, float)[:, None]
+        results["vanilla"]["harmful"]["asr"]["interval"] = bootstrap_intervals(moved)[0].tolist()
+    if kept is not None:
+        results["vanilla"]["benign"] = {"kept": rate(kept)}
+    if concentration is not None:
+        about = {"n": len(vanilla), "sizes": [1, 2], "n_random": 0, "against": "the unablated model"}
+        results["concentration"] = about | {"value": concentration, "interval": [concentration - 0.1, 1.0]}
+    rows = [
+        {"id": at, "set": name, "group": group, "seed": seed, "kept": bool(kept and kept[at])}
+        | {"verdicts": {"paper": {"label": label, "reason": "x"}, "other": {"label": "complied", "reason": ""}}}
+        for group in ("", "1-3")
+        for name in ("harmful", "benign")
+        for at, one in enumerate(vanilla)
+        for seed in range(n_seeds)
+        for label in ["complied" if one or name == "benign" or group else "refused"]
+    ]
+    return _written(path, config, started, results, {"scan": rows})
+
+
+def _written(
+    path: Path, config: Mapping[str, Any] | None, started: str | None, results: Any, stages: Mapping[str, list[Any]]
+) -> Path:
+    provenance = {"command": ["safetyheads"]} | ({"started": started} if started else {})
+    with RunDirectory.start(path, settings() if config is None else config, provenance) as run:
+        for stage, rows in stages.items():
+            run.rows(stage, {"stage": stage}, lambda rows=rows: list(rows))
+        # A stage whose rows are no answers, as an audit has them too.
+        run.rows("sequences-benign_test", {}, lambda: [{"token_ids": [1], "n_wanted": 1}])
+        run.write_results(results)
+    return path

@@ -1,0 +1,90 @@
+"""A score against the exhaustive ASR: a toy by hand, loops as slow twins."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.stats.ranking import SIZES, Truth, proxy_qualities, split_half_ceiling
+
+# 8 prompts, 6 heads: head 0 frees 6 prompts, head 1 frees 4, the others none or one.
+COMPLIED = np.zeros((8, 6))
+COMPLIED[:6, 0] = 1
+COMPLIED[:4, 1] = 1
+COMPLIED[7, 2] = 1
+DIFFERS = np.array([True, True, False, False, False, False])
+TOY = Truth(COMPLIED, DIFFERS)
+
+
+def quality(values, truth=TOY):
+    (found,) = proxy_qualities({"score": np.asarray(values, float)}, truth)
+    return found
+
+
+def at(found, k):
+    return next(size for size in found.sizes if size.k == k)
+
+
+def test_a_perfect_score_gives_nothing_away():
+    found = quality([9, 8, 3, 2, 1, 0])
+    assert (found.auc, found.n_differing, found.n_heads) == (1.0, 2, 6)
+    assert (at(found, 1).precision.count, at(found, 3).precision.count) == (1, 2)
+    assert [size.k for size in found.sizes] == [k for k in SIZES if k <= 6]
+    assert at(found, 1).regret == at(found, 3).regret == 0.0
+    low, high = at(found, 1).regret_interval
+    assert low < 0 < high  # of eight prompts, that none gives anything away is no certainty
+
+
+def test_a_score_that_prefers_a_head_that_does_nothing():
+    found = quality([5, 4, 3, 2, 1, 9])
+    # The top 1 has ASR 0 where 6/8 was there; the top 3 has 0 + 6/8 + 4/8 where 6/8 + 4/8 + 1/8 was there.
+    assert at(found, 1).regret == pytest.approx(6 / 8)
+    assert at(found, 3).regret == pytest.approx(1 / 24)
+    assert at(found, 1).precision.rate == 0.0
+    # Of the 8 pairs of a head that differs and one that does not, head 5 wins two.
+    assert found.auc == pytest.approx(6 / 8)
+    low, high = at(found, 1).regret_interval
+    assert 0.3 < low < 0.75 < high <= 1.0  # drawn, for the prompts differ
+
+
+def test_no_head_differs_or_nothing_varies():
+    found = quality([1, 2, 3, 4, 5, 6], Truth(np.zeros((8, 6)), np.zeros(6, bool)))
+    assert (found.spearman, found.auc, found.auc_p_value) == (None, None, None)
+    assert all(size.precision is None and size.regret == 0 for size in found.sizes)
+    assert quality([1.0] * 6).spearman is None
+
+
+def test_heads_without_a_score_come_last():
+    found = quality([np.nan, 8, 3, 2, 1, 0])
+    assert at(found, 1).regret == pytest.approx(2 / 8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_auc_and_regret_are_what_loops_say(seed):
+    generator = np.random.default_rng(seed)
+    complied = (generator.random((10, 7)) < generator.random(7)).astype(float)
+    differs = np.arange(7) < 3
+    values = generator.integers(0, 4, 7).astype(float)
+    found = quality(values, Truth(complied, differs))
+    wins = [(a > b) + 0.5 * (a == b) for a in values[differs] for b in values[~differs]]
+    assert found.auc == pytest.approx(sum(wins) / len(wins))
+    asr = complied.mean(axis=0)
+    for size in found.sizes:
+        chosen = sorted(range(7), key=lambda head: (-values[head], head))[: size.k]
+        best = sorted(range(7), key=lambda head: -asr[head])[: size.k]
+        assert size.regret == pytest.approx(np.mean(asr[best]) - np.mean(asr[chosen]))
+        assert size.precision.count == sum(differs[head] for head in chosen)
+
+
+def test_the_ceiling_is_the_other_half_and_is_beaten_by_the_truth():
+    generator = np.random.default_rng(0)
+    strengths = np.array([0.9, 0.6, 0.5, 0.1, 0.1, 0.05, 0.0, 0.0])
+    truth = Truth((generator.random((60, 8)) < strengths).astype(float), strengths > 0.3)
+    ceiling = split_half_ceiling(truth)
+    perfect = quality(strengths, truth)
+    assert ceiling.auc == pytest.approx(1.0, abs=0.02)
+    assert at(ceiling, 1).regret == pytest.approx(0.0, abs=0.02)
+    assert at(ceiling, 3).regret_on_halves <= at(perfect, 3).regret_on_halves + 0.05
+    assert split_half_ceiling(truth) == ceiling  # seeded
+    assert split_half_ceiling(Truth(truth.complied[:3], truth.differs)) is None
