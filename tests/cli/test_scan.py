@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from own_judges import SEEN
 
 from safetyheads.cli.app import main
 from safetyheads.judges.base import Verdict
@@ -13,17 +14,6 @@ from safetyheads.runs.directory import RunDirectory
 pytestmark = pytest.mark.usefixtures("own_folder")
 SMALL = ("--prompts", "demo", "--limit", "8", "--max-new-tokens", "24", "--quiet")
 MODEL = "demo:aligned_a"
-SEEN = []
-
-
-def seen_answers(queries, answers):
-    """A judge of whole answers that remembers what it was shown."""
-    SEEN.extend(answers)
-    return [0.0 if "cannot" in answer else 1.0 for answer in answers]
-
-
-def failing(queries, answers):
-    raise RuntimeError("the judge is out of order")
 
 
 def scanned(out, *options):
@@ -110,7 +100,7 @@ def test_no_completions_stores_no_words(tmp_path):
 
 def test_another_judge_hears_only_whole_answers(run, copied):
     SEEN.clear()
-    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:seen_answers", "--json")
+    code, out, _ = run("judge", copied, "--judge", "python:own_judges:seen_answers", "--json")
     found, stored = json.loads(out), rows(copied)
     cut = [row for row in stored if not row["complete"]]
     assert code == 0
@@ -125,12 +115,12 @@ def test_another_judge_hears_only_whole_answers(run, copied):
 
 def test_finished_answers_are_those_that_the_judge_would_have_heard(run, copied, tmp_path):
     SEEN.clear()
-    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:seen_answers", "--finish", "--json")
+    code, out, _ = run("judge", copied, "--judge", "python:own_judges:seen_answers", "--finish", "--json")
     assert code == 0
     assert json.loads(out)["n_unscored"] == 0
     assert json.loads(out)["n_finished"] > 0
     from_the_start = scanned(
-        tmp_path / "whole", "--no-scores", "--judge", "paper", "--judge", "python:test_scan_cli:seen_answers"
+        tmp_path / "whole", "--no-scores", "--judge", "paper", "--judge", "python:own_judges:seen_answers"
     )
     assert all(row["complete"] for row in rows(from_the_start))
     ours, theirs = results(copied), results(from_the_start)
@@ -150,7 +140,7 @@ def test_a_second_judge_finds_the_first(run, copied):
 
 def test_a_judge_that_fails_scores_nothing_and_loses_nothing(run, copied):
     before = results(copied)
-    code, out, _ = run("judge", copied, "--judge", "python:test_scan_cli:failing", "--json")
+    code, out, _ = run("judge", copied, "--judge", "python:own_judges:failing", "--json")
     assert code == 0
     assert json.loads(out)["n_unscored"] == json.loads(out)["n_rows"]
     after = results(copied)

@@ -29,11 +29,6 @@ THINKS = (
 BEGINS = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|><think>\n"
 
 
-def says_yes(queries, answers):
-    """A judge that needs whole answers."""
-    return [1.0 for _ in answers]
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     """The organism under a chat template of the test's."""
@@ -229,7 +224,7 @@ def test_a_block_that_the_prompt_begins_and_nobody_closes_leaves_no_answers(run,
 def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(run):
     engine, harmful = load_demo("aligned_a").engine, load_demo("aligned_a").harmful[:3]
     config = ScanConfig(MODEL, "demo", "none", limit=3, max_new_tokens=24, scores=False)
-    other = ("--judge", "python:test_template_cli:says_yes", "--json", "--quiet")
+    other = ("--judge", "python:own_judges:says_yes", "--json", "--quiet")
 
     def scanned(out, *stops):
         asked = harmful.with_template(replace(Template.parse("chat"), stops=stops))
