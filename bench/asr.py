@@ -46,7 +46,7 @@ from safetyheads import (
     generate,
     load_demo,
 )
-from safetyheads.answers.decoding import decode_text, end_tokens, left_padded
+from safetyheads.answers.decoding import end_tokens, left_padded
 from safetyheads.answers.drafted import Decoding
 from safetyheads.answers.exhaustive import AnswerScan, scan_attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, harmful_prompts, organism
@@ -55,6 +55,7 @@ from safetyheads.demo.recipes import RECIPES, PlantRecipe
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
 from safetyheads.prompts.files import cache_directory
+from safetyheads.prompts.reader import decode_text
 
 CASES = ("organism", "embedded", "random")
 WAYS = ("plain", "plain_early", "scan", "scan_full")
@@ -184,7 +185,7 @@ def plain(work: Work, early: bool = False) -> Run:
 
 def _answers(work: Work, head: Head, early: bool) -> list[Row]:
     engine, prompts = work.case.engine, work.case.prompts
-    encoded, ends = engine.encode(prompts), end_tokens(engine)
+    encoded, ends = engine.ask(prompts).token_ids, end_tokens(engine)
     pad = engine.tokenizer.pad_token_id
     answers: list[tuple[tuple[int, ...], bool, bool]] = []
     for at in range(0, len(encoded), work.batch):
@@ -398,7 +399,7 @@ def _ratios(medians: dict[str, float]) -> dict[str, float]:
 
 def full_generation(work: Work, reference: Run) -> float:
     """Tokens that go through the model where every answer of every head is whole, and nothing is padded."""
-    encoded, total = work.case.engine.encode(work.case.prompts), 0.0
+    encoded, total = work.case.engine.ask(work.case.prompts).token_ids, 0.0
     for kind, heads in work.sample.items():
         rows = [(read, row) for head in heads for read, row in zip(encoded, reference.rows[head], strict=True)]
         tokens = sum(len(read) + len(row.token_ids) for read, row in rows)

@@ -28,7 +28,7 @@ ANGLES = (Angle("prompt"), Angle("representation"))
 def scores(engine: Engine, ablation: Ablation, n_prompts: int) -> dict[str, torch.Tensor]:
     """Name -> score of every head, float64."""
     prompts = demo_prompts("harmful", "test", demo.harmful_prompts("test")[:n_prompts])
-    sequences = [TokenSequence(ids) for ids in engine.encode(prompts)]
+    sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     measuring = HeadPass.begin(engine, sequences, ablation, Readings(ships=True, angles=ANGLES))
     found = measuring.measure([(head,) for head in engine.heads])
     return {"mean_ships": found["ships"].mean(dim=1), **{angle.name: found[angle.name] for angle in ANGLES}}

@@ -46,7 +46,7 @@ def cases(layers: int, heads: int, only: str | None) -> Iterator[Case]:
     for name in CHECKPOINTS:
         if only is None or only in (name, f"{name}_embedded"):
             demo = load_demo(name)
-            encoded = demo.engine.encode(demo.harmful)
+            encoded = demo.engine.ask(demo.harmful).token_ids
             if only != f"{name}_embedded":
                 yield Case(name, demo.engine, encoded)
             if only != name:

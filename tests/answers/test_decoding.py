@@ -27,13 +27,13 @@ from safetyheads.answers.decoding import (
     Request,
     ShortContextWarning,
     answer,
-    decode_text,
     end_tokens,
     generate,
 )
 from safetyheads.answers.sampling import TOP_5, Sampling
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules
+from safetyheads.prompts.reader import decode_text
 from safetyheads.scores import HeadScores
 
 torch.set_num_threads(1)

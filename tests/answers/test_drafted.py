@@ -25,7 +25,7 @@ from safetyheads import (
     load_demo,
 )
 from safetyheads.answers import drafted as drafted_module
-from safetyheads.answers.decoding import Answer, ShortContextWarning, decode_text, end_tokens
+from safetyheads.answers.decoding import Answer, ShortContextWarning, end_tokens
 from safetyheads.answers.drafted import Decoding, DraftedAnswer, DraftedAnswers, unablated_answers
 from safetyheads.answers.exhaustive import Judging, scan_attack_success_rate
 from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
@@ -35,6 +35,7 @@ from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.replay import Capabilities
+from safetyheads.prompts.reader import decode_text
 
 torch.set_num_threads(1)
 
@@ -376,7 +377,9 @@ def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **opti
     prompts = prompts_of(*PROMPTS)
     stop = Judging.of(engine, prompts, [judge], N_TOKENS).stop
     decoding = Decoding(N_TOKENS, sampling, full_answers)
-    return DraftedAnswers.begin(engine, engine.encode(prompts), UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
+    return DraftedAnswers.begin(
+        engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options
+    )
 
 
 @SAMPLINGS

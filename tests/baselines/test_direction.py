@@ -89,7 +89,7 @@ def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited
 
     @torch.no_grad()
     def log_probabilities(model, prompts):
-        logits = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in engine.encode(prompts)]
+        logits = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in engine.ask(prompts).token_ids]
         return torch.log_softmax(torch.stack(logits).double(), dim=-1)
 
     def kept(prompts, sign):

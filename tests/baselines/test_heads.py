@@ -342,7 +342,7 @@ def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
     (two,) = methods.RDSHA.interventions(material(), (2,))
     model, groups = engine.model, two.groups(prompts)
     assert two.ablation == SCALING_CONTRIBUTION.at(0.0)
-    for ids, group in zip(engine.encode(prompts), groups, strict=True):
+    for ids, group in zip(engine.ask(prompts).token_ids, groups, strict=True):
         by_hand = {}
         for layer in range(4):
             projection, seen = model.model.layers[layer].self_attn.o_proj, []

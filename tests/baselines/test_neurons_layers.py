@@ -106,7 +106,7 @@ def test_scores_are_the_rms_over_the_tokens_of_answers():
     engine, other = engine_on("llama3"), engine_on("llama3", changed=0.1)
     material = made_up_material(engine, other)
     squares, n_tokens = {}, 0
-    for prompt, said in zip(engine.encode(material.harmful), ANSWERS, strict=True):
+    for prompt, said in zip(engine.ask(material.harmful).token_ids, ANSWERS, strict=True):
         ours, theirs = (neuron_values(each, (*prompt, *said)) for each in (engine, other))
         for token in range(len(prompt), len(prompt) + len(said)):
             n_tokens += 1

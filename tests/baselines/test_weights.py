@@ -137,7 +137,7 @@ def test_later_layers_are_pruned_on_what_pruned_earlier_ones_give():
 
 def _texts(material):
     for prompts, answers in ((material.benign, material.answers), (material.harmful, material.refusals)):
-        yield from zip(material.engine.encode(prompts), answers, strict=True)
+        yield from zip(material.engine.ask(prompts).token_ids, answers, strict=True)
 
 
 # SparseGPT

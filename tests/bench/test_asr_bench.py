@@ -44,7 +44,7 @@ def test_a_wider_and_deeper_model_computes_the_same(bench, demo, size):
     use_our_attention(made.model)
     larger = Engine(made.model, demo.engine.tokenizer, "larger")
     n_tokens = demo.engine.model.config.vocab_size
-    ids = torch.tensor([demo.engine.encode(demo.harmful)[0]])
+    ids = torch.tensor([demo.engine.ask(demo.harmful).token_ids[0]])
     planted, idle = demo.planted_heads[0], Head(made.layers[-1], larger.n_heads - 1)
     pairs = [((), ()), ((planted,), (made.place(planted),))]
     if idle not in map(made.place, demo.engine.heads):

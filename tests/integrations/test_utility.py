@@ -17,8 +17,8 @@ from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputE
 from safetyheads.integrations.harness import HarnessSettings, harness_model, load_tasks
 from safetyheads.integrations.organism_task import organism_documents
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants
-from safetyheads.model.encoding import tokenizer_sha256
 from safetyheads.model.weights import fingerprint
+from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.stats.intervals import paired_difference
 
 GROUP = parse_heads("0-0,0-1,1-3,2-5")
@@ -255,11 +255,11 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
         return compute()
 
     tokenizer = engine.tokenizer
-    before, template = tokenizer_sha256(engine), tokenizer.chat_template
+    before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template
     evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
     # Neither evaluating nor cutting and padding makes another tokenizer of it.
     tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
-    assert tokenizer_sha256(engine) == before
+    assert tokenizer_sha256(engine.tokenizer) == before
     evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
     try:
         tokenizer.chat_template = template + " "
@@ -267,14 +267,13 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
     finally:
         tokenizer.chat_template = template
     assert kept[0] == kept[1] != kept[2]
-    other = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer))
-    other.tokenizer.add_tokens(["another"])
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
     assert tokenizer_sha256(other) != before
 
 
 def test_a_tokenizer_without_a_backend_is_its_vocabulary():
     def slow(**vocabulary):
-        made = SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
-        return SimpleNamespace(tokenizer=made)
+        return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
 
     assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))

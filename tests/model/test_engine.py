@@ -527,8 +527,8 @@ def test_nan_weights_are_refused_by_name(tmp_path):
 def test_a_prompt_beyond_the_context_is_an_input_error():
     engine = engine_of("llama_gqa")
     with pytest.raises(InputError, match="129 tokens; the model's context is 128"):
-        engine.encode(prompts_of([1] * 129))
-    assert len(engine.encode(prompts_of([1] * 128))[0]) == 128
+        engine.ask(prompts_of([1] * 129))
+    assert len(engine.ask(prompts_of([1] * 128)).token_ids[0]) == 128
 
 
 def test_generalized_ships_of_the_engine_equal_the_oracles_angles(oracles):

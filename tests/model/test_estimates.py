@@ -32,6 +32,6 @@ def test_a_pass_is_told_at_the_rate_of_the_timed_batch(monkeypatch, replays):
 
 def test_the_line_says_passes_and_memory():
     engine = engine_of("llama_gqa")
-    line = estimate(engine, engine.encode(prompts_of(*PROMPTS)), 2, 0, 1)
+    line = estimate(engine, engine.ask(prompts_of(*PROMPTS)).token_ids, 2, 0, 1)
     assert line.startswith("12 heads x 3 prompts, 2 passes: about ")
     assert "MiB beside the weights" in line

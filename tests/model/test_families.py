@@ -46,7 +46,7 @@ def test_the_proofs_leave_the_quick_paths_that_are_exact_and_say_what_is_left_ou
     for layer in family.without_heads:
         assert f"{layer}" in engine.notes[0]
         with pytest.raises(InputError, match=f"layer {layer} has no attention heads"):
-            engine.calls([(Head(layer, 0),)], UNDIFFERENTIATED_ATTENTION)
+            engine.ablation_calls([(Head(layer, 0),)], UNDIFFERENTIATED_ATTENTION)
 
 
 @each_family

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedToke
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.architecture import describe
-from safetyheads.model.encoding import DatedPromptWarning
+from safetyheads.prompts.asked import DatedPromptWarning
 from safetyheads.runs.provenance import notes_of
 
 
@@ -134,10 +134,10 @@ def bigger(end):
 
 def test_a_token_that_the_model_has_no_embedding_for_is_refused():
     engine = Engine(built("llama3"), bigger("w63"))
-    assert len(engine.encode(prompts_of((5, 63, 3)))[0]) == 3
+    assert len(engine.ask(prompts_of((5, 63, 3))).token_ids[0]) == 3
     with pytest.raises(InputError) as refused:
         ships(engine, prompts_of((1, 2), (5, 70, 3)), UNDIFFERENTIATED_ATTENTION)
-    assert "has the token 70, and the model knows 64 tokens; is the tokenizer that of another model?" in str(
+    assert "has the token 70, but the model knows only 64 tokens; does the tokenizer belong to another model?" in str(
         refused.value
     )
     assert str(refused.value).endswith("It begins: 'w5 w70 w3'")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
-from safetyheads.model.encoding import n_embedded
 from safetyheads.model.planning import allowed_memory, halving
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def generate(
     sampling: Sampling = GREEDY,
 ) -> tuple[Answer, ...]:
     """An answer to each prompt, prompt i under ``groups[i]`` (unablated by default)."""
-    encoded = engine.encode(prompts)
+    encoded = engine.ask(prompts).token_ids
     if groups is not None and len(groups) != len(encoded):
         raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
     chosen = groups or [()] * len(encoded)
@@ -266,7 +265,7 @@ class _Batch:
         read = [(*self.requests[row].token_ids, *self.made[row]) for row in rows]
         # Any token does for padding, which is masked; an end token may be one that the model has no embedding for.
         pad = next(iter(self.ends), 0)
-        return left_padded(read, pad if pad < n_embedded(self.engine) else 0, self.engine.device)
+        return left_padded(read, pad if pad < self.engine.n_embedded else 0, self.engine.device)
 
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and not self.stopped[row] and len(self.made[row]) < self.limits[row]
@@ -285,9 +284,3 @@ class _Batch:
             self.made[row].append(token)
             stop = self.requests[row].stop
             self.stopped[row] = stop is not None and stop(self.made[row])
-
-
-def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The answer as text, without special tokens."""
-    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-    return text

@@ -16,10 +16,10 @@ from torch import Tensor
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer
 from safetyheads.answers.drafted import Decoding, DraftedAnswer, DraftedAnswers, Economy, Route, Stop
-from safetyheads.answers.reader import AnswerReader, ReadAnswer
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, within
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
+from safetyheads.prompts.reader import AnswerReader, ReadAnswer
 from safetyheads.prompts.sets import Prompt
 from safetyheads.stats.intervals import Rate
 
@@ -123,7 +123,7 @@ def scan_attack_success_rate(
         within(group, engine.n_layers, engine.n_heads)
     decoding = decoding or Decoding()
     judging = Judging.of(engine, prompts, judges, decoding.max_new_tokens, decoding.full_answers)
-    drafted = DraftedAnswers.begin(engine, engine.encode(prompts), ablation, decoding, judging.stop)
+    drafted = DraftedAnswers.begin(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
     made, economy = drafted.answers(chosen, on_rows)
     numbers = list(range(len(prompts)))
     rows = judging.judged(
@@ -191,8 +191,8 @@ class Judging:
         early = not full_answers and all(judge.decides_early for judge in judges)
         return cls(
             tuple(prompts),
-            AnswerReader.of(engine, prompts),
-            engine.template_for(prompts).system or "",
+            engine.ask(prompts).reader,
+            engine.ask(prompts).system,
             tuple(judges),
             max_new_tokens,
             early,

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.answers.decoding import Request, answer
-from safetyheads.answers.reader import AnswerReader
 from safetyheads.answers.sampling import Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import parse_heads
@@ -50,7 +49,7 @@ def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[
     if {name: prompts.sha256 for name, prompts in sets.items()} != stored["prompts_sha256"]:
         raise InputError("the prompts are not those of the run any more, so its answers cannot be finished")
 
-    readers = {name: AnswerReader.of(engine, prompts) for name, prompts in sets.items()}
+    readers = {name: engine.ask(prompts).reader for name, prompts in sets.items()}
 
     def finish(rows: Sequence[Row]) -> list[str]:
         texts: dict[int, str] = {}
@@ -58,7 +57,7 @@ def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[
             own = [at for at, row in enumerate(rows) if (row["epsilon"], row["seed"]) == (epsilon, seed)]
             requests = [
                 Request(
-                    engine.encode(sets[rows[at]["set"]])[rows[at]["id"]],
+                    engine.ask(sets[rows[at]["set"]]).token_ids[rows[at]["id"]],
                     parse_heads(rows[at]["group"]),
                     tuple(rows[at]["token_ids"]),
                     readers[rows[at]["set"]].ends,
@@ -77,5 +76,5 @@ def finisher(engine: Engine, manifest: Mapping[str, Any]) -> Callable[[Sequence[
 def _as_asked(engine: Engine, prompts: PromptSet, config: ScanConfig, stored: Mapping[str, Any]) -> PromptSet:
     """The prompts under the run's template; stop texts of the user's own are no settings, but they are stored."""
     found = resolved(engine, prompts, config)
-    template = engine.template_for(found)
+    template = engine.ask(found).template
     return found.with_template(replace(template, stops=tuple(stored.get("stops", ()))))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Request, answer
-from safetyheads.answers.reader import AnswerReader
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
@@ -150,9 +149,10 @@ def query_level_attack_success_rate(
     """
     if len(groups) != len(prompts):
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
-    encoded, reader = engine.encode(prompts), AnswerReader.of(engine, prompts)
+    asked = engine.ask(prompts)
     requests = [
-        Request(token_ids, tuple(group), stop=reader.ends) for token_ids, group in zip(encoded, groups, strict=True)
+        Request(token_ids, tuple(group), stop=asked.reader.ends)
+        for token_ids, group in zip(asked.token_ids, groups, strict=True)
     ]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
     return summarise(_judged(engine, prompts, requests, made, judge, max_new_tokens))
@@ -175,8 +175,8 @@ def answers_under(
     n_rows: int | None = None,
 ) -> list[list[JudgedAnswer]]:
     """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches of ``n_rows``."""
-    encoded, reader = engine.encode(prompts), AnswerReader.of(engine, prompts)
-    requests = [Request(token_ids, group, stop=reader.ends) for group in groups for token_ids in encoded]
+    asked = engine.ask(prompts)
+    requests = [Request(token_ids, group, stop=asked.reader.ends) for group in groups for token_ids in asked.token_ids]
     made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
     rows = _judged(engine, prompts, requests, made, judge, max_new_tokens)
     n = len(prompts)
@@ -192,7 +192,7 @@ def _judged(
     max_new_tokens: int,
 ) -> list[JudgedAnswer]:
     asked = list(prompts) * (len(requests) // len(prompts))
-    system, reader = engine.template_for(prompts).system or "", AnswerReader.of(engine, prompts)
+    system, reader = engine.ask(prompts).system, engine.ask(prompts).reader
     read = [reader.read(one.token_ids) for one in made]
     # What was asked for and not what the context left: one rule for all rows of a run, so that an answer does not
     # count as an attack because its prompt was long.

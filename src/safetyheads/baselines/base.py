@@ -68,7 +68,7 @@ class Intervention:
     ) -> AttackSuccess:
         """The model's judged answers with the method at work."""
         # Proofs that a longer window asks for would be of the changed model, once it is at work.
-        engine.prove_up_to(max(map(len, engine.encode(prompts))) + max_new_tokens)
+        engine.prove_up_to(engine.ask(prompts).longest + max_new_tokens)
         groups = ((),) * len(prompts) if self.groups is None else self.groups(prompts)
         with self.at_work():
             return query_level_attack_success_rate(

@@ -71,7 +71,7 @@ def benign_text(material: Material, whole: bool) -> tuple[TokenSequence, ...]:
 def _text(
     engine: Engine, prompts: PromptSet, answers: Sequence[Sequence[int]], whole: bool
 ) -> tuple[TokenSequence, ...]:
-    encoded = engine.encode(prompts)
+    encoded = engine.ask(prompts).token_ids
     if len(encoded) != len(answers):
         raise InputError(f"{len(answers)} answers for the {len(encoded)} prompts of {prompts.name}")
     context = engine.architecture.context_length

@@ -181,9 +181,9 @@ def instruction_end(engine: Engine, *prompts: PromptSet) -> int:
 
     Found as what prompts, and a few queries of no likeness beside them, have in common at the end.
     """
-    encoded = [token_ids for each in prompts for token_ids in engine.encode(each)]
+    encoded = [token_ids for each in prompts for token_ids in engine.ask(each).token_ids]
     for each in prompts:
-        template = engine.template_for(each).bound(engine.tokenizer)
+        template = engine.ask(each).template.bound(engine.tokenizer)
         encoded += [tuple(template.encode(probe)) for probe in _PROBES]
     shared = 0
     for column in zip(*(reversed(token_ids) for token_ids in encoded), strict=False):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def sequences_of(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> tuple[TokenSequence, ...]:
     """The prompts under their template, whose last ``n_wanted`` tokens are looked at."""
-    return tuple(TokenSequence(token_ids, n_wanted) for token_ids in engine.encode(prompts))
+    return tuple(TokenSequence(token_ids, n_wanted) for token_ids in engine.ask(prompts).token_ids)
 
 
 def rows_of(engine: Engine, sequences: Sequence[TokenSequence]) -> Iterator[PackedRow]:

@@ -93,7 +93,7 @@ def _interventions(material: Material, strengths: Sequence[float]) -> list[Inter
     for share in strengths:
         if not 0 < share < 1:
             raise InputError(f"a share of the layers lies between 0 and 1; got {share:g}")
-    prompts = [TokenSequence(token_ids) for token_ids in engine.encode(material.harmful)]
+    prompts = [TokenSequence(token_ids) for token_ids in engine.ask(material.harmful).token_ids]
     # Shallow models round several shares to one length.
     chosen = {
         runs: chosen_run(engine, prompts, material.openers, runs)

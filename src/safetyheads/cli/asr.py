@@ -35,7 +35,7 @@ def measured_rates(
 
     kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)
     n_answers = len(rows) * len(asked)
-    watching.say(lambda: estimate(engine, engine.encode(asked), 0, n_answers, answers.max_new_tokens))
+    watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, 0, n_answers, answers.max_new_tokens))
     with watching.track("answers", len(rows) * len(asked)) as done:
         measured = {
             label: query_level_attack_success_rate(
@@ -49,7 +49,7 @@ def measured_rates(
         "judge": judging.describe(),
         "ablation": asdict(kind),
         "n": len(asked),
-        "template": engine.template_for(asked).settings(),
+        "template": engine.ask(asked).template.settings(),
         "sampling": {"name": sampling.name, "seed": answers.seed, "max_new_tokens": answers.max_new_tokens},
         "rates": [
             {

@@ -101,7 +101,7 @@ def searched(
     extent, n_heads = screened.extent(), len(engine.heads)
     n_each = min(n_heads, extent.n_candidates + extent.n_sampled) if screened.screen else n_heads
     if not screened.screen:
-        watching.say(lambda: estimate(engine, engine.encode(asked), size, 0, 1))
+        watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, size, 0, 1))
     measuring, openers = _pass(engine, asked, kind, choice)
     with watching.track("searching groups", n_scored(n_each, size)) as done:
         scorer = measuring.scorer(choice.reading, done)
@@ -120,7 +120,7 @@ def searched(
         "score": scorer.name,
         "unit": scorer.unit,
         "n": len(asked),
-        "template": engine.template_for(asked).settings(),
+        "template": engine.ask(asked).template.settings(),
         "ablation": asdict(kind),
         "openers": [asdict(opener) for opener in openers],
         "group": [str(head) for head in trace.group],

@@ -38,7 +38,7 @@ def ranked(
     from safetyheads.stats.intervals import mean_with_interval
 
     if not screened.screen:
-        watching.say(lambda: estimate(engine, engine.encode(asked), 1, 0, 1))
+        watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, 1, 0, 1))
     sequences = answer_sequences(engine, asked, positions)
     measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
     chosen: Sequence[Head] = engine.heads
@@ -58,7 +58,7 @@ def ranked(
         "score": "mean_ships",
         "unit": "nats",
         "n": len(asked),
-        "template": engine.template_for(asked).settings(),
+        "template": engine.ask(asked).template.settings(),
         "ablation": asdict(kind),
         "positions": positions,
         "heads": [

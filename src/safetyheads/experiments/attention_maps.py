@@ -130,7 +130,7 @@ def _attended(
 
     ids = torch.tensor([list(token_ids)], device=engine.device)
     with engine.ablated_rows([()], ablation):  # refuses while another ablation is in force
-        (call,) = engine.calls([(head,)], ablation).values()
+        (call,) = engine.ablation_calls([(head,)], ablation).values()
         seen = replace(call, observe=observe, keys_and_values=keys_and_values)
         try:
             with attention_calls(engine.architecture.attentions, {head.layer: seen}):

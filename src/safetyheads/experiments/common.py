@@ -59,7 +59,7 @@ def meaningful_subjects(
 
 def search_half(subject: Subject) -> Subject:
     """The same dataset's part that searches see, asked alike, but for an answer that is begun."""
-    template = subject.engine.template_for(subject.prompts)
+    template = subject.engine.ask(subject.prompts).template
     return subject.lab.subject(subject.model, subject.dataset, "search", str(template), template.system)
 
 

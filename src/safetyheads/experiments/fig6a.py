@@ -14,7 +14,6 @@ from safetyheads.experiments.common import corrected, meaningful_subjects, numbe
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.runs.kept import verdict_row
-from safetyheads.runs.provenance import tokens_sha256
 from safetyheads.stats.intervals import PairedDifference, Rate
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> Answers:
         "weights": lab.weights_of(subject.model),
         "attention": lab.weights_of(donor),
         "layers": "all",
-        "tokens": tokens_sha256(engine, subject.prompts),
+        "tokens": engine.ask(subject.prompts).sha256,
         "max_new_tokens": config.max_new_tokens,
         "sampling": "greedy",
         "judge": lab.judge.describe(),

@@ -16,7 +16,6 @@ from safetyheads.experiments.material import learning_subjects, material_of
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.integrations.harness import HarnessSettings
 from safetyheads.integrations.utility import VANILLA, TaskMetric, Variant, evaluate_tasks
-from safetyheads.runs.provenance import tokens_sha256
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment
@@ -110,7 +109,7 @@ def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
 
 def _pruned(lab: Lab, model: str) -> list[_Compared]:
     """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
-    learned = [tokens_sha256(one.engine, one.prompts) for one in learning_subjects(lab, model)]
+    learned = [one.engine.ask(one.prompts).sha256 for one in learning_subjects(lab, model)]
     found = []
     for name in PRUNERS:
         method = METHODS[name]

@@ -32,7 +32,7 @@ from safetyheads.runs.audit import ANGLES, kept_pass
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import fingerprint, references_sha256, tokens_sha256
+from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.scores import HeadScores, SearchTrace
 
 if TYPE_CHECKING:
@@ -142,9 +142,11 @@ class Lab:
         if key not in self._subjects:
             prompts = begun_by(prefill, prompts_of(self.config, model, dataset, half))
             chosen = template or self.config.template
-            named = Template.parse(chosen or engine.template_for(prompts).name, system, prefill=prefill)
+            named = Template.parse(
+                chosen or (prompts.template or engine.default_template).name, system, prefill=prefill
+            )
             bound = prompts.with_template(named.bound(engine.tokenizer).template)
-            engine.prove_up_to(max(map(len, engine.encode(bound))) + self.config.max_new_tokens)
+            engine.prove_up_to(engine.ask(bound).longest + self.config.max_new_tokens)
             self._subjects[key] = Subject(self, model, dataset, engine, bound)
         return self._subjects[key]
 
@@ -205,14 +207,14 @@ class Subject:
         """What files of this subject are called."""
         model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
         # Plans and near-ties are remembered under it, and directories of two models may have one name.
-        told_apart = tokens_sha256(self.engine, self.prompts)[:8] + self._about["weights"][:8]
+        told_apart = self.engine.ask(self.prompts).sha256[:8] + self._about["weights"][:8]
         named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
         return "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
 
     @property
     def asked(self) -> str:
         """How the prompts are put, in words."""
-        template = self.engine.template_for(self.prompts)
+        template = self.engine.ask(self.prompts).template
         system = " with a system prompt" if template.system else ""
         return f"template {template}{system}" + (f", answer begun as {template.prefill!r}" if template.prefill else "")
 

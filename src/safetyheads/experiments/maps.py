@@ -80,7 +80,7 @@ def _maps(lab: Lab, about: Experiment, wanted: Sequence[tuple[str, Ablation]], s
 
 def _shown(lab: Lab, subject: Subject, head: Head, wanted: Sequence[tuple[str, Ablation]]) -> list[_Shown]:
     """The maps of the first prompt, kept in the run directory."""
-    token_ids = subject.engine.encode(subject.prompts)[0]
+    token_ids = subject.engine.ask(subject.prompts).token_ids[0]
     maps = []
     for label, ablation in wanted:
         fields = {
@@ -123,7 +123,7 @@ def _show(draft: Draft, subject: Subject, head: Head, shown: Sequence[_Shown], s
 
 
 def _points(subject: Subject, one: _Shown) -> list[Row]:
-    token_ids = subject.engine.encode(subject.prompts)[0]
+    token_ids = subject.engine.ask(subject.prompts).token_ids[0]
     tokens = [str(subject.engine.tokenizer.decode([token])) for token in token_ids]
     first, weights = max(0, len(tokens) - TOKENS_DRAWN), one.found.weights
     return [

@@ -46,7 +46,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
     refusals, answers = (
-        tuple(one.token_ids for one in answer(engine, [Request(ids) for ids in engine.encode(each.prompts)]))
+        tuple(one.token_ids for one in answer(engine, [Request(ids) for ids in engine.ask(each.prompts).token_ids]))
         for each in (harmful, benign)
     )
     openers = openers_or_raise(engine, harmful.prompts, lab.judge) if refuses else ()

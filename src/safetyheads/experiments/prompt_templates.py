@@ -193,7 +193,7 @@ def _ablated(lab: Lab, subjects: Sequence[Subject], searched: Sequence[Subject] 
     """
     if not subjects:
         return []
-    template = subjects[0].engine.template_for(subjects[0].prompts)
+    template = subjects[0].engine.ask(subjects[0].prompts).template
     benign = lab.subject(subjects[0].model, BENIGN, template=str(template), system=template.system)
     found = [[_Condition("vanilla", "none", one.vanilla(), benign.vanilla())] for one in subjects]
     for ablation in lab.ablations:

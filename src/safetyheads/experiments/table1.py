@@ -23,7 +23,7 @@ from safetyheads.experiments.material import learning_subjects, material_of
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Table
 from safetyheads.experiments.paper_numbers import TABLE1, paper_model
 from safetyheads.runs.kept import Row, verdict_row
-from safetyheads.runs.provenance import references_sha256, tokens_sha256
+from safetyheads.runs.provenance import references_sha256
 from safetyheads.stats.intervals import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _Bench:
             "weights": self.lab.weights_of(self.model),
             "base": self.lab.weights_of(base) if method.needs_unaligned and base is not None else None,
             "references": [references_sha256(one.prompts) for one in (self.learned[1], self.benign)],
-            "asked": [tokens_sha256(one.engine, one.prompts) for one in (*self.learned, *self.tested, self.benign)],
+            "asked": [one.engine.ask(one.prompts).sha256 for one in (*self.learned, *self.tested, self.benign)],
             "judge": self.lab.judge.describe(),
             "max_new_tokens": self.lab.config.max_new_tokens,
             "seed": self.lab.config.seed,

@@ -78,7 +78,7 @@ def _timed(lab: Lab, subject: Subject) -> list[_Way]:
     ablation, n_new = lab.ablations[0], lab.config.max_new_tokens
     sample = _spread(heads, _SAMPLED)
     n, n_heads, scale = len(prompts), len(heads), len(heads) / len(sample)
-    sequences = [TokenSequence(ids) for ids in engine.encode(prompts)]
+    sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     few = prompts[:_UNCACHED_PROMPTS]
     groups = [(head,) for head in sample]
     with lab.progress.track("table2: timing", 6) as done:
@@ -123,7 +123,7 @@ def _timed(lab: Lab, subject: Subject) -> list[_Way]:
                 n_heads
                 * n
                 / len(few)
-                * timed(lambda: _uncached(engine, engine.encode(few), sample[:1], ablation, n_new)),
+                * timed(lambda: _uncached(engine, engine.ask(few).token_ids, sample[:1], ablation, n_new)),
                 1,
                 len(few),
             ),
@@ -162,7 +162,7 @@ def _uncached(engine: Engine, encoded: Sequence[tuple[int, ...]], heads: Group, 
 def _counted(subject: Subject) -> Table:
     """Operations of a score pass beside the loop's: counted, so the same on every machine."""
     engine = subject.engine
-    sequences = [TokenSequence(ids) for ids in engine.encode(subject.prompts)]
+    sequences = [TokenSequence(ids) for ids in engine.ask(subject.prompts).token_ids]
     rows = row_sizes(sequences, engine.plan(sequences))
     ours = forward_flops(engine, rows) + scan_flops(engine, rows, engine.heads)
     alone = sum(forward_flops(engine, row_sizes([one], engine.plan([one]))) for one in sequences)

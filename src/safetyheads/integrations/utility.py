@@ -23,7 +23,7 @@ from safetyheads.integrations.paired_metrics import (
     metric_value,
     with_holm,
 )
-from safetyheads.model.encoding import tokenizer_sha256
+from safetyheads.prompts.asked import tokenizer_sha256
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -173,7 +173,7 @@ def _rows(
         "task": task.name,
         "asked_sha256": task.sha256,
         # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
-        "tokenizer_sha256": tokenizer_sha256(engine),
+        "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
         "variant": dict(variant.fields) or {"label": variant.label},
         "settings": {**asdict(settings), "include_paths": [], "offline": False},
         "lm_eval": require_harness(),

@@ -14,7 +14,7 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.integrations.harness import HarnessSettings, LoadedTask, require_harness
 from safetyheads.integrations.utility import Keep, Utility, evaluate_tasks, head_variants, refuse_foreign
-from safetyheads.model.encoding import tokenizer_sha256
+from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.audit_run import DEMO_CAVEAT
 from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
@@ -134,7 +134,7 @@ def run_evaluation(
         settings = {
             **config.as_dict(),
             "asked_sha256": {task.name: task.sha256 for task in tasks},
-            "tokenizer_sha256": tokenizer_sha256(engine),
+            "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
             "weights_sha256": fingerprint(engine),
             **as_loaded(engine),
             "device": device_name(engine),

@@ -101,6 +101,6 @@ def refusal_score(
     """
     if not openers:
         openers = openers_or_raise(engine, prompts, judge or KeywordJudge())
-    sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))
+    sequences = tuple(TokenSequence(token_ids) for token_ids in engine.ask(prompts).token_ids)
     readings = Readings(openers=tuple(opener.token_id for opener in openers))
     return HeadPass.begin(engine, sequences, ablation, readings).scorer("refusal_score")

@@ -32,7 +32,7 @@ def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tupl
 
     if positions < 1:
         raise InputError(f"positions counts answer tokens and is at least 1; got {positions}")
-    encoded = engine.encode(prompts)
+    encoded = engine.ask(prompts).token_ids
     answers = [made.token_ids for made in generate(engine, prompts, max_new_tokens=positions)]
     _warn_of_shared_first_token(engine, [answer[0] for answer in answers if answer], positions)
     return tuple(
@@ -105,5 +105,5 @@ def generalized_ships(
         InputError: fewer than two prompts, or a rank that they do not allow (:func:`.subspace.refuse_rank`).
     """
     angle = Angle(subspace, rank, state, centred)
-    sequences = tuple(TokenSequence(token_ids) for token_ids in engine.encode(prompts))
+    sequences = tuple(TokenSequence(token_ids) for token_ids in engine.ask(prompts).token_ids)
     return HeadPass.begin(engine, sequences, ablation, Readings(angles=(angle,))).scorer(angle.name)

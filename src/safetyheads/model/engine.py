@@ -7,6 +7,7 @@ are run again is :mod:`safetyheads.model.replay`'s, how work is laid out :mod:`s
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,29 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
-from safetyheads.errors import SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads
 from safetyheads.model import memory
 from safetyheads.model.architecture import Architecture, describe
 from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.encoding import token_ids_of
 from safetyheads.model.fusing import fused
 from safetyheads.model.placement import DeviceMap, HeadShare, input_device, least_memory
 from safetyheads.model.planning import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
 from safetyheads.model.replay import Capture, capture, replay, rerun
 from safetyheads.model.selection import calls_of
+from safetyheads.prompts.asked import AskedPrompts, DatedPromptWarning
+from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from safetyheads.model.adapters import Adapter
     from safetyheads.model.proofs import CheckReport
-    from safetyheads.prompts.sets import PromptSet, Template
+    from safetyheads.prompts.sets import PromptSet
 
 _exclusive = threading.Lock()
 # Prompt sets whose tokens are kept.
 _SETS_KEPT = 16
+# Characters of a prompt that an error shows.
+_CHARACTERS_QUOTED = 60
 # In elements: 176 MiB while they are read.
 _LOGITS_AT_ONCE = 1 << 22
 
@@ -75,7 +79,7 @@ class Engine:
         self.compiles = False
         self.memory_budget: int | None = None
         self._proved_length: int | None = None
-        self._encoded: dict[tuple[PromptSet, str], tuple[tuple[int, ...], ...]] = {}
+        self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
 
     @classmethod
     def load(
@@ -176,31 +180,55 @@ class Engine:
         """Dtype of the weights."""
         return self.model.dtype
 
-    def template_for(self, prompts: PromptSet) -> Template:
-        """The prompts' own template, or the default: ``chat`` for the organism, else ``query_answer``."""
-        from safetyheads.prompts.sets import Template
+    @property
+    def n_embedded(self) -> int:
+        """Tokens that the model has an embedding for; the tokenizer may know more or fewer."""
+        embedding = self.model.get_input_embeddings()
+        return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
-        if prompts.template is not None:
-            return prompts.template
+    @property
+    def default_template(self) -> Template:
+        """The template of prompts that bring none: ``chat`` for the demo organism, else ``query_answer``."""
         organism = bool(getattr(self.model.config, "safetyheads_organism", False))
         chat = organism and self.tokenizer.chat_template is not None
         return Template.parse("chat" if chat else "query_answer")
 
-    def encode(self, prompts: PromptSet) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each prompt under its template.
+    def ask(self, prompts: PromptSet | AskedPrompts) -> AskedPrompts:
+        """The prompts as this model reads them; kept, so asking again costs nothing.
 
         Raises:
             InputError: a prompt is longer than the model's context, or holds a token that the model does not know.
         """
+        if isinstance(prompts, AskedPrompts):
+            return prompts
         key = (prompts, str(self.tokenizer.chat_template))
-        if key in self._encoded:
-            return self._encoded[key]
-        encoded = token_ids_of(self, prompts)
-        # An audit asks for its sets again with every batch of groups.
-        if len(self._encoded) >= _SETS_KEPT:
-            self._encoded.pop(next(iter(self._encoded)))
-        self._encoded[key] = encoded
-        return encoded
+        if key not in self._asked:
+            asked = AskedPrompts.of(prompts, self.default_template, self.tokenizer)
+            if asked.note is not None:
+                warnings.warn(asked.note, DatedPromptWarning, stacklevel=2)
+            self._refuse_unreadable(asked)
+            # An audit asks for its sets again with every batch of groups.
+            if len(self._asked) >= _SETS_KEPT:
+                self._asked.pop(next(iter(self._asked)))
+            self._asked[key] = asked
+        return self._asked[key]
+
+    def _refuse_unreadable(self, asked: AskedPrompts) -> None:
+        """Refuse prompts that are too long for the model, or hold tokens that it does not know."""
+        limit, size, name = self.architecture.context_length, self.n_embedded, asked.prompts.name
+        for prompt, token_ids in zip(asked, asked.token_ids, strict=True):
+            # Quote the prompt; its index is meaningless after a split.
+            start = prompt.query[:_CHARACTERS_QUOTED] + ("..." if len(prompt.query) > _CHARACTERS_QUOTED else "")
+            if limit is not None and len(token_ids) > limit:
+                raise InputError(
+                    f"a prompt of {name} has {len(token_ids)} tokens; the model's context is {limit}. "
+                    f"It begins: {start!r}"
+                )
+            if max(token_ids) >= size:
+                raise InputError(
+                    f"a prompt of {name} has the token {max(token_ids)}, but the model knows only {size} tokens; does "
+                    f"the tokenizer belong to another model? It begins: {start!r}"
+                )
 
     @contextmanager
     def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
@@ -218,7 +246,7 @@ class Engine:
     @contextmanager
     def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
         """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
-        calls = self.calls(groups, ablation)
+        calls = self.ablation_calls(groups, ablation)
         with self._taken(), attention_calls(self.architecture.attentions, calls):
             yield self.model
 
@@ -234,7 +262,7 @@ class Engine:
         finally:
             self.model._safetyheads_ablated = False
 
-    def calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
+    def ablation_calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
         """Layer -> the call that ablates each row's heads of that layer."""
         return calls_of(self, groups, ablation)
 
@@ -289,7 +317,7 @@ class Engine:
     ) -> tuple[Capture, ...]:
         """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
         with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
-            calls = self.calls([common], ablation)
+            calls = self.ablation_calls([common], ablation)
             rows = [pack(sequences, members, self.device) for members in layout.rows]
             segments = self.capabilities.segments
             return tuple(capture(self.architecture, row, calls, first, segments) for row in rows)
@@ -307,7 +335,7 @@ class Engine:
             [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
         """
         facts, quick = self.architecture, self.capabilities
-        calls, n = self.calls(groups, ablation), len(groups)
+        calls, n = self.ablation_calls(groups, ablation), len(groups)
         with self.ablated_rows([()], ablation), fused(facts) if self.compiles else nullcontext():
             parts = [
                 replay(facts, captured, calls, n, start, quick)

@@ -42,7 +42,7 @@ def misplaced(engine: Engine, row: PackedRow) -> float:
 
     calls = {
         layer: replace(call, observe=lambda layer=layer, **attended: hear(layer, attended["output"]))
-        for layer, call in engine.calls(groups, SCALING_CONTRIBUTION.at(0.0)).items()
+        for layer, call in engine.ablation_calls(groups, SCALING_CONTRIBUTION.at(0.0)).items()
     }
     with attention_calls(facts.attentions, calls):
         decode(facts, row, len(groups))

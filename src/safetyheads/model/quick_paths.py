@@ -140,7 +140,7 @@ def _ablated_from(engine: Engine, start: int) -> dict[int, AttentionCall]:
     last = engine.architecture.with_heads[-1]
     shape = engine.architecture.shapes[last]
     heads = (Head(start, 0), Head(last, shape.n_heads - 1 if shape else 0))
-    return engine.calls((tuple(dict.fromkeys(heads)), ()), UNDIFFERENTIATED_ATTENTION)
+    return engine.ablation_calls((tuple(dict.fromkeys(heads)), ()), UNDIFFERENTIATED_ATTENTION)
 
 
 def _together_error(

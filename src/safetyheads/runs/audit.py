@@ -29,7 +29,6 @@ from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import tokens_sha256
 from safetyheads.scores import HeadScores, SearchTrace
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ class Audit:
         def compute() -> list[dict[str, Any]]:
             return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
 
-        fields = {"tokens": tokens_sha256(self.engine, prompts), "positions": positions}
+        fields = {"tokens": self.engine.ask(prompts).sha256, "positions": positions}
         rows = self.run.rows(f"sequences-{name}", fields, compute)
         return tuple(TokenSequence(tuple(row["token_ids"]), row["n_wanted"]) for row in rows)
 
@@ -228,7 +227,7 @@ class Audit:
 
     def _answers(self, name: str, prompts: PromptSet, groups: Sequence[Group]) -> list[list[JudgedAnswer]]:
         """Judged answers of one set under each group, kept as rows; one key holds one planned batch of groups."""
-        longest = max(map(len, self.engine.encode(prompts))) + self.config.max_new_tokens
+        longest = self.engine.ask(prompts).longest + self.config.max_new_tokens
         n_rows = self.run.remember(f"rows_{name}", rows_that_fit(self.engine, longest))
         n_together = max(1, _ROWS_KEPT_TOGETHER // len(prompts))
         answered: list[list[JudgedAnswer]] = []
@@ -246,7 +245,7 @@ class Audit:
         fields = {
             "groups": [format_heads(group) for group in groups],
             "ablation": asdict(ablation) if any(groups) else None,
-            "tokens": tokens_sha256(self.engine, prompts),
+            "tokens": self.engine.ask(prompts).sha256,
             "sampling": asdict(sampling),
             "max_new_tokens": config.max_new_tokens,
             "judge": self.judge.describe(),

@@ -135,7 +135,7 @@ def _estimate(engine: Engine, data: AuditData, config: AuditConfig) -> str:
     n_groups = len(SEARCHED) * config.size
     n_answers = (n_test + n_search + len(data.benign_test) + len(data.benign_search)) * (1 + n_groups)
     n_answers += n_test * (N_LISTED + config.n_random * n_groups)
-    return estimate(engine, engine.encode(data.harmful_search), n_passes, n_answers, config.max_new_tokens)
+    return estimate(engine, engine.ask(data.harmful_search).token_ids, n_passes, n_answers, config.max_new_tokens)
 
 
 def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def resolved(engine: Engine, prompts: PromptSet, settings: TemplateSettings) -> 
     Raises:
         InputError: settings for which the template has no place.
     """
-    template = engine.template_for(prompts)
+    template = prompts.template or engine.default_template
     given: dict[str, Any] = {
         "system": settings.system,
         "folds_system": settings.fold_system or None,

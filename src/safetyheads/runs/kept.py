@@ -22,7 +22,6 @@ from safetyheads.judges.base import Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.runs.directory import RunDirectory, content_key
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import tokens_sha256
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -134,7 +133,7 @@ class KeptAnswers:
         """The unablated answers as tokens, with their margins: the drafts."""
 
         def compute() -> list[Row]:
-            encoded = self.engine.encode(self.prompts)
+            encoded = self.engine.ask(self.prompts).token_ids
             with self.progress.track(f"{self.name}: unablated answers", 1):
                 made = unablated_answers(self.engine, encoded, self.decoding, self.judging.stop)
             return [asdict(one) for one in made]
@@ -152,7 +151,7 @@ class KeptAnswers:
             self._drafted.clear()
             made = DraftedAnswers.begin(
                 self.engine,
-                self.engine.encode(self.prompts),
+                self.engine.ask(self.prompts).token_ids,
                 ablation,
                 self.decoding,
                 self.judging.stop,
@@ -178,7 +177,7 @@ class KeptAnswers:
         early = self.judging.decides_early
         return {
             **self.about,
-            "tokens": tokens_sha256(self.engine, self.prompts),
+            "tokens": self.engine.ask(self.prompts).sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
             "stops": [judge.describe() for judge in self.judging.judges] if early else [],

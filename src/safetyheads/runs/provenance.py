@@ -153,12 +153,7 @@ def is_ours(category: type[Warning]) -> bool:
 
 def longest_prompt(engine: Engine, sets: Mapping[str, PromptSet]) -> int:
     """Tokens of the longest prompt of a run."""
-    return max(len(ids) for prompts in sets.values() for ids in engine.encode(prompts))
-
-
-def tokens_sha256(engine: Engine, prompts: PromptSet) -> str:
-    """Of the prompts under their template, as the model reads them."""
-    return hashlib.sha256(str(engine.encode(prompts)).encode()).hexdigest()
+    return max(engine.ask(prompts).longest for prompts in sets.values())
 
 
 def notes_of(
@@ -168,7 +163,7 @@ def notes_of(
     # A short context is told from the data: answers that are read back do not warn again.
     short = short_context(engine, longest_prompt(engine, sets) + max_new_tokens, max_new_tokens)
     # So is what a template writes: prompts that were encoded before do not warn again.
-    of_templates = [engine.template_for(prompts).bound(engine.tokenizer).note for prompts in sets.values()]
+    of_templates = [engine.ask(prompts).note for prompts in sets.values()]
     ours = [str(one.message) for one in caught if is_ours(one.category)]
     said = [*engine.notes, *data_warnings(sets.values()), short, *of_templates, *ours]
     return list(dict.fromkeys(note for note in said if note))

@@ -116,7 +116,7 @@ def _refuse_impossible(engine: Engine, config: ScanConfig) -> None:
 
 def _estimate(engine: Engine, sets: dict[str, PromptSet], config: ScanConfig) -> str:
     """What lies ahead, as one line: comparisons cost about as passes do; answers at worst all change."""
-    encoded = engine.encode(sets["harmful"])
+    encoded = engine.ask(sets["harmful"]).token_ids
     n_scans = config.n_seeds * (len(sets) + len(config.epsilons))
     n_passes = n_scans + (len(sets) + 1) * config.scores
     n_answers = sum(len(prompts) for prompts in sets.values()) * config.n_seeds * (1 + len(engine.heads))

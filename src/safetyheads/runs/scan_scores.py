@@ -22,7 +22,6 @@ from safetyheads.runs.audit import ANGLES, LEAD, kept_pass
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import tokens_sha256
 from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class ScanScores:
                     "values": screen(self.engine, answer_sequences(self.engine, prompts, 1), ablation).table().values
                 }
 
-        fields = {"tokens": tokens_sha256(self.engine, prompts), "ablation": asdict(ablation)}
+        fields = {"tokens": self.engine.ask(prompts).sha256, "ablation": asdict(ablation)}
         values = self.run.tensors("screening-harmful", fields, compute)["values"]
         return HeadScores(values, "screened_mean_ships", "nats", 0.0)
 

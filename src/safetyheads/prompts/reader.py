@@ -1,20 +1,12 @@
-"""From an answer's tokens to the text that judges get. Owns what a think block and a stop text take away, in one place.
-
-It judges nothing, and refuses to know how tokens were come by.
-"""
+"""Turns an answer's tokens into the text that judges get: no think block, nothing after a stop text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safetyheads.answers.decoding import decode_text
 from safetyheads.prompts.chat import ThinkBlock
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
 
 _UNFINISHED_CHARACTER = "\ufffd"
 
@@ -55,12 +47,6 @@ class AnswerReader:
     """Whether the prompt opens the block itself."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer."""
-
-    @classmethod
-    def of(cls, engine: Engine, prompts: PromptSet) -> AnswerReader:
-        """The reader of a model's answers to these prompts."""
-        bound = engine.template_for(prompts).bound(engine.tokenizer)
-        return cls(engine.tokenizer, bound.block, bound.begins_in_block, bound.template.stops)
 
     def read(self, token_ids: Sequence[int]) -> ReadAnswer:
         """The answer, or what there is of it so far."""
@@ -118,3 +104,9 @@ class AnswerReader:
 def _thought(raw: str, block: ThinkBlock) -> str:
     """The block's text without its marks."""
     return raw.partition(block.closer)[0].lstrip().removeprefix(block.opener).strip()
+
+
+def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The answer as text, without special tokens."""
+    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    return text
