@@ -3,6 +3,7 @@
 # make test    the tests
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
 # make lint    format, lint, types
+# make docs    the API reference, in docs/api
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-oldest lint clean
+.PHONY: setup demo test test-oldest lint docs clean
 
 setup: $(STAMP)
 
@@ -33,5 +34,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/pdoc --docformat google --output-directory docs/api safetyheads safetyheads.runs.config safetyheads.judges.base
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) docs/api .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache
