@@ -184,15 +184,6 @@ def test_a_prefilled_answer_is_not_held_against_how_a_right_one_begins():
         assert resolved(found.engine, asked, ScanConfig(MODEL, "demo", prefill=prefill)) == asked
 
 
-def test_a_run_of_before_these_settings_goes_on(run):
-    assert run("audit", MODEL, *SMALL, "--out", "old")[0] == 0
-    config = manifest(Path("old"))
-    assert {"thinking", "prefill", "fold_system", "stops"}.isdisjoint(config)
-    before = Path("old/results.json").read_bytes()
-    assert run("audit", MODEL, *SMALL, "--out", "old")[0] == 0
-    assert Path("old/results.json").read_bytes() == before
-
-
 def test_thinking_is_settled_and_recorded_and_changes_nothing_where_nobody_thinks(run, checkpoint):
     path = checkpoint(THINKS)
     assert run("audit", path, *SMALL, "--out", "open", "--thinking", "open", "--template", "chat")[0] == 0

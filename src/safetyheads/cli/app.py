@@ -113,7 +113,7 @@ def demo(
 ) -> None:
     """Audit an embedded model whose refusal heads are known."""
     model = ModelOptions(model=f"demo:{name}", threads=threads)
-    settings = {**asdict(ablation), **asdict(search), **asdict(answers)}
+    settings = {**asdict(ablation), **asdict(search), **answers.settings()}
     config = AuditConfig(model.model, "demo", "demo", limit=limit, store_completions=not run.no_completions, **settings)
     run_and_show(model, config, replace(run, out=run.out or Path("runs") / f"demo-{name}"), output)
 
@@ -132,7 +132,7 @@ def audit(
     split: Split = 0.5,
 ) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    settings = {**asdict(prompts), **asdict(ablation), **asdict(search), **asdict(answers)}
+    settings = {**asdict(prompts), **asdict(ablation), **asdict(search), **answers.settings()}
     config = AuditConfig(
         **model.settings(),
         benign=benign_beside(prompts, benign),

@@ -20,10 +20,10 @@ from safetyheads.runs.config import AuditConfig
 
 def run_and_show(model: ModelOptions, config: AuditConfig, run: RunOptions, output: OutputOptions) -> None:
     """Load, audit, report and print. All that can be refused without the model is refused before it is read."""
-    from safetyheads.judges.named import judge_named
+    from safetyheads.judges.named import judges_named
 
     out = usable_out(run, default_out(config))
-    judge_named(config.judge)
+    judges_named(config.judges, config.judge_device)
     from safetyheads.runs.audit_run import read_data, run_audit
 
     data, watching = read_data(config), progress_for(output.quiet)

@@ -110,7 +110,6 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
             trust_remote_code=options.trust_remote_code,
             allow_pickle=options.allow_pickle,
             check=proved,
-            compiles=options.compile,
             memory_budget=None if options.memory is None else int(options.memory * 2**30),
         )
 

@@ -73,7 +73,6 @@ def _finisher(opened: RunDirectory, watching: Progress) -> Finish:
         adapter=stored.get("adapter"),
         device_map=device_map,
         memory=stored["memory"],
-        compile=stored["compile"],
     )
     return finisher(load_engine(model, watching), manifest)
 

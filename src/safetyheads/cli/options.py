@@ -111,14 +111,6 @@ class ModelOptions:
             show_default="half of what is free",
         ),
     ] = None
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile norms and MLPs with torch.compile; slow to start, needs a compiler.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = False
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.", rich_help_panel=_MODEL),
@@ -132,7 +124,7 @@ class ModelOptions:
 
     def settings(self) -> dict[str, Any]:
         """What of it is part of a run's settings."""
-        names = ("model", "device", "dtype", "adapter", "device_map", "memory", "compile")
+        names = ("model", "device", "dtype", "adapter", "device_map", "memory")
         return {name: getattr(self, name) for name in names}
 
 
@@ -227,6 +219,11 @@ class AnswerOptions:
     seed: Annotated[
         int, typer.Option(help="Seed of the sampling, the split and the random groups.", rich_help_panel=_ANSWERS)
     ] = 0
+
+    def settings(self) -> dict[str, Any]:
+        """As a config has them."""
+        judged = {"judges": (self.judge,)}
+        return judged | {name: getattr(self, name) for name in ("max_new_tokens", "top_k", "seed")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import AttackSuccess, JudgedAnswer, answers_under, summarise
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import NOT_CLOSED, Judge, Verdict
-from safetyheads.judges.named import judge_named
+from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Angle, HeadPass, Readings
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.measures.refusal import Opener, openers_of
@@ -131,8 +131,8 @@ class Audit:
 
     @property
     def judge(self) -> Judge:
-        """The judge of the run."""
-        return judge_named(self.config.judge)
+        """The leading judge of the run."""
+        return judges_named(self.config.judges, self.config.judge_device)[0]
 
     def execute(self) -> Findings:
         """Every stage, in order; what the run directory holds already is not computed again."""

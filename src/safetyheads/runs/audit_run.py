@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.answers.sampling import Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
-from safetyheads.judges.named import judge_named
+from safetyheads.judges.named import judges_named
 from safetyheads.model.estimates import estimate
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
@@ -89,7 +89,9 @@ def run_audit(
         engine.prove_up_to(longest_prompt(engine, data.sets()) + max(config.max_new_tokens, config.positions))
         _refuse_impossible(engine, data, config)
         with watching.track("fingerprinting the weights", 1):
-            settings = settings_of(engine, config, data.sets()) | {"judge": judge_named(config.judge).describe()}
+            settings = settings_of(engine, config, data.sets()) | {
+                "judge": judges_named(config.judges, config.judge_device)[0].describe()
+            }
         with RunDirectory.start(out, settings, provenance(command)) as run:
             keep_threads(run, watching)
             started = time.monotonic()
@@ -155,6 +157,6 @@ def _about(engine: Engine, config: AuditConfig, data: AuditData) -> dict[str, An
         },
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {"name": sampling.name, "seed": config.seed, "max_new_tokens": config.max_new_tokens},
-        "judge": judge_named(config.judge).describe(),
+        "judge": judges_named(config.judges, config.judge_device)[0].describe(),
         "lead_score": LEAD,
     }

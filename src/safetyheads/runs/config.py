@@ -1,150 +1,299 @@
-"""What the user asks of a run. Owns the settings and their bounds; everything a number depends on is here."""
+"""Holds the settings of every kind of run.
+
+The sentence under each field is the help of the command line's option. The classes ``...Options`` are shared parts; a
+config is what one command takes. Parts have no slots: classes with slots cannot be combined.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.heads import parse_heads
+from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.runs.data import template_of
 
-_LATER = {"fold_system": False, "thinking": None, "prefill": "", "adapter": None, "device_map": None}
-_EARLIER = object()
+NO_BENIGN = "none"
+"""Name of the benign prompts of a scan without any."""
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Precisions of the weights; ``auto`` keeps the checkpoint's own."""
+SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalized_ships_representation")
+"""Scores that a search can use."""
+STATES = ("after_norm", "before_norm")
+"""Last-token states that Generalized Ships can read."""
+_GENERALIZED = "generalized_ships"
+# Settings that cannot change a number.
+_NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle", "offline")
 
 
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """Settings of every kind of run; the defaults are the paper's where it gives any."""
-
-    model: str
-    """Directory or hub id."""
-    prompts: str
-    """Harmful prompts: a file, a known benchmark, or ``demo``."""
-    benign: str = "benign"
-    """Benign prompts, likewise; ``benign`` is the package's own list."""
-    template: str | None = None
-    """A template's name or a string with {query}; None: chat for the organism, else query_answer."""
-    system: str | None = None
-    """System prompt, for a template that has a place for it."""
-    fold_system: bool = False
-    """Whether the chat template gets the system prompt at the beginning of the user's turn."""
-    thinking: str | None = None
-    """``closed`` or ``open``; None closes the think block of a chat template that has one."""
-    prefill: str = ""
-    """How every answer begins, written for the model (App. E)."""
-    column: str | None = None
-    """Column of the prompts, where the file has several."""
-    limit: int | None = None
-    """Read only the first so many prompts of each set."""
-    ablation: str = "undifferentiated_attention"
-    """Kind of ablation."""
-    epsilon: float = 1e-5
-    """Its strength (Eq 7, 8)."""
-    max_new_tokens: int = 128
-    """Longest answer."""
-    top_k: int = 1
-    """1 is greedy; the paper also samples with 5."""
-    seed: int = 0
-    """Of all that is drawn."""
-    dtype: str = "float32"
-    """Of the weights."""
-    device: str = "cpu"
-    """Where the model runs."""
-    adapter: str | None = None
-    """A PEFT adapter that is put on the model, a directory or hub id."""
-    device_map: str | None = None
-    """How the model is laid out over several devices, where it is."""
-    memory: float | None = None
-    """Most GiB that batches may take beside the weights; None is half of what is free. Batches move the last bits."""
-    compile: bool = False
-    """Whether norms and MLPs are compiled, which may move the last bits."""
-    store_completions: bool = True
-    """Whether answers are written to the run directory, or verdicts alone."""
+class Options:
+    """A part of a config, or a whole one: each part checks its own fields, then hands on to the next part."""
 
     def __post_init__(self) -> None:
-        Ablation.parse(self.ablation, self.epsilon)
-        template_of(self)
-        self._at_least({"max_new_tokens": 1, "top_k": 1})
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit must be at least 1; got {self.limit}")
+        """The end of the checks."""
 
-    def _at_least(self, bounds: dict[str, int]) -> None:
-        for name, least in bounds.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
+    def as_dict(self) -> dict[str, Any]:
+        """The settings that a manifest records: all that a number can depend on."""
+        settings: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return {name: value for name, value in settings.items() if name not in _NOT_RECORDED}
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model is loaded, and how."""
+
+    model: str
+    """Directory or hub id; demo:NAME is an embedded checkpoint."""
+    _: KW_ONLY
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or auto."""
+    dtype: str = "float32"
+    """Precision of the weights: float32, bfloat16, float16, or auto for the checkpoint's own."""
+    adapter: str | None = None
+    """PEFT adapter to put on the model without merging: directory or hub id."""
+    device_map: str | None = None
+    """Spread the model over devices, CPU and disk: auto, balanced, balanced_low_0 or sequential."""
+    offload_folder: Path | None = None
+    """Folder for weights that the device map puts on disk."""
+    threads: int | None = None
+    """CPU threads to use."""
+    memory: float | None = None
+    """Most GiB that batches may take beside the weights. Default: half of what is free."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings."""
+    allow_pickle: bool = False
+    """Read pickled weights, which can run code when read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, threads=self.threads)
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise InputError(f"--memory is a number of GiB above 0; got {self.memory}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateOptions(Options):
+    """How prompts are written for the model."""
+
+    template: str | None = None
+    """Template: direct, query_answer, query_answer_space, chat, llama2, urial, or a text with {query}. Default: chat
+    for the demo's models, else query_answer."""
+    system: str | None = None
+    """System prompt for chat, llama2, urial or a text with {system}. llama2 and urial have their own by default."""
+    fold_system: bool = False
+    """Put the system prompt at the beginning of the user's turn, for chat templates that take none."""
+    thinking: str | None = None
+    """Think block of the chat template: closed, or open and removed before judging. Default: closed."""
+    prefill: str = ""
+    """Beginning of every answer, such as 'Sure, here is'. The model reads it; judges do not (App. E)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        template_of(self)
+
+
+@dataclass(frozen=True)
+class PromptOptions(TemplateOptions):
+    """Which harmful prompts are used, and how they are written for the model."""
+
+    prompts: str
+    """Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
+    _: KW_ONLY
+    column: str | None = None
+    """Column of the file that holds the prompts. Needed if it has several."""
+    limit: int | None = None
+    """Use only the first N prompts of each set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, limit=self.limit)
+
+
+@dataclass(frozen=True)
+class BenignOptions(Options):
+    """Which benign prompts are used."""
+
+    benign: str = "benign"
+    """Benign prompts: a file, jailbreakbench_benign, demo, or benign, the package's own list. Default: benign; demo
+    where the harmful prompts are the demo's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions(Options):
+    """What happens to an ablated head."""
+
+    ablation: str = "ua"
+    """Ablation: ua (Eq 7), sc (Eq 8), ua_key, mean_query, mean_key or mean_head_output."""
+    epsilon: float = 1e-5
+    """Strength of the ablation; 0 is the exact limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Ablation.parse(self.ablation, self.epsilon)
 
     @property
     def parsed_ablation(self) -> Ablation:
         """The ablation as a value."""
         return Ablation.parse(self.ablation, self.epsilon)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As the manifest holds it: settings that came later are left out at their default.
 
-        So a run that was begun before them is the same run.
-        """
-        return {name: value for name, value in asdict(self).items() if _LATER.get(name, _EARLIER) != value}
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(Options):
+    """Who judges answers."""
 
-
-@dataclass(frozen=True, slots=True)
-class AuditConfig(RunConfig):
-    """Settings of one audit."""
-
-    size: int = 3
-    """Most heads in a group: Sahara's steps; the paper uses up to 5 and finds 3 best."""
-    positions: int = 1
-    """Answer tokens over which Ships are averaged, teacher-forced."""
-    judge: str = "paper"
-    """Who decides complied, refused, incoherent."""
-    split: float = 0.5
-    """Share of the prompts that the search sees; ASR is reported on the others."""
-    n_random: int = 20
-    """Random groups of the same size and layers, for each group."""
+    judges: tuple[str, ...] = ("paper",)
+    """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
+    given several times; the first one leads."""
+    judge_device: str = "cpu"
+    """Device of judge models: cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        # Not super(): with slots a dataclass is made anew, and the class that super() would look up is the old one.
-        RunConfig.__post_init__(self)
-        self._at_least({"size": 1, "positions": 1, "n_random": 0})
+        super().__post_init__()
+        if not self.judges:
+            raise InputError("at least one judge is needed")
+        twice = [name for name in dict.fromkeys(self.judges) if self.judges.count(name) > 1]
+        if twice:
+            raise InputError(f"each judge can be given once; {', '.join(twice)} came more often")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(JudgeOptions):
+    """How answers are generated and judged."""
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    top_k: int = 1
+    """Sample from the N likeliest tokens; 1 is greedy. The paper also samples with 5."""
+    seed: int = 0
+    """Random seed of the sampling, the split and the random groups."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(Options):
+    """Which groups of heads are ablated."""
+
+    groups: tuple[str, ...] = ()
+    """Heads to ablate together, such as 2-26,3-1. May be given several times, once for each group."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [format_heads(sorted(group)) for group in self.parsed_groups]
+        if not all(names):
+            raise InputError("a group needs heads, such as 2-26,3-1")
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"group {name} is given twice")
+
+    @property
+    def parsed_groups(self) -> tuple[Group, ...]:
+        """The groups as heads."""
+        return tuple(map(parse_heads, self.groups))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenOptions(Options):
+    """Whether every head is scored exactly, or only the best of a forecast."""
+
+    screen: bool = False
+    """Forecast all heads from a few backward passes and score only the best of them exactly."""
+    candidates: int | None = None
+    """Heads with the best forecasts that are scored. Default: 32."""
+    sample: int | None = None
+    """Other heads that are scored, drawn at random; they bound what was missed. Default: 64."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, least in (("--candidates", self.candidates, 1), ("--sample", self.sample, 0)):
+            if value is not None and not self.screen:
+                raise InputError(f"{name} belongs to --screen")
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionOptions(Options):
+    """Over which tokens Ships are averaged."""
+
+    positions: int = 1
+    """Average Ships over the first N tokens of the unablated answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, positions=self.positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(Options):
+    """How large a group can get."""
+
+    size: int = 3
+    """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, size=self.size)
+
+
+@dataclass(frozen=True)
+class RunConfig(AnswerOptions, AblationOptions, BenignOptions, PromptOptions, ModelOptions):
+    """Settings that audits and scans share; the defaults are the paper's where it gives any."""
+
+    _: KW_ONLY
+    store_completions: bool = True
+    """Store the answers in the run directory, not verdicts alone."""
+
+
+@dataclass(frozen=True)
+class AuditConfig(RunConfig, PositionOptions, SizeOptions):
+    """Settings of one audit."""
+
+    _: KW_ONLY
+    n_random: int = 20
+    """Random groups of the same size and layers to compare each group with."""
+    split: float = 0.5
+    """Share of the prompts that the search sees; rates are measured on the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, n_random=self.n_random)
         if not 0 < self.split < 1:
             raise InputError(f"split is the share of prompts for the search, between 0 and 1; got {self.split}")
 
 
-NO_BENIGN = "none"
-"""Name of the benign prompts where there are to be none."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanConfig(RunConfig):
+@dataclass(frozen=True)
+class ScanConfig(RunConfig, GroupOptions):
     """Settings of one exhaustive scan."""
 
-    judges: tuple[str, ...] = ("paper",)
-    """Who decides about answers; the first one leads."""
-    judge_device: str = "cpu"
-    """Where judge models run."""
+    _: KW_ONLY
     n_seeds: int = 1
-    """Answers to each prompt, with seeds from ``seed`` on; more than one only where tokens are sampled."""
+    """Sampled answers to each prompt, with seeds from --seed on."""
     full_answers: bool = False
-    """Whether rows go on to their end after every judge is final."""
+    """Go on to the end of an answer after every judge is final."""
     epsilons: tuple[float, ...] = ()
-    """Further strengths at which every head is scanned on the harmful prompts."""
-    groups: tuple[str, ...] = ()
-    """Groups to be scanned beside the heads, such as ``1-3,2-5``."""
+    """Scan every head at this strength too. May be given several times."""
     pairs: int = 0
-    """Scan all pairs among so many heads of highest ASR."""
+    """Scan all pairs among the N heads of highest ASR."""
     prefixes: int = 0
-    """Scan the groups of 1 to so many heads that Sahara finds by mean Ships."""
+    """Scan Sahara's groups of 1 to N heads, found by mean Ships."""
     n_random: int = 0
-    """Random groups of the same size and layers, for each of those groups."""
+    """Random groups of the same size and layers to compare each of these groups with."""
     query_level: int = 0
-    """Let each prompt ablate its own 1 to so many top heads by Ships."""
+    """Let each prompt ablate its own 1 to N top heads by Ships."""
     scores: bool = True
-    """Whether Ships, Generalized Ships and the screening are measured, to be held against the ASR."""
+    """Measure Ships, Generalized Ships and the screening, to compare them with the ASR."""
 
     def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        self._at_least({"n_seeds": 1, "pairs": 0, "prefixes": 0, "n_random": 0, "query_level": 0})
+        super().__post_init__()
+        at_least(1, n_seeds=self.n_seeds)
+        at_least(0, pairs=self.pairs, prefixes=self.prefixes, n_random=self.n_random, query_level=self.query_level)
         if self.n_seeds > 1 and self.top_k == 1:
             raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
         if self.pairs == 1:
@@ -155,15 +304,68 @@ class ScanConfig(RunConfig):
             Ablation.parse(self.ablation, epsilon)
         if len({self.epsilon, *self.epsilons}) <= len(self.epsilons):
             raise InputError("each epsilon is given once")
-        for group in self.groups:
-            if not parse_heads(group):
-                raise InputError("a group needs heads, such as 2-26,3-1")
 
     def ablation_at(self, epsilon: float) -> Ablation:
-        """The kind of ablation at another strength."""
+        """The ablation at another strength."""
         return Ablation.parse(self.ablation, epsilon)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the answers."""
         return tuple(range(self.seed, self.seed + self.n_seeds))
+
+
+@dataclass(frozen=True)
+class ShipsConfig(ScreenOptions, PositionOptions, AblationOptions, PromptOptions, ModelOptions):
+    """Settings of a ranking by mean Ships."""
+
+
+@dataclass(frozen=True)
+class SaharaConfig(
+    ScreenOptions, JudgeOptions, PositionOptions, SizeOptions, AblationOptions, PromptOptions, ModelOptions
+):
+    """Settings of a search by any score."""
+
+    _: KW_ONLY
+    score: str = "mean_ships"
+    """Score to search by: mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation."""
+    rank: int | None = None
+    """Singular vectors that Generalized Ships keeps. Default: 1."""
+    state: str | None = None
+    """Last-token state that Generalized Ships reads: after_norm or before_norm. Default: after_norm."""
+    centred: bool = False
+    """Subtract the mean over prompts before Generalized Ships."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise InputError(f"unknown score {self.score!r}; known are {', '.join(SCORES)}")
+        if self.state is not None and self.state not in STATES:
+            raise InputError(f"unknown state {self.state!r}; known are {', '.join(STATES)}")
+        given = {"--rank": self.rank is not None, "--state": self.state is not None, "--centred": self.centred}
+        if not self.score.startswith(_GENERALIZED) and any(given.values()):
+            raise InputError(f"{next(name for name, is_given in given.items() if is_given)} is for Generalized Ships")
+        if self.positions != 1 and self.score != "mean_ships":
+            raise InputError(f"--positions is for mean_ships, not for {self.score}")
+
+
+@dataclass(frozen=True)
+class AsrConfig(GroupOptions, AnswerOptions, AblationOptions, PromptOptions, ModelOptions):
+    """Settings of attack success rates under given groups."""
+
+    _: KW_ONLY
+    query_level: int = 0
+    """Let each prompt ablate its own 1 to N top heads by Ships."""
+    store_completions: bool = True
+    """Store the answers in the run directory, not verdicts alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, query_level=self.query_level)
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below ``least``, by the option's name."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise InputError(f"{name.replace('_', ' ')} must be at least {least}; got {number}")
