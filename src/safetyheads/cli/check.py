@@ -83,7 +83,7 @@ def _samples(engine: Engine) -> PromptSet:
 
 def prompt_json(engine: Engine, asked: PromptSet) -> dict[str, Any]:
     """The tokens of the first prompt under the set's template, each with the part of the prompt that it belongs to."""
-    bound = engine.ask(asked).template.bound(engine.tokenizer)
+    bound = (asked.template or engine.default_template).bound(engine.tokenizer)
     tokenizer, token_ids = engine.tokenizer, bound.encode(asked[0].query)
     parts = _parts(bound, token_ids, asked[0].query)
     special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
