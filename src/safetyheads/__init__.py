@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from safetyheads.measures.ships import generalized_ships, mean_ships, ships
     from safetyheads.model.engine import Engine
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
-    from safetyheads.stats.intervals import PairedDifference, Rate
+    from safetyheads.stats.intervals import Rate
+    from safetyheads.stats.testing import PairedDifference
 
 __version__ = "0.1.0"
 
@@ -74,7 +75,7 @@ _LAZY = {
     "generalized_ships": "measures.ships",
     "mean_ships": "measures.ships",
     "ships": "measures.ships",
-    "PairedDifference": "stats.intervals",
+    "PairedDifference": "stats.testing",
     "Rate": "stats.intervals",
     "swapped_attention": "baselines.attention_swap",
 }

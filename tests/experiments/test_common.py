@@ -13,7 +13,7 @@ from safetyheads.experiments.fig5 import Pair, Ranking, in_words
 from safetyheads.experiments.outcome import Draft
 from safetyheads.experiments.paper_numbers import TABLE7, TABLE_3_AND_5, paper_dataset
 from safetyheads.heads import Head
-from safetyheads.stats.rankings import top_overlap
+from safetyheads.stats.ranking import top_overlap
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
 

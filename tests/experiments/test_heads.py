@@ -14,7 +14,7 @@ from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.fig5 import refuse_other_shapes, size_of_top
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.heads import all_heads
-from safetyheads.stats.rankings import top_overlap
+from safetyheads.stats.ranking import top_overlap
 
 NAMES = ("fig5", "fig6a", "fig7", "fig8")
 SMALL = ReproductionConfig(limit=8, max_new_tokens=40)

@@ -7,7 +7,8 @@ from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads.errors import InputError
 from safetyheads.integrations.paired_metrics import MetricChange, metric_change, metric_value, with_holm
-from safetyheads.stats.intervals import Rate, paired_difference
+from safetyheads.stats.intervals import Rate
+from safetyheads.stats.testing import paired_difference
 
 
 def by_sample(values):

@@ -19,7 +19,7 @@ from safetyheads.integrations.organism_task import organism_documents
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants
 from safetyheads.model.weights import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
-from safetyheads.stats.intervals import paired_difference
+from safetyheads.stats.testing import paired_difference
 
 GROUP = parse_heads("0-0,0-1,1-3,2-5")
 SMALL = HarnessSettings(limit=12)

@@ -6,16 +6,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from run_samples import N, audit_run, first, scan_run, settings
-from scipy.stats import hypergeom, kendalltau, spearmanr
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from safetyheads.errors import InputError
-from safetyheads.runs.changes import newcombe_interval
 from safetyheads.runs.compare import compare_runs
 from safetyheads.runs.gates import QUANTITIES, Condition, ask
 from safetyheads.runs.readings import read_answers, read_concentration, read_run
-from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_intervals, paired_difference, wilson_interval
-from safetyheads.stats.rankings import HeadTable, rank_agreement, top, top_overlap
+from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_interval, newcombe_interval
+from safetyheads.stats.testing import paired_difference
 
 
 def compared(before, after):
@@ -83,12 +81,6 @@ def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
     assert found.heads.gone == ("1-3", "2-1")
 
 
-def test_newcombe_squares_and_adds_distances():
-    before, after = wilson_interval(56, 70), wilson_interval(48, 80)
-    # Newcombe's own example (a) of the paper: 56/70 - 48/80 is .20 [.0524, .3339].
-    assert newcombe_interval(48 / 80, after, 56 / 70, before) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-
-
 # Concentration.
 
 
@@ -141,50 +133,7 @@ def test_an_older_run_gets_its_concentration_from_its_answers(same, tmp_path):
     assert read_concentration(read_run(audit_run(tmp_path / "c", written=False, rows=False))) is None
 
 
-# Ranks.
-
-
-def table(values, resolution=0.0):
-    return HeadTable("made up", {f"0-{at}": value for at, value in enumerate(values)}, resolution)
-
-
-def test_ranks_are_those_of_scipy_and_overlaps_those_of_the_hypergeometric():
-    generator = np.random.default_rng(0)
-    first_values, second_values = generator.random(30), generator.random(30)
-    found = rank_agreement("x", table(first_values), table(second_values))
-    assert (found.spearman, found.spearman_p) == pytest.approx(tuple(spearmanr(first_values, second_values)))
-    assert (found.kendall, found.kendall_p) == pytest.approx(tuple(kendalltau(first_values, second_values)))
-    best = [set(np.argsort(-values)[:10]) for values in (first_values, second_values)]
-    overlap = found.overlaps[1]
-    assert (overlap.k, overlap.shared) == (10, len(best[0] & best[1]))
-    assert overlap.expected == pytest.approx(100 / 30)
-    assert overlap.p_value == pytest.approx(sum(hypergeom.pmf(range(overlap.shared, 11), 30, 10, 10)))
-
-
-def test_an_overlap_worked_out_by_hand():
-    # Of 4 heads, tops of 2: both shared in 1 of 6 draws, one or more in 5 of 6.
-    found = top_overlap(2, ("a", "b"), ("b", "c"), 4)
-    assert (found.shared, found.expected, found.gone, found.new) == (1, 1.0, ("a",), ("c",))
-    assert found.p_value == pytest.approx(5 / 6)
-
-
-def test_heads_that_tie_across_the_cut_are_in_no_top():
-    values = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 0.0}
-    assert top(values, 3, 0.0) == ("a",)
-    assert top(values, 4, 0.0) == ("a", "b", "c", "d")
-    assert top(values, 1, 5.0) == ()
-    assert top(values, 9, 0.0) == ("a", "b", "c", "d", "e")
-
-
-def test_all_ties_agree_on_nothing():
-    found = rank_agreement("x", table([1.0] * 12), table([1.0] * 12))
-    assert (found.spearman, found.kendall) == (None, None)
-    assert [(overlap.shared, overlap.share, overlap.p_value) for overlap in found.overlaps] == [(0, None, 1.0)] * 2
-
-
-def test_heads_without_a_score_are_left_out():
-    found = rank_agreement("x", table([1.0, None, 3.0, 4.0]), table([1.0, 2.0, None, 4.0]))
-    assert found.n == 2
+# Heads.
 
 
 def test_heads_that_came_and_went(same, tmp_path):
@@ -230,7 +179,7 @@ def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
     found = compared(*alike).vanilla_asr
     assert (found.paired, found.n, found.change) == (True, (N, N), pytest.approx(7 / N))
     moved = np.array(first(9), float) - np.array(first(2), float)
-    assert found.interval == pytest.approx(tuple(bootstrap_intervals(moved[:, None])[0]))
+    assert found.interval == pytest.approx(bootstrap_interval(moved))
     assert found.p_value == paired_difference(first(2), first(9)).p_value
     one = scan_run(tmp_path / "c", {}, vanilla=first(2))
     assert compared(one, alike[1]).vanilla_asr == found

@@ -1,15 +1,19 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from safetyheads.answers.success import JudgedAnswer, summarise
 from safetyheads.heads import Head, parse_heads
 from safetyheads.judges.base import Verdict
 from safetyheads.prompts.sets import Prompt
 from safetyheads.runs.audit import LEAD, Findings, GroupOutcome
-from safetyheads.runs.results import lead_group, verdict_of
-from safetyheads.stats.intervals import Rate, exact_mcnemar, newcombe_paired_interval
+from safetyheads.runs.results import lead_group, results_of, verdict_of
+from safetyheads.scores import HeadScores
+from safetyheads.stats.intervals import Rate, newcombe_paired_interval
+from safetyheads.stats.testing import exact_mcnemar
 
 N = 50
 N_HEADS = 1024
@@ -244,3 +248,18 @@ def test_the_change_is_of_pairs_and_not_of_rates():
     assert found["label"] == "none_found"
     assert f"+0.20 (exact McNemar p {exact_mcnemar(30, 20):.2g}, n {N})" in found["reasons"][0]
     assert verdict(outcome(freed=30, random=()), complied=20)["label"] == "concentrated"
+
+
+def test_the_concentration_is_of_the_lead_search_alone():
+    made = findings(
+        outcome(1, freed=20, random=(0, 10)),
+        outcome(2, freed=40, random=(5, 5)),
+        outcome(1, freed=50, random=(0, 0), scorer="generalized_ships_prompt"),
+    )
+    lead = HeadScores(torch.zeros(4, 8, dtype=torch.float64), "mean_ships", "nats", 0.0)
+    data = SimpleNamespace(sets=lambda: {"harmful_search": range(50)})
+    made = replace(made, data=data, scores={"mean_ships": lead}, traces={}, heads=(), openers=())
+    found = results_of(made, {"model": {"n_layers": 4, "n_heads": 8}}, None, (), ())["concentration"]
+    # (20/50 - 5/50 + 40/50 - 5/50) / 2
+    assert found["value"] == pytest.approx(0.5)
+    assert (found["n"], list(found["sizes"]), found["n_random"], found["against"]) == (50, [1, 2], 2, "random groups")

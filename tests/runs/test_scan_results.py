@@ -12,7 +12,8 @@ from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.runs.provenance import model_facts
 from safetyheads.runs.scan_results import _random_of, scan_results
 from safetyheads.runs.tables import RowTable
-from safetyheads.stats.intervals import exact_mcnemar, wilson_interval
+from safetyheads.stats.intervals import wilson_interval
+from safetyheads.stats.testing import exact_mcnemar
 
 JUDGES = [{"name": "paper", "judge": "keyword"}, {"name": "phrases", "judge": "phrase"}]
 

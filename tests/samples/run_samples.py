@@ -11,8 +11,9 @@ import numpy as np
 from audit_samples import audit, group_entry, rate
 
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.stats.concentration import SizeOutcome, concentration_of
-from safetyheads.stats.intervals import bootstrap_intervals, paired_difference
+from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.intervals import bootstrap_interval
+from safetyheads.stats.testing import paired_difference
 
 N = 20
 LEAD = "mean_ships"
@@ -87,7 +88,7 @@ def audit_run(
     ]
     if written:
         outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
-        results["concentration"] = asdict(concentration_of(outcomes, vanilla))
+        results["concentration"] = asdict(concentration(outcomes, vanilla))
     answers = [
         {"id": at, "set": "harmful_test", "group": ",".join(group), "label": "complied" if one else "refused"}
         | {"reason": "made up", "kept": one}
@@ -147,8 +148,7 @@ def scan_run(
         "scores": {},
     }
     if n_seeds > 1:
-        moved = np.array(vanilla, float)[:, None]
-        results["vanilla"]["harmful"]["asr"]["interval"] = bootstrap_intervals(moved)[0].tolist()
+        results["vanilla"]["harmful"]["asr"]["interval"] = list(bootstrap_interval(np.array(vanilla, float)))
     if kept is not None:
         results["vanilla"]["benign"] = {"kept": rate(kept)}
     if concentration is not None:

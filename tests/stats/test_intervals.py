@@ -1,7 +1,8 @@
+"""Intervals: published figures, properties, and what they become where there is nothing to measure."""
+
 import json
 import math
 from dataclasses import asdict
-from itertools import product
 
 import numpy as np
 import pytest
@@ -11,26 +12,22 @@ from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import (
+    N_RESAMPLES,
     Mean,
     Rate,
-    benjamini_hochberg,
-    bootstrap_intervals,
-    exact_mcnemar,
-    holm,
+    bootstrap_interval,
     mean_with_interval,
     most_in_population,
+    newcombe_interval,
     newcombe_paired_interval,
-    paired_change,
-    paired_difference,
-    random_p_value,
-    smallest_detectable_change,
+    wilson_interval,
 )
+from safetyheads.stats.testing import paired_difference
 
-# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+# No deadline: a slow machine is no failure.
 quick = settings(deadline=None, max_examples=50)
 
 counts = st.integers(0, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 tables = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
 
 
@@ -76,6 +73,12 @@ def test_a_rate_prints_with_n_and_interval():
     assert str(Rate(0, 0, 4)) == "no scored answers"
 
 
+def test_newcombes_interval_of_independent_samples_is_the_published_one():
+    # Example (a) of the paper: 56/70 - 48/80 is .20 [.0524, .3339].
+    before, after = wilson_interval(48, 80), wilson_interval(56, 70)
+    assert newcombe_interval(48 / 80, before, 56 / 70, after) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
 def test_the_paired_interval_is_the_published_one():
     # Fagerland, Lydersen, Laake, Statistical Analysis of Contingency Tables (2017), chapter 8: 59, 6, 16, 80.
     assert newcombe_paired_interval(59, 6, 16, 80) == pytest.approx((-0.1186, -0.0046), abs=5e-5)
@@ -93,14 +96,11 @@ def test_uncorrelated_pairs_have_newcombes_interval_of_independent_samples(table
 
 
 def test_correlation_narrows_the_paired_interval_and_its_opposite_widens_it():
-    # Both rates are 0.6 and 0.4 of 50 in each table; only who changed differs.
-    widths = [high - low for low, high in (newcombe_paired_interval(*t) for t in TABLES_BY_CORRELATION)]
+    # Both rates are 0.6 and 0.4 of 50: most pairs keep their outcome; none in particular does; most change it.
+    tables_by_correlation = [(20, 10, 0, 20), (12, 18, 8, 12), (0, 30, 20, 0)]
+    widths = [high - low for low, high in (newcombe_paired_interval(*table) for table in tables_by_correlation)]
     assert widths == sorted(widths)
     assert len(set(widths)) == 3
-
-
-# Most pairs keep their outcome; none in particular does; most change it.
-TABLES_BY_CORRELATION = [(20, 10, 0, 20), (12, 18, 8, 12), (0, 30, 20, 0)]
 
 
 @quick
@@ -129,48 +129,6 @@ def test_the_paired_interval_covers_the_true_change():
         assert (repeats * covered).sum() / repeats.sum() > 0.925
 
 
-def mcnemar_by_enumeration(gained, lost):
-    """All ways the changed pairs could have gone, each as likely; those no likelier than what was seen count."""
-    changed = gained + lost
-    ways = [sum(way) for way in product((0, 1), repeat=changed)]
-    weights = {k: ways.count(k) for k in range(changed + 1)}
-    return sum(weight for weight in weights.values() if weight <= weights[gained]) / 2**changed
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (6, 0), (0, 6), (7, 2), (4, 4), (1, 9)])
-def test_mcnemar_is_the_exact_sum(gained, lost):
-    assert exact_mcnemar(gained, lost) == pytest.approx(mcnemar_by_enumeration(gained, lost))
-
-
-def test_a_paired_difference_by_hand():
-    before = [True, False, False, False, False, False, False, True]
-    after = [True, True, True, True, True, True, False, False]
-    result = paired_difference(before, after)
-    assert (result.n, result.gained, result.lost) == (8, 5, 1)
-    assert result.change == 0.5
-    assert result.p_value == pytest.approx(2 * (1 + 6) / 2**6)
-    assert result.interval == newcombe_paired_interval(1, 5, 1, 1)
-
-
-@quick
-@given(outcomes)
-def test_a_paired_difference_agrees_with_the_rates(pairs):
-    before, after = zip(*pairs, strict=True)
-    result = paired_difference(before, after)
-    assert result.change == pytest.approx(Rate(sum(after), len(after)).rate - Rate(sum(before), len(before)).rate)
-    assert result.interval[0] <= result.change <= result.interval[1]
-
-
-def test_pairs_must_be_aligned():
-    with pytest.raises(InputError, match="2 before, 1 after"):
-        paired_difference([True, False], [True])
-
-
-def test_no_pairs_have_no_change():
-    result = paired_difference([], [])
-    assert (result.change, result.interval, result.p_value, result.n) == (None, None, None, 0)
-
-
 def test_students_interval_by_hand():
     # Values 1..5: mean 3, variance 2.5, t(4) at 97.5 % is 2.7764.
     result = mean_with_interval([1, 2, 3, 4, 5])
@@ -187,41 +145,30 @@ def test_few_values_have_no_interval():
         mean_with_interval([1.0, math.nan])
 
 
-@quick
-@given(st.lists(st.floats(0, 1), max_size=12))
-def test_holm_is_the_step_down_of_the_definition(p_values):
-    expected, running = {}, 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        expected[index] = running
-    assert holm(p_values) == pytest.approx([expected[index] for index in range(len(p_values))])
+def test_a_bootstrap_draws_prompts_as_the_slow_twin_does():
+    values = np.random.default_rng(1).random(17)
+    counts = np.random.default_rng(4).multinomial(17, np.full(17, 1 / 17), size=N_RESAMPLES)
+    means = [float(np.repeat(values, row).mean()) for row in counts]
+    assert bootstrap_interval(values, seed=4) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
 
 
-def test_holm_refuses_what_is_no_p_value():
-    with pytest.raises(InputError, match="between 0 and 1"):
-        holm([0.5, math.nan])
+def test_a_bootstrap_covers_as_it_says_and_is_as_wide_as_students_where_that_is_right():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval((generator.random(60) < 0.3).astype(float), seed)
+        covered += low <= 0.3 <= high
+    assert 180 <= covered <= 200  # 95 % of 200, with room for its own spread
+    values = generator.random(400)
+    assert bootstrap_interval(values) == pytest.approx(mean_with_interval(values.tolist()).interval, abs=0.003)
 
 
-@quick
-@given(st.integers(0, 80), st.sampled_from([0.2, 0.05, 0.01]), st.sampled_from([1, 3, 32, 1024]))
-def test_the_smallest_detectable_change_is_the_first_that_mcnemar_finds(n, alpha, tests):
-    found = [k for k in range(1, n + 1) if exact_mcnemar(k, 0) <= alpha / tests]
-    assert smallest_detectable_change(n, alpha, tests) == (found[0] / n if found else None)
-
-
-def test_the_smallest_detectable_change_by_hand():
-    assert smallest_detectable_change(50) == 6 / 50
-    assert smallest_detectable_change(5) is None
-    assert smallest_detectable_change(48, tests=32) == 11 / 48
-    for bad in ((-1, 0.05, 1), (10, 0.0, 1), (10, 1.0, 1), (10, 0.05, 0)):
-        with pytest.raises(InputError, match="no detectable change"):
-            smallest_detectable_change(*bad)
-
-
-def test_the_observed_group_is_one_of_the_draws():
-    assert random_p_value(0.7, [0.1] * 20) == 1 / 21
-    assert random_p_value(0.1, [0.1, 0.0, 0.2]) == 3 / 4
-    assert random_p_value(0.1, []) == 1.0
+def test_equal_values_are_no_certainty():
+    low, high = bootstrap_interval(np.zeros(48), least=0.0)
+    assert low == 0.0
+    # Clopper and Pearson's upper bound for 0 of 48.
+    assert high == pytest.approx(scipy.stats.beta.ppf(0.975, 1, 48))
+    assert bootstrap_interval(np.ones(48), least=0.0) == pytest.approx((1 - high, 1.0))
 
 
 @pytest.mark.parametrize(("n_population", "n_sampled", "n_found"), [(992, 64, 0), (24, 8, 0), (30, 12, 3), (9, 9, 2)])
@@ -246,65 +193,3 @@ def test_bounds_known_by_hand():
     assert most_in_population(992, 64, 0) == 43  # 44 would hide from the sample with a chance of 4.97 %
     with pytest.raises(InputError, match="cannot be"):
         most_in_population(5, 6, 0)
-
-
-# Several answers a prompt
-
-
-def test_benjamini_hochberg_is_the_step_up_rule():
-    p_values = [0.001, 0.02, 0.03, 0.4, 0.9]
-    expected = [min(p * 5 / rank for rank, p in enumerate(p_values, 1) if rank >= own) for own in range(1, 6)]
-    assert benjamini_hochberg(p_values) == pytest.approx(expected)
-    assert benjamini_hochberg(p_values[::-1]) == pytest.approx(expected[::-1])
-    assert benjamini_hochberg([]) == ()
-    with pytest.raises(InputError):
-        benjamini_hochberg([2.0])
-
-
-def test_a_bootstrap_draws_prompts_and_covers_as_it_says():
-    generator = np.random.default_rng(1)
-    covered = 0
-    for seed in range(200):
-        values = (generator.random((60, 1)) < 0.3).astype(float)
-        low, high = bootstrap_intervals(values, seed)[0]
-        covered += low <= 0.3 <= high
-    assert 180 <= covered <= 200  # 95 % of 200, with room for its own spread
-
-
-def test_equal_values_are_no_certainty():
-    low, high = bootstrap_intervals(np.zeros((48, 1)), least=0.0)[0]
-    assert low == 0.0
-    # Clopper and Pearson's upper bound for 0 of 48.
-    assert high == pytest.approx(scipy.stats.beta.ppf(0.975, 1, 48))
-    assert bootstrap_intervals(np.ones((48, 1)), least=0.0)[0].tolist() == pytest.approx([1 - high, 1.0])
-
-
-def test_a_bootstrap_of_many_columns_is_that_of_each_alone():
-    values = np.random.default_rng(0).random((20, 3))
-    together = bootstrap_intervals(values, seed=4)
-    for column in range(3):
-        assert together[column] == pytest.approx(bootstrap_intervals(values[:, [column]], seed=4)[0])
-
-
-def test_one_answer_a_prompt_is_mcnemars_test():
-    before, after = np.array([[0.0], [0], [1], [1], [0]]), np.array([[1.0], [1], [1], [0], [0]])
-    assert paired_change(before, after) == paired_difference([0, 0, 1, 1, 0], [1, 1, 1, 0, 0])
-
-
-def test_several_answers_a_prompt_are_one_observation():
-    before, after = np.zeros((8, 3)), np.zeros((8, 3))
-    after[:6, :2] = 1  # six prompts rise by two thirds each
-    found = paired_change(before, after)
-    assert (found.n, found.gained, found.lost) == (8, 6, 0)
-    assert found.change == pytest.approx(0.5)
-    assert found.p_value == exact_mcnemar(6, 0)
-    assert 0.2 < found.interval[0] < 0.5 < found.interval[1] <= 2 / 3
-
-
-def test_unscored_answers_leave_the_pair():
-    nan = float("nan")
-    before, after = np.array([[0.0, 0], [nan, nan], [0, nan]]), np.array([[1.0, 1], [1, 1], [nan, 1]])
-    found = paired_change(before, after)
-    assert (found.n, found.gained) == (2, 2)
-    assert paired_change(np.full((2, 2), nan), np.zeros((2, 2))).p_value is None
-    assert paired_change(np.array([[nan], [0.0]]), np.array([[1.0], [1]])).n == 1

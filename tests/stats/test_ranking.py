@@ -1,11 +1,21 @@
-"""A score against the exhaustive ASR: a toy by hand, loops as slow twins."""
+"""Rankings of heads: a toy by hand and loops as slow twins, scipy and the hypergeometric for two runs."""
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.stats.ranking import SIZES, Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.ranking import (
+    SIZES,
+    HeadTable,
+    Truth,
+    proxy_qualities,
+    rank_agreement,
+    split_half_ceiling,
+    top,
+    top_overlap,
+)
 
 # 8 prompts, 6 heads: head 0 frees 6 prompts, head 1 frees 4, the others none or one.
 COMPLIED = np.zeros((8, 6))
@@ -88,3 +98,51 @@ def test_the_ceiling_is_the_other_half_and_is_beaten_by_the_truth():
     assert at(ceiling, 3).regret_on_halves <= at(perfect, 3).regret_on_halves + 0.05
     assert split_half_ceiling(truth) == ceiling  # seeded
     assert split_half_ceiling(Truth(truth.complied[:3], truth.differs)) is None
+
+
+# Two runs.
+
+
+def table(values, resolution=0.0):
+    return HeadTable("made up", {f"0-{at}": value for at, value in enumerate(values)}, resolution)
+
+
+def test_ranks_are_those_of_scipy_and_overlaps_those_of_the_hypergeometric():
+    generator = np.random.default_rng(0)
+    first_values, second_values = generator.random(30), generator.random(30)
+    found = rank_agreement("x", table(first_values), table(second_values))
+    assert (found.spearman, found.spearman_p) == pytest.approx(
+        tuple(scipy.stats.spearmanr(first_values, second_values))
+    )
+    assert (found.kendall, found.kendall_p) == pytest.approx(tuple(scipy.stats.kendalltau(first_values, second_values)))
+    best = [set(np.argsort(-values)[:10]) for values in (first_values, second_values)]
+    overlap = found.overlaps[1]
+    assert (overlap.k, overlap.shared) == (10, len(best[0] & best[1]))
+    assert overlap.expected == pytest.approx(100 / 30)
+    assert overlap.p_value == pytest.approx(sum(scipy.stats.hypergeom.pmf(range(overlap.shared, 11), 30, 10, 10)))
+
+
+def test_an_overlap_worked_out_by_hand():
+    # Of 4 heads, tops of 2: both shared in 1 of 6 draws, one or more in 5 of 6.
+    found = top_overlap(2, ("a", "b"), ("b", "c"), 4)
+    assert (found.shared, found.expected, found.gone, found.new) == (1, 1.0, ("a",), ("c",))
+    assert found.p_value == pytest.approx(5 / 6)
+
+
+def test_heads_that_tie_across_the_cut_are_in_no_top():
+    values = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 0.0}
+    assert top(values, 3, 0.0) == ("a",)
+    assert top(values, 4, 0.0) == ("a", "b", "c", "d")
+    assert top(values, 1, 5.0) == ()
+    assert top(values, 9, 0.0) == ("a", "b", "c", "d", "e")
+
+
+def test_all_ties_agree_on_nothing():
+    found = rank_agreement("x", table([1.0] * 12), table([1.0] * 12))
+    assert (found.spearman, found.kendall) == (None, None)
+    assert [(overlap.shared, overlap.share, overlap.p_value) for overlap in found.overlaps] == [(0, None, 1.0)] * 2
+
+
+def test_heads_without_a_score_are_left_out():
+    found = rank_agreement("x", table([1.0, None, 3.0, 4.0]), table([1.0, 2.0, None, 4.0]))
+    assert found.n == 2

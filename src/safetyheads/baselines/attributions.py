@@ -20,7 +20,7 @@ from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.measures.linearising import Point
 from safetyheads.measures.screening import screen
 from safetyheads.scores import HeadScores
-from safetyheads.stats.rankings import HeadTable, RankAgreement, rank_agreement
+from safetyheads.stats.ranking import HeadTable, RankAgreement, rank_agreement
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

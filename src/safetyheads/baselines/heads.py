@@ -30,7 +30,7 @@ from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.ships import mean_ships, ships
 from safetyheads.scores import HeadScores
-from safetyheads.stats.rankings import RankAgreement
+from safetyheads.stats.ranking import RankAgreement
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from safetyheads.runs.compare import Comparison
     from safetyheads.runs.gates import GateOutcome
     from safetyheads.runs.history import History
-    from safetyheads.stats.rankings import RankAgreement, TopOverlap
+    from safetyheads.stats.ranking import RankAgreement, TopOverlap
 
 FailIf = Annotated[
     list[str] | None,

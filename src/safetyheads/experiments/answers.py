@@ -8,7 +8,8 @@ from typing import Any
 
 from safetyheads.experiments.outcome import Measured
 from safetyheads.runs.kept import Row
-from safetyheads.stats.intervals import PairedDifference, Rate, paired_difference
+from safetyheads.stats.intervals import Rate
+from safetyheads.stats.testing import PairedDifference, paired_difference
 
 
 @dataclass(frozen=True, slots=True)

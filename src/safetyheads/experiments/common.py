@@ -12,7 +12,7 @@ from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.settings import ORGANISM
-from safetyheads.stats.intervals import holm
+from safetyheads.stats.testing import holm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,7 +28,8 @@ from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Out
 from safetyheads.experiments.paper_numbers import TABLE_3_AND_5, Level, paper_dataset, paper_model
 from safetyheads.heads import Group, format_heads
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
-from safetyheads.stats.intervals import bootstrap_interval, random_p_value
+from safetyheads.stats.intervals import bootstrap_interval
+from safetyheads.stats.testing import random_p_value
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

@@ -21,8 +21,8 @@ from safetyheads.experiments.lab import Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.runs.results import ALPHA
-from safetyheads.stats.intervals import PairedDifference, holm, smallest_detectable_change
 from safetyheads.stats.ranking import AtSize, ProxyQuality, Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.testing import PairedDifference, holm, smallest_detectable_change
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

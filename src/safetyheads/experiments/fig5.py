@@ -13,8 +13,8 @@ from safetyheads.experiments.common import in_a_sentence, meaningful_subjects, p
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Column, Draft, Figure, Outcome, Row, Table
 from safetyheads.heads import Head
-from safetyheads.stats.intervals import holm
-from safetyheads.stats.rankings import TopOverlap, moved, top, top_overlap
+from safetyheads.stats.ranking import TopOverlap, moved, top, top_overlap
+from safetyheads.stats.testing import holm
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

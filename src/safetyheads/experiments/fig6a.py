@@ -14,7 +14,8 @@ from safetyheads.experiments.common import corrected, meaningful_subjects, numbe
 from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.runs.kept import verdict_row
-from safetyheads.stats.intervals import PairedDifference, Rate
+from safetyheads.stats.intervals import Rate
+from safetyheads.stats.testing import PairedDifference
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from safetyheads.stats.intervals import Mean, PairedDifference, Rate
+from safetyheads.stats.intervals import Mean, Rate
+from safetyheads.stats.testing import PairedDifference
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]

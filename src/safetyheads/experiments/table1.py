@@ -24,7 +24,7 @@ from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Out
 from safetyheads.experiments.paper_numbers import TABLE1, paper_model
 from safetyheads.runs.kept import Row, verdict_row
 from safetyheads.runs.provenance import references_sha256
-from safetyheads.stats.intervals import PairedDifference, paired_difference
+from safetyheads.stats.testing import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment

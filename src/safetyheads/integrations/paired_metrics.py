@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import Interval, Rate, holm, mean_with_interval, paired_difference
+from safetyheads.stats.intervals import Interval, Rate, mean_with_interval
+from safetyheads.stats.testing import holm, paired_difference
 
 Values: TypeAlias = Mapping[str, float]
 """A metric's value on each sample, by what identifies the sample."""

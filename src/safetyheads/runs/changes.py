@@ -22,8 +22,9 @@ from safetyheads.runs.readings import (
     read_concentration,
     size_outcomes,
 )
-from safetyheads.stats.concentration import FloatArray, bootstrap_interval, curves, prompt_gains
-from safetyheads.stats.intervals import Interval, paired_change
+from safetyheads.stats.concentration import prompt_gains
+from safetyheads.stats.intervals import FloatArray, Interval, bootstrap_interval, newcombe_interval
+from safetyheads.stats.testing import paired_difference
 
 Rate: TypeAlias = Mapping[str, Any]
 """A rate as results.json holds it: count, n, rate, interval."""
@@ -109,7 +110,7 @@ class Pair:
             why = "the prompts are not the same"
         if why:
             return unpaired_change(rates[0], rates[1], why, tested=not several)
-        found = paired_change(*_columns(list(first.values()), [second[prompt] for prompt in first]))
+        found = paired_difference(*_columns(list(first.values()), [second[prompt] for prompt in first]))
         if found.change is None:
             return _untold("no prompt has scored answers in both runs")
         before, after = rates[0]["rate"], rates[1]["rate"]
@@ -124,7 +125,7 @@ class Pair:
         if gains is None:
             return self._published_concentration()
         old, new = gains
-        interval = bootstrap_interval(new - old, span=2.0)
+        interval = bootstrap_interval(new - old, least=-2.0, most=2.0) if len(old) > 1 else None
         before, after, n = float(old.mean()), float(new.mean()), (len(old), len(new))
         old_sizes, new_sizes = ([outcome.size for outcome in outcomes] for outcomes, _ in (made[0], made[1]))
         note = "" if old_sizes == new_sizes else "over the sizes that both have"
@@ -150,8 +151,8 @@ def _paired_gains(before: SizeOutcomes, after: SizeOutcomes) -> tuple[FloatArray
     shared = {outcome.size for outcome in before[0]} & {outcome.size for outcome in after[0]}
     found = []
     for outcomes, vanilla in (before, after):
-        groups, random, sizes = curves([outcome for outcome in outcomes if outcome.size in shared], vanilla)
-        found.append((prompt_gains(groups, random, vanilla), (sizes, random.shape[1] > 0, len(vanilla))))
+        gains = prompt_gains([outcome for outcome in outcomes if outcome.size in shared], vanilla)
+        found.append((gains.values, (gains.sizes, gains.n_random > 0, len(vanilla))))
     (old, old_kind), (new, new_kind) = found
     return (old, new) if old_kind == new_kind and old_kind[0] else None
 
@@ -197,17 +198,6 @@ def unpaired_change(before: Rate, after: Rate, note: str, tested: bool = True) -
         float(fisher_exact(counts)[1]) if tested else None,
         note,
     )
-
-
-def newcombe_interval(before: float, old: Interval, after: float, new: Interval) -> Interval:
-    """95 % interval of ``after - before`` of independent samples, from the 95 % interval of each.
-
-    R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in Medicine 17
-    (1998) 873-890, method 10, which squares and adds the distances to the Wilson bounds. It holds for any two
-    estimates with intervals of their own, which is how a concentration gets one.
-    """
-    change = after - before
-    return change - math.hypot(after - new[0], old[1] - before), change + math.hypot(new[1] - after, before - old[0])
 
 
 def _gives(outcomes: Outcomes, rate: Rate) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from safetyheads.errors import InputError
 from safetyheads.runs.changes import Change, Pair
 from safetyheads.runs.readings import RunReading, read_answers
-from safetyheads.stats.rankings import HeadsMoved, RankAgreement, moved, rank_agreement
+from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 
 SETTINGS = {
     "ablation": "ablation",

@@ -17,7 +17,7 @@ from safetyheads.errors import InputError
 from safetyheads.runs.changes import Change
 from safetyheads.runs.compare import Comparison
 from safetyheads.stats.intervals import Interval
-from safetyheads.stats.rankings import RankAgreement
+from safetyheads.stats.ranking import RankAgreement
 
 
 @dataclass(frozen=True, slots=True)

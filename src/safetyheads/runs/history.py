@@ -16,7 +16,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.runs.changes import Change, Pair
 from safetyheads.runs.compare import SETTINGS, differing_settings
 from safetyheads.runs.readings import RunReading, StoredAnswers, read_answers, read_concentration, read_run
-from safetyheads.stats.rankings import top
+from safetyheads.stats.ranking import top
 
 TOP_HEADS = 3
 """Heads named for each run."""

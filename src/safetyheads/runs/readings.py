@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 from safetyheads.errors import InputError
 from safetyheads.files import told_to_user
 from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
-from safetyheads.stats.concentration import SizeOutcome, concentration_of
-from safetyheads.stats.rankings import HeadTable
+from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.ranking import HeadTable
 
 Heads: TypeAlias = frozenset[str]
 """A group by the names of its heads; the empty one is the unablated model."""
@@ -225,7 +225,7 @@ def read_concentration(run: RunReading, answers: StoredAnswers | None = None) ->
     if run.kind != "audit" or "concentration" in run.results:
         return run.results.get("concentration")
     made = size_outcomes(run, read_answers(run) if answers is None else answers)
-    return None if made is None else asdict(concentration_of(*made))
+    return None if made is None else asdict(concentration(*made))
 
 
 def _rows(run: RunReading) -> Iterator[Mapping[str, Any]]:

@@ -15,12 +15,11 @@ from safetyheads.heads import Head
 from safetyheads.runs.audit import LEAD, Findings, GroupOutcome
 from safetyheads.runs.directory import RESULTS_VERSION
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.stats.concentration import SizeOutcome, concentration_of
-from safetyheads.stats.intervals import (
+from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.intervals import Rate, mean_with_interval
+from safetyheads.stats.testing import (
     PairedDifference,
-    Rate,
     holm,
-    mean_with_interval,
     paired_difference,
     random_p_value,
     smallest_detectable_change,
@@ -222,7 +221,7 @@ def _concentration(found: Findings) -> dict[str, Any]:
         for outcome in found.groups
         if outcome.scorer == LEAD
     ]
-    return asdict(concentration_of(outcomes, complied(found.vanilla["harmful_test"])))
+    return asdict(concentration(outcomes, complied(found.vanilla["harmful_test"])))
 
 
 def _random(outcome: GroupOutcome) -> dict[str, Any] | None:

@@ -18,16 +18,16 @@ from safetyheads.measures.random_groups import random_groups
 from safetyheads.runs.directory import RESULTS_VERSION
 from safetyheads.runs.results import ALPHA, BENIGN_LOSS
 from safetyheads.runs.tables import Answered, Floats, Row, RowTable, change, one_rate_a_prompt, rate
-from safetyheads.stats.concentration import SizeOutcome, concentration_of
-from safetyheads.stats.intervals import (
+from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.intervals import bootstrap_interval
+from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.testing import (
     PairedDifference,
     benjamini_hochberg,
-    bootstrap_interval,
     holm,
     random_p_value,
     smallest_detectable_change,
 )
-from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
 
 _DISAGREEING_ROWS = 200
 
@@ -258,7 +258,7 @@ def _concentration(
         SizeOutcome(len(parse_heads(heads)), complied(one), [complied(control) for control in random.get(heads, [])])
         for heads, one in prefixes.items()
     ]
-    return asdict(concentration_of(outcomes, complied(vanilla)))
+    return asdict(concentration(outcomes, complied(vanilla)))
 
 
 def _synergy(table: RowTable, vanilla: Answered, epsilon: float, lead: str) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label
-from safetyheads.stats.intervals import PairedDifference, Rate, bootstrap_interval, paired_change
+from safetyheads.stats.intervals import Rate, bootstrap_interval
+from safetyheads.stats.testing import PairedDifference, paired_difference
 
 Row: TypeAlias = Mapping[str, Any]
 Floats: TypeAlias = NDArray[np.float64]
@@ -78,7 +79,7 @@ def rate(values: Floats) -> dict[str, Any]:
 
 def change(before: Floats, after: Floats) -> PairedDifference:
     """How a share changed, prompt by prompt."""
-    return paired_change(before, after)
+    return paired_difference(before, after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,56 +1,56 @@
-"""A score of heads against what their ablation does to the answers. Owns the measures of a proxy; knows no model.
+"""Compares rankings of heads: a score with the exhaustive ASR, and one run's scores with another's.
 
-Most heads change nothing, and tie: precision and AUC ask only whether a score puts the heads that do change the ASR,
-after correction, before those that do not; regret asks how much ASR its choice gives away. The best k heads by the ASR
-itself are chosen with hindsight, so the regret of every score is beside a ceiling: the ASR of one half of the
+Most heads change nothing, and tie. Precision and AUC therefore ask only whether a score puts the heads that change the
+ASR, after correction, before those that do not; regret asks how much ASR its choice gives away. The best k heads by the
+ASR itself are chosen with hindsight, so every score's regret is shown beside a ceiling: the ASR of one half of the
 prompts as a score for the other half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
-from safetyheads.stats.intervals import CONFIDENCE, Interval, Rate, bootstrap_interval
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, bootstrap_interval
 
-Floats: TypeAlias = NDArray[np.float64]
-Bools: TypeAlias = NDArray[np.bool_]
-Integers: TypeAlias = NDArray[np.int64]
+Indices: TypeAlias = NDArray[np.int64]
 
 SIZES = (1, 3, 5, 10)
 """How many of the best heads precision and regret look at."""
 N_SPLITS = 200
 """Random halves that the ceiling is averaged over."""
-_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+TOP = (3, 10)
+"""Sizes of the top lists whose overlap is counted between two runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
     """What each head's ablation does."""
 
-    complied: Floats
+    complied: FloatArray
     """[n_prompts, n_heads]: share of a prompt's answers that comply with the head ablated; unscored ones are 0."""
-    differs: Bools
+    differs: NDArray[np.bool_]
     """[n_heads]: whether the head's ASR is higher than the unablated one after correction."""
 
 
 @dataclass(frozen=True, slots=True)
 class AtSize:
-    """What the best so many heads by a score come to."""
+    """Precision and regret of the k best heads by a score."""
 
     k: int
     precision: Rate | None
-    """Of these heads, the ones that differ; None where no head does."""
+    """Share of these heads that differ; None where no head differs."""
     regret: float
-    """Mean ASR, each alone, of the best k heads by the ASR itself less that of these: what the score gives away."""
+    """Mean single-head ASR of the k best heads by the ASR itself minus that of these: what the score gives away."""
     regret_interval: Interval
-    """95 %, bootstrap over prompts, the score being what it is."""
+    """95 %, bootstrap over prompts with the score fixed."""
     regret_on_halves: float | None
-    """The same on a half of the prompts, averaged: to be read beside the ceiling's; None below four prompts."""
+    """Mean regret on random halves of the prompts, comparable with the ceiling's; None below four prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,104 +71,206 @@ class ProxyQuality:
     """For each of :data:`SIZES` that the model has heads for."""
 
 
-def proxy_qualities(scores: Mapping[str, Floats], truth: Truth, seed: int = 0) -> tuple[ProxyQuality, ...]:
+def proxy_qualities(scores: Mapping[str, FloatArray], truth: Truth, seed: int = 0) -> tuple[ProxyQuality, ...]:
     """Each score's quality.
 
     Args:
-        scores: [n_heads] by name; a head without one (NaN) comes last.
+        scores: [n_heads] by name; a head without a score (NaN) comes last.
         truth: what the heads do.
-        seed: of the halves and the bootstrap.
+        seed: of the halves.
     """
-    halves = _halves(len(truth.complied), seed)
-    return tuple(_quality(name, np.nan_to_num(values, nan=-np.inf), truth, halves) for name, values in scores.items())
+    asr, halves = truth.complied.mean(axis=0), _halved_asr(truth, seed)
+    qualities = []
+    for name, given in scores.items():
+        values = np.nan_to_num(given, nan=-np.inf)
+        sizes = []
+        for k in _sizes(truth):
+            chosen = _best(values, k)
+            # The best k stay those of all prompts: drawn anew in each resample, their hindsight would grow.
+            lost = truth.complied[:, _best(asr, k)].mean(axis=1) - truth.complied[:, chosen].mean(axis=1)
+            on_halves = _mean(_regret(second, chosen) for _, second in halves)
+            precision = Rate(int(truth.differs[chosen].sum()), k) if truth.differs.any() else None
+            sizes.append(AtSize(k, precision, float(lost.mean()), bootstrap_interval(lost), on_halves))
+        auc, p_value = _auc(values, truth.differs)
+        n_differing, n_heads = int(truth.differs.sum()), len(asr)
+        spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
+        qualities.append(ProxyQuality(name, spearman, auc, p_value, n_differing, n_heads, tuple(sizes)))
+    return tuple(qualities)
 
 
 def split_half_ceiling(truth: Truth, seed: int = 0) -> ProxyQuality | None:
-    """The ASR of one half of the prompts as a score for the other: what no score can be asked to beat by much.
+    """The quality of the ASR of one half of the prompts as a score for the other, which no score can beat by much.
 
-    Averaged over random halves; which heads differ is known from all prompts, so its precision and AUC lean to the
-    high side. None below four prompts.
+    Averaged over random halves. Which heads differ is known from all prompts, so its precision and AUC are somewhat too
+    high. None below four prompts.
     """
-    halves = _halves(len(truth.complied), seed)
-    if len(truth.complied) < 4:
+    halves = _halved_asr(truth, seed)
+    if not halves:
         return None
-    halved = [(truth.complied[first].mean(axis=0), truth.complied[second].mean(axis=0)) for first, second in halves]
     sizes = []
     for k in _sizes(truth):
-        chosen = [_best(one, k) for one, _ in halved]
-        regrets = [_regret(other, heads) for (_, other), heads in zip(halved, chosen, strict=True)]
+        chosen = [_best(first, k) for first, _ in halves]
+        regrets = [_regret(second, heads) for (_, second), heads in zip(halves, chosen, strict=True)]
+        low, high = np.quantile(regrets, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
         hits = float(np.mean([truth.differs[heads].sum() for heads in chosen]))
-        low, high = np.quantile(regrets, _TAILS).tolist()
         precision = Rate(round(hits), k) if truth.differs.any() else None
         sizes.append(AtSize(k, precision, float(np.mean(regrets)), (low, high), float(np.mean(regrets))))
-    correlations = [value for one, other in halved if (value := _spearman(one, other)) is not None]
-    aucs = [auc for one, _ in halved if (auc := _auc(one, truth.differs)[0]) is not None]
-    return ProxyQuality(
-        "split_half",
-        float(np.mean(correlations)) if correlations else None,
-        float(np.mean(aucs)) if aucs else None,
-        None,
-        int(truth.differs.sum()),
-        len(truth.differs),
-        tuple(sizes),
-    )
+    spearman = _mean(_correlation(scipy.stats.spearmanr, first, second)[0] for first, second in halves)
+    auc = _mean(_auc(first, truth.differs)[0] for first, _ in halves)
+    n_differing, n_heads = int(truth.differs.sum()), len(truth.differs)
+    return ProxyQuality("split_half", spearman, auc, None, n_differing, n_heads, tuple(sizes))
 
 
-def _quality(name: str, values: Floats, truth: Truth, halves: Sequence[tuple[Integers, Integers]]) -> ProxyQuality:
-    asr = truth.complied.mean(axis=0)
-    sizes = []
-    for k in _sizes(truth):
-        chosen = _best(values, k)
-        precision = Rate(int(truth.differs[chosen].sum()), k) if truth.differs.any() else None
-        # The best k are fixed by all prompts: drawn anew in each resample, their hindsight would grow with the draw.
-        lost = truth.complied[:, _best(asr, k)].mean(axis=1) - truth.complied[:, chosen].mean(axis=1)
-        on_halves = [_regret(truth.complied[second].mean(axis=0), chosen) for _, second in halves]
-        sizes.append(AtSize(k, precision, float(lost.mean()), bootstrap_interval(lost), _mean(on_halves)))
-    auc, p_value = _auc(values, truth.differs)
-    n_differing = int(truth.differs.sum())
-    return ProxyQuality(name, _spearman(values, asr), auc, p_value, n_differing, len(asr), tuple(sizes))
+def _halved_asr(truth: Truth, seed: int) -> list[tuple[FloatArray, FloatArray]]:
+    """ASR of each head [n_heads] on both halves of the prompts, for many random halves; none below four prompts."""
+    n = len(truth.complied)
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(n) for _ in range(N_SPLITS)] if n >= 4 else []
+    return [
+        (truth.complied[order[: n // 2]].mean(axis=0), truth.complied[order[n // 2 :]].mean(axis=0)) for order in orders
+    ]
 
 
 def _sizes(truth: Truth) -> list[int]:
     return [k for k in SIZES if k <= len(truth.differs)]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
 
 
-def _spearman(values: Floats, asr: Floats) -> float | None:
-    from scipy.stats import spearmanr
-
-    if len(np.unique(values)) < 2 or len(np.unique(asr)) < 2:
-        return None
-    return float(spearmanr(values, asr).statistic)
-
-
-def _auc(values: Floats, differs: Bools) -> tuple[float | None, float | None]:
+def _auc(values: FloatArray, differs: NDArray[np.bool_]) -> tuple[float | None, float | None]:
     """The chance that a head that differs has the higher value, and the p-value of that being one half."""
-    from scipy.stats import mannwhitneyu
-
     inside, outside = values[differs], values[~differs]
     if not len(inside) or not len(outside):
         return None, None
-    test = mannwhitneyu(inside, outside, alternative="two-sided")
+    test = scipy.stats.mannwhitneyu(inside, outside, alternative="two-sided")
     return float(test.statistic) / (len(inside) * len(outside)), float(test.pvalue)
 
 
-def _best(asr: Floats, k: int) -> Integers:
-    return np.argsort(-asr, kind="stable")[:k]
+def _best(values: FloatArray, k: int) -> Indices:
+    return np.argsort(-values, kind="stable")[:k]
 
 
-def _regret(asr: Floats, chosen: Integers) -> float:
-    """What these heads give away against as many with the highest ASR."""
+def _regret(asr: FloatArray, chosen: Indices) -> float:
     return float(asr[_best(asr, len(chosen))].mean() - asr[chosen].mean())
 
 
-def _halves(n: int, seed: int) -> list[tuple[Integers, Integers]]:
-    """Random halves of the prompts; none where there are too few to halve."""
-    if n < 4:
-        return []
-    generator = np.random.default_rng(seed)
-    drawn = (generator.permutation(n) for _ in range(N_SPLITS))
-    return [(order[: n // 2], order[n // 2 :]) for order in drawn]
+def _correlation(
+    correlate: Any, first: FloatArray | Sequence[float], second: FloatArray | Sequence[float]
+) -> tuple[float | None, float | None]:
+    """A rank correlation with its p-value; None where one side is all equal, for which scipy warns and gives NaN."""
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return None, None
+    found = correlate(first, second)
+    return float(found.statistic), float(found.pvalue)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTable:
+    """One number a head."""
+
+    label: str
+    """What it is."""
+    values: Mapping[str, float | None]
+    """By head; None where there is none."""
+    resolution: float
+    """Values this close are ties."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsMoved:
+    """Which heads of one list are in another."""
+
+    what: str
+    """What the heads are, in words."""
+    gone: tuple[str, ...]
+    """In the first list alone."""
+    new: tuple[str, ...]
+    """In the second list alone."""
+    kept: tuple[str, ...]
+    """In both."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopOverlap:
+    """Heads in the top k of both runs. Heads that tie across the cut are left out: nothing orders them."""
+
+    k: int
+    """Size of the top asked for."""
+    sizes: tuple[int, int]
+    """Heads in the top of each run, without ties across the cut."""
+    shared: int
+    """Heads in both."""
+    expected: float
+    """Shared heads of two such tops drawn at random (hypergeometric mean)."""
+    p_value: float
+    """Chance that random tops share as many or more (hypergeometric)."""
+    gone: tuple[str, ...]
+    """In the first run's top alone."""
+    new: tuple[str, ...]
+    """In the second run's top alone."""
+
+    @property
+    def share(self) -> float | None:
+        """Shared heads as a share of the larger top, from 0 to 1; None where both are empty."""
+        return self.shared / max(self.sizes) if max(self.sizes) else None
+
+
+@dataclass(frozen=True, slots=True)
+class RankAgreement:
+    """How far two runs order all heads alike by one score. It is of all heads, so it has no sampling interval."""
+
+    score: str
+    """Its name in the results."""
+    label: str
+    """What it is called."""
+    n: int
+    """Heads that have the score in both runs."""
+    spearman: float | None
+    """Rank correlation; None where a run gives all heads the same score."""
+    spearman_p: float | None
+    """Two-sided test of no association."""
+    kendall: float | None
+    """Tau-b."""
+    kendall_p: float | None
+    """Two-sided test of no association."""
+    overlaps: tuple[TopOverlap, ...]
+    """For each k of ``TOP``."""
+
+
+def rank_agreement(name: str, before: HeadTable, after: HeadTable) -> RankAgreement:
+    """Rank correlations and overlaps over the heads that both tables score."""
+    heads = [head for head, value in before.values.items() if value is not None and after.values.get(head) is not None]
+    old, new = ({head: float(table.values[head] or 0.0) for head in heads} for table in (before, after))
+    ranks = list(old.values()), list(new.values())
+    correlations = *_correlation(scipy.stats.spearmanr, *ranks), *_correlation(scipy.stats.kendalltau, *ranks)
+    tops = (top_overlap(k, top(old, k, before.resolution), top(new, k, after.resolution), len(heads)) for k in TOP)
+    return RankAgreement(name, after.label, len(heads), *correlations, tuple(tops))
+
+
+def top(values: Mapping[str, float], k: int, resolution: float) -> tuple[str, ...]:
+    """The k best heads, best first, without those that tie with the first head after the cut."""
+    ranked = sorted(values.items(), key=lambda item: -item[1])
+    following = ranked[k][1] if k < len(ranked) else -float("inf")
+    return tuple(head for head, value in ranked[:k] if value - following > resolution)
+
+
+def top_overlap(k: int, before: Sequence[str], after: Sequence[str], n_heads: int) -> TopOverlap:
+    """Shared heads of two tops, compared with two drawn at random from ``n_heads``."""
+    lists = moved("", before, after)
+    n_before, n_after, shared = len(before), len(after), len(lists.kept)
+    chance = float(scipy.stats.hypergeom.sf(shared - 1, n_heads, n_before, n_after)) if n_heads else 1.0
+    expected = n_before * n_after / n_heads if n_heads else 0.0
+    return TopOverlap(k, (n_before, n_after), shared, expected, min(1.0, chance), lists.gone, lists.new)
+
+
+def moved(what: str, before: Sequence[str], after: Sequence[str]) -> HeadsMoved:
+    """Which heads are in the first list alone, in the second alone, and in both, in the order of their list."""
+    return HeadsMoved(
+        what,
+        gone=tuple(head for head in before if head not in after),
+        new=tuple(head for head in after if head not in before),
+        kept=tuple(head for head in before if head in after),
+    )

@@ -1,0 +1,131 @@
+"""Paired changes and tests: by hand, by enumeration, and by their definitions."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safetyheads.errors import InputError
+from safetyheads.stats.intervals import Rate, newcombe_paired_interval
+from safetyheads.stats.testing import (
+    benjamini_hochberg,
+    exact_mcnemar,
+    holm,
+    paired_difference,
+    random_p_value,
+    smallest_detectable_change,
+)
+
+# No deadline: a slow machine is no failure.
+quick = settings(deadline=None, max_examples=50)
+
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def mcnemar_by_enumeration(gained, lost):
+    """All ways the changed pairs could have gone, each as likely; those no likelier than what was seen count."""
+    changed = gained + lost
+    ways = [sum(way) for way in product((0, 1), repeat=changed)]
+    weights = {k: ways.count(k) for k in range(changed + 1)}
+    return sum(weight for weight in weights.values() if weight <= weights[gained]) / 2**changed
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (6, 0), (0, 6), (7, 2), (4, 4), (1, 9)])
+def test_mcnemar_is_the_exact_sum(gained, lost):
+    assert exact_mcnemar(gained, lost) == pytest.approx(mcnemar_by_enumeration(gained, lost))
+
+
+def test_a_paired_difference_by_hand():
+    before = [True, False, False, False, False, False, False, True]
+    after = [True, True, True, True, True, True, False, False]
+    result = paired_difference(before, after)
+    assert (result.n, result.gained, result.lost) == (8, 5, 1)
+    assert result.change == 0.5
+    assert result.p_value == pytest.approx(2 * (1 + 6) / 2**6)
+    assert result.interval == newcombe_paired_interval(1, 5, 1, 1)
+
+
+@quick
+@given(outcomes)
+def test_a_paired_difference_agrees_with_the_rates(pairs):
+    before, after = zip(*pairs, strict=True)
+    result = paired_difference(before, after)
+    assert result.change == pytest.approx(Rate(sum(after), len(after)).rate - Rate(sum(before), len(before)).rate)
+    assert result.interval[0] <= result.change <= result.interval[1]
+
+
+def test_pairs_must_be_aligned_and_none_have_no_change():
+    with pytest.raises(InputError, match="2 before, 1 after"):
+        paired_difference([True, False], [True])
+    empty = paired_difference([], [])
+    assert (empty.change, empty.interval, empty.p_value, empty.n) == (None, None, None, 0)
+
+
+def test_several_answers_a_prompt_are_one_observation():
+    before, after = np.zeros((8, 3)), np.zeros((8, 3))
+    after[:6, :2] = 1  # six prompts rise by two thirds each
+    found = paired_difference(before, after)
+    assert (found.n, found.gained, found.lost) == (8, 6, 0)
+    assert found.change == pytest.approx(0.5)
+    assert found.p_value == exact_mcnemar(6, 0)
+    assert 0.2 < found.interval[0] < 0.5 < found.interval[1] <= 2 / 3
+    assert paired_difference(before[:, :1], after) == found  # the sides may differ in their number of answers
+
+
+def test_unscored_answers_leave_the_pair():
+    nan = float("nan")
+    before, after = np.array([[0.0, 0], [nan, nan], [0, nan]]), np.array([[1.0, 1], [1, 1], [nan, 1]])
+    found = paired_difference(before, after)
+    assert (found.n, found.gained) == (2, 2)
+    assert paired_difference(np.full((2, 2), nan), np.zeros((2, 2))).p_value is None
+    assert paired_difference([nan, 0.0], [1.0, 1]).n == 1
+
+
+@quick
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_is_the_step_down_of_the_definition(p_values):
+    expected, running = {}, 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        expected[index] = running
+    assert holm(p_values) == pytest.approx([expected[index] for index in range(len(p_values))])
+
+
+def test_benjamini_hochberg_is_the_step_up_rule():
+    p_values = [0.001, 0.02, 0.03, 0.4, 0.9]
+    expected = [min(p * 5 / rank for rank, p in enumerate(p_values, 1) if rank >= own) for own in range(1, 6)]
+    assert benjamini_hochberg(p_values) == pytest.approx(expected)
+    assert benjamini_hochberg(p_values[::-1]) == pytest.approx(expected[::-1])
+    assert benjamini_hochberg([]) == ()
+    with pytest.raises(InputError):
+        benjamini_hochberg([2.0])
+
+
+def test_what_is_no_p_value_is_refused():
+    with pytest.raises(InputError, match="between 0 and 1"):
+        holm([0.5, math.nan])
+
+
+@quick
+@given(st.integers(0, 80), st.sampled_from([0.2, 0.05, 0.01]), st.sampled_from([1, 3, 32, 1024]))
+def test_the_smallest_detectable_change_is_the_first_that_mcnemar_finds(n, alpha, tests):
+    found = [k for k in range(1, n + 1) if exact_mcnemar(k, 0) <= alpha / tests]
+    assert smallest_detectable_change(n, alpha, tests) == (found[0] / n if found else None)
+
+
+def test_the_smallest_detectable_change_by_hand():
+    assert smallest_detectable_change(50) == 6 / 50
+    assert smallest_detectable_change(5) is None
+    assert smallest_detectable_change(48, tests=32) == 11 / 48
+    for bad in ((-1, 0.05, 1), (10, 0.0, 1), (10, 1.0, 1), (10, 0.05, 0)):
+        with pytest.raises(InputError, match="no detectable change"):
+            smallest_detectable_change(*bad)
+
+
+def test_the_observed_group_is_one_of_the_draws():
+    assert random_p_value(0.7, [0.1] * 20) == 1 / 21
+    assert random_p_value(0.1, [0.1, 0.0, 0.2]) == 3 / 4
+    assert random_p_value(0.1, []) == 1.0
