@@ -44,7 +44,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="compile norms and MLPs")
     parser.add_argument("--append", type=Path, help="a file that the JSON line is added to")
     parser.add_argument("--reduced", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -117,7 +116,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype)
     work = Work(shape, options.prompts, options.prefix, options.device, dtype)
     engine, sequences = engine_of(work)
-    engine.compiles = options.compile
     layout = engine.plan(sequences)
     rows = row_sizes(sequences, layout)
     groups = [(head,) for head in engine.heads]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 
 import pytest
@@ -545,23 +544,3 @@ def test_generalized_ships_of_the_engine_equal_the_oracles_angles(oracles):
         cosine = float((left[0] @ direction).abs())
         assert cosine < 1 - 1e-8  # the arccosine can be used
         assert float(angle) == pytest.approx(float(torch.rad2deg(torch.arccos(torch.tensor(cosine)))), abs=1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_sinks"])
-def test_compiled_norms_and_mlps_change_no_state(family, oracles):
-    """Through torch.compile's plain backend, which needs no compiler: the wiring is what is tested."""
-    from safetyheads.model.fusing import fused
-
-    engine = engine_of(family)
-    with fused(engine.architecture, backend="eager"):
-        compiled = hidden_of(engine, PROMPTS, GROUPS, UNDIFFERENTIATED_ATTENTION, ((0, 1, 2),))
-    assert relative(compiled, oracles[family].hidden(PROMPTS, GROUPS, UNDIFFERENTIATED_ATTENTION)) < FLOAT32
-    assert all("forward" not in module.__dict__ for module in engine.model.modules())
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_an_engine_that_compiles_equals_the_oracle(oracles):
-    engine = engine_of("llama_gqa")
-    engine.compiles = True
-    ours = hidden_of(engine, PROMPTS, GROUPS[:1], UNDIFFERENTIATED_ATTENTION, ((0, 1, 2),))
-    assert relative(ours, oracles["llama_gqa"].hidden(PROMPTS, GROUPS[:1], UNDIFFERENTIATED_ATTENTION)) < FLOAT32

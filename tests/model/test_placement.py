@@ -30,7 +30,6 @@ from safetyheads.answers.drafted import Decoding
 from safetyheads.answers.exhaustive import scan_attack_success_rate
 from safetyheads.cli.app import main
 from safetyheads.model import placement
-from safetyheads.model.fusing import fused
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.provenance import device_name, fingerprint
 
@@ -104,15 +103,6 @@ def test_offloaded_by_cpu_offload_every_score_is_the_same_and_the_hooks_stay():
     after = {name: module.__dict__["forward"] for name, module in model.named_modules() if "_hf_hook" in vars(module)}
     assert after == hooked
     assert all(parameter.is_meta for parameter in model.parameters())  # each module gave its weights back
-
-
-def test_compiling_leaves_modules_with_hooks_alone():
-    """Through torch.compile's plain backend; an offloaded norm has no weights but for its hook."""
-    model = accelerate.cpu_offload(model_of("llama_gqa"), execution_device=torch.device("cpu"))
-    use_our_attention(model)
-    engine = Engine(model, tokenizer())
-    with fused(engine.architecture, backend="eager"):
-        same_scores(engine, proved_plain())
 
 
 def proved_plain():

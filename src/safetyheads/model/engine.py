@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,6 @@ from safetyheads.model import memory
 from safetyheads.model.architecture import Architecture, describe
 from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.fusing import fused
 from safetyheads.model.placement import DeviceMap, HeadShare, input_device, least_memory
 from safetyheads.model.planning import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
 from safetyheads.model.replay import Capture, capture, replay, rerun
@@ -76,7 +75,6 @@ class Engine:
         self.capabilities = capabilities or Capabilities()
         self.notes: tuple[str, ...] = ()
         self._token_budget = token_budget
-        self.compiles = False
         self.memory_budget: int | None = None
         self._proved_length: int | None = None
         self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
@@ -95,7 +93,6 @@ class Engine:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         check: bool = True,
-        compiles: bool = False,
         memory_budget: int | None = None,
     ) -> Engine:
         """Load a checkpoint and prove on its own weights that ablations are exact.
@@ -111,7 +108,6 @@ class Engine:
             trust_remote_code: run Python code that the checkpoint brings.
             allow_pickle: read weights that are not safetensors; pickles can run code.
             check: run :meth:`check`; without it, an unproved model may give wrong scores.
-            compiles: run norms and MLPs of replayed layers through torch.compile, which needs a compiler.
             memory_budget: bytes that batches may take beside the weights; by default half of what is free.
 
         Raises:
@@ -122,7 +118,6 @@ class Engine:
 
         places = (device, adapter, device_map, offload_folder, tensor_parallel)
         engine = load_engine(LoadOptions(path, dtype, *places, trust_remote_code, allow_pickle), check)
-        engine.compiles = compiles
         engine.memory_budget = least_memory(engine.model) if memory_budget is None else memory_budget
         return engine
 
@@ -336,7 +331,7 @@ class Engine:
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.ablation_calls(groups, ablation), len(groups)
-        with self.ablated_rows([()], ablation), fused(facts) if self.compiles else nullcontext():
+        with self.ablated_rows([()], ablation):
             parts = [
                 replay(facts, captured, calls, n, start, quick)
                 if quick.replays
