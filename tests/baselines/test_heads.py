@@ -40,7 +40,6 @@ from safetyheads.baselines.parameters import head_parameters, most_head_paramete
 from safetyheads.heads import parse_heads
 from safetyheads.measures.head_pass import HeadPass, Readings
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.placement import HeadShare
 from safetyheads.model.planning import TokenSequence
 
 # Of the largest value: float32 states by packed rows against one prompt at a time.
@@ -165,13 +164,6 @@ def test_a_model_whose_output_projections_are_unknown_is_refused():
     engine = engine_of("llama_mha")
     engine.architecture = replace(engine.architecture, output_projections=(None, None, None))
     with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
-        norms(engine, prompts_of(*PROMPTS))
-
-
-def test_a_model_of_which_only_a_part_is_here_is_refused():
-    engine = engine_of("llama_mha")
-    engine.share = HeadShare(0, 2)
-    with pytest.raises(InputError, match="all heads in one process"):
         norms(engine, prompts_of(*PROMPTS))
 
 

@@ -232,15 +232,10 @@ def refusal(**options):
 
 def test_device_maps_that_cannot_be_are_refused():
     assert refusal(device_map="everywhere").startswith("unknown device map 'everywhere'; known are auto, ")
-    exclude = "a device map, one device and tensor parallel exclude each other"
-    assert refusal(device_map="auto", tensor_parallel=True) == exclude
+    assert refusal(device_map="auto", device="cuda") == "a device map and one device exclude each other"
     assert refusal(offload_folder="somewhere") == "an offload folder belongs to a device map"
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(placement, "find_spec", lambda name: None)
     assert refusal(device_map="auto") == "a device map needs accelerate; install safetyheads[accelerate]"
-
-
-def test_tensor_parallel_alone_is_refused():
-    assert refusal(tensor_parallel=True).startswith("tensor parallel needs several processes: start them by torchrun")

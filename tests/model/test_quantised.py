@@ -244,14 +244,6 @@ def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkey
     assert said == f"cannot load {checkpoint['llama3'][0]}: No GPU found. A GPU is needed for quantization."
 
 
-def test_tensor_parallel_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        InputError, match=r"is quantised \(int8_stand_in\); tensor parallel was proved on plain weights"
-    ):
-        Engine.load(checkpoint["llama3"][0], tensor_parallel=True)
-
-
 def test_without_accelerate_the_extra_is_named(checkpoint, monkeypatch):
     monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[accelerate\]"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import SCALING_CONTRIBUTION
-from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.attention import AttentionCall
 from safetyheads.model.planning import PackedRow, TokenSequence, pack
 from safetyheads.model.replay import wanted_states
@@ -51,16 +51,6 @@ def states_of(engine: Engine, row: PackedRow) -> Tensor:
 def last_states(engine: Engine, sequences: Sequence[TokenSequence]) -> Tensor:
     """Last states [n_wanted of all, d_model] before the final norm, in the order of the sequences."""
     return torch.cat([states_of(engine, row) for row in rows_of(engine, sequences)])
-
-
-def refuse_split(engine: Engine) -> None:
-    """Refuse a model of which this process has only some heads.
-
-    Raises:
-        InputError: it is one process's part of a tensor-parallel model.
-    """
-    if engine.share is not None:
-        raise InputError("this baseline needs all heads in one process: load the model without tensor parallel")
 
 
 def refuse_streams(engine: Engine) -> None:

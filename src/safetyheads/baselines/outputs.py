@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safetyheads.baselines.forward import refuse_split, rows_of, sequences_of, states_of
+from safetyheads.baselines.forward import rows_of, sequences_of, states_of
 from safetyheads.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ def head_readings(engine: Engine, prompts: PromptSet, read: Read) -> Tensor:
         float64 [n_prompts, n_layers, n_heads], NaN where a layer has no such head.
 
     Raises:
-        InputError: the model is split over processes, or a prompt exceeds its context.
+        InputError: a prompt exceeds the context of the model.
         UnsupportedModelError: the output projection of a layer is not known.
     """
-    refuse_split(engine)
     sequences, facts = sequences_of(engine, prompts), engine.architecture
     values = torch.full((len(prompts), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
 

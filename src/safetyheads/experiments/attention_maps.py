@@ -72,11 +72,9 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     """One head's attention on one prompt with that head ablated.
 
     Raises:
-        InputError: the model has no such head, or this process has a part of its heads only.
+        InputError: the model has no such head.
         UnsupportedModelError: the layer does not attend through our function.
     """
-    if engine.share is not None:
-        raise InputError("attention maps need a model that is whole: start it without --tensor-parallel")
     plain = _attended(engine, token_ids, head, ablation)
     unablated = _attended(engine, token_ids, head, NOTHING)
     key, value = unablated["key"], unablated["value"]

@@ -106,8 +106,6 @@ def linearise(
     gradients: bool = True,
 ) -> Linear:
     """The columns of every wanted token; where nothing is chosen yet, this model, unablated, chooses."""
-    if engine.share is not None:
-        raise InputError("forecasts need all heads in one process: screen without tensor parallel, or score every head")
     parts: list[Linear] = []
     n_states = sum(sequence.n_wanted for sequence in sequences)
     uniforms = torch.rand(n_states, asked.point.n_samples, generator=torch.Generator().manual_seed(0))

@@ -53,8 +53,6 @@ class RowAblation:
     ablation: Ablation
     selected: Tensor
     """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
-    over_all: Callable[[Tensor], Tensor] | None = None
-    """From the mean over this process's heads to that over the layer's; None where it has them all."""
 
 
 class KeysAndValues(Exception):
@@ -217,8 +215,7 @@ def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dime
     shape[head_dimension] = row_ablation.selected.shape[1]
     selected = row_ablation.selected.to(tensor.device).view(shape)
     if row_ablation.ablation.kind.operation == "mean":
-        mean = before.mean(dim=head_dimension, keepdim=True)
-        return torch.where(selected, row_ablation.over_all(mean) if row_ablation.over_all else mean, tensor)
+        return torch.where(selected, before.mean(dim=head_dimension, keepdim=True), tensor)
     return torch.where(selected, tensor * row_ablation.ablation.epsilon, tensor)
 
 

@@ -22,7 +22,7 @@ from safetyheads.model import memory
 from safetyheads.model.architecture import Architecture, describe
 from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.placement import DeviceMap, HeadShare, input_device, least_memory
+from safetyheads.model.placement import DeviceMap, input_device, least_memory
 from safetyheads.model.planning import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
 from safetyheads.model.replay import Capture, capture, replay, rerun
 from safetyheads.model.selection import calls_of
@@ -66,9 +66,6 @@ class Engine:
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path
         self.architecture: Architecture = describe(model)
-        # What one of several processes has of the model may be less than they have together.
-        self.whole: Architecture = self.architecture
-        self.share: HeadShare | None = None
         self.adapter: Adapter | None = None
         # Replaced with the weights: what was measured before belongs to the old ones.
         self.weights_version = object()
@@ -89,7 +86,6 @@ class Engine:
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
         offload_folder: str | None = None,
-        tensor_parallel: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         check: bool = True,
@@ -104,7 +100,6 @@ class Engine:
             adapter: a PEFT adapter to put on the model, unmerged: a directory or a hub id.
             device_map: accelerate's, over several devices or offloading: ``auto`` or modules with their places.
             offload_folder: where a device map's offloaded weights go that no safetensors file holds as they are used.
-            tensor_parallel: share each layer's heads among the processes that torchrun started.
             trust_remote_code: run Python code that the checkpoint brings.
             allow_pickle: read weights that are not safetensors; pickles can run code.
             check: run :meth:`check`; without it, an unproved model may give wrong scores.
@@ -116,7 +111,7 @@ class Engine:
         """
         from safetyheads.model.loading import LoadOptions, load_engine
 
-        places = (device, adapter, device_map, offload_folder, tensor_parallel)
+        places = (device, adapter, device_map, offload_folder)
         engine = load_engine(LoadOptions(path, dtype, *places, trust_remote_code, allow_pickle), check)
         engine.memory_budget = least_memory(engine.model) if memory_budget is None else memory_budget
         return engine
@@ -157,12 +152,12 @@ class Engine:
     @property
     def n_heads(self) -> int:
         """Query heads a layer; of the layer with most, where layers differ."""
-        return self.whole.n_heads
+        return self.architecture.n_heads
 
     @property
     def heads(self) -> Group:
         """Every head, layer by layer; layers that mix tokens in another way than by attention have none."""
-        shapes = enumerate(self.whole.shapes)
+        shapes = enumerate(self.architecture.shapes)
         return tuple(Head(layer, index) for layer, shape in shapes if shape for index in range(shape.n_heads))
 
     @property

@@ -60,8 +60,6 @@ class LoadOptions:
     """Where its modules go, where there are several places."""
     offload_folder: str | None = None
     """Where weights go that a device map puts on the disk and that no safetensors file holds as they are used."""
-    tensor_parallel: bool = False
-    """Whether the processes that torchrun started share each layer's heads."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings."""
     allow_pickle: bool = False
@@ -71,13 +69,11 @@ class LoadOptions:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)} and auto")
         if self.device_map is not None:
-            if self.device not in ("cpu", "auto") or self.tensor_parallel:
-                raise InputError("a device map, one device and tensor parallel exclude each other")
+            if self.device not in ("cpu", "auto"):
+                raise InputError("a device map and one device exclude each other")
             placement.refuse_device_map(self.device_map)
         elif self.offload_folder is not None:
             raise InputError("an offload folder belongs to a device map")
-        if self.tensor_parallel:
-            placement.refuse_without_siblings()
 
 
 def load_engine(options: LoadOptions, check: bool) -> Engine:
@@ -112,9 +108,6 @@ def load_engine(options: LoadOptions, check: bool) -> Engine:
         )
     engine = Engine(model, tokenizer, name=path)
     engine.adapter = adapter
-    if placement.is_split(model):
-        use_our_attention(model)
-        engine.share, engine.architecture = placement.own_part(engine.architecture)
     if check:
         # The proof of our attention needs the family's own, so the model comes with eager attention.
         engine.check()
@@ -124,8 +117,8 @@ def load_engine(options: LoadOptions, check: bool) -> Engine:
 
 
 def _is_placed_by_us(options: LoadOptions, model: PreTrainedModel) -> bool:
-    """Whether the model is to be moved as a whole: none that is laid out, split or quantised may be."""
-    return options.device_map is None and not options.tensor_parallel and not is_quantised(model)
+    """Whether the model is to be moved as a whole: none that is laid out or quantised may be."""
+    return options.device_map is None and not is_quantised(model)
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
@@ -160,8 +153,6 @@ def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
         raise InputError(f"{name} is quantised ({method}); {does} plain weights only")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(f"{name} has an adapter on it; {does} plain weights only, so merge it first")
-    if placement.is_split(model):
-        raise InputError(f"{name} is split over processes; {does} whole weights only")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{name} is offloaded; {does} weights in memory only")
 
@@ -224,8 +215,6 @@ def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
             raise InputError(
                 f"{path} brings its own Python code; to run that code, give --trust-remote-code"
             ) from error
-        if "tp_plan" in str(error):
-            raise InputError(f"{path} cannot be split: transformers has no tensor-parallel plan for it") from error
         if "offload_folder" in str(error):
             raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
@@ -258,16 +247,6 @@ def _dtype_and_place(options: LoadOptions, place: torch.device) -> dict[str, Any
     chosen: dict[str, Any] = {"dtype": DTYPES.get(options.dtype, options.dtype)}
     config = _config(options)
     method = None if config is None else _method(config)
-    if options.tensor_parallel:
-        from transformers.distributed import DistributedConfig
-
-        if method is not None:
-            raise InputError(
-                f"{options.path} is quantised ({method}); tensor parallel was proved on plain weights only"
-            )
-        if config is not None:
-            placement.refuse_indivisible(config.get_text_config(decoder=True))
-        return {**chosen, "distributed_config": DistributedConfig(tp_plan="auto")}
     if options.device_map is not None:
         chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
     if method is not None:

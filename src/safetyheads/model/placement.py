@@ -1,27 +1,24 @@
-"""Where a model runs. Owns devices, device maps, and which heads one of several processes computes.
+"""Where a model runs. Owns devices and device maps.
 
-It refuses to know how: accelerate's hooks move what a module is given, transformers splits the weights.
+It refuses to know how: accelerate's hooks move what a module is given.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.errors import InputError
 from safetyheads.model.planning import allowed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from safetyheads.model.architecture import Architecture
 
 DeviceMap: TypeAlias = str | Mapping[str, Any]
 """accelerate's: a strategy's name, or modules by name with their places; ``disk`` and, beside GPUs, ``cpu`` offload."""
@@ -89,113 +86,7 @@ def layout(model: nn.Module) -> str | None:
 
 
 def least_memory(model: nn.Module) -> int | None:
-    """Bytes that batches may take, where they must fit more than one place; None where there is but one.
-
-    On several devices the fullest one decides; under tensor parallel all processes must plan alike, or they would wait
-    for each other for ever.
-    """
+    """Bytes that batches may take on the fullest of several devices; None where there is but one."""
     devices = {torch.device(place) for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
     free = [allowed_memory(device, None, _MEMORY_SHARE) for device in devices]
-    if not is_split(model):
-        return min(free) if len(free) > 1 else None
-    import torch.distributed as dist
-
-    here = model.get_parameter(next(name for name, _ in model.named_parameters())).device
-    least = torch.tensor(min([*free, allowed_memory(here, None, _MEMORY_SHARE)]), device=here)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
-
-
-# Tensor parallel
-
-
-def refuse_without_siblings() -> None:
-    """Refuse tensor parallel in a process that nobody started with others."""
-    if n_processes() < 2:
-        raise InputError("tensor parallel needs several processes: start them by torchrun --nproc-per-node N")
-
-
-def refuse_indivisible(config: Any) -> None:
-    """Refuse heads that the processes cannot share evenly, before weights are read."""
-    n_heads = config.num_attention_heads
-    n_kv_heads, size = getattr(config, "num_key_value_heads", None) or n_heads, n_processes()
-    if n_heads % size or n_kv_heads % size:
-        raise InputError(
-            f"tensor parallel over {size} processes needs numbers of heads that they divide; this model has {n_heads} "
-            f"query and {n_kv_heads} key heads"
-        )
-
-
-def n_processes() -> int:
-    """Processes that torchrun started together; 1 without it."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdigit() else 1
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether the model is one process's part of a tensor-parallel one."""
-    return (getattr(model, "_tp_size", None) or 1) > 1
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShare:
-    """The heads of every layer that this process computes; its siblings compute the others."""
-
-    rank: int
-    """This process among its siblings: its heads are those from ``rank / size`` of each layer's on."""
-    size: int
-    """Processes, each with as many heads."""
-
-    def own(self, selected: Tensor) -> Tensor:
-        """Of a selection of heads [n_rows, n_heads], the columns of this process's."""
-        return selected.chunk(self.size, dim=1)[self.rank]
-
-    def mean(self, own: Tensor) -> Tensor:
-        """The mean over all heads, from the mean over this process's."""
-        import torch.distributed as dist
-
-        summed = own.clone()
-        dist.all_reduce(summed)
-        return summed / self.size
-
-
-def own_part(architecture: Architecture) -> tuple[HeadShare | None, Architecture]:
-    """Which heads this process computes, and the architecture as it is here; None where it computes all of them.
-
-    Found by running the model, already on our attention: not every family's plan splits its heads.
-
-    Raises:
-        UnsupportedModelError: the heads are split in a way that no share of them tells.
-    """
-    import torch.distributed as dist
-
-    there = {layer: architecture.shapes[layer] for layer in architecture.with_heads}
-    here = _heads_computed(architecture)
-    size = dist.get_world_size()
-    if all(shape is not None and here[layer] == shape.n_heads for layer, shape in there.items()):
-        return None, architecture
-    shapes = []
-    for layer, shape in enumerate(architecture.shapes):
-        if shape is not None and (here[layer] * size != shape.n_heads or shape.n_kv_heads % size):
-            raise UnsupportedModelError(
-                f"{architecture.family}: refused, because layer {layer} computes {here[layer]} of its {shape.n_heads} "
-                f"heads in each of {size} processes"
-            )
-        shapes.append(shape and replace(shape, n_heads=here[layer], n_kv_heads=shape.n_kv_heads // size))
-    return HeadShare(dist.get_rank(), size), replace(architecture, shapes=tuple(shapes))
-
-
-@torch.inference_mode()
-def _heads_computed(architecture: Architecture) -> dict[int, int]:
-    """Layer -> how many heads its attention function was given in this process."""
-    from safetyheads.model.attention import AttentionCall, attention_calls
-
-    seen: dict[int, int] = {}
-
-    def call(layer: int) -> AttentionCall:
-        return AttentionCall(observe=lambda **attended: seen.update({layer: attended["output"].shape[2]}))
-
-    some = torch.arange(4)[None].to(next(architecture.decoder.parameters()).device)
-    with attention_calls(architecture.attentions, {layer: call(layer) for layer in architecture.with_heads}):
-        architecture.decoder(input_ids=some, use_cache=False)
-    return seen
+    return min(free) if len(free) > 1 else None

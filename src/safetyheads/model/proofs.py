@@ -23,7 +23,6 @@ from safetyheads.model.architecture import HeadShape
 from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.model.capabilities import Capabilities
 from safetyheads.model.loading import is_quantised, rounds_activations
-from safetyheads.model.placed_heads import misplaced
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
 from safetyheads.model.quick_paths import TRIPS, difference, prove_quick_paths
 from safetyheads.model.replay import Capture, capture, decode, first_of, of_rows, run_layer
@@ -112,10 +111,6 @@ def prove(engine: Engine, longest: int) -> CheckReport:
             for worst in _ablation_errors(engine, rows[0]):
                 said = f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})"
                 claim(said, worst.error, worst.claim != _WINDOWS, tolerance if worst.claim == _PARTS else exact)
-        if engine.share is not None:
-            claim(
-                "a head is ablated in the process that computes it, and in no other", misplaced(engine, rows[0]), True
-            )
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
 

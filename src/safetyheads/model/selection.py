@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def calls_of(engine: Engine, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
-    """Layer -> the call that ablates each row's heads of that layer, as far as this process computes them.
+    """Layer -> the call that ablates each row's heads of that layer.
 
     Raises:
         InputError: a head the model does not have, or one given twice.
@@ -30,21 +30,15 @@ def calls_of(engine: Engine, groups: Sequence[Group], ablation: Ablation) -> dic
             if head.layer not in selected:
                 selected[head.layer] = torch.zeros(len(groups), _heads_beside(engine, head), dtype=torch.bool)
             selected[head.layer][row, head.index] = True
-    share = engine.share
-    if share is None:
-        rows = {layer: RowAblation(ablation, to_device(each, engine.device)) for layer, each in selected.items()}
-    else:
-        # Every process gets a call, one without heads of the layer too: means are taken by all of them together.
-        rows = {
-            layer: RowAblation(ablation, to_device(share.own(each), engine.device), share.mean)
-            for layer, each in selected.items()
-        }
-    return {layer: AttentionCall(ablations=(row,)) for layer, row in rows.items()}
+    return {
+        layer: AttentionCall(ablations=(RowAblation(ablation, to_device(each, engine.device)),))
+        for layer, each in selected.items()
+    }
 
 
 def _heads_beside(engine: Engine, head: Head) -> int:
     """The number of heads in a head's layer, which is to have this one."""
-    shape = engine.whole.shapes[head.layer]
+    shape = engine.architecture.shapes[head.layer]
     if shape is None:
         raise InputError(f"head {head}: layer {head.layer} has no attention heads that could be ablated")
     if head.index >= shape.n_heads:

@@ -1,5 +1,5 @@
 """The weights as they are. Owns reading them wherever and in whatever form they lie: offloaded to the CPU or the disk,
-split over processes, quantised; and telling those that are broken or that nothing uses. It changes none of them.
+quantised; and telling those that are broken or that nothing uses. It changes none of them.
 """
 
 from __future__ import annotations
@@ -109,13 +109,9 @@ def _changes_nothing(path: str, name: str) -> bool:
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
     """The model's state by name, in one order, as plain whole tensors; what else quantised modules keep, as text."""
-    from torch.distributed.tensor import DTensor
-
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor) and value.is_meta:
             value = _offloaded(model, name)
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
         yield from _plain(name, value)
 
 

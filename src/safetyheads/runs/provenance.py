@@ -131,8 +131,7 @@ def device_name(engine: Engine) -> str:
     device, layout = engine.device, placement.layout(engine.model)
     if layout is not None:
         return layout
-    name = f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
-    return name if engine.share is None else f"{name}, heads shared by {engine.share.size} processes"
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:
