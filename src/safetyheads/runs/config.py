@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -31,6 +31,9 @@ _NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle
 class Options:
     """A part of a config, or a whole one: each part checks its own fields, then hands on to the next part."""
 
+    PANEL: ClassVar[str]
+    """Title of the part's panel on a help page."""
+
     def __post_init__(self) -> None:
         """The end of the checks."""
 
@@ -44,6 +47,7 @@ class Options:
 class ModelOptions(Options):
     """Which model is loaded, and how."""
 
+    PANEL: ClassVar[str] = "Model"
     model: str
     """Directory or hub id; demo:NAME is an embedded checkpoint."""
     _: KW_ONLY
@@ -79,6 +83,7 @@ class ModelOptions(Options):
 class TemplateOptions(Options):
     """How prompts are written for the model."""
 
+    PANEL: ClassVar[str] = "Prompts"
     template: str | None = None
     """Template: direct, query_answer, query_answer_space, chat, llama2, urial, or a text with {query}. Default: chat
     for the demo's models, else query_answer."""
@@ -100,6 +105,7 @@ class TemplateOptions(Options):
 class PromptOptions(TemplateOptions):
     """Which harmful prompts are used, and how they are written for the model."""
 
+    PANEL: ClassVar[str] = "Prompts"
     prompts: str
     """Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
     _: KW_ONLY
@@ -117,6 +123,7 @@ class PromptOptions(TemplateOptions):
 class BenignOptions(Options):
     """Which benign prompts are used."""
 
+    PANEL: ClassVar[str] = "Prompts"
     benign: str = "benign"
     """Benign prompts: a file, jailbreakbench_benign, demo, or benign, the package's own list. Default: benign; demo
     where the harmful prompts are the demo's."""
@@ -126,6 +133,7 @@ class BenignOptions(Options):
 class AblationOptions(Options):
     """What happens to an ablated head."""
 
+    PANEL: ClassVar[str] = "Ablation"
     ablation: str = "ua"
     """Ablation: ua (Eq 7), sc (Eq 8), ua_key, mean_query, mean_key or mean_head_output."""
     epsilon: float = 1e-5
@@ -145,6 +153,7 @@ class AblationOptions(Options):
 class JudgeOptions(Options):
     """Who judges answers."""
 
+    PANEL: ClassVar[str] = "Answers"
     judges: tuple[str, ...] = ("paper",)
     """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
     given several times; the first one leads."""
@@ -164,6 +173,7 @@ class JudgeOptions(Options):
 class AnswerOptions(JudgeOptions):
     """How answers are generated and judged."""
 
+    PANEL: ClassVar[str] = "Answers"
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     top_k: int = 1
@@ -180,6 +190,7 @@ class AnswerOptions(JudgeOptions):
 class GroupOptions(Options):
     """Which groups of heads are ablated."""
 
+    PANEL: ClassVar[str] = "Ablation"
     groups: tuple[str, ...] = ()
     """Heads to ablate together, such as 2-26,3-1. May be given several times, once for each group."""
 
@@ -202,6 +213,7 @@ class GroupOptions(Options):
 class ScreenOptions(Options):
     """Whether every head is scored exactly, or only the best of a forecast."""
 
+    PANEL: ClassVar[str] = "Screening"
     screen: bool = False
     """Forecast all heads from a few backward passes and score only the best of them exactly."""
     candidates: int | None = None
@@ -222,6 +234,7 @@ class ScreenOptions(Options):
 class PositionOptions(Options):
     """Over which tokens Ships are averaged."""
 
+    PANEL: ClassVar[str] = "Search"
     positions: int = 1
     """Average Ships over the first N tokens of the unablated answer."""
 
@@ -234,6 +247,7 @@ class PositionOptions(Options):
 class SizeOptions(Options):
     """How large a group can get."""
 
+    PANEL: ClassVar[str] = "Search"
     size: int = 3
     """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
 
@@ -242,19 +256,25 @@ class SizeOptions(Options):
         at_least(1, size=self.size)
 
 
-@dataclass(frozen=True)
-class RunConfig(AnswerOptions, AblationOptions, BenignOptions, PromptOptions, ModelOptions):
-    """Settings that audits and scans share; the defaults are the paper's where it gives any."""
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(Options):
+    """What a run directory keeps."""
 
-    _: KW_ONLY
+    PANEL: ClassVar[str] = "Run directory"
     store_completions: bool = True
     """Store the answers in the run directory, not verdicts alone."""
+
+
+@dataclass(frozen=True)
+class RunConfig(StoreOptions, AnswerOptions, AblationOptions, BenignOptions, PromptOptions, ModelOptions):
+    """Settings that audits and scans share; the defaults are the paper's where it gives any."""
 
 
 @dataclass(frozen=True)
 class AuditConfig(RunConfig, PositionOptions, SizeOptions):
     """Settings of one audit."""
 
+    PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
     n_random: int = 20
     """Random groups of the same size and layers to compare each group with."""
@@ -268,15 +288,11 @@ class AuditConfig(RunConfig, PositionOptions, SizeOptions):
             raise InputError(f"split is the share of prompts for the search, between 0 and 1; got {self.split}")
 
 
-@dataclass(frozen=True)
-class ScanConfig(RunConfig, GroupOptions):
-    """Settings of one exhaustive scan."""
+@dataclass(frozen=True, kw_only=True)
+class BesideOptions(Options):
+    """What is scanned beside every head alone."""
 
-    _: KW_ONLY
-    n_seeds: int = 1
-    """Sampled answers to each prompt, with seeds from --seed on."""
-    full_answers: bool = False
-    """Go on to the end of an answer after every judge is final."""
+    PANEL: ClassVar[str] = "Beside the single heads"
     epsilons: tuple[float, ...] = ()
     """Scan every head at this strength too. May be given several times."""
     pairs: int = 0
@@ -292,14 +308,29 @@ class ScanConfig(RunConfig, GroupOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, n_seeds=self.n_seeds)
         at_least(0, pairs=self.pairs, prefixes=self.prefixes, n_random=self.n_random, query_level=self.query_level)
-        if self.n_seeds > 1 and self.top_k == 1:
-            raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
         if self.pairs == 1:
             raise InputError("pairs need at least two heads; got 1")
         if self.n_random and not self.prefixes:
             raise InputError("random groups go with prefixes; give --prefixes")
+
+
+@dataclass(frozen=True)
+class ScanConfig(BesideOptions, GroupOptions, RunConfig):
+    """Settings of one exhaustive scan."""
+
+    PANEL: ClassVar[str] = "Answers"
+    _: KW_ONLY
+    n_seeds: int = 1
+    """Sampled answers to each prompt, with seeds from --seed on."""
+    full_answers: bool = False
+    """Go on to the end of an answer after every judge is final."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, n_seeds=self.n_seeds)
+        if self.n_seeds > 1 and self.top_k == 1:
+            raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
         for epsilon in self.epsilons:
             Ablation.parse(self.ablation, epsilon)
         if len({self.epsilon, *self.epsilons}) <= len(self.epsilons):
@@ -326,6 +357,7 @@ class SaharaConfig(
 ):
     """Settings of a search by any score."""
 
+    PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
     score: str = "mean_ships"
     """Score to search by: mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation."""
@@ -350,18 +382,73 @@ class SaharaConfig(
 
 
 @dataclass(frozen=True)
-class AsrConfig(GroupOptions, AnswerOptions, AblationOptions, PromptOptions, ModelOptions):
+class AsrConfig(StoreOptions, GroupOptions, AnswerOptions, AblationOptions, PromptOptions, ModelOptions):
     """Settings of attack success rates under given groups."""
 
+    PANEL: ClassVar[str] = "Ablation"
     _: KW_ONLY
     query_level: int = 0
     """Let each prompt ablate its own 1 to N top heads by Ships."""
-    store_completions: bool = True
-    """Store the answers in the run directory, not verdicts alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, query_level=self.query_level)
+
+
+@dataclass(frozen=True)
+class CheckConfig(PromptOptions, ModelOptions):
+    """What is shown and proved of a model."""
+
+    PANEL: ClassVar[str] = "Prompts"
+    prompts: str = "benign"
+    """Prompts of which the first one is shown: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct,
+    demo, or benign, the package's own list. Default: benign; demo for the demo's models."""
+    _: KW_ONLY
+    longest: int = 64
+    """Most tokens that a run will reach; proofs are made up to this length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, longest=self.longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(Options):
+    """Which tasks of lm-eval are put to the model, and how."""
+
+    PANEL: ClassVar[str] = "Tasks"
+    tasks: tuple[str, ...] = ("organism",)
+    """Task by lm-eval's name; organism is the demo's own. May be given several times, or as names with commas."""
+    include_paths: tuple[str, ...] = ()
+    """Directory with tasks of your own as YAML. May be given several times."""
+    limit: int | None = None
+    """Use only the first N documents of each task."""
+    batch_size: int = 8
+    """Requests in a batch; it moves the last bits."""
+    n_shots: int | None = None
+    """Examples before each question. Default: the task's own number."""
+    chat_template: bool = False
+    """Put questions under the model's chat template; lm-eval's published numbers are without."""
+    offline: bool = False
+    """Use only data that is on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise InputError("no task is given")
+        for name in self.tasks:
+            if self.tasks.count(name) > 1:
+                raise InputError(f"task {name} is given twice")
+        at_least(1, limit=self.limit, batch_size=self.batch_size)
+        at_least(0, n_shots=self.n_shots)
+        for path in self.include_paths:
+            if not Path(path).is_dir():
+                raise InputError(f"no such directory of tasks: {path}")
+
+
+@dataclass(frozen=True)
+class EvalConfig(TaskOptions, GroupOptions, AblationOptions, ModelOptions):
+    """Settings of one evaluation of tasks."""
 
 
 def at_least(least: int, **numbers: int | None) -> None:
