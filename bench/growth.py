@@ -24,7 +24,7 @@ from scan import commit, machine
 from shapes import Shape, build
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.model.costs import row_sizes, scan_flops
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
@@ -59,7 +59,7 @@ def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str
     seconds = []
 
     def begun() -> HeadPass:
-        return HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(angles=(Angle(),)), layout)
+        return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(angles=(Angle(),)), layout)
 
     for _ in range(repeats + 1):  # the first run on a shape sets things up
         measuring = begun()

@@ -172,7 +172,7 @@ def hooked_states(model: Any, batches: list[Batch]) -> States:
 def ours(work: Work) -> Measured:
     """(d) The package's pass over all heads; nothing is sampled but the scores that are told."""
     from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-    from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+    from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
     from safetyheads.model.engine import Engine
     from safetyheads.model.loading import use_our_attention
     from safetyheads.model.planning import TokenSequence
@@ -183,11 +183,11 @@ def ours(work: Work) -> Measured:
     sequences, angle = [TokenSequence(tuple(row)) for row in work.prompts], Angle()
 
     def begun() -> HeadPass:
-        return HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(angles=(angle,)))
+        return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(angles=(angle,)))
 
     groups = [(head,) for head in engine.heads]
     warm = begun()
-    warm.measure(groups[: warm.layout.groups_per_batch])
+    warm.measure(groups[: warm.plan.groups_per_batch])
     clock = Clock(work.device)
     angles = begun().measure(groups)[angle.name]
     seconds = clock.lap()

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, demo
 from safetyheads.demo.loading import demo_prompts
-from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.model.planning import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
@@ -29,7 +29,7 @@ def scores(engine: Engine, ablation: Ablation, n_prompts: int) -> dict[str, torc
     """Name -> score of every head, float64."""
     prompts = demo_prompts("harmful", "test", demo.harmful_prompts("test")[:n_prompts])
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
-    measuring = HeadPass.begin(engine, sequences, ablation, Readings(ships=True, angles=ANGLES))
+    measuring = HeadPass(engine, sequences, ablation, Readouts(ships=True, angles=ANGLES))
     found = measuring.measure([(head,) for head in engine.heads])
     return {"mean_ships": found["ships"].mean(dim=1), **{angle.name: found[angle.name] for angle in ANGLES}}
 

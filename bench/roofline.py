@@ -24,7 +24,7 @@ from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.model.costs import forward_flops, layer_flops, row_sizes, scan_flops
 from safetyheads.model.engine import Engine
 from safetyheads.model.estimates import estimate_pass
@@ -120,10 +120,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = row_sizes(sequences, layout)
     groups = [(head,) for head in engine.heads]
     told_seconds, told_bytes = estimate_pass(engine, sequences, layout)
-    readings = Readings(angles=(Angle(),))
+    readouts = Readouts(angles=(Angle(),))
 
     def begun() -> HeadPass:
-        return HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, readings, layout)
+        return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts, layout)
 
     first = begun()
     first.measure(groups[: layout.groups_per_batch])

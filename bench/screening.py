@@ -20,9 +20,8 @@ from scan import commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, load_demo
-from safetyheads.measures.head_pass import HeadPass, Readings
-from safetyheads.measures.linearising import Point
-from safetyheads.measures.screening import POINTS, screen
+from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.measures.screening import POINTS, Point, screen
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence
 
@@ -83,7 +82,7 @@ def ranks(case: Case, ablation: Ablation, prompts: int, draws: int, points: Sequ
     """Where the exact top 3 and top 10 by mean Ships stand in the forecast, at worst over the draws."""
     sequences = [TokenSequence(ids) for ids in case.prompts]
     heads = case.engine.heads
-    measuring = HeadPass.begin(case.engine, sequences, ablation, Readings(ships=True))
+    measuring = HeadPass(case.engine, sequences, ablation, Readouts(ships=True))
     exact = measuring.measure([(head,) for head in heads])["ships"]  # [n_heads, n_prompts]
     forecast = screen(case.engine, sequences, ablation, points=points)
     generator = torch.Generator().manual_seed(0)

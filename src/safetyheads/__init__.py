@@ -30,10 +30,17 @@ if TYPE_CHECKING:
     from safetyheads.judges.keywords import KeywordJudge
     from safetyheads.judges.named import judge_named
     from safetyheads.judges.phrases import PhraseJudge
-    from safetyheads.measures.refusal import Opener, refusal_score
-    from safetyheads.measures.rescoring import Extent, Rescored, screened_ships
     from safetyheads.measures.sahara import rank_heads, sahara
-    from safetyheads.measures.ships import generalized_ships, mean_ships, ships
+    from safetyheads.measures.screened_scores import Extent, Rescored, screened_ships
+    from safetyheads.measures.ships import (
+        Opener,
+        Score,
+        generalized_ships,
+        mean_ships,
+        refusal_score,
+        scorer_named,
+        ships,
+    )
     from safetyheads.model.engine import Engine
     from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
     from safetyheads.stats.intervals import Rate
@@ -62,11 +69,11 @@ _LAZY = {
     "Judge": "judges.base",
     "KeywordJudge": "judges.keywords",
     "Verdict": "judges.base",
-    "Opener": "measures.refusal",
-    "refusal_score": "measures.refusal",
-    "Extent": "measures.rescoring",
-    "Rescored": "measures.rescoring",
-    "screened_ships": "measures.rescoring",
+    "Opener": "measures.ships",
+    "refusal_score": "measures.ships",
+    "Extent": "measures.screened_scores",
+    "Rescored": "measures.screened_scores",
+    "screened_ships": "measures.screened_scores",
     "rank_heads": "measures.sahara",
     "sahara": "measures.sahara",
     "GroupScorer": "scores",
@@ -75,6 +82,8 @@ _LAZY = {
     "generalized_ships": "measures.ships",
     "mean_ships": "measures.ships",
     "ships": "measures.ships",
+    "Score": "measures.ships",
+    "scorer_named": "measures.ships",
     "PairedDifference": "stats.testing",
     "Rate": "stats.intervals",
     "swapped_attention": "baselines.attention_swap",
@@ -108,6 +117,7 @@ __all__ = [
     "Rescored",
     "SafetyheadsError",
     "Sampling",
+    "Score",
     "SearchTrace",
     "Template",
     "UnsupportedModelError",
@@ -125,6 +135,7 @@ __all__ = [
     "refusal_score",
     "sahara",
     "scan_attack_success_rate",
+    "scorer_named",
     "screened_ships",
     "ships",
     "swapped_attention",

@@ -23,7 +23,7 @@ from safetyheads.answers.success import answers_under, query_level_attack_succes
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES
-from safetyheads.measures.refusal import openers_of
+from safetyheads.measures.ships import openers_of
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.config import ScanConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,20 @@ from tiny_models import engine_of, model_of
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, Head, InputError
 from safetyheads.errors import SafetyheadsError
-from safetyheads.measures.head_pass import HeadPass, Readings
-from safetyheads.measures.linearising import Asked, Chosen, Point, linearise
-from safetyheads.measures.rescoring import Extent, costs_of, missed, propose, rescore, rescore_pairs, screened_sahara
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.screening import Screening, screen
+from safetyheads.measures.screened_scores import (
+    Extent,
+    Proposal,
+    costs_of,
+    missed,
+    propose,
+    rescore,
+    rescore_pairs,
+    screened_sahara,
+)
+from safetyheads.measures.screening import Followed, Linearizer, Point, Screening, choose_tokens, screen
+from safetyheads.measures.ships import scorer_of
 from safetyheads.model.planning import TokenSequence
 from safetyheads.model.replay import Capabilities
 
@@ -93,7 +103,7 @@ class Differences:
 
 def tokens_of(engine, sequences, n):
     """The n most probable next tokens of each prompt."""
-    begun = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True))
+    begun = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
     return begun.unablated["log_probabilities"].topk(n, dim=-1).indices.tolist()
 
 
@@ -111,7 +121,7 @@ def test_moves_equal_central_differences_of_plain_forwards(family, name):
     ablation = Ablation(name, 0.01)
     engine, slow = engine_of(family), Differences(family, ablation)
     engine.capabilities = Capabilities(plain_head=family != "gemma2_softcap")
-    moves = linearise(engine, SEQUENCES, Asked(ablation, Point(0.0, 3), ()), 3, None).moves
+    moves = Linearizer(engine, SEQUENCES, ablation, n_tokens=3).at(Point(0.0, 3)).moves
     tokens, largest = tokens_of(engine, SEQUENCES, 3), []
     # Differences in float32 lose two digits more.
     tolerance = 1e-2 if family == "gpt_oss_sinks" else SLOPE
@@ -160,7 +170,7 @@ def test_the_forecast_is_the_kl_of_the_moved_odds():
 def test_weak_ablations_are_forecast_as_they_are():
     """Scaling by 1 - t moves the logits in first order, so forecast and exact Ships meet as t shrinks."""
     engine, weak = engine_of("llama_gqa", torch.float64), SCALING_CONTRIBUTION.at(1 - 1e-3)
-    exact = HeadPass.begin(engine, SEQUENCES, weak, Readings(ships=True)).measure([(head,) for head in engine.heads])
+    exact = HeadPass(engine, SEQUENCES, weak, Readouts(ships=True)).measure([(head,) for head in engine.heads])
     found = screen(engine, SEQUENCES, weak, points=(Point(0.0, 63),))
     ours = found.ships.flatten(1).T
     # Second order in t is a thousandth of the first; 63 of 64 tokens and the other are all classes there are.
@@ -182,7 +192,7 @@ def test_forecasts_with_heads_ablated_already_start_from_there():
     assert bool(found.ships[:, 0, 2].isnan().all())
     assert bool(found.ships[:, 1, 0].isnan().all())
     assert int(found.ships.isnan().sum()) == 2 * len(PROMPTS)
-    assert not set(common) & set(found.candidates(99))
+    assert not set(common) & set(found.table().top(99))
 
 
 def test_several_answer_positions_are_forecast_each_and_averaged():
@@ -248,15 +258,15 @@ def test_the_model_is_left_as_it_was():
     with pytest.raises(InputError, match="one token or more"):
         Point(0.0, 0)
     with torch.inference_mode():  # a caller's own inference mode does not take the gradients away
-        assert screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).candidates(3)
+        assert screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).table().top(3)
 
 
 def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
     engine = engine_of("llama_gqa")
     found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=(Point(0.0, 3),))
-    heads = found.candidates(5)
+    heads = found.table().top(5)
 
-    linear = linearise(engine, SEQUENCES, Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 3), ()), 3, None)
+    linear = Linearizer(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3).at(Point(0.0, 3))
 
     def curvature(move):
         """KL per t^2 of moving by t, written out."""
@@ -278,11 +288,11 @@ def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
 def test_sampled_tokens_stand_for_all_others_in_second_order():
     """With every token sampled in turn, by its probability, the within-others term is half its variance."""
     engine = engine_of("llama_gqa")
-    asked = Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 1, 63), ())
-    first = linearise(engine, SEQUENCES[:1], asked, 1, None).chosen
+    linearizer = Linearizer(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION)
+    first = linearizer.at(Point(0.0, 1), gradients=False).followed
     others = torch.tensor([[token for token in range(64) if token != int(first.tokens[0, 0])]])
-    linear = linearise(engine, SEQUENCES[:1], asked, 1, Chosen(first.tokens, others))
-    log_p = HeadPass.begin(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION, Readings(ships=True)).unablated[
+    linear = linearizer.at(Point(0.0, 1, 63), followed=Followed(first.tokens, others))
+    log_p = HeadPass(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION, Readouts(ships=True)).unablated[
         "log_probabilities"
     ][0]
     given_others = torch.softmax(log_p[others[0]], dim=0)
@@ -293,11 +303,9 @@ def test_sampled_tokens_stand_for_all_others_in_second_order():
 
 
 def test_samples_follow_the_probabilities_of_the_others():
-    from safetyheads.measures.linearising import _choose
-
     log_p = torch.tensor([[0.5, 0.02, 0.3, 0.0, 0.18]]).log()
     uniforms = (torch.arange(1000) + 0.5)[None] / 1000
-    chosen = _choose(log_p, 2, Point(0.0, 1, 1000), uniforms)
+    chosen = choose_tokens(log_p, 2, Point(0.0, 1, 1000), uniforms)
     assert chosen.tokens.tolist() == [[0, 2]]
     # All but the first point's one token: 2 % and 30 % and 18 % of 50 %.
     assert torch.bincount(chosen.samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
@@ -305,8 +313,9 @@ def test_samples_follow_the_probabilities_of_the_others():
 
 def test_memory_does_not_choose_the_samples():
     engines = (engine_of("llama_gqa"), engine_of("llama_gqa", token_budget=12))
-    asked = Asked(UNDIFFERENTIATED_ATTENTION, Point(0.0, 1, 2), ())
-    whole, divided = (linearise(engine, SEQUENCES, asked, 1, None).chosen for engine in engines)
+    whole, divided = (
+        Linearizer(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).at(Point(0.0, 1, 2)).followed for engine in engines
+    )
     assert torch.equal(whole.samples, divided.samples)
 
 
@@ -314,18 +323,18 @@ def test_memory_does_not_choose_the_samples():
 
 
 def pass_of(engine, sequences=SEQUENCES):
-    return HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True))
+    return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
 
 
 def test_what_is_shown_is_exact_and_the_rest_is_not_there():
     engine = engine_of("llama_gqa")
     measuring, found = pass_of(engine), screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
-    scorer = measuring.scorer("mean_ships")
+    scorer = scorer_of(measuring, "mean_ships")
     made = rescore(scorer, found, extent=Extent(3, 4, seed=1), top=2)
     shown = {head for head, _ in made.scores.ranked()}
     assert shown == {*made.proposal.candidates, *made.proposal.sampled}
     assert len(shown) == 7
-    assert made.proposal.candidates == found.candidates(3)
+    assert made.proposal.candidates == found.table().top(3)
     exact = dict(zip(engine.heads, scorer([(head,) for head in engine.heads]).tolist(), strict=True))
     # Other rows in a batch move the last bits.
     assert all(made.scores[head] == pytest.approx(exact[head], rel=1e-4, abs=1e-7) for head in shown)
@@ -338,7 +347,7 @@ def test_what_is_shown_is_exact_and_the_rest_is_not_there():
 
 def test_a_sampled_head_among_the_best_is_found_and_widens_the_bound():
     engine = engine_of("llama_gqa")
-    scorer = pass_of(engine).scorer("mean_ships")
+    scorer = scorer_of(pass_of(engine), "mean_ships")
     found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
     upside_down = replace(found, ships=found.ships.max() - found.ships)
     made = rescore(scorer, upside_down, extent=Extent(2, 10), top=1)
@@ -349,7 +358,7 @@ def test_a_sampled_head_among_the_best_is_found_and_widens_the_bound():
 
 def test_no_sample_bounds_nothing_and_all_candidates_miss_nothing():
     found = screen(engine_of("llama_gqa"), SEQUENCES, UNDIFFERENTIATED_ATTENTION)
-    scorer = pass_of(engine_of("llama_gqa")).scorer("mean_ships")
+    scorer = scorer_of(pass_of(engine_of("llama_gqa")), "mean_ships")
     unsampled = rescore(scorer, found, extent=Extent(3, 0), top=3)
     assert unsampled.missed.at_most == unsampled.missed.n_others == 9
     whole = rescore(scorer, found, extent=Extent(99, 5))
@@ -363,7 +372,7 @@ def test_a_search_among_all_candidates_is_the_search():
     engine = engine_of("llama_gqa")
     measuring = pass_of(engine)
     found = screened_sahara(measuring, "mean_ships", 3, Extent(99, 0))
-    whole = sahara(measuring.scorer("mean_ships"), engine.heads, 3)
+    whole = sahara(scorer_of(measuring, "mean_ships"), engine.heads, 3)
     assert found.trace.group == whole.group
     assert [bound.n_others for bound in found.missed] == [0, 0, 0]
 
@@ -381,7 +390,7 @@ def test_a_search_scores_only_what_is_proposed_given_the_group_so_far():
 
 def test_pairs_are_scored_exactly_with_their_heads():
     engine = engine_of("llama_gqa")
-    scorer = pass_of(engine).scorer("mean_ships")
+    scorer = scorer_of(pass_of(engine), "mean_ships")
     pairs = [(Head(0, 1), Head(1, 2)), (Head(0, 1), Head(2, 3))]
     for pair in rescore_pairs(scorer, pairs):
         together, *alone = (float(scorer([group])) for group in (pair.heads, (pair.heads[0],), (pair.heads[1],)))
@@ -407,9 +416,7 @@ def test_at_32_layers_of_32_heads_a_screening_costs_a_fiftieth():
     use_our_attention(model)
     engine = Engine(model, None, "shape", token_budget=65536)
     sequences = tuple(TokenSequence(tuple(range(100 * n, 100 * n + 31))) for n in range(100))
-    measuring = HeadPass(
-        engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True), engine.plan(sequences), None
-    )
+    measuring = SimpleNamespace(engine=engine, sequences=sequences, plan=engine.plan(sequences))
     heads = engine.heads
     costs = costs_of(measuring, propose_of(heads))
     assert costs.screening <= 1 / 50
@@ -417,8 +424,6 @@ def test_at_32_layers_of_32_heads_a_screening_costs_a_fiftieth():
 
 
 def propose_of(heads):
-    from safetyheads.measures.rescoring import Proposal
-
     return Proposal(heads[:32], heads[32:96], len(heads) - 32)
 
 

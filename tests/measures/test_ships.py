@@ -25,9 +25,8 @@ from safetyheads import (
     ships,
 )
 from safetyheads.judges.base import Verdict
-from safetyheads.measures.head_pass import Angle, HeadPass, Readings
-from safetyheads.measures.refusal import Opener
-from safetyheads.measures.ships import SharedFirstTokenWarning, answer_sequences
+from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
+from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences
 from safetyheads.model.planning import Plan, TokenSequence
 
 torch.set_num_threads(1)
@@ -258,7 +257,7 @@ def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):
     for positions in (1, 4):
         sequences = answer_sequences(engine, prompts, positions)
         assert [one.n_wanted for one in sequences] == [positions] * len(PROMPTS)
-        measuring = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True, openers=tokens))
+        measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True, openers=tokens))
         scores[positions] = measuring.measure(groups)
     assert float((scores[4]["refusal_score"] - scores[1]["refusal_score"]).abs().max()) < LAYOUT_NATS
     assert float((scores[4]["ships"] - scores[1]["ships"]).abs().max()) > 100 * LAYOUT_NATS  # these do average
@@ -325,23 +324,23 @@ def measured(engine, readings):
     calls = Calls(engine)
     sequences = [TokenSequence(ids) for ids in PROMPTS]
     layout = Plan(((0, 1), (2, 3)), 4, 1)
-    measuring = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, readings, layout)
+    measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readings, layout)
     return measuring.measure([(head,) for head in engine.heads]), calls.seen
 
 
 def test_all_readings_at_once_cost_the_layer_calls_of_one():
     angles = (Angle(), Angle("representation", 2, "before_norm"))
-    everything, calls = measured(engine_of("llama_gqa"), Readings(ships=True, openers=(8, 39), angles=angles))
-    alone, calls_alone = measured(engine_of("llama_gqa"), Readings(ships=True))
+    everything, calls = measured(engine_of("llama_gqa"), Readouts(ships=True, openers=(8, 39), angles=angles))
+    alone, calls_alone = measured(engine_of("llama_gqa"), Readouts(ships=True))
     assert set(everything) == {"ships", "refusal_score", *(angle.name for angle in angles)}
     assert calls == calls_alone
     assert {layer for layer, _ in calls} == {0, 1, 2}
     assert torch.equal(everything["ships"], alone["ships"])
     for angle in angles:
-        one, calls_of_one = measured(engine_of("llama_gqa"), Readings(angles=(angle,)))
+        one, calls_of_one = measured(engine_of("llama_gqa"), Readouts(angles=(angle,)))
         assert calls_of_one == calls
         assert torch.equal(everything[angle.name], one[angle.name])
-    (odds, _) = measured(engine_of("llama_gqa"), Readings(openers=(8, 39)))
+    (odds, _) = measured(engine_of("llama_gqa"), Readouts(openers=(8, 39)))
     assert torch.equal(everything["refusal_score"], odds["refusal_score"])
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, StaticCache
 from safetyheads import Ablation, Engine, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.ships import generalized_ships
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence
@@ -273,8 +273,8 @@ def test_scores_do_not_depend_on_the_token_budget():
 
 def test_a_batch_that_runs_out_of_memory_is_halved_and_nothing_is_lost(monkeypatch):
     engine = engine_of("llama_gqa")
-    measuring = HeadPass.begin(
-        engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readings(ships=True), Plan(((0, 1, 2),), 4, 1)
+    measuring = HeadPass(
+        engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), Plan(((0, 1, 2),), 4, 1)
     )
     groups = [(head,) for head in engine.heads]
     whole = measuring.measure(groups)["ships"]
@@ -295,7 +295,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_nothing_is_lost(monkeypat
 
 def test_running_out_of_memory_on_one_group_is_an_error(monkeypatch):
     engine = engine_of("llama_gqa")
-    measuring = HeadPass.begin(engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readings(ships=True))
+    measuring = HeadPass(engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
 
     def replayed(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -307,7 +307,7 @@ def test_running_out_of_memory_on_one_group_is_an_error(monkeypatch):
 
 def test_another_error_is_not_taken_for_lack_of_memory(monkeypatch):
     engine = engine_of("llama_gqa")
-    measuring = HeadPass.begin(engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readings(ships=True))
+    measuring = HeadPass(engine, sequences_of(PROMPTS), UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
     attempts = []
 
     def replayed(_, chosen, *__):

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, GptOssConfig, LlamaConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence
 
@@ -64,7 +64,7 @@ def measured(engine, sequences, layout):
     groups = [(Head(layer, index),) for layer in (0, 2) for index in range(layout.groups_per_batch)]
 
     def run():
-        HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True), layout).measure(groups)
+        HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), layout).measure(groups)
 
     run()  # what is made once and stays is not the pass's
     return peak(run)
@@ -85,9 +85,9 @@ def test_a_pass_stays_within_any_budget(name, share):
     engine.memory_budget = int(share * engine.memory_estimate(sequences, engine.plan(sequences)))
     layout = engine.plan(sequences)
     assert measured(engine, sequences, layout) <= 1.1 * engine.memory_budget
-    exact = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True), layout)
+    exact = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), layout)
     engine.memory_budget = None
-    free = HeadPass.begin(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readings(ships=True))
+    free = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
     groups = [(Head(1, 3),), (Head(2, 0),)]
     assert torch.allclose(exact.measure(groups)["ships"], free.measure(groups)["ships"], rtol=1e-3, atol=1e-7)
 

@@ -15,7 +15,7 @@ from safetyheads import SCALING_CONTRIBUTION, Engine, KeywordJudge, demo, load_d
 from safetyheads.answers.success import answers_under
 from safetyheads.baselines.base import Material
 from safetyheads.demo.loading import demo_prompts
-from safetyheads.measures.refusal import openers_of
+from safetyheads.measures.ships import openers_of
 from safetyheads.model.loading import use_our_attention
 
 NEW_TOKENS = 32

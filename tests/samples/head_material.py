@@ -8,7 +8,7 @@ from functools import cache
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, load_demo
 from safetyheads.answers.success import answers_under
 from safetyheads.baselines.base import Material
-from safetyheads.measures.refusal import openers_of
+from safetyheads.measures.ships import openers_of
 from safetyheads.runs.data import demo_set
 
 N_TOKENS = 32

@@ -17,8 +17,7 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.baselines.forward import last_states, refuse_streams, sequences_of
 from safetyheads.baselines.outputs import norms, projections
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.measures.linearising import Point
-from safetyheads.measures.screening import screen
+from safetyheads.measures.screening import Point, screen
 from safetyheads.scores import HeadScores
 from safetyheads.stats.ranking import HeadTable, RankAgreement, rank_agreement
 

@@ -16,7 +16,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
-    from safetyheads.measures.rescoring import Extent
+    from safetyheads.measures.screened_scores import Extent
 
 _MODEL, _PROMPTS, _ABLATION, _ANSWERS, _SEARCH, _SCREEN, _RUN, _OUTPUT = (
     "Model",
@@ -287,7 +287,7 @@ class ScreenOptions:
 
     def extent(self) -> Extent:
         """How many heads are scored exactly."""
-        from safetyheads.measures.rescoring import Extent
+        from safetyheads.measures.screened_scores import Extent
 
         given = {"n_candidates": self.candidates, "n_sampled": self.sample}
         return Extent(**{name: value for name, value in given.items() if value is not None})

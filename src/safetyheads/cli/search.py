@@ -11,10 +11,8 @@ from safetyheads.errors import InputError
 
 if TYPE_CHECKING:
     from safetyheads.ablation import Ablation
-    from safetyheads.measures.head_pass import Angle, HeadPass, State
-    from safetyheads.measures.refusal import Opener
-    from safetyheads.measures.screening import Screened
-    from safetyheads.measures.subspace import Space
+    from safetyheads.measures.head_pass import HeadPass, State
+    from safetyheads.measures.ships import Opener, Score
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
     from safetyheads.runs.progress import Progress
@@ -56,31 +54,17 @@ class ScoreChoice:
         return cls(score, positions, judge, angle)
 
     @property
-    def forecast(self) -> Screened:
-        """The forecast that proposes heads: the score's own, or mean Ships for an angle (bench/LOG.md)."""
-        return "refusal_score" if self.name == "refusal_score" else "mean_ships"
+    def score(self) -> Score:
+        """The score with its settings."""
+        from safetyheads.measures.ships import Score
+
+        state = cast("State", self.angle.state or _STATES[0])
+        rank = 1 if self.angle.rank is None else self.angle.rank
+        return Score(self.name, self.positions, rank, state, self.angle.centred)
 
     def refuse_too_few(self, n_prompts: int) -> None:
         """Refuse a number of prompts that the score cannot work with."""
-        if self.name.startswith(_GENERALIZED):
-            from safetyheads.measures.subspace import refuse_rank
-
-            angle = self.reading_angle
-            refuse_rank(angle.rank, n_prompts, angle.space, angle.centred)
-
-    @property
-    def reading_angle(self) -> Angle:
-        """The reading of Generalized Ships that was asked for."""
-        from safetyheads.measures.head_pass import Angle
-
-        space = cast("Space", self.name.removeprefix(f"{_GENERALIZED}_"))
-        state = cast("State", self.angle.state or _STATES[0])
-        return Angle(space, 1 if self.angle.rank is None else self.angle.rank, state, self.angle.centred)
-
-    @property
-    def reading(self) -> str:
-        """What a pass calls the score."""
-        return self.reading_angle.name if self.name.startswith(_GENERALIZED) else self.name
+        self.score.refuse_too_few(n_prompts)
 
 
 def searched(
@@ -93,8 +77,9 @@ def searched(
     watching: Progress,
 ) -> dict[str, Any]:
     """Sahara's group and steps, as JSON."""
-    from safetyheads.measures.rescoring import COLUMNS, costs_of, screened_sahara
     from safetyheads.measures.sahara import n_scored, sahara
+    from safetyheads.measures.screened_scores import costs_of, screened_sahara
+    from safetyheads.measures.ships import scorer_of
     from safetyheads.model.estimates import estimate
     from safetyheads.runs.results import search_steps
 
@@ -104,15 +89,14 @@ def searched(
         watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, size, 0, 1))
     measuring, openers = _pass(engine, asked, kind, choice)
     with watching.track("searching groups", n_scored(n_each, size)) as done:
-        scorer = measuring.scorer(choice.reading, done)
+        scorer = scorer_of(measuring, choice.score, done)
         if screened.screen:
-            found = screened_sahara(measuring, choice.forecast, size, extent, scorer)
+            found = screened_sahara(measuring, choice.score, size, extent, done)
             trace = found.trace
             steps = [screening_json(*step) for step in zip(found.proposals, found.missed, strict=True)]
-            extra_column = choice.forecast == "refusal_score"
-            costs = costs_of(measuring, found.proposals[0], [n + extra_column for n in COLUMNS])
+            costs = costs_of(measuring, found.proposals[0], choice.score.forecast)
             watching.say(f"each step: {costs}")
-            extra = {"forecast": choice.forecast, "screening": steps, "costs": asdict(costs)}
+            extra = {"forecast": choice.score.forecast, "screening": steps, "costs": asdict(costs)}
         else:
             trace, extra = sahara(scorer, engine.heads, size), dict[str, Any]()
     return {
@@ -131,17 +115,12 @@ def searched(
 def _pass(engine: Engine, asked: PromptSet, kind: Ablation, choice: ScoreChoice) -> tuple[HeadPass, tuple[Opener, ...]]:
     """What measures the score, and for the refusal score the openers of refusals, which are data."""
     from safetyheads.judges.named import judge_named
-    from safetyheads.measures.head_pass import HeadPass, Readings
-    from safetyheads.measures.refusal import openers_or_raise
-    from safetyheads.measures.ships import answer_sequences
+    from safetyheads.measures.head_pass import HeadPass
+    from safetyheads.measures.ships import answer_sequences, find_openers
 
     sequences = answer_sequences(engine, asked, choice.positions)
     openers: tuple[Opener, ...] = ()
-    if choice.name == "mean_ships":
-        readings = Readings(ships=True)
-    elif choice.name == "refusal_score":
-        openers = openers_or_raise(engine, asked, judge_named(choice.judge))
-        readings = Readings(openers=tuple(opener.token_id for opener in openers))
-    else:
-        readings = Readings(angles=(choice.reading_angle,))
-    return HeadPass.begin(engine, sequences, kind, readings), openers
+    if choice.name == "refusal_score":
+        openers = find_openers(engine, asked, judge_named(choice.judge))
+    readouts = choice.score.readouts([opener.token_id for opener in openers])
+    return HeadPass(engine, sequences, kind, readouts), openers

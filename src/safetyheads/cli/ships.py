@@ -14,7 +14,7 @@ from safetyheads.cli.options import ScreenOptions
 if TYPE_CHECKING:
     from safetyheads.ablation import Ablation
     from safetyheads.heads import Head
-    from safetyheads.measures.rescoring import Missed, Proposal
+    from safetyheads.measures.screened_scores import Missed, Proposal
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
     from safetyheads.runs.progress import Progress
@@ -29,10 +29,10 @@ def ranked(
     engine: Engine, asked: PromptSet, kind: Ablation, positions: int, screened: ScreenOptions, watching: Progress
 ) -> dict[str, Any]:
     """The heads that were scored, best first, as JSON."""
-    from safetyheads.measures.head_pass import HeadPass, Readings
-    from safetyheads.measures.rescoring import costs_of, missed, propose, rescore_pairs
+    from safetyheads.measures.head_pass import HeadPass, Readouts
+    from safetyheads.measures.screened_scores import costs_of, missed, propose, rescore_pairs
     from safetyheads.measures.screening import screen
-    from safetyheads.measures.ships import answer_sequences
+    from safetyheads.measures.ships import answer_sequences, scorer_of
     from safetyheads.model.estimates import estimate
     from safetyheads.scores import HeadScores
     from safetyheads.stats.intervals import mean_with_interval
@@ -40,7 +40,7 @@ def ranked(
     if not screened.screen:
         watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, 1, 0, 1))
     sequences = answer_sequences(engine, asked, positions)
-    measuring = HeadPass.begin(engine, sequences, kind, Readings(ships=True))
+    measuring = HeadPass(engine, sequences, kind, Readouts(ships=True))
     chosen: Sequence[Head] = engine.heads
     screening, proposal = None, None
     if screened.screen:
@@ -68,7 +68,7 @@ def ranked(
         "ties": [[str(head) for head in tie] for tie in scores.ties()],
     }
     if screening is not None and proposal is not None:
-        pairs = rescore_pairs(measuring.scorer("mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
+        pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
         bound = missed(scores, proposal, _TOP)
         result["screening"] = {
             **screening_json(proposal, bound),

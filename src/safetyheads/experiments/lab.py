@@ -23,9 +23,9 @@ from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
 from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judge_named
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
-from safetyheads.measures.ships import answer_sequences
+from safetyheads.measures.ships import answer_sequences, scorer_of
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES, kept_pass
@@ -72,7 +72,7 @@ class Lab:
     used: set[str] = field(default_factory=set)
     """Models that were asked for, since somebody emptied it."""
     _drafting: list[KeptAnswers] = field(default_factory=list)
-    _passes: dict[tuple[str, Ablation, Readings], HeadPass] = field(default_factory=dict)
+    _passes: dict[tuple[str, Ablation, Readouts], HeadPass] = field(default_factory=dict)
 
     @cached_property
     def judge(self) -> Judge:
@@ -157,7 +157,7 @@ class Lab:
                 others.forget()
         self._drafting[:] = [answers]
 
-    def pass_of(self, key: tuple[str, Ablation, Readings], begin: Callable[[], HeadPass]) -> HeadPass:
+    def pass_of(self, key: tuple[str, Ablation, Readouts], begin: Callable[[], HeadPass]) -> HeadPass:
         """A pass that was begun already, or a new one; of several, the ones used last are held."""
         found = self._passes.pop(key, None) or begin()
         while len(self._passes) >= _PASSES_HELD:
@@ -264,7 +264,7 @@ class Subject:
     def ships(self, ablation: Ablation) -> HeadScores:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
         singles = [(head,) for head in self.engine.heads]
-        scored = self._pass(ablation, Readings(ships=True))
+        scored = self._pass(ablation, Readouts(ships=True))
         with self.lab.progress.track(f"{self.name}: Ships", len(singles)) as done:
             return scored.table("ships", scored.measure(singles, done)["ships"])
 
@@ -282,16 +282,16 @@ class Subject:
     def _scorer(self, name: str, ablation: Ablation) -> Any:
         # One pass reads both angles, whichever is asked for first.
         angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
-        return self._pass(ablation, Readings(ships=True) if not angles else Readings(angles=angles)).scorer(name)
+        return scorer_of(self._pass(ablation, Readouts(ships=True) if not angles else Readouts(angles=angles)), name)
 
     def ships_of(self, groups: Sequence[Group], ablation: Ablation) -> Tensor:
         """Ships of every prompt without each group [n_groups, n_prompts], in nats; float64."""
         # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
-        return self._begun(ablation, Readings(ships=True)).measure(groups)["ships"]
+        return self._begun(ablation, Readouts(ships=True)).measure(groups)["ships"]
 
-    def _pass(self, ablation: Ablation, readings: Readings) -> HeadPass:
-        return self.lab.pass_of((self.name, ablation, readings), lambda: self._begun(ablation, readings))
+    def _pass(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
+        return self.lab.pass_of((self.name, ablation, readouts), lambda: self._begun(ablation, readouts))
 
-    def _begun(self, ablation: Ablation, readings: Readings) -> HeadPass:
+    def _begun(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
         sequences = answer_sequences(self.engine, self.prompts, 1)
-        return kept_pass(self.engine, self.lab.run, self.name, sequences, ablation, readings, self._about)
+        return kept_pass(self.engine, self.lab.run, self.name, sequences, ablation, readouts, self._about)

@@ -8,7 +8,7 @@ from safetyheads.answers.decoding import Request, answer
 from safetyheads.baselines.base import Material
 from safetyheads.errors import InputError
 from safetyheads.experiments.datasets import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
-from safetyheads.measures.refusal import openers_or_raise
+from safetyheads.measures.ships import find_openers
 
 if TYPE_CHECKING:
     from safetyheads.experiments.lab import Lab, Subject
@@ -49,7 +49,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
         tuple(one.token_ids for one in answer(engine, [Request(ids) for ids in engine.ask(each.prompts).token_ids]))
         for each in (harmful, benign)
     )
-    openers = openers_or_raise(engine, harmful.prompts, lab.judge) if refuses else ()
+    openers = find_openers(engine, harmful.prompts, lab.judge) if refuses else ()
     return Material(
         engine,
         harmful.prompts,

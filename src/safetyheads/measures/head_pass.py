@@ -1,7 +1,7 @@
-"""One pass over groups of heads. Owns what is read off last-token states: every score comes from the same replay.
+"""Measures groups of heads: one replay of the model gives every score.
 
-Probabilities and angles are taken in float64 from the model's logits and states: this is the place where the
-precision of scores is chosen.
+Probabilities and angles are taken in float64 from the model's logits and states. The precision of all scores is chosen
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,15 +20,21 @@ from safetyheads.ablation import Ablation
 from safetyheads.errors import SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum
-from safetyheads.model.planning import Plan, TokenSequence, first_wanted, is_out_of_memory, prompt_of_wanted
-from safetyheads.scores import FunctionScorer, HeadScores
+from safetyheads.model.planning import (
+    Plan,
+    TokenSequence,
+    first_wanted,
+    halving,
+    is_out_of_memory,
+    prompt_of_wanted,
+)
+from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.model.replay import Capture
 
 Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-"""Given what a result depends on and how to compute it, gives it: from a store, or by computing."""
+"""Takes all that a result depends on and a function that computes it; reads the result from a store, or computes it."""
 
 State: TypeAlias = Literal["after_norm", "before_norm"]
 """Last-token state after the final norm (released code), or the residual stream before it (text)."""
@@ -41,122 +47,110 @@ _HALVED = "halved"
 
 @dataclass(frozen=True, slots=True)
 class Angle:
-    """One reading of Generalized Ships (Eq 11); the paper's text and released code differ in all four."""
+    """One variant of Generalized Ships (Eq 11); the paper's text and released code differ in all four settings."""
 
     space: Space = "prompt"
     """``prompt`` (released code) or ``representation`` (text)."""
     rank: int = 1
-    """Singular vectors kept; the sum of their principal angles is the score."""
+    """Number of singular vectors; the score is the sum of their principal angles."""
     state: State = "after_norm"
-    """Last-token state after the final norm (released code), or the residual stream before it (text)."""
+    """Which last-token state is stacked."""
     centred: bool = False
     """Whether the mean over prompts is subtracted first; not in the paper."""
 
     @property
     def name(self) -> str:
-        """``generalized_ships_prompt`` and so on, with what differs from the defaults."""
+        """``generalized_ships_prompt`` and so on; settings other than the defaults are appended."""
         extra = [f"r{self.rank}"] * (self.rank != 1) + [self.state] * (self.state != "after_norm")
         return "_".join(["generalized_ships", self.space, *extra, *["centred"] * self.centred])
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
-    """What a pass reads off the states."""
+class Readouts:
+    """What a pass reads from the last-token states."""
 
     ships: bool = False
-    """KL of the next token's distribution, per prompt."""
+    """KL divergence of the next-token distribution, per prompt."""
     openers: tuple[int, ...] = ()
-    """First tokens of refusals; their log-odds are read where there are any."""
+    """First tokens of refusals, whose log-odds are read; empty reads none."""
     angles: tuple[Angle, ...] = ()
-    """Generalized Ships."""
+    """Variants of Generalized Ships."""
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the states alone do not do."""
+        """Whether a readout needs next-token probabilities."""
         return self.ships or bool(self.openers)
 
 
-@dataclass(frozen=True, slots=True)
 class HeadPass:
-    """One ablation on one set of prompts: measures any groups of heads; makes the scorers."""
+    """One ablation on one set of prompts; measures any groups of heads against the unablated model."""
 
-    engine: Engine
-    """The model."""
-    sequences: tuple[TokenSequence, ...]
-    """One for each prompt."""
-    ablation: Ablation
-    """Of every head in every group."""
-    readings: Readings
-    """What is read."""
-    layout: Plan
-    """How the work is laid out; part of what the last bits depend on."""
-    keep: Keep
-    """Where results are kept."""
-    unablated: dict[str, Tensor] = field(default_factory=dict)
-    """What the readings compare with: probabilities, log-odds, directions."""
-    captures: list[Capture] = field(default_factory=list)
-    """What the unablated run kept, until the first groups are measured."""
-    weights_version: object = None
-    """Of the engine at the beginning; other weights would be compared with the old ones' readings."""
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         engine: Engine,
         sequences: Sequence[TokenSequence],
         ablation: Ablation,
-        readings: Readings,
-        layout: Plan | None = None,
+        readouts: Readouts,
+        plan: Plan | None = None,
         keep: Keep | None = None,
-    ) -> HeadPass:
-        """Run the unablated model and be ready to measure groups."""
+    ) -> None:
+        """Run the unablated model.
+
+        Args:
+            engine: the model.
+            sequences: one for each prompt.
+            ablation: of every head in every group.
+            readouts: what is read.
+            plan: rows and batches; by default the engine's plan for these sequences. Moves results in their last bits.
+            keep: where results are kept; by default nowhere.
+        """
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
-        layout = layout or engine.plan(sequences)
-        made = cls(
-            engine,
-            tuple(sequences),
-            ablation,
-            readings,
-            layout,
-            keep or _compute,
-            weights_version=engine.weights_version,
-        )
-        made.captures.extend(engine.captured(sequences, (), ablation, layout))
-        hidden = engine.replayed(made.captures, [()], ablation, engine.n_layers - 1)[0]
-        if readings.needs_logits:
+        self.engine, self.sequences, self.ablation, self.readouts = engine, tuple(sequences), ablation, readouts
+        self.plan = plan or engine.plan(sequences)
+        self._keep = keep or (lambda _, compute: compute())
+        tokens = json.dumps([[sequence.token_ids, sequence.n_wanted] for sequence in sequences])
+        self._tokens_sha256 = hashlib.sha256(tokens.encode()).hexdigest()
+        self._weights_version = engine.weights_version
+        # The unablated run also serves the first groups that are measured.
+        self._captures = list(engine.captured(sequences, (), ablation, self.plan))
+        hidden = engine.replayed(self._captures, [()], ablation, engine.n_layers - 1)[0]
+        self.unablated: dict[str, Tensor] = {}
+        if readouts.needs_logits:
             log_probabilities = torch.cat(list(next_token_log_probabilities(engine, hidden)))
-            made.unablated["log_probabilities"] = log_probabilities
-            if readings.openers:
-                made.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(made.sequences)], readings.openers)
-        for angle in readings.angles:
-            made.unablated[angle.name] = made._directions(hidden[None], angle)[0]
-        return made
+            self.unablated["log_probabilities"] = log_probabilities
+            if readouts.openers:
+                self.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(sequences)], readouts.openers)
+        for angle in readouts.angles:
+            self.unablated[angle.name] = self._directions(hidden[None], angle)[0]
 
     def measure(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> dict[str, Tensor]:
-        """Every reading of each group; ``on_groups`` is told how many were just done.
+        """Every readout of each group; calls ``on_groups`` with the number of groups just done.
 
         Returns:
             ``ships`` and ``refusal_score`` [len(groups), n_prompts] (nats), and each angle's name [len(groups)]
             (degrees); float64, on the CPU.
-        """
-        if self.weights_version is not self.engine.weights_version:
-            raise SafetyheadsError("the model has other weights than when this scorer was made; make it anew")
-        common = common_heads(groups)
-        batches = self.engine.batches(groups, self.layout)
-        captures = [] if common else list(self.captures)
-        self.captures.clear()
 
-        def hidden_of(chosen: Sequence[Group], start: int) -> Tensor:
-            if not captures:  # not before the first batch that the store does not have
-                captures.extend(self.engine.captured(self.sequences, common, self.ablation, self.layout, start))
+        Raises:
+            SafetyheadsError: the model's weights have changed since the pass was made.
+        """
+        if self._weights_version is not self.engine.weights_version:
+            raise SafetyheadsError("the model has other weights than when this scorer was made; make it anew")
+        common, batches = common_heads(groups), self.engine.batches(groups, self.plan)
+        captures = [] if common else self._captures
+        self._captures = []
+
+        def hidden_of(start: int, chosen: Sequence[Group]) -> Tensor:
+            if not captures:  # only once a batch is not in the store
+                captures.extend(self.engine.captured(self.sequences, common, self.ablation, self.plan, start))
             for capture in captures:
                 capture.drop_before(start)
             return self.engine.replayed(captures, chosen, self.ablation, start)
 
         results: dict[str, Tensor] = {}
         for batch in batches:
-            for indices, part in self._batch(groups, batch.indices, partial(hidden_of, start=batch.start)):
-                for name, values in part.items():
+            measure_batch = partial(self._measure_batch, groups, partial(hidden_of, batch.start))
+            for indices, values_by_name in halving(batch.indices, measure_batch):
+                for name, values in values_by_name.items():
                     if name not in results:
                         results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)
                     results[name][list(indices)] = values
@@ -164,10 +158,15 @@ class HeadPass:
                     on_groups(len(indices))
         return results
 
-    def _batch(
-        self, groups: Sequence[Group], indices: Sequence[int], hidden_of: Callable[[Sequence[Group]], Tensor]
-    ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
-        """The readings of one batch; of its halves where memory does not suffice, which the store remembers."""
+    def _measure_batch(
+        self, groups: Sequence[Group], hidden_of: Callable[[Sequence[Group]], Tensor], indices: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The readouts of one batch.
+
+        Raises:
+            OutOfMemoryError: the batch does not fit. The store remembers this, so that a resumed run halves it again
+                even where it would fit now: other batches give other last bits.
+        """
         chosen = [groups[index] for index in indices]
 
         def compute() -> dict[str, Tensor]:
@@ -178,59 +177,51 @@ class HeadPass:
                     raise
             return {_HALVED: torch.ones(1)}
 
-        part = self.keep(self.fields(chosen), compute)
-        if _HALVED not in part:
-            yield indices, part
-            return
-        middle = len(indices) // 2
-        for half in (indices[:middle], indices[middle:]):
-            yield from self._batch(groups, half, hidden_of)
-
-    def scorer(self, name: str, on_groups: Callable[[int], None] | None = None) -> FunctionScorer:
-        """One reading as a scorer of groups, averaged over the prompts: ``mean_ships``, ``refusal_score``, an angle."""
-        reading = "ships" if name == "mean_ships" else name
-        unit = "degrees" if name.startswith("generalized") else "nats"
-
-        def score(groups: Sequence[Group]) -> Tensor:
-            values = self.measure(groups, on_groups)[reading]
-            return values.mean(dim=1) if values.ndim == 2 else values
-
-        return FunctionScorer(score, name, unit, _RESOLUTION[unit][self.engine.dtype.itemsize])
-
-    def fields(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """All that the readings of this batch of groups depend on, the model itself aside."""
-        tokens = json.dumps([[sequence.token_ids, sequence.n_wanted] for sequence in self.sequences])
-        return {
-            "groups": [format_heads(group) for group in groups],
+        depends_on = {
+            "groups": [format_heads(group) for group in chosen],
             "ablation": asdict(self.ablation),
-            "readings": asdict(self.readings),
-            "plan": self.layout.as_dict(),
-            "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+            "readouts": asdict(self.readouts),
+            "plan": self.plan.as_dict(),
+            "tokens": self._tokens_sha256,
         }
+        values_by_name = self._keep(depends_on, compute)
+        if _HALVED in values_by_name:
+            raise torch.OutOfMemoryError("this batch of groups did not fit the memory")
+        return values_by_name
+
+    def resolution(self, unit: str) -> float:
+        """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""
+        return _RESOLUTION[unit][self.engine.dtype.itemsize]
 
     def table(self, name: str, values: Tensor, heads: Sequence[Head] | None = None) -> HeadScores:
-        """What :meth:`measure` gave for each of ``heads`` alone, as [n_prompts, n_layers, n_heads]; by default all."""
-        scorer, n_heads = self.scorer(name), self.engine.n_heads
+        """What :meth:`measure` gave for each of ``heads`` alone (by default all), as [n_prompts, n_layers, n_heads].
+
+        Args:
+            name: ``ships`` or ``refusal_score``.
+            values: [len(heads), n_prompts], nats.
+            heads: the heads that were measured.
+        """
+        n_heads = self.engine.n_heads
         table = torch.full((len(self.sequences), self.engine.n_layers * n_heads), float("nan"), dtype=torch.float64)
         places = [head.layer * n_heads + head.index for head in (self.engine.heads if heads is None else heads)]
         table[:, places] = values.T
         by_layer = table.view(len(self.sequences), self.engine.n_layers, n_heads)
-        return HeadScores(by_layer, name, scorer.unit, scorer.resolution)
+        return HeadScores(by_layer, name, "nats", self.resolution("nats"))
 
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The readings of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
-        found: dict[str, Tensor] = {}
-        if self.readings.needs_logits:
-            found |= self._read_next_token(hidden)
-        for angle in self.readings.angles:
-            found[angle.name] = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
-        return {name: values.cpu() for name, values in found.items()}
+        """The readouts of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
+        values: dict[str, Tensor] = {}
+        if self.readouts.needs_logits:
+            values |= self._read_next_token(hidden)
+        for angle in self.readouts.angles:
+            values[angle.name] = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
+        return {name: values_of_name.cpu() for name, values_of_name in values.items()}
 
     def _read_next_token(self, hidden: Tensor) -> dict[str, Tensor]:
         """Ships (Eq 9), averaged over each prompt's wanted tokens, and the drop of the log-odds at its last token.
 
-        Openers are first tokens of answers, so the log-odds of later, teacher-forced positions would say nothing.
+        Openers are first tokens of answers, so the log-odds at later, teacher-forced positions would mean nothing.
         """
         reference = self.unablated["log_probabilities"]
         n_groups, n_wanted = hidden.shape[:2]
@@ -241,19 +232,19 @@ class HeadPass:
             unablated = reference[torch.arange(start, end, device=reference.device) % n_wanted]
             start = end
             divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1))
-            if self.readings.openers:
-                odds.append(log_odds(log_probabilities, self.readings.openers))
-        found = {}
-        if self.readings.ships:
-            # KL is never negative; what rounding leaves below 0 is 0.
-            found["ships"] = self._by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
-        if self.readings.openers:
+            if self.readouts.openers:
+                odds.append(log_odds(log_probabilities, self.readouts.openers))
+        values = {}
+        if self.readouts.ships:
+            # KL is never negative; rounding can leave it below 0.
+            values["ships"] = self._mean_by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
+        if self.readouts.openers:
             ablated = torch.cat(odds).view(n_groups, n_wanted)
-            firsts = first_wanted(self.sequences).to(ablated.device)
-            found["refusal_score"] = self.unablated["log_odds"] - ablated[:, firsts]
-        return found
+            last_of_prompts = first_wanted(self.sequences).to(ablated.device)
+            values["refusal_score"] = self.unablated["log_odds"] - ablated[:, last_of_prompts]
+        return values
 
-    def _by_prompt(self, values: Tensor) -> Tensor:
+    def _mean_by_prompt(self, values: Tensor) -> Tensor:
         """[n_groups, n_wanted] averaged to [n_groups, n_prompts]."""
         prompts = prompt_of_wanted(self.sequences).to(values.device)
         sums = values.new_zeros(len(values), len(self.sequences))
@@ -262,20 +253,15 @@ class HeadPass:
         return sums / counts.clamp_min(1)
 
     def _directions(self, hidden: Tensor, angle: Angle) -> Tensor:
-        """Dominant directions of each group's states [n_groups, n_wanted, d_model], of the prompts' last tokens."""
+        """Dominant directions of each group's last-prompt-token states; ``hidden`` is [n_groups, n_wanted, d_model]."""
         states = hidden[:, first_wanted(self.sequences).to(hidden.device)]
         states = self.engine.normed(states) if angle.state == "after_norm" else states
         return dominant_directions(states, angle.space, angle.rank, angle.centred)
 
 
-def _compute(_: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A :data:`Keep` that keeps nothing."""
-    return compute()
-
-
 @torch.inference_mode()
 def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
-    """Of the next token after states [n, d_model] before the final norm: [some of n, vocabulary], float64."""
+    """Next-token log-probabilities of states [n, d_model] before the final norm: chunks [some of n, vocabulary]."""
     step = max(1, engine.logits_at_once // engine.architecture.vocabulary_size)
     for at in range(0, len(states), step):
         yield torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)

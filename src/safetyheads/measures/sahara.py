@@ -1,4 +1,4 @@
-"""Rankings and the greedy search of Algorithm 1. Owns the search; any scorer will do, a table too."""
+"""Ranks heads and runs the greedy search of Algorithm 1 with any scorer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
     """Every head's score when ablated alone.
 
     Args:
-        scorer: gives each group a number, more meaning more effect.
+        scorer: gives each group a number; more means more effect.
         heads: the candidates, usually ``engine.heads``.
     """
     heads = distinct(heads)
@@ -32,13 +32,13 @@ def sahara(
 ) -> SearchTrace:
     """Algorithm 1 (Sahara): from the empty group, add the best head given those chosen, ``steps`` times.
 
-    Equal scores are settled by layer, then index, so the order of ``heads`` does not matter; the trace tells ties.
+    Equal scores are settled by layer, then index, so the order of ``heads`` does not matter; the trace holds ties.
 
     Args:
-        scorer: gives each group a number, more meaning more effect.
+        scorer: gives each group a number; more means more effect.
         heads: the candidates, usually ``engine.heads``.
         steps: size of the group; the paper uses at most 5, and finds 3 best.
-        narrow: given the group so far, which heads are worth scoring; by default all are. The others are NaN in the
+        narrow: given the group so far, the heads that are worth scoring; by default all. The others are NaN in the
             step's table.
 
     Raises:
@@ -63,10 +63,14 @@ def n_scored(n_heads: int, steps: int) -> int:
 
 
 def score_heads(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
-    """The group plus each candidate, as a table over all heads with NaN where there is no candidate."""
+    """Score the group plus each candidate: a table over all ``heads``, NaN where a head is not a candidate.
+
+    Raises:
+        SafetyheadsError: a score is not finite.
+    """
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)
     if not bool(torch.isfinite(scores).all()):
         raise SafetyheadsError("a score is not finite: the ablated model's states overflow its dtype")
     by_head = dict(zip(candidates, scores.tolist(), strict=True))
-    missing = float("nan")
-    return table_of(heads, torch.tensor([by_head.get(head, missing) for head in heads], dtype=torch.float64), scorer)
+    values = torch.tensor([by_head.get(head, float("nan")) for head in heads], dtype=torch.float64)
+    return table_of(heads, values, scorer)

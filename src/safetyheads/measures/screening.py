@@ -1,53 +1,77 @@
-"""Screening: which heads to score exactly, from a few backward passes. Owns the linear forecast, not the scores.
+"""Screening: forecasts what ablating each head does, from a few backward passes.
 
 The gradient of a KL divergence is zero where nothing is ablated, so the logits are linearised and not the KL:
 
-1. one forward keeps each head's output, and by how much the ablation changes it (one more attention call a layer);
+1. one forward keeps each head's output and the change that the ablation makes to it (one more attention call a layer);
 2. one backward for each of the m most probable next tokens gives d logit / d output at every head;
-3. output change times gradient, summed over a prompt's tokens, is how far the head's ablation moves that logit;
+3. output change times gradient, summed over a prompt's tokens, is the first-order change of that logit;
 4. the forecast is the exact KL between the distributions over these tokens, and all others as one, before and after;
-5. what moves within the others is of second order: half their probability times the mean square of the moves of
+5. changes within the others are of second order: half their probability times the mean square of the changes of
    log p(token | others), over tokens sampled from them (the Fisher form; it matters where no token is likely).
 
-A refusal that sits firmly has hardly a gradient, and one head may yet tip it. So the gradients are taken at further
-points too, where all heads together are ablated in part (0.8 of the way) or the other way (-0.2), and the largest
-forecast counts.
+A firm refusal has a gradient near zero, and yet one head may tip it. So gradients are taken at further points too,
+where all heads together are ablated in part (0.8 of the way) or the other way (-0.2); the largest forecast counts.
 
-A forecast proposes candidates. What is shown as a score is measured (:mod:`safetyheads.measures.head_pass`).
+A forecast proposes candidates; scores that are shown are measured (:mod:`safetyheads.measures.head_pass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
-from safetyheads.measures.linearising import Asked, Linear, Point, linearise
-from safetyheads.model.planning import TokenSequence, first_wanted, prompt_of_wanted
+from safetyheads.measures.head_pass import log_odds
+from safetyheads.model.attention import AttentionCall, RowAblation
+from safetyheads.model.memory import bytes_per_token
+from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted
+from safetyheads.model.replay import wanted_states
 from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-Screened: TypeAlias = Literal["mean_ships", "refusal_score"]
+Forecast: TypeAlias = Literal["mean_ships", "refusal_score"]
 """The scores that are forecast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where gradients are taken, and of how many tokens' logits."""
+
+    at: float
+    """How far all heads together are ablated: 0 is the unablated model, 1 the ablation."""
+    n_tokens: int
+    """m: most probable next tokens whose logits are linearised."""
+    n_samples: int = 0
+    """Tokens sampled from the others."""
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 1 or self.n_samples < 0:
+            raise InputError(f"a point follows one token or more; got {self.n_tokens}, {self.n_samples} samples")
+
+    @property
+    def n_columns(self) -> int:
+        """Backward passes it costs."""
+        return self.n_tokens + self.n_samples
 
 
 POINTS = (Point(0.0, 1, 2), Point(-0.2, 2), Point(0.8, 1))
 """The first is at 0. bench/LOG.md has the trials: at 0 alone, with m = 4 and no samples, the organism's exact third
-stood up to 14th, and flat distributions were forecast a hundred times too small."""
+ranked as low as 14th, and flat distributions were forecast a hundred times too small."""
 
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """What ablating each head alone, beside the common heads, is forecast to do. Estimates, never scores."""
+    """Forecast effect of ablating each head alone, beside the common heads. Estimates, never scores."""
 
     ships: Tensor
     """float64 [n_prompts, n_layers, n_heads], nats: largest forecast KL of the next token (Eq 9)."""
@@ -55,16 +79,16 @@ class Screening:
     """float64 [n_prompts, n_layers, n_heads], nats: largest forecast drop of the refusal's log-odds; None without
     openers."""
     directions: Tensor
-    """float64 [n_states, n_layers, n_heads, columns]: moves at the first point, a state a wanted token, scaled so that
-    half the squared length is the KL in second order: the Fisher metric is the identity."""
+    """float64 [n_states, n_layers, n_heads, columns]: moves at the first point, one state a wanted token, scaled so
+    that half the squared length is the KL in second order: the Fisher metric is the identity."""
     common: Group = ()
     """Heads that are ablated throughout; they have no forecast of their own (NaN)."""
 
-    def table(self, name: Screened = "mean_ships") -> HeadScores:
+    def table(self, name: Forecast = "mean_ships") -> HeadScores:
         """The forecasts over all prompts, [n_layers, n_heads].
 
-        Mean Ships go through the mean of square roots: a forecast grows with the square of a move where the KL that
-        it forecasts levels off, and a few prompts would decide alone.
+        Mean Ships are averaged as square roots: a forecast grows with the square of a move where the KL that it
+        forecasts levels off, so a few prompts would dominate a plain mean.
         """
         if name == "mean_ships":
             values = self.ships.sqrt().mean(dim=0).square()
@@ -73,10 +97,6 @@ class Screening:
         else:
             raise InputError("the refusal score was not screened: no openers were given")
         return HeadScores(values, f"screened_{name}", "nats", 0.0)
-
-    def candidates(self, k: int, name: Screened = "mean_ships") -> Group:
-        """The ``k`` heads with the highest forecasts, best first; fewer where there are no more."""
-        return self.table(name).top(k)
 
     def pairs(self, heads: Sequence[Head], k: int) -> tuple[tuple[Head, Head], ...]:
         """The ``k`` pairs of ``heads`` whose joint effect is forecast to differ most from the sum of their own.
@@ -104,7 +124,7 @@ def screen(
 
     Args:
         engine: the model.
-        sequences: the prompts; several wanted tokens are averaged, and cost their backward passes each.
+        sequences: the prompts; several wanted tokens are averaged, and each costs its backward passes.
         ablation: of every head.
         openers: first tokens of refusals, to forecast the refusal score too.
         common: heads ablated beside each head, as in a search's later steps.
@@ -119,17 +139,13 @@ def screen(
     if not points or points[0].at != 0.0 or n_tokens >= engine.architecture.vocabulary_size:
         raise InputError(f"a screening begins at the unablated model, with fewer tokens than all; got {points}")
     common = within(common, engine.n_layers, engine.n_heads)
-    first, *further = (Asked(ablation, point, tuple(openers), common) for point in points)
-    chosen = None
-    if common:
-        # What is compared with, and so which tokens count, is the unablated model's.
-        unablated = linearise(engine, sequences, replace(first, common=()), n_tokens, None, gradients=False)
-        chosen = unablated.chosen
-    start = linearise(engine, sequences, first, n_tokens, chosen)
-    reference = unablated if common else start
-    at_points = [start, *(linearise(engine, sequences, asked, n_tokens, start.chosen) for asked in further)]
-    forecasts = [_divergence(reference, start, at) for at in at_points]
-    forecast = torch.stack(forecasts).amax(dim=0)  # [n_states, n_layers, n_heads]
+    linearizer = Linearizer(engine, sequences, ablation, openers, n_tokens)
+    # The unablated model is what ablated ones are compared with, so it chooses the tokens that are followed.
+    unablated = linearizer.at(points[0], gradients=False) if common else None
+    start = linearizer.at(points[0], common, None if unablated is None else unablated.followed)
+    reference = unablated or start
+    at_points = [start, *(linearizer.at(point, common, start.followed) for point in points[1:])]
+    forecast = torch.stack([_divergence(reference, start, at) for at in at_points]).amax(dim=0)
     counts = torch.tensor([sequence.n_wanted for sequence in sequences])
     per_prompt = torch.zeros(len(counts), *forecast.shape[1:], dtype=forecast.dtype)
     ships = per_prompt.index_add(0, prompt_of_wanted(sequences), forecast) / counts[:, None, None]
@@ -144,12 +160,207 @@ def screen(
     return Screening(ships, refusal, _directions(start), common)
 
 
+class Followed(NamedTuple):
+    """Which next tokens are followed at each state."""
+
+    tokens: Tensor
+    """int64 [n_states, m]: the most probable, as many as any point asks for."""
+    samples: Tensor
+    """int64 [n_states, n_samples]: drawn from all but the first point's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Log-odds of the followed tokens, and how each head's ablation moves them in first order."""
+
+    point: Point
+    followed: Followed
+    """Which tokens; chosen by the unablated model."""
+    tokens: Tensor
+    """float64 [n_states, m]: log-probabilities of the followed tokens."""
+    others: Tensor
+    """float64 [n_states, m]: log-probability of all but the first, all but the first two, and so on."""
+    refusal: Tensor
+    """float64 [n_states]: log-odds of the openers; zeros without."""
+    moves: Tensor
+    """float64 [n_states, n_layers, n_heads, columns]: of log p(token) / p(others), of log p(sample | others), of the
+    openers' log-odds. Zeros where no gradients were asked for, NaN where a layer has no such head."""
+
+    def odds(self, n_tokens: int) -> Tensor:
+        """Log p(token) / p(all others) [n_states, 1, 1, n_tokens] of the first tokens."""
+        return (self.tokens[:, :n_tokens] - self.others[:, n_tokens - 1, None])[:, None, None]
+
+
+class Linearizer:
+    """Linearises next-token logits in the outputs of all heads."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequences: Sequence[TokenSequence],
+        ablation: Ablation,
+        openers: Sequence[int] = (),
+        n_tokens: int = 1,
+    ) -> None:
+        """See :func:`screen`; ``n_tokens`` is the most tokens that any point follows."""
+        self.engine, self.sequences, self.ablation = engine, sequences, ablation
+        self.openers, self.n_tokens = tuple(openers), n_tokens
+
+    def at(self, point: Point, common: Group = (), followed: Followed | None = None, gradients: bool = True) -> Linear:
+        """Linearise at one point with the ``common`` heads ablated; without ``followed`` this model chooses tokens."""
+        n_states = sum(sequence.n_wanted for sequence in self.sequences)
+        uniforms = torch.rand(n_states, point.n_samples, generator=torch.Generator().manual_seed(0))
+        parts, done = [], 0
+        with ExitStack() as stack:
+            stack.enter_context(self.engine.ablated_rows([()], self.ablation))  # refuses while another is in force
+            stack.enter_context(gradients_of(self.engine.model))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            for members in self._rows():
+                # Each prompt has its own prefix here: gradients of a shared one would be sums over the prompts.
+                row = pack(self.sequences, members, self.engine.device, shares_prefix=False)
+                here = slice(done, done + len(row.wanted))
+                known = None if followed is None else Followed(followed.tokens[here], followed.samples[here])
+                parts.append(self._linearise_row(row, point, common, known, uniforms[here]))
+                done = here.stop
+        followed = Followed(*(torch.cat(tensors) for tensors in zip(*(part.followed for part in parts), strict=True)))
+        names = ("tokens", "others", "refusal", "moves")
+        return Linear(point, followed, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def _rows(self) -> list[list[int]]:
+        """Which sequences share a row: as many as memory allows with all layers' activations kept for backward."""
+        engine = self.engine
+        budget = engine.tokens_that_fit(engine.n_layers * bytes_per_token(engine))
+        rows: list[list[int]] = []
+        size = 0
+        for number, sequence in enumerate(self.sequences):
+            size += len(sequence.token_ids)
+            if not rows or size > budget or not engine.capabilities.packs:
+                rows.append([])
+                size = len(sequence.token_ids)
+            rows[-1].append(number)
+        return rows
+
+    def _linearise_row(
+        self, row: PackedRow, point: Point, common: Group, followed: Followed | None, uniforms: Tensor
+    ) -> Linear:
+        """One forward over a packed row, and its backward passes where gradients are recorded."""
+        outputs: list[Tensor] = []  # of each layer's heads, [1, n_tokens, n_heads, d_value]
+        changes: list[Tensor] = []  # by the ablation of each head
+        calls = self._comparing_calls(row, point, common, outputs, changes)
+        logits = self.engine.differentiable_logits(wanted_states(self.engine.architecture, row, calls, 1)[0])
+        log_probabilities = torch.log_softmax(logits.double(), dim=-1)
+        if followed is None:
+            followed = choose_tokens(log_probabilities.detach(), self.n_tokens, point, uniforms)
+        tokens, samples = (ids.to(logits.device) for ids in followed)
+        columns = self._columns(log_probabilities, tokens[:, : point.n_tokens], samples[:, : point.n_samples])
+        moves = self._moves(row, columns, outputs, changes)
+        refusal = columns[:, -1].detach().cpu() if self.openers else torch.zeros(len(columns), dtype=torch.float64)
+        with torch.no_grad():
+            log_p = log_probabilities.gather(-1, tokens).cpu()
+            without = [log_probabilities.scatter(-1, tokens[:, :k], -torch.inf) for k in range(1, self.n_tokens + 1)]
+            others = torch.stack([rest.logsumexp(dim=-1) for rest in without], dim=-1).cpu()
+        return Linear(point, followed, log_p, others, refusal, moves)
+
+    def _columns(self, log_probabilities: Tensor, tokens: Tensor, samples: Tensor) -> Tensor:
+        """The numbers that are linearised, float64 [n_states, columns], of [n_states, vocabulary]; see ``moves``."""
+        rest = log_probabilities.scatter(-1, tokens, -torch.inf)
+        others = rest.logsumexp(dim=-1, keepdim=True)
+        parts = [log_probabilities.gather(-1, tokens) - others, rest.gather(-1, samples) - others]
+        if self.openers:
+            parts.append(log_odds(log_probabilities, self.openers)[:, None])
+        return torch.cat(parts, dim=-1)
+
+    def _moves(self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
+        """First-order change of each column by each head's ablation [n_states, n_layers, n_heads, columns]."""
+        engine = self.engine
+        moves = torch.zeros(len(columns), engine.n_layers, engine.n_heads, columns.shape[1], dtype=torch.float64)
+        for layer, shape in enumerate(engine.architecture.shapes):
+            moves[:, layer, shape.n_heads if shape else 0 :] = torch.nan
+        prompts = row.packing.segments - 1  # of each token
+        prompt_of = prompts[row.wanted]
+        for states, column in product(_turns(prompt_of.tolist()), range(columns.shape[1])) if outputs else ():
+            # Prompts of a row do not see each other, so one backward pass of the sum is one of each.
+            gradients = torch.autograd.grad(columns[states, column].sum(), outputs, retain_graph=True)
+            for layer, gradient, change in zip(engine.architecture.with_heads, gradients, changes, strict=True):
+                by_token = (gradient * change)[0].double().sum(dim=-1)  # [n_tokens, n_heads]
+                by_prompt = by_token.new_zeros(len(row.members), by_token.shape[1])
+                by_prompt.index_add_(0, prompts.to(by_token.device), by_token)
+                moves[states, layer, : by_token.shape[1], column] = by_prompt.to(prompts.device)[
+                    prompt_of[states]
+                ].cpu()
+        return moves
+
+    def _comparing_calls(
+        self, row: PackedRow, point: Point, common: Group, outputs: list[Tensor], changes: list[Tensor]
+    ) -> dict[int, AttentionCall]:
+        """Calls that append each layer's head outputs, as autograd's nodes, and the ablation's changes to them."""
+        engine = self.engine
+        segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
+
+        def call(layer: int) -> AttentionCall:
+            shape = engine.architecture.shapes[layer]
+            everywhere = torch.ones(1, shape.n_heads if shape else 0, dtype=torch.bool, device=engine.device)
+            is_common = torch.zeros_like(everywhere)
+            is_common[0, [head.index for head in common if head.layer == layer]] = True
+
+            def compare(plain: Tensor, ablated: Tensor) -> Tensor:
+                output = torch.where(is_common.to(plain.device)[:, None, :, None], ablated, plain)
+                if not torch.is_grad_enabled():
+                    return output
+                change = ablated - output
+                output = output + point.at * change
+                output = output if output.requires_grad else output.detach().requires_grad_()
+                changes.append(change.detach())
+                outputs.append(output)
+                return output
+
+            return AttentionCall((RowAblation(self.ablation, everywhere),), compare=compare, segments=segments)
+
+        return {layer: call(layer) for layer in engine.architecture.with_heads}
+
+
+def choose_tokens(log_probabilities: Tensor, n_tokens: int, point: Point, uniforms: Tensor) -> Followed:
+    """The most probable tokens, and samples of all but the point's tokens by inverse transform of ``uniforms``.
+
+    Args:
+        log_probabilities: [n_states, vocabulary].
+        n_tokens: most probable tokens that are followed.
+        point: its tokens are left out of what is sampled.
+        uniforms: [n_states, n_samples], from 0 to 1.
+    """
+    tokens = log_probabilities.topk(n_tokens, dim=-1).indices
+    rest = log_probabilities.exp().scatter(-1, tokens[:, : point.n_tokens], 0.0).cumsum(dim=-1)
+    at = uniforms.to(rest) * rest[:, -1:]
+    samples = torch.searchsorted(rest, at, right=True).clamp_max(rest.shape[-1] - 1)
+    return Followed(tokens.cpu(), samples.cpu())
+
+
+def _turns(prompt_of: Sequence[int]) -> list[list[int]]:
+    """The states of a row in turns, each with at most one state of each prompt."""
+    turns = [prompt_of[:state].count(prompt) for state, prompt in enumerate(prompt_of)]
+    return [[state for state, own in enumerate(turns) if own == turn] for turn in range(max(turns) + 1)]
+
+
+@contextmanager
+def gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Within, these parameters of the model need gradients and no others do."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for parameter in parameters}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+
 def _divergence(reference: Linear, start: Linear, at: Linear) -> Tensor:
     """Forecast KL [n_states, n_layers, n_heads] from the reference, when the moves begin at ``start``."""
     n_tokens, n_samples = at.point.n_tokens, at.point.n_samples
-    unablated = _log_classes(_odds(reference, n_tokens))
-    moved = _log_classes(_odds(start, n_tokens) + at.moves[..., :n_tokens])
-    # KL is never negative; what rounding leaves below 0 is 0.
+    unablated = _log_classes(reference.odds(n_tokens))
+    moved = _log_classes(start.odds(n_tokens) + at.moves[..., :n_tokens])
+    # KL is never negative; rounding can leave it below 0.
     classes = (unablated.exp() * (unablated - moved)).sum(dim=-1).clamp_min(0.0)
     if not n_samples:
         return classes
@@ -160,7 +371,7 @@ def _divergence(reference: Linear, start: Linear, at: Linear) -> Tensor:
 def _directions(start: Linear) -> Tensor:
     """Moves [n_states, n_layers, n_heads, columns] whose half squared length is the KL in second order."""
     n_tokens, n_samples = start.point.n_tokens, start.point.n_samples
-    probabilities = _log_classes(_odds(start, n_tokens)).exp()  # [n_states, 1, 1, m + 1]
+    probabilities = _log_classes(start.odds(n_tokens)).exp()  # [n_states, 1, 1, m + 1]
     moves = torch.cat([start.moves[..., :n_tokens], torch.zeros_like(start.moves[..., :1])], dim=-1)
     centred = moves - (probabilities * moves).sum(dim=-1, keepdim=True)
     parts = [centred * probabilities.sqrt()]
@@ -169,11 +380,6 @@ def _directions(start: Linear) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _odds(linear: Linear, n_tokens: int) -> Tensor:
-    """Log p(token) / p(all others) [n_states, 1, 1, m] of the first m tokens."""
-    return (linear.tokens[:, :n_tokens] - linear.others[:, n_tokens - 1, None])[:, None, None]
-
-
-def _log_classes(log_odds: Tensor) -> Tensor:
+def _log_classes(odds: Tensor) -> Tensor:
     """Log-probabilities [..., m + 1] of tokens and of all others, from log p(token) / p(all others) [..., m]."""
-    return torch.log_softmax(torch.cat([log_odds, torch.zeros_like(log_odds[..., :1])], dim=-1), dim=-1)
+    return torch.log_softmax(torch.cat([odds, torch.zeros_like(odds[..., :1])], dim=-1), dim=-1)

@@ -1,4 +1,4 @@
-"""Angles between the directions that matter most in two stacks of states. Owns Eq 11's linear algebra, in float64."""
+"""Computes the angles of Eq 11 between the dominant directions of two stacks of states, in float64."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetyheads.errors import InputError
 Space = Literal["prompt", "representation"]
 """``prompt``: left singular vectors (the released code); ``representation``: right ones (the text, Sec 4.1)."""
 
-# Below this ratio of the last kept to the first singular value, squaring into a Gram matrix loses the last vector's
-# digits (the ratio of eigenvalues is its square, against float64's 1e-16), and the full decomposition is used.
+# Below this ratio of the last kept to the first singular value, a Gram matrix loses the last vector's digits: its
+# eigenvalues have the square of the ratio, against float64's 1e-16. The full decomposition is used instead.
 _GRAM_RATIO = 1e-5
 
 
@@ -21,16 +21,16 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
     """The first singular vectors of each stack of states.
 
     Args:
-        states: [..., n_prompts, d_model], a stack of last-token states M.
+        states: [..., n_prompts, d_model], a stack M of last-token states.
         space: which side's singular vectors.
-        rank: how many.
+        rank: number of singular vectors.
         centred: subtract the mean over prompts first.
 
     Returns:
         Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
 
     Raises:
-        InputError: fewer than two prompts, or a rank that says nothing.
+        InputError: fewer than two prompts, or a rank at which every angle is 0.
     """
     n_prompts, d_model = states.shape[-2:]
     refuse_rank(rank, n_prompts, space, centred, d_model)
@@ -51,13 +51,13 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
 
 
 def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model: int | None = None) -> None:
-    """Refuse a rank that no stack of so many prompts has, or at which every angle is 0.
+    """Refuse a rank that a stack of ``n_prompts`` cannot have, or at which every angle is 0.
 
-    Centring takes one dimension away; and as many vectors as a space has dimensions span it whole, with and without
-    the ablation.
+    Centring takes one dimension away. As many vectors as a space has dimensions span all of it, with and without the
+    ablation.
 
     Raises:
-        InputError: fewer than two prompts, or a rank out of range; ``d_model`` is left out where it is not known yet.
+        InputError: fewer than two prompts, or a rank out of range (of d_model too, where it is given).
     """
     if n_prompts < 2:
         raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")

@@ -19,11 +19,10 @@ from safetyheads.answers.success import AttackSuccess, JudgedAnswer, answers_und
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import NOT_CLOSED, Judge, Verdict
 from safetyheads.judges.named import judges_named
-from safetyheads.measures.head_pass import Angle, HeadPass, Readings
+from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
-from safetyheads.measures.refusal import Opener, openers_of
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
-from safetyheads.measures.ships import answer_sequences
+from safetyheads.measures.ships import Opener, answer_sequences, openers_of, scorer_of
 from safetyheads.model.planning import Plan, TokenSequence, is_out_of_memory
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
@@ -52,7 +51,7 @@ def kept_pass(
     name: str,
     sequences: Sequence[TokenSequence],
     ablation: Ablation,
-    readings: Readings,
+    readouts: Readouts,
     about: Mapping[str, Any] | None = None,
 ) -> HeadPass:
     """A pass over the set of that name whose results a run keeps, by the plan of the run's first start.
@@ -64,7 +63,7 @@ def kept_pass(
     def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return run.tensors(f"scores-{name}", {**(about or {}), **fields}, compute)
 
-    return HeadPass.begin(engine, sequences, ablation, readings, Plan.from_dict(plan), keep)
+    return HeadPass(engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +138,26 @@ class Audit:
         sets = self.data.sets()
         vanilla = {name: summarise(self._answers(name, prompts, [()])[0]) for name, prompts in sets.items()}
         openers = openers_of(self.engine, vanilla["harmful_search"].rows)
-        readings = Readings(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
-        harmful = self._pass("harmful_search", self.data.harmful_search, readings)
-        benign = self._pass("benign_search", self.data.benign_search, Readings(ships=True))
+        readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
+        harmful = self._pass("harmful_search", self.data.harmful_search, readouts)
+        benign = self._pass("benign_search", self.data.benign_search, Readouts(ships=True))
         singles = [(head,) for head in self.engine.heads]
         with self.progress.track("scoring heads", 2 * len(singles)) as done:
             measured = harmful.measure(singles, done)
             benign_measured = benign.measure(singles, done)
         names = [*SEARCHED, *["refusal_score"] * bool(openers)]
-        scores = {name: rank_heads(harmful.scorer(name), self.engine.heads) for name in names}
+        scores = {name: rank_heads(scorer_of(harmful, name), self.engine.heads) for name in names}
         traces = {}
         with self.progress.track("searching groups", len(SEARCHED) * n_scored(len(singles), self.config.size)) as done:
             for name in SEARCHED:
-                traces[name] = sahara(harmful.scorer(name, done), self.engine.heads, self.config.size)
+                traces[name] = sahara(scorer_of(harmful, name, done), self.engine.heads, self.config.size)
         top = [(head,) for head in scores[LEAD].top(N_LISTED)]
         groups, alone = self._outcomes(traces, top)
         return Findings(
             self.data,
             vanilla,
             openers,
-            {**scores, "benign_ships": rank_heads(benign.scorer(LEAD), self.engine.heads)},
+            {**scores, "benign_ships": rank_heads(scorer_of(benign, LEAD), self.engine.heads)},
             harmful.table("ships", measured["ships"]),
             benign.table("ships", benign_measured["ships"]),
             harmful.table("refusal_score", measured["refusal_score"]) if openers else None,
@@ -167,10 +166,10 @@ class Audit:
             alone,
         )
 
-    def _pass(self, name: str, prompts: PromptSet, readings: Readings) -> HeadPass:
+    def _pass(self, name: str, prompts: PromptSet, readouts: Readouts) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
         sequences = self._sequences(name, prompts, 1 if name == "benign_test" else self.config.positions)
-        return kept_pass(self.engine, self.run, name, sequences, self.config.parsed_ablation, readings)
+        return kept_pass(self.engine, self.run, name, sequences, self.config.parsed_ablation, readouts)
 
     def _sequences(self, name: str, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
         """The prompts with their teacher-forced tokens, which are kept: made again, in bfloat16 they might differ."""
@@ -204,7 +203,7 @@ class Audit:
         for name, prompts in self.data.sets().items():
             groups = list(dict.fromkeys(on_test)) if name == "harmful_test" else unique
             by_set[name] = dict(zip(groups, map(summarise, self._answers(name, prompts, groups)), strict=True))
-        benign = self._pass("benign_test", self.data.benign_test, Readings(ships=True))
+        benign = self._pass("benign_test", self.data.benign_test, Readouts(ships=True))
         divergence = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
         outcomes = []
         for name, size, group in listed:

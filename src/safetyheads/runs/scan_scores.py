@@ -11,12 +11,11 @@ from torch import Tensor
 from safetyheads.answers.success import JudgedAnswer
 from safetyheads.heads import Group, parse_heads
 from safetyheads.judges.base import Verdict
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
-from safetyheads.measures.refusal import Opener, openers_of
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import answer_sequences
+from safetyheads.measures.ships import Opener, answer_sequences, openers_of, scorer_of
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import ANGLES, LEAD, kept_pass
 from safetyheads.runs.config import ScanConfig
@@ -66,7 +65,7 @@ class ScanScores:
         config, singles = self.config, [(head,) for head in self.engine.heads]
         benign_kl = None
         if "benign" in self.sets:
-            benign = self._pass("benign", Readings(ships=True))
+            benign = self._pass("benign", Readouts(ships=True))
             with self.progress.track("benign: divergence of heads", len(singles)) as done:
                 benign_kl = benign.table("ships", benign.measure(singles, done)["ships"])
         if not (config.scores or config.prefixes or config.query_level):
@@ -74,11 +73,11 @@ class ScanScores:
         vanilla = [row for row in rows if row["part"] == "vanilla" and row["set"] == "harmful"]
         openers = openers_of(self.engine, [self._as_judged(row, lead) for row in vanilla])
         angles = ANGLES if len(self.sets["harmful"]) > 1 else ()
-        harmful = self._pass("harmful", Readings(True, tuple(opener.token_id for opener in openers), angles))
+        harmful = self._pass("harmful", Readouts(True, tuple(opener.token_id for opener in openers), angles))
         with self.progress.track("harmful: scores of heads", len(singles)) as done:
             ships = harmful.table("ships", harmful.measure(singles, done)["ships"])
         names = [LEAD, *(angle.name for angle in angles), *["refusal_score"] * bool(openers)]
-        scores = {name: rank_heads(harmful.scorer(name), self.engine.heads) for name in names}
+        scores = {name: rank_heads(scorer_of(harmful, name), self.engine.heads) for name in names}
         scores |= {"screened_mean_ships": self._forecast()}
         if benign_kl is not None:
             contrast = scores[LEAD].values - benign_kl.mean().values
@@ -95,7 +94,7 @@ class ScanScores:
             found["pairs"] = [(first, second) for at, first in enumerate(top) for second in top[at + 1 :]]
         if config.prefixes and harmful is not None:
             with self.progress.track("searching groups", 1):
-                group = sahara(harmful.scorer(LEAD), self.engine.heads, config.prefixes).group
+                group = sahara(scorer_of(harmful, LEAD), self.engine.heads, config.prefixes).group
             found["prefixes"] = [group[:size] for size in range(1, len(group) + 1)]
             if config.n_random:
                 drawn = [
@@ -115,10 +114,10 @@ class ScanScores:
         ranked = sorted(counts, key=lambda group: -counts[group])
         return tuple(parse_heads(group)[0] for group in ranked[:k])
 
-    def _pass(self, name: str, readings: Readings) -> HeadPass:
+    def _pass(self, name: str, readouts: Readouts) -> HeadPass:
         """A pass over one set whose results and plan are kept."""
         sequences, ablation = answer_sequences(self.engine, self.sets[name], 1), self.config.parsed_ablation
-        return kept_pass(self.engine, self.run, name, sequences, ablation, readings)
+        return kept_pass(self.engine, self.run, name, sequences, ablation, readouts)
 
     def _forecast(self) -> HeadScores:
         """The screening's forecast of mean Ships."""

@@ -1,7 +1,7 @@
-"""From a screening to exact scores. Owns who is re-scored, and the bound on what was missed.
+"""Scores exactly the heads that a screening proposes, and bounds how many better heads were missed.
 
-The best forecasts are scored exactly, and so is a random sample of the other heads. How many of the sample belong
-among the best bounds how many of all the others may.
+The best forecasts are scored exactly, and so is a random sample of the other heads. How many of the sample belong among
+the best bounds how many of all the others do.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, all_heads
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import sahara, score_heads
-from safetyheads.measures.screening import POINTS, Screened, Screening, screen
-from safetyheads.measures.ships import answer_sequences
+from safetyheads.measures.screening import POINTS, Forecast, Screening, screen
+from safetyheads.measures.ships import OnGroups, Score, answer_sequences, scorer_of
 from safetyheads.model.costs import forward_flops, row_sizes, scan_flops, screening_flops
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population
@@ -26,20 +26,17 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
 
-COLUMNS = tuple(point.n_columns for point in POINTS)
-"""Backward passes at each point of a screening."""
-
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much a screening re-scores."""
+    """How many heads a screening scores exactly."""
 
     n_candidates: int = 32
     """Heads with the best forecasts."""
     n_sampled: int = 64
-    """Heads drawn from the others."""
+    """Heads drawn at random from the others."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the draw."""
 
     def __post_init__(self) -> None:
         if self.n_candidates < 1 or self.n_sampled < 0:
@@ -51,35 +48,35 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Who is scored exactly."""
+    """The heads that are scored exactly."""
 
     candidates: Group
     """Best forecasts, best first."""
     sampled: Group
     """Drawn at random from the others."""
     n_others: int
-    """Heads that are no candidates, the sampled ones among them."""
+    """Number of heads that are not candidates, the sampled ones included."""
 
     @property
     def heads(self) -> Group:
-        """All that are scored."""
+        """All heads that are scored."""
         return (*self.candidates, *self.sampled)
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """How many heads that belong among the best may have been missed."""
+    """How many of the best heads may have been missed."""
 
     top: int
-    """What counts as best: a score above that of the candidate of this rank."""
+    """Best means: above the score of the candidate of this rank."""
     n_others: int
-    """Heads that are no candidates."""
+    """Heads that are not candidates."""
     n_sampled: int
     """Of them, scored exactly."""
     n_found: int
-    """Of these, among the best: they are in the ranking."""
+    """Of these, among the best; they are in the ranking."""
     at_most: int
-    """Upper bound on all of the others that are among the best, the found ones included."""
+    """Upper bound on the number of others that are among the best, the found ones included."""
     confidence: float = CONFIDENCE
     """Level of the bound."""
 
@@ -91,21 +88,8 @@ class Missed:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """Shares of an exact scan's floating-point operations, each with what comes before it."""
-
-    screening: float
-    with_candidates: float
-    with_sample: float
-
-    def __str__(self) -> str:
-        parts = (f"screening {self.screening:.1%}", f"with candidates {self.with_candidates:.1%}")
-        return f"{', '.join(parts)}, with the sample {self.with_sample:.1%} of an exact scan's operations"
-
-
-@dataclass(frozen=True, slots=True)
 class Rescored:
-    """Exact scores of some heads, and what is known of the others."""
+    """Exact scores of the proposed heads, and a bound on the others."""
 
     scores: HeadScores
     """[n_layers, n_heads]; NaN where a head was not scored exactly."""
@@ -126,7 +110,7 @@ class ScreenedTrace:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two heads, together and alone; exact scores."""
+    """Exact scores of two heads, together and alone."""
 
     heads: tuple[Head, Head]
     together: float
@@ -138,8 +122,21 @@ class Pair:
         return self.together - sum(self.alone)
 
 
-def propose(screening: Screening, name: Screened = "mean_ships", extent: Extent | None = None) -> Proposal:
-    """The best forecasts, and a random sample of the other heads."""
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Cumulative shares of an exact scan's floating-point operations."""
+
+    screening: float
+    with_candidates: float
+    with_sample: float
+
+    def __str__(self) -> str:
+        parts = (f"screening {self.screening:.1%}", f"with candidates {self.with_candidates:.1%}")
+        return f"{', '.join(parts)}, with the sample {self.with_sample:.1%} of an exact scan's operations"
+
+
+def propose(screening: Screening, name: Forecast = "mean_ships", extent: Extent | None = None) -> Proposal:
+    """The heads with the best forecasts, and a random sample of the others."""
     extent = extent or Extent()
     ranked = [head for head, _ in screening.table(name).ranked()]
     candidates, others = tuple(ranked[: extent.n_candidates]), sorted(ranked[extent.n_candidates :])
@@ -150,7 +147,7 @@ def propose(screening: Screening, name: Screened = "mean_ships", extent: Extent 
 def rescore(
     scorer: GroupScorer,
     screening: Screening,
-    name: Screened = "mean_ships",
+    name: Forecast = "mean_ships",
     extent: Extent | None = None,
     top: int = 10,
 ) -> Rescored:
@@ -160,8 +157,8 @@ def rescore(
         scorer: the exact score.
         screening: of the same prompts and ablation.
         name: the forecast that proposes.
-        extent: how many are scored.
-        top: how many best heads the bound is about.
+        extent: how many heads are scored.
+        top: number of best heads that the bound is about.
     """
     proposal = propose(screening, name, extent)
     table = score_heads(scorer, screening.common, proposal.heads, all_heads(*screening.ships.shape[1:]))
@@ -176,23 +173,23 @@ def screened_ships(
     top: int = 10,
     positions: int = 1,
 ) -> Rescored:
-    """Mean Ships (Eq 9) of the heads that a screening of the same prompts proposes, in nats.
+    """Mean Ships (Eq 9), in nats, of the heads that a screening of the same prompts proposes.
 
     Args:
         engine: the model.
         prompts: harmful queries under their template.
         ablation: of one head at a time.
         extent: how many heads are scored exactly; 32 candidates and 64 sampled others by default.
-        top: how many best heads the bound on missed ones is about.
+        top: number of best heads that the bound on missed ones is about.
         positions: as for :func:`safetyheads.ships`.
     """
     sequences = answer_sequences(engine, prompts, positions)
-    scorer = HeadPass.begin(engine, sequences, ablation, Readings(ships=True)).scorer("mean_ships")
+    scorer = scorer_of(HeadPass(engine, sequences, ablation, Readouts(ships=True)), "mean_ships")
     return rescore(scorer, screen(engine, sequences, ablation), extent=extent, top=top)
 
 
 def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
-    """What the sample says of the heads that nobody scored."""
+    """What the sample tells about the heads that were not scored."""
     exact = sorted((table[head] for head in proposal.candidates), reverse=True)
     rank = min(top, len(exact))
     n_found = sum(table[head] > exact[rank - 1] for head in proposal.sampled)
@@ -202,27 +199,27 @@ def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
 
 
 def screened_sahara(
-    measuring: HeadPass, name: Screened, steps: int, extent: Extent | None = None, scorer: GroupScorer | None = None
+    measuring: HeadPass, score: Score | str, steps: int, extent: Extent | None = None, on_groups: OnGroups = None
 ) -> ScreenedTrace:
     """Algorithm 1 with a screening before each step, taken with the group so far ablated.
 
     Args:
-        measuring: the prompts, the ablation and what is read; it scores what is proposed.
-        name: the score that is forecast and searched with.
+        measuring: the pass that scores exactly; it must read the score.
+        score: the score that the search maximises; its forecast proposes heads.
         steps: size of the group.
         extent: how many heads a step scores.
-        scorer: the exact score, by default the pass's own of that name.
+        on_groups: called with the number of groups just scored.
     """
+    score = Score(score) if isinstance(score, str) else score
+    openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()
     proposals: list[Proposal] = []
-    engine = measuring.engine
 
     def narrow(group: Group) -> Group:
-        openers = measuring.readings.openers if name == "refusal_score" else ()
-        found = screen(engine, measuring.sequences, measuring.ablation, openers, group)
-        proposals.append(propose(found, name, extent))
+        screening = screen(measuring.engine, measuring.sequences, measuring.ablation, openers, group)
+        proposals.append(propose(screening, score.forecast, extent))
         return proposals[-1].heads
 
-    trace = sahara(scorer or measuring.scorer(name), engine.heads, steps, narrow)
+    trace = sahara(scorer_of(measuring, score, on_groups), measuring.engine.heads, steps, narrow)
     bounds = tuple(missed(step, proposal, 1) for step, proposal in zip(trace.steps, proposals, strict=True))
     return ScreenedTrace(trace, tuple(proposals), bounds)
 
@@ -232,22 +229,23 @@ def rescore_pairs(scorer: GroupScorer, pairs: Sequence[tuple[Head, Head]]) -> tu
     singles = sorted({head for pair in pairs for head in pair})
     scores = scorer([*[(head,) for head in singles], *pairs]).tolist()
     alone = dict(zip(singles, scores, strict=False))
-    found = [
+    scored = [
         Pair((first, second), together, (alone[first], alone[second]))
         for (first, second), together in zip(pairs, scores[len(singles) :], strict=True)
     ]
-    return tuple(sorted(found, key=lambda pair: -abs(pair.synergy)))
+    return tuple(sorted(scored, key=lambda pair: -abs(pair.synergy)))
 
 
-def costs_of(measuring: HeadPass, proposal: Proposal, n_columns: Sequence[int] = COLUMNS) -> Costs:
-    """The three costs of one screened ranking, against scoring every head."""
+def costs_of(measuring: HeadPass, proposal: Proposal, forecast: Forecast = "mean_ships") -> Costs:
+    """The costs of one screened ranking, against scoring every head."""
     engine, sequences = measuring.engine, measuring.sequences
-    rows = row_sizes(sequences, measuring.layout)
-    exact = scan_flops(engine, rows, engine.heads)
-    running, shares = screening_flops(engine, sequences, n_columns), []
+    # The openers' log-odds cost a backward pass at each point.
+    n_columns = [point.n_columns + (forecast == "refusal_score") for point in POINTS]
+    rows = row_sizes(sequences, measuring.plan)
     # Both ways of scoring need the unablated run first.
-    base = forward_flops(engine, rows)
+    exact = scan_flops(engine, rows, engine.heads) + forward_flops(engine, rows)
+    running, shares = screening_flops(engine, sequences, n_columns), []
     for heads in ((), proposal.candidates, proposal.sampled):
         running += scan_flops(engine, rows, heads)
-        shares.append(running / (exact + base))
+        shares.append(running / exact)
     return Costs(*shares)
