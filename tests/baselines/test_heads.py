@@ -38,7 +38,7 @@ from safetyheads.baselines.direction import TABLES_RULES, select_direction
 from safetyheads.baselines.outputs import head_readings, norms, output_weight, projections
 from safetyheads.baselines.parameters import head_parameters, most_head_parameters
 from safetyheads.heads import parse_heads
-from safetyheads.measures.head_pass import HeadPass, Readings
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence
 
@@ -233,7 +233,7 @@ def test_attribution_patching_is_the_slope_of_the_log_odds():
     sequences, step = tuple(TokenSequence(ids) for ids in PROMPTS), 0.02
     sides = []
     for epsilon in (1 - step, 1 + step):
-        measuring = HeadPass.begin(engine, sequences, SCALING_CONTRIBUTION.at(epsilon), Readings(openers=OPENERS))
+        measuring = HeadPass(engine, sequences, SCALING_CONTRIBUTION.at(epsilon), Readouts(openers=OPENERS))
         values = measuring.measure([(head,) for head in engine.heads])["refusal_score"]
         sides.append(measuring.table("refusal_score", values).values)
     # Rounding of float32 logits over the step, and the third order of the slope.
