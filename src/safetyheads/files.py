@@ -1,8 +1,4 @@
-"""Files that are whole or absent, and JSON whose bytes are decided by its value.
-
-Owns atomic writes, the two forms of JSON, and how an error of the operating system is told to the user.
-Knows nothing of runs.
-"""
+"""Writes files that are whole or absent, and JSON whose bytes depend on its value alone."""
 
 from __future__ import annotations
 
@@ -18,21 +14,21 @@ from typing import Any
 from safetyheads.errors import InputError, SafetyheadsError
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is still being written; it begins with a dot."""
+"""End of the name of a file that is still being written; the name begins with a dot."""
 
-USERS_TO_MEND = frozenset(
+MENDABLE_ERRORS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
         *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG),
     }
 )
-"""Errors that more room or another output directory would mend."""
+"""Errors that the user can mend, by more room or another output directory."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is, at every moment and after a power cut, whole or absent."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with told_to_user(path):
+    with as_input_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -59,19 +55,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a kill left half-written; the lock is held, so nobody is writing it."""
+    """Remove files that a kill left half-written; the caller holds the lock, so nobody is writing them."""
     for path in folder.rglob(f".*{PARTIAL}"):
         path.unlink()
 
 
 @contextmanager
-def told_to_user(path: Path, done: str = "written") -> Iterator[None]:
-    """Turn an error of the operating system into one line: the user's to mend, or a failure."""
+def as_input_error(path: Path, action: str = "written") -> Iterator[None]:
+    """Turn an error of the operating system into one line: an InputError where the user can mend it."""
     try:
         yield
     except OSError as error:
-        reason = f"{path} cannot be {done}: {error.strerror or error}"
-        if error.errno in USERS_TO_MEND:
+        reason = f"{path} cannot be {action}: {error.strerror or error}"
+        if error.errno in MENDABLE_ERRORS:
             raise InputError(reason) from error
         raise SafetyheadsError(reason) from error
 
@@ -93,8 +89,8 @@ def readable_json(name: str, value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds."""
-    with told_to_user(path, "read"):
+    """The JSON object in a file."""
+    with as_input_error(path, "read"):
         text = path.read_bytes()
     try:
         value = json.loads(text)
@@ -106,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value that holds no other, with its dotted name."""
+    """Each value that is no container (or an empty one), with its dotted name."""
     items: Iterator[tuple[Any, Any]]
     if isinstance(value, Mapping) and value:
         items = iter(value.items())

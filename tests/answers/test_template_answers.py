@@ -233,7 +233,7 @@ def test_a_run_keeps_thoughts_apart_and_finishes_answers_without_them(monkeypatc
         scores=False,
     )
     run_scan(engine, config, tmp_path / "run")
-    rows = [row for row in RunDirectory.open(tmp_path / "run").completions() if "verdicts" in row]
+    rows = [row for row in RunDirectory.open(tmp_path / "run").stored_records() if "verdicts" in row]
     assert any(row.get("unclosed") for row in rows)
     assert any(row.get("thought") and not row.get("unclosed") for row in rows)
     assert all(row["thinks"] for row in rows)

@@ -93,7 +93,7 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
     assert (code, computed) == (0, [])
     assert f"Run: {out}" in printed
     assert (out / "results.json").read_bytes() == first
-    assert len([row for row in RunDirectory.open(out).completions() if "responses" in row]) == 30
+    assert len([row for row in RunDirectory.open(out).stored_records() if "responses" in row]) == 30
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["config"]["groups"] == ["1-3", "2-5"]
     assert manifest["config"]["versions"]["lm_eval"]

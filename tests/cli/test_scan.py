@@ -41,7 +41,7 @@ def results(out):
 
 
 def rows(out):
-    return [row for row in RunDirectory.open(out).completions() if "verdicts" in row]
+    return [row for row in RunDirectory.open(out).stored_records() if "verdicts" in row]
 
 
 def test_every_head_is_answered_on_every_prompt(finished):

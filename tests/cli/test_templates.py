@@ -169,7 +169,7 @@ def test_a_prefill_is_another_run_and_is_recorded(run):
     assert code == 2
     assert "prefill (" in err
     # What was written for the model stands in no answer.
-    rows = [row for row in RunDirectory.open("a").completions() if "text" in row]
+    rows = [row for row in RunDirectory.open("a").stored_records() if "text" in row]
     assert rows
     assert not any(row["text"].startswith("Sure, here is") for row in rows)
 
@@ -220,7 +220,7 @@ def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(run):
     def scanned(out, *stops):
         asked = harmful.with_template(replace(Template.parse("chat"), stops=stops))
         run_scan(engine, config, Path(out), {"harmful": asked})
-        return [row for row in RunDirectory.open(out).completions() if "verdicts" in row]
+        return [row for row in RunDirectory.open(out).stored_records() if "verdicts" in row]
 
     # "I cannot help with that.": the stop text comes before the judge's keyword, so the answer is whole.
     rows = scanned("before", "cannot")
@@ -235,7 +235,7 @@ def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(run):
     assert any(row["text"] == "I cannot help" and not row["complete"] for row in scanned("after", "that"))
     code, out, _ = run("judge", "after", *other, "--finish")
     assert (code, json.loads(out)["n_unscored"]) == (0, 0)
-    finished = {row["whole_text"] for row in RunDirectory.open("after").completions() if "whole_text" in row}
+    finished = {row["whole_text"] for row in RunDirectory.open("after").stored_records() if "whole_text" in row}
     assert "I cannot help with " in finished
     assert not any("that" in text for text in finished)
     with pytest.raises(InputError, match="stops"):
@@ -282,7 +282,7 @@ def test_another_judge_is_not_asked_about_a_thought_that_never_ended(tmp_path):
     found = rejudge(tmp_path / "run", Asked(), None, Silent(), {})
     assert len(asked) == 1
     assert found.rates["harmful_test, nothing ablated"]["asked"].count == 1
-    stored = [row["verdict"] for row in RunDirectory.open(tmp_path / "run").completions() if "of" in row]
+    stored = [row["verdict"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]
     assert {verdict["reason"] for verdict in stored} == {"whatever", NOT_CLOSED.reason}
 
 

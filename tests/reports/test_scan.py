@@ -19,13 +19,18 @@ from safetyheads.reports.audit import write_report
 from safetyheads.reports.scan import MAX_PAGE_BYTES, Told, _room_for_texts, render
 from safetyheads.reports.scan_charts import charts, head_columns
 from safetyheads.reports.scan_rows import SETS, decoded_rows, drill_rows, judged_rows
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
 from safetyheads.runs.tables import RowTable
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
-MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}
+MANIFEST = {
+    "schema_version": SCHEMA_VERSION,
+    "config": {"epsilon": 1e-5},
+    "provenance": [{"date": "2025-01-02"}],
+    "plan_a": {},
+}
 SAMPLES = {
     "whole": Sample(),
     "bare": Sample(optional=False, benign=False, n_judges=1),

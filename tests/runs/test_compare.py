@@ -227,7 +227,7 @@ def test_what_is_no_finished_run_is_refused(same, tmp_path):
     results = json.loads((same / "results.json").read_text())
     for name, value, words in (
         ("kind", "poem", "kind 'poem'"),
-        ("schema_version", 2, "schema 2"),
+        ("schema_version", 99, "schema 99"),
         ("verdict", None, "has no verdict.label"),
         ("behaviour", {}, "behaviour.vanilla.asr"),
     ):

@@ -9,6 +9,7 @@ from scan_samples import Sample, about, rows
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.provenance import model_facts
 from safetyheads.runs.scan_results import _random_of, scan_results
 from safetyheads.runs.tables import RowTable
@@ -34,7 +35,7 @@ def head(results, name):
 
 def test_results_are_valid_json_and_name_their_kind(results):
     assert json.loads(json.dumps(results, allow_nan=False)).keys() == results.keys()
-    assert (results["kind"], results["lead_judge"], results["schema_version"]) == ("scan", "paper", 1)
+    assert (results["kind"], results["lead_judge"], results["schema_version"]) == ("scan", "paper", SCHEMA_VERSION)
 
 
 def test_rates_and_tests_of_each_head(results):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetyheads.runs.audit_run import CAVEATS, DEMO_CAVEAT
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import paired_difference, random_p_value, smallest_detectable_change
 
@@ -149,7 +149,7 @@ def audit(layers: int = 4, heads: int = 8, n: int = 48, sizes: int = 4) -> dict[
     top = [head for head, _ in ranking(scores["mean_ships"]["values"])[:10]]
     total = layers * heads
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "kind": "audit",
         "verdict": {
             "label": "concentrated",
@@ -260,6 +260,6 @@ def finished_run(path: Path, results: dict[str, Any], rows: Sequence[dict[str, A
     }
     with RunDirectory.start(path, config, provenance) as run:
         run.remember("plan", {"rows": 16, "prompts_per_row": 12, "threads": 1})
-        run.rows("asr", {"group": "all"}, lambda: list(rows))
+        run.records("asr", {"group": "all"}, lambda: list(rows))
         run.write_results(results)
     return RunDirectory.open(path)

@@ -13,7 +13,7 @@ import numpy as np
 
 from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import paired_difference
 
@@ -399,7 +399,7 @@ def _said(n: int) -> str:
 def results(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
     """``results.json`` of these, read back."""
     held = [outcome.as_dict() for outcome in (outcomes() if made is None else made)]
-    value = {"schema_version": RESULTS_VERSION, "kind": "reproduction", "experiments": held, "judge": "paper"}
+    value = {"schema_version": SCHEMA_VERSION, "kind": "reproduction", "experiments": held, "judge": "paper"}
     found: dict[str, Any] = json.loads(json.dumps(value))
     return found
 
@@ -420,7 +420,7 @@ def manifest(**changed: Any) -> dict[str, Any]:
     remembered = {f"plan_{number}": {"groups_per_batch": 8} for number in range(30)}
     remembered |= {f"economy_{number}": {"n_rows": 24} for number in range(30)} | {"tolerance_0": 1e-4, "threads": 1}
     value = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "config": config,
         "provenance": starts,
         "weights_demo:aligned_a": "bd8c",

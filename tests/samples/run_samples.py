@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from audit_samples import audit, group_entry, rate
 
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import bootstrap_interval
 from safetyheads.stats.testing import paired_difference
@@ -138,7 +138,7 @@ def scan_run(
         heads.append({"head": head, "asr": rate(complied), "change": change})
     results = {
         "kind": "scan",
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "model": {"name": "made-up", "family": "llama", "n_layers": n_layers, "n_heads": 8},
         "lead_judge": "paper",
         "heads": heads,
@@ -172,8 +172,8 @@ def _written(
     provenance = {"command": ["safetyheads"]} | ({"started": started} if started else {})
     with RunDirectory.start(path, settings() if config is None else config, provenance) as run:
         for stage, rows in stages.items():
-            run.rows(stage, {"stage": stage}, lambda rows=rows: list(rows))
+            run.records(stage, {"stage": stage}, lambda rows=rows: list(rows))
         # A stage whose rows are no answers, as an audit has them too.
-        run.rows("sequences-benign_test", {}, lambda: [{"token_ids": [1], "n_wanted": 1}])
+        run.records("sequences-benign_test", {}, lambda: [{"token_ids": [1], "n_wanted": 1}])
         run.write_results(results)
     return path

@@ -209,8 +209,8 @@ def finished_run(path: Path, sample: Sample | None = None) -> RunDirectory:
     config = {"kind": "scan", "model": "made-up", "judges": list(ScanConfig("m", "p", "b").judges)}
     with RunDirectory.start(path, config, provenance) as run:
         run.remember("tolerance_harmful_1e-05_0", 1e-4)
-        run.rows("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
-        run.rows("heads-harmful", {"all": True}, lambda: made)
+        run.records("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
+        run.records("heads-harmful", {"all": True}, lambda: made)
         run.write_results(scan(sample, made))
         run.write_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
     return RunDirectory.open(path)

@@ -63,7 +63,7 @@ from safetyheads.cli.show import (
 )
 from safetyheads.cli.takes import takes
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.files import USERS_TO_MEND
+from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.heads import Group, parse_heads, within
 from safetyheads.runs.config import AuditConfig
 
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
         typer.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}", err=True)
-        code = 2 if error.errno in USERS_TO_MEND else 1
+        code = 2 if error.errno in MENDABLE_ERRORS else 1
     except (RuntimeError, MemoryError) as error:
         from safetyheads.model.planning import is_out_of_memory
 

@@ -93,7 +93,7 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> Answers:
             )
         return [_row(lab, number, one) for number, one in enumerate(found.rows)]
 
-    return Answers.of(lab.run.rows(f"swapped-{subject.name}", fields, compute))
+    return Answers.of(lab.run.records(f"swapped-{subject.name}", fields, compute))
 
 
 def _row(lab: Lab, number: int, one: JudgedAnswer) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _measure(lab: Lab, model: str, draft: Draft) -> None:
     weights = {"weights": lab.weights_of(model)}
 
     def keep(stage: str, fields: Mapping[str, Any], compute: Callable[[], list[Any]]) -> list[Any]:
-        return lab.run.rows(stage, {**fields, **weights}, compute)
+        return lab.run.records(stage, {**fields, **weights}, compute)
 
     settings = HarnessSettings(limit=config.task_limit, seed=config.seed)
     variants = [one.variant for one in compared]

@@ -15,7 +15,7 @@ from safetyheads.experiments.datasets import prompts_sha256
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.judges.named import judge_named
-from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import keep_threads, one_spelling, provenance, versions
 
@@ -128,7 +128,7 @@ def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
         seconds = time.monotonic() - started
         return [{"outcome": outcome.as_dict(), "used": sorted(lab.used), "seconds": seconds, "timed": timed}]
 
-    (row,) = run.rows("outcome", {"experiment": experiment.name}, compute)
+    (row,) = run.records("outcome", {"experiment": experiment.name}, compute)
     for model in row["used"]:
         lab.weights_of(model)
 
@@ -138,10 +138,10 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
     outcomes: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     timed: dict[str, Any] = {}
-    for row in run.completions("outcome"):
+    for row in run.stored_records("outcome"):
         name = row["outcome"]["name"]
         outcomes[name], seconds[name], timed[name] = row["outcome"], row["seconds"], row["timed"]
     ordered = [outcomes[name] for name in EXPERIMENTS if name in outcomes]
-    results = {"schema_version": RESULTS_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge}
+    results = {"schema_version": SCHEMA_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge}
     run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in outcomes}})
     run.write_timings({"seconds": seconds, "timed": {name: found for name, found in timed.items() if found}})

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.files import told_to_user
+from safetyheads.files import as_input_error
 from safetyheads.prompts.templates import Template
 
 ORGANISM = "demo:"
@@ -147,7 +147,7 @@ class ReproductionConfig:
         Raises:
             InputError: the file is no TOML, or a key is unknown or has a value of another kind.
         """
-        with told_to_user(path, "read"):
+        with as_input_error(path, "read"):
             text = path.read_text(encoding="utf-8")
         try:
             given = tomllib.loads(text)

@@ -110,7 +110,7 @@ class _Bench:
 
     def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
         """Every strength on the learning prompts, and the chosen one on the test prompts."""
-        rows = self.lab.run.rows("table1", self._fields(method), lambda: self._computed(method))
+        rows = self.lab.run.records("table1", self._fields(method), lambda: self._computed(method))
         swept, tested = ([row for row in rows if row["tested"] is tested] for tested in (False, True))
         (found,) = _tried(tested, self.tested)
         return _tried(swept, self.learned[:1]), found

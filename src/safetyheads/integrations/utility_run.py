@@ -16,7 +16,7 @@ from safetyheads.integrations.harness import HarnessSettings, LoadedTask, requir
 from safetyheads.integrations.utility import Keep, Utility, evaluate_tasks, head_variants, refuse_foreign
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.audit_run import DEMO_CAVEAT
-from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
     as_loaded,
@@ -143,7 +143,7 @@ def run_evaluation(
     with RunDirectory.start(out, settings, provenance(command)) as run:
         keep_threads(run, watching)
         started = time.monotonic()
-        run.write_results(evaluated(run.rows))
+        run.write_results(evaluated(run.records))
         run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
         return run.read_results()
 
@@ -154,7 +154,7 @@ def results_of(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], 
     del harness["offline"], harness["include_paths"]
     organism = any(task.is_organisms for task in tasks)
     return {
-        "schema_version": RESULTS_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "kind": "eval",
         "model": model_facts(engine, config.model),
         "ablation": {**asdict(config.ablation), "label": config.ablation.kind.label},

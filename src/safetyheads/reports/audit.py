@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from safetyheads.errors import InputError
 from safetyheads.reports.numbers import number
 from safetyheads.reports.page import assets, completion_sets, environment, provenance
-from safetyheads.runs.directory import RESULTS_VERSION
+from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.readings import lead_groups
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     """
     results = run.read_results()
     kind, version = results.get("kind"), results.get("schema_version")
-    if version != RESULTS_VERSION or kind not in ("audit", "scan", "reproduction"):
+    if version != SCHEMA_VERSION or kind not in ("audit", "scan", "reproduction"):
         raise InputError(
             f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit, a scan or a reproduction of schema {RESULTS_VERSION}"
+            f"a report needs an audit, a scan or a reproduction of schema {SCHEMA_VERSION}"
         )
     if kind == "reproduction":
         from safetyheads.reports.reproduction import experiment_pages
@@ -76,7 +76,7 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
         from safetyheads.reports.scan import scan_page
 
         return run.write_report(scan_page(run, show_completions=show_completions))
-    rows = list(run.completions()) if show_completions else None
+    rows = list(run.stored_records()) if show_completions else None
     return run.write_report(render(results, run.read_manifest(), rows))
 
 

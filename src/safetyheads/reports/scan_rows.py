@@ -49,10 +49,10 @@ def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) 
     from safetyheads.runs.rejudge import identity
 
     later: dict[str, dict[str, Any]] = {}
-    for row in run.completions():
+    for row in run.stored_records():
         if "of" in row:
             later.setdefault(row["of"], {})[row["judge"]] = row["verdict"]
-    for row in run.completions():
+    for row in run.stored_records():
         if "verdicts" not in row:
             continue
         kept = {name: row[name] for name in _SHORT}

@@ -180,7 +180,7 @@ class Audit:
             return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
 
         fields = {"tokens": self.engine.ask(prompts).sha256, "positions": positions}
-        rows = self.run.rows(f"sequences-{name}", fields, compute)
+        rows = self.run.records(f"sequences-{name}", fields, compute)
         return tuple(TokenSequence(tuple(row["token_ids"]), row["n_wanted"]) for row in rows)
 
     def _outcomes(
@@ -262,7 +262,7 @@ class Audit:
                 return [{_HALVED: True}]
             return [self._row(name, number, row) for rows in made for number, row in enumerate(rows)]
 
-        rows = self.run.rows(f"answers-{name}", fields, compute)
+        rows = self.run.records(f"answers-{name}", fields, compute)
         if _HALVED in rows[0]:
             return self._answers_of_batch(name, prompts, groups, n_rows // 2, done)
         n = len(prompts)

@@ -1,6 +1,5 @@
-"""The run directory: what a run writes, where, and how it survives a kill.
+"""Reads and writes the directory of a run, so that a run survives a kill and starts again where it was.
 
-Owns file names, content keys, atomic writes, the lock, and what may differ between two starts of one run.
 Knows no model, no measure and nothing of what the numbers mean.
 """
 
@@ -14,19 +13,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from filelock import FileLock, Timeout
 
 from safetyheads.errors import InputError
 from safetyheads.files import (
     PARTIAL,
+    as_input_error,
     canonical_json,
     leaves,
     read_json,
     readable_json,
     remove_partial_files,
-    told_to_user,
     write_atomically,
 )
 
@@ -35,11 +34,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SCHEMA_VERSION = 1
-"""Version of the layout of a run directory; another version is refused, not guessed at."""
+Record: TypeAlias = dict[str, Any]
+"""A stored line of JSON."""
+_Stored = TypeVar("_Stored")
 
-RESULTS_VERSION = 1
-"""Version of the schema of ``results.json``, whatever kind of run wrote it."""
+SCHEMA_VERSION = 2
+"""Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
 KEY_DIGITS = 24
 """Hexadecimal digits of a content key: 96 bits, so two of a million shards collide once in 10^17 runs."""
@@ -47,8 +47,9 @@ KEY_DIGITS = 24
 _LOCK = ".lock"
 _GITIGNORE = b"*\n"
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_OWN_FIELDS = ("schema_version", "config", "provenance")
+_MANIFEST_FIELDS = ("schema_version", "config", "provenance")
 _DIFFERENCES_SHOWN = 6
+_WIDTH_SHOWN = 40
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def content_key(fields: Mapping[str, Any]) -> str:
 class RunDirectory:
     """One run's directory: ``start`` one to write, ``open`` a finished one to read.
 
-    ``manifest.json`` tells what the numbers depend on, ``shards/`` and ``completions/`` hold what was
-    computed so far, ``results.json`` is written last, and ``timings.json`` is all that tells time.
+    ``manifest.json`` holds what the numbers depend on; ``shards/`` and ``completions/`` hold what was computed so far.
+    ``results.json`` is written last. Only ``timings.json`` holds times.
     """
 
     def __init__(self, path: Path, lock: FileLock | None) -> None:
@@ -73,33 +74,33 @@ class RunDirectory:
     def start(
         cls, path: str | os.PathLike[str], config: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> RunDirectory:
-        """Create the run's directory, or go on with the run of the same ``config`` that is there.
+        """Create the run's directory, or continue the run of the same ``config`` that is there.
 
         Args:
-            path: The directory; absent, empty, or a run of the same config.
+            path: The directory: absent, empty, or a run of the same config.
             config: All that the numbers depend on.
-            provenance: Versions, command, date, machine: may differ, so each start adds its own.
+            provenance: Versions, command, date, machine. They may differ, so each start adds its own.
 
         Raises:
-            InputError: another run or someone's files are there, it is in use, or it cannot be written.
+            InputError: another run or other files are there, it is in use, or it cannot be written.
         """
         folder = Path(path)
-        _refuse_strangers(folder)
+        _refuse_other_files(folder)
         created = not folder.exists()
-        with told_to_user(folder):
+        with as_input_error(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _locked(folder)
+        lock = _take_lock(folder)
         try:
-            with told_to_user(folder):
+            with as_input_error(folder):
                 folder.chmod(0o700)
                 remove_partial_files(folder)
             run = cls(folder, lock)
             write_atomically(folder / ".gitignore", _GITIGNORE)
-            run._enter_start(config, provenance)
+            run._record_start(config, provenance)
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
-                _remove_own_folder(folder)
+                _remove_folder(folder)
             raise
         return run
 
@@ -108,7 +109,7 @@ class RunDirectory:
         """A finished run, to be read; only its report can be written."""
         folder = Path(path)
         run = cls(folder, None)
-        with told_to_user(folder, "read"):
+        with as_input_error(folder, "read"):
             if not (folder / "manifest.json").is_file():
                 raise InputError(f"{folder} is not a run directory: it has no manifest.json")
             run.read_manifest()
@@ -117,7 +118,7 @@ class RunDirectory:
         return run
 
     def close(self) -> None:
-        """Let other processes have the run; what was written stays."""
+        """Release the run for other processes; what was written stays."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -144,29 +145,30 @@ class RunDirectory:
         return manifest
 
     def remember(self, name: str, value: Any) -> Any:
-        """The value under ``name``: given, the first time; ever after as it was stored then.
+        """Store ``value`` under ``name`` the first time, and return the stored value every time.
 
-        The plan of a run's batches goes here: another plan would move results in their last bits.
+        The plan of a run's batches is stored here: another plan would move results in their last bits.
         """
-        if name in _OWN_FIELDS:
+        if name in _MANIFEST_FIELDS:
             raise ValueError(f"{name} is a field of the manifest's own")
         manifest = self.read_manifest()
         if name not in manifest:
-            manifest[name] = value
+            manifest[name] = json.loads(canonical_json(value))
             self._write_json("manifest.json", manifest)
-            manifest = self.read_manifest()
         return manifest[name]
 
-    def _enter_start(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Write the manifest, or hold the one that is there against ``config``."""
+    def _record_start(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Write the manifest, or compare the one that is there with ``config``."""
         given = json.loads(canonical_json(config))
+        manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "config": given, "provenance": []}
         if (self.path / "manifest.json").exists():
             manifest = self.read_manifest()
-            differences = _differences(manifest["config"], given)
-            if differences:
-                raise InputError(_another_run(self.path, differences))
-        else:
-            manifest = {"schema_version": SCHEMA_VERSION, "config": given, "provenance": []}
+            if differences := _differences(manifest["config"], given):
+                shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
+                raise InputError(
+                    f"{self.path} holds a run with another config: {', '.join(shown)}"
+                    f"{f', and {more} more' if more > 0 else ''}; give another output directory"
+                )
         manifest["provenance"].append(provenance)
         self._write_json("manifest.json", manifest)
 
@@ -175,7 +177,7 @@ class RunDirectory:
     def tensors(
         self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors that ``fields`` determine: read if they are there, else computed and kept.
+        """The tensors that ``fields`` determine: read if they are stored, else computed and stored.
 
         Args:
             stage: The folder of the shard.
@@ -185,51 +187,59 @@ class RunDirectory:
         Returns:
             What reading the shard again would give: contiguous, on the CPU.
         """
-        import safetensors.torch
-        from safetensors import SafetensorError
+        import safetensors.torch  # torch is not needed to read results
+        import torch
 
-        path = self.path / "shards" / _stage(stage) / f"{content_key(fields)}.safetensors"
-        if path.is_file():
+        def parse(content: bytes) -> dict[str, Tensor]:
             try:
-                return safetensors.torch.load(path.read_bytes())
-            except SafetensorError as error:
-                self._discard(path, str(error))
-        # Cloned: safetensors refuses views that share memory, and views cost nothing to write apart.
-        tensors = {name: _plain(tensor) for name, tensor in compute().items()}
-        # One metadata entry only: with two, their order (so the bytes) would differ from run to run.
-        content = safetensors.torch.save(tensors, metadata={"fields": canonical_json(fields)})
-        self._write(path, content)
-        return safetensors.torch.load(content)
+                return safetensors.torch.load(content)
+            except safetensors.SafetensorError as error:
+                raise ValueError(str(error)) from error
 
-    def rows(
+        def make() -> bytes:
+            # Cloned, because safetensors refuses views that share memory.
+            tensors = {
+                name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+                for name, tensor in compute().items()
+            }
+            # One metadata entry only: the order of two, and so the bytes, would differ from run to run.
+            return safetensors.torch.save(tensors, metadata={"fields": canonical_json(fields)})
+
+        path = self.path / "shards" / _file_name(stage) / f"{content_key(fields)}.safetensors"
+        return self._stored(path, parse, make)
+
+    def records(
         self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]
-    ) -> list[dict[str, Any]]:
-        """The rows that ``fields`` determine, as :meth:`tensors`; one line of JSON each."""
-        path = self.path / "completions" / f"{_stage(stage)}-{content_key(fields)}.jsonl"
-        if path.is_file():
-            try:
-                return _parse_rows(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                self._discard(path, str(error))
-        # A run of no rows is a blank line: an empty file would look like a broken one.
-        text = "".join(canonical_json(row) + "\n" for row in compute()) or "\n"
-        self._write(path, text.encode())
-        return _parse_rows(text)
+    ) -> list[Record]:
+        """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each."""
+        path = self.path / "completions" / f"{_file_name(stage)}-{content_key(fields)}.jsonl"
+        # A file of no records is a blank line: an empty file would look like a broken one.
+        return self._stored(
+            path, _parse_records, lambda: ("".join(canonical_json(row) + "\n" for row in compute()) or "\n").encode()
+        )
 
-    def completions(self, stage: str = "*") -> Iterator[dict[str, Any]]:
-        """Every stored row, of a stage or stage by stage, in the order of the file names."""
+    def stored_records(self, stage: str = "*") -> Iterator[Record]:
+        """Every stored record of a stage, or of all, in the order of the file names."""
         for path in sorted((self.path / "completions").glob(f"{stage}-*.jsonl")):
             try:
-                yield from _parse_rows(path.read_text(encoding="utf-8"))
+                yield from _parse_records(path.read_bytes())
             except ValueError as error:
                 _log.warning("%s is broken and left out: %s", path, error)
 
-    def _discard(self, path: Path, reason: str) -> None:
-        _log.warning("%s is broken and computed again: %s", path, reason)
-        self._require_lock()
-        path.unlink()
+    def _stored(self, path: Path, parse: Callable[[bytes], _Stored], make: Callable[[], bytes]) -> _Stored:
+        """What a file holds; a file that is absent or broken is made first."""
+        if path.is_file():
+            try:
+                return parse(path.read_bytes())
+            except ValueError as error:
+                _log.warning("%s is broken and computed again: %s", path, error)
+                self._require_lock()
+                path.unlink()
+        content = make()
+        self._write(path, content)
+        return parse(content)
 
-    # What it comes to.
+    # Results.
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it."""
@@ -244,7 +254,7 @@ class RunDirectory:
         self._write_json("timings.json", timings)
 
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
-        """Write ``report/index.html``, after the pages it links to by name; an opened finished run takes one too."""
+        """Write ``report/index.html`` after the pages it links to by name; a finished run that was opened takes one."""
         path = self.path / "report" / "index.html"
         for name, page in (pages or {}).items():
             write_atomically(path.with_name(name), page.encode())
@@ -263,7 +273,8 @@ class RunDirectory:
             raise RuntimeError(f"{self.path} is closed or was opened to be read")
 
 
-def _parse_rows(text: str) -> list[dict[str, Any]]:
+def _parse_records(content: bytes) -> list[Record]:
+    text = content.decode()
     if not text.endswith("\n"):
         raise ValueError("its last line is cut off")
     return [json.loads(line) for line in text.splitlines() if line]
@@ -271,65 +282,44 @@ def _parse_rows(text: str) -> list[dict[str, Any]]:
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Each field in which two configs differ, as ``name (old -> new)``."""
-    old, new = dict(leaves(stored)), dict(leaves(given))
-    return [
-        f"{name} ({_shown(old, name)} -> {_shown(new, name)})"
-        for name in sorted(old.keys() | new.keys())
-        if _shown(old, name, None) != _shown(new, name, None)
-    ]
+    old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in (stored, given))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [f"{name} ({_shorten(old.get(name, 'absent'))} -> {_shorten(new.get(name, 'absent'))})" for name in names]
 
 
-def _shown(fields: Mapping[str, Any], name: str, width: int | None = 40) -> str:
-    if name not in fields:
-        return "absent"
-    text = canonical_json(fields[name])
-    return text if width is None or len(text) <= width else text[: width - 3] + "..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= _WIDTH_SHOWN else text[: _WIDTH_SHOWN - 3] + "..."
 
 
-def _another_run(folder: Path, differences: list[str]) -> str:
-    shown = ", ".join(differences[:_DIFFERENCES_SHOWN])
-    more = len(differences) - _DIFFERENCES_SHOWN
-    return (
-        f"{folder} holds a run with another config: {shown}{f', and {more} more' if more > 0 else ''}; "
-        "give another output directory"
-    )
+def _file_name(stage: str) -> str:
+    if _STAGE.fullmatch(stage) is None:
+        raise ValueError(f"stage {stage!r} is no file name")
+    return stage
 
 
-def _stage(name: str) -> str:
-    if _STAGE.fullmatch(name) is None:
-        raise ValueError(f"stage {name!r} is no file name")
-    return name
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    import torch
-
-    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """Raise unless the folder is absent, empty, a run, or what a start killed at its birth left."""
-    with told_to_user(folder):
+def _refuse_other_files(folder: Path) -> None:
+    """Raise unless the folder is absent, empty, a run, or what is left of a start that was killed at once."""
+    with as_input_error(folder):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; a run needs a directory")
         if not folder.is_dir() or (folder / "manifest.json").exists():
             return
-        others = [entry.name for entry in folder.iterdir() if not _is_own(entry)]
+        others = [entry.name for entry in folder.iterdir() if not _is_ours(entry)]
     if others:
         raise InputError(f"{folder} is not empty and holds no run (it has {min(others)}); give another one")
 
 
-def _is_own(path: Path) -> bool:
+def _is_ours(path: Path) -> bool:
     if path.name == ".gitignore":
-        return path.read_bytes() == _GITIGNORE  # not the user's, kept to have an empty folder in git
+        return path.read_bytes() == _GITIGNORE  # a user's .gitignore keeps an empty folder in git
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
 
 
-def _locked(folder: Path) -> FileLock:
+def _take_lock(folder: Path) -> FileLock:
     """The lock of the folder, taken; it ends with the process, however that ends."""
-    # Not thread-local: the thread that closes a run need not be the one that started it.
+    # Not thread-local: another thread than the one that started a run may close it.
     lock = FileLock(folder / _LOCK, mode=0o600, thread_local=False)
-    with told_to_user(folder):
+    with as_input_error(folder):
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -337,10 +327,10 @@ def _locked(folder: Path) -> FileLock:
     return lock
 
 
-def _remove_own_folder(folder: Path) -> None:
-    """Undo the making of a folder in which no run could be started."""
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder in which no run could be started."""
     with suppress(OSError):
         for path in folder.iterdir():
-            if _is_own(path):
+            if _is_ours(path):
                 path.unlink()
         folder.rmdir()

@@ -59,7 +59,7 @@ class KeptAnswers:
             answered = [(at, (), as_drafted(one)) for at, one in enumerate(self.vanilla_answers)]
             return self._judged("vanilla", None, answered)
 
-        return self.run.rows(f"vanilla-{self.name}", self._judged_fields(None), compute)
+        return self.run.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[Row]:
         """Every prompt under each group, group after group; one key holds one chunk of groups."""
@@ -118,7 +118,7 @@ class KeptAnswers:
             self.run.remember(f"economy_{content_key(fields)}", asdict(economy))
             return self._judged(part, ablation.epsilon, answered)
 
-        return self.run.rows(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+        return self.run.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
 
     def forget(self) -> None:
         """Let go of the drafts, which hold states of all layers."""
@@ -139,7 +139,7 @@ class KeptAnswers:
             return [asdict(one) for one in made]
 
         if self.stores:
-            stored = self.run.rows(f"drafts-{self.name}", self._fields(None), compute)
+            stored = self.run.records(f"drafts-{self.name}", self._fields(None), compute)
         else:
             stored = compute()
         tuples = ("token_ids", "margins")

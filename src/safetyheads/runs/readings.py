@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.files import told_to_user
-from safetyheads.runs.directory import RESULTS_VERSION, RunDirectory
+from safetyheads.files import as_input_error
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.ranking import HeadTable
 
@@ -168,10 +168,10 @@ def read_run(path: Path) -> RunReading:
     opened = RunDirectory.open(path)
     manifest, results = opened.read_manifest(), opened.read_results()
     kind = results.get("kind")
-    if kind not in _REQUIRED or results.get("schema_version", RESULTS_VERSION) != RESULTS_VERSION:
+    if kind not in _REQUIRED or results.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise InputError(
             f"{path} holds results of kind {kind!r}, schema {results.get('schema_version')!r}; "
-            f"what is read are audits and scans of schema {RESULTS_VERSION}"
+            f"what is read are audits and scans of schema {SCHEMA_VERSION}"
         )
     for name in _REQUIRED[kind]:
         if _at(results, name) is None:
@@ -231,7 +231,7 @@ def read_concentration(run: RunReading, answers: StoredAnswers | None = None) ->
 def _rows(run: RunReading) -> Iterator[Mapping[str, Any]]:
     """Rows of answers. Of a scan, lines without an empty text are skipped unparsed: no vanilla answer is in them."""
     for path in sorted((run.path / "completions").glob(_ROWS[run.kind])):
-        with told_to_user(path, "read"):
+        with as_input_error(path, "read"):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             if not line or (run.kind == "scan" and '""' not in line):

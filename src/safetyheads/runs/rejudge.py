@@ -104,7 +104,7 @@ def rejudge(
 def answered_rows(run: RunDirectory, results: Mapping[str, Any]) -> list[Row]:
     """Judged answers of a run, in the order of its files; an audit's read as a scan's."""
     if results["kind"] == "scan":
-        return [row for row in run.completions() if "verdicts" in row]
+        return [row for row in run.stored_records() if "verdicts" in row]
     judge = results["judge"]["name"]
     return [
         {
@@ -113,7 +113,7 @@ def answered_rows(run: RunDirectory, results: Mapping[str, Any]) -> list[Row]:
             "complete": True,
             "part": "audit",
         }
-        for row in run.completions()
+        for row in run.stored_records()
         if "label" in row and "set" in row
     ]
 
@@ -152,7 +152,7 @@ class _Work:
                 def compute(chosen: Sequence[Row] = chosen) -> list[dict[str, Any]]:
                     return [{"whole_text": text} for text in finish(chosen)]
 
-                stored = self.run.rows("finished", {"rows": _sha256([identity(row) for row in chosen])}, compute)
+                stored = self.run.records("finished", {"rows": _sha256([identity(row) for row in chosen])}, compute)
                 texts |= {number: one["whole_text"] for number, one in zip(chunk, stored, strict=True)}
                 done(len(chunk))
         return texts
@@ -182,7 +182,7 @@ class _Work:
                     return [{"verdict": asdict(verdict)} for verdict in given]
 
                 fields = {"judge": described, "answers": chunk}
-                stored = self.run.rows(f"verdicts-{_file_name(self.judge.name)}", fields, compute)
+                stored = self.run.records(f"verdicts-{_file_name(self.judge.name)}", fields, compute)
                 known |= {key: Verdict(**one["verdict"]) for key, one in zip(chunk, stored, strict=True)}
                 done(len(chunk))
         return [Verdict("unscored", _CUT) if key is None else known[key] for key in keys]
@@ -195,13 +195,13 @@ def _keep(run: RunDirectory, rows: Sequence[Row], judge: Judge, verdicts: Sequen
         for row, verdict in zip(rows, verdicts, strict=True)
     ]
     fields = {"judge": judge.describe(), "rows": _sha256(kept)}
-    run.rows(f"judged-{_file_name(judge.name)}", fields, lambda: kept)
+    run.records(f"judged-{_file_name(judge.name)}", fields, lambda: kept)
 
 
 def _write(run: RunDirectory, results: Mapping[str, Any], rows: Sequence[Row], judge: Judge) -> None:
     """The results with the judge among them; a scan's are made anew, an audit's verdict stays the run's own."""
     judged: dict[str, dict[str, Any]] = {}
-    for row in run.completions():
+    for row in run.stored_records():
         if "of" in row:
             judged.setdefault(row["of"], {})[row["judge"]] = row["verdict"]
     if results["kind"] == "scan":

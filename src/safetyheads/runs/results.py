@@ -13,7 +13,7 @@ from typing import Any
 from safetyheads.answers.success import AttackSuccess
 from safetyheads.heads import Head
 from safetyheads.runs.audit import LEAD, Findings, GroupOutcome
-from safetyheads.runs.directory import RESULTS_VERSION
+from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import Rate, mean_with_interval
@@ -159,7 +159,7 @@ def results_of(
         warnings: what happened on the way that a reader must know.
     """
     return {
-        "schema_version": RESULTS_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "kind": "audit",
         **about,
         "verdict": verdict_of(found, len(found.scores[LEAD].ranked())),

@@ -15,7 +15,7 @@ from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.runs.directory import RESULTS_VERSION
+from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.results import ALPHA, BENIGN_LOSS
 from safetyheads.runs.tables import Answered, Floats, Row, RowTable, change, one_rate_a_prompt, rate
 from safetyheads.stats.concentration import SizeOutcome, concentration
@@ -59,7 +59,7 @@ def scan_results(rows: Sequence[Row], about: Mapping[str, Any], judges: Sequence
     random = _random_of(table, epsilon, about)
     return {
         **about,
-        "schema_version": RESULTS_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "kind": "scan",
         "judges": list(judges),
         "lead_judge": lead,
