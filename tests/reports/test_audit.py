@@ -280,7 +280,7 @@ def test_the_top_heads_say_in_words_what_their_change_means() -> None:
 def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
     with RunDirectory.start(tmp_path / "run", {}, {}) as run:
         run.write_results({"schema_version": SCHEMA_VERSION, "kind": "sahara"})
-        with pytest.raises(InputError, match="kind 'sahara', schema .; a report needs"):
+        with pytest.raises(InputError, match=r"kind 'sahara', schema .; a report needs"):
             write_report(run)
 
 
