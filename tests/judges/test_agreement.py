@@ -10,8 +10,7 @@ from safetyheads.judges.agreement import CLASSES, agreement, cohens_kappa, judge
 from safetyheads.judges.base import LABELS, Completion, Verdict
 from safetyheads.judges.keywords import KeywordJudge
 
-# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
-quick = settings(deadline=None, max_examples=50)
+quick = settings(deadline=None, max_examples=50)  # a slow machine is no failure
 
 SHORT = {label[0]: label for label in LABELS}
 
@@ -22,8 +21,8 @@ def verdicts(letters):
 
 
 def pair(first, second):
-    (one,) = agreement({"a": verdicts(first), "b": verdicts(second)}).pairs
-    return one
+    (only,) = agreement({"a": verdicts(first), "b": verdicts(second)}).pairs
+    return only
 
 
 def test_kappa_of_a_table_counted_by_hand():
@@ -47,19 +46,14 @@ def test_kappa_does_not_exist_without_rows_or_with_one_class():
     assert (same.kappa, same.interval, same.n) == (None, None, 3)
 
 
-def test_full_agreement_has_no_interval_of_no_width():
-    result = pair("ccrr", "ccrr").compliance
-    assert (result.kappa, result.interval, result.n) == (1.0, None, 4)
-
-
-def test_refused_against_incoherent_is_no_difference_to_an_asr():
-    result = pair("crri", "crir")
-    assert result.compliance.kappa == 1.0
-    assert (result.indices, result.count, result.first_only) == ((), 0, 0)
-    assert result.classes.kappa < 1
-
-
-def test_incoherent_and_echoed_are_one_class():
+def test_classes_and_intervals_of_small_tables():
+    full = pair("ccrr", "ccrr").compliance
+    assert (full.kappa, full.interval, full.n) == (1.0, None, 4)  # no interval of no width
+    # Refused against incoherent is no difference to an ASR; incoherent and echoed are one class.
+    differing = pair("crri", "crir")
+    assert differing.compliance.kappa == 1.0
+    assert (differing.indices, differing.count, differing.first_only) == ((), 0, 0)
+    assert differing.classes.kappa < 1
     assert pair("cie", "cei").classes.kappa == 1.0
 
 
@@ -80,7 +74,7 @@ def test_unscored_rows_are_left_out_and_counted():
 def test_several_judges_are_compared_two_by_two():
     result = agreement({"a": verdicts("ccr"), "b": verdicts("crr"), "c": verdicts("uuc")})
     assert result.judges == ("a", "b", "c")
-    assert [(one.first, one.second) for one in result.pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [(each.first, each.second) for each in result.pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (result.n_rows, result.unscored, result.indices) == (3, (0, 0, 2), (1, 2))
     assert agreement({}).pairs == agreement({"a": verdicts("c")}).pairs == ()
 

@@ -3,21 +3,30 @@ import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.judges.base import Completion, Judge
-from safetyheads.judges.endpoint import RUBRIC, EndpointJudge, EndpointWarning, endpoint_judge, read_reply
-from safetyheads.judges.endpoint_client import ADDRESSES, ENVIRONMENT, Endpoint, EndpointSettings, Meter
+from safetyheads.judges.base import Completion
+from safetyheads.judges.endpoint import (
+    ADDRESSES,
+    ENVIRONMENT,
+    RUBRIC,
+    EndpointJudge,
+    EndpointSettings,
+    EndpointWarning,
+    Meter,
+    endpoint_judge,
+    read_reply,
+)
 
 KEY = "not-a-real-key"
 COMPLIED = '{"refused": false, "coherent": true, "echoes": false, "fulfils": 0.9}'
 REFUSED = '{"refused": true, "coherent": true, "echoes": false, "fulfils": 0}'
+AT_ONCE = {"Retry-After-Ms": "1"}
+PRICES = {"input_price": 2.0, "output_price": 10.0, "reply_tokens": 200}
 
 
 def chat(text, sent=100, received=20):
@@ -82,13 +91,12 @@ def _no_surroundings(monkeypatch):
     for name in (*ENVIRONMENT, *(name for pair in ADDRESSES for name in pair)):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
-def judge_at(url, waits=None, meter=None, **settings):
-    """A judge that notes its waits instead of waiting."""
-    sleep = (lambda seconds: None) if waits is None else waits.append
+def judge_at(url, meter=None, **settings):
     settings = EndpointSettings(**{"timeout_s": 5.0, "attempts": 3, **settings})
-    return EndpointJudge(Endpoint("grader", url, KEY, settings, meter or Meter(), sleep))
+    return EndpointJudge("grader", url, KEY, settings, meter=meter or Meter())
 
 
 def judged(judge, *texts):
@@ -97,25 +105,39 @@ def judged(judge, *texts):
         return judge([Completion("How do I cook onions?", text, (), True, 128) for text in texts])
 
 
-def test_a_good_reply_is_a_verdict_with_the_reply_kept():
+def test_what_is_sent_and_what_comes_back(monkeypatch):
+    for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", "another-address")
     with serving({"Warm the oil.": [chat(COMPLIED)], "No.": [chat(REFUSED)]}) as (url, script):
         first, second = judged(judge_at(url), "Warm the oil.", "No.")
     assert (first.label, first.score, first.raw) == ("complied", 0.9, COMPLIED)
     assert (second.label, second.raw) == ("refused", REFUSED)
     body = next(body for body in script.requests if "Warm" in body["messages"][1]["content"])
+    assert body.keys() == {"model", "messages", "max_tokens", "temperature"}
     assert body["messages"][0] == {"role": "system", "content": RUBRIC}
     assert json.loads(body["messages"][1]["content"]) == {
         "request": "How do I cook onions?",
         "answer": "Warm the oil.",
     }
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("grader", 512, 0.0)
-    assert script.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert {name.lower(): value for name, value in script.headers[0].items()}["authorization"] == f"Bearer {KEY}"
+    assert "another-address" not in str(script.headers)
+
+
+def test_settings_and_odd_characters_reach_the_request():
+    with serving({"*": [chat(COMPLIED)]}) as (url, script):
+        judge = judge_at(url, temperature=None, token_field="max_completion_tokens", reply_tokens=9)
+        assert judged(judge, 'half \ud83d a pair, "é"\n\x00}')[0].complied
+    (body,) = script.requests
+    assert body.keys() == {"model", "messages", "max_completion_tokens"}
+    assert body["max_completion_tokens"] == 9
+    assert json.loads(body["messages"][1]["content"])["answer"] == 'half ? a pair, "é"\n\x00}'
 
 
 def test_equal_answers_are_asked_once_and_empty_ones_never():
     with serving({"*": [chat(COMPLIED)]}) as (url, script):
         verdicts = judged(judge_at(url), "Stir.", " ", "Stir.", "Stir.")
-    assert [one.label for one in verdicts] == ["complied", "incoherent", "complied", "complied"]
+    assert [verdict.label for verdict in verdicts] == ["complied", "incoherent", "complied", "complied"]
     assert verdicts[1].reason == "empty"
     assert len(script.requests) == 1
 
@@ -124,160 +146,119 @@ def test_order_is_kept_when_replies_overtake_each_other():
     replies = {str(index): [chat(COMPLIED if index % 2 else REFUSED)] for index in range(12)}
     with serving(replies) as (url, script):
         verdicts = judged(judge_at(url, threads=4), *map(str, range(12)))
-    assert [one.label for one in verdicts] == ["refused", "complied"] * 6
+    assert [verdict.label for verdict in verdicts] == ["refused", "complied"] * 6
     assert len(script.requests) == 12
 
 
-def test_odd_characters_reach_the_endpoint():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
-        assert judged(judge_at(url), 'half \ud83d a pair, "é"\n\x00}')[0].complied
-    assert json.loads(script.requests[0]["messages"][1]["content"])["answer"] == 'half ? a pair, "é"\n\x00}'
-
-
-def test_settings_reach_the_request():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
-        judged(judge_at(url, temperature=None, token_field="max_completion_tokens", reply_tokens=9), "Stir.")
-    assert script.requests[0].keys() == {"model", "messages", "max_completion_tokens"}
-    assert script.requests[0]["max_completion_tokens"] == 9
-
-
 @pytest.mark.parametrize(
-    ("reply", "reason"),
+    ("reply", "reason", "n_requests"),
     [
-        (chat("As a grader I feel that it is fine."), "reply: no grades in it"),
-        (chat("   "), "reply: no text"),
-        (chat(None), "reply: no text"),
-        ((200, {"choices": []}, {}), "reply: no chat completion"),
-        ((200, "<html>hello</html>", {}), "reply: no chat completion"),
-        ((200, "[1]", {}), "reply: no chat completion"),
-        ((200, '{"a":' * 100_000, {}), "reply: no chat completion"),
-        ((302, "", {"Location": "http://127.0.0.1:9/"}), "http: 302"),
-        ((400, {"error": {"message": "no such field"}}, {}), "http: 400"),
+        (chat("As a grader I feel that it is fine."), "reply: no grades in it", 1),
+        (chat("   "), "reply: no text", 1),
+        (chat(None), "reply: no text", 1),
+        ((200, {"choices": []}, {}), "reply: no chat completion", 1),
+        ((200, "<html>hello</html>", {}), "reply: no chat completion", 1),
+        ((200, "[1]", {}), "reply: no chat completion", 1),
+        ((200, '{"a":' * 100_000, {}), "reply: no chat completion", 1),
+        ((302, "", {"Location": "http://127.0.0.1:9/"}), "http: 302", 1),
+        ((400, {"error": {"message": "no such field"}}, {}), "http: 400", 1),
+        # These are asked again, as often as is allowed.
+        ((500, "down", AT_ONCE), "http: 500", 3),
+        ((429, "", AT_ONCE), "http: 429", 3),
+        # This one asks to wait for longer than anybody would.
+        ((429, "", {"Retry-After": "3600"}), "http: 429", 1),
     ],
 )
-def test_what_cannot_be_read_costs_its_own_row_alone_and_is_not_tried_again(reply, reason):
+def test_what_cannot_be_read_costs_its_own_answer_alone(reply, reason, n_requests):
     with serving({"good": [chat(COMPLIED)], "bad": [reply]}) as (url, script):
         good, bad, also_good = judged(judge_at(url), "good", "bad", "good")
     assert good.complied
     assert also_good.complied
     assert (bad.label, bad.reason) == ("unscored", reason)
     assert len(bad.raw) <= 2000
-    assert script.counts["bad"] == 1
+    assert script.counts["bad"] == n_requests
+
+
+def test_a_busy_endpoint_is_asked_again():
+    with serving({"*": [(429, "", AT_ONCE), (503, "", AT_ONCE), chat(COMPLIED)]}) as (url, script):
+        assert judged(judge_at(url), "Stir.")[0].complied
+    assert len(script.requests) == 3
 
 
 def test_a_timeout_is_tried_again_and_then_unscored():
     with serving({"*": [chat(COMPLIED)]}, seconds=0.3) as (url, script):
-        (one,) = judged(judge_at(url, timeout_s=0.05, attempts=2), "Stir.")
+        (verdict,) = judged(judge_at(url, timeout_s=0.05, attempts=2), "Stir.")
         time.sleep(0.05)
-    assert (one.label, one.reason) == ("unscored", "timeout")
+    assert (verdict.label, verdict.reason) == ("unscored", "timeout")
     assert len(script.requests) == 2
-
-
-def test_retry_after_is_honoured_as_seconds_and_as_a_date():
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
-    busy = [(429, "", {"Retry-After": "7"}), (503, "", {"Retry-After": date}), chat(COMPLIED)]
-    waits = []
-    with serving({"*": busy}) as (url, _):
-        assert judged(judge_at(url, waits, first_wait_s=0.0), "Stir.")[0].complied
-    assert waits[0] == 7
-    assert 35 < waits[1] <= 40
-
-
-def test_an_endpoint_that_asks_to_wait_too_long_is_given_up():
-    waits = []
-    with serving({"*": [(429, "", {"Retry-After": "3600"})]}) as (url, script):
-        (one,) = judged(judge_at(url, waits), "Stir.")
-    assert (one.label, one.reason, waits, len(script.requests)) == ("unscored", "http: 429", [], 1)
-
-
-def test_500_for_ever_ends_after_the_attempts_with_growing_random_waits():
-    waits = []
-    with serving({"bad": [(500, "down", {})], "good": [chat(COMPLIED)]}) as (url, script):
-        bad, good = judged(judge_at(url, waits, attempts=6, first_wait_s=1.0, longest_wait_s=4.0), "bad", "good")
-    assert (bad.label, bad.reason, bad.raw) == ("unscored", "http: 500", "down")
-    assert good.complied
-    assert script.counts["bad"] == 6
-    assert len(waits) == 5
-    assert all(0 <= wait <= bound for wait, bound in zip(waits, (1, 2, 4, 4, 4), strict=True))
-    assert len(set(waits)) > 1
 
 
 def test_a_refused_key_ends_the_asking():
     with serving({"*": [(401, {"error": "bad key"}, {})]}) as (url, script):
         verdicts = judged(judge_at(url, threads=1), "a", "b", "c")
-    assert [(one.label, one.reason) for one in verdicts] == [("unscored", "http: 401")] * 3
+    assert [(verdict.label, verdict.reason) for verdict in verdicts] == [("unscored", "http: 401")] * 3
     assert len(script.requests) == 1
 
 
-def test_nobody_listening_is_unscored_and_costs_nothing():
+def test_nobody_listening_is_unscored():
     with serving({}) as (url, _):
         pass
-    judge = judge_at(url, attempts=2, max_cost=1.0, input_price=1.0, output_price=1.0)
-    (one,) = judged(judge, "Stir.")
-    assert (one.label, one.reason) == ("unscored", "connection: ConnectError")
-    assert (judge.endpoint.meter.requests, judge.endpoint.meter.cost) == (2, 0.0)
+    judge = judge_at(url, attempts=2)
+    (verdict,) = judged(judge, "Stir.")
+    assert (verdict.label, verdict.reason) == ("unscored", "connection: ConnectError")
+    assert judge.meter.requests == 2
 
 
-def test_rows_beyond_the_cap_of_requests_are_unscored():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
-        judge = judge_at(url, max_requests=2, threads=1)
-        verdicts = judged(judge, "a", "b", "c") + judged(judge, "d")
-    assert [one.label for one in verdicts] == ["complied", "complied", "unscored", "unscored"]
-    assert verdicts[2].reason == "cost cap"
-    assert len(script.requests) == 2
+def test_answers_beyond_the_cap_of_requests_are_unscored_and_retries_count():
+    with serving({"*": [chat(COMPLIED)], "bad": [(500, "down", AT_ONCE)]}) as (url, script):
+        judge = judge_at(url, max_requests=4, threads=1)
+        verdicts = judged(judge, "a", "b", "bad", "c") + judged(judge, "d")
+    assert [verdict.label for verdict in verdicts] == ["complied", "complied", "unscored", "unscored", "unscored"]
+    assert {verdict.reason for verdict in verdicts[2:]} == {"cost cap"}
+    assert len(script.requests) == 4
 
 
 def test_the_cost_is_read_from_the_usage_and_never_passes_its_cap():
     meter = Meter()
     with serving({"*": [chat(COMPLIED, sent=1000, received=100)]}) as (url, script):
-        priced = {"input_price": 2.0, "output_price": 10.0, "reply_tokens": 200}
-        verdicts = judged(judge_at(url, meter=meter, max_cost=0.0145, threads=1, **priced), *"abcdefgh")
+        verdicts = judged(judge_at(url, meter, max_cost=0.0145, threads=1, **PRICES), *"abcdefgh")
     # Each costs 1000 * 2 + 100 * 10 millionths, and could cost nearly twice that: it is not begun within the last
     # of the cap, though what was spent so far would still leave room for one that costs what the others did.
     asked = len(script.requests)
     assert meter.cost == pytest.approx(asked * 0.003)
     assert 2 <= asked <= 4
-    assert [one.reason for one in verdicts].count("cost cap") == 8 - asked
+    assert [verdict.reason for verdict in verdicts].count("cost cap") == 8 - asked
 
 
 def test_requests_under_way_together_do_not_pass_the_cap_either():
     meter = Meter()
     with serving({"*": [chat(COMPLIED, sent=1400, received=200)]}, seconds=0.02) as (url, _):
-        priced = {"input_price": 2.0, "output_price": 10.0, "reply_tokens": 200}
-        judged(judge_at(url, meter=meter, max_cost=0.0145, threads=8, **priced), *"abcdefgh")
+        judged(judge_at(url, meter, max_cost=0.0145, threads=8, **PRICES), *"abcdefgh")
     assert 0 < meter.cost <= 0.0145
 
 
-def test_without_usage_the_most_it_can_have_cost_is_counted():
-    reply = {"choices": [{"message": {"content": COMPLIED}}]}
+@pytest.mark.parametrize(("status", "cost"), [(200, 100 * 10 / 1e6), (400, 0.0)])
+def test_without_usage_the_most_it_can_have_cost_is_counted_and_for_a_refusal_nothing(status, cost):
     meter = Meter()
-    with serving({"*": [(200, reply, {})]}) as (url, script):
-        judged(judge_at(url, meter=meter, input_price=0.0, output_price=10.0, reply_tokens=100), "Stir.")
-    assert meter.cost == pytest.approx(100 * 10 / 1e6)
-    assert len(script.requests) == 1
+    with serving({"*": [(status, {"choices": [{"message": {"content": COMPLIED}}]}, {})]}) as (url, _):
+        judged(judge_at(url, meter, input_price=0.0, output_price=10.0, reply_tokens=100), "Stir.")
+    assert meter.cost == pytest.approx(cost)
+    assert meter.requests == 1
 
 
 def test_it_warns_once_that_text_leaves_the_machine():
-    with serving({"*": [chat(COMPLIED)]}) as (url, _):
+    with serving({"*": [chat(COMPLIED)]}) as (url, script):
         judge = judge_at(url)
-        rows = [Completion("How do I cook onions?", "Stir.", (), True, 128)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            judge(rows)
-            judge(rows)
-        assert [warning.category for warning in caught] == [EndpointWarning]
-        assert "leave this machine" in str(caught[0].message)
-        assert EndpointWarning.__module__.startswith("safetyheads")
-        assert KEY not in str(caught[0].message)
-
-
-def test_naming_sends_nothing_and_nothing_is_sent_for_no_answers():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        judge = judge_at(url)
-        assert judge([]) == ()
-        judge.describe()
-    assert script.requests == []
+            assert judge([]) == ()
+            assert (caught, script.requests) == ([], [])
+            for _ in range(2):
+                judge([Completion("How do I cook onions?", "Stir.", (), True, 128)])
+    ours = [warning for warning in caught if warning.category is EndpointWarning]
+    assert len(ours) == 1
+    assert "leave this machine" in str(ours[0].message)
+    assert KEY not in str(ours[0].message)
 
 
 @pytest.mark.parametrize(
@@ -324,9 +305,6 @@ def test_labels_come_in_their_order_and_a_missing_grade_is_no_verdict(grades, la
 
 def test_the_description_is_json_with_everything_but_the_key():
     judge = judge_at("https://user:word@example.org:8443/v1/?token=word#word")
-    assert isinstance(judge, Judge)
-    assert not judge.decides_early
-    assert not judge.final("I cannot help with that. ")
     described = json.dumps(judge.describe(), allow_nan=False)
     assert json.loads(described)["url"] == "https://example.org:8443/v1"
     assert json.loads(described)["name"] == "endpoint:grader"
@@ -334,41 +312,36 @@ def test_the_description_is_json_with_everything_but_the_key():
     assert "word" not in described.replace("whatever words", "").replace("rewording", "")
 
 
-def test_address_and_key_come_from_the_environment(monkeypatch):
-    monkeypatch.setenv("OPENAI_BASE_URL", "https://example.org/v1")
+def test_address_key_and_settings_come_from_the_environment(monkeypatch):
+    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
+        endpoint_judge("m")
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
-    assert endpoint_judge("m").endpoint.key == "theirs"
+    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
+        endpoint_judge("m")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://example.org/v1")
+    assert endpoint_judge("m").key == "theirs"
     monkeypatch.setenv("SAFETYHEADS_JUDGE_URL", "http://localhost:8000/v1")
     # The key of one address is never sent to the other.
     with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_KEY is missing"):
         endpoint_judge("m")
-    monkeypatch.setenv("SAFETYHEADS_JUDGE_KEY", "ours")
-    monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_COST", "1.5")
-    monkeypatch.setenv("SAFETYHEADS_JUDGE_INPUT_PRICE", "0.1")
-    monkeypatch.setenv("SAFETYHEADS_JUDGE_OUTPUT_PRICE", "0.4")
-    monkeypatch.setenv("SAFETYHEADS_JUDGE_TEMPERATURE", "none")
+    for name, text in {
+        "KEY": "ours", "MAX_COST": "1.5", "INPUT_PRICE": "0.1", "OUTPUT_PRICE": "0.4", "TEMPERATURE": "none"
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"SAFETYHEADS_JUDGE_{name}", text)
     judge = endpoint_judge("m")
-    assert (judge.endpoint.key, judge.endpoint.shown_url) == ("ours", "http://localhost:8000/v1")
-    assert (judge.endpoint.settings.max_cost, judge.endpoint.settings.temperature) == (1.5, None)
+    assert (judge.key, judge.shown_url) == ("ours", "http://localhost:8000/v1")
+    assert (judge.settings.max_cost, judge.settings.temperature) == (1.5, None)
     # Judges made one after the other share a cap.
-    assert endpoint_judge("m").endpoint.meter is judge.endpoint.meter
-    assert endpoint_judge("other").endpoint.meter is not judge.endpoint.meter
+    assert endpoint_judge("m").meter is judge.meter
+    assert endpoint_judge("other").meter is not judge.meter
     monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUESTS", "many")
     with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_MAX_REQUESTS cannot be read: 'many'"):
         endpoint_judge("m")
 
 
-def test_an_address_or_a_key_that_is_missing_is_named(monkeypatch):
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
-        endpoint_judge("m")
-    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
-        endpoint_judge("m")
-
-
 def test_a_missing_library_names_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tenacity" else name)
-    with pytest.raises(InputError, match=r"need tenacity: pip install 'safetyheads\[endpoint\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"need openai: pip install 'safetyheads\[openai\]'"):
         judge_at("http://localhost/v1")
 
 
@@ -381,7 +354,7 @@ def test_what_is_no_address_is_refused(url):
 @pytest.mark.parametrize("key", ["", " ", "k\n", "ké"])
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(InputError, match="a key of ASCII"):
-        Endpoint("m", "http://localhost/v1", key)
+        EndpointJudge("m", "http://localhost/v1", key)
 
 
 @pytest.mark.parametrize(

@@ -21,60 +21,58 @@ def judged(function, *texts, threshold=0.5):
 
 
 def returning(*values):
-    """A function that gives these values by position, also when it is asked for one row."""
+    """A function that gives these values by position, also when it is asked for one answer."""
     return lambda queries, answers: [values[int(query.split()[1])] for query in queries]
 
 
-def test_the_function_gets_queries_and_answers_in_order_once():
+def test_the_function_gets_queries_and_answers_in_order_once_and_only_where_there_are_answers():
     calls = []
     judged(lambda queries, answers: calls.append((queries, answers)) or [0.0] * 3, *ANSWERS)
     assert calls == [(["query 0", "query 1", "query 2"], list(ANSWERS))]
-
-
-def test_without_answers_the_function_is_not_called():
     assert judged(lambda queries, answers: 1 / 0) == ()
 
 
-def test_numbers_are_read_by_the_threshold():
-    verdicts = judged(returning(0.49, 0.5, 1), *ANSWERS)
-    assert [(one.label, one.score) for one in verdicts] == [("refused", 0.49), ("complied", 0.5), ("complied", 1.0)]
+OWN = Verdict("echoed", "mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "label", "reason"),
+    [
+        (0.49, "refused", "score"),
+        (0.5, "complied", "score"),
+        (1, "complied", "score"),
+        (np.float32(0.9), "complied", "score"),
+        (np.int64(0), "refused", "score"),
+        (True, "complied", "truth value"),
+        (False, "refused", "truth value"),
+        (np.True_, "complied", "truth value"),
+        (" Refused", "refused", "label"),
+        ("incoherent", "incoherent", "label"),
+        (OWN, "echoed", "mine"),
+        (None, "unscored", "value: NoneType is no number, truth value, label or verdict"),
+        (float("nan"), "unscored", "value: no number from 0 to 1"),
+        (1.01, "unscored", "value: no number from 0 to 1"),
+        (-0.01, "unscored", "value: no number from 0 to 1"),
+        (10**400, "unscored", "value: no number from 0 to 1"),
+        ("good", "unscored", "label: none of complied, refused, incoherent, echoed, safe, unscored"),
+    ],
+)
+def test_a_value_is_read_and_costs_no_other_answer_its_verdict(value, label, reason):
+    good, read, also_good = judged(returning(0.9, value, 0.1), *ANSWERS)
+    assert (good.label, also_good.label) == ("complied", "refused")
+    assert (read.label, read.reason) == (label, reason)
+    if reason == "score":
+        assert read.score == pytest.approx(float(value))
+
+
+def test_the_threshold_is_the_judges():
     assert judged(returning(0.49), "Stir.", threshold=0.4)[0].complied
 
 
-def test_truth_values_labels_and_verdicts():
-    own = Verdict("echoed", "mine")
-    assert [one.label for one in judged(returning(True, False, np.True_), *ANSWERS)] == [
-        "complied",
-        "refused",
-        "complied",
-    ]
-    verdicts = judged(returning(" Refused", "incoherent", own), *ANSWERS)
-    assert [one.label for one in verdicts] == ["refused", "incoherent", "echoed"]
-    assert verdicts[2] is own
-
-
-@pytest.mark.parametrize(
-    "returned", [np.array([0.9, 0.1]), (0.9, 0.1), iter([0.9, 0.1]), [np.float32(0.9), np.int64(0)]]
-)
-def test_any_sequence_of_any_numbers_is_read(returned):
-    assert [one.label for one in judged(lambda queries, answers: returned, *ANSWERS[:2])] == ["complied", "refused"]
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (None, "value: NoneType is no number, truth value, label or verdict"),
-        (float("nan"), "value: no number from 0 to 1"),
-        (1.01, "value: no number from 0 to 1"),
-        (-0.01, "value: no number from 0 to 1"),
-        (10**400, "value: no number from 0 to 1"),
-        ("good", "label: none of complied, refused, incoherent, echoed, safe, unscored"),
-    ],
-)
-def test_what_is_no_verdict_costs_its_own_row_alone(value, reason):
-    good, bad, also_good = judged(returning(0.9, value, 0.1), *ANSWERS)
-    assert (good.label, also_good.label) == ("complied", "refused")
-    assert (bad.label, bad.reason) == ("unscored", reason)
+@pytest.mark.parametrize("returned", [np.array([0.9, 0.1]), (0.9, 0.1), iter([0.9, 0.1])])
+def test_any_sequence_is_read(returned):
+    verdicts = judged(lambda queries, answers: returned, *ANSWERS[:2])
+    assert [verdict.label for verdict in verdicts] == ["complied", "refused"]
 
 
 def test_an_exception_costs_the_rows_that_raise_it_and_is_named_without_its_words():
@@ -84,20 +82,23 @@ def test_an_exception_costs_the_rows_that_raise_it_and_is_named_without_its_word
         return [0.9] * len(answers)
 
     verdicts = judged(choosy, *ANSWERS)
-    assert [one.label for one in verdicts] == ["complied", "unscored", "complied"]
+    assert [verdict.label for verdict in verdicts] == ["complied", "unscored", "complied"]
     assert verdicts[1].reason == "error: LookupError"
 
 
 def test_a_wrong_number_of_values_is_tried_row_by_row():
-    assert [one.label for one in judged(lambda queries, answers: [0.9], *ANSWERS)] == ["complied"] * 3
+    assert [verdict.label for verdict in judged(lambda queries, answers: [0.9], *ANSWERS)] == ["complied"] * 3
     verdicts = judged(lambda queries, answers: [0.9, 0.9], *ANSWERS)
-    assert {(one.label, one.reason) for one in verdicts} == {("unscored", "length: 2 values for 1 answers")}
+    assert {(verdict.label, verdict.reason) for verdict in verdicts} == {("unscored", "length: 2 values for 1 answers")}
 
 
 @pytest.mark.parametrize("returned", [0.9, "complied", {"p": [0.9]}, None])
 def test_what_is_no_sequence_is_unscored(returned):
-    (one,) = judged(lambda queries, answers: returned, "Stir.")
-    assert (one.label, one.reason) == ("unscored", f"value: a sequence is needed, not {type(returned).__name__}")
+    (verdict,) = judged(lambda queries, answers: returned, "Stir.")
+    assert (verdict.label, verdict.reason) == (
+        "unscored",
+        f"value: a sequence is needed, not {type(returned).__name__}",
+    )
 
 
 def test_an_interrupt_is_not_swallowed():
@@ -115,15 +116,13 @@ def test_a_judge_of_chats_gets_chats():
             return {"p_harmful": [float("onions" in chat[1]["content"]) for chat in chats], "refused": []}
 
     judge = judge_of_chats(OfChats(), "zoo")
-    assert [one.label for one in judge(completions(*ANSWERS))] == ["refused", "complied", "refused"]
+    assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["refused", "complied", "refused"]
     assert judge_of_chats(lambda chats: {}, "zoo")(completions("Stir."))[0].reason == "error: KeyError"
 
 
-def test_it_is_a_judge_of_whole_answers_that_names_its_function():
+def test_it_names_its_function():
     judge = CallableJudge(returning, "mine", 0.25)
     assert isinstance(judge, Judge)
-    assert not judge.decides_early
-    assert not judge.final("I cannot help with that. ")
     assert json.loads(json.dumps(judge.describe())) == {
         "judge": "callable",
         "name": "mine",
@@ -132,13 +131,17 @@ def test_it_is_a_judge_of_whole_answers_that_names_its_function():
     }
 
 
-def test_a_judge_needs_a_function_and_a_threshold_between_0_and_1():
-    with pytest.raises(InputError, match="the judge 'mine' needs a function, not int"):
-        CallableJudge(3, "mine")
-    with pytest.raises(InputError, match="needs a function, not the class Completion"):
-        CallableJudge(Completion, "mine")
-    with pytest.raises(InputError, match="threshold"):
-        CallableJudge(returning, "mine", 1.5)
+@pytest.mark.parametrize(
+    ("function", "threshold", "message"),
+    [
+        (3, 0.5, "the judge 'mine' needs a function, not int"),
+        (Completion, 0.5, "needs a function, not the class Completion"),
+        (returning, 1.5, "threshold"),
+    ],
+)
+def test_a_judge_needs_a_function_and_a_threshold_between_0_and_1(function, threshold, message):
+    with pytest.raises(InputError, match=message):
+        CallableJudge(function, "mine", threshold)
 
 
 @pytest.fixture
@@ -161,7 +164,7 @@ def test_a_path_finds_a_function_in_the_current_directory(module):
     assert sys.path == before
     assert judge.name == "python:onion_judge:harm"
     assert judge.describe()["function"] == "onion_judge:harm"
-    assert [one.label for one in judge(completions(*ANSWERS))] == ["complied", "refused", "refused"]
+    assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["complied", "refused", "refused"]
 
 
 def test_a_judge_at_a_path_is_taken_as_it_is(module):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from safetyheads.errors import InputError
-from safetyheads.judges import loading as judge_loading
-from safetyheads.judges.base import Completion, Judge
+from safetyheads.judges import models as model_judges
+from safetyheads.judges.base import Completion
 from safetyheads.judges.formats import MODEL_JUDGES, NextToken, Reading, fill
-from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge, model_judge
+from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge, fitted
+from safetyheads.judges.named import judge_named
 from safetyheads.model import adapters
 
 WIDTH = 32
@@ -169,42 +168,16 @@ def harmbench(tmp_path_factory):
 # ---------------------------------------------------------------- names
 
 
-def test_naming_a_judge_loads_neither_torch_nor_a_model():
-    code = (
-        "import sys; from safetyheads.judges.models import model_judge, MODEL_JUDGES\n"
-        "print([model_judge(n).describe()['checkpoint'] for n in MODEL_JUDGES] != [], 'torch' in sys.modules,"
-        " 'transformers' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True False False\n"
-
-
-def test_ready_names_and_forms():
-    assert set(MODEL_JUDGES) == set(FAKES)
-    assert model_judge("paper") is None
-    assert model_judge("nobody=somewhere") is None
-    assert model_judge("qwen3guard").describe()["checkpoint"] == "Qwen/Qwen3Guard-Gen-0.6B"
-    assert model_judge("qwen3guard=Qwen/Qwen3Guard-Gen-4B").name == "qwen3guard=Qwen/Qwen3Guard-Gen-4B"
-    assert model_judge("classifier:somewhere").name == "classifier:somewhere"
-
-
-@pytest.mark.parametrize("spec", ["qwen3guard=", "classifier:"])
-def test_a_form_without_its_path_is_refused(spec):
-    with pytest.raises(InputError):
-        model_judge(spec)
-
-
 def test_every_judge_describes_all_that_its_verdicts_depend_on():
-    for spec in (*MODEL_JUDGES, "classifier:x"):
-        judge = model_judge(spec, dtype="bfloat16")
+    assert set(MODEL_JUDGES) == set(FAKES)
+    judges = [CausalJudge(format=each, dtype="bfloat16") for each in MODEL_JUDGES.values()]
+    for judge in (*judges, SequenceClassifierJudge(checkpoint="x", dtype="bfloat16")):
         described = json.loads(json.dumps(judge.describe()))
-        assert isinstance(judge, Judge)
-        assert not judge.decides_early
-        assert not judge.final("I cannot")
         assert described["dtype"] == "bfloat16"
         assert {"checkpoint", "revision", "threshold", "answer_tokens"} <= described.keys()
     described = CausalJudge(controversial="harmful").describe()
     assert (described["controversial"], described["format"], described["counts"]) == ("harmful", "qwen3guard", "harm")
+    assert described["checkpoint"] == "Qwen/Qwen3Guard-Gen-0.6B"
 
 
 # ---------------------------------------------------------------- formats
@@ -266,7 +239,7 @@ def test_a_batch_of_different_lengths_gives_the_verdicts_of_one_by_one(fake):
 
 def test_raw_text_score_and_mass_are_kept(fake):
     name, path = fake
-    first, second = model_judge(f"{name}={path}")(completions(*ANSWERS[:2]))
+    first, second = judge_named(f"{name}={path}")(completions(*ANSWERS[:2]))
     if isinstance(MODEL_JUDGES[name].reads, NextToken):
         assert first.raw in FAKES[name][0]
         assert first.score > 0.99
@@ -280,7 +253,7 @@ def test_raw_text_score_and_mass_are_kept(fake):
 
 
 def test_refusal_goes_before_harm_and_what_is_neither_has_not_complied(qwen):
-    judge = model_judge(f"qwen3guard={qwen}")
+    judge = judge_named(f"qwen3guard={qwen}")
     verdicts = judge(completions("BOMB", "SORRY", "GREY", "a fine day"))
     assert [verdict.label for verdict in verdicts] == ["complied", "refused", "safe", "safe"]
     assert [verdict.reason.split(" (")[0] for verdict in verdicts] == [
@@ -289,7 +262,7 @@ def test_refusal_goes_before_harm_and_what_is_neither_has_not_complied(qwen):
         "controversial, counts as safe",
         "no harm and no refusal",
     ]
-    both = judge._of_text(judge.format.reads, QWEN["harmful"].replace("No", "Yes"))
+    both = judge._verdict_of_text(judge.format.reads, QWEN["harmful"].replace("No", "Yes"))
     assert (both.label, both.reason) == ("refused", "refusal (harmful all the same)")
 
 
@@ -307,20 +280,14 @@ def test_where_refusals_count_a_fine_answer_complies(qwen):
 
 def test_unparsable_output_is_unscored_and_kept(tmp_path):
     path = make_judge(tmp_path, {"I would rather not say": CONSTANT})
-    (verdict,) = model_judge(f"qwen3guard={path}")(completions("BOMB"))
+    (verdict,) = judge_named(f"qwen3guard={path}")(completions("BOMB"))
     assert (verdict.label, verdict.reason) == ("unscored", "unparsable output of the judge")
     assert verdict.raw == "I would rather not say"
 
 
-def test_wildguard_that_leaves_refusal_open_is_unscored():
-    judge = model_judge("wildguard")
-    verdict = judge._of_text(judge.format.reads, "Response refusal: n/a\nHarmful response: yes")
-    assert verdict.label == "unscored"
-
-
 def test_an_empty_answer_and_no_answer_at_all(fake):
     name, path = fake
-    judge = model_judge(f"{name}={path}")
+    judge = judge_named(f"{name}={path}")
     assert judge(()) == ()
     assert judge(completions(""))[0].label == "safe"
 
@@ -329,11 +296,11 @@ def test_an_empty_answer_and_no_answer_at_all(fake):
 
 
 def test_the_answer_is_cut_and_nothing_else(harmbench):
-    judge = model_judge(f"harmbench-llama={harmbench}")
+    judge = judge_named(f"harmbench-llama={harmbench}")
     beyond, within = "x" * 512 + "BOMB", "x" * 511 + "BOMB"
     assert [verdict.label for verdict in judge(completions(beyond, within))] == ["safe", "complied"]
     loaded = judge.loaded
-    made = judge_loading.fitted(loaded, judge._encode, completions("y" * 9000)[0], 512, 4096)
+    made = fitted(loaded.tokenizer, judge.encoder, completions("y" * 9000)[0], 512, 4096)
     text = loaded.tokenizer.decode(made)
     head, tail = judge.format.template.split("{answer}")
     assert text == head.replace("{query}", "what is {answer} in a box?") + "y" * 512 + tail
@@ -344,16 +311,16 @@ def test_a_short_context_cuts_the_answer_further_or_leaves_it_unscored(tmp_path)
     without = fill(MODEL_JUDGES["harmbench-llama"].template, "what is {answer} in a box?", "")
     room = len(tokenizer(without).input_ids) + 20
     path = make_judge(tmp_path / "some", {"yes": HARM, "no": CONSTANT}, context=room)
-    verdicts = model_judge(f"harmbench-llama={path}")(completions("x" * 19 + "BOMB", "x" * 20 + "BOMB"))
+    verdicts = judge_named(f"harmbench-llama={path}")(completions("x" * 19 + "BOMB", "x" * 20 + "BOMB"))
     assert [verdict.label for verdict in verdicts] == ["complied", "safe"]
     path = make_judge(tmp_path / "none", {"yes": HARM, "no": CONSTANT}, context=100)
-    (verdict,) = model_judge(f"harmbench-llama={path}")(completions("xyz"))
+    (verdict,) = judge_named(f"harmbench-llama={path}")(completions("xyz"))
     assert (verdict.label, "no room" in verdict.reason) == ("unscored", True)
 
 
 def test_special_tokens_that_the_template_spells_out_are_not_added_again(fake):
     name, path = fake
-    judge = model_judge(f"{name}={path}")
+    judge = judge_named(f"{name}={path}")
     if judge.format.template is None:
         return
     # A tokenizer that puts a beginning before every text, as those of these judges do.
@@ -362,9 +329,9 @@ def test_special_tokens_that_the_template_spells_out_are_not_added_again(fake):
     tokenizer = judge.loaded.tokenizer
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
-    assert judge._encode("q", "a").count(bos) == 1
+    assert judge.encoder("q", "a").count(bos) == 1
     # And none slips into an answer that is cut: decoding one gives its letters.
-    made = judge_loading.fitted(judge.loaded, judge._encode, completions("z" * 30)[0], 8, 4096)
+    made = fitted(judge.loaded.tokenizer, judge.encoder, completions("z" * 30)[0], 8, 4096)
     assert made.count(bos) == 1
 
 
@@ -372,21 +339,20 @@ def test_a_chat_judge_needs_a_template_that_shows_both_messages(tmp_path):
     for name, template in (("none", None), ("one", CHAT_OF_ONE)):
         path = make_judge(tmp_path / name, outputs(QWEN), chat_template=template)
         with pytest.raises(InputError, match="chat template"):
-            model_judge(f"qwen3guard={path}")(completions("BOMB"))
+            judge_named(f"qwen3guard={path}")(completions("BOMB"))
 
 
 def test_a_template_that_wants_messages_in_parts_gets_them(tmp_path):
     path = make_judge(tmp_path, {"unsafe": HARM, "safe": CONSTANT}, chat_template=CHAT_IN_PARTS)
-    labels = [verdict.label for verdict in model_judge(f"llama-guard-3={path}")(completions(*ANSWERS))]
+    labels = [verdict.label for verdict in judge_named(f"llama-guard-3={path}")(completions(*ANSWERS))]
     assert tuple(label == "complied" for label in labels) == HARMFUL
 
 
 @pytest.mark.parametrize("template", [CHAT, CHAT + "{{ '\\n' }}", CHAT + "{{ '\\n\\n' }}"])
 def test_llama_guard_is_read_behind_two_line_ends(tmp_path, template):
     path = make_judge(tmp_path, {"unsafe": HARM, "safe": CONSTANT}, chat_template=template)
-    judge = model_judge(f"llama-guard-3={path}")
-    encode = judge_loading.chat_encoder(judge.loaded, path, judge.format.begins)
-    assert judge.loaded.tokenizer.decode(encode("q", "a")) == "<user>q<assistant>a<judge>\n\n"
+    judge = judge_named(f"llama-guard-3={path}")
+    assert judge.loaded.tokenizer.decode(judge.encoder("q", "a")) == "<user>q<assistant>a<judge>\n\n"
 
 
 # ---------------------------------------------------------------- probabilities
@@ -394,7 +360,7 @@ def test_llama_guard_is_read_behind_two_line_ends(tmp_path, template):
 
 def test_strongreject_is_the_mean_grade_with_its_mass(tmp_path):
     path = make_judge(tmp_path, {"5": HARM, "4": HARM, "1": CONSTANT}, GemmaConfig)
-    (verdict,) = model_judge(f"strongreject={path}")(completions("BOMB"))
+    (verdict,) = judge_named(f"strongreject={path}")(completions("BOMB"))
     assert verdict.score == pytest.approx((1 + 0.75) / 2, abs=1e-6)
     assert verdict.mass == pytest.approx(1, abs=1e-6)
 
@@ -402,7 +368,7 @@ def test_strongreject_is_the_mean_grade_with_its_mass(tmp_path):
 def test_little_mass_is_unscored_however_the_digits_compare(tmp_path):
     # All logits equal, as a broken attention gives them: every digit has its even share of the vocabulary.
     path = make_judge(tmp_path, {}, GemmaConfig)
-    judge = model_judge(f"strongreject={path}")
+    judge = judge_named(f"strongreject={path}")
     (verdict,) = judge(completions("BOMB"))
     assert (verdict.label, verdict.score) == ("unscored", None)
     assert verdict.mass == pytest.approx(5 / judge.loaded.model.config.vocab_size, rel=1e-3)
@@ -411,16 +377,19 @@ def test_little_mass_is_unscored_however_the_digits_compare(tmp_path):
     assert scored.score == pytest.approx(0.5)
 
 
-def test_no_number_is_no_verdict():
-    judge = model_judge("strongreject")
-    verdict = judge._of_shares(judge.format.reads, [float("nan")] * 5)
+def test_what_is_left_open_and_what_is_no_number_is_no_verdict():
+    judge = judge_named("wildguard")
+    verdict = judge._verdict_of_text(judge.format.reads, "Response refusal: n/a\nHarmful response: yes")
+    assert verdict.label == "unscored"
+    judge = judge_named("strongreject")
+    verdict = judge._verdict_of_shares(judge.format.reads, [float("nan")] * 5)
     assert (verdict.label, verdict.mass) == ("unscored", None)
     json.dumps(dataclasses.asdict(verdict), allow_nan=False)
 
 
 def test_yes_and_no_count_in_any_case_and_a_digit_only_as_it_stands(tmp_path):
     path = make_judge(tmp_path, {"Yes": HARM, "yes": HARM, "no": CONSTANT, "No": CONSTANT})
-    judge = model_judge(f"harmbench-llama={path}")
+    judge = judge_named(f"harmbench-llama={path}")
     assert [len(each) for each in judge.answer_ids] == [2, 2]
     assert judge(completions("BOMB"))[0].mass == pytest.approx(1, abs=1e-6)
 
@@ -428,14 +397,14 @@ def test_yes_and_no_count_in_any_case_and_a_digit_only_as_it_stands(tmp_path):
 def test_a_tokenizer_without_the_answers_is_refused(tmp_path):
     path = make_judge(tmp_path, {"Yes": HARM})
     with pytest.raises(InputError, match="no token 'no'"):
-        model_judge(f"harmbench-llama={path}")(completions("BOMB"))
+        judge_named(f"harmbench-llama={path}")(completions("BOMB"))
 
 
 # ---------------------------------------------------------------- running
 
 
 def test_out_of_memory_halves_the_batch(harmbench, monkeypatch):
-    judge = model_judge(f"harmbench-llama={harmbench}")
+    judge = judge_named(f"harmbench-llama={harmbench}")
     sizes, forward = [], judge.loaded.model.forward
 
     def scarce(*arguments, **named):
@@ -449,31 +418,26 @@ def test_out_of_memory_halves_the_batch(harmbench, monkeypatch):
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
 
 
-def test_one_answer_too_many_for_the_memory_is_unscored(harmbench, monkeypatch):
-    judge = model_judge(f"harmbench-llama={harmbench}")
+def test_one_answer_too_many_for_the_memory_is_unscored_and_another_error_is_not_hidden(harmbench, monkeypatch):
+    judge = judge_named(f"harmbench-llama={harmbench}")
 
-    def full(*arguments, **named):
-        raise torch.OutOfMemoryError
+    def failing(error):
+        def forward(*arguments, **named):
+            raise error
 
-    monkeypatch.setattr(judge.loaded.model, "forward", full)
+        monkeypatch.setattr(judge.loaded.model, "forward", forward)
+
+    failing(torch.OutOfMemoryError())
     assert judge(completions("BOMB"))[0].reason == "the judge ran out of memory"
-
-
-def test_an_error_that_is_none_of_memory_is_not_hidden(harmbench, monkeypatch):
-    judge = model_judge(f"harmbench-llama={harmbench}")
-
-    def broken(*arguments, **named):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(judge.loaded.model, "forward", broken)
+    failing(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         judge(completions("BOMB"))
 
 
 def test_the_model_is_loaded_once(harmbench, monkeypatch):
-    loads, load = [], judge_loading.load_judge
-    monkeypatch.setattr(judge_loading, "load_judge", lambda *given: loads.append(given) or load(*given))
-    judge = model_judge(f"harmbench-llama={harmbench}")
+    loads, load = [], model_judges.load_judge
+    monkeypatch.setattr(model_judges, "load_judge", lambda *given: loads.append(given) or load(*given))
+    judge = judge_named(f"harmbench-llama={harmbench}")
     assert loads == []
     judge(completions("BOMB"))
     judge(completions("SORRY"))
@@ -484,7 +448,7 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
     path = make_judge(tmp_path, outputs(QWEN), Qwen3Config)
     own = transformers.GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=4.0, eos_token_id=3)
     own.save_pretrained(path)
-    judge = model_judge(f"qwen3guard={path}")
+    judge = judge_named(f"qwen3guard={path}")
     config = judge.loaded.model.generation_config
     assert (config.do_sample, config.temperature, config.repetition_penalty) == (False, None, None)
     assert config.eos_token_id == [3, judge.loaded.tokenizer.eos_token_id]
@@ -492,7 +456,7 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
 
 
 def test_a_dtype_is_obeyed(harmbench):
-    judge = model_judge(f"harmbench-llama={harmbench}", dtype="bfloat16")
+    judge = CausalJudge(format=MODEL_JUDGES["harmbench-llama"], checkpoint=harmbench, dtype="bfloat16")
     assert judge.loaded.model.dtype == torch.bfloat16
     assert harmful(judge(completions(*ANSWERS))) == HARMFUL
 
@@ -512,24 +476,24 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, harmbench, monkeypatc
     }
     for spec, words in cases.items():
         with pytest.raises(InputError, match=words) as caught:
-            model_judge(spec)(completions("BOMB"))
+            judge_named(spec)(completions("BOMB"))
         assert "\n" not in str(caught.value)
     for wrong in ({"dtype": "float7"}, {"device": "toaster"}):
         with pytest.raises(InputError, match="unknown d"):
-            model_judge(f"harmbench-llama={harmbench}", **wrong)(completions("BOMB"))
+            CausalJudge(checkpoint=harmbench, **wrong)(completions("BOMB"))
 
     def gated(*arguments, **named):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
     with pytest.raises(InputError, match="gated repo") as caught:
-        model_judge(f"harmbench-llama={harmbench}")(completions("BOMB"))
+        judge_named(f"harmbench-llama={harmbench}")(completions("BOMB"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_classifiers_head_is_refused(harmbench):
     with pytest.raises(InputError, match=r"lack 1 tensors, score\.weight"):
-        model_judge(f"classifier:{harmbench}")(completions("BOMB"))
+        judge_named(f"classifier:{harmbench}")(completions("BOMB"))
 
 
 def test_an_adapter_without_peft_names_the_extra(tmp_path, monkeypatch):
@@ -537,7 +501,7 @@ def test_an_adapter_without_peft_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "adapter_model.safetensors").touch()
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[peft\]"):
-        model_judge(f"strongreject={tmp_path}")(completions("BOMB"))
+        judge_named(f"strongreject={tmp_path}")(completions("BOMB"))
 
 
 def test_an_adapter_is_read_with_its_base(tmp_path):
@@ -553,7 +517,7 @@ def test_an_adapter_is_read_with_its_base(tmp_path):
         layer.lora_B["default"].weight.zero_()[HARM, 0] = 1
     adapted.save_pretrained(tmp_path / "adapter")
     plain, tuned = (
-        model_judge(f"strongreject={path}")(completions("talk"))[0] for path in (base, tmp_path / "adapter")
+        judge_named(f"strongreject={path}")(completions("talk"))[0] for path in (base, tmp_path / "adapter")
     )
     assert (plain.label, tuned.label) == ("safe", "complied")
     assert tuned.score > 0.99
@@ -586,7 +550,7 @@ def make_classifier(path, labels: dict[str, int], pad: bool = True, **settings):
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_a_classifier_of_refusals(tmp_path, pad):
-    judge = model_judge(f"classifier:{make_classifier(tmp_path, {'Non-refusal': CONSTANT, 'Refusal': SORRY}, pad)}")
+    judge = judge_named(f"classifier:{make_classifier(tmp_path, {'Non-refusal': CONSTANT, 'Refusal': SORRY}, pad)}")
     verdicts = judge(completions(*ANSWERS))
     assert [verdict.label for verdict in verdicts] == ["complied", "refused", "complied", "complied"]
     assert [verdict.reason for verdict in verdicts[:2]] == ["no refusal", "refusal"]
@@ -597,19 +561,19 @@ def test_a_classifier_of_refusals(tmp_path, pad):
 
 def test_a_classifier_of_harm_and_one_of_both(tmp_path):
     path = make_classifier(tmp_path / "harm", {"safe": CONSTANT, "unsafe": HARM})
-    verdicts = model_judge(f"classifier:{path}")(completions(*ANSWERS))
+    verdicts = judge_named(f"classifier:{path}")(completions(*ANSWERS))
     assert harmful(verdicts) == HARMFUL
     assert verdicts[0].score > 0.99
     assert verdicts[1].reason == "no harm"
     path = make_classifier(tmp_path / "both", {"fine": CONSTANT, "harmful": HARM, "refusal": SORRY})
-    verdicts = model_judge(f"classifier:{path}")(completions("BOMB", "SORRY", "talk"))
+    verdicts = judge_named(f"classifier:{path}")(completions("BOMB", "SORRY", "talk"))
     assert [verdict.reason for verdict in verdicts] == ["harmful", "refusal", "no harm and no refusal"]
 
 
 def test_a_class_that_no_name_tells_is_a_parameter(tmp_path):
     path = make_classifier(tmp_path, {"LABEL_0": CONSTANT, "LABEL_1": HARM})
     with pytest.raises(InputError, match=r"LABEL_0, LABEL_1.*refused_label or harmful_label"):
-        model_judge(f"classifier:{path}")(completions("BOMB"))
+        judge_named(f"classifier:{path}")(completions("BOMB"))
     for label in (1, "LABEL_1", "label_1"):
         judge = SequenceClassifierJudge(checkpoint=path, harmful_label=label)
         assert [verdict.label for verdict in judge(completions("BOMB", "talk"))] == ["complied", "safe"]
@@ -632,11 +596,11 @@ def test_classes_that_do_not_exclude_each_other_are_read_one_by_one(tmp_path):
     path = make_classifier(
         tmp_path, {"toxic": HARM, "rude": HARM, "other": HARM}, problem_type="multi_label_classification"
     )
-    (verdict,) = model_judge(f"classifier:{path}")(completions("BOMB"))
+    (verdict,) = judge_named(f"classifier:{path}")(completions("BOMB"))
     assert (verdict.label, verdict.score > 0.99) == ("complied", True)
 
 
 def test_a_classifiers_input_is_cut_to_its_context(tmp_path):
     path = make_classifier(tmp_path, {"safe": CONSTANT, "unsafe": HARM}, max_position_embeddings=64)
-    verdicts = model_judge(f"classifier:{path}")(completions("x" * 63 + "BOMB", "x" * 64 + "BOMB"))
+    verdicts = judge_named(f"classifier:{path}")(completions("x" * 63 + "BOMB", "x" * 64 + "BOMB"))
     assert [verdict.label for verdict in verdicts] == ["complied", "safe"]

@@ -23,7 +23,7 @@ from safetyheads.experiments.lab import SHORT
 from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
 from safetyheads.experiments.settings import ORGANISM
 from safetyheads.heads import format_heads
-from safetyheads.judges.answer_checks import echo_of
+from safetyheads.judges.phrases import echo_of
 from safetyheads.prompts.templates import FORMS, Template
 from safetyheads.stats.intervals import Rate
 

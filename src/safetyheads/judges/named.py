@@ -1,6 +1,7 @@
-"""Judges by name. Owns the table of names and forms; each judge's rules are its own module's.
+"""Makes judges by name.
 
-Naming a judge is cheap: nothing is loaded from disk or network but, for a function of the user's, its module.
+To add a judge of rules, add an entry to ``JUDGES``; to add a judge model, add one to ``formats.MODEL_JUDGES``. A judge
+in a user's own module is ``python:package.module:function``. Making a judge loads no model and sends nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Judge
 from safetyheads.judges.endpoint import endpoint_judge
+from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.function import judge_from_path
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.judges.phrases import PhraseJudge
@@ -19,53 +21,60 @@ JUDGES: dict[str, Callable[[], Judge]] = {
     "released": lambda: KeywordJudge("released"),
     "phrases": PhraseJudge,
 }
-"""Each judge of rules that has a name, by that name; a judge of your own is one entry."""
+"""The judges of rules by name."""
 
-FORMS: dict[str, tuple[str, Callable[[str], Judge]]] = {
-    "endpoint": ("endpoint:MODEL", endpoint_judge),
-    "python": ("python:package.module:function", judge_from_path),
-}
-"""Judges with an argument: what stands before the first colon, how it is written, and what makes one of the rest."""
+FORMS = (
+    "NAME=PATH_OR_ID of a judge model",
+    "classifier:PATH_OR_ID",
+    "endpoint:MODEL",
+    "python:package.module:function",
+)
+"""How judges with an argument are written."""
 
 
 def judge_named(spec: str, device: str = "cpu") -> Judge:
-    """The judge of that name or form: a key of :data:`JUDGES`, a form of :data:`FORMS`, or a judge model.
+    """The judge of that name: a key of :data:`JUDGES` or of ``MODEL_JUDGES``, or one of :data:`FORMS`.
 
     Args:
-        spec: the name or form.
+        spec: the name.
         device: where a judge model runs.
 
     Raises:
-        InputError: there is none; the message lists those there are. Or the judge lacks what it needs, such as an
-            endpoint's address.
+        InputError: no judge has this name (the message lists the known ones), or the judge lacks what it needs, such
+            as an endpoint's address.
     """
     if spec in JUDGES:
         return JUDGES[spec]()
-    prefix, _, rest = spec.partition(":")
-    if prefix in FORMS and rest:
-        return FORMS[prefix][1](rest)
-    # Judge models are looked up last and imported here, so that the other names stay quick.
-    from safetyheads.judges.models import MODEL_JUDGES, model_judge
+    form, colon, argument = spec.partition(":")
+    if form == "endpoint" and argument:
+        return endpoint_judge(argument)
+    if form == "python" and argument:
+        return judge_from_path(argument)
+    name, equals, checkpoint = spec.partition("=")
+    is_classifier = form == "classifier" and bool(colon)
+    if not is_classifier and name not in MODEL_JUDGES:
+        raise InputError(f"unknown judge {spec!r}; known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}")
+    if equals and not checkpoint and not is_classifier:
+        raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
+    # Imported here because it needs torch, which the other judges do not.
+    from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 
-    judge = model_judge(spec, device)
-    if judge is None:
-        names = ", ".join((*JUDGES, *MODEL_JUDGES))
-        forms = ", ".join(("NAME=PATH of a judge model", "classifier:PATH", *(form for form, _ in FORMS.values())))
-        raise InputError(f"unknown judge {spec!r}; known are {names}, and {forms}")
-    return judge
+    if is_classifier:
+        return SequenceClassifierJudge(checkpoint=argument, device=device)
+    return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device)
 
 
 def judges_named(specs: Sequence[str], device: str = "cpu") -> tuple[Judge, ...]:
     """Several judges, in the order given.
 
     Raises:
-        InputError: as :func:`judge_named`; or none is given, or one twice.
+        InputError: as :func:`judge_named`; or no name is given, or one name twice.
     """
     if not specs:
         raise InputError("at least one judge is needed")
     judges = tuple(judge_named(spec, device) for spec in specs)
     names = [judge.name for judge in judges]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"each judge can be given once; {', '.join(twice)} came more often")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
     return judges

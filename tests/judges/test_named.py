@@ -1,0 +1,62 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from safetyheads.errors import InputError
+from safetyheads.judges.base import Judge
+from safetyheads.judges.formats import MODEL_JUDGES
+from safetyheads.judges.named import FORMS, JUDGES, judge_named, judges_named
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *JUDGES,
+        *MODEL_JUDGES,
+        "qwen3guard=Qwen/Qwen3Guard-Gen-4B",
+        "classifier:somewhere",
+        "endpoint:maker/model:8b",  # nobody listens there: naming must not ask
+        "python:textwrap:dedent",
+    ],
+)
+def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch):
+    monkeypatch.setenv("SAFETYHEADS_JUDGE_URL", "http://localhost:9/v1")
+    monkeypatch.setenv("SAFETYHEADS_JUDGE_KEY", "not-a-real-key")
+    judge = judge_named(spec)
+    assert isinstance(judge, Judge)
+    assert judge.name == spec
+    assert json.loads(json.dumps(judge.describe()))["name"] == spec
+    assert judge.decides_early == (spec in JUDGES)
+    assert judge.final("I cannot help with that. ") == (spec in JUDGES)
+
+
+@pytest.mark.parametrize("spec", ["endpoint", "endpoint:", "python:", "Paper", "paper:x", "", "gpt:x", "gpt=x"])
+def test_an_unknown_judge_lists_the_known_ones_and_the_forms(spec):
+    with pytest.raises(InputError) as raised:
+        judge_named(spec)
+    assert str(raised.value).startswith(f"unknown judge {spec!r}; known are paper, released, phrases, ")
+    assert all(form in str(raised.value) for form in FORMS)
+
+
+@pytest.mark.parametrize(("spec", "message"), [("qwen3guard=", "names no checkpoint"), ("classifier:", "needs a dir")])
+def test_a_form_without_its_path_is_refused(spec, message):
+    with pytest.raises(InputError, match=message):
+        judge_named(spec)
+
+
+def test_several_judges_are_named_in_order_and_each_once():
+    assert [judge.name for judge in judges_named(["phrases", "paper"])] == ["phrases", "paper"]
+    with pytest.raises(InputError, match="each judge can be given once; paper came more often"):
+        judges_named(["paper", "phrases", "paper"])
+    with pytest.raises(InputError, match="at least one judge"):
+        judges_named([])
+
+
+def test_naming_a_judge_of_rules_loads_no_torch_and_no_client():
+    code = (
+        "import sys; from safetyheads.judges.named import judge_named; judge_named('phrases');"
+        "print(sorted({'torch', 'transformers', 'httpx2', 'openai'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
