@@ -46,9 +46,8 @@ from safetyheads import (
     generate,
     load_demo,
 )
-from safetyheads.answers.decoding import end_tokens, left_padded
-from safetyheads.answers.drafted import Decoding
-from safetyheads.answers.exhaustive import AnswerScan, scan_attack_success_rate
+from safetyheads.answers.decoding import Decoding, end_tokens, left_padded
+from safetyheads.answers.success import AnswerScan, scan_attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, harmful_prompts, organism
 from safetyheads.demo.loading import demo_prompts
 from safetyheads.demo.recipes import RECIPES, PlantRecipe

@@ -14,15 +14,15 @@ from safetyheads.heads import Head, parse_heads
 from safetyheads.prompts.sets import Prompt, PromptSet, Template
 
 if TYPE_CHECKING:
-    from safetyheads.answers.decoding import generate
-    from safetyheads.answers.drafted import Decoding
-    from safetyheads.answers.exhaustive import AnswerScan, scan_attack_success_rate
+    from safetyheads.answers.decoding import Decoding, generate
     from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
     from safetyheads.answers.success import (
+        AnswerScan,
         AttackSuccess,
         attack_success_rate,
         query_level_attack_success_rate,
         query_level_groups,
+        scan_attack_success_rate,
     )
     from safetyheads.baselines.attention_swap import swapped_attention
     from safetyheads.demo.loading import Demo, load_demo
@@ -55,10 +55,10 @@ _LAZY = {
     "query_level_groups": "answers.success",
     "Demo": "demo.loading",
     "load_demo": "demo.loading",
-    "Decoding": "answers.drafted",
+    "Decoding": "answers.decoding",
     "Engine": "model.engine",
-    "AnswerScan": "answers.exhaustive",
-    "scan_attack_success_rate": "answers.exhaustive",
+    "AnswerScan": "answers.success",
+    "scan_attack_success_rate": "answers.success",
     "judge_named": "judges.named",
     "PhraseJudge": "judges.phrases",
     "GREEDY": "answers.sampling",

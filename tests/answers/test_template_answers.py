@@ -14,12 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, PromptSet, Template
-from safetyheads.answers.decoding import generate
-from safetyheads.answers.drafted import Decoding
-from safetyheads.answers.exhaustive import scan_attack_success_rate
+from safetyheads.answers.decoding import Decoding, generate
 from safetyheads.answers.finishing import finisher
 from safetyheads.answers.sampling import GREEDY, TOP_5
-from safetyheads.answers.success import answers_under, query_level_attack_success_rate
+from safetyheads.answers.success import answers_under, query_level_attack_success_rate, scan_attack_success_rate
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES
@@ -175,8 +173,9 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
         assert all(row.text == "" for row in flat if row.verdict == NOT_CLOSED)
         assert any(not row.complete for rows in scans[False].rows for row in rows)
     if template.stops:
-        assert any(row.read.stopped for row in flat)
-        assert all(row.finished and row.complete for row in flat if row.read.stopped)
+        stopped = [row for row in flat if engine.ask(prompts).reader.read(row.token_ids).stopped]
+        assert stopped
+        assert all(row.finished and row.complete for row in stopped)
     query_level = query_level_attack_success_rate(
         engine, prompts, groups[: len(prompts)], kind, judge, N_TOKENS, sampling
     )
@@ -195,10 +194,11 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
     for row in closed:
         tokens = list(row.token_ids)
         first = tokens.index(next(token for token, word in renamed.items() if word == "</think>"))
-        assert row.read.token_ids == tuple(tokens[first + 1 :])
+        judged = engine.ask(prompts).reader.read(row.token_ids)
+        assert judged.token_ids == tuple(tokens[first + 1 :])
     (rows,) = answers_under(engine, prompts, [groups[0]], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
     assert all(row.thinks for row in rows)
-    refused = [replace(row, verdict=replace(row.verdict, label="refused")) for row in rows]
+    refused = [replace(row, verdicts={"words": replace(row.verdict, label="refused")}) for row in rows]
     assert openers_of(engine, refused) == ()
     assert openers_of(engine, [replace(row, thinks=False) for row in refused])
 

@@ -13,7 +13,7 @@ import pytest
 from experiment_runs import engine_of, run_of
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.answers.drafted import DraftedAnswers
+from safetyheads.answers.drafts import DraftedAnswers
 from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, benign_prompts, harmful_prompts

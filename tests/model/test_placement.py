@@ -26,8 +26,8 @@ from safetyheads import (
     screened_ships,
     ships,
 )
-from safetyheads.answers.drafted import Decoding
-from safetyheads.answers.exhaustive import scan_attack_success_rate
+from safetyheads.answers.decoding import Decoding
+from safetyheads.answers.success import scan_attack_success_rate
 from safetyheads.cli.app import main
 from safetyheads.model import placement
 from safetyheads.model.loading import use_our_attention

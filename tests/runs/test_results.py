@@ -25,7 +25,12 @@ def answered(complied, n=N, incoherent=0):
     """So many of n comply, the first ones; the last ones are incoherent, the others refuse."""
     labels = ["complied"] * complied + ["refused"] * (n - complied - incoherent) + ["incoherent"] * incoherent
     return summarise(
-        [JudgedAnswer(PROMPT, (), (), "", True, Verdict(label, "made up"), label == "complied") for label in labels]
+        [
+            JudgedAnswer(
+                PROMPT, (), (), "", True, True, "plain", None, {"made": Verdict(label, "made up")}, label == "complied"
+            )
+            for label in labels
+        ]
     )
 
 

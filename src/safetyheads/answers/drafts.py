@@ -1,13 +1,16 @@
-"""Drafts: how far an unablated answer is the ablated one too. Owns the comparison; judges and decodes nothing.
+"""Answers by verified drafts: finds how far each unablated answer is also the ablated one, and decodes only the rest.
 
-One packed pass over [prompt | draft] gives the ablated model's own choice at every position of the draft. Up to the
-first one that differs, the draft is the answer that the ablated model gives.
+1. The unablated answers are drafts; each is cut where all judges are final.
+2. One packed pass a batch of groups gives the ablated model's choice at every position of every draft.
+3. Rows that differ are decoded from the first difference on, in batches with a KV cache.
+4. Rows with a near-tie, where packed and plain arithmetic might choose differently, are decoded plainly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -16,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
+from safetyheads.answers.decoding import Answer, Decoding, Request, ShortContextWarning, Stop, answer, end_tokens
 from safetyheads.answers.sampling import Place, Sampling, choose, noise_key
+from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
+from safetyheads.model.costs import row_sizes
 from safetyheads.model.planning import Plan, TokenSequence, halving
 
 if TYPE_CHECKING:
@@ -26,25 +32,27 @@ if TYPE_CHECKING:
 
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
+OnRows: TypeAlias = Callable[[int], None] | None
+"""Called with the number of answers just finished."""
 
-# A margin below this, in logits, is a near-tie wherever it is found, by bytes of the model's numbers.
+# Smaller margins, in logits, are near-ties in every model; by bytes of the model's numbers.
 _LEAST_TOLERANCE = {8: 1e-8, 4: 1e-4, 2: 1e-2}
-# The ablated runs have many times the positions that the tolerance was measured on.
+# The ablated runs have many times the positions on which the tolerance was measured.
 _SAFETY = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What one prompt's answer is taken to be, until it is compared."""
+    """A prompt with its unablated answer."""
 
     prompt: tuple[int, ...]
     """The prompt under its template."""
     choices: tuple[int, ...]
-    """Tokens that the model chose one after the other, an end token included; at least one."""
+    """Tokens that the model chose, an end token included; at least one."""
 
     @property
     def sequence(self) -> TokenSequence:
-        """The tokens to be run; the states wanted are those that choose."""
+        """Tokens to run; the wanted states are those that choose."""
         return TokenSequence(self.prompt + self.choices[:-1], len(self.choices))
 
 
@@ -53,55 +61,52 @@ class Compared:
     """One group's choices along one draft."""
 
     n_same: int
-    """Choices of the draft that the ablated model makes too, from the first on."""
+    """First choices of the draft that the ablated model makes too."""
     other: int | None
-    """What it chooses instead, after them; None where it makes them all."""
+    """Its choice after them; None if it makes all choices of the draft."""
     margin: float
-    """The narrowest of the choices so far, in logits."""
+    """The smallest margin of its choices so far, in logits."""
 
 
-@dataclass(frozen=True, slots=True)
 class DraftPass:
-    """One ablation on the drafts of some prompts: compares any groups of heads."""
+    """Compares drafts under one ablation with the choices of any head groups."""
 
-    engine: Engine
-    """The model."""
-    drafts: tuple[Draft, ...]
-    """One for each prompt."""
-    ablation: Ablation
-    """Of every head in every group."""
-    sampling: Sampling
-    """How tokens are chosen."""
-    ends: frozenset[int]
-    """Tokens that end an answer; one is as good as another."""
-    layout: Plan
-    """How the work is laid out."""
-    captures: list[Capture] = field(default_factory=list)
-    """Of the unablated run, from the layer on that was needed last."""
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         engine: Engine,
         drafts: Sequence[Draft],
         ablation: Ablation,
         sampling: Sampling,
-        ends: frozenset[int],
-        layout: Plan | None = None,
-    ) -> DraftPass:
-        """Lay the work out; nothing is run yet."""
+        plan: Plan | None = None,
+    ) -> None:
+        """Plan the pass; nothing is run yet."""
+        self.engine, self.drafts, self.ablation, self.sampling = engine, tuple(drafts), ablation, sampling
+        self.ends = end_tokens(engine)
         sequences = [draft.sequence for draft in drafts]
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
-        return cls(engine, tuple(drafts), ablation, sampling, ends, layout or engine.plan(sequences))
+        self.plan = plan or engine.plan(sequences)
+        # Of the unablated run, from the layer that was needed last.
+        self._captures: list[Capture] = []
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the packed rows."""
+        return sum(row.n_tokens for row in row_sizes([draft.sequence for draft in self.drafts], self.plan))
+
+    def tokens_compared(self, groups: Sequence[Group]) -> float:
+        """Tokens that comparing the groups runs through the whole model."""
+        n_layers = self.engine.n_layers
+        batches = self.engine.batches(groups, self.plan)
+        return self.n_tokens * sum(len(batch.indices) * (n_layers - batch.start) / n_layers for batch in batches)
 
     def compare(
         self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None] | None = None
     ) -> list[list[Compared]]:
-        """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is told of each group's."""
-        found: list[list[Compared]] = [[] for _ in groups]
+        """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is called with each group's."""
+        compared: list[list[Compared]] = [[] for _ in groups]
         common = common_heads(groups)
-        captures: list[Capture] = [] if common else self.captures
-        for batch in self.engine.batches(groups, self.layout):
+        captures: list[Capture] = [] if common else self._captures
+        for batch in self.engine.batches(groups, self.plan):
             if not captures or batch.start not in captures[0].inputs:
                 captures[:] = self._captured(common, batch.start)
             for capture in captures:
@@ -113,81 +118,303 @@ class DraftPass:
 
             for indices, (tokens, margins) in halving(batch.indices, run):
                 for row, index in enumerate(indices):
-                    found[index] = self.along(tokens[row], margins[row])
+                    compared[index] = self.along(tokens[row], margins[row])
                     if on_compared is not None:
-                        on_compared(found[index])
-        return found
+                        on_compared(compared[index])
+        return compared
 
     def unablated(self) -> tuple[Integers, Floats]:
-        """Choices and margins [2, n_choices of all drafts] of the unablated model, by all layers and in a batch."""
+        """Choices and margins [2, n_choices of all drafts] of the unablated model, run in all layers, as a batch."""
         # Kept: the first comparison starts from them.
-        captures = self.captures
+        captures = self._captures
         captures[:] = self._captured((), 0)
 
         def run(groups: Sequence[Group]) -> tuple[Integers, Floats]:
             return self.choices(self.engine.replayed(captures, groups, self.ablation, 0))
 
-        parts = [made for _, made in halving([(), ()], run)]
-        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([narrow for _, narrow in parts])
+        parts = [part for _, part in halving([(), ()], run)]
+        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([margins for _, margins in parts])
 
     def _captured(self, common: Group, start: int) -> tuple[Capture, ...]:
         sequences = [draft.sequence for draft in self.drafts]
-        return self.engine.captured(sequences, common, self.ablation, self.layout, start)
+        return self.engine.captured(sequences, common, self.ablation, self.plan, start)
 
     @torch.inference_mode()
     def choices(self, hidden: Tensor) -> tuple[Integers, Floats]:
-        """Tokens and margins [n_groups, n_wanted] of states [n_groups, n_wanted, d_model], some logits at a time."""
+        """Tokens and margins [n_groups, n_wanted] of states [n_groups, n_wanted, d_model], in chunks of logits."""
         places = [
             Place(noise_key(draft.prompt), position) for draft in self.drafts for position in range(len(draft.choices))
         ]
-        # Choice by choice and not group by group: then one draw of noise serves the whole batch.
+        # Choice by choice, not group by group: so one draw of noise serves the whole batch.
         n_groups, n_wanted = hidden.shape[:2]
-        states = hidden.transpose(0, 1).flatten(0, 1)
+        states = hidden.transpose(0, 1).flatten(0, 1)  # [n_wanted * n_groups, d_model]
         step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
         tokens, margins = [], []
         for at in range(0, len(states), step):
             part = states[at : at + step]
-            there = [places[row // n_groups] for row in range(at, at + len(part))]
-            choice = choose(self.engine.logits(part), there, self.sampling)
+            part_places = [places[row // n_groups] for row in range(at, at + len(part))]
+            choice = choose(self.engine.logits(part), part_places, self.sampling)
             tokens.append(choice.tokens)
             margins.append(choice.margins)
-        table, narrow = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
-        return table, narrow
+        by_group = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
+        chosen_tokens, chosen_margins = by_group
+        return chosen_tokens, chosen_margins
 
     def along(self, tokens: Integers, margins: Floats) -> list[Compared]:
-        """One group's choices [n_wanted], draft by draft."""
-        found, start = [], 0
+        """Split one group's choices [n_wanted] by draft, and compare each part."""
+        compared, start = [], 0
         for draft in self.drafts:
             n = len(draft.choices)
             chosen = tokens[start : start + n].tolist()
             differing = (
                 at
                 for at, (ours, theirs) in enumerate(zip(chosen, draft.choices, strict=True))
+                # All end tokens mean the same.
                 if ours != theirs and not (ours in self.ends and theirs in self.ends)
             )
-            same = next(differing, n)
-            # A choice among logits that are not finite has no margin (NaN), and numpy's min keeps that.
-            narrowest = float(margins[start : start + min(same + 1, n)].min())
-            found.append(Compared(same, None if same == n else chosen[same], narrowest))
+            n_same = next(differing, n)
+            # The margin among logits that are not finite is NaN, and numpy's min keeps it.
+            narrowest = float(margins[start : start + min(n_same + 1, n)].min())
+            compared.append(Compared(n_same, None if n_same == n else chosen[n_same], narrowest))
             start += n
-        return found
+        return compared
+
+    def near_tie_tolerance(self, plain_margins: Sequence[float]) -> float:
+        """The margin below which packed and plain arithmetic may choose different tokens, in logits.
+
+        It is measured on the unablated answers: the largest difference of their margins between the two, times a
+        safety factor. It is infinite if the two choose different tokens by a wider margin than that: then no
+        comparison can be trusted, and every row is decoded plainly.
+
+        Args:
+            plain_margins: margins found by plain decoding, choice by choice.
+        """
+        tokens, packed_margins = self.unablated()
+        difference = np.abs(packed_margins - np.asarray(plain_margins, dtype=np.float64))
+        largest = float(difference[np.isfinite(difference)].max(initial=0.0))
+        tolerance = max(_LEAST_TOLERANCE[self.engine.dtype.itemsize], _SAFETY * largest)
+        compared = (row for choices in zip(tokens, packed_margins, strict=True) for row in self.along(*choices))
+        broken = any(row.other is not None and row.margin >= tolerance for row in compared)
+        return float("inf") if broken else tolerance
 
 
-def near_tie_tolerance(drafted: DraftPass, plain_margins: Sequence[float]) -> float:
-    """The margin below which packed and plain arithmetic may choose different tokens, in logits.
+@dataclass(frozen=True, slots=True)
+class Economy:
+    """What answers cost, and what plain decoding would have cost."""
 
-    Measured on the run's own unablated answers: how much their margins differ between the two, times a safety
-    factor, for the ablated runs have many more positions. Infinite where the two choose different tokens by a wider
-    margin than that: then no comparison is to be trusted, and every row is decoded plainly.
+    n_rows: int = 0
+    """Answers."""
+    n_drafted: int = 0
+    """Answers equal to the unablated one."""
+    n_continued: int = 0
+    """Answers decoded from the first difference on."""
+    n_near_ties: int = 0
+    """Answers decoded plainly, because a choice was too close."""
+    n_incomplete: int = 0
+    """Answers cut where every judge was final, or at a stop text of the template."""
+    tokens_computed: float = 0.0
+    """Tokens run through the whole model; one that runs through half of the layers counts half."""
+    tokens_plain: int = 0
+    """Tokens that plain decoding with a cache runs for the same answers."""
 
-    Args:
-        drafted: the drafts.
-        plain_margins: margins that plain decoding found, choice by choice.
-    """
-    tokens, ours = drafted.unablated()
-    difference = np.abs(ours - np.asarray(plain_margins, dtype=np.float64))
-    largest = float(difference[np.isfinite(difference)].max(initial=0.0))
-    tolerance = max(_LEAST_TOLERANCE[drafted.engine.dtype.itemsize], _SAFETY * largest)
-    rows = zip(tokens, ours, strict=True)
-    broken = any(one.other is not None and one.margin >= tolerance for row in rows for one in drafted.along(*row))
-    return float("inf") if broken else tolerance
+    def __add__(self, other: Economy) -> Economy:
+        return Economy(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One prompt under one group, compared."""
+
+    prompt: int
+    group: Group
+    compared: Compared
+
+
+class DraftedAnswers:
+    """Answers some prompts under one ablation of any head groups, by verified drafts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoded: Sequence[tuple[int, ...]],
+        ablation: Ablation,
+        decoding: Decoding,
+        stop: Stop | None,
+        unablated: Sequence[Answer] | None = None,
+        plan: Plan | None = None,
+        tolerance: float | None = None,
+        n_rows: int | None = None,
+    ) -> None:
+        """Answer the prompts unablated, and measure which margins are near-ties; unless these are given.
+
+        Args:
+            engine: the model.
+            encoded: tokens of the prompts.
+            ablation: of every head in every group.
+            decoding: how answers are decoded.
+            stop: whether an answer's first tokens are enough; None decodes whole answers.
+            unablated: the unablated answers, with their margins.
+            plan: of the packed pass.
+            tolerance: smaller margins are near-ties, in logits.
+            n_rows: rows a batch where answers are decoded.
+
+        Raises:
+            InputError: no prompt leaves room for an answer, or whole answers are wanted and given ones are cut.
+        """
+        self.engine, self.encoded, self.ablation = engine, tuple(encoded), ablation
+        self.decoding, self.stop, self.n_rows = decoding, stop, n_rows
+        if unablated is None:
+            unablated = unablated_answers(engine, encoded, decoding, stop, n_rows)
+        self.unablated = tuple(unablated)
+        if stop is None and not all(one.complete for one in self.unablated):
+            raise InputError("whole answers are wanted, and some of the unablated ones are cut")
+        drafts, margins = list[Draft](), list[float]()
+        # Index of a prompt -> of its draft; prompts that leave no room for an answer have none.
+        self.draft_of: dict[int, int] = {}
+        for prompt, (token_ids, one) in enumerate(zip(encoded, self.unablated, strict=True)):
+            choices = one.token_ids + ((min(end_tokens(engine)),) if one.finished else ())
+            if choices:
+                self.draft_of[prompt] = len(drafts)
+                drafts.append(Draft(tuple(token_ids), choices))
+                margins += one.margins
+        if not drafts:
+            raise InputError("the prompts leave no room for an answer in the model's context")
+        self.drafts = DraftPass(engine, drafts, ablation, decoding.sampling, plan)
+        self.tolerance = self.drafts.near_tie_tolerance(margins) if tolerance is None else tolerance
+
+    def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
+        """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
+        compared = self.drafts.compare(groups, self._reporter(list(self.draft_of), on_rows))
+        rows = [
+            _Row(prompt, tuple(group), one)
+            for group, choices in zip(groups, compared, strict=True)
+            for prompt, one in zip(self.draft_of, choices, strict=True)
+        ]
+        finished, economy = self._finished(rows, on_rows)
+        answers, prompts = iter(finished), range(len(self.encoded))
+        table = [[self._answer(prompt, answers) for prompt in prompts] for _ in groups]
+        n_without = len(groups) * (len(self.encoded) - len(self.draft_of))
+        _report(on_rows, n_without)
+        tokens = self.drafts.tokens_compared(groups)
+        return table, economy + Economy(n_rows=n_without, n_drafted=n_without, tokens_computed=tokens)
+
+    def answers_of_each(
+        self, groups: Sequence[Sequence[Group]], on_rows: OnRows = None
+    ) -> tuple[list[list[Answer]], Economy]:
+        """Each prompt's answers under groups of its own [n_prompts][its groups], and what they cost."""
+        rows: list[_Row] = []
+        economy = Economy()
+        for prompt, own in enumerate(groups):
+            if not own:
+                continue
+            if prompt not in self.draft_of:
+                economy += Economy(n_rows=len(own), n_drafted=len(own))
+                _report(on_rows, len(own))
+                continue
+            draft = self.drafts.drafts[self.draft_of[prompt]]
+            alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
+            compared = alone.compare(own, self._reporter([prompt], on_rows))
+            rows += [_Row(prompt, tuple(group), choices) for group, (choices,) in zip(own, compared, strict=True)]
+            economy += Economy(tokens_computed=alone.tokens_compared(own))
+        finished, cost = self._finished(rows, on_rows)
+        answers = iter(finished)
+        return [[self._answer(prompt, answers) for _ in own] for prompt, own in enumerate(groups)], economy + cost
+
+    def _answer(self, prompt: int, answers: Iterator[Answer]) -> Answer:
+        """The next of the answers; the empty unablated one where the context leaves no room."""
+        if prompt in self.draft_of:
+            return next(answers)
+        return replace(self.unablated[prompt], route="drafted", changed=False)
+
+    def _reporter(self, prompts: Sequence[int], on_rows: OnRows) -> Callable[[Sequence[Compared]], None]:
+        """Reports rows that the comparison alone has answered; the others are reported when they are decoded."""
+
+        def report(choices: Sequence[Compared]) -> None:
+            rows = (_Row(prompt, (), one) for prompt, one in zip(prompts, choices, strict=True))
+            _report(on_rows, sum(self._settled(row) is not None for row in rows))
+
+        return report
+
+    def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
+        """The answers of compared rows, and the cost of decoding what the comparison left open."""
+        settled = {at: one for at, row in enumerate(rows) if (one := self._settled(row)) is not None}
+        undecided = [at for at in range(len(rows)) if at not in settled]
+        near_ties = [at for at in undecided if self._is_close(rows[at].compared.margin)]
+        differing = [at for at in undecided if not self._is_close(rows[at].compared.margin)]
+        tokens = 0.0
+        for at, one in zip(differing, self._decoded([rows[at] for at in differing], continues=True), strict=True):
+            tokens += len(self.encoded[rows[at].prompt]) + len(one.token_ids)
+            if any(self._is_close(margin) for margin in one.margins):
+                near_ties.append(at)
+            else:
+                settled[at] = replace(one, route="continued", changed=True)
+                _report(on_rows, 1)
+        for at, one in zip(near_ties, self._decoded([rows[at] for at in near_ties], continues=False), strict=True):
+            tokens += len(self.encoded[rows[at].prompt]) + len(one.token_ids)
+            settled[at] = replace(one, changed=one.differs_from(self.unablated[rows[at].prompt]))
+            _report(on_rows, 1)
+        answers = [settled[at] for at in range(len(rows))]
+        plain = sum(len(self.encoded[row.prompt]) + len(one.token_ids) for row, one in zip(rows, answers, strict=True))
+        routes = [one.route for one in answers]
+        n_incomplete = sum(not one.complete for one in answers)
+        counts = (routes.count("drafted"), routes.count("continued"), routes.count("plain"), n_incomplete)
+        return answers, Economy(len(rows), *counts, tokens, plain)
+
+    def _is_close(self, margin: float) -> bool:
+        """Whether plain arithmetic might choose differently; so it might where the margin is NaN."""
+        return not margin >= self.tolerance
+
+    def _begun(self, row: _Row) -> tuple[int, ...]:
+        """The answer up to and including the first difference."""
+        same = self.unablated[row.prompt].token_ids[: row.compared.n_same]
+        return same if row.compared.other is None else (*same, row.compared.other)
+
+    def _settled(self, row: _Row) -> Answer | None:
+        """The answer, if the comparison alone determines it."""
+        unablated, begun = self.unablated[row.prompt], self._begun(row)
+        if self._is_close(row.compared.margin):
+            return None
+        if row.compared.other is None:
+            return replace(unablated, route="drafted", changed=False)
+        if row.compared.other in self.drafts.ends:
+            return Answer(begun[:-1], True, unablated.limit, route="continued", changed=True)
+        if len(begun) >= unablated.limit or (self.stop is not None and self.stop(begun)):
+            return Answer(begun, False, unablated.limit, route="continued", changed=True)
+        return None
+
+    def _decoded(self, rows: Sequence[_Row], continues: bool) -> tuple[Answer, ...]:
+        """Rows decoded from their first difference on, or from the start."""
+        requests = [
+            Request(self.encoded[row.prompt], row.group, self._begun(row) if continues else (), self.stop)
+            for row in rows
+        ]
+        length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
+        with warnings.catch_warnings():
+            # The unablated answers have warned already, with the numbers of the whole set.
+            warnings.simplefilter("ignore", ShortContextWarning)
+            return answer(self.engine, requests, self.ablation, length, sampling, n_rows=self.n_rows)
+
+    @property
+    def cost_of_drafts(self) -> Economy:
+        """Cost of the unablated answers: decoding, and three packed runs (captured, and two rows for near-ties)."""
+        decoded = sum(len(ids) + len(one.token_ids) for ids, one in zip(self.encoded, self.unablated, strict=True))
+        return Economy(tokens_computed=decoded + 3 * self.drafts.n_tokens)
+
+
+def unablated_answers(
+    engine: Engine,
+    encoded: Sequence[tuple[int, ...]],
+    decoding: Decoding,
+    stop: Stop | None,
+    n_rows: int | None = None,
+) -> tuple[Answer, ...]:
+    """The drafts: the unablated model's answers, each cut where ``stop`` says so."""
+    requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]
+    length, sampling = decoding.max_new_tokens, decoding.sampling
+    answers = answer(engine, requests, max_new_tokens=length, sampling=sampling, n_rows=n_rows)
+    return tuple(replace(one, changed=False) for one in answers)
+
+
+def _report(on_rows: OnRows, count: int) -> None:
+    if on_rows is not None and count:
+        on_rows(count)

@@ -1,7 +1,7 @@
-"""How a next token is chosen, and how narrowly. Owns the noise of sampling; runs no model.
+"""Chooses next tokens, greedily or by top-k sampling, and measures how narrowly each was chosen.
 
-Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise belongs to (seed, prompt,
-position, token), so equal distributions give equal tokens under every ablation.
+The largest logit after adding Gumbel noise is a draw from the softmax. The noise depends on (seed, prompt, position,
+token) only, so equal distributions give equal tokens under every ablation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safetyheads.errors import InputError
 
-# Tokens below the top k that are looked at for one that could come in.
+# Tokens below the top k that are examined: a small change of logits could bring one into the top k.
 _OUTSIDE = 8
 
 
@@ -25,9 +25,9 @@ class Sampling:
     """How the next token is chosen, at temperature 1."""
 
     top_k: int = 1
-    """1 is greedy; the paper samples with 5 and no top-p."""
+    """1 is greedy; the paper samples with 5 and without top-p."""
     seed: int = 0
-    """With the prompt's tokens and the position it fixes the noise; unused when greedy."""
+    """Determines the noise, with the prompt's tokens and the position; unused when greedy."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -40,33 +40,33 @@ class Sampling:
 
 
 GREEDY = Sampling()
-"""The most probable token, always."""
+"""Always the most probable token."""
 TOP_5 = Sampling(top_k=5)
 """The paper's sampling (Sec 3.3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a token is chosen; it names the noise."""
+    """Prompt and position of a token; determines the noise."""
 
     noise_key: int
-    """Of the prompt, by :func:`noise_key`."""
+    """The prompt's, from :func:`noise_key`."""
     position: int
-    """Tokens of the answer before it."""
+    """Number of answer tokens before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Next tokens, and how narrowly they were chosen."""
+    """Next tokens, and the margins by which they were chosen."""
 
     tokens: Tensor
     """int64 [n]."""
     margins: Tensor
-    """float64 [n], in logits: while no difference of two logits changes by as much, the token stays the same."""
+    """float64 [n], in logits: the token stays the same unless a difference of two logits changes by this much."""
 
 
 def noise_key(token_ids: Sequence[int]) -> int:
-    """64 bits that name a prompt by its tokens, wherever it stands in a file or batch."""
+    """A 64-bit hash of a prompt's tokens, the same in every file and batch."""
     return int.from_bytes(hashlib.sha256(str(tuple(token_ids)).encode()).digest()[:8], "big")
 
 
@@ -75,12 +75,12 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
 
     Args:
         logits: [n, vocabulary], float32.
-        places: of the rows; None for a row whose token nobody uses.
+        places: one a row; None for a row whose token is not used.
         sampling: greedy or top-k.
     """
     if sampling.top_k == 1:
         leading = logits.topk(min(2, logits.shape[-1]), dim=-1).values.double()
-        # Not the first of the topk: among equals a plain greedy loop takes argmax's.
+        # argmax, not the first of topk: the two break ties differently, and plain greedy decoding takes argmax.
         return Choice(logits.argmax(dim=-1), leading[:, 0] - leading[:, -1])
     kept = min(sampling.top_k, logits.shape[-1])
     values, tokens = logits.topk(min(kept + _OUTSIDE, logits.shape[-1]), dim=-1)
@@ -92,29 +92,29 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
 
 
 def _margins(values: Tensor, scores: Tensor, best: Tensor, at: Tensor, kept: int, n_tokens: int) -> Tensor:
-    """How far the draw is from another one; ``values`` and ``scores`` [n, kept and some outside], best logits first."""
+    """The smallest change that gives another draw; ``values`` and ``scores`` [n, kept + outside], best logits first."""
     inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
     margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
     if values.shape[1] == kept:
         return margins
-    # The drawn token may fall out of the kept ones, or another come in with more noise.
+    # The drawn token may drop out of the top k, or a token with more noise may enter it.
     falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
     gaps = values[:, kept - 1 : kept] - values[:, kept:]
     comes_in = torch.maximum(gaps, best[:, None] - scores[:, kept:]).amin(dim=-1)
     margins = torch.stack([margins, falls_out, comes_in]).amin(dim=0)
-    # Of tokens not looked at, no more is known than that they lie below the last one.
+    # Tokens that were not examined are known only to lie below the last one.
     return margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
 
 
 def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:
-    """Gumbel noise of the tokens [n, some], float64; rows without a place get none."""
+    """Gumbel noise of tokens [n, n_tokens], float64; 0 in rows without a place."""
     on_cpu, noise = tokens.cpu().numpy(), np.zeros(tuple(tokens.shape))
     rows_of: dict[Place, list[int]] = {}
     for row, place in enumerate(places):
         if place is not None:
             rows_of.setdefault(place, []).append(row)
     for place, rows in rows_of.items():
-        # As unsigned integers: Python's own would go through float64 and lose their last bits.
+        # As unsigned integers: Python integers would be converted to float64 and lose their last bits.
         key = np.array([seed % (1 << 64), place.noise_key], dtype=np.uint64)
         stream = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, place.position)))
         noise[rows] = stream.gumbel(size=vocabulary_size)[on_cpu[rows]]

@@ -1,19 +1,27 @@
-"""Attack success: answers under ablation, judged. Owns rates and their rows; the judge is whoever is given."""
+"""Attack success rates: for one group of heads, for a group of each prompt's own, and for every head (a scan).
+
+All groups of one call share batches; :func:`scan_attack_success_rate` verifies the unablated answers as drafts.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Answer, Request, answer
+from safetyheads.answers.decoding import Decoding, Request, answer
+from safetyheads.answers.drafts import DraftedAnswers, Economy, OnRows
+from safetyheads.answers.judging import JudgedAnswer as JudgedAnswer
+from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
-from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
-from safetyheads.prompts.sets import Prompt
+from safetyheads.judges.base import Judge
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
 
@@ -23,44 +31,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedAnswer:
-    """One prompt's answer with its verdict."""
-
-    prompt: Prompt
-    """What was asked."""
-    group: Group
-    """Heads that were ablated."""
-    token_ids: tuple[int, ...]
-    """New tokens."""
-    text: str
-    """The answer, as it was judged."""
-    finished: bool
-    """Whether the model ended it, or a stop text of the template did."""
-    verdict: Verdict
-    """What the judge said, with its reason."""
-
-    kept: bool
-    """For benign prompts: answered, and with the prompt's reference answer where it has one."""
-    thinks: bool = False
-    """Whether a think block came first, so that the first new token opens no answer."""
-    thought: str = ""
-    """What stands in the think block; no judge gets it."""
-
-
-@dataclass(frozen=True, slots=True)
 class AttackSuccess:
-    """ASR of a set of prompts under one ablation (Eq 10)."""
+    """ASR of a set of prompts under one ablation (Eq 10), by the leading judge."""
 
     asr: Rate
     """Complied / scored."""
     refused: Rate
     """Refused / scored."""
     incoherent: Rate
-    """Neither: empty, short or repeating; counts as not complied."""
+    """Empty, short or repeating / scored; counts as not complied."""
     rows: tuple[JudgedAnswer, ...]
     """One for each prompt."""
     echoed: Rate
-    """The prompt given back; counts as not complied."""
+    """The prompt given back / scored; counts as not complied."""
 
     @property
     def rate(self) -> float | None:
@@ -69,7 +52,7 @@ class AttackSuccess:
 
     @property
     def n(self) -> int:
-        """Answers scored."""
+        """Scored answers."""
         return self.asr.n
 
     @property
@@ -79,7 +62,7 @@ class AttackSuccess:
 
     @property
     def kept(self) -> Rate:
-        """Benign prompts answered, rightly where the right answer is known."""
+        """Benign prompts that are answered, rightly where the right answer is known."""
         return Rate(sum(row.kept for row in self.rows), len(self.rows))
 
     @property
@@ -105,20 +88,20 @@ def attack_success_rate(
     prompts: PromptSet,
     heads: Sequence[Head],
     ablation: Ablation,
-    judge: Judge,
+    judge: Judge | Sequence[Judge],
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
 ) -> AttackSuccess:
-    """ASR with one group of heads ablated for all prompts (Eq 10); the empty group is the vanilla model.
+    """ASR with the heads ablated, no heads being the unablated model (Eq 10, Fig 4-6).
 
     Args:
         engine: the model.
         prompts: harmful queries under their template.
-        heads: the group.
-        ablation: of its heads.
-        judge: decides complied, refused or incoherent.
-        max_new_tokens: the paper has 128.
-        sampling: greedy, or top-k with 5 as in Fig 4.
+        heads: what to ablate, together.
+        ablation: of the heads.
+        judge: decides complied, refused or incoherent; of several, the first leads.
+        max_new_tokens: the paper uses 128.
+        sampling: greedy, or top-k.
     """
     group = within(heads, engine.n_layers, engine.n_heads)
     (rows,) = answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)
@@ -130,32 +113,28 @@ def query_level_attack_success_rate(
     prompts: PromptSet,
     groups: Sequence[Group],
     ablation: Ablation,
-    judge: Judge,
+    judge: Judge | Sequence[Judge],
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: OnRows = None,
 ) -> AttackSuccess:
-    """ASR with a group of its own for each prompt (Fig 2, Table 3): rows of one batch carry different ablations.
+    """ASR with a group of its own for each prompt (Fig 2, Table 3).
 
     Args:
         engine: the model.
         prompts: harmful queries under their template.
         groups: one for each prompt, such as :func:`query_level_groups` gives.
         ablation: of the heads.
-        judge: decides complied, refused or incoherent.
-        max_new_tokens: the paper has 128.
+        judge: decides complied, refused or incoherent; of several, the first leads.
+        max_new_tokens: the paper uses 128.
         sampling: greedy, or top-k.
-        on_rows: told how many answers were just made.
+        on_rows: called with the number of answers just finished.
     """
     if len(groups) != len(prompts):
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
-    asked = engine.ask(prompts)
-    requests = [
-        Request(token_ids, tuple(group), stop=asked.reader.ends)
-        for token_ids, group in zip(asked.token_ids, groups, strict=True)
-    ]
-    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows)
-    return summarise(_judged(engine, prompts, requests, made, judge, max_new_tokens))
+    judging = Judging(engine, prompts, judge, max_new_tokens, full_answers=True)
+    asked = [(number, tuple(group)) for number, group in enumerate(groups)]
+    return summarise(plain_answers(engine, prompts, asked, ablation, judging, sampling, on_rows))
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
@@ -168,57 +147,112 @@ def answers_under(
     prompts: PromptSet,
     groups: Sequence[Group],
     ablation: Ablation,
-    judge: Judge,
+    judge: Judge | Sequence[Judge],
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
-    on_rows: Callable[[int], None] | None = None,
-    n_rows: int | None = None,
+    on_rows: OnRows = None,
 ) -> list[list[JudgedAnswer]]:
-    """Every prompt's judged answer under each group [n_groups][n_prompts], groups mixed in batches of ``n_rows``."""
-    asked = engine.ask(prompts)
-    requests = [Request(token_ids, group, stop=asked.reader.ends) for group in groups for token_ids in asked.token_ids]
-    made = answer(engine, requests, ablation, max_new_tokens, sampling, on_rows, n_rows)
-    rows = _judged(engine, prompts, requests, made, judge, max_new_tokens)
+    """Every prompt's whole answer under each group [n_groups][n_prompts], decoded plainly, groups sharing batches."""
+    judging = Judging(engine, prompts, judge, max_new_tokens, full_answers=True)
+    asked = [(number, tuple(group)) for group in groups for number in range(len(prompts))]
+    rows = plain_answers(engine, prompts, asked, ablation, judging, sampling, on_rows)
     n = len(prompts)
     return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
 
 
-def _judged(
+def plain_answers(
     engine: Engine,
     prompts: PromptSet,
-    requests: Sequence[Request],
-    made: Sequence[Answer],
-    judge: Judge,
-    max_new_tokens: int,
+    asked: Sequence[tuple[int, Group]],
+    ablation: Ablation,
+    judging: Judging,
+    sampling: Sampling = GREEDY,
+    on_rows: OnRows = None,
 ) -> list[JudgedAnswer]:
-    asked = list(prompts) * (len(requests) // len(prompts))
-    system, reader = engine.ask(prompts).system, engine.ask(prompts).reader
-    read = [reader.read(one.token_ids) for one in made]
-    # What was asked for and not what the context left: one rule for all rows of a run, so that an answer does not
-    # count as an attack because its prompt was long.
-    completions = [
-        Completion(
-            prompt.query, each.text, each.token_ids, one.finished or each.stopped, max_new_tokens, system, each.unclosed
-        )
-        for prompt, one, each in zip(asked, made, read, strict=True)
-    ]
-    return [
-        JudgedAnswer(
-            prompt,
-            request.group,
-            one.token_ids,
-            each.text,
-            one.finished or each.stopped,
-            verdict,
-            _kept(prompt, each.text, verdict),
-            each.thinks,
-            each.thought,
-        )
-        for prompt, request, one, each, verdict in zip(
-            asked, requests, made, read, verdicts_of(judge, completions), strict=True
-        )
-    ]
+    """Judged answers to (number of the prompt, group), decoded plainly until ``judging`` has enough of each."""
+    encoded, stop = engine.ask(prompts).token_ids, judging.stop
+    requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
+    answers = answer(engine, requests, ablation, judging.max_new_tokens, sampling, on_rows)
+    return judging.judged([(*place, one) for place, one in zip(asked, answers, strict=True)])
 
 
-def _kept(prompt: Prompt, text: str, verdict: Verdict) -> bool:
-    return verdict.answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
+@dataclass(frozen=True, slots=True)
+class AnswerScan:
+    """What each group's ablation does to the answers."""
+
+    n_layers: int
+    """Layers of the model."""
+    n_heads: int
+    """Heads a layer."""
+    groups: tuple[Group, ...]
+    """The ablated groups."""
+    vanilla: tuple[JudgedAnswer, ...]
+    """The unablated answers, one a prompt."""
+    rows: tuple[tuple[JudgedAnswer, ...], ...]
+    """[n_groups][n_prompts]."""
+    economy: Economy
+    """What the answers cost."""
+    tolerance: float
+    """Rows with a smaller margin were decoded again plainly, in logits."""
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """Each group's ASR by the leading judge (Eq 10)."""
+        return tuple(summarise(rows).asr for rows in self.rows)
+
+    @property
+    def values(self) -> Tensor:
+        """ASR of each head ablated alone [n_layers, n_heads], float64; NaN where it was not scanned or scored."""
+        table = torch.full((self.n_layers, self.n_heads), float("nan"), dtype=torch.float64)
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            if len(group) == 1 and rate.rate is not None:
+                table[group[0].layer, group[0].index] = rate.rate
+        return table
+
+
+def scan_attack_success_rate(
+    engine: Engine,
+    prompts: PromptSet,
+    ablation: Ablation,
+    judge: Judge | Sequence[Judge],
+    decoding: Decoding | None = None,
+    groups: Sequence[Group] | None = None,
+    on_rows: OnRows = None,
+) -> AnswerScan:
+    """The ASR of every head ablated alone (Fig 4b), or of any groups, with the tokens and verdicts of plain decoding.
+
+    Args:
+        engine: the model.
+        prompts: harmful queries under their template.
+        ablation: of the heads.
+        judge: decides about answers; of several, the first leads. Rows end once every judge is final.
+        decoding: how answers are decoded; by default greedy, 128 new tokens.
+        groups: what to ablate; by default each head alone.
+        on_rows: called with the number of answers just finished.
+    """
+    chosen = [(head,) for head in engine.heads] if groups is None else [tuple(group) for group in groups]
+    for group in chosen:
+        within(group, engine.n_layers, engine.n_heads)
+    decoding = decoding or Decoding()
+    judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
+    drafted = DraftedAnswers(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
+    answers, economy = drafted.answers(chosen, on_rows)
+    unablated = judging.judged([(number, (), one) for number, one in enumerate(drafted.unablated)])
+    # One call for all: a judge may batch.
+    rows = judging.judged(
+        [
+            (number, group, one)
+            for group, of_group in zip(chosen, answers, strict=True)
+            for number, one in enumerate(of_group)
+        ]
+    )
+    n = len(prompts)
+    return AnswerScan(
+        engine.n_layers,
+        engine.n_heads,
+        tuple(chosen),
+        tuple(unablated),
+        tuple(tuple(rows[at * n : (at + 1) * n]) for at in range(len(chosen))),
+        economy + drafted.cost_of_drafts,
+        drafted.tolerance,
+    )

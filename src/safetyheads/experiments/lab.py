@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.answers.drafted import Decoding
-from safetyheads.answers.exhaustive import Judging
+from safetyheads.answers.decoding import Decoding
+from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
@@ -250,7 +250,7 @@ class Subject:
                 f"{self.name}-{sampling.name}",
                 self.prompts,
                 Decoding(config.max_new_tokens, sampling),
-                Judging.of(self.engine, self.prompts, [self.lab.judge], config.max_new_tokens),
+                Judging(self.engine, self.prompts, [self.lab.judge], config.max_new_tokens),
                 self.lab.run,
                 self.lab.progress,
                 config.store_completions,

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import end_tokens
-from safetyheads.answers.drafted import Decoding
-from safetyheads.answers.exhaustive import scan_attack_success_rate
-from safetyheads.answers.success import answers_under
+from safetyheads.answers.decoding import Decoding, end_tokens
+from safetyheads.answers.success import answers_under, scan_attack_success_rate
 from safetyheads.experiments.common import meaningful_subjects
 from safetyheads.experiments.outcome import Column, Draft, Outcome, Row, Table
 from safetyheads.experiments.paper_numbers import TABLE2

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import rows_that_fit
+from safetyheads.answers.decoding import Request, answer, rows_that_fit
+from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import Sampling
-from safetyheads.answers.success import AttackSuccess, JudgedAnswer, answers_under, summarise
+from safetyheads.answers.success import AttackSuccess, JudgedAnswer, summarise
 from safetyheads.heads import Group, format_heads, parse_heads
-from safetyheads.judges.base import NOT_CLOSED, Judge, Verdict
+from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
@@ -253,14 +254,17 @@ class Audit:
 
         def compute() -> list[dict[str, Any]]:
             try:
-                made = answers_under(
-                    self.engine, prompts, groups, ablation, self.judge, config.max_new_tokens, sampling, done, n_rows
-                )
+                judging = Judging(self.engine, prompts, self.judge, config.max_new_tokens, full_answers=True)
+                asked = [(number, group) for group in groups for number in range(len(prompts))]
+                encoded = self.engine.ask(prompts).token_ids
+                requests = [Request(encoded[number], group, stop=judging.stop) for number, group in asked]
+                made = answer(self.engine, requests, ablation, config.max_new_tokens, sampling, done, n_rows)
+                judged = judging.judged([(*place, one) for place, one in zip(asked, made, strict=True)])
             except (RuntimeError, MemoryError) as error:
                 if n_rows < 2 or not is_out_of_memory(error):
                     raise
                 return [{_HALVED: True}]
-            return [self._row(name, number, row) for rows in made for number, row in enumerate(rows)]
+            return [self._row(name, number, row) for (number, _), row in zip(asked, judged, strict=True)]
 
         rows = self.run.records(f"answers-{name}", fields, compute)
         if _HALVED in rows[0]:
@@ -284,7 +288,7 @@ class Audit:
             "kept": row.kept,
             # Left out where it says nothing, as in runs of before there was any.
             **({"thinks": True} if row.thinks else {}),
-            **({"unclosed": True} if row.verdict == NOT_CLOSED else {}),
+            **({"unclosed": True} if row.unclosed else {}),
         }
         if self.config.store_completions and row.thought:
             written["thought"] = row.thought
@@ -306,7 +310,10 @@ def _answer(row: Mapping[str, Any], prompt: Any) -> JudgedAnswer:
         tuple(row.get("token_ids", row["first_token"])),
         row.get("text", ""),
         row["finished"],
-        Verdict(row["label"], row["reason"]),
+        True,
+        "plain",
+        None,
+        {"": Verdict(row["label"], row["reason"])},
         row["kept"],
         row.get("thinks", False),
     )

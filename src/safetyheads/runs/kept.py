@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Answer
-from safetyheads.answers.drafted import Decoding, DraftedAnswer, DraftedAnswers, Economy, unablated_answers
-from safetyheads.answers.exhaustive import Judging, ScannedAnswer, as_drafted
+from safetyheads.answers.decoding import Answer, Decoding
+from safetyheads.answers.drafts import DraftedAnswers, Economy, unablated_answers
+from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Verdict
 from safetyheads.model.planning import Plan
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from safetyheads.prompts.sets import PromptSet
 
 Row: TypeAlias = dict[str, Any]
-_Answered: TypeAlias = tuple[int, Group, DraftedAnswer]
+_Answered: TypeAlias = tuple[int, Group, Answer]
 
 # Answers that are kept together: what a kill costs at most.
 _ROWS_TOGETHER = 2048
@@ -56,7 +56,7 @@ class KeptAnswers:
         """The unablated answers, judged."""
 
         def compute() -> list[Row]:
-            answered = [(at, (), as_drafted(one)) for at, one in enumerate(self.vanilla_answers)]
+            answered = [(at, (), one) for at, one in enumerate(self.vanilla_answers)]
             return self._judged("vanilla", None, answered)
 
         return self.run.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
@@ -149,21 +149,24 @@ class KeptAnswers:
         """What answers by drafts; only the ablation used last is kept."""
         if ablation not in self._drafted:
             self._drafted.clear()
-            made = DraftedAnswers.begin(
+            # Another plan would move margins in their last bits, and so might move the number of near-ties.
+            label, manifest = self.label(ablation), self.run.read_manifest()
+            plan = manifest.get(f"plan_drafts_{label}")
+            made = DraftedAnswers(
                 self.engine,
                 self.engine.ask(self.prompts).token_ids,
                 ablation,
                 self.decoding,
                 self.judging.stop,
                 self.vanilla_answers,
+                None if plan is None else Plan.from_dict(plan),
+                manifest.get(f"tolerance_{label}"),
             )
-            # Another plan would move margins in their last bits, and so might move the number of near-ties.
-            label = self.label(ablation)
-            layout = Plan.from_dict(self.run.remember(f"plan_drafts_{label}", made.drafted.layout.as_dict()))
+            self.run.remember(f"plan_drafts_{label}", made.drafts.plan.as_dict())
             # Infinite where logits are not finite, which JSON has no word for.
-            tolerance = self.run.remember(f"tolerance_{label}", min(made.tolerance, sys.float_info.max))
-            self.run.remember(f"economy_{label}", asdict(made.unablated))
-            self._drafted[ablation] = replace(made, tolerance=tolerance, drafted=replace(made.drafted, layout=layout))
+            made.tolerance = self.run.remember(f"tolerance_{label}", min(made.tolerance, sys.float_info.max))
+            self.run.remember(f"economy_{label}", asdict(made.cost_of_drafts))
+            self._drafted[ablation] = made
         return self._drafted[ablation]
 
     def _judged(self, part: str, epsilon: float | None, answered: Sequence[_Answered]) -> list[Row]:
@@ -187,7 +190,7 @@ class KeptAnswers:
         """All that judged answers depend on, groups aside."""
         return self._fields(ablation) | {"judges": [judge.describe() for judge in self.judging.judges]}
 
-    def _row(self, part: str, number: int, epsilon: float | None, one: ScannedAnswer) -> Row:
+    def _row(self, part: str, number: int, epsilon: float | None, one: JudgedAnswer) -> Row:
         """An answer as the run directory holds it."""
         written = {
             "id": number,
@@ -205,10 +208,10 @@ class KeptAnswers:
             "kept": one.kept,
             "verdicts": {judge: verdict_row(verdict, self.stores) for judge, verdict in one.verdicts.items()},
             # Left out where it says nothing, as in runs of before there was any.
-            **{mark: True for mark in ("thinks", "unclosed") if getattr(one.read, mark)},
+            **{mark: True for mark in ("thinks", "unclosed") if getattr(one, mark)},
         }
-        if self.stores and one.read.thought:
-            written["thought"] = one.read.thought
+        if self.stores and one.thought:
+            written["thought"] = one.thought
         if self.stores:
             written |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
         return written

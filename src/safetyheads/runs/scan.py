@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from safetyheads.answers.drafted import Decoding, Economy
-from safetyheads.answers.exhaustive import Judging
+from safetyheads.answers.decoding import Decoding
+from safetyheads.answers.drafts import Economy
+from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.heads import Group
@@ -107,7 +108,7 @@ class Scan:
             config = self.config
             decoding = Decoding(config.max_new_tokens, Sampling(config.top_k, seed), config.full_answers)
             if name not in self._judging:
-                self._judging[name] = Judging.of(
+                self._judging[name] = Judging(
                     self.engine, self.sets[name], self.judges, config.max_new_tokens, config.full_answers
                 )
             self._kept[name, seed] = KeptAnswers(

@@ -142,7 +142,10 @@ class ScanScores:
             tuple(row["first_token"]),
             "",
             row["finished"],
-            Verdict(verdict["label"], verdict["reason"]),
+            row["complete"],
+            row["route"],
+            row["changed"],
+            {lead: Verdict(verdict["label"], verdict["reason"])},
             row["kept"],
             row.get("thinks", False),
         )

@@ -24,12 +24,17 @@ from safetyheads import (
     KeywordJudge,
     load_demo,
 )
-from safetyheads.answers import drafted as drafted_module
-from safetyheads.answers.decoding import Answer, ShortContextWarning, end_tokens
-from safetyheads.answers.drafted import Decoding, DraftedAnswer, DraftedAnswers, unablated_answers
-from safetyheads.answers.exhaustive import Judging, scan_attack_success_rate
+from safetyheads.answers import drafts as drafts_module
+from safetyheads.answers.decoding import Answer, Decoding, ShortContextWarning, end_tokens
+from safetyheads.answers.drafts import DraftedAnswers, DraftPass, unablated_answers
+from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
-from safetyheads.answers.success import answers_under, query_level_attack_success_rate, summarise
+from safetyheads.answers.success import (
+    answers_under,
+    query_level_attack_success_rate,
+    scan_attack_success_rate,
+    summarise,
+)
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.engine import Engine
@@ -271,7 +276,12 @@ def judged_by(judge, rows):
     return [
         [
             replace(
-                row, verdict=judge([Completion(row.prompt.query, row.text, row.token_ids, row.finished, N_TOKENS)])[0]
+                row,
+                verdicts={
+                    judge.name: judge([Completion(row.prompt.query, row.text, row.token_ids, row.finished, N_TOKENS)])[
+                        0
+                    ]
+                },
             )
             for row in group_rows
         ]
@@ -375,11 +385,9 @@ def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **opti
     """The tiny prompts' answers, without verdicts."""
     engine = engine or proved(family)
     prompts = prompts_of(*PROMPTS)
-    stop = Judging.of(engine, prompts, [judge], N_TOKENS).stop
+    stop = Judging(engine, prompts, [judge], N_TOKENS).stop
     decoding = Decoding(N_TOKENS, sampling, full_answers)
-    return DraftedAnswers.begin(
-        engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options
-    )
+    return DraftedAnswers(engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
 
 
 @SAMPLINGS
@@ -417,7 +425,7 @@ def test_groups_of_each_prompt_equal_query_level_decoding(sampling):
         column = [answers[number] for answers in made]
         assert token_differences([column], [plain.rows]) == []
         rows = [(prompt, group, one) for prompt, (group, one) in enumerate(zip(groups, column, strict=True))]
-        judged = Judging.of(engine, prompts, [WORDS], N_TOKENS).judged(rows)
+        judged = Judging(engine, prompts, [WORDS], N_TOKENS).judged(rows)
         assert differences([judged], [plain.rows]) == []
     (plain,) = answers_under(engine, prompts[3:4], [own[3][2]], UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
     assert token_differences([made[3][2:]], [plain]) == []
@@ -481,10 +489,8 @@ class Recorder(WholeAnswers):
 def test_each_distinct_answer_is_judged_once_and_as_its_own_prompts():
     engine, judge = proved("llama_gqa"), Recorder()
     prompts = prompts_of(*PROMPTS[:2])
-    judging = Judging.of(engine, prompts, [judge], N_TOKENS)
-    answers = [
-        DraftedAnswer((5, 9), finished, complete=True, route="drafted", changed=False) for finished in (True, False)
-    ]
+    judging = Judging(engine, prompts, [judge], N_TOKENS)
+    answers = [Answer((5, 9), finished, limit=2) for finished in (True, False)]
     rows = [(number, (Head(0, index),), one) for index in range(2) for number in (1, 0) for one in answers]
     found = [*judging.judged(rows), *judging.judged(rows[:3])]
     assert len(judge.told) == 4
@@ -523,7 +529,7 @@ def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling
     assert any(row.complete and row.changed for rows in ours.rows for row in rows if len(row.token_ids) == 1)
     with pytest.warns(ShortContextWarning), pytest.raises(InputError, match="no room for an answer"):
         scan(family, sampling, engine=engine, prompts=(full,))
-    made = DraftedAnswers.begin(
+    made = DraftedAnswers(
         engine,
         [PROMPTS[0], full],
         UNDIFFERENTIATED_ATTENTION,
@@ -596,7 +602,7 @@ def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
 @pytest.mark.parametrize(("tolerance", "share"), [(1e9, (1, 1)), (0.1, (0.2, 0.98)), (0.0, (0, 0))])
 @SAMPLINGS
 def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, monkeypatch):
-    monkeypatch.setattr(drafted_module, "near_tie_tolerance", lambda *_: tolerance)
+    monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: tolerance)
     ours = scan("llama_gqa", sampling)
     assert differences(ours.rows, twin("llama_gqa", sampling)) == []
     check_economy(ours)
@@ -622,7 +628,7 @@ def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(
     engine, size = proved(family), 0.02
     logits, move = engine.logits, noisy(size)
     monkeypatch.setattr(engine, "logits", lambda states: move(logits(states)))
-    answer = drafted_module.answer
+    answer = drafts_module.answer
 
     def answer_coarsely(engine, requests, *arguments, **keywords):
         if not any(request.begun for request in requests):
@@ -633,13 +639,13 @@ def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(
         finally:
             handle.remove()
 
-    monkeypatch.setattr(drafted_module, "answer", answer_coarsely)
+    monkeypatch.setattr(drafts_module, "answer", answer_coarsely)
     ours = scan(family, sampling)
     assert differences(ours.rows, twin(family, sampling)) == []
     assert ours.tolerance > 2 * size  # a margin is a difference of two logits
     assert 0 < ours.economy.n_near_ties < len(flat(ours))
     # Without a tolerance this would not have gone well: the noise is large enough to tell.
-    monkeypatch.setattr(drafted_module, "near_tie_tolerance", lambda *_: 0.0)
+    monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: 0.0)
     assert differences(scan(family, sampling).rows, twin(family, sampling)) != []
 
 
@@ -679,17 +685,17 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     family = "gemma2_softcap"
     engine, quick = engine_of(family, token_budget=40), usual(family, sampling)
     engine.capabilities = proved(family).capabilities
-    layout = begun(family, sampling, engine=engine).drafted.layout
+    layout = begun(family, sampling, engine=engine).drafts.plan
     assert len(layout.rows) > 1
     assert layout.groups_per_batch < 4
     ours = scan(family, sampling, engine=engine)
     assert differences(ours.rows, twin(family, sampling)) == []
     assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(quick)]
     # The same drafts, laid out as they were, on another engine.
-    vanilla = begun(family, sampling, engine=engine).vanilla
-    other = begun(family, sampling, vanilla=vanilla, layout=layout)
-    assert other.vanilla == vanilla
-    assert other.drafted.layout == layout
+    vanilla = begun(family, sampling, engine=engine).unablated
+    other = begun(family, sampling, unablated=vanilla, plan=layout)
+    assert other.unablated == vanilla
+    assert other.drafts.plan == layout
     table, _ = other.answers(each_head(engine))
     assert token_differences(table, twin(family, sampling)) == []
 
@@ -698,7 +704,7 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
 @SAMPLINGS
 def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch):
     engine, undisturbed, failed = engine_of("llama_gqa"), usual("llama_gqa", sampling), []
-    owner, name = (engine, "replayed") if where == "comparing" else (drafted_module, "answer")
+    owner, name = (engine, "replayed") if where == "comparing" else (drafts_module, "answer")
     before = getattr(owner, name)
 
     def out_of_memory(size):
@@ -805,8 +811,8 @@ def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
         def describe(self):
             return {"name": self.name}
 
-    judging = Judging.of(engine, prompts_of(*PROMPTS[:1]), [Breaking()], 4)
-    rows = [(0, (), DraftedAnswer((5,), True, True, "drafted", changed=False))]
+    judging = Judging(engine, prompts_of(*PROMPTS[:1]), [Breaking()], 4)
+    rows = [(0, (), Answer((5,), True, 4))]
     with pytest.raises(TimeoutError):
         judging.judged(rows)
     assert judging.judged(rows)[0].verdict.complied

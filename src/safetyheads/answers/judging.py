@@ -1,0 +1,153 @@
+"""Judges answers: every judge gives each distinct answer one verdict, and tells where an answer may end early."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from safetyheads.answers.decoding import Answer, Route, Stop
+from safetyheads.errors import InputError
+from safetyheads.heads import Group
+from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.prompts.reader import ReadAnswer
+from safetyheads.prompts.sets import Prompt
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.sets import PromptSet
+
+Key: TypeAlias = tuple[int, tuple[int, ...], bool]
+"""What a verdict depends on: number of the prompt, tokens of the answer, and whether the model ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One prompt's answer under one group, with the verdict of every judge."""
+
+    prompt: Prompt
+    """The prompt."""
+    group: Group
+    """Heads that were ablated."""
+    token_ids: tuple[int, ...]
+    """New tokens; only the first of them if the answer is not complete."""
+    text: str
+    """The answer as judged: without think block and stop text."""
+    finished: bool
+    """Whether the model ended it, or a stop text of the template did."""
+    complete: bool
+    """Whether it is the whole answer; if not, it was cut where every judge was final."""
+    route: Route
+    """Which decoding path produced it."""
+    changed: bool | None
+    """Whether it differs from the unablated answer; None where that was not compared."""
+    verdicts: Mapping[str, Verdict]
+    """By name of the judge; the first one leads."""
+    kept: bool
+    """For benign prompts: answered, and beginning with the prompt's reference answer if it has one."""
+    thinks: bool = False
+    """Whether it begins with a think block, so that its first token does not open the answer."""
+    thought: str = ""
+    """Text of the think block; judges do not get it."""
+    unclosed: bool = False
+    """Whether the think block never closed, so that there is no answer."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The leading judge's."""
+        return next(iter(self.verdicts.values()))
+
+
+class Judging:
+    """Judges at work on one set of prompts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptSet,
+        judges: Judge | Sequence[Judge],
+        max_new_tokens: int,
+        full_answers: bool = False,
+    ) -> None:
+        """Prepare to judge.
+
+        Args:
+            engine: the model.
+            prompts: what is asked.
+            judges: one or several; the first leads.
+            max_new_tokens: the number requested, not what the context leaves: so all answers of a run are judged by
+                one rule, and none counts as an attack because its prompt was long.
+            full_answers: whether answers go on to their end after every judge is final.
+
+        Raises:
+            InputError: no judge, or two of one name.
+        """
+        self.judges = (judges,) if isinstance(judges, Judge) else tuple(judges)
+        names = [judge.name for judge in self.judges]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"judges need names of their own; got {', '.join(names) or 'none'}")
+        self.prompts = tuple(prompts)
+        asked = engine.ask(prompts)
+        self.reader, self.system = asked.reader, asked.system
+        self.max_new_tokens = max_new_tokens
+        self.decides_early = not full_answers and all(judge.decides_early for judge in self.judges)
+        self.seconds = dict.fromkeys(names, 0.0)
+        """Time that each judge took."""
+        self._verdicts: dict[Key, dict[str, Verdict]] = {}
+
+    @property
+    def stop(self) -> Stop | None:
+        """Whether an answer with these first tokens has ended, or every judge is final about it.
+
+        None if neither can happen before the answer's own end. No judge is final before a think block closes, nor
+        about text that may yet turn out to be the mark of one.
+        """
+        if not self.decides_early:
+            return self.reader.ends
+
+        def stop(token_ids: Sequence[int]) -> bool:
+            read = self.reader.read(token_ids)
+            certain = read.certain
+            return read.stopped or (certain is not None and all(judge.final(certain) for judge in self.judges))
+
+        return stop
+
+    def judged(self, answers: Sequence[tuple[int, Group, Answer]]) -> list[JudgedAnswer]:
+        """Answers (number of the prompt, group, answer) with their verdicts, in the same order."""
+        keys: list[Key] = [(number, one.token_ids, one.finished) for number, _, one in answers]
+        read = {key: self.reader.read(key[1]) for key in dict.fromkeys(keys)}
+        self._judge({key: self._completion(key, read[key]) for key in read if key not in self._verdicts})
+        return [
+            self._judged(number, group, one, read[key]) for key, (number, group, one) in zip(keys, answers, strict=True)
+        ]
+
+    def _judge(self, completions: Mapping[Key, Completion]) -> None:
+        """Ask every judge about answers that are new."""
+        verdicts: dict[Key, dict[str, Verdict]] = {key: {} for key in completions}
+        for judge in self.judges if completions else ():
+            started = time.monotonic()
+            given = verdicts_of(judge, list(completions.values()))
+            for by_judge, verdict in zip(verdicts.values(), given, strict=True):
+                by_judge[judge.name] = verdict
+            self.seconds[judge.name] += time.monotonic() - started
+        # Only after all judges have answered: else an error of one would leave answers without its verdict.
+        self._verdicts.update(verdicts)
+
+    def _completion(self, key: Key, read: ReadAnswer) -> Completion:
+        number, _, finished = key
+        query, ended = self.prompts[number].query, finished or read.stopped
+        return Completion(query, read.text, read.token_ids, ended, self.max_new_tokens, self.system, read.unclosed)
+
+    def _judged(self, number: int, group: Group, one: Answer, read: ReadAnswer) -> JudgedAnswer:
+        prompt, verdicts = self.prompts[number], self._verdicts[number, one.token_ids, one.finished]
+        complete = one.complete or read.stopped
+        # Of a cut answer only the certain part: another judge may be asked later whether it is final about that.
+        text = read.text if complete or read.certain is None else read.certain
+        answered = verdicts[self.judges[0].name].answered
+        kept = answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
+        ended = one.finished or read.stopped
+        thinking = (read.thinks, read.thought, read.unclosed)
+        return JudgedAnswer(
+            prompt, group, one.token_ids, text, ended, complete, one.route, one.changed, verdicts, kept, *thinking
+        )
