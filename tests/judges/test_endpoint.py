@@ -1,4 +1,5 @@
 import json
+import os
 import time
 import warnings
 from collections import Counter
@@ -11,8 +12,6 @@ import pytest
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.endpoint import (
-    ADDRESSES,
-    ENVIRONMENT,
     RUBRIC,
     EndpointJudge,
     EndpointSettings,
@@ -88,8 +87,9 @@ def serving(replies, seconds=0.0):
 
 @pytest.fixture(autouse=True)
 def _no_surroundings(monkeypatch):
-    for name in (*ENVIRONMENT, *(name for pair in ADDRESSES for name in pair)):
-        monkeypatch.delenv(name, raising=False)
+    given = [name for name in os.environ if name.startswith(("SAFETYHEADS_JUDGE_", "OPENAI_"))]
+    for name in given:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
@@ -324,13 +324,13 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     # The key of one address is never sent to the other.
     with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_KEY is missing"):
         endpoint_judge("m")
-    for name, text in {
-        "KEY": "ours", "MAX_COST": "1.5", "INPUT_PRICE": "0.1", "OUTPUT_PRICE": "0.4", "TEMPERATURE": "none"
-    }.items():  # fmt: skip
+    names = ("KEY", "MAX_COST", "INPUT_PRICE", "OUTPUT_PRICE", "TEMPERATURE", "THREADS")
+    for name, text in zip(names, ("ours", "1.5", "0.1", "0.4", "none", "2"), strict=True):
         monkeypatch.setenv(f"SAFETYHEADS_JUDGE_{name}", text)
     judge = endpoint_judge("m")
     assert (judge.key, judge.shown_url) == ("ours", "http://localhost:8000/v1")
-    assert (judge.settings.max_cost, judge.settings.temperature) == (1.5, None)
+    expected = {"max_cost": 1.5, "input_price": 0.1, "output_price": 0.4, "temperature": None, "threads": 2}
+    assert judge.settings == EndpointSettings(**expected)
     # Judges made one after the other share a cap.
     assert endpoint_judge("m").meter is judge.meter
     assert endpoint_judge("other").meter is not judge.meter

@@ -12,9 +12,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,9 @@ ADDRESSES: tuple[tuple[str, str], ...] = (
     ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
 )
 """Environment variables of base URL and key. The first pair with a URL is used whole, so no key goes astray."""
+
+SETTING_PREFIX = "SAFETYHEADS_JUDGE_"
+"""Begins the environment variables of settings."""
 
 _RAW_CHARACTERS = 2000
 # What a wrong key or model is answered with: every further question would fail alike.
@@ -103,17 +106,6 @@ class EndpointSettings:
     def cost(self, tokens_sent: int, tokens_received: int) -> float:
         """US dollars; 0 without prices."""
         return ((self.input_price or 0.0) * tokens_sent + (self.output_price or 0.0) * tokens_received) / 1e6
-
-
-ENVIRONMENT: Mapping[str, tuple[str, Callable[[str], Any]]] = {
-    "SAFETYHEADS_JUDGE_MAX_REQUESTS": ("max_requests", int),
-    "SAFETYHEADS_JUDGE_MAX_COST": ("max_cost", float),
-    "SAFETYHEADS_JUDGE_INPUT_PRICE": ("input_price", float),
-    "SAFETYHEADS_JUDGE_OUTPUT_PRICE": ("output_price", float),
-    "SAFETYHEADS_JUDGE_TEMPERATURE": ("temperature", lambda text: None if text == "none" else float(text)),
-    "SAFETYHEADS_JUDGE_TOKEN_FIELD": ("token_field", str),
-}
-"""Environment variables that set a field of :class:`EndpointSettings`, and how their text is read."""
 
 
 class Meter:
@@ -307,7 +299,10 @@ def _meter_of(base_url: str, model: str) -> Meter:
 
 
 def endpoint_judge(model: str) -> EndpointJudge:
-    """The judge by that model, at the address of :data:`ADDRESSES` and with the settings of :data:`ENVIRONMENT`.
+    """The judge by that model, at the address of :data:`ADDRESSES` and with the settings in the environment.
+
+    Each field of :class:`EndpointSettings` can be set by a variable: :data:`SETTING_PREFIX` and the field in capitals,
+    such as ``SAFETYHEADS_JUDGE_MAX_REQUESTS``; ``none`` is None.
 
     Raises:
         InputError: no URL, no key, a setting that cannot be read, or the extra ``openai`` is not installed.
@@ -321,10 +316,14 @@ def endpoint_judge(model: str) -> EndpointJudge:
             f"{key_name if url_name in given else url_name} is missing"
         )
     settings: dict[str, Any] = {}
-    for name, (setting, parse) in ENVIRONMENT.items():
-        if name in given:
+    for setting in fields(EndpointSettings):
+        name = f"{SETTING_PREFIX}{setting.name.upper()}"
+        kind, _, optional = str(setting.type).partition(" | ")
+        if name in given and optional and given[name] == "none":
+            settings[setting.name] = None
+        elif name in given:
             try:
-                settings[setting] = parse(given[name])
+                settings[setting.name] = {"int": int, "float": float, "str": str}[kind](given[name])
             except ValueError as error:
                 raise InputError(f"{name} cannot be read: {given[name]!r}") from error
     url = given[url_name]
