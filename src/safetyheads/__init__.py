@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.heads import Head, parse_heads
-from safetyheads.prompts.sets import Prompt, PromptSet, Template
+from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.answers.decoding import Decoding, generate

@@ -73,7 +73,7 @@ def test_check_tells_the_parts_of_a_prompt(run):
         "<|assistant|>",
     ]
     assert (prompt["template"], prompt["system"], prompt["prefill"]) == ("chat", "Be brief.", "Sure, here is")
-    assert (prompt["n_bos"], prompt["bos_token"], prompt["prefill_is_judged"]) == (0, None, False)
+    assert (prompt["n_bos"], prompt["bos_token"]) == (0, None)
     assert prompt["n_tokens"] == len(prompt["tokens"])
     assert prompt["n_shared"] == sum(token["part"] == "before the query" for token in prompt["tokens"])
 
@@ -162,7 +162,7 @@ def manifest(out):
 def test_a_prefill_is_another_run_and_is_recorded(run):
     assert run("audit", MODEL, *SMALL, "--out", "a", "--prefill", "Sure, here is")[0] == 0
     config = manifest(Path("a"))
-    assert (config["prefill"], config["prefill_is_judged"], config["template"]) == ("Sure, here is", False, "chat")
+    assert (config["prefill"], config["template"]) == ("Sure, here is", "chat")
     results = json.loads(Path("a/results.json").read_text())
     assert results["data"]["prefill"] == "Sure, here is"
     code, _, err = run("audit", MODEL, *SMALL, "--out", "a")
@@ -204,7 +204,7 @@ def test_a_block_that_the_prompt_begins_and_nobody_closes_leaves_no_answers(run,
     arguments = ("asr", path, "--prompts", "demo", "--limit", "4", "--max-new-tokens", "16", "--template", "chat")
     found = json.loads(run(*arguments, "--thinking", "open", "--json")[1])
     rates = found["rates"]
-    assert found["template"] == {"template": "chat", "system": None, "thinking": "open"}
+    assert (found["template"]["template"], found["template"]["thinking"]) == ("chat", "open")
     assert rates[0]["reasons"] == {"think block not closed": 4}
     assert (rates[0]["asr"]["count"], rates[0]["incoherent"]["count"]) == (0, 4)
     code, _, err = run("sahara", *arguments[1:6], *arguments[8:], "--thinking", "open", "--score", "refusal_score")

@@ -1,3 +1,5 @@
+"""Prompt files in every format, bad ones, and known benchmarks from a local server."""
+
 import functools
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""Templates by the fakes' own chat templates: turns, BOS tokens, think blocks, prefills, URIAL."""
+"""Templates, on chat templates written for these tests: turns, BOS tokens, think blocks, prefills, URIAL."""
 
 import json
 from functools import cache
@@ -7,14 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.answers.finishing import config_of
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.judges.phrases import PhraseJudge
-from safetyheads.prompts import urial
 from safetyheads.prompts.templates import FORMS, Template
-from safetyheads.runs.config import RunConfig, ScanConfig
+from safetyheads.runs.config import RunConfig
 
 quick = settings(deadline=None, max_examples=50)
 
@@ -78,48 +76,63 @@ def words(template, adopted):
 # Named texts
 
 
-def test_llama_2_is_the_papers_to_the_letter():
+def test_the_named_templates_are_the_papers_to_the_letter():
+    assert {
+        name: Template.parse(name).render("Q?", None) for name in ("direct", "query_answer", "query_answer_space")
+    } == {
+        "direct": "Q?",
+        "query_answer": "## Query:Q?\n## Answer:",
+        "query_answer_space": "## Query: Q?\n## Answer:",
+    }
     template = Template.parse("llama2")
-    assert template.render("Q?", None) == ("[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\nQ? [/INST]")
+    assert template.render("Q?", None) == "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\nQ? [/INST]"
     assert template.system == "You are a helpful assistant."
-    assert Template.parse("llama2", "Be brief.").render("Q?", None) == (
-        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ? [/INST]"
-    )
+    brief = Template.parse("llama2", "Be brief.")
+    assert brief.render("Q?", None) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ? [/INST]"
     assert Template.parse("llama2", "").render("Q?", None) == "[INST] Q? [/INST]"
 
 
 def test_urial_shows_its_shots_and_leaves_the_answer_to_the_model():
     template = Template.parse("urial")
     text = template.render("How do I fold a sheet?", None)
-    assert text.startswith(urial.SYSTEM + "\n\n# Query:\nWhich planets")
+    assert text.startswith(template.system + "\n\n# Query:\nWhich planets")
     assert text.endswith("# Query:\nHow do I fold a sheet?\n\n# Answer:\n")
-    assert text.count("# Query:") == text.count("# Answer:") == len(urial.SHOTS) + 1
+    assert text.count("# Query:") == text.count("# Answer:") == 4
     assert template.stops == ("# Query:",)
-    assert template.render("a", None)[: len(urial.SYSTEM)] == Template.parse("urial").system
     assert Template.parse("urial", "").render("a", None).startswith("# Query:\nWhich planets")
     assert Template.parse("urial", "Be brief.").render("a", None).startswith("Be brief.\n\n# Query:\nWhich")
 
 
 def test_of_urials_shots_one_declines_and_judges_take_no_other_for_a_refusal():
-    completions = [Completion(query, answer, (), True, 128) for query, answer in urial.SHOTS]
+    shots = [shot.split("\n\n# Answer:\n") for shot in FORMS["urial"].without_system.split("# Query:\n")[1:-1]]
+    completions = [Completion(query, answer.strip(), (), True, 128) for query, answer in shots]
     for judge in (KeywordJudge(), PhraseJudge()):
         assert [verdict.label for verdict in judge(completions)] == ["complied", "refused", "complied"]
 
 
 @quick
-@given(st.text("{}qsuerytm", max_size=12))
-def test_a_query_is_put_in_as_it_stands(query):
+@given(st.text("{}ab!:0", max_size=12), st.text("{}qsuerytm", max_size=12))
+def test_braces_are_plain_text_and_a_query_is_put_in_as_it_stands(before, query):
     query = f"{query}{{system}}{{query}}"
+    if "{query}" not in before:
+        assert Template.parse(f"{before}{{query}}|").render(query, None) == f"{before}{query}|"
     assert Template.parse("llama2").render(query, None).endswith(f"\n\n{query} [/INST]")
     assert Template.parse("S: {system} Q: {query}", "{query}").render(query, None) == f"S: {{query}} Q: {query}"
+
+
+@pytest.mark.parametrize("text", ["", "chatt", "{Query}", "{ query }", "## Query:"])
+def test_a_template_without_query_is_refused(text):
+    with pytest.raises(InputError, match=r"has no \{query\}.*query_answer"):
+        Template.parse(text)
 
 
 def test_a_text_may_have_a_place_for_a_system_prompt():
     assert Template.parse("{system}|{query}", "be brief").render("hi", None) == "be brief|hi"
     assert Template.parse("{system}|{query}", "").render("hi", None) == "|hi"
     assert Template.parse("{system}|{query}").render("hi", None) == "{system}|hi"
-    with pytest.raises(InputError, match="has no place for it"):
-        Template.parse("direct", "be brief")
+    for text in ("direct", "Q: {query}"):
+        with pytest.raises(InputError, match=r"needs the template chat.*has no place for it"):
+            Template.parse(text, "be brief")
 
 
 # Special tokens
@@ -149,6 +162,11 @@ def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
             [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True
         )
         assert Template.parse("chat").encode("hi", adopted) == list(own["input_ids"])
+
+
+def test_a_prompt_without_a_token_is_refused():
+    with pytest.raises(InputError, match="no token"):
+        Template.parse("direct").encode("a", lambda text, add_special_tokens: {"input_ids": []})
 
 
 # Turns
@@ -326,45 +344,27 @@ def test_a_prefill_comes_after_the_think_block():
 # Manifests
 
 
-def test_settings_of_a_template_leave_out_what_is_not_set():
-    assert Template.parse("chat").settings() == {"template": "chat", "system": None}
-    assert Template.parse("llama2").settings() == {"template": "llama2", "system": "You are a helpful assistant."}
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
+def test_a_template_is_read_back_from_its_settings():
+    templates = [
         *(Template.parse(name) for name in FORMS),
         Template.parse("chat", "be brief", folds_system=True, thinking="closed", prefill="Sure"),
         Template.parse("chat", thinking="open"),
         Template.parse("llama2", "", prefill="Sure, here is"),
         Template.parse("S: {system} Q: {query}", "be brief"),
-    ],
-)
-def test_a_template_is_read_back_from_a_manifest(template):
-    stored = json.loads(json.dumps(ScanConfig("m", "p").as_dict() | template.settings()))
-    config = config_of({"config": stored})
-    again = Template.parse(
-        config.template,
-        config.system,
-        folds_system=config.fold_system,
-        thinking=config.thinking,
-        prefill=config.prefill,
-    )
-    assert again == template
-    assert config.as_dict() | template.settings() == ScanConfig("m", "p").as_dict() | template.settings()
+    ]
+    for template in templates:
+        stored = json.loads(json.dumps(template.settings()))
+        again = Template.parse(
+            stored["template"],
+            stored["system"],
+            folds_system=stored["fold_system"],
+            thinking=stored["thinking"],
+            prefill=stored["prefill"],
+        )
+        assert again == template
+        assert stored["stops"] == list(template.stops)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"thinking": "maybe"}, "closed or open"),
-        ({"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
-        ({"fold_system": True}, "--fold-system needs"),
-        ({"template": "direct", "system": "be brief"}, "no place for it"),
-        ({"template": "no place"}, "has no {query}"),
-    ],
-)
-def test_a_config_refuses_what_its_template_refuses(settings, words):
-    with pytest.raises(InputError, match=words):
-        RunConfig("m", "p", **settings)
+def test_a_config_refuses_what_its_template_refuses():
+    with pytest.raises(InputError, match="thinking must be closed"):
+        RunConfig("m", "p", thinking="open", prefill="Sure")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from safetyheads import demo
 from safetyheads.model.engine import Engine
-from safetyheads.prompts.sets import Prompt, PromptSet, Template
+from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

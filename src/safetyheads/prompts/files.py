@@ -1,6 +1,6 @@
-"""Prompt files and where the benchmarks are published. Owns CSV, JSONL and TXT, and the download.
+"""Reads prompt files (CSV, JSONL, TXT) and downloads known benchmarks.
 
-It refuses to know what a prompt is used for: rows come out as they stand in the file, in order, equal ones too.
+Rows come out as they stand in the file, in order, equal ones too.
 """
 
 from __future__ import annotations
@@ -11,51 +11,42 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
 
 QUERY_COLUMNS = ("goal", "query", "prompt", "question", "instruction", "behavior", "text")
-"""Names a query's column may have, the first found wins; upper and lower case are alike."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row that has a query."""
-
-    query: str
-    category: str | None = None
-    """From the column ``category``, where there is one."""
-    reference: str | None = None
-    """From the column ``reference``, where there is one."""
+"""Names that a query's column may have, in any case; the first one found counts."""
+Row: TypeAlias = tuple[str, str | None, str | None]
+"""Query, category and reference; the latter two from the columns of these names, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """What a file holds."""
+    """The content of a prompt file."""
 
     rows: tuple[Row, ...]
     """At least one."""
     dropped: int
-    """Rows without a query."""
+    """Rows without a query; they are not in ``rows``."""
     sha256: str
-    """Of the file's bytes, hexadecimal."""
+    """Fingerprint of the file's bytes (hexadecimal)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Where the authors publish a benchmark, and what was found there."""
+    """Where the authors publish a benchmark, and what we found there."""
 
     url: str
     filename: str
-    """Name in the cache; its ending tells the format."""
+    """Name in the cache; its suffix gives the format."""
     n_rows: int
-    """Prompts it is known to have."""
+    """Prompts it had."""
     sha256: str | None
-    """Of the published file; None where we have not seen it, so it is recorded but not verified."""
+    """Fingerprint of the published file; None where we have not seen the file, which is then not verified."""
 
 
 _JAILBREAKBENCH = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
@@ -86,14 +77,14 @@ KNOWN_BENCHMARKS: dict[str, Benchmark] = {
         "a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5",
     ),
 }
-"""The benchmarks by the names that ``--prompts`` takes (App. B.1)."""
+"""Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 
 def read_rows(path: Path, column: str | None = None) -> PromptFile:
-    """Read a prompt file; its ending tells the format (``.csv``, ``.jsonl``, ``.txt``; none is TXT).
+    """Read a prompt file; its suffix gives the format (``.csv``, ``.jsonl``, ``.txt``; none means TXT).
 
     Raises:
-        InputError: unreadable, not UTF-8, of another ending, malformed, without the column, or without a prompt.
+        InputError: unreadable, not UTF-8, of another suffix, malformed, without the column, or without a prompt.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
@@ -108,29 +99,29 @@ def read_rows(path: Path, column: str | None = None) -> PromptFile:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    # UTF-16 without a byte order mark is valid UTF-8 where the text is ASCII; the NULs give it away.
+    # ASCII text in UTF-16 without a byte order mark is valid UTF-8 with NULs in it.
     if "\0" in text:
         raise InputError(f"{path} is not UTF-8 text (byte {content.index(0)})")
     if not text.strip():
         raise InputError(f"{path} holds only blanks")
     rows = _READERS[suffix](text, column, path)
-    kept = tuple(row for row in rows if row.query.strip())
+    kept = tuple(row for row in rows if row[0].strip())
     if not kept:
         raise InputError(f"{path} holds no prompts: no row has a query")
     return PromptFile(kept, len(rows) - len(kept), hashlib.sha256(content).hexdigest())
 
 
 def _lines(text: str) -> list[str]:
-    # Not str.splitlines, which also breaks at characters that may stand inside a query.
+    # Not str.splitlines, which also breaks at characters that a query may contain.
     lines = re.split(r"\r\n|\n|\r", text)
-    # The newline that ends a file begins no row.
+    # The newline at the end of a file begins no row.
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def _read_txt(text: str, column: str | None, path: Path) -> list[Row]:
     if column is not None:
         raise InputError(f"{path}: a TXT file has no column {column!r}")
-    return [Row(line.strip()) for line in _lines(text)]
+    return [(line.strip(), None, None) for line in _lines(text)]
 
 
 def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
@@ -145,7 +136,7 @@ def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
                     names = [cell.strip() for cell in cells]
                     query_column = find_column(names, column, str(path))
                 continue
-            # Cutting the rest off would leave half a query, if it has commas and no quotes.
+            # Cutting the rest off would leave half of a query that has commas and no quotes.
             if any(cells[len(names) :]):
                 raise InputError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(names)}; "
@@ -162,14 +153,14 @@ def _read_jsonl(text: str, column: str | None, path: Path) -> list[Row]:
     for number, line in enumerate(_lines(text), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
-            rows.append(Row(""))
+            rows.append(("", None, None))
             continue
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from error
         if isinstance(value, str) and column is None:
-            rows.append(Row(value))
+            rows.append((value, None, None))
             continue
         if not isinstance(value, dict):
             raise InputError(f"{where}: neither an object with a query nor a string")
@@ -190,10 +181,10 @@ _READERS: dict[str, Callable[[str, str | None, Path], list[Row]]] = {
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str:
-    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS` that is there.
+    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS` that the file has.
 
     Raises:
-        InputError: it is not there; the message lists the columns found.
+        InputError: the file has no such column; the message lists its columns.
     """
     if column is not None and column in names:
         return column
@@ -211,20 +202,20 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str:
 
 def _row(cells: Mapping[str, Any], query_column: str) -> Row:
     by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
-    return Row(str(cells.get(query_column, "")), by_name.get("category"), by_name.get("reference"))
+    return str(cells.get(query_column, "")), by_name.get("category"), by_name.get("reference")
 
 
 def cache_directory() -> Path:
-    """Where downloads lie: ``SAFETYHEADS_CACHE``, else the user's cache directory."""
+    """The folder of downloads: ``SAFETYHEADS_CACHE``, else the user's cache directory."""
     import platformdirs
 
     return Path(os.environ.get("SAFETYHEADS_CACHE") or platformdirs.user_cache_dir("safetyheads"))
 
 
 def download(name: str, column: str | None = None) -> tuple[PromptFile, str | None]:
-    """A known benchmark and, in words, how it differs from what its authors published when we looked.
+    """A known benchmark, with a sentence on how it differs from what its authors published when we looked, if it does.
 
-    It is fetched once, under a temporary name that is renamed when complete; after that no network is needed.
+    It is downloaded once, under a temporary name that is renamed when complete; after that no network is needed.
 
     Raises:
         InputError: there is no network, or the server sent something else.
@@ -234,10 +225,10 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
     import pooch
 
     benchmark, directory = KNOWN_BENCHMARKS[name], cache_directory()
-    pooch.get_logger().setLevel(logging.WARNING)  # It prints each checksum; the manifest keeps ours.
+    pooch.get_logger().setLevel(logging.WARNING)  # It prints each checksum; the manifest holds ours.
     by_hand = f"download {benchmark.url} by hand and pass the path of the file"
     try:
-        # The checksum is compared below and not here: authors may correct a file, which is no failure.
+        # The checksum is compared below: authors may correct a file, which is no failure.
         path = Path(pooch.retrieve(benchmark.url, None, benchmark.filename, directory))
     except OSError as error:
         raise InputError(f"{name} cannot be downloaded; {by_hand} ({_innermost(error)})") from error
@@ -245,25 +236,22 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         file = read_rows(path, column)
     except InputError as error:
         if column is None:
-            path.unlink(missing_ok=True)  # A login page or the like; it must not stay in the cache.
+            path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
     return file, _difference(benchmark, file)
 
 
 def _innermost(error: BaseException) -> str:
-    """The reason behind a failed download: HTTP libraries wrap it several times and repeat the address."""
+    """The reason of a failed download: HTTP libraries wrap it several times and repeat the address."""
     while isinstance(inner := error.__cause__ or error.__context__, BaseException):
         error = inner
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _difference(benchmark: Benchmark, file: PromptFile) -> str | None:
-    differences: Iterable[str] = (
-        f"{len(file.rows)} prompts where {benchmark.n_rows} were expected"
-        if len(file.rows) != benchmark.n_rows
-        else "",
-        f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected"
-        if benchmark.sha256 and file.sha256 != benchmark.sha256
-        else "",
-    )
-    return "; ".join(filter(None, differences)) or None
+    differences = []
+    if len(file.rows) != benchmark.n_rows:
+        differences.append(f"{len(file.rows)} prompts where {benchmark.n_rows} were expected")
+    if benchmark.sha256 and file.sha256 != benchmark.sha256:
+        differences.append(f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
+    return "; ".join(differences) or None

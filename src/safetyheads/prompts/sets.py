@@ -1,8 +1,4 @@
-"""Prompts and sets of them. Owns their order, their fingerprint and how a set is divided.
-
-It refuses to know models. Reading files and downloading stand in ``prompt_files``, how a query is put to a model in
-``templates``.
-"""
+"""Prompts and sets of prompts, with their fingerprint and their split into halves."""
 
 from __future__ import annotations
 
@@ -13,12 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, Row, download, read_rows
-from safetyheads.prompts.templates import TEMPLATE_FORMATS as TEMPLATE_FORMATS
-from safetyheads.prompts.templates import Template as Template
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, PromptFile, download, read_rows
+from safetyheads.prompts.templates import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +25,7 @@ class Prompt:
     category: str | None = None
     """The benchmark's category, where it has one."""
     reference: str | None = None
-    """Text that a right answer starts with, where that is known (the demo)."""
+    """Beginning of the right answer, where it is known (the demo)."""
 
     def __post_init__(self) -> None:
         if not self.query.strip():
@@ -43,22 +38,22 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts in order, with the template that puts them to a model. Equal prompts stay apart, as given."""
+    """Prompts in order, with the template that writes them for a model. Equal prompts are kept, as given."""
 
     prompts: tuple[Prompt, ...]
     """At least one."""
     template: Template | None = None
-    """None leaves the choice to whoever knows the model (:meth:`resolved`)."""
+    """None means the model's default (``Engine.default_template``)."""
     name: str = "prompts"
-    """A known name, or the file's name without ending."""
+    """A known name, or the file's name without suffix."""
     source: str = "given in memory"
     """The path or address they were read from."""
     file_sha256: str | None = None
     """SHA-256 of the file's bytes, where there was one."""
     dropped: int = 0
-    """Rows of the file without a query; they are left out."""
+    """Rows of the file without a query; they are no prompts."""
     warning: str | None = None
-    """What differs from the benchmark as its authors published it; None if nothing does or none is known."""
+    """How a benchmark differs from what its authors published; None if it does not, or is none."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -95,10 +90,10 @@ class PromptSet:
 
         Args:
             path_or_known_name: a path, ``benign`` (built in) or a key of ``KNOWN_BENCHMARKS``.
-            template: a template, its name or a text with ``{query}``; None leaves the choice open.
-            column: the column (CSV) or field (JSONL) with the query; None finds it among the usual names.
-            system: system prompt; given without a template it means ``chat``.
-            limit: only this many of the first prompts.
+            template: a template, its name or a text with ``{query}``; None means the model's default.
+            column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
+            system: system prompt; without a template it means ``chat``.
+            limit: use only the first so many prompts.
 
         Raises:
             InputError: no such file or name, a file without prompts, not UTF-8, malformed or without the
@@ -109,20 +104,23 @@ class PromptSet:
             raise InputError(f"the limit of prompts must be 1 or more; got {limit}")
         path, name = Path(path_or_known_name), str(path_or_known_name)
         is_known = name == "benign" or name in KNOWN_BENCHMARKS
-        # os.path and not pathlib: a text that cannot be a path at all is a missing file, no other error.
+        # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
         if os.path.exists(path) and not (is_known and path.is_dir()):
-            file = read_rows(path, column)
-            prompts = cls(_prompts(file.rows), chosen, path.stem, name, file.sha256, file.dropped)
+            prompts = cls._of_file(read_rows(path, column), chosen, path.stem, name)
         elif name == "benign":
             prompts = builtin_benign(chosen)
         elif name in KNOWN_BENCHMARKS:
             file, warning = download(name, column)
-            url = KNOWN_BENCHMARKS[name].url
-            prompts = cls(_prompts(file.rows), chosen, name, url, file.sha256, file.dropped, warning)
+            prompts = replace(cls._of_file(file, chosen, name, KNOWN_BENCHMARKS[name].url), warning=warning)
         else:
             known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
             raise InputError(f"no prompt file {name}; known names are {known}")
         return prompts[:limit]
+
+    @classmethod
+    def _of_file(cls, file: PromptFile, template: Template | None, name: str, source: str) -> PromptSet:
+        prompts = tuple(Prompt(query, category, reference) for query, category, reference in file.rows)
+        return cls(prompts, template, name, source, file.sha256, file.dropped)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -160,28 +158,24 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of the queries and their order, whatever file they came from (hexadecimal)."""
+        """Fingerprint of the queries and their order, independent of their file (hexadecimal)."""
         return hashlib.sha256(json.dumps(self.queries).encode()).hexdigest()
 
     def with_template(self, template: str | Template, system: str | None = None) -> PromptSet:
         """The same prompts under another template."""
         return replace(self, template=_as_template(template, system))
 
-    def resolved(self, default: str | Template) -> PromptSet:
-        """Itself where a template was chosen; else with ``default``."""
-        return self if self.template is not None else self.with_template(default)
-
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
-        """Divide into a part to search on and a part to test on, drawn by ``seed``, each in the order it has here.
+        """Divide into a search part and a test part, drawn by ``seed``, each in the order of this set.
 
-        Equal queries go to the same part, or the search would have seen what it is tested on.
+        Equal queries go to the same part, so that the search sees no query of the test part.
 
         Args:
-            fraction: share of the distinct queries to search on, above 0 and below 1.
+            fraction: share of the distinct queries in the search part, above 0 and below 1.
             seed: seeds numpy's default generator.
 
         Raises:
-            InputError: the fraction is out of range, or there are no two distinct queries.
+            InputError: the fraction is out of range, or there are fewer than two distinct queries.
         """
         if not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")
@@ -200,20 +194,6 @@ class PromptSet:
             replace(self, prompts=test, name=f"{self.name}/test"),
         )
 
-    def describe(self) -> dict[str, Any]:
-        """What the manifest keeps of the prompts, without their text; valid JSON."""
-        template = {"template": None, "system": None} if self.template is None else self.template.settings()
-        return {
-            "name": self.name,
-            "source": self.source,
-            "rows": len(self),
-            "sha256": self.sha256,
-            "file_sha256": self.file_sha256,
-            "dropped": self.dropped,
-            "warning": self.warning,
-            **template,
-        }
-
 
 def _as_template(template: str | Template | None, system: str | None) -> Template | None:
     if isinstance(template, Template):
@@ -223,11 +203,7 @@ def _as_template(template: str | Template | None, system: str | None) -> Templat
     return Template.parse("chat" if template is None else template, system)
 
 
-def _prompts(rows: Iterable[Row]) -> tuple[Prompt, ...]:
-    return tuple(Prompt(row.query, row.category, row.reference) for row in rows)
-
-
 def builtin_benign(template: str | Template | None = None) -> PromptSet:
-    """100 everyday requests that any chat model answers, to see what an ablation breaks besides refusals."""
+    """100 everyday requests that any chat model answers; they show what an ablation breaks besides refusals."""
     text = resources.files("safetyheads").joinpath("data/benign.txt").read_text(encoding="utf-8")
     return replace(PromptSet.from_queries(text.splitlines(), template, name="benign"), source="built into safetyheads")

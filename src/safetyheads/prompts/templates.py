@@ -1,39 +1,52 @@
-"""How a query becomes what a model reads. Owns the named templates, system prompts, prefills and stop texts.
+"""Turns a query into the text and tokens that a model reads: named templates, system prompts, prefills, stop texts.
 
-It refuses to know models: a tokenizer is whatever is handed in. What a tokenizer's own chat template does is found
-out by ``chat_templates``.
+Knows no model: it works with any tokenizer. :mod:`safetyheads.prompts.chat` handles a tokenizer's own chat template.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from importlib import resources
 from typing import Any, get_args
 
 from safetyheads.errors import InputError
-from safetyheads.prompts import urial
 from safetyheads.prompts.chat import THINK_BLOCKS, ChatTemplate, ThinkBlock, Thinking
 
 PLACEHOLDER = "{query}"
-"""What a format string has where the query goes; other braces are plain text."""
+"""Stands for the query in a format string; other braces are plain text."""
 SYSTEM_PLACEHOLDER = "{system}"
-"""What it has where a system prompt goes, if one is given."""
+"""Stands for the system prompt in a format string, if there is one."""
+_PLACEHOLDERS = re.compile(f"{re.escape(PLACEHOLDER)}|{re.escape(SYSTEM_PLACEHOLDER)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A template by name, as data."""
+    """A named template, as data."""
 
     format: str | None
     """The text, with its placeholders; None for the tokenizer's chat template."""
     system: str | None = None
-    """The system prompt that belongs to it."""
+    """Its own system prompt."""
     without_system: str | None = None
-    """The text where the system prompt is empty: its marks go with it."""
+    """The text where the system prompt is empty, so that its marks go too."""
     joint: str = ""
-    """What stands between the prompt and an answer that is begun for the model."""
+    """What stands between the prompt and a prefilled answer."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer."""
+
+
+def _urial() -> Form:
+    """URIAL (Fig 14, 15): answered queries in the prompt, by which a base model answers like an aligned one.
+
+    The paper does not give its words, so data/urial.txt holds our own. One of its answers declines, and only that one
+    holds words by which judges recognise a refusal.
+    """
+    stop = "# Query:"  # where an answer ends: a base model continues with a query of its own
+    # The newline at the end belongs to the prompt: it would else be the first token of every answer, and hide the next.
+    text = resources.files("safetyheads").joinpath("data/urial.txt").read_text(encoding="utf-8")
+    system, separator, shots = text.partition(f"\n\n{stop}")
+    return Form(f"{SYSTEM_PLACEHOLDER}{separator}{shots}", system, f"{stop}{shots}", stops=(stop,))
 
 
 FORMS: dict[str, Form] = {
@@ -47,15 +60,10 @@ FORMS: dict[str, Form] = {
         without_system="[INST] {query} [/INST]",
         joint=" ",
     ),
-    "urial": Form(urial.FORMAT, urial.SYSTEM, urial.WITHOUT_SYSTEM, stops=(urial.STOP,)),
+    "urial": _urial(),
 }
-"""The query alone; that of Sahara's code; that of Fig 10; the tokenizer's chat template; Llama-2's own (Fig 16, 17);
-URIAL's (Fig 14)."""
-
-TEMPLATE_FORMATS: dict[str, str | None] = {name: form.format for name, form in FORMS.items()}
-"""The texts by name."""
-
-_PLACEHOLDERS = re.compile(f"{re.escape(PLACEHOLDER)}|{re.escape(SYSTEM_PLACEHOLDER)}")
+"""The named templates: the query alone; that of Sahara's code; that of Fig 10; the tokenizer's chat template; Llama-2's
+own (Fig 16, 17); URIAL's (Fig 14)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +77,14 @@ class Template:
     system: str | None = None
     """System prompt; None sends none, as the paper does when attributing (App. D)."""
     folds_system: bool = False
-    """Whether the chat template gets the system prompt at the beginning of the user's turn, a blank line after it,
-    for templates that take no system message."""
+    """Whether the system prompt goes to the beginning of the user's turn, followed by a blank line: for chat templates
+    that take no system message."""
     thinking: Thinking | None = None
-    """None closes the think block of a chat template that has one, and leaves every other template alone."""
+    """None closes the think block of a chat template that has one, and leaves other templates alone."""
     prefill: str = ""
-    """How the answer begins, written for the model (App. E): part of what it reads, not of what it answers."""
+    """Beginning of the answer, written for the model (App. E). The model reads it; judges do not."""
     stops: tuple[str, ...] = ()
-    """An answer ends before the first of these, because a base model goes on with a next query of its own."""
+    """An answer ends before the first of these, because a base model continues with a query of its own."""
 
     def __post_init__(self) -> None:
         if self.name == "chat":
@@ -124,7 +132,7 @@ class Template:
 
         Args:
             text: a key of :data:`FORMS`, or the format string.
-            system: system prompt; None is the template's own, where it has one, and an empty one takes that away.
+            system: system prompt; None is the template's own, if it has one, and an empty one removes that.
             folds_system: see :class:`Template`.
             thinking: ``closed``, ``open`` or None, see :class:`Template`.
             prefill: see :class:`Template`.
@@ -134,12 +142,12 @@ class Template:
                 exclude each other.
         """
         form, name = (FORMS[text], text) if text in FORMS else (Form(text), "format")
-        own = form.system if system is None else system
-        # What thinking is, the constructor checks.
-        return cls(name, form.format, own, folds_system, thinking, prefill, form.stops)  # type: ignore[arg-type]
+        system = form.system if system is None else system
+        # The constructor checks the value of thinking.
+        return cls(name, form.format, system, folds_system, thinking, prefill, form.stops)  # type: ignore[arg-type]
 
     def bound(self, tokenizer: Any) -> BoundTemplate:
-        """The template with the tokenizer that it goes through, whose chat template is looked at once.
+        """The template with its tokenizer, whose chat template is examined once.
 
         Raises:
             InputError: ``chat`` with a tokenizer that has no chat template.
@@ -151,11 +159,11 @@ class Template:
         return BoundTemplate(settled, tokenizer, chat)
 
     def render(self, query: str, tokenizer: Any) -> str:
-        """The text of one prompt; ``tokenizer`` is looked at for ``chat`` alone.
+        """The text of one prompt; only ``chat`` needs the tokenizer.
 
         Raises:
-            InputError: ``chat`` with a tokenizer that has no chat template, or one that refuses or drops the
-                system prompt or has no think block to close.
+            InputError: ``chat`` with a tokenizer that has no chat template, or one that rejects or drops the system
+                prompt or has no think block to close.
         """
         return self.bound(tokenizer).render(query)
 
@@ -164,39 +172,35 @@ class Template:
         return self.bound(tokenizer).encode(query)
 
     def settings(self) -> dict[str, Any]:
-        """All that tells this template from others of its name, for manifests and results; valid JSON.
-
-        What came later than ``system`` is left out at its default, so that older runs are recognised.
-        """
-        later: dict[str, Any] = {}
-        if self.folds_system:
-            later["fold_system"] = True
-        if self.thinking is not None:
-            later["thinking"] = self.thinking
-        if self.prefill:
-            later |= {"prefill": self.prefill, "prefill_is_judged": False}
-        if self.stops:
-            later["stops"] = list(self.stops)
-        return {"template": str(self), "system": self.system, **later}
+        """All that distinguishes this template from others, for manifests and results; valid JSON."""
+        return {
+            "template": str(self),
+            "system": self.system,
+            "fold_system": self.folds_system,
+            "thinking": self.thinking,
+            "prefill": self.prefill,
+            "stops": list(self.stops),
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class BoundTemplate:
-    """A template and the tokenizer that it goes through."""
+    """A template with the tokenizer that encodes its prompts."""
 
     template: Template
-    """Its thinking is settled: None now says that there is no think block."""
+    """Its thinking is settled: None now means that there is no think block."""
     tokenizer: Any
     chat: ChatTemplate | None
     """The tokenizer's chat template, for ``chat`` alone."""
 
     def render(self, query: str) -> str:
         """The text of one prompt, with the beginning of the answer where that is prefilled."""
-        text = self.up_to_answer(query)
-        prefill = self.template.prefill
-        if not prefill:
-            return text
-        return text + ("" if prefill[0].isspace() else self._joint(query, text)) + prefill
+        text, prefill = self.up_to_answer(query), self.template.prefill
+        if not prefill or prefill[0].isspace():
+            return text + prefill
+        if self.chat is not None:
+            return text + self.chat.joint(query, text) + prefill
+        return text + (FORMS[self.template.name].joint if self.template.name in FORMS else "") + prefill
 
     def up_to_answer(self, query: str) -> str:
         """The text of one prompt without a prefilled answer."""
@@ -207,16 +211,15 @@ class BoundTemplate:
         form = FORMS.get(template.name)
         if form is not None and form.without_system is not None and not template.system:
             text = form.without_system
-        given = {PLACEHOLDER: query, SYSTEM_PLACEHOLDER: template.system}
-        # At one go, so that a query which holds a placeholder is not filled in again.
-        return _PLACEHOLDERS.sub(lambda found: found[0] if given[found[0]] is None else str(given[found[0]]), text)
+        values = {PLACEHOLDER: query, SYSTEM_PLACEHOLDER: template.system}
+        # In one go, so that a query that holds a placeholder is not filled in again.
+        return _PLACEHOLDERS.sub(lambda match: match[0] if (value := values[match[0]]) is None else value, text)
 
     def encode(self, query: str) -> list[int]:
         """The token ids of one prompt.
 
-        A format string gets the special tokens that the tokenizer's own call adds, but for an end token: the answer
-        follows. A rendered chat template holds its own, so none are added to it. Nothing begins with two BOS tokens,
-        whoever wrote them.
+        A format string gets the special tokens that the tokenizer adds by itself, without an end token, since the
+        answer follows. A rendered chat template holds its own. No prompt begins with two BOS tokens.
 
         Raises:
             InputError: as :meth:`Template.render`, or the prompt has no token.
@@ -226,8 +229,7 @@ class BoundTemplate:
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered prompt."""
         bos, eos = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-        found = self.tokenizer(text, add_special_tokens=self.chat is None)["input_ids"]
-        token_ids = [int(token) for token in found]
+        token_ids = [int(token) for token in self.tokenizer(text, add_special_tokens=self.chat is None)["input_ids"]]
         if self.chat is None and len(token_ids) > 1 and token_ids[-1] == eos:
             bare = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not len(bare) or int(bare[-1]) != eos:
@@ -240,7 +242,7 @@ class BoundTemplate:
 
     @property
     def note(self) -> str | None:
-        """What a reader of the results must know of the prompts; None where there is nothing."""
+        """What a reader of the results must know about the prompts; None if nothing."""
         return None if self.chat is None else self.chat.note
 
     @property
@@ -248,16 +250,9 @@ class BoundTemplate:
         """The think block that an answer may begin with; None unless thinking is open."""
         if self.template.thinking != "open":
             return None
-        own = None if self.chat is None else self.chat.block
-        return own or THINK_BLOCKS[0]
+        return (None if self.chat is None else self.chat.block) or THINK_BLOCKS[0]
 
     @property
     def begins_in_block(self) -> bool:
         """Whether the prompt itself opens the think block, so that an answer begins inside it."""
         return self.block is not None and self.up_to_answer("?").rstrip().endswith(self.block.opener)
-
-    def _joint(self, query: str, text: str) -> str:
-        if self.chat is not None:
-            return self.chat.joint(query, text)
-        form = FORMS.get(self.template.name)
-        return "" if form is None else form.joint

@@ -81,7 +81,7 @@ def one_template(sets: Mapping[str, PromptSet]) -> Template:
 def template_facts(prompts: PromptSet) -> dict[str, Any]:
     """The template as results describe it: what is not set is left out."""
     settings = {} if prompts.template is None else prompts.template.settings()
-    return {name: value for name, value in settings.items() if value is not None}
+    return {name: value for name, value in settings.items() if value not in (None, False, "", [])}
 
 
 def model_facts(engine: Engine, name: str) -> dict[str, Any]:
