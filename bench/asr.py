@@ -46,13 +46,14 @@ from safetyheads import (
     generate,
     load_demo,
 )
-from safetyheads.answers.decoding import Decoding, end_tokens, left_padded
+from safetyheads.answers.decoding import Decoding, end_tokens
 from safetyheads.answers.success import AnswerScan, scan_attack_success_rate
 from safetyheads.demo import PLANTED_HEADS, harmful_prompts, organism
 from safetyheads.demo.loading import demo_prompts
 from safetyheads.demo.recipes import RECIPES, PlantRecipe
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import left_padded
 from safetyheads.prompts.files import cache_directory
 from safetyheads.prompts.reader import decode_text
 

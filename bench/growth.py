@@ -25,10 +25,9 @@ from shapes import Shape, build
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
-from safetyheads.model.costs import row_sizes, scan_flops
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.planning import TokenSequence, row_sizes
 
 BASE = {"heads": 8, "prompts": 16, "length": 32, "layers": 6}
 """Where the others are held."""
@@ -69,7 +68,7 @@ def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str
     # The first layer's heads: no later batch runs through more layers or keeps more inputs.
     first = [(head,) for head in heads if head.layer == 0]
     return {
-        "flops": scan_flops(engine, row_sizes(sequences, layout), heads),
+        "flops": engine.costs.scan_flops(row_sizes(sequences, layout), heads),
         "seconds": statistics.median(seconds[1:]),
         "peak_bytes": peak_of(lambda: begun().measure(first), device),
         "estimated_bytes": engine.memory_estimate(sequences, layout, reads_logits=False),

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from shapes import SHAPES, build, prompts
 
-from safetyheads.model.costs import forward_flops, row_sizes, scan_flops
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 
 N_PROMPTS = 520 + 100 + 100
 """AdvBench, JailbreakBench, MaliciousInstruct."""
@@ -66,8 +65,8 @@ def main() -> None:
     engine = Engine(model, tokenizer=None, name="counted")  # type: ignore[arg-type]
     sequences = [TokenSequence(tuple(token_ids)) for token_ids in prompts(shape, _PACKED)]
     rows = row_sizes(sequences, Plan((tuple(range(_PACKED)),), 1, 1))
-    scored = (forward_flops(engine, rows) + scan_flops(engine, rows, engine.heads)) / _PACKED
-    each = forward_flops(engine, rows) / _PACKED
+    scored = (engine.costs.forward_flops(rows) + engine.costs.scan_flops(rows, engine.heads)) / _PACKED
+    each = engine.costs.forward_flops(rows) / _PACKED
     decoded = each * (1 + N_NEW / (sum(len(one.token_ids) for one in sequences) / _PACKED))
     # On average a group's first layer is in the middle, and layers before it are not run again.
     compared = decoded / 2

@@ -25,11 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
-from safetyheads.model.costs import forward_flops, layer_flops, row_sizes, scan_flops
 from safetyheads.model.engine import Engine
-from safetyheads.model.estimates import estimate_pass
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.planning import Plan, TokenSequence, layer_flops, row_sizes
+from safetyheads.runs.estimate import estimate_pass
 
 _SQUARES = (1024, 2048, 4096)
 
@@ -142,12 +141,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     estimated = engine.memory_estimate(sequences, layout, reads_logits=False)
     seconds = statistics.median(times["measure"])
     whole = seconds + statistics.median(times["begin"])
-    flops, moved = scan_flops(engine, rows, engine.heads), moved_bytes(engine, sequences, layout)
+    flops, moved = engine.costs.scan_flops(rows, engine.heads), moved_bytes(engine, sequences, layout)
     return {
         "plan": {"rows": len(layout.rows), "groups_per_batch": layout.groups_per_batch, "threads": layout.threads},
         "seconds": times,
         "useful_flops": flops,
-        "begin_flops": forward_flops(engine, rows),
+        "begin_flops": engine.costs.forward_flops(rows),
         "flops_a_second": flops / seconds,
         "largest_product_flops_a_second": max(rates),
         "share_of_largest_product": flops / seconds / max(rates),

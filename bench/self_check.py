@@ -20,9 +20,8 @@ import torch
 from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads import load_demo
-from safetyheads.model.costs import LayerFlops, layer_flops, row_sizes, scan_flops
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.planning import LayerFlops, Plan, TokenSequence, layer_flops, row_sizes
 
 _NARROW = 8  # width of a head; rotary positions need an even number
 # Prompts of the proofs are 8 tokens longer, of lengths that thirds and halves of them are whole.
@@ -75,7 +74,7 @@ def engine_on(shape: Shape, device: str = "cpu") -> Engine:
 def scan_of(engine: Engine, token_ids: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> float:
     """Operations of scoring each head alone over prompts laid out in rows."""
     sequences = [TokenSequence(tuple(ids)) for ids in token_ids]
-    return scan_flops(engine, row_sizes(sequences, Plan(tuple(map(tuple, rows)), 1, 1)), engine.heads)
+    return engine.costs.scan_flops(row_sizes(sequences, Plan(tuple(map(tuple, rows)), 1, 1)), engine.heads)
 
 
 def organism_seconds() -> dict[str, float]:

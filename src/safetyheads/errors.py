@@ -11,3 +11,16 @@ class InputError(SafetyheadsError, ValueError):
 
 class UnsupportedModelError(InputError):
     """The method would not be exact on this checkpoint; the message says why."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line, and of what kind it is where that is no kind of ours or transformers'."""
+    said = " ".join(str(error).split())
+    kind = type(error).__name__
+    return f"{kind}: {said}" if type(error).__module__ == "builtins" and said else said or kind

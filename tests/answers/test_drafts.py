@@ -37,9 +37,9 @@ from safetyheads.answers.success import (
 )
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.judges.keywords import KeywordRules
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.replay import Capabilities
 from safetyheads.prompts.reader import decode_text
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputE
 from safetyheads.integrations.harness import HarnessSettings, harness_model, load_tasks
 from safetyheads.integrations.organism_task import organism_documents
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants
-from safetyheads.model.weights import fingerprint
+from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.stats.testing import paired_difference
 

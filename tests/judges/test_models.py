@@ -21,7 +21,7 @@ from safetyheads.judges.base import Completion
 from safetyheads.judges.formats import MODEL_JUDGES, NextToken, Reading, fill
 from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge, fitted
 from safetyheads.judges.named import judge_named
-from safetyheads.model import adapters
+from safetyheads.model import loading
 
 WIDTH = 32
 CONSTANT, HARM, SORRY, DONE, GREY = range(5)
@@ -499,7 +499,7 @@ def test_a_model_without_a_classifiers_head_is_refused(harmbench):
 def test_an_adapter_without_peft_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2b"}))
     (tmp_path / "adapter_model.safetensors").touch()
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[peft\]"):
         judge_named(f"strongreject={tmp_path}")(completions("BOMB"))
 

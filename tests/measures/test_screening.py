@@ -27,8 +27,8 @@ from safetyheads.measures.screened_scores import (
 )
 from safetyheads.measures.screening import Followed, Linearizer, Point, Screening, choose_tokens, screen
 from safetyheads.measures.ships import scorer_of
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence
-from safetyheads.model.replay import Capabilities
 
 PROMPTS = (
     (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2),

@@ -26,8 +26,8 @@ from safetyheads import (
     ships,
 )
 from safetyheads.cli.app import main
-from safetyheads.model import adapters
-from safetyheads.model.capabilities import Capabilities
+from safetyheads.model import loading
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.directory import RunDirectory
@@ -206,12 +206,6 @@ def test_the_manifest_names_the_adapter_and_its_own_fingerprint(plain, tmp_path,
     assert stored["adapter_sha256"] != stored["weights_sha256"]
 
 
-def test_a_model_without_an_adapter_has_the_settings_it_always_had(plain):
-    engine = Engine.load(plain[0], check=False)
-    stored = settings_of(engine, AuditConfig(plain[0], "demo"), {"all": prompts_of(*PROMPTS)})
-    assert not {name for name in stored if "adapter" in name or "device_map" in name or "quantisation" in name}
-
-
 # A fine-tune of the organism, as an adapter
 
 
@@ -254,7 +248,7 @@ def test_the_command_line_takes_an_adapter(planted, capsys, tmp_path):
     assert run.read_results()["model"]["name"] == f"demo:base + {planted}"
     stored = run.read_manifest()["config"]
     assert stored["adapter"] == planted
-    assert stored["adapter_sha256"] == adapters.find_adapter(planted).sha256
+    assert stored["adapter_sha256"] == loading.find_adapter(planted).sha256
 
 
 # What is refused
@@ -366,5 +360,5 @@ def test_an_adapter_given_as_the_model_is_told_how_to_be_given(plain):
 
 
 def test_without_peft_the_extra_is_named(plain, monkeypatch):
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     assert refusal(plain[0], plain[1]).endswith("install safetyheads[peft]")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import engine_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head
-from safetyheads.model.costs import forward_flops, layer_flops, replay_flops, row_sizes, scan_flops
-from safetyheads.model.planning import Plan, TokenSequence, pack
-from safetyheads.model.replay import Capabilities, decode
+from safetyheads.model.architecture import Capabilities
+from safetyheads.model.planning import Plan, TokenSequence, layer_flops, pack, row_sizes
+from safetyheads.model.replay import decode
 
 PROMPTS = ((5, 9, 12, 40, 41, 8), (5, 9, 12, 7, 7, 19, 33, 50), (5, 9, 12, 1))
 SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]
@@ -26,7 +28,7 @@ def weights_only(run):
 
 
 def without_pairs(rows):
-    return [type(row)(row.n_tokens, 0, row.n_wanted, 0) for row in rows]
+    return [replace(row, n_pairs=0, n_wanted_pairs=0) for row in rows]
 
 
 @pytest.mark.parametrize("family", ["llama_mha", "llama_gqa", "qwen3_norm"])
@@ -41,7 +43,7 @@ def test_a_forward_counts_what_runs(family):
             for row in rows:
                 decode(engine.architecture, row, 1)
 
-    assert forward_flops(engine, sizes) == weights_only(run)
+    assert engine.costs.forward_flops(sizes) == weights_only(run)
 
 
 @pytest.mark.parametrize("quick", [Capabilities(), Capabilities(prunes=False), Capabilities(starts_late=False)])
@@ -62,8 +64,8 @@ def test_a_replay_counts_what_runs(start, quick):
     if quick.prunes and not (start == 2 and quick.starts_late):
         # The last layer makes the wanted tokens' keys and values a second time, to throw them away.
         useful -= layer_flops(engine.architecture).key_value * len(PROMPTS)
-    assert replay_flops(engine, sizes, start) == useful
-    assert scan_flops(engine, sizes, [Head(start, 0), Head(start, 1)]) == 2 * useful
+    assert engine.costs.replay_flops(sizes, start) == useful
+    assert engine.costs.scan_flops(sizes, [Head(start, 0), Head(start, 1)]) == 2 * useful
 
 
 def test_pairs_are_those_that_a_causal_mask_allows_within_each_prompt():

@@ -15,9 +15,9 @@ from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERE
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.ships import generalized_ships
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence
-from safetyheads.model.replay import Capabilities
 
 # Two float32 sums of a few dozen terms in another order; measured: 2e-6 on states of size 5. A wrong head, mask
 # or position is off by 0.1 and more.

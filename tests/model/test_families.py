@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.ablation import ABLATION_KINDS
-from safetyheads.answers.decoding import left_padded
 from safetyheads.cli.app import app
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.architecture import Capabilities
+from safetyheads.model.planning import left_padded
 
 torch.set_num_threads(1)
 

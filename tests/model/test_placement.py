@@ -29,7 +29,7 @@ from safetyheads import (
 from safetyheads.answers.decoding import Decoding
 from safetyheads.answers.success import scan_attack_success_rate
 from safetyheads.cli.app import main
-from safetyheads.model import placement
+from safetyheads.model import loading
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.provenance import device_name, fingerprint
 
@@ -237,5 +237,5 @@ def test_device_maps_that_cannot_be_are_refused():
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     assert refusal(device_map="auto") == "a device map needs accelerate; install safetyheads[accelerate]"

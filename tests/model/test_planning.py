@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.model.planning import (
-    LayerCost,
+    LayerFlops,
     Plan,
     TokenSequence,
     halving,
@@ -20,7 +20,7 @@ from safetyheads.model.planning import (
 quick = settings(deadline=None, max_examples=50)
 
 # A layer of width 64: 12 width**2 multiplications a token, 2 width a pair of tokens.
-COST = LayerCost(per_token=2 * 12 * 64**2, per_pair=4 * 64)
+COST = LayerFlops(query=0, key_value=0, output=0, mlp=2 * 12 * 64**2, pair=4 * 64)
 
 
 def sequence(*token_ids, n_wanted=1):
@@ -140,7 +140,7 @@ def test_packing_pays_where_much_is_shared_and_not_where_rows_grow_long():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
     assert len(plan(shared, COST, 4096, 32).rows) == 1
     apart = [sequence(*[at] * 500) for at in range(1, 9)]
-    assert len(plan(apart, LayerCost(per_token=1.0, per_pair=1.0), 4096, 32).rows) == 8
+    assert len(plan(apart, LayerFlops(0, 0, 0, mlp=1.0, pair=1.0), 4096, 32).rows) == 8
 
 
 def test_without_packing_each_sequence_has_its_row():

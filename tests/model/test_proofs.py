@@ -15,9 +15,9 @@ from transformers.models.llama import modeling_llama
 from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.engine import Engine
 from safetyheads.model.quick_paths import largest
-from safetyheads.model.replay import Capabilities
 
 
 def refusal_of(model):

@@ -35,8 +35,8 @@ from safetyheads import (
     ships,
 )
 from safetyheads import demo as organism
-from safetyheads.model import placement
-from safetyheads.model.capabilities import Capabilities
+from safetyheads.model import loading
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import is_quantised, quantisation, use_our_attention
 from safetyheads.model.proofs import ROUNDED, tolerances
 from safetyheads.runs.config import AuditConfig
@@ -245,7 +245,7 @@ def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkey
 
 
 def test_without_accelerate_the_extra_is_named(checkpoint, monkeypatch):
-    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[accelerate\]"):
         Engine.load(checkpoint["llama3"][0])
 

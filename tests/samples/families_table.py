@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the oracle is
 from families import FAMILIES, REFUSED, proved
 from family_twins import measured
 
-from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.architecture import Capabilities
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 

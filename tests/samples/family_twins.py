@@ -20,7 +20,7 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, ships
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.answers.drafts import DraftedAnswers
-from safetyheads.model.capabilities import Capabilities
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
 # Tokens that lead by more have to be equal.

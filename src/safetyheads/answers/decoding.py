@@ -13,13 +13,12 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
-from safetyheads.model.planning import allowed_memory, halving
+from safetyheads.model.planning import Padded, allowed_memory, halving, left_padded
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -207,26 +206,6 @@ def rows_that_fit(engine: Engine, longest: int) -> int:
     cache = width * engine.dtype.itemsize * longest
     allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
     return max(1, min(_MOST_ROWS, allowed // (cache + 8 * facts.vocabulary_size)))
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """Rows of unequal length as one batch, each [n_rows, longest], int64."""
-
-    token_ids: Tensor
-    """Padding first."""
-    mask: Tensor
-    """1 where a token is real."""
-    positions: Tensor
-    """Position of each token within its own row."""
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Padded:
-    """Pad rows on the left, so that their last tokens are aligned."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]).to(device)
-    return Padded(ids, mask, (mask.cumsum(dim=1) - 1).clamp_min(0))
 
 
 class _Batch:

@@ -23,8 +23,7 @@ from safetyheads.answers.decoding import Answer, Decoding, Request, ShortContext
 from safetyheads.answers.sampling import Place, Sampling, choose, noise_key
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
-from safetyheads.model.costs import row_sizes
-from safetyheads.model.planning import Plan, TokenSequence, halving
+from safetyheads.model.planning import Plan, TokenSequence, halving, row_sizes
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

@@ -16,7 +16,6 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
-from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ def swapped_attention(
     pairs = [(ours, other) for layer in chosen for ours, other in _modules(engine.architecture, given, layer)]
     before = [(ours, dict(ours._parameters), dict(ours._buffers)) for ours, _ in pairs]
     setattr(model, _SWAPPED, getattr(model, _SWAPPED, 0) + 1)
-    with weights_changed(engine):
+    with engine.weights_changed():
         try:
             for ours, other in pairs:
                 _take_over(ours._parameters, other._parameters)

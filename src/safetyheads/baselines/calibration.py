@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safetyheads.answers.decoding import end_tokens, left_padded
+from safetyheads.answers.decoding import end_tokens
 from safetyheads.baselines.linear_layers import LinearLayer, Weights, edited, linear_layers, put
 from safetyheads.errors import InputError
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.planning import TokenSequence, left_padded
 
 if TYPE_CHECKING:
     from safetyheads.baselines.base import Material

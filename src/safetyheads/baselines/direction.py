@@ -28,7 +28,7 @@ from safetyheads.baselines.parameters import writing_parameters
 from safetyheads.baselines.steering import direction_added, direction_removed
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
-from safetyheads.model.arguments import named
+from safetyheads.model.replay import named
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

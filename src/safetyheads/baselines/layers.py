@@ -21,7 +21,6 @@ from safetyheads.errors import InputError
 from safetyheads.measures.head_pass import log_odds
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.planning import TokenSequence
-from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -42,7 +41,7 @@ def skipped(engine: Engine, layers: Sequence[int]) -> Iterator[None]:
         hidden = given[0] if given else keywords["hidden_states"]
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    with ExitStack() as stack, weights_changed(engine):
+    with ExitStack() as stack, engine.weights_changed():
         for layer in layers:
             module = engine.architecture.layers[layer]
             handle = module.register_forward_hook(give_on, with_kwargs=True)

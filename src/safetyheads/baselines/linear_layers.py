@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model.loading import refuse_wrapped
-from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -98,7 +97,7 @@ def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
 def edited(engine: Engine, weights: Weights) -> Iterator[None]:
     """Within, these linear layers have other weights; the very tensors that stood there are put back after."""
     before = [(linear.module, linear.module._parameters["weight"]) for linear in weights]
-    with weights_changed(engine):
+    with engine.weights_changed():
         try:
             for linear, weight in weights.items():
                 put(linear, weight)

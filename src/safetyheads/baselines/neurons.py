@@ -22,7 +22,6 @@ from safetyheads.baselines.parameters import DOWN_NAMES
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.planning import TokenSequence
-from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -158,7 +157,7 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
 
         return hook
 
-    with ExitStack() as stack, weights_changed(engine):
+    with ExitStack() as stack, engine.weights_changed():
         stack.callback(_let_go, twins)
         stack.enter_context(inputs_seen([linear.module for linear in theirs], see))
         handles = [

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from safetyheads.baselines.forward import refuse_streams
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.model.weights import weights_changed
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -53,7 +52,7 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
         return (wide - share * projection[..., None] * along).to(hidden.dtype)
 
     facts = engine.architecture
-    with weights_changed(engine), ExitStack() as stack:
+    with engine.weights_changed(), ExitStack() as stack:
         stack.callback(_before(facts.layers[0], removed))
         for layer, attention in zip(facts.layers, facts.attentions, strict=True):
             if share != 1.0:
@@ -83,7 +82,7 @@ def direction_added(engine: Engine, direction: Tensor, layer: int) -> Iterator[N
     def added(hidden: Tensor) -> Tensor:
         return (hidden.float() + direction.float().to(hidden.device)).to(hidden.dtype)
 
-    with weights_changed(engine), ExitStack() as stack:
+    with engine.weights_changed(), ExitStack() as stack:
         stack.callback(_before(engine.architecture.layers[layer], added))
         yield
 

@@ -30,7 +30,7 @@ def measured_rates(
     from safetyheads.answers.sampling import Sampling
     from safetyheads.answers.success import query_level_attack_success_rate
     from safetyheads.judges.named import judge_named
-    from safetyheads.model.estimates import estimate
+    from safetyheads.runs.estimate import estimate
     from safetyheads.stats.testing import paired_difference
 
     kind, judging, sampling = ablation.parsed(), judge_named(answers.judge), Sampling(answers.top_k, answers.seed)

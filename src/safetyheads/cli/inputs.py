@@ -6,6 +6,7 @@ torch is imported when a model is loaded, and not before.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import typer
 
 from safetyheads.cli.options import ModelOptions, PromptOptions, TemplateOptions
 from safetyheads.errors import InputError
+from safetyheads.model.options import LoadOptions
 from safetyheads.runs.config import RunConfig
 
 if TYPE_CHECKING:
@@ -88,8 +90,7 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
     """The model, with transformers' own bars and remarks silenced."""
     path = model_path(options.model)
     at_least(1, threads=options.threads)
-    if options.memory is not None and not 0 < options.memory < float("inf"):
-        raise InputError(f"--memory is a number of GiB above 0; got {options.memory}")
+    settings = LoadOptions(**{field.name: getattr(options, field.name) for field in fields(LoadOptions)})
     import torch
     import transformers
 
@@ -100,18 +101,7 @@ def load_engine(options: ModelOptions, watching: Progress, proved: bool = True) 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with watching.track("loading and proving the model" if proved else "loading the model", 1):
-        return Engine.load(
-            path,
-            options.dtype,
-            options.device,
-            adapter=options.adapter,
-            device_map=options.device_map,
-            offload_folder=None if options.offload_folder is None else str(options.offload_folder),
-            trust_remote_code=options.trust_remote_code,
-            allow_pickle=options.allow_pickle,
-            check=proved,
-            memory_budget=None if options.memory is None else int(options.memory * 2**30),
-        )
+        return Engine.load(path, settings, check=proved)
 
 
 def at_least(least: int, **numbers: int | None) -> None:

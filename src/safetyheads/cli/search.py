@@ -80,7 +80,7 @@ def searched(
     from safetyheads.measures.sahara import n_scored, sahara
     from safetyheads.measures.screened_scores import costs_of, screened_sahara
     from safetyheads.measures.ships import scorer_of
-    from safetyheads.model.estimates import estimate
+    from safetyheads.runs.estimate import estimate
     from safetyheads.runs.results import search_steps
 
     extent, n_heads = screened.extent(), len(engine.heads)

@@ -33,7 +33,7 @@ def ranked(
     from safetyheads.measures.screened_scores import costs_of, missed, propose, rescore_pairs
     from safetyheads.measures.screening import screen
     from safetyheads.measures.ships import answer_sequences, scorer_of
-    from safetyheads.model.estimates import estimate
+    from safetyheads.runs.estimate import estimate
     from safetyheads.scores import HeadScores
     from safetyheads.stats.intervals import mean_with_interval
 

@@ -20,8 +20,7 @@ from safetyheads.experiments.outcome import Column, Draft, Outcome, Row, Table
 from safetyheads.experiments.paper_numbers import TABLE2
 from safetyheads.measures.screening import screen
 from safetyheads.measures.ships import ships
-from safetyheads.model.costs import forward_flops, row_sizes, scan_flops
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.planning import TokenSequence, row_sizes
 
 if TYPE_CHECKING:
     from safetyheads.experiments.catalogue import Experiment
@@ -162,8 +161,8 @@ def _counted(subject: Subject) -> Table:
     engine = subject.engine
     sequences = [TokenSequence(ids) for ids in engine.ask(subject.prompts).token_ids]
     rows = row_sizes(sequences, engine.plan(sequences))
-    ours = forward_flops(engine, rows) + scan_flops(engine, rows, engine.heads)
-    alone = sum(forward_flops(engine, row_sizes([one], engine.plan([one]))) for one in sequences)
+    ours = engine.costs.forward_flops(rows) + engine.costs.scan_flops(rows, engine.heads)
+    alone = sum(engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
     plain = len(engine.heads) * alone
     n_plain = len(engine.heads) * len(sequences)
     made: list[Row] = [

@@ -18,10 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, first_line
 from safetyheads.integrations.harness_manners import hub_answers, offline, quiet, seeded
 from safetyheads.integrations.organism_task import ORGANISM, organism_config
-from safetyheads.model.hub import first_line
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, first_line
 from safetyheads.judges.base import LABELS, Completion, Judge, Verdict
-from safetyheads.model.hub import first_line
 
 JudgeFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 """Takes the queries and the answers, and returns one value for each answer."""

@@ -23,11 +23,12 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, first_line
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.judges.formats import MODEL_JUDGES, Harm, JudgeFormat, NextToken, Reading, Written, fill
-from safetyheads.model import hub, loading, placement, weights
-from safetyheads.model.adapters import find_adapter, put_on
+from safetyheads.model import loading
+from safetyheads.model.loading import find_adapter, put_on
+from safetyheads.model.options import DTYPES
 from safetyheads.model.planning import halving, is_out_of_memory
 
 Counts = Literal["harm", "refusal"]
@@ -350,9 +351,9 @@ def load_judge(
     Raises:
         InputError: it is not there, gated, incomplete, of another kind, or needs an extra that is not installed.
     """
-    place = placement.choose_device(device)
-    if dtype != "auto" and dtype not in loading.DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(loading.DTYPES)} and auto")
+    place = loading.choose_device(device)
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     _refuse_no_checkpoint(checkpoint)
     base = None
     if transformers.utils.find_adapter_config_file(checkpoint, revision=revision) is None:
@@ -365,7 +366,7 @@ def load_judge(
         _refuse_no_checkpoint(base)
         model = _read_model(kind, base, None, dtype)
         put_on(model, adapter, base)
-    weights.refuse_broken_weights(model, checkpoint)
+    loading.refuse_broken_weights(model, checkpoint)
     return LoadedJudge(model.to(place).eval(), _read_tokenizer(checkpoint, revision, base))
 
 
@@ -377,7 +378,7 @@ def _refuse_no_checkpoint(checkpoint: str) -> None:
     elif checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1:
         raise InputError(f"the judge {checkpoint} is not there: no such model directory")
     else:
-        hub.look_at_hub(checkpoint)
+        loading.look_at_hub(checkpoint)
 
 
 def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) -> Any:
@@ -385,12 +386,12 @@ def _read_model(kind: str, checkpoint: str, revision: str | None, dtype: str) ->
         model, report = getattr(transformers, kind).from_pretrained(
             checkpoint,
             revision=revision,
-            dtype=loading.DTYPES.get(dtype, dtype),
+            dtype=loading.torch_dtype(dtype),
             use_safetensors=True,
             output_loading_info=True,
         )
     except (*loading.UNREADABLE, SafetensorError) as error:
-        raise InputError(f"cannot load the judge {checkpoint}: {hub.first_line(error)}") from error
+        raise InputError(f"cannot load the judge {checkpoint}: {first_line(error)}") from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
         if "ignore_mismatched_sizes" not in str(error):
@@ -409,7 +410,7 @@ def _read_tokenizer(checkpoint: str, revision: str | None, base: str | None) -> 
     except loading.UNREADABLE as error:
         if base is not None:
             return _read_tokenizer(base, None, None)
-        raise InputError(f"cannot load the tokenizer of {checkpoint}: {hub.first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {checkpoint}: {first_line(error)}") from error
 
 
 def fitted(tokenizer: Any, encode: Encode, completion: Completion, limit: int, room: int) -> list[int] | None:

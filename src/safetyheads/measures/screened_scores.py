@@ -17,7 +17,7 @@ from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import sahara, score_heads
 from safetyheads.measures.screening import POINTS, Forecast, Screening, screen
 from safetyheads.measures.ships import OnGroups, Score, answer_sequences, scorer_of
-from safetyheads.model.costs import forward_flops, row_sizes, scan_flops, screening_flops
+from safetyheads.model.planning import row_sizes
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population
 
@@ -243,9 +243,9 @@ def costs_of(measuring: HeadPass, proposal: Proposal, forecast: Forecast = "mean
     n_columns = [point.n_columns + (forecast == "refusal_score") for point in POINTS]
     rows = row_sizes(sequences, measuring.plan)
     # Both ways of scoring need the unablated run first.
-    exact = scan_flops(engine, rows, engine.heads) + forward_flops(engine, rows)
-    running, shares = screening_flops(engine, sequences, n_columns), []
+    exact = engine.costs.scan_flops(rows, engine.heads) + engine.costs.forward_flops(rows)
+    running, shares = engine.costs.screening_flops(sequences, n_columns), []
     for heads in ((), proposal.candidates, proposal.sampled):
-        running += scan_flops(engine, rows, heads)
+        running += engine.costs.scan_flops(rows, heads)
         shares.append(running / exact)
     return Costs(*shares)

@@ -31,7 +31,6 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
 from safetyheads.measures.head_pass import log_odds
 from safetyheads.model.attention import AttentionCall, RowAblation
-from safetyheads.model.memory import bytes_per_token
 from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted
 from safetyheads.model.replay import wanted_states
 from safetyheads.scores import HeadScores
@@ -229,7 +228,7 @@ class Linearizer:
     def _rows(self) -> list[list[int]]:
         """Which sequences share a row: as many as memory allows with all layers' activations kept for backward."""
         engine = self.engine
-        budget = engine.tokens_that_fit(engine.n_layers * bytes_per_token(engine))
+        budget = engine.tokens_that_fit(engine.n_layers * engine.costs.bytes_per_token())
         rows: list[list[int]] = []
         size = 0
         for number, sequence in enumerate(self.sequences):

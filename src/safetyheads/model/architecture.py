@@ -1,4 +1,4 @@
-"""Where a model keeps its layers. Owns the names under which families file their parts; does no arithmetic.
+"""Finds a model's parts, by the names that families give them, and the shapes of its heads.
 
 What is read here is a claim; :mod:`safetyheads.model.proofs` holds it against the user's own weights at load.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -75,6 +76,28 @@ class HeadShape:
     """Width of one head's value and output."""
     window: int | None
     """Most keys that a token sees, itself included; None where it sees all before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Which quick paths were proved on a model; without one the engine takes the slow, plain path."""
+
+    packs: bool = True
+    """Several prompts may share a row."""
+    segments: bool = True
+    """Attention may be taken prompt by prompt, not over the whole row."""
+    replays: bool = True
+    """Layers may be run again from captured inputs."""
+    prunes: bool = True
+    """The last layer may be finished for the wanted tokens alone."""
+    starts_late: bool = True
+    """The first ablated layer may start from its heads' outputs."""
+    plain_head: bool = True
+    """Logits are the head applied to the normed state; else the model's own forward makes them."""
+    caches: bool = True
+    """Decoding with a cache gives what runs over all tokens give; else no answers are made."""
+    pads: bool = True
+    """Prompts of unequal length may share a batch, padded; else batches hold prompts of one length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,3 +360,19 @@ def _turns(config: Any) -> tuple[int, ...]:
 def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:
     """The distinct positive integers among these, ascending."""
     return tuple(sorted({number for number in numbers if isinstance(number, int) and number > 0}))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's inputs belong: where its embedding runs, wherever that keeps its weight."""
+    embedding = model.get_input_embeddings()
+    return hooked_device(embedding) or embedding.weight.device
+
+
+def hooked_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook brings a module's weights and inputs together; None where there is no hook."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
+        place = getattr(each, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return None

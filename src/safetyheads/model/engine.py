@@ -1,7 +1,7 @@
-"""The engine: last-token states of a model under many ablations. Owns one loaded, proved model; holds all state.
+"""Runs one loaded, proved model under many ablations and gives last-token states; holds all state.
 
-It refuses to know scores, judges and files. Batch rows are head groups, columns are packed prompts; how layers
-are run again is :mod:`safetyheads.model.replay`'s, how work is laid out :mod:`safetyheads.model.planning`'s.
+Batch rows are head groups, columns are packed prompts. :mod:`safetyheads.model.replay` runs layers again,
+:mod:`safetyheads.model.planning` lays the work out.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Group, Head, common_heads
-from safetyheads.model import memory
-from safetyheads.model.architecture import Architecture, describe
-from safetyheads.model.attention import AttentionCall, attention_calls
-from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.placement import DeviceMap, input_device, least_memory
-from safetyheads.model.planning import GroupBatch, Plan, TokenSequence, longest_row, pack, token_budget
-from safetyheads.model.replay import Capture, capture, replay, rerun
-from safetyheads.model.selection import calls_of
+from safetyheads.heads import Group, Head, common_heads, within
+from safetyheads.model import planning
+from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
+from safetyheads.model.attention import AttentionCall, RowAblation, attention_calls
+from safetyheads.model.options import LoadOptions
+from safetyheads.model.planning import GroupBatch, ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
+from safetyheads.model.replay import Capture, capture, logits, replay, rerun
 from safetyheads.prompts.asked import AskedPrompts, DatedPromptWarning
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from safetyheads.model.adapters import Adapter
+    from safetyheads.model.loading import Adapter
     from safetyheads.model.proofs import CheckReport
     from safetyheads.prompts.sets import PromptSet
 
@@ -41,8 +39,6 @@ _exclusive = threading.Lock()
 _SETS_KEPT = 16
 # Characters of a prompt that an error shows.
 _CHARACTERS_QUOTED = 60
-# In elements: 176 MiB while they are read.
-_LOGITS_AT_ONCE = 1 << 22
 
 
 class Engine:
@@ -51,6 +47,17 @@ class Engine:
     Example:
         >>> engine = Engine.load("path-or-hub-id", dtype="float32", device="cpu")
         >>> with engine.ablated((Head(2, 26),), UNDIFFERENTIATED_ATTENTION) as model: ...
+
+    Attributes:
+        model: the Hugging Face model, on our attention.
+        tokenizer: its tokenizer.
+        name: the path or hub id it was loaded from.
+        architecture: its parts, and the shapes of its heads.
+        capabilities: the quick paths that were proved.
+        notes: a line for each quick path given up, and for layers without heads.
+        adapter: the PEFT adapter that is on the model.
+        memory_budget: bytes that batches may take beside the weights; None for half of what is free.
+        weights_version: another object whenever weights are changed; what was measured before belongs to the old ones.
     """
 
     def __init__(
@@ -58,62 +65,62 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str = "",
+        *,
+        architecture: Architecture | None = None,
         capabilities: Capabilities | None = None,
+        adapter: Adapter | None = None,
+        memory_budget: int | None = None,
         token_budget: int | None = None,
     ) -> None:
-        """Wrap a model that already runs on our attention; :meth:`load` is the way in for users."""
+        """Wrap a model that already runs on our attention; users call :meth:`load`.
+
+        Args:
+            model: the Hugging Face model.
+            tokenizer: its tokenizer.
+            name: by default the name in its config.
+            architecture: its parts; by default looked up.
+            capabilities: quick paths to take until :meth:`check` proves them; by default all.
+            adapter: the PEFT adapter that is on the model.
+            memory_budget: see the class.
+            token_budget: most tokens in a batch; by default what fits the memory.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path
-        self.architecture: Architecture = describe(model)
-        self.adapter: Adapter | None = None
-        # Replaced with the weights: what was measured before belongs to the old ones.
-        self.weights_version = object()
+        self.architecture: Architecture = architecture or describe(model)
         self.capabilities = capabilities or Capabilities()
         self.notes: tuple[str, ...] = ()
+        self.adapter = adapter
+        self.memory_budget = memory_budget
+        self.weights_version = object()
         self._token_budget = token_budget
-        self.memory_budget: int | None = None
         self._proved_length: int | None = None
         self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
 
     @classmethod
-    def load(
-        cls,
-        path: str,
-        dtype: str = "float32",
-        device: str = "cpu",
-        *,
-        adapter: str | None = None,
-        device_map: DeviceMap | None = None,
-        offload_folder: str | None = None,
-        trust_remote_code: bool = False,
-        allow_pickle: bool = False,
-        check: bool = True,
-        memory_budget: int | None = None,
-    ) -> Engine:
+    def load(cls, path: str, options: LoadOptions | None = None, *, check: bool = True, **settings: Any) -> Engine:
         """Load a checkpoint and prove on its own weights that ablations are exact.
 
         Args:
             path: a local directory or a hub id.
-            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (the checkpoint's own, which quantised ones keep).
-            device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
-            adapter: a PEFT adapter to put on the model, unmerged: a directory or a hub id.
-            device_map: accelerate's, over several devices or offloading: ``auto`` or modules with their places.
-            offload_folder: where a device map's offloaded weights go that no safetensors file holds as they are used.
-            trust_remote_code: run Python code that the checkpoint brings.
-            allow_pickle: read weights that are not safetensors; pickles can run code.
-            check: run :meth:`check`; without it, an unproved model may give wrong scores.
-            memory_budget: bytes that batches may take beside the weights; by default half of what is free.
+            options: how it is loaded.
+            check: run :meth:`check`; an unproved model may give wrong scores.
+            settings: fields of :class:`LoadOptions` instead: ``dtype``, ``device``, ``adapter``, ``device_map``,
+                ``offload_folder``, ``memory``, ``trust_remote_code``, ``allow_pickle``.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
             UnsupportedModelError: a proof failed; the message names it.
         """
-        from safetyheads.model.loading import LoadOptions, load_engine
+        from safetyheads.model.loading import load_model, use_our_attention
 
-        places = (device, adapter, device_map, offload_folder)
-        engine = load_engine(LoadOptions(path, dtype, *places, trust_remote_code, allow_pickle), check)
-        engine.memory_budget = least_memory(engine.model) if memory_budget is None else memory_budget
+        loaded = load_model(path, options or LoadOptions(**settings))
+        engine = cls(loaded.model, loaded.tokenizer, path, adapter=loaded.adapter, memory_budget=loaded.memory_budget)
+        if check:
+            # The proof of our attention needs the family's own, so the model comes with eager attention.
+            engine.check()
+        else:
+            use_our_attention(engine.model)
         return engine
 
     def check(self, longest: int = 64) -> CheckReport:
@@ -128,21 +135,18 @@ class Engine:
         """
         from safetyheads.model.proofs import prove
 
-        before = self.capabilities
         with self._taken():  # an ablation in force would be taken for the model's own attention
-            try:
-                report = prove(self, longest)
-            except BaseException:
-                self.capabilities = before
-                raise
+            report = prove(self, longest)
         self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
         return report
 
     def prove_up_to(self, longest: int) -> None:
-        """Prove the windows that rows of ``longest`` tokens reach, where the proof at load was for shorter ones."""
+        """Prove the windows that rows of ``longest`` tokens reach, where the last proof was for shorter ones."""
         proved, facts = self._proved_length, self.architecture
         if proved is not None and any(proved <= width < longest for width in (*facts.windows, *facts.turns)):
             self.check(longest)
+
+    # The model
 
     @property
     def n_layers(self) -> int:
@@ -151,7 +155,7 @@ class Engine:
 
     @property
     def n_heads(self) -> int:
-        """Query heads a layer; of the layer with most, where layers differ."""
+        """Query heads of a layer; of the layer with most, where layers differ."""
         return self.architecture.n_heads
 
     @property
@@ -169,6 +173,8 @@ class Engine:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.model.dtype
+
+    # Prompts
 
     @property
     def n_embedded(self) -> int:
@@ -220,14 +226,16 @@ class Engine:
                     f"the tokenizer belong to another model? It begins: {start!r}"
                 )
 
+    # Ablations
+
     @contextmanager
     def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
-        """The HF model with the group's heads ablated, for whatever uses it; as it was after.
+        """The Hugging Face model with the group's heads ablated, for any use; unchanged afterwards.
 
         Any thread that uses the model meanwhile sees the ablation. The empty group is the unablated model.
 
         Raises:
-            InputError: a head the model does not have, or one given twice.
+            InputError: a head that the model does not have, or one given twice.
             SafetyheadsError: the model is already inside such a context.
         """
         with self.ablated_rows([tuple(group)], ablation) as model:
@@ -252,9 +260,51 @@ class Engine:
         finally:
             self.model._safetyheads_ablated = False
 
+    @contextmanager
+    def weights_changed(self) -> Iterator[None]:
+        """Within, the model has other weights: scorers that were made before refuse to score, and work again after."""
+        version, self.weights_version = self.weights_version, object()
+        try:
+            yield
+        finally:
+            self.weights_version = version
+
     def ablation_calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
-        """Layer -> the call that ablates each row's heads of that layer."""
-        return calls_of(self, groups, ablation)
+        """Turns head groups, one a batch row, into the ablation call of each layer.
+
+        Raises:
+            InputError: a head that the model does not have, or one given twice.
+        """
+        selected: dict[int, Tensor] = {}
+        for row, group in enumerate(groups):
+            for head in within(group, self.n_layers, self.n_heads):
+                if head.layer not in selected:
+                    selected[head.layer] = torch.zeros(len(groups), self._heads_beside(head), dtype=torch.bool)
+                selected[head.layer][row, head.index] = True
+        return {
+            layer: AttentionCall(ablations=(RowAblation(ablation, to_device(rows, self.device)),))
+            for layer, rows in selected.items()
+        }
+
+    def _heads_beside(self, head: Head) -> int:
+        """The number of heads in a head's layer.
+
+        Raises:
+            InputError: the layer has no such head.
+        """
+        shape = self.architecture.shapes[head.layer]
+        if shape is None:
+            raise InputError(f"head {head}: layer {head.layer} has no attention heads that could be ablated")
+        if head.index >= shape.n_heads:
+            raise InputError(f"head {head} is out of range: layer {head.layer} has heads 0-{shape.n_heads - 1}")
+        return shape.n_heads
+
+    # Plans
+
+    @property
+    def costs(self) -> ModelCosts:
+        """Counts the operations and bytes of passes over this model."""
+        return ModelCosts(self.architecture, self.capabilities, self.dtype.itemsize)
 
     def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
         """How a pass over these sequences is laid out on this machine now.
@@ -262,28 +312,31 @@ class Engine:
         Raises:
             InputError: not even one head on one prompt fits the memory budget.
         """
-        before, layout = self.capabilities, memory.fitted_plan(self, sequences)
+        layout = self._fitted_plan(sequences)
         if self.architecture.turns:
-            # A row's length counts, for a family that takes places in the row for positions.
+            # These families take places in the row for positions, so the row's length has to be proved.
+            before = self.capabilities
             self.prove_up_to(longest_row(sequences, layout))
             if self.capabilities != before:
-                layout = memory.fitted_plan(self, sequences)
+                layout = self._fitted_plan(sequences)
         return layout
+
+    def _fitted_plan(self, sequences: Sequence[TokenSequence]) -> Plan:
+        n_tokens = self.tokens_that_fit(self.costs.bytes_per_token())
+        return planning.fitted_plan(sequences, self.costs, n_tokens, self.memory_budget)
 
     def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
-        return memory.pass_bytes(self, sequences, layout, reads_logits)
+        return self.costs.pass_bytes(sequences, layout, self.logits_at_once if reads_logits else 0)
 
     def tokens_that_fit(self, bytes_per_token: int) -> int:
         """Tokens of a batch, at so many bytes each."""
-        return self._token_budget or token_budget(self.device, bytes_per_token, self.memory_budget)
+        return self._token_budget or planning.token_budget(self.device, bytes_per_token, self.memory_budget)
 
     @property
     def logits_at_once(self) -> int:
-        """Logits in flight together, in elements, when next tokens are read."""
-        if self.memory_budget is None:
-            return _LOGITS_AT_ONCE
-        return min(_LOGITS_AT_ONCE, self.memory_budget // (4 * memory.LOGIT_BYTES))
+        """Logits in memory together, in elements, when next tokens are read."""
+        return planning.logits_at_once(self.memory_budget)
 
     def batches(self, groups: Sequence[Group], layout: Plan) -> list[GroupBatch]:
         """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
@@ -293,14 +346,16 @@ class Engine:
         """
         common, by_start = common_heads(groups), dict[int, list[int]]()
         for index, group in enumerate(groups):
-            own = [head.layer for head in group if head not in common]
-            by_start.setdefault(min(own, default=self.n_layers - 1), []).append(index)
+            layers = [head.layer for head in group if head not in common]
+            by_start.setdefault(min(layers, default=self.n_layers - 1), []).append(index)
         n = layout.groups_per_batch
         return [
             GroupBatch(tuple(indices[at : at + n]), start)
             for start, indices in sorted(by_start.items())
             for at in range(0, len(indices), n)
         ]
+
+    # Passes
 
     def captured(
         self, sequences: Sequence[TokenSequence], common: Group, ablation: Ablation, layout: Plan, first: int = 0
@@ -347,18 +402,4 @@ class Engine:
 
     def differentiable_logits(self, hidden: Tensor) -> Tensor:
         """:meth:`logits`, with gradients where the caller records them."""
-        if self.capabilities.plain_head:
-            return self.architecture.head(self.architecture.final_norm(hidden)).float()
-        # The family does more to its logits (a softcap, a scale): let its own forward do it, on our states.
-        normed = self.architecture.final_norm(hidden)[None]
-
-        def put(_: nn.Module, __: Any, output: Any) -> Any:
-            output.last_hidden_state = normed
-            return output
-
-        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        handle = self.architecture.decoder.register_forward_hook(put)
-        try:
-            return self.model(input_ids=one, use_cache=False).logits[0].float()
-        finally:
-            handle.remove()
+        return logits(self.model, self.architecture, hidden, self.capabilities.plain_head)

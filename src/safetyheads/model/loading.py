@@ -1,35 +1,41 @@
-"""From a path or hub id to a proved engine. Owns what can go wrong with a checkpoint, each as one clear line."""
+"""Loads a checkpoint, with an adapter where one is given; tells each thing that can go wrong in one clear line."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line
 from safetyheads.files import read_json
-from safetyheads.model import adapters, attention, placement
-from safetyheads.model.hub import first_line, look_at_hub, one_line
-from safetyheads.model.planning import is_out_of_memory
-from safetyheads.model.weights import refuse_broken_weights, refuse_unused_weights
+from safetyheads.model import attention
+from safetyheads.model.architecture import hooked_device
+from safetyheads.model.options import DTYPES, LoadOptions
+from safetyheads.model.planning import allowed_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from safetyheads.model.engine import Engine
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes by name; ``auto`` keeps the checkpoint's own."""
-
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MEMORY_SHARE = 0.5
+# Seconds to wait for the hub's first answer.
+_HUB_TIMEOUT = 10.0
 # Methods that keep activations as they are, and how the config of one that does so now and then says it.
 _ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(
@@ -45,80 +51,268 @@ _NONSENSE = (TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What is loaded, and where to; see :meth:`safetyheads.model.engine.Engine.load`, which documents each."""
+class Loaded:
+    """A checkpoint in memory, not yet proved."""
 
-    path: str
-    """A local directory or a hub id."""
-    dtype: str = "float32"
-    """Of the weights; a quantised checkpoint keeps its own."""
-    device: str = "cpu"
-    """The one device of the model, where no map lays it out."""
-    adapter: str | None = None
-    """A PEFT adapter to put on it, a directory or a hub id."""
-    device_map: placement.DeviceMap | None = None
-    """Where its modules go, where there are several places."""
-    offload_folder: str | None = None
-    """Where weights go that a device map puts on the disk and that no safetensors file holds as they are used."""
-    trust_remote_code: bool = False
-    """Run Python code that the checkpoint brings."""
-    allow_pickle: bool = False
-    """Read weights that are not safetensors."""
-
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)} and auto")
-        if self.device_map is not None:
-            if self.device not in ("cpu", "auto"):
-                raise InputError("a device map and one device exclude each other")
-            placement.refuse_device_map(self.device_map)
-        elif self.offload_folder is not None:
-            raise InputError("an offload folder belongs to a device map")
+    model: PreTrainedModel
+    """In evaluation mode, on eager attention."""
+    tokenizer: PreTrainedTokenizerBase
+    """The adapter's own, where it has one, else the checkpoint's."""
+    adapter: Adapter | None
+    """The adapter that is on the model."""
+    memory_budget: int | None
+    """Bytes that batches may take beside the weights; None for half of what is free."""
 
 
-def load_engine(options: LoadOptions, check: bool) -> Engine:
-    """As :meth:`safetyheads.model.engine.Engine.load`, which documents it."""
-    from safetyheads.model.engine import Engine
+def load_model(path: str, options: LoadOptions) -> Loaded:
+    """Load a checkpoint as the options say.
 
-    place = placement.choose_device(options.device)
-    path = options.path
+    Raises:
+        InputError: it cannot be loaded; the message is one line.
+        UnsupportedModelError: no ablation can be put into its attention.
+    """
+    if options.device_map is not None:
+        _refuse_places(options.device_map)
+    place = choose_device(options.device)
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
     if os.path.exists(path):
         _look_at_directory(Path(path), options.trust_remote_code, options.allow_pickle)
     else:
         look_at_hub(path)
-        adapters.refuse_as_model(path)
-    adapter = None if options.adapter is None else adapters.find_adapter(options.adapter, options.allow_pickle)
-    model = _load_model(options, place)
+        _refuse_adapter_as_model(path)
+    adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
+    model = _read_model(path, options, place)
     if adapter is not None:
-        adapters.put_on(model, adapter, path)
+        put_on(model, adapter, path)
     refuse_broken_weights(model, path)
-    if _is_placed_by_us(options, model):
+    if options.device_map is None and not is_quantised(model):
         model = model.to(place)
     if options.device_map is not None:
         # accelerate makes offloaded parameters anew while the model runs; under inference mode they cannot ask for
-        # gradients again, and nobody wants theirs.
+        # gradients again. Gradients are not needed.
         model.requires_grad_(False)
-    model = model.eval()
-    tokenizer = _load_tokenizer(_where_the_tokenizer_is(path, adapter), options.trust_remote_code)
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{model.config.model_type}: {type(model).__name__} computes attention without transformers' attention "
             "registry, so no ablation can be put into it"
         )
-    engine = Engine(model, tokenizer, name=path)
-    engine.adapter = adapter
-    if check:
-        # The proof of our attention needs the family's own, so the model comes with eager attention.
-        engine.check()
-    else:
-        use_our_attention(model)
-    return engine
+    # Fine-tunes bring their chat template with their tokenizer.
+    source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
+    tokenizer = _read_tokenizer(source, options.trust_remote_code)
+    budget = _least_memory(model) if options.memory is None else options.memory_budget
+    return Loaded(model.eval(), tokenizer, adapter, budget)
 
 
-def _is_placed_by_us(options: LoadOptions, model: PreTrainedModel) -> bool:
-    """Whether the model is to be moved as a whole: none that is laid out or quantised may be."""
-    return options.device_map is None and not is_quantised(model)
+def use_our_attention(model: PreTrainedModel) -> None:
+    """Set the model to our attention function and mask."""
+    attention.register()
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    if model.config._attn_implementation != attention.ATTENTION_NAME:
+        raise UnsupportedModelError(f"{model.config.model_type}: the attention implementation cannot be set")
+
+
+# Reading a checkpoint
+
+
+def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
+    """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
+    _refuse_adapter_as_model(str(path))
+    config = path / "config.json"
+    if not config.is_file():
+        raise InputError(f"{path} has no config.json, so it is not a model directory")
+    described = read_json(config)
+    if "auto_map" in described and not trust_remote_code and not _is_shipped(described.get("model_type")):
+        raise InputError(f"{path} brings its own Python code; to run that code, give --trust-remote-code")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)
+    if any((path / name).is_file() for name in _SAFE_WEIGHTS):
+        return
+    if not any((path / name).is_file() for name in _PICKLED_WEIGHTS):
+        raise InputError(f"{path} has no weights (model.safetensors)")
+    if not allow_pickle:
+        raise InputError(
+            f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
+        )
+
+
+def _is_shipped(family: Any) -> bool:
+    """Whether transformers has the family's code itself: then code that a checkpoint brings beside it is not run."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(family, str) and family in CONFIG_MAPPING
+
+
+def look_at_hub(name: str) -> None:
+    """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+            return
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except HFValidationError:
+        raise InputError(f"{name!r} is neither a directory nor a hub id") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: no such directory, and no such model on the hub that you may read") from None
+    except HfHubHTTPError as error:
+        raise InputError(f"{name}: no such directory, and the hub answers: {first_line(error)}") from error
+    except (client_error, OSError) as error:
+        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({first_line(error)})") from error
+
+
+def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    config = _config(path, options)
+    method = None if config is None else _method_named(config)
+    arguments: dict[str, Any] = {
+        "attn_implementation": "eager",
+        "trust_remote_code": options.trust_remote_code,
+        # None lets transformers fall back to pickles, False would prefer them.
+        "use_safetensors": None if options.allow_pickle else True,
+        **_dtype_and_place(options, place, method),
+    }
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    except (*UNREADABLE, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path} brings its own Python code; to run that code, give --trust-remote-code"
+            ) from error
+        if "offload_folder" in str(error):
+            raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
+        raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    except _NONSENSE as error:
+        raise _told_as_nonsense(path, error) from error
+    except RuntimeError as error:
+        # transformers' own words for shapes that differ speak of an option that is not ours.
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
+        # A quantised checkpoint's kernels may want another device than is there.
+        if method is None or is_out_of_memory(error):
+            raise
+        raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
+        model = model.to(torch_dtype(options.dtype))  # its quantisation ended with loading: plain numbers again
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
+    _refuse_unused_weights(model, path, report["unexpected_keys"], is_quantised=method is not None)
+    if str(model.dtype).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES[:-1])}")
+    return model
+
+
+def torch_dtype(name: str) -> Any:
+    """Torch's dtype of that name; ``auto`` stays as it is."""
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _dtype_and_place(options: LoadOptions, place: torch.device, method: str | None) -> dict[str, Any]:
+    """How from_pretrained is told in which dtype to load, and where to."""
+    chosen: dict[str, Any] = {"dtype": torch_dtype(options.dtype)}
+    if options.device_map is not None:
+        chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
+    if method is not None:
+        # Its kernels were made for one dtype, and quantised weights are not moved after loading.
+        chosen["dtype"] = "auto"
+        if options.device_map is None:
+            _refuse_places({"": str(place)})
+            chosen["device_map"] = {"": str(place)}
+    return chosen
+
+
+def _config(path: str, options: LoadOptions) -> Any:
+    """The checkpoint's config, before anything else is loaded; None where it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except UNREADABLE:
+        return None  # told when the model itself cannot be loaded
+    except _NONSENSE as error:
+        raise _told_as_nonsense(path, error) from error
+
+
+def _told_as_nonsense(path: str, error: Exception) -> InputError:
+    return InputError(f"cannot load {path}, whose config.json may be wrong: {one_line(error)}")
+
+
+def _method_named(config: Any) -> str | None:
+    """The quantisation that a config names."""
+    for each in (config, config.get_text_config(decoder=True)):
+        described = getattr(each, "quantization_config", None)
+        if described is not None:
+            get = described.get if isinstance(described, dict) else partial(getattr, described)
+            return str(get("quant_method", "an unnamed method"))
+    return None
+
+
+def _read_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (*UNREADABLE, *_NONSENSE) as error:
+        if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
+            raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
+        raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+
+
+# Devices
+
+
+def choose_device(name: str) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a CUDA device where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} is not one that was proved; use cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _refuse_places(device_map: str | Mapping[str, Any]) -> None:
+    """Refuse a map onto devices that are not there, before a model is read."""
+    for name, place in () if isinstance(device_map, str) else device_map.items():
+        if place != "disk":
+            try:
+                choose_device(f"cuda:{place}" if isinstance(place, int) else str(place))
+            except InputError as error:
+                raise InputError(f"the device map's place of {name or 'the model'!r}: {error}") from None
+    if find_spec("accelerate") is None:
+        raise InputError("a device map needs accelerate; install safetyheads[accelerate]")
+
+
+def device_layout(model: nn.Module) -> str | None:
+    """A device map in one line, such as ``cuda:0 (14 modules), cuda:1 (20 modules)``; None where there is none."""
+    placed: Mapping[str, Any] = getattr(model, "hf_device_map", {})
+    if len(set(placed.values())) < 2:
+        return None
+    counts = Counter(f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values())
+    return ", ".join(f"{place} ({n} modules)" for place, n in sorted(counts.items()))
+
+
+def _least_memory(model: nn.Module) -> int | None:
+    """Bytes that batches may take on the fullest of several devices; None where there is but one."""
+    devices = {torch.device(place) for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
+    free = [allowed_memory(device, None, _MEMORY_SHARE) for device in devices]
+    return min(free) if len(free) > 1 else None
+
+
+# Quantised and wrapped weights
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
@@ -157,144 +351,327 @@ def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
         raise InputError(f"{name} is offloaded; {does} weights in memory only")
 
 
-def use_our_attention(model: PreTrainedModel) -> None:
-    """Set the model to our attention function and mask."""
-    attention.register()
-    model.set_attn_implementation(attention.ATTENTION_NAME)
-    if model.config._attn_implementation != attention.ATTENTION_NAME:
-        raise UnsupportedModelError(f"{model.config.model_type}: the attention implementation cannot be set")
+# Adapters. They stay beside the base's weights and are not merged, so a fine-tune is audited as it was published.
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_NAME, _PREFIX = "default", "base_model.model."
+_ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+# AdaLoRA's number of ranks, which peft sets by the config.
+_IS_SAVED_NOWHERE = ".ranknum."
+# What a config says of where things lay and not of what the adapter does.
+_WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+_FILES_TO_FETCH = (
+    _ADAPTER_CONFIG,
+    _ADAPTER_WEIGHTS,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges*",
+)
 
 
-def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
-    """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
-    if not path.is_dir():
-        raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
-    adapters.refuse_as_model(str(path))
-    config = path / "config.json"
-    if not config.is_file():
-        raise InputError(f"{path} has no config.json, so it is not a model directory")
-    described = read_json(config)
-    if "auto_map" in described and not trust_remote_code and not _is_shipped(described.get("model_type")):
-        raise InputError(f"{path} brings its own Python code; to run that code, give --trust-remote-code")
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        read_json(generation)
-    if any((path / name).is_file() for name in _SAFE_WEIGHTS):
-        return
-    if not any((path / name).is_file() for name in _PICKLED_WEIGHTS):
-        raise InputError(f"{path} has no weights (model.safetensors)")
-    if not allow_pickle:
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter, found and looked at, before it is put on a base."""
+
+    name: str
+    """A path or hub id, as it was given."""
+    directory: Path
+    """Where its files are."""
+    config: Mapping[str, Any]
+    """Its adapter_config.json."""
+    sha256: str
+    """Of what it does: its settings, whereabouts aside, and its weights."""
+
+    @property
+    def base(self) -> str | None:
+        """The base that it names, by a path or hub id of whoever trained it."""
+        named = self.config.get("base_model_name_or_path")
+        return str(named) if named else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it brings a tokenizer of its own, as fine-tunes with a new chat template do."""
+        named = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        return any((self.directory / name).is_file() for name in named)
+
+
+def _refuse_adapter_as_model(path: str) -> None:
+    """Refuse an adapter given as a model: transformers would take it in without a word, or not, as peft is there."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(path) is not None:
+        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
+
+
+def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = None) -> Adapter:
+    """Look at a local adapter, or fetch one from the hub.
+
+    Raises:
+        InputError: it is not there, is no adapter, has pickled weights only, or peft is not installed.
+    """
+    directory = Path(name) if os.path.exists(name) else _fetched(name, revision)
+    if not directory.is_dir():
+        raise InputError(f"the adapter {name} is a file; an adapter is a directory with {_ADAPTER_CONFIG}, or a hub id")
+    if not (directory / _ADAPTER_CONFIG).is_file():
+        raise InputError(f"{name} has no {_ADAPTER_CONFIG}, so it is not an adapter")
+    config = read_json(directory / _ADAPTER_CONFIG)
+    weights = directory / _ADAPTER_WEIGHTS
+    if not weights.is_file():
+        if not (directory / _PICKLED_ADAPTER).is_file():
+            raise InputError(f"the adapter {name} has no weights ({_ADAPTER_WEIGHTS})")
+        if not allow_pickle:
+            raise InputError(
+                f"the adapter {name} has pickled weights only, which can run code when read; to allow it, give "
+                "--allow-pickle"
+            )
+        weights = directory / _PICKLED_ADAPTER
+    if find_spec("peft") is None:
+        raise InputError(f"{name} is an adapter; to read it, install safetyheads[peft]")
+    _refuse_kind(name, config)
+    return Adapter(name, directory, config, _sha256(config, weights))
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """An adapter of the hub, on this machine."""
+    from huggingface_hub import snapshot_download
+
+    look_at_hub(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES_TO_FETCH)))
+    except OSError as error:
+        raise InputError(f"the adapter {name} cannot be fetched: {first_line(error)}") from error
+
+
+def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse adapters that are more than changes of modules: they would need the prompt, or be left out silently."""
+    from peft import PeftType, PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
+        raise InputError(f"the adapter {name} is of a kind that this peft does not know: {kind}")
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
         raise InputError(
-            f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
+            f"the adapter {name} is a {kind}: its modules share weights that stand in none of them, so it cannot be "
+            "put on a base module by module; merge it into its base and give the merged model"
+        )
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig):
+        raise InputError(
+            f"the adapter {name} is a {kind}: it adds virtual tokens and changes no module, so it is not read"
+        )
+    if config.get("alora_invocation_tokens"):
+        raise InputError(
+            f"the adapter {name} acts from certain tokens on only (aLoRA), which replayed layers cannot see"
         )
 
 
-def _is_shipped(family: Any) -> bool:
-    """Whether transformers has the family's code itself: then code that a checkpoint brings beside it is not run."""
-    from transformers import CONFIG_MAPPING
+def _sha256(config: Mapping[str, Any], weights: Path) -> str:
+    settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
-    return isinstance(family, str) and family in CONFIG_MAPPING
+
+def _bring_back(model: PreTrainedModel) -> None:
+    """Give factors that peft made beside offloaded weights, so on no device, room where these are brought to run."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in wrapped:
+        base = layer.get_base_layer()
+        place = hooked_device(base)
+        for name, module in layer.named_modules():
+            if module is base or name.startswith("base_layer"):
+                continue
+            for own, parameter in module._parameters.items():
+                if place is not None and parameter is not None and parameter.is_meta:
+                    empty = torch.empty_like(parameter, device=place)
+                    module._parameters[own] = nn.Parameter(empty, requires_grad=False)
 
 
-def _load_model(options: LoadOptions, place: torch.device) -> PreTrainedModel:
+def _share_config(model: PreTrainedModel) -> None:
+    """Give layers that peft copied the model's own config, which says how to attend; copies would not hear of it."""
+    own = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        if type(getattr(module, "config", None)) is type(own):
+            module.config = own
+
+
+def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
+    """Load the adapter into its base, unmerged; through peft itself, since transformers knows fewer kinds of them.
+
+    Raises:
+        InputError: it is not for this base; the message says what does not fit.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils import load_peft_weights
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    path = options.path
-    arguments: dict[str, Any] = {
-        "attn_implementation": "eager",
-        "trust_remote_code": options.trust_remote_code,
-        # None lets transformers fall back to pickles, False would prefer them.
-        "use_safetensors": None if options.allow_pickle else True,
-        **_dtype_and_place(options, place),
-    }
+    said = f"the adapter {adapter.name} is not for {base}"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
-    except (*UNREADABLE, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{path} brings its own Python code; to run that code, give --trust-remote-code"
-            ) from error
-        if "offload_folder" in str(error):
-            raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
-        raise InputError(f"cannot load {path}: {first_line(error)}") from error
-    except _NONSENSE as error:
-        raise _told_as_nonsense(path, error) from error
+        config = PeftConfig.from_pretrained(str(adapter.directory))
+        config.inference_mode = True
+        inject_adapter_in_model(config, model, _ADAPTER_NAME)
+        if adapter.config.get("layer_replication"):
+            _share_config(model)
+        _bring_back(model)
+        # As peft does by itself: in half precision the two small factors would lose most.
+        cast_adapter_dtype(model, _ADAPTER_NAME)
+        tensors = load_peft_weights(str(adapter.directory), device="cpu")
+        # What stands for whole modules is looked up by names without peft's prefix, factors by names with it.
+        tensors = {name if ".lora_" in name else name.removeprefix(_PREFIX): each for name, each in tensors.items()}
+        report: Any = set_peft_model_state_dict(model, tensors, _ADAPTER_NAME)
+    except KeyError as error:
+        raise InputError(f"{said}: it lacks {error.args[0] if error.args else 'something'}") from error
     except RuntimeError as error:
-        # transformers' own words for shapes that differ speak of an option that is not ours.
-        if "ignore_mismatched_sizes" in str(error):
-            raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
-        # A quantised checkpoint's kernels may want another device than is there.
-        config = _config(options)
-        if config is None or _method(config) is None or is_out_of_memory(error):
+        if "size mismatch" not in str(error):
             raise
-        raise InputError(f"cannot load {path}: {first_line(error)}") from error
-    if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
-        model = model.to(DTYPES[options.dtype])  # its quantisation ended with loading: plain numbers again
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
-    config = _config(options)
-    is_described_as_quantised = config is not None and _method(config) is not None
-    refuse_unused_weights(model, path, report["unexpected_keys"], is_described_as_quantised)
-    if model.dtype not in DTYPES.values():
-        raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES)}")
-    return model
+        raise InputError(f"{said}: tensors have other shapes") from error
+    except (SafetensorError, UnpicklingError) as error:
+        raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{said}: {first_line(error)}") from error
+    # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to.
+    lacked = {
+        name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and _IS_SAVED_NOWHERE not in name
+    }
+    for found, what in ((lacked, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
+        if found:
+            raise InputError(f"{said}: it {what} {len(found)} tensors, {min(found)} among them")
+    model._hf_peft_config_loaded = True  # so that transformers knows
 
 
-def _dtype_and_place(options: LoadOptions, place: torch.device) -> dict[str, Any]:
-    """How from_pretrained is told in which dtype to load, and where to."""
-    chosen: dict[str, Any] = {"dtype": DTYPES.get(options.dtype, options.dtype)}
-    config = _config(options)
-    method = None if config is None else _method(config)
-    if options.device_map is not None:
-        chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
-    if method is not None:
-        # Its kernels were made for one dtype, and quantised weights are not moved after loading.
-        chosen["dtype"] = "auto"
-        if options.device_map is None:
-            placement.refuse_device_map({"": str(place)})
-            chosen["device_map"] = {"": str(place)}
-    return chosen
+# The weights as they are, wherever and in whatever form they lie
+
+# Beside tensors, quantised modules keep such values in their state.
+_PLAIN_VALUES = (str, int, float, bool, torch.dtype, type(None))
+# Tensors of a checkpoint that a text model rightly leaves alone: other senses and what joins them to it, heads that
+# guess further tokens, and buffers that are computed anew.
+_BESIDE_TEXT = re.compile(
+    r"(^|[._])(vision|visual|image|video|audio|speech|talker|code2wav|multi_modal|multimodal|multimodality|mm"
+    r"|connector|aligner|resampler|mtp|nextn)([._]|$)"
+    r"|(^|\.)(inv_freq|position_ids|masked_bias|version|_extra_state)$"
+)
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+# Of quantised checkpoints each format has tensors of its own, scales and the like, that only its kernels know.
+_PLAIN_TENSORS = ("weight", "bias")
 
 
-def _config(options: LoadOptions) -> Any:
-    """The checkpoint's config, before anything else is loaded; None where it cannot be read."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
-    except UNREADABLE:
-        return None  # told when the model itself cannot be loaded
-    except _NONSENSE as error:
-        raise _told_as_nonsense(options.path, error) from error
-
-
-def _told_as_nonsense(path: str, error: Exception) -> InputError:
-    return InputError(f"cannot load {path}, whose config.json may be wrong: {one_line(error)}")
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of all weights, by name, dtype and bytes; the same wherever they lie."""
+    digest = hashlib.sha256()
+    for name, part in _parts_of(model):
+        if isinstance(part, Tensor):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{name} {part}".encode())
+    return digest.hexdigest()
 
 
-def _method(config: Any) -> str | None:
-    """The quantisation that a config names."""
-    for each in (config, config.get_text_config(decoder=True)):
-        described = getattr(each, "quantization_config", None)
-        if described is not None:
-            get = described.get if isinstance(described, dict) else partial(getattr, described)
-            return str(get("quant_method", "an unnamed method"))
-    return None
+def refuse_broken_weights(model: nn.Module, path: str) -> None:
+    """Refuse weights that are not all finite."""
+    for name, part in _parts_of(model):
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            continue
+        # float8 knows NaN, but has no function that looks for it.
+        values = part if part.dtype.itemsize > 1 else part.float()
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(f"the weights of {path} are broken: {name} holds NaN or infinity")
 
 
-def _where_the_tokenizer_is(path: str, adapter: adapters.Adapter | None) -> str:
-    """The adapter's own, where it has one: fine-tunes bring their chat template with it."""
-    return str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
+def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], is_quantised: bool) -> None:
+    """Refuse weights that the model as its config describes it has no place for: it would be another model in silence.
+
+    Args:
+        model: as it was loaded.
+        path: of its checkpoint.
+        unexpected: names of tensors without a place, but for those that the family itself tells to ignore.
+        is_quantised: whether the checkpoint is.
+    """
+    config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+    heads = [f"{name}." for name, module in model.named_modules() if module is head]
+    within = (f"{model.base_model_prefix}.", *heads)
+    # Layers after the last one that guess further tokens (DeepSeek-V3 and its kin).
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    last = config.num_hidden_layers + further if further else None
+
+    def is_further(name: str) -> bool:
+        number = _LAYER_NUMBER.search(name)
+        return last is not None and number is not None and config.num_hidden_layers <= int(number[1]) < last
+
+    unused = [
+        name
+        for name in sorted(unexpected)
+        if name.startswith(within)
+        and not _BESIDE_TEXT.search(name)
+        and not is_further(name)
+        and (not is_quantised or name.rpartition(".")[2] in _PLAIN_TENSORS)
+    ]
+    unused = [name for name in unused if not _changes_nothing(path, name)]
+    if unused:
+        raise InputError(
+            f"the weights of {path} hold {len(unused)} tensors that its config.json has no place for, {unused[0]} "
+            "among them"
+        )
 
 
-def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def _changes_nothing(path: str, name: str) -> bool:
+    """Whether a tensor is a bias of zeros: some tools write one for every projection."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
 
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (*UNREADABLE, *_NONSENSE) as error:
-        if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
-            raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
-        raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+    if not name.endswith(".bias"):
+        return False
+    for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118, since it is no dict
+                return not bool(tensors.get_tensor(name).any())
+    return False
+
+
+def _parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
+    """The model's state by name, in one order, as plain whole tensors; what else quantised modules keep, as text."""
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor) and value.is_meta:
+            value = _offloaded(model, name)
+        yield from _plain(name, value)
+
+
+def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor | str]]:
+    """A value taken apart until only plain tensors and texts are left."""
+    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        inner, context = value.__tensor_flatten__()
+        yield name, f"{type(value).__name__} {context}"
+        for attribute in inner:
+            yield from _plain(f"{name}.{attribute}", getattr(value, attribute))
+    elif isinstance(value, Tensor) and value.is_quantized:
+        yield name, str(value.qscheme())
+        yield name, value.int_repr()
+        yield name, value.dequantize()
+    elif isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _plain(f"{name}.{number}", item)
+    elif isinstance(value, _PLAIN_VALUES):
+        yield name, str(value)
+    else:
+        raise InputError(f"the weights cannot be fingerprinted: {name} is a {type(value).__name__}")
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor:
+    """A tensor that accelerate keeps elsewhere until its module runs."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
+        stored = getattr(each, "weights_map", None)
+        if stored is not None:
+            return stored[own]
+    raise InputError(f"the weights cannot be read: {name} is on no device, and accelerate does not know where it is")

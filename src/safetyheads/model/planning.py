@@ -1,16 +1,22 @@
-"""How work is laid out: prompts into packed rows, head groups into batches. Owns plans; runs no model."""
+"""Lays out passes over a model: prompts in packed rows, head groups in batches; counts what that costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from safetyheads.errors import InputError
+from safetyheads.heads import Head
+from safetyheads.model.attention import family_supports_sdpa
 from safetyheads.model.packing import Packing, Segments
+
+if TYPE_CHECKING:
+    from safetyheads.model.architecture import Architecture, Capabilities
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,16 +30,23 @@ _CUDA_TOKENS = 65536
 # The mask of a row has this number squared of entries.
 _LONGEST_ROW = 4096
 _MEMORY_SHARE = 0.5
+# Logits in flight together while next tokens are read: 176 MiB.
+_LOGITS_AT_ONCE = 1 << 22
+# Bytes of each of them: in float32, and in float64 itself, its logarithm, what it is compared with and their product.
+_LOGIT_BYTES = 44
+
+
+# What is laid out
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """The tokens of one prompt, and how many of the last ones are looked at."""
+    """The tokens of one prompt, and how many of the last ones are read."""
 
     token_ids: tuple[int, ...]
     """The prompt, and after it any teacher-forced tokens of an answer."""
     n_wanted: int = 1
-    """States of the last ``n_wanted`` tokens are wanted."""
+    """States of the last ``n_wanted`` tokens are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +54,15 @@ class PackedRow:
     """Several sequences in one row: [shared prefix | rest of the first | rest of the second | ...]."""
 
     members: tuple[int, ...]
-    """Which sequences lie here."""
+    """Indices of the sequences in this row."""
     token_ids: Tensor
     """int64 [n_tokens]."""
     packing: Packing
     """Positions and segments of the tokens."""
     segments: Segments
-    """The same layout, for attention taken sequence by sequence."""
+    """The same layout, for attention prompt by prompt."""
     wanted: Tensor
-    """int64 [n_wanted]: the tokens whose last states are wanted, sequence by sequence."""
+    """int64 [n_wanted]: the tokens whose last states are read, sequence by sequence."""
 
     @property
     def n_tokens(self) -> int:
@@ -58,25 +71,15 @@ class PackedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCost:
-    """What a token costs in one layer, in floating-point operations."""
-
-    per_token: float
-    """Projections and MLP."""
-    per_pair: float
-    """Scores and weighted values, for each other token in the row."""
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """The layout of a pass; kept in the manifest, since batch shapes move results in the last bits."""
+    """The layout of a pass. The manifest keeps it, because batch shapes move results in the last bits."""
 
     rows: tuple[tuple[int, ...], ...]
     """Sequences that share a packed row."""
     groups_per_batch: int
-    """Head groups, that is batch rows, replayed together."""
+    """Head groups, that is batch rows, that are replayed together."""
     threads: int
-    """CPU threads that the arithmetic ran on."""
+    """CPU threads of the arithmetic."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -99,10 +102,15 @@ class GroupBatch:
 
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """Tokens that all sequences begin with; at least one token, and all wanted ones, are left to each."""
+    """Number of first tokens that all sequences share; each keeps at least one token, and all wanted ones, apart."""
     columns = zip(*(sequence.token_ids for sequence in sequences), strict=False)
     same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
+
+
+def row_prefix(members: Sequence[TokenSequence]) -> int:
+    """Tokens that a packed row of these sequences holds once; a sequence alone in its row shares nothing."""
+    return shared_prefix(members) if len(members) > 1 else 0
 
 
 def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
@@ -114,11 +122,6 @@ def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
 def first_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
     """int64 [n_sequences]: the first wanted token of each, a prompt's last, among the wanted tokens of all."""
     return torch.tensor([0, *[sequence.n_wanted for sequence in sequences[:-1]]]).cumsum(0)
-
-
-def row_prefix(members: Sequence[TokenSequence]) -> int:
-    """Tokens that a packed row of these sequences holds once; a sequence alone in its row shares nothing."""
-    return shared_prefix(members) if len(members) > 1 else 0
 
 
 def pack(
@@ -147,9 +150,39 @@ def pack(
     return PackedRow(tuple(members), tensor(token_ids), packing, Segments.of(packing), tensor(wanted))
 
 
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Rows of unequal length as one batch, each [n_rows, longest], int64."""
+
+    token_ids: Tensor
+    """Padding first."""
+    mask: Tensor
+    """1 where a token is real."""
+    positions: Tensor
+    """Of each token within its own row."""
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Padded:
+    """The rows as one batch, their last tokens aligned."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return Padded(ids, mask, (mask.cumsum(dim=1) - 1).clamp_min(0))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without the host waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+# Plans
+
+
 def plan(
     sequences: Sequence[TokenSequence],
-    cost: LayerCost,
+    layer: LayerFlops,
     token_budget: int,
     n_rows_useful: int,
     packs: bool = True,
@@ -159,7 +192,7 @@ def plan(
 
     Args:
         sequences: what is to be run.
-        cost: of one layer of the model.
+        layer: cost of a layer of the model.
         token_budget: most tokens in a batch (rows times row length).
         n_rows_useful: groups that can ever share a batch: the heads of a layer.
         packs: False lays every sequence in a row of its own.
@@ -172,8 +205,8 @@ def plan(
         length = prefix + n * rest
         n_pairs = prefix**2 + n * rest * (prefix + rest) if by_segment else length**2
         n_rows = max(1, min(n_rows_useful, int(token_budget // length)))
-        overhead = _OVERHEAD_TOKENS * cost.per_token / n_rows
-        return (length * cost.per_token + n_pairs * cost.per_pair + overhead) / n
+        overhead = _OVERHEAD_TOKENS * layer.token / n_rows
+        return (length * layer.token + n_pairs * layer.pair + overhead) / n
 
     longest = min(token_budget, _LONGEST_ROW)
     most = max(1, int((longest - prefix) // max(rest, 1))) if packs else 1
@@ -187,19 +220,43 @@ def plan(
     return replace(layout, groups_per_batch=groups)
 
 
+def fitted_plan(
+    sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None
+) -> Plan:
+    """The plan of a pass that keeps to a memory budget; batches begin with at most ``n_tokens``.
+
+    Raises:
+        InputError: not even one head on these prompts fits the budget.
+    """
+    quick, layer = costs.quick, layer_flops(costs.architecture)
+    at_once = logits_at_once(memory_budget)
+    while True:
+        layout = plan(sequences, layer, n_tokens, costs.architecture.n_heads, quick.packs, quick.segments)
+        needed = costs.pass_bytes(sequences, layout, at_once)
+        if memory_budget is None or needed <= memory_budget:
+            return layout
+        if n_tokens == 1:
+            raise InputError(
+                f"one head on these prompts needs about {_mebibytes(needed)} beside the weights; the memory budget is "
+                f"{_mebibytes(memory_budget)}"
+            )
+        n_tokens //= 2
+
+
+def _mebibytes(n: int) -> str:
+    return f"{n / 2**20:.0f} MiB" if n >= 10 * 2**20 else f"{n / 2**20:.2g} MiB"
+
+
 def longest_row(sequences: Sequence[TokenSequence], layout: Plan) -> int:
     """Tokens of the longest packed row."""
-    return max(_row_length([sequences[member] for member in row]) for row in layout.rows)
+    return max(size.n_tokens for size in row_sizes(sequences, layout))
 
 
-def _row_length(members: Sequence[TokenSequence]) -> int:
-    """Tokens of a packed row, the common prefix counted once."""
-    prefix = row_prefix(members)
-    return prefix + sum(len(member.token_ids) - prefix for member in members)
+# Memory
 
 
 def token_budget(device: torch.device, bytes_per_token: int, memory_budget: int | None = None) -> int:
-    """Tokens that fit a batch: in the budget or half of the free memory, within what the device makes use of."""
+    """Tokens that fit a batch: in the budget or half of the free memory, and no more than the device profits from."""
     most = _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
     return max(1, min(most, allowed_memory(device, memory_budget, _MEMORY_SHARE) // bytes_per_token))
 
@@ -215,11 +272,9 @@ def allowed_memory(device: torch.device, memory_budget: int | None, share: float
     return int(psutil.virtual_memory().available * share)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on the device, without the host waiting for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def logits_at_once(memory_budget: int | None) -> int:
+    """Logits that are in memory together, in elements, while next tokens are read."""
+    return _LOGITS_AT_ONCE if memory_budget is None else min(_LOGITS_AT_ONCE, memory_budget // (4 * _LOGIT_BYTES))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -229,23 +284,264 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
-def halving(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Iterator[tuple[Sequence[Item], Result]]:
+def unless_too_large(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Result | None:
+    """What ``run`` gives for the items together; None where memory runs out and they can be halved.
+
+    Raises:
+        Exception: whatever else ``run`` raises, and out of memory with a single item.
+    """
+    try:
+        return run(items)
+    except (RuntimeError, MemoryError) as error:
+        if len(items) < 2 or not is_out_of_memory(error):
+            raise
+    # Outside the handler: the traceback holds the frames, and so the tensors, of the failed attempt.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def halving(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], Result | None]
+) -> Iterator[tuple[Sequence[Item], Result]]:
     """Run over all items at once; where memory runs out, over each half, and so on down to one.
+
+    A ``run`` that stores its results may return None itself: these items were too many before.
 
     Yields:
         The items that ran together, with what ``run`` returned for them.
     """
-    try:
-        result = run(items)
-    except (RuntimeError, MemoryError) as error:
-        if len(items) < 2 or not is_out_of_memory(error):
-            raise
-    else:
+    result = unless_too_large(items, run)
+    if result is not None:
         yield items, result
         return
-    # Outside the handler: the traceback holds the frames, and so the tensors, of the failed attempt.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     middle = len(items) // 2
     yield from halving(items[:middle], run)
     yield from halving(items[middle:], run)
+
+
+# Costs. Useful operations only: a token against the tokens it may see, weights against tokens that are really there.
+# Without padding, masked pairs and elementwise work a share of the machine's peak that is computed from it is honest.
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFlops:
+    """Floating-point operations of one layer; a multiplication and an addition are two."""
+
+    query: float
+    """Projection of a token to queries, where queries have one of their own; else 0, and it is in ``key_value``."""
+    key_value: float
+    """Projection of a token to keys and values."""
+    output: float
+    """Projection of a token's head outputs."""
+    mlp: float
+    """All else with weights that a token goes through."""
+    pair: float
+    """Score and weighted value of a token and a token it sees."""
+
+    @property
+    def token(self) -> float:
+        """A token through all weights."""
+        return self.query + self.key_value + self.output + self.mlp
+
+
+def layer_flops(architecture: Architecture) -> LayerFlops:
+    """Of the first layer with heads, from the shapes of its weights; of experts, those that a token is sent to."""
+    layer = architecture.with_heads[0]
+    attending, shape = architecture.attentions[layer], architecture.shapes[layer]
+    assert attending is not None  # it has heads
+    assert shape is not None
+    whole = 2 * _weights(architecture.layers[layer], architecture.active_experts)
+    attention = 2 * _weights(attending, 1.0)
+    query, output = (
+        0 if module is None else 2 * _weights(module, 1.0)
+        for module in (architecture.query_projections[layer], architecture.output_projections[layer])
+    )
+    pair = 2 * shape.n_heads * (shape.d_head + shape.d_value)
+    return LayerFlops(query, attention - query - output, output, whole - attention, pair)
+
+
+def _weights(module: nn.Module, active_experts: float) -> float:
+    """Elements of the module's matrices; of stacked ones (experts), the active share."""
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    return sum(matrix.numel() * (active_experts if matrix.ndim > 2 else 1.0) for matrix in matrices)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSize:
+    """What the cost of a packed row depends on."""
+
+    n_tokens: int
+    """Length of the row."""
+    n_pairs: int
+    """(token, token it sees) under a causal mask, each prompt for itself."""
+    n_wanted: int
+    """Tokens whose last states are read."""
+    n_wanted_pairs: int
+    """Pairs of the wanted tokens alone."""
+    n_prompts: int
+    """Prompts in the row."""
+    n_prefix: int
+    """Tokens that they share."""
+    longest_rest: int
+    """Most tokens of a prompt behind the prefix."""
+
+
+def row_sizes(sequences: Sequence[TokenSequence], layout: Plan, shares_prefix: bool = True) -> tuple[RowSize, ...]:
+    """The sizes of a plan's rows."""
+    sizes = []
+    for row in layout.rows:
+        members = [sequences[member] for member in row]
+        prefix = row_prefix(members) if shares_prefix else 0
+        lengths = [len(member.token_ids) for member in members]
+        sizes.append(
+            RowSize(
+                n_tokens=prefix + sum(length - prefix for length in lengths),
+                n_pairs=_pairs(0, prefix) + sum(_pairs(prefix, length) for length in lengths),
+                n_wanted=sum(member.n_wanted for member in members),
+                n_wanted_pairs=sum(_pairs(len(m.token_ids) - m.n_wanted, len(m.token_ids)) for m in members),
+                n_prompts=len(members),
+                n_prefix=prefix,
+                longest_rest=max(lengths) - prefix,
+            )
+        )
+    return tuple(sizes)
+
+
+def _pairs(start: int, end: int) -> int:
+    """Pairs of the tokens at positions ``start`` to ``end`` with themselves and all before them."""
+    return (start + 1 + end) * (end - start) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """Operations and bytes that passes over a model take, counted from its shapes alone."""
+
+    architecture: Architecture
+    """The model's parts."""
+    quick: Capabilities
+    """The quick paths that passes take."""
+    itemsize: int
+    """Bytes of an activation."""
+
+    def forward_flops(self, rows: Sequence[RowSize]) -> float:
+        """One plain run over all layers, without logits."""
+        layer = layer_flops(self.architecture)
+        return self.architecture.n_layers * sum(layer.token * row.n_tokens + layer.pair * row.n_pairs for row in rows)
+
+    def replay_flops(self, rows: Sequence[RowSize], start: int) -> float:
+        """Replaying one group of heads whose first layer is ``start``, by the quick paths."""
+        if not self.quick.replays:
+            return self.forward_flops(rows)
+        layer, quick, last = layer_flops(self.architecture), self.quick, self.architecture.n_layers - 1
+        whole = sum(layer.token * row.n_tokens + layer.pair * row.n_pairs for row in rows)
+        late = sum((layer.output + layer.mlp) * row.n_tokens for row in rows) if quick.starts_late else whole
+        finish = whole
+        if quick.prunes:
+            n_wanted = sum(row.n_wanted for row in rows)
+            tail = (layer.output + layer.mlp) * n_wanted
+            attended = layer.query * n_wanted + layer.pair * sum(row.n_wanted_pairs for row in rows)
+            finish = tail if start == last and quick.starts_late else tail + attended
+            if start < last or not quick.starts_late:
+                finish += layer.key_value * sum(row.n_tokens for row in rows)
+        elif start == last:
+            finish = late
+        return finish if start == last else late + (last - 1 - start) * whole + finish
+
+    def scan_flops(self, rows: Sequence[RowSize], heads: Sequence[Head]) -> float:
+        """Scoring each head alone; what rows of one layer share (their first attention) is left out."""
+        by_layer = {layer: self.replay_flops(rows, layer) for layer in {head.layer for head in heads}}
+        return sum(by_layer[head.layer] for head in heads)
+
+    def screening_flops(self, sequences: Sequence[TokenSequence], n_columns: Sequence[int]) -> float:
+        """A screening: at each point a forward pass, and a backward pass for each column.
+
+        A backward pass costs what a forward does, because no weight needs a gradient; its attention costs two and a
+        half times as much, and each forward attends twice.
+        """
+        (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1), shares_prefix=False)
+        layer = layer_flops(self.architecture)
+        tokens, pairs = layer.token * row.n_tokens, layer.pair * row.n_pairs
+        forwards = len(n_columns) * (tokens + 2 * pairs)
+        return self.architecture.n_layers * (forwards + sum(n_columns) * (tokens + 2.5 * pairs))
+
+    def bytes_per_token(self) -> int:
+        """Of a batch, to guess how many tokens fit: prompts of some 32 tokens, no prefix to speak of."""
+        row = RowSize(256, 0, 8, 0, n_prompts=8, n_prefix=0, longest_rest=32)
+        return -(-self._layer_bytes(8, row) // (8 * row.n_tokens))
+
+    def pass_bytes(self, sequences: Sequence[TokenSequence], layout: Plan, at_once: int) -> int:
+        """Peak of a whole pass beside the weights, within 30 % (tests/model/test_planning.py).
+
+        Args:
+            sequences: the prompts.
+            layout: the plan of the pass.
+            at_once: logits in memory together, in elements; 0 where no next token is read.
+        """
+        facts, size, n = self.architecture, self.itemsize, layout.groups_per_batch
+        rows, n_wanted = row_sizes(sequences, layout), sum(sequence.n_wanted for sequence in sequences)
+        # Each layer's input, positions and masks, and the outputs of the first ablated layer's heads.
+        width = facts.d_model * facts.n_layers + 2 * facts.d_head + 2 * facts.n_heads * facts.d_head
+        masks = 2 if facts.windows else 1
+        captured = sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
+        running = max(max(self._layer_bytes(1, row) + 4 * row.n_tokens**2, self._layer_bytes(n, row)) for row in rows)
+        states = n * n_wanted * facts.d_model * size
+        reading = n * len(sequences) * (facts.d_model * (size + 8) + 32 * len(sequences))
+        chunk = min(max(1, at_once // facts.vocabulary_size), n * n_wanted) * facts.vocabulary_size if at_once else 0
+        kept = 8 * n_wanted * facts.vocabulary_size if at_once else 0
+        return kept + captured + states + max(running, states, reading, kept + 12 * chunk, _LOGIT_BYTES * chunk)
+
+    def _layer_bytes(self, n_groups: int, row: RowSize) -> int:
+        """Peak of ``n_groups`` batch rows inside a layer: in its MLP or in its attention.
+
+        Which tensors are alive together was read off transformers' layers; what a family does otherwise moves the
+        estimate, never a result.
+        """
+        facts, size = self.architecture, self.itemsize
+        heads, kv_heads = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
+        scores = _score_bytes(facts, size)
+        tokens = n_groups * row.n_tokens
+        # (prompts, queries of each, keys of each) that attend in one call, by prompt or over the whole row.
+        attends = [(1, row.n_tokens, row.n_tokens)]
+        if self.quick.segments and row.n_prompts > 1:
+            attends = [(row.n_prompts, row.longest_rest, row.n_prefix + row.longest_rest)]
+            attends += [(1, row.n_prefix, row.n_prefix)] if row.n_prefix else []
+        attention, weights = 0, 0
+        for n_prompts, n_queries, n_keys in attends:
+            n = n_groups * n_prompts
+            # Gathered queries, keys and values; these repeated for grouped heads; mask, scores and output.
+            gathered = (n_queries * heads + 2 * n_keys * kv_heads) * size if len(attends) > 1 or n_prompts > 1 else 0
+            repeated = 2 * n_keys * heads * size if facts.n_kv_heads != facts.n_heads else 0
+            output = n_queries * heads * size * (2 if scores else 1)
+            pairs = n_queries * n_keys * (1 + size + facts.n_heads * scores)
+            attention = max(attention, weights + n * (gathered + repeated + output + pairs))
+            # Eager attention gives its weights back: a layer holds them until it returns.
+            weights += n * n_queries * n_keys * facts.n_heads * size if scores else 0
+        block = tokens * (2 * facts.d_model + heads + 2 * kv_heads) * size
+        mlp = tokens * (3 * facts.d_model + _mlp_width(facts)) * size + (weights if len(attends) == 1 else 0)
+        return max(mlp, block + attention)
+
+
+def _mlp_width(facts: Architecture) -> int:
+    """Elements of a token that are in memory together inside an MLP, beside the residual stream."""
+    parameters = list(facts.layers[facts.with_heads[0]].parameters())
+    stacked = [parameter for parameter in parameters if parameter.ndim == 3]
+    if not stacked:
+        fused = any(parameter.ndim == 2 and parameter.shape[0] == 2 * facts.d_mlp for parameter in parameters)
+        return (4 if fused else 3) * facts.d_mlp  # activated gate, up and product; fused, gate and up are one
+    n_experts = stacked[0].shape[0]
+    inner = min(parameter.numel() for parameter in stacked) // (n_experts * facts.d_model)
+    biased = any(parameter.ndim == 2 and parameter.shape == (n_experts, 2 * inner) for parameter in parameters)
+    # Tokens are sorted by expert, each as often as experts take it; gathered biases make the gate's work five tensors.
+    return round(facts.active_experts * n_experts) * (facts.d_model + (9 if biased else 4) * inner)
+
+
+def _score_bytes(facts: Architecture, size: int) -> int:
+    """Of a score (query, key, head) where the family's eager attention writes scores down; sdpa does not."""
+    attention = facts.attentions[facts.with_heads[0]]
+    if getattr(attention, "sinks", None) is not None:
+        return 3 * size  # the scores, with the sink, less the largest
+    softcap = getattr(attention, "attn_logit_softcapping", None)
+    if softcap is None and family_supports_sdpa(type(attention).__module__):
+        return 0
+    return 8 if size == 4 else 10  # the scores, and their softmax in float32

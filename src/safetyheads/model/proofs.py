@@ -1,4 +1,4 @@
-"""Proofs at load. Owns the claims on which every number rests, tried on the user's own weights.
+"""Proves at load, on the user's own weights, the claims on which every number rests.
 
 A claim that only a quick path needs, when it fails, costs that path; a claim about the ablation itself, when it
 fails, refuses the model by name. So does a family whose single layers cannot be run again: nothing could be proved of
@@ -8,23 +8,20 @@ its ablations.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.against_eager import against_eager
-from safetyheads.model.allowed_keys import mean_over_allowed, nearest_share, reached_tokens
-from safetyheads.model.architecture import HeadShape
+from safetyheads.model.architecture import Capabilities, HeadShape
 from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
-from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.loading import is_quantised, rounds_activations
+from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
-from safetyheads.model.quick_paths import TRIPS, difference, prove_quick_paths
+from safetyheads.model.quick_paths import TRIPS, difference, largest, prove_quick_paths
 from safetyheads.model.replay import Capture, capture, decode, first_of, of_rows, run_layer
 
 if TYPE_CHECKING:
@@ -86,7 +83,6 @@ def prove(engine: Engine, longest: int) -> CheckReport:
     facts = engine.architecture
     exact, tolerance = tolerances(engine)
     proofs: list[Proof] = []
-    engine.capabilities = Capabilities()
 
     def claim(name: str, measured: float, decisive: bool, allowed: float = tolerance) -> bool:
         proofs.append(Proof(name, measured, allowed, decisive))
@@ -101,7 +97,7 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         sequences = _probes(engine, longest)
         rows = [pack(sequences, (member,), engine.device) for member in range(len(sequences))]
         with _refusing(facts.family, "comparing our attention with the family's own"):
-            in_heads, in_blocks = against_eager(engine, rows)
+            in_heads, in_blocks = _against_eager(engine, rows)
         said = "our attention equals the family's eager attention, layer by layer"
         if in_heads is not None:
             claim(f"{said}, before what the heads say is projected", in_heads, True, exact)
@@ -122,6 +118,58 @@ def tolerances(engine: Engine) -> tuple[float, float]:
         return exact, exact
     exact = max(exact, QUANTISED)
     return exact, max(exact, ROUNDED) if rounds_activations(engine.model) else exact
+
+
+def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None, float]:
+    """(i) With our attention against the family's eager: what heads say, None where quantisation changes nothing about
+    it or no projection of it is known, and each attention block's output. Leaves ours set.
+
+    Every layer is given what it was given under eager attention, so that rounding does not pile up over the layers:
+    in bfloat16 even eager and sdpa differ by some percent of the logits at the end of four layers.
+    """
+    facts = engine.architecture
+    reads_heads = is_quantised(engine.model)
+
+    def blocks(row: PackedRow, forced: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs: list[Tensor] = []
+        heads: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def enter(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            hidden = positional[0] if positional else keywords["hidden_states"]
+            if forced is not None:
+                hidden = forced[len(inputs)]
+            inputs.append(hidden)
+            if positional:
+                return (hidden, *positional[1:]), keywords
+            return positional, {**keywords, "hidden_states": hidden}
+
+        with ExitStack() as stack:
+            for layer, attention in zip(facts.layers, facts.attentions, strict=True):
+                stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                if attention is not None:
+                    kept = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
+                    stack.callback(kept.remove)
+            for projection in facts.output_projections if reads_heads else ():
+                if projection is not None:
+                    said = projection.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
+                    stack.callback(said.remove)
+            engine.model(input_ids=row.token_ids[None], use_cache=False)
+        return inputs, heads, outputs
+
+    engine.model.set_attn_implementation("eager")
+    try:
+        references = [blocks(row, None) for row in rows]
+    finally:
+        # Whatever happens: under another attention function ablations would do nothing, and not say so.
+        use_our_attention(engine.model)
+    found = [blocks(row, inputs) for row, (inputs, *_) in zip(rows, references, strict=True)]
+    pairs = list(zip(found, references, strict=True))
+
+    def errors(part: int) -> list[float]:
+        return [difference(*both) for own, others in pairs for both in zip(own[part], others[part], strict=True)]
+
+    return (largest(errors(1)) if reads_heads and found[0][1] else None), largest(errors(2))
 
 
 def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
@@ -234,7 +282,7 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
     seen, _ = observed()
     n_tokens, query = captured.row.n_tokens, seen["query"]
-    reached = reached_tokens(seen["mask"], n_tokens, query.device)
+    reached = _reached_tokens(seen["mask"], n_tokens, query.device)
     if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
         raise UnsupportedModelError(
             f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
@@ -264,7 +312,7 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     )
     # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
     yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
-    uniform = mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
+    uniform = _mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
     if seen["plain"]:
         yield (
             "undifferentiated attention is uniform over the allowed keys",
@@ -274,7 +322,7 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
         # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more.
         yield (
             "undifferentiated attention is uniform over the allowed keys, beside a sink's share",
-            difference(output[1][:, head], nearest_share(output[1][:, head], uniform)),
+            difference(output[1][:, head], _nearest_share(output[1][:, head], uniform)),
         )
 
 
@@ -292,3 +340,34 @@ def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[st
             differing.append(("outputs", list(output.shape[2:]), [shape.n_heads, shape.d_value]))
         said = [f"{name} {number}, not {other}" for name, number, other in differing]
         raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(said)}")
+
+
+# What a mask allows each token to see, and what even attention over it gives
+
+
+def _reached_tokens(mask: Tensor | None, n_tokens: int, device: torch.device) -> int:
+    """Tokens from the first key that a token sees to the token itself, at most."""
+    first = _allowed(mask, n_tokens, device).int().argmax(dim=-1)
+    return int((torch.arange(n_tokens, device=device) - first).max()) + 1
+
+
+def _mean_over_allowed(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:
+    """The plain mean of one head's values [n_tokens, d_value] over the keys that the mask allows each token."""
+    allowed = _allowed(mask, value.shape[1], value.device)
+    weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
+    return (weights @ value[kv_head].double()).to(value.dtype)
+
+
+def _nearest_share(output: Tensor, mean: Tensor) -> Tensor:
+    """Of each token's mean [n_tokens, d_value] the part, from none to all of it, that comes nearest to the output."""
+    output, wide = output.double(), mean.double()
+    share = (output * wide).sum(-1, keepdim=True) / wide.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    return (share.clamp(0, 1) * wide).to(mean.dtype)
+
+
+def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
+    """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
+    if mask is None:
+        return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+    given = mask[0, 0]
+    return given if given.dtype == torch.bool else given >= 0

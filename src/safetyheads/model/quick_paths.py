@@ -1,4 +1,4 @@
-"""The quick paths, each proved against the plain one. Owns what replay, pruning, packing and the rest must equal.
+"""Proves each quick path against the plain one.
 
 A claim that fails costs its path and leaves a note; the model stays usable on the plain path.
 """
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.answers.decoding import left_padded
 from safetyheads.heads import Head
-from safetyheads.model.architecture import Architecture
+from safetyheads.model.architecture import Architecture, Capabilities
 from safetyheads.model.attention import AttentionCall
-from safetyheads.model.capabilities import Capabilities
-from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
-from safetyheads.model.replay import capture, decode, given_to_norm, replay, rerun
+from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, left_padded, pack
+from safetyheads.model.replay import capture, decode, given_to_norm, logits, replay, rerun
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -81,7 +79,7 @@ def prove_quick_paths(
             "attention prompt by prompt equals attention over the packed row",
             lambda: _packed_error(engine, sequences, plain, replace(slow, segments=True)),
         ),
-        ("plain_head", "logits are the head of the normed state", lambda: _head_error(engine, rows)),
+        ("plain_head", "logits are the head of the normed state", lambda: _head_error(engine, rows, plain_head=True)),
         (
             "caches",
             "decoding with a cache equals running over all tokens",
@@ -101,8 +99,7 @@ def prove_quick_paths(
             then = "no answers are made" if name == "caches" else "the slower plain path is taken"
             notes.append(f"{sentence}: not on this model{why}, so {then}")
     if not capabilities.plain_head:
-        engine.capabilities = capabilities
-        claim("logits of given states equal the model's own", _head_error(engine, rows), True)
+        claim("logits of given states equal the model's own", _head_error(engine, rows, plain_head=False), True)
     if capabilities.packs and capabilities.replays:
         together = "the quick paths together equal the plain one"
         error, why = _tried(lambda: _together_error(engine, sequences, rows, capabilities))
@@ -203,16 +200,13 @@ def _cached_error(engine: Engine, prompts: list[tuple[int, ...]]) -> float:
     return difference(caught[-1][:, -1], torch.cat(alone))
 
 
-def _head_error(engine: Engine, rows: list[PackedRow]) -> float:
+def _head_error(engine: Engine, rows: list[PackedRow], plain_head: bool) -> float:
     """The engine's logits and norm against the model's own, of all tokens: the same shapes, so the same arithmetic."""
-    errors = []
+    facts, errors = engine.architecture, []
     for row in rows:
         whole = replace(row, wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
-        states = rerun(engine.architecture, whole, {}, 1)
-        errors.append(difference(engine.logits(states[0]), _logits(engine, row)))
-        errors.append(difference(engine.normed(states), decode(engine.architecture, row, 1)))
+        states = rerun(facts, whole, {}, 1)
+        its_own = engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]
+        errors.append(difference(logits(engine.model, facts, states[0], plain_head), its_own))
+        errors.append(difference(facts.final_norm(states), decode(facts, row, 1)))
     return largest(errors)
-
-
-def _logits(engine: Engine, row: PackedRow) -> Tensor:
-    return engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]

@@ -1,57 +1,180 @@
-"""Capture and replay. Owns how layers run again from captured inputs; knows no prompts, groups or scores.
+"""Captures a model's run over a packed row and replays its layers under ablations.
 
-For one packed row of prompts:
 1. capture: one run keeps every layer's input and arguments;
-2. start: in the first ablated layer all rows have one input, so its heads' outputs are taken once, unablated and
-   ablated; each row mixes them and goes on from there;
-3. replay: the layers after it run again, a batch row per head group;
+2. start: in the first ablated layer all batch rows have one input, so its heads' outputs are computed once, unablated
+   and ablated; each batch row mixes them and goes on from there;
+3. replay: the layers after it run again, with a batch row for each head group;
 4. finish: in the last layer only the wanted tokens get past attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
-from safetyheads.model.architecture import Architecture
-from safetyheads.model.arguments import Arguments, Copies, named, narrowed
+from safetyheads.model.architecture import Architecture, Capabilities, input_device
 from safetyheads.model.attention import AttentionCall, KeysAndValues, attention_calls
-from safetyheads.model.capabilities import Capabilities
 from safetyheads.model.packing import packed
 from safetyheads.model.planning import PackedRow
 
-_Shared: TypeAlias = dict[tuple[int, Ablation], Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What layers are given beside their hidden states
+#
+# A captured argument is read-only: a replay that wrote to it would poison the next one. But what one layer writes for
+# a later one (keys and values that several layers share) has to reach it within the same replay. So every replay has
+# one copy of each mutable container, and all of its layers get that one.
+
+Arguments: TypeAlias = dict[str, Any]
+"""Arguments of a layer by name, without the hidden states; containers as :class:`Kept`."""
+
+TOKEN_DIMENSION = {
+    "position_embeddings": -2,
+    "attention_mask": -2,
+    "causal_mask": -2,
+    "per_layer_input": -2,
+    "position_ids": -1,
+    "cache_position": -1,
+}
+"""The dimension of a layer argument that runs over the row's tokens, counted from the end."""
 
 
-class _HeadOutputs(Exception):
-    """Leaves a layer from inside its attention once its heads' outputs are about to be projected."""
+class UnknownArgumentError(LookupError):
+    """A layer has an argument that cannot be named, or a tensor that cannot be cut to some tokens."""
 
-    def __init__(self, outputs: Tensor) -> None:
-        super().__init__("the heads' outputs are there")
-        self.outputs = outputs
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A mutable container as it was when a layer was given it."""
+
+    origin: Any
+    """The container itself, to tell it from others; its contents have changed since."""
+    contents: Any
+    """A copy of it, with the containers inside kept likewise."""
+
+
+def named(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """A layer's hidden states, and its other arguments by the names of its forward, kept as they are now."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # Of the class: what stands on the instance (accelerate's hooks) takes whatever comes.
+    parameters = inspect.signature(type(layer).forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
+    given = {**dict(zip(names, positional, strict=False)), **keywords}
+    if not names or len(given) != len(positional) + len(keywords):
+        raise UnknownArgumentError(f"{type(layer).__name__} is given arguments that its forward does not name")
+    hidden = given.pop(names[0])
+    return hidden, {name: _keep(argument) for name, argument in given.items()}
+
+
+def _keep(argument: Any) -> Any:
+    """The argument with every mutable container in it kept as it is now; nobody changes tensors."""
+    if isinstance(argument, MutableMapping):
+        contents = copy(argument)  # keeps a defaultdict one
+        contents.update((name, _keep(value)) for name, value in argument.items())
+        return Kept(argument, contents)
+    if isinstance(argument, list):
+        return Kept(argument, [_keep(value) for value in argument])
+    if _is_plain_tuple(argument):
+        return tuple(_keep(value) for value in argument)
+    return argument
+
+
+def _is_plain_tuple(argument: Any) -> bool:
+    return isinstance(argument, tuple) and not hasattr(argument, "_fields")
+
+
+class Copies:
+    """The containers of one replay: one copy of each, whichever layers are given it."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, Any] = {}
+
+    def of(self, arguments: Arguments) -> dict[str, Any]:
+        """A layer's arguments, with this replay's containers."""
+        return {name: self._copy(argument) for name, argument in arguments.items()}
+
+    def fork(self) -> Copies:
+        """Copies of the containers as they are now, for a run whose writing must not be seen."""
+        forked = Copies()
+        forked._copies = {origin: Copies()._copy(_keep(container)) for origin, container in self._copies.items()}
+        return forked
+
+    def complete(self, arguments: Arguments) -> None:
+        """Add to this replay's mappings what the captured run had in them when the next layer was given them.
+
+        Needed after a layer that did not write itself, because its attention was not run.
+        """
+        for argument in arguments.values():
+            if isinstance(argument, Kept) and isinstance(argument.contents, MutableMapping):
+                container = self._copy(argument)
+                for name, value in argument.contents.items():
+                    if name not in container:
+                        container[name] = self._copy(value)
+
+    def _copy(self, argument: Any) -> Any:
+        if _is_plain_tuple(argument):
+            return tuple(self._copy(value) for value in argument)
+        if not isinstance(argument, Kept):
+            return argument
+        if id(argument.origin) not in self._copies:
+            contents = copy(argument.contents)
+            self._copies[id(argument.origin)] = contents
+            for name, value in contents.items() if isinstance(contents, MutableMapping) else enumerate(contents):
+                contents[name] = self._copy(value)
+        return self._copies[id(argument.origin)]
+
+
+def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
+    """The arguments for the wanted tokens only.
+
+    Raises:
+        UnknownArgumentError: an argument's token dimension is not known.
+    """
+    narrow: Arguments = {}
+    for name, argument in arguments.items():
+        parts = argument if isinstance(argument, tuple) else (argument,)
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        dimension = TOKEN_DIMENSION.get(name)
+        if not tensors:
+            narrow[name] = argument
+            continue
+        if dimension is None or any(part.shape[dimension] != n_tokens for part in tensors):
+            raise UnknownArgumentError(f"which dimension of {name} runs over the tokens is not known")
+        picked = tuple(
+            part.index_select(dimension, wanted.to(part.device)) if isinstance(part, Tensor) else part for part in parts
+        )
+        narrow[name] = picked if isinstance(argument, tuple) else picked[0]
+    return narrow
+
+
+# Capture
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """One run over a packed row: what each layer was given."""
+    """One run over a packed row: what each layer was given. Its dictionaries shrink as replays move on."""
 
     row: PackedRow
+    """The packed prompts."""
     inputs: dict[int, Tensor]
     """layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them."""
     arguments: Mapping[int, Arguments]
     """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
-    compared: _Shared = field(default_factory=dict)
+    compared: dict[tuple[int, Ablation], Tensor] = field(default_factory=dict)
     """(layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output projection, for
     all of its batches [2, n_tokens, n_heads * d_value]."""
 
     def drop_before(self, layer: int) -> None:
-        """Let go of what earlier layers need, once no replay starts there any more."""
+        """Free what earlier layers need, once no replay starts there any more."""
         for earlier in [kept for kept in self.inputs if kept < layer]:
             del self.inputs[earlier]
         for key in [key for key in self.compared if key[0] < layer]:
@@ -107,6 +230,16 @@ def capture(
     return Capture(row, inputs, arguments)
 
 
+def _segmented(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], segments: bool
+) -> dict[int, AttentionCall]:
+    """The calls, with every layer told how the row's prompts lie."""
+    if not segments or len(row.members) == 1:
+        return dict(calls)
+    layers = architecture.with_heads
+    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
+
+
 def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
     """One row's states as those of several equal rows."""
     sizes = [-1] * hidden.ndim
@@ -114,18 +247,12 @@ def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
     return hidden.expand(sizes)
 
 
-def _of_tokens(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """The states of some tokens."""
-    return hidden.index_select(architecture.batch_dimension + 1, tokens.to(hidden.device))
-
-
 def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
     """One layer on other hidden states of any number of rows, with the captured arguments."""
-    return _call(architecture.layers[layer], hidden, Copies().of(captured.arguments[layer]))
+    return first_of(architecture.layers[layer](hidden, **Copies().of(captured.arguments[layer])))
 
 
-def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    return first_of(layer(hidden, **arguments))
+# Replay
 
 
 @torch.inference_mode()
@@ -152,7 +279,7 @@ def replay(
     """
     last = architecture.n_layers - 1
     calls = _segmented(architecture, captured.row, calls, quick.segments)
-    running = _Replay(architecture, captured, Copies())
+    running = _Replay(architecture, captured)
     # Rows that are equal so far are one row, until the first ablation tells them apart.
     late = quick.starts_late and len(calls.get(start, AttentionCall()).ablations) == 1
     hidden = captured.inputs[start] if late else of_rows(architecture, captured.inputs[start], n_rows)
@@ -163,22 +290,28 @@ def replay(
     return _entering_norm(architecture, states)
 
 
-@dataclass(frozen=True, slots=True)
-class _Replay:
-    """One replay under way."""
+class _HeadOutputs(Exception):
+    """Leaves a layer from inside its attention once its heads' outputs are about to be projected."""
 
-    architecture: Architecture
-    captured: Capture
-    copies: Copies
-    """Of the containers that layers are given, as the layers so far have left them."""
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__("the heads' outputs are there")
+        self.outputs = outputs
+
+
+class _Replay:
+    """One replay under way: its containers are as the layers so far have left them."""
+
+    def __init__(self, architecture: Architecture, captured: Capture) -> None:
+        self.architecture, self.captured, self.copies = architecture, captured, Copies()
 
     def layer(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall, late: bool) -> Tensor:
         """One layer under a call, for all rows; ``late``, from the heads' outputs of the one row there is so far."""
-        module, attention = self.architecture.layers[layer], self.architecture.attentions[layer]
+        facts = self.architecture
+        module, attention = facts.layers[layer], facts.attentions[layer]
         if not late:
-            with attention_calls(self.architecture.attentions, {} if attention is None else {layer: call}):
-                return _call(module, hidden, self.copies.of(arguments))
-        projection, shape = self.architecture.output_projections[layer], self.architecture.shapes[layer]
+            with attention_calls(facts.attentions, {} if attention is None else {layer: call}):
+                return first_of(module(hidden, **self.copies.of(arguments)))
+        projection, shape = facts.output_projections[layer], facts.shapes[layer]
         assert attention is not None  # starts_late was proved
         assert projection is not None
         assert shape is not None
@@ -191,8 +324,8 @@ class _Replay:
         block = projection(torch.where(selected, ablated, plain).flatten(2))
         # The row itself stays one: the layer adds the rows' blocks to it.
         with instead(attention, lambda *_, **__: (block, None)):
-            hidden = _call(module, hidden, self.copies.of(arguments))
-        if layer + 1 < self.architecture.n_layers:
+            hidden = first_of(module(hidden, **self.copies.of(arguments)))
+        if layer + 1 < facts.n_layers:
             # Keys and values do not depend on their own layer's ablation, so those that the captured run shared hold.
             self.copies.complete(self.captured.arguments[layer + 1])
         return hidden
@@ -200,7 +333,7 @@ class _Replay:
     def _head_outputs(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall) -> Tensor:
         """What the output projection gets [2, n_tokens, n_heads * d_value]: unablated, and with every head ablated.
 
-        Taken there and not at the attention function, since some families gate heads' outputs in between.
+        Taken there and not at the attention function, because some families gate heads' outputs in between.
         """
         (row_ablation,) = call.ablations
         selected = torch.tensor([[False], [True]], device=row_ablation.selected.device)
@@ -216,7 +349,7 @@ class _Replay:
         try:
             with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
                 rows = of_rows(self.architecture, hidden, 2)
-                _call(self.architecture.layers[layer], rows, self.copies.fork().of(arguments))
+                self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
         except _HeadOutputs as reached:
             return reached.outputs
         finally:
@@ -226,15 +359,15 @@ class _Replay:
     def finish(self, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool) -> Tensor:
         """The last layer, for the wanted tokens; with ``prunes``, only these get past attention."""
         last, row = self.architecture.n_layers - 1, self.captured.row
-        arguments = self.captured.arguments[last]
+        arguments, tokens = self.captured.arguments[last], self.architecture.batch_dimension + 1
         if not prunes:
-            return _of_tokens(self.architecture, self.layer(last, hidden, arguments, call, late), row.wanted)
+            states = self.layer(last, hidden, arguments, call, late)
+            return states.index_select(tokens, row.wanted.to(states.device))
         if self.architecture.attentions[last] is None:
             raise LookupError("the last layer has no heads")
-        there = self._keys_and_values(hidden, call)
-        call = replace(call, keys_and_values=there, segments=None)
+        call = replace(call, keys_and_values=self._keys_and_values(hidden, call), segments=None)
         wanted = narrowed(arguments, row.wanted, row.n_tokens)
-        return self.layer(last, _of_tokens(self.architecture, hidden, row.wanted), wanted, call, late)
+        return self.layer(last, hidden.index_select(tokens, row.wanted.to(hidden.device)), wanted, call, late)
 
     def _keys_and_values(self, hidden: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """All tokens' keys and values in the last layer, which is left as soon as they are there."""
@@ -243,7 +376,7 @@ class _Replay:
         width = getattr(projection, "out_features", 0)
 
         def no_queries(hidden: Tensor) -> Tensor:
-            """Of the right shape, one token's seen many times; nobody looks at them."""
+            """Of the right shape: one token's, expanded; nothing reads them."""
             return hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
 
         try:
@@ -251,8 +384,7 @@ class _Replay:
                 stack.enter_context(attention_calls(self.architecture.attentions, {last: replace(call, leave=True)}))
                 if projection is not None and width:
                     stack.enter_context(instead(projection, no_queries))
-                arguments = self.copies.fork().of(self.captured.arguments[last])
-                _call(self.architecture.layers[last], hidden, arguments)
+                self.architecture.layers[last](hidden, **self.copies.fork().of(self.captured.arguments[last]))
         except KeysAndValues as reached:
             return reached.key, reached.value
         raise LookupError("the last layer ended without calling its attention function")
@@ -273,6 +405,46 @@ def _entering_norm(architecture: Architecture, states: Tensor) -> Tensor:
         caught = stack.enter_context(given_to_norm(architecture))
         architecture.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return caught[-1]
+
+
+# The plain path
+
+
+@torch.inference_mode()
+def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
+    """The plain path beside :func:`replay`: the same states by the whole decoder."""
+    return wanted_states(architecture, row, calls, n_rows)
+
+
+def wanted_states(
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
+) -> Tensor:
+    """The whole decoder's states before the final norm [n_rows, n_wanted, d_model], with gradients where enabled."""
+    with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
+        decode(architecture, row, n_rows)
+    return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
+
+
+def logits(model: PreTrainedModel, architecture: Architecture, hidden: Tensor, plain_head: bool) -> Tensor:
+    """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32, with gradients where enabled.
+
+    Without ``plain_head`` the family does more to its logits (a softcap, a scale), so its own forward makes them of
+    these states.
+    """
+    if plain_head:
+        return architecture.head(architecture.final_norm(hidden)).float()
+    normed = architecture.final_norm(hidden)[None]
+
+    def put(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = normed
+        return output
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=input_device(model))
+    handle = architecture.decoder.register_forward_hook(put)
+    try:
+        return model(input_ids=token, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -302,34 +474,6 @@ def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
-
-
-def _segmented(
-    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], segments: bool
-) -> dict[int, AttentionCall]:
-    """The calls, with every layer told how the row's prompts lie."""
-    if not segments or len(row.members) == 1:
-        return dict(calls)
-    layers = architecture.with_heads
-    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
-
-
-@torch.inference_mode()
-def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
-    """The plain path beside :func:`replay`: the same states by the whole decoder."""
-    return wanted_states(architecture, row, calls, n_rows)
-
-
-def wanted_states(
-    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
-) -> Tensor:
-    """The whole decoder, its states caught before the final norm [n_rows, n_wanted, d_model].
-
-    Gradients are recorded where the caller records them.
-    """
-    with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
-        decode(architecture, row, n_rows)
-    return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
 
 
 def first_of(output: Any) -> Tensor:

@@ -18,12 +18,12 @@ from safetyheads.answers.sampling import Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.judges.named import judges_named
-from safetyheads.model.estimates import estimate
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import HALVES, KINDS, demo_set, read_halves, resolved
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.estimate import estimate
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
     keep_threads,

@@ -17,8 +17,8 @@ import torch
 from safetyheads.answers.decoding import ShortContextWarning, short_context
 from safetyheads.errors import InputError
 from safetyheads.measures.random_groups import heads_by_layer
-from safetyheads.model import placement, weights
-from safetyheads.model.loading import quantisation
+from safetyheads.model import loading
+from safetyheads.model.loading import device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def fingerprint(engine: Engine) -> str:
     """sha256 of all weights, by name, dtype and bytes; of base and adapter, where there is one."""
-    whole = weights.fingerprint(engine.model)
+    whole = loading.fingerprint(engine.model)
     if engine.adapter is None:
         return whole
     # An adapter's scaling stands in its settings alone, and in no weight.
@@ -128,7 +128,7 @@ def references_sha256(prompts: PromptSet) -> str:
 
 def device_name(engine: Engine) -> str:
     """Where the numbers are made, whatever ``auto`` came to."""
-    device, layout = engine.device, placement.layout(engine.model)
+    device, layout = engine.device, device_layout(engine.model)
     if layout is not None:
         return layout
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)

@@ -14,12 +14,12 @@ from safetyheads.answers.sampling import Sampling
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, parse_heads, within
 from safetyheads.judges.named import judges_named
-from safetyheads.model.estimates import estimate
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit_run import caveats_of
 from safetyheads.runs.config import NO_BENIGN, ScanConfig
 from safetyheads.runs.data import read_whole, resolved
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.estimate import estimate
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
     keep_threads,

@@ -1,4 +1,4 @@
-"""How long a run will take, told before it starts. Owns the measurement of this machine's rates and the words."""
+"""Tells before a run how long it will take and how much memory: counts operations, times a few layers and tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 
 from safetyheads.ablation import SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Request, ShortContextWarning, answer, rows_that_fit
-from safetyheads.model.costs import forward_flops, replay_flops, row_sizes, scan_flops
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -30,11 +29,9 @@ def estimate(
 ) -> str:
     """What lies ahead, as one line: passes over all heads, answers, about how long, and memory beside the weights.
 
-    The rates are measured on the first packed row and the first prompts, so machines and models speak for themselves.
-
     Args:
         engine: the model.
-        encoded: the prompts' tokens.
+        encoded: token ids of the prompts.
         n_passes: how often every head is scored over these prompts.
         n_answers: answers to prompts of this kind.
         max_new_tokens: the longest answer.
@@ -46,8 +43,10 @@ def estimate(
         heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
         parts.append(f"{heads}: about {duration(n_passes * seconds)}")
     if n_answers:
-        each = _seconds_an_answer(engine, encoded, min(n_answers, _TIMED_ROWS), max_new_tokens)
-        parts.append(f"{n_answers} answers: about {duration(n_answers * each)} if all run to {max_new_tokens} tokens")
+        seconds = _seconds_an_answer(engine, encoded, min(n_answers, _TIMED_ROWS), max_new_tokens)
+        parts.append(
+            f"{n_answers} answers: about {duration(n_answers * seconds)} if all run to {max_new_tokens} tokens"
+        )
     if memory:
         size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{max(1.0, memory / 2**20):.0f} MiB"
         parts.append(f"{size} beside the weights")
@@ -57,10 +56,10 @@ def estimate(
 def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:
     """Seconds of scoring every head once, and bytes beside the weights.
 
-    A batch of the last layers is timed; what it makes of its counted operations, the whole pass is taken to make too.
+    A batch of the last layers is timed; the whole pass is taken to run at its rate of counted operations.
     """
-    begins, there = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
-    start = next((layer for layer in there if layer >= begins), there[-1])
+    begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
+    start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
     timed = replace(layout, rows=layout.rows[:1])
     captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
     groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
@@ -71,9 +70,9 @@ def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Pl
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         seconds.append(time.monotonic() - started)
-    rate = len(groups) * replay_flops(engine, row_sizes(sequences, timed), start) / min(seconds[1:])
-    rows = row_sizes(sequences, layout)
-    flops = forward_flops(engine, rows) + scan_flops(engine, rows, engine.heads)
+    costs, rows = engine.costs, row_sizes(sequences, layout)
+    rate = len(groups) * costs.replay_flops(row_sizes(sequences, timed), start) / min(seconds[1:])
+    flops = costs.forward_flops(rows) + costs.scan_flops(rows, engine.heads)
     return flops / rate, engine.memory_estimate(sequences, layout)
 
 
@@ -85,7 +84,7 @@ def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_row
     for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
         started = time.monotonic()
         with warnings.catch_warnings():
-            # The run says itself where the context is short; here it would be said of these few tokens.
+            # The run itself warns where the context is short; here the warning would be about these few tokens.
             warnings.simplefilter("ignore", ShortContextWarning)
             answer(engine, requests, max_new_tokens=n_tokens)
         seconds.append(time.monotonic() - started)
