@@ -17,9 +17,7 @@ from safetyheads.cli.options import OutputOptions
 from safetyheads.cli.show import one_line, print_json, rate_text, signed_text, stdout
 
 if TYPE_CHECKING:
-    from safetyheads.runs.changes import Change
-    from safetyheads.runs.compare import Comparison
-    from safetyheads.runs.gates import GateOutcome
+    from safetyheads.runs.compare import Change, Comparison, GateOutcome
     from safetyheads.runs.history import History
     from safetyheads.stats.ranking import RankAgreement, TopOverlap
 
@@ -46,15 +44,14 @@ def compare(
     fail_if: FailIf = None,
 ) -> None:
     """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
-    from safetyheads.runs.compare import compare_runs
-    from safetyheads.runs.gates import Condition, ask, quantities
-    from safetyheads.runs.readings import read_run
+    from safetyheads.runs.compare import check_gate, compare_runs, quantities
+    from safetyheads.runs.reader import RunReader
 
-    conditions = [Condition.parse(text) for text in fail_if or ()]
-    compared = compare_runs(read_run(run_a), read_run(run_b))
-    gates = ask(conditions, compared)
+    compared = compare_runs(RunReader(run_a), RunReader(run_b))
+    known = quantities(compared)
+    gates = [check_gate(condition, known) for condition in fail_if or ()]
     if output.json_output:
-        numbers = {name: asdict(quantity) for name, quantity in quantities(compared).items()}
+        numbers = {name: asdict(quantity) for name, quantity in known.items()}
         print_json(asdict(compared) | {"quantities": numbers, "gates": [asdict(gate) for gate in gates]})
     else:
         show_comparison(compared, gates)
