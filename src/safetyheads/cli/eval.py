@@ -74,24 +74,29 @@ def evaluate(
     ] = None,
 ) -> None:
     """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
-    from safetyheads.integrations.harness import HarnessSettings, load_tasks
-    from safetyheads.integrations.utility_run import EvalConfig, parse_groups, run_evaluation
+    from safetyheads.integrations.lm_eval import load_tasks
+    from safetyheads.integrations.utility import run_evaluation
+    from safetyheads.runs.config import EvalConfig
 
-    settings = HarnessSettings(
-        tasks.limit,
-        tasks.batch_size,
-        tasks.num_fewshot,
-        tasks.chat_template,
-        tuple(map(str, tasks.include_path or ())),
-        tasks.offline,
+    config = EvalConfig(
+        model.model,
+        dtype=model.dtype,
+        tasks=tuple(name.strip() for name in tasks.tasks.split(",") if name.strip()),
+        groups=tuple(heads.split(";")) if heads.strip() else (),
+        ablation=ablation.ablation,
+        epsilon=ablation.epsilon,
+        limit=tasks.limit,
+        batch_size=tasks.batch_size,
+        n_shots=tasks.num_fewshot,
+        chat_template=tasks.chat_template,
+        include_paths=tuple(map(str, tasks.include_path or ())),
+        offline=tasks.offline,
     )
-    names = tuple(name.strip() for name in tasks.tasks.split(",") if name.strip())
-    config = EvalConfig(model.model, names, parse_groups(heads), ablation.parsed(), settings, model.dtype)
     if out is not None:
         refuse_unusable(out)
     watching = progress_for(output.quiet)
     with watching.track("reading the tasks", 1):
-        loaded = load_tasks(names, settings)
+        loaded = load_tasks(config)
     engine = load_engine(model, watching)
     results = run_evaluation(engine, config, loaded, out, watching, sys.argv)
     if output.json_output:
