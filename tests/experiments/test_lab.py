@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, run_of
-from safetyheads.answers.drafted import DraftedAnswers
+from safetyheads.answers.drafts import DraftedAnswers
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.experiments.catalogue import EXPERIMENTS
