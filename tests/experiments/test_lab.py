@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, run_of
-from safetyheads.answers.drafts import DraftedAnswers
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.answers.drafts import DraftedAnswers
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, note_planted
 from safetyheads.experiments.outcome import Outcome
