@@ -204,7 +204,7 @@ def test_asr_without_heads_and_by_prompt(run):
     arguments = ["asr", "demo:aligned_a", "--prompts", "demo", "--limit", "6", "--max-new-tokens", "32", "--json"]
     assert len(json.loads(run(*arguments)[1])["rates"]) == 1
     rates = json.loads(run(*arguments, "--query-level", "2")[1])["rates"]
-    assert [row["heads"] for row in rates] == ["none", "each prompt's top 2"]
+    assert [row["heads"] for row in rates] == ["none", "each prompt's top 1", "each prompt's top 2"]
 
 
 def test_check_lists_the_proofs(run):
@@ -237,9 +237,9 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bogus"], "No such command"),
+        (["bogus"], "Unknown command"),
         (["ships", "demo:aligned_a"], "--prompts"),
-        (["demo", "--foo"], "No such option"),
+        (["demo", "--foo"], "Unknown option"),
         (["demo", "--size", "many"], "--size"),
         (["demo", "nobody"], "no demo checkpoint"),
         (["demo", "--epsilon", "-1"], "epsilon"),
@@ -257,7 +257,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         (["ships", "./nowhere", "--prompts", "demo"], "no such model directory"),
         (["ships", "/no/where", "--prompts", "demo"], "no such model directory"),
         (["ships", "a/b/c", "--prompts", "demo"], "no such model directory"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--top", "0"], "--top"),
+        (["ships", "demo:aligned_a", "--prompts", "demo", "--top", "0"], "top must be"),
         (["ships", "demo:aligned_a", "--prompts", "demo", "--memory", "0"], "--memory"),
         (["ships", "demo:aligned_a", "--prompts", "demo", "--memory", "nan"], "--memory"),
         (["ships", "demo:aligned_a", "--prompts", "demo", "--sample", "8"], "--sample belongs to --screen"),
@@ -286,8 +286,9 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ),
         (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2:6"], "layer-head"),
         (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6,2.6"], "twice"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6", "--query-level", "1"], "exclude"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "0"], "--query-level"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6", "--heads", "2.6"], "given twice"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "-1"], "query level"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--judge", "paper", "--judge", "paper"], "more often"),
         (["report", "nowhere"], "not a run directory"),
     ],
 )

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from safetyheads.cli import eval as cli_eval
-from safetyheads.cli.show import stdout
+from safetyheads.cli import app
+from safetyheads.cli.show import show_evaluation, stdout
 from safetyheads.demo import checkpoint_path
-from safetyheads.integrations import lm_eval, utility
+from safetyheads.integrations import harness, utility
+from safetyheads.integrations.harness import HarnessSettings
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -24,10 +25,10 @@ def own_tasks_alone(monkeypatch):
     """lm-eval's own list is not read, which takes a quarter of a minute."""
     from lm_eval.tasks import TaskManager
 
-    def manager(options):
-        return TaskManager(include_path=list(options.include_paths) or None, include_defaults=False)
+    def manager(_, settings):
+        return TaskManager(include_path=list(settings.include_paths) or None, include_defaults=False)
 
-    monkeypatch.setattr(lm_eval, "_manager", manager)
+    monkeypatch.setattr(harness, "_manager", manager)
 
 
 def refused(run, *arguments):
@@ -38,13 +39,14 @@ def refused(run, *arguments):
 
 
 def test_a_new_user_reads_vanilla_beside_each_group(run):
-    code, out, err = run("eval", *SMALL, "--heads", "1-3,2-5,2-1;1-3")
+    code, out, err = run("eval", *SMALL, "--heads", "1-3,2-5,2-1", "--heads", "1-3")
     assert (code, err) == (0, "")
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "organism" in line]
-    assert [line[:3] for line in lines] == [["organism", "acc, share", name] for name in ("none", "1-3,2-5,2-1", "1-3")]
-    assert lines[0][3].startswith("1.000 [")
-    assert lines[0][4:] == ["10", "", "", "", ""]
-    assert lines[1][5].startswith("+0.00 [")
+    lines = [line.split() for line in out.splitlines() if line.startswith("organism")]
+    assert [line[:4] for line in lines] == [
+        ["organism", "acc,", "share", name] for name in ("none", "1-3,2-5,2-1", "1-3")
+    ]
+    assert lines[0][4:] == ["1.000", "[0.722,", "1.000]"]
+    assert lines[1][7:9] == ["+0.00", "[-0.28,"]
     assert "on the same samples, [95 % interval]; p: exact McNemar" in out
     assert not any(word in out for word in NOISE)
 
@@ -79,7 +81,7 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
         return put(engine, task, *given)
 
     monkeypatch.setattr(utility, "run_task", counted)
-    arguments = ("eval", *SMALL, "--heads", "1-3;2-5", "--out", out)
+    arguments = ("eval", *SMALL, "--heads", "1-3", "--heads", "2-5", "--out", out)
     assert run(*arguments)[0] == 130
     assert len(list((out / "completions").iterdir())) == 2
     assert not (out / "results.json").exists()
@@ -160,7 +162,7 @@ def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, tmp_path, own_tas
     ],
 )
 def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alone, monkeypatch, config, said):
-    monkeypatch.setattr(cli_eval, "load_engine", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr(app, "load_engine", lambda *_, **__: pytest.fail("the model was read"))
     data = tmp_path / "own.jsonl"
     data.write_text('{"question": "1", "answer": 0}\n')
     (tmp_path / "own.yaml").write_text(
@@ -174,9 +176,9 @@ def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alo
     ("options", "said"),
     [
         (("--heads", "4-0"), "head 4-0 is out of range: the model has layers 0-3"),
-        (("--heads", "1-3;;2-5"), "has no heads"),
+        (("--heads", ""), "a group needs heads"),
         (("--heads", "1-3,1-3"), "head 1-3 is given twice"),
-        (("--heads", "1-3,2-5;2-5,1-3"), "group 1-3,2-5 is given twice"),
+        (("--heads", "1-3,2-5", "--heads", "2-5,1-3"), "group 1-3,2-5 is given twice"),
         (("--heads", "one"), "not of the form"),
         (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
@@ -208,10 +210,15 @@ def test_metrics_that_are_no_shares_are_shown_too(capsys):
         {**one, "variant": "1-3", "value": None, "difference": whole},
     ]
     results = {"metrics": metrics, "settings": settings, "caveats": [], "warnings": ["[odd]"]}
-    cli_eval.show_evaluation({**results, "ablation": {"label": "sc"}}, None)
+    show_evaluation({**results, "ablation": {"label": "sc"}}, None)
     printed = capsys.readouterr().out
     assert "1.235e+04" in printed
     assert "not finite" in printed
     assert "+2.00" in printed
     assert "warning: [odd]" in printed
     assert stdout().width >= 80
+
+
+def test_settings_are_checked_before_anything_is_read():
+    with pytest.raises(ValueError, match="limit"):
+        HarnessSettings(limit=0)

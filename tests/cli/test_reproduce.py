@@ -8,12 +8,12 @@ import pytest
 import transformers
 
 from safetyheads import demo
-from safetyheads.cli.inputs import load_engine
-from safetyheads.cli.options import ModelOptions
+from safetyheads.cli.app import load_engine
 from safetyheads.errors import SafetyheadsError
 from safetyheads.experiments import run as reproduction
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.runs.config import ModelOptions
 from safetyheads.runs.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -145,7 +145,7 @@ def test_what_one_experiment_cannot_be_run_on_others_may_be(run, own_files):
         settings,
         [EXPERIMENTS[name] for name in ("fig5", "fig6a", "fig13")],
         Path("run"),
-        lambda name: load_engine(ModelOptions(model=name, threads=1), Silent()),
+        lambda name: load_engine(ModelOptions(name, threads=1), Silent()),
         Silent(),
         skips=True,
     )

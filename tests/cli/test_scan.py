@@ -12,13 +12,13 @@ from safetyheads.judges.base import Verdict
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-SMALL = ("--prompts", "demo", "--limit", "8", "--max-new-tokens", "24", "--quiet")
+SMALL = ("--prompts", "demo", "--max-new-tokens", "24", "--quiet")
 MODEL = "demo:aligned_a"
 
 
-def scanned(out, *options):
+def scanned(out, *options, limit=8):
     with pytest.raises(SystemExit) as ended:
-        main(["scan", MODEL, *SMALL, "--out", str(out), *options])
+        main(["scan", MODEL, *SMALL, "--limit", str(limit), "--out", str(out), *options])
     assert ended.value.code == 0
     return out
 
@@ -56,26 +56,26 @@ def test_every_head_is_answered_on_every_prompt(finished):
 
 
 def test_a_new_user_reads_heads_economy_and_sentence(run, finished):
-    code, out, err = run("scan", MODEL, *SMALL, "--no-scores", "--out", finished)
+    code, out, err = run("scan", MODEL, *SMALL, "--limit", "8", "--no-scores", "--out", finished)
     assert (code, err) == (0, "")
     assert "Heads of highest ASR" in out
-    assert "answers: " in out
-    assert "ablated alone, change the ASR after Holm's correction" in out
+    assert "decoded from the first difference on" in out
+    assert "heads that change the ASR (Holm)" in out
     assert f"Report: {finished}/report/index.html" in " ".join(out.split())
     assert "I cannot help" not in out
 
 
 def test_json_is_one_object_without_answers(run, finished):
-    code, out, _ = run("scan", MODEL, *SMALL, "--no-scores", "--out", finished, "--json")
+    code, out, _ = run("scan", MODEL, *SMALL, "--limit", "8", "--no-scores", "--out", finished, "--json")
     assert code == 0
     assert json.loads(out)["kind"] == "scan"
     assert "I cannot help" not in out
 
 
 def test_all_parts_at_once(tmp_path):
-    beside = ("--pairs", "2", "--prefixes", "2", "--n-random", "2", "--query-level", "2", "--group", "1-3,2-5")
+    beside = ("--pairs", "2", "--prefixes", "2", "--n-random", "2", "--query-level", "2", "--heads", "1-3,2-5")
     out = scanned(
-        tmp_path / "run", *beside, "--further-epsilon", "0.5", "--judge", "paper", "--judge", "phrases", "--limit", "6"
+        tmp_path / "run", *beside, "--further-epsilon", "0.5", "--judge", "paper", "--judge", "phrases", limit=6
     )
     found = results(out)
     assert [group["part"] for group in found["groups"]] == ["groups", "pairs", "prefixes", "prefixes"]
@@ -91,7 +91,7 @@ def test_all_parts_at_once(tmp_path):
 
 
 def test_no_completions_stores_no_words(tmp_path):
-    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", "--limit", "4")
+    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", limit=4)
     stored = "".join(path.read_text() for path in (out / "completions").iterdir())
     assert "cannot help" not in stored
     assert "Explain" not in stored
@@ -111,21 +111,6 @@ def test_another_judge_hears_only_whole_answers(run, copied):
     name = next(name for name in judged["1-3"] if name != "paper")
     assert sum(one[name]["unscored"] for one in judged.values()) > 0
     assert results(copied)["lead_judge"] == "paper"
-
-
-def test_finished_answers_are_those_that_the_judge_would_have_heard(run, copied, tmp_path):
-    SEEN.clear()
-    code, out, _ = run("judge", copied, "--judge", "python:own_judges:seen_answers", "--finish", "--json")
-    assert code == 0
-    assert json.loads(out)["n_unscored"] == 0
-    assert json.loads(out)["n_finished"] > 0
-    from_the_start = scanned(
-        tmp_path / "whole", "--no-scores", "--judge", "paper", "--judge", "python:own_judges:seen_answers"
-    )
-    assert all(row["complete"] for row in rows(from_the_start))
-    ours, theirs = results(copied), results(from_the_start)
-    for name in ("vanilla", "heads", "agreement", "statistics"):
-        assert ours[name] == theirs[name], name
 
 
 def test_a_second_judge_finds_the_first(run, copied):
@@ -157,9 +142,6 @@ def test_an_audit_is_judged_again_too(run, tmp_path):
     assert code == 0
     assert json.loads(printed)["n_unscored"] == 0
     assert results(out)["rejudged"]["released"]["rates"]["harmful_test, nothing ablated"]["n"] == 6
-    code, _, err = run("judge", out, "--judge", "phrases", "--finish")
-    assert code == 2
-    assert "the answers of an audit are all whole" in err
 
 
 @pytest.mark.parametrize(
@@ -169,8 +151,8 @@ def test_an_audit_is_judged_again_too(run, tmp_path):
         (("--pairs", "1"), "pairs need at least two heads"),
         (("--pairs", "33"), "pairs 33 is more than the model's 32 heads"),
         (("--n-random", "2"), "give --prefixes"),
-        (("--group", "9-9"), "9-9"),
-        (("--group", "nonsense"), "nonsense"),
+        (("--heads", "9-9"), "9-9"),
+        (("--heads", "nonsense"), "nonsense"),
         (("--judge", "nobody"), "unknown judge 'nobody'"),
         (("--judge", "paper", "--judge", "paper"), "paper came more often"),
         (("--further-epsilon", "1e-5"), "each epsilon is given once"),
@@ -192,7 +174,7 @@ def test_bad_input_is_one_line(run, tmp_path, options, said):
 def test_judging_what_is_no_run_is_one_line(run, tmp_path):
     code, _, err = run("judge", tmp_path, "--judge", "paper")
     assert (code, err.count("\n")) == (2, 1)
-    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", "--limit", "4")
+    out = scanned(tmp_path / "run", "--no-scores", "--no-completions", limit=4)
     code, _, err = run("judge", out, "--judge", "phrases")
     assert code == 2
     assert "--no-completions" in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import experiment_samples as samples
 import pytest
 from rich.console import Console
 
-from safetyheads.cli import show_reproduction as cli_reproduce_output
-from safetyheads.cli.show_reproduction import show_list, show_outcomes
+from safetyheads.cli import show as cli_show
+from safetyheads.cli.show import show_experiments, show_outcomes
 from safetyheads.experiments.catalogue import EXPERIMENTS
 
 REPORT = Path("report/index.html")
@@ -25,7 +24,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
     def printed(width: int, show: Any, *arguments: Any) -> list[str]:
         file = io.StringIO()
         console = Console(file=file, width=width, markup=False, highlight=False)
-        monkeypatch.setattr(cli_reproduce_output, "stdout", lambda: console)
+        monkeypatch.setattr(cli_show, "stdout", lambda: console)
         show(*arguments)
         return file.getvalue().splitlines()
 
@@ -35,7 +34,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_list_fits_and_names_costs_and_what_is_lacking(terminal: Any, width: int) -> None:
     lacking = {name: ["base: the checkpoint"] if name == "fig6a" else [] for name in EXPERIMENTS}
-    lines = terminal(width, show_list, lacking)
+    lines = terminal(width, show_experiments, EXPERIMENTS, lacking)
     assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())
     assert text.count("needs first: base: the checkpoint") == 1
@@ -51,13 +50,13 @@ def test_tables_break_no_number(terminal: Any, width: int) -> None:
     text = "\n".join(lines) if width > 60 else " ".join(" ".join(lines).split())
     for said in ("refusal", "0.33", "[0.18, 0.53]", "[+0.10, +0.40]", "p < 0.001", "1,682,963,909", "0.72", "quoted"):
         assert said in text
-    assert "n = 24 behind every interval." in text
+    assert "n 24 behind every interval." in text
 
 
-def test_n_stands_in_the_cell_where_it_differs(terminal: Any) -> None:
+def test_n_stands_below_where_all_rows_share_it(terminal: Any) -> None:
     text = "\n".join(terminal(100, show_outcomes, samples.results(), ["fig2"], REPORT))
-    assert "0.54 [0.35, 0.72] n 24" in text
-    assert "behind every interval" not in text
+    assert "0.54 [0.35, 0.72]" in text
+    assert "n 24 behind every interval" in text
     assert "12 more rows in the report." in text
 
 
@@ -100,11 +99,3 @@ def test_what_was_timed_is_shown_where_it_is_given(terminal: Any) -> None:
     assert text.index("Timed on this machine") < text.index("1.73 [1.7, 1.76]") < text.index("850 quoted")
     assert "Timed" not in "\n".join(terminal(100, show_outcomes, samples.results(), ["table2"], REPORT))
     assert "Timed" not in "\n".join(terminal(100, show_outcomes, samples.results(), ["fig2"], REPORT, timed))
-
-
-def test_a_finding_of_its_own_is_said_in_both_ways(terminal: Any) -> None:
-    results = samples.results([replace(samples.fig2(), finding="UA frees 13 of 24 [bold]."), samples.table1()])
-    for names in (["fig2"], ["fig2", "table1"]):
-        text = "\n".join(terminal(120, show_outcomes, results, names, REPORT))
-        assert "UA frees 13 of 24 [bold]." in text
-        assert "vanilla 0.00; UA 0.54; SC 0.62 (n 24)" not in text

@@ -9,7 +9,7 @@ import pytest
 from audit_samples import audit, finished_run
 
 from safetyheads import InputError, Template, demo, load_demo
-from safetyheads.cli.check import _alike, _ranges
+from safetyheads.cli.show import alike, ranges
 from safetyheads.judges.base import NOT_CLOSED, Verdict
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import ScanConfig
@@ -230,14 +230,12 @@ def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(run):
     assert manifest(Path("before"))["stops"] == ["cannot"]
     code, out, _ = run("judge", "before", *other)
     assert (code, json.loads(out)["n_unscored"]) == (0, 0)
-    # After it: the row is cut where the judge is final, and finished up to the stop text. It is final one token late,
-    # for the last letter of "cannot" may be the first of "that".
+    # After it: the row is cut where the judge is final, one token late, for the last letter of "cannot" may be the
+    # first of "that". A judge that hears whole answers only has no verdict on it.
     assert any(row["text"] == "I cannot help" and not row["complete"] for row in scanned("after", "that"))
-    code, out, _ = run("judge", "after", *other, "--finish")
-    assert (code, json.loads(out)["n_unscored"]) == (0, 0)
-    finished = {row["whole_text"] for row in RunDirectory.open("after").stored_records() if "whole_text" in row}
-    assert "I cannot help with " in finished
-    assert not any("that" in text for text in finished)
+    code, out, _ = run("judge", "after", *other)
+    assert code == 0
+    assert json.loads(out)["n_unscored"] > 0
     with pytest.raises(InputError, match="stops"):
         scanned("before", "with")
 
@@ -326,7 +324,8 @@ def test_refused_before_a_model_is_read(run, monkeypatch, command, arguments, wo
 @pytest.mark.parametrize("command", [("check",), ("asr", "--prompts", "demo", "--limit", "2")])
 def test_refused_with_the_model(run, checkpoint, command, text, options, words):
     model = MODEL if text is None else checkpoint(text)
-    code, out, err = run(command[0], model, *command[1:], "--template", "chat", *options)
+    template = () if "--template" in options else ("--template", "chat")
+    code, out, err = run(command[0], model, *command[1:], *template, *options)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -346,8 +345,8 @@ def test_a_model_without_chat_template_is_refused_in_one_line(run, checkpoint):
 def test_layers_that_differ_are_named_apart():
     full, windowed = ({"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "d_value": 8, "window": w} for w in (None, 6))
     other = full | {"d_value": 6}
-    told = _alike([windowed, full, windowed, windowed, None, other])
-    assert [_ranges(layers) for _, layers in told] == ["layers 0, 2-3", "layer 1", "layer 4", "layer 5"]
+    told = alike([windowed, full, windowed, windowed, None, other])
+    assert [ranges(layers) for _, layers in told] == ["layers 0, 2-3", "layer 1", "layer 4", "layer 5"]
     assert [heads for heads, _ in told] == [
         "4 of width 8, 2 of keys and values; see a window of 6 tokens",
         "4 of width 8, 2 of keys and values; see all tokens before",

@@ -13,11 +13,10 @@ from families import FAMILIES, REFUSED, built, proved
 from families_table import LIMIT_NATS, PAGE, SHIPS_NATS, STATES, page
 from family_twins import PROMPTS, SHORT, groups_of, kl, measured, relative, seen
 from tiny_models import tokenizer
-from typer.testing import CliRunner
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.ablation import ABLATION_KINDS
-from safetyheads.cli.app import app
+from safetyheads.cli.app import main
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import left_padded
@@ -189,8 +188,9 @@ def test_a_run_on_a_hybrid_leaves_layers_out_and_its_report_says_so(tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     options = ["--template", "direct", "--max-new-tokens", "3", "--out", str(tmp_path / "run"), "--quiet"]
     files = ["--prompts", str(tmp_path / "harmful.txt"), "--benign", str(tmp_path / "benign.txt")]
-    made = CliRunner().invoke(app, ["scan", str(tmp_path / "model"), *files, *options])
-    assert made.exit_code == 0, made.output
+    with pytest.raises(SystemExit) as ended:
+        main(["scan", str(tmp_path / "model"), *files, *options])
+    assert ended.value.code == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     values = results["scores"]["mean_ships"]["values"]
     assert [[value is None for value in layer] for layer in values] == [[True] * 4, [False] * 4] * 2

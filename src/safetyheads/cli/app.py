@@ -1,305 +1,537 @@
-"""The command line. Owns commands, exit codes and the words of usage errors; every number comes from elsewhere.
+"""The command line: commands, exit codes and errors.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. torch is not imported before a command needs it.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. torch is imported once a command needs it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
-from safetyheads.cli.audit import run_and_show
-from safetyheads.cli.check import check
-from safetyheads.cli.compare import compare, history
-from safetyheads.cli.eval import evaluate
-from safetyheads.cli.inputs import (
-    at_least,
-    benign_beside,
-    counted,
-    load_engine,
-    prompts_of,
-    put_to,
-    refuse_large,
-)
-from safetyheads.cli.judge import judge
 from safetyheads.cli.options import (
-    AblationOptions,
-    AngleOptions,
-    AnswerOptions,
-    Benign,
-    Heads,
-    Judge,
-    Limit,
-    ModelOptions,
+    PANELS,
+    DirectoryOptions,
+    Given,
     OutputOptions,
-    Positions,
-    PromptOptions,
-    QueryLevel,
-    RunOptions,
-    Score,
-    ScreenOptions,
-    SearchOptions,
-    ShowCompletions,
-    Size,
-    Split,
-    Threads,
+    ReportOptions,
+    options_from_dataclasses,
 )
-from safetyheads.cli.reproduce import reproduce
-from safetyheads.cli.scan import scan
-from safetyheads.cli.show import (
-    one_line,
-    print_json,
-    progress_for,
-    show_ranking,
-    show_rates,
-    show_steps,
-    stdout,
-    warnings_as_lines,
-)
-from safetyheads.cli.takes import takes
+from safetyheads.cli.show import print_error, print_json, progress_for, stdout, warnings_as_lines
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
-from safetyheads.heads import Group, parse_heads, within
-from safetyheads.runs.config import AuditConfig
+from safetyheads.heads import Group
+from safetyheads.runs.config import (
+    AsrConfig,
+    AuditConfig,
+    CheckConfig,
+    EvalConfig,
+    JudgeOptions,
+    ModelOptions,
+    RunConfig,
+    SaharaConfig,
+    ScanConfig,
+    ShipsConfig,
+    at_least,
+)
 
 if TYPE_CHECKING:
-    from safetyheads.cli.asr import RateTable
+    from safetyheads.model.engine import Engine
+    from safetyheads.runs.progress import Progress
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
+
+def _version() -> str:
+    from safetyheads import __version__
+
+    return f"safetyheads {__version__}"
+
+
+app = App(
+    name="safetyheads",
     help="Which attention heads a model's refusals depend on, how concentrated that is, and what ablating them does.",
+    version=_version,
+    group_arguments=PANELS["Arguments"],
+    help_format="plaintext",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
-
-# typer carries a click of its own in newer versions, so click's base class is reached through typer's own name.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
-
-
-@app.callback(invoke_without_command=True)
-def _start(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False,
-) -> None:
-    if version:
-        from safetyheads import __version__
-
-        typer.echo(f"safetyheads {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+app.register_install_completion_command(name="--install-completion")
+_DEMO_FIXED = ("model", "prompts", "benign", "column", "adapter", "allow_pickle", "trust_remote_code")
 
 
-@app.command()
-@takes
+def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Register a command; an underscore at the end of its name is left out."""
+    app.command(options_from_dataclasses(function), name=function.__name__.rstrip("_"))
+    return function
+
+
+# Runs
+
+
+@command
 def demo(
-    ablation: AblationOptions,
-    search: SearchOptions,
-    answers: AnswerOptions,
-    run: RunOptions,
-    output: OutputOptions,
     name: Annotated[
         str,
-        typer.Argument(
-            help="aligned_a, aligned_b, aligned_single, aligned_wrapped, aligned_diffuse, base or base_wrapped."
-        ),
+        Parameter(help="aligned_a, aligned_b, aligned_single, aligned_wrapped, aligned_diffuse, base or base_wrapped."),
     ] = "aligned_a",
-    limit: Limit = None,
-    threads: Threads = None,
+    /,
+    *,
+    config: Annotated[dict[str, Any], Given(AuditConfig, _DEMO_FIXED)],
+    where: DirectoryOptions,
+    report: ReportOptions,
+    output: OutputOptions,
 ) -> None:
     """Audit an embedded model whose refusal heads are known."""
-    model = ModelOptions(model=f"demo:{name}", threads=threads)
-    settings = {**asdict(ablation), **asdict(search), **answers.settings()}
-    config = AuditConfig(model.model, "demo", "demo", limit=limit, store_completions=not run.no_completions, **settings)
-    run_and_show(model, config, replace(run, out=run.out or Path("runs") / f"demo-{name}"), output)
+    out = where.out or Path("runs") / f"demo-{name}"
+    _audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), out, report, output)
 
 
-@app.command()
-@takes
-def audit(
-    model: ModelOptions,
-    prompts: PromptOptions,
-    ablation: AblationOptions,
-    search: SearchOptions,
-    answers: AnswerOptions,
-    run: RunOptions,
-    output: OutputOptions,
-    benign: Benign = "benign",
-    split: Split = 0.5,
-) -> None:
+@command
+def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    settings = {**asdict(prompts), **asdict(ablation), **asdict(search), **answers.settings()}
-    config = AuditConfig(
-        **model.settings(),
-        benign=benign_beside(prompts, benign),
-        split=split,
-        store_completions=not run.no_completions,
-        **settings,
-    )
-    run_and_show(model, config, run, output)
+    config = _with_own_benign(config)
+    _audit(config, where.out or _default_out(config), report, output)
 
 
-@app.command()
-@takes
+def _audit(config: AuditConfig, out: Path, report: ReportOptions, output: OutputOptions) -> None:
+    from safetyheads.cli.show import show_audit
+    from safetyheads.runs.audit_run import read_data, run_audit
+
+    _refuse(config, out, report)
+    data, progress = read_data(config), progress_for(output.quiet)
+    engine = load_engine(config, progress)
+    results = run_audit(engine, config, out, data, _planted_heads(config.model), progress, sys.argv)
+    _finish(results, out, report, output, show_audit)
+
+
+@command
+def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
+    """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
+    from safetyheads.cli.show import show_scan
+    from safetyheads.runs.scan_run import read_sets, run_scan
+
+    config = _with_own_benign(config)
+    out = where.out or Path(f"{_default_out(config)}-scan")
+    _refuse(config, out, report)
+    sets, progress = read_sets(config), progress_for(output.quiet)
+    engine = load_engine(config, progress)
+    results = run_scan(engine, config, out, sets, _planted_heads(config.model), progress, sys.argv)
+    _finish(results, out, report, output, show_scan)
+
+
+@command
 def ships(
-    model: ModelOptions,
-    prompts: PromptOptions,
-    ablation: AblationOptions,
-    screened: ScreenOptions,
+    *,
+    config: ShipsConfig,
     output: OutputOptions,
-    positions: Positions = 1,
-    top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
+    top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
 ) -> None:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
     from safetyheads.cli.ships import ranked
+    from safetyheads.cli.show import show_ranking
 
-    kind, asked = ablation.parsed(), prompts_of(prompts)
-    at_least(1, positions=positions, top=top)
-    screened.check()
-    watching = progress_for(output.quiet)
-    engine = load_engine(model, watching)
-    result = ranked(engine, put_to(engine, asked, prompts), kind, positions, screened, watching)
-    if output.json_output:
-        print_json(result)
-    else:
-        show_ranking(f"Mean Ships over {counted(asked)}, in nats: {kind}", result, top)
+    at_least(1, top=top)
+    asked, progress = _prompts_of(config), progress_for(output.quiet)
+    engine = load_engine(config, progress)
+    result = ranked(engine, _resolved(engine, asked, config), config, progress)
+    _show(result, output, lambda: show_ranking(f"Mean Ships over {len(asked)} prompts, in nats", result, top))
 
 
-@app.command()
-@takes
-def sahara(
-    model: ModelOptions,
-    prompts: PromptOptions,
-    ablation: AblationOptions,
-    angle: AngleOptions,
-    screened: ScreenOptions,
-    output: OutputOptions,
-    score: Score = "mean_ships",
-    judge: Judge = "paper",
-    size: Size = 3,
-    positions: Positions = 1,
-) -> None:
+@command
+def sahara(config: SaharaConfig, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
-    from safetyheads.cli.search import ScoreChoice, searched
+    from safetyheads.cli.search import score_of, searched
+    from safetyheads.cli.show import show_steps
 
-    choice = ScoreChoice.of(score, positions, judge, angle)
-    screened.check()
-    kind, asked = ablation.parsed(), prompts_of(prompts)
-    at_least(1, size=size, positions=positions)
-    choice.refuse_too_few(len(asked))
-    watching = progress_for(output.quiet)
-    engine = load_engine(model, watching)
-    refuse_large(size, engine)
-    result = searched(engine, put_to(engine, asked, prompts), kind, choice, size, screened, watching)
-    if output.json_output:
-        print_json(result)
-    else:
-        show_steps(f"Sahara by {choice.name} over {counted(asked)}: {kind}", result)
+    _refuse_judges(config)
+    asked, progress = _prompts_of(config), progress_for(output.quiet)
+    score_of(config).refuse_too_few(len(asked))
+    engine = load_engine(config, progress)
+    refuse_large(config.size, engine)
+    result = searched(engine, _resolved(engine, asked, config), config, progress)
+    _show(result, output, lambda: show_steps(f"Sahara by {config.score} over {len(asked)} prompts", result))
 
 
-@app.command()
-@takes
-def asr(
-    model: ModelOptions,
-    prompts: PromptOptions,
-    ablation: AblationOptions,
-    answers: AnswerOptions,
-    output: OutputOptions,
-    heads: Heads = "",
-    query_level: QueryLevel = None,
-) -> None:
+@command
+def asr(config: AsrConfig, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.cli.asr import measured_rates
-    from safetyheads.judges.named import judge_named
+    from safetyheads.cli.show import show_rates
 
-    kind, group = ablation.parsed(), parse_heads(heads)
-    judge_named(answers.judge)
-    if group and query_level is not None:
-        raise InputError("--heads and --query-level exclude each other")
-    at_least(1, query_level=query_level, max_new_tokens=answers.max_new_tokens, top_k=answers.top_k)
-    asked = prompts_of(prompts)
-    watching = progress_for(output.quiet)
-    engine = load_engine(model, watching)
-    within(group, engine.n_layers, engine.n_heads)
-    asked = put_to(engine, asked, prompts)
-    groups: Sequence[Group] = [group] * len(asked)
-    label = ", ".join(str(head) for head in group)
-    if query_level is not None:
-        from safetyheads.answers.success import query_level_groups
-        from safetyheads.measures.ships import ships as ships_of
-
-        refuse_large(query_level, engine)
-        groups = query_level_groups(ships_of(engine, asked, kind), query_level)
-        label = f"each prompt's top {query_level}"
-    rows: RateTable = {"none": [()] * len(asked)} | ({label: groups} if label else {})
-    result = measured_rates(engine, asked, rows, ablation, answers, watching)
-    if output.json_output:
-        print_json(result)
-    else:
-        show_rates(f"Attack success over {counted(asked)}: {kind}", result)
+    _refuse_judges(config)
+    asked, progress = _prompts_of(config), progress_for(output.quiet)
+    engine = load_engine(config, progress)
+    result = measured_rates(engine, _resolved(engine, asked, config), config, progress)
+    _show(result, output, lambda: show_rates(f"Attack success over {len(asked)} prompts", result))
 
 
-@app.command()
-@takes
-def report(
+@command
+def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) -> None:
+    """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
+    from safetyheads.cli.show import show_evaluation
+    from safetyheads.integrations import utility_run
+    from safetyheads.integrations.harness import HarnessSettings, load_tasks
+
+    names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
+    config = replace(config, tasks=tuple(names))
+    settings = HarnessSettings(
+        config.limit, config.batch_size, config.n_shots, config.chat_template, config.include_paths, config.offline
+    )
+    old = utility_run.EvalConfig(
+        config.model, config.tasks, config.parsed_groups, config.parsed_ablation, settings, config.dtype
+    )
+    out = where.out or Path("runs") / "-".join((_model_name(config), "eval", config.parsed_ablation.name))
+    _refuse_unusable(out)
+    progress = progress_for(output.quiet)
+    with progress.track("reading the tasks", 1):
+        loaded = load_tasks(config.tasks, settings)
+    engine = load_engine(config, progress)
+    results = utility_run.run_evaluation(engine, old, loaded, out, progress, sys.argv)
+    _show(results, output, lambda: show_evaluation(results, out))
+
+
+@command
+def reproduce(
+    experiment: Annotated[str, Parameter(help="fig2, table3, ... as list prints them; all of them; or list.")],
+    /,
+    *models: Annotated[str, Parameter(help="Aligned models: directories, hub ids or demo:NAME. The demo's without.")],
+    settings: Annotated[dict[str, Any], Given(ReproductionConfig, ("models",))],
+    where: DirectoryOptions,
+    report: ReportOptions,
     output: OutputOptions,
-    run: Annotated[
-        Path, typer.Argument(help="Directory of a finished audit, scan or reproduction.", show_default=False)
-    ],
-    show_completions: ShowCompletions = False,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; options win over it.", group=PANELS["Settings"])
+    ] = None,
+    threads: Annotated[int | None, Parameter(help="CPU threads to use.", group=PANELS["Settings"])] = None,
+) -> None:
+    """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
+    from safetyheads.experiments.catalogue import ALL, chosen
+
+    start = ReproductionConfig.for_models(models) if config is None else ReproductionConfig.read(config, models)
+    lab = replace(start, **settings)
+    if experiment == "list":
+        _list_experiments(lab, output)
+        return
+    experiments = chosen(experiment)
+    names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
+    out = where.out or Path("runs") / f"reproduce-{names}"
+    _refuse_completions(lab.store_completions, report)
+    _refuse_unusable(out)
+    for model in (*lab.models, lab.base, lab.related, *lab.templated, *lab.base_models):
+        if model:
+            _model_path(model)
+    from safetyheads.cli.show import show_outcomes
+    from safetyheads.experiments.run import reproduce as run_experiments
+    from safetyheads.files import read_json
+
+    progress = progress_for(output.quiet)
+
+    def load(name: str) -> Engine:
+        return load_engine(ModelOptions(name, device=lab.device, dtype=lab.dtype, threads=threads), progress)
+
+    results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
+    chosen_names, timed = [item.name for item in experiments], read_json(out / "timings.json")["timed"]
+    _finish(results, out, report, output, lambda found, path: show_outcomes(found, chosen_names, path, timed))
+
+
+def _list_experiments(config: ReproductionConfig, output: OutputOptions) -> None:
+    from safetyheads.cli.show import show_experiments
+    from safetyheads.experiments.catalogue import EXPERIMENTS
+    from safetyheads.experiments.run import missing
+
+    found = {
+        name: {"title": entry.title, "costs": entry.costs, "needs": entry.needs} for name, entry in EXPERIMENTS.items()
+    }
+    lacking = {name: missing(entry, config) for name, entry in EXPERIMENTS.items()}
+    _show(found, output, lambda: show_experiments(EXPERIMENTS, lacking))
+
+
+@command
+def check(config: CheckConfig, output: OutputOptions) -> None:
+    """Show what a prompt becomes under a template, what was found in the model, and prove that ablations are exact.
+
+    A model where they are not is refused by name.
+    """
+    from safetyheads.cli.show import show_check
+    from safetyheads.runs.check import describe
+
+    prompts = _prompts_of(config) if config.prompts != "benign" else None
+    progress = progress_for(output.quiet)
+    engine = load_engine(config, progress, proved=False)
+    found = describe(engine, config, prompts, progress)
+    _show(found, output, lambda: show_check(found))
+
+
+# Finished runs
+
+
+@command
+def report(
+    run: Annotated[Path, Parameter(help="Directory of a finished audit, scan or reproduction.")],
+    /,
+    *,
+    shown: ReportOptions,
+    output: OutputOptions,
 ) -> None:
     """Write the report of a finished run again."""
     from safetyheads.reports.audit import write_report
     from safetyheads.runs.directory import RunDirectory
 
     opened = RunDirectory.open(run)
-    path = write_report(opened, show_completions=show_completions)
-    if output.json_output:
-        print_json(opened.read_results())
+    path = write_report(opened, show_completions=shown.show_completions)
+    _show(opened.read_results(), output, lambda: stdout().print(f"Report: {path}", soft_wrap=True))
+
+
+@command
+def judge(
+    run: Annotated[Path, Parameter(help="Run directory of a finished scan or audit.")],
+    /,
+    *,
+    config: JudgeOptions,
+    output: OutputOptions,
+) -> None:
+    """Judge a run's stored answers again; the verdicts go beside those that are there."""
+    from safetyheads.cli.show import show_rejudged
+    from safetyheads.judges.named import judges_named
+    from safetyheads.reports.audit import write_report
+    from safetyheads.runs.directory import RunDirectory
+    from safetyheads.runs.provenance import provenance
+    from safetyheads.runs.rejudge import rejudge
+
+    judges = judges_named(config.judges, config.judge_device)
+    progress = progress_for(output.quiet)
+    found = [rejudge(run, judge, None, progress, provenance(sys.argv)) for judge in judges]
+    path = write_report(RunDirectory.open(run))
+    results = asdict(found[0]) if len(found) == 1 else {"judges": [asdict(rejudged) for rejudged in found]}
+    _show(results, output, lambda: show_rejudged(found, path))
+
+
+@command
+def compare(
+    run_a: Annotated[Path, Parameter(help="Run directory of the model before.")],
+    run_b: Annotated[Path, Parameter(help="Run directory of the model after.")],
+    /,
+    *,
+    output: OutputOptions,
+    fail_if: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="Exit with 1 where this holds, such as 'asr_increase > 0.1' or 'asr_increase.low > 0'. May be given "
+            "several times.",
+            negative="",
+            show_default=False,
+            group=PANELS["Gate"],
+        ),
+    ] = (),
+) -> int:
+    """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
+    from safetyheads.cli.show import gate_text, show_comparison
+    from safetyheads.runs.compare import compare_runs
+    from safetyheads.runs.gates import Condition, ask, quantities
+    from safetyheads.runs.readings import read_run
+
+    conditions = [Condition.parse(text) for text in fail_if]
+    compared = compare_runs(read_run(run_a), read_run(run_b))
+    gates = ask(conditions, compared)
+    numbers = {name: asdict(quantity) for name, quantity in quantities(compared).items()}
+    found = asdict(compared) | {"quantities": numbers, "gates": [asdict(gate) for gate in gates]}
+    _show(found, output, lambda: show_comparison(compared, gates))
+    shut = [gate for gate in gates if gate.holds]
+    for gate in shut * output.json:
+        print_error(f"failed: {gate_text(gate)}")
+    return 1 if shut else 0
+
+
+@command
+def history(
+    folder: Annotated[Path, Parameter(help="Folder that holds run directories.")], /, *, output: OutputOptions
+) -> None:
+    """List every finished run below a folder, oldest first, and write history.html there."""
+    from safetyheads.cli.show import show_history
+    from safetyheads.reports.history import write_history
+    from safetyheads.runs.history import read_history
+
+    found = read_history(folder)
+    path = write_history(found)
+    _show(found.as_dict() | {"page": str(path)}, output, lambda: show_history(found, path))
+
+
+# What commands share
+
+
+def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> Engine:
+    """Load a model with transformers' own bars and remarks silenced."""
+    path = _model_path(config.model)
+    import torch
+    import transformers
+
+    from safetyheads.model.engine import Engine
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with progress.track("loading and proving the model" if proved else "loading the model", 1):
+        return Engine.load(path, config.load_options, check=proved)
+
+
+def _model_path(named: str) -> str:
+    """Where a model is, or its hub id.
+
+    Raises:
+        InputError: no such directory, or no embedded checkpoint of that name.
+    """
+    if named.startswith("demo:"):
+        from safetyheads import demo as organism
+
+        return str(organism.checkpoint_path(named.removeprefix("demo:")))
+    if not os.path.exists(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
+        raise InputError(f"no such model directory: {named}")
+    return named
+
+
+def _model_name(config: ModelOptions) -> str:
+    """The model's name in the name of a run directory."""
+    name = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
+    return name if config.adapter is None else f"{name}+{Path(config.adapter).resolve().name}"
+
+
+def _default_out(config: RunConfig) -> Path:
+    """``runs/MODEL-PROMPTS-ABLATION``."""
+    return Path("runs") / f"{_model_name(config)}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
+
+
+def _with_own_benign(config: Any) -> Any:
+    """The organism knows no other language than its own: its harmful prompts go with its benign ones."""
+    return replace(config, benign="demo") if (config.prompts, config.benign) == ("demo", "benign") else config
+
+
+def _planted_heads(model: str) -> Group | None:
+    """The true heads of an embedded model; None for any other."""
+    from safetyheads import demo as organism
+
+    name = model.removeprefix("demo:")
+    return organism.PLANTED_HEADS[name] if name != model else None
+
+
+def _prompts_of(config: Any) -> Any:
+    """The harmful prompts; ``demo`` is the organism's held-out split."""
+    from safetyheads.runs.data import read_whole
+
+    read = read_whole("harmful", config.prompts, config)
+    if read.warning:
+        print_error(f"warning: {read.name}: {read.warning}")
+    if read.dropped:
+        print_error(f"warning: {read.dropped} blank lines of {read.name} are left out")
+    return read
+
+
+def _resolved(engine: Engine, prompts: Any, config: Any) -> Any:
+    from safetyheads.runs.data import resolved
+
+    return resolved(engine, prompts, config)
+
+
+def refuse_large(size: int, engine: Engine) -> None:
+    """Refuse a group larger than the model."""
+    if size > len(engine.heads):
+        raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")
+
+
+def _refuse(config: RunConfig, out: Path, report: ReportOptions) -> None:
+    """Refuse what can be refused without the model."""
+    _refuse_completions(config.store_completions, report)
+    _refuse_unusable(out)
+    _refuse_judges(config)
+
+
+def _refuse_judges(config: JudgeOptions) -> None:
+    from safetyheads.judges.named import judges_named
+
+    judges_named(config.judges, config.judge_device)
+
+
+def _refuse_completions(stored: bool, report: ReportOptions) -> None:
+    if report.show_completions and not stored:
+        raise InputError("--show-completions and --no-completions exclude each other")
+
+
+def _refuse_unusable(out: Path) -> None:
+    """Refuse an output directory that cannot be made or written."""
+    # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
+    existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
+    if not existing.is_dir():
+        raise InputError(f"{out} cannot be written: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: no permission to write in {existing}")
+
+
+def _finish(
+    results: Mapping[str, Any],
+    out: Path,
+    report: ReportOptions,
+    output: OutputOptions,
+    show: Callable[[Mapping[str, Any], Path], None],
+) -> None:
+    """Write the report of a finished run, and print what it came to."""
+    from safetyheads.reports.audit import write_report
+    from safetyheads.runs.directory import RunDirectory
+
+    path = write_report(RunDirectory.open(out), show_completions=report.show_completions)
+    _show(results, output, lambda: show(results, path))
+
+
+def _show(found: Mapping[str, Any], output: OutputOptions, show: Callable[[], None]) -> None:
+    if output.json:
+        print_json(found)
     else:
-        stdout().print(f"Report: {path}", soft_wrap=True)
+        show()
 
 
-# Commands with modules of their own.
-for command in (check, scan, reproduce, judge, compare, history):
-    app.command()(takes(command))
-# By another name than its function's: eval is Python's own.
-app.command("eval")(takes(evaluate))
+# Errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: errors become one line and an exit code."""
+    """Run a command; an error becomes one line and an exit code."""
     try:
         with warnings_as_lines():
-            code = typer.main.get_command(app).main(arguments, "safetyheads", standalone_mode=False)
-    except _UsageError as error:
-        message = getattr(error, "format_message", error.__str__)()
-        typer.echo(f"error: {one_line(message)}", err=True)
+            result = app(arguments, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
+        code = result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        print_error(f"error: {_usage(error)}")
         code = 2
     except SafetyheadsError as error:
-        typer.echo(f"error: {one_line(str(error))}", err=True)
+        print_error(f"error: {error}")
         code = 2 if isinstance(error, InputError) else 1
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
-        typer.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}", err=True)
+        print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
         code = 2 if error.errno in MENDABLE_ERRORS else 1
     except (RuntimeError, MemoryError) as error:
         from safetyheads.model.planning import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        typer.echo("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help", err=True)
+        print_error("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help")
         code = 1
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
+        print_error("interrupted; start it again with the same command to continue")
         code = 130
-    # typer makes this code of an interrupt by itself, where it sees it first.
-    if code == 130:
-        typer.echo("interrupted; start it again with the same command to continue", err=True)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _usage(error: CycloptsError) -> str:
+    """A usage error as one line; what is missing is named plainly."""
+    if isinstance(error, MissingArgumentError) and error.argument is not None and not error.argument.tokens:
+        return f"{error.argument.name} is missing; see safetyheads {' '.join(error.command_chain or ())} --help"
+    return str(error)
 
 
 if __name__ == "__main__":

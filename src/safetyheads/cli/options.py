@@ -1,327 +1,160 @@
-"""The options of the command line, in groups that commands share. Owns their names, help and panels.
+"""Derives a command's options from the dataclasses that the command takes.
 
-A command takes a group as one argument; :mod:`safetyheads.cli.takes` spreads its fields into options for typer. Imports
-no torch.
+Each field becomes an option: its sentence is the help, its default the default, its class the panel of the help page.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
-import typer
+from cyclopts import Group, Parameter
 
-from safetyheads.ablation import Ablation
-from safetyheads.errors import InputError
-
-if TYPE_CHECKING:
-    from safetyheads.measures.screened_scores import Extent
-
-_MODEL, _PROMPTS, _ABLATION, _ANSWERS, _SEARCH, _SCREEN, _RUN, _OUTPUT = (
-    "Model",
-    "Prompts",
-    "Ablation",
-    "Answers",
-    "Search",
-    "Screening",
-    "Run directory",
-    "Output",
+_TITLES = (
+    *("Arguments", "Prompts", "Ablation", "Search", "Screening", "Answers", "Beside the single heads", "Tasks"),
+    *("Settings", "Gate", "Model", "Run directory", "Output"),
 )
-
-Size = Annotated[int, typer.Option(help="Most heads in a group.", rich_help_panel=_SEARCH)]
-Positions = Annotated[
-    int,
-    typer.Option(
-        help="Average Ships over the first so many tokens of the unablated answer.", rich_help_panel=_ABLATION
-    ),
-]
-Benign = Annotated[
-    str,
-    typer.Option(
-        help="Benign prompts: a file, jailbreakbench_benign, demo, or benign, the package's own list.",
-        rich_help_panel=_PROMPTS,
-    ),
-]
-Split = Annotated[float, typer.Option(help="Share of the prompts that the search sees.", rich_help_panel=_SEARCH)]
-Heads = Annotated[
-    str,
-    typer.Option(help="Heads to ablate, such as 2-26,3-1; none is the unablated model.", rich_help_panel=_ABLATION),
-]
-QueryLevel = Annotated[
-    int | None,
-    typer.Option(help="Let each prompt ablate its own so many top heads by Ships.", rich_help_panel=_ABLATION),
-]
-Score = Annotated[
-    str,
-    typer.Option(
-        help="mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation.",
-        rich_help_panel=_SEARCH,
-    ),
-]
-Judge = Annotated[
-    str,
-    typer.Option(
-        help="Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION.",
-        rich_help_panel=_ANSWERS,
-    ),
-]
-Limit = Annotated[
-    int | None, typer.Option(help="Read only the first so many prompts of each set.", rich_help_panel=_PROMPTS)
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads to use.", rich_help_panel=_MODEL)]
-ShowCompletions = Annotated[
-    bool,
-    typer.Option("--show-completions", help="Put the answers into the report, as text.", rich_help_panel=_RUN),
-]
+PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
+"""Panels of a help page, from top to bottom."""
+# Options that are not spelt as their fields; those that repeat are named for one of their values.
+_NAMES = {
+    "judges": "--judge",
+    "groups": "--heads",
+    "BesideOptions.epsilons": "--further-epsilon",
+    "n_shots": "--num-fewshot",
+    "include_paths": "--include-path",
+    "store_completions": "--completions",
+    "quiet": ("--quiet", "-q"),
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """Which model, and how it is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class DirectoryOptions:
+    """Where a run is kept."""
 
-    model: Annotated[
-        str, typer.Argument(help="Directory or hub id; demo:NAME is an embedded checkpoint.", show_default=False)
-    ]
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_MODEL)] = "cpu"
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=_MODEL)
-    ] = "float32"
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="PEFT adapter to put on the model, unmerged: directory or hub id.", rich_help_panel=_MODEL),
-    ] = None
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, balanced, balanced_low_0 or sequential: over several devices, or offloading to CPU and disk.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None
-    offload_folder: Annotated[
-        Path | None,
-        typer.Option(help="Where offloaded weights go, if the device map needs a folder.", rich_help_panel=_MODEL),
-    ] = None
-    threads: Threads = None
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            help="Most GiB that batches may take beside the weights.",
-            rich_help_panel=_MODEL,
-            show_default="half of what is free",
-        ),
-    ] = None
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.", rich_help_panel=_MODEL),
-    ] = False
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle", help="Read pickled weights, which can run code when read.", rich_help_panel=_MODEL
-        ),
-    ] = False
-
-    def settings(self) -> dict[str, Any]:
-        """What of it is part of a run's settings."""
-        names = ("model", "device", "dtype", "adapter", "device_map", "memory")
-        return {name: getattr(self, name) for name in names}
+    PANEL: ClassVar[str] = "Run directory"
+    out: Path | None = None
+    """Run directory; a run that it holds part of is continued. Default: a name of its own under runs/."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateOptions:
-    """How prompts are put to the model."""
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What a report shows."""
 
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="direct, query_answer, query_answer_space, chat, llama2, urial, or a text that holds {query}.",
-            rich_help_panel=_PROMPTS,
-            show_default="query_answer; chat for the demo's models",
-        ),
-    ] = None
-    system: Annotated[
-        str | None,
-        typer.Option(
-            help="System prompt, for chat, llama2, urial or a text that holds {system}.",
-            rich_help_panel=_PROMPTS,
-            show_default="none; llama2 and urial have their own",
-        ),
-    ] = None
-    fold_system: Annotated[
-        bool,
-        typer.Option(
-            "--fold-system",
-            help="Put it at the beginning of the user's turn, for chat templates that take no system prompt.",
-            rich_help_panel=_PROMPTS,
-        ),
-    ] = False
-    thinking: Annotated[
-        str | None,
-        typer.Option(
-            help="Think block of the chat template: closed, or open and taken away before judging.",
-            rich_help_panel=_PROMPTS,
-            show_default="closed, where there is one",
-        ),
-    ] = None
-    prefill: Annotated[
-        str,
-        typer.Option(
-            help="How every answer begins, such as 'Sure, here is'; it is read, not judged.",
-            rich_help_panel=_PROMPTS,
-            show_default="nothing",
-        ),
-    ] = ""
+    PANEL: ClassVar[str] = "Run directory"
+    show_completions: bool = False
+    """Put the answers into the report, as text."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptOptions(TemplateOptions):
-    """Which harmful prompts, and how they are put to the model."""
-
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo.",
-            rich_help_panel=_PROMPTS,
-        ),
-    ]
-    column: Annotated[
-        str | None,
-        typer.Option(help="Column of the file that holds the prompts, where it has several.", rich_help_panel=_PROMPTS),
-    ] = None
-    limit: Limit = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AblationOptions:
-    """What happens to an ablated head."""
-
-    ablation: Annotated[
-        str,
-        typer.Option(help="ua, ua_key, sc, mean_query, mean_key or mean_head_output.", rich_help_panel=_ABLATION),
-    ] = "ua"
-    epsilon: Annotated[
-        float, typer.Option(help="Strength of the ablation; 0 is the exact limit.", rich_help_panel=_ABLATION)
-    ] = 1e-5
-
-    def parsed(self) -> Ablation:
-        """The ablation as a value."""
-        return Ablation.parse(self.ablation, self.epsilon)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerOptions:
-    """How answers are made and judged."""
-
-    judge: Judge = "paper"
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_ANSWERS)] = 128
-    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 1 is greedy.", rich_help_panel=_ANSWERS)] = 1
-    seed: Annotated[
-        int, typer.Option(help="Seed of the sampling, the split and the random groups.", rich_help_panel=_ANSWERS)
-    ] = 0
-
-    def settings(self) -> dict[str, Any]:
-        """As a config has them."""
-        judged = {"judges": (self.judge,)}
-        return judged | {name: getattr(self, name) for name in ("max_new_tokens", "top_k", "seed")}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchOptions:
-    """What an audit searches, and with what it compares."""
-
-    size: Size = 3
-    positions: Positions = 1
-    n_random: Annotated[
-        int, typer.Option(help="Random groups to compare each group with.", rich_help_panel=_SEARCH)
-    ] = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AngleOptions:
-    """Readings of Generalized Ships; None is the score's own."""
-
-    rank: Annotated[
-        int | None, typer.Option(help="Singular vectors that Generalized Ships keeps.", rich_help_panel=_SEARCH)
-    ] = None
-    state: Annotated[
-        str | None,
-        typer.Option(help="Last-token state that it reads: after_norm or before_norm.", rich_help_panel=_SEARCH),
-    ] = None
-    centred: Annotated[
-        bool, typer.Option("--centred", help="Subtract the mean over prompts first.", rich_help_panel=_SEARCH)
-    ] = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScreenOptions:
-    """Whether every head is scored, or the best of a forecast; None is the default of :class:`Extent`."""
-
-    screen: Annotated[
-        bool,
-        typer.Option(
-            "--screen",
-            help="Forecast all heads from a few backward passes and score only the best of them exactly.",
-            rich_help_panel=_SCREEN,
-        ),
-    ] = False
-    candidates: Annotated[
-        int | None, typer.Option(help="Best forecasts to score.", rich_help_panel=_SCREEN, show_default="32")
-    ] = None
-    sample: Annotated[
-        int | None,
-        typer.Option(
-            help="Other heads to score, drawn at random; they bound what was missed.",
-            rich_help_panel=_SCREEN,
-            show_default="64",
-        ),
-    ] = None
-
-    def check(self) -> None:
-        """Refuse numbers that cannot be, and numbers without ``--screen``."""
-        for name, value, least in (("--candidates", self.candidates, 1), ("--sample", self.sample, 0)):
-            if value is not None and not self.screen:
-                raise InputError(f"{name} belongs to --screen")
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}; got {value}")
-
-    def extent(self) -> Extent:
-        """How many heads are scored exactly."""
-        from safetyheads.measures.screened_scores import Extent
-
-        given = {"n_candidates": self.candidates, "n_sampled": self.sample}
-        return Extent(**{name: value for name, value in given.items() if value is not None})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """Where an audit is kept."""
-
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run directory; it is continued if it holds part of this run.",
-            rich_help_panel=_RUN,
-            show_default="a name of its own under runs/",
-        ),
-    ] = None
-    no_completions: Annotated[
-        bool,
-        typer.Option("--no-completions", help="Store verdicts alone, not the answers.", rich_help_panel=_RUN),
-    ] = False
-    show_completions: ShowCompletions = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What is printed."""
 
-    json_output: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print the result as one JSON object, never with answers.", rich_help_panel=_OUTPUT
-        ),
-    ] = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress and no notes on stderr.", rich_help_panel=_OUTPUT)
-    ] = False
+    PANEL: ClassVar[str] = "Output"
+    json: bool = False
+    """Print the result as one JSON object, never with answers."""
+    quiet: bool = False
+    """Show no progress and no notes on stderr."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Marks a parameter that takes the values that were given for a dataclass, by field."""
+
+    config: type
+    without: tuple[str, ...] = ()
+    """Fields that are no options."""
+
+
+def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with an option for each field of the dataclasses that it takes."""
+    parts: dict[str, dict[str, inspect.Parameter]] = {}
+    makers: dict[str, Callable[..., Any]] = {}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = get_type_hints(command, include_extras=True)[name]
+        given = next((mark for mark in get_args(hint) if isinstance(mark, Given)), None)
+        if given is None and not is_dataclass(hint):
+            parameters.append(parameter.replace(annotation=hint))
+            continue
+        config, without = (hint, ()) if given is None else (given.config, given.without)
+        parts[name] = {option.name: option for option in _options(config) if option.name not in without}
+        makers[name] = dict if given is not None else config
+        parameters += parts[name].values()
+    signature = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
+
+    def called(*positional: Any, **named: Any) -> Any:
+        values = signature.bind(*positional, **named).arguments
+        taken = {
+            name: makers[name](**{option: values.pop(option) for option in options if option in values})
+            for name, options in parts.items()
+        }
+        bound = inspect.signature(command).bind_partial()
+        bound.arguments |= values | taken
+        return command(*bound.args, **bound.kwargs)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    return called
+
+
+def _options(config: type) -> Iterator[inspect.Parameter]:
+    """An option for each field of a dataclass; the model is an argument."""
+    hints = get_type_hints(config)
+    for field in fields(config):
+        part = next(base for base in config.__mro__ if field.name in inspect.get_annotations(base))
+        is_argument, name = field.name == "model", _name(part, field.name)
+        sentence, _, words = _sentences(part.__module__)[part.__name__].get(field.name, "").partition(" Default: ")
+        default = words.rstrip(".") or _shown(field.default)
+        option = Parameter(
+            name=None if is_argument else name,
+            negative=f"--no-{name[2:]}" if field.default is True else "",
+            help=sentence + (f" [default: {default}]" if default else ""),
+            group=PANELS["Arguments" if is_argument else getattr(part, "PANEL", "Settings")],
+            show_default=False,
+        )
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_ONLY if is_argument else inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=Annotated[_as_text(hints[field.name]), option],
+        )
+
+
+def _as_text(hint: Any) -> Any:
+    """What can be a text among other things is a text on the command line."""
+    kinds = get_args(hint)
+    return (str | None if type(None) in kinds else str) if str in kinds and get_origin(hint) is not tuple else hint
+
+
+def _name(part: type, field: str) -> Any:
+    return _NAMES.get(f"{part.__name__}.{field}") or _NAMES.get(field) or f"--{field.replace('_', '-')}"
+
+
+def _shown(default: Any) -> str:
+    """A default as the help page has it; nothing where that says nothing."""
+    if default is MISSING or default is None or default is False:
+        return ""
+    return ", ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
+
+
+@cache
+def _sentences(module: str) -> dict[str, dict[str, str]]:
+    """The sentence under each field of each class of a module."""
+    tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
+    found: dict[str, dict[str, str]] = {}
+    for part in tree.body:
+        if not isinstance(part, ast.ClassDef):
+            continue
+        own = found[part.name] = {}
+        for field, below in zip(part.body, part.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                own[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from safetyheads.cli.options import ScreenOptions
+from safetyheads.runs.config import ScreenOptions, ShipsConfig
 
 if TYPE_CHECKING:
-    from safetyheads.ablation import Ablation
     from safetyheads.heads import Head
-    from safetyheads.measures.screened_scores import Missed, Proposal
+    from safetyheads.measures.screened_scores import Extent, Missed, Proposal
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
     from safetyheads.runs.progress import Progress
@@ -25,9 +24,15 @@ _PAIRED = 8
 _PAIRS = 5
 
 
-def ranked(
-    engine: Engine, asked: PromptSet, kind: Ablation, positions: int, screened: ScreenOptions, watching: Progress
-) -> dict[str, Any]:
+def extent_of(config: ScreenOptions) -> Extent:
+    """How many heads are scored exactly."""
+    from safetyheads.measures.screened_scores import Extent
+
+    given = {"n_candidates": config.candidates, "n_sampled": config.sample}
+    return Extent(**{name: value for name, value in given.items() if value is not None})
+
+
+def ranked(engine: Engine, asked: PromptSet, config: ShipsConfig, watching: Progress) -> dict[str, Any]:
     """The heads that were scored, best first, as JSON."""
     from safetyheads.measures.head_pass import HeadPass, Readouts
     from safetyheads.measures.screened_scores import costs_of, missed, propose, rescore_pairs
@@ -37,16 +42,17 @@ def ranked(
     from safetyheads.scores import HeadScores
     from safetyheads.stats.intervals import mean_with_interval
 
-    if not screened.screen:
+    if not config.screen:
         watching.say(lambda: estimate(engine, engine.ask(asked).token_ids, 1, 0, 1))
+    kind, positions = config.parsed_ablation, config.positions
     sequences = answer_sequences(engine, asked, positions)
     measuring = HeadPass(engine, sequences, kind, Readouts(ships=True))
     chosen: Sequence[Head] = engine.heads
     screening, proposal = None, None
-    if screened.screen:
+    if config.screen:
         with watching.track("screening", 1):
             screening = screen(engine, sequences, kind)
-        proposal = propose(screening, extent=screened.extent())
+        proposal = propose(screening, extent=extent_of(config))
         costs = costs_of(measuring, proposal)
         watching.say(f"{len(proposal.heads)} of {len(engine.heads)} heads are scored exactly: {costs}")
         chosen = proposal.heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetyheads.errors import InputError
 
@@ -20,6 +20,8 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 class LoadOptions:
     """How a model is loaded, and onto which devices."""
 
+    PANEL: ClassVar[str] = "Model"
+    """Title of these options on a help page."""
     _: KW_ONLY
     device: str = "cpu"
     """cpu, cuda, cuda:N or auto."""

@@ -6,24 +6,18 @@ config is what one command takes. Parts have no slots: classes with slots cannot
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, parse_heads
+from safetyheads.model.options import LoadOptions
 from safetyheads.runs.data import template_of
 
 NO_BENIGN = "none"
 """Name of the benign prompts of a scan without any."""
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-"""Precisions of the weights; ``auto`` keeps the checkpoint's own."""
-SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalized_ships_representation")
-"""Scores that a search can use."""
-STATES = ("after_norm", "before_norm")
-"""Last-token states that Generalized Ships can read."""
-_GENERALIZED = "generalized_ships"
 # Settings that cannot change a number.
 _NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle", "offline")
 
@@ -44,39 +38,44 @@ class Options:
 
 
 @dataclass(frozen=True)
-class ModelOptions(Options):
+class ModelOptions(LoadOptions, Options):
     """Which model is loaded, and how."""
 
     PANEL: ClassVar[str] = "Model"
     model: str
     """Directory or hub id; demo:NAME is an embedded checkpoint."""
     _: KW_ONLY
-    device: str = "cpu"
-    """cpu, cuda, cuda:N or auto."""
-    dtype: str = "float32"
-    """Precision of the weights: float32, bfloat16, float16, or auto for the checkpoint's own."""
-    adapter: str | None = None
-    """PEFT adapter to put on the model without merging: directory or hub id."""
-    device_map: str | None = None
-    """Spread the model over devices, CPU and disk: auto, balanced, balanced_low_0 or sequential."""
-    offload_folder: Path | None = None
-    """Folder for weights that the device map puts on disk."""
     threads: int | None = None
     """CPU threads to use."""
-    memory: float | None = None
-    """Most GiB that batches may take beside the weights. Default: half of what is free."""
-    trust_remote_code: bool = False
-    """Run Python code that the checkpoint brings."""
-    allow_pickle: bool = False
-    """Read pickled weights, which can run code when read."""
+
+    def __post_init__(self) -> None:
+        LoadOptions.__post_init__(self)
+        # LoadOptions is no part and hands on to none.
+        super(LoadOptions, self).__post_init__()
+        at_least(1, threads=self.threads)
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """How the model is loaded."""
+        return LoadOptions(**{field.name: getattr(self, field.name) for field in fields(LoadOptions)})
+
+
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """Which harmful prompts are used."""
+
+    PANEL: ClassVar[str] = "Prompts"
+    prompts: str
+    """Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
+    _: KW_ONLY
+    column: str | None = None
+    """Column of the file that holds the prompts. Needed if it has several."""
+    limit: int | None = None
+    """Use only the first N prompts of each set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, threads=self.threads)
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
-        if self.memory is not None and not 0 < self.memory < float("inf"):
-            raise InputError(f"--memory is a number of GiB above 0; got {self.memory}")
+        at_least(1, limit=self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,31 +101,13 @@ class TemplateOptions(Options):
 
 
 @dataclass(frozen=True)
-class PromptOptions(TemplateOptions):
-    """Which harmful prompts are used, and how they are written for the model."""
-
-    PANEL: ClassVar[str] = "Prompts"
-    prompts: str
-    """Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
-    _: KW_ONLY
-    column: str | None = None
-    """Column of the file that holds the prompts. Needed if it has several."""
-    limit: int | None = None
-    """Use only the first N prompts of each set."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, limit=self.limit)
-
-
-@dataclass(frozen=True)
 class BenignOptions(Options):
     """Which benign prompts are used."""
 
     PANEL: ClassVar[str] = "Prompts"
     benign: str = "benign"
-    """Benign prompts: a file, jailbreakbench_benign, demo, or benign, the package's own list. Default: benign; demo
-    where the harmful prompts are the demo's."""
+    """Benign prompts: a file, jailbreakbench_benign, demo, benign (the package's own list), or none in a scan. Default:
+    benign; demo where the harmful prompts are the demo's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +247,9 @@ class StoreOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunConfig(StoreOptions, AnswerOptions, AblationOptions, BenignOptions, PromptOptions, ModelOptions):
+class RunConfig(
+    StoreOptions, AnswerOptions, AblationOptions, TemplateOptions, BenignOptions, PromptOptions, ModelOptions
+):
     """Settings that audits and scans share; the defaults are the paper's where it gives any."""
 
 
@@ -347,13 +330,20 @@ class ScanConfig(BesideOptions, GroupOptions, RunConfig):
 
 
 @dataclass(frozen=True)
-class ShipsConfig(ScreenOptions, PositionOptions, AblationOptions, PromptOptions, ModelOptions):
+class ShipsConfig(ScreenOptions, PositionOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings of a ranking by mean Ships."""
 
 
 @dataclass(frozen=True)
 class SaharaConfig(
-    ScreenOptions, JudgeOptions, PositionOptions, SizeOptions, AblationOptions, PromptOptions, ModelOptions
+    ScreenOptions,
+    JudgeOptions,
+    PositionOptions,
+    SizeOptions,
+    AblationOptions,
+    TemplateOptions,
+    PromptOptions,
+    ModelOptions,
 ):
     """Settings of a search by any score."""
 
@@ -361,28 +351,18 @@ class SaharaConfig(
     _: KW_ONLY
     score: str = "mean_ships"
     """Score to search by: mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation."""
-    rank: int | None = None
-    """Singular vectors that Generalized Ships keeps. Default: 1."""
-    state: str | None = None
-    """Last-token state that Generalized Ships reads: after_norm or before_norm. Default: after_norm."""
+    rank: int = 1
+    """Singular vectors that Generalized Ships keeps."""
+    state: str = "after_norm"
+    """Last-token state that Generalized Ships reads: after_norm or before_norm."""
     centred: bool = False
     """Subtract the mean over prompts before Generalized Ships."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.score not in SCORES:
-            raise InputError(f"unknown score {self.score!r}; known are {', '.join(SCORES)}")
-        if self.state is not None and self.state not in STATES:
-            raise InputError(f"unknown state {self.state!r}; known are {', '.join(STATES)}")
-        given = {"--rank": self.rank is not None, "--state": self.state is not None, "--centred": self.centred}
-        if not self.score.startswith(_GENERALIZED) and any(given.values()):
-            raise InputError(f"{next(name for name, is_given in given.items() if is_given)} is for Generalized Ships")
-        if self.positions != 1 and self.score != "mean_ships":
-            raise InputError(f"--positions is for mean_ships, not for {self.score}")
-
 
 @dataclass(frozen=True)
-class AsrConfig(StoreOptions, GroupOptions, AnswerOptions, AblationOptions, PromptOptions, ModelOptions):
+class AsrConfig(
+    StoreOptions, GroupOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions
+):
     """Settings of attack success rates under given groups."""
 
     PANEL: ClassVar[str] = "Ablation"
@@ -396,13 +376,13 @@ class AsrConfig(StoreOptions, GroupOptions, AnswerOptions, AblationOptions, Prom
 
 
 @dataclass(frozen=True)
-class CheckConfig(PromptOptions, ModelOptions):
+class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
     """What is shown and proved of a model."""
 
     PANEL: ClassVar[str] = "Prompts"
     prompts: str = "benign"
     """Prompts of which the first one is shown: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct,
-    demo, or benign, the package's own list. Default: benign; demo for the demo's models."""
+    demo, or benign (the package's own list). Default: benign; demo for the demo's models."""
     _: KW_ONLY
     longest: int = 64
     """Most tokens that a run will reach; proofs are made up to this length."""

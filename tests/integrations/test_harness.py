@@ -6,7 +6,8 @@ from families import oracle_of, proved
 from lm_eval.api.instance import Instance
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.integrations.lm_eval import ablated_lm, harness_model
+from safetyheads.integrations.harness import harness_model
+from safetyheads.integrations.lm_eval import ablated_lm
 
 GROUP = parse_heads("0-1,1-0,1-3,2-2")
 # Sums of a few float32 log-probabilities, from attention written out as loops.

@@ -1,0 +1,166 @@
+"""Describes a model and a prompt for ``safetyheads check``: what was found, what a prompt becomes, what was proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import takewhile
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from safetyheads.prompts.sets import PromptSet, builtin_benign
+from safetyheads.runs.config import CheckConfig
+from safetyheads.runs.data import demo_set, resolved, template_of
+from safetyheads.runs.progress import Progress
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+    from safetyheads.prompts.templates import BoundTemplate
+
+_PARTS = ("before the query", "the query", "after the query", "prefilled answer")
+# Queries that are not like any; of these the one counts that has the least in common with what is shown.
+_OTHERS = ("0", "x", "?")
+_WORD_STARTS = ("▁", "Ġ")
+
+
+def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, progress: Progress) -> dict[str, Any]:
+    """Show what the first prompt becomes and prove the engine on its model.
+
+    Args:
+        engine: the model, not proved yet.
+        config: all settings.
+        prompts: whose first one is shown; None: benign ones, in the organism's own language where it is one.
+        progress: who watches.
+
+    Returns:
+        The model's facts, the prompt's tokens, and the proofs, as JSON has them.
+
+    Raises:
+        UnsupportedModelError: ablations are not exact on this model.
+    """
+    if prompts is None:
+        organism = bool(getattr(engine.model.config, "safetyheads_organism", False))
+        prompts = demo_set("benign", "test") if organism else builtin_benign()
+    template = template_of(config)
+    asked = resolved(engine, prompts if template is None else prompts.with_template(template), config)
+    prompt, facts = describe_prompt(engine, asked), describe_model(engine)
+    with progress.track("proving", 1):
+        proved = engine.check(config.longest)
+    proofs = [
+        # An attempt that raised has no figure; the notes tell what it raised.
+        {**asdict(proof), "error": proof.error if isfinite(proof.error) else None, "passed": proof.passed}
+        for proof in proved.proofs
+    ]
+    found = {"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)}
+    return {"model": config.model, "facts": facts, "prompt": prompt, **found}
+
+
+def describe_prompt(engine: Engine, asked: PromptSet) -> dict[str, Any]:
+    """The tokens of the first prompt under the set's template, each with the part of the prompt that it belongs to."""
+    bound = (asked.template or engine.default_template).bound(engine.tokenizer)
+    tokenizer, token_ids = engine.tokenizer, bound.encode(asked[0].query)
+    parts = _parts(bound, token_ids, asked[0].query)
+    special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
+    tokens = [
+        {"id": token, "text": _text(tokenizer, token), "special": token in special, "part": part}
+        for token, part in zip(token_ids, parts, strict=True)
+    ]
+    return {
+        **bound.template.settings(),
+        "think_block": _about_thinking(bound),
+        "note": bound.note,
+        "query": asked[0].query,
+        "n_tokens": len(token_ids),
+        "n_bos": token_ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0,
+        "bos_token": tokenizer.bos_token,
+        "n_shared": parts.count(_PARTS[0]),
+        "has_chat_template": bool(tokenizer.chat_template),
+        "tokens": tokens,
+    }
+
+
+def _parts(bound: BoundTemplate, token_ids: Sequence[int], query: str) -> list[str]:
+    """The part of each token: what differs from the prompt of another query is the query."""
+    alone = bound.tokens(bound.up_to_answer(query))
+
+    def around(other: Sequence[int]) -> tuple[int, int]:
+        before = _n_same(alone, other)
+        most = min(len(alone), len(other)) - before
+        return before, min(most, _n_same(alone[::-1], other[::-1]))
+
+    before, after = min((around(bound.tokens(bound.up_to_answer(other))) for other in _OTHERS), key=sum)
+    n_prefilled = len(token_ids) - _n_same(alone, token_ids) if bound.template.prefill else 0
+    n_query = len(alone) - before - after
+    rest = len(token_ids) - before - n_query - n_prefilled
+    return [part for part, n in zip(_PARTS, (before, n_query, rest, n_prefilled), strict=True) for _ in range(n)]
+
+
+def _n_same(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    """A token as it stands in a text; its name where it is no text by itself, such as part of a character."""
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+    if not text or "\ufffd" in text:
+        return piece
+    # Some tokenizers leave out the blank before a text's first word.
+    return f" {text}" if piece.startswith(_WORD_STARTS) and not text[0].isspace() else text
+
+
+def _about_thinking(bound: BoundTemplate) -> str | None:
+    """How the think block is dealt with; None where there is none."""
+    chat, thinking = bound.chat, bound.template.thinking
+    if thinking is None:
+        return None
+    if thinking == "open":
+        begun = "the prompt begins it" if bound.begins_in_block else "the model may begin it"
+        marks = f"{bound.block.opener} to {bound.block.closer}" if bound.block else ""
+        return f"open ({marks}): {begun}, and what stands in it is not judged"
+    switch = f"by {chat.switches[0]}=False" if chat is not None and chat.switches else "by an empty block"
+    return f"closed, {switch}"
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The facts that the engine works by, and the names of the modules it works on."""
+    facts, model = engine.architecture, engine.model
+    known = {id(module): name for name, module in model.named_modules()}
+
+    def name(module: Any) -> str:
+        return known.get(id(module)) or type(module).__name__
+
+    def within(layers: Iterable[Any], parts: Iterable[Any]) -> list[str]:
+        """Distinct names of a part of each layer with heads, from the layer on; none where queries are fused."""
+        found = {
+            "none" if part is None else name(part).removeprefix(f"{name(layer)}.")
+            for layer, part in zip(layers, parts, strict=True)
+            if layer is not None
+        }
+        return sorted(found)
+
+    with_heads = [None if one is None else layer for layer, one in zip(facts.layers, facts.attentions, strict=True)]
+
+    return {
+        "family": facts.family,
+        "n_parameters": model.num_parameters(),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": str(engine.device),
+        "n_layers": facts.n_layers,
+        "heads": [None if shape is None else asdict(shape) for shape in facts.shapes],
+        "d_model": facts.d_model,
+        "d_mlp": facts.d_mlp,
+        "active_experts": facts.active_experts,
+        "vocabulary_size": facts.vocabulary_size,
+        "context_length": facts.context_length,
+        "windows": list(facts.windows),
+        "turns": list(facts.turns),
+        "found": {
+            "decoder": [name(facts.decoder)],
+            "layers": sorted({name(layer).rpartition(".")[0] for layer in facts.layers}),
+            "attention": within(with_heads, facts.attentions),
+            "query projection": within(facts.attentions, facts.query_projections),
+            "output projection": within(facts.attentions, facts.output_projections),
+            "final norm": [name(facts.final_norm)],
+            "head": [name(facts.head)],
+        },
+    }
