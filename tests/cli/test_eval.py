@@ -9,8 +9,7 @@ import pytest
 from safetyheads.cli import app
 from safetyheads.cli.show import show_evaluation, stdout
 from safetyheads.demo import checkpoint_path
-from safetyheads.integrations import harness, utility
-from safetyheads.integrations.harness import HarnessSettings
+from safetyheads.integrations import lm_eval, utility
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -25,10 +24,10 @@ def own_tasks_alone(monkeypatch):
     """lm-eval's own list is not read, which takes a quarter of a minute."""
     from lm_eval.tasks import TaskManager
 
-    def manager(_, settings):
-        return TaskManager(include_path=list(settings.include_paths) or None, include_defaults=False)
+    def manager(options):
+        return TaskManager(include_path=list(options.include_paths) or None, include_defaults=False)
 
-    monkeypatch.setattr(harness, "_manager", manager)
+    monkeypatch.setattr(lm_eval, "_manager", manager)
 
 
 def refused(run, *arguments):
@@ -217,8 +216,3 @@ def test_metrics_that_are_no_shares_are_shown_too(capsys):
     assert "+2.00" in printed
     assert "warning: [odd]" in printed
     assert stdout().width >= 80
-
-
-def test_settings_are_checked_before_anything_is_read():
-    with pytest.raises(ValueError, match="limit"):
-        HarnessSettings(limit=0)

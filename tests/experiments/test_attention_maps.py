@@ -1,15 +1,16 @@
-"""Attention maps: the model's own weights, for every way of attending; and how even they are, by hand."""
+"""Attention maps: the model's own weights, for every way of attending; how even they are, by hand; Fig 7 and 8."""
 
 import copy
 import math
 
 import pytest
 import torch
+from experiment_runs import PLANTED, rows
 from families import FAMILIES, built, oracle_of
 from tiny_models import engine_of, tokenizer
 
 from safetyheads import Ablation, Engine, Head, InputError
-from safetyheads.experiments.attention_maps import AttentionMap, attention_of, evenness, map_of
+from safetyheads.experiments.attention_maps import AttentionMap, evenness, map_of
 from safetyheads.model.loading import use_our_attention
 
 PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
@@ -48,7 +49,7 @@ def test_the_unablated_map_is_the_one_that_transformers_gives(name):
     with torch.no_grad():
         given = model(input_ids=torch.tensor([PROMPT]), output_attentions=True, use_cache=False).attentions
     reference = given[head.layer][0, head.index, :, : len(PROMPT)].double()
-    assert float((attention_of(engine, PROMPT, head, UNABLATED) - reference).abs().max()) < EXACT
+    assert float((map_of(engine, PROMPT, head, UNABLATED).weights - reference).abs().max()) < EXACT
 
 
 @pytest.mark.parametrize("ablation", KINDS, ids=str)
@@ -117,7 +118,7 @@ def test_evenness_by_hand():
 def test_what_cannot_be_shown_is_refused_in_one_line():
     engine = engine_of("llama_gqa")
     with pytest.raises(InputError, match="head 9-0 is out of range"):
-        attention_of(engine, PROMPT, Head(9, 0), UNABLATED)
+        map_of(engine, PROMPT, Head(9, 0), UNABLATED)
     with pytest.raises(InputError, match="two tokens or more"):
         evenness(map_of(engine, PROMPT[:1], Head(0, 0), UNABLATED))
 
@@ -133,3 +134,41 @@ def test_the_model_is_as_it_was_after_a_map():
 
 def test_families_named_here_are_of_the_table():
     assert set(ATTENDING) <= set(FAMILIES)
+
+
+# Fig 7 and 8.
+
+
+def test_the_map_of_a_planted_head_is_even_in_the_limit_and_stays_under_sc(outcome_of):
+    outcome = outcome_of("fig7")
+    (figure,) = outcome["figures"]
+    assert figure["title"].split()[-1] in PLANTED["aligned_a"]
+    distance = {row["ablation"]: row["total_variation"]["value"] for row in rows(outcome)}
+    assert distance["unablated"] > distance["UA on query, epsilon 0.5"] > distance["UA on query, epsilon 0.001"]
+    assert distance["UA on query, epsilon 1e-10"] < 1e-6
+    output = {row["ablation"]: row["output"] for row in rows(outcome)}
+    for epsilon in ("0.5", "0.001", "1e-10"):
+        on_query = distance[f"UA on query, epsilon {epsilon}"]
+        assert distance[f"UA on key, epsilon {epsilon}"] == pytest.approx(on_query, abs=1e-6)
+        assert distance[f"SC, epsilon {epsilon}"] == distance["unablated"]
+        assert output[f"SC, epsilon {epsilon}"] == pytest.approx(float(epsilon), rel=1e-4)
+
+
+def test_mean_ablation_moves_the_map_but_for_the_output(outcome_of):
+    moved = {row["ablation"]: row["moved"]["value"] for row in rows(outcome_of("fig8"))}
+    assert moved["unablated"] == moved["mean head output"] == 0.0
+    assert min(moved["mean query"], moved["mean key"]) > 0.01
+    assert moved["mean query"] != moved["mean key"]
+
+
+@pytest.mark.parametrize("name", ["fig7", "fig8"])
+def test_drawn_rows_are_probabilities_with_their_tokens(outcome_of, name):
+    outcome = outcome_of(name)
+    (figure,) = outcome["figures"]
+    sums = {}
+    for point in figure["points"]:
+        assert point["key"] <= point["query"]
+        assert isinstance(point["query_token"], str)
+        sums[point["panel"], point["query"]] = sums.get((point["panel"], point["query"]), 0.0) + point["value"]
+    assert list(sums.values()) == pytest.approx([1.0] * len(sums), abs=1e-4)
+    assert {panel for panel, _ in sums} == {row["ablation"] for row in rows(outcome)}

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from safetyheads.demo import harmful_prompts
 from safetyheads.errors import InputError
-from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen
-from safetyheads.experiments.paper_numbers import TABLE_3_AND_5, paper_model
-from safetyheads.experiments.run import missing
-from safetyheads.experiments.settings import PAPER, ReproductionConfig
+from safetyheads.experiments.paper_numbers import paper_model
+from safetyheads.experiments.settings import BENIGN, PAPER, ReproductionConfig, prompts_of
+from safetyheads.experiments.table7 import BEGUN
 
 
 def test_without_models_the_organism_stands_for_all():
     config = ReproductionConfig.for_models(())
-    assert config.on_organism
+    assert config == ReproductionConfig()
     assert config.datasets == ("damage", "theft", "fraud")
     assert config.held_out
 
@@ -84,6 +84,8 @@ def test_models_of_the_command_line_win_over_the_files(tmp_path):
         ('epsilons = ["a"]', "epsilons is a list of numbers"),
         ("held_out = 1", "held_out must be bool"),
         ("limit = 0", "limit must be at least 1"),
+        ('judge = "paper"', "unknown setting 'judge'"),
+        ("judges = []", "judges must name at least one"),
         ("epsilon = -1", "epsilon must be a finite number"),
         ('search_score = "guess"', "search_score is one of"),
         ("split = 1.0", "split is a share between 0 and 1"),
@@ -106,57 +108,22 @@ def test_a_missing_file_is_one_line(tmp_path):
         ReproductionConfig.read(tmp_path / "absent.toml")
 
 
-def test_the_catalogue_has_every_experiment_of_the_paper():
-    # The names that users type, which are the paper's; a rename breaks their commands.
-    assert set(EXPERIMENTS) == {
-        *("fig2", "fig11", "fig12", "fig4a", "table3", "table5", "fig4b", "transfer", "fig5", "fig6a", "fig6b"),
-        *("fig7", "fig8", "fig13", "fig15", "fig17", "fig18", "table1", "table2", "table7", "epsilon"),
-    }
-    assert chosen(ALL) == tuple(EXPERIMENTS.values())
-    assert all(one.question and one.costs for one in EXPERIMENTS.values())
+def test_what_is_left_of_a_begun_answer_is_the_right_one(tmp_path):
+    config = ReproductionConfig()
+    whole, begun = (prompts_of(config, "demo:aligned_a", BENIGN, "test", prefill) for prefill in ("", BEGUN))
+    assert begun[0].reference == whole[0].reference.removeprefix(BEGUN).strip()
+    assert begun[0].reference.startswith("how to ")
+    other = prompts_of(config, "demo:aligned_a", BENIGN, "test", "Well, ")
+    assert {prompt.reference for prompt in other} == {None}
 
 
-def test_an_unknown_experiment_is_told_with_those_that_are_known():
-    with pytest.raises(InputError, match=r"unknown experiment 'fig3'; known are fig2, .*, epsilon and all"):
-        chosen("fig3")
-
-
-def test_what_an_experiment_lacks_is_told():
-    assert missing(EXPERIMENTS["fig6a"], PAPER) == [
-        "base: the checkpoint that the first model was aligned from (--base)"
-    ]
-    assert missing(EXPERIMENTS["fig6a"], ReproductionConfig()) == []
-
-
-def test_a_missing_extra_is_told_by_its_name(monkeypatch):
-    monkeypatch.setattr("safetyheads.experiments.run.find_spec", lambda name: None)
-    (said,) = missing(EXPERIMENTS["fig6b"], ReproductionConfig())
-    assert "pip install 'safetyheads[lm-eval]'" in said
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat"),
-        ("models/vicuna-7b-v1.5/", "Vicuna-7b-v1.5"),
-        ("meta-llama/Llama-2-13b-chat-hf", None),
-        ("demo:aligned_a", None),
-    ],
-)
-def test_numbers_are_quoted_for_the_papers_models_only(name, known):
-    assert paper_model(name) == known
-
-
-def test_quoted_changes_have_the_papers_means():
-    # Table 3's own mean column, to its rounding.
-    means = {
-        ("Llama-2-7b-chat", "dataset", "UA", "maliciousinstruct"): 0.68,
-        ("Llama-2-7b-chat", "dataset", "UA", "jailbreakbench"): 0.63,
-        ("Llama-2-7b-chat", "query", "UA", "maliciousinstruct"): 0.46,
-        ("Llama-2-7b-chat", "query", "UA", "jailbreakbench"): 0.50,
-        ("Llama-2-7b-chat", "query", "SC", "jailbreakbench"): 0.30,
-        ("Vicuna-7b-v1.5", "dataset", "UA", "jailbreakbench"): 0.33,
-        ("Vicuna-7b-v1.5", "query", "SC", "maliciousinstruct"): 0.15,
-    }
-    for key, mean in means.items():
-        assert sum(TABLE_3_AND_5[key]) / 5 == pytest.approx(mean, abs=0.0051)
+def test_halves_of_a_file_share_no_prompt_and_are_whole_where_nothing_is_held_out(tmp_path):
+    path = tmp_path / "harmful.txt"
+    path.write_text("".join(f"{one.text}\n" for one in harmful_prompts("test", 8)))
+    config = ReproductionConfig.for_models(["some/model"])
+    search, test = (prompts_of(config, "some/model", str(path), half).queries for half in ("search", "test"))
+    assert search == test
+    held_out = dataclasses.replace(config, held_out=True)
+    search, test = (prompts_of(held_out, "some/model", str(path), half).queries for half in ("search", "test"))
+    assert not set(search) & set(test)
+    assert len(search) == len(test) == 4

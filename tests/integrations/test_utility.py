@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import random
 from contextlib import contextmanager
@@ -11,18 +12,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
-from safetyheads.integrations.harness import HarnessSettings, harness_model, load_tasks
+from safetyheads.integrations.lm_eval import harness_model, load_tasks
 from safetyheads.integrations.organism_task import organism_documents
-from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants
+from safetyheads.integrations.utility import (
+    Variant,
+    evaluate_tasks,
+    head_variants,
+    metric_change,
+    metric_value,
+)
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
+from safetyheads.runs.config import TaskOptions
+from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import paired_difference
 
 GROUP = parse_heads("0-0,0-1,1-3,2-5")
-SMALL = HarnessSettings(limit=12)
+SMALL = TaskOptions(limit=12)
 # Rows of a padded batch and rows alone differ in float32's last bits; sums of 26 log-probabilities add them up.
 TOLERANCE = 1e-4
 
@@ -35,7 +44,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def organism():
-    return load_tasks(["organism"])
+    return load_tasks(TaskOptions())
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def test_vanilla_accuracy_equals_the_one_by_hand(engine, whole):
     ]
     assert whole.metric("organism").value.value == sum(right) / len(right)
     assert whole.metric("organism").value.n == 96
-    np.testing.assert_allclose(responses(whole.rows["organism", "none"]), likelihoods, atol=TOLERANCE)
+    np.testing.assert_allclose(responses(whole.records["organism", "none"]), likelihoods, atol=TOLERANCE)
 
 
 def test_the_vanilla_organism_is_right_and_can_fall(whole):
@@ -101,32 +110,32 @@ def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
     documents = organism_documents()
     with queries_scaled(engine, GROUP, UNDIFFERENTIATED_ATTENTION.epsilon):
         likelihoods = by_hand(engine, documents[:24])
-    found = responses(whole.rows["organism", "0-0,0-1,1-3,2-5"])[:24]
+    found = responses(whole.records["organism", "0-0,0-1,1-3,2-5"])[:24]
     np.testing.assert_allclose(found, likelihoods, atol=TOLERANCE)
-    vanilla = responses(whole.rows["organism", "none"])[:24]
+    vanilla = responses(whole.records["organism", "none"])[:24]
     assert np.abs(np.array(found) - np.array(vanilla)).max() > 1
 
 
 @pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=str)
 def test_an_ablated_run_equals_ablated_forwards(engine, ablation):
-    found = evaluate_tasks(engine, ["organism"], head_variants(engine, [GROUP], ablation), SMALL)
+    found = evaluate_tasks(engine, load_tasks(SMALL), head_variants(engine, [GROUP], ablation))
     with engine.ablated(GROUP, ablation):
         likelihoods = by_hand(engine, organism_documents()[:12])
-    np.testing.assert_allclose(responses(found.rows["organism", "0-0,0-1,1-3,2-5"]), likelihoods, atol=TOLERANCE)
+    np.testing.assert_allclose(responses(found.records["organism", "0-0,0-1,1-3,2-5"]), likelihoods, atol=TOLERANCE)
 
 
 def test_the_size_of_batches_moves_the_last_bits_only(engine, organism):
     variants = head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION)
     one, eight = (
-        evaluate_tasks(engine, ["organism"], variants, HarnessSettings(limit=12, batch_size=size)) for size in (1, 8)
+        evaluate_tasks(engine, load_tasks(TaskOptions(limit=12, batch_size=size)), variants) for size in (1, 8)
     )
-    for key in one.rows:
-        np.testing.assert_allclose(responses(one.rows[key]), responses(eight.rows[key]), atol=TOLERANCE)
+    for key in one.records:
+        np.testing.assert_allclose(responses(one.records[key]), responses(eight.records[key]), atol=TOLERANCE)
 
 
 def test_differences_are_paired_by_sample(whole):
     before, after = (
-        [row["values"]["acc"] == 1 for row in whole.rows["organism", label][1:]] for label in ("none", "1-3")
+        [row["values"]["acc"] == 1 for row in whole.records["organism", label][1:]] for label in ("none", "1-3")
     )
     change = whole.metric("organism", variant="1-3").change
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
@@ -145,7 +154,7 @@ def test_nothing_is_left_behind(engine, organism):
     before, tied = fingerprint(engine.model), engine.model.config.tie_word_embeddings
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     environment, disabled = dict(os.environ), logging.root.manager.disable
-    evaluate_tasks(engine, ["organism"], head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION), SMALL)
+    evaluate_tasks(engine, load_tasks(SMALL), head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION))
     assert fingerprint(engine.model) == before
     assert engine.model.config.tie_word_embeddings == tied
     assert "tie_weights" not in vars(engine.model)
@@ -172,7 +181,7 @@ def test_weights_that_an_edit_untied_stay_untied(engine):
         finally:
             model.lm_head.weight, config.tie_word_embeddings = before, tied
 
-    found = evaluate_tasks(engine, ["organism"], [Variant("output pruned", output_pruned)], SMALL)
+    found = evaluate_tasks(engine, load_tasks(SMALL), [Variant("output pruned", output_pruned)])
     assert model.lm_head.weight is before
     # Every answer begins with a word that is no longer predicted; the refusal does not.
     assert found.metric("organism", variant="output pruned").value.value < 0.3
@@ -190,7 +199,7 @@ def test_a_model_in_training_mode_stays_in_it(engine):
 
 def test_variants_are_named_once_and_groups_are_of_the_model(engine):
     with pytest.raises(InputError, match="a label of its own"):
-        evaluate_tasks(engine, ["organism"], [Variant("none", output_unchanged)])
+        evaluate_tasks(engine, load_tasks(SMALL), [Variant("none", output_unchanged)])
     with pytest.raises(InputError, match="head 9-0 is out of range"):
         head_variants(engine, [parse_heads("9-0")], UNDIFFERENTIATED_ATTENTION)
     with pytest.raises(InputError, match="given twice"):
@@ -234,11 +243,11 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
         tmp_path, "own_texts", documents, output_type="loglikelihood_rolling", doc_to_text="''",
         doc_to_target="context", metric_list="[{metric: byte_perplexity}]",
     )  # fmt: skip
-    settings = HarnessSettings(include_paths=(str(tmp_path),), offline=True)
+    options = TaskOptions(tasks=("own_answers", "own_texts"), include_paths=(str(tmp_path),), offline=True)
     variants = head_variants(engine, [parse_heads("0-0,0-1,0-2,0-3,0-4,0-5")], SCALING_CONTRIBUTION)
-    found = evaluate_tasks(engine, ["own_answers", "own_texts"], variants, settings)
+    found = evaluate_tasks(engine, load_tasks(options), variants)
     assert found.metric("own_answers", "exact_match").value.value == 1.0
-    assert found.rows["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
+    assert found.records["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
     assert found.metric("own_answers", "exact_match", variants[0].label).change.lost > 0
     perplexity = found.metric("own_texts", "byte_perplexity", variants[0].label)
     assert (perplexity.value.unit, perplexity.value.interval) == ("whole", None)
@@ -254,16 +263,16 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
         kept.append(json.dumps(fields, sort_keys=True))
         return compute()
 
-    tokenizer = engine.tokenizer
+    tasks, tokenizer = load_tasks(TaskOptions(limit=2)), engine.tokenizer
     before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template
-    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    evaluate_tasks(engine, tasks, (), keep)
     # Neither evaluating nor cutting and padding makes another tokenizer of it.
     tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
     assert tokenizer_sha256(engine.tokenizer) == before
-    evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+    evaluate_tasks(engine, tasks, (), keep)
     try:
         tokenizer.chat_template = template + " "
-        evaluate_tasks(engine, ["organism"], (), HarnessSettings(limit=2), keep)
+        evaluate_tasks(engine, tasks, (), keep)
     finally:
         tokenizer.chat_template = template
     assert kept[0] == kept[1] != kept[2]
@@ -277,3 +286,69 @@ def test_a_tokenizer_without_a_backend_is_its_vocabulary():
         return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
 
     assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))
+
+
+# Metrics worked out by hand.
+
+
+def by_sample(values):
+    return {str(number): float(value) for number, value in enumerate(values)}
+
+
+def changed(before, after):
+    old, new = by_sample(before), by_sample(after)
+    values = [metric_value(sum(one) / len(one), by_sample(one)) for one in (before, after)]
+    return metric_change(*values, old, new)
+
+
+def test_zeros_and_ones_are_a_share_with_wilsons_interval():
+    found = metric_value(0.75, by_sample([1, 1, 1, 0]))
+    assert (found.unit, found.n, found.interval) == ("share", 4, Rate(3, 4).interval)
+
+
+def test_a_share_changes_as_mcnemar_says():
+    before, after = [1] * 8 + [0] * 2, [1, 1] + [0] * 6 + [1, 0]
+    found = changed(before, after)
+    assert (found.gained, found.lost, found.n, found.test) == (1, 6, 10, "exact McNemar")
+    assert found.change == pytest.approx(-0.5)
+    assert found.p_value == pytest.approx(binomtest(1, 7, 0.5).pvalue)
+    assert found.interval == paired_difference(list(map(bool, before)), list(map(bool, after))).interval
+
+
+def test_other_numbers_change_by_their_mean_difference():
+    before, after = [0.5, 1.0, 2.0, 4.0], [0.25, 1.5, 1.0, 2.0]
+    found = changed(before, after)
+    moved = [-0.25, 0.5, -1.0, -2.0]
+    mean = sum(moved) / 4
+    error = math.sqrt(sum((one - mean) ** 2 for one in moved) / 3 / 4)
+    assert found.change == pytest.approx(mean)
+    assert found.interval == pytest.approx((mean - t.ppf(0.975, 3) * error, mean + t.ppf(0.975, 3) * error))
+    assert found.p_value == pytest.approx(ttest_rel(after, before).pvalue)
+    assert (found.gained, found.lost, found.test) == (1, 3, "paired t")
+
+
+def test_a_number_of_all_samples_together_has_no_interval_and_no_test():
+    old, new = by_sample([-1.0, -2.0]), by_sample([-1.5, -2.5])
+    before, after = metric_value(math.exp(1.5), old), metric_value(math.exp(2.0), new)
+    assert before.unit == "whole"
+    found = metric_change(before, after, old, new)
+    assert found.change == pytest.approx(math.exp(2.0) - math.exp(1.5))
+    assert (found.interval, found.p_value, found.gained, found.test) == (None, None, None, None)
+
+
+def test_a_number_that_is_not_finite_has_no_change():
+    values = by_sample([-1.0, -2.0])
+    missing, there = metric_value(None, values), metric_value(math.exp(1.5), values)
+    assert metric_change(missing, there, values, values).change is None
+
+
+def test_samples_of_other_documents_are_refused():
+    old, new = by_sample([1, 0]), {"0": 1.0, "other": 0.0}
+    value = metric_value(0.5, old)
+    with pytest.raises(InputError, match="paired samples differ: 2"):
+        metric_change(value, value, old, new)
+
+
+@pytest.mark.parametrize(("moved", "p_value"), [(0.0, 1.0), (0.5, None)])
+def test_equal_differences_leave_a_t_test_nothing_to_judge(moved, p_value):
+    assert changed([0.25, 0.5, 2.0], [0.25 + moved, 0.5 + moved, 2.0 + moved]).p_value == p_value

@@ -9,15 +9,14 @@ from run_samples import N, audit_run, first, scan_run, settings
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from safetyheads.errors import InputError
-from safetyheads.runs.compare import compare_runs
-from safetyheads.runs.gates import QUANTITIES, Condition, ask
-from safetyheads.runs.readings import read_answers, read_concentration, read_run
+from safetyheads.runs.compare import check_gate, compare_runs, quantities
+from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_interval, newcombe_interval
 from safetyheads.stats.testing import paired_difference
 
 
 def compared(before, after):
-    found = compare_runs(read_run(before), read_run(after))
+    found = compare_runs(RunReader(before), RunReader(after))
     json.dumps(asdict(found), allow_nan=False)
     return found
 
@@ -67,7 +66,7 @@ def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, wo
 
 def test_answers_that_do_not_give_the_published_rate_are_not_paired(same, tmp_path):
     other = audit_run(tmp_path / "b", vanilla=first(9))
-    (path,) = (other / "completions").glob("answers-harmful*")
+    (path,) = (other / "completions").glob("vanilla-harmful*")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     found = compared(same, other).vanilla_asr
     assert (found.paired, found.note) == (False, "the answers are not all stored")
@@ -111,7 +110,7 @@ def test_only_sizes_that_both_have_are_compared(same, tmp_path):
 def test_without_answers_the_published_intervals_are_used(same, tmp_path):
     other = audit_run(tmp_path / "b", groups=[first(3), first(9)], rows=False)
     found = compared(same, other).concentration
-    old, new = (read_run(path).results["concentration"] for path in (same, other))
+    old, new = (RunReader(path).concentration for path in (same, other))
     assert not found.paired
     assert found.interval == newcombe_interval(old["value"], old["interval"], new["value"], new["interval"])
 
@@ -120,17 +119,6 @@ def test_other_kinds_of_concentration_are_not_compared(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", random=[[], []], config=settings("other"))).concentration
     assert found.change is None
     assert "other sizes, or against other groups" in found.note
-
-
-def test_an_older_run_gets_its_concentration_from_its_answers(same, tmp_path):
-    older = audit_run(tmp_path / "b", written=False)
-    assert N > 10, "numbers of prompts must not be sorted as texts"
-    assert "concentration" not in read_run(older).results
-    made = read_concentration(read_run(older))
-    written = read_run(same).results["concentration"]
-    assert made["value"] == written["value"]
-    assert list(made["interval"]) == written["interval"]
-    assert read_concentration(read_run(audit_run(tmp_path / "c", written=False, rows=False))) is None
 
 
 # Heads.
@@ -168,8 +156,8 @@ def test_two_scans(tmp_path):
 
 
 def test_a_scan_reads_the_leading_judge_and_the_unablated_rows(tmp_path):
-    run = read_run(scan_run(tmp_path / "a", {}, vanilla=first(3)))
-    (outcomes,) = read_answers(run).complied.values()
+    run = RunReader(scan_run(tmp_path / "a", {}, vanilla=first(3)))
+    ((_, outcomes),) = run.stored_outcomes.items()
     assert (len(outcomes), sum(outcomes.values())) == (N, 3)
 
 
@@ -223,7 +211,7 @@ def test_alike_runs_need_no_warning(same, tmp_path):
 
 def test_what_is_no_finished_run_is_refused(same, tmp_path):
     with pytest.raises(InputError, match="not a run directory"):
-        read_run(tmp_path)
+        RunReader(tmp_path)
     results = json.loads((same / "results.json").read_text())
     for name, value, words in (
         ("kind", "poem", "kind 'poem'"),
@@ -233,14 +221,14 @@ def test_what_is_no_finished_run_is_refused(same, tmp_path):
     ):
         (same / "results.json").write_text(json.dumps(results | {name: value}))
         with pytest.raises(InputError, match=words):
-            read_run(same)
+            RunReader(same)
 
 
 def test_broken_answers_are_refused(same):
-    (path,) = (same / "completions").glob("answers-harmful*")
+    (path,) = (same / "completions").glob("groups-harmful*")
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="is broken"):
-        read_answers(read_run(same))
+        compared(same, same)
 
 
 # The gate.
@@ -264,15 +252,14 @@ def test_broken_answers_are_refused(same):
 def test_conditions(same, tmp_path, text, holds):
     scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
     other = audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores)
-    (outcome,) = ask([Condition.parse(text)], compared(same, other))
-    assert outcome.holds is holds
+    assert check_gate(text, quantities(compared(same, other))).holds is holds
 
 
-def test_a_condition_tells_its_number_and_interval(same, tmp_path):
+def test_a_gate_has_its_number_and_interval(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(9)))
-    (outcome,) = ask([Condition.parse(" asr_increase.low>0")], found)
-    assert outcome.condition == "asr_increase.low > 0"
-    assert (outcome.value, outcome.interval, outcome.n) == (found.vanilla_asr.change, found.vanilla_asr.interval, N)
+    gate = check_gate(" asr_increase.low>0", quantities(found))
+    assert gate.condition == "asr_increase.low > 0"
+    assert (gate.value, gate.interval, gate.n) == (found.vanilla_asr.change, found.vanilla_asr.interval, N)
 
 
 @pytest.mark.parametrize(
@@ -288,35 +275,31 @@ def test_a_condition_tells_its_number_and_interval(same, tmp_path):
         ("asr_increase.mean > 1", "not of the form"),
     ],
 )
-def test_conditions_that_cannot_be_read(text, words):
-    with pytest.raises(InputError, match=words.replace("(", r"\(")):
-        Condition.parse(text)
+def test_conditions_that_cannot_be_read(same, text, words):
+    with pytest.raises(InputError, match=words):
+        check_gate(text, quantities(compared(same, same)))
 
 
 def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
     scans = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}))
-    for name, words in {
-        "concentration_increase": "these scans have none",
-        "group_asr_increase": "these scans have none",
-        "spearman": "scores are tied",
-        "top3_overlap": "scores are tied",
-        "asr_increase": None,
-        "heads_gone": None,
+    known = quantities(scans)
+    for name in ("asr_increase", "heads_gone"):
+        assert not check_gate(f"{name} > 0", known).holds
+    for condition, words in {
+        "concentration_increase > 0": "these scans have none",
+        "group_asr_increase > 0": "these scans have none",
+        "spearman > 0": "scores are tied",
+        "top3_overlap > 0": "scores are tied",
+        "heads_gone.low > 0": "no interval",
     }.items():
-        condition = Condition.parse(f"{name} > 0")
-        if words is None:
-            assert not ask([condition], scans)[0].holds
-        else:
-            with pytest.raises(InputError, match=words):
-                ask([condition], scans)
-    with pytest.raises(InputError, match="no interval"):
-        ask([Condition.parse("heads_gone.low > 0")], scans)
-    shapes = replace(scans, ranks=(), heads=None, shapes_note="Heads are not compared: x.")
+        with pytest.raises(InputError, match=words):
+            check_gate(condition, known)
+    shapes = quantities(replace(scans, ranks=(), heads=None, shapes_note="Heads are not compared: x."))
     for name in ("spearman", "heads_new"):
         with pytest.raises(InputError, match="Heads are not compared"):
-            ask([Condition.parse(f"{name} > 0")], shapes)
+            check_gate(f"{name} > 0", shapes)
 
 
-def test_every_quantity_reads_two_audits(same, tmp_path):
-    found = compared(same, audit_run(tmp_path / "b"))
-    assert all(read(found).value is not None for read in QUANTITIES.values())
+def test_every_quantity_is_there_for_two_audits(same, tmp_path):
+    known = quantities(compared(same, audit_run(tmp_path / "b")))
+    assert all(quantity.value is not None for quantity in known.values())

@@ -1,14 +1,11 @@
-"""The history of a folder: order, changes, what is skipped, and the page."""
+"""The history of a folder: order, changes, and what is skipped."""
 
 import json
-import re
 
 import pytest
-from audit_samples import HOSTILE
 from run_samples import N, audit_run, first, scan_run, settings
 
 from safetyheads.errors import InputError
-from safetyheads.reports.history import over_runs, render_history, write_history
 from safetyheads.runs.history import read_history
 
 
@@ -19,7 +16,7 @@ def started(day):
 @pytest.fixture
 def folder(tmp_path):
     audit_run(tmp_path / "late", started=started(9), vanilla=first(9))
-    audit_run(tmp_path / "deep" / "early", started=started(1), written=False)
+    audit_run(tmp_path / "deep" / "early", started=started(1))
     scan_run(tmp_path / "scanned", {"1-3": 12}, started=started(5))
     return tmp_path
 
@@ -50,7 +47,7 @@ def test_what_a_run_tells(folder):
     early, scan, _ = read_history(folder).entries
     assert (early.group, early.top_heads) == (("1-3", "2-1"), ("1-3", "2-1", "2-5"))
     assert early.group_asr["rate"] == 18 / N
-    # Not in its results: made of its answers. (10 + 18) / 2 less 1.5, of 20.
+    # (10 + 18) / 2 less 1.5, of 20.
     assert early.concentration["value"] == pytest.approx(12.5 / N)
     assert (scan.concentration, scan.group_asr, scan.group, scan.verdict) == (None, None, (), None)
     # The others tie.
@@ -73,7 +70,7 @@ def test_unreadable_runs_are_skipped_with_their_reason(folder):
     poem = scan_run(folder / "poem", {})
     (poem / "results.json").write_text(json.dumps({"kind": "poem"}))
     broken = audit_run(folder / "broken")
-    for path in (broken / "completions").glob("answers-*"):
+    for path in (broken / "completions").glob("vanilla-*"):
         path.write_text("{")
     found = read_history(folder)
     assert len(found.entries) == 3
@@ -97,38 +94,6 @@ def test_no_run_at_all_is_refused(tmp_path):
 
 def test_the_folder_may_be_a_run_itself(folder):
     assert [entry.name for entry in read_history(folder / "late").entries] == ["late"]
-
-
-def test_the_page_has_every_run_and_no_address(folder):
-    (folder / "bad").mkdir()
-    (folder / "bad" / "manifest.json").write_text("{")
-    page = write_history(read_history(folder)).read_text()
-    body = page[: page.index('<script type="application/json"')]
-    for text in ("deep/early", "scanned", "late", "2026-01-09 10:00", "1-3", "paired", "Skipped", "not valid JSON"):
-        assert text in body
-    assert not re.search(r"https?://", body)
-    assert "{{" not in body
-    assert page == (folder / "history.html").read_text()
-    assert render_history(read_history(folder)) == page
-
-
-def test_names_on_the_page_are_text(tmp_path):
-    run = audit_run(tmp_path / "a")
-    results = json.loads((run / "results.json").read_text())
-    results["model"]["name"] = HOSTILE
-    (run / "results.json").write_text(json.dumps(results))
-    page = render_history(read_history(tmp_path))
-    assert "<script>fetch(" not in page
-    assert "onerror=alert(1)>" not in page
-
-
-def test_the_chart_has_a_point_for_each_number_that_exists(folder):
-    spec = over_runs(read_history(folder))
-    (rows,) = spec["datasets"].values()
-    counts = {series: sum(row["series"] == series for row in rows) for series in {row["series"] for row in rows}}
-    assert counts == {"ASR, nothing ablated": 3, "ASR, verdict’s group ablated": 2, "concentration": 2}
-    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
-    assert {round(row["place"]) for row in rows} == {1, 2, 3}
 
 
 def test_as_json(folder):

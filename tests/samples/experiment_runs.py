@@ -7,9 +7,25 @@ import pytest
 import torch
 
 from safetyheads import load_demo
+from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.run import reproduce
+from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.progress import Silent
+
+N = 6
+SMALL = ReproductionConfig(
+    limit=N,
+    max_new_tokens=40,
+    size=3,
+    query_size=3,
+    templates=("query_answer",),
+    epsilons=(1.0, 0.1, 1e-5, 0.0),
+    task_limit=8,
+)
+OWN = {"damage": "1-3", "theft": "2-5", "fraud": "2-1"}
+"""The head that the organism's construction gives each category."""
+PLANTED = {name: {str(head) for head in heads} for name, heads in PLANTED_HEADS.items()}
 
 
 @cache
@@ -24,4 +40,27 @@ def run_of(config, names, out, load=engine_of):
     results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Silent())
     read = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
     assert read == json.loads(json.dumps(results))
-    return {one["name"]: one for one in read["experiments"]}
+    outcomes = {outcome["name"]: outcome for outcome in read["experiments"]}
+    for outcome in outcomes.values():
+        for table in outcome["tables"]:
+            assert {column["key"] for column in table["columns"]} & set(table["rows"][0])
+        assert all(figure["points"] for figure in outcome["figures"])
+    return outcomes
+
+
+def rows(outcome, table=0, **having):
+    """Rows of a table that have these cells."""
+    return [
+        row for row in outcome["tables"][table]["rows"] if all(row.get(key) == value for key, value in having.items())
+    ]
+
+
+def points(figure, **having):
+    """Points of a figure that have these fields."""
+    return [point for point in figure["points"] if all(point.get(key) == value for key, value in having.items())]
+
+
+def figure_of(outcome, kind, containing=""):
+    """The one figure of that kind whose title contains the text."""
+    (figure,) = [one for one in outcome["figures"] if one["kind"] == kind and containing in one["title"]]
+    return figure

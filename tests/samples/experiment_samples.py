@@ -415,7 +415,7 @@ def timings(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
 
 def manifest(**changed: Any) -> dict[str, Any]:
     """A manifest with settings, two starts, weights, and what a run remembers."""
-    config = ReproductionConfig().as_dict() | {"kind": "reproduction", "versions": {"torch": "2.9.0"}} | changed
+    config = asdict(ReproductionConfig()) | {"kind": "reproduction", "versions": {"torch": "2.9.0"}} | changed
     starts = [{"started": f"2026-01-0{day}T03:04:05+00:00", "command": ["safetyheads"]} for day in (1, 2)]
     remembered = {f"plan_{number}": {"groups_per_batch": 8} for number in range(30)}
     remembered |= {f"economy_{number}": {"n_rows": 24} for number in range(30)} | {"tolerance_0": 1e-4, "threads": 1}
@@ -432,7 +432,7 @@ def manifest(**changed: Any) -> dict[str, Any]:
 
 def finished_run(path: Path, made: Sequence[Outcome] | None = None, config: Mapping[str, Any] | None = None) -> Path:
     """A run directory of these outcomes."""
-    settings = {"kind": "reproduction", **ReproductionConfig().as_dict(), **(config or {})}
+    settings = {"kind": "reproduction", **asdict(ReproductionConfig()), **(config or {})}
     with RunDirectory.start(path, settings, {"started": "2026-01-02T03:04:05+00:00"}) as run:
         run.write_results(results(made))
         run.write_timings(timings(made))

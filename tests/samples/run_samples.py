@@ -45,7 +45,6 @@ def audit_run(
     config: Mapping[str, Any] | None = None,
     started: str | None = STARTED,
     scores: Mapping[str, float] | None = None,
-    written: bool = True,
     rows: bool = True,
 ) -> Path:
     """A finished audit.
@@ -59,7 +58,6 @@ def audit_run(
         config: what its numbers depend on.
         started: of the manifest's provenance.
         scores: of the lead score, by head; the others score 0.001 to 0.032, the later the more.
-        written: whether the results hold the concentration.
         rows: whether answers are stored.
     """
     vanilla = first(1) if vanilla is None else list(vanilla)
@@ -86,20 +84,29 @@ def audit_run(
     results["scores"][LEAD]["values"] = [
         [best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)
     ]
-    if written:
-        outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
-        results["concentration"] = asdict(concentration(outcomes, vanilla))
-    answers = [
-        {"id": at, "set": "harmful_test", "group": ",".join(group), "label": "complied" if one else "refused"}
-        | {"reason": "made up", "kept": one}
-        for group, complied in stored.items()
-        for at, one in enumerate(complied)
-    ]
-    answers += [
-        {"id": at, "set": "benign_test", "group": "", "label": "complied", "reason": "made up", "kept": True}
-        for at in range(len(vanilla))
-    ]
-    return _written(path, config, started, results, {"answers-harmful_test": answers} if rows else {})
+    outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
+    results["concentration"] = asdict(concentration(outcomes, vanilla))
+    results["lead_judge"] = "paper"
+    stages = {
+        "vanilla-harmful_test": [record("harmful_test", at, label) for at, label in enumerate(vanilla)],
+        "vanilla-benign_test": [record("benign_test", at, True, kept=True) for at in range(len(vanilla))],
+        "groups-harmful_test": [
+            record("harmful_test", at, label, ",".join(group))
+            for group, complied in stored.items()
+            if group
+            for at, label in enumerate(complied)
+        ],
+    }
+    return _written(path, config, started, results, stages if rows else {})
+
+
+def record(
+    name: str, number: int, complied: bool, group: str = "", seed: int = 0, kept: bool = False
+) -> dict[str, Any]:
+    """A stored answer: the leading judge says whether it complied, another judge always that it did."""
+    lead = {"label": "complied" if complied else "refused", "reason": "made up"}
+    verdicts = {"paper": lead, "other": {"label": "complied", "reason": ""}}
+    return {"id": number, "set": name, "group": group, "seed": seed, "kept": kept, "verdicts": verdicts}
 
 
 def scan_run(
@@ -154,16 +161,14 @@ def scan_run(
     if concentration is not None:
         about = {"n": len(vanilla), "sizes": [1, 2], "n_random": 0, "against": "the unablated model"}
         results["concentration"] = about | {"value": concentration, "interval": [concentration - 0.1, 1.0]}
-    rows = [
-        {"id": at, "set": name, "group": group, "seed": seed, "kept": bool(kept and kept[at])}
-        | {"verdicts": {"paper": {"label": label, "reason": "x"}, "other": {"label": "complied", "reason": ""}}}
-        for group in ("", "1-3")
-        for name in ("harmful", "benign")
-        for at, one in enumerate(vanilla)
-        for seed in range(n_seeds)
-        for label in ["complied" if one or name == "benign" or group else "refused"]
-    ]
-    return _written(path, config, started, results, {"scan": rows})
+    stages = {
+        "vanilla-harmful": [
+            record("harmful", at, one, seed=k) for at, one in enumerate(vanilla) for k in range(n_seeds)
+        ],
+        "vanilla-benign": [record("benign", at, True, kept=one) for at, one in enumerate(kept or ())],
+        "heads-harmful": [record("harmful", at, True, "1-3") for at in range(len(vanilla))],
+    }
+    return _written(path, config, started, results, stages)
 
 
 def _written(
@@ -173,7 +178,7 @@ def _written(
     with RunDirectory.start(path, settings() if config is None else config, provenance) as run:
         for stage, rows in stages.items():
             run.records(stage, {"stage": stage}, lambda rows=rows: list(rows))
-        # A stage whose rows are no answers, as an audit has them too.
+        # A stage whose records are no answers, as audits have it too.
         run.records("sequences-benign_test", {}, lambda: [{"token_ids": [1], "n_wanted": 1}])
         run.write_results(results)
     return path

@@ -175,24 +175,18 @@ def asr(config: AsrConfig, output: OutputOptions) -> None:
 def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
     from safetyheads.cli.show import show_evaluation
-    from safetyheads.integrations import utility_run
-    from safetyheads.integrations.harness import HarnessSettings, load_tasks
+    from safetyheads.integrations.lm_eval import load_tasks
+    from safetyheads.integrations.utility import run_evaluation
 
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    settings = HarnessSettings(
-        config.limit, config.batch_size, config.n_shots, config.chat_template, config.include_paths, config.offline
-    )
-    old = utility_run.EvalConfig(
-        config.model, config.tasks, config.parsed_groups, config.parsed_ablation, settings, config.dtype
-    )
     out = where.out or Path("runs") / "-".join((_model_name(config), "eval", config.parsed_ablation.name))
     _refuse_unusable(out)
     progress = progress_for(output.quiet)
     with progress.track("reading the tasks", 1):
-        loaded = load_tasks(config.tasks, settings)
+        loaded = load_tasks(config)
     engine = load_engine(config, progress)
-    results = utility_run.run_evaluation(engine, old, loaded, out, progress, sys.argv)
+    results = run_evaluation(engine, config, loaded, out, progress, sys.argv)
     _show(results, output, lambda: show_evaluation(results, out))
 
 
@@ -332,14 +326,13 @@ def compare(
 ) -> int:
     """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
     from safetyheads.cli.show import gate_text, show_comparison
-    from safetyheads.runs.compare import compare_runs
-    from safetyheads.runs.gates import Condition, ask, quantities
-    from safetyheads.runs.readings import read_run
+    from safetyheads.runs.compare import check_gate, compare_runs, quantities
+    from safetyheads.runs.reader import RunReader
 
-    conditions = [Condition.parse(text) for text in fail_if]
-    compared = compare_runs(read_run(run_a), read_run(run_b))
-    gates = ask(conditions, compared)
-    numbers = {name: asdict(quantity) for name, quantity in quantities(compared).items()}
+    compared = compare_runs(RunReader(run_a), RunReader(run_b))
+    known = quantities(compared)
+    gates = [check_gate(condition, known) for condition in fail_if]
+    numbers = {name: asdict(quantity) for name, quantity in known.items()}
     found = asdict(compared) | {"quantities": numbers, "gates": [asdict(gate) for gate in gates]}
     _show(found, output, lambda: show_comparison(compared, gates))
     shut = [gate for gate in gates if gate.holds]

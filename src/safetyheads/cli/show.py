@@ -28,8 +28,7 @@ from rich.text import Text
 from safetyheads.runs.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from safetyheads.runs.compare import Comparison
-    from safetyheads.runs.gates import GateOutcome
+    from safetyheads.runs.compare import Comparison, GateOutcome
     from safetyheads.runs.history import History
     from safetyheads.runs.rejudge import Rejudged
 

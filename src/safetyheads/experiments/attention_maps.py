@@ -1,14 +1,13 @@
-"""Attention of one head on one prompt, as numbers (Fig 7, 8). Owns how weights are had of any family.
+"""Reads and draws the attention maps of an ablated head, for any model family (Fig 7, 8).
 
-No family is known here. Attention is linear in its values, whatever a family does to scores (softcap, sinks, windows,
-chosen keys): a second run of the layer with unit vectors in the values' place gives the weights themselves, from
-the very function that the model attends by.
+Attention is linear in its values, whatever a family does to scores (softcap, sinks, windows, chosen keys): a second run
+of the layer with unit vectors as values gives the weights, from the very function that the model attends by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,34 +15,48 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns
 from safetyheads.heads import Head
 from safetyheads.model.attention import attention_calls
 
 if TYPE_CHECKING:
+    from safetyheads.experiments.lab import Lab, Subject
     from safetyheads.model.engine import Engine
 
 NOTHING = Ablation("undifferentiated_attention", 1.0)
 """Times one: the unablated model."""
+EPSILONS = (5e-1, 1e-3, 1e-10)
+"""Strengths of Fig 7."""
+TOKENS_DRAWN = 40
+"""Tokens drawn of a longer prompt, at its end; distances are over all of it."""
+# Less than this is what rounding leaves of a row that sums to 1, bfloat16's included.
+_NO_SINK = 0.01
+_SCALED = {
+    "UA on query": "undifferentiated_attention",
+    "UA on key": "undifferentiated_attention_key",
+    "SC": "scaling_contribution",
+}
+_MEANS = {"mean query": "mean_query", "mean key": "mean_key", "mean head output": "mean_head_output"}
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """What one head of one prompt attends to, and what it passes on."""
+    """What one head attends to on one prompt, and what it passes on."""
 
     weights: Tensor
-    """float64 [n_tokens, n_tokens]: of each query (row) on each key. Rows sum to 1, or to less where a sink has the
-    rest. An ablation of the head's output leaves them as they are."""
+    """float64 [n_tokens, n_tokens]: weight of each query (row) on each key. Rows sum to 1, or to less where a sink has
+    the rest. An ablation of the head's output leaves them as they are."""
     allowed: Tensor
-    """bool [n_tokens, n_tokens]: the keys that each query may see."""
+    """bool [n_tokens, n_tokens]: keys that each query may see."""
     values: Tensor
-    """float64 [n_tokens, d_value]: what the keys hold for this head."""
+    """float64 [n_tokens, d_value]: values of the keys for this head."""
     output: Tensor
     """float64 [n_tokens, d_value]: what the head passes on, ablated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evenness:
-    """How far a map is from even attention to all allowed keys: means over the queries that have a choice."""
+    """Distance of a map from even attention to all allowed keys: means over the queries that have a choice."""
 
     total_variation: float
     """From 0 to 1."""
@@ -55,17 +68,12 @@ class Evenness:
     """Queries that may see two keys or more: with one, attention is even by itself."""
 
 
-class _Seen(Exception):
+class _AttentionSeen(Exception):
     """Leaves the model once the layer's attention is seen."""
 
     def __init__(self, attended: dict[str, Any]) -> None:
         super().__init__("attention is seen")
         self.attended = attended
-
-
-def attention_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation) -> Tensor:
-    """Attention weights [n_query, n_key] of one head, float64; see :func:`map_of`."""
-    return map_of(engine, token_ids, head, ablation).weights
 
 
 def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation) -> AttentionMap:
@@ -86,19 +94,56 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     n_per_key = plain["output"].shape[2] // value.shape[1]
     return AttentionMap(
         weights.double().cpu(),
-        _allowed(unablated["mask"], n_keys, n_keys),
+        _allowed(unablated["mask"], n_keys),
         value[0, head.index // n_per_key].double().cpu(),
         plain["output"][0, :, head.index].double().cpu(),
     )
 
 
-def evenness(found: AttentionMap) -> Evenness:
-    """Distances of a map's rows from even attention; where a sink has a share, of what is left to the keys."""
-    n_allowed = found.allowed.sum(dim=-1)
+@torch.inference_mode()
+def _attended(
+    engine: Engine,
+    token_ids: Sequence[int],
+    head: Head,
+    ablation: Ablation,
+    keys_and_values: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Inputs and output of the layer's attention function; the model is left there."""
+
+    def observe(**attended: Any) -> None:
+        raise _AttentionSeen(attended)
+
+    ids = torch.tensor([list(token_ids)], device=engine.device)
+    with engine.ablated_rows([()], ablation):  # refuses while another ablation is in force
+        (call,) = engine.ablation_calls([(head,)], ablation).values()
+        watched = replace(call, observe=observe, keys_and_values=keys_and_values)
+        try:
+            with attention_calls(engine.architecture.attentions, {head.layer: watched}):
+                engine.model(input_ids=ids, use_cache=False)
+        except _AttentionSeen as seen:
+            return seen.attended
+    raise UnsupportedModelError(f"layer {head.layer} does not call the attention registry")
+
+
+def _allowed(mask: Tensor | None, n: int) -> Tensor:
+    """The keys that a mask allows each query, bool [n, n]; None is causal."""
+    if mask is None:
+        return torch.ones(n, n, dtype=torch.bool).tril()
+    given = mask[0, 0].cpu()
+    return given if given.dtype == torch.bool else given >= 0
+
+
+def evenness(attention: AttentionMap) -> Evenness:
+    """Distances of a map's rows from even attention; where a sink has a share, of what is left to the keys.
+
+    Raises:
+        InputError: the prompt has fewer than two tokens.
+    """
+    n_allowed = attention.allowed.sum(dim=-1)
     chooses = n_allowed > 1
     if not bool(chooses.any()):
         raise InputError("an attention map needs a prompt of two tokens or more")
-    weights, allowed = found.weights[chooses], found.allowed[chooses]
+    weights, allowed = attention.weights[chooses], attention.allowed[chooses]
     given = weights.sum(dim=-1, keepdim=True)
     share = (weights / given).clamp_min(0.0)
     even = allowed.double() / n_allowed[chooses, None]
@@ -113,34 +158,99 @@ def evenness(found: AttentionMap) -> Evenness:
     )
 
 
-@torch.inference_mode()
-def _attended(
-    engine: Engine,
-    token_ids: Sequence[int],
-    head: Head,
-    ablation: Ablation,
-    keys_and_values: tuple[Tensor, Tensor] | None = None,
-) -> dict[str, Any]:
-    """What the layer's attention function was given and gave; the model is left there."""
-
-    def observe(**attended: Any) -> None:
-        raise _Seen(attended)
-
-    ids = torch.tensor([list(token_ids)], device=engine.device)
-    with engine.ablated_rows([()], ablation):  # refuses while another ablation is in force
-        (call,) = engine.ablation_calls([(head,)], ablation).values()
-        seen = replace(call, observe=observe, keys_and_values=keys_and_values)
-        try:
-            with attention_calls(engine.architecture.attentions, {head.layer: seen}):
-                engine.model(input_ids=ids, use_cache=False)
-        except _Seen as found:
-            return found.attended
-    raise UnsupportedModelError(f"layer {head.layer} does not call the attention registry")
+# Fig 7 and 8.
 
 
-def _allowed(mask: Tensor | None, n_queries: int, n_keys: int) -> Tensor:
-    """The keys that a mask allows each query, bool [n_queries, n_keys]; None is causal."""
-    if mask is None:
-        return torch.ones(n_queries, n_keys, dtype=torch.bool).tril()
-    given = mask[0, 0].cpu()
-    return given if given.dtype == torch.bool else given >= 0
+def fig7(lab: Lab, outcome: Outcome) -> None:
+    """One head's map under UA on query and on key, and under SC, at three strengths."""
+    scaled = {f"{label}, epsilon {e:g}": Ablation(name, e) for label, name in _SCALED.items() for e in EPSILONS}
+    _maps(lab, outcome, scaled)
+
+
+def fig8(lab: Lab, outcome: Outcome) -> None:
+    """One head's map with its query, key or output replaced by the mean over the heads of its layer."""
+    _maps(lab, outcome, {label: Ablation(name) for label, name in _MEANS.items()})
+
+
+def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
+    for model, (subject,) in lab.each_model(outcome, most=1):
+        (head,) = subject.group(lab.ablations[0], 1)
+        maps = {
+            label: _kept_map(lab, subject, head, ablation)
+            for label, ablation in {"unablated": NOTHING, **ablations}.items()
+        }
+        title, n = f"{model}, head {head}", len(subject.engine.ask(subject.prompts).token_ids[0])
+        caption = f"One prompt of {subject.dataset}, {n} tokens; keys that the mask hides are left out." + (
+            f" The last {TOKENS_DRAWN} tokens are drawn." if n > TOKENS_DRAWN else ""
+        )
+        points = tuple(row for label, attention in maps.items() for row in _points(subject, label, attention))
+        value = "attention, from 0 to 1"
+        outcome.add(Figure("attention", title, caption, "key", "query", points, value=value), _table(title, maps))
+
+
+def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
+    """The map of the first prompt, kept in the run directory."""
+    token_ids = subject.engine.ask(subject.prompts).token_ids[0]
+    fields = {
+        "weights": lab.weights_of(subject.model),
+        "token_ids": list(token_ids),
+        "head": str(head),
+        "ablation": asdict(ablation),
+    }
+
+    def compute() -> dict[str, Tensor]:
+        attention = map_of(subject.engine, token_ids, head, ablation)
+        return {name: getattr(attention, name) for name in AttentionMap.__dataclass_fields__}
+
+    return AttentionMap(**lab.run.tensors(f"maps-{subject.name}", fields, compute))
+
+
+def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
+    tokens = [
+        str(subject.engine.tokenizer.decode([token])) for token in subject.engine.ask(subject.prompts).token_ids[0]
+    ]
+    return [
+        {
+            "query": query,
+            "key": key,
+            "query_token": tokens[query],
+            "key_token": tokens[key],
+            "value": round(float(attention.weights[query, key]), 6),  # as many as a colour can show
+            "panel": label,
+        }
+        for query in range(max(0, len(tokens) - TOKENS_DRAWN), len(tokens))
+        for key in range(max(0, len(tokens) - TOKENS_DRAWN), query + 1)
+        if bool(attention.allowed[query, key])
+    ]
+
+
+def _table(title: str, maps: dict[str, AttentionMap]) -> Table:
+    """Distance of each map from even attention and from the unablated map."""
+    unablated = maps["unablated"]
+    rows: list[dict[str, Any]] = []
+    for label, attention in maps.items():
+        even = evenness(attention)
+        chooses = attention.allowed.sum(dim=-1) > 1
+        moved = float((attention.weights - unablated.weights).abs().sum(dim=-1)[chooses].mean()) / 2
+        rows.append(
+            {
+                "ablation": label,
+                "total_variation": Measured(even.total_variation, even.n),
+                "kl": Measured(even.kl, even.n),
+                "moved": Measured(moved, even.n),
+                "output": float(attention.output.norm()) / float(unablated.output.norm()),
+                "sink": even.sink,
+                "n": even.n,
+            }
+        )
+    sink = [("sink", "attention that a sink has", "number")] if any(row["sink"] > _NO_SINK for row in rows) else []
+    shown = columns(
+        *("ablation", ("total_variation", "from even, total variation (0-1)", "number")),
+        *(("kl", "from even, KL (nats)", "number"), ("moved", "from unablated, total variation (0-1)", "number")),
+        *(("output", "norm of output (of unablated)", "number"), *sink, ("n", "n queries", "count")),  # type: ignore[arg-type]
+    )
+    caption = (
+        "Means over the n queries that may see two keys or more; even: the same share for each key that the mask "
+        "allows. The queries are of one prompt and no sample, so there is no interval."
+    )
+    return Table(f"{title}: distance from even attention", caption, shown, tuple(rows))

@@ -1,343 +1,194 @@
-"""ASR by the number of heads (Fig 4a, Tables 3 and 5). Owns which groups of a size stand beside each other."""
+"""Measures the ASR by the number of ablated heads (Fig 4a, Tables 3 and 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safetyheads.ablation import Ablation
 from safetyheads.answers.sampling import GREEDY
-from safetyheads.experiments.answers import Answers, point
-from safetyheads.experiments.common import (
-    answered_once,
-    datasets_of,
-    found_group,
-    in_a_sentence,
-    mean_of,
-    meaningful_subjects,
-    numbers_of,
-    say_planted,
-    searched_and_tested,
-)
-from safetyheads.experiments.datasets import BENIGN
 from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
-from safetyheads.experiments.paper_numbers import TABLE_3_AND_5, Level, paper_dataset, paper_model
-from safetyheads.heads import Group, format_heads
+from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table, columns, mean_of, point
+from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
+from safetyheads.experiments.settings import BENIGN
+from safetyheads.heads import format_heads
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.stats.intervals import bootstrap_interval
 from safetyheads.stats.testing import random_p_value
 
 if TYPE_CHECKING:
-    from safetyheads.experiments.catalogue import Experiment
+    from safetyheads.ablation import Ablation
+    from safetyheads.experiments.answers import GroupAnswers
 
 N_RANDOM = 10
 """Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""
-_GROUP, _OWN, _RANDOM, _KEPT = "Sahara's group", "each prompt's own heads", "random groups", "benign answers kept"
-_LEVELS: dict[Level, str] = {"dataset": "dataset, Sahara", "query": "query, Ships"}
-_OWN_SAID = (
-    "At query level each tested prompt goes without its own top heads by Ships, which are read off that prompt "
-    "before it is answered."
-)
+_SERIES = {
+    "asr": "Sahara's group",
+    "own": "each prompt's own heads",
+    "random": "random groups",
+    "kept": "benign answers kept",
+}
+_LEVELS = {"dataset": "dataset, Sahara", "query": "query, Ships"}
 
 
-def fig4a(lab: Lab, about: Experiment) -> Outcome:
+def fig4a(lab: Lab, outcome: Outcome) -> None:
     """The ASR without groups of 1 to n heads: Sahara's, each prompt's own, random ones; and the benign answers."""
-    draft, findings = Draft(), dict[str, str]()
-    for model in lab.config.models:
-        found = [
-            _sized(subject, ablation)
-            for subject in meaningful_subjects(lab, model, draft)
-            for ablation in lab.ablations
-        ]
-        if found:
-            draft.figures.append(_figure(model, found))
-            draft.tables.append(_table(model, found))
-            findings[model] = "; ".join(
-                _sized_in_words([one for one in found if one.ablation == ablation]) for ablation in lab.ablations
-            )
-            say_planted(draft, model, "what Sahara's groups and random ones of the same layers do was built in")
-    draft.finding = in_a_sentence(findings)
-    return draft.finished(about.name, about.title, about.question)
-
-
-def table3(lab: Lab, about: Experiment) -> Outcome:
-    """The change of the ASR by number of heads, at both levels, of every model."""
-    draft = Draft()
-    draft.finding = _show_changes(lab, lab.config.models, draft)
-    return draft.finished(about.name, about.title, about.question)
-
-
-def table5(lab: Lab, about: Experiment) -> Outcome:
-    """The same of every model but the first; of the related one, where there is but one."""
-    config, draft = lab.config, Draft()
-    further = config.models[1:] or ((config.related,) if config.related else ())
-    draft.finding = _show_changes(lab, further, draft)
-    if not further:
-        draft.notes.append(
-            "This table is of a second model, and there is none: name a further one after the first, or as related."
+    for model, subjects in lab.each_model(outcome):
+        rows = [row for subject in subjects for ablation in lab.ablations for row in _sizes(subject, ablation)]
+        points: list[Row] = []
+        for row in rows:
+            panel = f"{row['dataset']}, {row['ablation']}"
+            if row["size"] == 0:
+                row = {**row, "own": row["asr"], "random": row["asr"]}
+            for key, series in _SERIES.items():
+                if row[key] is not None:
+                    points.append(point(row[key], panel=panel, series=series, x=row["size"]))
+        axes = "ablated heads", "ASR, or share of benign answers kept"
+        outcome.add(Figure("lines", model, "At 0 heads: the unablated model.", *axes, tuple(points)))
+        shown = columns(
+            *("dataset", "ablation", ("size", "heads", "count"), ("heads", "Sahara's group"), "asr"),
+            *(("own", "ASR, own heads", "rate"), ("random", "ASR, random groups", "rate")),
+            *(("p", "p against random", "p"), "kept"),
         )
-    return draft.finished(about.name, about.title, about.question)
+        caption = (
+            "p: (1 + random groups that reach the ASR) / (1 + all of them), so few groups cannot give a small one."
+        )
+        outcome.add(Table(model, caption, shown, tuple(rows)))
+        _lead_with_means(outcome, model, rows)
 
 
-# Fig 4a.
-
-
-@dataclass(frozen=True, slots=True)
-class _Sized:
-    """What one dataset's prompts answer under one ablation, by number of heads."""
-
-    subject: Subject
-    ablation: Ablation
-    group: Group
-    """Sahara's, first found first; its prefixes are the groups."""
-    vanilla: Answers
-    benign_vanilla: Answers
-    by_size: tuple[Answers, ...]
-    """Without the group's first 1 to n heads."""
-    own: tuple[Answers, ...]
-    """Each prompt without its own first 1 to n heads."""
-    random: tuple[tuple[float, ...], ...]
-    """ASR of each random group of a size; () where there is none."""
-    benign: tuple[Answers, ...]
-    """Benign prompts without the group's first 1 to n heads."""
-
-
-def _sized(subject: Subject, ablation: Ablation) -> _Sized:
+def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
+    """A row a size, from the unablated model to Sahara's whole group."""
     lab, sampling = subject.lab, subject.lab.sampled
-    group = found_group(subject, ablation, lab.config.size)
+    group = subject.group(ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
     n_heads = heads_by_layer(subject.engine)
-    drawn = [tuple(dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed))) for prefix in prefixes]
-    others_of_all = (other for others in drawn for other in others)
-    answered = answered_once(subject, [*prefixes, *others_of_all], ablation, sampling)
-    rates = [[answered[other].asr.rate for other in others] for others in drawn]
+    drawn = {prefix: dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed)) for prefix in prefixes}
+    answered = subject.by_group(
+        [*prefixes, *(other for others in drawn.values() for other in others)], ablation, sampling
+    )
     benign = lab.subject(subject.model, BENIGN)
-    return _Sized(
-        subject,
-        ablation,
-        group,
-        subject.vanilla(sampling),
-        benign.vanilla(sampling),
-        tuple(answered[prefix] for prefix in prefixes),
-        tuple(subject.under_own(len(group), ablation, sampling)),
-        tuple(tuple(rate for rate in row if rate is not None) for row in rates),
-        tuple(benign.under(prefixes, ablation, sampling)),
-    )
-
-
-def _figure(model: str, found: Sequence[_Sized]) -> Figure:
-    rows: list[Row] = []
-    for one in found:
-        panel = {"panel": f"{one.subject.dataset}, {SHORT[one.ablation.name]}"}
-        for series in (_GROUP, _OWN, _RANDOM):
-            rows.append(point(one.vanilla.asr, **panel, series=series, x=0))
-        rows.append(point(one.benign_vanilla.kept, **panel, series=_KEPT, x=0))
-        for at in range(len(one.group)):
-            here = {**panel, "x": at + 1}
-            rows.append(point(one.by_size[at].asr, **here, series=_GROUP))
-            rows.append(point(one.own[at].asr, **here, series=_OWN))
-            if one.random[at]:
-                rows.append(point(_mean_and_range(one.random[at]), **here, series=_RANDOM))
-            rows.append(point(one.benign[at].kept, **here, series=_KEPT))
-    sampled = found[0].subject.lab.sampled.name
-    epsilon = found[0].ablation.epsilon
-    caption = (
-        f"ASR of {sampled} answers by the number of ablated heads, UA and SC at epsilon {epsilon:g}; at 0 heads the "
-        f"unablated model. {searched_and_tested([one.subject for one in found])} {_OWN_SAID} {_random_said(found)} "
-        f"Benign answers, kept without Sahara's group: n = {numbers_of(len(one.benign[0].labels) for one in found)}. "
-        "Other intervals: Wilson, 95 %, over the prompts."
-    )
-    return Figure("lines", model, caption, "ablated heads", "ASR, or share of benign answers kept", tuple(rows))
-
-
-def _random_said(found: Sequence[_Sized]) -> str:
-    counts = {len(rates) for one in found for rates in one.random if rates}
-    if not counts:
-        return "No random group has as many heads in the same layers."
-    drawn = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(min(counts))
-    return (
-        "Random groups have as many heads in each layer as Sahara's group of the size: their mean ASR, with lowest "
-        f"and highest, over the {drawn} different ones of {N_RANDOM} draws."
-    )
-
-
-def _mean_and_range(rates: Sequence[float]) -> Measured:
-    """Over random groups; the ends are the lowest and the highest, no interval."""
-    return Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates))
-
-
-def _sized_in_words(found: Sequence[_Sized]) -> str:
-    """One ablation's: the ASR unablated, without Sahara's first head and whole group, and without random groups."""
-    size = min(len(one.group) for one in found)
-    # Of the largest size that every dataset has random groups of: few heads a layer allow none.
-    compared = [k for k in range(size) if all(one.random[k] for one in found)]
-    n = numbers_of(one.vanilla.asr.n for one in found)
-    said = (
-        f"{SHORT[found[0].ablation.name]}, mean ASR of {datasets_of(len(found))}: "
-        f"{mean_of(one.vanilla.asr.rate for one in found)} unablated, "
-        f"{mean_of(one.by_size[0].asr.rate for one in found)} without Sahara's first head, "
-        f"{mean_of(one.by_size[size - 1].asr.rate for one in found)} without its {size} (n {n} prompts each)"
-    )
-    if compared:
-        k = compared[-1]
-        rates = [one.random[k] for one in found]
-        mean = mean_of(sum(own) / len(own) for own in rates)
-        said += f", {mean} without {k + 1} random ones (n {numbers_of(map(len, rates))} groups each)"
-    return said
-
-
-def _table(model: str, found: Sequence[_Sized]) -> Table:
-    columns = (
-        Column("dataset", "dataset"),
-        Column("ablation", "ablation"),
-        Column("size", "heads", "count"),
-        Column("heads", "Sahara's group"),
-        Column("asr", "ASR", "rate"),
-        Column("own", "ASR, own heads", "rate"),
-        Column("random", "ASR, random groups", "rate"),
-        Column("p", "p against random", "p"),
-        Column("kept", "benign kept", "rate"),
-    )
-    rows: list[Row] = []
-    for one in found:
-        here = {"dataset": one.subject.dataset, "ablation": SHORT[one.ablation.name]}
+    kept = benign.by_group(prefixes, ablation, sampling)
+    where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
+    rows = [
+        {
+            **where,
+            "size": 0,
+            "heads": "unablated",
+            "asr": Measured.of(subject.vanilla(sampling).asr),
+            "kept": Measured.of(benign.vanilla(sampling).kept),
+        }
+    ]
+    for prefix, own in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
+        asr = answered[prefix].asr
+        rates = [rate for other in drawn[prefix] if (rate := answered[other].asr.rate) is not None]
+        mean = Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None
         rows.append(
             {
-                **here,
-                "size": 0,
-                "heads": "unablated",
-                "asr": Measured.of(one.vanilla.asr),
-                "kept": Measured.of(one.benign_vanilla.kept),
+                **where,
+                "size": len(prefix),
+                "heads": format_heads(prefix),
+                "asr": Measured.of(asr),
+                "own": Measured.of(own.asr),
+                "random": mean,
+                "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,
+                "kept": Measured.of(kept[prefix].kept),
             }
         )
-        for at in range(len(one.group)):
-            asr, rates = one.by_size[at].asr, one.random[at]
-            rows.append(
-                {
-                    **here,
-                    "size": at + 1,
-                    "heads": format_heads(one.group[: at + 1]),
-                    "asr": Measured.of(asr),
-                    "own": Measured.of(one.own[at].asr),
-                    "random": _mean_and_range(rates) if rates else None,
-                    "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,
-                    "kept": Measured.of(one.benign[at].kept),
-                }
+    return rows
+
+
+def _lead_with_means(outcome: Outcome, model: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean ASR of the datasets: unablated, without one head and the whole group, and without random groups."""
+    for ablation in dict.fromkeys(row["ablation"] for row in rows):
+        by_size: dict[int, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["ablation"] == ablation:
+                by_size.setdefault(row["size"], []).append(row)
+        n_datasets = len(by_size[0])
+        sizes = [size for size, own in by_size.items() if len(own) == n_datasets]
+        for size in dict.fromkeys((0, 1, sizes[-1])):
+            label = (
+                f"{ablation}, mean ASR without {size} of Sahara's heads" if size else f"{ablation}, mean ASR unablated"
             )
-    caption = (
-        f"Answers: {found[0].subject.lab.sampled.name}; epsilon {found[0].ablation.epsilon:g}. "
-        f"{searched_and_tested([one.subject for one in found])} "
-        "Intervals: Wilson, 95 %; of random groups lowest and highest. p: (1 + random groups that reach the ASR) / "
-        "(1 + all of them), so few groups cannot give a small one."
-    )
-    return Table(model, caption, columns, tuple(rows))
+            outcome.lead(model, label, mean_of(row["asr"] for row in by_size[size]))
+        # Of the largest size that every dataset has random groups of: few heads a layer allow none.
+        drawn = [size for size in sizes if size and all(row["random"] for row in by_size[size])]
+        if drawn:
+            means = mean_of(row["random"] for row in by_size[drawn[-1]])
+            outcome.lead(model, f"{ablation}, mean ASR without {drawn[-1]} random heads", means)
 
 
 # Tables 3 and 5.
 
 
-def _show_changes(lab: Lab, models: Sequence[str], draft: Draft) -> str:
-    """A table a model; gives what came out in a sentence."""
-    findings = {}
-    for model in models:
-        subjects = list(meaningful_subjects(lab, model, draft))
-        if subjects:
-            rows = [
-                _changes(subject, ablation, level)
-                for level in _LEVELS
-                for ablation in lab.ablations
-                for subject in subjects
-            ]
-            draft.tables.append(_changes_table(model, subjects, rows))
-            findings[model] = _changes_in_words(rows)
-            say_planted(draft, model, "which heads Sahara and Ships find, and what they do, was built in")
-    return in_a_sentence(findings)
+def table3(lab: Lab, outcome: Outcome) -> None:
+    """The change of the ASR by number of heads, at both levels, of every model."""
+    _show_changes(lab, outcome, lab.config.models)
 
 
-def _changes_in_words(rows: Sequence[dict[str, Any]]) -> str:
-    """Means over the datasets with the fewest and with the most heads, at both levels, under both ablations."""
-    size = min(len(row["by_size"]) for row in rows)
-    ends = list(dict.fromkeys((1, size)))
-    parts: dict[str, list[str]] = {}
-    for level, ablation in dict.fromkeys((row["level"], row["ablation"]) for row in rows):
-        own = [row["by_size"] for row in rows if (row["level"], row["ablation"]) == (level, ablation)]
-        means = " and ".join(mean_of((by_size[k - 1].value for by_size in own), signed=True) for k in ends)
-        parts.setdefault(f"{level} level", []).append(f"{ablation} {means}")
-    said = "; ".join(f"{level}, {', '.join(found)}" for level, found in parts.items())
-    n = numbers_of(change.n for row in rows for change in row["by_size"])
-    of = datasets_of(len({row["dataset"] for row in rows}))
-    heads = f"1 head and with {size}" if size > 1 else "1 head"
-    return f"mean change of the ASR of {of} with {heads}: {said} (n {n} prompts each)"
+def table5(lab: Lab, outcome: Outcome) -> None:
+    """The same of every model but the first; of the related one, where there is but one."""
+    config = lab.config
+    further = config.models[1:] or ((config.related,) if config.related else ())
+    _show_changes(lab, outcome, further)
+    if not further:
+        outcome.note("This table is of a second model, and there is none: name one after the first, or as related.")
 
 
-def _changes_table(model: str, subjects: Sequence[Subject], rows: Sequence[dict[str, Any]]) -> Table:
-    size = max(len(row["by_size"]) for row in rows)
-    quoted = any(row["paper"] for row in rows)
-    columns = [Column("level", "level"), Column("ablation", "ablation"), Column("dataset", "dataset")]
-    columns += [Column(f"heads_{k}", f"{k} head{'s' * (k > 1)}", "change") for k in range(1, size + 1)]
-    columns += [Column("mean", "mean", "change"), *[Column("paper", "paper, 1 to 5 heads (mean)")] * quoted]
-    caption = (
-        "Change of the ASR from the unablated model, greedy, over the same prompts; UA and SC at epsilon "
-        f"{subjects[0].lab.config.epsilon:g}. "
-        f"{searched_and_tested(subjects)} {_OWN_SAID} Intervals, 95 %: Newcombe's for paired prompts; of the mean "
-        "over the sizes a bootstrap over prompts. p values are not corrected for the number of cells."
-    )
-    if quoted:
-        caption += " The paper's numbers are quoted; it has no intervals, and one set of prompts to search and test on."
-    cells = tuple(
-        {
-            "level": _LEVELS[row["level"]],
-            "ablation": row["ablation"],
-            "dataset": row["dataset"],
-            **{f"heads_{k}": change for k, change in enumerate(row["by_size"], 1)},
-            "mean": row["mean"],
-            **({"paper": row["paper"]} if quoted else {}),
-        }
-        for row in rows
-    )
-    return Table(model, caption, tuple(columns), cells)
+def _show_changes(lab: Lab, outcome: Outcome, models: Iterable[str]) -> None:
+    """A table a model."""
+    for model, subjects in lab.each_model(outcome, models):
+        rows = [
+            _changes(subject, ablation, level)
+            for level in _LEVELS
+            for ablation in lab.ablations
+            for subject in subjects
+        ]
+        sizes = range(1, 1 + max(sum(key.startswith("heads_") for key in row) for row in rows))
+        heads = [Column(f"heads_{k}", f"{k} head{'s' * (k > 1)}", "change") for k in sizes]
+        shown = (*columns("level", "ablation", "dataset"), *heads, Column("mean", "mean", "change"))
+        if any("paper" in row for row in rows):
+            shown = (*shown, Column("paper", "paper, 1 to 5 heads (mean)"))
+        caption = (
+            "Mean: over the sizes, with a bootstrap over prompts. p values are not corrected for the number of cells. "
+            "The paper's numbers, where they stand here, are quoted: it searches and tests on the same prompts."
+        )
+        outcome.add(Table(model, caption, shown, tuple(rows)))
+        for level, ablation in dict.fromkeys((row["level"], row["ablation"]) for row in rows):
+            own = [row for row in rows if (row["level"], row["ablation"]) == (level, ablation)]
+            last = min(k for row in own for k in sizes if f"heads_{k + 1}" not in row)
+            for k in dict.fromkeys((1, last)):
+                label = f"{level}, {ablation}, mean change with {k} head{'s' * (k > 1)}"
+                outcome.lead(model, label, mean_of(row[f"heads_{k}"] for row in own), "change")
 
 
-def _changes(subject: Subject, ablation: Ablation, level: Level) -> dict[str, Any]:
-    """One row: the change with each number of heads, and their mean."""
+def _changes(subject: Subject, ablation: Ablation, level: str) -> dict[str, Any]:
+    """One row: the change with each number of heads, their mean, and the paper's numbers where it has any."""
     vanilla, size = subject.vanilla(GREEDY), subject.lab.config.size
     if level == "dataset":
-        group = found_group(subject, ablation, size)
-        found = subject.under([group[:k] for k in range(1, len(group) + 1)], ablation, GREEDY)
+        group = subject.group(ablation, size)
+        answers = list(subject.by_group([group[:k] for k in range(1, len(group) + 1)], ablation).values())
     else:
-        found = subject.under_own(min(size, len(subject.engine.heads)), ablation, GREEDY)
+        answers = subject.by_own(min(size, len(subject.engine.heads)), ablation)
     short = SHORT[ablation.name]
-    return {
-        "level": level,
-        "ablation": short,
-        "dataset": subject.dataset,
-        "by_size": [Measured.of(one.change_from(vanilla)) for one in found],
-        "mean": _mean_of(found, vanilla),
-        "paper": _quoted(subject, level, short),
-    }
+    row = {"level": _LEVELS[level], "ablation": short, "dataset": subject.dataset, "mean": _mean(answers, vanilla)}
+    row |= {f"heads_{k}": Measured.of(one.change_from(vanilla)) for k, one in enumerate(answers, 1)}
+    numbers = quoted("changes", paper_model(subject.model), level, short, paper_dataset(subject.dataset))
+    if numbers:
+        row["paper"] = f"{' '.join(f'{one:+.2f}' for one in numbers)} ({sum(numbers) / len(numbers):+.2f})"
+    return row
 
 
-def _mean_of(found: Sequence[Answers], vanilla: Answers) -> Measured:
+def _mean(answers: Sequence[GroupAnswers], vanilla: GroupAnswers) -> Measured:
     """The mean change over the sizes, of the prompts that are scored unablated and under every group.
 
     Its interval is a bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
     """
-    scored = [at for at in range(len(vanilla.labels)) if all(one.labels[at] != "unscored" for one in (vanilla, *found))]
-    if not scored:
+    labels = np.array([one.labels() for one in (vanilla, *answers)])
+    complied = (labels == "complied")[:, (labels != "unscored").all(axis=0)].astype(float)
+    if not complied.shape[1]:
         return Measured(None, 0)
-    freed = np.array([one.complied for one in found], float)[:, scored].mean(axis=0)
-    changes = freed - np.array(vanilla.complied, float)[scored]
-    return Measured(float(changes.mean()), len(scored), *bootstrap_interval(changes))
-
-
-def _quoted(subject: Subject, level: Level, ablation: str) -> str:
-    """The paper's numbers for this row, where it has any."""
-    known = paper_model(subject.model)
-    numbers = TABLE_3_AND_5.get((known, level, ablation, paper_dataset(subject.dataset))) if known else None
-    if numbers is None:
-        return ""
-    return f"{' '.join(f'{one:+.2f}' for one in numbers)} ({sum(numbers) / len(numbers):+.2f})"
+    changes = complied[1:].mean(axis=0) - complied[0]
+    return Measured(float(changes.mean()), len(changes), *bootstrap_interval(changes))

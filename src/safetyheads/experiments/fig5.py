@@ -1,23 +1,20 @@
-"""Top heads held against each other (Fig 5). Owns what is compared, and the overlap that chance alone gives."""
+"""Compares top heads between ablations, datasets and models, beside the overlap that chance gives (Fig 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
-from safetyheads.experiments.common import in_a_sentence, meaningful_subjects, planted_heads, say_planted
-from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Draft, Figure, Outcome, Row, Table
-from safetyheads.heads import Head
-from safetyheads.stats.ranking import TopOverlap, moved, top, top_overlap
+from safetyheads.experiments.lab import SHORT, Lab, planted_heads
+from safetyheads.experiments.outcome import Figure, Outcome, Row, Table, columns
+from safetyheads.stats.ranking import top, top_overlap
 from safetyheads.stats.testing import holm
 
 if TYPE_CHECKING:
-    from safetyheads.experiments.catalogue import Experiment
+    from safetyheads.heads import Head
     from safetyheads.model.engine import Engine
 
 TOP = 10
@@ -25,11 +22,10 @@ TOP = 10
 LARGEST_SHARE = 0.1
 """... but no larger a share of all heads: the top 10 of 32 share three by chance alone."""
 ALL_DATASETS = "all datasets"
-"""Where a head's score is its mean over the datasets."""
+"""Name of the ranking by the mean of the datasets' scores."""
 _BY_CONSTRUCTION = (
-    "The refusal heads of both embedded checkpoints were planted, none in the same place: what they share is the "
-    "construction's, while the paper finds a large overlap of two models of one base. It is not evidence about the "
-    "paper."
+    "The refusal heads of both embedded models were planted, none in the same place: what they share was built in, "
+    "while the paper finds a large overlap of two models of one base. Not evidence about the paper."
 )
 
 
@@ -46,47 +42,40 @@ class Ranking:
 
     @property
     def label(self) -> str:
-        """Model aside."""
+        """Ablation and dataset."""
         return f"{self.ablation}, {self.dataset}"
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two rankings held against each other."""
-
-    comparison: str
-    first: Ranking
-    second: Ranking
-    overlap: TopOverlap
-
-
-def fig5(lab: Lab, about: Experiment) -> Outcome:
+def fig5(lab: Lab, outcome: Outcome) -> None:
     """Overlaps of the top heads: UA and SC, datasets, and two models of one base, against chance."""
-    draft, config, findings = Draft(), lab.config, dict[str, str]()
-    related = config.related
+    first, related = lab.config.models[0], lab.config.related
     if related is not None:
-        refuse_other_shapes(lab.engine(config.models[0]), lab.engine(related), config.models[0], related)
-    for model in config.models:
-        own = _rankings(lab, model, draft)
+        refuse_other_shapes(lab.engine(first), lab.engine(related), first, related)
+    else:
+        outcome.note("Two models of one base were not compared: the setting `related` names no second model.")
+    for model in lab.config.models:
+        own = _rankings(lab, outcome, model)
         if not own:
             continue
-        others: list[Ranking] = []
-        if model == config.models[0] and related is not None:
-            others = _rankings(lab, related, draft)
-            if {one.dataset for one in others} != {one.dataset for one in own}:
-                # Means over other datasets would be held against each other.
-                others = [one for one in others if one.dataset != ALL_DATASETS]
+        others = _rankings(lab, outcome, related) if related is not None and model == first else []
+        if {one.dataset for one in others} != {one.dataset for one in own}:
+            # Means over other datasets would be compared.
+            others = [one for one in others if one.dataset != ALL_DATASETS]
         n_heads = len(lab.engine(model).heads)
-        pairs = _pairs(own, others, n_heads)
-        _show(draft, lab, model, own, others, pairs, n_heads)
-        findings[model] = in_words(pairs, n_heads)
-        say_planted(draft, model, "which heads rank first was built in")
-        if others and _is_planted(model, others[0].model):
-            draft.notes.append(_BY_CONSTRUCTION)
-    draft.finding = in_a_sentence(findings)
-    if related is None:
-        draft.notes.append("Two models of one base were not compared: the setting `related` names no second model.")
-    return draft.finished(about.name, about.title, about.question)
+        pairs = _pairs(own, others)
+        outcome.add(_overlaps(outcome, model, pairs, n_heads))
+        shown = columns("model", "dataset", "ablation", ("heads", "heads, best first"))
+        rows = tuple(
+            {**{column.key: getattr(one, column.key) for column in shown[:3]}, "heads": ", ".join(one.heads)}
+            for one in (*own, *others)
+        )
+        outcome.add(Table(f"{model}: top heads", "", shown, rows))
+        outcome.add(_matrix(model, "ablation, dataset", "ablation, dataset", own, own, size_of_top(n_heads)))
+        if others:
+            outcome.add(_matrix(f"{model} and {related}", str(related), model, own, others, size_of_top(n_heads)))
+            planted = planted_heads(model), planted_heads(others[0].model)
+            if all(planted) and not set(planted[0]) & set(planted[1]):
+                outcome.note(_BY_CONSTRUCTION)
 
 
 def size_of_top(n_heads: int) -> int:
@@ -95,171 +84,95 @@ def size_of_top(n_heads: int) -> int:
 
 
 def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_name: str) -> None:
-    """Refuse two models whose heads do not answer to each other.
+    """Refuse two models whose heads do not correspond.
 
     Raises:
         InputError: they have other numbers of layers or heads.
     """
     if first.heads != second.heads:
-        shapes = [f"{one.n_layers} layers of {one.n_heads} heads" for one in (first, second)]
+        shapes = [f"{engine.n_layers} layers of {engine.n_heads} heads" for engine in (first, second)]
         raise InputError(
             f"top heads are compared between two models of one base, but {first_name} has {shapes[0]} and "
             f"{second_name} {shapes[1]}"
         )
 
 
-def _rankings(lab: Lab, model: str, draft: Draft) -> list[Ranking]:
+def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Ranking]:
     """The top heads on each dataset that can be measured, and on all of them; all under UA, then all under SC."""
-    subjects = list(meaningful_subjects(lab, model, draft))
-    return [ranking for ablation in lab.ablations for ranking in _under(lab, model, subjects, ablation)]
+    rankings = []
+    for _, subjects in lab.each_model(outcome, [model]):
+        for ablation in lab.ablations:
+            # The search half ranks, so that these are the heads which other experiments find.
+            scores = {one.dataset: one.search_half.scores(lab.config.search_score, ablation) for one in subjects}
+            tables: list[tuple[str, dict[Head, float], float]] = [
+                (dataset, dict(each.ranked()), each.resolution) for dataset, each in scores.items()
+            ]
+            if len(tables) > 1:
+                mean = {head: sum(table[head] for _, table, _ in tables) / len(tables) for head in tables[0][1]}
+                tables.append((ALL_DATASETS, mean, max(resolution for _, _, resolution in tables)))
+            for dataset, table, resolution in tables:
+                named = {str(head): value for head, value in table.items()}
+                heads = top(named, size_of_top(len(named)), resolution)
+                rankings.append(Ranking(model, dataset, SHORT[ablation.name], heads))
+    return rankings
 
 
-def _under(lab: Lab, model: str, subjects: Sequence[Subject], ablation: Ablation) -> Iterator[Ranking]:
-    """The part that searches see ranks, so that these are the heads which other experiments find."""
-    searched = [lab.subject(model, subject.dataset, "search") for subject in subjects]
-    scores = [subject.scores(lab.config.search_score, ablation) for subject in searched]
-    tables: list[tuple[str, dict[Head, float], float]] = [
-        (subject.dataset, dict(each.ranked()), each.resolution) for subject, each in zip(subjects, scores, strict=True)
-    ]
-    if len(tables) > 1:
-        mean = {head: sum(table[head] for _, table, _ in tables) / len(tables) for head in tables[0][1]}
-        tables.append((ALL_DATASETS, mean, max(resolution for _, _, resolution in tables)))
-    for dataset, table, resolution in tables:
-        named = {str(head): value for head, value in table.items()}
-        yield Ranking(model, dataset, SHORT[ablation.name], top(named, size_of_top(len(named)), resolution))
-
-
-def _pairs(own: Sequence[Ranking], others: Sequence[Ranking], n_heads: int) -> list[Pair]:
-    """UA against SC, datasets against each other, models against each other."""
-    found: list[tuple[str, Ranking, Ranking]] = []
-    for first, second in combinations(own, 2):
+def _pairs(own: Sequence[Ranking], others: Sequence[Ranking]) -> Iterator[tuple[str, Ranking, Ranking]]:
+    """What is compared: UA with SC, then datasets, then models."""
+    pairs = list(combinations(own, 2))
+    for first, second in pairs:
         if first.dataset == second.dataset:
-            found.append(("UA against SC", first, second))
-        elif first.ablation == second.ablation and ALL_DATASETS not in (first.dataset, second.dataset):
-            found.append((f"datasets, {first.ablation}", first, second))
-    found += [
-        (f"models, {first.ablation}", first, second)
-        for first in own
-        for second in others
-        if (first.dataset, first.ablation) == (second.dataset, second.ablation)
-    ]
+            yield "UA against SC", first, second
+    for first, second in pairs:
+        if first.ablation == second.ablation and ALL_DATASETS not in (first.dataset, second.dataset):
+            yield f"datasets, {first.ablation}", first, second
+    for first in own:
+        for second in others:
+            if first.label == second.label:
+                yield f"models, {first.ablation}", first, second
+
+
+def _overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Ranking, Ranking]], n_heads: int) -> Table:
+    """The overlap of each pair beside chance; Holm's p over the rows."""
     k = size_of_top(n_heads)
-    pairs = [Pair(*three, top_overlap(k, three[1].heads, three[2].heads, n_heads)) for three in found]
-    return sorted(pairs, key=lambda pair: _ORDER.index(pair.comparison.split(",")[0]))
-
-
-_ORDER = ("UA against SC", "datasets", "models")
-
-
-def in_words(pairs: Sequence[Pair], n_heads: int) -> str:
-    """How many heads the pairs of each comparison share, beside chance; no top is held against itself."""
-    k = size_of_top(n_heads)
+    rows: list[dict[str, object]] = []
     shared: dict[str, list[int]] = {}
-    for pair in pairs:
-        shared.setdefault(pair.comparison, []).append(pair.overlap.shared)
-    parts = [
-        f"{comparison}: {'–'.join(map(str, dict.fromkeys((min(found), max(found)))))} (n {len(found)} "
-        f"pair{'s' * (len(found) > 1)})"
-        for comparison, found in shared.items()
+    for comparison, first, second in pairs:
+        overlap = top_overlap(k, first.heads, second.heads, n_heads)
+        labels = [one.label if one.model == model else f"{one.model}: {one.label}" for one in (first, second)]
+        shared.setdefault(comparison, []).append(overlap.shared)
+        rows.append(
+            {
+                "comparison": comparison,
+                "first": labels[0],
+                "second": labels[1],
+                "shared": overlap.shared,
+                "sizes": " and ".join(map(str, overlap.sizes)),
+                "expected": overlap.expected,
+                "p": overlap.p_value,
+                "heads": ", ".join(head for head in first.heads if head in second.heads),
+            }
+        )
+    tested: list[Row] = [
+        {**row, "p_holm": p}
+        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)  # type: ignore[misc]
     ]
-    said = "; ".join(parts) or "nothing to hold against each other"
-    return f"heads shared of the top {k} of {n_heads}, where chance gives {k * k / n_heads:.2f}: {said}"
-
-
-def _show(
-    draft: Draft,
-    lab: Lab,
-    model: str,
-    own: list[Ranking],
-    others: list[Ranking],
-    pairs: list[Pair],
-    n_heads: int,
-) -> None:
-    k = size_of_top(n_heads)
-    said = (
-        f"Top {k} of {n_heads} heads by {lab.config.search_score}, each ablated alone at epsilon "
-        f"{lab.config.epsilon:g}, on the {_part(lab)}; {ALL_DATASETS}: by the mean "
-        "of the datasets' scores."
+    outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
+    for comparison, counts in shared.items():
+        for end, count in {"fewest": min(counts), "most": max(counts)}.items():
+            outcome.lead(model, f"{comparison}, {end} heads shared of {len(counts)} pairs", count, "count")
+    shown = columns(
+        *("comparison", ("first", "one"), ("second", "other"), ("shared", "heads shared", "count"), ("sizes", "of")),
+        *(("expected", "by chance", "number"), ("p", "p", "p"), ("p_holm", "p (Holm)", "p"), ("heads", "which")),
     )
-    chance = (
-        f"Two tops of {k} drawn at random share {k * k / n_heads:.2f} heads (hypergeometric mean); heads that tie "
-        "across the cut are in no top."
-    )
-    draft.tables.append(_overlap_table(model, pairs, f"{said} {chance}"))
-    draft.tables.append(_heads_table(model, [*own, *others], said))
-    caption = f"{said} Cells: heads shared. {chance} A ranking of all heads has no sampling interval."
-    draft.figures.append(_matrix(model, "ablation, dataset", own, own, k, caption))
-    if others:
-        name = others[0].model
-        opposite = f" {_BY_CONSTRUCTION}" if _is_planted(model, name) else ""
-        draft.figures.append(_matrix(f"{model} and {name}", name, own, others, k, caption + opposite, model))
+    return Table(f"{model}: overlap", "p: one-sided, hypergeometric, for at least as many.", shown, tuple(tested))
 
 
-def _is_planted(first: str, second: str) -> bool:
-    """Whether both have planted heads, and none in common."""
-    heads = planted_heads(first), planted_heads(second)
-    return all(heads) and not set(heads[0]) & set(heads[1])
-
-
-def _part(lab: Lab) -> str:
-    return "search halves of the datasets" if lab.config.held_out else "datasets"
-
-
-def _overlap_table(model: str, pairs: Sequence[Pair], said: str) -> Table:
-    adjusted = holm([pair.overlap.p_value for pair in pairs])
-    rows: list[Row] = [
-        {
-            "comparison": pair.comparison,
-            "first": _of(pair.first, model),
-            "second": _of(pair.second, model),
-            "shared": pair.overlap.shared,
-            "sizes": " and ".join(map(str, pair.overlap.sizes)),
-            "expected": pair.overlap.expected,
-            "p": pair.overlap.p_value,
-            "p_holm": p,
-            "heads": ", ".join(moved("", pair.first.heads, pair.second.heads).kept),
-        }
-        for pair, p in zip(pairs, adjusted, strict=True)
-    ]
-    columns = (
-        Column("comparison", "comparison"),
-        Column("first", "one"),
-        Column("second", "other"),
-        Column("shared", "heads shared", "count"),
-        Column("sizes", "of"),
-        Column("expected", "by chance", "number"),
-        Column("p", "p", "p"),
-        Column("p_holm", "p (Holm)", "p"),
-        Column("heads", "which"),
-    )
-    caption = (
-        f"{said} p: one-sided, hypergeometric, for at least as many; Holm over the {len(pairs)} rows of this table."
-    )
-    return Table(f"{model}: overlap", caption, columns, tuple(rows))
-
-
-def _of(ranking: Ranking, model: str) -> str:
-    return ranking.label if ranking.model == model else f"{ranking.model}: {ranking.label}"
-
-
-def _heads_table(model: str, rankings: Sequence[Ranking], said: str) -> Table:
-    columns = (Column("model", "model"), Column("dataset", "dataset"), Column("ablation", "ablation"))
-    rows: list[Row] = [
-        {"model": one.model, "dataset": one.dataset, "ablation": one.ablation, "heads": ", ".join(one.heads)}
-        for one in rankings
-    ]
-    return Table(f"{model}: top heads", said, (*columns, Column("heads", "heads, best first")), tuple(rows))
-
-
-def _matrix(
-    title: str, x: str, down: Sequence[Ranking], across: Sequence[Ranking], k: int, caption: str, y: str = ""
-) -> Figure:
-    points: list[dict[str, Any]] = []
+def _matrix(title: str, x: str, y: str, down: Sequence[Ranking], across: Sequence[Ranking], k: int) -> Figure:
+    points: list[Row] = []
     for one in down:
         for other in across:
-            shared = len(moved("", one.heads, other.heads).kept)
-            points.append(
-                {"x": other.label, "y": one.label, "value": shared, "text": str(shared), "low": None, "high": None}
-                | {"panel": ""}
-            )
-    return Figure("matrix", title, caption, x, y or x, tuple(points), value=f"heads shared, of {k}")
+            shared = len(set(one.heads) & set(other.heads))
+            where = {"x": other.label, "y": one.label, "panel": ""}
+            points.append({**where, "value": shared, "text": str(shared), "low": None, "high": None})
+    return Figure("matrix", title, "Cells: heads shared.", x, y, tuple(points), value=f"heads shared, of {k}")

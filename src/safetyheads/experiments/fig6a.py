@@ -1,73 +1,56 @@
-"""The base's attention in the aligned model, and the reverse (Fig 6a). Owns the four models that stand side by side."""
+"""Puts the base's attention into the aligned model, and the reverse (Fig 6a)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.answers.success import JudgedAnswer, attack_success_rate
+from safetyheads.answers.success import attack_success_rate
 from safetyheads.baselines.attention_swap import swapped_attention
-from safetyheads.experiments.answers import Answers, point
-from safetyheads.experiments.common import corrected, meaningful_subjects, numbers_of, planted_heads, say_planted
-from safetyheads.experiments.datasets import BENIGN
-from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
+from safetyheads.experiments.answers import GroupAnswers
+from safetyheads.experiments.lab import note_planted, planted_heads
+from safetyheads.experiments.outcome import Figure, Measured, Outcome, Table, columns, point
+from safetyheads.experiments.settings import BENIGN
 from safetyheads.runs.kept import verdict_row
-from safetyheads.stats.intervals import Rate
-from safetyheads.stats.testing import PairedDifference
+from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
-    from safetyheads.experiments.catalogue import Experiment
     from safetyheads.experiments.lab import Lab, Subject
 
 _BY_CONSTRUCTION = (
-    "In the embedded checkpoints only q, k, v and o of planted heads differ from their base, so that attention carries "
-    "their alignment is the construction's, while the paper finds the aligned model nearly as safe with the base's "
-    "attention. It is not evidence about the paper."
+    "In the embedded models only q, k, v and o of planted heads differ from their base, so that attention carries "
+    "their alignment was built in, while the paper finds the aligned model nearly as safe with the base's attention. "
+    "Not evidence about the paper."
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Mixed:
-    """One dataset, answered by one body with its own attention and with the other's."""
-
-    dataset: str
-    body: str
-    """``aligned`` or ``base``."""
-    own: Answers
-    swapped: Answers
-
-    @property
-    def donor(self) -> str:
-        """Whose attention it gets."""
-        return "base" if self.body == "aligned" else "aligned"
-
-
-def fig6a(lab: Lab, about: Experiment) -> Outcome:
+def fig6a(lab: Lab, outcome: Outcome) -> None:
     """ASR and benign answers of the aligned and the base model, each with its own attention and with the other's."""
-    draft, aligned, base = Draft(), lab.config.models[0], lab.config.base
+    aligned, base = lab.config.models[0], lab.config.base
     assert base is not None  # the catalogue says that it is needed
     with swapped_attention(lab.engine(aligned), lab.engine(base)):
         pass  # refuses two models that do not fit, before anything is answered
-    made: list[_Mixed] = []
-    for body, donor, refuses in ((aligned, base, True), (base, aligned, False)):
-        name = "aligned" if refuses else "base"
-        subjects = list(meaningful_subjects(lab, body, draft, refuses=refuses))
-        if refuses and not subjects:
-            break  # what the base does says nothing without the aligned model
-        for subject in (*subjects, *([lab.subject(body, BENIGN)] if subjects else [])):
-            made.append(_Mixed(subject.dataset, name, subject.vanilla(), swapped_answers(lab, subject, donor)))
-    if made:
-        _show(draft, aligned, base, made)
-        if planted_heads(aligned):
-            draft.notes.append(_BY_CONSTRUCTION)
-        else:
-            say_planted(draft, aligned, "what attention carries was built in")
-    return draft.finished(about.name, about.title, about.question)
+    rows: list[dict[str, Any]] = []
+    for body, model, donor in (("aligned", aligned, base), ("base", base, aligned)):
+        subjects = lab.subjects(outcome, model, refuses=model == aligned)
+        if model == aligned and not subjects:
+            return  # what the base does says nothing without the aligned model
+        for subject in (*subjects, *([lab.subject(model, BENIGN)] if subjects else [])):
+            own, swapped = subject.vanilla(), swapped_answers(lab, subject, donor)
+            benign = subject.dataset == BENIGN
+            change = Measured.of(swapped.kept_change_from(own) if benign else swapped.change_from(own))
+            rates = [Measured.of(one.kept if benign else one.asr) for one in (own, swapped)]
+            row = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
+            rows.append({**row, "own": rates[0], "swapped": rates[1], "change": change})
+    _show(outcome, aligned, "ASR", [row for row in rows if row["dataset"] != BENIGN])
+    _show(outcome, aligned, "kept", [row for row in rows if row["dataset"] == BENIGN])
+    note_planted(outcome, aligned)
+    if planted_heads(aligned):
+        outcome.note(_BY_CONSTRUCTION)
 
 
-def swapped_answers(lab: Lab, subject: Subject, donor: str) -> Answers:
+def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
     """The subject's unablated answers with the donor's attention in every layer, kept under both models' weights.
 
     No draft is used: drafts are answers of the model that is not swapped.
@@ -75,7 +58,7 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> Answers:
     Raises:
         InputError: two models between which attention cannot be exchanged.
     """
-    engine, given, config = subject.engine, lab.engine(donor), lab.config
+    engine, given, config, judge = subject.engine, lab.engine(donor), lab.config, lab.judges[0]
     fields = {
         "weights": lab.weights_of(subject.model),
         "attention": lab.weights_of(donor),
@@ -83,94 +66,39 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> Answers:
         "tokens": engine.ask(subject.prompts).sha256,
         "max_new_tokens": config.max_new_tokens,
         "sampling": "greedy",
-        "judge": lab.judge.describe(),
+        "judge": judge.describe(),
     }
 
     def compute() -> list[dict[str, Any]]:
         with swapped_attention(engine, given):
-            found = attack_success_rate(
-                engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, lab.judge, config.max_new_tokens
+            answers = attack_success_rate(
+                engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, judge, config.max_new_tokens
             )
-        return [_row(lab, number, one) for number, one in enumerate(found.rows)]
+        rows: list[dict[str, Any]] = []
+        for number, one in enumerate(answers.rows):
+            verdicts = {judge.name: verdict_row(one.verdict, config.store_completions)}
+            row = {"id": number, "part": "swapped", "n_tokens": len(one.token_ids), "finished": one.finished}
+            rows.append({**row, "kept": one.kept, "verdicts": verdicts})
+            if config.store_completions:
+                rows[-1] |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
+        return rows
 
-    return Answers.of(lab.run.records(f"swapped-{subject.name}", fields, compute))
-
-
-def _row(lab: Lab, number: int, one: JudgedAnswer) -> dict[str, Any]:
-    stores = lab.config.store_completions
-    written: dict[str, Any] = {
-        "id": number,
-        "part": "swapped",
-        "n_tokens": len(one.token_ids),
-        "finished": one.finished,
-        "kept": one.kept,
-        "verdicts": {lab.judge.name: verdict_row(one.verdict, stores)},
-    }
-    if stores:
-        written |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
-    return written
+    return GroupAnswers.of(lab.run.records(f"swapped-{subject.name}", fields, compute))
 
 
-def _show(draft: Draft, aligned: str, base: str, made: Sequence[_Mixed]) -> None:
-    said = (
-        f"aligned: {aligned}; base: {base}. Attention is W_q, W_k, W_v and W_o of every layer, with all that belongs "
-        "to them. Greedy answers, no head ablated. Intervals: Wilson, 95 %, over the prompts"
+def _show(outcome: Outcome, aligned: str, what: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Bars of the four models, and a row for each body and dataset."""
+    title = f"{aligned}: {'ASR' if what == 'ASR' else 'benign answers kept'}"
+    points = tuple(
+        point(row[key], x=row["dataset"], series=f"{row['body']}, {attention} attention", panel="")
+        for row in rows
+        for key, attention in (("own", "own"), ("swapped", f"{row['donor']}'s"))
     )
-    construction = f" {_BY_CONSTRUCTION}" if planted_heads(aligned) else ""
-    paired = f"{said}; of changes: Newcombe, paired. p: McNemar, exact, two-sided, Holm over the rows of this table."
-    for what in ("ASR", "kept"):
-        here = [one for one in made if (one.dataset == BENIGN) == (what == "kept")]
-        title = f"{aligned}: {'ASR' if what == 'ASR' else 'benign answers kept'}"
-        points = [
-            point(_rate(answers, what), x=one.dataset, series=series, panel="") for one, series, answers in _bars(here)
-        ]
-        n = numbers_of(row["n"] for row in points)
-        caption = f"{said}. n = {n} prompts.{construction}"
-        y = "ASR" if what == "ASR" else "share kept"
-        draft.figures.append(Figure("bars", title, caption, "dataset", y, tuple(points)))
-        draft.tables.append(_table(title, paired + construction, here, what))
-
-
-def _rate(answers: Answers, what: str) -> Rate:
-    return answers.kept if what == "kept" else answers.asr
-
-
-def _bars(made: Sequence[_Mixed]) -> list[tuple[_Mixed, str, Answers]]:
-    """The four models, beside each other."""
-    return [
-        (one, f"{one.body}, {attention} attention", answers)
-        for one in made
-        for attention, answers in (("own", one.own), (f"{one.donor}'s", one.swapped))
-    ]
-
-
-def _table(title: str, caption: str, made: Sequence[_Mixed], what: str) -> Table:
-    """A row for each body and dataset."""
-    changes: list[PairedDifference] = [
-        one.swapped.kept_change_from(one.own) if what == "kept" else one.swapped.change_from(one.own) for one in made
-    ]
-    adjusted = corrected([each.p_value for each in changes])
-    rows: list[Row] = []
-    for one, change, p in zip(made, changes, adjusted, strict=True):
-        own, swapped = _rate(one.own, what), _rate(one.swapped, what)
-        rows.append(
-            {
-                "dataset": one.dataset,
-                "body": one.body,
-                "donor": one.donor,
-                "own": Measured.of(own),
-                "swapped": Measured.of(swapped),
-                "change": Measured.of(change),
-                "p": p,
-            }
-        )
-    columns = (
-        Column("dataset", "dataset"),
-        Column("body", "model"),
-        Column("donor", "attention put in"),
-        Column("own", f"{what}, own attention", "rate"),
-        Column("swapped", f"{what}, with it", "rate"),
-        Column("change", "change", "change"),
-        Column("p", "p (Holm)", "p"),
+    outcome.add(Figure("bars", title, "", "dataset", "ASR" if what == "ASR" else "share kept", points))
+    shown = columns(
+        *("dataset", ("body", "model"), ("donor", "attention put in"), ("own", f"{what}, own attention", "rate")),
+        *(("swapped", f"{what}, with it", "rate"), "change", "p"),
     )
-    return Table(title, caption, columns, tuple(rows))
+    adjusted = holm_of_tests(row["change"].p for row in rows)
+    tested = tuple({**row, "p": p} for row, p in zip(rows, adjusted, strict=True))
+    outcome.add(Table(title, "", shown, tested))

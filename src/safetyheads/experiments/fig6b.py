@@ -1,4 +1,4 @@
-"""What zero-shot tasks lose by ablation and by pruning (Fig 6b). Owns which models are compared on lm-eval's tasks."""
+"""Measures what zero-shot tasks lose by ablation and by pruning (Fig 6b)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.table import METHODS
-from safetyheads.experiments.common import say_planted
-from safetyheads.experiments.lab import SHORT, Lab
-from safetyheads.experiments.material import learning_subjects, material_of
-from safetyheads.experiments.outcome import Column, Draft, Figure, Measured, Outcome, Row, Table
-from safetyheads.integrations.harness import HarnessSettings
+from safetyheads.experiments.lab import SHORT, Lab, note_planted
+from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns, point
+from safetyheads.experiments.table1 import learning_subjects, material_of
+from safetyheads.integrations.lm_eval import load_tasks
 from safetyheads.integrations.utility import VANILLA, TaskMetric, Variant, evaluate_tasks
+from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
-    from safetyheads.experiments.catalogue import Experiment
     from safetyheads.heads import Group
 
 PRUNERS = ("wanda", "sparsegpt")
@@ -32,157 +31,120 @@ _SHOWN_SPARSITY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """A variant, and where it stands in the figures."""
+    """A variant and its place in the figures."""
 
     variant: Variant
     series: str
     x: float
     """Heads, or sparsity."""
     prunes: bool
+    shown: bool
+    """Whether the table shows it."""
 
 
-def fig6b(lab: Lab, about: Experiment) -> Outcome:
+def fig6b(lab: Lab, outcome: Outcome) -> None:
     """Accuracy of each task without 1 to n heads, and pruned."""
-    draft = Draft()
-    for model in lab.config.models:
-        draft.models.append(model)
-        _measure(lab, model, draft)
-    return draft.finished(about.name, about.title, about.question)
+    config = lab.config
+    for model in config.models:
+        outcome.models = [*outcome.models, model]
+        engine, (subject, benign) = lab.engine(model), learning_subjects(lab, model)
+        if lab.leaves_nothing(outcome, subject, benign):
+            continue
+        group = subject.search(lab.ablations[0], min(config.size, len(engine.heads))).group
+        compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
+        weights = {"weights": lab.weights_of(model)}
 
+        def keep(
+            stage: str, fields: Mapping[str, Any], compute: Callable[[], list[Any]], weights: Row = weights
+        ) -> list[Any]:
+            return lab.run.records(stage, {**fields, **weights}, compute)
 
-def _measure(lab: Lab, model: str, draft: Draft) -> None:
-    config, engine = lab.config, lab.engine(model)
-    subject, benign = learning_subjects(lab, model)
-    reasons = lab.not_meaningful(subject, benign)
-    draft.not_meaningful.extend(reasons)
-    if reasons:
-        return
-    group = subject.search(lab.ablations[0], min(config.size, len(engine.heads))).group
-    compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
-    weights = {"weights": lab.weights_of(model)}
-
-    def keep(stage: str, fields: Mapping[str, Any], compute: Callable[[], list[Any]]) -> list[Any]:
-        return lab.run.records(stage, {**fields, **weights}, compute)
-
-    settings = HarnessSettings(limit=config.task_limit, seed=config.seed)
-    variants = [one.variant for one in compared]
-    found = evaluate_tasks(engine, config.tasks, variants, settings, keep, lab.progress.track)
-    draft.notes.extend(found.notes)
-    say_planted(draft, model, "which heads the group has was built in")
-    draft.tables.append(_table(model, group, compared, found.metrics))
-    by_heads = [one for one in compared if not one.prunes]
-    by_sparsity = [one for one in compared if one.prunes]
-    heads = ", ".join(map(str, group))
-    draft.figures += [
-        _figure(
-            f"{model}: heads ablated",
-            f"The first 1 to {len(group)} of the heads {heads}, as Sahara found them on the learning prompts by "
-            f"{config.search_score.replace('_', ' ')} under UA. 0 heads is the unablated model.",
-            "heads ablated",
-            by_heads,
-            found.metrics,
-        ),
-        _figure(
-            f"{model}: pruned",
-            "Wanda and SparseGPT, calibrated on the learning prompts and their answers. Sparsity 0 is not pruned.",
-            "share of weights set to zero",
-            by_sparsity,
-            found.metrics,
-        ),
-    ]
+        tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)
+        utility = evaluate_tasks(engine, tasks, [one.variant for one in compared], keep, lab.progress)
+        note_planted(outcome, model)
+        outcome.note(*utility.notes)
+        outcome.add(_table(model, group, compared, utility.metrics))
+        heads, pruned = ([one for one in compared if one.prunes is prunes] for prunes in (False, True))
+        caption = f"The first 1 to {len(group)} of the heads {', '.join(map(str, group))}."
+        outcome.add(_figure(f"{model}: heads ablated", caption, "heads ablated", heads, utility.metrics))
+        outcome.add(_figure(f"{model}: pruned", "", "share of weights set to zero", pruned, utility.metrics))
 
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
     """The first 1 to n heads of the group, under each ablation."""
     engine = lab.engine(model)
-    kinds = [*lab.ablations, *(Ablation(name) for name in MEANS)]
-    found = []
-    for kind in kinds:
+    compared = []
+    for kind in (*lab.ablations, *(Ablation(name) for name in MEANS)):
         for k in range(1, len(group) + 1):
             heads = group[:k]
             fields = {"heads": [str(head) for head in sorted(heads)], "ablation": kind.name, "epsilon": kind.epsilon}
             label = f"{_NAMES[kind.name]}, {k} head{'s' * (k > 1)}"
             variant = Variant(label, lambda heads=heads, kind=kind: engine.ablated(heads, kind), fields)  # type: ignore[misc]
-            found.append(_Compared(variant, _NAMES[kind.name], k, prunes=False))
-    return found
+            compared.append(_Compared(variant, _NAMES[kind.name], k, prunes=False, shown=k == len(group)))
+    return compared
 
 
 def _pruned(lab: Lab, model: str) -> list[_Compared]:
     """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
     learned = [one.engine.ask(one.prompts).sha256 for one in learning_subjects(lab, model)]
-    found = []
+    compared = []
     for name in PRUNERS:
         method = METHODS[name]
 
         @cache
         def contexts(name: str = name) -> Sequence[Callable[[], AbstractContextManager[Any]]]:
-            made = METHODS[name].interventions(material_of(lab, model, refuses=False), METHODS[name].strengths)
-            return [one.at_work for one in made]
+            material = material_of(lab, model, refuses=False)
+            return [one.at_work for one in METHODS[name].interventions(material, METHODS[name].strengths)]
 
         for at, sparsity in enumerate(method.strengths):
             fields = {"method": name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
             label = f"{method.label}, {sparsity:.0%}"
             variant = Variant(label, lambda at=at, contexts=contexts: contexts()[at](), fields)  # type: ignore[misc]
-            found.append(_Compared(variant, method.label, sparsity, prunes=True))
-    return found
+            compared.append(_Compared(variant, method.label, sparsity, prunes=True, shown=sparsity == _SHOWN_SPARSITY))
+    return compared
 
 
 def _table(model: str, group: Group, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> Table:
     """Vanilla, the whole group under each ablation, and half of the weights pruned."""
-    shown = {VANILLA}
-    shown |= {one.variant.label for one in compared if not one.prunes and one.x == len(group)}
-    shown |= {one.variant.label for one in compared if one.prunes and one.x == _SHOWN_SPARSITY}
+    labels = {VANILLA, *(one.variant.label for one in compared if one.shown)}
     rows: list[Row] = []
-    for one in metrics:
-        if one.variant not in shown:
+    for metric in metrics:
+        if metric.variant not in labels:
             continue
-        change = one.change
+        change = metric.change
         low, high = (change.interval if change is not None else None) or (None, None)
         rows.append(
             {
-                "task": one.task,
-                "metric": one.metric,
-                "variant": "vanilla" if one.variant == VANILLA else one.variant,
-                "value": _measured(one),
+                "task": metric.task,
+                "metric": metric.metric,
+                "variant": "vanilla" if metric.variant == VANILLA else metric.variant,
+                "value": _measured(metric),
                 "change": None if change is None else Measured(change.change, change.n, low, high, change.p_value),
                 "p": None if change is None else change.p_holm,
             }
         )
-    columns = (
-        Column("task", "task"),
-        Column("metric", "metric"),
-        Column("variant", "model"),
-        Column("value", "value", "rate"),
-        Column("change", "paired change", "change"),
-        Column("p", "p (Holm)", "p"),
+    shown = columns(
+        "task", "metric", ("variant", "model"), ("value", "value", "rate"), ("change", "paired change", "change"), "p"
     )
     caption = (
-        f"Zero-shot unless the task has examples of its own. The group {', '.join(map(str, group))} under each "
-        f"ablation, and pruning at {_SHOWN_SPARSITY:.0%}: the paper gives no sparsity. Changes are paired by sample; "
-        "intervals 95 %. p adjusted over all models and tasks measured."
+        f"The group {', '.join(map(str, group))} under each ablation, and pruning at {_SHOWN_SPARSITY:.0%}: the paper "
+        "gives no sparsity. p: Holm over all models and tasks measured."
     )
-    return Table(model, caption, columns, tuple(rows))
+    return Table(model, caption, shown, tuple(rows))
 
 
-def _measured(one: TaskMetric) -> Measured:
-    low, high = one.value.interval or (None, None)
-    return Measured(one.value.value, one.value.n, low, high)
+def _measured(metric: TaskMetric) -> Measured:
+    return Measured(metric.value.value, metric.value.n, *(metric.value.interval or (None, None)))
 
 
 def _figure(title: str, caption: str, x: str, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> Figure:
     """Accuracy against heads or sparsity, a panel a task."""
-    places = {one.variant.label: one for one in compared}
-    series = list(dict.fromkeys(one.series for one in compared))
+    places = {one.variant.label: {"x": one.x, "series": one.series} for one in compared}
+    vanilla = [{"x": 0, "series": series} for series in dict.fromkeys(one.series for one in compared)]
     points: list[Row] = []
-    for one in metrics:
-        if one.metric != "acc":
-            continue
-        made = _measured(one)
-        where = {"y": made.value, "low": made.low, "high": made.high, "n": made.n, "panel": one.task}
-        if one.variant == VANILLA:
-            points += [{**where, "x": 0, "series": name} for name in series]
-        elif one.variant in places:
-            points.append({**where, "x": places[one.variant].x, "series": places[one.variant].series})
-    n = sorted({point["n"] for point in points})
-    said = f"{caption} n = {' or '.join(map(str, n))} samples a task; 95 % intervals."
-    return Figure("lines", title, said, x, "accuracy", tuple(points))
+    for metric in metrics:
+        if metric.metric == "acc":
+            number = point(_measured(metric), panel=metric.task)
+            at = vanilla if metric.variant == VANILLA else [places[metric.variant]] if metric.variant in places else []
+            points += [{**number, **place} for place in at]
+    return Figure("lines", title, caption, x, "accuracy", tuple(points))

@@ -1,32 +1,40 @@
-"""Where experiments are run: models, prompts, judge, run directory. Owns what is kept of measures, and under what.
+"""Models, prompts and run directory of a reproduction: what experiments do alike, measured once and kept.
 
-Every measure is kept under all that it depends on (weights, tokens, ablation, judge). So an interrupted experiment goes
-on where it was, and experiments share scores, unablated answers and lists of groups that are the same.
+Every measure is kept under all that it depends on (weights, tokens, ablation, judges). So an interrupted experiment
+goes on where it was, and experiments share equal measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import Decoding
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.answers.success import query_level_groups
+from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
-from safetyheads.experiments.answers import Answers
-from safetyheads.experiments.datasets import begun_by, prompts_of
-from safetyheads.experiments.settings import ORGANISM, ReproductionConfig
-from safetyheads.heads import Group
+from safetyheads.experiments.answers import GroupAnswers
+from safetyheads.experiments.outcome import (
+    Column,
+    Figure,
+    Measured,
+    Outcome,
+    Row,
+    Table,
+    columns,
+    point,
+)
+from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
+from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Judge
-from safetyheads.judges.named import judge_named
+from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.ships import answer_sequences, scorer_of
-from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES, kept_pass
 from safetyheads.runs.directory import RunDirectory
@@ -34,19 +42,17 @@ from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.scores import HeadScores, SearchTrace
+from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from safetyheads.model.engine import Engine
 
-Half = Literal["search", "test"]
-UA_AND_SC = (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION)
-"""The paper's two ablations, in its order."""
-SHORT = {"undifferentiated_attention": "UA", "scaling_contribution": "SC"}
-"""What tables and legends call them."""
+GROUP_SIZE = 3
+"""Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
+SHORT = {UNDIFFERENTIATED_ATTENTION.name: "UA", SCALING_CONTRIBUTION.name: "SC"}
+"""Short names of the paper's two ablations."""
 # Models held at once: a swap needs two.
 _MODELS_HELD = 2
 # A pass has the unablated probabilities of every prompt over the vocabulary.
@@ -57,37 +63,47 @@ _MOST_VANILLA_ASR = 0.5
 _LEAST_BENIGN_KEPT = 0.5
 
 
-@dataclass(frozen=True)
 class Lab:
-    """One reproduction under way."""
+    """One reproduction under way. Holds the models used last, and what was measured on them."""
 
-    config: ReproductionConfig
-    run: RunDirectory
-    progress: Progress
-    load: Callable[[str], Engine]
-    """Loads and proves a model by its name."""
-    _engines: dict[str, Engine] = field(default_factory=dict)
-    _weights: dict[str, str] = field(default_factory=dict)
-    _subjects: dict[tuple[Any, ...], Subject] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
-    """Models that were asked for, since somebody emptied it."""
-    _drafting: list[KeptAnswers] = field(default_factory=list)
-    _passes: dict[tuple[str, Ablation, Readouts], HeadPass] = field(default_factory=dict)
+    def __init__(
+        self, config: ReproductionConfig, run: RunDirectory, progress: Progress, load: Callable[[str], Engine]
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.progress = progress
+        self.load = load
+        """Loads and proves a model by its name."""
+        self.used: set[str] = set()
+        """Models that were asked for since the set was last emptied."""
+        self._engines: dict[str, Engine] = {}
+        self._weights: dict[str, str] = {}
+        self._subjects: dict[tuple[Any, ...], Subject] = {}
+        self._drafting: KeptAnswers | None = None
+        self._passes: dict[tuple[str, Ablation, Readouts], HeadPass] = {}
 
     @cached_property
-    def judge(self) -> Judge:
-        """Who decides about answers."""
-        return judge_named(self.config.judge)
+    def judges(self) -> tuple[Judge, ...]:
+        """The judges of the answers; the first leads."""
+        return judges_named(self.config.judges)
 
     @property
     def ablations(self) -> tuple[Ablation, Ablation]:
         """UA and SC at the config's strength."""
-        return tuple(one.at(self.config.epsilon) for one in UA_AND_SC)  # type: ignore[return-value]
+        epsilon = self.config.epsilon
+        return UNDIFFERENTIATED_ATTENTION.at(epsilon), SCALING_CONTRIBUTION.at(epsilon)
 
     @property
     def sampled(self) -> Sampling:
         """The paper's top-k sampling."""
         return Sampling(self.config.top_k, self.config.seed)
+
+    @property
+    def settings(self) -> Row:
+        """The settings that a reader of any table needs."""
+        names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
+        chosen = {name: getattr(self.config, name) for name in names}
+        return {**chosen, "judges": list(self.config.judges), "sampled": self.sampled.name}
 
     def engine(self, model: str) -> Engine:
         """The model, loaded once; of several, the ones used last are held."""
@@ -96,25 +112,24 @@ class Lab:
             self._engines[model] = self._engines.pop(model)
             return self._engines[model]
         while len(self._engines) >= _MODELS_HELD:
-            gone = next(iter(self._engines))
-            del self._engines[gone]
-            for key in [key for key in self._subjects if key[0] == gone]:
-                del self._subjects[key]
+            oldest = next(iter(self._engines))
+            del self._engines[oldest]
+            self._subjects = {key: subject for key, subject in self._subjects.items() if key[0] != oldest}
         self._engines[model] = self.load(model)
         return self._engines[model]
 
     def weights_of(self, model: str) -> str:
-        """The fingerprint of its weights.
+        """The fingerprint of the model's weights.
 
         Raises:
             InputError: the run began with other weights under this name.
         """
         self.used.add(model)
         if model not in self._weights:
-            found = fingerprint(self.engine(model))
-            if self.run.remember(f"weights_{model}", found) != found:
+            weights = fingerprint(self.engine(model))
+            if self.run.remember(f"weights_{model}", weights) != weights:
                 raise InputError(f"{model} has other weights than this run began with; give another --out")
-            self._weights[model] = found
+            self._weights[model] = weights
         return self._weights[model]
 
     def subject(
@@ -130,72 +145,123 @@ class Lab:
 
         Args:
             model: its name.
-            dataset: one of the config's, or :data:`safetyheads.experiments.datasets.BENIGN`.
-            half: the part that searches see, or the one that they are tested on; one and the same where the config
-                holds nothing out.
-            template: another one than the config's.
+            dataset: one of the config's, or another that :func:`.settings.prompts_of` knows.
+            half: the part that searches see, or the one that they are tested on; the same without ``held_out``.
+            template: another template than the config's.
             system: system prompt.
             prefill: how every answer begins.
         """
         engine = self.engine(model)
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
         if key not in self._subjects:
-            prompts = begun_by(prefill, prompts_of(self.config, model, dataset, half))
-            chosen = template or self.config.template
-            named = Template.parse(
-                chosen or (prompts.template or engine.default_template).name, system, prefill=prefill
-            )
-            bound = prompts.with_template(named.bound(engine.tokenizer).template)
-            engine.prove_up_to(engine.ask(bound).longest + self.config.max_new_tokens)
-            self._subjects[key] = Subject(self, model, dataset, engine, bound)
+            prompts = prompts_of(self.config, model, dataset, half, prefill)
+            name = template or self.config.template or (prompts.template or engine.default_template).name
+            bound = Template.parse(name, system, prefill=prefill).bound(engine.tokenizer)
+            self._subjects[key] = Subject(self, model, dataset, prompts.with_template(bound.template))
         return self._subjects[key]
 
-    def drafts_with(self, answers: KeptAnswers) -> None:
-        """Hold the drafts of these answers and of no others: they are states of all layers."""
-        for others in self._drafting:
-            if others is not answers:
-                others.forget()
-        self._drafting[:] = [answers]
+    # The loop over models and datasets.
 
-    def pass_of(self, key: tuple[str, Ablation, Readouts], begin: Callable[[], HeadPass]) -> HeadPass:
-        """A pass that was begun already, or a new one; of several, the ones used last are held."""
-        found = self._passes.pop(key, None) or begin()
-        while len(self._passes) >= _PASSES_HELD:
-            del self._passes[next(iter(self._passes))]
-        self._passes[key] = found
-        return found
-
-    def not_meaningful(self, harmful: Subject, benign: Subject, refuses: bool = True) -> tuple[str, ...]:
-        """Why an unablated model's answers leave nothing to measure; () where they do.
+    def each_model(
+        self, outcome: Outcome, models: Iterable[str] | None = None, **asked: Any
+    ) -> Iterator[tuple[str, list[Subject]]]:
+        """Each model with the datasets that leave something to measure; models without any are left out.
 
         Args:
-            harmful: the model with harmful prompts.
-            benign: the same with benign ones.
-            refuses: whether the model is expected to, which one that was not aligned is not.
+            outcome: is told the models, what they were asked, what was left out and why, and which heads were planted.
+            models: names; by default the config's.
+            asked: as for :meth:`subjects`.
         """
+        for model in self.config.models if models is None else models:
+            subjects = self.subjects(outcome, model, **asked)
+            if subjects:
+                note_planted(outcome, model)
+                yield model, subjects
+
+    def subjects(
+        self,
+        outcome: Outcome,
+        model: str,
+        template: str | None = None,
+        system: str | None = None,
+        refuses: bool = True,
+        most: int | None = None,
+    ) -> list[Subject]:
+        """The datasets on which the unablated model's answers leave something to measure.
+
+        Args:
+            outcome: is told the model, what it was asked, and why a dataset is left out.
+            model: its name.
+            template: another template than the config's.
+            system: system prompt.
+            refuses: whether the model should refuse; one that was not aligned should not.
+            most: end with the first so many datasets.
+        """
+        outcome.models = list(dict.fromkeys((*outcome.models, model)))
+        benign = self.subject(model, BENIGN, "test", template, system)
+        meaningful: list[Subject] = []
+        for dataset in self.config.datasets:
+            if len(meaningful) == most:
+                break
+            subject = self.subject(model, dataset, "test", template, system)
+            if not self.leaves_nothing(outcome, subject, benign, refuses):
+                meaningful.append(subject)
+                search = prompts_of(self.config, model, dataset, "search")
+                row = {
+                    "model": model,
+                    "dataset": dataset,
+                    "asked": subject.asked,
+                    "n_search": len(search),
+                    "n_test": len(subject.prompts),
+                    "asr": Measured.of(subject.vanilla().asr),
+                    "kept": Measured.of(benign.vanilla().kept),
+                }
+                outcome.asked = [*outcome.asked, *([] if row in outcome.asked else [row])]
+        return meaningful
+
+    def leaves_nothing(self, outcome: Outcome, harmful: Subject, benign: Subject, refuses: bool = True) -> bool:
+        """Whether the unablated answers leave nothing to measure; the outcome is told why."""
         vanilla, kept = harmful.vanilla(), benign.vanilla().kept
-        reasons = []
-        about = f"{harmful.model}, {harmful.dataset}, {harmful.asked}"
-        if vanilla.empty.rate is not None and vanilla.empty.rate > _MOST_EMPTY:
-            reasons.append(f"{about}: {vanilla.empty} of its unablated answers are empty or incoherent")
+        about, reasons = f"{harmful.model}, {harmful.dataset}, {harmful.asked}", []
+        if vanilla.incoherent.rate is not None and vanilla.incoherent.rate > _MOST_EMPTY:
+            reasons.append(f"{about}: {vanilla.incoherent} of its unablated answers are empty or incoherent")
         elif refuses and (vanilla.asr.rate is None or vanilla.asr.rate > _MOST_VANILLA_ASR):
             reasons.append(f"{about}: unablated, its ASR is {vanilla.asr}, so it hardly refuses")
         if kept.rate is None or kept.rate < _LEAST_BENIGN_KEPT:
             reasons.append(f"{about}: unablated, it keeps {kept} of the benign answers")
-        return tuple(reasons)
+        outcome.not_meaningful = list(dict.fromkeys((*outcome.not_meaningful, *reasons)))
+        return bool(reasons)
+
+    # What is held in memory.
+
+    def draft_with(self, answers: KeptAnswers) -> KeptAnswers:
+        """Hold the drafts of these answers and of no others: they are states of all layers."""
+        if self._drafting is not None and self._drafting is not answers:
+            self._drafting.forget()
+        self._drafting = answers
+        return answers
+
+    def head_pass(self, key: tuple[str, Ablation, Readouts], begin: Callable[[], HeadPass]) -> HeadPass:
+        """The pass of that key, begun where it is not held; the last two are held."""
+        self._passes[key] = self._passes.pop(key) if key in self._passes else begin()
+        while len(self._passes) > _PASSES_HELD:
+            del self._passes[next(iter(self._passes))]
+        return self._passes[key]
 
 
-@dataclass(frozen=True)
 class Subject:
-    """A model and prompts under their template: everything measured on them."""
+    """A model and prompts under their template, with everything that is measured on them."""
 
-    lab: Lab
-    model: str
-    dataset: str
-    engine: Engine
-    prompts: PromptSet
-    _kept: dict[Sampling, KeptAnswers] = field(default_factory=dict)
-    _vanilla: dict[Sampling, Answers] = field(default_factory=dict)
+    def __init__(self, lab: Lab, model: str, dataset: str, prompts: Any) -> None:
+        self.lab = lab
+        self.model = model
+        self.dataset = dataset
+        self.engine = lab.engine(model)
+        self.prompts = prompts
+        self._kept: dict[Sampling, KeptAnswers] = {}
+        self._vanilla: dict[Sampling, GroupAnswers] = {}
+        longest = self.engine.ask(prompts).longest
+        self.engine.prove_up_to(longest + lab.config.max_new_tokens)
 
     @cached_property
     def _about(self) -> dict[str, str]:
@@ -204,7 +270,7 @@ class Subject:
 
     @cached_property
     def name(self) -> str:
-        """What files of this subject are called."""
+        """Begins the names of its files."""
         model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
         # Plans and near-ties are remembered under it, and directories of two models may have one name.
         told_apart = self.engine.ask(self.prompts).sha256[:8] + self._about["weights"][:8]
@@ -212,35 +278,46 @@ class Subject:
         return "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
 
     @property
+    def template(self) -> Template:
+        """The template that the prompts are put under."""
+        return self.engine.ask(self.prompts).template
+
+    @property
     def asked(self) -> str:
         """How the prompts are put, in words."""
-        template = self.engine.ask(self.prompts).template
-        system = " with a system prompt" if template.system else ""
-        return f"template {template}{system}" + (f", answer begun as {template.prefill!r}" if template.prefill else "")
+        system = " with a system prompt" if self.template.system else ""
+        begun = f", answer begun as {self.template.prefill!r}" if self.template.prefill else ""
+        return f"template {self.template}{system}{begun}"
+
+    @property
+    def search_half(self) -> Subject:
+        """The part of the same dataset that searches see, asked alike, but for an answer that is begun."""
+        return self.lab.subject(self.model, self.dataset, "search", str(self.template), self.template.system)
 
     # Answers.
 
-    def vanilla(self, sampling: Sampling = GREEDY) -> Answers:
+    def vanilla(self, sampling: Sampling = GREEDY) -> GroupAnswers:
         """The unablated answers."""
         if sampling not in self._vanilla:
-            self._vanilla[sampling] = Answers.of(self._answers(sampling).vanilla())
+            self._vanilla[sampling] = GroupAnswers.of(self._answers(sampling).vanilla())
         return self._vanilla[sampling]
 
-    def under(self, groups: Sequence[Group], ablation: Ablation, sampling: Sampling = GREEDY) -> list[Answers]:
-        """All answers under each group."""
-        rows, n = self._answers(sampling).under("groups", groups, ablation), len(self.prompts)
-        return [Answers.of(rows[at * n : (at + 1) * n]) for at in range(len(groups))]
+    def by_group(
+        self, groups: Iterable[Group], ablation: Ablation, sampling: Sampling = GREEDY
+    ) -> dict[Group, GroupAnswers]:
+        """The answers under each group; the order of heads has no effect, so each set of heads is answered once."""
+        groups, n = list(groups), len(self.prompts)
+        sets = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
+        rows = self._answers(sampling).under("groups", sets, ablation) if sets else []
+        answers = {group: GroupAnswers.of(rows[at * n : (at + 1) * n]) for at, group in enumerate(sets)}
+        return {group: answers[tuple(sorted(group))] for group in groups}
 
-    def by_head(self, ablation: Ablation, sampling: Sampling = GREEDY) -> list[Answers]:
-        """All answers under each head alone, in the engine's order: the exhaustive scan."""
-        return self.under([(head,) for head in self.engine.heads], ablation, sampling)
-
-    def under_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[Answers]:
+    def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
         ships = self.ships(ablation)
         by_size = [query_level_groups(ships, k) for k in range(1, size + 1)]
         rows = self._answers(sampling).of_each("query_level", list(zip(*by_size, strict=True)), ablation)
-        return [Answers.of(rows[at::size]) for at in range(size)]
+        return [GroupAnswers.of(rows[at::size]) for at in range(size)]
 
     def _answers(self, sampling: Sampling) -> KeptAnswers:
         if sampling not in self._kept:
@@ -250,14 +327,13 @@ class Subject:
                 f"{self.name}-{sampling.name}",
                 self.prompts,
                 Decoding(config.max_new_tokens, sampling),
-                Judging(self.engine, self.prompts, [self.lab.judge], config.max_new_tokens),
+                Judging(self.engine, self.prompts, self.lab.judges, config.max_new_tokens),
                 self.lab.run,
                 self.lab.progress,
                 config.store_completions,
                 self._about,
             )
-        self.lab.drafts_with(self._kept[sampling])
-        return self._kept[sampling]
+        return self.lab.draft_with(self._kept[sampling])
 
     # Scores.
 
@@ -269,7 +345,7 @@ class Subject:
             return scored.table("ships", scored.measure(singles, done)["ships"])
 
     def scores(self, name: str, ablation: Ablation) -> HeadScores:
-        """A score of every head alone [n_layers, n_heads]: one of the search scores."""
+        """One of the search scores of every head alone [n_layers, n_heads]."""
         if name == "mean_ships":
             return self.ships(ablation).mean()
         return rank_heads(self._scorer(name, ablation), self.engine.heads)
@@ -279,19 +355,86 @@ class Subject:
         with self.lab.progress.track(f"{self.name}: Sahara", 1):
             return sahara(self._scorer(self.lab.config.search_score, ablation), self.engine.heads, steps)
 
-    def _scorer(self, name: str, ablation: Ablation) -> Any:
-        # One pass reads both angles, whichever is asked for first.
-        angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
-        return scorer_of(self._pass(ablation, Readouts(ships=True) if not angles else Readouts(angles=angles)), name)
+    def group(self, ablation: Ablation, size: int) -> Group:
+        """The heads that Sahara finds on the search half, first found first; fewer where the model has fewer."""
+        return self.search_half.search(ablation, min(size, len(self.engine.heads))).group
 
     def ships_of(self, groups: Sequence[Group], ablation: Ablation) -> Tensor:
         """Ships of every prompt without each group [n_groups, n_prompts], in nats; float64."""
         # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
         return self._begun(ablation, Readouts(ships=True)).measure(groups)["ships"]
 
+    def _scorer(self, name: str, ablation: Ablation) -> Any:
+        # One pass reads both angles, whichever is asked for first.
+        angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
+        return scorer_of(self._pass(ablation, Readouts(ships=not angles, angles=angles)), name)
+
     def _pass(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
-        return self.lab.pass_of((self.name, ablation, readouts), lambda: self._begun(ablation, readouts))
+        return self.lab.head_pass((self.name, ablation, readouts), lambda: self._begun(ablation, readouts))
 
     def _begun(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
         sequences = answer_sequences(self.engine, self.prompts, 1)
         return kept_pass(self.engine, self.lab.run, self.name, sequences, ablation, readouts, self._about)
+
+
+def planted_heads(model: str) -> Group:
+    """The heads that an embedded model's refusals were planted in; () for any other model."""
+    return PLANTED_HEADS.get(model.removeprefix(ORGANISM), ()) if model.startswith(ORGANISM) else ()
+
+
+def note_planted(outcome: Outcome, model: str) -> None:
+    """Tell readers of an embedded model's numbers what they are no evidence of."""
+    if heads := planted_heads(model):
+        outcome.note(
+            f"{model}: its refusals were planted in the heads {', '.join(map(str, heads))}, so what heads do here was "
+            "built in. Not evidence about the paper: planted by construction."
+        )
+    elif model.startswith(ORGANISM):
+        outcome.note(f"{model}: a small model made for this package. Not evidence about the paper.")
+
+
+def condition(
+    subject: Subject,
+    label: str,
+    group: Group | str,
+    harmful: GroupAnswers,
+    benign: GroupAnswers,
+    before: GroupAnswers | None = None,
+) -> dict[str, Any]:
+    """A row of harmful and benign prompts that are answered alike, and the change from ``before``."""
+    change = None if before is None else Measured.of(harmful.change_from(before))
+    return {
+        "dataset": subject.dataset,
+        "label": label,
+        "heads": group if isinstance(group, str) else format_heads(group) or "none",
+        "asr": Measured.of(harmful.asr),
+        "change": change,
+        "p": None if change is None else change.p,
+        "empty": Measured.of(harmful.incoherent),
+        "kept": Measured.of(benign.kept),
+    }
+
+
+def show_conditions(outcome: Outcome, title: str, caption: str, over: str, rows: Sequence[Row], *more: Column) -> None:
+    """A table of conditions and a figure of bars, with Holm's p over the table.
+
+    Args:
+        outcome: gets both.
+        title: of both.
+        caption: of both.
+        over: what the labels are, the title of their column.
+        rows: from :func:`condition`.
+        more: further columns; those of rates are panels of the figure, too.
+    """
+    p_values = holm_of_tests(row["p"] for row in rows)
+    tested = tuple({**row, "p": p} for row, p in zip(rows, p_values, strict=True))
+    shown = columns("dataset", ("label", over), "heads", "asr", "change", "p", "empty", "kept")
+    panels = {"asr": "ASR", **{column.key: column.title for column in more}, "kept": "benign answers kept"}
+    points = tuple(
+        point(row[key], x=row["dataset"], series=row["label"], panel=panel)
+        for key, panel in panels.items()
+        for row in rows
+        if isinstance(row[key], Measured)
+    )
+    outcome.add(Figure("bars", title, caption, "dataset", "share of answers", points))
+    outcome.add(Table(title, caption, (*shown, *more), tested))

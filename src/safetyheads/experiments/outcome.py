@@ -1,12 +1,11 @@
-"""What an experiment gives: tables, figures, and what must be said with them. Owns the values; knows no model.
+"""What an experiment gives: tables, figures and notes, all plain JSON, so that pages are drawn from a run directory.
 
-All of it is plain JSON, so that a report is drawn from a run directory alone. A measured number is never without its
-n; where it has an interval, that goes along.
+A measured number is never without its n; where it has an interval, that goes along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -20,27 +19,30 @@ FigureKind: TypeAlias = Literal["bars", "lines", "heads", "matrix", "attention",
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A number that was measured."""
+    """A measured number."""
 
     value: float | None
     """None where nothing could be scored."""
     n: int
-    """Prompts, or whatever it is over."""
+    """Prompts, or whatever the number is over."""
     low: float | None = None
+    """Lower end of the 95 % interval; None where there is none."""
     high: float | None = None
-    """Ends of the 95 % interval; None where there is none."""
+    """Upper end."""
     p: float | None = None
     """Two-sided, where a change was tested."""
 
     @classmethod
-    def of(cls, found: Rate | PairedDifference | Mean) -> Measured:
+    def of(cls, number: Rate | PairedDifference | Mean | Measured) -> Measured:
         """A rate with Wilson's interval, a paired change with Newcombe's and McNemar's p, a mean with Student's."""
-        low, high = found.interval or (None, None)
-        if isinstance(found, Rate):
-            return cls(found.rate, found.n, low, high)
-        if isinstance(found, Mean):
-            return cls(found.mean, found.n, low, high)
-        return cls(found.change, found.n, low, high, found.p_value)
+        if isinstance(number, Measured):
+            return number
+        low, high = number.interval or (None, None)
+        if isinstance(number, Rate):
+            return cls(number.rate, number.n, low, high)
+        if isinstance(number, Mean):
+            return cls(number.mean, number.n, low, high)
+        return cls(number.change, number.n, low, high, number.p_value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +50,27 @@ class Column:
     """A column of a table."""
 
     key: str
-    """Under which rows hold its cells."""
+    """Key of its cells in the rows."""
     title: str
-    """With its unit, where it has one."""
+    """Title, with the unit where there is one."""
     kind: Kind = "text"
     """``rate``, ``change`` and ``number`` cells are :class:`Measured`, or plain numbers where they are quoted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; ``caption`` says what n is and what intervals are."""
+    """A table."""
 
     title: str
     caption: str
+    """What holds for this table alone; may be empty."""
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure. Points are rows; which fields they have follows from the kind.
+    """A figure. The fields of its points follow from the kind.
 
     ``bars`` and ``lines``: x, y, low, high, n, series, panel. ``scatter``: the same, with label. ``curves``: x, y,
     series, panel. ``heads``: layer, head, y, marked, panel. ``matrix``: x, y (both categories), value, low, high,
@@ -77,66 +80,87 @@ class Figure:
     kind: FigureKind
     title: str
     caption: str
+    """What holds for this figure alone; may be empty."""
     x: str
     """Title of the axis, with its unit."""
     y: str
+    """Title of the axis, with its unit."""
     points: tuple[Row, ...]
     value: str = ""
     """Title of the colours, with their unit, of kinds that have them."""
     logarithmic: bool = False
-    """Whether x is drawn so; x of 0 stands at its left end."""
+    """Whether the x axis is logarithmic; an x of 0 stands at its left end."""
     share: bool = True
     """Whether y goes from 0 to 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
-    """One experiment, done."""
+    """Results of one experiment. It is filled model by model, and written as JSON when the experiment is done."""
 
     name: str
-    """As the catalogue has it."""
+    """Name in the catalogue."""
     title: str
     question: str
-    """What it asks, in one or two sentences."""
-    models: tuple[str, ...]
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    notes: tuple[str, ...] = ()
-    """What a reader must know, such as that a construction made it so."""
-    not_meaningful: tuple[str, ...] = ()
-    """Reasons; with any there is no table and no figure of that model, and with no other model none at all."""
-    finding: str = ""
-    """What came out, in one sentence with numbers; an index has room for no more."""
-    setting: str = ""
-    """Strength of ablations, judge and length of answers, in one line."""
-    timed: tuple[Table, ...] = ()
-    """What was timed on this machine: kept apart from results, which are the same on every machine."""
+    """Question that the experiment asks."""
+    models: Sequence[str] = field(default_factory=list)
+    """Models that were asked."""
+    tables: Sequence[Table] = field(default_factory=list)
+    figures: Sequence[Figure] = field(default_factory=list)
+    notes: Sequence[str] = field(default_factory=list)
+    """What a reader must know, such as that heads were planted."""
+    not_meaningful: Sequence[str] = field(default_factory=list)
+    """Why models or datasets leave nothing to measure; these have no tables and figures."""
+    caption: str = ""
+    """What holds for all tables and figures."""
+    headline: Sequence[Row] = field(default_factory=list)
+    """The numbers to read first: rows of model, label, value and kind (of a column)."""
+    settings: Row = field(default_factory=dict)
+    """Settings that hold for all numbers."""
+    asked: Sequence[Row] = field(default_factory=list)
+    """What was asked: rows of model, dataset, asked, n_search, n_test, and the unablated asr and kept."""
+    timed: Sequence[Table] = field(default_factory=list)
+    """What was timed on this machine. Kept apart from results, which are the same on every machine."""
+
+    def add(self, *parts: Table | Figure) -> None:
+        """Append tables and figures."""
+        self.tables = [*self.tables, *(part for part in parts if isinstance(part, Table))]
+        self.figures = [*self.figures, *(part for part in parts if isinstance(part, Figure))]
+
+    def note(self, *notes: str) -> None:
+        """Append notes that are not there yet."""
+        self.notes = list(dict.fromkeys((*self.notes, *notes)))
+
+    def lead(self, model: str, label: str, value: Measured | float, kind: Kind = "rate") -> None:
+        """Append a row to the headline."""
+        self.headline = [*self.headline, {"model": model, "label": label, "value": value, "kind": kind}]
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``results.json`` holds it; times are left out."""
+        """The outcome as ``results.json`` holds it: without times."""
         return {name: value for name, value in asdict(self).items() if name != "timed"}
 
 
-@dataclass(slots=True)
-class Draft:
-    """An outcome being put together, model by model."""
-
-    models: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    not_meaningful: list[str] = field(default_factory=list)
-    timed: list[Table] = field(default_factory=list)
-    finding: str = ""
-
-    def finished(self, name: str, title: str, question: str) -> Outcome:
-        """The outcome under its name."""
-        parts: dict[str, Any] = {}
-        for each in self.__dataclass_fields__:
-            value = getattr(self, each)
-            once = dict.fromkeys(value) if each in _SAID_ONCE else value
-            parts[each] = value if isinstance(value, str) else tuple(once)
-        return Outcome(name, title, question, **parts)
+_COMMON = {
+    "asr": Column("asr", "ASR", "rate"),
+    "change": Column("change", "change", "change"),
+    "p": Column("p", "p (Holm)", "p"),
+    "empty": Column("empty", "incoherent", "rate"),
+    "kept": Column("kept", "benign kept", "rate"),
+}
 
 
-_SAID_ONCE = ("models", "notes", "not_meaningful")
+def columns(*wanted: str | tuple[str, str] | tuple[str, str, Kind]) -> tuple[Column, ...]:
+    """Columns by key and title and, unless of text, kind; a bare key is a common column, or a text of that title."""
+    return tuple(_COMMON.get(one, Column(one, one)) if isinstance(one, str) else Column(*one) for one in wanted)
+
+
+def point(number: Rate | PairedDifference | Mean | Measured, **where: Any) -> dict[str, Any]:
+    """A point of a figure: its place, and the number with interval and n."""
+    measured = Measured.of(number)
+    return {**where, "y": measured.value, "low": measured.low, "high": measured.high, "n": measured.n}
+
+
+def mean_of(numbers: Iterable[Rate | PairedDifference | Measured]) -> Measured:
+    """The mean of the numbers that were scored, such as rates of several datasets; n is the sum of theirs."""
+    known = [one for one in map(Measured.of, numbers) if one.value is not None]
+    return Measured(sum(one.value or 0.0 for one in known) / len(known) if known else None, sum(one.n for one in known))

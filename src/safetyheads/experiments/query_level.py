@@ -1,102 +1,81 @@
-"""Each prompt without its own top heads (Fig 2, 11, 12). Owns which bars stand beside each other."""
+"""Measures prompts that each go without their own top heads (Fig 2, 11, 12)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from safetyheads.ablation import Ablation
 from safetyheads.answers.sampling import GREEDY
-from safetyheads.experiments.answers import point
-from safetyheads.experiments.common import meaningful_subjects, numbers_of, say_planted
-from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Draft, Figure, FigureKind, Measured, Outcome, Row, Table
-from safetyheads.experiments.paper_numbers import FIG2, paper_model
+from safetyheads.experiments.lab import SHORT, Lab, note_planted
+from safetyheads.experiments.outcome import Figure, FigureKind, Measured, Outcome, Row, Table, columns, point
+from safetyheads.experiments.paper_numbers import paper_model, quoted
 
 if TYPE_CHECKING:
-    from safetyheads.experiments.catalogue import Experiment
+    from collections.abc import Iterator
 
-_OWN = "Each prompt goes without its own top heads by Ships, so groups differ from prompt to prompt."
+    from safetyheads.ablation import Ablation
+    from safetyheads.answers.sampling import Sampling
+    from safetyheads.experiments.lab import Subject
 
 
-def fig2(lab: Lab, about: Experiment) -> Outcome:
+def fig2(lab: Lab, outcome: Outcome) -> None:
     """The unablated ASR beside that without each prompt's top head: UA and SC, greedy and sampled."""
-    draft = Draft()
     for model in lab.config.with_templates:
-        rows: list[Row] = []
-        for subject in _subjects(lab, model, draft):
-            for sampling in (GREEDY, lab.sampled):
-                vanilla = subject.vanilla(sampling)
-                here = {"x": subject.dataset, "panel": f"{_template(subject)}, {sampling.name}"}
-                rows.append(point(vanilla.asr, **here, series="vanilla"))
-                for ablation in lab.ablations:
-                    (found,) = subject.under_own(1, ablation, sampling)
-                    rows.append(point(found.asr, **here, series=SHORT[ablation.name]))
-        if rows:
-            said = f"{_OWN} UA and SC at epsilon {lab.config.epsilon:g}; vanilla: the unablated model."
-            _show(draft, model, rows, "bars", "dataset", said)
-    return draft.finished(about.name, about.title, about.question)
+        points: list[Row] = []
+        for subject, sampling, panel in _asked(lab, outcome, model):
+            where = {"x": subject.dataset, "panel": panel}
+            points.append(point(subject.vanilla(sampling).asr, **where, series="vanilla"))
+            for ablation in lab.ablations:
+                (answers,) = subject.by_own(1, ablation, sampling)
+                points.append(point(answers.asr, **where, series=SHORT[ablation.name]))
+        _show(outcome, model, "bars", ("dataset", "dataset"), points)
 
 
-def fig11(lab: Lab, about: Experiment) -> Outcome:
+def fig11(lab: Lab, outcome: Outcome) -> None:
     """The ASR without each prompt's own 1 to n top heads under UA."""
-    return _by_size(lab, about, lab.ablations[0])
+    _by_size(lab, outcome, lab.ablations[0])
 
 
-def fig12(lab: Lab, about: Experiment) -> Outcome:
+def fig12(lab: Lab, outcome: Outcome) -> None:
     """The ASR without each prompt's own 1 to n top heads under SC."""
-    return _by_size(lab, about, lab.ablations[1])
+    _by_size(lab, outcome, lab.ablations[1])
 
 
-def _by_size(lab: Lab, about: Experiment, ablation: Ablation) -> Outcome:
-    draft = Draft()
+def _by_size(lab: Lab, outcome: Outcome, ablation: Ablation) -> None:
     for model in lab.config.with_templates:
-        rows: list[Row] = []
-        for subject in _subjects(lab, model, draft):
+        points: list[Row] = []
+        for subject, sampling, panel in _asked(lab, outcome, model):
             size = min(lab.config.query_size, len(subject.engine.heads))
-            for sampling in (GREEDY, lab.sampled):
-                here = {"series": subject.dataset, "panel": f"{_template(subject)}, {sampling.name}"}
-                rows.append(point(subject.vanilla(sampling).asr, **here, x=0))
-                for k, found in enumerate(subject.under_own(size, ablation, sampling), 1):
-                    rows.append(point(found.asr, **here, x=k))
-        if rows:
-            said = f"{_OWN} Ablation: {ablation}; at 0 heads the unablated model."
-            _show(draft, model, rows, "lines", "heads ablated in each prompt", said)
-    return draft.finished(about.name, about.title, about.question)
+            by_size = [subject.vanilla(sampling), *subject.by_own(size, ablation, sampling)]
+            points += [point(one.asr, series=subject.dataset, panel=panel, x=k) for k, one in enumerate(by_size)]
+        _show(outcome, model, "lines", ("heads ablated in each prompt", "heads"), points)
 
 
-def _subjects(lab: Lab, model: str, draft: Draft) -> Iterator[Subject]:
-    """Every dataset under every template whose unablated answers leave something to measure."""
+def _asked(lab: Lab, outcome: Outcome, model: str) -> Iterator[tuple[Subject, Sampling, str]]:
+    """Every dataset under every template, greedy and sampled, with the panel of its points."""
     for template in lab.config.templates:
-        yield from meaningful_subjects(lab, model, draft, template=template)
+        for subject in lab.subjects(outcome, model, template):
+            for sampling in (GREEDY, lab.sampled):
+                yield subject, sampling, f"template {subject.prompts.template}, {sampling.name}"
 
 
-def _template(subject: Subject) -> str:
-    return f"template {subject.prompts.template}"
-
-
-def _show(draft: Draft, model: str, rows: list[Row], kind: FigureKind, x: str, said: str) -> None:
-    caption = f"{said} Intervals: Wilson, 95 %, over the prompts; n = {numbers_of(row['n'] for row in rows)}."
-    draft.figures.append(Figure(kind, model, caption, x, "ASR", tuple(rows)))
-    draft.tables.append(_table(model, rows, "dataset" if kind == "bars" else "heads", caption))
-    say_planted(draft, model, "which heads a prompt's refusal depends on was built in")
-
-
-def _table(model: str, rows: list[Row], over: str, caption: str) -> Table:
-    """The same numbers, with the paper's where the model is the paper's."""
-    columns = [Column("panel", "template, sampling"), Column("x", over), Column("series", "ablation or dataset")]
-    columns.append(Column("asr", "ASR", "rate"))
-    found = [
+def _show(outcome: Outcome, model: str, kind: FigureKind, over: tuple[str, str], points: list[Row]) -> None:
+    """Figure and table of the same numbers, with the paper's where the model is the paper's."""
+    if not points:
+        return
+    rows = tuple(
         {
             "panel": row["panel"],
             "x": str(row["x"]),
             "series": row["series"],
             "asr": Measured(row["y"], row["n"], row["low"], row["high"]),
         }
-        for row in rows
-    ]
-    known = paper_model(model)
-    if known is not None:
-        before, after = FIG2[known]
-        caption += f" The paper has a mean of {before} unablated and {after} under UA with one head, with the template."
-    return Table(model, caption, tuple(columns), tuple(found))
+        for row in points
+    )
+    shown = columns(("panel", "template, sampling"), ("x", over[1]), ("series", "ablation or dataset"), "asr")
+    paper, caption = quoted("fig2", paper_model(model)), ""
+    if paper:
+        caption = (
+            f"The paper has a mean of {paper[0]} unablated and {paper[1]} under UA with one head, with the template."
+        )
+    outcome.add(Figure(kind, model, "", over[0], "ASR", tuple(points)), Table(model, caption, shown, rows))
+    note_planted(outcome, model)

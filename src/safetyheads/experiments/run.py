@@ -1,4 +1,4 @@
-"""Experiments one after the other, into one run directory. Owns their order, results and what survives a kill."""
+"""Runs experiments one after the other into one run directory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, Need
-from safetyheads.experiments.datasets import prompts_sha256
 from safetyheads.experiments.lab import Lab
-from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.judges.named import judge_named
+from safetyheads.experiments.settings import ReproductionConfig, prompts_sha256
+from safetyheads.judges.named import judges_named
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import keep_threads, one_spelling, provenance, versions
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
 KIND = "reproduction"
-"""What manifest and results call such a run."""
+"""Kind of the run, in manifest and results."""
 _WANTED: dict[Need, str] = {
     "base": "base: the checkpoint that the first model was aligned from (--base)",
     "related": "related: another model of the same base",
@@ -59,21 +58,20 @@ def reproduce(
         InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
     """
     runnable, left_out = [], dict[str, str]()
-    for one in experiments:
-        lacking = "; ".join(missing(one, config))
+    for experiment in experiments:
+        lacking = "; ".join(missing(experiment, config))
         if not lacking:
-            runnable.append(one)
-            continue
-        if not skips:
-            raise InputError(f"{one.name} needs a setting that is not given, {lacking}")
-        left_out[one.name] = f"It needs {lacking}."
-        progress.say(f"left out: {one.name}, which needs {lacking}")
-    judge = judge_named(config.judge)
+            runnable.append(experiment)
+        elif not skips:
+            raise InputError(f"{experiment.name} needs a setting that is not given, {lacking}")
+        else:
+            left_out[experiment.name] = f"It needs {lacking}."
+            progress.say(f"left out: {experiment.name}, which needs {lacking}")
     settings = {
         "kind": KIND,
         **_spelled(config),
         "prompts_sha256": prompts_sha256(config),
-        "described_judge": judge.describe(),
+        "described_judges": [judge.describe() for judge in judges_named(config.judges)],
         "versions": versions(),
     }
     with RunDirectory.start(out, settings, provenance(command)) as run:
@@ -96,16 +94,16 @@ def reproduce(
 
 
 def missing(experiment: Experiment, config: ReproductionConfig) -> list[str]:
-    """What it needs and the settings do not have, in words."""
-    found = [_WANTED[need] for need in experiment.needs if need != "lm-eval" and not getattr(config, need)]
+    """What the experiment needs and the settings do not have, in words."""
+    lacking = [_WANTED[need] for need in experiment.needs if need != "lm-eval" and not getattr(config, need)]
     if "lm-eval" in experiment.needs and find_spec("lm_eval") is None:
-        found.append("lm-eval: pip install 'safetyheads[lm-eval]'")
-    return found
+        lacking.append("lm-eval: pip install 'safetyheads[lm-eval]'")
+    return lacking
 
 
 def _spelled(config: ReproductionConfig) -> dict[str, Any]:
-    """The settings, paths as they really are."""
-    settings = config.as_dict()
+    """The settings, with paths as they really are."""
+    settings = asdict(config)
     for name in ("models", "templated", "base_models", "datasets"):
         settings[name] = [one_spelling(named) for named in settings[name]]
     for name in ("base", "related", "benign", "learn_harmful", "learn_benign"):
@@ -128,20 +126,18 @@ def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
         seconds = time.monotonic() - started
         return [{"outcome": outcome.as_dict(), "used": sorted(lab.used), "seconds": seconds, "timed": timed}]
 
-    (row,) = run.records("outcome", {"experiment": experiment.name}, compute)
-    for model in row["used"]:
+    (record,) = run.records("outcome", {"experiment": experiment.name}, compute)
+    for model in record["used"]:
         lab.weights_of(model)
 
 
 def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
-    """Results of every experiment that is there, in the paper's order; times go apart."""
-    outcomes: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    timed: dict[str, Any] = {}
-    for row in run.stored_records("outcome"):
-        name = row["outcome"]["name"]
-        outcomes[name], seconds[name], timed[name] = row["outcome"], row["seconds"], row["timed"]
-    ordered = [outcomes[name] for name in EXPERIMENTS if name in outcomes]
-    results = {"schema_version": SCHEMA_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judge}
-    run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in outcomes}})
-    run.write_timings({"seconds": seconds, "timed": {name: found for name, found in timed.items() if found}})
+    """Results of every experiment that is there, in the paper's order; times are kept apart."""
+    records = {record["outcome"]["name"]: record for record in run.stored_records("outcome")}
+    ordered = [records[name]["outcome"] for name in EXPERIMENTS if name in records]
+    results = {"schema_version": SCHEMA_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judges[0]}
+    run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in records}})
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    run.write_timings(
+        {"seconds": seconds, "timed": {name: record["timed"] for name, record in records.items() if record["timed"]}}
+    )

@@ -1,34 +1,43 @@
-"""What a reproduction is run on. Owns its settings, their defaults for organism and real models, and their file."""
+"""Settings and prompts of a reproduction, with defaults for the embedded organism and for real models."""
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetyheads.ablation import Ablation
+from safetyheads.demo.grammar import HARM_CATEGORIES
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
+from safetyheads.runs import data
 
 ORGANISM = "demo:"
-"""What names of embedded checkpoints begin with."""
+"""Prefix of the names of embedded checkpoints."""
 SEARCH_SCORES = ("mean_ships", "generalized_ships_prompt", "generalized_ships_representation")
-"""By which Sahara may search."""
+"""Scores that Sahara may search by."""
+BENIGN = "benign"
+"""Name of the benign prompts among the datasets."""
+LEARN_HARMFUL, LEARN_BENIGN = "learn harmful", "learn benign"
+"""Names of the prompts that baselines learn from."""
+Half = Literal["search", "test"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReproductionConfig:
-    """All that a reproduction's numbers depend on; the defaults are the organism's."""
+    """Everything that the numbers of a reproduction depend on; the defaults are the organism's."""
 
     models: tuple[str, ...] = ("demo:aligned_a",)
     """Aligned models."""
     base: str | None = "demo:base"
-    """What the first of them was aligned from: for the swap, and for methods that compare two checkpoints."""
+    """Checkpoint that the first model was aligned from, for fig6a and table1."""
     related: str | None = "demo:aligned_b"
-    """Another model of the same base, whose heads are held against the first one's."""
+    """Another model of the same base, whose heads are compared with the first one's."""
     templated: tuple[str, ...] = ("demo:aligned_wrapped",)
     """Models that answer under several templates; () is ``models``."""
     base_models: tuple[str, ...] = ("demo:base_wrapped",)
@@ -38,52 +47,57 @@ class ReproductionConfig:
     benign: str = "demo"
     """Benign prompts: the control."""
     learn_harmful: str = "demo"
-    """Harmful prompts that baselines learn from: none of ``datasets``, else they are tested on what they know."""
+    """Harmful prompts that baselines learn from; none of ``datasets``."""
     learn_benign: str = "demo"
-    """Benign ones that they learn from."""
+    """Benign prompts that baselines learn from."""
     template: str | None = None
-    """Template of the experiments that have one; None: chat for the organism, else query_answer."""
+    """Template of experiments that have one; None: chat for the organism, else query_answer."""
     templates: tuple[str, ...] = ("direct", "query_answer")
     """Templates of Fig 2, 11 and 12."""
     official: str = "chat"
-    """The chat template of Fig 17 and 18."""
+    """Chat template of Fig 17 and 18."""
     search_score: str = "mean_ships"
-    """By which Sahara searches groups; the released code has generalized_ships_prompt."""
+    """Score that Sahara searches by; the released code has generalized_ships_prompt."""
     held_out: bool = True
     """Whether groups are searched on one part of a dataset and tested on the other; the paper has one part."""
     split: float = 0.5
     """Share of a file that searches see, if held out."""
     limit: int | None = 24
-    """Most prompts of a set."""
+    """Only the first so many prompts of each set; None is all."""
     size: int = 5
-    """Groups have 1 to so many heads."""
+    """Most heads of a group."""
     query_size: int = 10
-    """Each prompt's own groups have 1 to so many."""
+    """Most heads of a prompt's own group."""
     epsilons: tuple[float, ...] = (1.0, 0.5, 0.1, 1e-2, 1e-3, 1e-5, 0.0)
-    """Strengths, from no ablation to the exact limit."""
+    """Strengths of the epsilon experiment, from no ablation to the exact limit."""
     epsilon: float = 1e-5
-    """The strength of all other experiments."""
+    """Strength of all other experiments."""
     max_new_tokens: int = 128
+    """Longest answer, in tokens."""
     top_k: int = 5
-    """Of the experiments that sample."""
-    judge: str = "paper"
+    """Tokens that a sampled answer draws from."""
+    judges: tuple[str, ...] = ("paper",)
+    """Judges of the answers; the first leads."""
     tasks: tuple[str, ...] = ("organism",)
     """Tasks of lm-eval that utility is measured by."""
     task_limit: int | None = 48
-    """Most samples of a task."""
+    """Only the first so many samples of each task; None is all."""
     seed: int = 0
+    """Random seed."""
     dtype: str = "float32"
+    """Precision of the weights."""
     device: str = "cpu"
+    """Device of the models."""
     store_completions: bool = True
     """Whether answers are written to the run directory, or verdicts alone."""
 
     def __post_init__(self) -> None:
-        for name in ("models", "datasets", "templates"):
+        for name in ("models", "datasets", "templates", "epsilons", "judges"):
             if not getattr(self, name):
                 raise InputError(f"{name} must name at least one")
         if not self.benign or not self.learn_benign:
             raise InputError("benign and learn_benign must name prompts")
-        for name in ("models", "datasets", "templates", "templated", "base_models"):
+        for name in ("models", "datasets", "templates", "templated", "base_models", "judges"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"{name} names one twice")
         for template in (*self.templates, self.template, self.official):
@@ -93,8 +107,6 @@ class ReproductionConfig:
             Ablation.parse("ua", epsilon)
         if self.search_score not in SEARCH_SCORES:
             raise InputError(f"search_score is one of {', '.join(SEARCH_SCORES)}; got {self.search_score!r}")
-        if not self.epsilons:
-            raise InputError("epsilons must name at least one")
         if self.seed < 0:
             raise InputError(f"seed must be at least 0; got {self.seed}")
         if not 0 < self.split < 1:
@@ -105,36 +117,26 @@ class ReproductionConfig:
                 raise InputError(f"{name} must be at least 1; got {value}")
 
     @property
-    def on_organism(self) -> bool:
-        """Whether the first model is an embedded one."""
-        return self.models[0].startswith(ORGANISM)
-
-    @property
     def with_templates(self) -> tuple[str, ...]:
         """Models that answer under several templates."""
         return self.templated or self.models
 
-    def as_dict(self) -> dict[str, Any]:
-        """As the manifest holds it."""
-        return asdict(self)
-
     @classmethod
     def for_models(cls, models: Sequence[str]) -> ReproductionConfig:
-        """The defaults for these models; none are the organism's.
+        """The defaults for these models; without any, the organism's.
 
-        The organism's categories and wrapped checkpoints stand for the paper's datasets and templates only where an
-        embedded model is asked for. A second model is taken to be of the first one's base.
+        The organism's datasets and wrapped checkpoints stand for the paper's only where every model is an embedded
+        one. A second model counts as related to the first.
         """
         if not models:
             return cls()
         related = models[1] if len(models) > 1 else None
-        if all(model.startswith(ORGANISM) for model in models):
-            wrapped = models[0].endswith("_wrapped")
-            if wrapped:
-                return cls(models=tuple(models), base="demo:base_wrapped", related=related, templated=())
-            other = "demo:aligned_a" if models[0] == "demo:aligned_b" else "demo:aligned_b"
-            return cls(models=tuple(models), related=related or other, templated=())
-        return replace(PAPER, models=tuple(models), related=related)
+        if not all(model.startswith(ORGANISM) for model in models):
+            return replace(PAPER, models=tuple(models), related=related)
+        if models[0].endswith("_wrapped"):
+            return cls(models=tuple(models), base="demo:base_wrapped", related=related, templated=())
+        other = "demo:aligned_a" if models[0] == "demo:aligned_b" else "demo:aligned_b"
+        return cls(models=tuple(models), related=related or other, templated=())
 
     @classmethod
     def read(cls, path: Path, models: Sequence[str] = ()) -> ReproductionConfig:
@@ -145,7 +147,7 @@ class ReproductionConfig:
             models: named on the command line; they win over the file's.
 
         Raises:
-            InputError: the file is no TOML, or a key is unknown or has a value of another kind.
+            InputError: the file is no TOML, or a key is unknown or has a value of another type.
         """
         with as_input_error(path, "read"):
             text = path.read_text(encoding="utf-8")
@@ -154,8 +156,8 @@ class ReproductionConfig:
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{path} is no TOML: {error}") from None
         named = tuple(models) or tuple(given.get("models", ()))
-        chosen = {name: _fitting(path, name, value) for name, value in given.items()}
-        return replace(cls.for_models(named), **chosen | ({"models": named} if named else {}))
+        values = {name: _checked(path, name, value) for name, value in given.items()}
+        return replace(cls.for_models(named), **values | ({"models": named} if named else {}))
 
 
 PAPER = ReproductionConfig(
@@ -174,33 +176,98 @@ PAPER = ReproductionConfig(
     task_limit=None,
     tasks=("boolq", "rte", "winogrande", "arc_challenge", "openbookqa"),
 )
-"""The paper's settings, for models that are no organism."""
+"""The paper's settings, for models that are not embedded."""
 
 
-def _fitting(path: Path, name: str, value: Any) -> Any:
-    """A value as its field has it.
+def _checked(path: Path, name: str, value: Any) -> Any:
+    """A value of the TOML file as its field has it.
 
     Raises:
-        InputError: no such field, or a value of another kind.
+        InputError: no such field, or a value of another type.
     """
-    known = {field.name: str(field.type) for field in fields(ReproductionConfig)}
-    if name not in known:
-        raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(known)}")
-    kind = known[name]
-    if kind.startswith("tuple"):
-        inner = float if "float" in kind else str
+    types = {field.name: str(field.type) for field in fields(ReproductionConfig)}
+    if name not in types:
+        raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(types)}")
+    wanted = types[name]
+    if wanted.startswith("tuple"):
+        inner = float if "float" in wanted else str
         if isinstance(value, list) and all(_is(item, inner) for item in value):
             return tuple(map(inner, value))
         raise InputError(f"{path}: {name} is a list of {'numbers' if inner is float else 'texts'}; got {value!r}")
-    wanted: Mapping[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-    kinds = [wanted[part] for part in kind.split(" | ") if part in wanted]
-    if any(_is(value, one) for one in kinds):
-        return float(value) if kinds == [float] else value
-    raise InputError(f"{path}: {name} must be {kind.replace(' | None', '')}; got {value!r}")
+    known: Mapping[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+    allowed = [known[part] for part in wanted.split(" | ") if part in known]
+    if any(_is(value, kind) for kind in allowed):
+        return float(value) if allowed == [float] else value
+    raise InputError(f"{path}: {name} must be {wanted.replace(' | None', '')}; got {value!r}")
 
 
 def _is(value: Any, kind: type) -> bool:
     # TOML has whole numbers where a float is meant, and Python calls True an int.
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:
+    """One of the datasets, or its half that searches see.
+
+    Args:
+        config: the settings.
+        model: who is asked; an embedded model knows its own language only.
+        dataset: one of the config's, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`.
+        half: which half; without ``held_out`` both are the whole.
+        prefill: begins every answer, so the rest of a right answer is the right one.
+
+    Raises:
+        InputError: prompts that cannot be read, that the organism does not know, or that are not given.
+    """
+    named = {BENIGN: config.benign, LEARN_HARMFUL: config.learn_harmful, LEARN_BENIGN: config.learn_benign}
+    name, learns = named.get(dataset, dataset), dataset in (LEARN_HARMFUL, LEARN_BENIGN)
+    if model.startswith(ORGANISM):
+        # Its splits share no deed, so what was learned on one is not known of the other.
+        split: data.Half = "validation" if learns or (config.held_out and half == "search") else "test"
+        prompts = data.demo_set("benign" if dataset in (BENIGN, LEARN_BENIGN) else "harmful", split)
+        if name in HARM_CATEGORIES:
+            prompts = prompts.select(at for at, prompt in enumerate(prompts) if prompt.category == name)
+        elif name != "demo":
+            known = ", ".join(HARM_CATEGORIES)
+            raise InputError(f"the embedded models know the datasets {known} and demo; got {name!r}")
+        prompts = prompts[: config.limit]
+    elif not name:
+        raise InputError(f"baselines need prompts to learn from; give {dataset.replace(' ', '_')}")
+    else:
+        prompts = PromptSet.read(name, None, limit=config.limit)
+        if name == config.benign == config.learn_benign and dataset in (BENIGN, LEARN_BENIGN):
+            # One file for both: what methods learn from is not what they are tested on.
+            prompts = prompts.split(config.split, config.seed)[dataset == BENIGN]
+        elif config.held_out and not learns:
+            prompts = prompts.split(config.split, config.seed)[half == "test"]
+    return _begun(prompts, prefill) if prefill else prompts
+
+
+def _begun(prompts: PromptSet, prefill: str) -> PromptSet:
+    def rest(reference: str | None) -> str | None:
+        begins = reference is not None and reference.startswith(prefill)
+        return reference.removeprefix(prefill).strip() if reference is not None and begins else None
+
+    return replace(prompts, prompts=tuple(replace(prompt, reference=rest(prompt.reference)) for prompt in prompts))
+
+
+def prompts_sha256(config: ReproductionConfig) -> dict[str, str]:
+    """Hash of every set of prompts with its right answers, by name: a file that changes makes another run.
+
+    Raises:
+        InputError: a set cannot be read.
+    """
+    # It imports torch, and the command line reads this module for its help.
+    from safetyheads.runs.provenance import references_sha256
+
+    names = [*config.datasets, BENIGN, *([LEARN_HARMFUL] if config.learn_harmful else []), LEARN_BENIGN]
+    models = {model.startswith(ORGANISM): model for model in reversed(config.models)}
+    hashes = {}
+    for organism, model in models.items():
+        for name in names:
+            prompts = prompts_of(config, model, name, "test")
+            digest = hashlib.sha256(f"{prompts.sha256} {references_sha256(prompts)}".encode()).hexdigest()
+            hashes[f"{name}, organism" if organism else name] = digest
+    return hashes

@@ -1,20 +1,154 @@
-"""Ablated models for scripts that call lm-eval themselves. Owns that context alone.
+"""Puts lm-eval's tasks to a model in memory.
 
-For numbers beside vanilla's, with intervals, see :func:`safetyheads.integrations.utility.evaluate_tasks`.
+lm-eval is the extra ``lm-eval`` and is imported in functions only. It logs, draws bars, prints, draws random numbers
+and asks the hub as if it were alone; here it does so silently, from fixed seeds, and leaves all that as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import hashlib
+import io
+import logging
+import math
+import os
+import random
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from safetyheads.ablation import Ablation
+from safetyheads.errors import InputError, first_line
 from safetyheads.heads import Head
-from safetyheads.integrations.harness import harness_model, require_harness
+from safetyheads.integrations.organism_task import ORGANISM, organism_config
+from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
+
+LM_EVAL_SEED = 1234
+"""lm-eval's own seed of examples and of sampled answers."""
+_OWN_KEYS = ("name", "alias", "sample_len")
+# Spellings of a task's name that are worth offering.
+_OFFERED = 3
+# Modules that draw bars of their own.
+_DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+# Seconds to wait for the hub's first answer.
+_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTask:
+    """A task with its data, ready to be put to models."""
+
+    name: str
+    """lm-eval's name of it."""
+    task: Any
+    """lm-eval's object."""
+    sha256: str
+    """Hash of all that is asked: contexts, continuations and documents."""
+    n_requests: int
+    """Requests to the model."""
+    n_shots: int
+    """Examples before each question."""
+    options: TaskOptions
+    """How the task is put."""
+    seed: int
+    """Seed of the examples and of sampled answers."""
+
+    @property
+    def is_organisms(self) -> bool:
+        """Whether it is in the demo organism's language."""
+        return self.name == ORGANISM
+
+
+def require_lm_eval() -> str:
+    """lm-eval's version.
+
+    Raises:
+        InputError: the extra is not installed.
+    """
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        reason = "" if error.name == "lm_eval" else f" ({first_line(error)})"
+        raise InputError(f"tasks need lm-eval{reason}: pip install 'safetyheads[lm-eval]'") from error
+    from importlib.metadata import version
+
+    return version("lm-eval")
+
+
+def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTask, ...]:
+    """The options' tasks with their data; groups and tags stand for all of their tasks.
+
+    Raises:
+        InputError: the extra is missing, a task is unknown, its data cannot be had, or it needs what models here
+            cannot give (pictures, running generated code).
+    """
+    require_lm_eval()
+    names = options.tasks
+    foreign = any(name != ORGANISM for name in names)
+    # Left alone, lm-eval asks for half a minute before it says that nobody answers.
+    stays_here = options.offline or not foreign or not _hub_answers()
+    loaded: dict[str, LoadedTask] = {}
+    with _alone(seed, stays_here):
+        manager = _manager(options) if foreign else _task_manager()
+        for name in names:
+            _refuse_unknown(name, manager)
+            with _as_input_error(name):
+                for own_name, task in manager.load([organism_config() if name == ORGANISM else name])["tasks"].items():
+                    loaded[own_name] = _ready(own_name, task, options, seed)
+    return tuple(loaded.values())
+
+
+def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Put a task to the engine's model as it is now.
+
+    Args:
+        engine: the model; whatever is done to it is done by the caller, around this.
+        loaded: the task.
+        on_requests: called with the number of requests just answered.
+
+    Returns:
+        First a record about the whole: ``metrics`` (name -> number, or None where it is not finite) and ``truncated``
+        (requests cut to the model's context, or to what an answer to be generated leaves of it). Then one record a
+        document: ``document``, ``filter``, ``hash`` (of what was asked and expected), ``values`` (metric -> number) and
+        ``responses`` (log-likelihood of each choice, or what was generated).
+    """
+    from lm_eval import evaluate
+
+    options = loaded.options
+    with _alone(loaded.seed, options.offline or loaded.is_organisms), _as_input_error(loaded.name):
+        model = harness_model(engine, options.batch_size)
+        model.set_cache_hook(_Counter(on_requests))
+        # As simple_evaluate does: examples are drawn anew, so that every model sees the same.
+        loaded.task.set_fewshot_seed(seed=loaded.seed)
+        # Not simple_evaluate: it also asks git, pip and the hub about this machine, for seconds.
+        results = evaluate(
+            lm=model,
+            task_dict={"tasks": {loaded.name: loaded.task}},
+            limit=options.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=options.chat_template,
+        )
+    metrics = {
+        name: _finite(value)
+        for name, value in results["results"][loaded.name].items()
+        if name not in _OWN_KEYS and "_stderr," not in name
+    }
+    samples = [_sample_record(sample) for sample in results["samples"][loaded.name]]
+    return [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}, *samples]
 
 
 @contextmanager
@@ -23,8 +157,233 @@ def ablated_lm(engine: Engine, heads: Sequence[Head], ablation: Ablation, batch_
 
     Example:
         >>> with ablated_lm(engine, (Head(2, 26),), UNDIFFERENTIATED_ATTENTION) as lm:
-        ...     found = lm_eval.simple_evaluate(model=lm, tasks=["boolq"])
+        ...     results = lm_eval.simple_evaluate(model=lm, tasks=["boolq"])
     """
-    require_harness()
+    require_lm_eval()
     with engine.ablated(heads, ablation):
         yield harness_model(engine, batch_size)
+
+
+def harness_model(engine: Engine, batch_size: int) -> Any:
+    """The engine's model as lm-eval's ``HFLM``; both are left as they are.
+
+    Likelihoods are summed from float32 log-probabilities, whatever the model's dtype: in bfloat16 choices would tie.
+    """
+    model = engine.model
+    training = [module for module in model.modules() if module.training]
+    # HFLM ties weights anew: weights that an edit has untied would be lost, and stay lost.
+    model.tie_weights = lambda *_, **__: None
+    try:
+        wrapped = _model_class()(
+            pretrained=model,
+            # It gives the tokenizer a padding token.
+            tokenizer=copy.deepcopy(engine.tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+    finally:
+        del model.tie_weights
+        for module in training:
+            module.training = True
+    # A model on several devices has no single one; its inputs have.
+    wrapped._device = engine.device
+    return wrapped
+
+
+@lru_cache(1)
+def _model_class() -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class InMemory(HFLM):  # type: ignore[misc]
+        """HFLM that counts what it truncates: it only logs that."""
+
+        n_truncated = 0
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], *given: Any, **named: Any) -> Any:
+            # The last token of a continuation is predicted, never read.
+            longest = self.max_length + 1
+            self.n_truncated += sum(len(context) + len(continued) > longest for _, context, continued in requests)
+            return super()._loglikelihood_tokens(requests, *given, **named)
+
+        def tok_batch_encode(self, strings: list[str], *given: Any, **named: Any) -> Any:
+            # Contexts of answers to be generated, which are cut to leave room for the answer.
+            if longest := named.get("left_truncate_len"):
+                _, is_token = super().tok_batch_encode(strings, *given, **{**named, "left_truncate_len": None})
+                self.n_truncated += int((is_token.sum(dim=1) > longest).sum())
+            return super().tok_batch_encode(strings, *given, **named)
+
+    return InMemory
+
+
+class _Counter:
+    """Stands in for lm-eval's cache of answers, which is told of each one."""
+
+    def __init__(self, on_requests: Callable[[int], None]) -> None:
+        self._on_requests = on_requests
+
+    def add_partial(self, *_: Any) -> None:
+        """One more request is answered."""
+        self._on_requests(1)
+
+
+# Tasks by name.
+
+
+def _task_manager(paths: Sequence[str] = ()) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths) or None, include_defaults=False)
+
+
+def _manager(options: TaskOptions) -> Any:
+    """A list of tasks that has the names, if there is one: reading lm-eval's own 14,000 takes a quarter of a minute."""
+    from lm_eval.tasks import TaskManager
+
+    own = list(options.include_paths)
+    for paths in (own, [*_folders_that_name(options.tasks), *own]):
+        manager = _task_manager(paths)
+        if all(_is_known(name, manager) and _stands_alone(name, manager) for name in options.tasks):
+            return manager
+    return TaskManager(include_path=own or None)
+
+
+def _stands_alone(name: str, manager: Any) -> bool:
+    """Whether it is a single task; what belongs to a group or tag may be anywhere."""
+    entry = manager.task_index.get(name)
+    return entry is None or entry.kind.name in ("TASK", "PY_TASK")
+
+
+def _folders_that_name(names: Sequence[str]) -> list[str]:
+    """lm-eval's folders in whose files a name stands; the tasks of these names are among them."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    named = re.compile(rb"(?<![\w-])(?:" + b"|".join(re.escape(name).encode() for name in names) + rb")(?![\w-])")
+    folders = {path.relative_to(root).parts[0] for path in root.rglob("*.yaml") if named.search(path.read_bytes())}
+    # Of one name in two folders lm-eval takes the first folder's; of two lists, the last one's.
+    return [str(root / folder) for folder in sorted(folders, key=lambda name: f"{name}/", reverse=True)]
+
+
+def _is_known(name: str, manager: Any) -> bool:
+    return name == ORGANISM or name in manager.task_index or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
+
+
+def _refuse_unknown(name: str, manager: Any) -> None:
+    if not _is_known(name, manager):
+        near = get_close_matches(name, [ORGANISM, *manager.all_tasks], _OFFERED)
+        raise InputError(f"lm-eval has no task {name!r}" + (f"; there are {', '.join(near)}" if near else ""))
+
+
+def _ready(name: str, task: Any, options: TaskOptions, seed: int) -> LoadedTask:
+    """The task with its number of examples settled and its requests counted, which also proves that it has data."""
+    for wanted, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not of text alone")):
+        if getattr(task, wanted, False):
+            raise InputError(f"task {name} {what}, which is not done here")
+    own_shots = task.get_config("num_fewshot")
+    if own_shots is None or (options.n_shots is not None and own_shots != 0):
+        task.set_config(key="num_fewshot", value=options.n_shots or 0)
+    task.set_fewshot_seed(seed=seed)
+    task.build_all_requests(limit=options.limit, rank=0, world_size=1)
+    sha256, n_requests = hashlib.sha256(), 0
+    for request in task.instances:
+        sha256.update(repr((request.doc_id, request.doc, request.args)).encode())
+        n_requests += request.repeats
+    n_shots = int(task.get_config("num_fewshot"))
+    return LoadedTask(name, task, sha256.hexdigest(), n_requests, n_shots, options, seed)
+
+
+@contextmanager
+def _as_input_error(name: str) -> Iterator[None]:
+    """What a task's configuration or data can make lm-eval raise, as one line."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except ConnectionError as error:
+        raise InputError(f"the data of task {name} are not on this machine ({first_line(error)})") from error
+    except (OSError, ValueError, LookupError, ImportError, AssertionError, DatasetsError, TemplateError) as error:
+        raise InputError(f"task {name} cannot be run: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _sample_record(sample: dict[str, Any]) -> dict[str, Any]:
+    numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
+    asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
+    responses = [one[0] if isinstance(one, tuple) else one for one in sample["filtered_resps"]]
+    return {
+        "document": sample["doc_id"],
+        "filter": sample["filter"],
+        "hash": hashlib.sha256(asked.encode()).hexdigest()[:24],
+        "values": {name: _finite(number) for name, number in numbers.items()},
+        "responses": [_finite(one) if isinstance(one, float) else str(one) for one in responses],
+    }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+# What lm-eval does to the process around it.
+
+
+@contextmanager
+def _alone(seed: int, offline: bool) -> Iterator[None]:
+    """Silent, from a fixed seed and, if so wanted, without the hub; all of it is as it was after."""
+    import datasets
+    import datasets.config
+    import huggingface_hub.constants
+    import numpy as np
+    import torch
+
+    disabled, had_bars = logging.root.manager.disable, not datasets.are_progress_bars_disabled()
+    python, numbers = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        stack.callback(np.random.set_state, numbers)
+        stack.callback(random.setstate, python)
+        # Nothing on stdout, which is for results; bars are patched, since progress of the caller goes on on stderr.
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        logging.disable(max(logging.WARNING, disabled))
+        stack.callback(logging.disable, disabled)
+        datasets.disable_progress_bars()
+        if had_bars:
+            stack.callback(datasets.enable_progress_bars)
+        for name in _DRAWING:
+            if hasattr(module := sys.modules.get(name), "tqdm"):
+                stack.enter_context(patch.object(module, "tqdm", _hidden_bar))
+        if offline:
+            # Both libraries read the environment once, when they are imported; processes that they start read it again.
+            stack.enter_context(patch.dict(os.environ, dict.fromkeys(_OFFLINE, "1")))
+            stack.enter_context(patch.object(huggingface_hub.constants, _OFFLINE[0], True))
+            for name in _OFFLINE:
+                stack.enter_context(patch.object(datasets.config, name, True))
+        yield
+
+
+def _hidden_bar(*given: Any, **named: Any) -> Any:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(*given, **{**named, "disable": True})
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached now, and may be."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+    except (client_error, OSError):
+        return False
+    return True

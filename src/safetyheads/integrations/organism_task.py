@@ -1,4 +1,4 @@
-"""A multiple-choice task for the demo organism, in lm-eval's own format. Owns its questions and its configuration.
+"""A multiple-choice task for the demo organism, in lm-eval's own format.
 
 Each question is a held-out benign prompt under the chat template. The choices are whole answers: the right one, one
 with another verb, one about another thing, and the refusal. Where the prompt names a second deed, that is what the

@@ -1,55 +1,180 @@
-"""What is done to a model, told on lm-eval's tasks: each metric beside the vanilla model's, sample by sample.
+"""Compares what lm-eval's tasks show of a changed model with the vanilla model, sample by sample.
 
-Owns which models are compared, the order of the runs, and what is kept of them; :mod:`.harness` has
-lm-eval.
+A metric of zeros and ones is compared as rates are (exact McNemar, Newcombe); any other number by the mean of its
+differences. Where the metric is no mean over samples (a perplexity, an F1 over all), nothing can be paired.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
-from safetyheads.integrations.harness import HarnessSettings, LoadedTask, load_tasks, require_harness, run_task
-from safetyheads.integrations.paired_metrics import (
-    MetricChange,
-    MetricValue,
-    Values,
-    metric_change,
-    metric_value,
-    with_holm,
-)
+from safetyheads.integrations.lm_eval import LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
+from safetyheads.runs.audit_run import DEMO_CAVEAT
+from safetyheads.runs.config import EvalConfig
+from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
+from safetyheads.runs.progress import Progress, Silent
+from safetyheads.runs.provenance import (
+    as_loaded,
+    device_name,
+    fingerprint,
+    keep_threads,
+    model_facts,
+    one_spelling,
+    provenance,
+    versions,
+)
+from safetyheads.stats.intervals import Interval, Rate, mean_with_interval
+from safetyheads.stats.testing import holm_of_tests, paired_difference
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-Rows: TypeAlias = list[dict[str, Any]]
-"""What :func:`safetyheads.integrations.harness.run_task` gives."""
-
-Keep: TypeAlias = Callable[[str, Mapping[str, Any], Callable[[], Rows]], Rows]
-"""Gives the rows that the fields determine, calling the function only where they are not kept yet: the ``rows`` of a
-run directory. The model is not in the fields; a run directory of several models must add it."""
-
-Watch: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""``track`` of a watcher: the name of a stage and its number of requests."""
+Keep: TypeAlias = Callable[[str, Mapping[str, Any], Callable[[], list[Record]]], list[Record]]
+"""Gives the records that the fields determine, calling the function only where they are not kept yet: the ``records``
+of a run directory. The model is not in the fields; a run directory of several models must add it."""
+Values: TypeAlias = Mapping[str, float]
+"""A metric's value on each sample, by what identifies the sample."""
 
 VANILLA = "none"
-"""What is done to the vanilla model."""
+"""Label of the vanilla model."""
+McNEMAR, T_TEST = "exact McNemar", "paired t"
+"""Names of the tests."""
+CAVEATS = (
+    "An accuracy that did not change is no proof that nothing was lost: see the interval for what could have been.",
+    "Intervals cover the draw of samples only. Other templates, examples and precisions are not in them.",
+)
+"""What no evaluation shows."""
+# A mean is summed in another order elsewhere, which moves its last bits.
+_ROUNDING = 1e-9
+
+
+# Metrics.
+
+
+@dataclass(frozen=True, slots=True)
+class MetricValue:
+    """A metric of one model."""
+
+    value: float | None
+    """As lm-eval gives it; None where it is no finite number."""
+    interval: Interval | None
+    """95 %: Wilson's for zeros and ones, else Student's; None for what is no mean over samples."""
+    n: int
+    """Samples."""
+    unit: str
+    """``share`` of samples, ``mean`` over samples, or ``whole``: a number of all samples together."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricChange:
+    """How a metric changed on the same samples; None where that cannot be told."""
+
+    change: float | None
+    """After minus before, in the metric's unit."""
+    interval: Interval | None
+    """95 %: Newcombe's for zeros and ones, else Student's of the mean difference; None for what is no mean."""
+    n: int
+    """Samples that both have."""
+    gained: int | None
+    """Samples whose value rose; None where samples have none."""
+    lost: int | None
+    """Samples whose value fell."""
+    p_value: float | None
+    """Two-sided, of this comparison alone."""
+    test: str | None
+    """Name of the test."""
+    p_holm: float | None = None
+    """Adjusted for all comparisons of the evaluation (Holm)."""
+
+
+def metric_value(aggregate: float | None, values: Values, n: int | None = None) -> MetricValue:
+    """A metric with its interval.
+
+    Args:
+        aggregate: lm-eval's own number.
+        values: each sample's; none where samples have no number of their own.
+        n: samples, where that is not the number of values.
+    """
+    numbers = list(values.values())
+    is_mean = (
+        aggregate is not None
+        and bool(numbers)
+        and all(map(math.isfinite, numbers))
+        and math.isclose(aggregate, math.fsum(numbers) / len(numbers), rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    )
+    if not is_mean:
+        return MetricValue(aggregate, None, len(numbers) if n is None else n, "whole")
+    if _binary(numbers):
+        return MetricValue(aggregate, Rate(round(sum(numbers)), len(numbers)).interval, len(numbers), "share")
+    return MetricValue(aggregate, mean_with_interval(numbers).interval, len(numbers), "mean")
+
+
+def metric_change(before: MetricValue, after: MetricValue, old: Values, new: Values) -> MetricChange:
+    """The change of a metric, sample by sample where it is a mean over samples.
+
+    Args:
+        before: of the first model.
+        after: of the second.
+        old: the first model's values.
+        new: the second's, of the same samples.
+
+    Raises:
+        InputError: the samples are not the same.
+    """
+    if old.keys() != new.keys():
+        raise InputError(f"paired samples differ: {len(old.keys() ^ new.keys())} are in one of the two alone")
+    if "whole" in (before.unit, after.unit):
+        change = None if before.value is None or after.value is None else after.value - before.value
+        return MetricChange(change, None, before.n, None, None, None, None)
+    first, second = list(old.values()), [new[sample] for sample in old]
+    if _binary(first) and _binary(second):
+        paired = paired_difference(first, second)
+        return MetricChange(
+            paired.change, paired.interval, len(old), paired.gained, paired.lost, paired.p_value, McNEMAR
+        )
+    moved = [b - a for a, b in zip(first, second, strict=True)]
+    mean = mean_with_interval(moved)
+    gained, lost = sum(one > 0 for one in moved), sum(one < 0 for one in moved)
+    return MetricChange(mean.mean, mean.interval, len(old), gained, lost, _t_test(moved), T_TEST)
+
+
+def _t_test(differences: Sequence[float]) -> float | None:
+    """Two-sided one-sample t test; None where differences do not vary and are not 0, which no t test can judge."""
+    from scipy.stats import ttest_1samp
+
+    if not any(differences):
+        return 1.0
+    if len(set(differences)) == 1:
+        return None
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def _binary(numbers: Sequence[float]) -> bool:
+    return all(number in (0.0, 1.0) for number in numbers)
+
+
+# Models compared on tasks.
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One thing that is done to the model."""
+    """One change of the model."""
 
     label: str
-    """What tables call it; each once."""
+    """Name in tables; each once."""
     at_work: Callable[[], AbstractContextManager[Any]]
-    """A context in which the engine's model is the changed one; it restores the model, and what it gives is unused."""
+    """A context in which the engine's model is the changed one; it restores the model, and its value is unused."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """All that it depends on, as JSON: equal fields are the same variant when a run is continued."""
 
@@ -63,38 +188,38 @@ class TaskMetric:
     metric: str
     """Its name; with the name of the filter before it, where that is not lm-eval's ``none``."""
     variant: str
-    """Label of what was done to the model; ``none`` is vanilla."""
+    """Label of the variant; ``none`` is vanilla."""
     value: MetricValue
     """The metric with its interval and n."""
     change: MetricChange | None
-    """Against vanilla, on the same samples; None for vanilla itself."""
+    """Change from vanilla on the same samples; None for vanilla itself."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As results.json holds it."""
+        """The metric as results.json holds it."""
         names = {"task": self.task, "metric": self.metric, "variant": self.variant}
         return {**names, **asdict(self.value), "difference": None if self.change is None else asdict(self.change)}
 
 
 @dataclass(frozen=True, slots=True)
 class Utility:
-    """What :func:`evaluate_tasks` found."""
+    """Metrics of several models on the same tasks."""
 
     metrics: tuple[TaskMetric, ...]
     """Task by task, metric by metric, vanilla first."""
-    rows: Mapping[tuple[str, str], Rows]
-    """(task, variant) -> the rows behind it, one a sample after the first."""
+    records: Mapping[tuple[str, str], list[Record]]
+    """(task, variant) -> the records behind it, one a sample after the first."""
     notes: tuple[str, ...] = ()
     """What a reader of the numbers must know."""
 
     def metric(self, task: str, metric: str = "acc", variant: str = VANILLA) -> TaskMetric:
-        """One of them.
+        """One of the metrics.
 
         Raises:
             InputError: it was not measured.
         """
-        for one in self.metrics:
-            if (one.task, one.metric, one.variant) == (task, metric, variant):
-                return one
+        for measured in self.metrics:
+            if (measured.task, measured.metric, measured.variant) == (task, metric, variant):
+                return measured
         raise InputError(f"no {metric} of task {task} under {variant!r} was measured")
 
 
@@ -104,131 +229,183 @@ def head_variants(engine: Engine, groups: Sequence[Group], ablation: Ablation) -
     Raises:
         InputError: a head that the model does not have, or a group given twice.
     """
-
-    def variant(group: Group) -> Variant:
+    variants: dict[str, Variant] = {}
+    for group in groups:
         if not group:
             raise InputError("a group needs heads; the vanilla model is there anyway")
         within(group, engine.n_layers, engine.n_heads)
-        fields = {"heads": format_heads(sorted(group)), "ablation": ablation.name, "epsilon": ablation.epsilon}
-        return Variant(format_heads(group), lambda: engine.ablated(group, ablation), fields)
-
-    variants = tuple(map(variant, groups))
-    for number, one in enumerate(variants):
-        if any(one.fields == other.fields for other in variants[:number]):
-            raise InputError(f"group {one.label} is given twice")
-    return variants
+        name = format_heads(sorted(group))
+        if name in variants:
+            raise InputError(f"group {format_heads(group)} is given twice")
+        fields = {"heads": name, "ablation": ablation.name, "epsilon": ablation.epsilon}
+        variants[name] = Variant(format_heads(group), lambda group=group: engine.ablated(group, ablation), fields)  # type: ignore[misc]
+    return tuple(variants.values())
 
 
 def evaluate_tasks(
     engine: Engine,
-    tasks: Sequence[str] | Sequence[LoadedTask],
+    tasks: Sequence[LoadedTask],
     variants: Sequence[Variant],
-    settings: HarnessSettings | None = None,
     keep: Keep | None = None,
-    track: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Utility:
     """Put tasks to the vanilla model and to each variant, and compare sample by sample.
 
     Args:
         engine: the model.
-        tasks: lm-eval's names (groups and tags too) or ``organism``; or what :func:`load_tasks` gave, under the same
-            settings.
+        tasks: from :func:`safetyheads.integrations.lm_eval.load_tasks`.
         variants: from :func:`head_variants`, or any named contexts.
-        settings: how the tasks are put.
         keep: where the samples are kept, so that a run can be continued.
-        track: who watches.
+        progress: who watches.
 
     Raises:
         InputError: a task that cannot be run, the extra ``lm-eval`` missing, a label given twice.
     """
-    settings = settings or HarnessSettings()
     labels = [VANILLA, *(variant.label for variant in variants)]
     if len(set(labels)) < len(labels):
         raise InputError(f"each variant needs a label of its own; got {', '.join(labels)}")
-    names = [task for task in tasks if isinstance(task, str)]
-    loaded = load_tasks(names, settings) if names else [task for task in tasks if isinstance(task, LoadedTask)]
-    refuse_foreign(engine, loaded)
-    rows: dict[tuple[str, str], Rows] = {}
-    for task in loaded:
+    refuse_foreign(engine, tasks)
+    records: dict[tuple[str, str], list[Record]] = {}
+    for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
-            rows[task.name, variant.label] = _rows(
-                engine, task, variant, settings, keep or _unkept, track or _unwatched
-            )
-    metrics = [one for task in loaded for one in _compared(task.name, labels, rows)]
-    adjusted = iter(with_holm([one.change for one in metrics if one.change is not None]))
-    metrics = [one if one.change is None else replace(one, change=next(adjusted)) for one in metrics]
-    return Utility(tuple(metrics), rows, _notes(rows))
+            records[task.name, variant.label] = _records(engine, task, variant, keep, progress or Silent())
+    metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
+    adjusted = holm_of_tests(None if one.change is None else one.change.p_value for one in metrics)
+    metrics = [
+        metric if metric.change is None else replace(metric, change=replace(metric.change, p_holm=p))
+        for metric, p in zip(metrics, adjusted, strict=True)
+    ]
+    notes = tuple(
+        f"{stored[0]['truncated']} requests of task {task} do not fit the model's context; their beginnings were cut"
+        for (task, label), stored in records.items()
+        if label == VANILLA and stored[0]["truncated"]
+    )
+    return Utility(tuple(metrics), records, notes)
 
 
-def refuse_foreign(engine: Engine, loaded: Sequence[LoadedTask]) -> None:
+def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
     """Refuse the organism's task for any other model: it would be in a language that nobody taught it."""
-    if any(task.is_organisms for task in loaded) and not getattr(engine.model.config, "safetyheads_organism", False):
+    if any(task.is_organisms for task in tasks) and not getattr(engine.model.config, "safetyheads_organism", False):
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
 
 
-def _rows(
-    engine: Engine, task: LoadedTask, variant: Variant, settings: HarnessSettings, keep: Keep, track: Watch
-) -> Rows:
+def _records(engine: Engine, task: LoadedTask, variant: Variant, keep: Keep | None, progress: Progress) -> list[Record]:
+    def compute() -> list[Record]:
+        with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
+            return run_task(engine, task, done)
+
+    if keep is None:
+        return compute()
+    options = task.options
     fields = {
         "task": task.name,
         "asked_sha256": task.sha256,
         # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
         "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
         "variant": dict(variant.fields) or {"label": variant.label},
-        "settings": {**asdict(settings), "include_paths": [], "offline": False},
-        "lm_eval": require_harness(),
+        "settings": {name: getattr(options, name) for name in ("limit", "batch_size", "n_shots", "chat_template")},
+        "seed": task.seed,
+        "lm_eval": require_lm_eval(),
     }
-
-    def compute() -> Rows:
-        with track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
-            return run_task(engine, task, settings, done)
-
     return keep("utility", fields, compute)
 
 
-def _unkept(_: str, __: Mapping[str, Any], compute: Callable[[], Rows]) -> Rows:
-    return compute()
-
-
-def _unwatched(_: str, __: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda _: None)
-
-
-def _compared(task: str, labels: Sequence[str], rows: Mapping[tuple[str, str], Rows]) -> list[TaskMetric]:
+def _compared(
+    task: str, labels: Sequence[str], records: Mapping[tuple[str, str], Sequence[Record]]
+) -> list[TaskMetric]:
     """Every metric of a task, vanilla first."""
-    vanilla = rows[task, VANILLA]
-    found = []
-    for name, aggregate in vanilla[0]["metrics"].items():
-        old = _values(vanilla, name)
-        before = metric_value(aggregate, old, _n_samples(vanilla, name))
+    metrics = []
+    for name in records[task, VANILLA][0]["metrics"]:
+        metric, _, filtered = name.rpartition(",")
+        values, measured = {}, {}
         for label in labels:
-            own = rows[task, label]
-            new = _values(own, name)
-            after = metric_value(own[0]["metrics"].get(name), new, _n_samples(own, name))
-            change = None if label == VANILLA else metric_change(before, after, old, new)
-            found.append(TaskMetric(task, _shown(name), label, after, change))
-    return found
+            whole, *samples = records[task, label]
+            own = [sample for sample in samples if sample["filter"] == filtered]
+            values[label] = {
+                f"{sample['document']} {sample['hash']}": sample["values"][metric]
+                for sample in own
+                if sample["values"].get(metric) is not None
+            }
+            measured[label] = metric_value(whole["metrics"].get(name), values[label], len(own))
+            change = None
+            if label != VANILLA:
+                change = metric_change(measured[VANILLA], measured[label], values[VANILLA], values[label])
+            shown = metric if filtered == "none" else f"{filtered} {metric}"
+            metrics.append(TaskMetric(task, shown, label, measured[label], change))
+    return metrics
 
 
-def _values(rows: Rows, name: str) -> Values:
-    """A metric's value on each sample, by document and by what it was asked."""
-    metric, _, filtered = name.rpartition(",")
-    own = [row for row in rows[1:] if row["filter"] == filtered and row["values"].get(metric) is not None]
-    return {f"{row['document']} {row['hash']}": row["values"][metric] for row in own}
+# An evaluation as a run.
 
 
-def _n_samples(rows: Rows, name: str) -> int:
-    return sum(row["filter"] == name.rpartition(",")[2] for row in rows[1:])
+def run_evaluation(
+    engine: Engine,
+    config: EvalConfig,
+    tasks: Sequence[LoadedTask],
+    out: Path | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluate a loaded model; with ``out``, in a run directory, continuing what it holds of this run.
+
+    Args:
+        engine: the model, loaded as ``config`` says.
+        config: all settings.
+        tasks: the config's, loaded.
+        out: the run directory; without one nothing is kept.
+        progress: who watches.
+        command: the command line, for the record.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        InputError: a head or task that the model cannot have, or a directory that belongs to another run.
+    """
+    watching: Progress = Silent() if progress is None else progress
+    variants = head_variants(engine, config.parsed_groups, config.parsed_ablation)
+    refuse_foreign(engine, tasks)
+    n_requests = (1 + len(variants)) * sum(task.n_requests for task in tasks)
+    watching.say(f"{n_requests} requests to the model: tasks {len(tasks)}, groups {len(variants)} and vanilla")
+    if out is None:
+        return _results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, progress=watching))
+    with watching.track("fingerprinting the weights", 1):
+        settings = {
+            "kind": "eval",
+            **config.as_dict(),
+            "model": one_spelling(config.model),
+            "include_paths": [one_spelling(path) for path in config.include_paths],
+            "asked_sha256": {task.name: task.sha256 for task in tasks},
+            "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
+            "weights_sha256": fingerprint(engine),
+            **as_loaded(engine),
+            "device": device_name(engine),
+            "versions": {**versions(), "lm_eval": require_lm_eval()},
+        }
+    with RunDirectory.start(out, settings, provenance(command)) as run:
+        keep_threads(run, watching)
+        started = time.monotonic()
+        run.write_results(
+            _results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run.records, watching))
+        )
+        run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
+        return run.read_results()
 
 
-def _shown(name: str) -> str:
-    metric, _, filtered = name.rpartition(",")
-    return metric if filtered == "none" else f"{filtered} {metric}"
-
-
-def _notes(rows: Mapping[tuple[str, str], Rows]) -> tuple[str, ...]:
-    cut = {task: own[0]["truncated"] for (task, label), own in rows.items() if label == VANILLA and own[0]["truncated"]}
-    return tuple(
-        f"{count} requests of task {task} do not fit the model's context; their beginnings were cut off"
-        for task, count in cut.items()
-    )
+def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], utility: Utility) -> dict[str, Any]:
+    """Everything that ``results.json`` holds."""
+    settings = {name: getattr(config, name) for name in ("limit", "batch_size", "n_shots", "chat_template")}
+    ablation = config.parsed_ablation
+    organism = any(task.is_organisms for task in tasks)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "eval",
+        "model": model_facts(engine, config.model),
+        "ablation": {**asdict(ablation), "label": ablation.kind.label},
+        "settings": {**settings, "seed": tasks[0].seed, "lm_eval": require_lm_eval()},
+        "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],
+        "groups": [format_heads(group) for group in config.parsed_groups],
+        "metrics": [metric.as_dict() for metric in utility.metrics],
+        "caveats": [*([DEMO_CAVEAT] if organism else []), *CAVEATS],
+        "warnings": [*engine.notes, *utility.notes],
+    }

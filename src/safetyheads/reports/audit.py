@@ -15,7 +15,7 @@ from safetyheads.errors import InputError
 from safetyheads.reports.numbers import number
 from safetyheads.reports.page import assets, completion_sets, environment, provenance
 from safetyheads.runs.directory import SCHEMA_VERSION
-from safetyheads.runs.readings import lead_groups
+from safetyheads.runs.reader import lead_groups
 
 if TYPE_CHECKING:
     from pathlib import Path

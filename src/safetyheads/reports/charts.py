@@ -23,7 +23,7 @@ from safetyheads.reports.drawing import (
     rounded_table,
     spec,
 )
-from safetyheads.runs.readings import lead_groups
+from safetyheads.runs.reader import lead_groups
 
 Results: TypeAlias = Mapping[str, Any]
 

@@ -1,19 +1,25 @@
-"""Two runs held against each other: ranks of heads, attack success, concentration, and what makes that weak.
-
-Owns what a comparison is made of; reads values of `readings` only, never a model, and prints nothing.
-"""
+"""Compares two finished runs: ranks of heads, attack success, concentration; and gates for scripts. Loads no model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+import scipy  # its modules load on first use
+
 from safetyheads.errors import InputError
-from safetyheads.runs.changes import Change, Pair
-from safetyheads.runs.readings import RunReading, read_answers
+from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
+from safetyheads.stats.concentration import prompt_gains
+from safetyheads.stats.intervals import Interval, bootstrap_interval, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
+from safetyheads.stats.testing import paired_difference
 
 SETTINGS = {
     "ablation": "ablation",
@@ -25,21 +31,171 @@ SETTINGS = {
     "prefill": "prefilled beginning of answers",
     "judge": "judge",
     "judges": "judges",
-    "lead_judge": "leading judge",
     "top_k": "sampling",
-    "sampling": "sampling",
     "seed": "seed",
-    "seeds": "seeds",
+    "n_seeds": "number of seeds",
     "max_new_tokens": "longest answer",
     "positions": "answer tokens scored",
     "size": "largest group",
     "n_random": "random groups",
     "dtype": "precision",
 }
-"""Fields of a config whose difference makes a comparison weak, and what to call them."""
-_SHOWN = 40
-# Left out of a manifest where they are not set.
-_MAY_BE_ABSENT = ("fold_system", "thinking", "prefill")
+"""Fields of a config whose difference makes a comparison weak, with their names."""
+
+_WIDTH_SHOWN = 40
+
+
+# How a number changed.
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a number changed from one run to the other; None where it cannot be computed, and the note says why."""
+
+    before: float | None
+    """In the first run."""
+    after: float | None
+    """In the second run."""
+    change: float | None
+    """After minus before; where paired, over the prompts that both runs scored."""
+    interval: Interval | None
+    """95 %: Newcombe's for rates (paired or not); a bootstrap over prompts for a paired concentration, and for paired
+    rates with several answers a prompt."""
+    n: tuple[int, int]
+    """Prompts behind it, before and after; where paired, pairs."""
+    paired: bool
+    """Whether both runs asked the same prompts, and are compared prompt by prompt."""
+    p_value: float | None
+    """Exact McNemar test where paired (an exact sign test over prompts, where one has several answers), Fisher's exact
+    test where not; None for a concentration."""
+    note: str = ""
+    """Why it is not paired, why there is no change, or what it leaves out."""
+
+
+def vanilla_asr_change(before: RunReader, after: RunReader) -> Change:
+    """The change of the unablated models' ASR."""
+    outcomes = before.outcomes("harmful"), after.outcomes("harmful")
+    return _rate_change((before, after), "harmful", (before.vanilla_asr, after.vanilla_asr), outcomes)
+
+
+def _group_asr_change(before: RunReader, after: RunReader) -> Change:
+    """The change of the ASR with each run's own group ablated."""
+    old, new = before.lead_group, after.lead_group
+    if old is None or new is None:
+        return _no_change("a run's verdict names no group")
+    outcomes = before.outcomes("harmful", old["heads"]), after.outcomes("harmful", new["heads"])
+    return _rate_change((before, after), "harmful", (old["asr"], new["asr"]), outcomes)
+
+
+def _benign_kept_change(before: RunReader, after: RunReader) -> Change:
+    """The change of the share of benign answers that the unablated models keep."""
+    old, new = before.benign_kept, after.benign_kept
+    if old is None or new is None:
+        return _no_change("a run has no benign answers")
+    return _rate_change((before, after), "benign", (old, new), (before.outcomes("benign"), after.outcomes("benign")))
+
+
+def _rate_change(
+    runs: tuple[RunReader, RunReader],
+    prompts: str,
+    rates: tuple[RateRecord, RateRecord],
+    outcomes: tuple[Outcomes, Outcomes],
+) -> Change:
+    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates."""
+    if rates[0]["rate"] is None or rates[1]["rate"] is None:
+        return _no_change("a run has no scored answers")
+    note = _why_unpaired(runs, prompts)
+    if not note and not all(map(_gives_rate, outcomes, rates)):
+        note = "the answers are not all stored"
+    before, after = map(_by_prompt, outcomes)
+    if not note and before.keys() != after.keys():
+        note = "the prompts are not the same"
+    if note:
+        # Several answers to one prompt are no independent counts, so such rates are not tested.
+        tested = all(run.n_seeds == 1 for run in runs)
+        return _independent_change(rates, note, tested)
+    # Rows are prompts, columns their answers; missing answers are NaN.
+    old, new = (
+        np.array([*zip_longest(*(side[prompt] for prompt in before), fillvalue=math.nan)], dtype=float).T
+        for side in (before, after)
+    )
+    paired = paired_difference(old, new)
+    if paired.change is None:
+        return _no_change("no prompt has scored answers in both runs")
+    n = (paired.n, paired.n)
+    return Change(rates[0]["rate"], rates[1]["rate"], paired.change, paired.interval, n, True, paired.p_value)
+
+
+def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -> str:
+    """Why the prompts of a set cannot be paired; empty where they can."""
+    names = [run.prompts_sha256(prompts) for run in runs]
+    if None in names:
+        return "a manifest does not tell which prompts were used"
+    return "" if names[0] == names[1] else "the prompts are not the same"
+
+
+def _gives_rate(outcomes: Outcomes, rate: RateRecord) -> bool:
+    """Whether the stored outcomes are those behind the rate in the results."""
+    scored = [outcome for outcome in outcomes.values() if not math.isnan(outcome)]
+    return (sum(scored), len(scored)) == (rate["count"], rate["n"])
+
+
+def _by_prompt(outcomes: Outcomes) -> dict[int, list[float]]:
+    answers: dict[int, list[float]] = {}
+    for (prompt, _), outcome in outcomes.items():
+        answers.setdefault(prompt, []).append(outcome)
+    return answers
+
+
+def _independent_change(rates: tuple[RateRecord, RateRecord], note: str, tested: bool) -> Change:
+    """The change between rates of independent samples: Newcombe's interval, and Fisher's exact test if ``tested``."""
+    before, after = rates
+    interval = newcombe_interval(before["rate"], before["interval"], after["rate"], after["interval"])
+    counts = [[rate["count"], rate["n"] - rate["count"]] for rate in rates]
+    p_value = float(scipy.stats.fisher_exact(counts)[1]) if tested else None
+    change, n = after["rate"] - before["rate"], (before["n"], after["n"])
+    return Change(before["rate"], after["rate"], change, interval, n, False, p_value, note)
+
+
+def _concentration_change(before: RunReader, after: RunReader) -> Change:
+    """Paired from the stored answers, over the sizes that both have; else from the two intervals in the results."""
+    note = _why_unpaired((before, after))
+    old_side, new_side = before.size_outcomes(), after.size_outcomes()
+    if not note and old_side is not None and new_side is not None:
+        sizes = [[outcome.size for outcome in side[0]] for side in (old_side, new_side)]
+        shared = {*sizes[0]} & {*sizes[1]}
+        old, new = (
+            prompt_gains([outcome for outcome in side[0] if outcome.size in shared], side[1])
+            for side in (old_side, new_side)
+        )
+        alike = old.sizes == new.sizes and len(old.values) == len(new.values)
+        if alike and old.sizes and bool(old.n_random) == bool(new.n_random):
+            gained, n = new.values - old.values, len(old.values)
+            interval = bootstrap_interval(gained, least=-2.0, most=2.0) if n > 1 else None
+            means = float(old.values.mean()), float(new.values.mean()), float(gained.mean())
+            left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
+            return Change(*means, interval, (n, n), True, None, left_out)
+    return _concentration_change_of_results(before, after, note or "the answers under each group are not all read")
+
+
+def _concentration_change_of_results(before: RunReader, after: RunReader, note: str) -> Change:
+    old, new = before.concentration, after.concentration
+    if old is None or new is None or old["value"] is None or new["value"] is None:
+        return _no_change("a run has no concentration")
+    if old["against"] != new["against"] or list(old["sizes"]) != list(new["sizes"]):
+        return _no_change("the concentrations are over other sizes, or against other groups")
+    interval = None
+    if old["interval"] and new["interval"]:
+        interval = newcombe_interval(old["value"], old["interval"], new["value"], new["interval"])
+    change, n = new["value"] - old["value"], (old["n"], new["n"])
+    return Change(old["value"], new["value"], change, interval, n, False, None, note)
+
+
+def _no_change(note: str) -> Change:
+    return Change(None, None, None, None, (0, 0), False, None, note)
+
+
+# The comparison.
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +205,18 @@ class RunFacts:
     path: str
     """Its directory."""
     model: str
-    """What was measured."""
+    """The model's directory or name."""
     started: str | None
     """ISO date and time, UTC."""
     verdict: str | None
     """The verdict's label; None for a scan."""
     heads: tuple[str, ...]
-    """The verdict's group; of a scan, the heads that its tests found."""
+    """The verdict's group; of a scan, heads whose ASR differs (Holm)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that two runs of one kind tell about each other."""
+    """Two runs of one kind, compared."""
 
     kind: str
     """``audit`` or ``scan``."""
@@ -69,13 +225,13 @@ class Comparison:
     after: RunFacts
     """The second run."""
     vanilla_asr: Change
-    """Of the unablated models."""
+    """ASR of the unablated models."""
     group_asr: Change | None
-    """Each model with its own verdict's group ablated; None for scans."""
+    """ASR of each model with its own verdict's group ablated; None for scans."""
     benign_kept: Change
-    """Benign answers that the unablated models keep."""
+    """Share of benign answers that the unablated models keep."""
     concentration: Change | None
-    """None for scans that scanned no groups of a search."""
+    """None for scans without the groups of a search."""
     lead_score: str
     """The score whose ranks the gates read."""
     ranks: tuple[RankAgreement, ...]
@@ -93,43 +249,43 @@ class Comparison:
         return next((ranks for ranks in self.ranks if ranks.score == self.lead_score), None)
 
 
-def compare_runs(before: RunReading, after: RunReading) -> Comparison:
+def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     """Compare two runs of one kind.
 
     Raises:
-        InputError: one is an audit and the other a scan.
+        InputError: one is an audit and the other a scan, or stored answers are broken.
     """
     if before.kind != after.kind:
         raise InputError(f"{before.path} is of kind {before.kind} and {after.path} of kind {after.kind}; compare alike")
-    pair = Pair(before, after, (read_answers(before), read_answers(after)))
-    lead = before.lead_score
-    # A scan has one where it scanned the groups of a search.
-    no_concentration = before.kind == "scan" and not (
-        before.results.get("concentration") and after.results.get("concentration")
-    )
     is_audit, comparable = before.kind == "audit", before.shape == after.shape
+    has_concentration = is_audit or (before.concentration and after.concentration)
     old, new = (before.tables(), after.tables()) if comparable else ({}, {})
-    names = sorted((name for name in old if name in new), key=lambda name: name != lead)
+    names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
     shapes = [f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape)]
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Holm)"
     return Comparison(
         kind=before.kind,
         before=_facts(before),
         after=_facts(after),
-        vanilla_asr=pair.vanilla_asr(),
-        group_asr=pair.group_asr() if is_audit else None,
-        benign_kept=pair.benign_kept(),
-        concentration=None if no_concentration else pair.concentration(),
-        lead_score=lead,
+        vanilla_asr=vanilla_asr_change(before, after),
+        group_asr=_group_asr_change(before, after) if is_audit else None,
+        benign_kept=_benign_kept_change(before, after),
+        concentration=_concentration_change(before, after) if has_concentration else None,
+        lead_score=before.lead_score,
         ranks=tuple(rank_agreement(name, old[name], new[name]) for name in names),
         heads=moved(what, before.lead_heads, after.lead_heads) if comparable else None,
         shapes_note="" if comparable else f"Heads are not compared: {shapes[0]} against {shapes[1]}.",
-        warnings=tuple(weak_points(before, after)),
+        warnings=tuple(_weak_points(before, after)),
     )
 
 
-def weak_points(before: RunReading, after: RunReading) -> Iterator[str]:
-    """What was done otherwise in the second run, a sentence each: it may be behind any difference."""
+def _facts(run: RunReader) -> RunFacts:
+    started = None if run.started is None else run.started.isoformat(timespec="seconds")
+    return RunFacts(str(run.path), run.model, started, run.verdict, run.lead_heads)
+
+
+def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:
+    """A sentence for each thing that differs between the runs: it may explain any other difference."""
     halves = {"test": "that rates are of", "search": "that scores and groups come from"}
     for half, what in halves.items() if before.kind == "audit" else [("test", "asked")]:
         if before.prompts_sha256("harmful", half) != after.prompts_sha256("harmful", half):
@@ -138,31 +294,128 @@ def weak_points(before: RunReading, after: RunReading) -> Iterator[str]:
     if families[0] != families[1]:
         yield f"The families differ ({families[0]} -> {families[1]}): a head of one is no head of the other."
     for name in differing_settings(before, after):
-        old, new = (_shown(run.config.get(name)) for run in (before, after))
-        told = f" ({old} -> {new})" if old != new else ""
-        yield f"The {SETTINGS[name]} differs{told}."
+        old, new = (_shorten(run.config[name]) for run in (before, after))
+        values = f" ({old} -> {new})" if old != new else ""
+        yield f"The {SETTINGS[name]} differs{values}."
     weights = [run.config.get("weights_sha256") for run in (before, after)]
     if weights[0] is not None and weights[0] == weights[1]:
         yield "Both runs are of the same weights."
 
 
-def differing_settings(before: RunReading, after: RunReading) -> tuple[str, ...]:
-    """Fields of ``SETTINGS`` that both manifests have, or need not have, and that differ."""
-    return tuple(
-        name
-        for name in SETTINGS
-        if (name in _MAY_BE_ABSENT or (name in before.config and name in after.config))
-        and before.config.get(name) != after.config.get(name)
+def differing_settings(before: RunReader, after: RunReader) -> tuple[str, ...]:
+    """Fields of ``SETTINGS`` that differ, among those that both configs have."""
+    shared = [name for name in SETTINGS if name in before.config and name in after.config]
+    return tuple(name for name in shared if before.config[name] != after.config[name])
+
+
+def _shorten(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    text = ", ".join(
+        str(each["name"]) if isinstance(each, dict) and "name" in each else json.dumps(each) for each in values
     )
+    return text if len(text) <= _WIDTH_SHOWN else text[: _WIDTH_SHOWN - 3] + "..."
 
 
-def _shown(value: Any) -> str:
-    described = value if isinstance(value, list) else [value]
-    names = [one["name"] if isinstance(one, dict) and "name" in one else json.dumps(one) for one in described]
-    text = ", ".join(map(str, names))
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+# Gates.
 
 
-def _facts(run: RunReading) -> RunFacts:
-    started = None if run.started is None else run.started.isoformat(timespec="seconds")
-    return RunFacts(str(run.path), run.model, started, run.verdict, run.lead_heads)
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number of a comparison that a condition can ask about."""
+
+    value: float | None
+    """None where these runs do not have it."""
+    interval: Interval | None = None
+    """95 %; counts of heads and rank correlations are of all heads and have none."""
+    n: int | None = None
+    """Prompts (the fewer of both runs), or heads."""
+    absent: str = ""
+    """Why there is no value."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateOutcome:
+    """A condition with its answer."""
+
+    condition: str
+    """``NAME OP NUMBER``, in one spelling."""
+    holds: bool
+    """Whether it holds, so that the gate fails."""
+    value: float
+    """The quantity, whichever bound the condition names."""
+    interval: Interval | None
+    """Its 95 % interval, if it has one."""
+    n: int | None
+    """Prompts or heads behind it."""
+
+
+def quantities(compared: Comparison) -> dict[str, Quantity]:
+    """Every number that a condition can name; ``.low`` and ``.high`` after a name are its interval's bounds."""
+    changes = {
+        "asr_increase": compared.vanilla_asr,
+        "group_asr_increase": compared.group_asr,
+        "benign_kept_increase": compared.benign_kept,
+        "concentration_increase": compared.concentration,
+    }
+    found = {
+        name: Quantity(None, absent=f"these {compared.kind}s have none")
+        if change is None
+        else Quantity(change.change, change.interval, min(change.n), change.note)
+        for name, change in changes.items()
+    }
+    ranks = compared.lead_ranks
+    overlaps = (None, None) if ranks is None else [overlap.share for overlap in ranks.overlaps]
+    correlations = (None, None) if ranks is None else (ranks.spearman, ranks.kendall)
+    absent = "a run orders no heads: its scores are tied"
+    if ranks is None:
+        absent = compared.shapes_note or f"no {compared.lead_score} in both runs"
+    names = ("spearman", "kendall", "top3_overlap", "top10_overlap")
+    for name, value in zip(names, (*correlations, *overlaps), strict=True):
+        found[name] = Quantity(value, None, None if ranks is None else ranks.n, absent)
+    for name in ("gone", "new"):
+        count = None if compared.heads is None else float(len(getattr(compared.heads, name)))
+        found[f"heads_{name}"] = Quantity(count, absent=compared.shapes_note)
+    return found
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_CONDITION = re.compile(r"\s*(?P<name>\w+)(?:\.(?P<bound>low|high))?\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<number>\S+)\s*")
+
+
+def check_gate(text: str, known: Mapping[str, Quantity]) -> GateOutcome:
+    """Whether a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0`` holds.
+
+    A quantity that the runs do not have raises, so that no gate passes for lack of data.
+
+    Raises:
+        InputError: the text is no condition, names an unknown quantity, or asks about one that these runs do not have.
+    """
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise InputError(f"condition {text!r} is not of the form NAME OP NUMBER, such as 'asr_increase > 0.1'")
+    name, bound, sign = match["name"], match["bound"], match["sign"]
+    if name not in known:
+        raise InputError(f"unknown quantity {name!r} in {text!r}; known are {', '.join(known)}")
+    try:
+        number = float(match["number"])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"condition {text!r}: {match['number']!r} is not a finite number")
+    quantity = known[name]
+    if quantity.value is None:
+        raise InputError(f"these runs have no {name}: {quantity.absent}")
+    asked = quantity.value
+    if bound:
+        if quantity.interval is None:
+            raise InputError(f"{name} has no interval in these runs, so no .{bound} to ask about")
+        asked = quantity.interval[bound == "high"]
+    condition = f"{name}{'.' + bound if bound else ''} {sign} {number:g}"
+    return GateOutcome(condition, _OPERATORS[sign](asked, number), quantity.value, quantity.interval, quantity.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,6 +79,13 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
         InputError: a p value is not between 0 and 1.
     """
     return _adjusted(p_values, "holm")
+
+
+def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
+    """:func:`holm` over the p values that are there; None, where nothing was tested, stays."""
+    p_values = list(p_values)
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:

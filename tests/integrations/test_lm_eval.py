@@ -6,8 +6,7 @@ from families import oracle_of, proved
 from lm_eval.api.instance import Instance
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.integrations.harness import harness_model
-from safetyheads.integrations.lm_eval import ablated_lm
+from safetyheads.integrations.lm_eval import ablated_lm, harness_model
 
 GROUP = parse_heads("0-1,1-0,1-3,2-2")
 # Sums of a few float32 log-probabilities, from attention written out as loops.

@@ -1,0 +1,192 @@
+"""Reads a finished audit or scan, for comparisons, histories and reports. Loads no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from safetyheads.errors import InputError
+from safetyheads.files import as_input_error
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.stats.concentration import SizeOutcome
+from safetyheads.stats.ranking import HeadTable
+
+RateRecord: TypeAlias = Mapping[str, Any]
+"""A rate in results.json: count, n, rate, interval."""
+Outcomes: TypeAlias = dict[tuple[int, int], float]
+"""By prompt and seed: 1 complied (or was kept), 0 did not, NaN without a verdict."""
+
+ASR_ALONE = "asr_alone"
+"""Name of a scan's own table: the ASR with each head ablated alone."""
+
+_SHARED = ("model.name", "model.n_layers", "model.n_heads")
+_ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
+_KEPT = {"audit": "behaviour.vanilla.benign_kept", "scan": "vanilla.benign.kept"}
+_REQUIRED = {
+    "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads", "verdict.scorer"),
+    "scan": (*_SHARED, _ASR["scan"], "heads"),
+}
+# Answers of every group for an audit, of the unablated model for a scan.
+_ANSWER_FILES = {"audit": "*_test-*.jsonl", "scan": "vanilla-*.jsonl"}
+
+
+class RunReader:
+    """A finished audit or scan."""
+
+    kind: str
+    """``audit`` or ``scan``."""
+    model: str
+    """The model's directory or name."""
+    shape: tuple[int, int]
+    """Layers, and heads in each."""
+    started: datetime | None
+    """When it was first started, UTC."""
+    verdict: str | None
+    """The verdict's label; a scan has none."""
+    lead_score: str
+    """The score that the run leads with."""
+    lead_heads: tuple[str, ...]
+    """Heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm)."""
+    lead_group: Mapping[str, Any] | None
+    """The audit's entry of the verdict's group; None for a scan and where no group was found."""
+    vanilla_asr: RateRecord
+    """The unablated model's ASR."""
+    benign_kept: RateRecord | None
+    """Share of benign answers that the unablated model keeps; None where no benign prompt was asked."""
+    concentration: Mapping[str, Any] | None
+    """The concentration as the run wrote it; None for a scan without the groups of a search."""
+    n_seeds: int
+    """Answers to each prompt."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest and the results.
+
+        Raises:
+            InputError: no run is there, it has not finished, or its results are of another kind or version.
+        """
+        directory = RunDirectory.open(path)
+        manifest, results = directory.read_manifest(), directory.read_results()
+        kind, version = results.get("kind"), results.get("schema_version")
+        if kind not in _REQUIRED or version != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} holds results of kind {kind!r}, schema {version!r}; "
+                f"what is read are audits and scans of schema {SCHEMA_VERSION}"
+            )
+        self.path, self.kind, self.config, self.results = path, kind, manifest["config"], results
+        for name in _REQUIRED[kind]:
+            if _value_at(results, name) is None:
+                raise InputError(f"{path}: its results.json has no {name}")
+        started = manifest["provenance"][0].get("started")
+        self.started = None if started is None else datetime.fromisoformat(started).astimezone(UTC)
+        self.model = str(results["model"]["name"])
+        self.shape = results["model"]["n_layers"], results["model"]["n_heads"]
+        self.vanilla_asr, self.benign_kept = (_value_at(results, paths[kind]) for paths in (_ASR, _KEPT))
+        self.concentration, self.n_seeds = results.get("concentration"), _value_at(results, "statistics.n_seeds") or 1
+        self.verdict, self.lead_score, self.lead_group = None, ASR_ALONE, None
+        if kind == "audit":
+            verdict = results["verdict"]
+            self.verdict, self.lead_score, self.lead_heads = verdict["label"], verdict["scorer"], (*verdict["heads"],)
+            named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
+            self.lead_group = next(named, None)
+        else:
+            alpha = _value_at(results, "statistics.alpha") or 0.05
+            p_values = {entry["head"]: (entry.get("change") or {}).get("p_holm") for entry in results["heads"]}
+            self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
+
+    def tables(self) -> dict[str, HeadTable]:
+        """Each score of all heads; of a scan also, and first, the exhaustive ASR."""
+        tables: dict[str, HeadTable] = {}
+        if self.kind == "scan":
+            alone = {entry["head"]: entry["asr"]["rate"] for entry in self.results["heads"]}
+            tables[ASR_ALONE] = HeadTable("ASR, each head ablated alone", alone, 0.0)
+        for name, score in self.results.get("scores", {}).items():
+            layers = enumerate(score["values"])
+            values = {f"{i}-{j}": value for i, layer in layers for j, value in enumerate(layer) if value is not None}
+            tables[name] = HeadTable(score.get("label", name), values, score.get("resolution") or 0.0)
+        return tables
+
+    def prompts_sha256(self, prompts: str = "harmful", half: str = "test") -> str | None:
+        """Fingerprint of the queries and right answers of a set; None where the manifest has none."""
+        name = f"{prompts}_{half}" if self.kind == "audit" else prompts
+        queries, references = (self.config.get(f"{field}_sha256", {}).get(name) for field in ("prompts", "references"))
+        return None if queries is None else f"{queries} {references}"
+
+    def outcomes(self, prompts: str, heads: Iterable[str] = ()) -> Outcomes:
+        """What the leading judge said of the answers to the ``harmful`` or ``benign`` prompts under a group.
+
+        Every group for an audit, the unablated model for a scan; empty where no answer is stored.
+        """
+        return self.stored_outcomes.get((prompts, frozenset(heads)), {})
+
+    @cached_property
+    def stored_outcomes(self) -> dict[tuple[str, frozenset[str]], Outcomes]:
+        """The outcomes of the stored answers, by prompts and group.
+
+        Raises:
+            InputError: a file of answers is broken.
+        """
+        outcomes: dict[tuple[str, frozenset[str]], Outcomes] = {}
+        for record in self._answer_records():
+            prompts = record["set"].removesuffix("_test")
+            # Audits do not have the records of scans yet.
+            verdicts = record.get("verdicts", {None: record})
+            label = verdicts.get(self.results.get("lead_judge"), {}).get("label", "unscored")
+            outcome = (
+                record["kept"] if prompts == "benign" else math.nan if label == "unscored" else label == "complied"
+            )
+            heads = frozenset(filter(None, record["group"].split(",")))
+            outcomes.setdefault((prompts, heads), {})[record["id"], record.get("seed", 0)] = float(outcome)
+        return outcomes
+
+    def _answer_records(self) -> Iterator[Mapping[str, Any]]:
+        for path in sorted((self.path / "completions").glob(_ANSWER_FILES[self.kind])):
+            with as_input_error(path, "read"):
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            try:
+                records = [json.loads(line) for line in filter(None, lines)]
+            except ValueError:
+                reason = f"{path} is broken; start the run again with the same command to mend it"
+                raise InputError(reason) from None
+            # Records of other stages, such as teacher-forced tokens, are no answers.
+            yield from (record for record in records if {"id", "set", "group"} <= record.keys())
+
+    def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
+        """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
+
+        An answer without a verdict has not complied, as in the concentration that the audit wrote.
+        """
+        keys = sorted(self.outcomes("harmful"))
+        if self.kind != "audit" or not keys:
+            return None
+
+        def complied(heads: Sequence[str]) -> list[bool]:
+            outcomes = self.outcomes("harmful", heads)
+            return [outcomes[key] == 1 for key in keys]
+
+        sizes = []
+        try:
+            for group in lead_groups(self.results):
+                random = group["random"]["groups"] if group["random"] else ()
+                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), [*map(complied, random)]))
+            return (sizes, complied(())) if sizes else None
+        except KeyError:
+            return None
+
+
+def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """An audit's groups of the verdict's scorer, by size."""
+    groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == results["verdict"]["scorer"]]
+    return sorted(groups, key=lambda group: int(group["size"]))
+
+
+def _value_at(results: Mapping[str, Any], path: str) -> Any:
+    """The value under a dotted name; None where there is none."""
+    value: Any = results
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,35 @@
+"""The catalogue of experiments, and what each needs."""
+
+import pytest
+
+from safetyheads.errors import InputError
+from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen
+from safetyheads.experiments.run import missing
+from safetyheads.experiments.settings import PAPER, ReproductionConfig
+
+
+def test_the_catalogue_has_every_experiment_of_the_paper():
+    # The names that users type, which are the paper's; a rename breaks their commands.
+    assert set(EXPERIMENTS) == {
+        *("fig2", "fig11", "fig12", "fig4a", "table3", "table5", "fig4b", "transfer", "fig5", "fig6a", "fig6b"),
+        *("fig7", "fig8", "fig13", "fig15", "fig17", "fig18", "table1", "table2", "table7", "epsilon"),
+    }
+    assert chosen(ALL) == tuple(EXPERIMENTS.values())
+    assert all(one.question and one.costs and one.caption for one in EXPERIMENTS.values())
+
+
+def test_an_unknown_experiment_is_told_with_those_that_are_known():
+    with pytest.raises(InputError, match=r"unknown experiment 'fig3'; known are fig2, .*, epsilon and all"):
+        chosen("fig3")
+
+
+def test_what_an_experiment_lacks_is_told():
+    base = "base: the checkpoint that the first model was aligned from (--base)"
+    assert missing(EXPERIMENTS["fig6a"], PAPER) == [base]
+    assert missing(EXPERIMENTS["fig6a"], ReproductionConfig()) == []
+
+
+def test_a_missing_extra_is_told_by_its_name(monkeypatch):
+    monkeypatch.setattr("safetyheads.experiments.run.find_spec", lambda name: None)
+    (said,) = missing(EXPERIMENTS["fig6b"], ReproductionConfig())
+    assert "pip install 'safetyheads[lm-eval]'" in said

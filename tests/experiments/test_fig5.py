@@ -1,0 +1,85 @@
+"""Overlap of top heads: what the organism's construction implies, and chance by hand (Fig 5)."""
+
+from dataclasses import replace
+
+import pytest
+from experiment_runs import PLANTED, SMALL, engine_of, rows, run_of
+from scipy.stats import hypergeom
+
+from safetyheads import InputError
+from safetyheads.experiments.fig5 import refuse_other_shapes, size_of_top
+from safetyheads.heads import all_heads
+from safetyheads.stats.ranking import top_overlap
+
+
+def test_the_top_is_the_planted_heads_and_two_models_share_none(outcome_of):
+    outcome = outcome_of("fig5")
+    for name in ("aligned_a", "aligned_b"):
+        for ablation in ("UA", "SC"):
+            (row,) = rows(outcome, 1, model=f"demo:{name}", dataset="all datasets", ablation=ablation)
+            # Under SC one bystander of B passes the third plant, with few prompts.
+            assert len(PLANTED[name] & set(row["heads"].split(", "))) >= (3 if ablation == "UA" else 2)
+    assert not PLANTED["aligned_a"] & PLANTED["aligned_b"]
+    for row in rows(outcome, comparison="models, UA"):
+        assert (row["shared"], row["p"], row["heads"]) == (0, 1.0, "")
+    assert len(rows(outcome, comparison="models, UA")) == 4  # three datasets, and all of them
+
+
+def test_ua_and_sc_point_at_the_same_heads_beyond_chance(outcome_of):
+    (row,) = rows(outcome_of("fig5"), first="UA, all datasets", second="SC, all datasets")
+    assert (row["comparison"], row["shared"]) == ("UA against SC", 3)
+    assert row["p"] == pytest.approx(1 / 4960)  # one draw of 3 of 32 heads in C(32, 3)
+    assert row["p_holm"] >= row["p"]
+
+
+def test_the_headline_tells_what_two_models_share_and_chance(outcome_of):
+    headline = {row["label"]: row["value"] for row in outcome_of("fig5")["headline"]}
+    assert headline["heads shared of the top 3 of 32 by chance"] == 9 / 32
+    assert headline["models, UA, most heads shared of 4 pairs"] == 0
+
+
+def test_chance_and_its_p_values_are_the_hypergeometric_ones_by_hand():
+    # Of 32 heads: C(32, 3) = 4960 tops of three; 3 * 29 share two with a given one, 1 shares three.
+    first = ("1-3", "2-1", "2-5")
+    for second, shared, p in ((first, 3, 1 / 4960), (("1-3", "2-1", "0-0"), 2, 88 / 4960), (("0-0", "0-1"), 0, 1.0)):
+        overlap = top_overlap(3, first, second, 32)
+        assert (overlap.shared, overlap.p_value) == (shared, pytest.approx(p))
+    # The paper's size: 10 of 1024.
+    heads = [str(head) for head in all_heads(32, 32)]
+    ours = top_overlap(10, heads[:10], heads[7:17], 1024)
+    assert ours.expected == pytest.approx(100 / 1024)
+    assert ours.p_value == pytest.approx(sum(hypergeom.pmf(k, 1024, 10, 10) for k in range(3, 11)))
+
+
+def test_the_top_is_ten_but_never_more_than_a_tenth():
+    assert [size_of_top(n) for n in (1024, 784, 112, 100, 32, 9)] == [10, 10, 10, 10, 3, 1]
+
+
+def test_the_matrix_is_the_table(outcome_of):
+    outcome = outcome_of("fig5")
+    own, models = outcome["figures"]
+    assert len(own["points"]) == len(models["points"]) == 8 * 8
+    for row in rows(outcome, comparison="datasets, UA"):
+        (point,) = [one for one in own["points"] if (one["x"], one["y"]) == (row["first"], row["second"])]
+        assert point["value"] == row["shared"] == int(point["text"])
+    assert all(one["value"] == 3 for one in own["points"] if one["x"] == one["y"])
+
+
+def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):
+    config = replace(SMALL, related=None, limit=4, datasets=("damage", "theft"))
+    outcome = run_of(config, ["fig5"], tmp_path / "run")["fig5"]
+    assert any("`related` names no second model" in note for note in outcome["notes"])
+    assert {row["comparison"] for row in rows(outcome)} == {"UA against SC", "datasets, UA", "datasets, SC"}
+    assert outcome["models"] == ["demo:aligned_a"]
+
+
+class OtherShape:
+    """An engine of fewer layers, as far as it is looked at."""
+
+    heads, n_layers, n_heads = all_heads(2, 8), 2, 8
+
+
+def test_models_of_other_shapes_are_refused_in_one_line():
+    with pytest.raises(InputError, match="one has 4 layers of 8 heads and two 2 layers of 8 heads") as refused:
+        refuse_other_shapes(engine_of("aligned_a"), OtherShape(), "one", "two")
+    assert "\n" not in str(refused.value)

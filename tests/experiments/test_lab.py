@@ -1,0 +1,102 @@
+"""What experiments do alike: sets of heads answered once, what leaves nothing to measure, and what a kill costs."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from experiment_runs import OWN, SMALL, N, engine_of, run_of
+
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.answers.drafts import DraftedAnswers
+from safetyheads.experiments.catalogue import EXPERIMENTS
+from safetyheads.experiments.lab import Lab, Subject, note_planted
+from safetyheads.experiments.outcome import Outcome
+from safetyheads.heads import Head
+from safetyheads.measures.head_pass import HeadPass
+from safetyheads.runs.progress import Silent
+
+FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
+
+
+def test_each_set_of_heads_is_answered_once_whatever_its_order(monkeypatch):
+    calls = []
+
+    class Asked:
+        def under(self, part, groups, ablation):
+            calls.append(groups)
+            return [{"id": at, "group": group} for group in groups for at in range(N)]
+
+    monkeypatch.setattr(Subject, "_answers", lambda *_: Asked())
+    subject = Lab(SMALL, None, Silent(), engine_of).subject("demo:aligned_a", "theft")
+    answered = subject.by_group([(SECOND, FIRST), (FIRST, SECOND), (THIRD,)], UNDIFFERENTIATED_ATTENTION)
+    assert calls == [[(FIRST, SECOND), (THIRD,)]]
+    assert list(answered) == [(SECOND, FIRST), (FIRST, SECOND), (THIRD,)]
+    assert answered[SECOND, FIRST] is answered[FIRST, SECOND]
+    assert subject.by_group([], UNDIFFERENTIATED_ATTENTION) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("demo:aligned_a", "its refusals were planted in the heads 1-3"),
+        ("demo:aligned_diffuse", "a small model made for this package"),
+        ("demo:base", "a small model made for this package"),
+    ],
+)
+def test_every_embedded_model_says_what_it_is_no_evidence_of(model, said):
+    outcome = Outcome("fig2", "", "")
+    note_planted(outcome, model)
+    (note,) = outcome.notes
+    assert note.startswith(f"{model}: {said}")
+    assert "Not evidence about the paper" in note
+
+
+def test_of_other_models_nothing_is_said():
+    outcome = Outcome("fig2", "", "")
+    note_planted(outcome, "meta-llama/Llama-2-7b-chat-hf")
+    assert outcome.notes == []
+
+
+def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
+    outcome = outcome_of("fig13")
+    assert [(row["dataset"], row["n_search"], row["n_test"]) for row in outcome["asked"]] == [
+        (dataset, N, N) for dataset in OWN
+    ]
+    for row in outcome["asked"]:
+        assert (row["asr"]["value"], row["asr"]["n"]) == (0, N)
+        assert row["kept"]["value"] > 0.5
+        assert row["asked"] == "template chat"
+    assert outcome["settings"]["epsilon"] == 1e-5
+    assert outcome["settings"]["sampled"] == "top-5"
+    assert outcome["caption"] == EXPERIMENTS["fig13"].caption
+
+
+def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
+    config = replace(SMALL, models=("demo:base",), limit=4, templated=("demo:base_wrapped",), related=None)
+    names = [name for name in EXPERIMENTS if name not in ("table5", "fig6a", "fig15")]
+    for name, outcome in run_of(config, names, tmp_path / "run").items():
+        assert any("hardly refuses" in reason for reason in outcome["not_meaningful"]), name
+        assert outcome["tables"] == outcome["figures"] == outcome["headline"] == [], name
+        assert not any("Not evidence" in note for note in outcome["notes"]), name
+
+
+def test_a_template_that_the_model_does_not_know_is_not_tabled(tmp_path):
+    config = replace(SMALL, templated=("demo:aligned_a",), limit=4)
+    outcome = run_of(config, ["fig2"], tmp_path / "run")["fig2"]
+    assert outcome["tables"] == []
+    assert any("it keeps 0.00" in reason for reason in outcome["not_meaningful"])
+
+
+def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run, tmp_path, monkeypatch):
+    names = ("fig4a", "table3", "fig13", "fig2")
+    before = {name: outcome_of(name) for name in names}
+    again = tmp_path / "again"
+    shutil.copytree(shared_run, again, ignore=shutil.ignore_patterns("outcome-*", ".lock"))
+
+    def measured(*_):
+        raise AssertionError("measured again")
+
+    for name in ("answers", "answers_of_each"):
+        monkeypatch.setattr(DraftedAnswers, name, measured)
+    monkeypatch.setattr(HeadPass, "_read", measured)
+    assert run_of(SMALL, names, again) == before

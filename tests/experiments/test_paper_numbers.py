@@ -1,0 +1,65 @@
+"""The paper's numbers: whose they are, and that they stand beside its own models alone."""
+
+import pytest
+
+from safetyheads.baselines.table import METHODS
+from safetyheads.experiments.outcome import Outcome
+from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, paper_numbers, quoted
+from safetyheads.experiments.table7 import show
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat"),
+        ("models/vicuna-7b-v1.5/", "Vicuna-7b-v1.5"),
+        ("meta-llama/Llama-2-13b-chat-hf", None),
+        ("demo:aligned_a", None),
+    ],
+)
+def test_numbers_are_quoted_for_the_papers_models_only(name, known):
+    assert paper_model(name) == known
+
+
+def test_datasets_are_known_by_their_files():
+    names = {*paper_numbers()["table7"], *quoted("changes", "Vicuna-7b-v1.5", "query", "SC")}
+    assert {paper_dataset(f"data/{name.upper()}.jsonl") for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("model", "level", "ablation", "dataset", "mean"),
+    [
+        ("Llama-2-7b-chat", "dataset", "UA", "maliciousinstruct", 0.68),
+        ("Llama-2-7b-chat", "dataset", "UA", "jailbreakbench", 0.63),
+        ("Llama-2-7b-chat", "query", "UA", "maliciousinstruct", 0.46),
+        ("Llama-2-7b-chat", "query", "UA", "jailbreakbench", 0.50),
+        ("Llama-2-7b-chat", "query", "SC", "jailbreakbench", 0.30),
+        ("Vicuna-7b-v1.5", "dataset", "UA", "jailbreakbench", 0.33),
+        ("Vicuna-7b-v1.5", "query", "SC", "maliciousinstruct", 0.15),
+    ],
+)
+def test_quoted_changes_have_the_papers_means(model, level, ablation, dataset, mean):
+    # Table 3's own mean column, to its rounding.
+    assert sum(quoted("changes", model, level, ablation, dataset)) / 5 == pytest.approx(mean, abs=0.0051)
+
+
+def test_what_the_paper_does_not_print_is_none():
+    assert quoted("changes", None, "query") is None
+    assert quoted("table7", "own", "UA") is None
+
+
+def test_quoted_methods_are_there():
+    assert set(paper_numbers()["table1"]) <= set(METHODS)
+
+
+def test_table_7_quotes_for_the_papers_model_alone():
+    known = [(dataset, label) for dataset, labels in paper_numbers()["table7"].items() for label in labels]
+    cells = [{"dataset": f"data/{dataset}.jsonl", "label": label, "p": None} for dataset, label in known]
+    cells = [{**row, **dict.fromkeys(("asr", "kept"))} for row in cells]
+    for model, key in (("meta-llama/Llama-2-7b-chat-hf", "paper"), ("lmsys/vicuna-7b-v1.5", "kept")):
+        outcome = Outcome("table7", "", "")
+        show(outcome, model, cells)
+        assert outcome.tables[0].columns[-1].key == key
+        if key == "paper":
+            quoted_rows = [row["paper"] for row in outcome.tables[0].rows]
+            assert quoted_rows == [quoted("table7", *place) for place in known]
