@@ -1,11 +1,9 @@
-"""Attention swap (Fig 6a): one checkpoint's attention at work in another, in memory. Owns what may be swapped and how
-it is put back; writes nothing to disk.
-"""
+"""Attention swap (Fig 6a): puts one checkpoint's attention to work in another, in memory only."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from safetyheads.model.loading import refuse_wrapped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a config says of how attention works beside its weights, outside of its modules: positions and masks.
+# Config fields that change attention from outside its modules: positions and masks.
 _SETTINGS_AROUND = (
     "rope_parameters",
     "rope_theta",
@@ -32,11 +30,12 @@ _SETTINGS_AROUND = (
     "no_rope_layers",
     "use_bidirectional_attention",
 )
-# What changes no number here: nothing is dropped outside training, dtypes and heads are compared by themselves, and
-# how long sequences may be counts where RoPE depends on it alone, which is looked at beside RoPE.
+# Attributes that change no number here: nothing is dropped outside training, dtypes and heads are compared apart, and
+# the longest sequence matters only to RoPE that depends on it, which is compared with RoPE.
 _IDLE = ("training", "dtype", "max_position_embeddings", "max_seq_len_cached", "inplace", "layer_idx")
 _IDLE_PARTS = ("dropout", "pdrop")
 _PLAIN = (bool, int, float, str, type(None))
+# Counts the swaps that are in force on a model.
 _SWAPPED = "_safetyheads_swapped"
 
 
@@ -44,83 +43,75 @@ _SWAPPED = "_safetyheads_swapped"
 def swapped_attention(
     engine: Engine, donor: Engine | PreTrainedModel, layers: Iterable[int] | None = None
 ) -> Iterator[PreTrainedModel]:
-    """The engine's model with the donor's attention; as it was, bit for bit, after.
+    """The engine's model with the donor's attention; restored bit for bit after.
 
-    All that an attention module holds is taken over: W_q, W_k, W_v and W_o with their biases, norms of queries and
-    keys, sinks. Scores, answers and :meth:`Engine.ablated` work within as ever, on the model as it then is; scorers
-    that were made outside refuse to. A swap within a swap replaces its layers until it ends.
+    Everything that an attention module holds is taken over: W_q, W_k, W_v and W_o with their biases, norms of queries
+    and keys, sinks. Scores, answers and :meth:`Engine.ablated` work inside on the swapped model; scorers that were made
+    outside refuse to. A swap inside a swap replaces its layers until it ends.
 
     Args:
         engine: whose model gets another attention.
-        donor: an engine, or a plain model, of the same family and shape; it is left as it is.
-        layers: which layers' attention; by default that of all.
+        donor: an engine, or a plain model, of the same family and shape; it is left unchanged.
+        layers: whose attention is swapped; by default all.
 
     Raises:
         InputError: families, shapes, attention settings, dtypes or vocabularies differ, or weights are not plain.
-        SafetyheadsError: the donor has another model's attention itself at the moment.
+        SafetyheadsError: the donor has another model's attention at the moment.
     """
-    theirs = donor.model if isinstance(donor, Engine) else donor
-    _refuse_unlike(engine, donor)
-    chosen = _chosen(engine, layers)
-    model, given = engine.model, describe(theirs)
-    pairs = [(ours, other) for layer in chosen for ours, other in _modules(engine.architecture, given, layer)]
-    before = [(ours, dict(ours._parameters), dict(ours._buffers)) for ours, _ in pairs]
+    donor_model = donor.model if isinstance(donor, Engine) else donor
+    _refuse_unlike(engine, donor, donor_model)
+    model, theirs = engine.model, describe(donor_model)
+    pairs = [pair for layer in _chosen(engine, layers) for pair in _modules(engine.architecture, theirs, layer)]
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module, _ in pairs]
     setattr(model, _SWAPPED, getattr(model, _SWAPPED, 0) + 1)
     with engine.weights_changed():
         try:
-            for ours, other in pairs:
-                _take_over(ours._parameters, other._parameters)
-                _take_over(ours._buffers, other._buffers)
+            for module, other in pairs:
+                _take_over(module._parameters, other._parameters)
+                _take_over(module._buffers, other._buffers)
             yield model
         finally:
-            # The very tensors that stood there: nothing was computed or copied, so nothing can have changed.
-            for ours, parameters, buffers in before:
-                ours._parameters.update(parameters)
-                ours._buffers.update(buffers)
+            # The same tensor objects: nothing was computed or copied, so nothing can have changed.
+            for module, parameters, buffers in before:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
             setattr(model, _SWAPPED, getattr(model, _SWAPPED) - 1)
 
 
-def _take_over(own: dict[str, Any], others: dict[str, Any]) -> None:
-    """Put the donor's tensors in the place of a module's: the very same, or copies on the device where they work."""
-    for name, tensor in others.items():
-        here: Tensor | None = own.get(name)
-        if tensor is None or here is None or tensor.device == here.device:
-            own[name] = tensor
+def _take_over(tensors: dict[str, Any], donated: dict[str, Any]) -> None:
+    """Replace a module's tensors by the donor's, or by copies on the device where the module's are."""
+    for name, tensor in donated.items():
+        replaced: Tensor | None = tensors.get(name)
+        if tensor is None or replaced is None or tensor.device == replaced.device:
+            tensors[name] = tensor
         elif isinstance(tensor, nn.Parameter):
-            own[name] = nn.Parameter(tensor.detach().to(here.device), requires_grad=False)
+            tensors[name] = nn.Parameter(tensor.detach().to(replaced.device), requires_grad=False)
         else:
-            own[name] = tensor.to(here.device)
+            tensors[name] = tensor.to(replaced.device)
 
 
 def _modules(ours: Architecture, theirs: Architecture, layer: int) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules of a layer's attention, each beside the donor's."""
-    own, other = ours.attentions[layer], theirs.attentions[layer]
-    if own is None or other is None:
-        return
-    for name, module in own.named_modules():
-        yield module, other.get_submodule(name)
+    """The modules of a layer's attention, each with the donor's."""
+    attention, other = ours.attentions[layer], theirs.attentions[layer]
+    if attention is not None and other is not None:
+        for name, module in attention.named_modules():
+            yield module, other.get_submodule(name)
 
 
 def _chosen(engine: Engine, layers: Iterable[int] | None) -> tuple[int, ...]:
-    there = engine.architecture.with_heads
-    chosen = there if layers is None else tuple(sorted(set(layers)))
+    with_heads = engine.architecture.with_heads
+    chosen = with_heads if layers is None else tuple(sorted(set(layers)))
     for layer in chosen:
-        if layer not in there:
-            raise InputError(
-                f"layer {layer} has no attention to swap: the model's layers with heads are {_ranges(there)}"
-            )
+        if layer not in with_heads:
+            is_range = with_heads == tuple(range(with_heads[0], with_heads[-1] + 1))
+            named = f"{with_heads[0]}-{with_heads[-1]}" if is_range else ", ".join(map(str, with_heads))
+            raise InputError(f"layer {layer} has no attention to swap: the model's layers with heads are {named}")
     return chosen
 
 
-def _ranges(layers: tuple[int, ...]) -> str:
-    """``0-3``, or each by its number where some are left out."""
-    whole = layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel) -> None:
-    """Refuse two models between which attention cannot be exchanged, by what differs first."""
-    ours, theirs = engine.model, donor.model if isinstance(donor, Engine) else donor
+def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel, theirs: PreTrainedModel) -> None:
+    """Refuse two models between which attention cannot be exchanged; the error names the first difference."""
+    ours = engine.model
     if theirs is ours:
         raise InputError("the donor is the model itself; a swap needs two checkpoints")
     if getattr(theirs, _SWAPPED, 0):
@@ -132,9 +123,9 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel) -> None:
         refuse_wrapped(name, model, "attention is swapped between")
     if ours.dtype != theirs.dtype:
         raise InputError(f"the model is loaded in {ours.dtype}, the donor in {theirs.dtype}; load both in one dtype")
-    given = describe(theirs)
-    _refuse_other_shapes(engine.architecture, given)
-    _refuse_other_settings(engine.architecture, given, (ours, theirs))
+    architectures = engine.architecture, describe(theirs)
+    _refuse_other_shapes(*architectures)
+    _refuse_other_settings(*architectures, (ours, theirs))
     if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
         raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
 
@@ -151,62 +142,59 @@ def _refuse_other_shapes(ours: Architecture, theirs: Architecture) -> None:
             {name: tuple(tensor.shape) for name, tensor in attention.state_dict().items()} if attention else {}
             for attention in (ours.attentions[layer], theirs.attentions[layer])
         ]
-        if sizes[0] != sizes[1]:
-            name = min(name for name in {*sizes[0], *sizes[1]} if sizes[0].get(name) != sizes[1].get(name))
-            there = [str(list(each[name])) if name in each else "absent" for each in sizes]
-            raise InputError(f"{name} of layer {layer} is {there[0]} in the model, {there[1]} in the donor")
+        for name in sorted({*sizes[0], *sizes[1]}):
+            said = [str(list(size[name])) if name in size else "absent" for size in sizes]
+            if said[0] != said[1]:
+                raise InputError(f"{name} of layer {layer} is {said[0]} in the model, {said[1]} in the donor")
 
 
 def _refuse_other_settings(ours: Architecture, theirs: Architecture, models: tuple[PreTrainedModel, ...]) -> None:
-    """Refuse attention that the same weights would make another one, by the first setting that differs."""
-    configs = [model.config.get_text_config(decoder=True) for model in models]
+    """Refuse settings under which the same weights would be another attention; the error names the first one."""
+    whole = [model.config.get_text_config(decoder=True) for model in models]
     for layer in ours.with_heads:
-        own = [of_layer(config, layer) for config in configs]
+        configs = [of_layer(config, layer) for config in whole]
         for name in _SETTINGS_AROUND:
-            _refuse_unequal(name, "the attention", [getattr(config, name, None) for config in own])
-        if any(_rope_depends_on_length(config) for config in own):
-            lengths = [getattr(config, "max_position_embeddings", None) for config in own]
+            _refuse_unequal(name, "the attention", [getattr(config, name, None) for config in configs])
+        if any(_rope_depends_on_length(config) for config in configs):
+            lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
             _refuse_unequal("max_position_embeddings", "the attention", lengths)
         for modules in _modules(ours, theirs, layer):
-            where = f"the attention of layer {layer}"
-            kind: Any = type(modules[0])
-            for name in _read_when_run(kind):
-                _refuse_unequal(name, where, [_plain(getattr(config, name, None)) for config in own])
+            where, kind = f"the attention of layer {layer}", type(modules[0])
+            for name in _read_when_run(kind):  # type: ignore[arg-type]
+                # By the name of a setting a config may have a method: no setting.
+                values = [getattr(config, name, None) for config in configs]
+                values = [value if isinstance(value, (*_PLAIN, list, dict)) else None for value in values]
+                _refuse_unequal(name, where, values)
             settings = [_settings(module) for module in modules]
             for name in sorted({*settings[0], *settings[1]}):
-                _refuse_unequal(name, where, [each.get(name) for each in settings])
+                _refuse_unequal(name, where, [setting.get(name) for setting in settings])
 
 
-def _rope_depends_on_length(config: Any) -> bool:
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
-    return any(one.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for one in each)
-
-
-def _refuse_unequal(name: str, where: str, values: list[Any]) -> None:
+def _refuse_unequal(name: str, where: str, values: Sequence[Any]) -> None:
     if values[0] != values[1]:
         raise InputError(f"{name} of {where} is {values[0]} in the model, {values[1]} in the donor")
 
 
+def _rope_depends_on_length(config: Any) -> bool:
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return any(part.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for part in parts)
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Numbers, switches and words that a module holds beside its weights: scales, epsilons, clips, kinds of layers."""
+    """A module's numbers, switches and words beside its weights: scales, epsilons, clips, kinds of layers."""
     if isinstance(module, nn.Dropout):
         return {}
-    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and _counts(name)}
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and _matters(name)}
 
 
-def _plain(value: Any) -> Any:
-    """A config's value; what goes by the same name and is no setting (methods of the config) is None."""
-    return value if isinstance(value, (*_PLAIN, list, dict)) else None
-
-
-def _counts(name: str) -> bool:
+def _matters(name: str) -> bool:
     return not name.startswith("_") and name not in _IDLE and not any(part in name for part in _IDLE_PARTS)
 
 
 @lru_cache
 def _read_when_run(kind: Any) -> tuple[str, ...]:
-    """Names of what a module's code may read of its config while it runs; what it reads when made stands on it."""
+    """Config fields that a module's code may read while it runs; those read in ``__init__`` are on the module."""
     methods: list[Any] = [
         inspect.unwrap(method)
         for base in kind.__mro__
@@ -216,4 +204,4 @@ def _read_when_run(kind: Any) -> tuple[str, ...]:
     ]
     codes = [method.__code__ for method in methods if "config" in method.__code__.co_names]
     words = {word for code in codes for word in (*code.co_names, *code.co_consts) if isinstance(word, str)}
-    return tuple(sorted(word for word in words if word.isidentifier() and _counts(word)))
+    return tuple(sorted(word for word in words if word.isidentifier() and _matters(word)))

@@ -1,55 +1,46 @@
-"""Rankings of heads that no ablation is run for. Owns their formulas; knows no method of a table and no answers.
+"""Ranks heads without ablating any: by what each head writes at the last prompt token of the unablated model.
 
-Each is of the last prompt token of the unablated model, from what a head writes there (:mod:`outputs`) or from a
-gradient, and gives :class:`safetyheads.scores.HeadScores`, so that any two can be printed side by side.
+O_h = z_h W_O[h] is the head's part of its attention block's output; the parts of all heads and the bias of W_O sum to
+that output. Norms after attention (OLMo 2, Gemma 2) and factors of the residual (Granite) come later and are left out.
+A 7B model has 4 million numbers O_h a prompt, so only their products with a direction are made: W_O[h] r once, times
+z_h (128 numbers) for each prompt, in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.baselines.forward import last_states, refuse_streams, sequences_of
-from safetyheads.baselines.outputs import norms, projections
+from safetyheads.baselines.base import inputs_seen, last_states, packed_rows, refuse_streams, sequences_of, states_of
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.measures.screening import Point, screen
 from safetyheads.scores import HeadScores
-from safetyheads.stats.ranking import HeadTable, RankAgreement, rank_agreement
 
 if TYPE_CHECKING:
+    from safetyheads.model.architecture import HeadShape
     from safetyheads.model.engine import Engine
+    from safetyheads.model.planning import PackedRow
     from safetyheads.prompts.sets import PromptSet
 
-_LENGTH = "residual units"
-# A norm is asked what it does to numbers of this size, so large that its epsilon is nothing beside them.
+# A norm is probed with numbers of this size, beside which its epsilon is negligible.
 _PROBE = 16.0
 # Scores closer than this share of the largest are ties, by bytes of the dtype: on the organism the layout of rows alone
 # moves a score of one prompt by up to 1.4e-6 and 7e-3 of it.
 _RESOLUTION = {4: 2e-6, 2: 1e-2}
 
 
-def output_norms(engine: Engine, prompts: PromptSet) -> HeadScores:
-    """|O_h| = |z_h W_O[h]| of every head, prompt by prompt: how much it writes, whatever that says.
-
-    Returns:
-        values [n_prompts, n_layers, n_heads] in units of the residual stream.
-    """
-    return _scores(engine, norms(engine, prompts), "output_norm", _LENGTH)
-
-
-def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor, signed: bool = False) -> HeadScores:
+def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> HeadScores:
     """RDSHA's score: |O_h . r| / |r| of every head, prompt by prompt.
 
     Args:
         engine: the model.
-        prompts: the prompts that are to be answered: each has a ranking of its own.
+        prompts: the prompts that are to be answered; each has its own ranking.
         direction: r [d_model], of any length above 0.
-        signed: O_h . r / |r| instead, so that heads which write against refusal come last.
 
     Returns:
         values [n_prompts, n_layers, n_heads] in units of the residual stream.
@@ -58,67 +49,16 @@ def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor, s
         UnsupportedModelError: a family with several residual streams.
     """
     refuse_streams(engine)
-    values = projections(engine, prompts, direction.double() / direction.double().norm())
-    name = "refusal_projection_signed" if signed else "refusal_projection"
-    return _scores(engine, values if signed else values.abs(), name, _LENGTH)
-
-
-def refusal_contrast(engine: Engine, harmful: PromptSet, benign: PromptSet, direction: Tensor) -> HeadScores:
-    """A variant of RDSHA: mean of O_h . r / |r| over harmful prompts less that over benign ones.
-
-    What a head writes along r on every prompt, a constant of the model, is no part of it.
-
-    Returns:
-        values [n_layers, n_heads] in units of the residual stream.
-    """
-    here, there = (refusal_projections(engine, each, direction, signed=True).mean() for each in (harmful, benign))
-    return _scores(engine, here.values - there.values, "refusal_contrast", _LENGTH)
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenNorm:
-    """The final norm as the linear map that it is while its scale stays that of the unablated run; on the CPU."""
-
-    gain: Tensor
-    """float64 [d_model]: its weight."""
-    offset: Tensor
-    """float64 [d_model]: what it makes of zeros, its bias."""
-    centres: bool
-    """Whether it takes the mean away first (layer norm), or not (RMS norm)."""
-
-    @classmethod
-    def of(cls, engine: Engine) -> FrozenNorm:
-        """Found by what the norm makes of numbers that alternate in sign, and of the same ones shifted."""
-        width = engine.architecture.d_model
-        probe = torch.full((1, width), _PROBE, device=engine.device, dtype=engine.dtype)
-        probe[:, 1::2] *= -1
-        offset = engine.normed(torch.zeros_like(probe))[0].double().cpu()
-        made, shifted = (engine.normed(given)[0].double().cpu() - offset for given in (probe, probe + _PROBE / 2))
-        centres = bool(torch.allclose(made, shifted, rtol=1e-2, atol=1e-6))
-        given = _less_mean(probe[0].double().cpu(), centres)
-        return cls(made / given * given.square().mean().sqrt(), offset, centres)
-
-    def scales(self, engine: Engine, states: Tensor) -> Tensor:
-        """1 / RMS, or 1 / deviation, of states [n, d_model], with the norm's epsilon: float64 [n].
-
-        From what the norm makes of them, by least squares, so that no family's epsilon need be known.
-        """
-        made = engine.normed(states).double().cpu() - self.offset
-        unscaled = self.gain * _less_mean(states.double().cpu(), self.centres)
-        return (made * unscaled).sum(dim=-1) / unscaled.square().sum(dim=-1)
-
-    def before(self, direction: Tensor) -> Tensor:
-        """The direction [d_model] whose product with a state is, up to the scale, that of ``direction`` after it."""
-        return _less_mean(self.gain * direction.to(self.gain), self.centres)
+    unit = direction.double() / direction.double().norm()
+    return _scores(engine, projections(engine, prompts, unit).abs(), "refusal_projection", "residual units")
 
 
 def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> HeadScores:
     """Direct logit attribution: what O_h adds by itself to the logits of the refusals' openers, signed.
 
-    The final norm is taken as linear, with the scale that it has on the unablated run of the prompt; what later layers
-    make of O_h is no part of it. Logits are of a constant's choice, so it is the mean logit of the openers less the
-    mean over the vocabulary. A norm after attention, and what a family does to its logits afterwards (a softcap, a
-    scale), are left out.
+    The final norm is taken as linear, with its scale on the unablated run of the prompt; effects through later layers
+    are left out. A constant added to all logits changes no probability, so the score is the openers' mean logit less
+    the mean over the vocabulary. A norm after attention, and softcaps or scales of logits, are left out.
 
     Args:
         engine: the model.
@@ -130,7 +70,7 @@ def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int
 
     Raises:
         InputError: no openers.
-        UnsupportedModelError: several residual streams, or logits that no plain matrix makes.
+        UnsupportedModelError: several residual streams, or logits that are not made by a plain matrix.
     """
     if not openers:
         raise InputError("an attribution to refusals needs their first tokens; got none")
@@ -138,43 +78,11 @@ def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int
     unembedding = getattr(engine.architecture.head, "weight", None)
     if not isinstance(unembedding, Tensor) or unembedding.is_meta or not unembedding.is_floating_point():
         raise UnsupportedModelError(f"{engine.architecture.family}: its logits are made by no plain matrix in memory")
-    norm = FrozenNorm.of(engine)
-    wanted = unembedding.detach()[list(openers)].double().mean(dim=0) - unembedding.detach().mean(
-        dim=0, dtype=torch.float64
-    )
-    scales = norm.scales(engine, last_states(engine, sequences_of(engine, prompts)))
-    values = projections(engine, prompts, norm.before(wanted)) * scales[:, None, None]
+    norm, unembedding = FrozenNorm.of(engine), unembedding.detach()
+    openers_less_mean = unembedding[list(openers)].double().mean(dim=0) - unembedding.mean(dim=0, dtype=torch.float64)
+    scales = norm.scales(engine, last_states(engine, prompts))
+    values = projections(engine, prompts, norm.before(openers_less_mean)) * scales[:, None, None]
     return _scores(engine, values, "logit_attribution", "nats")
-
-
-def patching_attributions(
-    engine: Engine, prompts: PromptSet, openers: Sequence[int], ablation: Ablation = UNDIFFERENTIATED_ATTENTION
-) -> HeadScores:
-    """Attribution patching: how far ablating a head drops the refusal's log-odds m, in first order at the clean point.
-
-    -grad_{z_h} m . (z_h ablated - z_h), over all tokens of the prompt; m = log P(R) / (1 - P(R)) of the openers R. KL,
-    the score of Ships, has no gradient there.
-
-    Returns:
-        values [n_prompts, n_layers, n_heads] in nats; more is a larger drop.
-
-    Raises:
-        InputError: no openers.
-    """
-    if not openers:
-        raise InputError("an attribution to refusals needs their first tokens; got none")
-    found = screen(engine, sequences_of(engine, prompts), ablation, tuple(openers), points=(Point(0.0, 1),))
-    assert found.refusal_score is not None  # openers were given
-    return _scores(engine, found.refusal_score, "attribution_patching", "nats")
-
-
-def compared(first: HeadScores, second: HeadScores) -> RankAgreement:
-    """How far two rankings of the same model's heads agree: rank correlations, and overlaps of their tops."""
-    return rank_agreement(second.name, _as_table(first), _as_table(second))
-
-
-def _as_table(scores: HeadScores) -> HeadTable:
-    return HeadTable(scores.name, {str(head): value for head, value in scores.ranked()}, scores.resolution)
 
 
 def _scores(engine: Engine, values: Tensor, name: str, unit: str) -> HeadScores:
@@ -182,6 +90,111 @@ def _scores(engine: Engine, values: Tensor, name: str, unit: str) -> HeadScores:
     return HeadScores(values, name, unit, _RESOLUTION[engine.dtype.itemsize] * largest)
 
 
+def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor:
+    """O_h . direction at the last prompt token, signed.
+
+    Args:
+        engine: the model.
+        prompts: queries under their template.
+        direction: [d_model], of any length.
+
+    Returns:
+        float64 [n_prompts, n_layers, n_heads], NaN where a layer has no such head; in units of the residual stream
+        times those of the direction.
+
+    Raises:
+        InputError: a prompt exceeds the model's context.
+        UnsupportedModelError: the output projection of a layer is not known.
+    """
+    layers = engine.architecture.with_heads
+    modules, shapes = zip(*(output_projection(engine, layer) for layer in layers), strict=True)
+    along = []  # W_O[h] direction of each layer [n_heads, d_value]
+    for layer in layers:
+        weight = output_weight(engine, layer)
+        wanted = direction.detach().double().to(weight.device)
+        # Head by head: a whole W_O in float64 would be twice the size of its float32 copy.
+        along.append(torch.stack([of_head.double() @ wanted for of_head in weight]))
+    sequences = sequences_of(engine, prompts)
+    values = torch.full((len(sequences), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
+
+    def see(row: PackedRow, number: int, given: Tensor) -> None:
+        shape, flat = shapes[number], given.flatten(0, -2)  # [n_tokens, n_heads * d_value]
+        z = flat[row.wanted.to(flat.device)].view(-1, shape.n_heads, shape.d_value)
+        products = torch.einsum("phv,hv->ph", z.double(), along[number].to(z.device))
+        values[list(row.members), layers[number], : shape.n_heads] = products.cpu()
+
+    for row in packed_rows(engine, sequences):
+        with inputs_seen(modules, partial(see, row)):
+            states_of(engine, row)
+    return values
+
+
+def output_projection(engine: Engine, layer: int) -> tuple[nn.Module, HeadShape]:
+    """The module that mixes a layer's heads (W_O), and the heads' shape.
+
+    Raises:
+        UnsupportedModelError: no such module is known.
+    """
+    facts = engine.architecture
+    projection, shape = facts.output_projections[layer], facts.shapes[layer]
+    if projection is None or shape is None:
+        raise UnsupportedModelError(f"{facts.family}: the output projection of layer {layer} is not known")
+    return projection, shape
+
+
+@torch.inference_mode()
+def output_weight(engine: Engine, layer: int) -> Tensor:
+    """W_O of one layer, head by head: [n_heads, d_value, d_model], so that O_h = z_h @ weight[h].
+
+    A projection that is not a plain linear layer (quantised, offloaded, with an adapter) is applied to unit vectors and
+    to zeros; the difference is its weight.
+    """
+    projection, shape = output_projection(engine, layer)
+    weight = getattr(projection, "weight", None)
+    if type(projection) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and not weight.is_meta:
+        # Linear layers keep [d_model, n_heads * d_value], Conv1D (GPT-2) the transposed.
+        by_input = weight.detach().T if isinstance(projection, nn.Linear) else weight.detach()
+    else:
+        units = torch.eye(shape.n_heads * shape.d_value, device=engine.device, dtype=engine.dtype)
+        by_input = projection(units) - projection(torch.zeros_like(units[:1]))
+    return by_input.reshape(shape.n_heads, shape.d_value, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenNorm:
+    """The final norm as a linear map, with its scale held at that of the unablated run; on the CPU."""
+
+    gain: Tensor
+    """float64 [d_model]: its weight."""
+    offset: Tensor
+    """float64 [d_model]: its output for zeros, the bias."""
+    centres: bool
+    """Whether it subtracts the mean first (layer norm) or not (RMS norm)."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> FrozenNorm:
+        """Found from the norm's output for numbers of alternating sign, and for the same ones shifted."""
+        probe = torch.full((1, engine.architecture.d_model), _PROBE, device=engine.device, dtype=engine.dtype)
+        probe[:, 1::2] *= -1
+        offset = engine.normed(torch.zeros_like(probe))[0].double().cpu()
+        plain, shifted = (engine.normed(given)[0].double().cpu() - offset for given in (probe, probe + _PROBE / 2))
+        centres = bool(torch.allclose(plain, shifted, rtol=1e-2, atol=1e-6))
+        given = _less_mean(probe[0].double().cpu(), centres)
+        return cls(plain / given * given.square().mean().sqrt(), offset, centres)
+
+    def scales(self, engine: Engine, states: Tensor) -> Tensor:
+        """1 / RMS, or 1 / deviation, of states [n, d_model], with the norm's epsilon: float64 [n].
+
+        By least squares from the norm's outputs, so that no family's epsilon need be known.
+        """
+        normed = engine.normed(states).double().cpu() - self.offset
+        unscaled = self.gain * _less_mean(states.double().cpu(), self.centres)
+        return (normed * unscaled).sum(dim=-1) / unscaled.square().sum(dim=-1)
+
+    def before(self, direction: Tensor) -> Tensor:
+        """The direction [d_model] before the norm whose product with a state is, up to the scale, that after it."""
+        return _less_mean(self.gain * direction.to(self.gain), self.centres)
+
+
 def _less_mean(values: Tensor, centres: bool) -> Tensor:
-    """The values [..., d_model] without their mean, where a norm takes it away."""
     return values - values.mean(dim=-1, keepdim=True) if centres else values

@@ -1,26 +1,41 @@
-"""What all baselines have in common. Owns what a method may learn from, what it gives, and how that is judged."""
+"""Defines a baseline: what it may learn from, what it gives, how it is judged and how its parameters are counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
-from safetyheads.heads import Group
+from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.heads import Group, Head
 from safetyheads.judges.base import Judge
+from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
+from safetyheads.model.attention import AttentionCall
+from safetyheads.model.planning import PackedRow, TokenSequence, pack
+from safetyheads.model.replay import wanted_states
 from safetyheads.prompts.sets import PromptSet
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
+"""Names that families give to an MLP's last projection."""
+WRITING_NAMES = (*DOWN_NAMES, "out_proj")
+"""Names of the matrices with which an MLP, or what replaces attention, writes to the residual stream."""
+FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj")
+"""Names of one projection to queries, keys and values together."""
+
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a method may learn from: never the prompts that it is tested on."""
+    """What a method may learn from; never the prompts that it is tested on."""
 
     engine: Engine
     """The aligned model."""
@@ -29,33 +44,59 @@ class Material:
     benign: PromptSet
     """Benign prompts to learn from."""
     refusals: tuple[tuple[int, ...], ...]
-    """The model's own unablated answers to ``harmful``, as new tokens."""
+    """New tokens of the model's own unablated answers to ``harmful``."""
     answers: tuple[tuple[int, ...], ...]
-    """Those to ``benign``."""
+    """New tokens of those to ``benign``."""
     openers: tuple[int, ...]
     """First tokens of the model's refusals."""
     unaligned: Engine | None = None
     """The checkpoint before alignment, for methods that compare two."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Random seed."""
+
+    def refusal_text(self, whole: bool) -> tuple[TokenSequence, ...]:
+        """Harmful prompts with the model's refusals; tokens of the refusals count, with ``whole`` those of prompts too.
+
+        Raises:
+            InputError: answers that do not belong to the prompts, or are all empty.
+        """
+        return self._text(self.harmful, self.refusals, whole)
+
+    def benign_text(self, whole: bool) -> tuple[TokenSequence, ...]:
+        """Benign prompts with the model's answers, as :meth:`refusal_text`."""
+        return self._text(self.benign, self.answers, whole)
+
+    def _text(self, prompts: PromptSet, answers: Sequence[tuple[int, ...]], whole: bool) -> tuple[TokenSequence, ...]:
+        asked = self.engine.ask(prompts).token_ids
+        if len(asked) != len(answers):
+            raise InputError(f"{len(answers)} answers for the {len(asked)} prompts of {prompts.name}")
+        text = []
+        for prompt, answer in zip(asked, answers, strict=True):
+            tokens = (*prompt, *answer)[: self.engine.architecture.context_length]
+            n_counted = len(tokens) if whole else len(tokens) - len(prompt)
+            if n_counted > 0:
+                text.append(TokenSequence(tokens, n_counted))
+        if not text:
+            raise InputError(f"there is no text to learn from: all answers to {prompts.name} are empty")
+        return tuple(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """A method at one strength, ready to be put to work and taken back."""
+    """A method at one strength, which can be put to work and taken back."""
 
     setting: str
     """Its strength in words, such as ``3 heads`` or ``sparsity 50 %``."""
     strength: float
-    """Its strength as the sweep has it."""
+    """Its strength as a number of the sweep."""
     n_parameters: int
     """Weights that it touches, counted on this model."""
     at_work: Callable[[], AbstractContextManager[None]] = nullcontext
-    """A context in which weights or activations are other ones; as they were, bit for bit, after."""
+    """A context in which weights or activations are changed; restored bit for bit after it."""
     groups: Callable[[PromptSet], tuple[Group, ...]] | None = None
-    """The heads that each prompt's answer goes without, for methods that name heads; None ablates none."""
+    """Heads to ablate for each prompt, for methods that name heads; None ablates none."""
     ablation: Ablation = SCALING_CONTRIBUTION
-    """Of those heads."""
+    """Ablation of those heads."""
 
     def answers(
         self,
@@ -67,7 +108,7 @@ class Intervention:
         on_rows: Callable[[int], None] | None = None,
     ) -> AttackSuccess:
         """The model's judged answers with the method at work."""
-        # Proofs that a longer window asks for would be of the changed model, once it is at work.
+        # A longer window is proved first: with the method at work the changed model would be proved.
         engine.prove_up_to(engine.ask(prompts).longest + max_new_tokens)
         groups = ((),) * len(prompts) if self.groups is None else self.groups(prompts)
         with self.at_work():
@@ -78,21 +119,162 @@ class Intervention:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A baseline: what it is called, where it comes from, and how it is made ready."""
+    """A baseline by name."""
 
     name: str
-    """As commands and results spell it."""
+    """Name in commands and results."""
     label: str
-    """As tables print it."""
+    """Name in tables."""
     source: str
     """The paper it is from; ours where there is none."""
     touches: str
     """``heads``, ``weights`` or ``activations``."""
     strengths: tuple[float, ...]
-    """The sweep that is tried by default, weakest first."""
+    """The default sweep, weakest first."""
     interventions: Callable[[Material, Sequence[float]], list[Intervention]]
     """Learns from the material and gives an intervention for each strength."""
     partial: str = ""
-    """What of the method is possible in part only, and why; empty where nothing is missing."""
+    """Which part of the method is left out or differs, and why; empty for none."""
     needs_unaligned: bool = False
     """Whether it compares with the checkpoint before alignment."""
+
+
+def refuse_shares(what: str, shares: Sequence[float], above_0: bool = False, below_1: bool = False) -> None:
+    """Raise :class:`InputError` for a share that is not from 0 to 1, or is an end that is excluded."""
+    for share in shares:
+        if not 0 <= share <= 1 or (above_0 and share == 0) or (below_1 and share == 1):
+            span = f"{'above' if above_0 else 'at least'} 0 and {'below' if below_1 else 'at most'} 1"
+            raise InputError(f"{what} is {span}; got {share:g}")
+
+
+def refuse_streams(engine: Engine) -> None:
+    """Raise :class:`UnsupportedModelError` for families with several residual streams, which have no one direction."""
+    if engine.architecture.batch_dimension != 0:
+        raise UnsupportedModelError(
+            f"{engine.architecture.family}: it keeps several residual streams, so there is no one stream for a "
+            "direction to be in"
+        )
+
+
+# Plain forward passes over packed prompts. The model runs its own forward, so activation hooks act inside.
+
+
+def sequences_of(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> tuple[TokenSequence, ...]:
+    """The prompts under their template; states of the last ``n_wanted`` tokens are wanted."""
+    return tuple(TokenSequence(token_ids, n_wanted) for token_ids in engine.ask(prompts).token_ids)
+
+
+def packed_rows(engine: Engine, sequences: Sequence[TokenSequence]) -> Iterator[PackedRow]:
+    """The sequences in packed rows that fit the memory, in order; one a row where packing is not exact."""
+    engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
+    for members in engine.plan(sequences).rows:
+        yield pack(sequences, members, engine.device)
+
+
+@torch.inference_mode()
+def states_of(engine: Engine, row: PackedRow) -> Tensor:
+    """One run over a packed row: the wanted tokens' last states [n_wanted, d_model], before the final norm.
+
+    Raises:
+        SafetyheadsError: heads are ablated at the moment.
+    """
+    segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
+    call = AttentionCall(segments=segments)
+    calls = dict.fromkeys(engine.architecture.with_heads, call) if segments is not None else {}
+    with engine.ablated_rows([()], SCALING_CONTRIBUTION):
+        return wanted_states(engine.architecture, row, calls, 1)[0]
+
+
+def last_states(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> Tensor:
+    """States of each prompt's last tokens [n_prompts * n_wanted, d_model], before the final norm."""
+    rows = packed_rows(engine, sequences_of(engine, prompts, n_wanted))
+    return torch.cat([states_of(engine, row) for row in rows])
+
+
+def refusal_log_odds(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> Tensor:
+    """Log P(R) / (1 - P(R)) of the next token, R the openers: float64 [n_prompts] on the CPU, nats."""
+    chunks = next_token_log_probabilities(engine, last_states(engine, prompts))
+    return torch.cat([log_odds(chunk, openers).cpu() for chunk in chunks])
+
+
+def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The hidden states that a module is called with.
+
+    Raises:
+        UnsupportedModelError: they have no known name.
+    """
+    if not positional and "hidden_states" not in keywords:
+        raise UnsupportedModelError(f"{type(module).__name__} is not given hidden states under a known name")
+    return positional[0] if positional else keywords["hidden_states"]
+
+
+@contextmanager
+def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within, calls ``see`` with a module's number and its input whenever the module runs."""
+    with ExitStack() as stack:
+        for number, module in enumerate(modules):
+
+            def hook(called: nn.Module, positional: Any, keywords: dict[str, Any], number: int = number) -> None:
+                see(number, first_input(called, positional, keywords).detach())
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+# Counts of weights, on the model itself.
+
+
+def head_parameters(engine: Engine, group: Sequence[Head], ablation: Ablation) -> int:
+    """Weights that ablating a group would touch if it were done on the weights (Table 1 counts so).
+
+    Undifferentiated attention and the mean ablations of queries and keys touch the head's d_head rows of W_q, as wide
+    as W_q's input, and their biases; ablations of the head's output touch its d_value columns of W_o and no bias. Each
+    layer's own widths are used, and the rank behind W_q where queries pass through one (MLA). Under a norm of queries
+    (Qwen 3) scaling these rows would do nothing; they are counted all the same.
+
+    Raises:
+        InputError: a head that the model does not have.
+    """
+    return sum(_parameters_of_head(engine, head, ablation) for head in group)
+
+
+def most_head_parameters(engine: Engine, size: int, ablation: Ablation) -> int:
+    """The most that any group of ``size`` heads touches, for methods whose groups differ from prompt to prompt."""
+    counts = sorted((_parameters_of_head(engine, head, ablation) for head in engine.heads), reverse=True)
+    return sum(counts[:size])
+
+
+def _parameters_of_head(engine: Engine, head: Head, ablation: Ablation) -> int:
+    facts = engine.architecture
+    shape = facts.shapes[head.layer] if head.layer < facts.n_layers else None
+    if shape is None or head.index >= shape.n_heads:
+        raise InputError(f"head {head} is out of range: layer {head.layer} has no such head")
+    if ablation.kind.tensor == "head_output":
+        return shape.d_value * facts.d_model
+    query, attention = facts.query_projections[head.layer], facts.attentions[head.layer]
+    n_read = facts.d_model if query is None else getattr(query, "in_features", facts.d_model)
+    if query is None:
+        query = next((getattr(attention, name) for name in FUSED_NAMES if hasattr(attention, name)), None)
+    return shape.d_head * (n_read + (getattr(query, "bias", None) is not None))
+
+
+def writing_parameters(engine: Engine) -> int:
+    """Weights that write to the residual stream: token embeddings, each W_o, and each part's last matrix, with biases.
+
+    The weight form of a direction's removal touches these (W_out <- (I - r^ r^T) W_out). Parts beside the attention are
+    found by their names (:data:`WRITING_NAMES`). All experts count; embeddings count once, also where the logits' head
+    is tied to them.
+    """
+    facts = engine.architecture
+    embeddings = engine.model.get_input_embeddings()
+    counted = {id(parameter): parameter.numel() for parameter in embeddings.parameters()}
+    for layer, attention, projection in zip(facts.layers, facts.attentions, facts.output_projections, strict=True):
+        inside = set() if attention is None else set(attention.modules())
+        if projection is not None:
+            counted |= {id(parameter): parameter.numel() for parameter in projection.parameters()}
+        for name, parameter in layer.named_parameters():
+            owner = layer.get_submodule(name.rpartition(".")[0])
+            # Stacked experts are parameters of that name, other parts are modules of that name.
+            if owner not in inside and any(part in WRITING_NAMES for part in name.split(".")[-2:]):
+                counted[id(parameter)] = parameter.numel()
+    return sum(counted.values())

@@ -1,14 +1,14 @@
-"""The refusal direction (Arditi et al., 2024), found and selected. Owns the candidates and what each must stand.
+"""The refusal direction (Arditi et al., 2024): finds and selects it, removes it from a running model, or adds it.
 
 r_{i,l} is the mean over harmful prompts, less that over harmless ones, of the residual stream that enters block l at
-the i-th token after the instruction. Means are taken in float64. What is done with a direction is ``steering``'s.
+the i-th token after the instruction. Means are taken in float64.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,47 +16,57 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, Method
-from safetyheads.baselines.forward import (
+from safetyheads.baselines.base import (
+    Intervention,
+    Material,
+    Method,
+    first_input,
+    inputs_seen,
     last_states,
+    packed_rows,
+    refusal_log_odds,
     refuse_streams,
-    rows_of,
     sequences_of,
     states_of,
+    writing_parameters,
 )
-from safetyheads.baselines.parameters import writing_parameters
-from safetyheads.baselines.steering import direction_added, direction_removed
-from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
-from safetyheads.model.replay import named
+from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.measures.head_pass import next_token_log_probabilities
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
+    from safetyheads.model.planning import PackedRow
     from safetyheads.prompts.sets import PromptSet
 
-# Queries that end and begin unlike each other: what their renderings share at the end is the template's.
+# Queries that end and begin unlike each other; what their renderings share at the end is the template's.
 _PROBES = ("alpha", "7", "Why?", "no, thanks")
+FACTOR_NAMES = ("residual_multiplier", "attn_out_multiplier")
+"""Names of a block's factor on attention's output before it is added to the stream (Granite, Falcon-H1)."""
+_NAN = float("nan")
+
+
+# Selection.
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionRules:
-    """What a candidate must stand; the defaults are the paper's."""
+    """Filters of candidates; the defaults are the paper's."""
 
     n_train: int = 128
-    """Most prompts of each kind that means are taken of."""
+    """Most prompts of each kind in the means."""
     n_validation: int = 32
     """Most prompts of each kind that candidates are judged on."""
     validation_share: float = 0.2
-    """Share of the material that is kept for that, drawn by its seed."""
+    """Share of the material that is kept for judging, drawn by its seed."""
     latest: float = 0.8
-    """Candidates of layers from this share of the layers on are dropped: there a direction is near the output."""
+    """Candidates of layers from this share of the depth on are dropped: there a direction is near the output."""
     most_divergence: float = 0.1
     """Largest mean KL, in nats, that the removal may cause on harmless prompts."""
     least_induced: float = 0.0
-    """Smallest mean refusal score that adding the direction must reach on harmless prompts, in nats."""
+    """Smallest mean refusal score, in nats, that adding the direction must reach on harmless prompts."""
     falls_back: bool = False
-    """Whether, where the filters drop all candidates, the one with the least bypass is taken all the same; not the
-    paper's, and the direction says so (:attr:`RefusalDirection.caveat`)."""
+    """Whether the candidate with the least bypass is taken where the filters drop all; not the paper's, and the
+    direction says so (:attr:`RefusalDirection.caveat`)."""
 
     def __post_init__(self) -> None:
         if min(self.n_train, self.n_validation) < 1 or not 0 < self.validation_share < 1:
@@ -66,69 +76,46 @@ class SelectionRules:
 PAPERS_RULES = SelectionRules()
 """Those of the paper and its code."""
 TABLES_RULES = replace(PAPERS_RULES, falls_back=True)
-"""The same for rows of a table, where a direction that the filters drop is shown as such instead of an error."""
+"""For rows of a table: a direction that the filters drop is shown as such instead of an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One r_{i,l}, and what it did on the validation prompts."""
+    """One r_{i,l}, and its effect on the validation prompts; NaN where it was not measured."""
 
     token: int
     """i, counted from the prompt's end: -1 is the last token."""
     layer: int
     """l: the direction is of the residual stream that enters this block."""
     bypass: float
-    """Mean refusal score of harmful prompts with it removed, nats; less is better. NaN where it was not measured."""
+    """Mean refusal score of harmful prompts with it removed, nats; less is better."""
     induce: float
     """Mean refusal score of harmless prompts with it added at its layer, nats."""
     divergence: float
     """Mean KL( unablated || removed ) of the next token of harmless prompts, nats."""
     dropped: str
-    """Which filter dropped it, in words; empty where none did."""
+    """Which filter dropped it, in words; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RefusalDirection:
-    """The direction that was selected."""
+    """The selected direction."""
 
     vector: Tensor
     """r, float64 [d_model] on the CPU, with the length of the difference of means."""
     chosen: Candidate
-    """Where it is from."""
+    """The candidate that it is."""
     candidates: tuple[Candidate, ...]
     """All, by layer and token."""
     n_train: tuple[int, int]
-    """Harmful and harmless prompts that the means are of."""
+    """Harmful and harmless prompts in the means."""
     n_validation: tuple[int, int]
     """Harmful and harmless prompts that candidates were judged on."""
 
     @property
     def caveat(self) -> str:
-        """What settings add where the filters left no candidate; empty where they left one."""
+        """Appended to settings where the filters left no candidate; else empty."""
         return f" (the filters drop it: {self.chosen.dropped})" if self.chosen.dropped else ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """What candidates are judged on."""
-
-    engine: Engine
-    openers: tuple[int, ...]
-    harmful: PromptSet
-    benign: PromptSet
-
-    def scores(self, prompts: PromptSet) -> Tensor:
-        """Refusal score of each prompt [n_prompts]: log P(R) / (1 - P(R)) of the openers R, nats, float64."""
-        states = last_states(self.engine, sequences_of(self.engine, prompts))
-        parts = next_token_log_probabilities(self.engine, states)
-        return torch.cat([log_odds(part, self.openers).cpu() for part in parts])
-
-    def divergence(self, unablated: Tensor, at_work: AbstractContextManager[None]) -> float:
-        """Mean KL of the next token of the harmless prompts against ``unablated`` [n_prompts, vocabulary], nats."""
-        with at_work:
-            states = last_states(self.engine, sequences_of(self.engine, self.benign))
-            ablated = torch.cat(list(next_token_log_probabilities(self.engine, states)))
-        return float((unablated.exp() * (unablated - ablated)).sum(dim=-1).mean())
 
 
 def select_direction(material: Material, rules: SelectionRules = PAPERS_RULES) -> RefusalDirection:
@@ -151,35 +138,49 @@ def select_direction(material: Material, rules: SelectionRules = PAPERS_RULES) -
     refuse_streams(engine)
     if not material.openers:
         raise InputError("a refusal direction needs the first tokens of refusals; got none")
-    judged = _Judged(engine, material.openers, material.harmful, material.benign)
-    halves = [_halves(each, material.seed, rules) for each in (material.harmful, material.benign)]
-    (train, validation), (benign_train, benign_validation) = (
-        tuple(_showing(judged, half, refused) for half in pair)
-        for pair, refused in zip(halves, (True, False), strict=True)
-    )
-    judged = _Judged(engine, material.openers, validation, benign_validation)
+    train, validation = _halves(material, rules, refused=True)
+    benign_train, benign_validation = _halves(material, rules, refused=False)
     tokens = instruction_end(engine, train, benign_train)
     directions = mean_states(engine, train, tokens) - mean_states(engine, benign_train, tokens)
-    candidates = _judge_all(judged, directions, rules)
+    judging = _Judging(engine, material.openers, validation, benign_validation, rules)
+    places = [(layer, token) for layer in range(engine.n_layers) for token in range(tokens)]
+    candidates = [judging.candidate(directions[token, layer], token - tokens, layer) for layer, token in places]
     left = [candidate for candidate in candidates if not candidate.dropped]
     if not left and rules.falls_back:
         left = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
     if not left:
         raise SafetyheadsError(_all_dropped(candidates))
     best = min(left, key=lambda candidate: candidate.bypass)
-    return RefusalDirection(
-        directions[best.token, best.layer],
-        best,
-        tuple(candidates),
-        (len(train), len(benign_train)),
-        (len(validation), len(benign_validation)),
-    )
+    n_train, n_validation = (len(train), len(benign_train)), (len(validation), len(benign_validation))
+    return RefusalDirection(directions[best.token, best.layer], best, tuple(candidates), n_train, n_validation)
+
+
+def _halves(material: Material, rules: SelectionRules, refused: bool) -> list[PromptSet]:
+    """Harmful (or harmless) prompts to learn from and to judge on, without those whose refusal score has another sign.
+
+    Raises:
+        SafetyheadsError: none is left.
+    """
+    kept = []
+    prompts = material.harmful if refused else material.benign
+    train, validation = prompts.split(1 - rules.validation_share, material.seed)
+    for half in (train[: rules.n_train], validation[: rules.n_validation]):
+        scores = refusal_log_odds(material.engine, half, material.openers)
+        right = [at for at, score in enumerate(scores.tolist()) if (score > 0 if refused else score < 0)]
+        if not right:
+            raise SafetyheadsError(
+                f"none of {len(half)} {'harmful' if refused else 'harmless'} prompts has a refusal score "
+                f"{'above' if refused else 'below'} 0 (they reach from {float(scores.min()):.2f} to "
+                f"{float(scores.max()):.2f} nats), so there is no difference to take a direction from"
+            )
+        kept.append(half.select(right))
+    return kept
 
 
 def instruction_end(engine: Engine, *prompts: PromptSet) -> int:
-    """Tokens that end every prompt whatever is asked: those of the template after the instruction; at least one.
+    """Tokens that end every prompt whatever the query: those of the template after the instruction; at least one.
 
-    Found as what prompts, and a few queries of no likeness beside them, have in common at the end.
+    Found as the common end of the prompts and of a few unlike queries under the same template.
     """
     encoded = [token_ids for each in prompts for token_ids in engine.ask(each).token_ids]
     for each in prompts:
@@ -203,109 +204,233 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
     facts = engine.architecture
     sums = torch.zeros(n_tokens, facts.n_layers, facts.d_model, dtype=torch.float64)
 
-    def hook_for(layer: int, wanted: Tensor) -> Callable[..., None]:
-        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            hidden, _ = named(module, positional, keywords)  # [1, n_tokens of the row, d_model]
-            states = hidden[0][wanted.to(hidden.device)].double()
-            sums[:, layer] += states.view(-1, n_tokens, facts.d_model).sum(dim=0).cpu()
+    def see(row: PackedRow, layer: int, hidden: Tensor) -> None:
+        states = hidden[0][row.wanted.to(hidden.device)].double()
+        sums[:, layer] += states.view(-1, n_tokens, facts.d_model).sum(dim=0).cpu()
 
-        return hook
-
-    for row in rows_of(engine, sequences_of(engine, prompts, n_tokens)):
-        with ExitStack() as stack:
-            for layer, module in enumerate(facts.layers):
-                hook = hook_for(layer, row.wanted)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for row in packed_rows(engine, sequences_of(engine, prompts, n_tokens)):
+        with inputs_seen(facts.layers, partial(see, row)):
             states_of(engine, row)
     return sums / len(prompts)
 
 
-def _halves(prompts: PromptSet, seed: int, rules: SelectionRules) -> tuple[PromptSet, PromptSet]:
-    train, validation = prompts.split(1 - rules.validation_share, seed)
-    return train[: rules.n_train], validation[: rules.n_validation]
+class _Judging:
+    """Judges candidates on the validation prompts."""
 
+    def __init__(
+        self, engine: Engine, openers: Sequence[int], harmful: PromptSet, benign: PromptSet, rules: SelectionRules
+    ) -> None:
+        self.engine, self.openers, self.harmful, self.benign, self.rules = engine, openers, harmful, benign, rules
+        self.unablated = self._log_probabilities()
 
-def _showing(judged: _Judged, prompts: PromptSet, refused: bool) -> PromptSet:
-    """The prompts whose refusal score has the right sign.
+    def _log_probabilities(self) -> Tensor:
+        """Of the next token of harmless prompts [n_prompts, vocabulary]."""
+        return torch.cat(list(next_token_log_probabilities(self.engine, last_states(self.engine, self.benign))))
 
-    Raises:
-        SafetyheadsError: none has.
-    """
-    scores = judged.scores(prompts)
-    kept = [at for at, score in enumerate(scores.tolist()) if (score > 0 if refused else score < 0)]
-    if not kept:
-        raise SafetyheadsError(
-            f"none of {len(prompts)} {'harmful' if refused else 'harmless'} prompts has a refusal score "
-            f"{'above' if refused else 'below'} 0 (they reach from {float(scores.min()):.2f} to "
-            f"{float(scores.max()):.2f} nats), so there is no difference to take a direction from"
-        )
-    return prompts.select(kept)
+    def _mean_score(self, prompts: PromptSet) -> float:
+        return float(refusal_log_odds(self.engine, prompts, self.openers).mean())
 
-
-def _judge_all(judged: _Judged, directions: Tensor, rules: SelectionRules) -> list[Candidate]:
-    """Every candidate of directions [n_tokens, n_layers, d_model], by layer and token."""
-    engine = judged.engine
-    states = last_states(engine, sequences_of(engine, judged.benign))
-    unablated = torch.cat(list(next_token_log_probabilities(engine, states)))
-    n_tokens, n_layers = directions.shape[:2]
-    return [
-        _judge(judged, directions[token, layer], (token - n_tokens, layer), unablated, rules)
-        for layer in range(n_layers)
-        for token in range(n_tokens)
-    ]
-
-
-def _judge(
-    judged: _Judged, direction: Tensor, place: tuple[int, int], unablated: Tensor, rules: SelectionRules
-) -> Candidate:
-    """One candidate through the filters, in the paper's order; what a dropped one makes of refusals is not measured."""
-    token, layer = place
-    missing = float("nan")
-    if not 0 < float(direction.norm()) < float("inf"):
-        return Candidate(token, layer, missing, missing, missing, "no difference of means (0 or not finite)")
-    if layer >= rules.latest * judged.engine.n_layers:
-        late = f"a layer at {rules.latest:.0%} of the depth or later"
-        return Candidate(token, layer, missing, missing, missing, late)
-    removed = partial(direction_removed, judged.engine, direction)
-    divergence = judged.divergence(unablated, removed())
-    with direction_added(judged.engine, direction, layer):
-        induce = float(judged.scores(judged.benign).mean())
-    with removed():
-        bypass = float(judged.scores(judged.harmful).mean())
-    dropped = ""
-    if any(value != value for value in (divergence, induce, bypass)):
-        dropped = "a score that is no number"
-    elif divergence > rules.most_divergence:
-        dropped = f"KL above {rules.most_divergence:g} nats on harmless prompts"
-    elif induce < rules.least_induced:
-        dropped = f"a refusal score below {rules.least_induced:g} nats when added on harmless prompts"
-    return Candidate(token, layer, bypass, induce, divergence, dropped)
+    def candidate(self, direction: Tensor, token: int, layer: int) -> Candidate:
+        """One candidate through the filters, in the paper's order; the first two filters measure nothing."""
+        rules = self.rules
+        if not 0 < float(direction.norm()) < float("inf"):
+            return Candidate(token, layer, _NAN, _NAN, _NAN, "no difference of means (0 or not finite)")
+        if layer >= rules.latest * self.engine.n_layers:
+            late = f"a layer at {rules.latest:.0%} of the depth or later"
+            return Candidate(token, layer, _NAN, _NAN, _NAN, late)
+        with direction_removed(self.engine, direction):
+            removed = self._log_probabilities()
+            bypass = self._mean_score(self.harmful)
+        divergence = float((self.unablated.exp() * (self.unablated - removed)).sum(dim=-1).mean())
+        with direction_added(self.engine, direction, layer):
+            induce = self._mean_score(self.benign)
+        dropped = ""
+        if any(value != value for value in (divergence, induce, bypass)):
+            dropped = "a score that is no number"
+        elif divergence > rules.most_divergence:
+            dropped = f"KL above {rules.most_divergence:g} nats on harmless prompts"
+        elif induce < rules.least_induced:
+            dropped = f"a refusal score below {rules.least_induced:g} nats when added on harmless prompts"
+        return Candidate(token, layer, bypass, induce, divergence, dropped)
 
 
 def _all_dropped(candidates: Sequence[Candidate]) -> str:
     """Which filter dropped how many, and how close they came."""
     counts = Counter(candidate.dropped for candidate in candidates)
-    each = "; ".join(f"{count} for {reason}" for reason, count in counts.most_common())
+    by_filter = "; ".join(f"{count} for {reason}" for reason, count in counts.most_common())
     measured = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
     closest = ""
     if measured:
         least = min(candidate.divergence for candidate in measured)
         most = max(candidate.induce for candidate in measured)
         closest = f". The smallest KL was {least:.3g} nats, the highest score when added {most:.3g} nats"
-    return f"no refusal direction is left: all {len(candidates)} candidates were dropped, {each}{closest}"
+    return f"no refusal direction is left: all {len(candidates)} candidates were dropped, {by_filter}{closest}"
+
+
+# Removing and adding.
+
+
+@contextmanager
+def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> Iterator[None]:
+    """Within, the model runs without the direction: x <- x - r^ (r^ . x) at every token; restored after.
+
+    It is removed at the first block's input, at every attention's output and at every block's output, which is the next
+    block's input: the MLP's output is summed first and freed with the sum, which is the same. In a hybrid's layers
+    without attention, what mixes tokens instead is freed at the block's output only, after the MLP has read it. A norm
+    after attention (OLMo 2, Gemma 2) may bring some of the direction back until the block ends.
+
+    A share below 1 is that share of whatever is written to the stream, once: of the embeddings, of what attention adds
+    and of what the block adds beside it, as the weight edit (I - share r^ r^^T) W_out does it; norms between W_out and
+    the stream (OLMo 2, Gemma 2) come before it here and after it there. A family's scaling of the stream itself in a
+    block (Gemma 4, MiniMax) counts among what the block writes. Scores by replay run a captured layer again and may
+    pass the first block's input twice: take them at a share of 1, where that changes nothing.
+
+    Args:
+        engine: the model.
+        direction: r [d_model], of any length above 0.
+        share: share of the projection that is removed; 1 in the paper.
+
+    Raises:
+        InputError: a direction without length or of another width.
+        UnsupportedModelError: a family with several residual streams.
+    """
+    unit = _unit(engine, direction)
+
+    def remove(hidden: Tensor, written: Tensor | None = None) -> Tensor:
+        """The states without the share of what was written; by default the states themselves were."""
+        along = unit.to(hidden.device)
+        # In float32 whatever the model's dtype: half precisions would leave a rest of the projection.
+        wide = hidden.float()
+        projection = (wide if written is None else written) @ along
+        return (wide - share * projection[..., None] * along).to(hidden.dtype)
+
+    facts = engine.architecture
+    with engine.weights_changed(), ExitStack() as stack:
+        stack.callback(_change_input(facts.layers[0], remove))
+        for layer, attention in zip(facts.layers, facts.attentions, strict=True):
+            if share != 1.0:
+                _PartOfBlock(layer, attention, remove).enter(stack)
+                continue
+            if attention is not None:
+                stack.callback(_change_output(attention, remove))
+            stack.callback(_change_output(layer, remove))
+        yield
+
+
+@contextmanager
+def direction_added(engine: Engine, direction: Tensor, layer: int) -> Iterator[None]:
+    """Within, r [d_model] is added to the input of one block at every token (coefficient 1); restored after.
+
+    Raises:
+        InputError: a direction without length or of another width.
+        UnsupportedModelError: a family with several residual streams.
+    """
+    _unit(engine, direction)
+
+    def add(hidden: Tensor) -> Tensor:
+        return (hidden.float() + direction.float().to(hidden.device)).to(hidden.dtype)
+
+    with engine.weights_changed(), ExitStack() as stack:
+        stack.callback(_change_input(engine.architecture.layers[layer], add))
+        yield
+
+
+class _PartOfBlock:
+    """Removes a share of the direction from what one block writes; keeps states from the block's begin to its end."""
+
+    def __init__(self, layer: nn.Module, attention: nn.Module | None, remove: Callable[..., Tensor]) -> None:
+        self._layer, self._attention, self._remove = layer, attention, remove
+        self._factor = next((float(getattr(layer, name)) for name in FACTOR_NAMES if hasattr(layer, name)), 1.0)
+        self._input: Tensor | None = None  # of the block
+        self._whole: Tensor | None = None  # attention's output
+        self._parted: Tensor | None = None  # the same without the share, with which the block goes on
+        self._added: Tensor | None = None  # what of it reaches the stream
+
+    def enter(self, stack: ExitStack) -> None:
+        """Registers the hooks; the stack removes them."""
+        stack.callback(_change_input(self._layer, self._begin))
+        if self._attention is not None:
+            stack.callback(_change_output(self._attention, self._after_attention))
+            for part in self._layer.children():
+                if part is not self._attention:
+                    stack.callback(part.register_forward_pre_hook(self._give_whole).remove)
+                    stack.callback(part.register_forward_hook(self._part_output).remove)
+        stack.callback(_change_output(self._layer, self._end))
+
+    def _begin(self, hidden: Tensor) -> Tensor:
+        self._input, self._whole, self._parted, self._added = hidden, None, None, None
+        return hidden
+
+    def _after_attention(self, hidden: Tensor) -> Tensor:
+        self._whole = hidden
+        self._parted = self._added = self._remove(hidden)
+        return self._parted
+
+    def _give_whole(self, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A norm right after attention reads all of its output; the share is taken of the norm's output instead."""
+        return (self._whole, *given[1:]) if given and given[0] is self._parted else None
+
+    def _part_output(self, _: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        if not given or given[0] is not self._whole or self._whole is None:
+            return None
+        self._added = self._remove(output)
+        return self._added
+
+    def _end(self, hidden: Tensor) -> Tensor:
+        if self._input is None:
+            raise UnsupportedModelError(f"{type(self._layer).__name__} gave hidden states and was given none")
+        written = hidden.float() - self._input.float()
+        if self._added is not None:
+            written = written - self._factor * self._added.float()
+        self._input = self._whole = self._parted = self._added = None
+        return self._remove(hidden, written)
+
+
+def _unit(engine: Engine, direction: Tensor) -> Tensor:
+    """The direction at length 1 [d_model], float32."""
+    refuse_streams(engine)
+    wide = direction.detach().double()
+    length = float(wide.norm())
+    if tuple(wide.shape) != (engine.architecture.d_model,) or not 0 < length < float("inf"):
+        raise InputError(
+            f"a direction has {engine.architecture.d_model} finite numbers here, not all 0; got one of shape "
+            f"{list(wide.shape)} and length {length:g}"
+        )
+    return (wide / length).float()
+
+
+def _change_input(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Changes the hidden states that a block is given; returns a function that undoes it."""
+
+    def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        changed = change(first_input(module, positional, keywords))
+        if positional:
+            return (changed, *positional[1:]), keywords
+        return positional, {**keywords, "hidden_states": changed}
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Changes a module's output, the first of several; returns a function that undoes it."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return module.register_forward_hook(hook).remove
 
 
 def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
     """The selected direction, removed in part or whole at every token; ``strength`` is the share that is removed."""
-    engine, found = material.engine, select_direction(material, TABLES_RULES)
-    where = f"layer {found.chosen.layer}, token {found.chosen.token}"
+    engine, selected = material.engine, select_direction(material, TABLES_RULES)
+    where = f"direction of layer {selected.chosen.layer}, token {selected.chosen.token}"
     touched = writing_parameters(engine)
     return [
         Intervention(
-            f"direction of {where}" + ("" if share == 1.0 else f", {share:.0%} removed") + found.caveat,
+            where + ("" if share == 1.0 else f", {share:.0%} removed") + selected.caveat,
             share,
             touched,
-            partial(direction_removed, engine, found.vector, share),
+            partial(direction_removed, engine, selected.vector, share),
         )
         for share in strengths
     ]
@@ -321,5 +446,5 @@ REFUSAL_DIRECTION = Method(
     partial="openers are the model's own, not a list by family; shares below 1 are ours, and so is a direction where "
     "the filters leave none, which the setting tells; in a hybrid, what replaces attention is freed at the block's end",
 )
-"""x <- x - share r^ (r^ . x) in the whole model (their section 2.4). The count is of the weights that the same removal
+"""x <- x - share r^ (r^ . x) in the whole model (their section 2.4). Counted are the weights that the same removal
 touches as an edit: embeddings, each W_o, each MLP's last matrix; the activation form itself touches none."""

@@ -1,29 +1,37 @@
-"""The weights that baselines edit: linear layers of the decoder. Owns how they are found, edited and put back.
+"""Finds, calibrates and edits the linear layers of a decoder, for baselines that change weights.
 
-It refuses to know why a weight is changed. Every method that edits weights goes through :func:`edited`.
+Calibration keeps X^T X of each layer's inputs X [n_tokens, d_in] and never X, so memory does not grow with the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from safetyheads.answers.decoding import end_tokens
+from safetyheads.baselines.base import Intervention, inputs_seen
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model.loading import refuse_wrapped
+from safetyheads.model.planning import TokenSequence, left_padded
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-
 EDITS = "baselines edit"
-"""What the refusal of weights that are not plain begins with."""
-# What layers hold beside linear maps, small and edited by no method: embeddings, and convolutions over a few tokens.
+"""Begins the error about weights that are not plain numbers."""
+ACCUMULATED = torch.float64
+"""Dtype of X^T X and of all that is solved with it."""
+# Per batch of calibration text; beyond this, matrix products gain nothing from taller inputs.
+_TOKENS_AT_ONCE = 4096
+# Small modules with weights beside the linear maps that no method edits: embeddings, convolutions over a few tokens.
 _LEFT_ALONE = (nn.Embedding, nn.Conv1d)
 
 
@@ -36,7 +44,7 @@ class LinearLayer:
     name: str
     """Within the decoder layer, such as ``mlp.down_proj``."""
     module: nn.Module
-    """Where its weight is."""
+    """The module that holds the weight."""
 
     @property
     def weight(self) -> Tensor:
@@ -51,51 +59,51 @@ class LinearLayer:
 
     @property
     def d_out(self) -> int:
-        """Width of what it gives."""
+        """Width of its output."""
         return self.weight.shape[0]
 
     @property
     def d_in(self) -> int:
-        """Width of what it is given."""
+        """Width of its input."""
         return self.weight.shape[1]
-
-    @property
-    def n_weights(self) -> int:
-        """Entries of W."""
-        return self.weight.numel()
 
 
 Weights: TypeAlias = Mapping[LinearLayer, Tensor]
-"""Linear layer -> another W [d_out, d_in] for it."""
+"""Linear layer -> a new W [d_out, d_in] for it."""
+TextBatch: TypeAlias = tuple[dict[str, Any], Tensor]
+"""Arguments of a decoder or a whole model, and which of their tokens count: bool [n_rows, longest]."""
 
 
 def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
-    """Every linear layer of the decoder layers, layer by layer, in the modules' order.
+    """Every linear layer of the decoder layers, in order.
 
     Raises:
         InputError: weights are not plain numbers in memory.
         UnsupportedModelError: a decoder layer has matrices that are no linear layer's, such as stacked experts.
     """
     refuse_wrapped("the model", engine.model, EDITS)
-    found = []
+    linears = []
     for number, layer in enumerate(engine.architecture.layers):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                found.append(LinearLayer(number, name, module))
+                linears.append(LinearLayer(number, name, module))
             elif not isinstance(module, _LEFT_ALONE):
-                matrices = [own for own, tensor in module.named_parameters(recurse=False) if tensor.ndim > 1]
-                if matrices:
-                    where = ".".join(part for part in (name, matrices[0]) if part)
-                    raise UnsupportedModelError(
-                        f"{engine.architecture.family}: {where} of layer {number} is no linear layer's weight, so "
-                        "methods that edit linear layers would leave part of the model out"
-                    )
-    return tuple(found)
+                for matrix, tensor in module.named_parameters(recurse=False):
+                    if tensor.ndim > 1:
+                        raise UnsupportedModelError(
+                            f"{engine.architecture.family}: {'.'.join(filter(None, (name, matrix)))} of layer {number} "
+                            "is no linear layer's weight, so methods that edit linear layers would miss part of the "
+                            "model"
+                        )
+    return tuple(linears)
+
+
+# Editing.
 
 
 @contextmanager
 def edited(engine: Engine, weights: Weights) -> Iterator[None]:
-    """Within, these linear layers have other weights; the very tensors that stood there are put back after."""
+    """Within, these linear layers have other weights; after it, the same tensor objects as before."""
     before = [(linear.module, linear.module._parameters["weight"]) for linear in weights]
     with engine.weights_changed():
         try:
@@ -108,41 +116,144 @@ def edited(engine: Engine, weights: Weights) -> Iterator[None]:
 
 
 def put(linear: LinearLayer, weight: Tensor) -> None:
-    """Put W [d_out, d_in] in place of a linear layer's, in its dtype and on its device; :func:`edited` undoes it."""
-    own = linear.weight
+    """Replace a linear layer's W [d_out, d_in], in its dtype and on its device; :func:`edited` undoes it."""
     kept = weight.T if linear.is_transposed else weight
-    fresh = kept.to(own.device, own.dtype).contiguous()
+    fresh = kept.to(linear.weight.device, linear.weight.dtype).contiguous()
     linear.module._parameters["weight"] = nn.Parameter(fresh, requires_grad=False)
 
 
-def at_work(engine: Engine, make: Callable[[], Weights]) -> Callable[[], Any]:
-    """What an intervention puts to work: weights made when they are first needed, of the model that was learned from.
+def editing_interventions(
+    engine: Engine,
+    strengths: Sequence[float],
+    make: Callable[[float], Weights],
+    setting: str,
+    n_parameters: Callable[[float], int],
+) -> list[Intervention]:
+    """Interventions that edit linear layers, one for each strength.
 
     Args:
-        engine: whose weights are edited.
-        make: makes them, or gives those that :func:`latest` kept.
+        engine: the model that was learned from.
+        strengths: of the sweep.
+        make: makes the weights of a strength, when they are first needed.
+        setting: the strength in words, a format string of ``strength``.
+        n_parameters: how many weights a strength touches.
     """
-    learned_from = engine.weights_version
+    learned_from, latest = engine.weights_version, dict[float, Weights]()
 
     @contextmanager
-    def working() -> Iterator[None]:
+    def at_work(strength: float) -> Iterator[None]:
         if engine.weights_version is not learned_from:
             raise SafetyheadsError("the model's weights are not those the method learned from; learn again on these")
-        with edited(engine, make()):
+        if strength not in latest:
+            latest.clear()  # first: a large model's memory must not hold two strengths' weights
+            with torch.no_grad():
+                latest[strength] = make(strength)
+        with edited(engine, latest[strength]):
             yield
 
-    return working
+    return [
+        Intervention(setting.format(strength=strength), strength, n_parameters(strength), partial(at_work, strength))
+        for strength in strengths
+    ]
 
 
-def latest(make: Callable[[float], Weights]) -> Callable[[float], Weights]:
-    """``make``, with what it made last kept: a sweep over a large model must not hold every strength's weights."""
-    kept: dict[float, Weights] = {}
+# Calibration.
 
-    def made(strength: float) -> Weights:
-        if strength not in kept:
-            kept.clear()  # before the next are made: the peak is one strength's weights beside the model
-            with torch.no_grad():
-                kept[strength] = make(strength)
-        return kept[strength]
 
-    return made
+def batches(engine: Engine, text: Sequence[TokenSequence]) -> list[TextBatch]:
+    """Sequences of similar length together; only of equal length where padding is not exact on this model."""
+
+    def length(sequence: TokenSequence) -> int:
+        return len(sequence.token_ids)
+
+    order = sorted(text, key=length)
+    runs = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
+    laid_out = []
+    for run in runs:
+        together = max(1, _TOKENS_AT_ONCE // length(run[-1]))
+        laid_out += [_batch(engine, run[at : at + together]) for at in range(0, len(run), together)]
+    return laid_out
+
+
+def _batch(engine: Engine, members: Sequence[TokenSequence]) -> TextBatch:
+    padded = left_padded([member.token_ids for member in members], next(iter(end_tokens(engine)), 0), engine.device)
+    arguments = {"input_ids": padded.token_ids, "attention_mask": padded.mask, "position_ids": padded.positions}
+    n_counted = torch.tensor([member.n_wanted for member in members])
+    from_end = torch.arange(padded.token_ids.shape[1]).flip(0)
+    counted = (from_end < n_counted[:, None]).to(padded.token_ids.device)
+    return {**arguments, "use_cache": False}, counted
+
+
+class _LastLayerRan(Exception):
+    """Leaves the decoder after the last layer that is needed."""
+
+
+@torch.no_grad()
+def gram_matrices(
+    engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TextBatch]
+) -> dict[LinearLayer, Tensor]:
+    """X^T X of each linear layer, over the counted tokens of all text.
+
+    Args:
+        engine: the model, with the weights it has now.
+        linears: of any decoder layers.
+        text: what the model reads.
+
+    Returns:
+        Linear layer -> float64 [d_in, d_in]; without layers that no token passed.
+    """
+    sums: dict[LinearLayer, Tensor] = {}
+    counted = text[0][1]
+
+    def see(number: int, given: Tensor) -> None:
+        linear = linears[number]
+        inputs = given.reshape(*counted.shape, linear.d_in)[counted.to(given.device)].to(ACCUMULATED)
+        product = inputs.T @ inputs  # [d_in, d_in]
+        sums[linear] = sums[linear].add_(product) if linear in sums else product
+
+    def stop(*_: Any) -> None:
+        raise _LastLayerRan
+
+    last = engine.architecture.layers[max(linear.layer for linear in linears)]
+    handle = last.register_forward_hook(stop)
+    try:
+        with inputs_seen([linear.module for linear in linears], see):
+            for batch in text:
+                arguments, counted = batch
+                try:
+                    engine.architecture.decoder(**arguments)
+                except _LastLayerRan:
+                    continue
+    finally:
+        handle.remove()
+    return sums
+
+
+Edit: TypeAlias = Callable[[LinearLayer, Mapping[str, Tensor]], Tensor]
+"""Makes a linear layer's new W [d_out, d_in] from its X^T X over each named text."""
+
+
+def edit_layer_by_layer(engine: Engine, texts: Mapping[str, Sequence[TokenSequence]], edit: Edit) -> Weights:
+    """New weights of every linear layer; later decoder layers are calibrated on the outputs of edited earlier ones.
+
+    Within a decoder layer all weights are made from one run before any is replaced, as Wanda, SparseGPT and ActSVD do.
+
+    Args:
+        engine: the model; its weights are restored before this returns.
+        texts: text by name, such as ``utility`` and ``safety``.
+        edit: of one linear layer.
+    """
+    linears = linear_layers(engine)
+    laid_out = {name: batches(engine, text) for name, text in texts.items()}
+    weights: dict[LinearLayer, Tensor] = {}
+    with edited(engine, {linear: linear.weight for linear in linears}):
+        for _, members in groupby(linears, key=lambda linear: linear.layer):
+            layer = list(members)
+            grams = {name: gram_matrices(engine, layer, text) for name, text in laid_out.items()}
+            passed = [linear for linear in layer if all(linear in of_text for of_text in grams.values())]
+            for linear in passed:
+                weight = edit(linear, {name: of_text[linear] for name, of_text in grams.items()})
+                weights[linear] = weight.to(linear.weight.dtype)
+            for linear in passed:
+                put(linear, weights[linear])
+    return weights

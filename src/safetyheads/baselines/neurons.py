@@ -1,24 +1,23 @@
-"""Safety neurons: found by contrast with the unaligned model, patched from it while answering. Owns both steps.
+"""Safety neurons: found by contrast with the unaligned model, and patched from it while the model answers.
 
 From Chen et al. 2024, "Towards understanding safety alignment: a mechanistic perspective from safety neurons":
-generation-time activation contrasting (GTAC, Eq 2) and dynamic activation patching (DAP). A neuron is an entry of what
-an MLP's last projection reads, after the activation and the gate. Nothing here changes a weight.
+generation-time activation contrasting (GTAC, Eq 2) and dynamic activation patching (DAP). A neuron is an entry of the
+input of an MLP's last projection, after the activation and the gate. No weight is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, Method
-from safetyheads.baselines.calibration import TextBatch, batches, inputs_seen, refusal_text
-from safetyheads.baselines.linear_layers import EDITS, LinearLayer, linear_layers
-from safetyheads.baselines.parameters import DOWN_NAMES
+from safetyheads.baselines.base import DOWN_NAMES, Intervention, Material, Method, inputs_seen, refuse_shares
+from safetyheads.baselines.linear_layers import EDITS, LinearLayer, TextBatch, batches, linear_layers
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.planning import TokenSequence
@@ -27,59 +26,60 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
-"""What moves rows or tokens of a cache; a twin cache must follow."""
+"""Methods that move rows or tokens of a cache; a twin cache must follow them."""
 
 Neurons = Mapping[int, Tensor]
 """Layer -> its neurons, int64 [n]."""
 
 
 def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
-    """Each layer's MLP's last projection.
+    """The last projection of each layer's MLP.
 
     Raises:
         UnsupportedModelError: a layer has none, or several, as with experts.
     """
-    facts, found = engine.architecture, []
-    linears = linear_layers(engine)
-    for layer, attention in enumerate(facts.attentions):
-        of_attention = set() if attention is None else set(attention.modules())
-        here = [
-            linear
-            for linear in linears
-            if linear.layer == layer
-            and linear.module not in of_attention
-            and linear.name.split(".")[-1] in DOWN_NAMES
-            and linear.d_out == facts.d_model
-        ]
-        if len(here) != 1:
+    facts, downs = engine.architecture, []
+    for layer, mlp in enumerate(_outside_attention(engine)):
+        last = [each for each in mlp if each.name.split(".")[-1] in DOWN_NAMES and each.d_out == facts.d_model]
+        if len(last) != 1:
             raise UnsupportedModelError(
-                f"{facts.family}: layer {layer} has {len(here)} last projections of an MLP (known are "
+                f"{facts.family}: layer {layer} has {len(last)} last projections of an MLP (known are "
                 f"{', '.join(DOWN_NAMES)}); neurons are patched where there is exactly one"
             )
-        found += here
-    return tuple(found)
+        downs += last
+    return tuple(downs)
+
+
+def _outside_attention(engine: Engine) -> list[list[LinearLayer]]:
+    """Each decoder layer's linear layers that are not part of its attention."""
+    outside: list[list[LinearLayer]] = []
+    linears = linear_layers(engine)
+    for layer, attention in enumerate(engine.architecture.attentions):
+        inside = set() if attention is None else set(attention.modules())
+        outside.append([linear for linear in linears if linear.layer == layer and linear.module not in inside])
+    return outside
 
 
 def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) -> Tensor:
-    """GTAC (Eq 2): RMS over the counted tokens of a neuron's value in one model less that in the other.
+    """GTAC (Eq 2): RMS, over the counted tokens, of the difference of a neuron's values in the two models.
 
     Args:
         engine: the aligned model.
         unaligned: the model before alignment.
-        text: what both read: prompts with the aligned model's answers, whose tokens count.
+        text: prompts with the aligned model's answers, whose tokens count; both models read it.
 
     Returns:
         float64 [n_layers, d_mlp], the last layer included; NaN beyond a narrower layer's width.
     """
     ours, theirs = down_projections(engine), down_projections(unaligned)
-    widest = max(linear.d_in for linear in ours)
-    sums = torch.zeros(len(ours), widest, dtype=torch.float64)
+    sums = torch.zeros(len(ours), max(linear.d_in for linear in ours), dtype=torch.float64)
     n_tokens = 0
     for batch in batches(engine, text):
         values = [_neuron_values(each, downs, batch) for each, downs in ((engine, ours), (unaligned, theirs))]
-        for layer, (own, other) in enumerate(zip(*values, strict=True)):
-            sums[layer, : own.shape[1]] += (own.double() - other.to(own.device).double()).square().sum(dim=0).cpu()
-        n_tokens += int(batch.counted.sum())
+        for layer, (aligned, other) in enumerate(zip(*values, strict=True)):
+            squares = (aligned.double() - other.to(aligned.device).double()).square()
+            sums[layer, : aligned.shape[1]] += squares.sum(dim=0).cpu()
+        n_tokens += int(batch[1].sum())
     for layer, linear in enumerate(ours):
         sums[layer, linear.d_in :] = torch.nan
     return (sums / n_tokens).sqrt()
@@ -87,27 +87,29 @@ def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) 
 
 @torch.no_grad()
 def _neuron_values(engine: Engine, downs: Sequence[LinearLayer], batch: TextBatch) -> list[Tensor]:
-    """Layer by layer the neurons' values at the counted tokens [n_counted, d_mlp]."""
+    """Layer by layer, the neurons' values at the counted tokens [n_counted, d_mlp]."""
+    arguments, counted = batch
     values: dict[int, Tensor] = {}
 
     def see(layer: int, given: Tensor) -> None:
-        counted = batch.counted.to(given.device)
-        values[layer] = given.reshape(*counted.shape, -1)[counted]
+        values[layer] = given.reshape(*counted.shape, -1)[counted.to(given.device)]
 
-    moved = {
-        name: given.to(engine.device) if name != "use_cache" else given for name, given in batch.arguments().items()
-    }
     with inputs_seen([linear.module for linear in downs], see):
-        engine.architecture.decoder(**moved)
+        engine.architecture.decoder(**{name: _on(engine, value) for name, value in arguments.items()})
     return [values[layer] for layer in range(len(downs))]
 
 
+def _on(engine: Engine, value: Any) -> Any:
+    """The value, on the engine's device if it is a tensor."""
+    return value.to(engine.device) if isinstance(value, Tensor) else value
+
+
 def top_neurons(scores: Tensor, share: float) -> dict[int, Tensor]:
-    """The share of neurons with the highest scores [n_layers, d_mlp], of all layers but the last, together."""
+    """The share of neurons with the highest scores [n_layers, d_mlp], among all layers but the last."""
     searched = scores[:-1]
-    there = ~searched.isnan()
-    n = round(share * int(there.sum()))
-    order = searched.masked_fill(~there, -torch.inf).flatten().argsort(descending=True, stable=True)[:n]
+    exists = ~searched.isnan()
+    n = round(share * int(exists.sum()))
+    order = searched.masked_fill(~exists, -torch.inf).flatten().argsort(descending=True, stable=True)[:n]
     layers, neurons = order // scores.shape[1], order % scores.shape[1]
     return {layer: neurons[layers == layer].sort().values for layer in range(len(searched)) if (layers == layer).any()}
 
@@ -116,10 +118,9 @@ def top_neurons(scores: Tensor, share: float) -> dict[int, Tensor]:
 def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[None]:
     """DAP: within, these neurons of the model have the values that they have in the unaligned model.
 
-    Before each call of the model, the unaligned one reads the same tokens, with a cache of its own for each cache that
-    the model is called with. Every token that the model reads is patched, prompt and answer. So a call's place in the
-    answer does not matter, and runs with a cache give what runs without one give. Only calls of the whole model are
-    patched: answers and likelihoods, not scores by replay.
+    Before each call of the model the unaligned one reads the same tokens, with a cache of its own for each cache of the
+    model. Every token that the model reads is patched, prompt and answer, so runs with and without a cache agree. Only
+    calls of the whole model are patched: answers and likelihoods, not scores by replay.
 
     Raises:
         SafetyheadsError: inside, a cache is used that was filled outside.
@@ -127,51 +128,44 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
     ours, theirs = down_projections(engine), down_projections(unaligned)
     twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
     values: dict[int, Tensor] = {}
-    chosen = {layer: these.to(ours[layer].weight.device) for layer, these in neurons.items()}
+    chosen = {layer: indices.to(ours[layer].weight.device) for layer, indices in neurons.items()}
 
     def see(layer: int, given: Tensor) -> None:
         if layer in chosen:
-            values[layer] = given.to(ours[layer].weight.device)[..., chosen[layer]]
+            values[layer] = given.to(chosen[layer].device)[..., chosen[layer]]
 
-    def there(value: Any) -> Any:
-        return value.to(unaligned.device) if isinstance(value, Tensor) else value
-
-    def read_along(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def run_unaligned(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         values.clear()
-        given = {name: there(value) for name, value in keywords.items()}
-        cache = keywords.get("past_key_values")
-        if cache is not None:
-            given["past_key_values"] = _twin(twins, cache, unaligned)
-        unaligned.model(*map(there, arguments), **given)
+        given = {name: _on(unaligned, value) for name, value in keywords.items()}
+        if given.get("past_key_values") is not None:
+            given["past_key_values"] = _twin(twins, given["past_key_values"], unaligned)
+        unaligned.model(*(_on(unaligned, value) for value in positional), **given)
 
-    def has_read(*_: Any) -> None:
-        values.clear()  # layers that run on their own, in replays and proofs, are not patched with what is past
+    def forget(*_: Any) -> None:
+        values.clear()  # layers that run on their own, in replays and proofs, must not get old values
 
-    def patch(layer: int) -> Any:
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            if layer not in values:
-                return given
-            whole = given[0].clone()
-            whole[..., chosen[layer]] = values[layer].to(whole.dtype)
-            return (whole, *given[1:])
-
-        return hook
+    def patch(layer: int, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        if layer not in values:
+            return given
+        whole = given[0].clone()
+        whole[..., chosen[layer]] = values[layer].to(whole.dtype)
+        return (whole, *given[1:])
 
     with ExitStack() as stack, engine.weights_changed():
-        stack.callback(_let_go, twins)
+        stack.callback(_release, twins)
         stack.enter_context(inputs_seen([linear.module for linear in theirs], see))
         handles = [
-            engine.model.register_forward_pre_hook(read_along, with_kwargs=True),
-            engine.model.register_forward_hook(has_read, always_call=True),
+            engine.model.register_forward_pre_hook(run_unaligned, with_kwargs=True),
+            engine.model.register_forward_hook(forget, always_call=True),
+            *(ours[layer].module.register_forward_pre_hook(partial(patch, layer)) for layer in chosen),
         ]
-        handles += [ours[layer].module.register_forward_pre_hook(patch(layer)) for layer in chosen]
         for handle in handles:
             stack.callback(handle.remove)
         yield
 
 
 def _twin(twins: WeakKeyDictionary[Any, Any], cache: Any, unaligned: Engine) -> Any:
-    """The unaligned model's cache beside one of the model's; whatever moves rows of this moves rows of that."""
+    """The unaligned model's cache for one of the model's caches; it follows every move of rows."""
     from transformers import DynamicCache
 
     if cache not in twins:
@@ -179,45 +173,43 @@ def _twin(twins: WeakKeyDictionary[Any, Any], cache: Any, unaligned: Engine) -> 
             raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
         twins[cache] = twin = DynamicCache(config=unaligned.model.config)
         for name in _REORDERING:
-            setattr(cache, name, _followed(cache, twin, name))
+            setattr(cache, name, _follow(cache, twin, name))
     return twins[cache]
 
 
-def _followed(cache: Any, twin: Any, name: str) -> Any:
-    """The cache's method, done to its twin too; it holds the cache weakly, which must go when its batch does."""
-    here = ref(cache)
+def _follow(cache: Any, twin: Any, name: str) -> Any:
+    """The cache's method, applied to its twin too. Holds the cache weakly, so that it is freed with its batch."""
+    weak = ref(cache)
 
     def both(*arguments: Any, **keywords: Any) -> None:
-        own = here()
-        getattr(type(own), name)(own, *arguments, **keywords)
+        original = weak()
+        getattr(type(original), name)(original, *arguments, **keywords)
         getattr(twin, name)(*arguments, **keywords)
 
     return both
 
 
-def _let_go(twins: WeakKeyDictionary[Any, Any]) -> None:
-    """Caches that are still there move alone again."""
+def _release(twins: WeakKeyDictionary[Any, Any]) -> None:
+    """Caches that still exist get their own methods back."""
     for cache in list(twins):
         for name in _REORDERING:
             cache.__dict__.pop(name, None)
 
 
 def neuron_parameters(engine: Engine, neurons: Neurons) -> int:
-    """Weights of these neurons: their rows of what leads into them, their columns of the last projection."""
-    linears, downs = linear_layers(engine), down_projections(engine)
-    total = 0
-    for layer, these in neurons.items():
-        width, attention = downs[layer].d_in, engine.architecture.attentions[layer]
-        of_attention = set() if attention is None else set(attention.modules())
-        mlp = [linear for linear in linears if linear.layer == layer and linear.module not in of_attention]
+    """Weights of these neurons: their rows of the projections into them, their columns of the last projection."""
+    downs, outside, total = down_projections(engine), _outside_attention(engine), 0
+    for layer, indices in neurons.items():
+        width = downs[layer].d_in
         # One projection may lead to gate and value at once, with two rows a neuron.
-        per_neuron = sum(linear.n_weights // width for linear in mlp if linear.d_out % width == 0)
-        total += len(these) * (per_neuron + (0 if downs[layer].d_out % width == 0 else downs[layer].d_out))
+        into = [linear for linear in outside[layer] if linear.d_out % width == 0]
+        per_neuron = sum(linear.d_out * linear.d_in // width for linear in into)
+        total += len(indices) * (per_neuron + (0 if downs[layer] in into else downs[layer].d_out))
     return total
 
 
 def _refuse_unlike(engine: Engine, unaligned: Engine) -> None:
-    """Refuse two models whose neurons or tokens do not stand for each other."""
+    """Refuse two models whose neurons or tokens do not correspond."""
     if unaligned.model is engine.model:
         raise InputError("the unaligned model is the model itself; neurons are patched from another checkpoint")
     refuse_wrapped("the unaligned model", unaligned.model, EDITS)
@@ -233,21 +225,15 @@ def _interventions(material: Material, strengths: Sequence[float]) -> list[Inter
     if unaligned is None:
         raise InputError("GTAC & DAP compares two checkpoints: name the unaligned model too")
     _refuse_unlike(engine, unaligned)
+    refuse_shares("a share of the neurons", strengths)
+    scores = contrasts(engine, unaligned, material.refusal_text(whole=False))
+    interventions = []
     for share in strengths:
-        if not 0 <= share <= 1:
-            raise InputError(f"a share of the neurons is from 0 to 1; got {share:g}")
-    scores = contrasts(engine, unaligned, refusal_text(material, whole=False))
-
-    def ready(share: float) -> Intervention:
         neurons = top_neurons(scores, share)
-        return Intervention(
-            setting=f"{sum(map(len, neurons.values()))} neurons ({share:.3g})",
-            strength=share,
-            n_parameters=neuron_parameters(engine, neurons),
-            at_work=lambda: patched(engine, unaligned, neurons),
-        )
-
-    return [ready(share) for share in strengths]
+        setting = f"{sum(map(len, neurons.values()))} neurons ({share:.3g})"
+        at_work = partial(patched, engine, unaligned, neurons)
+        interventions.append(Intervention(setting, share, neuron_parameters(engine, neurons), at_work))
+    return interventions
 
 
 GTAC_DAP = Method(
@@ -261,5 +247,5 @@ GTAC_DAP = Method(
     "rows and columns, though values are patched and no weight changes",
     needs_unaligned=True,
 )
-"""Neurons that alignment changed most, patched from the unaligned model. Strength: share of all neurons but the last
-layer's."""
+"""Patches the neurons that alignment changed most from the unaligned model. Strength: share of all layers' neurons but
+the last's."""
