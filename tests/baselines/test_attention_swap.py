@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from baseline_samples import close
 from families import built
 from oracle import Oracle
 from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of, tokenizer
@@ -28,7 +29,6 @@ from safetyheads import (
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.provenance import fingerprint
 
-FLOAT32 = 1e-5
 PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
 GROUP = (Head(0, 1), Head(2, 2))
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "phi3")
@@ -67,18 +67,15 @@ def logits(model, ids=PROMPT):
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
 
 
-def relative(ours, reference):
-    return float((ours - reference).abs().max() / reference.abs().max())
-
-
 @pytest.fixture
 def pair():
     model = model_of("llama_gqa")
     return engine_on(model), engine_on(another(model))
 
 
-@pytest.mark.parametrize("layers", [None, [1], (0, 2)], ids=["all", "one", "some"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "layers"), [*((name, None) for name in FAMILIES), ("llama3", [1]), ("gpt_neox", (0, 2))]
+)
 def test_within_a_swap_the_model_is_the_one_with_the_donors_attention(name, layers):
     model = built(name)
     donor = another(model)
@@ -88,10 +85,10 @@ def test_within_a_swap_the_model_is_the_one_with_the_donors_attention(name, laye
     before = fingerprint(engine), fingerprint(given)
     with swapped_attention(engine, given, layers) as swapped:
         assert swapped is engine.model
-        assert relative(logits(swapped), logits(mixed)) < FLOAT32
+        close(logits(swapped), logits(mixed))
         assert fingerprint(engine) == fingerprint(engine_on(mixed))
     assert (fingerprint(engine), fingerprint(given)) == before
-    assert relative(logits(engine.model), logits(mixed)) > 100 * FLOAT32
+    assert (logits(engine.model) - logits(mixed)).abs().max() > 1e-3 * logits(mixed).abs().max()
 
 
 def test_heads_are_ablated_within_a_swap_and_swapped_within_an_ablation(pair):
@@ -99,9 +96,9 @@ def test_heads_are_ablated_within_a_swap_and_swapped_within_an_ablation(pair):
     oracle = Oracle(by_hand(engine.model, donor.model, range(3)))
     expected = oracle.run(PROMPT, GROUP, UNDIFFERENTIATED_ATTENTION).logits
     with swapped_attention(engine, donor), engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
-        assert relative(logits(model)[0, -1], expected) < FLOAT32
+        close(logits(model)[0, -1], expected)
     with engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model, swapped_attention(engine, donor):
-        assert relative(logits(model)[0, -1], expected) < FLOAT32
+        close(logits(model)[0, -1], expected)
 
 
 def test_scores_within_a_swap_are_those_of_the_mixed_model(pair):
@@ -148,8 +145,8 @@ def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
     both = by_hand(first, third.model, [1])
     with swapped_attention(engine, donor) as model:
         with swapped_attention(engine, third, layers=[1]):
-            assert relative(logits(model), logits(both)) < FLOAT32
-        assert relative(logits(model), logits(first)) < FLOAT32
+            close(logits(model), logits(both))
+        close(logits(model), logits(first))
 
 
 def test_a_plain_model_can_be_the_donor(pair):

@@ -1,98 +1,100 @@
-from collections import Counter
-from types import SimpleNamespace
+"""Material as text, and counts of parameters by arithmetic on the shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
+from baseline_samples import PROMPTS, close, engine_on, made_up_material
+from families import FAMILIES, built, proved
+from tiny_models import engine_of, prompts_of
 
-from safetyheads.heads import Head, parse_heads
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
-
-# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
-quick = settings(deadline=None, max_examples=50)
-
-N_HEADS = 6
-groups = st.lists(st.builds(Head, st.integers(0, 3), st.integers(0, N_HEADS - 1)), unique=True, min_size=1).map(tuple)
-
-
-def layers(group):
-    return Counter(head.layer for head in group)
-
-
-@quick
-@given(groups, st.integers(0, 5), st.integers(0, 1000))
-def test_random_groups_have_as_many_heads_in_each_layer(group, n_groups, seed):
-    drawn = random_groups(group, N_HEADS, n_groups, seed)
-    assert len(drawn) == n_groups
-    for one in drawn:
-        assert layers(one) == layers(group)
-        assert len(set(one)) == len(group)
-        assert all(head.index < N_HEADS for head in one)
-        assert list(one) == sorted(one)
+from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Head, InputError
+from safetyheads.baselines.base import (
+    DOWN_NAMES,
+    WRITING_NAMES,
+    head_parameters,
+    most_head_parameters,
+    refusal_log_odds,
+    refuse_shares,
+    writing_parameters,
+)
 
 
-@quick
-@given(groups, st.integers(0, 1000))
-def test_a_layer_with_enough_others_gives_none_of_the_groups_heads(group, seed):
-    spacious = {layer for layer, count in layers(group).items() if N_HEADS - count >= count}
-    for one in random_groups(group, N_HEADS, 5, seed):
-        assert {head for head in one if head.layer in spacious}.isdisjoint(group)
+def test_text_counts_the_tokens_of_answers_alone_or_with_their_prompts():
+    material = made_up_material(engine_of("llama_gqa"))
+    whole, answers = (material.refusal_text(whole=whole) for whole in (True, False))
+    assert [s.n_wanted for s in answers] == [3, 4, 1]
+    assert [s.n_wanted for s in whole] == [len(s.token_ids) for s in whole] == [12, 8, 7]
+    with pytest.raises(InputError, match="2 answers for the 3 prompts"):
+        replace(material, refusals=material.refusals[:2]).refusal_text(whole=True)
+    with pytest.raises(InputError, match="are empty"):
+        replace(material, answers=((), (), ())).benign_text(whole=False)
 
 
-@pytest.mark.parametrize("group", ["0-0", "0-0,0-1", "0-0,2-3,2-4"])
-def test_every_other_head_can_be_drawn(group):
-    heads = parse_heads(group)
-    drawn = {head for one in random_groups(heads, N_HEADS, 200) for head in one}
-    others = {Head(layer, index) for layer in layers(heads) for index in range(N_HEADS)} - set(heads)
-    assert drawn == others
+def test_refusal_log_odds_are_the_definitions():
+    engine = engine_of("llama_gqa")
+    by_hand = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            probabilities = engine.model(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+        p = probabilities[[14, 20]].sum()
+        by_hand.append(torch.log(p / (1 - p)))
+    close(refusal_log_odds(engine, prompts_of(*PROMPTS), (14, 20)), torch.stack(by_hand))
 
 
-def test_others_are_drawn_equally_often():
-    drawn = Counter(random_groups(parse_heads("1-2"), N_HEADS, 1000))
-    # Each of the five is expected 200 times, with a standard deviation of 13.
-    assert len(drawn) == 5
-    assert all(abs(count - 200) < 5 * 13 for count in drawn.values())
+def test_shares_out_of_range_are_refused():
+    refuse_shares("a share", (0, 0.5, 1))
+    for share, ends in ((-0.1, {}), (1.1, {}), (0, {"above_0": True}), (1, {"below_1": True}), (float("nan"), {})):
+        with pytest.raises(InputError, match="a share is"):
+            refuse_shares("a share", (0.5, share), **ends)
 
 
-def test_a_layer_without_enough_others_is_filled_from_its_own():
-    group = parse_heads("0-0,0-1,0-2,1-0")
-    drawn = random_groups(group, 4, 50)
-    assert all(layers(one) == {0: 3, 1: 1} for one in drawn)
-    assert all(Head(1, 0) not in one for one in drawn)
-    assert all(Head(0, 3) in one for one in drawn)
+# d_model 32, four heads of width 8 (16, 12 for queries of a latent of 16, values of 6).
+@pytest.mark.parametrize(
+    ("name", "ua", "sc"),
+    [
+        ("llama2", 8 * 32, 8 * 32),
+        ("llama3", 8 * 32, 8 * 32),
+        ("qwen2", 8 * 33, 8 * 32),
+        ("qwen3", 16 * 32, 16 * 32),
+        ("gpt2", 8 * 33, 8 * 32),
+        ("gpt_neox", 8 * 33, 8 * 32),
+        ("phi3", 8 * 32, 8 * 32),
+        ("deepseek_v3", 12 * 16, 6 * 32),
+    ],
+)
+def test_parameters_of_a_head_are_counted_by_its_layers_shapes(name, ua, sc):
+    engine, group = engine_on(name), (Head(0, 1), Head(1, 0))
+    assert head_parameters(engine, group, UNDIFFERENTIATED_ATTENTION) == 2 * ua
+    assert head_parameters(engine, group, SCALING_CONTRIBUTION) == 2 * sc
+    assert most_head_parameters(engine, 2, SCALING_CONTRIBUTION) == 2 * sc
 
 
-def test_all_of_a_layer_has_no_control():
-    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == ()
-    assert len(random_groups(parse_heads("0-0,0-1,1-0"), 2, 2)) == 2
+def test_layers_of_other_widths_count_as_they_are():
+    engine = engine_on("gemma4")  # heads of 8 in sliding layers, of 16 in full ones
+    assert head_parameters(engine, (Head(0, 0),), SCALING_CONTRIBUTION) == 8 * 32
+    assert head_parameters(engine, (Head(1, 0),), SCALING_CONTRIBUTION) == 16 * 32
+    assert most_head_parameters(engine, 9, SCALING_CONTRIBUTION) == (8 * 16 + 8) * 32
+    with pytest.raises(InputError, match="layer 0 has no such head"):
+        head_parameters(proved("lfm2"), (Head(0, 0),), SCALING_CONTRIBUTION)
 
 
-def test_the_seed_makes_the_draw():
-    group = parse_heads("0-0,1-1")
-    assert random_groups(group, 32, 5, seed=1) == random_groups(group, 32, 5, seed=1)
-    assert random_groups(group, 32, 5, seed=1) != random_groups(group, 32, 5, seed=2)
-    # The order in which a search chose the heads is no part of it, and more groups begin with the same ones.
-    assert random_groups(group[::-1], 32, 5, seed=1) == random_groups(group, 32, 5, seed=1)
-    assert random_groups(group, 32, 8, seed=1)[:5] == random_groups(group, 32, 5, seed=1)
+def test_the_parameters_that_write_to_the_residual_stream():
+    embeddings, outputs, mlps = 64 * 32, 32 * 32, 32 * 48
+    assert writing_parameters(engine_on("llama3")) == embeddings + 3 * (outputs + mlps)
+    # GPT-2 has biases, and wider MLPs.
+    mlp = built("gpt2").transformer.h[0].mlp.c_proj
+    assert writing_parameters(engine_on("gpt2")) == embeddings + 3 * (outputs + 32 + mlp.weight.numel() + 32)
+    assert set(DOWN_NAMES) < set(WRITING_NAMES)
 
 
-def test_groups_differ_among_themselves():
-    assert len(set(random_groups(parse_heads("0-0,1-1"), 32, 20))) > 15
-
-
-def test_no_head_is_drawn_that_its_layer_does_not_have():
-    group = parse_heads("0-1,1-6")
-    drawn = random_groups(group, (4, 8), 60)
-    assert {head for one in drawn for head in one} == {Head(0, index) for index in (0, 2, 3)} | {
-        Head(1, index) for index in (0, 1, 2, 3, 4, 5, 7)
-    }
-    # Layers of one size are drawn from as before, however they are told.
-    assert random_groups(group, (8, 8), 5) == random_groups(group, 8, 5)
-    # The smaller layer's heads are all in the group, the larger one's are not.
-    assert len(random_groups(parse_heads("0-0,0-1,1-0"), (2, 4), 3)) == 3
-    assert random_groups(parse_heads("0-0,0-1"), (2, 4), 3) == ()
-
-
-def test_heads_are_counted_by_layer():
-    shapes = (SimpleNamespace(n_heads=4), None, SimpleNamespace(n_heads=8))
-    assert heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))) == (4, 0, 8)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3n"])
+def test_every_familys_layers_write_by_a_known_name(name):
+    engine = engine_on(name)
+    projections = [each for each in engine.architecture.output_projections if each is not None]
+    attention = sum(parameter.numel() for projection in projections for parameter in projection.parameters())
+    embeddings = engine.model.get_input_embeddings().weight.numel()
+    # Every layer has an MLP, and its last matrix has d_model rows.
+    assert writing_parameters(engine) - attention - embeddings >= engine.n_layers * engine.architecture.d_model * 24

@@ -8,44 +8,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, built, proved
-from head_material import N_TOKENS, figures, material, organism
+from baseline_samples import FLOAT32, close, hooks_of, material, on_the_organism, organism
+from families import built, proved
 from tiny_models import END, engine_of, prompts_of, tokenizer
 from torch import nn
 
-from safetyheads import Engine, InputError, KeywordJudge, SafetyheadsError, UnsupportedModelError
+from safetyheads import Engine, InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.baselines.base import last_states, writing_parameters
 from safetyheads.baselines.direction import (
     PAPERS_RULES,
     REFUSAL_DIRECTION,
     TABLES_RULES,
     SelectionRules,
+    direction_added,
+    direction_removed,
     instruction_end,
     mean_states,
     select_direction,
 )
-from safetyheads.baselines.forward import last_states, sequences_of
-from safetyheads.baselines.heads import RDSHA
-from safetyheads.baselines.parameters import writing_parameters
-from safetyheads.baselines.steering import direction_added, direction_removed
 from safetyheads.measures.head_pass import log_odds
 
-# Of the largest value: float32 states by packed rows against one prompt at a time, hooks against weights.
-FLOAT32 = 1e-5
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2, 8))
 STREAMS = "several residual streams"
 
 
-def drawn(width=32):
-    return torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def close(found, wanted, tolerance=FLOAT32):
-    error = (found.double() - wanted.double()).abs().max() / wanted.abs().max()
-    assert error < tolerance, float(error)
-
-
-def hooks_of(model):
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+def drawn():
+    return torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -57,7 +45,7 @@ def logits_of(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama3", "gpt2", "phi", "lfm2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "lfm2", "gemma2"])
 def test_mean_states_by_a_slow_loop(name):
     sums = 0
     for ids in PROMPTS:
@@ -142,7 +130,7 @@ def by_weights(model, direction, share=1.0):
     return edited
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
 def test_removal_by_hooks_is_removal_by_weights(name):
     engine, direction = proved(name), drawn()
     unablated = logits_of(engine.model)
@@ -152,15 +140,13 @@ def test_removal_by_hooks_is_removal_by_weights(name):
     assert (removed - unablated).abs().max() > 0.1 * unablated.abs().max()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama3", "gpt2", "gpt_neox", "phi", "gemma2", "olmo2", "lfm2", "qwen3_moe", "falcon_h1"]
-)
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "gpt_neox", "gemma2", "lfm2", "qwen3_moe", "falcon_h1"])
 def test_no_block_is_given_and_none_leaves_any_of_the_direction(name):
     engine, direction = proved(name), drawn()
     unit = direction / direction.norm()
     with direction_removed(engine, direction):
         entering = mean_states(engine, prompts_of(PROMPTS[0]), 3)
-        leaving = last_states(engine, sequences_of(engine, prompts_of(PROMPTS[0]), 3)).double()
+        leaving = last_states(engine, prompts_of(PROMPTS[0]), 3).double()
     for states in (entering, leaving):
         assert (states @ unit).abs().max() < FLOAT32 * states.abs().max()
 
@@ -201,7 +187,7 @@ def test_where_blocks_write_nothing_a_share_does_not_compound(name):
                 parameter.zero_()
     before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
     with direction_removed(engine, direction, 0.25):
-        leaving = last_states(engine, sequences_of(engine, prompts_of(PROMPTS[0])))[0].double() @ unit
+        leaving = last_states(engine, prompts_of(PROMPTS[0]))[0].double() @ unit
     assert float(leaving) == pytest.approx(0.75 * float(before), rel=1e-4)
 
 
@@ -320,47 +306,13 @@ def test_material_that_shows_no_refusal_is_refused():
         SelectionRules(n_train=0)
 
 
-# Counts
-
-
-def test_the_parameters_that_write_to_the_residual_stream():
-    embeddings, outputs, mlps = 64 * 32, 32 * 32, 32 * 48
-    assert writing_parameters(proved("llama3")) == embeddings + 3 * (outputs + mlps)
-    # GPT-2 has biases, and MLPs four times as wide as COMMON says for others; the engine's own facts are not asked.
-    mlp = built("gpt2").transformer.h[0].mlp.c_proj
-    assert writing_parameters(proved("gpt2")) == embeddings + 3 * (outputs + 32 + mlp.weight.numel() + 32)
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3n"])
-def test_every_familys_layers_write_by_a_known_name(name):
-    engine = Engine(copy.deepcopy(built(name)), tokenizer())
-    attention = sum(
-        parameter.numel()
-        for projection in engine.architecture.output_projections
-        if projection is not None
-        for parameter in projection.parameters()
-    )
-    embeddings = engine.model.get_input_embeddings().weight.numel()
-    # Every layer has an MLP, and its last matrix has d_model rows.
-    assert writing_parameters(engine) - attention - embeddings >= engine.n_layers * engine.architecture.d_model * 24
-
-
 # The organism
 
 
-def test_the_direction_on_the_organism_works_and_goes_away():
+def test_the_direction_on_the_organism():
     """What it does to refusals is not asserted: the construction implies nothing of directions."""
-    engine, harmful = organism().engine, organism().harmful[:8]
-    vanilla = [row.token_ids for row in whole(engine, harmful).rows]
-    found = figures(REFUSAL_DIRECTION, material(), n=8, strengths=(0.5, 1.0))
-    assert [touched for *_, touched in found] == [writing_parameters(engine)] * 2
-    assert "50% removed" in found[0][0]
-    assert "removed" not in found[1][0].split("(")[0]
-    assert [row.token_ids for row in whole(engine, harmful).rows] == vanilla
-    assert RDSHA.interventions(material(), (1,))[0].setting.startswith("1 head of each prompt")
-
-
-def whole(engine: Engine, prompts):
-    from safetyheads import UNDIFFERENTIATED_ATTENTION, attack_success_rate
-
-    return attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), N_TOKENS)
+    half, _, _ = on_the_organism(REFUSAL_DIRECTION, 0.5, material())
+    whole, _, _ = on_the_organism(REFUSAL_DIRECTION, 1.0, material())
+    assert half.n_parameters == whole.n_parameters == writing_parameters(organism().engine)
+    assert "50% removed" in half.setting
+    assert "removed" not in whole.setting.split("(")[0]

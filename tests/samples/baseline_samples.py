@@ -9,42 +9,72 @@ from functools import cache
 
 import torch
 from families import built
-from tiny_models import prompts_of, tokenizer
+from tiny_models import END, prompts_of, tokenizer
 
-from safetyheads import SCALING_CONTRIBUTION, Engine, KeywordJudge, demo, load_demo
+from safetyheads import SCALING_CONTRIBUTION, Engine, KeywordJudge, load_demo
+from safetyheads.answers.decoding import Request, answer
 from safetyheads.answers.success import answers_under
 from safetyheads.baselines.base import Material
-from safetyheads.demo.loading import demo_prompts
+from safetyheads.baselines.linear_layers import linear_layers
 from safetyheads.measures.ships import openers_of
 from safetyheads.model.loading import use_our_attention
+from safetyheads.runs.data import demo_set
 
 NEW_TOKENS = 32
 """The organism's longest answer has 26."""
-
 MADE_UP = ((5, 9, 12, 40, 41, 8, 3, 22, 17), (7, 30, 2, 11), (19, 44, 50, 3, 3, 21))
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22, 17), (7, 30, 2, 11), (19, 44, 50, 3, 3, 21), (1, 2, 3, 4))
+# Rows that stop after 1 to 9 tokens: rows are taken out of the batch, and out of all caches.
+LIMITS = dict(zip(PROMPTS, (9, 1, 4, 2), strict=True))
+# A family of each kind: plain, softcaps and windows, one projection to gate and value, transposed weights, two
+# matrices without a gate, attention beside the MLP, states instead of keys, shared keys and several streams.
+FAMILIES = ("llama3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "lfm2", "qwen3_5", "gemma3n")
 ANSWERS = ((14, 15, 16), (20, 21, 22, 23), (6,))
+# Of the largest value: float32 states by packed rows against one prompt at a time, hooks against weights.
+FLOAT32 = 1e-5
+# Solutions of systems of a few dozen unknowns in float64, conditioned below 1e5.
+SOLVED = 1e-8
 
 
 @cache
-def organism_material(n=12):
-    """From validation prompts; tests ask the test split."""
-    organism, base = load_demo("aligned_a"), load_demo("base").engine
-    harmful = demo_prompts("harmful", "validation", demo.harmful_prompts("validation", n), with_reference=False)
-    benign = demo_prompts("benign", "validation", demo.benign_prompts("validation", n))
+def organism(name="aligned_a"):
+    return load_demo(name)
+
+
+@cache
+def material():
+    """Of 48 harmful and 48 benign validation prompts; the tests' prompts are of another split."""
+    engine, prompts = organism().engine, [demo_set(kind, "validation") for kind in ("harmful", "benign")]
     refused, answered = (
-        answers_under(organism.engine, prompts, [()], SCALING_CONTRIBUTION, KeywordJudge(), NEW_TOKENS)[0]
-        for prompts in (harmful, benign)
+        answers_under(engine, each, [()], SCALING_CONTRIBUTION, KeywordJudge(), NEW_TOKENS)[0] for each in prompts
     )
-    openers = tuple(opener.token_id for opener in openers_of(organism.engine, refused))
-    said = [tuple(row.token_ids for row in rows) for rows in (refused, answered)]
-    return Material(organism.engine, harmful, benign, *said, openers, base)
+    new_tokens = [tuple(row.token_ids for row in rows) for rows in (refused, answered)]
+    openers = tuple(opener.token_id for opener in openers_of(engine, refused))
+    return Material(engine, *prompts, *new_tokens, openers, organism("base").engine)
 
 
 @cache
-def held_out(n=8):
-    """Harmful and benign test prompts of the organism."""
-    organism = load_demo("aligned_a")
-    return tuple(replace(prompts, prompts=prompts.prompts[:n]) for prompts in (organism.harmful, organism.benign))
+def short(n=12):
+    """The first ``n`` prompts of each kind, for tests in which the numbers do not matter."""
+    names = ("harmful", "benign", "refusals", "answers")
+    return replace(material(), **{name: getattr(material(), name)[:n] for name in names})
+
+
+def on_the_organism(method, strength, learned=None, n=8):
+    """The intervention, its ASR and the benign answers it keeps, on ``n`` held-out prompts of each kind.
+
+    The model is held to be the same before and after, bit for bit.
+    """
+    learned = learned or short()
+    before = weights_hash(learned.engine.model), hooks_of(learned.engine.model)
+    (one,) = method.interventions(learned, [strength])
+    harmful, benign = (
+        one.answers(learned.engine, prompts[:n], KeywordJudge(), NEW_TOKENS)
+        for prompts in (organism().harmful, organism().benign)
+    )
+    assert (weights_hash(learned.engine.model), hooks_of(learned.engine.model)) == before
+    assert harmful.n == benign.n == n
+    return one, harmful.rate, benign.kept.rate
 
 
 def engine_on(family, changed=0.0):
@@ -64,9 +94,73 @@ def made_up_material(engine, unaligned=None):
     return Material(engine, harmful, benign, ANSWERS, ANSWERS[::-1], openers=(14, 20), unaligned=unaligned)
 
 
+def layer_and_inputs(d_out=6, d_in=12, n_tokens=200, seed=0):
+    """A random W [d_out, d_in] and correlated X [n_tokens, d_in], float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return drawn(d_out, d_in), drawn(n_tokens, d_in) @ (torch.eye(d_in) + 0.4 * drawn(d_in, d_in))
+
+
+def one_by_one(engine, sequences):
+    """The slow twin of gram_matrices: each sequence alone, unpadded, every input kept."""
+    linears, seen = linear_layers(engine), {}
+    for sequence in sequences:
+        handles = [
+            linear.module.register_forward_pre_hook(
+                lambda _, given, linear=linear, n=sequence.n_wanted: seen.setdefault(linear, []).append(
+                    given[0][0, -n:]
+                )
+            )
+            for linear in linears
+        ]
+        with torch.no_grad():
+            engine.model(input_ids=torch.tensor([sequence.token_ids]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+    return {linear: torch.cat(parts).double() for linear, parts in seen.items()}
+
+
+def answers_with_limits(engine, prompts=PROMPTS):
+    """Prompt -> the new tokens in one padded batch with a cache, and how many were allowed."""
+    requests = [Request(p, stop=lambda made, n=LIMITS[p]: len(made) >= n) for p in prompts]
+    answers = answer(engine, requests, max_new_tokens=9)
+    return {prompt: (one.token_ids, LIMITS[prompt]) for prompt, one in zip(prompts, answers, strict=True)}
+
+
+def greedy(next_logits, prompt, n):
+    """The slow twin of an answer: the whole sequence for every token."""
+    made = []
+    while len(made) < n:
+        token = int(next_logits((*prompt, *made)).argmax())
+        if token == END:
+            break
+        made.append(token)
+    return tuple(made)
+
+
 def weights_hash(model):
     """Of every byte of the model's weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def hooks_of(model):
+    """Hooks on the model, but for transformers' own, which stay once attention maps were asked for by any test."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def close(found, wanted, tolerance=FLOAT32):
+    """Equal up to a share of the largest wanted value; NaN where NaN is wanted."""
+    assert torch.equal(found.isnan(), wanted.isnan())
+    error = (found.double() - wanted.double()).abs().nan_to_num().max() / wanted.abs().nan_to_num().max()
+    assert error < tolerance, float(error)
