@@ -24,7 +24,7 @@ from safetyheads import (
     refusal_score,
     ships,
 )
-from safetyheads.judges.base import Verdict
+from safetyheads.judges.base import Judge, Verdict
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences
 from safetyheads.model.planning import Plan, TokenSequence
@@ -230,21 +230,28 @@ def test_a_group_that_makes_refusals_less_probable_scores_above_zero(oracle):
         assert sign * float(score([group])[0]) > 0.1
 
 
+class Told(Judge):
+    """Gives the verdicts that it was told."""
+
+    name = "told"
+
+    def __init__(self, *labels):
+        self.labels = labels
+
+    def __call__(self, completions):
+        return tuple(Verdict(label, "told") for label, _ in zip(self.labels, completions, strict=True))
+
+    def describe(self):
+        return {"name": self.name}
+
+
 def test_openers_are_the_first_tokens_of_the_models_own_refusals(oracle):
-    prompts = prompts_of(*PROMPTS)
-
-    def refuses_two(completions):
-        labels = ["refused", "complied", "refused", "incoherent"]
-        return tuple(Verdict(label, "told") for label, _ in zip(labels, completions, strict=True))
-
+    prompts, refuses_two = prompts_of(*PROMPTS), Told("refused", "complied", "refused", "incoherent")
     tokens = {int(oracle.run(PROMPTS[number]).logits.argmax()) for number in (0, 2)}
     scorer = refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_two)
     slow = [refusal_twin(oracle, PROMPTS, group, UNDIFFERENTIATED_ATTENTION, tokens) for group in GROUPS]
     assert scorer(GROUPS).tolist() == pytest.approx(slow, abs=ODDS_NATS)
-
-    def refuses_none(completions):
-        return tuple(Verdict("complied", "told") for _ in completions)
-
+    refuses_none = Told(*["complied"] * 4)
     with pytest.raises(SafetyheadsError, match="refuses none"):
         refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_none)
 

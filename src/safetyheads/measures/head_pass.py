@@ -25,8 +25,8 @@ from safetyheads.model.planning import (
     TokenSequence,
     first_wanted,
     halving,
-    is_out_of_memory,
     prompt_of_wanted,
+    unless_too_large,
 )
 from safetyheads.scores import HeadScores
 
@@ -160,22 +160,17 @@ class HeadPass:
 
     def _measure_batch(
         self, groups: Sequence[Group], hidden_of: Callable[[Sequence[Group]], Tensor], indices: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """The readouts of one batch.
+    ) -> dict[str, Tensor] | None:
+        """The readouts of one batch; None where it does not fit the memory.
 
-        Raises:
-            OutOfMemoryError: the batch does not fit. The store remembers this, so that a resumed run halves it again
-                even where it would fit now: other batches give other last bits.
+        The store remembers that it did not, so a resumed run halves it again even where it would fit now: other batches
+        give other last bits.
         """
         chosen = [groups[index] for index in indices]
 
         def compute() -> dict[str, Tensor]:
-            try:
-                return self._read(hidden_of(chosen))
-            except (RuntimeError, MemoryError) as error:
-                if len(indices) < 2 or not is_out_of_memory(error):
-                    raise
-            return {_HALVED: torch.ones(1)}
+            values_by_name = unless_too_large(chosen, lambda groups: self._read(hidden_of(groups)))
+            return {_HALVED: torch.ones(1)} if values_by_name is None else values_by_name
 
         depends_on = {
             "groups": [format_heads(group) for group in chosen],
@@ -185,9 +180,7 @@ class HeadPass:
             "tokens": self._tokens_sha256,
         }
         values_by_name = self._keep(depends_on, compute)
-        if _HALVED in values_by_name:
-            raise torch.OutOfMemoryError("this batch of groups did not fit the memory")
-        return values_by_name
+        return None if _HALVED in values_by_name else values_by_name
 
     def resolution(self, unit: str) -> float:
         """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""
