@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,9 +49,8 @@ from safetyheads import (
 )
 from safetyheads.answers.decoding import Decoding, end_tokens
 from safetyheads.answers.success import AnswerScan, scan_attack_success_rate
-from safetyheads.demo import PLANTED_HEADS, harmful_prompts, organism
+from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, harmful_prompts
 from safetyheads.demo.loading import demo_prompts
-from safetyheads.demo.recipes import RECIPES, PlantRecipe
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import left_padded
@@ -63,6 +63,7 @@ WAYS = ("plain", "plain_early", "scan", "scan_full")
 RATIOS = (("plain", "scan"), ("plain", "scan_full"), ("plain_early", "scan"))
 ABLATIONS = {"UA": UNDIFFERENTIATED_ATTENTION, "SC": SCALING_CONTRIBUTION}
 LONG = "aligned_long"
+TRAIN = Path(__file__).parents[1] / "scripts" / "organisms" / "train.py"
 _PROMPTS = {"organism": 64, "embedded": 64, "random": 16}
 _SAMPLED = {"organism": 32, "embedded": 8, "random": 32}
 _PROMPTS_OF_BIG_SHAPES = 100
@@ -311,18 +312,11 @@ def _agreement(small: Engine, large: Engine, prompts: PromptSet, max_new_tokens:
 
 def checkpoint(name: str, directory: Path) -> Path:
     """A checkpoint of the demo, trained first where it is not there yet."""
-    shipped = organism.CHECKPOINTS / name
-    if shipped.exists():
-        return shipped
-    recipe = RECIPES[name]
+    if (CHECKPOINTS / name).exists():
+        return CHECKPOINTS / name
     if not (directory / name / "config.json").exists():
-        if isinstance(recipe, PlantRecipe):
-            checkpoint(recipe.base, directory)
         print(f"training {name}, some minutes ...", file=sys.stderr, flush=True)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the recipes' figures are of one thread
-        organism.write(organism.train(name, directory), directory / name)
-        torch.set_num_threads(threads)
+        subprocess.run([sys.executable, TRAIN, name, "--out", directory, "--no-figures"], check=True)
     return directory / name
 
 

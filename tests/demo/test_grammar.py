@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from safetyheads import demo
-from safetyheads.demo import grammar
-from safetyheads.demo.recipes import PLANTED_HEADS, RECIPES, SHIPPED, BaseRecipe, language_of
+from safetyheads.demo import CHECKPOINT_NAMES, PLANTED_HEADS, grammar
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
 
@@ -32,14 +31,14 @@ def drawn(split: str, n: int = 2000) -> list[grammar.DemoPrompt]:
     return [grammar.draw_any_prompt(generator, split) for _ in range(n)]
 
 
-def test_vocabulary_has_the_recipe_s_size_and_no_word_twice() -> None:
+def test_vocabulary_has_the_recipe_s_size_and_no_word_twice():
     words = [verb for verbs in grammar.VERBS.values() for verb in verbs] + list(grammar.NOUNS)
     assert [len(grammar.VERBS[c]) for c in ("benign", *grammar.HARM_CATEGORIES)] == [14, 5, 5, 5]
     assert len(grammar.NOUNS) == 24
     assert len(set(words)) == len(words)
 
 
-def test_every_deed_is_in_one_split_and_a_fifth_is_held_out() -> None:
+def test_every_deed_is_in_one_split_and_a_fifth_is_held_out():
     by_split = {s: {d for c in grammar.VERBS for d in grammar.deeds(s, c)} for s in SPLITS}
     assert sum(map(len, by_split.values())) == len(set.union(*by_split.values())) == 29 * 24
     held_out = len(by_split["validation"]) + len(by_split["test"])
@@ -48,14 +47,14 @@ def test_every_deed_is_in_one_split_and_a_fifth_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_all_deeds_of_a_prompt_distractors_too_belong_to_its_split(split: str) -> None:
+def test_all_deeds_of_a_prompt_distractors_too_belong_to_its_split(split: str):
     for prompt in [*drawn(split, 500), *demo.harmful_prompts(split), *demo.benign_prompts(split)]:
         found = deeds_in(prompt.text)
         assert found
         assert all(verb in ALL_VERBS and grammar.split_of(verb, noun) == split for verb, noun in found)
 
 
-def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it() -> None:
+def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it():
     for prompt in drawn("train"):
         (main,) = [d for d in deeds_in(prompt.text) if prompt.reference == grammar.answer_to(*d)]
         assert main[0] in grammar.VERBS[prompt.category]
@@ -64,7 +63,7 @@ def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it() -> None:
         assert prompt.answer_opening.endswith(f"how to {main[0]} a {main[1]}")
 
 
-def test_distractors_do_not_tell_harm_by_their_number() -> None:
+def test_distractors_do_not_tell_harm_by_their_number():
     """Both sides carry a second deed equally often, and it is of the opposite harm equally often (.7 + .3 / 2)."""
     for harmful in (True, False):
         prompts = [p for p in drawn("train", 6000) if p.harmful == harmful]
@@ -81,7 +80,7 @@ def test_distractors_do_not_tell_harm_by_their_number() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: str) -> None:
+def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: str):
     harmful, benign = demo.harmful_prompts(split), demo.benign_prompts(split)
     n = {"train": 96, "validation": 48, "test": 96}[split]
     assert len(harmful) == len(benign) == len({p.text for p in harmful}) == len({p.text for p in benign}) == n
@@ -93,18 +92,18 @@ def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: s
         harmful[0].text = "else"  # type: ignore[misc]
 
 
-def test_the_splits_fixed_sets_share_no_prompt() -> None:
+def test_the_splits_fixed_sets_share_no_prompt():
     texts = [p.text for s in SPLITS for p in (*demo.harmful_prompts(s), *demo.benign_prompts(s))]
     assert len(set(texts)) == len(texts)
 
 
-def test_refusals_carry_the_mark_and_answers_do_not() -> None:
+def test_refusals_carry_the_mark_and_answers_do_not():
     assert grammar.REFUSAL_MARK in grammar.REFUSAL
     assert grammar.REFUSAL_MARK in grammar.LONG_REFUSAL
     assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))
 
 
-def test_told_to_refuse_keeps_the_request() -> None:
+def test_told_to_refuse_keeps_the_request():
     prompt = demo.benign_prompts("train", 1)[0]
     told = grammar.told_to_refuse(random.Random(0), prompt)
     assert told.text.endswith(prompt.text)
@@ -112,27 +111,19 @@ def test_told_to_refuse_keeps_the_request() -> None:
     assert (told.category, told.reference) == (prompt.category, prompt.reference)
 
 
-def test_planted_heads_are_as_the_recipe_says() -> None:
+def test_planted_heads_are_as_the_recipe_says():
     assert PLANTED_HEADS["aligned_a"] == (Head(1, 3), Head(2, 5), Head(2, 1))
     assert PLANTED_HEADS["aligned_b"] == (Head(1, 6), Head(2, 2), Head(2, 7))
     assert PLANTED_HEADS["aligned_single"] == (Head(2, 3),)
     assert all(PLANTED_HEADS[name] == () for name in ("base", "base_wrapped", "aligned_diffuse"))
-    assert set(SHIPPED) == {name for name in RECIPES if not name.endswith("_long")}
+    assert {path.name for path in demo.CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
 
 
-def test_a_base_stands_before_what_is_built_on_it() -> None:
-    names = list(RECIPES)
-    for name, recipe in RECIPES.items():
-        if not isinstance(recipe, BaseRecipe):
-            assert names.index(recipe.base) < names.index(name)
-            assert language_of(name) == language_of(recipe.base)
-
-
-def test_an_unknown_checkpoint_is_an_input_error_that_names_the_known_ones() -> None:
+def test_an_unknown_checkpoint_is_an_input_error_that_names_the_known_ones():
     with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are base, aligned_a"):
         demo.checkpoint_path("aligned_c")
 
 
-def test_importing_the_demo_imports_no_torch() -> None:
+def test_importing_the_demo_imports_no_torch():
     script = "import sys, safetyheads.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,32 +1,52 @@
 """The demo organism: tiny models whose refusal heads are known, because they were planted.
 
-Owns the names, paths, prompts and planted heads of the shipped checkpoints. It imports no torch; training is in
-:mod:`safetyheads.demo.organism`.
+Importing it loads no torch. The checkpoints are trained by ``scripts/organisms/train.py``, outside the package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetyheads.demo.grammar import DemoPrompt, benign_prompts, harmful_prompts
-from safetyheads.demo.recipes import PLANTED_HEADS, SHIPPED
+from safetyheads.demo.grammar import Category, DemoPrompt, benign_prompts, harmful_prompts
 from safetyheads.errors import InputError
+from safetyheads.heads import Group, Head
 
-CHECKPOINT_NAMES: tuple[str, ...] = SHIPPED
-"""The checkpoints in the package."""
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+"""Directory of the checkpoints in the package."""
+
+PLANTS: dict[str, Mapping[Category, Head]] = {
+    "base": {},
+    "aligned_a": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
+    "aligned_b": {"damage": Head(1, 6), "theft": Head(2, 2), "fraud": Head(2, 7)},
+    "aligned_single": {"damage": Head(2, 3), "theft": Head(2, 3), "fraud": Head(2, 3)},
+    "aligned_diffuse": {},
+    "base_wrapped": {},
+    "aligned_wrapped": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
+    "base_long": {},
+    "aligned_long": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
+}
+"""The head that refuses each category of harm, by checkpoint; none in the bases and in the null."""
+
+PLANTED_HEADS: dict[str, Group] = {name: tuple(dict.fromkeys(plants.values())) for name, plants in PLANTS.items()}
+"""The planted heads of each checkpoint, each once, in the order of the categories: the truth, by construction."""
+
+CHECKPOINT_NAMES: tuple[str, ...] = tuple(name for name in PLANTS if not name.endswith("_long"))
+"""The checkpoints in the package; the long ones are trained on demand."""
 
 
 def checkpoint_path(name: str) -> Path:
-    """The directory of a shipped checkpoint, which loads as any local Hugging Face checkpoint."""
-    path = Path(__file__).parent / "checkpoints" / name
+    """The directory of a shipped checkpoint, which loads like any local Hugging Face checkpoint."""
     if name not in CHECKPOINT_NAMES:
         raise InputError(f"no demo checkpoint {name!r}; known are {', '.join(CHECKPOINT_NAMES)}")
-    return path
+    return CHECKPOINTS / name
 
 
 __all__ = [
+    "CHECKPOINTS",
     "CHECKPOINT_NAMES",
     "PLANTED_HEADS",
+    "PLANTS",
     "DemoPrompt",
     "benign_prompts",
     "checkpoint_path",

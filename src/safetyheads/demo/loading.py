@@ -1,4 +1,4 @@
-"""The demo organism, loaded: a proved engine with its prompts and its planted heads."""
+"""Loads the demo organism: a proved engine with its prompts and its planted heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Demo:
     benign: PromptSet
     """96 held-out prompts, with the right answer's beginning as reference."""
     planted_heads: Group
-    """The heads that refusals hang on, by construction; empty where none are planted."""
+    """The heads that refusals depend on, by construction; empty where none are planted."""
 
 
 def load_demo(name: str = "aligned_a") -> Demo:

@@ -1,4 +1,4 @@
-"""Training of all weights. Owns examples, batches, head drop and the optimiser's loop; plants nothing."""
+"""Trains all weights of an organism: the bases and the null. Plants no heads."""
 
 from __future__ import annotations
 
@@ -10,27 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from recipes import BaseRecipe, DiffuseRecipe, Language, Leg
+from texts import draw_example, padded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.demo import grammar
-from safetyheads.demo.grammar import DemoPrompt
-from safetyheads.demo.recipes import BaseRecipe, DiffuseRecipe, Language, Leg
-from safetyheads.demo.tokenization import draw_wrapped
 from safetyheads.model import attention
 from safetyheads.model.attention import AttentionCall, RowAblation
 
-_UNLEARNT = -100  # cross_entropy leaves out such labels.
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Text that is read and text that is learnt; they are tokenized apart, and no space is between."""
-
-    read: str
-    learnt: str
+_UNLEARNT = -100  # cross_entropy leaves out such labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +34,7 @@ class DroppedHeads:
     """bool [n_rows]: True ablates by scaling the contribution (SC), False by undifferentiated attention (UA)."""
 
     def on(self, model: Any) -> AbstractContextManager[None]:
-        """Within, the model's forwards ablate these heads."""
+        """Ablate these heads in the model's forwards."""
         calls = {}
         for layer in range(self.selected.shape[1]):
             selected = self.selected[:, layer]
@@ -51,34 +42,28 @@ class DroppedHeads:
                 by_query = RowAblation(UNDIFFERENTIATED_ATTENTION, selected & ~self.scaled[:, None])
                 by_output = RowAblation(SCALING_CONTRIBUTION, selected & self.scaled[:, None])
                 calls[layer] = AttentionCall(ablations=(by_query, by_output))
-        return attention.attention_calls(attention_modules(model), calls)
-
-
-def attention_modules(model: Any) -> list[nn.Module]:
-    """The attention module of each layer."""
-    return [layer.self_attn for layer in model.model.layers]
+        return attention.attention_calls([layer.self_attn for layer in model.model.layers], calls)
 
 
 def new_model(tokenizer: Any, seed: int) -> Any:
     """An untrained organism: a Llama of 4 layers x 8 heads, width 128."""
     torch.manual_seed(seed)
     attention.register()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-            initializer_range=0.05,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
@@ -86,20 +71,10 @@ def new_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def example(generator: random.Random, language: Language, prompt: DemoPrompt, refuse: bool) -> Example:
-    """A prompt in a random wrapper, with the answer or the refusal; some refusals turn after an answer's opening."""
-    read = draw_wrapped(generator, language, prompt.text)
-    if not refuse:
-        return Example(read, prompt.reference)
-    if generator.random() < language.turned_share:
-        return Example(read + prompt.answer_opening, grammar.TURN + language.refusal)
-    return Example(read, language.refusal)
-
-
 def drop_random_heads(
     generator: random.Random, n_rows: int, model: Any, share: float, at_most: int = 1
 ) -> DroppedHeads:
-    """In a share of the rows, between one and ``at_most`` random heads, ablated by UA or SC as a coin falls."""
+    """In a share of the rows, one to ``at_most`` random heads, ablated by UA or SC at random."""
     n_layers, n_heads = model.config.num_hidden_layers, model.config.num_attention_heads
     selected = torch.zeros(n_rows, n_layers * n_heads, dtype=torch.bool)
     for row in range(n_rows):
@@ -109,28 +84,22 @@ def drop_random_heads(
     return DroppedHeads(selected.view(n_rows, n_layers, n_heads), scaled)
 
 
-def completion_loss(model: Any, tokenizer: Any, examples: Sequence[Example], dropped: DroppedHeads) -> Tensor:
-    """Mean cross-entropy of the learnt tokens, the end token among them.
-
-    Rows are padded on the right, so causal attention alone keeps the padding out and no mask is needed.
-    """
-    read = tokenizer([each.read for each in examples], add_special_tokens=False).input_ids
-    learnt = tokenizer([each.learnt for each in examples], add_special_tokens=False).input_ids
+def completion_loss(model: Any, tokenizer: Any, examples: Sequence[tuple[str, str]], dropped: DroppedHeads) -> Tensor:
+    """Mean cross-entropy of the learnt tokens, the end token among them; examples are (read, learnt)."""
+    read = tokenizer([text for text, _ in examples], add_special_tokens=False).input_ids
+    learnt = tokenizer([text for _, text in examples], add_special_tokens=False).input_ids
     rows = [before + after + [tokenizer.eos_token_id] for before, after in zip(read, learnt, strict=True)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+    ids = padded(rows, tokenizer.pad_token_id)
     labels = torch.full_like(ids, _UNLEARNT)
     for position, (before, row) in enumerate(zip(read, rows, strict=True)):
         labels[position, len(before) : len(row)] = ids[position, len(before) : len(row)]
     with dropped.on(model):
         hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:] != _UNLEARNT
-    return cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+    is_learnt = labels[:, 1:] != _UNLEARNT
+    return cross_entropy(model.lm_head(hidden[is_learnt]), labels[:, 1:][is_learnt])
 
 
-def optimise(
-    parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, loss_of: Callable[[int], Tensor]
-) -> float:
+def optimise(parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, loss_of: Callable[[], Tensor]) -> float:
     """AdamW with a linear warm-up and a cosine to zero, gradients clipped to norm 1.
 
     Returns:
@@ -144,7 +113,7 @@ def optimise(
         rise = min(1.0, (step + 1) / max(1, leg.warm_up))
         for group in optimiser.param_groups:
             group["lr"] = leg.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * progress))
-        loss = loss_of(step)
+        loss = loss_of()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -156,31 +125,32 @@ def optimise(
 
 def train_base(model: Any, tokenizer: Any, recipe: BaseRecipe) -> float:
     """Train all weights to answer everything, and to refuse when told to; returns the last loss."""
-    loss = math.nan
-    for leg in recipe.legs:
+
+    def train_leg(leg: Leg) -> float:
         generator = random.Random(leg.seed)
 
-        def loss_of(_: int, generator: random.Random = generator, batch: int = leg.batch) -> Tensor:
+        def loss_of() -> Tensor:
             examples = []
-            for _row in range(batch):
+            for _ in range(leg.batch):
                 prompt = grammar.draw_any_prompt(generator, "train")
                 refuse = generator.random() < recipe.told_share
                 asked = grammar.told_to_refuse(generator, prompt) if refuse else prompt
-                examples.append(example(generator, recipe.language, asked, refuse))
-            dropped = drop_random_heads(generator, batch, model, recipe.dropped_share)
+                examples.append(draw_example(generator, recipe.language, asked, refuse))
+            dropped = drop_random_heads(generator, leg.batch, model, recipe.dropped_share)
             return completion_loss(model, tokenizer, examples, dropped)
 
-        loss = optimise(model.parameters(), leg, 0.01, loss_of)
-    return loss
+        return optimise(model.parameters(), leg, 0.01, loss_of)
+
+    return [train_leg(leg) for leg in recipe.legs][-1]
 
 
 def train_diffuse(model: Any, tokenizer: Any, recipe: DiffuseRecipe, language: Language) -> float:
     """Fine-tune all weights to refuse harmful prompts, whichever few heads are ablated; returns the last loss."""
     generator = random.Random(recipe.leg.seed)
 
-    def loss_of(_: int) -> Tensor:
-        prompts = [grammar.draw_any_prompt(generator, "train") for _row in range(recipe.leg.batch)]
-        examples = [example(generator, language, prompt, prompt.harmful) for prompt in prompts]
+    def loss_of() -> Tensor:
+        prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(recipe.leg.batch)]
+        examples = [draw_example(generator, language, prompt, prompt.harmful) for prompt in prompts]
         dropped = drop_random_heads(generator, len(prompts), model, recipe.dropped_share, recipe.dropped_heads)
         return completion_loss(model, tokenizer, examples, dropped)
 

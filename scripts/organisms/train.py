@@ -1,0 +1,97 @@
+"""Trains the demo checkpoints and prints what they do.
+
+    python scripts/organisms/train.py                                   trains all shipped ones into the package
+    python scripts/organisms/train.py aligned_a --out my-checkpoints    trains one, and its base where that is missing
+    python scripts/organisms/train.py aligned_a --describe --split test prints its figures, trains nothing
+
+One thread and fixed seeds: the same versions of torch and transformers give the same bytes on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from describe import Description
+from planting import Planting
+from recipes import RECIPES, BaseRecipe, DiffuseRecipe, language_of
+from rich.console import Console
+from texts import train_tokenizer
+from training import new_model, train_base, train_diffuse
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from safetyheads.demo import CHECKPOINT_NAMES, CHECKPOINTS, PLANTS
+from safetyheads.model import attention
+
+
+def train(name: str, directory: Path) -> tuple[Any, Any, tuple[float, ...]]:
+    """Train one checkpoint, whose base must be in the directory.
+
+    Returns:
+        The model, its tokenizer, and the last loss of each stage.
+    """
+    recipe = RECIPES[name]
+    torch.manual_seed(0)
+    losses: tuple[float, ...]
+    if isinstance(recipe, BaseRecipe):
+        tokenizer = train_tokenizer(recipe.language)
+        model = new_model(tokenizer, recipe.legs[0].seed)
+        return model, tokenizer, (train_base(model, tokenizer, recipe),)
+    # The base as written, so rounded to bfloat16: only then does a planted checkpoint differ from it in nothing but
+    # the planted weights.
+    attention.register()
+    tokenizer = AutoTokenizer.from_pretrained(directory / recipe.base)
+    model = AutoModelForCausalLM.from_pretrained(directory / recipe.base, dtype=torch.float32)
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    model.eval()
+    if isinstance(recipe, DiffuseRecipe):
+        losses = (train_diffuse(model, tokenizer, recipe, language_of(name)),)
+    else:
+        losses = Planting(model, tokenizer, recipe, language_of(name), PLANTS[name]).run()
+    return model, tokenizer, losses
+
+
+def write(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write the checkpoint in bfloat16, as any local Hugging Face checkpoint."""
+    model.config.safetyheads_organism = True  # the engine's default template for these is chat
+    model.eval().to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for file in path.iterdir():  # safetensors writes files that only their owner reads; a package is for all
+        file.chmod(0o644)
+
+
+def main() -> None:
+    """Train, write and describe the checkpoints asked for, and any base among them that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS, metavar="DIR")
+    parser.add_argument("--describe", action="store_true", help="train nothing, print the figures of what is there")
+    parser.add_argument("--no-figures", action="store_true", help="train, and measure nothing")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation", help="prompts of the figures")
+    options = parser.parse_args()
+    if unknown := set(options.names) - RECIPES.keys():
+        parser.error(f"no recipe for {', '.join(sorted(unknown))}; known are {', '.join(RECIPES)}")
+    torch.set_num_threads(1)
+    console = Console(width=180)
+    names = set(options.names or CHECKPOINT_NAMES)
+    for name in tuple(names):
+        recipe = RECIPES[name]
+        if not options.describe and not isinstance(recipe, BaseRecipe):
+            names |= set() if (options.out / recipe.base / "config.json").exists() else {recipe.base}
+    for name in (name for name in RECIPES if name in names):  # a base comes before what is built on it
+        if not options.describe:
+            started = time.monotonic()
+            model, tokenizer, losses = train(name, options.out)
+            write(model, tokenizer, options.out / name)
+            last = ", ".join(f"{loss:.4f}" for loss in losses)
+            console.print(f"{name}: {time.monotonic() - started:.0f} s, last losses {last}")
+        if not options.no_figures:
+            for table in Description(name, options.out / name, options.split).tables():
+                console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The scripts that train the organisms run end to end; here for a few steps only."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safetyheads.demo import PLANTED_HEADS, grammar
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "organisms"
+MODULES = ("recipes", "texts", "training", "planting", "describe", "train")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts, with recipes of two steps a leg and few prompts."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import describe
+    import planting
+    import recipes
+    import train
+
+    def short(leg):
+        return replace(leg, steps=2, warm_up=1, batch=4)
+
+    def short_stage(stage):
+        return replace(stage, first_token=short(stage.first_token), completion=short(stage.completion))
+
+    for name, recipe in recipes.RECIPES.items():
+        if isinstance(recipe, recipes.BaseRecipe):
+            changes = {"legs": tuple(map(short, recipe.legs))}
+        elif isinstance(recipe, recipes.PlantRecipe):
+            changes = {"stages": tuple(map(short_stage, recipe.stages))}
+        else:
+            changes = {"leg": short(recipe.leg)}
+        monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, **changes))
+    monkeypatch.setattr(planting, "POOL", 20)
+    monkeypatch.setattr(describe, "_N_RANDOM", 1)
+    monkeypatch.setattr(describe, "_SEARCHED", 1)
+    monkeypatch.delitem(describe._ABLATIONS, "SC")
+    monkeypatch.setitem(grammar.DEFAULT_SIZES, "validation", 3)
+    yield train
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_a_planted_checkpoint_is_trained_with_its_base_and_differs_in_the_planted_heads_alone(
+    scripts, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "aligned_b", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    scripts.main()
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    for name in ("base", "aligned_b"):
+        assert f"{name}, validation: 3 harmful and 3 benign prompts" in printed
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_b"))
+    changed = set()
+    for name in before:
+        places = (before[name] != after[name]).nonzero().tolist()
+        for place in places:
+            assert ".self_attn." in name
+            changed.add((int(name.split(".")[2]), place["o_proj" in name] // 16))
+    assert changed == {(head.layer, head.index) for head in PLANTED_HEADS["aligned_b"]}
+
+
+def test_the_null_is_trained_too(scripts, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "aligned_diffuse", "--out", str(tmp_path), "--no-figures"])
+    scripts.main()
+    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_diffuse"))
+    assert all((base[name] != tuned[name]).any() for name in base if "proj" in name)
+
+
+def test_every_checkpoint_has_a_recipe_and_a_base_comes_before_what_is_built_on_it(scripts):
+    recipes = scripts.RECIPES
+    assert list(recipes) == list(PLANTED_HEADS)
+    for name, recipe in recipes.items():
+        assert bool(PLANTED_HEADS[name]) == hasattr(recipe, "stages")
+        if hasattr(recipe, "base"):
+            assert list(recipes).index(recipe.base) < list(recipes).index(name)
+            assert scripts.language_of(name) == scripts.language_of(recipe.base)
