@@ -49,8 +49,7 @@ from safetyheads import (
 )
 from safetyheads.answers.decoding import Decoding, end_tokens
 from safetyheads.answers.success import AnswerScan, scan_attack_success_rate
-from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, harmful_prompts
-from safetyheads.demo.loading import demo_prompts
+from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, demo_prompts
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import left_padded
@@ -257,7 +256,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The cases asked for, each made when it is its turn."""
     for name in options.case:
         n = options.prompts or (_PROMPTS_OF_BIG_SHAPES if name == "embedded" and _is_big(options) else _PROMPTS[name])
-        prompts = demo_prompts("harmful", "test", harmful_prompts("test", n), with_reference=False)
+        prompts = demo_prompts("harmful", "test", n)
         if name == "embedded":
             yield _embedded(options, prompts)
             continue

@@ -17,7 +17,7 @@ from scan import commit, machine
 from scipy.stats import spearmanr
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, demo
-from safetyheads.demo.loading import demo_prompts
+from safetyheads.demo import demo_prompts
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.model.planning import TokenSequence
 
@@ -27,7 +27,7 @@ ANGLES = (Angle("prompt"), Angle("representation"))
 
 def scores(engine: Engine, ablation: Ablation, n_prompts: int) -> dict[str, torch.Tensor]:
     """Name -> score of every head, float64."""
-    prompts = demo_prompts("harmful", "test", demo.harmful_prompts("test")[:n_prompts])
+    prompts = demo_prompts("harmful", "test")[:n_prompts]
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     measuring = HeadPass(engine, sequences, ablation, Readouts(ships=True, angles=ANGLES))
     found = measuring.measure([(head,) for head in engine.heads])

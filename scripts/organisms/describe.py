@@ -23,9 +23,8 @@ from safetyheads import (
     sahara,
     scan_attack_success_rate,
 )
-from safetyheads.demo import PLANTED_HEADS, benign_prompts, harmful_prompts
+from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.demo.grammar import REFUSAL_MARK, Split
-from safetyheads.demo.loading import demo_prompts
 from safetyheads.demo.tokenization import SYSTEM_PROMPTS
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.function import CallableJudge
@@ -48,8 +47,8 @@ class Description:
         self.engine, self.planted = Engine.load(str(path)), PLANTED_HEADS[name]
         self.size = len(self.planted) or _SEARCHED
         self.judge = CallableJudge(lambda _, answers: [REFUSAL_MARK not in text for text in answers], "mark")
-        self.harmful = demo_prompts("harmful", split, harmful_prompts(split))
-        self.benign = demo_prompts("benign", split, benign_prompts(split))
+        self.harmful = demo_prompts("harmful", split)
+        self.benign = demo_prompts("benign", split)
 
     def tables(self) -> Iterator[Table]:
         """The three tables, each when it is measured."""

@@ -16,9 +16,9 @@ from safetyheads.answers.decoding import Request, answer
 from safetyheads.answers.success import answers_under
 from safetyheads.baselines.base import Material
 from safetyheads.baselines.linear_layers import linear_layers
+from safetyheads.demo import demo_prompts
 from safetyheads.measures.ships import openers_of
 from safetyheads.model.loading import use_our_attention
-from safetyheads.runs.data import demo_set
 
 NEW_TOKENS = 32
 """The organism's longest answer has 26."""
@@ -44,7 +44,7 @@ def organism(name="aligned_a"):
 @cache
 def material():
     """Of 48 harmful and 48 benign validation prompts; the tests' prompts are of another split."""
-    engine, prompts = organism().engine, [demo_set(kind, "validation") for kind in ("harmful", "benign")]
+    engine, prompts = organism().engine, [demo_prompts(kind, "validation") for kind in ("harmful", "benign")]
     refused, answered = (
         answers_under(engine, each, [()], SCALING_CONTRIBUTION, KeywordJudge(), NEW_TOKENS)[0] for each in prompts
     )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from safetyheads.demo.grammar import Category, DemoPrompt, benign_prompts, harmful_prompts
+from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
+from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.templates import Template
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """Directory of the checkpoints in the package."""
@@ -42,6 +45,17 @@ def checkpoint_path(name: str) -> Path:
     return CHECKPOINTS / name
 
 
+def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None = None) -> PromptSet:
+    """The organism's fixed prompts of one kind and split, under its chat template; fewer are a prefix of more."""
+    is_harmful = kind == "harmful"
+    records = harmful_prompts(split, n) if is_harmful else benign_prompts(split, n)
+    # A refusal is not a right answer, so harmful prompts have no reference.
+    prompts = tuple(
+        Prompt(record.text, record.category, None if is_harmful else record.reference) for record in records
+    )
+    return PromptSet(prompts, Template.parse("chat"), name=f"demo {kind}", source=f"the package's demo, {split} split")
+
+
 __all__ = [
     "CHECKPOINTS",
     "CHECKPOINT_NAMES",
@@ -50,5 +64,6 @@ __all__ = [
     "DemoPrompt",
     "benign_prompts",
     "checkpoint_path",
+    "demo_prompts",
     "harmful_prompts",
 ]

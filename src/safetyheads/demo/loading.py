@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING
 
 from safetyheads import demo
 from safetyheads.model.engine import Engine
-from safetyheads.prompts.sets import Prompt, PromptSet
-from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from safetyheads.demo.grammar import DemoPrompt
     from safetyheads.heads import Group
+    from safetyheads.prompts.sets import PromptSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +36,7 @@ def load_demo(name: str = "aligned_a") -> Demo:
     engine = Engine.load(str(demo.checkpoint_path(name)))
     return Demo(
         engine,
-        demo_prompts("harmful", "test", demo.harmful_prompts("test"), with_reference=False),
-        demo_prompts("benign", "test", demo.benign_prompts("test")),
+        demo.demo_prompts("harmful", "test"),
+        demo.demo_prompts("benign", "test"),
         demo.PLANTED_HEADS[name],
     )
-
-
-def demo_prompts(kind: str, split: str, records: Sequence[DemoPrompt], with_reference: bool = True) -> PromptSet:
-    """The organism's prompts as a set, under its chat template."""
-    prompts = tuple(
-        Prompt(record.text, record.category, record.reference if with_reference else None) for record in records
-    )
-    return PromptSet(prompts, Template.parse("chat"), name=f"demo {kind}", source=f"the package's demo, {split} split")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetyheads.ablation import Ablation
-from safetyheads.demo.grammar import HARM_CATEGORIES
+from safetyheads.demo import demo_prompts
+from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs import data
 
 ORGANISM = "demo:"
 """Prefix of the names of embedded checkpoints."""
@@ -225,8 +225,8 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
     name, learns = named.get(dataset, dataset), dataset in (LEARN_HARMFUL, LEARN_BENIGN)
     if model.startswith(ORGANISM):
         # Its splits share no deed, so what was learned on one is not known of the other.
-        split: data.Half = "validation" if learns or (config.held_out and half == "search") else "test"
-        prompts = data.demo_set("benign" if dataset in (BENIGN, LEARN_BENIGN) else "harmful", split)
+        split: Split = "validation" if learns or (config.held_out and half == "search") else "test"
+        prompts = demo_prompts("benign" if dataset in (BENIGN, LEARN_BENIGN) else "harmful", split)
         if name in HARM_CATEGORIES:
             prompts = prompts.select(at for at, prompt in enumerate(prompts) if prompt.category == name)
         elif name != "demo":

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.answers.sampling import Sampling
+from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.judges.named import judges_named
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import LEAD, N_LISTED, SEARCHED, Audit, AuditData
 from safetyheads.runs.config import AuditConfig
-from safetyheads.runs.data import HALVES, KINDS, demo_set, read_halves, resolved
+from safetyheads.runs.data import HALVES, KINDS, read_halves, resolved
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.progress import Progress, Silent
@@ -117,7 +118,7 @@ def read_data(config: AuditConfig) -> AuditData:
 
 def demo_data() -> AuditData:
     """The organism's prompts: search on its validation split, test on its held-out one."""
-    return AuditData(*(demo_set(kind, split) for kind in KINDS for split in HALVES))
+    return AuditData(*(demo_prompts(kind, split) for kind in KINDS for split in HALVES))
 
 
 def _refuse_impossible(engine: Engine, data: AuditData, config: AuditConfig) -> None:

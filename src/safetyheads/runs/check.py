@@ -8,9 +8,10 @@ from itertools import takewhile
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from safetyheads.demo import demo_prompts
 from safetyheads.prompts.sets import PromptSet, builtin_benign
 from safetyheads.runs.config import CheckConfig
-from safetyheads.runs.data import demo_set, resolved, template_of
+from safetyheads.runs.data import resolved
 from safetyheads.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, pro
     """
     if prompts is None:
         organism = bool(getattr(engine.model.config, "safetyheads_organism", False))
-        prompts = demo_set("benign", "test") if organism else builtin_benign()
-    template = template_of(config)
-    asked = resolved(engine, prompts if template is None else prompts.with_template(template), config)
+        prompts = demo_prompts("benign", "test") if organism else builtin_benign()
+    asked = resolved(engine, prompts, config)
     prompt, facts = describe_prompt(engine, asked), describe_model(engine)
     with progress.track("proving", 1):
         proved = engine.check(config.longest)

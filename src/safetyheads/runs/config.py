@@ -14,7 +14,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.model.options import LoadOptions
-from safetyheads.runs.data import template_of
+from safetyheads.prompts.templates import Template
 
 NO_BENIGN = "none"
 """Name of the benign prompts of a scan without any."""
@@ -97,7 +97,24 @@ class TemplateOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        template_of(self)
+        _ = self.parsed_template
+
+    @property
+    def parsed_template(self) -> Template | None:
+        """The template that the options name; None where the model's default holds.
+
+        Raises:
+            InputError: a bad template, or options that exclude each other.
+        """
+        # The default is parsed too, as chat, so that bad options raise. A system prompt alone means the chat template.
+        template = Template.parse(
+            self.template or "chat",
+            self.system,
+            folds_system=self.fold_system,
+            thinking=self.thinking,
+            prefill=self.prefill,
+        )
+        return None if self.template is None and self.system is None else template
 
 
 @dataclass(frozen=True)

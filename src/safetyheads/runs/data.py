@@ -1,136 +1,66 @@
-"""Prompts as a run asks for them: whole or in halves, from files or the demo. Owns what ``demo`` stands for."""
+"""Reads the prompt sets of a run: whole or in halves, from files or the demo."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
+from safetyheads.demo import demo_prompts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
+    from safetyheads.runs.config import PromptOptions, TemplateOptions
 
 Kind = Literal["harmful", "benign"]
 KINDS: tuple[Kind, Kind] = ("harmful", "benign")
-"""In the order of results."""
+"""Kinds of prompts, in the order of results."""
 Half = Literal["validation", "test"]
 HALVES: tuple[Half, Half] = ("validation", "test")
-"""Splits of the demo that stand for search and test."""
+"""Splits of the demo's prompts that serve as search and test half."""
 
 
-class TemplateSettings(Protocol):
-    """How prompts are put to the model; see :class:`safetyheads.runs.config.RunConfig`."""
-
-    @property
-    def template(self) -> str | None:
-        """Name or text of the template."""
-
-    @property
-    def system(self) -> str | None:
-        """System prompt."""
-
-    @property
-    def fold_system(self) -> bool:
-        """Whether the system prompt goes into the user's turn."""
-
-    @property
-    def thinking(self) -> str | None:
-        """``closed``, ``open``, or None for what the template is trained on."""
-
-    @property
-    def prefill(self) -> str:
-        """How answers begin."""
-
-
-class PromptSettings(TemplateSettings, Protocol):
-    """How prompts are read, too."""
-
-    @property
-    def column(self) -> str | None:
-        """Column of the harmful prompts' file."""
-
-    @property
-    def limit(self) -> int | None:
-        """Read only the first so many prompts of each set."""
-
-
-def template_of(settings: TemplateSettings) -> Template | None:
-    """The template that the settings name; None where it is left to the model.
+def read_whole(kind: Kind, name: str, options: PromptOptions) -> PromptSet:
+    """The prompts of one kind, without a template; of the demo, the test split.
 
     Raises:
-        InputError: a bad template, or settings that exclude each other.
+        InputError: the prompts cannot be read.
     """
-    # A system prompt alone means the chat template, which is what the default is tried as too.
-    named = Template.parse(
-        settings.template or "chat",
-        settings.system,
-        folds_system=settings.fold_system,
-        thinking=settings.thinking,
-        prefill=settings.prefill,
-    )
-    return None if settings.template is None and settings.system is None else named
+    if _is_demo(name):
+        return demo_prompts(kind, "test")[: options.limit]
+    # Benign files have columns of their own.
+    return PromptSet.read(name, column=options.column if kind == "harmful" else None, limit=options.limit)
 
 
-def read_whole(kind: Kind, named: str, settings: PromptSettings) -> PromptSet:
-    """The prompts of one kind; of the demo, the organism's held-out ones."""
-    if _is_demo(named):
-        return _put(demo_set(kind, "test")[: settings.limit], settings)
-    return _read(kind, named, settings)
+def read_halves(kind: Kind, name: str, options: PromptOptions, split: float, seed: int) -> tuple[PromptSet, PromptSet]:
+    """Search and test half of the prompts of one kind: the demo's own splits, or a random split of a file.
 
-
-def read_halves(
-    kind: Kind, named: str, settings: PromptSettings, split: float, seed: int
-) -> tuple[PromptSet, PromptSet]:
-    """Search and test part of one kind of prompts; the demo's come divided, a file's are divided here."""
-    if _is_demo(named):
-        search, test = (_put(demo_set(kind, half)[: settings.limit], settings) for half in HALVES)
+    Raises:
+        InputError: the prompts cannot be read or split.
+    """
+    if _is_demo(name):
+        search, test = (demo_prompts(kind, half)[: options.limit] for half in HALVES)
         return search, test
-    return _read(kind, named, settings).split(split, seed)
+    return read_whole(kind, name, options).split(split, seed)
 
 
-def demo_set(kind: Kind, split: Half) -> PromptSet:
-    """The organism's prompts of one kind and split, under its chat template."""
-    from safetyheads import demo
-    from safetyheads.demo.loading import demo_prompts
-
-    if kind == "harmful":
-        # A refusal is no right answer, so harmful prompts go without a reference.
-        return demo_prompts(kind, split, demo.harmful_prompts(split), with_reference=False)
-    return demo_prompts(kind, split, demo.benign_prompts(split))
+def _is_demo(name: str) -> bool:
+    return name == "demo" and not Path(name).is_file()
 
 
-def resolved(engine: Engine, prompts: PromptSet, settings: TemplateSettings) -> PromptSet:
-    """The prompts with their template fixed, so that the manifest can say which.
+def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> PromptSet:
+    """The prompts with their template settled, so that the manifest can name it.
+
+    The options' template comes first, then the prompts' own, then the model's default.
 
     Raises:
-        InputError: settings for which the template has no place.
+        InputError: the template does not fit the options or the tokenizer.
     """
-    template = prompts.template or engine.default_template
-    given: dict[str, Any] = {
-        "system": settings.system,
-        "folds_system": settings.fold_system or None,
-        "thinking": settings.thinking,
-        "prefill": settings.prefill or None,
-    }
-    chosen = replace(template, **{name: value for name, value in given.items() if value is not None})
-    found = prompts.with_template(chosen.bound(engine.tokenizer).template)
-    if not chosen.prefill:
-        return found
-    # An answer that is begun for the model cannot begin as the right one does.
-    return replace(found, prompts=tuple(replace(prompt, reference=None) for prompt in found))
-
-
-def _is_demo(named: str) -> bool:
-    return named == "demo" and not Path(named).is_file()
-
-
-def _put(prompts: PromptSet, settings: PromptSettings) -> PromptSet:
-    template = template_of(settings)
-    return prompts if template is None else prompts.with_template(template)
-
-
-def _read(kind: Kind, named: str, settings: PromptSettings) -> PromptSet:
-    column = settings.column if kind == "harmful" else None
-    return PromptSet.read(named, template_of(settings), column=column, limit=settings.limit)
+    template = options.parsed_template or prompts.template or engine.default_template
+    thinking, prefill = options.thinking or template.thinking, options.prefill or template.prefill
+    template = replace(template, thinking=thinking, prefill=prefill)  # type: ignore[arg-type]  # the config checked it
+    if template.prefill:
+        # A right answer does not begin with the prefill, so there is no reference to compare with.
+        prompts = replace(prompts, prompts=tuple(replace(prompt, reference=None) for prompt in prompts))
+    return prompts.with_template(template.bound(engine.tokenizer).template)
