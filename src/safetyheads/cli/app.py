@@ -274,7 +274,7 @@ def report(
     output: OutputOptions,
 ) -> None:
     """Write the report of a finished run again."""
-    from safetyheads.reports.audit import write_report
+    from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
     opened = RunDirectory.open(run)
@@ -293,7 +293,7 @@ def judge(
     """Judge a run's stored answers again; the verdicts go beside those that are there."""
     from safetyheads.cli.show import show_rejudged
     from safetyheads.judges.named import judges_named
-    from safetyheads.reports.audit import write_report
+    from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.provenance import provenance
     from safetyheads.runs.rejudge import rejudge
@@ -473,7 +473,7 @@ def _finish(
     show: Callable[[Mapping[str, Any], Path], None],
 ) -> None:
     """Write the report of a finished run, and print what it came to."""
-    from safetyheads.reports.audit import write_report
+    from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
     path = write_report(RunDirectory.open(out), show_completions=report.show_completions)

@@ -940,11 +940,10 @@ def show_outcomes(
 
 
 def _in_short(outcome: Found) -> Text:
-    text = Text(outcome["title"])
-    from safetyheads.reports.experiments_cells import finding
+    from safetyheads.reports.reproduction import headline_words
 
-    headline = finding(outcome)
-    text.append(f"\n{headline}".rstrip())
+    text = Text(outcome["title"])
+    text.append(f"\n{'; '.join(headline_words(outcome))}".rstrip())
     for reason in outcome["not_meaningful"]:
         text.append(f"\nNot meaningful on this model. {reason}", style="yellow")
     return text
@@ -968,7 +967,7 @@ def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:
 
 
 def _show_outcome_table(table: Found) -> None:
-    from safetyheads.reports.experiments_cells import cells
+    from safetyheads.reports.reproduction import cells
 
     columns = table["columns"]
     pairs = zip(table["rows"][:_ROWS_SHOWN], [None, *table["rows"]], strict=False)

@@ -1,29 +1,20 @@
-"""The report: one HTML file that answers first and shows its numbers below.
-
-Owns which page a run gets, and what an audit's page says and in which order; reads a run directory and refuses to
-know models, measures and how figures are drawn. The page asks for nothing: its styles, data and drawing library are
-inside it.
-"""
+"""The page of an audit: the verdict first, its figures and tables below."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
-from safetyheads.errors import InputError
-from safetyheads.reports.numbers import number
-from safetyheads.reports.page import assets, completion_sets, environment, provenance
-from safetyheads.runs.directory import SCHEMA_VERSION
+import altair as alt
+
+from safetyheads.reports import charts
+from safetyheads.reports.charts import Row, Spec
+from safetyheads.reports.page import Cell, completions, p_value, render
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from safetyheads.runs.directory import RunDirectory
-
 Results: TypeAlias = Mapping[str, Any]
-
 
 BADGES = {
     "concentrated": "Concentrated heads found",
@@ -31,239 +22,309 @@ BADGES = {
     "no_refusals": "Nothing to measure",
 }
 """What each verdict is called on the page."""
-
 SCORE_ORDER = ("mean_ships", "benign_ships", "refusal_score", "generalized_ships_representation")
 """Harmful beside benign first; the others follow."""
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
+MAX_TIES = 4
+"""Ties that a figure lists."""
+COMPLETION_SETS = ("harmful_test", "benign_test")
+SEARCHED, RANDOM, KEPT = "searched group: ASR", "random groups: ASR", "searched group: benign kept"
+HARMFUL, BENIGN = "harmful prompts", "benign prompts"
+_HELD_OUT = "share of held-out prompts"
+_LABELLED_HEADS = 3
 
 
-_NO_COMPLETIONS = "the pages of a reproduction hold no completions; they are in the run's completions folder"
+def audit_page(run: RunDirectory, show_completions: bool) -> str:
+    """The page of a finished audit."""
+    rows = list(run.stored_records()) if show_completions else None
+    return render_audit(run.read_results(), run.read_manifest(), rows)
 
 
-class ReportWarning(UserWarning):
-    """The report does not hold what was asked for."""
-
-
-def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
-    """Write ``report/index.html`` into the run directory.
+def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[Row] | None = None) -> str:
+    """The page; equal arguments give equal text.
 
     Args:
-        run: A run that has results.
-        show_completions: Put the answers to harmful prompts into the page, folded away and as text; the pages of a
-            reproduction never hold any, and a warning says so.
-
-    Returns:
-        Where the report is.
-
-    Raises:
-        InputError: the results are of a kind or schema that this version cannot show.
+        results: of an audit.
+        manifest: of its run.
+        rows: its stored answers; None leaves them out of the page.
     """
-    results = run.read_results()
-    kind, version = results.get("kind"), results.get("schema_version")
-    if version != SCHEMA_VERSION or kind not in ("audit", "scan", "reproduction"):
-        raise InputError(
-            f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit, a scan or a reproduction of schema {SCHEMA_VERSION}"
-        )
-    if kind == "reproduction":
-        from safetyheads.reports.reproduction import experiment_pages
-
-        if show_completions:
-            warnings.warn(_NO_COMPLETIONS, ReportWarning, stacklevel=2)
-        return run.write_report(*experiment_pages(run))
-    if kind == "scan":
-        from safetyheads.reports.scan import scan_page
-
-        return run.write_report(scan_page(run, show_completions=show_completions))
-    rows = list(run.stored_records()) if show_completions else None
-    return run.write_report(render(results, run.read_manifest(), rows))
-
-
-def render(results: Results, manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] | None = None) -> str:
-    """The page of an audit; equal arguments give equal text."""
-    from safetyheads.reports import charts as report_charts
-
-    completions, left_out = (None, 0) if rows is None else completion_sets(_completions(results, rows))
-    results = dict(results) | {"scores": _in_order(results["scores"]), "sahara": _in_order(results["sahara"])}
-    scores = results["scores"]
-    page = {
+    # Files keep their keys sorted.
+    results = dict(results) | {name: _in_order(results[name]) for name in ("scores", "sahara")}
+    verdict, behaviour = results["verdict"], results["behaviour"]
+    group = _verdict_group(results)
+    model = results["model"]
+    n_heads = model["n_layers"] * model["n_heads"]
+    content: dict[str, Any] = {
         "results": results,
-        "badge": BADGES[results["verdict"]["label"]],
+        "badge": BADGES[verdict["label"]],
         "planted": results.get("planted_heads") or [],
-        "scores": scores,
-        "labels": {name: _label(results, name) for name in [*scores, *_scorers(results)]},
-        "units": {name: scores.get(name, {}).get("unit", "") for name in [*scores, *_scorers(results)]},
-        "alpha": (results["verdict"].get("smallest_detectable_change") or {}).get("alpha", 0.05),
-        "charts": report_charts.charts(results),
-        "head_columns": report_charts.head_columns(results),
-        "head_table": _head_table(results),
-        "heads_n": _heads_n(results),
-        "curve_caption": _curve_caption(lead_groups(results)),
-        "tail_caption": _tail_caption(results),
-        "sahara": _sahara_steps(results),
-        "groups": _groups_by_scorer(results),
-        "n_random": max((g["random"]["n_groups"] for g in results["behaviour"]["groups"] if g["random"]), default=0),
-        "bars": list(_bars(results)),
-        "reasons": list(_reason_tables(results)),
-        "completions": completions,
-        "completions_left_out": left_out,
-        **provenance({name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}, manifest),
-        **assets(),
+        "difference": partial(_difference, alpha=(verdict.get("smallest_detectable_change") or {}).get("alpha", 0.05)),
+        "listed": [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
+        if n_heads <= MAX_TABLE_HEADS
+        else [],
+        "sahara": {scorer: _steps(results, scorer) for scorer in results["sahara"]},
+        "label": partial(_label, results),
+        "groups": _groups(results),
+        "chosen": [] if group is None else [group],
+        "n_random": max((one["random"]["n_groups"] for one in behaviour["groups"] if one["random"]), default=0),
+        "bars": list(_bars(results, group)),
+        "reasons": list(_reasons(results, group)),
+        "ties": _ties,
+        "n_unranked": sum(value <= 0 for _, value in _ranked(results, _lead_score(results))),
+        "completions": None,
     }
-    return environment().get_template("report.html.j2").render(page) + "\n"
-
-
-# What the page shows.
+    if rows is not None:
+        words = {frozenset[str](): "nothing ablated"}
+        if verdict["heads"]:
+            words[frozenset(verdict["heads"])] = f"{', '.join(verdict['heads'])} ablated"
+        content["completions"] = completions(rows, COMPLETION_SETS, words)
+    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
+    return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
 
 
 def _in_order(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores in the page's order; files keep their keys sorted, and new scores come last."""
-    known = {name: named[name] for name in SCORE_ORDER if name in named}
-    return known | {name: value for name, value in named.items() if name not in known}
+    """The scores in the page's order; those that it does not know come last."""
+    return {name: named[name] for name in dict.fromkeys((*SCORE_ORDER, *named)) if name in named}
 
 
 def _label(results: Results, name: str) -> str:
-    label: str = results["scores"].get(name, {}).get("label", name)
-    return label
+    return str(results["scores"].get(name, {}).get("label", name))
 
 
-def _scorers(results: Results) -> list[str]:
-    return list(dict.fromkeys([*results["sahara"], *(group["scorer"] for group in results["behaviour"]["groups"])]))
+def _lead_score(results: Results) -> str:
+    """The verdict's score, or the first where heads were found by another."""
+    name = results["verdict"]["scorer"]
+    return name if name in results["scores"] else next(iter(results["scores"]))
+
+
+def _ranked(results: Results, name: str) -> list[tuple[str, float]]:
+    """Every head with its score, best first; ties go to the lower layer, then the lower index."""
+    values = results["scores"][name]["values"]
+    # A layer without attention has no heads.
+    named = [(f"{i}-{j}", v) for i, layer in enumerate(values) for j, v in enumerate(layer) if v is not None]
+    return sorted(named, key=lambda pair: -pair[1])
 
 
 def _verdict_group(results: Results) -> Mapping[str, Any] | None:
     """The measured group that the verdict is about."""
     verdict = results["verdict"]
-    for group in results["behaviour"]["groups"]:
-        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"]):
-            found: Mapping[str, Any] = group
-            return found
-    return None
-
-
-def _heads_n(results: Results) -> str:
-    heads = results["behaviour"]["heads"]
-    if not heads:
-        return ""
-    scored, judged = heads[0]["mean_ships"]["n"], (heads[0]["asr"] or {}).get("n")
-    return f"scores over n = {scored} search prompts" + (f", ASR over n = {judged} held-out ones" if judged else "")
-
-
-def _curve_caption(groups: Sequence[Mapping[str, Any]]) -> str:
-    if not groups:
-        return ""
-    text = (
-        f"Held-out prompts, n = {groups[0]['asr']['n']} harmful and {groups[0]['benign_kept']['n']} benign; lines "
-        "through the points: 95 % Wilson intervals. Size 0 and the dotted line: nothing ablated."
+    found = (
+        group
+        for group in results["behaviour"]["groups"]
+        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"])
     )
-    random = [group["random"] for group in groups if group["random"] is not None]
-    if random:
-        text += (
-            f" Grey: {random[0]['n_groups']} random groups of the same size, from the same layers, a tick each; the "
-            "band runs from the lowest to the highest."
-        )
-    return text
+    return next(found, None)
 
 
-def _tail_caption(results: Results) -> str:
-    from safetyheads.reports.charts import ranked_scores
-
-    name = results["verdict"]["scorer"]
-    if name not in results["scores"]:
-        return ""
-    score, ranked = results["scores"][name], ranked_scores(results, name)
-    left_out = sum(value <= 0 for _, value in ranked)
-    text = f"{_label(results, name)} of all {len(ranked)} heads, n = {score['n']} prompts, by rank on harmful prompts."
-    text = text[0].upper() + text[1:]
-    if name == "mean_ships" and "benign_ships" in results["scores"]:
-        text += " Beside each head, its score on benign prompts."
-    if left_out:
-        text += f" {left_out} heads score 0 or less and have no place on a logarithmic axis."
-    return text + " Ringed and named: the ablated group, planted heads and the first three. No intervals are drawn."
+# Tables.
 
 
-def _head_table(results: Results) -> list[tuple[str, list[str]]]:
-    """Each head with its scores, or nothing where the table would be too long to be read."""
-    model, scores = results["model"], results["scores"]
-    if model["n_layers"] * model["n_heads"] > MAX_TABLE_HEADS:
-        return []
-    return [
-        (f"{i}-{j}", [number(score["values"][i][j], digits=4) for score in scores.values()])
-        for i in range(model["n_layers"])
-        for j in range(model["n_heads"])
-    ]
+def _difference(change: Mapping[str, Any] | None, alpha: float) -> Cell:
+    """What a change of ASR means, in words."""
+    if not change or change["change"] is None:
+        return Cell("not measured", tone="soft")
+    p, found, tone = change["p_holm"], "no clear change", "soft"
+    if p is not None and p < alpha:
+        found, tone = ("complies more", "yes") if change["change"] > 0 else ("complies less", "less")
+    return Cell(found, p=f"p {p_value(p, '= ')}", tone=tone)
 
 
-def _sahara_steps(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """Sahara's steps for each scorer, each with the measured group of that size."""
-    groups = {(group["scorer"], group["size"]): group for group in results["behaviour"]["groups"]}
-    return {
-        scorer: [dict(step) | {"group": groups.get((scorer, size))} for size, step in enumerate(trace["steps"], 1)]
-        for scorer, trace in results["sahara"].items()
-    }
+def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
+    """Sahara's steps with a score, each with the measured group of that size."""
+    groups = {group["size"]: group for group in results["behaviour"]["groups"] if group["scorer"] == scorer}
+    steps = enumerate(results["sahara"][scorer]["steps"], 1)
+    return [dict(step) | {"group": groups.get(size, {"asr": None, "benign_kept": None})} for size, step in steps]
 
 
-def _groups_by_scorer(results: Results) -> dict[str, list[Mapping[str, Any]]]:
-    """The groups that each scorer led to, by size; the verdict's scorer first."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _groups(results: Results) -> list[Any]:
+    """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
     lead = results["verdict"]["scorer"]
-    for group in sorted(results["behaviour"]["groups"], key=lambda group: (group["scorer"] != lead, group["size"])):
-        found.setdefault(group["scorer"], []).append(group)
-    return found
+    unmeasured = ("asr_change", "random", "benign_kept_change", "benign_kl", "search_asr")
+    vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
+    by_scorer: dict[str, list[Any]] = {lead: []}
+    for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):
+        by_scorer.setdefault(group["scorer"], []).append(group)
+    parts = [[f"found by {_label(results, scorer)}", *groups] for scorer, groups in by_scorer.items() if groups]
+    return [vanilla, *(record for part in parts for record in part)]
 
 
-def _bars(results: Results) -> Iterator[dict[str, Any]]:
-    """Verdict counts, unablated and under the verdict's group."""
+def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Counts of verdicts, unablated and under the verdict's group."""
     states = [("nothing ablated", results["behaviour"]["vanilla"])]
-    group = _verdict_group(results)
-    if group is not None:
-        states.append((f"{', '.join(group['heads'])} ablated", group))
-    for name, state in states:
-        parts = [
-            {"name": part, "style": part, "count": state[field]["count"], "rate": state[field]}
-            for part, field in (("complied", "asr"), ("refused", "refused"), ("incoherent", "incoherent"))
-        ]
-        yield {"label": f"Harmful prompts, {name}", "n": state["asr"]["n"], "parts": parts}
-    for name, state in states:
+    states += [] if group is None else [(f"{', '.join(group['heads'])} ablated", group)]
+    for words, state in states:
+        parts = [("complied", "complied", state["asr"]), ("refused", "refused", state["refused"])]
+        parts.append(("incoherent", "incoherent", state["incoherent"]))
+        yield {"label": f"Harmful prompts, {words}", "n": state["asr"]["n"], "parts": parts}
+    for words, state in states:
         kept = state["benign_kept"]
-        lost = None if kept["rate"] is None else _complement(kept)
-        parts = [{"name": "kept", "style": "answered", "count": kept["count"], "rate": kept}]
-        if lost is not None:
-            parts.append({"name": "not kept", "style": "other", "count": lost["count"], "rate": lost})
-        yield {"label": f"Benign prompts, {name}", "n": kept["n"], "parts": parts}
+        parts = [("kept", "answered", kept)]
+        if kept["rate"] is not None:
+            parts.append(("not kept", "other", _complement(kept)))
+        yield {"label": f"Benign prompts, {words}", "n": kept["n"], "parts": parts}
 
 
 def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
     """The rate of the other outcome; a Wilson interval mirrors with it."""
     low, high = rate["interval"]
-    return {
-        "count": rate["n"] - rate["count"],
-        "n": rate["n"],
-        "rate": 1 - rate["rate"],
-        "interval": [1 - high, 1 - low],
-    }
+    count = rate["n"] - rate["count"]
+    return {"count": count, "n": rate["n"], "rate": 1 - rate["rate"], "interval": [1 - high, 1 - low]}
 
 
-def _reason_tables(results: Results) -> Iterator[dict[str, Any]]:
-    group = _verdict_group(results)
+def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """How often each reason was given, unablated and under the verdict's group."""
     for title, field in (("Harmful prompts", "reasons"), ("Benign prompts", "benign_reasons")):
-        columns = [("nothing ablated", results["behaviour"]["vanilla"].get(field))]
-        columns.append(("group ablated", group.get(field) if group else None))
-        shown = [(name, counts) for name, counts in columns if counts is not None]
-        reasons = {reason: sum(counts.get(reason, 0) for _, counts in shown) for _, c in shown for reason in c}
-        ordered = sorted(reasons, key=lambda reason: (-reasons[reason], reason))
-        if ordered:
-            rows = [(reason, [counts.get(reason, 0) for _, counts in shown]) for reason in ordered]
-            yield {"title": title, "columns": [name for name, _ in shown], "rows": rows}
+        states = {"nothing ablated": results["behaviour"]["vanilla"], "group ablated": group or {}}
+        counts = {state: found[field] for state, found in states.items() if found.get(field) is not None}
+        rows = {
+            reason: [own.get(reason, 0) for own in counts.values()] for found in counts.values() for reason in found
+        }
+        if rows:
+            in_order = sorted(rows.items(), key=lambda row: (-sum(row[1]), row[0]))
+            yield {"title": title, "states": list(counts), "rows": in_order}
 
 
-def _completions(results: Results, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Completions of the unablated model and the verdict's group, each with the title of its set."""
-    group = set(results["verdict"]["heads"])
-    for row in rows:
-        heads = {head for head in str(row.get("group") or "").split(",") if head}
-        if "text" not in row or (heads and heads != group):
-            continue
-        name = str(row.get("set", "prompts")).replace("_", " ")
-        yield f"{name}, {', '.join(results['verdict']['heads']) + ' ablated' if heads else 'nothing ablated'}", row
+def _ties(groups: Sequence[Sequence[str]]) -> str:
+    shown = "; ".join(" = ".join(group) for group in groups[:MAX_TIES])
+    return shown + (f"; and {len(groups) - MAX_TIES} more" if len(groups) > MAX_TIES else "")
+
+
+# Figures.
+
+
+def figures(results: Results) -> dict[str, Spec]:
+    """Every figure that the results allow, by the name of its place in the page."""
+    vanilla, by_scorer = results["behaviour"]["vanilla"], dict[str, list[Mapping[str, Any]]]()
+    for group in results["behaviour"]["groups"]:
+        by_scorer.setdefault(_label(results, group["scorer"]), []).append(group)
+    found = {
+        "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_kept"], _HELD_OUT),
+        "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
+        "long_tail": _long_tail(results),
+    }
+    found |= {f"heatmap_{name}": _heatmap(results, name) for name in results["scores"]}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def group_curve(
+    groups: Sequence[Mapping[str, Any]], vanilla: Mapping[str, Any], kept: Mapping[str, Any] | None, y: str
+) -> Spec | None:
+    """ASR and benign answers kept by size of the group, over the band of the random groups; None without groups.
+
+    Args:
+        groups: one a size, with ``size``, ``heads``, ``asr``, ``benign_kept`` and ``random``.
+        vanilla: the unablated model's ASR.
+        kept: its benign answers that are kept; None without benign prompts.
+        y: what the rates are shares of.
+    """
+    rows = [*rate_rows(0, SEARCHED, vanilla, ()), *rate_rows(0, KEPT, kept, ())]
+    for group in groups:
+        rows += rate_rows(group["size"], SEARCHED, group["asr"], group["heads"])
+        rows += rate_rows(group["size"], KEPT, group["benign_kept"], group["heads"])
+    for group in groups:
+        random, size = group["random"], {"x": group["size"], "series": RANDOM}
+        if random and random["asr"]:
+            ends = {"low": min(random["asr"]), "high": max(random["asr"])}
+            rows.append(size | ends | {"kind": "band", "y": random["mean"]})
+            rows += [size | {"kind": "random", "y": rate} for rate in random["asr"]]
+    described = "Attack success rate against group size"
+    return (
+        charts.lines(rows, "heads ablated together", y, described, reference=vanilla["rate"])
+        if groups and rows
+        else None
+    )
+
+
+def group_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], vanilla: Mapping[str, Any], y: str) -> Spec:
+    """ASR by size, a line for the groups of each name; all begin at the unablated model's."""
+    rows = [row for name in series for row in rate_rows(0, name, vanilla, ())]
+    rows += [
+        row
+        for name, groups in series.items()
+        for group in groups
+        for row in rate_rows(group["size"], name, group["asr"], group["heads"])
+    ]
+    return charts.lines(rows, "heads ablated together", y, "Attack success rate against group size, by series")
+
+
+def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row of a figure, or none for a rate of nothing."""
+    if rate is None or rate["rate"] is None:
+        return []
+    low, high = rate["interval"] or (None, None)
+    answers = f"{rate['count']} of {rate['n']}"
+    row = {"x": x, "series": series, "y": float(rate["rate"]), "low": low, "high": high}
+    return [row | {"answers": answers, "heads": ", ".join(names) or "none"}]
+
+
+def _heatmap(results: Results, name: str) -> Spec:
+    """One score of every head, layer by head; Ships on harmful and on benign prompts share their colours."""
+    scores, model = results["scores"], results["model"]
+    shared = ("mean_ships", "benign_ships")
+    names = [other for other in shared if other in scores] if name in shared else [name]
+    values = [value for other in names for layer in scores[other]["values"] for value in layer if value is not None]
+    return charts.head_map(
+        charts.heat(name, values, scores[name]["unit"], roots=True),
+        (model["n_layers"], model["n_heads"]),
+        _head_tooltip(results, name),
+        f"{scores[name]['label']} of every head, layer by head",
+        outlines={"group": {}},
+    )
+
+
+def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
+    """The head and its scores, that of the figure first."""
+    scores = results["scores"]
+    titles = {name: f"{scores[name]['label']} ({scores[name]['unit']})" for name in (first, *scores)}
+    return [alt.Tooltip("head:N"), *(alt.Tooltip(f"{n}:Q", title=t, format=".6~g") for n, t in titles.items())]
+
+
+def _long_tail(results: Results) -> Spec | None:
+    """The lead score of every head by rank, both axes logarithmic, with the same head's benign score."""
+    name, scores = results["verdict"]["scorer"], results["scores"]
+    if name not in scores or not any((value or 0) > 0 for layer in scores[name]["values"] for value in layer):
+        return None
+    last = results["model"]["n_layers"] * results["model"]["n_heads"]
+    ticks = [digit * 10**power for power in range(5) for digit in (1, 2, 5) if digit * 10**power <= last]
+    scale = alt.Scale(type="log", domain=[0.9, last * 1.15], nice=False)
+    base = alt.Chart().encode(
+        x=alt.X("rank:Q", title="rank of the head (log scale)", scale=scale).axis(format="d", values=ticks, grid=False),
+        tooltip=[alt.Tooltip("rank:Q"), *_head_tooltip(results, name)],
+    )
+    kinds = {HARMFUL: name} | ({BENIGN: "benign_ships"} if name == "mean_ships" and "benign_ships" in scores else {})
+    look = alt.Scale(domain=list(kinds), range=["--attack", "--kept"][: len(kinds)])
+    title = charts.titled(f"{scores[name]['label']}, {scores[name]['unit']} (log scale)")
+
+    def points(field: str) -> alt.Chart:
+        y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log")).axis(format="~g", tickCount=5)
+        chart: alt.Chart = base.transform_filter(f"datum['{field}'] > 0").encode(y=y)
+        return chart
+
+    named = points(name).transform_filter("datum.named")
+    layers = [
+        points(field)
+        .transform_calculate(kind=f"'{kind}'")
+        .mark_point(filled=True, size=26, aria=False, opacity=0.85 if kind == HARMFUL else 0.4)
+        .encode(color=alt.Color("kind:N", legend=alt.Legend(orient="top", title=None, symbolOpacity=1), scale=look))
+        for kind, field in reversed(kinds.items())
+    ]
+    layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
+    text = named.mark_text(align="left", dx=10, dy=-6, color="--ink", fontWeight=600, fontSize=12)
+    return charts.spec([*layers, text.encode(text="head:N")], (), 280, f"{scores[name]['label']} of all heads by rank")
+
+
+def head_columns(results: Results) -> dict[str, Any]:
+    """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
+    verdict, scores = results["verdict"], results["scores"]
+    best_first = [head for head, _ in _ranked(results, _lead_score(results))]
+    group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
+    values = {name: [v for layer in score["values"] for v in layer] for name, score in scores.items()}
+    return {
+        "n_heads": results["model"]["n_heads"],
+        "scores": {name: [charts.rounded(value, 6) for value in column] for name, column in values.items()},
+        "best_first": best_first,
+        "group": group,
+        "planted": planted,
+        "named": sorted({*group, *planted, *best_first[:_LABELLED_HEADS]}),
+    }

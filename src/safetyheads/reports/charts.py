@@ -1,195 +1,525 @@
-"""The report's figures as Vega-Lite specifications.
+"""Draws the figures of every page with altair, as Vega-Lite specifications.
 
-Owns what each figure draws and how it is labelled; refuses to know colours (a colour is the name of one of the
-page's custom properties, such as ``--attack``, which the page resolves for its light or dark theme) and HTML.
+A colour is the name of a custom property of the page, such as ``--attack``: the page's script puts in the colour of its
+light or dark theme, and fits the panels of a figure to the width of the window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import cycle, islice
+from typing import Any, Literal, TypeAlias
 
 import altair as alt
+import vl_convert
 
-from safetyheads.reports.drawing import (
-    DIGITS,
-    HEADS,
-    Spec,
-    band_axis,
-    curve,
-    gradient_legend,
-    lines,
-    rounded_table,
-    spec,
-)
-from safetyheads.runs.reader import lead_groups
+Row: TypeAlias = Mapping[str, Any]
+Spec: TypeAlias = dict[str, Any]
 
-Results: TypeAlias = Mapping[str, Any]
+HEADS = "heads"
+"""Dataset of all heads, which the page's script makes of the columns in the page."""
+ROWS = "rows"
+"""Dataset of a figure's own rows."""
+COLOURS = ("--attack", "--kept", "--third", "--fourth", "--ink-soft")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+DASHES = ([1, 0], [6, 4], [2, 3])
+OPACITIES = (0.75, 0.42, 0.2)
+KNOWN_COLOURS = {
+    **dict.fromkeys(
+        ("vanilla", "unablated", "other", "random groups", "random heads", "random groups: ASR"), "--random"
+    ),
+    **dict.fromkeys(("UA", "planted", "Sahara's group", "searched group: ASR", "ASR, verdict’s group ablated"), "--attack"),
+    **dict.fromkeys(("SC", "benign answers kept", "searched group: benign kept", "ASR, nothing ablated"), "--kept"),
+}
+"""Series that have one colour on every page, unless another of the figure has it."""
+HEAT = ("--heat-0", "--heat-1", "--heat-2", "--heat-3", "--heat-4")
+SIGNED_HEAT = ("--cold-4", "--cold-2", "--neutral", "--heat-2", "--heat-4")
+PALE_HEAT, PALE_SIGNED_HEAT = HEAT[:3], SIGNED_HEAT[1:4]
+"""Under text, which keeps its contrast on them in both themes."""
+LEAST_SHARE = 0.1
+"""The colours of a share reach at least so far: differences of one answer would else look strongest."""
+MOST_INTERVALS = 60
+"""Points of a panel up to which a scatter shows intervals and names: among more nobody could tell whose they are."""
+MOST_COLUMNS_WITH_INTERVALS = 3
+"""Columns up to which tiles hold their intervals too."""
+MOST_TILES_WITH_TEXT = 8
+"""Columns up to which tiles hold their numbers."""
+MOST_WIDTH = 780
+"""Pixels that a figure of lines, points or bars has at most."""
+_TITLE_WIDTH, _LABEL_WIDTH = 42, 22
+"""Characters of a line of an axis title, and of a label."""
+_BROKEN_LABEL = "split(datum.label, '\\n')"
 
-HARMFUL, BENIGN = "harmful prompts", "benign prompts"
-_LABELLED_HEADS = 3
 
+def spec(
+    layers: Sequence[Any],
+    rows: Sequence[Row],
+    height: int,
+    description: str,
+    *,
+    least: int = 290,
+    most: int | None = None,
+    independent: Mapping[str, Any] | None = None,
+) -> Spec:
+    """The layers over the rows as a specification, one panel for each ``panel`` that the rows name.
 
-def charts(results: Results) -> dict[str, Spec]:
-    """Every figure that the results allow, by the name of its place in the page."""
-    made: dict[str, Spec | None] = {
-        "asr_by_size": asr_by_size(results),
-        "asr_by_scorer": asr_by_scorer(results),
-        "long_tail": long_tail(results),
-    }
-    for name in results["scores"]:
-        made[f"heatmap_{name}"] = heatmap(results, name)
-    return {name: one for name, one in made.items() if one is not None}
-
-
-def head_columns(results: Results) -> dict[str, Any]:
-    """What the charts know of each head, a column a fact, head after head: the page makes rows of it.
-
-    Columns, because a row for each of the 16,128 heads of the largest models would make the page too large.
+    Args:
+        layers: charts without data of their own, which have the rows; others keep theirs.
+        rows: what is drawn; empty where the layers draw the page's heads.
+        height: of a panel, in pixels.
+        description: for readers who do not see the figure.
+        least: pixels that a panel has at least, unless the window has fewer.
+        most: pixels that a panel has at most.
+        independent: scales that each panel has of its own.
     """
-    verdict, scores = results["verdict"], results["scores"]
-    lead = verdict["scorer"] if verdict["scorer"] in scores else next(iter(scores))
-    best_first = [head for head, _ in ranked_scores(results, lead)]
-    group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
-    return {
-        "n_heads": results["model"]["n_heads"],
-        "scores": {name: rounded_table(score["values"]) for name, score in scores.items()},
-        "best_first": best_first,
-        "group": group,
-        "planted": planted,
-        "named": sorted({*group, *planted, *best_first[:_LABELLED_HEADS]}),
-    }
-
-
-def ranked_scores(results: Results, name: str) -> list[tuple[str, float]]:
-    """Every head with its score, best first; ties go to the lower layer, then the lower index."""
-    values = results["scores"][name]["values"]
-    named = [
-        (f"{i}-{j}", float(value))
-        for i, layer in enumerate(values)
-        for j, value in enumerate(layer)
-        if value is not None  # a layer without heads has none
-    ]
-    return sorted(named, key=lambda pair: -pair[1])
-
-
-def asr_by_size(results: Results) -> Spec | None:
-    """ASR and benign answers kept against group size, over the band of the random groups."""
-    vanilla = results["behaviour"]["vanilla"]
-    return curve(lead_groups(results), vanilla["asr"], vanilla["benign_kept"])
-
-
-def asr_by_scorer(results: Results) -> Spec | None:
-    """ASR against group size, a line for the groups of each scorer; nothing to compare with one scorer."""
-    series: dict[str, list[Mapping[str, Any]]] = {}
-    for group in results["behaviour"]["groups"]:
-        label = results["scores"].get(group["scorer"], {}).get("label", group["scorer"])
-        series.setdefault(label, []).append(group)
-    if len(series) < 2:
-        return None
-    description = "Attack success rate against group size for each scorer"
-    return lines(series, results["behaviour"]["vanilla"]["asr"], description)
-
-
-def heatmap(results: Results, name: str) -> Spec:
-    """One score of every head, layer by head; Ships on harmful and on benign prompts share their colours."""
-    score, model = results["scores"][name], results["model"]
-    lowest, highest = _colour_range(results, name)
-    if lowest < 0:
-        domain = [lowest, lowest / 4, 0, highest / 4, highest]
-        colours = ["--cold-4", "--cold-2", "--neutral", "--heat-2", "--heat-4"]
+    panels = list(dict.fromkeys(str(row["panel"]) for row in rows if row.get("panel")))
+    chart: Any = alt.layer(*layers, data=alt.NamedData(ROWS if rows else HEADS))
+    if len(panels) > 1:
+        header = alt.Header(title=None, labelAnchor="start", labelFontWeight=600, labelFontSize=13, labelPadding=8)
+        chart = chart.properties(width=least, height=height)
+        chart = chart.facet(facet=alt.Facet("panel:N", sort=panels, header=header), columns=3)
+        chart = chart.resolve_axis(x="independent", y="independent")
+        if independent:
+            chart = chart.resolve_scale(**independent)
     else:
-        # Colours at equal steps of the square root: most heads score near 0, and would else look alike.
-        domain = [highest * (step / 4) ** 2 for step in range(5)]
-        colours = [f"--heat-{step}" for step in range(5)]
-    scale = alt.Scale(type="sqrt", domain=domain, range=colours, clamp=True, interpolate="lab")
-    legend = gradient_legend(f"{score['unit']}, square-root scale", ".2~r", _legend_values(lowest, highest))
-    cell = max(9, min(44, 360 // model["n_layers"]))
-    base = alt.Chart(alt.NamedData(name=HEADS)).encode(
-        x=alt.X("index:O", title="head", axis=band_axis(model["n_heads"])),
-        y=alt.Y("layer:O", title="layer", axis=band_axis(model["n_layers"])),
-        tooltip=_head_tooltip(results, name),
+        chart = chart.properties(width="container", height=height)
+    # Checking against the schema takes seconds a page; the tests check every figure.
+    made: Spec = chart.properties(description=description).to_dict(validate=False)
+    # The page's own library draws it, in the page's own theme.
+    for field in ("$schema", "config"):
+        made.pop(field, None)
+    if rows:
+        made["datasets"] = {**made.get("datasets", {}), ROWS: [*rows]}
+    made["usermeta"] = {"panels": len(panels), "least": least, "most": most}
+    return made
+
+
+@cache
+def drawing_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    # Inside a script element these two would end or hide the rest of the page.
+    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+# Axes, series, tooltips.
+
+
+def titled(text: str) -> list[str]:
+    """An axis title over as many lines as it takes."""
+    return textwrap.wrap(text, _TITLE_WIDTH) or [text]
+
+
+def wrapped(text: object, width: int = _LABEL_WIDTH) -> str:
+    """A label over several lines; single words stay whole."""
+    return "\n".join(textwrap.wrap(str(text), width, break_long_words=False)) or str(text)
+
+
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """As many digits as a figure shows: a page may carry numbers of thousands of heads."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def numbers_along(title: str, values: Iterable[float], logarithmic: bool = False) -> alt.X:
+    """The axis of the field ``x``; 0 stands at the left end of a logarithmic one."""
+    known = sorted(set(values))
+    axis: dict[str, Any] = {"grid": False, "format": ".6~g", "labelOverlap": "greedy", "tickCount": 6}
+    scale: dict[str, Any] = {"zero": False, "nice": False, "padding": 14}
+    if logarithmic:
+        positive = [value for value in known if value > 0] or [1.0]
+        low, high = (math.log10(end) for end in (positive[0], positive[-1]))
+        step = max(1, math.ceil((high - low) / 6))
+        powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1, step)
+        ticks = [10.0**power for power in powers] if len(powers) > 1 else positive[:: max(1, len(positive) // 5)]
+        scale["type"] = "log"
+        if 0 in known:
+            scale |= {"type": "symlog", "constant": positive[0] / 4}
+            ticks = [0.0, *ticks]
+        axis["values"] = ticks
+    elif known and all(float(value).is_integer() for value in known) and known[-1] - known[0] <= 12:
+        axis |= {"values": list(range(int(known[0]), int(known[-1]) + 1)), "format": "d"}
+    return alt.X("x:Q", title=titled(title), scale=alt.Scale(**scale), axis=alt.Axis(**axis))
+
+
+def measured_scale(rows: Iterable[Row], share: bool, zero: bool = False) -> dict[str, Any]:
+    """Scale and axis of what was measured: a share runs from 0 to 1, unless one lies outside, as a change may."""
+    ends = [row[name] for row in rows for name in ("y", "low", "high") if row.get(name) is not None]
+    if share and all(0 <= end <= 1 for end in ends):
+        scale = alt.Scale(domain=[0, 1], nice=False)
+        return {"scale": scale, "axis": alt.Axis(format=".1f", tickCount=6)}
+    return {"scale": alt.Scale(zero=zero), "axis": alt.Axis(format=".6~g", tickCount=5)}
+
+
+def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
+    """A colour for each series, and how often it was used before: dashes, shapes and opacities tell those apart."""
+    known: dict[str, str] = {}
+    for name in names:
+        if name in KNOWN_COLOURS and KNOWN_COLOURS[name] not in known.values():
+            known[name] = KNOWN_COLOURS[name]
+    greys = ("--ink-soft",) if "--random" in known.values() else ()
+    free = [colour for colour in COLOURS if colour not in (*known.values(), *greys)] or list(COLOURS)
+    others = [name for name in names if name not in known]
+    looks = dict(zip(others, islice(cycle(free), len(others)), strict=True))
+    rounds = {name: at // len(free) for at, name in enumerate(others)}
+    return [(known.get(name) or looks[name], rounds.get(name, 0)) for name in names]
+
+
+def series_look(names: Sequence[str], *channels: Literal["shape", "dash", "opacity"]) -> dict[str, Any]:
+    """Encodings that tell the series apart, with one legend; a lone series without a name has none."""
+    looks = series_colours(names)
+    ranges = {
+        "color": (alt.Color, [colour for colour, _ in looks]),
+        "shape": (alt.Shape, [SHAPES[(at + turn) % len(SHAPES)] for at, (_, turn) in enumerate(looks)]),
+        "dash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for _, turn in looks]),
+        "opacity": (alt.Opacity, [OPACITIES[turn % len(OPACITIES)] for _, turn in looks]),
+    }
+    square = {"symbolType": "square"} if "opacity" in channels else {"symbolOpacity": 1}
+    legend = None if list(names) == [""] else alt.Legend(orient="top", title=None, **square)
+    found = {}
+    for channel in ("color", *channels):
+        if channel == "opacity" and not any(turn for _, turn in looks):
+            continue
+        kind, held = ranges[channel]
+        # Without its type a scale of opacities would lie evenly between the ends of its range.
+        scale = alt.Scale(type="ordinal", domain=[*names], range=held)
+        field = "series:O" if channel == "opacity" else "series:N"
+        found["strokeDash" if channel == "dash" else channel] = kind(field, legend=legend, scale=scale)
+    return found
+
+
+def series_of(rows: Iterable[Row]) -> list[str]:
+    """The names of the series, in order of appearance."""
+    return list(dict.fromkeys(row["series"] for row in rows))
+
+
+def tooltip(rows: Sequence[Row], titles: Mapping[str, str]) -> list[alt.Tooltip]:
+    """The fields that some row has, each with its title."""
+    found = []
+    for field, title in titles.items():
+        values = [row[field] for row in rows if row.get(field) not in (None, "")]
+        if any(isinstance(value, float) for value in values):
+            found.append(alt.Tooltip(f"{field}:Q", title=title, format=".3~g"))
+        elif values:
+            found.append(alt.Tooltip(f"{field}:N", title=title))
+    return found
+
+
+def rows_tooltip(rows: Sequence[Row], x: str, y: str) -> list[alt.Tooltip]:
+    """What a row of bars, lines and points tells."""
+    titles = {"label": "name", "series": "series", "run": "run", "model": "model", "started": "started"}
+    titles |= {"heads": "heads", "x": x, "y": y, "low": "95 % from", "high": "95 % to", "n": "n", "answers": "answers"}
+    return tooltip(rows, titles)
+
+
+def rule_at(axis: Literal["x", "y"], value: float, scale: Mapping[str, Any], **mark: Any) -> alt.Chart:
+    """A thin line across the panel."""
+    encoding = alt.Y("at:Q", **scale) if axis == "y" else alt.X("at:Q", **scale)
+    drawn = {"strokeWidth": 1, "strokeDash": [1, 2], "color": "--ink-soft"} | mark
+    chart: alt.Chart = alt.Chart(alt.InlineData(values=[{"at": value}])).mark_rule(**drawn).encode(encoding)
+    return chart
+
+
+# Kinds of figures.
+
+
+def lines(
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    description: str,
+    *,
+    logarithmic: bool = False,
+    share: bool = True,
+    points: bool = True,
+    reference: float | None = None,
+    height: int = 260,
+) -> Spec:
+    """Lines through points with intervals; curves where there are no points.
+
+    Args:
+        rows: ``x, y, low, high, series`` and what the tooltip tells. Rows whose ``kind`` is ``random`` are single
+            random groups, drawn as ticks; ``band`` runs from the lowest of them to the highest, and has their mean.
+        x, y: titles of the axes, with units.
+        description: for readers who do not see the figure.
+        logarithmic: whether x is drawn so.
+        share: whether y runs from 0 to 1.
+        points: whether the rows are single measurements.
+        reference: y of a dotted line, such as the unablated model's rate.
+        height: of a panel, in pixels.
+    """
+    names = series_of(row for row in rows if not row.get("kind"))
+    beside = points and 1 < len(names) <= 6
+    # Pixels to the side, so that no interval of one series hides another's.
+    shifts = {name: 5 * (at - (len(names) - 1) / 2) if beside else 0 for at, name in enumerate(names)}
+    rows = [row if row.get("kind") else {**row, "shift": shifts[row["series"]]} for row in rows]
+    along, scale = numbers_along(x, (row["x"] for row in rows), logarithmic), measured_scale(rows, share)
+    names = series_of(rows)
+    look, told = series_look(names, "shape", "dash") if points else series_look(names, "dash"), rows_tooltip(rows, x, y)
+    base = alt.Chart().encode(x=along, color=look["color"])
+    single = base.transform_filter("!datum.kind")
+    up = alt.Y("y:Q", title=titled(y), **scale)
+    off = {"xOffset": alt.ExprRef("datum.shift")} if beside else {}
+    layers = [rule_at("y", reference, {"title": titled(y), **scale})] if reference is not None else []
+    if any((row.get("low") or 0) < 0 or (row.get("y") or 0) < 0 for row in rows):
+        layers.append(rule_at("y", 0, {"title": titled(y), **scale}, strokeDash=[1, 0], opacity=0.6))
+    layers += _random_layers(base, rows, titled(y), scale, told)
+    if points:
+        ends = {"y": alt.Y("low:Q", title=titled(y), **scale), "y2": "high:Q"}
+        held = single.transform_filter("isValid(datum.low)")
+        layers.append(held.mark_rule(strokeWidth=1.5, opacity=0.55, **off).encode(**ends))
+    line = single.mark_line(strokeWidth=2, **off).encode(y=up, strokeDash=look["strokeDash"])
+    layers.append(line if points else line.encode(tooltip=told))
+    if points:
+        marks = single.transform_filter("isValid(datum.y)").mark_point(filled=True, size=62, opacity=1, **off)
+        layers.append(marks.encode(y=up, shape=look["shape"], tooltip=told))
+    return spec(layers, rows, height, description, most=MOST_WIDTH)
+
+
+def _random_layers(
+    base: alt.Chart, rows: Sequence[Row], title: list[str], scale: Mapping[str, Any], told: Sequence[alt.Tooltip]
+) -> list[alt.Chart]:
+    """Band from the lowest random group to the highest, their mean, and a tick for each of them."""
+    sizes = {row["x"] for row in rows if row.get("kind") == "band"}
+    if not sizes:
+        return []
+    band = base.transform_filter("datum.kind == 'band'")
+    ends = {"y": alt.Y("low:Q", title=title, **scale), "y2": "high:Q"}
+    mean = alt.Y("y:Q", title=title, **scale)
+    ticks = base.transform_filter("datum.kind == 'random'").mark_tick(
+        orient="horizontal", width=16, thickness=1.5, opacity=0.75
     )
-    tiles = base.mark_rect(aria=False, stroke="--paper", strokeWidth=0.75).encode(
-        color=alt.Color(f"{name}:Q", scale=scale, legend=legend)
-    )
-    group = base.transform_filter("datum.group").mark_rect(
-        fill="transparent", stroke="--ink", strokeWidth=2, cornerRadius=1
-    )
-    planted = base.transform_filter("datum.planted").mark_point(
-        shape="diamond", filled=True, size=4 * cell, color="--ink", opacity=1, stroke="--paper", strokeWidth=1
-    )
-    return spec(
-        alt.layer(tiles, group, planted),
-        height=cell * model["n_layers"],
-        description=f"{score['label']} of every head, layer by head",
-    )
+    if len(sizes) == 1:
+        layers = [band.mark_rule(strokeWidth=26, opacity=0.22).encode(**ends)]
+    else:
+        line = band.mark_line(strokeWidth=1.5, strokeDash=[2, 3])
+        layers = [band.mark_area(opacity=0.22, line=False).encode(**ends), line.encode(y=mean)]
+    return [*layers, ticks.encode(y=mean, tooltip=[*told])]
 
 
-def _colour_range(results: Results, name: str) -> tuple[float, float]:
-    """Lowest and highest value of the colours: symmetric where scores are signed, never empty."""
-    scores = results["scores"]
-    shared = ("mean_ships", "benign_ships")
-    names = [other for other in shared if other in scores] if name in shared else [name]
-    values = [value for other in names for layer in scores[other]["values"] for value in layer if value is not None]
-    largest = max(map(abs, values), default=0.0) or 1.0
-    # A divergence that rounds to just below 0 does not make a score signed.
-    signed = min(values, default=0.0) < -0.01 * largest
-    return (-largest if signed else 0.0), largest
+def scatter(
+    rows: Sequence[Row], x: str, y: str, description: str, *, logarithmic: bool = False, share: bool = True
+) -> Spec:
+    """Points with intervals where they are few; the highest of each panel is named beside it.
+
+    Args:
+        rows: ``x, y, low, high, series, label`` and what the tooltip tells.
+        x, y: titles of the axes, with units.
+        description: for readers who do not see the figure.
+        logarithmic: whether x is drawn so.
+        share: whether y runs from 0 to 1.
+    """
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(str(row.get("panel")), []).append(row)
+    few = max(map(len, panels.values()), default=0) <= MOST_INTERVALS
+    named = [row for own in panels.values() for row in _highest(own)]
+    rows = [row | {"named": True} if row in named else row for row in map(dict, rows)]
+    look, scale = series_look(series_of(rows), "shape"), measured_scale(rows, share)
+    base = alt.Chart().encode(x=numbers_along(x, (row["x"] for row in rows), logarithmic))
+    up = alt.Y("y:Q", title=titled(y), **scale)
+    layers = []
+    if few:
+        held = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2, opacity=0.45)
+        ends = {"y": alt.Y("low:Q", title=titled(y), **scale), "y2": "high:Q"}
+        layers.append(held.encode(color=look["color"], **ends))
+    size, opacity = (75, 0.95) if few else (34, 0.6)
+    points = base.transform_filter("isValid(datum.y)").mark_point(filled=True, size=size, opacity=opacity, aria=False)
+    layers.append(points.encode(y=up, tooltip=rows_tooltip(rows, x, y), **look))
+    if named:
+        text = base.transform_filter("datum.named").mark_text(color="--ink", fontSize=12, fontWeight=600, dy=-13)
+        layers.append(text.encode(y=up, text="label:N"))
+    return spec(layers, rows, 300, description, most=MOST_WIDTH)
 
 
-def _legend_values(lowest: float, highest: float) -> list[float]:
-    step = 10.0 ** math.floor(math.log10(highest))
-    top = math.floor(highest / step) * step
-    quarter = top / 4
-    return [-top, -quarter, 0, quarter, top] if lowest < 0 else [0, top / 16, quarter, top]
+def _highest(rows: Sequence[Row]) -> list[Row]:
+    """The highest points with short names, far enough from the others' heights."""
+    known = sorted((row for row in rows if row.get("y") is not None), key=lambda row: -row["y"])
+    top = [row for row in known[:3] if row["y"] > known[0]["y"] / 3]
+    return [row for row in top if 0 < len(str(row.get("label") or "")) <= 6]
 
 
-def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
-    """The head and its scores, that of the figure first."""
-    names = [first, *(name for name in results["scores"] if name != first)]
-    scores = [
-        alt.Tooltip(
-            f"{name}:Q",
-            title=f"{results['scores'][name]['label']} ({results['scores'][name]['unit']})",
-            format=f".{DIGITS}~g",
-        )
-        for name in names
-    ]
-    return [alt.Tooltip("head:N", title="head"), *scores]
+def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool = True) -> Spec:
+    """Bars with intervals, lying, so that any name has room; a dash stands where nothing could be scored.
 
-
-def long_tail(results: Results) -> Spec | None:
-    """The lead score of every head by rank, both axes logarithmic, with the same head's benign score."""
-    name, scores = results["verdict"]["scorer"], results["scores"]
-    if name not in scores or not any((value or 0) > 0 for layer in scores[name]["values"] for value in layer):
-        return None
-    score, last = scores[name], results["model"]["n_layers"] * results["model"]["n_heads"]
-    ticks = [rank for rank in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if rank <= last]
-    x = alt.X("rank:Q", title="rank of the head (log scale)", scale=alt.Scale(type="log", domain=[0.9, last * 1.15]))
-    kinds = {HARMFUL: name} | ({BENIGN: "benign_ships"} if name == "mean_ships" and "benign_ships" in scores else {})
-    legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
-    scale = alt.Scale(domain=list(kinds), range=["--attack", "--kept"][: len(kinds)])
-    base = alt.Chart(alt.NamedData(name=HEADS)).encode(
-        x=x.axis(format="d", values=ticks, grid=False),
-        tooltip=[alt.Tooltip("rank:Q", title="rank"), *_head_tooltip(results, name)],
-    )
-
-    def points(field: str) -> alt.Chart:
-        y = alt.Y(f"{field}:Q", title=f"{score['label']}, {score['unit']} (log scale)", scale=alt.Scale(type="log"))
-        chart: alt.Chart = base.transform_filter(f"datum.{field} > 0").encode(y=y.axis(format="~g", tickCount=5))
-        return chart
-
-    named = points(name).transform_filter("datum.named")
+    Args:
+        rows: ``x`` (a name), ``y, low, high, series`` and what the tooltip tells.
+        x, y: titles of the axes, with units.
+        description: for readers who do not see the figure.
+        share: whether y runs from 0 to 1.
+    """
+    names = series_of(rows)
+    rows = [row | {"name": wrapped(row["x"])} for row in map(dict, rows)]
+    labels = list(dict.fromkeys(row["name"] for row in rows))
+    look, scale = series_look(names, "opacity"), measured_scale(rows, share, zero=True)
+    axis = alt.Axis(labelExpr=_BROKEN_LABEL, labelLimit=170, labelOverlap=False, ticks=False, grid=False)
+    places = alt.Scale(paddingInner=0.26, paddingOuter=0.13)
+    within = alt.YOffset("series:N", sort=names, scale=alt.Scale(domain=names, paddingInner=0.08))
+    base = alt.Chart().encode(y=alt.Y("name:N", sort=None, title=titled(x), axis=axis, scale=places), yOffset=within)
+    along = alt.X("y:Q", title=titled(y), **scale)
+    whole, told = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
+    held = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, color="--ink")
+    empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
+    dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
     layers = [
-        points(field)
-        .transform_calculate(kind=f"'{kind}'")
-        .mark_point(filled=True, size=26, aria=False, opacity=0.85 if kind == HARMFUL else 0.4)
-        .encode(color=alt.Color("kind:N", legend=legend, scale=scale))
-        for kind, field in reversed(kinds.items())
+        whole.mark_bar().encode(x=along, tooltip=told, **look),
+        # A line at the end: a bar of 0 is a number too.
+        whole.mark_tick(thickness=2).encode(x=along, color=look["color"]),
+        held.encode(x=alt.X("low:Q", title=titled(y), **scale), x2="high:Q"),
+        dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=told),
     ]
-    layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
-    text = named.mark_text(align="left", dx=10, dy=-6, color="--ink", fontWeight=600, fontSize=12)
-    layers.append(text.encode(text="head:N"))
-    return spec(alt.layer(*layers), height=280, description=f"{score['label']} of all heads by rank")
+    if any((row.get("low") or row.get("y") or 0) < 0 for row in rows):
+        zero = rule_at("x", 0, {"title": titled(y), **scale}, strokeDash=[1, 0])
+        layers.insert(0, zero)
+    band = max(15 * len(names) + 8, 15 * max(label.count("\n") + 1 for label in labels) + 8, 30)
+    panels: dict[Any, set[str]] = {}
+    for row in rows:
+        panels.setdefault(row.get("panel"), set()).add(row["name"])
+    apart = {"y": "independent"} if len(set(map(frozenset, panels.values()))) > 1 else None
+    height = band * (len(labels) if apart is None else max(map(len, panels.values())))
+    return spec(layers, rows, max(90, height), description, most=MOST_WIDTH, independent=apart)
+
+
+# Numbers as colours.
+
+
+def heat(
+    field: str, values: Iterable[float], title: str, *, share: bool = False, pale: bool = False, roots: bool = False
+) -> alt.Color:
+    """Colours of the numbers of a field, on both sides of 0 where some are negative.
+
+    Args:
+        field: of the rows.
+        values: all that are shown, of every panel.
+        title: of the legend, with the unit.
+        share: whether they lie between 0 and 1.
+        pale: whether text lies on them.
+        roots: whether colours are at equal steps of the square root: where most numbers are near 0, they would else
+            look alike.
+    """
+    known = list(values)
+    largest = max([*map(abs, known), LEAST_SHARE if share else 0.0], default=0.0) or 1.0
+    # A divergence that rounds to just below 0 does not make numbers signed.
+    signed = min(known, default=0.0) < -0.01 * largest
+    colours = (PALE_SIGNED_HEAT if pale else SIGNED_HEAT) if signed else (PALE_HEAT if pale else HEAT)
+    steps = [2 * at / (len(colours) - 1) - 1 if signed else at / (len(colours) - 1) for at in range(len(colours))]
+    domain = [math.copysign(abs(step) ** 2 if roots else abs(step), step) * largest for step in steps]
+    top = float(f"{largest:.2g}")
+    if top > largest:
+        top = float(f"{largest * 0.95:.1g}")
+    labels = [-top, 0, top] if signed else [0, top / 4 if roots else top / 2, top]
+    scale = alt.Scale(
+        type="sqrt" if roots else "linear", domain=domain, range=[*colours], clamp=True, interpolate="lab"
+    )
+    legend = alt.Legend(
+        title=titled(f"{title}, square-root scale" if roots else title),
+        orient="top",
+        direction="horizontal",
+        gradientLength=180,
+        gradientThickness=8,
+        format=".2~g",
+        values=labels,
+    )
+    return alt.Color(f"{field}:Q", scale=scale, legend=legend)
+
+
+def head_map(
+    color: alt.Color,
+    shape: tuple[int, int],
+    told: Sequence[alt.Tooltip],
+    description: str,
+    *,
+    rows: Sequence[Row] = (),
+    outlines: Mapping[str, Mapping[str, Any]] | None = None,
+    clickable: bool = False,
+) -> Spec:
+    """One number of every head as a tile: layers down, heads across; heads without a number stay blank.
+
+    Args:
+        color: of the field.
+        shape: layers, and heads in each.
+        told: tooltip.
+        description: for readers who do not see the figure.
+        rows: ``layer, index`` and the field; without any, the page's heads.
+        outlines: field -> look of the frame of the heads where it is true.
+        clickable: whether a tile leads to the answers of its head.
+    """
+    n_layers, n_heads = shape
+    cell = max(9, min(40, 340 // n_layers))
+    mark: dict[str, Any] = {"aria": False} | ({"cursor": "pointer"} if clickable else {})
+    field = str(color.shorthand).removesuffix(":Q")
+    base = alt.Chart().encode(
+        x=alt.X("index:O", title="head", axis=_tile_axis(n_heads), scale=alt.Scale(domain=list(range(n_heads)))),
+        y=alt.Y("layer:O", title="layer", axis=_tile_axis(n_layers), scale=alt.Scale(domain=list(range(n_layers)))),
+        tooltip=[*told],
+    )
+    tile = {"stroke": "--paper", "strokeWidth": 0.75, **mark}
+    layers = [
+        base.mark_rect(fill="--panel", **tile),
+        base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),
+    ]
+    for name, look in (outlines or {}).items():
+        framed = {"fill": "transparent", "stroke": "--ink", "strokeWidth": 2, "cornerRadius": 1, **mark, **look}
+        layers.append(base.transform_filter(f"datum.{name}").mark_rect(**framed))
+    if not rows:
+        diamond = {"shape": "diamond", "filled": True, "size": 4 * cell, "color": "--ink", "opacity": 1}
+        diamond |= {"stroke": "--paper", "strokeWidth": 1, **mark}
+        layers.append(base.transform_filter("datum.planted").mark_point(**diamond))
+    return spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
+
+
+def _tile_axis(count: int) -> alt.Axis:
+    """Numbers of layers or heads, thinned out where there are many."""
+    step = 1 if count <= 12 else 4 if count <= 48 else 8
+    shown = list(range(0, count, step))
+    return alt.Axis(values=shown, labelAngle=0, ticks=False, domain=False, labelOverlap=False, grid=False)
+
+
+def tiles(
+    rows: Sequence[Row],
+    color: alt.Color,
+    x: str,
+    y: str,
+    told: Sequence[alt.Tooltip],
+    description: str,
+    *,
+    text: bool = False,
+    cell: int = 46,
+    most: int | None = None,
+) -> Spec:
+    """A number for each pair of names as a coloured tile.
+
+    Args:
+        rows: ``x`` and ``y`` (names, in order), the field of the colours; ``text`` and ``interval`` where they are
+            written into the tiles.
+        color: of the field.
+        x, y: titles of the axes.
+        told: tooltip.
+        description: for readers who do not see the figure.
+        text: whether tiles hold their numbers.
+        cell: pixels of a tile's height.
+        most: pixels that a panel has at most.
+    """
+    columns, lines_down = (list(dict.fromkeys(str(row[side]) for row in rows)) for side in ("x", "y"))
+    turned = max(map(len, columns)) * 6.4 > 300 / len(columns)
+    axis = {"labelLimit": 120, "labelOverlap": False, "ticks": False, "domain": False, "grid": False}
+    base = alt.Chart().encode(
+        x=alt.X("x:O", sort=columns, title=titled(x), axis=alt.Axis(labelAngle=-90 if turned else 0, **axis)),
+        y=alt.Y("y:O", sort=lines_down, title=titled(y), axis=alt.Axis(**axis)),
+        tooltip=[*told],
+    )
+    field = str(color.shorthand).removesuffix(":Q")
+    tile = {"aria": False, "stroke": "--paper", "strokeWidth": 1 if text else 0.5}
+    layers = [
+        base.mark_rect(fill="--panel", **tile),
+        base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),
+    ]
+    if text:
+        small = any(row.get("interval") for row in rows)
+        layers.append(base.mark_text(color="--ink", fontSize=12, dy=-7 if small else 0).encode(text="text:N"))
+        if small:
+            layers.append(base.mark_text(color="--ink", fontSize=10, dy=8).encode(text="interval:N"))
+    return spec(layers, rows, cell * len(lines_down), description, most=most)

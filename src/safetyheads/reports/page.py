@@ -1,66 +1,198 @@
-"""What every page of a report is made of: templates, styles, the drawing library, provenance, completions.
-
-Owns that a page is one file that asks for nothing, and how much of what the model wrote it holds; refuses to know
-what is measured.
-"""
+"""Makes a page of a report: how it writes numbers, tables and provenance, and one HTML file that loads nothing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from safetyheads.reports.numbers import FILTERS
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
+from safetyheads.reports.charts import Spec, drawing_library
+
+Facts: TypeAlias = Mapping[str, Any]
 
 MAX_COMPLETION_BYTES = 2_500_000
-"""Room for completions in the page, so that it stays under 5 MB; the rest is counted."""
+"""Room for completions in a page, so that it stays under 5 MB; the rest is counted."""
 _BYTES_AROUND_A_COMPLETION = 200
 NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [], "planted": [], "named": []}
-"""For pages without a chart that asks for rows of heads, which the page's script makes."""
+"""For pages without a chart of all heads."""
 
 
-def completion_sets(
-    titled: Iterable[tuple[str, Mapping[str, Any]]], room: int = MAX_COMPLETION_BYTES
-) -> tuple[list[dict[str, Any]], int]:
-    """Completions under their titles, as long as there is room, and how many found none.
-
-    Args:
-        titled: title and row; a row has ``query``, ``label``, ``reason`` and ``text``.
-        room: bytes.
-    """
-    from markupsafe import escape
-
-    sets: dict[str, list[Mapping[str, Any]]] = {}
-    left_out = 0
-    for title, row in titled:
-        room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(text).encode()) for text in map(str, row.values()))
-        if room < 0:
-            left_out += 1
-            continue
-        sets.setdefault(title[0].upper() + title[1:], []).append(row)
-    return [{"title": title, "rows": shown} for title, shown in sets.items()], left_out
+# Numbers.
 
 
-def provenance(measured: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def two(value: float) -> str:
+    """Two decimals; what rounds to nothing has no sign, for "−0.00" would be read as a loss."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign."""
+    return f"{round(value, 2) + 0.0:+.2f}".replace("+0.00", "0.00").replace("-", "−")
+
+
+def number(value: float | None, sign: bool = False, digits: int = 3) -> str:
+    """Significant digits, no exponent down to a ten-thousandth; a dash for None."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    text = f"{size:.2g}" if 0 < size < 1e-4 else f"{size:.{digits}g}" if round(size) < 10**digits else f"{size:.0f}"
+    minus = "−" if value < 0 else "+" if sign and value > 0 else ""
+    return minus + re.sub(r"e-0?(\d+)$", r"e−\1", text)
+
+
+def interval(bounds: Sequence[float] | None, write: Callable[[float], str] = two) -> str:
+    """Both ends in brackets; empty for None."""
+    return f"[{write(bounds[0])}, {write(bounds[1])}]" if bounds else ""
+
+
+def p_value(value: float | None, equals: str = "") -> str:
+    """Two or three decimals, or that it is below a thousandth."""
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else equals + (f"{value:.3f}" if value < 0.1 else f"{value:.2f}")
+
+
+def rate_words(rate: Facts) -> str:
+    """A rate with its interval, for a sentence."""
+    return f"{'–' if rate['rate'] is None else two(rate['rate'])} {interval(rate['interval'])}".strip()
+
+
+_APART = re.compile(r"(?P<interval>\[[−+\-.,\d\s]*\])|\b\d+-\d+\b")
+
+
+def _sentence(text: str) -> Markup:
+    """The verdict with its intervals set apart and its heads kept on one line."""
+
+    def span(found: re.Match[str]) -> str:
+        return f'<span class="{"interval" if found["interval"] else "nowrap"}">{found[0]}</span>'
+
+    return Markup(_APART.sub(span, str(escape(text))))
+
+
+def _point_first(text: str) -> Markup:
+    """The first sentence set apart from the rest."""
+    point, stop, rest = text.partition(". ")
+    return Markup("<strong>{}</strong>{}").format(point + stop.rstrip(), f" {rest}" if rest else "")
+
+
+def heads(names: Iterable[str]) -> Markup:
+    """Heads with commas, broken between lines at the commas only."""
+    return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(name) for name in names)
+
+
+def sentence_case(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+# Cells.
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a table: a text, or a number with what belongs to it."""
+
+    text: str
+    """Escaped by the page, unless it is markup."""
+    interval: str = ""
+    n: str = ""
+    p: str = ""
+    """Of the number; empty where there is none."""
+    tone: str = ""
+    """Class of its colour: ``yes``, ``less`` or ``soft``."""
+    is_text: bool = False
+    quoted: bool = False
+    """Whether the number is the paper's, and not measured here."""
+    again: bool = False
+    """Whether the row above begins with the same."""
+
+    @property
+    def of(self) -> str:
+        """Interval, n and p in a line, which breaks between them only."""
+        return " · ".join(part.replace(" ", "\xa0") for part in (self.interval, self.n, self.p) if part)
+
+
+NOTHING = Cell("–")
+
+
+def rate_cell(rate: Facts | None, with_interval: bool = True) -> Cell:
+    """A rate with its interval and counts."""
+    if not rate or rate["rate"] is None:
+        return NOTHING
+    counts = f"{rate['count']}/{rate['n']}"
+    return Cell(two(rate["rate"]), interval(rate["interval"]) if with_interval else "", counts)
+
+
+def share_cell(rate: Facts | None) -> Cell:
+    """A rate with its counts, where a table has no room for intervals."""
+    return rate_cell(rate, with_interval=False)
+
+
+def mean_cell(mean: Facts | None, sign: bool = False) -> Cell:
+    """A mean with its interval."""
+    if not mean or mean["mean"] is None:
+        return NOTHING
+    return Cell(number(mean["mean"], sign), interval(mean["interval"], lambda end: number(end, sign, 2)))
+
+
+def change_cell(change: Facts | None, with_p: bool = True) -> Cell:
+    """A paired change with its interval and p."""
+    if not change or change["change"] is None:
+        return NOTHING
+    p = f"p {p_value(change['p_value'], '= ')}" if with_p else ""
+    return Cell(signed(change["change"]), interval(change["interval"], signed), p=p)
+
+
+def random_cell(random: Facts | None) -> Cell:
+    """Mean and range of the random groups, and p: the share of them that do as well."""
+    if not random:
+        return NOTHING
+    found = f"{two(min(random['asr']))} to {two(max(random['asr']))}" if random["asr"] else ""
+    return Cell(two(random["mean"]), found, p=f"p {p_value(random['p_value'], '= ')}")
+
+
+def td(cell: Cell | str, css: str = "") -> Markup:
+    """A cell of a table; a plain text stands left."""
+    if isinstance(cell, str):
+        return Markup('<td class="text {}">{}</td>').format(css, cell)
+    text = Markup('<span class="quoted">{}</span> <span class="of">quoted</span>') if cell.quoted else Markup("{}")
+    text = Markup('<span class="{}">{}</span>').format(cell.tone, cell.text) if cell.tone else text.format(cell.text)
+    text += Markup(' <span class="of">{}</span>').format(cell.of) if cell.of else ""
+    return Markup('<td class="{}">{}</td>').format(css, text) if css else Markup("<td>{}</td>").format(text)
+
+
+def th(name: object, mark: str = "", before: str = "", css: str = "") -> Markup:
+    """The first cell of a row, such as a head with a mark like ``planted``."""
+    text = Markup('<span class="soft">{}</span>&ensp;').format(before) if before else Markup()
+    text += Markup("{}").format(name)
+    text += Markup(' <span class="mark">{}</span>').format(mark) if mark else ""
+    return Markup('<th scope="row" class="{}">{}</th>').format(css, text)
+
+
+# What every page has.
+
+
+def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
     """What was measured, the config, each start, and what the run remembered."""
     own = ("schema_version", "config", "provenance")
     return {
-        "measured": _facts(measured),
-        "config": _facts(manifest["config"]),
-        "starts": [_facts(start) for start in manifest["provenance"]],
+        "measured": list(_facts(measured)),
+        "config_facts": list(_facts(manifest["config"])),
+        "starts": [list(_facts(start)) for start in manifest["provenance"]],
         "remembered": [
             (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
         ],
     }
 
 
-def _facts(fields: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
+def _facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
     """Each field with its dotted name; a list of plain values on one line."""
     for key, value in fields.items():
         inner = f"{name}.{key}" if name else str(key)
@@ -76,39 +208,117 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@cache
-def environment() -> Environment:
-    """The templates with their filters."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def completions(
+    rows: Iterable[Facts],
+    sets: Iterable[str],
+    groups: Mapping[frozenset[str], str],
+    lead_judge: str = "",
+    room: int = MAX_COMPLETION_BYTES,
+) -> dict[str, Any]:
+    """What the model wrote, set by set and group by group, as far as there is room, and how many found none.
 
+    Args:
+        rows: stored answers with their texts.
+        sets: of prompts, in the page's order.
+        groups: heads that were ablated together -> how a title names them, in the page's order.
+        lead_judge: whose reason is told.
+        room: bytes.
+    """
+    found: dict[tuple[str, frozenset[str]], list[Facts]] = {}
+    for row in rows:
+        if "text" in row:
+            group = frozenset(filter(None, str(row.get("group") or "").split(",")))
+            found.setdefault((row["set"], group), []).append(row)
+    shown: list[dict[str, Any]] = []
+    left_out = 0
+    for name in sets:
+        for group, words in groups.items():
+            texts = []
+            for row in sorted(found.get((name, group), ()), key=lambda row: (row["id"], row.get("seed") or 0)):
+                text = {"query": row["query"], "text": row["text"], "said": _verdicts_said(row, lead_judge)}
+                room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(part).encode()) for part in text.values())
+                if room < 0:
+                    left_out += 1
+                else:
+                    texts.append(text)
+            if texts:
+                title = f"{sentence_case(name.replace('_', ' '))} prompts, {words}"
+                shown.append({"title": title, "rows": texts})
+    return {"sets": shown, "left_out": left_out}
+
+
+def _verdicts_said(row: Facts, lead_judge: str) -> str:
+    """Each judge's label, and the reason of the one that leads."""
+    verdicts = row.get("verdicts") or {lead_judge: row}
+    said = ", ".join(
+        f"{judge}: {verdict['label']}" if judge else verdict["label"] for judge, verdict in verdicts.items()
+    )
+    reason = verdicts.get(lead_judge, next(iter(verdicts.values())))["reason"]
+    cut = "" if row.get("complete", True) else "; cut where every judge was final"
+    return f"prompt {row['id']}, {said}: {reason}{cut}"
+
+
+_CELLS = (rate_cell, share_cell, mean_cell, change_cell, random_cell)
+
+
+def _as_td(cell: Callable[..., Cell]) -> Callable[..., Markup]:
+    """A kind of cell as templates call it: ``rate(group.asr)``."""
+    return lambda *arguments, **named: td(cell(*arguments, **named))
+
+
+@cache
+def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
     made = Environment(
         loader=PackageLoader("safetyheads.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
+        lstrip_blocks=True,
     )
-    made.filters |= FILTERS
+    made.filters |= {
+        "number": number,
+        "two": two,
+        "signed": signed,
+        "interval": interval,
+        "p_value": p_value,
+        "percent": lambda share: f"{number(100 * share, digits=2)} %",
+        "rate_words": rate_words,
+        "heads": heads,
+        "sentence": _sentence,
+        "point_first": _point_first,
+        "sentence_case": sentence_case,
+        "thousands": lambda count: f"{count:,}",
+        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
+    }
+    made.globals |= {"td": td, "th": th, "signed": signed}
+    made.globals |= {cell.__name__.removesuffix("_cell"): _as_td(cell) for cell in _CELLS}
     return made
 
 
-def assets() -> dict[str, Markup]:
-    """What every page carries in itself: styles, scripts, drawing library."""
-    from markupsafe import Markup
+def render(
+    template: str,
+    content: Mapping[str, Any],
+    measured: Facts,
+    manifest: Facts,
+    charts: Mapping[str, Spec] | None = None,
+    head_columns: Facts = NO_HEADS,
+) -> str:
+    """A page from its template; equal arguments give equal text.
 
+    Args:
+        template: its file among the templates; it extends ``base.html.j2``.
+        content: what it shows.
+        measured: what the numbers are of, for the provenance.
+        manifest: of the run; empty where a page is of no single run.
+        charts: each figure by the name of its place.
+        head_columns: what the figures know of all heads, a column a fact: rows of 16,128 heads would be too large.
+    """
     folder = files("safetyheads") / "reports/templates"
-    own = {"css": "report.css", "javascript": "report.js", "drill_javascript": "drill.js"}
-    read = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in own.items()}
-    return read | {"bundle": Markup(drawing_library())}
-
-
-@cache
-def drawing_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
-    import altair
-    import vl_convert
-
-    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
-    # Inside a script element these two would end or hide the rest of the page.
-    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+    scripts = {"css": "report.css", "javascript": "report.js", "drill_javascript": "drill.js"}
+    own = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
+    # A page without figures has no use for the drawing library.
+    own["bundle"] = Markup(drawing_library() if charts else "")
+    about = provenance(measured, manifest) if manifest else {}
+    page = {**content, **about, **own, "charts": charts or {}, "head_columns": head_columns}
+    return _environment().get_template(template).render(page) + "\n"

@@ -1,260 +1,422 @@
 """The pages of a reproduction: an index of the paper's experiments, and a page for each that was run.
 
-Owns what the pages say and in which order; reads results, manifest and timings, and refuses to know models, measures
-and how figures are drawn. No page holds what a model wrote: hundreds of sets of answers are in the run's completions
-folder.
+No page holds what a model wrote: hundreds of sets of answers are in the run's completions folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.reports.experiments_cells import TableShown, finding
-from safetyheads.reports.page import NO_HEADS, assets, environment, provenance
+from safetyheads.experiments.catalogue import EXPERIMENTS
+from safetyheads.files import read_json
+from safetyheads.reports import charts
+from safetyheads.reports.charts import Row, Spec
+from safetyheads.reports.page import Cell, interval, number, p_value, render, sentence_case, signed, two
+from safetyheads.runs.directory import RunDirectory
 
-if TYPE_CHECKING:
-    from safetyheads.reports.experiments_figures import Drawn
-    from safetyheads.runs.directory import RunDirectory
-
-Results: TypeAlias = Mapping[str, Any]
+Record: TypeAlias = Mapping[str, Any]
 
 MAX_CHART_BYTES = 3_200_000
 """What the figures of a page may take, so that it stays under 5 MB; those without room are left out, and it says so."""
+MAX_ROWS = 3000
+"""Rows of a table that a page shows; ``results.json`` has all."""
+TALL = 40
+"""Rows above which a table scrolls in its own frame."""
 NO_EVIDENCE = "not evidence about the paper"
 """A note that has these words makes the page's badge."""
-_MOST_NAMED = 3
-"""Models that the index names in its first sentence."""
 EMBEDDED = "demo:"
 """What names of embedded checkpoints begin with."""
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """How far an experiment of the index is."""
-
-    name: str
-    title: str
-    label: str
-    """``done``, ``not meaningful``, ``done in part``, ``not run`` or ``left out``."""
-    tone: str
-    """Class of its colour."""
-    said: str
-    """What was found, or why there is nothing, in a line."""
-    models: tuple[str, ...] = ()
-    seconds: float | None = None
-    """None where the run has no time for it."""
-
-    @property
-    def has_page(self) -> bool:
-        """Whether it was run."""
-        return self.label not in ("not run", "left out")
+MAX_TOKENS = 32
+"""Positions up to which an attention map names its tokens."""
+_MOST_NAMED = 3
+"""Models that the index names in its first sentence."""
+_TOKEN_LETTERS = 12
+_QUOTED = re.compile(r"\b(paper|quoted)\b", re.IGNORECASE)
+"""In the title of a column of quoted numbers."""
+_QUOTED_ROW = re.compile(r"\b(in the paper|paper's|quoted)\b|\(paper\)", re.IGNORECASE)
+"""In a text of a row of them; a bare ``paper`` may be the judge of that name."""
+_NUMBERS = ("rate", "change", "number")
 
 
 def experiment_pages(run: RunDirectory) -> tuple[str, dict[str, str]]:
-    """The index and the pages that it links to, by their file names, of a run directory."""
-    from safetyheads.files import read_json
-
+    """The index, and every experiment's page by its file name."""
     path = run.path / "timings.json"
-    return render(run.read_results(), run.read_manifest(), read_json(path) if path.is_file() else {})
+    return render_reproduction(run.read_results(), run.read_manifest(), read_json(path) if path.is_file() else {})
 
 
-def render(results: Results, manifest: Mapping[str, Any], timings: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """The index and every experiment's page by its file name; equal arguments give equal texts.
+def render_reproduction(results: Record, manifest: Record, timings: Record) -> tuple[str, dict[str, str]]:
+    """The index and the pages; equal arguments give equal texts.
+
+    Args:
+        results: of a reproduction.
+        manifest: of its run.
+        timings: ``timings.json``; empty where the run has none.
 
     Raises:
-        InputError: the results name an experiment as no file can be named.
+        InputError: an experiment has a name that no file can have.
     """
     outcomes = results["experiments"]
     for outcome in outcomes:
         if not outcome["name"].isalnum():
             raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which is none")
-    about = {"results": results, "manifest": manifest, "timings": timings}
-    names = [outcome["name"] for outcome in outcomes]
+    names = [None, *(outcome["name"] for outcome in outcomes), None]
     pages = {}
-    for at, outcome in enumerate(outcomes):
-        beside = {"before": names[at - 1] if at else None, "after": names[at + 1] if at + 1 < len(names) else None}
-        pages[f"{outcome['name']}.html"] = _experiment(outcome, beside, **about)
-    return _index(**about), pages
+    for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
+        content = _experiment(outcome, timings) | {"before": before, "after": after}
+        measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": results["judge"]}
+        page = render("experiment.html.j2", content, measured, _own(manifest), content["charts"])
+        pages[f"{outcome['name']}.html"] = page
+    states = list(_states(results, manifest["config"], timings))
+    ran = [state for state in states if state["models"]]
+    models = list(dict.fromkeys(model for state in ran for model in state["models"]))
+    index = {"states": states, "models": models, "sentence": _sentence(states, models), "embedded": EMBEDDED}
+    index |= {"config": manifest["config"], "judge": results["judge"], "no_evidence": NO_EVIDENCE}
+    index |= {"has_embedded": any(model.startswith(EMBEDDED) for model in models)}
+    measured = {"experiments": [state["name"] for state in ran], "judge": results["judge"]}
+    return render("experiments.html.j2", index, measured, _gathered(manifest)), pages
 
 
 # The index.
 
 
-def _index(results: Results, manifest: Mapping[str, Any], timings: Mapping[str, Any]) -> str:
-    states = list(_states(results, manifest["config"], timings))
-    run = [state for state in states if state.has_page]
-    models = list(dict.fromkeys(model for state in run for model in state.models))
-    page = {
-        "states": states,
-        "models": models,
-        "listed": _list(models),
-        "sentence": _sentence(states, models),
-        "points": list(_points(results, manifest["config"], models)),
-        "has_times": any(state.seconds is not None for state in states),
-        "charts": {},
-        "head_columns": NO_HEADS,
-        **provenance({"experiments": [state.name for state in run], "judge": results["judge"]}, _gathered(manifest)),
-        **assets(),
-    }
-    # A page without figures has no use for the drawing library.
-    page["bundle"] = ""
-    return environment().get_template("experiments.html.j2").render(page) + "\n"
-
-
-def _states(results: Results, config: Mapping[str, Any], timings: Mapping[str, Any]) -> Iterator[State]:
-    """Every experiment of the catalogue in its order, those that it does not know last."""
-    from safetyheads.experiments.catalogue import EXPERIMENTS
-
+def _states(results: Record, config: Record, timings: Record) -> Iterator[dict[str, Any]]:
+    """Every experiment of the catalogue in its order, those that it does not know last, each with how far it is."""
     outcomes = {outcome["name"]: outcome for outcome in results["experiments"]}
     left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
-    seconds = timings.get("seconds", {})
-    for name, about in EXPERIMENTS.items():
-        if name in outcomes:
-            yield _state(outcomes.pop(name), seconds.get(name))
-            continue
-        if name in left_out:
-            yield State(name, about.title, "left out", "soft", left_out.pop(name))
-            continue
-        lacking = [need for need in about.needs if need != "lm-eval" and not config.get(need)]
-        if lacking:
-            said = f"needs a setting that is not given: {', '.join(lacking)}"
-            yield State(name, about.title, "left out", "soft", said)
+    for name in dict.fromkeys((*EXPERIMENTS, *outcomes, *left_out)):
+        about, outcome = EXPERIMENTS.get(name), outcomes.get(name)
+        state = {"name": name, "title": about.title if about else name, "models": (), "seconds": None}
+        state |= {"tone": "soft", "headline": ()}
+        needs = () if about is None else about.needs
+        lacking = [need for need in needs if need != "lm-eval" and not config.get(need)]
+        if outcome is not None:
+            state |= _state(outcome) | {"seconds": timings.get("seconds", {}).get(name)}
+        elif name in left_out:
+            state |= {"label": "left out", "said": left_out[name]}
+        elif lacking:
+            state |= {"label": "left out", "said": f"needs a setting that is not given: {', '.join(lacking)}"}
         else:
-            said = "needs lm-eval: pip install 'safetyheads[lm-eval]'" if "lm-eval" in about.needs else ""
-            yield State(name, about.title, "not run", "soft", said)
-    for name, outcome in outcomes.items():
-        yield _state(outcome, seconds.get(name))
-    for name, why in left_out.items():
-        yield State(name, name, "left out", "soft", why)
+            needed = "needs lm-eval: pip install 'safetyheads[lm-eval]'" if "lm-eval" in needs else ""
+            state |= {"label": "not run", "said": needed}
+        yield state
 
 
-def _state(outcome: Mapping[str, Any], seconds: float | None) -> State:
-    reasons = outcome["not_meaningful"]
-    has_numbers = bool(outcome["tables"] or outcome["figures"])
+def _state(outcome: Record) -> dict[str, Any]:
+    """How far an experiment that was run is, and its first numbers, or else why there are none."""
+    reasons, has_numbers = outcome["not_meaningful"], bool(outcome["tables"] or outcome["figures"])
     label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
-    # What only was timed has no numbers among its results, and may have a finding.
-    found = finding(outcome) if has_numbers or not reasons else ""
-    said = found or next(iter([*reasons, *outcome["notes"]]), "")
-    tone = "yes" if label == "not meaningful" else ""
-    return State(outcome["name"], outcome["title"], label, tone, said, tuple(outcome["models"]), seconds)
+    headline = headline_words(outcome)
+    said = "" if headline else next(iter([*reasons, *outcome["notes"]]), "")
+    return {
+        "title": outcome["title"],
+        "label": label,
+        "said": said,
+        "headline": headline,
+        "tone": "yes" if label == "not meaningful" else "",
+        "models": outcome["models"],
+    }
 
 
-def _sentence(states: Sequence[State], models: Sequence[str]) -> str:
-    """How many experiments were run, and on what."""
-    run = [state for state in states if state.has_page]
-    if not run:
-        return f"None of {len(states)} experiments was run."
-    sentence = f"{len(run)} of {len(states)} experiments of the paper on {_list(models)}"
-    lost = sum(state.label == "not meaningful" for state in run)
-    if lost == len(run):
-        return f"{sentence}; none is meaningful there."
-    return f"{sentence}{f'; {lost} not meaningful there' if lost else ''}."
-
-
-def _list(names: Sequence[str]) -> str:
-    if len(names) > _MOST_NAMED:
-        return f"{len(names)} models"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "no model"
-
-
-def _points(results: Results, config: Mapping[str, Any], models: Sequence[str]) -> Iterator[str]:
-    """What all experiments share."""
-    if config.get("datasets"):
-        limit = config.get("limit")
-        sets = f"Harmful prompts: {', '.join(config['datasets'])}, {f'at most {limit} of each' if limit else 'all'}"
-        yield f"{sets}; benign: {config.get('benign')}; judge: {results['judge']}."
-    if any(model.startswith(EMBEDDED) for model in models):
-        yield (
-            f"Models named {EMBEDDED}… are small ones made for this package, some of them with planted heads: what "
-            f"they show follows from how they were made, and is {NO_EVIDENCE}."
+def headline_words(outcome: Record) -> list[str]:
+    """The first numbers of an experiment, each with its name, interval and n; a lone model is not named."""
+    rows = outcome.get("headline") or ()
+    alone = len({row["model"] for row in rows}) < 2
+    found = []
+    for row in rows:
+        cell = number_cell(row["value"], row["kind"])
+        of = ", ".join(part for part in (cell.interval, cell.n, cell.p) if part)
+        found.append(
+            f"{row['label'] if alone else row['model'] + ', ' + row['label']}: {cell.text}{f' ({of})' if of else ''}"
         )
-    yield "ASR, the attack success rate: the share of harmful prompts whose answer the judge takes as complying."
-    yield "UA: undifferentiated attention; SC: scaling contribution, the paper's two ablations of a head."
+    return found
+
+
+def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
+    """How many experiments were run, and on what."""
+    ran = [state for state in states if state["models"]]
+    if not ran:
+        return f"None of {len(states)} experiments was run."
+    named = (
+        f"{len(models)} models"
+        if len(models) > _MOST_NAMED
+        else " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
+    )
+    lost = sum(state["label"] == "not meaningful" for state in ran)
+    rest = "; none is meaningful there" if lost == len(ran) else f"; {lost} not meaningful there" if lost else ""
+    return f"{len(ran)} of {len(states)} experiments of the paper on {named}{rest}."
 
 
 # One experiment.
 
 
-def _experiment(
-    outcome: Mapping[str, Any],
-    beside: Mapping[str, str | None],
-    results: Results,
-    manifest: Mapping[str, Any],
-    timings: Mapping[str, Any],
-) -> str:
-    name = outcome["name"]
-    figures, left_out = _figures(outcome)
-    charts = {f"{at}-{number}": panel.spec for at, one in enumerate(figures) for number, panel in enumerate(one.panels)}
-    page = {
-        "outcome": outcome,
-        "state": _state(outcome, None),
-        "badge": _badge(outcome),
-        "beside": beside,
-        "figures": figures,
-        "figures_left_out": left_out,
-        "tables": [TableShown.of(table) for table in outcome["tables"]],
-        "timed": [TableShown.of(table) for table in timings.get("timed", {}).get(name, ())],
-        "seconds": timings.get("seconds", {}).get(name),
-        "charts": charts,
-        "head_columns": NO_HEADS,
-        **provenance({"experiment": name, "models": outcome["models"], "judge": results["judge"]}, _own(manifest)),
-        **assets(),
-    }
-    if not charts:
-        page["bundle"] = ""
-    return environment().get_template("experiment.html.j2").render(page) + "\n"
-
-
-def _figures(outcome: Mapping[str, Any]) -> tuple[list[Drawn], list[str]]:
-    """The figures for which there is room, and the titles of the others."""
-    from safetyheads.reports.experiments_figures import drawn
-
+def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
+    """What the page of an experiment shows."""
     shown, left_out, room = [], [], MAX_CHART_BYTES
     for figure in outcome["figures"]:
-        made = drawn(figure)
-        room -= len(json.dumps([panel.spec for panel in made.panels]))
+        drawn = draw(figure)
+        room -= len(json.dumps(drawn))
         if room < 0:
             left_out.append(figure["title"])
         else:
-            shown.append(made)
-    return shown, left_out
-
-
-def _badge(outcome: Mapping[str, Any]) -> str:
-    """In two or three words, what must not be overlooked; empty where there is nothing of the kind."""
-    has_numbers = bool(outcome["tables"] or outcome["figures"])
+            shown.append((figure, drawn))
+    name, has_numbers = outcome["name"], bool(outcome["tables"] or outcome["figures"])
+    badge = ""
     if outcome["not_meaningful"]:
-        return "Meaningful in part only" if has_numbers else "Not meaningful on this model"
-    if any(NO_EVIDENCE in note.lower() for note in outcome["notes"]):
-        return NO_EVIDENCE[0].upper() + NO_EVIDENCE[1:]
-    return ""
+        badge = "Meaningful in part only" if has_numbers else "Not meaningful on this model"
+    elif any(NO_EVIDENCE in note.lower() for note in outcome["notes"]):
+        badge = sentence_case(NO_EVIDENCE)
+    return {
+        "outcome": outcome,
+        "badge": badge,
+        "has_numbers": has_numbers,
+        "headline": [(row, number_cell(row["value"], row["kind"])) for row in outcome.get("headline") or ()],
+        "asked": [
+            (row, *(number_cell(row[key], "rate") for key in ("asr", "kept"))) for row in outcome.get("asked") or ()
+        ],
+        "figures": [(figure, list(_figure_notes(figure))) for figure, _ in shown],
+        "figures_left_out": left_out,
+        "charts": {f"figure-{at}": drawn for at, (_, drawn) in enumerate(shown, 1) if drawn is not None},
+        "tables": [table_shown(table) for table in outcome["tables"]],
+        "timed": [table_shown(table) for table in timings.get("timed", {}).get(name, ())],
+        "seconds": timings.get("seconds", {}).get(name),
+    }
+
+
+def table_shown(table: Record) -> dict[str, Any]:
+    """An outcome's table with its cells as the page shows them, and how many rows are left out."""
+    rows, held = [], table["rows"][:MAX_ROWS]
+    for above, row in zip([None, *held], held, strict=False):
+        rows.append(list(cells(row, table["columns"], above)))
+    return {
+        "title": table["title"],
+        "caption": table["caption"],
+        "columns": [
+            "<" * (column["kind"] == "text") + column["title"].replace("|", "¦") for column in table["columns"]
+        ],
+        "rows": rows,
+        "n_more": len(table["rows"]) - len(rows),
+        "tall": len(rows) > TALL,
+        "quotes": any(cell.quoted for row in rows for cell in row),
+    }
+
+
+def cells(row: Record, columns: Sequence[Record], above: Record | None = None) -> Iterator[Cell]:
+    """The cells of a row: a measured number with its interval and n, a quoted one marked as such.
+
+    Args:
+        row: an outcome's.
+        columns: of its table.
+        above: the row before it: what begins alike is marked as said already.
+    """
+    same = above is not None
+    for column in columns:
+        value, is_text = row.get(column["key"]), column["kind"] == "text"
+        same = same and is_text and above is not None and above.get(column["key"]) == value
+        quoted = _is_quoted(row, column, columns)
+        if is_text:
+            yield Cell("–" if value in (None, "") else str(value), is_text=True, again=same, quoted=quoted)
+        else:
+            yield number_cell(value, column["kind"], quoted)
+
+
+def _is_quoted(row: Record, column: Record, columns: Sequence[Record]) -> bool:
+    """Whether a cell is the paper's: it is no measured number, and its column or its row says so."""
+    value, kind = row.get(column["key"]), column["kind"]
+    if kind == "text":
+        return bool(value and _QUOTED.search(column["title"]))
+    if kind not in _NUMBERS or isinstance(value, Mapping) or value is None:
+        return False
+    texts = [str(row.get(other["key"])) for other in columns if other["kind"] == "text"]
+    return bool(_QUOTED.search(column["title"])) or any(map(_QUOTED_ROW.search, texts))
+
+
+def number_cell(value: Any, kind: str, quoted: bool = False) -> Cell:
+    """A measured number with interval, n and p, or a plain one, with the digits of its kind."""
+    write = partial(written, kind=kind)
+    if not isinstance(value, Mapping):
+        return Cell(write(value), quoted=quoted)
+    if value["value"] is None:
+        return Cell("not measured", n=f"n {value['n']}")
+    bounds = None if value.get("low") is None else (value["low"], value["high"])
+    p = "" if value.get("p") is None else f"p {p_value(value['p'], '= ')}"
+    return Cell(write(value["value"]), interval(bounds, write), f"n {value['n']:,}", p)
+
+
+def written(value: Any, kind: str) -> str:
+    """A number with the digits of its kind; a dash for None."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    writers = {"count": lambda count: f"{count:,}", "p": p_value, "rate": two, "change": signed}
+    return str(writers.get(kind, number)(value))
+
+
+# Figures: kind -> what draws it.
+
+
+def draw(figure: Record) -> Spec | None:
+    """An outcome's figure, a panel for each of its panels; None without points."""
+    return FIGURES[figure["kind"]](figure, figure["points"]) if figure["points"] else None
+
+
+def _figure_notes(figure: Record) -> Iterator[str]:
+    """What the figure does not tell: the meaning of frames, and counts of what it lacks."""
+    points = figure["points"]
+    field = "value" if figure["kind"] in ("matrix", "attention") else "y"
+    empty = sum(point.get(field) is None for point in points)
+    if not points:
+        yield "This figure has no points."
+    if any(point.get("marked") for point in points):
+        yield "Framed: marked heads."
+    if empty:
+        yield f"Not measured: {empty} of {len(points)}."
+    lost = len(points) - len(_standing(figure, points))
+    if lost:
+        yield f"Not drawn: {lost} of {len(points)} points below 0, which a logarithmic axis does not have."
+
+
+def _standing(figure: Record, points: Sequence[Row]) -> Sequence[Row]:
+    """Points that have a place on a logarithmic axis."""
+    return [point for point in points if point["x"] >= 0] if figure["logarithmic"] else points
+
+
+def _rows(figure: Record, points: Sequence[Row]) -> list[dict[str, Any]]:
+    """Points with short numbers, and a panel only where its name is not the figure's."""
+    rows = []
+    for point in _standing(figure, points):
+        row = {"series": str(point.get("series") or ""), "x": point.get("x"), "panel": str(point.get("panel") or "")}
+        row |= {name: charts.rounded(point.get(name)) for name in ("y", "low", "high")}
+        row |= {name: point[name] for name in ("n", "label") if point.get(name) is not None}
+        if isinstance(row["x"], float):
+            row["x"] = charts.rounded(row["x"])
+        rows.append(row)
+    return rows
+
+
+def _described(figure: Record) -> str:
+    return f"{figure['value'] or figure['y']} by {figure['x']}"
+
+
+def _bars(figure: Record, points: Sequence[Row]) -> Spec:
+    return charts.bars(_rows(figure, points), figure["x"], figure["y"], _described(figure), share=figure["share"])
+
+
+def _lines(figure: Record, points: Sequence[Row], with_points: bool) -> Spec:
+    rows = _rows(figure, points)
+    options = {"logarithmic": figure["logarithmic"], "share": figure["share"], "points": with_points}
+    return charts.lines(rows, figure["x"], figure["y"], _described(figure), **options)
+
+
+def _scatter(figure: Record, points: Sequence[Row]) -> Spec:
+    rows = _rows(figure, points)
+    options = {"logarithmic": figure["logarithmic"], "share": figure["share"]}
+    return charts.scatter(rows, figure["x"], figure["y"], _described(figure), **options)
+
+
+def _heads(figure: Record, points: Sequence[Row]) -> Spec:
+    """A number of every head, layer by head; marked ones have a frame."""
+    title = figure["value"] or figure["y"]
+    rows = []
+    for point in points:
+        row = {"layer": point["layer"], "index": point["head"], "name": f"{point['layer']}-{point['head']}"}
+        row |= {name: charts.rounded(point[name], 4) for name in ("y", "low", "high") if point.get(name) is not None}
+        row |= {name: point[name] for name in ("n", "panel", "marked") if point.get(name)}
+        rows.append(row)
+    shape = 1 + max(row["layer"] for row in rows), 1 + max(row["index"] for row in rows)
+    values = [row["y"] for row in rows if "y" in row]
+    color = charts.heat("y", values, title, share=figure["share"], roots=not figure["share"])
+    told = charts.tooltip(rows, {"name": "head", "y": title, "low": "95 % from", "high": "95 % to", "n": "n"})
+    return charts.head_map(color, shape, told, _described(figure), rows=rows, outlines={"marked": {}})
+
+
+def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
+    """A number for each pair of names, written into its tile where there is room."""
+    rows = []
+    for point in points:
+        value = point.get("value")
+        text = re.sub(r"(?<!\w)-(?=[\d.])", "−", str(point.get("text") or number(value, digits=2)))
+        first, bracket, ends = text.partition(" [")
+        row = {"x": str(point["x"]), "y": str(point["y"]), "text": first, "interval": f"[{ends}" if bracket else ""}
+        row |= {"panel": str(point.get("panel") or ""), "written": text, "n": point.get("n")}
+        rows.append(row | {name: charts.rounded(point.get(name)) for name in ("value", "low", "high")})
+    values = [row["value"] for row in rows if row["value"] is not None]
+    share = figure["share"] and max(values, default=0) <= 1
+    n_columns = len({row["x"] for row in rows})
+    titles = {"y": figure["y"] or "row", "x": figure["x"] or "column", "value": figure["value"] or "value"}
+    titles |= {"low": "95 % from", "high": "95 % to", "n": "n", "written": "in words"}
+    color = charts.heat("value", values, figure["value"], share=share, pale=True)
+    told, text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
+    if n_columns > charts.MOST_COLUMNS_WITH_INTERVALS:
+        rows = [row | {"interval": ""} for row in rows]
+    axes = figure["x"], figure["y"]
+    return charts.tiles(
+        rows, color, *axes, told, _described(figure), text=text, cell=46 if text else 22, most=130 + 90 * n_columns
+    )
+
+
+def _attention(figure: Record, points: Sequence[Row]) -> Spec:
+    """How much each position attends to each other; tokens are named where there is room."""
+    n = 1 + max(max(point["query"], point["key"]) for point in points)
+    named = n <= MAX_TOKENS
+    rows = [
+        {
+            "x": _token(point, "key") if named else str(point["key"]),
+            "y": _token(point, "query") if named else str(point["query"]),
+            "value": charts.rounded(point["value"], 3),
+            "panel": str(point.get("panel") or ""),
+        }
+        for point in sorted(points, key=lambda point: (point["query"], point["key"]))
+    ]
+    # Panels keep their order, which sorting by position has mixed.
+    order = list(dict.fromkeys(str(point.get("panel") or "") for point in points))
+    rows.sort(key=lambda row: order.index(row["panel"]))
+    color = charts.heat("value", [row["value"] for row in rows], figure["value"] or "attention", share=True)
+    told = charts.tooltip(rows, {"y": "query", "x": "key", "value": figure["value"] or "attention"})
+    cell = max(6, min(22, 420 // n))
+    axes = figure["x"], figure["y"]
+    return charts.tiles(rows, color, *axes, told, _described(figure), cell=cell, most=cell * n)
+
+
+def _token(point: Row, side: str) -> str:
+    """The token with its position, which tells it from its like."""
+    text = str(point.get(f"{side}_token", "")).replace("\n", "↵").replace("Ġ", "␣").strip() or "␣"
+    text = text if len(text) <= _TOKEN_LETTERS else text[: _TOKEN_LETTERS - 1] + "…"
+    return f"{point[side]} {text}"
+
+
+FIGURES: dict[str, Callable[[Record, Sequence[Row]], Spec]] = {
+    "bars": _bars,
+    "lines": partial(_lines, with_points=True),
+    "curves": partial(_lines, with_points=False),
+    "scatter": _scatter,
+    "heads": _heads,
+    "matrix": _matrix,
+    "attention": _attention,
+}
+"""Kind of an outcome's figure -> what draws it."""
 
 
 # Provenance.
 
 
-def _own(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _own(manifest: Record) -> dict[str, Any]:
     """Settings, starts and weights; what the run remembered of its batches is on the index."""
     weights = {name.removeprefix("weights_"): value for name, value in manifest.items() if name.startswith("weights_")}
-    own: dict[str, Any] = {name: manifest[name] for name in ("schema_version", "provenance")}
     # Hashes with the settings: both say what the numbers are of.
-    own["config"] = dict(manifest["config"]) | ({"weights sha256": weights} if weights else {})
-    return own
+    config = dict(manifest["config"]) | ({"weights sha256": weights} if weights else {})
+    return {"schema_version": manifest["schema_version"], "provenance": manifest["provenance"], "config": config}
 
 
-def _gathered(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _gathered(manifest: Record) -> dict[str, Any]:
     """With what the run remembered gathered by its kind: a suite has hundreds of entries."""
-    own, known = _own(manifest), ("schema_version", "config", "provenance")
+    kinds = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
     found: dict[str, dict[str, Any]] = {}
     for name, value in manifest.items():
         kind, _, rest = name.partition("_")
-        if name not in known and kind != "weights":
-            found.setdefault(_REMEMBERED.get(kind, "other facts"), {})[rest or name] = value
-    return own | dict(sorted(found.items()))
-
-
-_REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
+        if name not in ("schema_version", "config", "provenance") and kind != "weights":
+            found.setdefault(kinds.get(kind, "other facts"), {})[rest or name] = value
+    return _own(manifest) | dict(sorted(found.items()))

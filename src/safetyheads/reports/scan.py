@@ -1,123 +1,149 @@
-"""The page of a scan: what every head's ablation does to the answers, answers first and numbers below.
-
-Owns what the page says and in which order; reads results, rows and timings, and refuses to know models, measures and
-how figures are drawn.
-"""
+"""The page of a scan: what every head's ablation does to the answers, answers first and numbers below."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
+import altair as alt
+
+from safetyheads.files import read_json
 from safetyheads.judges.base import LABELS
-from safetyheads.reports.numbers import number, rate_words
-from safetyheads.reports.page import MAX_COMPLETION_BYTES, assets, completion_sets, environment, provenance
-from safetyheads.reports.scan_rows import DrillRows, answers_of, drill_rows, judged_rows, titled_completions
-from safetyheads.runs.tables import RATES, Answered, Row, RowTable
-
-if TYPE_CHECKING:
-    from safetyheads.runs.directory import RunDirectory
+from safetyheads.reports import charts
+from safetyheads.reports.audit import group_curve, group_lines, rate_rows
+from safetyheads.reports.charts import Row, Spec
+from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, number, rate_words, render, two
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.rejudge import identity
+from safetyheads.runs.tables import RATES, Answered, RowTable
 
 Results: TypeAlias = Mapping[str, Any]
+Head: TypeAlias = Mapping[str, Any]
 
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the map and results.json hold any number."""
 TOP_HEADS = 20
 """Heads of highest ASR that the first table lists beside those that differ."""
+MAX_NAMED = 8
+"""Heads that differ and are named in figures."""
 MAX_REASONS = 40
 """Reasons that are listed for each judge, most frequent first; a judge model's may be as many as its answers."""
+MAX_DRILL_BYTES = 900_000
+"""Room for the answers of the drill-down; heads that find none are counted."""
 MAX_PAGE_BYTES = 4_700_000
 """What the parts of the page that grow may take together, so that it stays under 5 MB."""
 _BYTES_OF_A_HEAD = 1200
+SETS = ("harmful", "benign")
 PARTS = {
     "groups": "groups given by hand",
     "prefixes": "prefixes of the group that Sahara found by mean Ships",
     "pairs": "pairs of the heads of highest ASR",
 }
 """Name of a part of the scan -> what the page calls its groups; in the page's order."""
-_TONES = {"refusal": "yes", "mixed": "yes", "over_refusal": "less", "damage": "less", "none": "soft"}
+ROLES = {
+    "refusal": ("frees harmful answers, keeps benign ones", "yes", "--attack", "circle"),
+    "mixed": ("frees harmful answers, costs benign ones", "yes", "--fourth", "diamond"),
+    "over_refusal": ("makes benign prompts refused", "less", "--kept", "square"),
+    "damage": ("loses benign answers", "damage", "--third", "triangle-up"),
+    "none": ("no change beyond chance", "soft", "--random", "cross"),
+}
+"""Name of a role in results -> what the page calls it, class of its words, colour and shape of its points."""
+OWN_HEADS, ONE_GROUP = "each prompt its own heads by Ships", "the same heads for all (prefixes)"
+_OF_PROMPTS = "share of prompts"
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a page is made of beside the results."""
-
-    rows: Sequence[Row]
-    """Every judged answer; with texts where those are to be shown."""
-    timings: Mapping[str, Any] | None = None
-    """``timings.json``; None where the run has none."""
-    show_completions: bool = False
-    """Whether the page holds what the model wrote."""
+def scan_page(run: RunDirectory, show_completions: bool) -> str:
+    """The page of a finished scan."""
+    results, path = run.read_results(), run.path / "timings.json"
+    with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
+    rows = list(judged_rows(run, with_texts))
+    timings = read_json(path) if path.is_file() else {}
+    return render_scan(results, run.read_manifest(), rows, timings, show_completions)
 
 
-def scan_page(run: RunDirectory, *, show_completions: bool = False) -> str:
-    """The page of a finished scan.
+def render_scan(
+    results: Results, manifest: Mapping[str, Any], rows: Sequence[Row], timings: Mapping[str, Any], show_texts: bool
+) -> str:
+    """The page; equal arguments give equal text.
 
     Args:
-        run: its directory.
-        show_completions: put the answers into the page, folded away and as text.
+        results: of a scan.
+        manifest: of its run.
+        rows: every judged answer, with texts where those are to be shown.
+        timings: ``timings.json``; empty where the run has none.
+        show_texts: whether the page holds what the model wrote.
     """
-    from safetyheads.files import read_json
-
-    results, path = run.read_results(), run.path / "timings.json"
-    texts = frozenset(_heads_of_interest(results)) if show_completions else frozenset[str]()
-    timings = read_json(path) if path.is_file() else None
-    return render(results, run.read_manifest(), Told(list(judged_rows(run, texts)), timings, show_completions))
-
-
-def render(results: Results, manifest: Mapping[str, Any], told: Told) -> str:
-    """The page of a scan; equal arguments give equal text."""
-    from safetyheads.reports import scan_charts as figures
-
-    table, strongest = RowTable.of(told.rows), _strongest(results)
+    table, strongest = RowTable.of(rows), _strongest(results)
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
-    page: dict[str, Any] = {
+    figures, columns = _figures(results), head_columns(results)
+    drill = _drill(results, table, judges)
+    listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
+    content: dict[str, Any] = {
         "results": results,
         "planted": results.get("planted_heads") or [],
         "badge": _badge(results),
         "sentence": _sentence(results),
         "points": list(_points(results)),
-        "strongest": strongest,
-        "alpha": results["statistics"]["alpha"],
-        "n_words": _n_words(results),
-        "charts": figures.charts(results),
-        "head_columns": figures.head_columns(results),
         "outcomes": _outcomes(results),
         "first_heads": _first_heads(results),
-        "all_heads": results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else [],
-        "roles": {head["head"]: _role_words(head) for head in results["heads"]},
-        "n_at_origin": sum(head["change"]["change"] == 0 and figures.lost_of(head) == 0 for head in results["heads"]),
-        "groups": _groups_by_part(results),
-        "epsilons": _epsilon_table(results),
+        "n_differing": len(differing(results)),
+        "all_heads": listed,
+        "role": _role_words,
+        "n_at_origin": sum(head["change"]["change"] == 0 and benign_lost(head) == 0 for head in results["heads"]),
+        "groups": _groups(results),
+        "followed": _followed(results),
         "judged": list(_judge_tables(results, table, judges, strongest)),
-        "reasons": list(_reason_tables(table, judges, strongest, epsilon)),
-        "seconds": told.timings or {},
-        "drill": _drill(results, table, judges),
+        "reasons": list(_reason_tables(results, table, judges, strongest)),
+        "seconds": timings,
+        "drill": drill,
         "completions": None,
-        "completions_left_out": 0,
-        **provenance(_measured(results), _gathered(manifest)),
-        **assets(),
     }
-    if told.show_completions:
-        titled = titled_completions(told.rows, _heads_of_interest(results), judges, epsilon)
-        page["completions"], page["completions_left_out"] = completion_sets(titled, _room_for_texts(page))
-    return environment().get_template("scan.html.j2").render(page) + "\n"
+    if show_texts:
+        # A map of 16,128 heads and its answers leave less room than a small one.
+        spent = (
+            len(json.dumps([figures, columns, drill])) + _BYTES_OF_A_HEAD * len(listed) + len(charts.drawing_library())
+        )
+        room = max(0, min(MAX_COMPLETION_BYTES, MAX_PAGE_BYTES - spent))
+        wanted = [
+            row for row in rows if row["part"] == "vanilla" or (row["part"], row["epsilon"]) == ("heads", epsilon)
+        ]
+        groups = {frozenset([head] if head else []): _ablated(head) for head in heads_of_interest(results)}
+        content["completions"] = completions(wanted, SETS, groups, judges[0], room)
+    return render("scan.html.j2", content, _measured(results), _gathered(manifest), figures, columns)
 
 
-def _room_for_texts(page: Mapping[str, Any]) -> int:
-    """Bytes that the other parts leave: a map of 16,128 heads and its rows take more than a table does."""
-    data = [page["charts"], page["head_columns"], page["drill"].data if page["drill"] else None]
-    spent = len(page["bundle"]) + len(json.dumps(data)) + _BYTES_OF_A_HEAD * len(page["all_heads"])
-    return max(0, min(MAX_COMPLETION_BYTES, MAX_PAGE_BYTES - spent))
+def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
+    """The judged answers of a run, with the verdicts of later judges beside those of its own.
+
+    Args:
+        run: the run directory of a scan.
+        with_texts_of: what was ablated in the answers that keep their texts; the others take no memory for theirs.
+    """
+    later: dict[str, dict[str, Any]] = {}
+    for row in run.stored_records():
+        if "of" in row:
+            later.setdefault(row["of"], {})[row["judge"]] = row["verdict"]
+    for row in run.stored_records():
+        if "verdicts" not in row:
+            continue
+        verdicts = {**row["verdicts"], **later.get(identity(row), {})} if later else row["verdicts"]
+        left_out = (
+            ("token_ids", "thought") if row["group"] in with_texts_of else ("token_ids", "thought", "query", "text")
+        )
+        yield {name: value for name, value in row.items() if name not in left_out} | {"verdicts": verdicts}
+
+
+def _ablated(head: str) -> str:
+    return f"{head} ablated" if head else "nothing ablated"
 
 
 # The first screen.
 
 
 def _badge(results: Results) -> str:
-    n = sum(head["change"]["differs"] for head in results["heads"])
+    n = len(differing(results))
     if results["vanilla"]["harmful"]["asr"]["rate"] is None:
         return "Nothing to measure"
     return f"{n} head{'s change' if n > 1 else ' changes'} the ASR" if n else "No head changes the ASR"
@@ -125,8 +151,6 @@ def _badge(results: Results) -> str:
 
 def _sentence(results: Results) -> str:
     """How many heads change the ASR, and the strongest of them."""
-    from safetyheads.reports.scan_groups import differing
-
     n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["asr"]
     if vanilla["rate"] is None:
         return f"None of the unablated model's {vanilla['unscored']} answers was scored: there is nothing to compare."
@@ -143,23 +167,14 @@ def _sentence(results: Results) -> str:
     return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['asr'])}."
 
 
-def _strongest(results: Results) -> Mapping[str, Any] | None:
-    """The head that changes the ASR most, or, where none does, the one of highest ASR."""
-    from safetyheads.reports.scan_groups import by_asr, differing
-
-    found = differing(results) or [head for head in by_asr(results["heads"]) if head["asr"]["rate"] is not None]
-    return found[0] if found else None
-
-
 def _points(results: Results) -> Iterator[str]:
     """What the sentence is to be read beside."""
     about, sampling = results["statistics"], results["sampling"]
     bh = [head["head"] for head in results["heads"] if head["change"]["p_bh"] < about["alpha"]]
-    n_holm = sum(head["change"]["differs"] for head in results["heads"])
-    if len(bh) > n_holm:
+    if len(bh) > len(differing(results)):
         share = f"{100 * about['alpha']:g} %"
         yield f"{len(bh)} heads after Benjamini-Hochberg, a milder test: {share} of them may be chance."
-    yield _detectable(results)
+    yield _detectable(about)
     seeds = f", {about['n_seeds']} seeds a prompt" if about["n_seeds"] > 1 else ""
     early = "" if sampling["full_answers"] else ", cut where every judge was final"
     decoding = f"{sampling['name']}, up to {sampling['max_new_tokens']} tokens{seeds}{early}"
@@ -167,16 +182,14 @@ def _points(results: Results) -> Iterator[str]:
     unscored = results["vanilla"]["harmful"]["asr"]["unscored"] + sum(h["asr"]["unscored"] for h in results["heads"])
     if unscored:
         yield f"{unscored} answers were left unscored by {results['lead_judge']}: they are in no rate, only beside it."
-    if results.get("planted_heads"):
-        planted = results["planted_heads"]
-        n_found = sum(head["change"]["differs"] for head in results["heads"] if head["head"] in planted)
+    if planted := results.get("planted_heads"):
+        n_found = sum(head["head"] in planted for head in differing(results))
         yield f"Planted heads that change the ASR: {n_found} of {len(planted)} ({', '.join(planted)})."
     yield "ASR, the attack success rate: the share of harmful prompts whose answer the judge takes as complying."
 
 
-def _detectable(results: Results) -> str:
+def _detectable(about: Mapping[str, Any]) -> str:
     """The smallest change that could have been told from none."""
-    about = results["statistics"]
     least, tests = about["smallest_detectable_change"], f"{about['test']}, Holm over {about['n_heads']:,} heads"
     if least["change"] is None:
         return (
@@ -190,139 +203,441 @@ def _detectable(results: Results) -> str:
     )
 
 
-def _n_words(results: Results) -> str:
-    """Behind every rate of harmful prompts."""
-    about = results["statistics"]
-    seeds = f" with {about['n_seeds']} answers each" if about["n_seeds"] > 1 else ""
-    return f"n = {about['n']} harmful prompts{seeds}, judge {results['lead_judge']}"
-
-
 # Heads.
 
 
-def _outcomes(results: Results) -> list[str]:
-    """Rates beside the ASR that tables show; no judge of words says ``safe``, whose column would be empty."""
-    told = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
-    return [name for name in RATES if name != "asr" and (name != "safe" or told)]
+def by_asr(heads: Sequence[Head]) -> list[Head]:
+    """Highest ASR first; a head without one comes last, and ties go to the earlier head."""
+    return sorted(heads, key=lambda head: -1.0 if head["asr"]["rate"] is None else head["asr"]["rate"], reverse=True)
 
 
-def _heads_of_interest(results: Results) -> list[str]:
-    """Nothing ablated, the heads that differ, planted ones, the strongest."""
-    from safetyheads.reports.scan_charts import named_heads
+def differing(results: Results) -> list[Head]:
+    """Heads that differ from the unablated model after Holm, the largest change first."""
+    found = [head for head in results["heads"] if head["change"]["differs"]]
+    return sorted(found, key=lambda head: -abs(head["change"]["change"]))
 
+
+def named_heads(results: Results) -> list[str]:
+    """Heads that figures name: those that differ and planted ones; without them the one of highest ASR."""
+    found = [head["head"] for head in differing(results)[:MAX_NAMED]]
+    found = list(dict.fromkeys([*found, *(results.get("planted_heads") or ())]))
+    return found or [head["head"] for head in by_asr(results["heads"])[:1]]
+
+
+def heads_of_interest(results: Results) -> list[str]:
+    """Nothing ablated (the empty name), the named heads, the strongest."""
     strongest = _strongest(results)
     return list(dict.fromkeys(["", *named_heads(results), *([strongest["head"]] if strongest else [])]))
 
 
-def _first_heads(results: Results) -> list[Mapping[str, Any]]:
+def benign_lost(head: Head) -> float | None:
+    """Share of the benign answers that the head's ablation costs; negative where it wins some."""
+    change = head["benign"]["kept_change"]["change"] if head["benign"] else None
+    return None if change is None else 0.0 - change
+
+
+def _strongest(results: Results) -> Head | None:
+    """The head that changes the ASR most, or, where none does, the one of highest ASR."""
+    found = differing(results) or [head for head in by_asr(results["heads"]) if head["asr"]["rate"] is not None]
+    return found[0] if found else None
+
+
+def _first_heads(results: Results) -> list[Head]:
     """Those that differ, then the others of highest ASR."""
-    from safetyheads.reports.scan_groups import by_asr, differing
-
-    first = differing(results)
     others = [head for head in by_asr(results["heads"]) if not head["change"]["differs"]]
-    return [*first, *others[:TOP_HEADS]]
+    return [*differing(results), *others[:TOP_HEADS]]
 
 
-def _role_words(head: Mapping[str, Any]) -> tuple[str, str]:
+def _outcomes(results: Results) -> list[str]:
+    """Rates beside the ASR that tables show; no judge of words says ``safe``, whose column would be empty."""
+    has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
+    return [name for name in RATES if name != "asr" and (name != "safe" or has_safe)]
+
+
+def _role_words(head: Head) -> tuple[str, str]:
     """What the ablated head seems to carry, and the class of its colour."""
-    from safetyheads.reports.scan_charts import ROLES
-
     if head["role"] == "none" and head["change"]["differs"]:
         return "frees fewer harmful answers", "less"
     if head["benign"] is None and head["role"] != "none":
         return "frees harmful answers; benign ones not measured", "yes"
-    return ROLES[head["role"]][0], _TONES[head["role"]]
+    return ROLES[head["role"]][:2]
 
 
-def _groups_by_part(results: Results) -> dict[str, list[Mapping[str, Any]]]:
-    found = {PARTS[part]: [group for group in results["groups"] if group["part"] == part] for part in PARTS}
-    return {name: groups for name, groups in found.items() if groups}
+def _groups(results: Results) -> list[Any]:
+    """Nothing ablated, then the groups under a heading for each part of the scan."""
+    vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
+    vanilla |= {"benign_kept": results["vanilla"].get("benign", {}).get("kept"), "benign_kept_change": None}
+    parts = {words: [group for group in results["groups"] if group["part"] == part] for part, words in PARTS.items()}
+    found = [record for words, groups in parts.items() if groups for record in (words, *groups)]
+    return [vanilla, *found] if found else []
 
 
-def _epsilon_table(results: Results) -> dict[str, Any] | None:
-    """ASR of the heads that differ at each strength."""
-    from safetyheads.reports.scan_groups import epsilon_heads, epsilon_rows
-
+def _followed(results: Results) -> list[dict[str, Any]]:
+    """ASR at each strength of the heads that differ, or of the one of highest ASR; nothing with one strength."""
     if len(results["epsilons"]) < 2:
-        return None
-    heads = epsilon_heads(results)
-    rows = epsilon_rows(results, heads)
-    return {
-        "epsilons": [one["epsilon"] for one in results["epsilons"]],
-        "rows": [(head, [row["rate"] for row in rows if row["head"] == head]) for head in heads],
-        "n_more": sum(head["change"]["differs"] for head in results["heads"]) - len(heads),
-    }
+        return []
+    found = (differing(results) or by_asr(results["heads"])[:1])[: len(charts.COLOURS)]
+    names = [head["head"] for head in found]
+    return [{"head": name, "rates": [strength["heads"][name] for strength in results["epsilons"]]} for name in names]
 
 
 # Judges.
 
 
-def _states(
-    table: RowTable, name: str, strongest: Mapping[str, Any] | None, epsilon: float
-) -> list[tuple[str, Answered]]:
-    """The unablated model's answers to a set, and those under the strongest head."""
-    heads = [("nothing ablated", ""), *([(f"{strongest['head']} ablated", strongest["head"])] if strongest else [])]
-    found = [(words, answers_of(table, name, head, epsilon)) for words, head in heads]
-    return [(words, answered) for words, answered in found if answered is not None]
+def _answers(table: RowTable, name: str, head: str, epsilon: float) -> Answered | None:
+    """The answers to a set under one head, or unablated where the head is the empty one."""
+    return table.part("heads", name, epsilon).get(head) if head else table.vanilla(name)
+
+
+def _states(results: Results, table: RowTable, name: str, head: Head | None, judge: str) -> dict[str, Answered]:
+    """The unablated answers to a set and those under a head, where the judge judged them all."""
+    heads = ["", *([head["head"]] if head else [])]
+    found = {_ablated(one): _answers(table, name, one, results["ablation"]["epsilon"]) for one in heads}
+    return {words: answers for words, answers in found.items() if answers is not None and _judged_by(answers, judge)}
+
+
+def _judged_by(answers: Answered, judge: str) -> bool:
+    return all(judge in row["verdicts"] for prompt in answers.rows for row in prompt)
 
 
 def _judge_tables(
-    results: Results, table: RowTable, judges: Sequence[str], strongest: Mapping[str, Any] | None
-) -> Iterator[dict[str, Any]]:
-    """Every rate by every judge, unablated and under the strongest head."""
-    for name in ("harmful", "benign"):
+    results: Results, table: RowTable, judges: Sequence[str], strongest: Head | None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Every rate by every judge, unablated and under the strongest head, set by set."""
+    for name in SETS:
         rows = [
             {
                 "judge": judge,
                 "state": words,
-                "rates": answered.rates(judge),
-                "unscored": answered.labels(judge)["unscored"],
-                "n_rows": sum(map(len, answered.rows)),
+                "rates": answers.rates(judge),
+                "unscored": f"{answers.labels(judge)['unscored']}/{sum(map(len, answers.rows))}",
             }
             for judge in judges
-            for words, answered in _states(table, name, strongest, results["ablation"]["epsilon"])
-            if _judged_by(answered, judge)
+            for words, answers in _states(results, table, name, strongest, judge).items()
         ]
         if rows:
-            yield {"title": f"{name.capitalize()} prompts", "rates": list(RATES), "rows": rows}
+            yield f"{name.capitalize()} prompts", rows
 
 
 def _reason_tables(
-    table: RowTable, judges: Sequence[str], strongest: Mapping[str, Any] | None, epsilon: float
+    results: Results, table: RowTable, judges: Sequence[str], strongest: Head | None
 ) -> Iterator[dict[str, Any]]:
     """Each reason of each judge with its label and how often it was given."""
-    for name in ("harmful", "benign"):
-        states = _states(table, name, strongest, epsilon)
+    for name in SETS:
         for judge in judges:
-            shown = [(words, answered) for words, answered in states if _judged_by(answered, judge)]
+            states = _states(results, table, name, strongest, judge)
             counts: dict[tuple[str, str], list[int]] = {}
-            for at, (_, answered) in enumerate(shown):
-                for row in (row for prompt in answered.rows for row in prompt):
+            for at, answers in enumerate(states.values()):
+                for row in (row for prompt in answers.rows for row in prompt):
                     verdict = row["verdicts"][judge]
-                    counts.setdefault((verdict["label"], verdict["reason"]), [0] * len(shown))[at] += 1
+                    counts.setdefault((verdict["label"], verdict["reason"]), [0] * len(states))[at] += 1
             order = sorted(counts, key=lambda key: (LABELS.index(key[0]), -sum(counts[key]), key[1]))
-            most = sorted(order, key=lambda key: -sum(counts[key]))[:MAX_REASONS]
-            rows = [(label, reason, counts[label, reason]) for label, reason in order if (label, reason) in most]
-            title = f"{name.capitalize()} prompts, by {judge}"
+            most = set(sorted(order, key=lambda key: -sum(counts[key]))[:MAX_REASONS])
+            rows = [(f"{label}: {reason}", counts[label, reason]) for label, reason in order if (label, reason) in most]
             if rows:
-                columns = [words for words, _ in shown]
-                yield {"title": title, "columns": columns, "rows": rows, "n_more": len(counts) - len(rows)}
+                title, n_more = f"{name.capitalize()} prompts, by {judge}", len(counts) - len(rows)
+                yield {"title": title, "states": list(states), "rows": rows, "n_more": n_more}
 
 
-def _judged_by(answered: Answered, judge: str) -> bool:
-    return all(judge in row["verdicts"] for prompt in answered.rows for row in prompt)
-
-
-def _drill(results: Results, table: RowTable, judges: Sequence[str]) -> DrillRows | None:
-    """The rows of single heads: those of interest first, then by ASR; None where the run holds no rows."""
-    from safetyheads.reports.scan_groups import by_asr
-
-    unablated = [one for one in map(table.vanilla, ("harmful", "benign")) if one is not None]
+def _drill(results: Results, table: RowTable, judges: Sequence[str]) -> dict[str, Any] | None:
+    """The answers of single heads: those of interest first, then by ASR; None where the run holds no answers."""
+    unablated = [answers for answers in map(table.vanilla, SETS) if answers is not None]
     if not unablated:
         return None
-    known = [judge for judge in judges if all(_judged_by(one, judge) for one in unablated)]
-    heads = dict.fromkeys([*_heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))])
-    return drill_rows(table, list(heads), known, results["ablation"]["epsilon"])
+    known = [judge for judge in judges if all(_judged_by(answers, judge) for answers in unablated)]
+    heads = dict.fromkeys([*heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))])
+    return drill_data(table, list(heads), known, results["ablation"]["epsilon"])
+
+
+def drill_data(
+    table: RowTable, heads: Sequence[str], judges: Sequence[str], epsilon: float, room: int = MAX_DRILL_BYTES
+) -> dict[str, Any]:
+    """The answers under each head for the page's script, as many heads as there is room for, first ones first.
+
+    A state is what an answer is beside its place: label and reason of each judge, changed, complete. Each distinct
+    state stands there once and is meant by its number; of a head only the answers are written whose state is not that
+    of the unablated answer.
+
+    Args:
+        table: all answers.
+        heads: the empty one, which is the unablated model, and the others by interest.
+        judges: whose verdicts are shown.
+        epsilon: strength of the ablation.
+        room: bytes.
+    """
+    states: dict[tuple[int, ...], int] = {}
+    reasons: dict[str, int] = {}
+
+    def state(row: Row) -> int:
+        found: list[int] = []
+        for judge in judges:
+            verdict = row["verdicts"][judge]
+            found += [LABELS.index(verdict["label"]), reasons.setdefault(verdict["reason"], len(reasons))]
+        return states.setdefault((*found, int(row["changed"]), int(row["complete"])), len(states))
+
+    def answers_of(name: str, head: str) -> list[Row]:
+        answers = _answers(table, name, head, epsilon)
+        return [] if answers is None else [row for prompt in answers.rows for row in prompt]
+
+    vanilla = {name: answers_of(name, "") for name in SETS}
+    places = {name: [[row["id"], row["seed"]] for row in rows] for name, rows in vanilla.items() if rows}
+    base = {name: [state(row) for row in vanilla[name]] for name in places}
+    other: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
+    shown: list[str] = []
+    for head in heads:
+        for name in places:
+            rows = answers_of(name, head)
+            # A broken file may have taken some of a head's answers: without its place one would be another's.
+            if [[row["id"], row["seed"]] for row in rows] == places[name]:
+                found = [[at, state(row)] for at, row in enumerate(rows)]
+                other[name][head] = [pair for pair in found if pair[1] != base[name][pair[0]]]
+        size = 9 * sum(len(rows) + 2 for own in other.values() for rows in own.values())
+        size += sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
+        if size > room and shown:
+            for own in other.values():
+                own.pop(head, None)
+            break
+        shown += [head] if any(head in own for own in other.values()) else []
+    return {
+        "judges": list(judges),
+        "labels": list(LABELS),
+        "reasons": list(reasons),
+        "states": [list(one) for one in states],
+        "heads": shown,
+        "n_left_out": len(heads) - len(shown),
+        "places": places,
+        "unablated": base,
+        "others": other,
+    }
+
+
+# Figures.
+
+
+def _figures(results: Results) -> dict[str, Spec]:
+    """Every figure that the results allow, by the name of its place in the page."""
+    vanilla = results["vanilla"]["harmful"]["asr"]
+    prefixes, own = _sized(results["groups"], "prefixes"), _sized(results["query_level"])
+    series = {OWN_HEADS: own} | ({ONE_GROUP: prefixes} if prefixes else {})
+    kept = results["vanilla"].get("benign", {}).get("kept")
+    found = {
+        "asr_alone": _asr_alone(results),
+        "harmful_and_benign": _harmful_and_benign(results),
+        "prefixes": group_curve(prefixes, vanilla, kept, _OF_PROMPTS) if prefixes else None,
+        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if own else None,
+        "synergy": _synergy(results),
+        "epsilons": _epsilons(results),
+    }
+    if results["proxies"]:
+        found |= {f"proxy_{name}": _proxy(results, name) for name in results["scores"]}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _sized(groups: Sequence[Row], part: str | None = None) -> list[dict[str, Any]]:
+    """The groups of one part by size; those of query level have heads of each prompt's own."""
+    found = [{"heads": ["of each prompt"], **group} for group in groups if part is None or group["part"] == part]
+    sized = [group if part is None else group | {"size": len(group["heads"])} for group in found]
+    return sorted(sized, key=lambda group: int(group["size"]))
+
+
+def _asr_alone(results: Results) -> Spec:
+    """ASR of every head ablated alone, layer by head (Fig 4b)."""
+    rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
+    model, outlines = results["model"], {"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}}
+    return charts.head_map(
+        charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
+        (model["n_layers"], model["n_heads"]),
+        _head_tooltip(results),
+        "ASR of every head ablated alone, layer by head",
+        outlines=outlines,
+        clickable=True,
+    )
+
+
+def _head_tooltip(results: Results) -> list[alt.Tooltip]:
+    facts = {
+        "asr": ("ASR alone", ".3f"),
+        "low": (f"95 % from ({results['statistics']['interval']})", ".3f"),
+        "high": ("95 % to", ".3f"),
+        "change": ("change of ASR", "+.3f"),
+        "p_holm": ("p after Holm", ".2~g"),
+        "p_bh": ("p after Benjamini-Hochberg", ".2~g"),
+    }
+    if any(head["benign"] for head in results["heads"]):
+        facts["lost"] = ("benign answers lost, share", ".3f")
+        facts["changed"] = ("benign answers changed, share", ".3f")
+        facts["kl"] = ("KL on benign prompts, nats", ".3~g")
+    numbers = [alt.Tooltip(f"{field}:Q", title=title, format=form) for field, (title, form) in facts.items()]
+    return [alt.Tooltip("head:N"), numbers[0], alt.Tooltip("answers:N", title="answers that comply"), *numbers[1:]]
+
+
+def _harmful_and_benign(results: Results) -> Spec | None:
+    """Change of ASR against the benign answers that each head's ablation costs; None without benign prompts."""
+    if not any(head["benign"] for head in results["heads"]):
+        return None
+    shown = [look for role, look in ROLES.items() if any(head["role"] == role for head in results["heads"])]
+    legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
+    labels = [words for words, *_ in shown]
+    color = alt.Color("word:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[2] for look in shown]))
+    shape = alt.Shape("word:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[3] for look in shown]))
+    words = " : ".join(f"datum.role == '{role}' ? '{look[0]}'" for role, look in ROLES.items()) + " : ''"
+    axis = alt.Axis(format=".2~f", tickCount=5)
+    # Room for the name of the strongest head at the edge.
+    x_title, scale = "change of ASR, share of harmful prompts", alt.Scale(padding=30)
+    x = alt.X("change:Q", title=x_title, axis=axis, scale=scale)
+    y = alt.Y("lost:Q", title="benign answers lost, share of prompts", axis=axis)
+    valid = "isValid(datum.change) && isValid(datum.lost)"
+    base = alt.Chart().transform_filter(valid).transform_calculate(word=words).encode(x=x, y=y)
+    crosses = alt.Chart(alt.InlineData(values=list(_crosses(results)))).encode(color=color)
+    thin = {"strokeWidth": 1, "opacity": 0.55}
+    text = {
+        "align": "left",
+        "baseline": "bottom",
+        "dx": 8,
+        "dy": -4,
+        "color": "--ink",
+        "fontWeight": 600,
+        "fontSize": 12,
+    }
+    layers = [
+        crosses.mark_rule(**thin).encode(x=x, x2="change_high:Q", y=y),
+        crosses.mark_rule(**thin).encode(x=alt.X("middle:Q", title=x_title), y="lost_low:Q", y2="lost_high:Q"),
+        base.mark_point(filled=True, size=70, opacity=0.75, aria=False, cursor="pointer").encode(
+            color=color, shape=shape, tooltip=_head_tooltip(results)
+        ),
+        base.transform_filter("datum.named").mark_text(**text).encode(text="head:N"),
+    ]
+    return charts.spec(layers, (), 300, "Change of ASR against benign answers lost, head by head")
+
+
+def _crosses(results: Results) -> Iterator[dict[str, Any]]:
+    """Both intervals of the heads that are named."""
+    named = set(named_heads(results))
+    for head in results["heads"]:
+        lost = benign_lost(head)
+        if head["head"] in named and head["change"]["change"] is not None and lost is not None:
+            (low, high), (kept_low, kept_high) = head["change"]["interval"], head["benign"]["kept_change"]["interval"]
+            ends = {"change": low, "change_high": high, "middle": head["change"]["change"], "lost": lost}
+            ends |= {"lost_low": -kept_high, "lost_high": -kept_low}
+            numbers = {name: charts.rounded(end) for name, end in ends.items()}
+            yield {"head": head["head"], "word": ROLES[head["role"]][0]} | numbers
+
+
+def _proxy(results: Results, name: str) -> Spec:
+    """One score of every head against its ASR alone."""
+    score, field = results["scores"][name], f"score_{name}"
+    # Differences of many orders of magnitude: at equal steps all but a few heads would lie at 0.
+    skewed = score["unit"] == "nats"
+    scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
+    rate = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
+    facts = [
+        alt.Tooltip("asr:Q", title="ASR alone", format=".3f"),
+        alt.Tooltip("answers:N", title="answers that comply"),
+    ]
+    facts.append(alt.Tooltip("p_holm:Q", title="p after Holm", format=".2~g"))
+    told = [
+        alt.Tooltip("head:N"),
+        alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"),
+    ]
+    x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
+    x = alt.X(f"{field}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~r", tickCount=4))
+    y_title = "ASR, head ablated alone"
+    base = alt.Chart().transform_filter(f"isValid(datum.asr) && isValid(datum['{field}'])")
+    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=[*told, *facts])
+    # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
+    below = "datum.below && datum.asr > 0.15"
+    text = partial(alt.Chart.mark_text, color="--ink", fontWeight=600, fontSize=12)
+    grey, orange = {"size": 40, "opacity": 0.55, "color": "--random"}, {"size": 110, "opacity": 1, "color": "--attack"}
+    layers = [
+        base.transform_filter("!datum.holm").mark_point(filled=True, aria=False, **grey),
+        base.transform_filter("datum.holm").mark_point(filled=True, shape="diamond", aria=False, **orange),
+        text(base.transform_filter(f"datum.named && !({below})"), dy=-10).encode(text="head:N"),
+        text(base.transform_filter(below), dy=14).encode(text="head:N"),
+    ]
+    vanilla = results["vanilla"]["harmful"]["asr"]["rate"]
+    if vanilla is not None:
+        layers.insert(0, charts.rule_at("y", vanilla, {"title": y_title, **rate}))
+    return charts.spec(layers, (), 220, f"{score['label']} against ASR, head by head")
+
+
+def _synergy(results: Results) -> Spec | None:
+    """What each pair frees beyond the sum of its heads, as a symmetric map."""
+    if not results["synergy"]:
+        return None
+    rows = []
+    for pair in results["synergy"]["pairs"]:
+        low, high = map(charts.rounded, pair["interval"])
+        row = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high}
+        row |= {"together": _counted(pair["together"]), "alone": " and ".join(map(_counted, pair["alone"]))}
+        rows += [row | {"x": first, "y": second} for first, second in (pair["heads"], pair["heads"][::-1])]
+    values = [row["value"] for row in rows]
+    order = {head: at for at, head in enumerate(results["synergy"]["heads"])}
+    rows += [{"x": head, "y": head, "value": None} for head in order]
+    rows.sort(key=lambda row: (order[row["x"]], order[row["y"]]))
+    # Two-sided, for both signs have a meaning; and of some strength, for differences of one answer would look strong.
+    color = charts.heat("value", [*values, -max(0.05, *map(abs, values))], "ASR together beyond the sum")
+    titles = {"x": "head", "y": "and", "value": "synergy", "low": "95 % from", "high": "95 % to"}
+    told = charts.tooltip(rows, titles | {"together": "ASR together", "alone": "ASR alone"})
+    cell = max(28, min(46, 360 // len(order)))
+    return charts.tiles(rows, color, "head", "head", told, "Synergy of pairs of heads", cell=cell)
+
+
+def _counted(rate: Mapping[str, Any]) -> str:
+    return "not scored" if rate["rate"] is None else f"{two(rate['rate'])} ({rate['count']} of {rate['n']})"
+
+
+def _epsilons(results: Results) -> Spec | None:
+    """ASR against the strength of the ablation, a line a head; None with one strength."""
+    followed = _followed(results)
+    rows = [
+        row
+        for head in followed
+        for strength, rate in zip(results["epsilons"], head["rates"], strict=True)
+        for row in rate_rows(strength["epsilon"], head["head"], rate, [head["head"]])
+    ]
+    vanilla, title = results["vanilla"]["harmful"]["asr"]["rate"], "ε, strength of the ablation (log scale)"
+    described = "ASR of single heads against epsilon"
+    if not rows:
+        return None
+    return charts.lines(rows, title, _OF_PROMPTS, described, logarithmic=True, reference=vanilla)
+
+
+def head_columns(results: Results) -> dict[str, Any]:
+    """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
+    heads, model, alpha = results["heads"], results["model"], results["statistics"]["alpha"]
+    facts = [_head_facts(head) for head in heads]
+    columns = {}
+    for name in facts[0]:
+        if any(head["benign"] for head in heads) or name not in ("lost", "changed", "kl"):
+            found = {head["head"]: own[name] for head, own in zip(heads, facts, strict=True)}
+            # A layer without attention has no heads.
+            columns[name] = [found.get(f"{i}-{j}") for i in range(model["n_layers"]) for j in range(model["n_heads"])]
+    for name, score in results["scores"].items():
+        columns[f"score_{name}"] = [charts.rounded(value, 6) for layer in score["values"] for value in layer]
+    named = named_heads(results)
+    return {
+        "n_heads": model["n_heads"],
+        "scores": columns,
+        "best_first": [head["head"] for head in by_asr(heads)],
+        "holm": [head["head"] for head in heads if head["change"]["p_holm"] < alpha],
+        "bh": [head["head"] for head in heads if head["change"]["p_bh"] < alpha <= head["change"]["p_holm"]],
+        "planted": list(results.get("planted_heads") or ()),
+        "named": named,
+        "below": named[1::2],
+    }
+
+
+def _head_facts(head: Head) -> dict[str, Any]:
+    benign, change = head["benign"] or {}, head["change"]
+    low, high = head["asr"]["interval"] or (None, None)
+    numbers = {"asr": head["asr"]["rate"], "low": low, "high": high, "lost": benign_lost(head)}
+    numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
+    numbers |= {"changed": (benign.get("changed") or {}).get("rate"), "kl": (benign.get("kl") or {}).get("mean")}
+    answers = f"{head['asr']['count']} of {head['asr']['n']}"
+    return {name: charts.rounded(value, 4) for name, value in numbers.items()} | {
+        "answers": answers,
+        "role": head["role"],
+    }
 
 
 # Provenance.

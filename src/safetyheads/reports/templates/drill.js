@@ -1,5 +1,5 @@
 "use strict";
-// Shows the answers under one head: a row's state is a number in a few digits, and the table of states is beside it.
+// Shows the answers under one head: those of the unablated model, but for the ones whose state is another.
 (() => {
   const data = JSON.parse(document.getElementById("drill-data").textContent);
   const at = (id) => document.getElementById(id);
@@ -12,18 +12,18 @@
   };
   const named = (head) => head || "none (nothing ablated)";
   data.heads.forEach((head) => heads.append(element("option", named(head), { value: head })));
-  data.sets.forEach((name) => sets.append(element("option", name, { value: name })));
+  Object.keys(data.places).forEach((name) => sets.append(element("option", name, { value: name })));
 
   const rowsOf = (name, head) => {
-    const text = data.rows[name][head];
-    if (text === undefined) return [];
+    const others = data.others[name][head];
+    if (others === undefined) return [];
+    const states = [...data.unablated[name]];
+    others.forEach(([position, number]) => { states[position] = number; });
     return data.places[name].map(([prompt, seed], position) => {
-      const digits = [...text.slice(position * data.width, (position + 1) * data.width)];
-      const number = digits.reduce((sum, digit) => sum * data.digits.length + data.digits.indexOf(digit), 0);
-      const state = data.states[number];
+      const state = data.states[states[position]];
       const verdicts = data.judges.map((_, i) => [data.labels[state[2 * i]], data.reasons[state[2 * i + 1]]]);
-      const [other, complete] = state.slice(2 * data.judges.length);
-      return { prompt, seed, verdicts, changed: Boolean(other), complete: Boolean(complete) };
+      const [changed, complete] = state.slice(2 * data.judges.length).map(Boolean);
+      return { prompt, seed, verdicts, changed, complete };
     });
   };
 

@@ -1,10 +1,12 @@
 "use strict";
-// Draws each chart in its place, in the colours of the page's theme, and again when the theme changes.
+// Draws each chart in its place, in the colours of the page's theme and as wide as its place, and again when these change.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const specs = read("chart-specs");
   const columns = read("head-columns");
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const MOST_COLUMNS = 3;
+  const GAP = 20;
   let drawn = [];
 
   // A row a head from the columns: its place follows from its position.
@@ -24,38 +26,65 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  // A string such as "--attack" in a specification stands for the page's custom property of that name.
+  // A string such as "--attack" in a specification stands for the page's custom property of that name; names of what was
+  // measured, which may look like one, stand under these keys only.
+  const NAMES = new Set(["datasets", "domain", "sort", "values", "title", "description"]);
   const resolved = (value) => {
     if (typeof value === "string") return value.startsWith("--") ? colour(value) : value;
     if (Array.isArray(value)) return value.map(resolved);
     if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, key === "values" ? inner : resolved(inner)]));
+    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, NAMES.has(key) ? inner : resolved(inner)]));
   };
 
-  const config = () => {
+  // The longest name of a series: legends have as many columns as there is room for it.
+  const longestName = (value) => {
+    if (value === null || typeof value !== "object") return 0;
+    const own = value.legend && Array.isArray(value.scale?.domain) ? value.scale.domain : [];
+    return Math.max(0, ...own.map((name) => String(name).length), ...Object.values(value).map(longestName));
+  };
+
+  const config = (spec, width, panel) => {
     const font = getComputedStyle(document.body).fontFamily;
     const text = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 400 };
     const soft = { labelColor: colour("--ink-soft"), titleColor: colour("--ink-soft") };
+    const { datasets, ...look } = spec;
+    const columnsOfLegend = Math.max(1, Math.floor((width - 20) / (34 + 7 * longestName(look))));
     return {
       background: "transparent", font, view: { stroke: null }, padding: 2,
       axis: {
         ...text, ...soft, gridColor: colour("--grid"), domainColor: colour("--line"), tickColor: colour("--line"),
         titlePadding: 8, labelPadding: 5,
       },
-      legend: { ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, offset: 10 },
+      legend: {
+        ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
+        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 50, gradientStrokeColor: colour("--line"),
+      },
+      header: { labelColor: colour("--ink"), labelFont: font, labelLimit: panel },
+      facet: { spacing: GAP },
       text: { font },
     };
   };
 
   const draw = async (place, spec) => {
-    const full = { ...resolved(spec), datasets: { ...(spec.datasets ?? {}), heads } };
+    const { panels, least, most } = spec.usermeta;
+    // A figure by itself may be narrower than its place; panels share it.
+    place.style.maxWidth = panels < 2 && most ? `${most}px` : "";
+    const width = place.clientWidth;
+    const across = Math.max(1, Math.min(panels, panels === 4 ? 2 : MOST_COLUMNS, Math.floor((width + GAP) / (least + GAP))));
+    const full = { ...resolved(spec), datasets: { ...(spec.datasets ?? {}), heads }, ...(panels > 1 ? { columns: across } : {}) };
     const options = {
-      mode: "vega-lite", renderer: "svg", actions: false, config: config(),
+      mode: "vega-lite", renderer: "svg", actions: false, config: config(spec, width, width / across - 50),
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
     try {
       const result = await window.vegaEmbed(place, full, options);
+      if (panels > 1) {
+        // What axes and labels take is known only once they are drawn.
+        const spare = width - place.querySelector("svg").getBoundingClientRect().width;
+        const inner = result.view.signal("child_width") + Math.floor(spare / across);
+        await result.view.signal("child_width", Math.min(inner, most ?? inner)).runAsync();
+      }
       result.view.addEventListener("click", (_, item) => {
         if (item?.datum?.head) document.dispatchEvent(new CustomEvent("head-chosen", { detail: item.datum.head }));
       });
@@ -73,9 +102,17 @@
     for (const place of document.querySelectorAll("[data-chart]")) {
       drawn.push(await draw(place, specs[place.dataset.chart]));
     }
-    document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
+    document.documentElement.dataset.drawn = `${dark.matches ? "dark" : "light"} ${window.innerWidth}`;
   };
 
+  let width = window.innerWidth;
+  let waiting = 0;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return;
+    width = window.innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(drawAll, 100);
+  });
   dark.addEventListener("change", drawAll);
   drawAll();
 })();
