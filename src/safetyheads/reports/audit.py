@@ -225,9 +225,9 @@ def group_curve(
     for group in groups:
         random, size = group["random"], {"x": group["size"], "series": RANDOM}
         if random and random["asr"]:
-            ends = {"low": min(random["asr"]), "high": max(random["asr"])}
-            rows.append(size | ends | {"kind": "band", "y": random["mean"]})
-            rows += [size | {"kind": "random", "y": rate} for rate in random["asr"]]
+            ends = {"low": charts.rounded(min(random["asr"])), "high": charts.rounded(max(random["asr"]))}
+            rows.append(size | ends | {"kind": "band", "y": charts.rounded(random["mean"])})
+            rows += [size | {"kind": "random", "y": charts.rounded(rate)} for rate in random["asr"]]
     described = "Attack success rate against group size"
     return (
         charts.lines(rows, "heads ablated together", y, described, reference=vanilla["rate"])
@@ -252,9 +252,9 @@ def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequ
     """A row of a figure, or none for a rate of nothing."""
     if rate is None or rate["rate"] is None:
         return []
-    low, high = rate["interval"] or (None, None)
+    low, high = map(charts.rounded, rate["interval"] or (None, None))
     answers = f"{rate['count']} of {rate['n']}"
-    row = {"x": x, "series": series, "y": float(rate["rate"]), "low": low, "high": high}
+    row = {"x": x, "series": series, "y": charts.rounded(float(rate["rate"])), "low": low, "high": high}
     return [row | {"answers": answers, "heads": ", ".join(names) or "none"}]
 
 

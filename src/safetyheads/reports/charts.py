@@ -31,7 +31,9 @@ KNOWN_COLOURS = {
     **dict.fromkeys(
         ("vanilla", "unablated", "other", "random groups", "random heads", "random groups: ASR"), "--random"
     ),
-    **dict.fromkeys(("UA", "planted", "Sahara's group", "searched group: ASR", "ASR, verdict’s group ablated"), "--attack"),
+    **dict.fromkeys(
+        ("UA", "planted", "Sahara's group", "searched group: ASR", "ASR, verdict’s group ablated"), "--attack"
+    ),
     **dict.fromkeys(("SC", "benign answers kept", "searched group: benign kept", "ASR, nothing ablated"), "--kept"),
 }
 """Series that have one colour on every page, unless another of the figure has it."""
@@ -47,6 +49,8 @@ MOST_COLUMNS_WITH_INTERVALS = 3
 """Columns up to which tiles hold their intervals too."""
 MOST_TILES_WITH_TEXT = 8
 """Columns up to which tiles hold their numbers."""
+MOST_LABELS = 32
+"""Tiles across up to which all are labelled."""
 MOST_WIDTH = 780
 """Pixels that a figure of lines, points or bars has at most."""
 _TITLE_WIDTH, _LABEL_WIDTH = 42, 22
@@ -128,7 +132,7 @@ def numbers_along(title: str, values: Iterable[float], logarithmic: bool = False
     """The axis of the field ``x``; 0 stands at the left end of a logarithmic one."""
     known = sorted(set(values))
     axis: dict[str, Any] = {"grid": False, "format": ".6~g", "labelOverlap": "greedy", "tickCount": 6}
-    scale: dict[str, Any] = {"zero": False, "nice": False, "padding": 14}
+    scale: dict[str, Any] = {"nice": False, "padding": 14}
     if logarithmic:
         positive = [value for value in known if value > 0] or [1.0]
         low, high = (math.log10(end) for end in (positive[0], positive[-1]))
@@ -140,7 +144,9 @@ def numbers_along(title: str, values: Iterable[float], logarithmic: bool = False
             scale |= {"type": "symlog", "constant": positive[0] / 4}
             ticks = [0.0, *ticks]
         axis["values"] = ticks
-    elif known and all(float(value).is_integer() for value in known) and known[-1] - known[0] <= 12:
+    else:
+        scale["zero"] = False
+    if not logarithmic and known and all(float(value).is_integer() for value in known) and known[-1] - known[0] <= 12:
         axis |= {"values": list(range(int(known[0]), int(known[-1]) + 1)), "format": "d"}
     return alt.X("x:Q", title=titled(title), scale=alt.Scale(**scale), axis=alt.Axis(**axis))
 
@@ -171,7 +177,7 @@ def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
 def series_look(names: Sequence[str], *channels: Literal["shape", "dash", "opacity"]) -> dict[str, Any]:
     """Encodings that tell the series apart, with one legend; a lone series without a name has none."""
     looks = series_colours(names)
-    ranges = {
+    ranges: dict[str, tuple[Any, list[Any]]] = {
         "color": (alt.Color, [colour for colour, _ in looks]),
         "shape": (alt.Shape, [SHAPES[(at + turn) % len(SHAPES)] for at, (_, turn) in enumerate(looks)]),
         "dash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for _, turn in looks]),
@@ -218,8 +224,8 @@ def rows_tooltip(rows: Sequence[Row], x: str, y: str) -> list[alt.Tooltip]:
 def rule_at(axis: Literal["x", "y"], value: float, scale: Mapping[str, Any], **mark: Any) -> alt.Chart:
     """A thin line across the panel."""
     encoding = alt.Y("at:Q", **scale) if axis == "y" else alt.X("at:Q", **scale)
-    drawn = {"strokeWidth": 1, "strokeDash": [1, 2], "color": "--ink-soft"} | mark
-    chart: alt.Chart = alt.Chart(alt.InlineData(values=[{"at": value}])).mark_rule(**drawn).encode(encoding)
+    drawn: dict[str, Any] = {"strokeWidth": 1, "strokeDash": [1, 2], "color": "--ink-soft"} | mark
+    chart: alt.Chart = alt.Chart(alt.InlineData(values=[{"at": rounded(value)}])).mark_rule(**drawn).encode(encoding)
     return chart
 
 
@@ -238,18 +244,11 @@ def lines(
     reference: float | None = None,
     height: int = 260,
 ) -> Spec:
-    """Lines through points with intervals; curves where there are no points.
+    """Lines through points with intervals, or, without ``points``, curves.
 
-    Args:
-        rows: ``x, y, low, high, series`` and what the tooltip tells. Rows whose ``kind`` is ``random`` are single
-            random groups, drawn as ticks; ``band`` runs from the lowest of them to the highest, and has their mean.
-        x, y: titles of the axes, with units.
-        description: for readers who do not see the figure.
-        logarithmic: whether x is drawn so.
-        share: whether y runs from 0 to 1.
-        points: whether the rows are single measurements.
-        reference: y of a dotted line, such as the unablated model's rate.
-        height: of a panel, in pixels.
+    Rows have ``x, y, low, high, series`` and what the tooltip tells. Those whose ``kind`` is ``random`` are single
+    random groups, drawn as ticks; ``band`` runs from the lowest of them to the highest, and has their mean. ``x``
+    and ``y`` title the axes, ``share`` says whether y runs from 0 to 1, ``reference`` is the y of a dotted line.
     """
     names = series_of(row for row in rows if not row.get("kind"))
     beside = points and 1 < len(names) <= 6
@@ -262,7 +261,7 @@ def lines(
     base = alt.Chart().encode(x=along, color=look["color"])
     single = base.transform_filter("!datum.kind")
     up = alt.Y("y:Q", title=titled(y), **scale)
-    off = {"xOffset": alt.ExprRef("datum.shift")} if beside else {}
+    off: dict[str, Any] = {"xOffset": alt.ExprRef("datum.shift")} if beside else {}
     layers = [rule_at("y", reference, {"title": titled(y), **scale})] if reference is not None else []
     if any((row.get("low") or 0) < 0 or (row.get("y") or 0) < 0 for row in rows):
         layers.append(rule_at("y", 0, {"title": titled(y), **scale}, strokeDash=[1, 0], opacity=0.6))
@@ -303,14 +302,9 @@ def _random_layers(
 def scatter(
     rows: Sequence[Row], x: str, y: str, description: str, *, logarithmic: bool = False, share: bool = True
 ) -> Spec:
-    """Points with intervals where they are few; the highest of each panel is named beside it.
+    """Points with intervals where they are few; the highest of each panel are named beside them.
 
-    Args:
-        rows: ``x, y, low, high, series, label`` and what the tooltip tells.
-        x, y: titles of the axes, with units.
-        description: for readers who do not see the figure.
-        logarithmic: whether x is drawn so.
-        share: whether y runs from 0 to 1.
+    Rows have ``x, y, low, high, series, label`` and what the tooltip tells; ``x`` and ``y`` title the axes.
     """
     panels: dict[str, list[Row]] = {}
     for row in rows:
@@ -345,11 +339,7 @@ def _highest(rows: Sequence[Row]) -> list[Row]:
 def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool = True) -> Spec:
     """Bars with intervals, lying, so that any name has room; a dash stands where nothing could be scored.
 
-    Args:
-        rows: ``x`` (a name), ``y, low, high, series`` and what the tooltip tells.
-        x, y: titles of the axes, with units.
-        description: for readers who do not see the figure.
-        share: whether y runs from 0 to 1.
+    Rows have ``x`` (a name), ``y, low, high, series`` and what the tooltip tells; ``x`` and ``y`` title the axes.
     """
     names = series_of(rows)
     rows = [row | {"name": wrapped(row["x"])} for row in map(dict, rows)]
@@ -362,15 +352,16 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     along = alt.X("y:Q", title=titled(y), **scale)
     whole, told = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
     held = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, color="--ink")
-    empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
-    dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
     layers = [
         whole.mark_bar().encode(x=along, tooltip=told, **look),
         # A line at the end: a bar of 0 is a number too.
         whole.mark_tick(thickness=2).encode(x=along, color=look["color"]),
         held.encode(x=alt.X("low:Q", title=titled(y), **scale), x2="high:Q"),
-        dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=told),
     ]
+    if any(row.get("y") is None for row in rows):
+        empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
+        dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
+        layers.append(dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=told))
     if any((row.get("low") or row.get("y") or 0) < 0 for row in rows):
         zero = rule_at("x", 0, {"title": titled(y), **scale}, strokeDash=[1, 0])
         layers.insert(0, zero)
@@ -391,14 +382,8 @@ def heat(
 ) -> alt.Color:
     """Colours of the numbers of a field, on both sides of 0 where some are negative.
 
-    Args:
-        field: of the rows.
-        values: all that are shown, of every panel.
-        title: of the legend, with the unit.
-        share: whether they lie between 0 and 1.
-        pale: whether text lies on them.
-        roots: whether colours are at equal steps of the square root: where most numbers are near 0, they would else
-            look alike.
+    ``values`` are all that are shown, of every panel. ``pale`` colours have text on them. With ``roots``, colours
+    are at equal steps of the square root: where most numbers are near 0, they would else look alike.
     """
     known = list(values)
     largest = max([*map(abs, known), LEAST_SHARE if share else 0.0], default=0.0) or 1.0
@@ -438,14 +423,8 @@ def head_map(
 ) -> Spec:
     """One number of every head as a tile: layers down, heads across; heads without a number stay blank.
 
-    Args:
-        color: of the field.
-        shape: layers, and heads in each.
-        told: tooltip.
-        description: for readers who do not see the figure.
-        rows: ``layer, index`` and the field; without any, the page's heads.
-        outlines: field -> look of the frame of the heads where it is true.
-        clickable: whether a tile leads to the answers of its head.
+    Rows have ``layer, index`` and the field of the colours; without any, the page's heads are drawn. ``shape`` is
+    layers and heads in each; ``outlines`` says of each field how the heads where it is true are framed.
     """
     n_layers, n_heads = shape
     cell = max(9, min(40, 340 // n_layers))
@@ -456,7 +435,7 @@ def head_map(
         y=alt.Y("layer:O", title="layer", axis=_tile_axis(n_layers), scale=alt.Scale(domain=list(range(n_layers)))),
         tooltip=[*told],
     )
-    tile = {"stroke": "--paper", "strokeWidth": 0.75, **mark}
+    tile: dict[str, Any] = {"stroke": "--paper", "strokeWidth": 0.75, **mark}
     layers = [
         base.mark_rect(fill="--panel", **tile),
         base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),
@@ -465,7 +444,7 @@ def head_map(
         framed = {"fill": "transparent", "stroke": "--ink", "strokeWidth": 2, "cornerRadius": 1, **mark, **look}
         layers.append(base.transform_filter(f"datum.{name}").mark_rect(**framed))
     if not rows:
-        diamond = {"shape": "diamond", "filled": True, "size": 4 * cell, "color": "--ink", "opacity": 1}
+        diamond: dict[str, Any] = {"shape": "diamond", "filled": True, "size": 4 * cell, "color": "--ink", "opacity": 1}
         diamond |= {"stroke": "--paper", "strokeWidth": 1, **mark}
         layers.append(base.transform_filter("datum.planted").mark_point(**diamond))
     return spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
@@ -492,27 +471,26 @@ def tiles(
 ) -> Spec:
     """A number for each pair of names as a coloured tile.
 
-    Args:
-        rows: ``x`` and ``y`` (names, in order), the field of the colours; ``text`` and ``interval`` where they are
-            written into the tiles.
-        color: of the field.
-        x, y: titles of the axes.
-        told: tooltip.
-        description: for readers who do not see the figure.
-        text: whether tiles hold their numbers.
-        cell: pixels of a tile's height.
-        most: pixels that a panel has at most.
+    Rows have ``x`` and ``y`` (names, in the order of the axes), the field of the colours, and ``text`` and
+    ``interval`` where tiles hold them. ``cell`` is the height of a tile in pixels, ``most`` what a panel has across
+    at most.
     """
     columns, lines_down = (list(dict.fromkeys(str(row[side]) for row in rows)) for side in ("x", "y"))
     turned = max(map(len, columns)) * 6.4 > 300 / len(columns)
-    axis = {"labelLimit": 120, "labelOverlap": False, "ticks": False, "domain": False, "grid": False}
+    axis: dict[str, Any] = {
+        "labelLimit": 120,
+        "labelOverlap": len(columns) > MOST_LABELS,
+        "ticks": False,
+        "domain": False,
+        "grid": False,
+    }
     base = alt.Chart().encode(
         x=alt.X("x:O", sort=columns, title=titled(x), axis=alt.Axis(labelAngle=-90 if turned else 0, **axis)),
         y=alt.Y("y:O", sort=lines_down, title=titled(y), axis=alt.Axis(**axis)),
         tooltip=[*told],
     )
     field = str(color.shorthand).removesuffix(":Q")
-    tile = {"aria": False, "stroke": "--paper", "strokeWidth": 1 if text else 0.5}
+    tile: dict[str, Any] = {"aria": False, "stroke": "--paper", "strokeWidth": 1 if text else 0.5}
     layers = [
         base.mark_rect(fill="--panel", **tile),
         base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),

@@ -31,8 +31,6 @@ NO_EVIDENCE = "not evidence about the paper"
 """A note that has these words makes the page's badge."""
 EMBEDDED = "demo:"
 """What names of embedded checkpoints begin with."""
-MAX_TOKENS = 32
-"""Positions up to which an attention map names its tokens."""
 _MOST_NAMED = 3
 """Models that the index names in its first sentence."""
 _TOKEN_LETTERS = 12
@@ -74,7 +72,12 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     states = list(_states(results, manifest["config"], timings))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
-    index = {"states": states, "models": models, "sentence": _sentence(states, models), "embedded": EMBEDDED}
+    index: dict[str, Any] = {
+        "states": states,
+        "models": models,
+        "sentence": _sentence(states, models),
+        "embedded": EMBEDDED,
+    }
     index |= {"config": manifest["config"], "judge": results["judge"], "no_evidence": NO_EVIDENCE}
     index |= {"has_embedded": any(model.startswith(EMBEDDED) for model in models)}
     measured = {"experiments": [state["name"] for state in ran], "judge": results["judge"]}
@@ -340,7 +343,12 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
         value = point.get("value")
         text = re.sub(r"(?<!\w)-(?=[\d.])", "−", str(point.get("text") or number(value, digits=2)))
         first, bracket, ends = text.partition(" [")
-        row = {"x": str(point["x"]), "y": str(point["y"]), "text": first, "interval": f"[{ends}" if bracket else ""}
+        row: dict[str, Any] = {
+            "x": str(point["x"]),
+            "y": str(point["y"]),
+            "text": first,
+            "interval": f"[{ends}" if bracket else "",
+        }
         row |= {"panel": str(point.get("panel") or ""), "written": text, "n": point.get("n")}
         rows.append(row | {name: charts.rounded(point.get(name)) for name in ("value", "low", "high")})
     values = [row["value"] for row in rows if row["value"] is not None]
@@ -349,20 +357,27 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
     titles = {"y": figure["y"] or "row", "x": figure["x"] or "column", "value": figure["value"] or "value"}
     titles |= {"low": "95 % from", "high": "95 % to", "n": "n", "written": "in words"}
     color = charts.heat("value", values, figure["value"], share=share, pale=True)
-    told, text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
+    told, has_text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
     if n_columns > charts.MOST_COLUMNS_WITH_INTERVALS:
         rows = [row | {"interval": ""} for row in rows]
     axes = figure["x"], figure["y"]
     return charts.tiles(
-        rows, color, *axes, told, _described(figure), text=text, cell=46 if text else 22, most=130 + 90 * n_columns
+        rows,
+        color,
+        *axes,
+        told,
+        _described(figure),
+        text=has_text,
+        cell=46 if has_text else 22,
+        most=130 + 90 * n_columns,
     )
 
 
 def _attention(figure: Record, points: Sequence[Row]) -> Spec:
     """How much each position attends to each other; tokens are named where there is room."""
     n = 1 + max(max(point["query"], point["key"]) for point in points)
-    named = n <= MAX_TOKENS
-    rows = [
+    named = n <= charts.MOST_LABELS
+    rows: list[dict[str, Any]] = [
         {
             "x": _token(point, "key") if named else str(point["key"]),
             "y": _token(point, "query") if named else str(point["query"]),

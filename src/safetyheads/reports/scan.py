@@ -21,6 +21,7 @@ from safetyheads.runs.tables import RATES, Answered, RowTable
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
+Look: TypeAlias = dict[str, Any]
 
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the map and results.json hold any number."""
@@ -405,6 +406,7 @@ def drill_data(
         "states": [list(one) for one in states],
         "heads": shown,
         "n_left_out": len(heads) - len(shown),
+        "sets": list(places),
         "places": places,
         "unablated": base,
         "others": other,
@@ -443,7 +445,8 @@ def _sized(groups: Sequence[Row], part: str | None = None) -> list[dict[str, Any
 def _asr_alone(results: Results) -> Spec:
     """ASR of every head ablated alone, layer by head (Fig 4b)."""
     rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
-    model, outlines = results["model"], {"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}}
+    model = results["model"]
+    outlines: Any = {"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}}
     return charts.head_map(
         charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
         (model["n_layers"], model["n_heads"]),
@@ -489,8 +492,8 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     valid = "isValid(datum.change) && isValid(datum.lost)"
     base = alt.Chart().transform_filter(valid).transform_calculate(word=words).encode(x=x, y=y)
     crosses = alt.Chart(alt.InlineData(values=list(_crosses(results)))).encode(color=color)
-    thin = {"strokeWidth": 1, "opacity": 0.55}
-    text = {
+    thin: Look = {"strokeWidth": 1, "opacity": 0.55}
+    text: Look = {
         "align": "left",
         "baseline": "bottom",
         "dx": 8,
@@ -519,8 +522,8 @@ def _crosses(results: Results) -> Iterator[dict[str, Any]]:
             (low, high), (kept_low, kept_high) = head["change"]["interval"], head["benign"]["kept_change"]["interval"]
             ends = {"change": low, "change_high": high, "middle": head["change"]["change"], "lost": lost}
             ends |= {"lost_low": -kept_high, "lost_high": -kept_low}
-            numbers = {name: charts.rounded(end) for name, end in ends.items()}
-            yield {"head": head["head"], "word": ROLES[head["role"]][0]} | numbers
+            numbers: Look = {name: charts.rounded(end) for name, end in ends.items()}
+            yield numbers | {"head": head["head"], "word": ROLES[head["role"]][0]}
 
 
 def _proxy(results: Results, name: str) -> Spec:
@@ -529,7 +532,7 @@ def _proxy(results: Results, name: str) -> Spec:
     # Differences of many orders of magnitude: at equal steps all but a few heads would lie at 0.
     skewed = score["unit"] == "nats"
     scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
-    rate = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
+    rate: Look = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
     facts = [
         alt.Tooltip("asr:Q", title="ASR alone", format=".3f"),
         alt.Tooltip("answers:N", title="answers that comply"),
@@ -547,7 +550,8 @@ def _proxy(results: Results, name: str) -> Spec:
     # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
     below = "datum.below && datum.asr > 0.15"
     text = partial(alt.Chart.mark_text, color="--ink", fontWeight=600, fontSize=12)
-    grey, orange = {"size": 40, "opacity": 0.55, "color": "--random"}, {"size": 110, "opacity": 1, "color": "--attack"}
+    grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
+    orange: Look = {"size": 110, "opacity": 1, "color": "--attack"}
     layers = [
         base.transform_filter("!datum.holm").mark_point(filled=True, aria=False, **grey),
         base.transform_filter("datum.holm").mark_point(filled=True, shape="diamond", aria=False, **orange),
@@ -567,7 +571,7 @@ def _synergy(results: Results) -> Spec | None:
     rows = []
     for pair in results["synergy"]["pairs"]:
         low, high = map(charts.rounded, pair["interval"])
-        row = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high}
+        row: Look = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high}
         row |= {"together": _counted(pair["together"]), "alone": " and ".join(map(_counted, pair["alone"]))}
         rows += [row | {"x": first, "y": second} for first, second in (pair["heads"], pair["heads"][::-1])]
     values = [row["value"] for row in rows]
@@ -634,10 +638,8 @@ def _head_facts(head: Head) -> dict[str, Any]:
     numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
     numbers |= {"changed": (benign.get("changed") or {}).get("rate"), "kl": (benign.get("kl") or {}).get("mean")}
     answers = f"{head['asr']['count']} of {head['asr']['n']}"
-    return {name: charts.rounded(value, 4) for name, value in numbers.items()} | {
-        "answers": answers,
-        "role": head["role"],
-    }
+    facts: Look = {name: charts.rounded(value, 4) for name, value in numbers.items()}
+    return facts | {"answers": answers, "role": head["role"]}
 
 
 # Provenance.

@@ -12,7 +12,7 @@
   };
   const named = (head) => head || "none (nothing ablated)";
   data.heads.forEach((head) => heads.append(element("option", named(head), { value: head })));
-  Object.keys(data.places).forEach((name) => sets.append(element("option", name, { value: name })));
+  data.sets.forEach((name) => sets.append(element("option", name, { value: name })));
 
   const rowsOf = (name, head) => {
     const others = data.others[name][head];

@@ -55,6 +55,7 @@
         ...text, ...soft, gridColor: colour("--grid"), domainColor: colour("--line"), tickColor: colour("--line"),
         titlePadding: 8, labelPadding: 5,
       },
+      axisX: { labelBound: true },
       legend: {
         ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
         symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 50, gradientStrokeColor: colour("--line"),

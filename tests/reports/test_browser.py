@@ -1,0 +1,241 @@
+"""Pages as a browser shows them: drawn, quiet, readable in both themes, wide and on a phone, and answering clicks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import audit_samples
+import experiment_samples
+import pytest
+import scan_samples
+from scan_samples import Sample
+
+from safetyheads.reports.write import write_report
+from safetyheads.runs.directory import RunDirectory
+
+playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright: pip install playwright")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
+NAMES = (
+    "audit",
+    "large",
+    "no_refusals",
+    "scan",
+    "seeds",
+    "index",
+    "fig2",
+    "fig4b",
+    "fig6b",
+    "fig7",
+    "table1",
+    "transfer",
+    "epsilon",
+)
+MODES = (("light", 1400), ("dark", 390))
+FAULTS = """() => {
+  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let node = element; node; node = node.parentElement) {
+      const colour = channels(getComputedStyle(node).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faults = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement;
+    const hidden = element.closest("script, style, noscript, .skip, .mark-text") || !element.getClientRects().length;
+    if (!node.data.trim() || hidden) continue;
+    const style = getComputedStyle(element);
+    const ink = channels(element.closest("svg") ? style.fill : style.color);
+    const [a, b] = [light(ink), light(behind(element))].sort((x, y) => y - x);
+    seen += 1;
+    if ((a + 0.05) / (b + 0.05) < 4.5) faults.push(`faint: ${node.data.trim().slice(0, 40)}`);
+  }
+  const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const shown = (text) => text.textContent.trim() && getComputedStyle(text).opacity !== "0";
+  for (const place of document.querySelectorAll("[data-chart]")) {
+    const name = place.dataset.chart;
+    const box = place.getBoundingClientRect();
+    const drawn = place.querySelector("svg .mark-symbol path, svg .mark-rect path, svg .mark-line path");
+    if (!drawn) faults.push(`not drawn: ${name}`);
+    for (const text of [...place.querySelectorAll("svg text")].filter(shown)) {
+      const { left, right } = text.getBoundingClientRect();
+      if (left < box.left - 2 || right > box.right + 2) faults.push(`outside ${name}: ${text.textContent}`);
+    }
+    for (const axis of place.querySelectorAll(".role-axis-label, .role-legend-label")) {
+      const texts = [...axis.querySelectorAll("text")].filter(shown);
+      const labels = texts.map((text) => [text.textContent, text.getBoundingClientRect()]);
+      labels.forEach(([one, a], at) => labels.slice(at + 1).forEach(([other, b]) => {
+        if (meet(a, b)) faults.push(`overlap in ${name}: ${one}, ${other}`);
+      }));
+    }
+  }
+  if (document.documentElement.scrollWidth > window.innerWidth) faults.push("wider than the window");
+  if (seen < 30) faults.push(`only ${seen} texts`);
+  return faults;
+}"""
+
+
+@dataclass
+class Shown:
+    """A page, what it complained of, and what it asked the network for."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        # No sandbox: containers that run tests as root have no namespaces for it, and the page is our own.
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    hostile = audit_samples.audit()
+    hostile["model"]["name"] = "a-very-long-organisation-name/" + "model-with-a-name-that-does-not-end-" * 6
+    hostile["warnings"], hostile["caveats"] = [audit_samples.HOSTILE], [audit_samples.HOSTILE + "x" * 300]
+    audits = {"audit": hostile, "large": audit_samples.audit(32, 32), "no_refusals": audit_samples.no_refusals()}
+    runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
+    runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
+    runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
+    written = {name: write_report(run, show_completions=name == "scan") for name, run in runs.items()}
+    index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
+    return {name: index.with_name(f"{name}.html") for name in NAMES} | written
+
+
+@pytest.fixture
+def show(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
+    contexts = []
+
+    def shown(name: str, theme: str = "light", width: int = 1400) -> Shown:
+        contexts.append(browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900}))
+        found = Shown(contexts[-1].new_page())
+        address = reports[name].as_uri()
+        found.page.on("console", lambda said: found.complaints.append(said.text))
+        found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
+        found.page.on("request", lambda asked: found.requests.append(asked.url) if asked.url != address else None)
+        found.page.goto(address)
+        found.page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        return found
+
+    yield shown
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_is_drawn_quietly_fits_and_can_be_read(show: Any, name: str) -> None:
+    for theme, width in MODES:
+        shown = show(name, theme, width)
+        for details in shown.page.query_selector_all("summary"):
+            details.click()
+        assert shown.page.evaluate(FAULTS) == []
+        assert (shown.complaints, shown.requests) == ([], [])
+
+
+def test_charts_follow_the_theme_and_the_width_of_the_window(show: Any) -> None:
+    shown = show("fig2")
+    look = """() => [getComputedStyle(document.body).backgroundColor,
+      getComputedStyle(document.querySelector("[data-chart] .role-axis-title text")).fill]"""
+    before = shown.page.evaluate(look)
+    shown.page.emulate_media(color_scheme="dark")
+    shown.page.wait_for_selector("html[data-drawn^=dark]")
+    assert all(one != other for one, other in zip(before, shown.page.evaluate(look), strict=True))
+    shown.page.set_viewport_size({"width": 400, "height": 900})
+    shown.page.wait_for_selector("html[data-drawn$=' 400']")
+    assert shown.page.evaluate(FAULTS) == []
+    assert shown.complaints == []
+
+
+def test_a_printed_page_has_its_figures(show: Any) -> None:
+    page = show("audit", "dark").page
+    page.emulate_media(media="print", color_scheme="light")
+    page.wait_for_selector("html[data-drawn^=light]")
+    assert len(page.pdf()) > 50_000
+
+
+def test_the_first_screen_answers(show: Any) -> None:
+    page = show("large").page
+    for selector in (".badge", "#sentence", "#limits", "[data-chart=asr_by_size]", "#top-heads"):
+        assert page.query_selector(selector).bounding_box()["y"] < 1000, selector
+    assert page.query_selector("#sentence").bounding_box()["y"] < 250
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_tile_tells_its_head_and_score(show: Any, width: int) -> None:
+    shown = show("large", width=width)
+    chart = shown.page.query_selector("[data-chart=heatmap_mean_ships]")
+    chart.scroll_into_view_if_needed()
+    # The ground of all 32 x 32 heads comes first, layer after layer.
+    chart.query_selector_all("g.mark-rect path")[2 * 32 + 26].hover(force=True)
+    tooltip = shown.page.wait_for_selector("#vg-tooltip-element.visible")
+    assert "2-26" in tooltip.inner_text()
+    assert "3.4" in tooltip.inner_text()
+    box = tooltip.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+
+
+def test_a_bar_tells_its_interval_and_n(show: Any) -> None:
+    page = show("fig2").page
+    page.query_selector_all("[data-chart=figure-1] .mark-rect path")[1].hover(force=True)
+    text = page.wait_for_selector("#vg-tooltip-element.visible").inner_text()
+    for said in ("UA", "damage", "0.542", "0.351", "0.721", "24"):
+        assert said in text
+
+
+def test_a_click_and_the_keyboard_show_the_answers_of_a_head(show: Any) -> None:
+    shown = show("scan")
+    page = shown.page
+    # 1-2 is the seventh of eight heads.
+    tile = page.query_selector_all("[data-chart=asr_alone] g.mark-rect path")[6]
+    tile.hover(force=True)
+    assert "4 of 12" in page.wait_for_selector("#vg-tooltip-element.visible").inner_text()
+    tile.click(force=True)
+    assert page.input_value("#drill-head") == "1-2"
+    summary = page.inner_text("#drill-summary")
+    assert summary.startswith("1-2, harmful prompts: 12 of 12 answers shown, 4 changed.")
+    assert "paper: 4 of 12 complied" in summary
+    page.select_option("#drill-set", "benign")
+    page.focus("#drill-changed")
+    page.keyboard.press("Space")
+    rows = page.query_selector_all("#drill-rows tr")
+    assert len(rows) == 10
+    assert "repeats 'lamp'" in rows[0].inner_text()
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.getAttribute('aria-labelledby')"))
+    assert {"drill", "qualities", "all-groups", "agreement"} <= reached
+    assert shown.complaints == []
+    assert len(show("seeds").page.query_selector_all("#drill-rows tr")) == 24
+
+
+def test_completions_are_folded_away_and_shown_as_text(show: Any) -> None:
+    page = show("scan").page
+    completion = page.query_selector(".completion pre")
+    assert not completion.is_visible()
+    page.query_selector("section[aria-labelledby=completions] summary").click()
+    assert completion.is_visible()
+    assert "<script>fetch(" in completion.inner_text()
+
+
+def test_every_page_stays_under_5_mb(reports: dict[str, Path]) -> None:
+    assert max(path.stat().st_size for path in reports.values()) < 5_000_000
