@@ -47,5 +47,5 @@ def test_the_chart_has_a_point_for_each_number_that_exists(folder):
     (rows,) = spec["datasets"].values()
     counts = {series: sum(row["series"] == series for row in rows) for series in {row["series"] for row in rows}}
     assert counts == {"ASR, nothing ablated": 3, "ASR, verdict’s group ablated": 2, "concentration": 2}
-    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
-    assert {round(row["place"]) for row in rows} == {1, 2, 3}
+    assert all(row["low"] <= row["y"] <= row["high"] for row in rows)
+    assert {row["x"] for row in rows} == {1, 2, 3}

@@ -21,18 +21,26 @@ from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
 
 NAMES = [outcome.name for outcome in samples.outcomes()]
-HEADLINE = [
-    {"model": "m", "label": "ASR", "value": {"value": 0.5, "n": 24, "low": 0.3, "high": 0.7, "p": None}, "kind": "rate"}
-]
+RATE = {"value": 0.5, "n": 24, "low": 0.3, "high": 0.7, "p": None}
 
 
 def results() -> dict[str, Any]:
     made = samples.results()
-    made["experiments"][0] |= {"headline": HEADLINE, "caption": "Heads are Sahara's."}
-    made["experiments"][0]["asked"] = [
-        {"model": "m", "dataset": "damage", "asked": "as it is", "n_search": 16, "n_test": 24}
-        | {"asr": HEADLINE[0]["value"], "kept": None}
-    ]
+    asked = {
+        "model": "m",
+        "dataset": "damage",
+        "asked": "as it is",
+        "n_search": 16,
+        "n_test": 24,
+        "asr": RATE,
+        "kept": None,
+    }
+    made["experiments"][0] |= {
+        "headline": [{"model": "m", "label": "ASR", "value": RATE, "kind": "rate"}],
+        "caption": "Heads are Sahara's.",
+        "settings": {"epsilon": 1e-05, "judge": "paper"},
+        "asked": [asked],
+    }
     return made
 
 

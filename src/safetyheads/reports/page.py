@@ -183,21 +183,21 @@ def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
     """What was measured, the config, each start, and what the run remembered."""
     own = ("schema_version", "config", "provenance")
     return {
-        "measured": list(_facts(measured)),
-        "config_facts": list(_facts(manifest["config"])),
-        "starts": [list(_facts(start)) for start in manifest["provenance"]],
+        "measured": list(facts(measured)),
+        "config_facts": list(facts(manifest["config"])),
+        "starts": [list(facts(start)) for start in manifest["provenance"]],
         "remembered": [
             (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
         ],
     }
 
 
-def _facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
+def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
     """Each field with its dotted name; a list of plain values on one line."""
     for key, value in fields.items():
         inner = f"{name}.{key}" if name else str(key)
         if isinstance(value, dict) and value:
-            yield from _facts(value, inner)
+            yield from facts(value, inner)
         elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):
             yield inner, " · ".join(map(_plain, value))
         else:

@@ -16,7 +16,7 @@ from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.files import read_json
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import Cell, interval, number, p_value, render, sentence_case, signed, two
+from safetyheads.reports.page import Cell, facts, interval, number, p_value, render, sentence_case, signed, two
 from safetyheads.runs.directory import RunDirectory
 
 Record: TypeAlias = Mapping[str, Any]
@@ -181,6 +181,7 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
         "asked": [
             (row, *(number_cell(row[key], "rate") for key in ("asr", "kept"))) for row in outcome.get("asked") or ()
         ],
+        "settings": list(facts(outcome.get("settings") or {})),
         "figures": [(figure, list(_figure_notes(figure))) for figure, _ in shown],
         "figures_left_out": left_out,
         "charts": {f"figure-{at}": drawn for at, (_, drawn) in enumerate(shown, 1) if drawn is not None},
