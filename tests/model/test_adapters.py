@@ -12,7 +12,7 @@ import torch
 from families import built
 from oracle import Oracle
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, tokenizer
+from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, saved, tokenizer
 
 from safetyheads import (
     SCALING_CONTRIBUTION,
@@ -45,13 +45,6 @@ KINDS = {
 }
 
 
-def save_base(family, path):
-    model = model_of(family)
-    model.save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return model
-
-
 def save_adapter(model, path, **settings):
     """A random adapter on a model; both factors are drawn, so that it changes much."""
     torch.manual_seed(1)
@@ -75,9 +68,9 @@ def places(tmp_path_factory):
         ("llama_gqa", "head_too"),
     ):
         folder = tmp_path_factory.mktemp("adapted")
-        adapted = save_adapter(save_base(family, folder / "base"), folder / "adapter", **KINDS[kind])
-        adapted.merge_and_unload().save_pretrained(folder / "merged")
-        tokenizer().save_pretrained(folder / "merged")
+        saved(model_of(family), folder / "base")
+        adapted = save_adapter(model_of(family), folder / "adapter", **KINDS[kind])
+        saved(adapted.merge_and_unload(), folder / "merged")
         made[family, kind] = tuple(str(folder / name) for name in ("base", "adapter", "merged"))
     return made
 
@@ -148,7 +141,8 @@ FURTHER_KINDS = {
 
 @pytest.mark.parametrize("kind", FURTHER_KINDS)
 def test_adapters_that_keep_parts_of_the_base_score_as_their_merged_models(kind, tmp_path):
-    base = save_base("llama_gqa", tmp_path / "base")
+    base = model_of("llama_gqa")
+    saved(base, tmp_path / "base")
     torch.manual_seed(1)
     adapted = peft.get_peft_model(copy.deepcopy(base), FURTHER_KINDS[kind]())
     with torch.no_grad():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -98,83 +97,6 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(name):
     with pytest.raises(UnsupportedModelError, match=REFUSED[name].said) as said:
         Engine(model, tokenizer()).check()
     assert str(said.value).startswith(model.config.model_type)
-
-
-# Facts are claims; the lies that issue 6 names are in test_lies.py
-
-
-def with_facts(name, **facts):
-    """An unproved engine that was told something else of its model."""
-    engine = Engine(copy.deepcopy(built(name)), tokenizer())
-    engine.architecture = replace(engine.architecture, **facts)
-    return engine
-
-
-def shapes_of(name, **wrong):
-    return tuple(shape and replace(shape, **wrong) for shape in proved(name).architecture.shapes)
-
-
-LIES = {
-    "the number of heads": (
-        "llama3",
-        lambda: {"shapes": shapes_of("llama3", n_heads=8, d_head=4, d_value=4)},
-        "heads 4, not 8",
-    ),
-    "the number of key heads": (
-        "llama3",
-        lambda: {"shapes": shapes_of("llama3", n_kv_heads=4)},
-        "key heads 2, not 4",
-    ),
-    "a value's width": ("deepseek_v3", lambda: {"shapes": shapes_of("deepseek_v3", d_value=12)}, "values 6, not 12"),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_wrong_numbers_are_refused(lie):
-    name, facts, said = LIES[lie]
-    with pytest.raises(UnsupportedModelError, match=said):
-        with_facts(name, **facts()).check()
-
-
-def test_a_window_of_the_wrong_layer_is_told():
-    engine = with_facts("gemma2")
-    first, *others = engine.architecture.shapes
-    assert [shape.window for shape in (first, *others)] == [6, None, 6]
-    engine.architecture = replace(engine.architecture, shapes=(replace(first, window=None), *others))
-    (told,) = (proof for proof in engine.check().proofs if not proof.passed and "window" in proof.name)
-    assert "most in layer 0" in told.name
-
-
-def test_a_layer_with_heads_that_is_said_to_have_none_is_refused():
-    engine = with_facts("qwen3_next")
-    facts = engine.architecture
-    engine.architecture = replace(facts, attentions=(*facts.attentions[:3], None), shapes=(*facts.shapes[:3], None))
-    with pytest.raises(UnsupportedModelError, match="Qwen3NextAttention attends, but was not found in any layer"):
-        engine.check()
-
-
-def test_layers_in_another_order_are_refused():
-    engine = with_facts("llama3")
-    attentions = engine.architecture.attentions
-    engine.architecture = replace(engine.architecture, attentions=attentions[::-1])
-    with pytest.raises(UnsupportedModelError, match="layer 0 does not call the attention registry"):
-        engine.check()
-
-
-@pytest.mark.parametrize(
-    ("facts", "lost"),
-    [
-        (lambda facts: {"query_projections": tuple(each.v_proj for each in facts.attentions)}, {"prunes"}),
-        (lambda facts: {"output_projections": tuple(each.q_proj for each in facts.attentions)}, {"starts_late"}),
-        (lambda facts: {"output_projections": (None,) * 3}, {"starts_late"}),
-    ],
-    ids=["values for queries", "queries for outputs", "no outputs"],
-)
-def test_a_wrong_projection_costs_its_quick_path_and_no_more(facts, lost):
-    engine = with_facts("llama3")
-    engine.architecture = replace(engine.architecture, **facts(engine.architecture))
-    engine.check()
-    assert {each.name for each in fields(Capabilities) if not getattr(engine.capabilities, each.name)} == lost
 
 
 # A run

@@ -11,28 +11,22 @@ import pytest
 import torch
 from families import REFUSED, built
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, build, prompts_of, tokenizer
+from tiny_models import COMMON, build, prompts_of, saved
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.architecture import describe
+from safetyheads.model.architecture import Capabilities, describe
 from safetyheads.prompts.asked import DatedPromptWarning
 from safetyheads.runs.provenance import notes_of
-
-
-def saved(path, model, tokens=None):
-    model.save_pretrained(path)
-    (tokens or tokenizer()).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A Llama with biases on its projections."""
     config = LlamaConfig(**COMMON, num_key_value_heads=2, attention_bias=True)
-    return saved(tmp_path_factory.mktemp("whole"), build(config))
+    return saved(build(config), tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
@@ -61,17 +55,19 @@ def refusal(path, **options):
 # Weights that nothing uses
 
 
-def test_biases_that_the_config_does_not_have_are_refused(place):
-    change(place, attention_bias=False)
-    assert refusal(place) == (
-        "the weights of M hold 12 tensors that its config.json has no place for, "
-        "model.layers.0.self_attn.k_proj.bias among them"
-    )
-
-
-def test_layers_that_the_config_does_not_have_are_refused(place):
-    change(place, num_hidden_layers=2)
-    assert "that its config.json has no place for, model.layers.2." in refusal(place)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"attention_bias": False},
+            "hold 12 tensors that its config.json has no place for, model.layers.0.self_attn.k",
+        ),
+        ({"num_hidden_layers": 2}, "that its config.json has no place for, model.layers.2."),
+    ],
+)
+def test_weights_that_the_config_does_not_have_are_refused(place, settings, said):
+    change(place, **settings)
+    assert said in refusal(place)
 
 
 def test_a_head_bias_without_a_place_is_refused(place):
@@ -144,20 +140,19 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused():
 
 
 def test_an_end_token_without_an_embedding_pads_nothing(place):
-    engine = Engine.load(str(place), check=False)
-    expected = generate(engine, prompts_of((5, 7, 3), (4,)), 4)
-    engine.tokenizer = bigger("w75")
+    engine, prompts = Engine.load(str(place), check=False), prompts_of((5, 7, 3), (4,))
+    expected = generate(engine, prompts, 4)
     engine.model.generation_config.eos_token_id = None
-    found = generate(engine, prompts_of((5, 7, 3), (4,)), 4)
+    found = generate(Engine(engine.model, bigger("w75")), prompts, 4)
     # Another end, so an answer may be longer by what the model would have ended at.
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.token_ids[: len(theirs.token_ids)] == theirs.token_ids
 
 
 def test_a_template_that_writes_the_date_is_told_in_every_run(place):
-    engine = Engine.load(str(place), check=False)
-    engine.tokenizer = bigger("w63")
-    engine.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    dated = bigger("w63")
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    engine = Engine(Engine.load(str(place), check=False).model, dated)
     prompts = PromptSet.from_queries(["w5 w7"], "chat")
     with pytest.warns(DatedPromptWarning, match="writes today's date into the prompts"):
         ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
@@ -168,6 +163,12 @@ def test_a_template_that_writes_the_date_is_told_in_every_run(place):
 
 
 # Files that say nonsense
+
+
+def test_a_loaded_checkpoint_is_proved_and_named(place):
+    engine = Engine.load(str(place))
+    assert (engine.n_layers, engine.n_heads, len(engine.heads)) == (3, 4, 12)
+    assert (engine.capabilities, engine.name) == (Capabilities(), str(place))
 
 
 @pytest.mark.parametrize(
@@ -198,20 +199,6 @@ def test_settings_that_are_nonsense_are_refused(place, settings, why):
 def test_a_generation_config_that_is_no_object_is_refused(place):
     (place / "generation_config.json").write_text("[]")
     assert refusal(place) == "M/generation_config.json does not hold a JSON object"
-
-
-@pytest.mark.parametrize(
-    ("device_map", "why"),
-    [
-        ({"": "nonsense"}, "the device map's place of 'the model': unknown device 'nonsense'"),
-        ({"": "cuda:9"}, "the device map's place of 'the model': device cuda:9 is not there"),
-        ({"": 9}, "device cuda:9 is not there"),
-        ({"lm_head": "meta"}, "the device map's place of 'lm_head': device meta is not one that was proved"),
-        ({}, "the device map is empty"),
-    ],
-)
-def test_a_device_map_with_places_that_are_none_is_refused(place, device_map, why):
-    assert why in refusal(place, device_map=device_map)
 
 
 # Attention that is not where a head could be told

@@ -1,20 +1,38 @@
+"""Plans, by hand and by property; counted costs against torch's counter and profiler; halving where memory runs out."""
+
+from __future__ import annotations
+
+import itertools
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import COMMON, build, engine_of, tokenizer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig
 
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
+from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.model.architecture import Capabilities
+from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import (
     LayerFlops,
     Plan,
     TokenSequence,
     halving,
     is_out_of_memory,
+    layer_flops,
     pack,
     plan,
+    row_sizes,
     shared_prefix,
 )
+from safetyheads.model.replay import decode
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
 quick = settings(deadline=None, max_examples=50)
@@ -220,3 +238,163 @@ def test_a_single_item_that_does_not_fit_raises():
         list(halving(list(range(4)), device.run))
     assert device.tried == [4, 2, 1]
     assert device.done == []
+
+
+def test_what_was_too_much_before_is_halved_without_another_try():
+    device = Device(fits=2)
+    known = [4]
+    parts = list(halving(range(4), lambda items: None if len(items) in known else device.run(items)))
+    assert [list(part) for part, _ in parts] == [[0, 1], [2, 3]]
+    assert device.tried == [2, 2]
+
+
+# Operations, against torch's own counter
+
+PROMPTS = ((5, 9, 12, 40, 41, 8), (5, 9, 12, 7, 7, 19, 33, 50), (5, 9, 12, 1))
+SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]
+LAYOUT = Plan(((0, 1), (2,)), 1, 1)
+
+
+def weights_only(run):
+    """Operations of products with weights: attention's own are counted over masked pairs too, so they stay out."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "mm" in str(operation) and "bmm" not in str(operation))
+
+
+def without_pairs(rows):
+    return [replace(row, n_pairs=0, n_wanted_pairs=0) for row in rows]
+
+
+@pytest.mark.parametrize("family", ["llama_mha", "llama_gqa", "qwen3_norm"])
+def test_a_forward_counts_what_runs(family):
+    engine = engine_of(family)
+    rows = [pack(SEQUENCES, members) for members in LAYOUT.rows]
+    sizes = without_pairs(row_sizes(SEQUENCES, LAYOUT))
+    assert [size.n_tokens for size in sizes] == [row.n_tokens for row in rows]
+
+    def run():
+        with torch.inference_mode():
+            for row in rows:
+                decode(engine.architecture, row, 1)
+
+    assert engine.costs.forward_flops(sizes) == weights_only(run)
+
+
+@pytest.mark.parametrize("quick", [Capabilities(), Capabilities(prunes=False), Capabilities(starts_late=False)])
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_a_replay_counts_what_runs(start, quick):
+    engine = engine_of("llama_gqa", capabilities=quick)
+    captures = engine.captured(SEQUENCES, (), UNDIFFERENTIATED_ATTENTION, LAYOUT, start)
+    sizes = without_pairs(row_sizes(SEQUENCES, LAYOUT))
+
+    def run(n_rows):
+        groups = [(Head(start, index),) for index in range(n_rows)]
+        return weights_only(lambda: engine.replayed(captures, groups, UNDIFFERENTIATED_ATTENTION, start))
+
+    run(1)  # the first ablated layer's heads are compared once for all batches
+    # What all rows share falls out of the difference of two rows and one.
+    useful = run(2) - run(1)
+    if quick.prunes and not (start == 2 and quick.starts_late):
+        # The last layer makes the wanted tokens' keys and values a second time, to throw them away.
+        useful -= layer_flops(engine.architecture).key_value * len(PROMPTS)
+    assert engine.costs.replay_flops(sizes, start) == useful
+    assert engine.costs.scan_flops(sizes, [Head(start, 0), Head(start, 1)]) == 2 * useful
+
+
+def test_pairs_are_those_that_a_causal_mask_allows_within_each_prompt():
+    (first, second) = row_sizes(SEQUENCES, LAYOUT)
+    # A shared prefix of 3: its own 6 pairs, then tokens 4-6 and 4-8 with all before them.
+    assert first.n_pairs == 6 + (4 + 5 + 6) + (4 + 5 + 6 + 7 + 8)
+    assert (second.n_pairs, first.n_wanted_pairs) == (1 + 2 + 3 + 4, 6 + 8)
+    assert layer_flops(engine_of("llama_mha").architecture).pair == 4 * 32
+
+
+def test_of_experts_only_the_active_share_counts():
+    engine = engine_of("gpt_oss_sinks")
+    assert engine.architecture.active_experts == 0.5
+    dense = layer_flops(engine_of("llama_gqa").architecture)
+    assert layer_flops(engine.architecture).mlp > dense.mlp
+
+
+# Memory, against the live bytes that torch's profiler sees
+
+# Wide enough that tensors and not bookkeeping are what is counted.
+WIDE = {**COMMON, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 500}
+CONFIGS = {
+    "mha": lambda: LlamaConfig(**WIDE, num_key_value_heads=8),
+    "gqa": lambda: LlamaConfig(**WIDE, num_key_value_heads=2),
+    "softcap": lambda: Gemma2Config(
+        **WIDE, num_key_value_heads=4, head_dim=16, sliding_window=64, query_pre_attn_scalar=16
+    ),
+    "experts": lambda: GptOssConfig(
+        **{**WIDE, "intermediate_size": 128}, num_key_value_heads=2, head_dim=16, sliding_window=64, num_local_experts=8
+    ),
+}
+LAYOUTS = {
+    "one row": (8, 24, 0, Plan((tuple(range(8)),), 8, 1)),
+    "two rows behind a prefix": (8, 20, 60, Plan((tuple(range(4)), tuple(range(4, 8))), 8, 1)),
+    "one row behind a long prefix": (4, 10, 150, Plan(((0, 1, 2, 3),), 8, 1)),
+    "one head at a time": (4, 40, 0, Plan(((0, 1, 2, 3),), 1, 1)),
+    "one prompt a row": (3, 70, 0, Plan(((0,), (1,), (2,)), 8, 1)),
+}
+
+
+def wide(name, **options):
+    model = build(CONFIGS[name]())
+    use_our_attention(model)
+    return Engine(model, tokenizer(), name=name, **options)
+
+
+def sequences_of(n, length, n_prefix):
+    drawn = random.Random(0)
+    prefix = tuple(drawn.randrange(9, 400) for _ in range(n_prefix))
+    return [
+        TokenSequence((*prefix, *(drawn.randrange(9, 400) for _ in range(length + number % 5)))) for number in range(n)
+    ]
+
+
+def peak(run):
+    """Most bytes that were alive at once beyond those alive before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def measured(engine, sequences, layout):
+    groups = [(Head(layer, index),) for layer in (0, 2) for index in range(layout.groups_per_batch)]
+
+    def run():
+        HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), layout).measure(groups)
+
+    run()  # what is made once and stays is not the pass's
+    return peak(run)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("arranged", LAYOUTS)
+def test_the_estimate_is_within_30_percent_of_the_live_bytes(name, arranged):
+    *asked, layout = LAYOUTS[arranged]
+    engine, sequences = wide(name), sequences_of(*asked)
+    assert engine.memory_estimate(sequences, layout) == pytest.approx(measured(engine, sequences, layout), rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["mha", "softcap"])
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_a_pass_stays_within_any_budget(name, share):
+    free, sequences = wide(name), sequences_of(8, 24, 0)
+    budget = int(share * free.memory_estimate(sequences, free.plan(sequences)))
+    engine = wide(name, memory_budget=budget)
+    layout = engine.plan(sequences)
+    assert measured(engine, sequences, layout) <= 1.1 * budget
+    groups, readouts = [(Head(1, 3),), (Head(2, 0),)], Readouts(ships=True)
+    tight, loose = (HeadPass(each, sequences, UNDIFFERENTIATED_ATTENTION, readouts) for each in (engine, free))
+    assert torch.allclose(tight.measure(groups)["ships"], loose.measure(groups)["ships"], rtol=1e-3, atol=1e-7)
+
+
+def test_a_budget_that_nothing_fits_is_refused():
+    with pytest.raises(InputError, match=r"memory budget is 0\.00095 MiB"):
+        wide("mha", memory_budget=1000).plan(sequences_of(2, 24, 0))

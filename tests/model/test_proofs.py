@@ -1,43 +1,65 @@
-"""The proofs at load: sound models pass whatever their precision and proportions, and lies are refused by name."""
+"""The proofs at load: sound models pass whatever their precision and proportions; wrong facts are refused by name.
+
+A lie is a change to what was read of a model or to how attention and ablation act; the weights stay as they are.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import types
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, tokenizer
+from families import built, proved
+from tiny_models import CONFIGS, PLAIN, build, engine_of, model_of, prompts_of, tokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 from safetyheads import Head, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
-from safetyheads.model.architecture import Capabilities
+from safetyheads.model import attention
+from safetyheads.model.architecture import Capabilities, describe
 from safetyheads.model.engine import Engine
 from safetyheads.model.quick_paths import largest
 
+DTYPES = ("float32", "bfloat16")
 
-def refusal_of(model):
+
+def refusal_of(model, **options):
     with pytest.raises(UnsupportedModelError) as refused:
-        Engine(model, tokenizer()).check()
+        Engine(model, tokenizer(), **options).check()
     return str(refused.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# Sound models
+
+
+@pytest.mark.parametrize("family", [*PLAIN, "gpt_oss_sinks"])
+def test_in_bfloat16_every_claim_holds_and_leaves_all_quick_paths(family):
+    engine = Engine(model_of(family, torch.bfloat16), tokenizer())
+    report = engine.check()
+    assert report.passed, [proof for proof in report.proofs if not proof.passed]
+    assert engine.capabilities == Capabilities()
+    (evenness,) = [proof.name for proof in report.proofs if "is uniform" in proof.name]
+    assert ("beside a sink's share" in evenness) == (family not in PLAIN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_layers", [3, 24])
 def test_rounding_does_not_pile_up_over_layers(n_layers, dtype):
     config = CONFIGS["llama_gqa"]()
     config.num_hidden_layers = n_layers
-    assert Engine(build(config).to(dtype), tokenizer()).check().passed
+    assert Engine(build(config).to(getattr(torch, dtype)), tokenizer()).check().passed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [1e-1, 1e-3, 0.0])
 def test_a_head_that_says_little_refuses_no_model(share, dtype):
-    model = model_of("llama_mha", dtype)
+    model = model_of("llama_mha", getattr(torch, dtype))
     with torch.no_grad():
         for layer in model.model.layers:  # the columns of one head, and the middle one, which a proof might pick
             layer.self_attn.o_proj.weight[:, 16:24] *= share
@@ -45,10 +67,228 @@ def test_a_head_that_says_little_refuses_no_model(share, dtype):
     assert Engine(model, tokenizer()).check().passed
 
 
+# Lies
+
+EAGER = "our attention equals the family's eager attention"
+OTHERS = "undifferentiated attention leaves the other heads unchanged"
+SCALED = "undifferentiated attention scales what meets the keys"
+EVEN = "undifferentiated attention is uniform over the allowed keys"
+SILENCED = "scaling a head to 0 silences it"
+
+
+def with_shapes(facts, **wrong):
+    """Facts of heads that are wrong in the same way in every layer."""
+    return {"shapes": tuple(shape and replace(shape, **wrong) for shape in facts.shapes)}
+
+
+def with_facts(change):
+    """A lie about what was read of the model: ``change`` gives other facts."""
+    return lambda facts, _: change(facts)
+
+
+def with_selected(change, tensors=("query", "key", "head_output")):
+    """A lie to the ablation: the heads it is told, [n_rows, n_heads], become others."""
+    ablate = attention._ablate
+
+    def lie(_, monkeypatch):
+        def another(tensor, before, row_ablation, head_dimension):
+            if row_ablation.ablation.kind.tensor in tensors:
+                row_ablation = replace(row_ablation, selected=change(row_ablation.selected))
+            return ablate(tensor, before, row_ablation, head_dimension)
+
+        monkeypatch.setattr(attention, "_ablate", another)
+
+    return lie
+
+
+def plain_attention(_, monkeypatch):
+    """Softmax of masked scores and no more, whatever the family's attention adds."""
+
+    def attend(module, query, key, value, attention_mask, scaling, dropout, keywords):
+        del dropout, keywords
+        mask = attention._causal(query, key) if attention_mask is None else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+    monkeypatch.setattr(attention, "_attend", attend)
+
+
+def without_mask(_, monkeypatch):
+    """Attention that sees all before it, whatever window the mask has."""
+    attend = attention._attend
+
+    def unwindowed(module, query, key, value, attention_mask, scaling, dropout, keywords):
+        del attention_mask
+        return attend(module, query, key, value, attention._causal(query, key), scaling, dropout, keywords)
+
+    monkeypatch.setattr(attention, "_attend", unwindowed)
+
+
+def with_forward(module, forward):
+    """The module calls ``forward(its own forward, *arguments, **keywords)``."""
+    own = module.forward
+    module.forward = lambda *arguments, **keywords: forward(own, *arguments, **keywords)
+
+
+def swallowed(facts, _):
+    """The last layer's module calls the registry, but does not hand its keywords on."""
+
+    def forward(own, *arguments, safetyheads_call=None, **keywords):
+        del safetyheads_call
+        return own(*arguments, **keywords)
+
+    with_forward(facts.attentions[-1], forward)
+
+
+def before_the_norm(facts, _):
+    """Queries are scaled as they leave their projection: a norm after it takes the scale away again."""
+    for layer in facts.with_heads:
+        module = facts.attentions[layer]
+        ablations = []
+
+        def forward(own, *arguments, ablations=ablations, safetyheads_call=None, **keywords):
+            if safetyheads_call is not None:
+                queries = [each for each in safetyheads_call.ablations if each.ablation.kind.tensor == "query"]
+                others = [each for each in safetyheads_call.ablations if each not in queries]
+                ablations[:] = queries
+                keywords["safetyheads_call"] = replace(safetyheads_call, ablations=tuple(others))
+            try:
+                return own(*arguments, **keywords)
+            finally:
+                ablations.clear()
+
+        def scale(_, __, output, ablations=ablations):
+            for each in ablations:
+                rows, n_heads = each.selected.shape
+                heads = output.view(*output.shape[:-1], n_heads, -1)
+                selected = each.selected.view(rows, 1, n_heads, 1)
+                output = torch.where(selected, heads * each.ablation.epsilon, heads).flatten(-2)
+            return output
+
+        with_forward(module, forward)
+        module.q_proj.register_forward_hook(scale)
+
+
+def pairs(selected):
+    """[n_rows, n_heads] as [n_rows, n_kv_heads, 2], of two heads to a key head."""
+    return selected.view(len(selected), -1, 2)
+
+
+@dataclass(frozen=True)
+class Lie:
+    """A lie, and how it is found out."""
+
+    families: tuple[str, ...]
+    """Names of :data:`families.FAMILIES`."""
+    tell: Callable[..., None]
+    """(facts, monkeypatch) -> the facts that change, if any."""
+    said: str
+    """A pattern of the refusal."""
+
+
+LIES = {
+    "wrong norm": Lie(
+        ("llama3", "gemma2", "olmo2"),
+        with_facts(lambda facts: {"final_norm": facts.layers[-1].post_attention_layernorm}),
+        "logits of given states equal the model's own",
+    ),
+    "heads swapped": Lie(
+        ("llama2", "llama3", "gpt_oss"), with_selected(lambda selected: selected.flip(1), ("query",)), OTHERS
+    ),
+    "heads swapped, of one key head": Lie(
+        ("llama3", "gpt_oss"), with_selected(lambda selected: pairs(selected).flip(2).flatten(1), ("query",)), OTHERS
+    ),
+    "heads swapped, by their outputs": Lie(
+        ("llama3", "deepseek_v3"), with_selected(lambda selected: selected.flip(1), ("head_output",)), SILENCED
+    ),
+    "window ignored": Lie(("mistral", "gemma3", "gpt_oss"), without_mask, EAGER),
+    "window ignored, by the facts": Lie(
+        ("mistral",), with_facts(lambda _: {"windows": ()}), "see 5 tokens back, which no window says"
+    ),
+    "ablation that hits the whole KV group": Lie(
+        ("llama3", "gpt_oss"),
+        with_selected(lambda selected: pairs(selected).any(2, True).expand(-1, -1, 2).flatten(1), ("query",)),
+        OTHERS,
+    ),
+    "ablation applied before QK-norm": Lie(("qwen3", "gemma3", "stablelm"), before_the_norm, SCALED),
+    "ablation applied before a QK-norm over all heads": Lie(("olmo2",), before_the_norm, OTHERS),
+    "sinks dropped": Lie(("gpt_oss",), plain_attention, EAGER),
+    "softcap dropped": Lie(("gemma2",), plain_attention, EAGER),
+    "a keyword that never arrives": Lie(("llama3", "stablelm", "qwen3_next"), swallowed, "hand its keywords on to it"),
+    "the number of heads": Lie(
+        ("llama3",), with_facts(lambda facts: with_shapes(facts, n_heads=8, d_head=4, d_value=4)), "heads 4, not 8"
+    ),
+    "a value's width": Lie(
+        ("deepseek_v3",), with_facts(lambda facts: with_shapes(facts, d_value=12)), "values 6, not 12"
+    ),
+    "a layer without heads": Lie(
+        ("qwen3_next",),
+        with_facts(lambda facts: {name: (*getattr(facts, name)[:3], None) for name in ("attentions", "shapes")}),
+        "Qwen3NextAttention attends, but was not found in any layer",
+    ),
+    "layers in another order": Lie(
+        ("llama3",),
+        with_facts(lambda facts: {"attentions": facts.attentions[::-1]}),
+        "layer 0 does not call the attention registry",
+    ),
+    "an ablation that does nothing": Lie(
+        ("llama3", "gpt_oss"), with_selected(torch.zeros_like, ("query",)), f"{SCALED}|{EVEN}"
+    ),
+}
+TOLD = [(lie, name, dtype) for lie in LIES for name in LIES[lie].families for dtype in DTYPES]
+
+
+def told(lie, name, monkeypatch, dtype="float32"):
+    """An unproved engine that was told a lie about a family's model."""
+    model = copy.deepcopy(built(name)).to(getattr(torch, dtype))
+    facts = describe(model)
+    return Engine(model, tokenizer(), architecture=replace(facts, **(lie(facts, monkeypatch) or {})))
+
+
+@pytest.mark.parametrize(("lie", "name", "dtype"), TOLD)
+def test_a_lie_is_refused(lie, name, dtype, monkeypatch):
+    engine = told(LIES[lie].tell, name, monkeypatch, dtype)
+    with pytest.raises(UnsupportedModelError, match=LIES[lie].said) as refused:
+        engine.check()
+    assert str(refused.value).startswith(f"{engine.model.config.model_type}: refused, because ")
+
+
+def test_a_scale_before_rotation_alone_is_no_lie(monkeypatch):
+    """What refuses an ablation before the norm is the norm: without one the two places are the same."""
+    assert told(before_the_norm, "gpt_oss", monkeypatch).check().passed
+
+
+def test_a_window_of_the_wrong_layer_is_told(monkeypatch):
+    assert [shape.window for shape in proved("gemma2").architecture.shapes] == [6, None, 6]
+
+    def first_has_none(facts, _):
+        return {"shapes": (replace(facts.shapes[0], window=None), *facts.shapes[1:])}
+
+    report = told(first_has_none, "gemma2", monkeypatch).check()
+    (failed,) = (proof for proof in report.proofs if not proof.passed and "window" in proof.name)
+    assert "most in layer 0" in failed.name
+
+
+@pytest.mark.parametrize(
+    ("facts", "lost"),
+    [
+        (lambda facts: {"query_projections": tuple(each.v_proj for each in facts.attentions)}, {"prunes"}),
+        (lambda facts: {"output_projections": tuple(each.q_proj for each in facts.attentions)}, {"starts_late"}),
+        (lambda facts: {"output_projections": (None,) * 3}, {"starts_late"}),
+    ],
+    ids=["values for queries", "queries for outputs", "no outputs"],
+)
+def test_a_wrong_projection_costs_its_quick_path_and_no_more(facts, lost, monkeypatch):
+    capabilities = told(with_facts(facts), "llama3", monkeypatch).check().capabilities
+    assert {each.name for each in fields(Capabilities) if not getattr(capabilities, each.name)} == lost
+
+
+# One layer, and what ends a proof
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_layer_that_attends_by_itself_is_refused_wherever_it_is(layer):
     model = model_of("llama_mha")
-    attention = model.model.layers[layer].self_attn
+    module = model.model.layers[layer].self_attn
 
     def private(self, hidden_states, position_embeddings, attention_mask=None, **_):
         self.config = copy.deepcopy(self.config)  # of its own, so that ours is never set on it
@@ -57,14 +297,12 @@ def test_a_layer_that_attends_by_itself_is_refused_wherever_it_is(layer):
         causal = torch.full((1, 1, n_tokens, n_tokens), -1e9).triu(1)
         return type(self).forward(self, hidden_states, position_embeddings, causal)
 
-    attention.forward = types.MethodType(private, attention)
+    module.forward = types.MethodType(private, module)
     assert f"layer {layer} does not call the attention registry" in refusal_of(model)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
-    from safetyheads.model import attention
-
     ablate = attention._ablate
     model = model_of("llama_gqa")
     target = model.model.layers[layer].self_attn
@@ -84,20 +322,7 @@ def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
     assert f"most in layer {layer}" in said
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_sinks"])
-def test_an_ablation_of_the_inputs_that_does_nothing_is_refused(family, monkeypatch):
-    """With a sink too, where only the rest of what a token attends to is uniform."""
-    from safetyheads.model import attention
-
-    monkeypatch.setattr(attention, "_ablate_inputs", lambda module, query, key, value, _: (module, (query, key, value)))
-    # Whichever of the claims about the query comes first; each alone would do.
-    said = refusal_of(model_of(family))
-    assert "undifferentiated attention" in said
-
-
 def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
-    from safetyheads.model import attention
-
     proofs = {proof.name: proof for proof in Engine(model_of("gpt_oss_sinks"), tokenizer()).check().proofs}
     (name,) = [name for name in proofs if "beside a sink's share" in name]
     assert proofs[name].error < 1e-5
@@ -117,12 +342,10 @@ def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
 
 
 def test_only_the_facts_of_heads_that_differ_are_named():
-    engine = Engine(model_of("llama_gqa"), tokenizer())
-    shapes = tuple(replace(shape, n_kv_heads=4) for shape in engine.architecture.shapes)
-    engine.architecture = replace(engine.architecture, shapes=shapes)
-    with pytest.raises(UnsupportedModelError) as refused:
-        engine.check()
-    assert str(refused.value) == "llama: refused, because layer 0 attends with key heads 2, not 4"
+    model = model_of("llama_gqa")
+    facts = describe(model)
+    said = refusal_of(model, architecture=replace(facts, **with_shapes(facts, n_kv_heads=4)))
+    assert said == "llama: refused, because layer 0 attends with key heads 2, not 4"
 
 
 def test_a_model_that_is_ablated_is_not_proved_but_said_to_be_ablated():
@@ -142,15 +365,15 @@ def test_a_model_that_is_ablated_is_not_proved_but_said_to_be_ablated():
 
 def test_code_that_trips_over_the_proofs_is_refused_by_name():
     model = model_of("llama_mha")
-    attention = model.model.layers[1].self_attn
-    forward = attention.forward
+    module = model.model.layers[1].self_attn
+    forward = module.forward
 
     def of_one_row_only(hidden_states, *arguments, **keywords):
         if len(hidden_states) > 1:
             raise RuntimeError("expand(): the batch is not the first dimension here\nand a second line")
         return forward(hidden_states, *arguments, **keywords)
 
-    attention.forward = of_one_row_only
+    module.forward = of_one_row_only
     said = refusal_of(model)
     assert said.startswith("llama: refused, because ablating a head of each layer raised RuntimeError: expand()")
     assert "second line" not in said
@@ -193,8 +416,8 @@ def test_a_shortage_of_memory_refuses_no_model(monkeypatch):
 
 
 def test_a_proof_that_breaks_off_leaves_ablations_at_work(monkeypatch):
-    engine = engine_of("llama_mha")
-    slow = engine.capabilities = Capabilities(packs=False)
+    slow = Capabilities(packs=False)
+    engine = engine_of("llama_mha", capabilities=slow)
     ids = torch.arange(1, 9)[None]
     unablated = engine.model(ids).logits
     without_memory(monkeypatch)

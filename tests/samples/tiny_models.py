@@ -89,13 +89,20 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token=f"w{END}")
 
 
-def engine_of(family, dtype=torch.float32, token_budget=None):
+def engine_of(family, dtype=torch.float32, **options):
     """An engine on our attention, unproved: the proofs have tests of their own."""
     model = model_of(family, dtype)
     use_our_attention(model)
-    return Engine(model, tokenizer(), name=family, token_budget=token_budget)
+    return Engine(model, tokenizer(), name=family, **options)
 
 
 def prompts_of(*prompts):
     """Token ids as a set of prompts under the bare template."""
     return PromptSet.from_queries([" ".join(f"w{token}" for token in ids) for ids in prompts], "direct")
+
+
+def saved(model, path, tokens=None):
+    """Writes a model and a tokenizer to a directory; gives its path as text."""
+    model.save_pretrained(path)
+    (tokens or tokenizer()).save_pretrained(path)
+    return str(path)
