@@ -41,7 +41,8 @@ class Count(NamedTuple):
 
 def counted(engine: Engine, window: int = 0) -> Count:
     """The proofs' tokens and pairs, of a run that reaches beyond the window; 0 is none."""
-    engine.architecture = replace(engine.architecture, windows=(window,))
+    facts = replace(engine.architecture, windows=(window,))
+    engine = Engine(engine.model, engine.tokenizer, architecture=facts)
     tokens = pairs = 0
 
     def count(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

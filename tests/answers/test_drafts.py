@@ -673,8 +673,7 @@ def test_exact_ties_are_settled_as_plain_decoding_settles_them(sampling):
 
 @SAMPLINGS
 def test_without_quick_paths_the_scan_is_the_same(sampling):
-    engine = engine_of("llama_gqa")
-    engine.capabilities = Capabilities(False, False, False, False, False, False)
+    engine = engine_of("llama_gqa", capabilities=Capabilities(False, False, False, False, False, False))
     ours = scan("llama_gqa", sampling, engine=engine)
     assert differences(ours.rows, twin("llama_gqa", sampling)) == []
     assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(usual("llama_gqa", sampling))]
@@ -683,8 +682,8 @@ def test_without_quick_paths_the_scan_is_the_same(sampling):
 @SAMPLINGS
 def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     family = "gemma2_softcap"
-    engine, quick = engine_of(family, token_budget=40), usual(family, sampling)
-    engine.capabilities = proved(family).capabilities
+    engine = engine_of(family, token_budget=40, capabilities=proved(family).capabilities)
+    quick = usual(family, sampling)
     layout = begun(family, sampling, engine=engine).drafts.plan
     assert len(layout.rows) > 1
     assert layout.groups_per_batch < 4

@@ -119,8 +119,8 @@ def tokens_of(engine, sequences, n):
 )
 def test_moves_equal_central_differences_of_plain_forwards(family, name):
     ablation = Ablation(name, 0.01)
-    engine, slow = engine_of(family), Differences(family, ablation)
-    engine.capabilities = Capabilities(plain_head=family != "gemma2_softcap")
+    engine = engine_of(family, capabilities=Capabilities(plain_head=family != "gemma2_softcap"))
+    slow = Differences(family, ablation)
     moves = Linearizer(engine, SEQUENCES, ablation, n_tokens=3).at(Point(0.0, 3)).moves
     tokens, largest = tokens_of(engine, SEQUENCES, 3), []
     # Differences in float32 lose two digits more.
@@ -227,10 +227,8 @@ def test_the_refusals_log_odds_are_forecast_signed():
 
 @pytest.mark.parametrize("slow", ["packs", "segments", "plain_head"])
 def test_without_a_quick_path_the_forecast_is_the_same(slow):
-    engine = engine_of("llama_gqa")
-    quick = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
-    engine.capabilities = Capabilities(**{slow: False})
-    plain = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
+    engines = (engine_of("llama_gqa"), engine_of("llama_gqa", capabilities=Capabilities(**{slow: False})))
+    quick, plain = (screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION) for engine in engines)
     assert torch.allclose(quick.ships, plain.ships, rtol=1e-3, atol=1e-6)
 
 

@@ -27,6 +27,7 @@ from safetyheads import (
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
 from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
 torch.set_num_threads(1)
@@ -384,9 +385,8 @@ def with_a_shared_container(engine, found):
 
 @pytest.mark.parametrize("prunes", [True, False], ids=["pruned", "whole"])
 def test_what_a_layer_writes_into_an_argument_does_not_reach_the_next_replay(prunes):
-    engine, found = engine_of("llama_gqa"), []
+    engine, found = engine_of("llama_gqa", capabilities=Capabilities(prunes=prunes)), []
     with_a_shared_container(engine, found)
-    engine.capabilities = type(engine.capabilities)(prunes=prunes)
     layout = Plan(((0, 1, 2, 3),), 4, 1)
     captures = engine.captured([TokenSequence(ids) for ids in PROMPTS], (), UNDIFFERENTIATED_ATTENTION, layout)
     caught = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -25,13 +26,11 @@ from safetyheads import (
     load_demo,
     ships,
 )
-from safetyheads.cli.app import main
 from safetyheads.model import loading
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.config import AuditConfig
-from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.provenance import fingerprint, settings_of
+from safetyheads.runs.provenance import fingerprint, model_facts, settings_of
 
 # A product of two factors beside a projection against one matrix; measured: 1e-6 nats, 7e-7 of the largest logit.
 SHIPS = 1e-5
@@ -230,19 +229,15 @@ def test_a_fine_tune_is_audited_without_merging(planted):
     # Factors in float32 give the change back to their last bits; measured: 4e-6 of Ships up to 2.6 nats.
     assert float((ours.values - theirs.values).abs().max()) < 1e-4
     assert set(ours.mean().top(3)) == set(tuned.planted_heads)
+    assert model_facts(engine, "demo:base")["name"] == f"demo:base + {planted}"
 
 
-def test_the_command_line_takes_an_adapter(planted, capsys, tmp_path):
-    arguments = ["audit", "demo:base", "--prompts", "demo", "--adapter", planted, "--out", str(tmp_path / "run")]
-    small = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32", "--quiet", "--json"]
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, *small])
-    assert ended.value.code == 0, capsys.readouterr().err
-    run = RunDirectory.open(tmp_path / "run")
-    assert run.read_results()["model"]["name"] == f"demo:base + {planted}"
-    stored = run.read_manifest()["config"]
-    assert stored["adapter"] == planted
-    assert stored["adapter_sha256"] == loading.find_adapter(planted).sha256
+def test_the_command_line_takes_an_adapter(planted, run):
+    (with_it, without) = (
+        run("check", "demo:base", *more, "--json", "--quiet") for more in (["--adapter", planted], [])
+    )
+    assert (with_it[0], with_it[2]) == (0, "")
+    assert json.loads(with_it[1])["proofs"] != json.loads(without[1])["proofs"]  # other weights, other rounding
 
 
 # What is refused
@@ -282,77 +277,79 @@ def test_an_adapter_of_a_deeper_base_is_refused(plain, tmp_path):
     assert "it holds, where the base has none, 8 tensors, " in refusal(plain[0], tmp_path)
 
 
-def test_an_adapter_that_lacks_tensors_is_refused(plain, tmp_path):
-    shutil.copytree(plain[1], tmp_path / "adapter")
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+@pytest.fixture
+def broken(plain, tmp_path):
+    """A copy of the adapter, to be broken: its base, and its directory."""
+    return plain[0], Path(shutil.copytree(plain[1], tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"peft_type": ["LORA"]}, "is of a kind that this peft does not know: ['LORA']"),
+        ({"alora_invocation_tokens": [3, 4]}, "acts from certain tokens on only (aLoRA)"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(settings, said, broken):
+    change_config(broken[1], **settings)
+    assert said in refusal(*broken)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "PROMPT_TUNING: it adds virtual tokens",
+        ),
+        (
+            lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
+            "is a VERA: its modules share weights that stand in none of them, so it cannot be put on a base module by "
+            "module; merge it into its base and give the merged model",
+        ),
+    ],
+    ids=["virtual tokens", "shared weights"],
+)
+def test_kinds_that_change_no_single_module_are_refused(config, said, plain, tmp_path):
+    peft.get_peft_model(model_of("llama_gqa"), config()).save_pretrained(tmp_path)
+    assert said in refusal(plain[0], tmp_path)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(broken):
+    weights = broken[1] / "adapter_model.safetensors"
     tensors = load_file(weights)
     del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert "it lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_A" in refusal(plain[0], tmp_path / "adapter")
+    assert "it lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_A" in refusal(*broken)
 
 
-def test_virtual_tokens_are_refused(plain, tmp_path):
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(tmp_path)
-    assert "PROMPT_TUNING: it adds virtual tokens" in refusal(plain[0], tmp_path)
+def test_a_truncated_adapter_is_refused(broken):
+    weights = broken[1] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert refusal(*broken).startswith(f"the weights of the adapter {broken[1]} are broken")
 
 
-def test_an_adapter_whose_modules_share_weights_is_refused_with_the_reason(plain, tmp_path):
-    config = peft.VeraConfig(r=4, target_modules=["q_proj"])
-    peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(tmp_path)
-    assert refusal(plain[0], tmp_path) == (
-        f"the adapter {tmp_path} is a VERA: its modules share weights that stand in none of them, so it cannot be put "
-        "on a base module by module; merge it into its base and give the merged model"
-    )
-
-
-def test_an_adapter_of_a_kind_that_is_no_word_is_refused(plain, tmp_path):
-    shutil.copytree(plain[1], tmp_path / "adapter")
-    change_config(tmp_path / "adapter", peft_type=["LORA"])
-    assert refusal(plain[0], tmp_path / "adapter").endswith("is of a kind that this peft does not know: ['LORA']")
-
-
-def test_an_adapter_that_waits_for_a_token_is_refused(plain, tmp_path):
-    shutil.copytree(plain[1], tmp_path / "adapter")
-    change_config(tmp_path / "adapter", alora_invocation_tokens=[3, 4])
-    assert "certain tokens" in refusal(plain[0], tmp_path / "adapter")
-
-
-def test_pickled_adapters_are_read_only_when_asked_for(plain, tmp_path):
-    shutil.copytree(plain[1], tmp_path / "adapter")
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+def test_pickled_adapters_are_read_only_when_asked_for(broken):
+    base, adapter = broken
+    weights = adapter / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    assert "--allow-pickle" in refusal(plain[0], tmp_path / "adapter")
-    allowed = Engine.load(plain[0], adapter=str(tmp_path / "adapter"), allow_pickle=True)
+    assert "--allow-pickle" in refusal(base, adapter)
+    allowed = Engine.load(base, adapter=str(adapter), allow_pickle=True)
     assert float(ships(allowed, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION).values.max()) > 0
-
-
-def test_a_truncated_adapter_is_refused(plain, tmp_path):
-    shutil.copytree(plain[1], tmp_path / "adapter")
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert refusal(plain[0], tmp_path / "adapter").startswith(
-        f"the weights of the adapter {tmp_path}/adapter are broken"
-    )
 
 
 def test_what_is_no_adapter_is_refused(plain, tmp_path):
     assert "has no adapter_config.json, so it is not an adapter" in refusal(plain[0], plain[0])
-    (tmp_path / "adapter_config.json").write_text("{")
-    assert "is not valid JSON" in refusal(plain[0], tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[]")
-    assert "does not hold a JSON object" in refusal(plain[0], tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "has no weights (adapter_model.safetensors)" in refusal(plain[0], tmp_path)
-    assert "is a file" in refusal(plain[0], tmp_path / "adapter_config.json")
-
-
-def test_an_adapter_given_as_the_model_is_told_how_to_be_given(plain):
+    config = tmp_path / "adapter_config.json"
+    for text, said in (("{", "is not valid JSON"), ("[]", "does not hold a JSON object"), ("{}", "has no weights")):
+        config.write_text(text)
+        assert said in refusal(plain[0], tmp_path)
+    assert "is a file" in refusal(plain[0], config)
     with pytest.raises(InputError, match=r"is an adapter; give its base as the model, and --adapter"):
         Engine.load(plain[1])
 
 
 def test_without_peft_the_extra_is_named(plain, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    assert refusal(plain[0], plain[1]).endswith("install safetyheads[peft]")
+    assert refusal(*plain[:2]).endswith("install safetyheads[peft]")

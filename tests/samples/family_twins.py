@@ -14,9 +14,9 @@ from functools import cache
 
 import torch
 from families import FAMILIES, oracle_of, proved
-from tiny_models import END, prompts_of
+from tiny_models import END, prompts_of, tokenizer
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, ships
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Engine, Head, ships
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.answers.drafts import DraftedAnswers
@@ -102,18 +102,14 @@ def slow_states(name, groups, ablation, prompts=PROMPTS):
 
 def states(name, groups, ablation, capabilities, prompts=PROMPTS, common=()):
     """The same of the engine, by the quick paths given; ``common`` heads, in all groups, are captured once."""
-    engine = proved(name)
-    before, engine.capabilities = engine.capabilities, capabilities
+    engine = Engine(proved(name).model, tokenizer(), capabilities=capabilities)
     sequences, numbers = [TokenSequence(prompt) for prompt in prompts], range(len(prompts))
     layout = Plan((tuple(numbers),) if capabilities.packs else tuple((number,) for number in numbers), 4, 1)
     found = {}
-    try:
-        for batch in engine.batches(groups, layout):
-            captures = engine.captured(sequences, common, ablation, layout, batch.start)
-            hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
-            found |= dict(zip(batch.indices, hidden, strict=True))
-    finally:
-        engine.capabilities = before
+    for batch in engine.batches(groups, layout):
+        captures = engine.captured(sequences, common, ablation, layout, batch.start)
+        hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
+        found |= dict(zip(batch.indices, hidden, strict=True))
     return torch.stack([found[index] for index in range(len(groups))])
 
 
