@@ -11,7 +11,14 @@ from families import FAMILIES, built, proved
 from tiny_models import engine_of, prompts_of, tokenizer
 from torch import nn
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    Engine,
+    Head,
+    InputError,
+    SafetyheadsError,
+    UnsupportedModelError,
+)
 from safetyheads.baselines.attributions import (
     FrozenNorm,
     logit_attributions,
@@ -170,6 +177,7 @@ def test_what_cannot_be_attributed_is_refused_and_the_model_left_as_it_was():
         projections(engine, prompts, drawn())
     logit_attributions(engine, prompts, OPENERS)
     assert hooks_of(engine.model) == hooks
-    engine.architecture = replace(engine.architecture, output_projections=(None, None, None))
+    facts = replace(engine.architecture, output_projections=(None, None, None))
+    engine = Engine(engine.model, engine.tokenizer, architecture=facts)
     with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
         projections(engine, prompts, drawn())

@@ -23,7 +23,7 @@ from baseline_samples import (
 )
 from tiny_models import END
 
-from safetyheads import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads import Engine, InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines.neurons import (
     GTAC_DAP,
     contrasts,
@@ -32,6 +32,7 @@ from safetyheads.baselines.neurons import (
     patched,
     top_neurons,
 )
+from safetyheads.model.architecture import Capabilities
 
 
 def neuron_values(engine, ids):
@@ -118,7 +119,7 @@ def test_patched_values_are_the_other_models_and_answers_those_of_runs_without_c
     ids = PROMPTS[0]
     ours, theirs = neuron_values(engine, ids), neuron_values(other, ids)
     if family in ("lfm2", "qwen3_5"):  # as their proofs at load find
-        engine.capabilities = replace(engine.capabilities, pads=False)
+        engine = Engine(engine.model, engine.tokenizer, capabilities=Capabilities(pads=False))
     with patched(engine, other, neurons):
         seen = neuron_values(engine, ids)  # its hooks came last, so they see what was patched
         with torch.no_grad():
