@@ -3,6 +3,7 @@
 # make test    the tests
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
 # make lint    format, lint, types
+# make stats   size of the package, its imports, and calls from an audit down to the attention function
 # make docs    the API reference, in docs/api
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-oldest lint docs clean
+.PHONY: setup demo test test-oldest lint stats docs clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,9 @@ lint: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/pdoc --docformat google --output-directory docs/api safetyheads safetyheads.runs.config safetyheads.judges.base
+
+stats: setup
+	$(BIN)/python scripts/stats.py --frames
 
 clean:
 	rm -rf $(VENV) docs/api .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache

@@ -156,12 +156,12 @@ def test_what_one_experiment_cannot_be_run_on_others_may_be(run, own_files):
 
 
 def test_an_experiment_that_breaks_off_leaves_the_others(run, monkeypatch):
-    def broken(lab, about):
+    def broken(lab, outcome):
         raise SafetyheadsError("no luck")
 
     assert run("reproduce", "fig13", "--limit", "4", "--out", "run", "--threads", "1")[0] == 0
     with monkeypatch.context() as patched:
-        patched.setattr("safetyheads.experiments.maps.fig8", broken)
+        patched.setattr("safetyheads.experiments.attention_maps.fig8", broken)
         code, _, error = run("reproduce", "fig8", "--limit", "4", "--out", "run", "--threads", "1")
     assert code == 1
     assert "no luck" in error
