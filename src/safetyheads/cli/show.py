@@ -28,6 +28,7 @@ from rich.text import Text
 from safetyheads.runs.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from safetyheads.reports.page import Cell as ReportCell
     from safetyheads.runs.compare import Comparison, GateOutcome
     from safetyheads.runs.history import History
     from safetyheads.runs.rejudge import Rejudged
@@ -971,17 +972,20 @@ def _show_outcome_table(table: Found) -> None:
 
     columns = table["columns"]
     pairs = zip(table["rows"][:_ROWS_SHOWN], [None, *table["rows"]], strict=False)
-    rows = [[_as_cell(cell) for cell in cells(row, columns, above)] for row, above in pairs]
+    rows = [
+        [_as_cell(cell, column["kind"]) for cell, column in zip(cells(row, columns, above), columns, strict=True)]
+        for row, above in pairs
+    ]
     n_more = len(table["rows"]) - len(rows)
     more = f"{n_more} more row{'s' * (n_more > 1)} in the report." if n_more else ""
     caption = " ".join(part for part in (table["caption"], more) if part)
     print_table(table["title"], [column["title"] for column in columns], rows, caption)
 
 
-def _as_cell(cell: Any) -> Cell:
+def _as_cell(cell: ReportCell, kind: str) -> Cell:
     """A cell of the report on the terminal; what the row above begins with too is left out."""
     if cell.quoted:
-        return Number(cell.text, "quoted", style="italic")
-    if cell.is_text:
-        return "" if cell.again else cell.text
-    return Number(cell.text, cell.interval, cell.n, cell.p)
+        return Number(str(cell.text), "quoted", style="italic")
+    if kind == "text":
+        return "" if cell.again else str(cell.text)
+    return Number(str(cell.text), cell.interval, cell.n, cell.p)
