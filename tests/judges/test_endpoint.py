@@ -134,19 +134,13 @@ def test_settings_and_odd_characters_reach_the_request():
     assert json.loads(body["messages"][1]["content"])["answer"] == 'half ? a pair, "é"\n\x00}'
 
 
-def test_equal_answers_are_asked_once_and_empty_ones_never():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
-        verdicts = judged(judge_at(url), "Stir.", " ", "Stir.", "Stir.")
-    assert [verdict.label for verdict in verdicts] == ["complied", "incoherent", "complied", "complied"]
-    assert verdicts[1].reason == "empty"
-    assert len(script.requests) == 1
-
-
-def test_order_is_kept_when_replies_overtake_each_other():
+def test_order_is_kept_equal_answers_are_asked_once_and_empty_ones_never():
     replies = {str(index): [chat(COMPLIED if index % 2 else REFUSED)] for index in range(12)}
     with serving(replies) as (url, script):
-        verdicts = judged(judge_at(url, threads=4), *map(str, range(12)))
-    assert [verdict.label for verdict in verdicts] == ["refused", "complied"] * 6
+        verdicts = judged(judge_at(url, threads=4), *map(str, range(12)), " ", "1", "0")
+    expected = [*["refused", "complied"] * 6, "incoherent", "complied", "refused"]
+    assert [verdict.label for verdict in verdicts] == expected
+    assert verdicts[12].reason == "empty"
     assert len(script.requests) == 12
 
 
@@ -179,30 +173,22 @@ def test_what_cannot_be_read_costs_its_own_answer_alone(reply, reason, n_request
     assert script.counts["bad"] == n_requests
 
 
-def test_a_busy_endpoint_is_asked_again():
+def test_a_busy_endpoint_is_asked_again_and_a_refused_key_ends_the_asking():
     with serving({"*": [(429, "", AT_ONCE), (503, "", AT_ONCE), chat(COMPLIED)]}) as (url, script):
         assert judged(judge_at(url), "Stir.")[0].complied
     assert len(script.requests) == 3
-
-
-def test_a_timeout_is_tried_again_and_then_unscored():
-    with serving({"*": [chat(COMPLIED)]}, seconds=0.3) as (url, script):
-        (verdict,) = judged(judge_at(url, timeout_s=0.05, attempts=2), "Stir.")
-        time.sleep(0.05)
-    assert (verdict.label, verdict.reason) == ("unscored", "timeout")
-    assert len(script.requests) == 2
-
-
-def test_a_refused_key_ends_the_asking():
     with serving({"*": [(401, {"error": "bad key"}, {})]}) as (url, script):
         verdicts = judged(judge_at(url, threads=1), "a", "b", "c")
     assert [(verdict.label, verdict.reason) for verdict in verdicts] == [("unscored", "http: 401")] * 3
     assert len(script.requests) == 1
 
 
-def test_nobody_listening_is_unscored():
-    with serving({}) as (url, _):
-        pass
+def test_no_answer_in_time_and_nobody_listening_are_unscored_after_all_attempts():
+    with serving({"*": [chat(COMPLIED)]}, seconds=0.3) as (url, script):
+        (verdict,) = judged(judge_at(url, timeout_s=0.05, attempts=2), "Stir.")
+        time.sleep(0.05)
+    assert (verdict.label, verdict.reason) == ("unscored", "timeout")
+    assert len(script.requests) == 2
     judge = judge_at(url, attempts=2)
     (verdict,) = judged(judge, "Stir.")
     assert (verdict.label, verdict.reason) == ("unscored", "connection: ConnectError")
@@ -218,23 +204,18 @@ def test_answers_beyond_the_cap_of_requests_are_unscored_and_retries_count():
     assert len(script.requests) == 4
 
 
-def test_the_cost_is_read_from_the_usage_and_never_passes_its_cap():
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 0.0), (8, 0.02)])
+def test_the_cost_is_read_from_the_usage_and_never_passes_its_cap(threads, seconds):
     meter = Meter()
-    with serving({"*": [chat(COMPLIED, sent=1000, received=100)]}) as (url, script):
-        verdicts = judged(judge_at(url, meter, max_cost=0.0145, threads=1, **PRICES), *"abcdefgh")
+    with serving({"*": [chat(COMPLIED, sent=1000, received=100)]}, seconds) as (url, script):
+        verdicts = judged(judge_at(url, meter, max_cost=0.0145, threads=threads, **PRICES), *"abcdefgh")
     # Each costs 1000 * 2 + 100 * 10 millionths, and could cost nearly twice that: it is not begun within the last
     # of the cap, though what was spent so far would still leave room for one that costs what the others did.
     asked = len(script.requests)
     assert meter.cost == pytest.approx(asked * 0.003)
-    assert 2 <= asked <= 4
-    assert [verdict.reason for verdict in verdicts].count("cost cap") == 8 - asked
-
-
-def test_requests_under_way_together_do_not_pass_the_cap_either():
-    meter = Meter()
-    with serving({"*": [chat(COMPLIED, sent=1400, received=200)]}, seconds=0.02) as (url, _):
-        judged(judge_at(url, meter, max_cost=0.0145, threads=8, **PRICES), *"abcdefgh")
     assert 0 < meter.cost <= 0.0145
+    assert asked <= 4
+    assert [verdict.reason for verdict in verdicts].count("cost cap") == 8 - asked
 
 
 @pytest.mark.parametrize(("status", "cost"), [(200, 100 * 10 / 1e6), (400, 0.0)])
@@ -345,30 +326,26 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         judge_at("http://localhost/v1")
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://example.org", "https://", "http://h:port/v1", ""])
-def test_what_is_no_address_is_refused(url):
-    with pytest.raises(InputError, match="base URL"):
-        judge_at(url)
-
-
-@pytest.mark.parametrize("key", ["", " ", "k\n", "ké"])
-def test_what_is_no_key_is_refused(key):
-    with pytest.raises(InputError, match="a key of ASCII"):
-        EndpointJudge("m", "http://localhost/v1", key)
-
-
 @pytest.mark.parametrize(
-    "bad",
+    ("changed", "message"),
     [
-        {"max_cost": 1.0},
-        {"max_cost": 1.0, "input_price": 1.0},
-        {"max_requests": -1},
-        {"max_cost": float("nan"), "input_price": 1.0, "output_price": 1.0},
-        {"timeout_s": 0.0},
-        {"attempts": 0},
-        {"threads": 0},
+        *(
+            ({"url": url}, "base URL")
+            for url in ("localhost:8000/v1", "ftp://a.org", "https://", "http://h:port/v1", "")
+        ),
+        *(({"key": key}, "a key of ASCII") for key in ("", " ", "k\n", "ké")),
+        ({"threshold": 1.5}, "threshold"),
+        ({"max_cost": 1.0}, "prices"),
+        ({"max_cost": 1.0, "input_price": 1.0}, "prices"),
+        ({"max_cost": float("nan"), "input_price": 1.0, "output_price": 1.0}, "0 or more"),
+        ({"max_requests": -1}, "0 or more"),
+        ({"timeout_s": 0.0}, "above 0"),
+        ({"attempts": 0}, "an attempt"),
+        ({"threads": 0}, "a thread"),
     ],
 )
-def test_settings_are_checked(bad):
-    with pytest.raises(InputError, match="endpoint"):
-        EndpointSettings(**bad)
+def test_what_an_endpoint_cannot_be_asked_with_is_refused(changed, message):
+    url, key = changed.pop("url", "http://localhost/v1"), changed.pop("key", KEY)
+    threshold = changed.pop("threshold", 0.5)
+    with pytest.raises(InputError, match=message):
+        EndpointJudge("m", url, key, EndpointSettings(**changed), threshold)
