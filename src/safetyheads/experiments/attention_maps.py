@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns
+from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, Row
 from safetyheads.heads import Head
 from safetyheads.model.attention import attention_calls
 
@@ -180,12 +180,14 @@ def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
             for label, ablation in {"unablated": NOTHING, **ablations}.items()
         }
         title, n = f"{model}, head {head}", len(subject.engine.ask(subject.prompts).token_ids[0])
-        caption = f"One prompt of {subject.dataset}, {n} tokens; keys that the mask hides are left out." + (
-            f" The last {TOKENS_DRAWN} tokens are drawn." if n > TOKENS_DRAWN else ""
+        caption = (
+            f"One prompt of {subject.dataset}, {n} tokens, of which at most the last {TOKENS_DRAWN} are drawn; keys "
         )
-        points = tuple(row for label, attention in maps.items() for row in _points(subject, label, attention))
-        value = "attention, from 0 to 1"
-        outcome.add(Figure("attention", title, caption, "key", "query", points, value=value), _table(title, maps))
+        caption += "that the mask hides are left out."
+        points = [row for label, attention in maps.items() for row in _points(subject, label, attention)]
+        axes, value = ("key", "query"), "attention, from 0 to 1"
+        outcome.figure("attention", title, axes, points, caption, value=value)
+        _show_distances(outcome, f"{title}: distance from even attention", maps)
 
 
 def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
@@ -224,7 +226,7 @@ def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
     ]
 
 
-def _table(title: str, maps: dict[str, AttentionMap]) -> Table:
+def _show_distances(outcome: Outcome, title: str, maps: dict[str, AttentionMap]) -> None:
     """Distance of each map from even attention and from the unablated map."""
     unablated = maps["unablated"]
     rows: list[dict[str, Any]] = []
@@ -243,14 +245,13 @@ def _table(title: str, maps: dict[str, AttentionMap]) -> Table:
                 "n": even.n,
             }
         )
-    sink = [("sink", "attention that a sink has", "number")] if any(row["sink"] > _NO_SINK for row in rows) else []
-    shown = columns(
-        *("ablation", ("total_variation", "from even, total variation (0-1)", "number")),
+    sink: ColumnLike = ("sink", "attention that a sink has", "number")
+    outcome.table(
+        *(title, rows, "ablation", ("total_variation", "from even, total variation (0-1)", "number")),
         *(("kl", "from even, KL (nats)", "number"), ("moved", "from unablated, total variation (0-1)", "number")),
-        *(("output", "norm of output (of unablated)", "number"), *sink, ("n", "n queries", "count")),  # type: ignore[arg-type]
+        ("output", "norm of output (of unablated)", "number"),
+        *([sink] if any(row["sink"] > _NO_SINK for row in rows) else []),
+        ("n", "n queries", "count"),
+        caption="Means over the n queries that may see two keys or more; even: the same share for each key that the mask "
+        "allows. The queries are of one prompt and no sample, so there is no interval.",
     )
-    caption = (
-        "Means over the n queries that may see two keys or more; even: the same share for each key that the mask "
-        "allows. The queries are of one prompt and no sample, so there is no interval."
-    )
-    return Table(f"{title}: distance from even attention", caption, shown, tuple(rows))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.heads import format_heads
 from safetyheads.stats.intervals import mean_with_interval
 
@@ -25,26 +25,22 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
         sweeps = [sweep for subject in subjects for ablation in lab.ablations for sweep in _sweeps(subject, ablation)]
         rows = [row for sweep in sweeps for row in sweep]
         for key, title, y in (("asr", "ASR", "ASR"), ("ships", "Ships", "mean Ships, nats")):
-            points = tuple(
+            points = [
                 point(
                     row[key],
-                    x=row["strength"],
-                    series="first head" if row["n_heads"] == 1 else f"{row['n_heads']} heads",
+                    x=float(row["epsilon"]),
+                    series="first head" if row["_n_heads"] == 1 else f"{row['_n_heads']} heads",
                     panel=f"{row['dataset']}, {row['ablation']}",
                 )
                 for row in rows
-            )
-            figure = Figure(
-                "lines", f"{model}, {title}", "", "epsilon", y, points, logarithmic=True, share=key == "asr"
-            )
-            outcome.add(figure)
-        outcome.add(_settling(model, sweeps))
-        shown = columns(
-            *("dataset", "ablation", "heads", "epsilon", "asr"),
+            ]
+            axes = "epsilon", y
+            outcome.figure("lines", f"{model}, {title}", axes, points, logarithmic=True, share=key == "asr")
+        _show_settling(outcome, model, sweeps)
+        outcome.table(
+            *(f"{model}, every epsilon", rows, "dataset", "ablation", "heads", "epsilon", "asr"),
             *(("change", "change from the smallest epsilon", "change"), ("ships", "mean Ships, nats", "number")),
         )
-        cells = tuple({column.key: row[column.key] for column in shown} for row in rows)
-        outcome.add(Table(f"{model}, every epsilon", "", shown, cells))
 
 
 def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
@@ -63,9 +59,8 @@ def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
                 "dataset": subject.dataset,
                 "ablation": SHORT[ablation.name],
                 "heads": format_heads(group),
-                "n_heads": len(group),
-                "whole": group == whole,
-                "strength": strength,
+                "_n_heads": len(group),
+                "_whole": group == whole,
                 "epsilon": f"{strength:g}",
                 "asr": Measured.of(answered[group].asr),
                 "change": Measured.of(answered[group].change_from(answers[-1][group])),
@@ -86,27 +81,20 @@ def settled_from(near: Sequence[bool]) -> int:
     return far[-1] + 1 if far else 0
 
 
-def _settling(model: str, sweeps: Sequence[Sequence[dict[str, Any]]]) -> Table:
+def _show_settling(outcome: Outcome, model: str, sweeps: Sequence[Sequence[dict[str, Any]]]) -> None:
     """The largest epsilon at and below which the ASR, and mean Ships, of each whole group no longer change."""
     rows: list[Row] = []
-    for sweep in sweeps:
-        if not sweep[0]["whole"]:
-            continue
+    for sweep in (sweep for sweep in sweeps if sweep[0]["_whole"]):
         limit = sweep[-1]["ships"].value
         changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
-        same = [one.low is None or one.low <= 0 <= one.high for one in changes]
-        near = [abs(one - limit) <= max(TOLERANCE * limit, RESOLVED) for one in ships]
-        where = {key: sweep[0][key] for key in ("dataset", "ablation", "heads")}
-        rows.append(
-            {**where, "asr": sweep[settled_from(same)]["epsilon"], "ships": sweep[settled_from(near)]["epsilon"]}
-        )
-    shown = columns(
-        *("dataset", "ablation", "heads", ("asr", "ASR settled at and below epsilon")),
-        ("ships", "mean Ships settled at and below epsilon"),
-    )
-    caption = (
-        "Of whole groups, the largest epsilon measured at and below which the ASR cannot be told from that at the "
+        same = [change.low is None or change.low <= 0 <= change.high for change in changes]
+        near = [abs(value - limit) <= max(TOLERANCE * limit, RESOLVED) for value in ships]
+        settled = {"asr": sweep[settled_from(same)]["epsilon"], "ships": sweep[settled_from(near)]["epsilon"]}
+        rows.append({**{key: sweep[0][key] for key in ("dataset", "ablation", "heads")}, **settled})
+    outcome.table(
+        *(f"{model}, where it settles", rows, "dataset", "ablation", "heads"),
+        *(("asr", "ASR settled at and below epsilon"), ("ships", "mean Ships settled at and below epsilon")),
+        caption="Of whole groups, the largest epsilon measured at and below which the ASR cannot be told from that at the "
         "smallest (the interval of the paired change holds 0) and mean Ships are within "
-        f"{TOLERANCE * 100:g} % of theirs (or {RESOLVED:g} nats). Few prompts cannot show a small change of the ASR."
+        f"{TOLERANCE * 100:g} % of theirs (or {RESOLVED:g} nats). Few prompts cannot show a small change of the ASR.",
     )
-    return Table(f"{model}, where it settles", caption, shown, tuple(rows))

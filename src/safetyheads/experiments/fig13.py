@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from safetyheads.experiments.fig4b import SCORES
 from safetyheads.experiments.lab import SHORT, Lab
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.stats.intervals import CONFIDENCE
 
@@ -64,17 +65,13 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
             for ablation in lab.ablations
             for name in SEARCH_SCORES
         ]
-        for name in SEARCH_SCORES:
+        for name, title in SCORES.items():
             of_score = [one for one in scored if one.name == name]
-            axis, unit = f"{SCORES[name]}, {of_score[0].unit}", of_score[0].unit
-            title, points = f"{model}, CDF of {SCORES[name]}", tuple(row for one in of_score for row in _steps(one))
-            outcome.add(
-                Figure("curves", title, "Share of heads with at most this score.", axis, "share of heads", points)
-            )
-            densities = [(one, density) for one in of_score if (density := kernel_density(one.values)) is not None]
-            if densities:
-                outcome.add(_density(f"{model}, density of {SCORES[name]}", axis, unit, densities))
-        outcome.add(_tails(model, scored))
+            unit, steps = of_score[0].unit, [row for one in of_score for row in _steps(one)]
+            axes, caption = (f"{title}, {unit}", "share of heads"), "Share of heads with at most this score."
+            outcome.figure("curves", f"{model}, CDF of {title}", axes, steps, caption)
+            _show_densities(outcome, f"{model}, density of {title}", of_score)
+        _show_tails(outcome, model, scored)
 
 
 def _scored(subject: Subject, ablation: Ablation, name: str) -> Scored:
@@ -96,20 +93,23 @@ def _steps(scored: Scored) -> list[Row]:
     return [{**scored.where, "x": float(heights[at]), "y": float(shares[at])} for at in drawn]
 
 
-def _density(title: str, axis: str, unit: str, densities: Sequence[tuple[Scored, Density]]) -> Figure:
-    points = tuple(
-        {**scored.where, "x": x, "y": y}
-        for scored, density in densities
+def _show_densities(outcome: Outcome, title: str, scored: Sequence[Scored]) -> None:
+    """The densities of the scores that are not all equal; no figure where all are."""
+    densities = [(one, density) for one in scored if (density := kernel_density(one.values)) is not None]
+    unit = scored[0].unit
+    points = [
+        {**one.where, "x": x, "y": y}
+        for one, density in densities
         for x, y in zip(density.at.tolist(), density.height.tolist(), strict=True)
-    )
-    bandwidths = ", ".join(
-        f"{one.subject.dataset} {one.ablation} {density.bandwidth:.3g}" for one, density in densities
-    )
+    ]
+    widths = ", ".join(f"{one.subject.dataset} {one.ablation} {density.bandwidth:.3g}" for one, density in densities)
+    axes = f"{SCORES[scored[0].name]}, {unit}", f"density, per {unit.removesuffix('s')}"
     caption = (
-        f"Gaussian kernel density. Bandwidth by Scott's rule, in {unit}: {bandwidths}. No score is below 0; what lies "
-        "there is the kernel's width."
+        f"Gaussian kernel density. Bandwidth by Scott's rule, in {unit}: {widths}. No score is below 0; what lies there "
+        "is the kernel's width."
     )
-    return Figure("curves", title, caption, axis, f"density, per {unit.removesuffix('s')}", points, share=False)
+    if points:
+        outcome.figure("curves", title, axes, points, caption, share=False)
 
 
 def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
@@ -170,12 +170,7 @@ def _share(part: Floats, total: Floats) -> Floats:
     return shares
 
 
-def _tails(model: str, scored: Sequence[Scored]) -> Table:
-    shown = columns(
-        *("score", "dataset", "ablation", ("heads", "heads", "count"), ("gini", "Gini index", "number")),
-        *(("counted", "heads in the top 1 %", "count"), ("top", "their share of the sum", "rate")),
-        ("even", "share if all were equal", "rate"),
-    )
+def _show_tails(outcome: Outcome, model: str, scored: Sequence[Scored]) -> None:
     rows: list[Row] = []
     for one in scored:
         n = len(one.values)
@@ -188,17 +183,19 @@ def _tails(model: str, scored: Sequence[Scored]) -> Table:
                 "heads": n,
                 "gini": _measured(one, gini),
                 "counted": k,
-                "top": _measured(one, lambda scores, k=k: top_share(scores, k)),  # type: ignore[misc]
+                "top": _measured(one, partial(top_share, k=k)),
                 "even": k / n,
             }
         )
-    caption = (
-        "Gini index: 0 where all heads score alike, about 1 where one head has it all; with less than 100 heads it "
-        "tells more of the tail than the top 1 %, which then is the first head alone. Intervals of mean Ships: 95 %, "
+    outcome.table(
+        *(f"{model}, tail", rows, "score", "dataset", "ablation", ("heads", "heads", "count")),
+        *(("gini", "Gini index", "number"), ("counted", "heads in the top 1 %", "count")),
+        *(("top", "their share of the sum", "rate"), ("even", "share if all were equal", "rate")),
+        caption="Gini index: 0 where all heads score alike, about 1 where one head has it all; with less than 100 heads "
+        "it tells more of the tail than the top 1 %, which then is the first head alone. Intervals of mean Ships: 95 %, "
         f"bootstrap over prompts ({N_RESAMPLES} draws), which leans to a longer tail; the angles are of all prompts at "
-        "once and have none."
+        "once and have none.",
     )
-    return Table(f"{model}, tail", caption, shown, tuple(rows))
 
 
 def _measured(scored: Scored, index: Callable[[Floats], Floats]) -> Measured:

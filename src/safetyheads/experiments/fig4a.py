@@ -9,7 +9,7 @@ import numpy as np
 
 from safetyheads.answers.sampling import GREEDY
 from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table, columns, mean_of, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, mean_of, point
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import format_heads
@@ -38,52 +38,46 @@ def fig4a(lab: Lab, outcome: Outcome) -> None:
         rows = [row for subject in subjects for ablation in lab.ablations for row in _sizes(subject, ablation)]
         points: list[Row] = []
         for row in rows:
-            panel = f"{row['dataset']}, {row['ablation']}"
-            if row["size"] == 0:
-                row = {**row, "own": row["asr"], "random": row["asr"]}
-            for key, series in _SERIES.items():
-                if row[key] is not None:
-                    points.append(point(row[key], panel=panel, series=series, x=row["size"]))
+            # At 0 heads every line begins at the unablated model.
+            numbers = row if row["size"] else {**row, "own": row["asr"], "random": row["asr"]}
+            where = {"panel": f"{row['dataset']}, {row['ablation']}", "x": row["size"]}
+            points += [point(numbers[key], **where, series=name) for key, name in _SERIES.items() if numbers[key]]
         axes = "ablated heads", "ASR, or share of benign answers kept"
-        outcome.add(Figure("lines", model, "At 0 heads: the unablated model.", *axes, tuple(points)))
-        shown = columns(
-            *("dataset", "ablation", ("size", "heads", "count"), ("heads", "Sahara's group"), "asr"),
+        outcome.figure("lines", model, axes, points, "At 0 heads: the unablated model.")
+        outcome.table(
+            *(model, rows, "dataset", "ablation", ("size", "heads", "count"), ("heads", "Sahara's group"), "asr"),
             *(("own", "ASR, own heads", "rate"), ("random", "ASR, random groups", "rate")),
             *(("p", "p against random", "p"), "kept"),
+            caption="p: (1 + random groups that reach the ASR) / (1 + all of them): few groups cannot give a small one.",
         )
-        caption = (
-            "p: (1 + random groups that reach the ASR) / (1 + all of them), so few groups cannot give a small one."
-        )
-        outcome.add(Table(model, caption, shown, tuple(rows)))
-        _lead_with_means(outcome, model, rows)
+        n = max(row["size"] for row in rows)
+        for ablation in SHORT.values():
+            own = [row for row in rows if row["ablation"] == ablation]
+            for size, words in {0: "unablated", 1: "without Sahara's first head", n: f"without its {n} heads"}.items():
+                mean = mean_of(row["asr"] for row in own if row["size"] == size)
+                outcome.lead(model, f"{ablation}, mean ASR {words}", mean)
+            # Of the largest size that every dataset has random groups of: few heads a layer allow none.
+            drawn = [k for k in range(1, n + 1) if all(row["random"] for row in own if row["size"] == k)]
+            if drawn:
+                mean = mean_of(row["random"] for row in own if row["size"] == drawn[-1])
+                outcome.lead(model, f"{ablation}, mean ASR without {drawn[-1]} random heads", mean)
 
 
 def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     """A row a size, from the unablated model to Sahara's whole group."""
-    lab, sampling = subject.lab, subject.lab.sampled
+    lab, sampling, benign = subject.lab, subject.lab.sampled, subject.lab.subject(subject.model, BENIGN)
     group = subject.group(ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
     n_heads = heads_by_layer(subject.engine)
     drawn = {prefix: dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed)) for prefix in prefixes}
-    answered = subject.by_group(
-        [*prefixes, *(other for others in drawn.values() for other in others)], ablation, sampling
-    )
-    benign = lab.subject(subject.model, BENIGN)
-    kept = benign.by_group(prefixes, ablation, sampling)
+    every = [*prefixes, *(other for others in drawn.values() for other in others)]
+    answered, kept = subject.by_group(every, ablation, sampling), benign.by_group(prefixes, ablation, sampling)
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
-    rows = [
-        {
-            **where,
-            "size": 0,
-            "heads": "unablated",
-            "asr": Measured.of(subject.vanilla(sampling).asr),
-            "kept": Measured.of(benign.vanilla(sampling).kept),
-        }
-    ]
+    vanilla = {"asr": subject.vanilla(sampling).asr, "kept": benign.vanilla(sampling).kept}
+    rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
     for prefix, own in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
         rates = [rate for other in drawn[prefix] if (rate := answered[other].asr.rate) is not None]
-        mean = Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None
         rows.append(
             {
                 **where,
@@ -91,33 +85,12 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
                 "heads": format_heads(prefix),
                 "asr": Measured.of(asr),
                 "own": Measured.of(own.asr),
-                "random": mean,
+                "random": Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None,
                 "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,
                 "kept": Measured.of(kept[prefix].kept),
             }
         )
     return rows
-
-
-def _lead_with_means(outcome: Outcome, model: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Mean ASR of the datasets: unablated, without one head and the whole group, and without random groups."""
-    for ablation in dict.fromkeys(row["ablation"] for row in rows):
-        by_size: dict[int, list[dict[str, Any]]] = {}
-        for row in rows:
-            if row["ablation"] == ablation:
-                by_size.setdefault(row["size"], []).append(row)
-        n_datasets = len(by_size[0])
-        sizes = [size for size, own in by_size.items() if len(own) == n_datasets]
-        for size in dict.fromkeys((0, 1, sizes[-1])):
-            label = (
-                f"{ablation}, mean ASR without {size} of Sahara's heads" if size else f"{ablation}, mean ASR unablated"
-            )
-            outcome.lead(model, label, mean_of(row["asr"] for row in by_size[size]))
-        # Of the largest size that every dataset has random groups of: few heads a layer allow none.
-        drawn = [size for size in sizes if size and all(row["random"] for row in by_size[size])]
-        if drawn:
-            means = mean_of(row["random"] for row in by_size[drawn[-1]])
-            outcome.lead(model, f"{ablation}, mean ASR without {drawn[-1]} random heads", means)
 
 
 # Tables 3 and 5.
@@ -140,27 +113,22 @@ def table5(lab: Lab, outcome: Outcome) -> None:
 def _show_changes(lab: Lab, outcome: Outcome, models: Iterable[str]) -> None:
     """A table a model."""
     for model, subjects in lab.each_model(outcome, models):
-        rows = [
-            _changes(subject, ablation, level)
-            for level in _LEVELS
-            for ablation in lab.ablations
-            for subject in subjects
-        ]
-        sizes = range(1, 1 + max(sum(key.startswith("heads_") for key in row) for row in rows))
-        heads = [Column(f"heads_{k}", f"{k} head{'s' * (k > 1)}", "change") for k in sizes]
-        shown = (*columns("level", "ablation", "dataset"), *heads, Column("mean", "mean", "change"))
-        if any("paper" in row for row in rows):
-            shown = (*shown, Column("paper", "paper, 1 to 5 heads (mean)"))
-        caption = (
-            "Mean: over the sizes, with a bootstrap over prompts. p values are not corrected for the number of cells. "
-            "The paper's numbers, where they stand here, are quoted: it searches and tests on the same prompts."
+        groups = [(level, ablation) for level in _LEVELS for ablation in lab.ablations]
+        rows = [[_changes(subject, ablation, level) for subject in subjects] for level, ablation in groups]
+        heads = {
+            k: f"{k} head{'s' * (k > 1)}" for k in range(1, 1 + min(lab.config.size, len(subjects[0].engine.heads)))
+        }
+        paper = [("paper", "paper, 1 to 5 heads (mean)")] * any("paper" in row for own in rows for row in own)
+        outcome.table(
+            *(model, [row for own in rows for row in own], "level", "ablation", "dataset"),
+            *((f"heads_{k}", title, "change") for k, title in heads.items()),
+            *(("mean", "mean", "change"), *paper),
+            caption="Mean: over the sizes, with a bootstrap over prompts. p values are not corrected for the number of "
+            "cells. The paper's numbers, where they stand here, are quoted; it searches and tests on the same prompts.",
         )
-        outcome.add(Table(model, caption, shown, tuple(rows)))
-        for level, ablation in dict.fromkeys((row["level"], row["ablation"]) for row in rows):
-            own = [row for row in rows if (row["level"], row["ablation"]) == (level, ablation)]
-            last = min(k for row in own for k in sizes if f"heads_{k + 1}" not in row)
-            for k in dict.fromkeys((1, last)):
-                label = f"{level}, {ablation}, mean change with {k} head{'s' * (k > 1)}"
+        for own in rows:
+            for k in dict.fromkeys((1, len(heads))):
+                label = f"{own[0]['level']}, {own[0]['ablation']}, mean change with {heads[k]}"
                 outcome.lead(model, label, mean_of(row[f"heads_{k}"] for row in own), "change")
 
 

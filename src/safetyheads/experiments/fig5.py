@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import SHORT, Lab, planted_heads
-from safetyheads.experiments.outcome import Figure, Outcome, Row, Table, columns
+from safetyheads.experiments.outcome import Outcome, Row
 from safetyheads.stats.ranking import top, top_overlap
 from safetyheads.stats.testing import holm
 
 if TYPE_CHECKING:
-    from safetyheads.heads import Head
     from safetyheads.model.engine import Engine
 
 TOP = 10
@@ -29,23 +27,6 @@ _BY_CONSTRUCTION = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The top heads of one model on one dataset under one ablation."""
-
-    model: str
-    dataset: str
-    ablation: str
-    """``UA`` or ``SC``."""
-    heads: tuple[str, ...]
-    """Best first; heads that tie across the cut are left out."""
-
-    @property
-    def label(self) -> str:
-        """Ablation and dataset."""
-        return f"{self.ablation}, {self.dataset}"
-
-
 def fig5(lab: Lab, outcome: Outcome) -> None:
     """Overlaps of the top heads: UA and SC, datasets, and two models of one base, against chance."""
     first, related = lab.config.models[0], lab.config.related
@@ -58,22 +39,18 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
         if not own:
             continue
         others = _rankings(lab, outcome, related) if related is not None and model == first else []
-        if {one.dataset for one in others} != {one.dataset for one in own}:
+        if {one["dataset"] for one in others} != {one["dataset"] for one in own}:
             # Means over other datasets would be compared.
-            others = [one for one in others if one.dataset != ALL_DATASETS]
+            others = [one for one in others if one["dataset"] != ALL_DATASETS]
         n_heads = len(lab.engine(model).heads)
-        pairs = _pairs(own, others)
-        outcome.add(_overlaps(outcome, model, pairs, n_heads))
-        shown = columns("model", "dataset", "ablation", ("heads", "heads, best first"))
-        rows = tuple(
-            {**{column.key: getattr(one, column.key) for column in shown[:3]}, "heads": ", ".join(one.heads)}
-            for one in (*own, *others)
-        )
-        outcome.add(Table(f"{model}: top heads", "", shown, rows))
-        outcome.add(_matrix(model, "ablation, dataset", "ablation, dataset", own, own, size_of_top(n_heads)))
+        _show_overlaps(outcome, model, _pairs(own, others), n_heads)
+        listed = [{**one, "heads": ", ".join(one["heads"])} for one in (*own, *others)]
+        columns = "model", "dataset", "ablation", ("heads", "heads, best first")
+        outcome.table(f"{model}: top heads", listed, *columns)
+        _show_matrix(outcome, model, ("ablation, dataset", "ablation, dataset"), own, own, n_heads)
         if others:
-            outcome.add(_matrix(f"{model} and {related}", str(related), model, own, others, size_of_top(n_heads)))
-            planted = planted_heads(model), planted_heads(others[0].model)
+            _show_matrix(outcome, f"{model} and {related}", (str(related), model), own, others, n_heads)
+            planted = planted_heads(model), planted_heads(others[0]["model"])
             if all(planted) and not set(planted[0]) & set(planted[1]):
                 outcome.note(_BY_CONSTRUCTION)
 
@@ -97,49 +74,54 @@ def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_n
         )
 
 
-def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Ranking]:
-    """The top heads on each dataset that can be measured, and on all of them; all under UA, then all under SC."""
-    rankings = []
+def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
+    """The top heads on each dataset that can be measured, and on all of them; all under UA, then all under SC.
+
+    Rows of model, dataset, ablation and heads, best first; heads that tie across the cut are left out.
+    """
+    rankings: list[Row] = []
     for _, subjects in lab.each_model(outcome, [model]):
         for ablation in lab.ablations:
             # The search half ranks, so that these are the heads which other experiments find.
             scores = {one.dataset: one.search_half.scores(lab.config.search_score, ablation) for one in subjects}
-            tables: list[tuple[str, dict[Head, float], float]] = [
-                (dataset, dict(each.ranked()), each.resolution) for dataset, each in scores.items()
-            ]
+            tables = {dataset: (dict(own.ranked()), own.resolution) for dataset, own in scores.items()}
             if len(tables) > 1:
-                mean = {head: sum(table[head] for _, table, _ in tables) / len(tables) for head in tables[0][1]}
-                tables.append((ALL_DATASETS, mean, max(resolution for _, _, resolution in tables)))
-            for dataset, table, resolution in tables:
+                heads = next(iter(tables.values()))[0]
+                mean = {head: sum(table[head] for table, _ in tables.values()) / len(tables) for head in heads}
+                tables[ALL_DATASETS] = mean, max(resolution for _, resolution in tables.values())
+            for dataset, (table, resolution) in tables.items():
                 named = {str(head): value for head, value in table.items()}
-                heads = top(named, size_of_top(len(named)), resolution)
-                rankings.append(Ranking(model, dataset, SHORT[ablation.name], heads))
+                best = top(named, size_of_top(len(named)), resolution)
+                ranking = {"model": model, "dataset": dataset, "ablation": SHORT[ablation.name], "heads": best}
+                rankings.append(ranking | {"_label": f"{SHORT[ablation.name]}, {dataset}"})
     return rankings
 
 
-def _pairs(own: Sequence[Ranking], others: Sequence[Ranking]) -> Iterator[tuple[str, Ranking, Ranking]]:
+def _pairs(own: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str, Row, Row]]:
     """What is compared: UA with SC, then datasets, then models."""
     pairs = list(combinations(own, 2))
     for first, second in pairs:
-        if first.dataset == second.dataset:
+        if first["dataset"] == second["dataset"]:
             yield "UA against SC", first, second
     for first, second in pairs:
-        if first.ablation == second.ablation and ALL_DATASETS not in (first.dataset, second.dataset):
-            yield f"datasets, {first.ablation}", first, second
+        if first["ablation"] == second["ablation"] and ALL_DATASETS not in (first["dataset"], second["dataset"]):
+            yield f"datasets, {first['ablation']}", first, second
     for first in own:
         for second in others:
-            if first.label == second.label:
-                yield f"models, {first.ablation}", first, second
+            if first["_label"] == second["_label"]:
+                yield f"models, {first['ablation']}", first, second
 
 
-def _overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Ranking, Ranking]], n_heads: int) -> Table:
+def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row, Row]], n_heads: int) -> None:
     """The overlap of each pair beside chance; Holm's p over the rows."""
     k = size_of_top(n_heads)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     shared: dict[str, list[int]] = {}
     for comparison, first, second in pairs:
-        overlap = top_overlap(k, first.heads, second.heads, n_heads)
-        labels = [one.label if one.model == model else f"{one.model}: {one.label}" for one in (first, second)]
+        overlap = top_overlap(k, first["heads"], second["heads"], n_heads)
+        labels = [
+            one["_label"] if one["model"] == model else f"{one['model']}: {one['_label']}" for one in (first, second)
+        ]
         shared.setdefault(comparison, []).append(overlap.shared)
         rows.append(
             {
@@ -150,29 +132,30 @@ def _overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Ranking, 
                 "sizes": " and ".join(map(str, overlap.sizes)),
                 "expected": overlap.expected,
                 "p": overlap.p_value,
-                "heads": ", ".join(head for head in first.heads if head in second.heads),
+                "heads": ", ".join(head for head in first["heads"] if head in second["heads"]),
             }
         )
-    tested: list[Row] = [
-        {**row, "p_holm": p}
-        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)  # type: ignore[misc]
-    ]
+    tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+    outcome.table(
+        *(f"{model}: overlap", tested, "comparison", ("first", "one"), ("second", "other")),
+        *(("shared", "heads shared", "count"), ("sizes", "of"), ("expected", "by chance", "number")),
+        *(("p", "p", "p"), ("p_holm", "p (Holm)", "p"), ("heads", "which")),
+        caption="p: one-sided, hypergeometric, for at least as many.",
+    )
     outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
     for comparison, counts in shared.items():
-        for end, count in {"fewest": min(counts), "most": max(counts)}.items():
-            outcome.lead(model, f"{comparison}, {end} heads shared of {len(counts)} pairs", count, "count")
-    shown = columns(
-        *("comparison", ("first", "one"), ("second", "other"), ("shared", "heads shared", "count"), ("sizes", "of")),
-        *(("expected", "by chance", "number"), ("p", "p", "p"), ("p_holm", "p (Holm)", "p"), ("heads", "which")),
-    )
-    return Table(f"{model}: overlap", "p: one-sided, hypergeometric, for at least as many.", shown, tuple(tested))
+        outcome.lead(model, f"{comparison}, fewest heads shared of {len(counts)} pairs", min(counts), "count")
+        outcome.lead(model, f"{comparison}, most heads shared of {len(counts)} pairs", max(counts), "count")
 
 
-def _matrix(title: str, x: str, y: str, down: Sequence[Ranking], across: Sequence[Ranking], k: int) -> Figure:
-    points: list[Row] = []
+def _show_matrix(
+    outcome: Outcome, title: str, axes: tuple[str, str], down: Sequence[Row], across: Sequence[Row], n_heads: int
+) -> None:
+    points = []
     for one in down:
         for other in across:
-            shared = len(set(one.heads) & set(other.heads))
-            where = {"x": other.label, "y": one.label, "panel": ""}
+            shared = len(set(one["heads"]) & set(other["heads"]))
+            where = {"x": other["_label"], "y": one["_label"], "panel": ""}
             points.append({**where, "value": shared, "text": str(shared), "low": None, "high": None})
-    return Figure("matrix", title, "Cells: heads shared.", x, y, tuple(points), value=f"heads shared, of {k}")
+    value = f"heads shared, of {size_of_top(n_heads)}"
+    outcome.figure("matrix", title, axes, points, "Cells: heads shared.", value=value)

@@ -10,7 +10,7 @@ from safetyheads.answers.success import attack_success_rate
 from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted, planted_heads
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Table, columns, point
+from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.runs.kept import verdict_row
 from safetyheads.stats.testing import holm_of_tests
@@ -89,16 +89,15 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
 def _show(outcome: Outcome, aligned: str, what: str, rows: Sequence[dict[str, Any]]) -> None:
     """Bars of the four models, and a row for each body and dataset."""
     title = f"{aligned}: {'ASR' if what == 'ASR' else 'benign answers kept'}"
-    points = tuple(
+    points = [
         point(row[key], x=row["dataset"], series=f"{row['body']}, {attention} attention", panel="")
         for row in rows
         for key, attention in (("own", "own"), ("swapped", f"{row['donor']}'s"))
-    )
-    outcome.add(Figure("bars", title, "", "dataset", "ASR" if what == "ASR" else "share kept", points))
-    shown = columns(
-        *("dataset", ("body", "model"), ("donor", "attention put in"), ("own", f"{what}, own attention", "rate")),
+    ]
+    outcome.figure("bars", title, ("dataset", "ASR" if what == "ASR" else "share kept"), points)
+    adjusted = holm_of_tests(row["change"].p for row in rows)
+    outcome.table(
+        *(title, [{**row, "p": p} for row, p in zip(rows, adjusted, strict=True)], "dataset", ("body", "model")),
+        *(("donor", "attention put in"), ("own", f"{what}, own attention", "rate")),
         *(("swapped", f"{what}, with it", "rate"), "change", "p"),
     )
-    adjusted = holm_of_tests(row["change"].p for row in rows)
-    tested = tuple({**row, "p": p} for row, p in zip(rows, adjusted, strict=True))
-    outcome.add(Table(title, "", shown, tested))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.table import METHODS
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Row, Table, columns, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.table1 import learning_subjects, material_of
 from safetyheads.integrations.lm_eval import load_tasks
 from safetyheads.integrations.utility import VANILLA, TaskMetric, Variant, evaluate_tasks
@@ -46,7 +46,7 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
     """Accuracy of each task without 1 to n heads, and pruned."""
     config = lab.config
     for model in config.models:
-        outcome.models = [*outcome.models, model]
+        outcome.leave_out(model)
         engine, (subject, benign) = lab.engine(model), learning_subjects(lab, model)
         if lab.leaves_nothing(outcome, subject, benign):
             continue
@@ -63,11 +63,15 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         utility = evaluate_tasks(engine, tasks, [one.variant for one in compared], keep, lab.progress)
         note_planted(outcome, model)
         outcome.note(*utility.notes)
-        outcome.add(_table(model, group, compared, utility.metrics))
-        heads, pruned = ([one for one in compared if one.prunes is prunes] for prunes in (False, True))
-        caption = f"The first 1 to {len(group)} of the heads {', '.join(map(str, group))}."
-        outcome.add(_figure(f"{model}: heads ablated", caption, "heads ablated", heads, utility.metrics))
-        outcome.add(_figure(f"{model}: pruned", "", "share of weights set to zero", pruned, utility.metrics))
+        heads = ", ".join(map(str, group))
+        _show_table(outcome, model, heads, compared, utility.metrics)
+        for title, x, prunes in (
+            ("heads ablated", "heads ablated", False),
+            ("pruned", "share of weights set to zero", True),
+        ):
+            points = _points([one for one in compared if one.prunes is prunes], utility.metrics)
+            caption = "" if prunes else f"The first 1 to {len(group)} of the heads {heads}."
+            outcome.figure("lines", f"{model}: {title}", (x, "accuracy"), points, caption)
 
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
@@ -104,47 +108,44 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
     return compared
 
 
-def _table(model: str, group: Group, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> Table:
+def _show_table(
+    outcome: Outcome, model: str, heads: str, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]
+) -> None:
     """Vanilla, the whole group under each ablation, and half of the weights pruned."""
     labels = {VANILLA, *(one.variant.label for one in compared if one.shown)}
     rows: list[Row] = []
-    for metric in metrics:
-        if metric.variant not in labels:
-            continue
+    for metric in (metric for metric in metrics if metric.variant in labels):
         change = metric.change
-        low, high = (change.interval if change is not None else None) or (None, None)
+        ends = (change.interval if change is not None else None) or (None, None)
         rows.append(
             {
                 "task": metric.task,
                 "metric": metric.metric,
                 "variant": "vanilla" if metric.variant == VANILLA else metric.variant,
                 "value": _measured(metric),
-                "change": None if change is None else Measured(change.change, change.n, low, high, change.p_value),
+                "change": None if change is None else Measured(change.change, change.n, *ends, change.p_value),
                 "p": None if change is None else change.p_holm,
             }
         )
-    shown = columns(
-        "task", "metric", ("variant", "model"), ("value", "value", "rate"), ("change", "paired change", "change"), "p"
+    outcome.table(
+        *(model, rows, "task", "metric", ("variant", "model"), ("value", "value", "rate")),
+        *(("change", "paired change", "change"), "p"),
+        caption=f"The group {heads} under each ablation, and pruning at {_SHOWN_SPARSITY:.0%}: the paper gives no "
+        "sparsity. p: Holm over all models and tasks measured.",
     )
-    caption = (
-        f"The group {', '.join(map(str, group))} under each ablation, and pruning at {_SHOWN_SPARSITY:.0%}: the paper "
-        "gives no sparsity. p: Holm over all models and tasks measured."
-    )
-    return Table(model, caption, shown, tuple(rows))
 
 
 def _measured(metric: TaskMetric) -> Measured:
     return Measured(metric.value.value, metric.value.n, *(metric.value.interval or (None, None)))
 
 
-def _figure(title: str, caption: str, x: str, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> Figure:
-    """Accuracy against heads or sparsity, a panel a task."""
-    places = {one.variant.label: {"x": one.x, "series": one.series} for one in compared}
-    vanilla = [{"x": 0, "series": series} for series in dict.fromkeys(one.series for one in compared)]
-    points: list[Row] = []
-    for metric in metrics:
-        if metric.metric == "acc":
-            number = point(_measured(metric), panel=metric.task)
-            at = vanilla if metric.variant == VANILLA else [places[metric.variant]] if metric.variant in places else []
-            points += [{**number, **place} for place in at]
-    return Figure("lines", title, caption, x, "accuracy", tuple(points))
+def _points(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
+    """Accuracy against heads or sparsity, a panel a task; every series begins at the vanilla model."""
+    places = {one.variant.label: [{"x": one.x, "series": one.series}] for one in compared}
+    places[VANILLA] = [{"x": 0, "series": series} for series in dict.fromkeys(one.series for one in compared)]
+    return [
+        {**point(_measured(metric), panel=metric.task), **place}
+        for metric in metrics
+        if metric.metric == "acc"
+        for place in places.get(metric.variant, ())
+    ]

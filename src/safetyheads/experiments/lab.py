@@ -18,16 +18,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
 from safetyheads.experiments.answers import GroupAnswers
-from safetyheads.experiments.outcome import (
-    Column,
-    Figure,
-    Measured,
-    Outcome,
-    Row,
-    Table,
-    columns,
-    point,
-)
+from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Judge
@@ -197,7 +188,7 @@ class Lab:
             refuses: whether the model should refuse; one that was not aligned should not.
             most: end with the first so many datasets.
         """
-        outcome.models = list(dict.fromkeys((*outcome.models, model)))
+        outcome.leave_out(model)
         benign = self.subject(model, BENIGN, "test", template, system)
         meaningful: list[Subject] = []
         for dataset in self.config.datasets:
@@ -229,7 +220,7 @@ class Lab:
             reasons.append(f"{about}: unablated, its ASR is {vanilla.asr}, so it hardly refuses")
         if kept.rate is None or kept.rate < _LEAST_BENIGN_KEPT:
             reasons.append(f"{about}: unablated, it keeps {kept} of the benign answers")
-        outcome.not_meaningful = list(dict.fromkeys((*outcome.not_meaningful, *reasons)))
+        outcome.leave_out(harmful.model, *reasons)
         return bool(reasons)
 
     # What is held in memory.
@@ -415,7 +406,9 @@ def condition(
     }
 
 
-def show_conditions(outcome: Outcome, title: str, caption: str, over: str, rows: Sequence[Row], *more: Column) -> None:
+def show_conditions(
+    outcome: Outcome, title: str, caption: str, over: str, rows: Sequence[Row], *more: ColumnLike
+) -> None:
     """A table of conditions and a figure of bars, with Holm's p over the table.
 
     Args:
@@ -424,17 +417,17 @@ def show_conditions(outcome: Outcome, title: str, caption: str, over: str, rows:
         caption: of both.
         over: what the labels are, the title of their column.
         rows: from :func:`condition`.
-        more: further columns; those of rates are panels of the figure, too.
+        more: further columns, of rates: measured ones are panels of the figure, too.
     """
-    p_values = holm_of_tests(row["p"] for row in rows)
-    tested = tuple({**row, "p": p} for row, p in zip(rows, p_values, strict=True))
-    shown = columns("dataset", ("label", over), "heads", "asr", "change", "p", "empty", "kept")
-    panels = {"asr": "ASR", **{column.key: column.title for column in more}, "kept": "benign answers kept"}
-    points = tuple(
+    panels = {"asr": "ASR", **{one[0]: one[1] for one in more}, "kept": "benign answers kept"}
+    points = [
         point(row[key], x=row["dataset"], series=row["label"], panel=panel)
         for key, panel in panels.items()
         for row in rows
         if isinstance(row[key], Measured)
-    )
-    outcome.add(Figure("bars", title, caption, "dataset", "share of answers", points))
-    outcome.add(Table(title, caption, (*shown, *more), tested))
+    ]
+    outcome.figure("bars", title, ("dataset", "share of answers"), points, caption)
+    p_values = holm_of_tests(row["p"] for row in rows)
+    tested = [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)]
+    shown = "dataset", ("label", over), "heads", "asr", "change", "p", "empty", "kept"
+    outcome.table(title, tested, *shown, *more, caption=caption)

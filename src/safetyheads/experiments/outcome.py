@@ -14,6 +14,7 @@ from safetyheads.stats.testing import PairedDifference
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]
+ColumnLike: TypeAlias = str | tuple[str, str] | tuple[str, str, Kind]
 FigureKind: TypeAlias = Literal["bars", "lines", "heads", "matrix", "attention", "curves", "scatter"]
 
 
@@ -55,6 +56,18 @@ class Column:
     """Title, with the unit where there is one."""
     kind: Kind = "text"
     """``rate``, ``change`` and ``number`` cells are :class:`Measured`, or plain numbers where they are quoted."""
+
+
+_COMMON = {
+    column.key: column
+    for column in (
+        Column("asr", "ASR", "rate"),
+        Column("change", "change", "change"),
+        Column("p", "p (Holm)", "p"),
+        Column("empty", "incoherent", "rate"),
+        Column("kept", "benign kept", "rate"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +135,33 @@ class Outcome:
     timed: Sequence[Table] = field(default_factory=list)
     """What was timed on this machine. Kept apart from results, which are the same on every machine."""
 
-    def add(self, *parts: Table | Figure) -> None:
-        """Append tables and figures."""
-        self.tables = [*self.tables, *(part for part in parts if isinstance(part, Table))]
-        self.figures = [*self.figures, *(part for part in parts if isinstance(part, Figure))]
+    def table(self, title: str, rows: Iterable[Row], *shown: ColumnLike, caption: str = "") -> None:
+        """Append a table.
+
+        Args:
+            title: of the table.
+            rows: cells by the keys of the columns; keys that begin with _ are left out.
+            shown: key, title and, unless of text, kind of each column; or a key, of a common column or of a text.
+            caption: what holds for this table alone.
+        """
+        columns = tuple(Column(*one) if isinstance(one, tuple) else _COMMON.get(one, Column(one, one)) for one in shown)
+        cells = tuple({key: value for key, value in row.items() if not key.startswith("_")} for row in rows)
+        self.tables = [*self.tables, Table(title, caption, columns, cells)]
+
+    def figure(
+        self, kind: FigureKind, title: str, axes: tuple[str, str], points: Iterable[Row], caption: str = "", **more: Any
+    ) -> None:
+        """Append a figure; ``axes`` are the titles of x and y, ``more`` are other fields of :class:`Figure`."""
+        self.figures = [*self.figures, Figure(kind, title, caption, *axes, tuple(points), **more)]
 
     def note(self, *notes: str) -> None:
         """Append notes that are not there yet."""
         self.notes = list(dict.fromkeys((*self.notes, *notes)))
+
+    def leave_out(self, model: str, *reasons: str) -> None:
+        """Note a model that was asked, and why what it gives is not meaningful."""
+        self.models = list(dict.fromkeys((*self.models, model)))
+        self.not_meaningful = list(dict.fromkeys((*self.not_meaningful, *reasons)))
 
     def lead(self, model: str, label: str, value: Measured | float, kind: Kind = "rate") -> None:
         """Append a row to the headline."""
@@ -140,27 +172,13 @@ class Outcome:
         return {name: value for name, value in asdict(self).items() if name != "timed"}
 
 
-_COMMON = {
-    "asr": Column("asr", "ASR", "rate"),
-    "change": Column("change", "change", "change"),
-    "p": Column("p", "p (Holm)", "p"),
-    "empty": Column("empty", "incoherent", "rate"),
-    "kept": Column("kept", "benign kept", "rate"),
-}
-
-
-def columns(*wanted: str | tuple[str, str] | tuple[str, str, Kind]) -> tuple[Column, ...]:
-    """Columns by key and title and, unless of text, kind; a bare key is a common column, or a text of that title."""
-    return tuple(_COMMON.get(one, Column(one, one)) if isinstance(one, str) else Column(*one) for one in wanted)
-
-
 def point(number: Rate | PairedDifference | Mean | Measured, **where: Any) -> dict[str, Any]:
     """A point of a figure: its place, and the number with interval and n."""
     measured = Measured.of(number)
     return {**where, "y": measured.value, "low": measured.low, "high": measured.high, "n": measured.n}
 
 
-def mean_of(numbers: Iterable[Rate | PairedDifference | Measured]) -> Measured:
+def mean_of(numbers: Iterable[Measured]) -> Measured:
     """The mean of the numbers that were scored, such as rates of several datasets; n is the sum of theirs."""
-    known = [one for one in map(Measured.of, numbers) if one.value is not None]
+    known = [one for one in numbers if one.value is not None]
     return Measured(sum(one.value or 0.0 for one in known) / len(known) if known else None, sum(one.n for one in known))

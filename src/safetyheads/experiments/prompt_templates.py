@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.demo.tokenization import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, note_planted, show_conditions
-from safetyheads.experiments.outcome import Column, Measured, Outcome
+from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, prompts_of
 from safetyheads.judges.phrases import echo_of
 from safetyheads.prompts.templates import FORMS, Template
@@ -85,7 +85,7 @@ def fig18(lab: Lab, outcome: Outcome) -> None:
             echo = echoed(answers, system)
             rows.append({**row, **({} if echo is None else {"echo": Measured.of(echo)})})
         if rows:
-            echoes = [Column("echo", "answers that echo the prompt", "rate")] * stores
+            echoes: list[ColumnLike] = [("echo", "answers that echo the prompt", "rate")] * stores
             show_conditions(outcome, model, f"System prompt: {system!r}.", "ablation", rows, *echoes)
             note_planted(outcome, model)
         if rows and embedded:
@@ -139,8 +139,7 @@ def _subjects(
     reason = why_not_asked(lab, model, template, system)
     if reason is None:
         return lab.subjects(outcome, model, template, system, refuses)
-    outcome.models = list(dict.fromkeys((*outcome.models, model)))
-    outcome.not_meaningful = list(dict.fromkeys((*outcome.not_meaningful, reason)))
+    outcome.leave_out(model, reason)
     return []
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safetyheads.answers.sampling import GREEDY
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
-from safetyheads.experiments.outcome import Figure, FigureKind, Measured, Outcome, Row, Table, columns, point
+from safetyheads.experiments.outcome import FigureKind, Measured, Outcome, Row, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 
 if TYPE_CHECKING:
@@ -62,20 +62,21 @@ def _show(outcome: Outcome, model: str, kind: FigureKind, over: tuple[str, str],
     """Figure and table of the same numbers, with the paper's where the model is the paper's."""
     if not points:
         return
-    rows = tuple(
+    rows = [
         {
-            "panel": row["panel"],
-            "x": str(row["x"]),
-            "series": row["series"],
+            **{key: str(row[key]) for key in ("panel", "x", "series")},
             "asr": Measured(row["y"], row["n"], row["low"], row["high"]),
         }
         for row in points
-    )
-    shown = columns(("panel", "template, sampling"), ("x", over[1]), ("series", "ablation or dataset"), "asr")
+    ]
     paper, caption = quoted("fig2", paper_model(model)), ""
     if paper:
         caption = (
             f"The paper has a mean of {paper[0]} unablated and {paper[1]} under UA with one head, with the template."
         )
-    outcome.add(Figure(kind, model, "", over[0], "ASR", tuple(points)), Table(model, caption, shown, rows))
+    outcome.figure(kind, model, (over[0], "ASR"), points)
+    outcome.table(
+        *(model, rows, ("panel", "template, sampling"), ("x", over[1]), ("series", "ablation or dataset"), "asr"),
+        caption=caption,
+    )
     note_planted(outcome, model)

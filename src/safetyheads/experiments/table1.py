@@ -17,7 +17,7 @@ from safetyheads.baselines.table import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted
-from safetyheads.experiments.outcome import Figure, Measured, Outcome, Table, columns, point
+from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
@@ -119,10 +119,10 @@ def table1(lab: Lab, outcome: Outcome) -> None:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             outcome.note(f"{method.label} is left out: {error}")
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
-    outcome.add(_table(model, [bench.unablated_row(), *rows]), _methods(model, rows), _frontier(model, bench, sweeps))
-    ranked = [row for row in rows if row["within"] == "yes"]
-    for row in ranked:
-        if row is ranked[0] or row["name"] in ("sahara", "random_heads"):
+    _show(outcome, model, [bench.unablated_row(), *rows], list(sweeps))
+    _show_frontier(outcome, model, bench, sweeps)
+    for row in rows:
+        if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
     note_planted(outcome, model)
     outcome.note(f"Learned on {len(learned[0].prompts)} harmful and {len(learned[1].prompts)} benign prompts.")
@@ -280,33 +280,32 @@ def _is_within(kept: PairedDifference) -> bool:
     return kept.lost - kept.gained <= int(MOST_BENIGN_LOST * kept.n + 1e-9)
 
 
-def _table(model: str, rows: Sequence[dict[str, Any]]) -> Table:
-    paper = paper_model(model) == "Llama-2-7b-chat"
-    shown = columns(
-        *("method", "touches", ("setting", "strength"), ("parameters", "parameters", "count")),
-        ("share", "share of all, %", "number"),
-        *[("paper_share", "share in the paper, %", "number")] * paper,  # type: ignore[arg-type]
-        *("asr", ("change", "change of ASR", "change")),
-        *[("paper", "ASR in the paper", "rate")] * paper,  # type: ignore[arg-type]
-        *(("benign", "benign kept", "rate"), ("lost", "change of benign kept", "change")),
+def _show(outcome: Outcome, model: str, rows: Sequence[Row], methods: Sequence[str]) -> None:
+    """What each method touches, gains and breaks; and where each is from, and what of it is there in part only."""
+    shares: list[ColumnLike] = [("share", "share of all, %", "number")]
+    gains: list[ColumnLike] = ["asr", ("change", "change of ASR", "change")]
+    if paper_model(model) == "Llama-2-7b-chat":
+        shares.append(("paper_share", "share in the paper, %", "number"))
+        gains.append(("paper", "ASR in the paper", "rate"))
+    outcome.table(
+        *(model, rows, "method", "touches", ("setting", "strength"), ("parameters", "parameters", "count")),
+        *(*shares, *gains, ("benign", "benign kept", "rate"), ("lost", "change of benign kept", "change")),
         ("within", f"within {MOST_BENIGN_LOST:.0%} damage"),
+        caption="All datasets together.",
     )
-    return Table(model, "All datasets together.", shown, tuple(rows))
-
-
-def _methods(model: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Where each method is from, and what of it is there in part only."""
-    methods = [method for method in METHODS.values() if any(row["name"] == method.name for row in rows)]
-    sources = tuple({"method": one.label, "source": one.source, "partial": one.partial or "whole"} for one in methods)
-    caption = "What is possible in part only, and why."
-    return Table(
-        f"{model}: the methods", caption, columns("method", ("source", "from"), ("partial", "in part")), sources
+    sources = [
+        {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
+        for method in map(METHODS.__getitem__, methods)
+    ]
+    outcome.table(
+        *(f"{model}: the methods", sources, "method", ("source", "from"), ("partial", "in part")),
+        caption="What is possible in part only, and why.",
     )
 
 
-def _frontier(model: str, bench: _Bench, sweeps: dict[str, list[_Tried]]) -> Figure:
+def _show_frontier(outcome: Outcome, model: str, bench: _Bench, sweeps: Mapping[str, Sequence[_Tried]]) -> None:
     """Every strength of every method: harmful answers gained against benign ones kept."""
-    points = tuple(
+    points = [
         point(
             one.harmful.asr,
             x=one.benign.kept.rate,
@@ -317,9 +316,10 @@ def _frontier(model: str, bench: _Bench, sweeps: dict[str, list[_Tried]]) -> Fig
         for name, sweep in sweeps.items()
         for one in sweep
         if one.harmful.asr.rate is not None and one.benign.kept.rate is not None
-    )
+    ]
+    n_harmful, n_benign = (len(one.prompts) for one in bench.learned)
     caption = (
-        f"Every strength that was tried, on the {len(bench.learned[0].prompts)} harmful and "
-        f"{len(bench.learned[1].prompts)} benign learning prompts: a method is better the further up and right it is."
+        f"Every strength that was tried, on the {n_harmful} harmful and {n_benign} benign learning prompts: a method is "
+        "better the further up and right it is."
     )
-    return Figure("scatter", model, caption, "benign answers kept", "ASR", points)
+    outcome.figure("scatter", model, ("benign answers kept", "ASR"), points, caption)

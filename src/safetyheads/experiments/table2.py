@@ -13,8 +13,9 @@ import torch
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, end_tokens
-from safetyheads.answers.success import answers_under, scan_attack_success_rate
-from safetyheads.experiments.outcome import Outcome, Row, Table, columns
+from safetyheads.answers.success import answers_under
+from safetyheads.answers.success import scan_attack_success_rate as scan
+from safetyheads.experiments.outcome import Outcome, Row
 from safetyheads.experiments.paper_numbers import paper_numbers
 from safetyheads.measures.screening import screen
 from safetyheads.measures.ships import ships
@@ -34,17 +35,21 @@ def table2(lab: Lab, outcome: Outcome) -> None:
     """Our passes, the screening, the exhaustive scan and plain full generation, on the first model and dataset."""
     for model in lab.config.models[:1]:
         for subject in lab.subjects(outcome, model, most=1):
-            rows = _timed(lab, subject)
-            outcome.add(_counted(outcome, subject))
-            shown = columns(
-                *("way", "gives", ("seconds", "seconds for all heads", "number"), ("hours", "hours", "number")),
-                ("run", "timed on"),
+            _count(outcome, subject)
+            timed = Outcome(outcome.name, outcome.title, outcome.question)
+            timed.table(
+                *(
+                    f"{model}, timed",
+                    _timed(lab, subject),
+                    "way",
+                    "gives",
+                    ("seconds", "seconds for all heads", "number"),
+                ),
+                *(("hours", "hours", "number"), ("run", "timed on")),
+                caption=f"All {len(subject.engine.heads)} heads on {len(subject.prompts)} prompts of {subject.dataset}, on "
+                f"this machine ({subject.engine.device}, {torch.get_num_threads()} threads).",
             )
-            caption = (
-                f"All {len(subject.engine.heads)} heads on {len(subject.prompts)} prompts of {subject.dataset}, on "
-                f"this machine ({subject.engine.device}, {torch.get_num_threads()} threads)."
-            )
-            outcome.timed = [Table(f"{model}, timed", caption, shown, rows)]
+            outcome.timed = timed.tables
     hours = "; ".join(f"{name} {hours:g} A100 hours" for name, hours in paper_numbers()["table2"].items())
     outcome.note(
         f"The paper's estimates for Llama-2-7b-chat, from partial generations: {hours}. Its factor of 142 is about its "
@@ -52,32 +57,21 @@ def table2(lab: Lab, outcome: Outcome) -> None:
     )
 
 
-def _timed(lab: Lab, subject: Subject) -> tuple[Row, ...]:
+def _timed(lab: Lab, subject: Subject) -> list[Row]:
     """Every way once, scaled to all heads; the caches of the run directory are not used, for they cost nothing."""
     engine, prompts, heads = subject.engine, subject.prompts, subject.engine.heads
     ablation, n_new, judge = lab.ablations[0], lab.config.max_new_tokens, lab.judges[0]
     sample, few = _spread(heads, _SAMPLED), prompts[:_UNCACHED_PROMPTS]
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     groups = [(head,) for head in sample]
+    n, n_heads, n_sample = len(prompts), len(heads), len(sample)
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
+        ("screening", "forecast of Ships", n_heads, n, lambda: screen(engine, sequences, ablation).table()),
+        ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
+        ("plain score loop", "Ships", n_sample, n, lambda: _plain_loop(engine, sequences, sample, ablation)),
+        ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),
         (
-            "screening",
-            "forecast of Ships",
-            len(heads),
-            len(prompts),
-            lambda: screen(engine, sequences, ablation).table(),
-        ),
-        ("score pass", "Ships", len(heads), len(prompts), lambda: ships(engine, prompts, ablation)),
-        (
-            *("plain score loop", "Ships", len(sample), len(prompts)),
-            lambda: _plain_loop(engine, sequences, sample, ablation),
-        ),
-        (
-            *("exhaustive scan", "ASR", len(heads), len(prompts)),
-            lambda: scan_attack_success_rate(engine, prompts, ablation, judge, Decoding(n_new)),
-        ),
-        (
-            *("plain generation, cached and batched", "ASR", len(sample), len(prompts)),
+            *("plain generation, cached and batched", "ASR", n_sample, n),
             lambda: answers_under(engine, prompts, groups, ablation, judge, n_new),
         ),
         (
@@ -85,18 +79,18 @@ def _timed(lab: Lab, subject: Subject) -> tuple[Row, ...]:
             lambda: _uncached(engine, engine.ask(few).token_ids, sample[:1], ablation, n_new),
         ),
     ]
-    rows = []
+    rows: list[Row] = []
     with lab.progress.track("table2: timing", len(ways)) as done:
-        for way, gives, n_heads, n_prompts, run in ways:
+        for way, gives, heads_run, prompts_run, run in ways:
             started = time.monotonic()
             run()
             if engine.device.type == "cuda":
                 torch.cuda.synchronize(engine.device)
-            seconds = (time.monotonic() - started) * len(heads) / n_heads * len(prompts) / n_prompts
-            timed_on = f"{n_heads} heads x {n_prompts} prompts"
+            seconds = (time.monotonic() - started) * n_heads / heads_run * n / prompts_run
+            timed_on = f"{heads_run} heads x {prompts_run} prompts"
             rows.append({"way": way, "gives": gives, "seconds": seconds, "hours": seconds / 3600, "run": timed_on})
             done(1)
-    return tuple(rows)
+    return rows
 
 
 def _spread(heads: Group, count: int) -> Group:
@@ -128,7 +122,7 @@ def _uncached(engine: Engine, encoded: Sequence[tuple[int, ...]], heads: Group, 
                 tokens.append(chosen)
 
 
-def _counted(outcome: Outcome, subject: Subject) -> Table:
+def _count(outcome: Outcome, subject: Subject) -> None:
     """Operations of a score pass beside the loop's: counted, so the same on every machine."""
     engine = subject.engine
     sequences = [TokenSequence(ids) for ids in engine.ask(subject.prompts).token_ids]
@@ -136,17 +130,14 @@ def _counted(outcome: Outcome, subject: Subject) -> Table:
     ours = engine.costs.forward_flops(sizes) + engine.costs.scan_flops(sizes, engine.heads)
     alone = sum(engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
     n_heads, plain = len(engine.heads), len(engine.heads) * alone
-    rows: tuple[Row, ...] = (
+    rows = [
         {"way": "score pass", "gflop": ours / 1e9, "runs": n_heads * len(sizes), "ratio": 1.0},
         {"way": "plain score loop", "gflop": plain / 1e9, "runs": n_heads * len(sequences), "ratio": plain / ours},
-    )
+    ]
     outcome.lead(subject.model, "operations of a plain loop, times those of one score pass", plain / ours, "number")
-    shown = columns(
-        *("way", ("runs", "rows through layers", "count"), ("gflop", "GFLOP, counted", "number")),
+    outcome.table(
+        *(subject.model, rows, "way", ("runs", "rows through layers", "count"), ("gflop", "GFLOP, counted", "number")),
         ("ratio", "times our pass", "number"),
+        caption=f"Every one of {n_heads} heads on {len(sequences)} prompts of {subject.dataset}: operations of layers, "
+        "without logits. A pass replays later layers only, shares what prompts begin with, and pads nothing.",
     )
-    caption = (
-        f"Every one of {n_heads} heads on {len(sequences)} prompts of {subject.dataset}: operations of layers, without "
-        "logits. A pass replays later layers only, shares what prompts begin with, and pads nothing."
-    )
-    return Table(subject.model, caption, shown, rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, show_conditions
-from safetyheads.experiments.outcome import Column, Outcome, mean_of
+from safetyheads.experiments.outcome import ColumnLike, Outcome, Row, mean_of
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 
@@ -21,7 +21,7 @@ def table7(lab: Lab, outcome: Outcome) -> None:
     """ASR with and without a begun answer: unablated, under UA and under SC."""
     for model, subjects in lab.each_model(outcome, lab.config.with_templates):
         rows = _ways(lab, model, subjects)
-        show(outcome, model, rows)
+        show_ways(outcome, model, rows)
         for label in dict.fromkeys(row["label"] for row in rows):
             mean = mean_of(row["asr"] for row in rows if row["label"] == label)
             outcome.lead(model, f"{label}, mean ASR of the datasets", mean)
@@ -48,10 +48,10 @@ def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[dict[str, A
     return sorted(rows, key=lambda row: order.index(row["dataset"]))
 
 
-def show(outcome: Outcome, model: str, rows: list[dict[str, Any]]) -> None:
+def show_ways(outcome: Outcome, model: str, rows: Sequence[Row]) -> None:
     """Table and figure, with the paper's numbers where the model is the paper's."""
-    if paper_model(model) != "Llama-2-7b-chat":
-        show_conditions(outcome, model, "", "way", rows)
-        return
-    beside = [{**row, "paper": quoted("table7", paper_dataset(row["dataset"]), row["label"])} for row in rows]
-    show_conditions(outcome, model, "", "way", beside, Column("paper", "paper's ASR", "rate"))
+    paper: list[ColumnLike] = []
+    if paper_model(model) == "Llama-2-7b-chat":
+        paper.append(("paper", "paper's ASR", "rate"))
+        rows = [{**row, "paper": quoted("table7", paper_dataset(row["dataset"]), row["label"])} for row in rows]
+    show_conditions(outcome, model, "", "way", rows, *paper)

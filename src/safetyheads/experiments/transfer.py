@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from safetyheads.ablation import Ablation
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table, columns
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import Group, format_heads
 
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A group, and where it was found."""
-
-    dataset: str
-    by: Ablation
-    group: Group
-
-    @property
-    def row(self) -> dict[str, str]:
-        """Cells of a table."""
-        return {"dataset": self.dataset, "by": SHORT[self.by.name], "heads": format_heads(self.group)}
-
-    @property
-    def size(self) -> str:
-        """``1 head``, ``3 heads``."""
-        return f"{len(self.group)} head{'s' * (len(self.group) > 1)}"
-
-
 _Changes = dict[tuple[Group, Ablation], Measured]
-"""Effect of each group on one dataset under one ablation."""
+"""Effect of each group on one set of prompts, by ablation."""
 
 
 def transfer(lab: Lab, outcome: Outcome) -> None:
     """The change of the ASR for each pair of search set and test set, and of searching and testing ablation."""
     size = min(GROUP_SIZE, lab.config.size)
     for model, subjects in lab.each_model(outcome):
-        found = []
+        found: list[_Found] = []
         for subject in subjects:
             for ablation in lab.ablations:
                 group = subject.group(ablation, size)
@@ -53,21 +33,37 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
         ]
         across_ablations = [
             _cell(
-                tested[one.dataset][one.group, ablation],
-                f"ablated by {SHORT[ablation.name]}",
-                f"found by {SHORT[one.by.name]}",
-                f"{one.dataset}, {one.size}",
+                *(tested[one.dataset][one.group, ablation], f"ablated by {SHORT[ablation.name]}"),
+                *(f"found by {SHORT[one.by.name]}", f"{one.dataset}, {one.size}"),
             )
             for one in found
             for ablation in lab.ablations
         ]
-        for name, x, y, cells in (
-            ("datasets", "tested on", "found on", across_datasets),
-            ("ablations", "ablated by", "found by", across_ablations),
-        ):
-            title, value = f"{model}, across {name}", "change of the ASR"
-            outcome.add(Figure("matrix", title, "", x, y, tuple(cells), value=value))
-        outcome.add(_groups(lab, model, found), _changes(lab, model, found, tested))
+        value = "change of the ASR"
+        outcome.figure("matrix", f"{model}, across datasets", ("tested on", "found on"), across_datasets, value=value)
+        outcome.figure(
+            "matrix", f"{model}, across ablations", ("ablated by", "found by"), across_ablations, value=value
+        )
+        _show_groups(lab, outcome, model, found)
+        _show_changes(lab, outcome, model, found, tested)
+
+
+class _Found(NamedTuple):
+    """A group, and where it was found."""
+
+    dataset: str
+    by: Ablation
+    group: Group
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Cells of a table."""
+        return {"dataset": self.dataset, "by": SHORT[self.by.name], "heads": format_heads(self.group)}
+
+    @property
+    def size(self) -> str:
+        """``1 head``, ``3 heads``."""
+        return f"{len(self.group)} head{'s' * (len(self.group) > 1)}"
 
 
 def _tested(lab: Lab, subject: Subject, found: Sequence[_Found]) -> _Changes:
@@ -86,38 +82,34 @@ def _cell(change: Measured, x: str, y: str, panel: str) -> Row:
     return {"x": x, "y": y, "panel": panel, **numbers, "text": text}
 
 
-def _groups(lab: Lab, model: str, found: Sequence[_Found]) -> Table:
+def _show_groups(lab: Lab, outcome: Outcome, model: str, found: Sequence[_Found]) -> None:
     """Which heads were found where, and what they leave of benign answers."""
     benign = lab.subject(model, BENIGN)
     kept: _Changes = {}
     for ablation in lab.ablations:
         for group, answers in benign.by_group([one.group for one in found if one.by == ablation], ablation).items():
             kept[group, ablation] = Measured.of(answers.kept_change_from(benign.vanilla()))
-    shown = columns(
-        ("dataset", "found on"), ("by", "found by"), "heads", ("kept", "change of benign answers kept", "change")
+    outcome.table(
+        *(f"{model}, groups", [{**one.row, "kept": kept[one.group, one.by]} for one in found]),
+        *(("dataset", "found on"), ("by", "found by"), "heads", ("kept", "change of benign answers kept", "change")),
+        caption="Benign prompts, with heads ablated as they were found.",
     )
-    rows = tuple({**one.row, "kept": kept[one.group, one.by]} for one in found)
-    return Table(f"{model}, groups", "Benign prompts, with heads ablated as they were found.", shown, rows)
 
 
-def _changes(lab: Lab, model: str, found: Sequence[_Found], tested: Mapping[str, _Changes]) -> Table:
+def _show_changes(
+    lab: Lab, outcome: Outcome, model: str, found: Sequence[_Found], tested: Mapping[str, _Changes]
+) -> None:
     """The numbers of both figures."""
-    shown = (
-        *columns(("dataset", "found on"), ("by", "found by"), ("ablated", "ablated by"), "heads"),
-        *(Column(f"on_{at}", name, "change") for at, name in enumerate(tested)),
+    rows = []
+    for one in found:
+        for ablation in lab.ablations:
+            row = {**one.row, "ablated": SHORT[ablation.name]}
+            for at, name in enumerate(tested):
+                if ablation == one.by or name == one.dataset:
+                    row[f"on_{at}"] = tested[name][one.group, ablation]
+            rows.append(row)
+    outcome.table(
+        *(f"{model}, transfer", rows, ("dataset", "found on"), ("by", "found by"), ("ablated", "ablated by"), "heads"),
+        *((f"on_{at}", name, "change") for at, name in enumerate(tested)),
+        caption="Columns: the test sets; under another ablation than the finding one, the own set alone.",
     )
-    rows = [
-        {
-            **one.row,
-            "ablated": SHORT[ablation.name],
-            **{
-                f"on_{at}": tested[name][one.group, ablation]
-                for at, name in enumerate(tested)
-                if ablation == one.by or name == one.dataset
-            },
-        }
-        for one in found
-        for ablation in lab.ablations
-    ]
-    caption = "Columns: the test sets; under another ablation than the finding one, the own set alone."
-    return Table(f"{model}, transfer", caption, shown, tuple(rows))
