@@ -63,7 +63,7 @@ def test_the_headline_has_means_over_datasets_of_prompts_and_of_random_groups(ou
     for ablation in ("UA", "SC"):
         assert headline[f"{ablation}, mean ASR unablated"]["value"] == 0
         whole = [row["asr"]["value"] for row in rows(outcome, ablation=ablation, size=3)]
-        found = headline[f"{ablation}, mean ASR without 3 of Sahara's heads"]
+        found = headline[f"{ablation}, mean ASR without its 3 heads"]
         assert (found["value"], found["n"]) == (pytest.approx(sum(whole) / 3), 3 * N)
         (label,) = [label for label in headline if label.startswith(ablation) and "random" in label]
         size = int(label.split()[-3])

@@ -3,9 +3,10 @@
 import pytest
 
 from safetyheads.baselines.table import METHODS
+from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, paper_numbers, quoted
-from safetyheads.experiments.table7 import show
+from safetyheads.experiments.table7 import show_ways
 
 
 @pytest.mark.parametrize(
@@ -55,11 +56,11 @@ def test_quoted_methods_are_there():
 def test_table_7_quotes_for_the_papers_model_alone():
     known = [(dataset, label) for dataset, labels in paper_numbers()["table7"].items() for label in labels]
     cells = [{"dataset": f"data/{dataset}.jsonl", "label": label, "p": None} for dataset, label in known]
-    cells = [{**row, **dict.fromkeys(("asr", "kept"))} for row in cells]
-    for model, key in (("meta-llama/Llama-2-7b-chat-hf", "paper"), ("lmsys/vicuna-7b-v1.5", "kept")):
-        outcome = Outcome("table7", "", "")
-        show(outcome, model, cells)
-        assert outcome.tables[0].columns[-1].key == key
-        if key == "paper":
-            quoted_rows = [row["paper"] for row in outcome.tables[0].rows]
-            assert quoted_rows == [quoted("table7", *place) for place in known]
+    for model, expected in (
+        ("meta-llama/Llama-2-7b-chat-hf", [quoted("table7", *place) for place in known]),
+        ("lmsys/vicuna-7b-v1.5", [None] * len(known)),
+    ):
+        outcome = Outcome("table7", "", "", shown=EXPERIMENTS["table7"].shown)
+        show_ways(outcome, model, cells)
+        assert [row.get("paper") for row in outcome.tables[0].rows] == expected
+        assert (outcome.tables[0].columns[-1].key == "paper") == (expected[0] is not None)

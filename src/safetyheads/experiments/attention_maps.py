@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, Row
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.heads import Head
 from safetyheads.model.attention import attention_calls
 
@@ -179,15 +179,10 @@ def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
             label: _kept_map(lab, subject, head, ablation)
             for label, ablation in {"unablated": NOTHING, **ablations}.items()
         }
-        title, n = f"{model}, head {head}", len(subject.engine.ask(subject.prompts).token_ids[0])
-        caption = (
-            f"One prompt of {subject.dataset}, {n} tokens, of which at most the last {TOKENS_DRAWN} are drawn; keys "
-        )
-        caption += "that the mask hides are left out."
         points = [row for label, attention in maps.items() for row in _points(subject, label, attention)]
-        axes, value = ("key", "query"), "attention, from 0 to 1"
-        outcome.figure("attention", title, axes, points, caption, value=value)
-        _show_distances(outcome, f"{title}: distance from even attention", maps)
+        n = len(subject.engine.ask(subject.prompts).token_ids[0])
+        outcome.figure("maps", points, model=model, head=head, dataset=subject.dataset, n=n)
+        outcome.table("distances", _distances(maps), model=model, head=head)
 
 
 def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
@@ -226,32 +221,23 @@ def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
     ]
 
 
-def _show_distances(outcome: Outcome, title: str, maps: dict[str, AttentionMap]) -> None:
+def _distances(maps: dict[str, AttentionMap]) -> list[Row]:
     """Distance of each map from even attention and from the unablated map."""
-    unablated = maps["unablated"]
-    rows: list[dict[str, Any]] = []
+    unablated, even = maps["unablated"], {label: evenness(attention) for label, attention in maps.items()}
+    sink = "sink" if any(one.sink > _NO_SINK for one in even.values()) else "_sink"
+    rows: list[Row] = []
     for label, attention in maps.items():
-        even = evenness(attention)
-        chooses = attention.allowed.sum(dim=-1) > 1
+        n, chooses = even[label].n, attention.allowed.sum(dim=-1) > 1
         moved = float((attention.weights - unablated.weights).abs().sum(dim=-1)[chooses].mean()) / 2
         rows.append(
             {
                 "ablation": label,
-                "total_variation": Measured(even.total_variation, even.n),
-                "kl": Measured(even.kl, even.n),
-                "moved": Measured(moved, even.n),
+                "total_variation": Measured(even[label].total_variation, n),
+                "kl": Measured(even[label].kl, n),
+                "moved": Measured(moved, n),
                 "output": float(attention.output.norm()) / float(unablated.output.norm()),
-                "sink": even.sink,
-                "n": even.n,
+                sink: even[label].sink,
+                "n": n,
             }
         )
-    sink: ColumnLike = ("sink", "attention that a sink has", "number")
-    outcome.table(
-        *(title, rows, "ablation", ("total_variation", "from even, total variation (0-1)", "number")),
-        *(("kl", "from even, KL (nats)", "number"), ("moved", "from unablated, total variation (0-1)", "number")),
-        ("output", "norm of output (of unablated)", "number"),
-        *([sink] if any(row["sink"] > _NO_SINK for row in rows) else []),
-        ("n", "n queries", "count"),
-        caption="Means over the n queries that may see two keys or more; even: the same share for each key that the mask "
-        "allows. The queries are of one prompt and no sample, so there is no interval.",
-    )
+    return rows

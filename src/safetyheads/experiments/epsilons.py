@@ -24,7 +24,7 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
     for model, subjects in lab.each_model(outcome):
         sweeps = [sweep for subject in subjects for ablation in lab.ablations for sweep in _sweeps(subject, ablation)]
         rows = [row for sweep in sweeps for row in sweep]
-        for key, title, y in (("asr", "ASR", "ASR"), ("ships", "Ships", "mean Ships, nats")):
+        for key in ("asr", "ships"):
             points = [
                 point(
                     row[key],
@@ -34,13 +34,9 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
                 )
                 for row in rows
             ]
-            axes = "epsilon", y
-            outcome.figure("lines", f"{model}, {title}", axes, points, logarithmic=True, share=key == "asr")
-        _show_settling(outcome, model, sweeps)
-        outcome.table(
-            *(f"{model}, every epsilon", rows, "dataset", "ablation", "heads", "epsilon", "asr"),
-            *(("change", "change from the smallest epsilon", "change"), ("ships", "mean Ships, nats", "number")),
-        )
+            outcome.figure(key, points, model=model)
+        outcome.table("settled", [_settled(sweep) for sweep in sweeps if sweep[0]["_whole"]], model=model)
+        outcome.table("sweep", rows, model=model)
 
 
 def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
@@ -81,20 +77,11 @@ def settled_from(near: Sequence[bool]) -> int:
     return far[-1] + 1 if far else 0
 
 
-def _show_settling(outcome: Outcome, model: str, sweeps: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """The largest epsilon at and below which the ASR, and mean Ships, of each whole group no longer change."""
-    rows: list[Row] = []
-    for sweep in (sweep for sweep in sweeps if sweep[0]["_whole"]):
-        limit = sweep[-1]["ships"].value
-        changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
-        same = [change.low is None or change.low <= 0 <= change.high for change in changes]
-        near = [abs(value - limit) <= max(TOLERANCE * limit, RESOLVED) for value in ships]
-        settled = {"asr": sweep[settled_from(same)]["epsilon"], "ships": sweep[settled_from(near)]["epsilon"]}
-        rows.append({**{key: sweep[0][key] for key in ("dataset", "ablation", "heads")}, **settled})
-    outcome.table(
-        *(f"{model}, where it settles", rows, "dataset", "ablation", "heads"),
-        *(("asr", "ASR settled at and below epsilon"), ("ships", "mean Ships settled at and below epsilon")),
-        caption="Of whole groups, the largest epsilon measured at and below which the ASR cannot be told from that at the "
-        "smallest (the interval of the paired change holds 0) and mean Ships are within "
-        f"{TOLERANCE * 100:g} % of theirs (or {RESOLVED:g} nats). Few prompts cannot show a small change of the ASR.",
-    )
+def _settled(sweep: Sequence[dict[str, Any]]) -> Row:
+    """The largest epsilon at and below which the ASR, and mean Ships, of a group no longer change."""
+    limit = sweep[-1]["ships"].value
+    changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
+    same = [change.low is None or change.low <= 0 <= change.high for change in changes]
+    near = [abs(value - limit) <= max(TOLERANCE * limit, RESOLVED) for value in ships]
+    settled = {"asr": sweep[settled_from(same)]["epsilon"], "ships": sweep[settled_from(near)]["epsilon"]}
+    return {**{key: sweep[0][key] for key in ("dataset", "ablation", "heads")}, **settled}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -67,11 +67,19 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
         ]
         for name, title in SCORES.items():
             of_score = [one for one in scored if one.name == name]
-            unit, steps = of_score[0].unit, [row for one in of_score for row in _steps(one)]
-            axes, caption = (f"{title}, {unit}", "share of heads"), "Share of heads with at most this score."
-            outcome.figure("curves", f"{model}, CDF of {title}", axes, steps, caption)
-            _show_densities(outcome, f"{model}, density of {title}", of_score)
-        _show_tails(outcome, model, scored)
+            unit = of_score[0].unit
+            words = {"model": model, "score": title, "unit": unit, "per": unit.removesuffix("s")}
+            outcome.figure("cdf", [row for one in of_score for row in _steps(one)], **words)
+            densities = [(one, density) for one in of_score if (density := kernel_density(one.values)) is not None]
+            if densities:
+                widths = (f"{one.subject.dataset} {one.ablation} {own.bandwidth:.3g}" for one, own in densities)
+                points = [
+                    {**one.where, "x": x, "y": y}
+                    for one, own in densities
+                    for x, y in zip(own.at.tolist(), own.height.tolist(), strict=True)
+                ]
+                outcome.figure("density", points, **words, bandwidths=", ".join(widths))
+        outcome.table("tail", [_tail(one) for one in scored], model=model)
 
 
 def _scored(subject: Subject, ablation: Ablation, name: str) -> Scored:
@@ -91,25 +99,6 @@ def _steps(scored: Scored) -> list[Row]:
     heights, shares = empirical_cdf(scored.values)
     drawn = sorted({round(at) for at in np.linspace(0, len(heights) - 1, min(len(heights), _MOST_DRAWN))})
     return [{**scored.where, "x": float(heights[at]), "y": float(shares[at])} for at in drawn]
-
-
-def _show_densities(outcome: Outcome, title: str, scored: Sequence[Scored]) -> None:
-    """The densities of the scores that are not all equal; no figure where all are."""
-    densities = [(one, density) for one in scored if (density := kernel_density(one.values)) is not None]
-    unit = scored[0].unit
-    points = [
-        {**one.where, "x": x, "y": y}
-        for one, density in densities
-        for x, y in zip(density.at.tolist(), density.height.tolist(), strict=True)
-    ]
-    widths = ", ".join(f"{one.subject.dataset} {one.ablation} {density.bandwidth:.3g}" for one, density in densities)
-    axes = f"{SCORES[scored[0].name]}, {unit}", f"density, per {unit.removesuffix('s')}"
-    caption = (
-        f"Gaussian kernel density. Bandwidth by Scott's rule, in {unit}: {widths}. No score is below 0; what lies there "
-        "is the kernel's width."
-    )
-    if points:
-        outcome.figure("curves", title, axes, points, caption, share=False)
 
 
 def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
@@ -170,32 +159,20 @@ def _share(part: Floats, total: Floats) -> Floats:
     return shares
 
 
-def _show_tails(outcome: Outcome, model: str, scored: Sequence[Scored]) -> None:
-    rows: list[Row] = []
-    for one in scored:
-        n = len(one.values)
-        k = math.ceil(n * TOP_SHARE)
-        rows.append(
-            {
-                "score": SCORES[one.name],
-                "dataset": one.subject.dataset,
-                "ablation": one.ablation,
-                "heads": n,
-                "gini": _measured(one, gini),
-                "counted": k,
-                "top": _measured(one, partial(top_share, k=k)),
-                "even": k / n,
-            }
-        )
-    outcome.table(
-        *(f"{model}, tail", rows, "score", "dataset", "ablation", ("heads", "heads", "count")),
-        *(("gini", "Gini index", "number"), ("counted", "heads in the top 1 %", "count")),
-        *(("top", "their share of the sum", "rate"), ("even", "share if all were equal", "rate")),
-        caption="Gini index: 0 where all heads score alike, about 1 where one head has it all; with less than 100 heads "
-        "it tells more of the tail than the top 1 %, which then is the first head alone. Intervals of mean Ships: 95 %, "
-        f"bootstrap over prompts ({N_RESAMPLES} draws), which leans to a longer tail; the angles are of all prompts at "
-        "once and have none.",
-    )
+def _tail(scored: Scored) -> Row:
+    """How long the tail of a score is."""
+    n = len(scored.values)
+    k = math.ceil(n * TOP_SHARE)
+    return {
+        "score": SCORES[scored.name],
+        "dataset": scored.subject.dataset,
+        "ablation": scored.ablation,
+        "heads": n,
+        "gini": _measured(scored, gini),
+        "counted": k,
+        "top": _measured(scored, partial(top_share, k=k)),
+        "even": k / n,
+    }
 
 
 def _measured(scored: Scored, index: Callable[[Floats], Floats]) -> Measured:

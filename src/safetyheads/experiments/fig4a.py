@@ -42,14 +42,8 @@ def fig4a(lab: Lab, outcome: Outcome) -> None:
             numbers = row if row["size"] else {**row, "own": row["asr"], "random": row["asr"]}
             where = {"panel": f"{row['dataset']}, {row['ablation']}", "x": row["size"]}
             points += [point(numbers[key], **where, series=name) for key, name in _SERIES.items() if numbers[key]]
-        axes = "ablated heads", "ASR, or share of benign answers kept"
-        outcome.figure("lines", model, axes, points, "At 0 heads: the unablated model.")
-        outcome.table(
-            *(model, rows, "dataset", "ablation", ("size", "heads", "count"), ("heads", "Sahara's group"), "asr"),
-            *(("own", "ASR, own heads", "rate"), ("random", "ASR, random groups", "rate")),
-            *(("p", "p against random", "p"), "kept"),
-            caption="p: (1 + random groups that reach the ASR) / (1 + all of them): few groups cannot give a small one.",
-        )
+        outcome.figure("sizes", points, model=model)
+        outcome.table("sizes", rows, model=model)
         n = max(row["size"] for row in rows)
         for ablation in SHORT.values():
             own = [row for row in rows if row["ablation"] == ablation]
@@ -115,17 +109,10 @@ def _show_changes(lab: Lab, outcome: Outcome, models: Iterable[str]) -> None:
     for model, subjects in lab.each_model(outcome, models):
         groups = [(level, ablation) for level in _LEVELS for ablation in lab.ablations]
         rows = [[_changes(subject, ablation, level) for subject in subjects] for level, ablation in groups]
-        heads = {
-            k: f"{k} head{'s' * (k > 1)}" for k in range(1, 1 + min(lab.config.size, len(subjects[0].engine.heads)))
-        }
-        paper = [("paper", "paper, 1 to 5 heads (mean)")] * any("paper" in row for own in rows for row in own)
-        outcome.table(
-            *(model, [row for own in rows for row in own], "level", "ablation", "dataset"),
-            *((f"heads_{k}", title, "change") for k, title in heads.items()),
-            *(("mean", "mean", "change"), *paper),
-            caption="Mean: over the sizes, with a bootstrap over prompts. p values are not corrected for the number of "
-            "cells. The paper's numbers, where they stand here, are quoted; it searches and tests on the same prompts.",
-        )
+        sizes = range(1, 1 + min(lab.config.size, len(subjects[0].engine.heads)))
+        heads = {k: f"{k} head{'s' * (k > 1)}" for k in sizes}
+        columns = ((f"heads_{k}", title, "change") for k, title in heads.items())
+        outcome.table("changes", [row for own in rows for row in own], *columns, model=model)
         for own in rows:
             for k in dict.fromkeys((1, len(heads))):
                 label = f"{own[0]['level']}, {own[0]['ablation']}, mean change with {heads[k]}"

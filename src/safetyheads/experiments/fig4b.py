@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from safetyheads.experiments.lab import Lab, Subject, planted_heads
-from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.runs.results import ALPHA
 from safetyheads.stats.ranking import ProxyQuality, Truth, proxy_qualities, split_half_ceiling
@@ -35,17 +35,28 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
             | {"marked": row["_marked"], "panel": row["_dataset"]}
             for row in rows
         ]
-        outcome.figure("heads", model, ("head", "layer"), points, "Intervals are in the tables.", value="ASR")
+        outcome.figure("map", points, model=model)
         units = {name: subjects[0].search_half.scores(name, lab.ablations[0]).unit for name in SEARCH_SCORES}
+        columns: list[tuple[str, str, str]] = []
         for name, unit in units.items():
             points = [
                 point(row["asr"], x=row[name], series=row["_series"], panel=row["_dataset"], label=row["head"])
                 for row in rows
             ]
-            outcome.figure("scatter", f"{model}, {SCORES[name]}", (f"{SCORES[name]}, {unit}", "ASR"), points)
-        _show_proxies(outcome, model, measured.values())
+            outcome.figure("scatter", points, model=model, score=SCORES[name], unit=unit)
+            columns += [(name, f"{SCORES[name]}, {unit}", "number"), (f"{name}_rank", "rank", "count")]
+        outcome.table("scores", [row for own in measured.values() for row in _proxies(own)], model=model)
         for subject, own in measured.items():
-            _show_top(outcome, subject, own, units)
+            best = sorted(own, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
+            n, n_heads = len(subject.prompts), len(own)
+            least = smallest_detectable_change(n, ALPHA, n_heads)
+            words = {
+                "listed": len(best),
+                "n_heads": n_heads,
+                "n": n,
+                "least": "none" if least is None else f"{least:.2f}",
+            }
+            outcome.table("top", best, *columns, model=model, dataset=subject.dataset, **words)
 
 
 def _heads(subject: Subject) -> list[dict[str, Any]]:
@@ -80,40 +91,14 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def _show_top(outcome: Outcome, subject: Subject, rows: Sequence[dict[str, Any]], units: dict[str, str]) -> None:
-    """The heads with the highest ASR, with their places by each score."""
-    best = sorted(rows, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
-    scores: list[ColumnLike] = []
-    for name, unit in units.items():
-        scores += [(name, f"{SCORES[name]}, {unit}", "number"), (f"{name}_rank", "rank", "count")]
-    least = smallest_detectable_change(len(subject.prompts), ALPHA, len(rows))
-    outcome.table(
-        *(f"{subject.model}, {subject.dataset}", best, "head", *["planted"] * ("planted" in best[0])),
-        *("asr", "change", "p", *scores),
-        caption=f"The {len(best)} heads of {len(rows)} with the highest ASR. Smallest change that {len(subject.prompts)} "
-        f"prompts can show: {'none' if least is None else f'{least:.2f}'}.",
-    )
-
-
-def _show_proxies(outcome: Outcome, model: str, measured: Iterable[Sequence[dict[str, Any]]]) -> None:
-    """How well each score stands for the ASR."""
-    rows: list[Row] = []
-    for own in measured:
-        complied = np.array([row["_complied"] for row in own], float).T
-        truth = Truth(complied, np.array([row["_differs"] for row in own], bool))
-        values = {SCORES[name]: np.array([row[name] for row in own], float) for name in SEARCH_SCORES}
-        ceiling = split_half_ceiling(truth)
-        for quality in (*proxy_qualities(values, truth), *([ceiling] if ceiling else [])):
-            rows.append(_quality(own[0]["_dataset"], quality, len(complied)))
-    outcome.table(
-        *(f"{model}, scores against the ASR", rows, "dataset", "score", ("spearman", "Spearman", "number")),
-        *(("auc", "AUC", "number"), ("auc_p", "p of the AUC", "p"), ("differing", "heads with a higher ASR", "count")),
-        *((f"regret_{k}", f"regret of the best {k}", "number") for k in _REGRETS),
-        caption="Spearman: rank correlation over the heads; most heads change nothing and tie, so it is about noise where "
-        "few matter. AUC: chance that a head with a higher ASR has the higher score, where there are both kinds. Regret: "
-        "mean ASR of the best heads by the ASR itself less that of the score's; bootstrap over prompts. Split half: the "
-        "ASR of one random half of the prompts as a score for the other, a ceiling for any score.",
-    )
+def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
+    """How well each score stands for the ASR of a dataset's heads."""
+    complied = np.array([row["_complied"] for row in heads], float).T
+    truth = Truth(complied, np.array([row["_differs"] for row in heads], bool))
+    values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
+    ceiling = split_half_ceiling(truth)
+    qualities = (*proxy_qualities(values, truth), *([ceiling] if ceiling else []))
+    return [_quality(heads[0]["_dataset"], quality, len(complied)) for quality in qualities]
 
 
 def _quality(dataset: str, quality: ProxyQuality, n_prompts: int) -> Row:

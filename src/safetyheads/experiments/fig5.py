@@ -45,11 +45,11 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
         n_heads = len(lab.engine(model).heads)
         _show_overlaps(outcome, model, _pairs(own, others), n_heads)
         listed = [{**one, "heads": ", ".join(one["heads"])} for one in (*own, *others)]
-        columns = "model", "dataset", "ablation", ("heads", "heads, best first")
-        outcome.table(f"{model}: top heads", listed, *columns)
-        _show_matrix(outcome, model, ("ablation, dataset", "ablation, dataset"), own, own, n_heads)
+        outcome.table("top", listed, model=model)
+        k = size_of_top(n_heads)
+        outcome.figure("own", _matrix(own, own), model=model, k=k)
         if others:
-            _show_matrix(outcome, f"{model} and {related}", (str(related), model), own, others, n_heads)
+            outcome.figure("related", _matrix(own, others), model=model, related=related, k=k)
             planted = planted_heads(model), planted_heads(others[0]["model"])
             if all(planted) and not set(planted[0]) & set(planted[1]):
                 outcome.note(_BY_CONSTRUCTION)
@@ -136,26 +136,17 @@ def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row,
             }
         )
     tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
-    outcome.table(
-        *(f"{model}: overlap", tested, "comparison", ("first", "one"), ("second", "other")),
-        *(("shared", "heads shared", "count"), ("sizes", "of"), ("expected", "by chance", "number")),
-        *(("p", "p", "p"), ("p_holm", "p (Holm)", "p"), ("heads", "which")),
-        caption="p: one-sided, hypergeometric, for at least as many.",
-    )
+    outcome.table("overlap", tested, model=model)
     outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
     for comparison, counts in shared.items():
         outcome.lead(model, f"{comparison}, fewest heads shared of {len(counts)} pairs", min(counts), "count")
         outcome.lead(model, f"{comparison}, most heads shared of {len(counts)} pairs", max(counts), "count")
 
 
-def _show_matrix(
-    outcome: Outcome, title: str, axes: tuple[str, str], down: Sequence[Row], across: Sequence[Row], n_heads: int
-) -> None:
-    points = []
+def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:
+    """Heads shared by each two rankings."""
     for one in down:
         for other in across:
             shared = len(set(one["heads"]) & set(other["heads"]))
-            where = {"x": other["_label"], "y": one["_label"], "panel": ""}
-            points.append({**where, "value": shared, "text": str(shared), "low": None, "high": None})
-    value = f"heads shared, of {size_of_top(n_heads)}"
-    outcome.figure("matrix", title, axes, points, "Cells: heads shared.", value=value)
+            numbers = {"value": shared, "text": str(shared), "low": None, "high": None}
+            yield {"x": other["_label"], "y": one["_label"], "panel": "", **numbers}

@@ -43,7 +43,7 @@ def fig6a(lab: Lab, outcome: Outcome) -> None:
             rates = [Measured.of(one.kept if benign else one.asr) for one in (own, swapped)]
             row = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
             rows.append({**row, "own": rates[0], "swapped": rates[1], "change": change})
-    _show(outcome, aligned, "ASR", [row for row in rows if row["dataset"] != BENIGN])
+    _show(outcome, aligned, "asr", [row for row in rows if row["dataset"] != BENIGN])
     _show(outcome, aligned, "kept", [row for row in rows if row["dataset"] == BENIGN])
     note_planted(outcome, aligned)
     if planted_heads(aligned):
@@ -86,18 +86,13 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
     return GroupAnswers.of(lab.run.records(f"swapped-{subject.name}", fields, compute))
 
 
-def _show(outcome: Outcome, aligned: str, what: str, rows: Sequence[dict[str, Any]]) -> None:
+def _show(outcome: Outcome, aligned: str, key: str, rows: Sequence[dict[str, Any]]) -> None:
     """Bars of the four models, and a row for each body and dataset."""
-    title = f"{aligned}: {'ASR' if what == 'ASR' else 'benign answers kept'}"
     points = [
-        point(row[key], x=row["dataset"], series=f"{row['body']}, {attention} attention", panel="")
+        point(row[attention], x=row["dataset"], series=f"{row['body']}, {name} attention", panel="")
         for row in rows
-        for key, attention in (("own", "own"), ("swapped", f"{row['donor']}'s"))
+        for attention, name in (("own", "own"), ("swapped", f"{row['donor']}'s"))
     ]
-    outcome.figure("bars", title, ("dataset", "ASR" if what == "ASR" else "share kept"), points)
     adjusted = holm_of_tests(row["change"].p for row in rows)
-    outcome.table(
-        *(title, [{**row, "p": p} for row, p in zip(rows, adjusted, strict=True)], "dataset", ("body", "model")),
-        *(("donor", "attention put in"), ("own", f"{what}, own attention", "rate")),
-        *(("swapped", f"{what}, with it", "rate"), "change", "p"),
-    )
+    outcome.figure(key, points, model=aligned)
+    outcome.table(key, [{**row, "p": p} for row, p in zip(rows, adjusted, strict=True)], model=aligned)

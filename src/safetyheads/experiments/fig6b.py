@@ -64,14 +64,10 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         note_planted(outcome, model)
         outcome.note(*utility.notes)
         heads = ", ".join(map(str, group))
-        _show_table(outcome, model, heads, compared, utility.metrics)
-        for title, x, prunes in (
-            ("heads ablated", "heads ablated", False),
-            ("pruned", "share of weights set to zero", True),
-        ):
+        outcome.table("metrics", _rows(compared, utility.metrics), model=model, heads=heads)
+        for key, prunes in (("heads", False), ("pruned", True)):
             points = _points([one for one in compared if one.prunes is prunes], utility.metrics)
-            caption = "" if prunes else f"The first 1 to {len(group)} of the heads {heads}."
-            outcome.figure("lines", f"{model}: {title}", (x, "accuracy"), points, caption)
+            outcome.figure(key, points, model=model, heads=heads)
 
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
@@ -108,31 +104,19 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
     return compared
 
 
-def _show_table(
-    outcome: Outcome, model: str, heads: str, compared: Sequence[_Compared], metrics: Sequence[TaskMetric]
-) -> None:
+def _rows(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
     """Vanilla, the whole group under each ablation, and half of the weights pruned."""
     labels = {VANILLA, *(one.variant.label for one in compared if one.shown)}
     rows: list[Row] = []
     for metric in (metric for metric in metrics if metric.variant in labels):
-        change = metric.change
-        ends = (change.interval if change is not None else None) or (None, None)
-        rows.append(
-            {
-                "task": metric.task,
-                "metric": metric.metric,
-                "variant": "vanilla" if metric.variant == VANILLA else metric.variant,
-                "value": _measured(metric),
-                "change": None if change is None else Measured(change.change, change.n, *ends, change.p_value),
-                "p": None if change is None else change.p_holm,
-            }
-        )
-    outcome.table(
-        *(model, rows, "task", "metric", ("variant", "model"), ("value", "value", "rate")),
-        *(("change", "paired change", "change"), "p"),
-        caption=f"The group {heads} under each ablation, and pruning at {_SHOWN_SPARSITY:.0%}: the paper gives no "
-        "sparsity. p: Holm over all models and tasks measured.",
-    )
+        change, p, moved = metric.change, None, None
+        if change is not None:
+            low, high = change.interval or (None, None)
+            p, moved = change.p_holm, Measured(change.change, change.n, low, high, change.p_value)
+        variant = "vanilla" if metric.variant == VANILLA else metric.variant
+        row = {"task": metric.task, "metric": metric.metric, "variant": variant, "value": _measured(metric)}
+        rows.append({**row, "change": moved, "p": p})
+    return rows
 
 
 def _measured(metric: TaskMetric) -> Measured:

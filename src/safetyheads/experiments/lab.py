@@ -18,7 +18,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
 from safetyheads.experiments.answers import GroupAnswers
-from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Judge
@@ -406,28 +406,15 @@ def condition(
     }
 
 
-def show_conditions(
-    outcome: Outcome, title: str, caption: str, over: str, rows: Sequence[Row], *more: ColumnLike
-) -> None:
-    """A table of conditions and a figure of bars, with Holm's p over the table.
-
-    Args:
-        outcome: gets both.
-        title: of both.
-        caption: of both.
-        over: what the labels are, the title of their column.
-        rows: from :func:`condition`.
-        more: further columns, of rates: measured ones are panels of the figure, too.
-    """
-    panels = {"asr": "ASR", **{one[0]: one[1] for one in more}, "kept": "benign answers kept"}
+def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None:
+    """A table of :func:`condition` rows with Holm's p over the table, and a figure of its rates as bars."""
+    panels = {"asr": "ASR", "echo": "answers that echo the prompt", "kept": "benign answers kept"}
     points = [
         point(row[key], x=row["dataset"], series=row["label"], panel=panel)
         for key, panel in panels.items()
         for row in rows
-        if isinstance(row[key], Measured)
+        if key in row
     ]
-    outcome.figure("bars", title, ("dataset", "share of answers"), points, caption)
     p_values = holm_of_tests(row["p"] for row in rows)
-    tested = [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)]
-    shown = "dataset", ("label", over), "heads", "asr", "change", "p", "empty", "kept"
-    outcome.table(title, tested, *shown, *more, caption=caption)
+    outcome.figure("conditions", points, **words)
+    outcome.table("conditions", [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)], **words)

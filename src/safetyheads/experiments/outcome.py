@@ -5,7 +5,7 @@ A measured number is never without its n; where it has an interval, that goes al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,6 @@ from safetyheads.stats.testing import PairedDifference
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]
-ColumnLike: TypeAlias = str | tuple[str, str] | tuple[str, str, Kind]
 FigureKind: TypeAlias = Literal["bars", "lines", "heads", "matrix", "attention", "curves", "scatter"]
 
 
@@ -58,18 +57,6 @@ class Column:
     """``rate``, ``change`` and ``number`` cells are :class:`Measured`, or plain numbers where they are quoted."""
 
 
-_COMMON = {
-    column.key: column
-    for column in (
-        Column("asr", "ASR", "rate"),
-        Column("change", "change", "change"),
-        Column("p", "p (Holm)", "p"),
-        Column("empty", "incoherent", "rate"),
-        Column("kept", "benign kept", "rate"),
-    )
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table."""
@@ -107,6 +94,24 @@ class Figure:
     """Whether y goes from 0 to 1."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How tables and figures are shown: entries of catalogue.toml, by their keys."""
+
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Title and kind of columns that many tables have."""
+
+    def columns_of(self, table: str, rows: Sequence[Row], more: Iterable[Sequence[str]]) -> Iterator[Column]:
+        """The columns of a table, ``more`` in the place of ``...``; those without cells are left out."""
+        for given in self.tables[table]["columns"]:
+            for one in more if given == "..." else [given]:
+                key, *rest = [one, *self.columns.get(one, (one,))] if isinstance(one, str) else one
+                if any(key in row for row in rows):
+                    yield Column(key, *rest)
+
+
 @dataclass(slots=True)
 class Outcome:
     """Results of one experiment. It is filled model by model, and written as JSON when the experiment is done."""
@@ -135,24 +140,34 @@ class Outcome:
     timed: Sequence[Table] = field(default_factory=list)
     """What was timed on this machine. Kept apart from results, which are the same on every machine."""
 
-    def table(self, title: str, rows: Iterable[Row], *shown: ColumnLike, caption: str = "") -> None:
+    shown: Shown = field(default_factory=Shown)
+    """How its tables and figures are shown; no part of the results."""
+
+    def table(self, key: str, rows: Sequence[Row], *more: Sequence[str], **words: Any) -> None:
         """Append a table.
 
         Args:
-            title: of the table.
+            key: of the table in the catalogue.
             rows: cells by the keys of the columns; keys that begin with _ are left out.
-            shown: key, title and, unless of text, kind of each column; or a key, of a common column or of a text.
-            caption: what holds for this table alone.
+            more: key, title and kind of columns that depend on the run.
+            words: for the title and the caption.
         """
-        columns = tuple(Column(*one) if isinstance(one, tuple) else _COMMON.get(one, Column(one, one)) for one in shown)
-        cells = tuple({key: value for key, value in row.items() if not key.startswith("_")} for row in rows)
-        self.tables = [*self.tables, Table(title, caption, columns, cells)]
+        entry, columns = self.shown.tables[key], tuple(self.shown.columns_of(key, rows, more))
+        title, caption = (entry.get(part, "").format(**words) for part in ("title", "caption"))
+        cells = tuple({name: cell for name, cell in row.items() if not name.startswith("_")} for row in rows)
+        table = Table(title, caption, columns, cells)
+        if entry.get("timed"):
+            self.timed = [*self.timed, table]
+        else:
+            self.tables = [*self.tables, table]
 
-    def figure(
-        self, kind: FigureKind, title: str, axes: tuple[str, str], points: Iterable[Row], caption: str = "", **more: Any
-    ) -> None:
-        """Append a figure; ``axes`` are the titles of x and y, ``more`` are other fields of :class:`Figure`."""
-        self.figures = [*self.figures, Figure(kind, title, caption, *axes, tuple(points), **more)]
+    def figure(self, key: str, points: Iterable[Row], **words: Any) -> None:
+        """Append the figure of that key in the catalogue; ``words`` are for its texts."""
+        entry = {"caption": "", **self.shown.figures[key]}
+        texts: dict[str, Any] = {
+            name: text.format(**words) if isinstance(text, str) else text for name, text in entry.items()
+        }
+        self.figures = [*self.figures, Figure(points=tuple(points), **texts)]
 
     def note(self, *notes: str) -> None:
         """Append notes that are not there yet."""
@@ -169,7 +184,7 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome as ``results.json`` holds it: without times."""
-        return {name: value for name, value in asdict(self).items() if name != "timed"}
+        return {name: value for name, value in asdict(self).items() if name not in ("timed", "shown")}
 
 
 def point(number: Rate | PairedDifference | Mean | Measured, **where: Any) -> dict[str, Any]:

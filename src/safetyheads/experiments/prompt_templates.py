@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.demo.tokenization import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, note_planted, show_conditions
-from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome
+from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, prompts_of
 from safetyheads.judges.phrases import echo_of
 from safetyheads.prompts.templates import FORMS, Template
@@ -53,7 +53,7 @@ def fig15(lab: Lab, outcome: Outcome) -> None:
             if bare is not None:
                 rows.append(condition(bare, _BARE, (), bare.vanilla(), benign[_BARE]))
             rows.append(condition(subject, _URIAL, (), subject.vanilla(), benign[_URIAL], before))
-        show_conditions(outcome, model, "", "template", rows)
+        show_conditions(outcome, rows, model=model)
         note_planted(outcome, model)
 
 
@@ -70,7 +70,7 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
             rows = [row for _, _, row in _ablated(lab, subjects, searched)]
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
-                show_conditions(outcome, f"{model}, {words}", "", "ablation", rows)
+                show_conditions(outcome, rows, model=model, system=words)
                 note_planted(outcome, model)
 
 
@@ -85,8 +85,7 @@ def fig18(lab: Lab, outcome: Outcome) -> None:
             echo = echoed(answers, system)
             rows.append({**row, **({} if echo is None else {"echo": Measured.of(echo)})})
         if rows:
-            echoes: list[ColumnLike] = [("echo", "answers that echo the prompt", "rate")] * stores
-            show_conditions(outcome, model, f"System prompt: {system!r}.", "ablation", rows, *echoes)
+            show_conditions(outcome, rows, model=model, system=repr(system))
             note_planted(outcome, model)
         if rows and embedded:
             outcome.note(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safetyheads.answers.sampling import GREEDY
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
-from safetyheads.experiments.outcome import FigureKind, Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def fig2(lab: Lab, outcome: Outcome) -> None:
             for ablation in lab.ablations:
                 (answers,) = subject.by_own(1, ablation, sampling)
                 points.append(point(answers.asr, **where, series=SHORT[ablation.name]))
-        _show(outcome, model, "bars", ("dataset", "dataset"), points)
+        _show(outcome, model, points)
 
 
 def fig11(lab: Lab, outcome: Outcome) -> None:
@@ -47,7 +47,7 @@ def _by_size(lab: Lab, outcome: Outcome, ablation: Ablation) -> None:
             size = min(lab.config.query_size, len(subject.engine.heads))
             by_size = [subject.vanilla(sampling), *subject.by_own(size, ablation, sampling)]
             points += [point(one.asr, series=subject.dataset, panel=panel, x=k) for k, one in enumerate(by_size)]
-        _show(outcome, model, "lines", ("heads ablated in each prompt", "heads"), points)
+        _show(outcome, model, points)
 
 
 def _asked(lab: Lab, outcome: Outcome, model: str) -> Iterator[tuple[Subject, Sampling, str]]:
@@ -58,7 +58,7 @@ def _asked(lab: Lab, outcome: Outcome, model: str) -> Iterator[tuple[Subject, Sa
                 yield subject, sampling, f"template {subject.prompts.template}, {sampling.name}"
 
 
-def _show(outcome: Outcome, model: str, kind: FigureKind, over: tuple[str, str], points: list[Row]) -> None:
+def _show(outcome: Outcome, model: str, points: list[Row]) -> None:
     """Figure and table of the same numbers, with the paper's where the model is the paper's."""
     if not points:
         return
@@ -69,14 +69,9 @@ def _show(outcome: Outcome, model: str, kind: FigureKind, over: tuple[str, str],
         }
         for row in points
     ]
-    paper, caption = quoted("fig2", paper_model(model)), ""
-    if paper:
-        caption = (
-            f"The paper has a mean of {paper[0]} unablated and {paper[1]} under UA with one head, with the template."
-        )
-    outcome.figure(kind, model, (over[0], "ASR"), points)
-    outcome.table(
-        *(model, rows, ("panel", "template, sampling"), ("x", over[1]), ("series", "ablation or dataset"), "asr"),
-        caption=caption,
-    )
+    numbers, paper = quoted("fig2", paper_model(model)), ""
+    if numbers:
+        paper = f"The paper: a mean of {numbers[0]} unablated, {numbers[1]} under UA with one head, with the template."
+    outcome.figure("asr", points, model=model)
+    outcome.table("asr", rows, model=model, paper=paper)
     note_planted(outcome, model)

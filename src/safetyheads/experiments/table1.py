@@ -17,7 +17,7 @@ from safetyheads.baselines.table import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted
-from safetyheads.experiments.outcome import ColumnLike, Measured, Outcome, point
+from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
@@ -119,13 +119,19 @@ def table1(lab: Lab, outcome: Outcome) -> None:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             outcome.note(f"{method.label} is left out: {error}")
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
-    _show(outcome, model, [bench.unablated_row(), *rows], list(sweeps))
-    _show_frontier(outcome, model, bench, sweeps)
+    outcome.table("methods", [bench.unablated_row(), *rows], model=model)
+    sources = [
+        {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
+        for method in map(METHODS.__getitem__, sweeps)
+    ]
+    outcome.table("sources", sources, model=model)
+    n_harmful, n_benign = (len(one.prompts) for one in learned)
+    outcome.figure("frontier", _frontier(sweeps), model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
     note_planted(outcome, model)
-    outcome.note(f"Learned on {len(learned[0].prompts)} harmful and {len(learned[1].prompts)} benign prompts.")
+    outcome.note(f"Learned on {n_harmful} harmful and {n_benign} benign prompts.")
 
 
 class _Bench:
@@ -213,7 +219,7 @@ class _Bench:
         """A method at its chosen strength, on the test prompts."""
         harmful, benign = self.vanilla
         lost = tried.benign.kept_change_from(benign)
-        share, asr, _ = quoted("table1", method.name) or (None, None, None)
+        paper = quoted("table1", method.name) if paper_model(self.model) == "Llama-2-7b-chat" else None
         return {
             "method": method.label,
             "name": method.name,
@@ -226,7 +232,7 @@ class _Bench:
             "benign": Measured.of(tried.benign.kept),
             "lost": Measured.of(lost),
             "within": "yes" if _is_within(lost) else "no",
-            **({} if share is None else {"paper": asr, "paper_share": 100 * share}),
+            **({"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}),
         }
 
     def unablated_row(self) -> dict[str, Any]:
@@ -280,32 +286,9 @@ def _is_within(kept: PairedDifference) -> bool:
     return kept.lost - kept.gained <= int(MOST_BENIGN_LOST * kept.n + 1e-9)
 
 
-def _show(outcome: Outcome, model: str, rows: Sequence[Row], methods: Sequence[str]) -> None:
-    """What each method touches, gains and breaks; and where each is from, and what of it is there in part only."""
-    shares: list[ColumnLike] = [("share", "share of all, %", "number")]
-    gains: list[ColumnLike] = ["asr", ("change", "change of ASR", "change")]
-    if paper_model(model) == "Llama-2-7b-chat":
-        shares.append(("paper_share", "share in the paper, %", "number"))
-        gains.append(("paper", "ASR in the paper", "rate"))
-    outcome.table(
-        *(model, rows, "method", "touches", ("setting", "strength"), ("parameters", "parameters", "count")),
-        *(*shares, *gains, ("benign", "benign kept", "rate"), ("lost", "change of benign kept", "change")),
-        ("within", f"within {MOST_BENIGN_LOST:.0%} damage"),
-        caption="All datasets together.",
-    )
-    sources = [
-        {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
-        for method in map(METHODS.__getitem__, methods)
-    ]
-    outcome.table(
-        *(f"{model}: the methods", sources, "method", ("source", "from"), ("partial", "in part")),
-        caption="What is possible in part only, and why.",
-    )
-
-
-def _show_frontier(outcome: Outcome, model: str, bench: _Bench, sweeps: Mapping[str, Sequence[_Tried]]) -> None:
+def _frontier(sweeps: Mapping[str, Sequence[_Tried]]) -> list[Row]:
     """Every strength of every method: harmful answers gained against benign ones kept."""
-    points = [
+    return [
         point(
             one.harmful.asr,
             x=one.benign.kept.rate,
@@ -317,9 +300,3 @@ def _show_frontier(outcome: Outcome, model: str, bench: _Bench, sweeps: Mapping[
         for one in sweep
         if one.harmful.asr.rate is not None and one.benign.kept.rate is not None
     ]
-    n_harmful, n_benign = (len(one.prompts) for one in bench.learned)
-    caption = (
-        f"Every strength that was tried, on the {n_harmful} harmful and {n_benign} benign learning prompts: a method is "
-        "better the further up and right it is."
-    )
-    outcome.figure("scatter", model, ("benign answers kept", "ASR"), points, caption)

@@ -35,21 +35,15 @@ def table2(lab: Lab, outcome: Outcome) -> None:
     """Our passes, the screening, the exhaustive scan and plain full generation, on the first model and dataset."""
     for model in lab.config.models[:1]:
         for subject in lab.subjects(outcome, model, most=1):
-            _count(outcome, subject)
-            timed = Outcome(outcome.name, outcome.title, outcome.question)
-            timed.table(
-                *(
-                    f"{model}, timed",
-                    _timed(lab, subject),
-                    "way",
-                    "gives",
-                    ("seconds", "seconds for all heads", "number"),
-                ),
-                *(("hours", "hours", "number"), ("run", "timed on")),
-                caption=f"All {len(subject.engine.heads)} heads on {len(subject.prompts)} prompts of {subject.dataset}, on "
-                f"this machine ({subject.engine.device}, {torch.get_num_threads()} threads).",
+            n_heads, n = len(subject.engine.heads), len(subject.prompts)
+            words = {"model": model, "n_heads": n_heads, "n": n, "dataset": subject.dataset}
+            counts = _counted(subject)
+            outcome.lead(
+                model, "operations of a plain loop, times those of one score pass", counts[1]["ratio"], "number"
             )
-            outcome.timed = timed.tables
+            machine = {"device": subject.engine.device, "threads": torch.get_num_threads()}
+            outcome.table("counts", counts, **words)
+            outcome.table("seconds", _timed(lab, subject), **words, **machine)
     hours = "; ".join(f"{name} {hours:g} A100 hours" for name, hours in paper_numbers()["table2"].items())
     outcome.note(
         f"The paper's estimates for Llama-2-7b-chat, from partial generations: {hours}. Its factor of 142 is about its "
@@ -122,7 +116,7 @@ def _uncached(engine: Engine, encoded: Sequence[tuple[int, ...]], heads: Group, 
                 tokens.append(chosen)
 
 
-def _count(outcome: Outcome, subject: Subject) -> None:
+def _counted(subject: Subject) -> list[Row]:
     """Operations of a score pass beside the loop's: counted, so the same on every machine."""
     engine = subject.engine
     sequences = [TokenSequence(ids) for ids in engine.ask(subject.prompts).token_ids]
@@ -130,14 +124,7 @@ def _count(outcome: Outcome, subject: Subject) -> None:
     ours = engine.costs.forward_flops(sizes) + engine.costs.scan_flops(sizes, engine.heads)
     alone = sum(engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
     n_heads, plain = len(engine.heads), len(engine.heads) * alone
-    rows = [
+    return [
         {"way": "score pass", "gflop": ours / 1e9, "runs": n_heads * len(sizes), "ratio": 1.0},
         {"way": "plain score loop", "gflop": plain / 1e9, "runs": n_heads * len(sequences), "ratio": plain / ours},
     ]
-    outcome.lead(subject.model, "operations of a plain loop, times those of one score pass", plain / ours, "number")
-    outcome.table(
-        *(subject.model, rows, "way", ("runs", "rows through layers", "count"), ("gflop", "GFLOP, counted", "number")),
-        ("ratio", "times our pass", "number"),
-        caption=f"Every one of {n_heads} heads on {len(sequences)} prompts of {subject.dataset}: operations of layers, "
-        "without logits. A pass replays later layers only, shares what prompts begin with, and pads nothing.",
-    )

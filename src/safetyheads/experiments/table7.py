@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, show_conditions
-from safetyheads.experiments.outcome import ColumnLike, Outcome, Row, mean_of
+from safetyheads.experiments.outcome import Outcome, Row, mean_of
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 
@@ -50,8 +50,6 @@ def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[dict[str, A
 
 def show_ways(outcome: Outcome, model: str, rows: Sequence[Row]) -> None:
     """Table and figure, with the paper's numbers where the model is the paper's."""
-    paper: list[ColumnLike] = []
     if paper_model(model) == "Llama-2-7b-chat":
-        paper.append(("paper", "paper's ASR", "rate"))
         rows = [{**row, "paper": quoted("table7", paper_dataset(row["dataset"]), row["label"])} for row in rows]
-    show_conditions(outcome, model, "", "way", rows, *paper)
+    show_conditions(outcome, rows, model=model)

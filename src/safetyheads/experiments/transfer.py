@@ -39,13 +39,11 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
             for one in found
             for ablation in lab.ablations
         ]
-        value = "change of the ASR"
-        outcome.figure("matrix", f"{model}, across datasets", ("tested on", "found on"), across_datasets, value=value)
-        outcome.figure(
-            "matrix", f"{model}, across ablations", ("ablated by", "found by"), across_ablations, value=value
-        )
-        _show_groups(lab, outcome, model, found)
-        _show_changes(lab, outcome, model, found, tested)
+        outcome.figure("datasets", across_datasets, model=model)
+        outcome.figure("ablations", across_ablations, model=model)
+        outcome.table("groups", _groups(lab, model, found), model=model)
+        columns = ((f"on_{at}", name, "change") for at, name in enumerate(tested))
+        outcome.table("changes", _changes(lab, found, tested), *columns, model=model)
 
 
 class _Found(NamedTuple):
@@ -82,34 +80,24 @@ def _cell(change: Measured, x: str, y: str, panel: str) -> Row:
     return {"x": x, "y": y, "panel": panel, **numbers, "text": text}
 
 
-def _show_groups(lab: Lab, outcome: Outcome, model: str, found: Sequence[_Found]) -> None:
+def _groups(lab: Lab, model: str, found: Sequence[_Found]) -> list[Row]:
     """Which heads were found where, and what they leave of benign answers."""
     benign = lab.subject(model, BENIGN)
     kept: _Changes = {}
     for ablation in lab.ablations:
         for group, answers in benign.by_group([one.group for one in found if one.by == ablation], ablation).items():
             kept[group, ablation] = Measured.of(answers.kept_change_from(benign.vanilla()))
-    outcome.table(
-        *(f"{model}, groups", [{**one.row, "kept": kept[one.group, one.by]} for one in found]),
-        *(("dataset", "found on"), ("by", "found by"), "heads", ("kept", "change of benign answers kept", "change")),
-        caption="Benign prompts, with heads ablated as they were found.",
-    )
+    return [{**one.row, "kept": kept[one.group, one.by]} for one in found]
 
 
-def _show_changes(
-    lab: Lab, outcome: Outcome, model: str, found: Sequence[_Found], tested: Mapping[str, _Changes]
-) -> None:
+def _changes(lab: Lab, found: Sequence[_Found], tested: Mapping[str, _Changes]) -> list[Row]:
     """The numbers of both figures."""
-    rows = []
+    rows: list[Row] = []
     for one in found:
         for ablation in lab.ablations:
-            row = {**one.row, "ablated": SHORT[ablation.name]}
+            row: dict[str, Any] = {**one.row, "ablated": SHORT[ablation.name]}
             for at, name in enumerate(tested):
                 if ablation == one.by or name == one.dataset:
                     row[f"on_{at}"] = tested[name][one.group, ablation]
             rows.append(row)
-    outcome.table(
-        *(f"{model}, transfer", rows, ("dataset", "found on"), ("by", "found by"), ("ablated", "ablated by"), "heads"),
-        *((f"on_{at}", name, "change") for at, name in enumerate(tested)),
-        caption="Columns: the test sets; under another ablation than the finding one, the own set alone.",
-    )
+    return rows
