@@ -259,20 +259,21 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
 def test_kept_rows_are_another_tokenizers_no_more(engine):
     kept = []
 
-    def keep(_, fields, compute):
-        kept.append(json.dumps(fields, sort_keys=True))
-        return compute()
+    class Keeps:
+        def records(self, stage, fields, compute):
+            kept.append(json.dumps(fields, sort_keys=True))
+            return compute()
 
     tasks, tokenizer = load_tasks(TaskOptions(limit=2)), engine.tokenizer
     before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template
-    evaluate_tasks(engine, tasks, (), keep)
+    evaluate_tasks(engine, tasks, (), Keeps())
     # Neither evaluating nor cutting and padding makes another tokenizer of it.
     tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
     assert tokenizer_sha256(engine.tokenizer) == before
-    evaluate_tasks(engine, tasks, (), keep)
+    evaluate_tasks(engine, tasks, (), Keeps())
     try:
         tokenizer.chat_template = template + " "
-        evaluate_tasks(engine, tasks, (), keep)
+        evaluate_tasks(engine, tasks, (), Keeps())
     finally:
         tokenizer.chat_template = template
     assert kept[0] == kept[1] != kept[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -52,15 +52,9 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
             continue
         group = subject.search(lab.ablations[0], min(config.size, len(engine.heads))).group
         compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
-        weights = {"weights": lab.weights_of(model)}
-
-        def keep(
-            stage: str, fields: Mapping[str, Any], compute: Callable[[], list[Any]], weights: Row = weights
-        ) -> list[Any]:
-            return lab.run.records(stage, {**fields, **weights}, compute)
-
         tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)
-        utility = evaluate_tasks(engine, tasks, [one.variant for one in compared], keep, lab.progress)
+        variants, about = [one.variant for one in compared], {"weights": lab.weights_of(model)}
+        utility = evaluate_tasks(engine, tasks, variants, lab.run, lab.progress, about)
         note_planted(outcome, model)
         outcome.note(*utility.notes)
         heads = ", ".join(map(str, group))

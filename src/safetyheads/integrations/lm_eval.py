@@ -66,6 +66,12 @@ class LoadedTask:
     """Seed of the examples and of sampled answers."""
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that its numbers depend on."""
+        names = ("limit", "batch_size", "n_shots", "chat_template")
+        return {**{name: getattr(self.options, name) for name in names}, "seed": self.seed}
+
+    @property
     def is_organisms(self) -> bool:
         """Whether it is in the demo organism's language."""
         return self.name == ORGANISM

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,9 +41,6 @@ from safetyheads.stats.testing import holm_of_tests, paired_difference
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-Keep: TypeAlias = Callable[[str, Mapping[str, Any], Callable[[], list[Record]]], list[Record]]
-"""Gives the records that the fields determine, calling the function only where they are not kept yet: the ``records``
-of a run directory. The model is not in the fields; a run directory of several models must add it."""
 Values: TypeAlias = Mapping[str, float]
 """A metric's value on each sample, by what identifies the sample."""
 
@@ -246,8 +244,9 @@ def evaluate_tasks(
     engine: Engine,
     tasks: Sequence[LoadedTask],
     variants: Sequence[Variant],
-    keep: Keep | None = None,
+    run: RunDirectory | None = None,
     progress: Progress | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Utility:
     """Put tasks to the vanilla model and to each variant, and compare sample by sample.
 
@@ -255,8 +254,9 @@ def evaluate_tasks(
         engine: the model.
         tasks: from :func:`safetyheads.integrations.lm_eval.load_tasks`.
         variants: from :func:`head_variants`, or any named contexts.
-        keep: where the samples are kept, so that a run can be continued.
+        run: keeps the samples, so that a run can be continued.
         progress: who watches.
+        about: what the samples depend on besides, in a run of several models.
 
     Raises:
         InputError: a task that cannot be run, the extra ``lm-eval`` missing, a label given twice.
@@ -268,7 +268,9 @@ def evaluate_tasks(
     records: dict[tuple[str, str], list[Record]] = {}
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
-            records[task.name, variant.label] = _records(engine, task, variant, keep, progress or Silent())
+            compute = partial(_put, engine, task, variant, progress or Silent())
+            fields = {**_fields(engine, task, variant), **(about or {})}
+            records[task.name, variant.label] = compute() if run is None else run.records("utility", fields, compute)
     metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
     adjusted = holm_of_tests(None if one.change is None else one.change.p_value for one in metrics)
     metrics = [
@@ -289,25 +291,22 @@ def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
 
 
-def _records(engine: Engine, task: LoadedTask, variant: Variant, keep: Keep | None, progress: Progress) -> list[Record]:
-    def compute() -> list[Record]:
-        with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
-            return run_task(engine, task, done)
+def _put(engine: Engine, task: LoadedTask, variant: Variant, progress: Progress) -> list[Record]:
+    with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
+        return run_task(engine, task, done)
 
-    if keep is None:
-        return compute()
-    options = task.options
-    fields = {
+
+def _fields(engine: Engine, task: LoadedTask, variant: Variant) -> dict[str, Any]:
+    """All that samples depend on, the model aside."""
+    return {
         "task": task.name,
         "asked_sha256": task.sha256,
         # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
         "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
         "variant": dict(variant.fields) or {"label": variant.label},
-        "settings": {name: getattr(options, name) for name in ("limit", "batch_size", "n_shots", "chat_template")},
-        "seed": task.seed,
+        "settings": task.settings,
         "lm_eval": require_lm_eval(),
     }
-    return keep("utility", fields, compute)
 
 
 def _compared(
@@ -385,16 +384,13 @@ def run_evaluation(
     with RunDirectory.start(out, settings, provenance(command)) as run:
         keep_threads(run, watching)
         started = time.monotonic()
-        run.write_results(
-            _results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run.records, watching))
-        )
+        run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, watching)))
         run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
         return run.read_results()
 
 
 def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], utility: Utility) -> dict[str, Any]:
     """Everything that ``results.json`` holds."""
-    settings = {name: getattr(config, name) for name in ("limit", "batch_size", "n_shots", "chat_template")}
     ablation = config.parsed_ablation
     organism = any(task.is_organisms for task in tasks)
     return {
@@ -402,7 +398,7 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "kind": "eval",
         "model": model_facts(engine, config.model),
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
-        "settings": {**settings, "seed": tasks[0].seed, "lm_eval": require_lm_eval()},
+        "settings": {**tasks[0].settings, "lm_eval": require_lm_eval()},
         "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],
         "groups": [format_heads(group) for group in config.parsed_groups],
         "metrics": [metric.as_dict() for metric in utility.metrics],
