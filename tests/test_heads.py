@@ -1,3 +1,5 @@
+"""Heads: written, read, ordered."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from safetyheads.errors import InputError
 from safetyheads.heads import Head, all_heads, distinct, format_heads, parse_heads, within
 
-# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
+# No deadline: a slow machine is no failure.
 quick = settings(deadline=None, max_examples=50)
 
 heads = st.builds(Head, st.integers(0, 200), st.integers(0, 200))

@@ -1,4 +1,4 @@
-import math
+"""Scores: order, ties, tables, traces."""
 
 import pytest
 import torch
@@ -35,21 +35,9 @@ def test_the_mean_is_over_prompts_and_keeps_name_unit_and_resolution():
 def test_heads_are_ranked_best_first():
     assert scores([[1, 4], [3, 2]]).ranked() == ((B, 4), (C, 3), (D, 2), (A, 1))
     assert PER_PROMPT.ranked() == ((B, 4), (D, 3), (A, 2), (C, 1))
-
-
-def test_equal_scores_are_ranked_by_layer_and_then_index():
-    assert [head for head, _ in scores([[1, 1], [2, 1]]).ranked()] == [C, A, B, D]
-
-
-def test_a_head_that_was_not_scored_has_no_rank():
-    table = scores([[NAN, -1], [NAN, 0]])
-    assert table.ranked() == ((D, 0), (B, -1))
-    assert math.isnan(table[A])
-
-
-def test_the_top_is_the_head_of_the_ranking():
-    assert scores([[1, 4], [3, 2]]).top(2) == (B, C)
-    assert PER_PROMPT.top(1) == (B,)
+    # Equal scores by layer, then index; heads without a score have no rank.
+    assert scores([[1, 1], [2, 1]]).top(4) == (C, A, B, D)
+    assert scores([[NAN, -1], [NAN, 0]]).ranked() == ((D, 0), (B, -1))
     assert PER_PROMPT.top(0) == ()
 
 

@@ -1,4 +1,4 @@
-"""What is done to a head. Owns the ablations of the paper (Eq 7, 8, 12; Sec 5.3) as values; knows no tensor."""
+"""Ablations of a head as values: those of the paper (Eq 7, 8, 12; Sec 5.3)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Operation = Literal["scale", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class AblationKind:
-    """One way to ablate a head: which of its tensors changes, and how."""
+    """Which tensor of a head an ablation changes, and how."""
 
     tensor: Tensor
     """``query`` and ``key`` after position encoding and any q/k norm; ``head_output`` before W_O."""
     operation: Operation
     """``scale`` multiplies the head's tensor by epsilon; ``mean`` replaces it by the mean over its layer's heads."""
     label: str
-    """What reports call it."""
+    """Its name in reports."""
 
 
 ABLATION_KINDS: dict[str, AblationKind] = {
@@ -32,7 +32,7 @@ ABLATION_KINDS: dict[str, AblationKind] = {
     "mean_key": AblationKind("key", "mean", "mean key over the layer's heads"),
     "mean_head_output": AblationKind("head_output", "mean", "mean output over the layer's heads"),
 }
-"""Each kind by its name: Eq 7 on W_q (and on W_k), Eq 8, and the mean ablations of Sec 5.3."""
+"""The kinds by name: Eq 7 on W_q (and on W_k), Eq 8, and the mean ablations of Sec 5.3."""
 
 ABLATION_ALIASES = {
     "ua": "undifferentiated_attention",
@@ -48,7 +48,7 @@ class Ablation:
     name: str
     """A key of :data:`ABLATION_KINDS`."""
     epsilon: float = 1e-5
-    """Factor of the ``scale`` kinds (Eq 7, 8); 0 is the exact limit, 1 changes nothing. Unused by the mean kinds."""
+    """Factor of the ``scale`` kinds (Eq 7, 8): 0 is the exact limit, 1 changes nothing. Mean kinds ignore it."""
 
     def __post_init__(self) -> None:
         if self.name not in ABLATION_KINDS:
@@ -72,12 +72,16 @@ class Ablation:
 
     @classmethod
     def parse(cls, text: str, epsilon: float = 1e-5) -> Ablation:
-        """Read a kind's name or its short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores."""
+        """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores.
+
+        Raises:
+            InputError: an unknown kind, or an epsilon that is negative or not finite.
+        """
         name = text.strip().lower().replace("-", "_")
         return cls(ABLATION_ALIASES.get(name, name), epsilon)
 
 
 UNDIFFERENTIATED_ATTENTION = Ablation("undifferentiated_attention")
-"""UA (Eq 7): the head's query times epsilon, so it attends evenly to all keys that the mask allows."""
+"""UA (Eq 7): the head's query times epsilon, so that it attends evenly to all keys that the mask allows."""
 SCALING_CONTRIBUTION = Ablation("scaling_contribution")
-"""SC (Eq 8): the head's output times epsilon, so it contributes nothing."""
+"""SC (Eq 8): the head's output times epsilon, so that it contributes nothing."""

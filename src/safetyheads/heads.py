@@ -1,4 +1,4 @@
-"""Names of attention heads. Owns how a head is written, read and ordered; knows no model."""
+"""Names attention heads: how they are written, read and ordered."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Head:
 
 
 Group: TypeAlias = tuple[Head, ...]
-"""Heads ablated together, in the order they were chosen; the order has no effect on the ablation."""
+"""Heads ablated together, in the order of their choice. The order does not change the ablation."""
 
 
 def parse_heads(text: str) -> Group:
-    """Read heads separated by commas; an empty text is the empty group.
+    """Read heads separated by commas; a blank text is the empty group.
 
     Raises:
         InputError: a malformed head, or one given twice.
@@ -52,7 +52,11 @@ def parse_heads(text: str) -> Group:
 
 
 def distinct(heads: Iterable[Head]) -> Group:
-    """The heads as a group; raises :class:`InputError` where one is given twice."""
+    """The heads as a group.
+
+    Raises:
+        InputError: a head is given twice.
+    """
     group = tuple(heads)
     seen: set[Head] = set()
     for head in group:
@@ -63,7 +67,11 @@ def distinct(heads: Iterable[Head]) -> Group:
 
 
 def within(heads: Iterable[Head], n_layers: int, n_heads: int) -> Group:
-    """The heads as a group, each of which a model of ``n_layers`` x ``n_heads`` has."""
+    """The heads as a group of a model with ``n_layers`` x ``n_heads``.
+
+    Raises:
+        InputError: the model has no such head, or a head is given twice.
+    """
     group = distinct(heads)
     for head in group:
         if head.layer >= n_layers or head.index >= n_heads:
@@ -79,12 +87,12 @@ def all_heads(n_layers: int, n_heads: int) -> Group:
 
 
 def common_heads(groups: Sequence[Group]) -> Group:
-    """Heads that every group holds, where there are several groups to share them; sorted."""
+    """Heads that are in every one of several groups, sorted; none for a single group."""
     if len(groups) < 2:
         return ()
     return tuple(sorted(set(groups[0]).intersection(*groups[1:])))
 
 
 def format_heads(heads: Sequence[Head]) -> str:
-    """Heads as the command line reads them: ``2-26,3-1``."""
+    """Heads in the form that the command line reads: ``2-26,3-1``."""
     return ",".join(str(head) for head in heads)

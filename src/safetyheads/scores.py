@@ -1,4 +1,4 @@
-"""Scores as values. Owns their order, their ties and what a scorer and a search return; knows no model."""
+"""Scores of heads as values: their order, their ties, and what scorers and searches return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetyheads.heads import Group, Head
 
 
 class GroupScorer(Protocol):
-    """Anything that gives each group of heads a number, more meaning more effect: a table will do."""
+    """Anything that gives each group of heads a number; a larger number means a larger effect."""
 
     def __call__(self, groups: Sequence[Group]) -> Tensor:
         """Scores [len(groups)], float64."""
@@ -22,16 +22,16 @@ class GroupScorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FunctionScorer:
-    """A scorer with its name and unit."""
+    """A scorer made of a function, with its name and unit."""
 
     score: Callable[[Sequence[Group]], Tensor]
     """Groups to scores [len(groups)]."""
     name: str
-    """What tables call it, such as ``mean_ships``."""
+    """Its name in tables, such as ``mean_ships``."""
     unit: str
     """``nats`` or ``degrees``."""
     resolution: float = 0.0
-    """Scores this close are ties: what rounding and batch shapes alone can move."""
+    """Scores this close are ties: rounding and batch shapes alone can move them so far."""
 
     def __call__(self, groups: Sequence[Group]) -> Tensor:
         """Scores [len(groups)], float64."""
@@ -40,12 +40,12 @@ class FunctionScorer:
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """One number a head, or one a prompt and head."""
+    """One number for each head, or for each prompt and head."""
 
     values: Tensor
     """float64 [n_layers, n_heads], or [n_prompts, n_layers, n_heads]; NaN where a head was not scored."""
     name: str = "score"
-    """Which score."""
+    """Name of the score."""
     unit: str = ""
     """``nats`` or ``degrees``."""
     resolution: float = 0.0
@@ -66,7 +66,7 @@ class HeadScores:
         return HeadScores(self.values.mean(dim=0), self.name, self.unit, self.resolution)
 
     def ranked(self) -> tuple[tuple[Head, float], ...]:
-        """All scored heads with their scores, best first; equal scores by layer, then index."""
+        """All scored heads with their scores, best first; equal scores are ordered by layer, then index."""
         table = self.mean().values
         scored = [
             (Head(layer, index), float(value))
@@ -77,7 +77,7 @@ class HeadScores:
         return tuple(sorted(scored, key=lambda item: (-item[1], item[0])))
 
     def as_lists(self) -> list[Any]:
-        """The values as JSON holds them: None where a head was not scored, or is not there."""
+        """The values as JSON: None where a head was not scored or does not exist."""
         return _without_nan(self.values.tolist())
 
     def top(self, k: int) -> Group:
@@ -91,7 +91,7 @@ class HeadScores:
         return HeadScores(self.values[prompt], self.name, self.unit, self.resolution).top(k)
 
     def ties(self) -> tuple[Group, ...]:
-        """Runs of heads whose neighbours in the ranking differ by no more than the resolution, best first."""
+        """Heads whose neighbours in the ranking differ by no more than the resolution, in runs, best first."""
         runs: list[list[tuple[Head, float]]] = []
         for head, score in self.ranked():
             if runs and runs[-1][-1][1] - score <= self.resolution:
@@ -109,12 +109,12 @@ def _without_nan(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SearchTrace:
-    """What a greedy search chose, and what it saw."""
+    """What a greedy search chose, and the scores of each step."""
 
     group: Group
     """Chosen heads, in order."""
     steps: tuple[HeadScores, ...]
-    """Scores [n_layers, n_heads] of the group so far plus each candidate; NaN for heads already chosen."""
+    """Scores [n_layers, n_heads] of the group so far with each candidate added; NaN for heads already chosen."""
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -124,7 +124,7 @@ class SearchTrace:
         )
 
     def ties(self) -> tuple[Group, ...]:
-        """For each step, the other heads that tied with the chosen one."""
+        """For each step, the heads that tied with the chosen one."""
         return tuple(
             tuple(
                 other
@@ -136,7 +136,7 @@ class SearchTrace:
 
 
 def table_of(heads: Sequence[Head], scores: Tensor, like: object = None) -> HeadScores:
-    """The heads' scores [len(heads)] as a table just large enough, named as the scorer ``like``."""
+    """The heads' scores [len(heads)] as the smallest table that holds them, named as the scorer ``like``."""
     n_layers, n_heads = (max(getattr(head, part) for head in heads) + 1 for part in ("layer", "index"))
     values = torch.full((n_layers, n_heads), float("nan"), dtype=torch.float64)
     for head, score in zip(heads, scores.tolist(), strict=True):
