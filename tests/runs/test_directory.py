@@ -1,7 +1,5 @@
 """The run directory: resumed by content, whole or absent at every moment, one writer, no strangers."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -9,7 +7,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,51 +18,44 @@ CONFIG = {"model": {"sha256": "ab"}, "ablation": {"name": "ua", "epsilon": 1e-5}
 FIELDS = {"heads": ["1-3", "2-1"], "n_prompts": 48}
 
 
-def started(path: Path, config: dict = CONFIG, command: str = "audit") -> RunDirectory:
+def started(path, config=CONFIG, command="audit"):
     return RunDirectory.start(path, config, {"command": command})
 
 
-def names(path: Path) -> set[str]:
+def names(path):
     return {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file()}
 
 
-def refuse(*arguments: object) -> None:
+def refuse(*arguments):
     raise AssertionError("computed again what was stored")
 
 
 # Starting.
 
 
-def test_start_makes_a_private_directory_that_git_ignores(tmp_path: Path) -> None:
+def test_start_makes_a_private_directory_that_git_ignores(tmp_path):
     path = tmp_path / "runs" / "one"
     with started(path) as run:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         assert (path / ".gitignore").read_text() == "*\n"
         assert run.read_manifest()["config"] == CONFIG
         assert stat.S_IMODE((path / "manifest.json").stat().st_mode) == 0o600
+    empty = tmp_path / "empty"
+    empty.mkdir(mode=0o755)
+    started(empty).close()
+    assert stat.S_IMODE(empty.stat().st_mode) == 0o700
 
 
-def test_an_empty_directory_is_taken_and_made_private(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    path.mkdir(mode=0o755)
-    started(path).close()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o700
-
-
-def test_each_start_adds_its_provenance_and_keeps_the_config(tmp_path: Path) -> None:
+def test_each_start_adds_its_provenance_and_keeps_the_config(tmp_path):
     started(tmp_path / "run", command="first").close()
-    with started(tmp_path / "run", command="second") as run:
+    # A config of tuples is the config of lists that was stored.
+    with started(tmp_path / "run", CONFIG | {"sizes": (1, 2, 3)}, command="second") as run:
         manifest = run.read_manifest()
     assert [start["command"] for start in manifest["provenance"]] == ["first", "second"]
     assert manifest["config"] == CONFIG
 
 
-def test_a_config_of_tuples_is_the_config_of_lists_that_was_stored(tmp_path: Path) -> None:
-    started(tmp_path / "run").close()
-    started(tmp_path / "run", CONFIG | {"sizes": (1, 2, 3)}).close()
-
-
-def test_another_config_is_refused_with_each_field_that_differs(tmp_path: Path) -> None:
+def test_another_config_is_refused_with_each_field_that_differs(tmp_path):
     started(tmp_path / "run").close()
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     other = {"model": {"sha256": "ab"}, "ablation": {"name": "ua", "epsilon": 0.5}, "sizes": [1, 2], "seed": 1}
@@ -78,16 +68,13 @@ def test_another_config_is_refused_with_each_field_that_differs(tmp_path: Path) 
     assert "model.sha256" not in line
     assert "\n" not in line
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
-
-
-def test_many_and_long_differences_stay_one_short_line(tmp_path: Path) -> None:
-    started(tmp_path / "run", {f"field_{number}": "a" * 500 for number in range(40)}).close()
+    started(tmp_path / "long", {f"field_{number}": "a" * 500 for number in range(40)}).close()
     with pytest.raises(InputError, match="and 34 more") as error:
-        started(tmp_path / "run", {f"field_{number}": "b" * 500 for number in range(40)})
+        started(tmp_path / "long", {f"field_{number}": "b" * 500 for number in range(40)})
     assert len(str(error.value)) < 1000
 
 
-def test_a_strangers_directory_is_not_touched(tmp_path: Path) -> None:
+def test_a_strangers_directory_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     mode = tmp_path.stat().st_mode
     with pytest.raises(InputError, match=r"not empty and holds no run \(it has thesis.tex\)"):
@@ -96,7 +83,7 @@ def test_a_strangers_directory_is_not_touched(tmp_path: Path) -> None:
     assert tmp_path.stat().st_mode == mode
 
 
-def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         started(tmp_path / "file")
@@ -104,23 +91,14 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
         started(tmp_path / "file" / "below")
 
 
-def test_a_start_killed_before_its_manifest_can_be_started_again(tmp_path: Path) -> None:
+def test_a_start_killed_before_its_manifest_can_be_started_again(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".manifest.json.7.partial").write_text("{")
     started(tmp_path).close()
     assert not (tmp_path / ".manifest.json.7.partial").exists()
 
 
-def test_partial_files_of_a_killed_run_are_removed_at_the_next_start(tmp_path: Path) -> None:
-    started(tmp_path / "run").close()
-    partial = tmp_path / "run" / "shards" / "ships" / ".abc.safetensors.99.partial"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"half")
-    started(tmp_path / "run").close()
-    assert not partial.exists()
-
-
-def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_of_another_schema_is_refused(tmp_path):
     started(tmp_path / "run").close()
     manifest = tmp_path / "run" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 99}))
@@ -131,13 +109,7 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
 # One writer.
 
 
-def test_two_starts_of_one_run_do_not_write_at_once(tmp_path: Path) -> None:
-    with started(tmp_path / "run"), pytest.raises(InputError, match="in use by another process"):
-        started(tmp_path / "run")
-    started(tmp_path / "run").close()
-
-
-def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path: Path) -> None:
+def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path):
     program = """
         import sys, time
         from safetyheads.runs.directory import RunDirectory
@@ -156,8 +128,10 @@ def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path: Path) ->
     started(tmp_path / "run", {}).close()
 
 
-def test_a_closed_run_and_an_opened_one_are_not_written(tmp_path: Path) -> None:
+def test_a_closed_run_and_an_opened_one_are_not_written(tmp_path):
     run = started(tmp_path / "run")
+    with pytest.raises(InputError, match="in use by another process"):
+        started(tmp_path / "run")
     run.write_results({})
     run.close()
     for closed in (run, RunDirectory.open(tmp_path / "run")):
@@ -168,22 +142,19 @@ def test_a_closed_run_and_an_opened_one_are_not_written(tmp_path: Path) -> None:
 # Content keys.
 
 
-def test_a_key_depends_on_values_and_not_on_order() -> None:
+def test_a_key_depends_on_values_and_not_on_order():
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": (1, 2), "a": 1})
     keys = {content_key(fields) for fields in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": None}, {})}
     assert len(keys) == 6
     assert all(len(key) == 24 and set(key) <= set("0123456789abcdef") for key in keys)
-
-
-def test_a_key_of_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         content_key({"epsilon": float("nan")})
 
 
-# Shards and rows.
+# Shards and records.
 
 
-def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path: Path) -> None:
+def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path):
     given = {
         "ships": torch.randn(5, 4, 8, dtype=torch.float64),
         "hidden": torch.randn(3, 7).bfloat16(),
@@ -195,6 +166,8 @@ def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path: Path) -> 
         first = run.tensors("ships", FIELDS, lambda: given)
     with started(tmp_path / "run") as run:
         second = run.tensors("ships", dict(reversed(FIELDS.items())), refuse)
+        for stage, fields in (("angles", FIELDS), ("ships", FIELDS | {"row": 1})):
+            assert run.tensors(stage, fields, lambda: {"x": torch.ones(1)}).keys() == {"x"}
     for read in (first, second):
         assert read.keys() == given.keys()
         for name, tensor in given.items():
@@ -202,15 +175,7 @@ def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path: Path) -> 
             assert torch.equal(read[name], tensor)
 
 
-def test_other_fields_and_other_stages_are_other_shards(tmp_path: Path) -> None:
-    with started(tmp_path / "run") as run:
-        one = run.tensors("ships", {"row": 0}, lambda: {"x": torch.zeros(1)})
-        two = run.tensors("ships", {"row": 1}, lambda: {"x": torch.ones(1)})
-        three = run.tensors("angles", {"row": 0}, lambda: {"x": torch.full((1,), 2.0)})
-    assert [float(shard["x"]) for shard in (one, two, three)] == [0, 1, 2]
-
-
-def test_equal_shards_have_equal_bytes(tmp_path: Path) -> None:
+def test_equal_shards_have_equal_bytes(tmp_path):
     contents = []
     for name in ("one", "two"):
         with started(tmp_path / name) as run:
@@ -221,9 +186,7 @@ def test_equal_shards_have_equal_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_shard_is_computed_again_with_a_warning(
-    tmp_path: Path, keep: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_truncated_shard_is_computed_again_with_a_warning(tmp_path, keep, caplog):
     with started(tmp_path / "run") as run:
         run.tensors("ships", FIELDS, lambda: {"x": torch.zeros(9)})
         (shard,) = (tmp_path / "run" / "shards" / "ships").iterdir()
@@ -234,23 +197,23 @@ def test_a_truncated_shard_is_computed_again_with_a_warning(
         assert torch.equal(run.tensors("ships", FIELDS, refuse)["x"], torch.ones(9))
 
 
-def test_rows_are_computed_once_and_keep_their_text(tmp_path: Path) -> None:
-    rows = [{"text": "a\u2028b\n</script>é\ud800", "n": 1}, {"text": "", "n": None}]
+def test_records_are_computed_once_and_keep_their_text(tmp_path):
+    records = [{"text": "a\u2028b\n</script>é\ud800", "n": 1}, {"text": "", "n": None}]
     with started(tmp_path / "run") as run:
-        assert run.records("asr", FIELDS, lambda: rows) == rows
-        assert run.records("asr", FIELDS, refuse) == rows
+        assert run.records("asr", FIELDS, lambda: records) == records
+        assert run.records("asr", FIELDS, refuse) == records
         assert run.records("none", FIELDS, list) == []
         assert run.records("none", FIELDS, refuse) == []
-        assert list(run.stored_records()) == rows
+        assert list(run.stored_records()) == records
+        with pytest.raises(ValueError, match="no file name"):
+            run.records("../outside", FIELDS, list)
     (path,) = (tmp_path / "run" / "completions").glob("asr-*.jsonl")
     assert path.name == f"asr-{content_key(FIELDS)}.jsonl"
     assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("broken", ["", '{"n": 1}', '{"n": 1}\n{"n', "\x80"])
-def test_broken_rows_are_computed_again_with_a_warning(
-    tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_broken_records_are_computed_again_with_a_warning(tmp_path, broken, caplog):
     with started(tmp_path / "run") as run:
         run.records("asr", FIELDS, lambda: [{"n": 1}, {"n": 2}])
         (path,) = (tmp_path / "run" / "completions").iterdir()
@@ -259,12 +222,7 @@ def test_broken_rows_are_computed_again_with_a_warning(
         assert "computed again" in caplog.text
 
 
-def test_a_stage_cannot_leave_its_folder(tmp_path: Path) -> None:
-    with started(tmp_path / "run") as run, pytest.raises(ValueError, match="no file name"):
-        run.records("../outside", FIELDS, list)
-
-
-def test_what_fails_to_compute_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_fails_to_compute_leaves_nothing_behind(tmp_path):
     with started(tmp_path / "run") as run:
         before = names(tmp_path)
         with pytest.raises(KeyboardInterrupt):
@@ -275,7 +233,7 @@ def test_what_fails_to_compute_leaves_nothing_behind(tmp_path: Path) -> None:
 # The plan.
 
 
-def test_what_was_remembered_first_is_returned_ever_after(tmp_path: Path) -> None:
+def test_what_was_remembered_first_is_returned_ever_after(tmp_path):
     with started(tmp_path / "run") as run:
         assert run.remember("plan", {"rows": (4, 8)}) == {"rows": [4, 8]}
     with started(tmp_path / "run") as run:
@@ -288,7 +246,7 @@ def test_what_was_remembered_first_is_returned_ever_after(tmp_path: Path) -> Non
 # Results.
 
 
-def test_equal_results_have_equal_bytes_and_read_back(tmp_path: Path) -> None:
+def test_equal_results_have_equal_bytes_and_read_back(tmp_path):
     results = {"b": [0.1, 1e-300, 1 / 3], "a": {"y": None, "x": "é"}}
     written = []
     for name, value in (("one", results), ("two", dict(reversed(results.items())))):
@@ -299,14 +257,14 @@ def test_equal_results_have_equal_bytes_and_read_back(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-def test_a_result_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+def test_a_result_that_is_not_a_number_is_named(tmp_path):
     with started(tmp_path / "run") as run:
         with pytest.raises(ValueError, match=r"results\.json: scores\.mean_ships\.1 is not a finite number"):
             run.write_results({"scores": {"mean_ships": [0.0, float("nan")]}})
         assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_open_reads_a_finished_run_while_it_is_held(tmp_path: Path) -> None:
+def test_open_reads_a_finished_run_while_it_is_held(tmp_path):
     with started(tmp_path / "run") as run:
         run.write_results({"kind": "audit"})
         opened = RunDirectory.open(tmp_path / "run")
@@ -314,7 +272,7 @@ def test_open_reads_a_finished_run_while_it_is_held(tmp_path: Path) -> None:
         assert opened.write_report("<html>").read_text() == "<html>"
 
 
-def test_open_tells_no_run_from_an_unfinished_one(tmp_path: Path) -> None:
+def test_open_tells_no_run_from_an_unfinished_one(tmp_path):
     with pytest.raises(InputError, match=r"is not a run directory: it has no manifest\.json"):
         RunDirectory.open(tmp_path)
     started(tmp_path / "run").close()
@@ -329,10 +287,8 @@ def test_open_tells_no_run_from_an_unfinished_one(tmp_path: Path) -> None:
     ("number", "kind"),
     [(errno.ENOSPC, InputError), (errno.EROFS, InputError), (errno.EIO, SafetyheadsError)],
 )
-def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
-) -> None:
-    def fail(descriptor: int) -> None:
+def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(tmp_path, monkeypatch, number, kind):
+    def fail(descriptor):
         raise OSError(number, os.strerror(number))
 
     with started(tmp_path / "run") as run:
@@ -345,8 +301,8 @@ def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(
         assert names(tmp_path) == before
 
 
-def test_a_run_that_cannot_be_started_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(descriptor: int) -> None:
+def test_a_run_that_cannot_be_started_leaves_no_directory(tmp_path, monkeypatch):
+    def fail(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -356,7 +312,7 @@ def test_a_run_that_cannot_be_started_leaves_no_directory(tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_is_not_writable_is_one_line(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_writable_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(InputError, match="cannot be written: Permission denied"):
@@ -365,7 +321,7 @@ def test_a_directory_that_is_not_writable_is_one_line(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):
     program = """
         import os, sys
         from safetyheads.runs.directory import RunDirectory
@@ -382,6 +338,6 @@ def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert not any(name.endswith(".partial") for name in names(tmp_path))
 
 
-def test_storage_loads_neither_torch_nor_safetensors() -> None:
+def test_storage_loads_neither_torch_nor_safetensors():
     program = "import sys, safetyheads.runs.directory; sys.exit(bool({'torch', 'safetensors'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
