@@ -1,3 +1,7 @@
+"""Random groups as the control of a found group: matched by layer, drawn evenly, none of the group's own heads."""
+
+from __future__ import annotations
+
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,9 +12,6 @@ from hypothesis import strategies as st
 from safetyheads.heads import Head, parse_heads
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 
-# A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
-quick = settings(deadline=None, max_examples=50)
-
 N_HEADS = 6
 groups = st.lists(st.builds(Head, st.integers(0, 3), st.integers(0, N_HEADS - 1)), unique=True, min_size=1).map(tuple)
 
@@ -19,32 +20,25 @@ def layers(group):
     return Counter(head.layer for head in group)
 
 
-@quick
+@settings(deadline=None, max_examples=50)
 @given(groups, st.integers(0, 5), st.integers(0, 1000))
-def test_random_groups_have_as_many_heads_in_each_layer(group, n_groups, seed):
-    drawn = random_groups(group, N_HEADS, n_groups, seed)
-    assert len(drawn) == n_groups
-    for one in drawn:
-        assert layers(one) == layers(group)
-        assert len(set(one)) == len(group)
-        assert all(head.index < N_HEADS for head in one)
-        assert list(one) == sorted(one)
-
-
-@quick
-@given(groups, st.integers(0, 1000))
-def test_a_layer_with_enough_others_gives_none_of_the_groups_heads(group, seed):
+def test_random_groups_have_as_many_heads_in_each_layer_and_others_where_there_are_enough(group, n_groups, seed):
     spacious = {layer for layer, count in layers(group).items() if N_HEADS - count >= count}
-    for one in random_groups(group, N_HEADS, 5, seed):
-        assert {head for head in one if head.layer in spacious}.isdisjoint(group)
+    drawn = random_groups(group, N_HEADS, n_groups, seed)
+    assert len(drawn) == (0 if set(layers(group).values()) == {N_HEADS} else n_groups)
+    for control in drawn:
+        assert layers(control) == layers(group)
+        assert len(set(control)) == len(group)
+        assert all(head.index < N_HEADS for head in control)
+        assert list(control) == sorted(control)
+        assert {head for head in control if head.layer in spacious}.isdisjoint(group)
 
 
 @pytest.mark.parametrize("group", ["0-0", "0-0,0-1", "0-0,2-3,2-4"])
 def test_every_other_head_can_be_drawn(group):
     heads = parse_heads(group)
-    drawn = {head for one in random_groups(heads, N_HEADS, 200) for head in one}
-    others = {Head(layer, index) for layer in layers(heads) for index in range(N_HEADS)} - set(heads)
-    assert drawn == others
+    drawn = {head for control in random_groups(heads, N_HEADS, 200) for head in control}
+    assert drawn == {Head(layer, index) for layer in layers(heads) for index in range(N_HEADS)} - set(heads)
 
 
 def test_others_are_drawn_equally_often():
@@ -55,44 +49,31 @@ def test_others_are_drawn_equally_often():
 
 
 def test_a_layer_without_enough_others_is_filled_from_its_own():
-    group = parse_heads("0-0,0-1,0-2,1-0")
-    drawn = random_groups(group, 4, 50)
-    assert all(layers(one) == {0: 3, 1: 1} for one in drawn)
-    assert all(Head(1, 0) not in one for one in drawn)
-    assert all(Head(0, 3) in one for one in drawn)
+    drawn = random_groups(parse_heads("0-0,0-1,0-2,1-0"), 4, 50)
+    assert all(layers(control) == {0: 3, 1: 1} for control in drawn)
+    assert all(Head(1, 0) not in control and Head(0, 3) in control for control in drawn)
 
 
 def test_all_of_a_layer_has_no_control():
-    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == ()
+    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == random_groups(parse_heads("0-0,0-1"), (2, 4), 3) == ()
     assert len(random_groups(parse_heads("0-0,0-1,1-0"), 2, 2)) == 2
+    # The smaller layer's heads are all in the group, the larger one's are not.
+    assert len(random_groups(parse_heads("0-0,0-1,1-0"), (2, 4), 3)) == 3
 
 
 def test_the_seed_makes_the_draw():
     group = parse_heads("0-0,1-1")
     assert random_groups(group, 32, 5, seed=1) == random_groups(group, 32, 5, seed=1)
     assert random_groups(group, 32, 5, seed=1) != random_groups(group, 32, 5, seed=2)
+    assert len(set(random_groups(group, 32, 20))) > 15
     # The order in which a search chose the heads is no part of it, and more groups begin with the same ones.
-    assert random_groups(group[::-1], 32, 5, seed=1) == random_groups(group, 32, 5, seed=1)
-    assert random_groups(group, 32, 8, seed=1)[:5] == random_groups(group, 32, 5, seed=1)
-
-
-def test_groups_differ_among_themselves():
-    assert len(set(random_groups(parse_heads("0-0,1-1"), 32, 20))) > 15
+    assert random_groups(group[::-1], 32, 8, seed=1)[:5] == random_groups(group, 32, 5, seed=1)
+    assert random_groups(group, (8, 8), 5) == random_groups(group, 8, 5)
 
 
 def test_no_head_is_drawn_that_its_layer_does_not_have():
-    group = parse_heads("0-1,1-6")
-    drawn = random_groups(group, (4, 8), 60)
-    assert {head for one in drawn for head in one} == {Head(0, index) for index in (0, 2, 3)} | {
-        Head(1, index) for index in (0, 1, 2, 3, 4, 5, 7)
-    }
-    # Layers of one size are drawn from as before, however they are told.
-    assert random_groups(group, (8, 8), 5) == random_groups(group, 8, 5)
-    # The smaller layer's heads are all in the group, the larger one's are not.
-    assert len(random_groups(parse_heads("0-0,0-1,1-0"), (2, 4), 3)) == 3
-    assert random_groups(parse_heads("0-0,0-1"), (2, 4), 3) == ()
-
-
-def test_heads_are_counted_by_layer():
-    shapes = (SimpleNamespace(n_heads=4), None, SimpleNamespace(n_heads=8))
-    assert heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))) == (4, 0, 8)
+    shapes = (SimpleNamespace(n_heads=4), SimpleNamespace(n_heads=8), None)
+    n_heads = heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)))
+    assert n_heads == (4, 8, 0)
+    drawn = {head for control in random_groups(parse_heads("0-1,1-6"), n_heads, 60) for head in control}
+    assert drawn == {Head(0, index) for index in (0, 2, 3)} | {Head(1, index) for index in (0, 1, 2, 3, 4, 5, 7)}

@@ -26,7 +26,15 @@ from safetyheads import (
 )
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
-from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences
+from safetyheads.measures.screening import screen
+from safetyheads.measures.ships import (
+    SCORES,
+    Opener,
+    Score,
+    SharedFirstTokenWarning,
+    answer_sequences,
+    scorer_named,
+)
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
@@ -104,30 +112,20 @@ def refusal_twin(oracle, prompts, group, ablation, openers):
 # Generalized Ships
 
 
-SETTINGS = list(itertools.product(("prompt", "representation"), (1, 2), ("after_norm", "before_norm"), (False, True)))
-
-
-@pytest.mark.parametrize(("subspace", "rank", "state", "centred"), SETTINGS)
-def test_generalized_ships_equal_angles_between_singular_vectors(subspace, rank, state, centred, states):
-    scorer = generalized_ships(
-        engine_of("llama_gqa"), prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred
-    )
-    ours = scorer(GROUPS)
-    unablated, *ablated = states[state]
-    slow = [angle_twin(unablated, stack, subspace, rank, centred) for stack in ablated]
-    assert ours.dtype == torch.float64
-    assert ours.tolist() == pytest.approx(slow, abs=DEGREES)
-    assert min(slow) > 100 * DEGREES
-    assert scorer.unit == "degrees"
-
-
-def test_each_setting_of_generalized_ships_is_another_angle(states):
-    # Or the test before could not tell one setting from another.
-    tables = [
-        [angle_twin(states[state][0], stack, subspace, rank, centred) for stack in states[state][1:]]
-        for subspace, rank, state, centred in SETTINGS
-    ]
-    for first, second in itertools.combinations(tables, 2):
+def test_generalized_ships_equal_angles_between_singular_vectors_in_every_setting(states):
+    settings = itertools.product(("prompt", "representation"), (1, 2), ("after_norm", "before_norm"), (False, True))
+    engine, prompts, by_setting = engine_of("llama_gqa"), prompts_of(*PROMPTS), []
+    for subspace, rank, state, centred in settings:
+        scorer = generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred)
+        ours = scorer(GROUPS)
+        unablated, *ablated = states[state]
+        by_setting.append([angle_twin(unablated, stack, subspace, rank, centred) for stack in ablated])
+        assert ours.dtype == torch.float64
+        assert ours.tolist() == pytest.approx(by_setting[-1], abs=DEGREES), scorer.name
+        assert min(by_setting[-1]) > 100 * DEGREES
+        assert scorer.unit == "degrees"
+    # Each setting is another angle, so the comparison can tell them apart.
+    for first, second in itertools.combinations(by_setting, 2):
         assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 50 * DEGREES
 
 
@@ -220,17 +218,6 @@ def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, oracle)
     assert (scorer.name, scorer.unit) == ("refusal_score", "nats")
 
 
-def test_a_group_that_makes_refusals_less_probable_scores_above_zero(oracle):
-    engine, prompt = engine_of("llama_gqa"), PROMPTS[0]
-    group = (Head(0, 0), Head(0, 1), Head(1, 2))
-    before = torch.softmax(oracle.run(prompt).logits, dim=-1)
-    after = torch.softmax(oracle.run(prompt, group, UNDIFFERENTIATED_ATTENTION).logits, dim=-1)
-    fallen, risen = int((before - after).argmax()), int((after - before).argmax())
-    for token, sign in ((fallen, 1), (risen, -1)):
-        score = refusal_score(engine, prompts_of(prompt), UNDIFFERENTIATED_ATTENTION, openers_of_tokens(token))
-        assert sign * float(score([group])[0]) > 0.1
-
-
 class Told(Judge):
     """Gives the verdicts that it was told."""
 
@@ -274,39 +261,76 @@ def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):
 # The blank first token
 
 
-def warned(engine, prompts, positions):
+def warnings_of(engine, prompts, positions):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer_sequences(engine, prompts_of(*prompts), positions)
-    return [one for one in caught if issubclass(one.category, SharedFirstTokenWarning)]
+    return [each for each in caught if issubclass(each.category, SharedFirstTokenWarning)]
 
 
-@pytest.fixture
-def blank(monkeypatch):
-    """An engine all of whose tokens are newlines to its tokenizer."""
+def test_a_blank_first_token_of_every_answer_is_warned_of(monkeypatch, oracle):
     engine = engine_of("llama_gqa")
+    assert not warnings_of(engine, [PROMPTS[0]] * 2, positions=1)
     monkeypatch.setattr(engine.tokenizer, "decode", lambda *_, **__: "\n")
-    return engine
-
-
-def test_a_blank_first_token_of_every_answer_is_warned_of(blank):
-    (told,) = warned(blank, [PROMPTS[0]] * 2, positions=1)
-    assert "positions=2" in str(told.message)
-    assert repr("\n") in str(told.message)
-    with pytest.warns(SharedFirstTokenWarning):
-        ships(blank, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION)
-    with pytest.warns(SharedFirstTokenWarning):
-        mean_ships(blank, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION)
-
-
-def test_more_positions_and_another_first_token_are_not_warned_of(blank, oracle):
-    assert not warned(blank, [PROMPTS[0]] * 2, positions=2)
+    (warned,) = warnings_of(engine, [PROMPTS[0]] * 2, positions=1)
+    assert "positions=2" in str(warned.message)
+    assert repr("\n") in str(warned.message)
+    for score in (ships, mean_ships, generalized_ships):
+        with pytest.warns(SharedFirstTokenWarning):
+            score(engine, prompts_of(*[PROMPTS[0]] * 2), UNDIFFERENTIATED_ATTENTION)
+    # Not with more positions, or where answers begin with different tokens.
+    assert not warnings_of(engine, [PROMPTS[0]] * 2, positions=2)
     assert unablated_answer(oracle, PROMPTS[0], 1) != unablated_answer(oracle, PROMPTS[1], 1)
-    assert not warned(blank, PROMPTS[:2], positions=1)
+    assert not warnings_of(engine, PROMPTS[:2], positions=1)
 
 
-def test_a_first_token_that_shows_is_not_warned_of():
-    assert not warned(engine_of("llama_gqa"), [PROMPTS[0]] * 2, positions=1)
+# Scorers by name
+
+
+def test_scorers_by_name_are_the_functions_of_that_name():
+    engine, prompts, openers = engine_of("llama_gqa"), prompts_of(*PROMPTS), openers_of_tokens(8, 39)
+    done = []
+
+    def named(score):
+        return scorer_named(engine, prompts, UNDIFFERENTIATED_ATTENTION, score, openers, on_groups=done.append)
+
+    wanted = {
+        "mean_ships": mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION),
+        "refusal_score": refusal_score(engine, prompts, UNDIFFERENTIATED_ATTENTION, openers),
+        "generalized_ships_prompt": generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION),
+        "generalized_ships_representation": generalized_ships(
+            engine, prompts, UNDIFFERENTIATED_ATTENTION, "representation"
+        ),
+    }
+    assert set(wanted) == set(SCORES)
+    for name, scorer in wanted.items():
+        found = named(name)
+        assert (found.name, found.unit) == (scorer.name, scorer.unit) == (name, scorer.unit)
+        assert torch.equal(found(GROUPS), scorer(GROUPS))
+    assert sum(done) == 4 * len(GROUPS)
+    assert named(Score("generalized_ships_prompt", rank=2, centred=True)).name == "generalized_ships_prompt_r2_centred"
+    # A forecast of the last head, beside the others.
+    sequences = answer_sequences(engine, prompts, 1)
+    alone, beside = (
+        screen(engine, sequences, UNDIFFERENTIATED_ATTENTION, (8, 39), common) for common in ((), GROUPS[1][:1])
+    )
+    forecast = named("screened_refusal_score")(GROUPS[:2]).tolist()
+    assert forecast == [alone.table("refusal_score")[GROUPS[0][0]], beside.table("refusal_score")[GROUPS[1][1]]]
+    assert float(named("screened_mean_ships")(GROUPS[:1])) == alone.table()[GROUPS[0][0]]
+
+
+def test_scores_and_settings_that_do_not_exist_are_refused():
+    for name, settings, named in (
+        ("ships", {}, "unknown score 'ships'; known are mean_ships"),
+        ("generalized_ships_prompt", {"state": "early"}, "unknown state 'early'"),
+        ("mean_ships", {"rank": 2}, "for Generalized Ships, not for mean_ships"),
+        ("refusal_score", {"positions": 2}, "for mean_ships, not for refusal_score"),
+    ):
+        with pytest.raises(InputError, match=named):
+            Score(name, **settings)
+    with pytest.raises(InputError, match="at least two prompts"):
+        Score("generalized_ships_prompt").refuse_too_few(1)
+    Score("mean_ships").refuse_too_few(1)
 
 
 # One pass
@@ -328,28 +352,24 @@ class Calls:
         return hook
 
 
-def measured(engine, readings):
+def measured(engine, readouts):
     calls = Calls(engine)
     sequences = [TokenSequence(ids) for ids in PROMPTS]
     layout = Plan(((0, 1), (2, 3)), 4, 1)
-    measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readings, layout)
+    measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts, layout)
     return measuring.measure([(head,) for head in engine.heads]), calls.seen
 
 
-def test_all_readings_at_once_cost_the_layer_calls_of_one():
+def test_all_readouts_at_once_cost_the_layer_calls_of_one():
     angles = (Angle(), Angle("representation", 2, "before_norm"))
     everything, calls = measured(engine_of("llama_gqa"), Readouts(ships=True, openers=(8, 39), angles=angles))
-    alone, calls_alone = measured(engine_of("llama_gqa"), Readouts(ships=True))
     assert set(everything) == {"ships", "refusal_score", *(angle.name for angle in angles)}
-    assert calls == calls_alone
     assert {layer for layer, _ in calls} == {0, 1, 2}
-    assert torch.equal(everything["ships"], alone["ships"])
-    for angle in angles:
-        one, calls_of_one = measured(engine_of("llama_gqa"), Readouts(angles=(angle,)))
-        assert calls_of_one == calls
-        assert torch.equal(everything[angle.name], one[angle.name])
-    (odds, _) = measured(engine_of("llama_gqa"), Readouts(openers=(8, 39)))
-    assert torch.equal(everything["refusal_score"], odds["refusal_score"])
+    for readouts in (Readouts(ships=True), Readouts(openers=(8, 39)), *(Readouts(angles=(angle,)) for angle in angles)):
+        alone, calls_alone = measured(engine_of("llama_gqa"), readouts)
+        assert calls_alone == calls
+        ((name, values),) = alone.items()
+        assert torch.equal(everything[name], values)
 
 
 # Arguments that layers write to
