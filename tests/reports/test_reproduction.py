@@ -21,32 +21,11 @@ from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
 
 NAMES = [outcome.name for outcome in samples.outcomes()]
-RATE = {"value": 0.5, "n": 24, "low": 0.3, "high": 0.7, "p": None}
-
-
-def results() -> dict[str, Any]:
-    made = samples.results()
-    asked = {
-        "model": "m",
-        "dataset": "damage",
-        "asked": "as it is",
-        "n_search": 16,
-        "n_test": 24,
-        "asr": RATE,
-        "kept": None,
-    }
-    made["experiments"][0] |= {
-        "headline": [{"model": "m", "label": "ASR", "value": RATE, "kind": "rate"}],
-        "caption": "Heads are Sahara's.",
-        "settings": {"epsilon": 1e-05, "judge": "paper"},
-        "asked": [asked],
-    }
-    return made
 
 
 @cache
 def pages() -> dict[str, Page]:
-    index, rest = render_reproduction(results(), samples.manifest(), samples.timings())
+    index, rest = render_reproduction(samples.results(), samples.manifest(), samples.timings())
     return {"index": Page(index)} | {name.removesuffix(".html"): Page(html) for name, html in rest.items()}
 
 

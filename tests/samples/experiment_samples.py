@@ -71,6 +71,16 @@ def fig2() -> Outcome:
         (MODEL,),
         (table,),
         (Figure("bars", MODEL, _said(N), "dataset", "ASR", tuple(points)),),
+        caption="Heads are each prompt's own, by Ships.",
+        headline=[
+            {"model": MODEL, "label": f"ASR, {series}", "value": Measured.of(Rate(count, N)), "kind": "rate"}
+            for series, count in counts.items()
+        ],
+        settings={"epsilon": 1e-05, "judge": "paper"},
+        asked=[
+            {"model": MODEL, "dataset": "damage", "asked": "template direct", "n_search": 16, "n_test": N}
+            | {"asr": Measured.of(Rate(0, N)), "kept": None}
+        ],
     )
 
 
