@@ -353,7 +353,7 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     whole, told = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
     held = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, color="--ink")
     layers = [
-        whole.mark_bar().encode(x=along, tooltip=told, **look),
+        whole.mark_bar(opacity=OPACITIES[0]).encode(x=along, tooltip=told, **look),
         # A line at the end: a bar of 0 is a number too.
         whole.mark_tick(thickness=2).encode(x=along, color=look["color"]),
         held.encode(x=alt.X("low:Q", title=titled(y), **scale), x2="high:Q"),

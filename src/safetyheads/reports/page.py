@@ -179,16 +179,26 @@ def th(name: object, mark: str = "", before: str = "", css: str = "") -> Markup:
 # What every page has.
 
 
+REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
+"""What a run's manifest remembers beside its settings, by the beginning of the name: a long run has hundreds."""
+
+
 def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
-    """What was measured, the config, each start, and what the run remembered."""
-    own = ("schema_version", "config", "provenance")
+    """What was measured, the config, each start, and what the run remembered, gathered by its kind."""
+    weights, found = {}, dict[str, dict[str, Any]]()
+    for name, value in manifest.items():
+        kind, _, rest = name.partition("_")
+        if kind == "weights":
+            weights[rest] = value
+        elif name not in ("schema_version", "config", "provenance"):
+            found.setdefault(REMEMBERED.get(kind, "other facts"), {})[rest or name] = value
+    # Hashes of weights stand with the settings: both say what the numbers are of.
+    config = dict(manifest["config"]) | ({"weights sha256": weights} if weights else {})
     return {
         "measured": list(facts(measured)),
-        "config_facts": list(facts(manifest["config"])),
+        "config_facts": list(facts(config)),
         "starts": [list(facts(start)) for start in manifest["provenance"]],
-        "remembered": [
-            (name, json.dumps(value, indent=1, sort_keys=True)) for name, value in manifest.items() if name not in own
-        ],
+        "remembered": [(kind, json.dumps(value, indent=1, sort_keys=True)) for kind, value in sorted(found.items())],
     }
 
 

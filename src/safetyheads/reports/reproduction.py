@@ -16,7 +16,18 @@ from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.files import read_json
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import Cell, facts, interval, number, p_value, render, sentence_case, signed, two
+from safetyheads.reports.page import (
+    REMEMBERED,
+    Cell,
+    facts,
+    interval,
+    number,
+    p_value,
+    render,
+    sentence_case,
+    signed,
+    two,
+)
 from safetyheads.runs.directory import RunDirectory
 
 Record: TypeAlias = Mapping[str, Any]
@@ -62,12 +73,14 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     for outcome in outcomes:
         if not outcome["name"].isalnum():
             raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which is none")
+    # What the run remembers of its batches is on the index.
+    own = {name: value for name, value in manifest.items() if not name.startswith(tuple(REMEMBERED))}
     names = [None, *(outcome["name"] for outcome in outcomes), None]
     pages = {}
     for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
         content = _experiment(outcome, timings) | {"before": before, "after": after}
         measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": results["judge"]}
-        page = render("experiment.html.j2", content, measured, _own(manifest), content["charts"])
+        page = render("experiment.html.j2", content, measured, own, content["charts"])
         pages[f"{outcome['name']}.html"] = page
     states = list(_states(results, manifest["config"], timings))
     ran = [state for state in states if state["models"]]
@@ -81,7 +94,7 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     index |= {"config": manifest["config"], "judge": results["judge"], "no_evidence": NO_EVIDENCE}
     index |= {"has_embedded": any(model.startswith(EMBEDDED) for model in models)}
     measured = {"experiments": [state["name"] for state in ran], "judge": results["judge"]}
-    return render("experiments.html.j2", index, measured, _gathered(manifest)), pages
+    return render("experiments.html.j2", index, measured, manifest), pages
 
 
 # The index.
@@ -199,9 +212,7 @@ def table_shown(table: Record) -> dict[str, Any]:
     return {
         "title": table["title"],
         "caption": table["caption"],
-        "columns": [
-            "<" * (column["kind"] == "text") + column["title"].replace("|", "¦") for column in table["columns"]
-        ],
+        "columns": [(column["title"], "", column["kind"] == "text") for column in table["columns"]],
         "rows": rows,
         "n_more": len(table["rows"]) - len(rows),
         "tall": len(rows) > TALL,
@@ -414,25 +425,3 @@ FIGURES: dict[str, Callable[[Record, Sequence[Row]], Spec]] = {
     "attention": _attention,
 }
 """Kind of an outcome's figure -> what draws it."""
-
-
-# Provenance.
-
-
-def _own(manifest: Record) -> dict[str, Any]:
-    """Settings, starts and weights; what the run remembered of its batches is on the index."""
-    weights = {name.removeprefix("weights_"): value for name, value in manifest.items() if name.startswith("weights_")}
-    # Hashes with the settings: both say what the numbers are of.
-    config = dict(manifest["config"]) | ({"weights sha256": weights} if weights else {})
-    return {"schema_version": manifest["schema_version"], "provenance": manifest["provenance"], "config": config}
-
-
-def _gathered(manifest: Record) -> dict[str, Any]:
-    """With what the run remembered gathered by its kind: a suite has hundreds of entries."""
-    kinds = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in manifest.items():
-        kind, _, rest = name.partition("_")
-        if name not in ("schema_version", "config", "provenance") and kind != "weights":
-            found.setdefault(kinds.get(kind, "other facts"), {})[rest or name] = value
-    return _own(manifest) | dict(sorted(found.items()))

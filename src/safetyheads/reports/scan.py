@@ -112,7 +112,7 @@ def render_scan(
         ]
         groups = {frozenset([head] if head else []): _ablated(head) for head in heads_of_interest(results)}
         content["completions"] = completions(wanted, SETS, groups, judges[0], room)
-    return render("scan.html.j2", content, _measured(results), _gathered(manifest), figures, columns)
+    return render("scan.html.j2", content, _measured(results), manifest, figures, columns)
 
 
 def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
@@ -649,10 +649,3 @@ def _measured(results: Results) -> dict[str, Any]:
     named: dict[str, Any] = {name: results[name] for name in ("model", "data", "ablation", "sampling", "settings")}
     named["tests"] = {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}
     return named | {f"judge {judge['name']}": judge for judge in results["judges"]}
-
-
-def _gathered(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with all that the run remembered under one name: a long scan has a hundred entries."""
-    own = {name: manifest[name] for name in ("schema_version", "config", "provenance")}
-    remembered = {name: value for name, value in manifest.items() if name not in own}
-    return own | ({"plans, tolerances and costs": remembered} if remembered else {})
