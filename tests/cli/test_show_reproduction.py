@@ -66,7 +66,10 @@ def test_a_table_too_wide_is_a_paragraph_a_row(terminal: Any) -> None:
 
 
 def test_one_experiment_has_its_tables_and_several_a_line_each(terminal: Any) -> None:
-    lines = terminal(120, show_outcomes, samples.results(), ["fig2", "fig15", "table1"], REPORT)
+    results = samples.results()
+    asr = {"model": "m", "label": "ASR, UA", "kind": "rate", "value": samples.at(13) | {"value": 13 / 24, "p": None}}
+    next(outcome for outcome in results["experiments"] if outcome["name"] == "fig2")["headline"] = [asr]
+    lines = terminal(120, show_outcomes, results, ["fig2", "fig15", "table1"], REPORT)
     assert len(lines) < 12
     text = "\n".join(lines)
     assert "0.54" in text

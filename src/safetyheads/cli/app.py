@@ -140,7 +140,7 @@ def ships(
     asked, progress = _prompts_of(config), progress_for(output.quiet)
     engine = load_engine(config, progress)
     result = ranked(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_ranking(f"Mean Ships over {len(asked)} prompts, in nats", result, top))
+    _show(result, output, lambda: show_ranking(result, top))
 
 
 @command
@@ -155,7 +155,7 @@ def sahara(config: SaharaConfig, output: OutputOptions) -> None:
     engine = load_engine(config, progress)
     refuse_large(config.size, engine)
     result = searched(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_steps(f"Sahara by {config.score} over {len(asked)} prompts", result))
+    _show(result, output, lambda: show_steps(result))
 
 
 @command
@@ -168,7 +168,7 @@ def asr(config: AsrConfig, output: OutputOptions) -> None:
     asked, progress = _prompts_of(config), progress_for(output.quiet)
     engine = load_engine(config, progress)
     result = measured_rates(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_rates(f"Attack success over {len(asked)} prompts", result))
+    _show(result, output, lambda: show_rates(result))
 
 
 @command

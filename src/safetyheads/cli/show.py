@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,9 @@ ROLES = {
 _WIDTH_OFF_TERMINAL = 140
 _ROWS_SHOWN = 24
 _HEADS_SHOWN = 10
-_TIES_SHOWN = 12
+_NAMES_SHOWN = 12
 _GAP = 2
+_COMFORT = 20
 _BORDERS = {"concentrated": "yellow", "none_found": "green"}
 
 Found: TypeAlias = Mapping[str, Any]
@@ -151,7 +152,7 @@ class _Speed(ProgressColumn):
 class Number:
     """A number in a cell."""
 
-    text: str
+    text: str = ""
     interval: str = ""
     n: str = ""
     p: str = ""
@@ -168,80 +169,111 @@ class Number:
 
 
 Cell: TypeAlias = str | Text | Number
-"""What stands in a table; a column of strings is of text, one of numbers is set to the right."""
-NO_NUMBER = Number("")
+"""What stands in a table: texts to the left, numbers to the right."""
+Column: TypeAlias = Callable[[Any], Cell]
+"""Makes a row's cell of what the row shows."""
 
 
 def plain(value: float | None, form: str = ".2f") -> Number:
     """A number without interval."""
-    return NO_NUMBER if value is None else Number(format(value, form))
+    return Number() if value is None else Number(format(value, form))
 
 
-def rate(found: Found | None) -> Number:
+def rate(found: Any) -> Number:
     """``0.98 [0.93, 0.99] n 96``."""
     if found is None:
-        return NO_NUMBER
-    if found["rate"] is None:
-        return Number("not measured", n=f"n {found['n']}")
-    return Number(f"{found['rate']:.2f}", _interval(found["interval"], ".2f"), f"n {found['n']:,}")
+        return Number()
+    value, bounds, n = (get(found, name) for name in ("rate", "interval", "n"))
+    return Number("not measured" if value is None else f"{value:.2f}", _interval(bounds, ".2f"), f"n {n:,}")
 
 
-def change(found: Found | None) -> Number:
+def signed(value: float | None, interval: Sequence[float] | None = None, n: int | None = None) -> Number:
     """``+0.31 [+0.18, +0.45] n 96``."""
-    if found is None or found["change"] is None:
-        return NO_NUMBER
-    return signed(found["change"], found["interval"], found.get("n"))
-
-
-def signed(value: float, interval: Sequence[float] | None = None, n: int | None = None) -> Number:
-    """A change or another number with a sign."""
+    if value is None:
+        return Number()
     # Adding 0 takes the sign from what rounds to nothing: -0.00 would be read as a loss.
     return Number(f"{round(value, 2) + 0.0:+.2f}", _interval(interval, "+.2f"), "" if n is None else f"n {n:,}")
 
 
-def p_value(value: float | None) -> Number:
-    """Two digits."""
-    return plain(value, ".2g")
+def change(found: Found | None) -> Number:
+    """A paired change."""
+    return Number() if found is None else signed(found["change"], found["interval"], found["n"])
 
 
 def _interval(bounds: Sequence[float] | None, form: str) -> str:
     return f"[{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else ""
 
 
-def some(heads: Sequence[str], most: int = _TIES_SHOWN) -> str:
-    """The first heads, and how many more there are."""
-    more = len(heads) - most
-    return ", ".join(heads[:most]) + (f" and {more} more" if more > 0 else "")
+def get(item: Any, path: str) -> Any:
+    """What stands at ``path``, such as ``asr_change.p_holm``; None where a part of it is None or absent."""
+    for name in path.split("."):
+        if item is None:
+            return None
+        item = item.get(name) if isinstance(item, Mapping) else getattr(item, name)
+    return item
+
+
+def texts(path: str) -> Column:
+    """A column of texts or lists of names."""
+
+    def cell(item: Any) -> Cell:
+        value = get(item, path)
+        return "" if value is None else value if isinstance(value, str) else some(value)
+
+    return cell
+
+
+def plains(path: str, form: str = ".2f") -> Column:
+    """A column of numbers without interval."""
+    return lambda item: plain(get(item, path), form)
+
+
+def rates(path: str) -> Column:
+    """A column of rates."""
+    return lambda item: rate(get(item, path))
+
+
+def changes(path: str) -> Column:
+    """A column of paired changes."""
+    return lambda item: change(get(item, path))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def print_items(title: str, items: Iterable[Any], columns: Mapping[str, Column], caption: str = "") -> None:
+    """Print a row for each item."""
+    print_table(title, list(columns), [[cell(item) for cell in columns.values()] for item in items], caption)
 
 
 def print_table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Cell]],
-    caption: str = "",
-    console: Console | None = None,
-    **options: Any,
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", lines: bool = False
 ) -> None:
     """Print a table that breaks no number, however narrow the terminal.
 
     Intervals stand beside their numbers where there is room, else below them; where there is none at all, each row
-    becomes a paragraph.
+    becomes a paragraph. n stands below the table where all of its numbers share it.
     """
-    console = console or stdout()
+    console = stdout()
     ns = {cell.n for row in rows for cell in row if isinstance(cell, Number) and cell.n}
-    below = [caption] * bool(caption) + ([f"{ns.copy().pop()} behind every interval."] if len(ns) == 1 else [])
+    shared = len(ns) == 1
+    # A column without any cell is of numbers, which take no room.
     are_text = [any(isinstance(row[at], str | Text) and str(row[at]) for row in rows) for at in range(len(columns))]
     console.print()
-    for between in (" ", "\n"):
-        texts = [[_text(cell, between, len(ns) != 1) for cell in row] for row in rows]
-        widths = _widths(columns, texts, are_text, console.width)
+    for between, comfort in ((" ", _COMFORT), ("\n", _COMFORT), ("\n", 0)):
+        cells = [[_text(cell, between, not shared) for cell in row] for row in rows]
+        widths = _widths(columns, cells, are_text, console.width, comfort)
         if widths is not None:
-            console.print(_laid_out(title, columns, texts, are_text, widths, **options))
+            console.print(_laid_out(title, columns, cells, are_text, widths, lines))
             break
     else:
-        console.print(_stacked(title, columns, rows, are_text, len(ns) != 1))
-    if below:
-        console.print(" ".join(below), style="dim")
+        console.print(_stacked(title, columns, rows, are_text, not shared))
+    if caption or shared:
+        below = [caption, f"{min(ns)} behind every interval." if shared else ""]
+        console.print(" ".join(filter(None, below)), style="dim")
 
 
 def _text(cell: Cell, between: str, with_n: bool) -> Text:
@@ -251,22 +283,20 @@ def _text(cell: Cell, between: str, with_n: bool) -> Text:
 
 
 def _widths(
-    titles: Sequence[str], rows: Sequence[Sequence[Text]], are_text: Sequence[bool], width: int
+    titles: Sequence[str], rows: Sequence[Sequence[Text]], are_text: Sequence[bool], width: int, comfort: int
 ) -> list[int] | None:
-    """Widths of the columns in which no word and no number breaks; None where there is no room for them."""
+    """Widths of the columns in which no word and no number breaks and texts have some comfort; None without room."""
     least, most = [], []
     for at, (title, is_text) in enumerate(zip(titles, are_text, strict=True)):
-        cells = [row[at].plain for row in rows]
-        words = [word for text in (title, *(cells if is_text else ())) for word in text.split()]
-        lines = [line for text in cells for line in text.split("\n")]
-        least.append(max(map(len, words if is_text else [*words, *lines]), default=1))
-        most.append(max(map(len, (title, *lines))))
+        lines = [line for row in rows for line in row[at].plain.split("\n")]
+        words = [word for text in (title, *(lines if is_text else ())) for word in text.split()]
+        longest = max(map(len, lines), default=0)
+        least.append(max(0, *map(len, words), min(longest, comfort) if is_text else longest, 1))
+        most.append(max(least[-1], longest, len(title)))
     left = width - sum(least) - _GAP * (len(titles) - 1)
-    if sum(most) - sum(least) <= left:
-        return most
-    for _ in range(left):
+    for _ in range(min(left, sum(most) - sum(least))):
         at = max(range(len(least)), key=lambda at: most[at] / least[at])
-        least[at] += least[at] < most[at]
+        least[at] += 1
     return least if left >= 0 else None
 
 
@@ -276,19 +306,10 @@ def _laid_out(
     rows: Sequence[Sequence[Text]],
     are_text: Sequence[bool],
     widths: Sequence[int],
-    show_lines: bool = False,
+    lines: bool,
 ) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        show_header=any(columns),
-        show_lines=show_lines,
-        pad_edge=False,
-        padding=(0, _GAP - 1, 0, 0),
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table.show_header, table.show_lines, table.pad_edge, table.padding = any(columns), lines, False, (0, _GAP - 1, 0, 0)
     for column, is_text, width in zip(columns, are_text, widths, strict=True):
         table.add_column(column, justify="left" if is_text else "right", width=width)
     for row in rows:
@@ -302,92 +323,80 @@ def _stacked(
     """A paragraph a row."""
     text = Text(title, style="bold")
     for row in rows:
-        cells = [(column, _text(cell, " ", with_n).plain) for column, cell in zip(columns, row, strict=True)]
-        names = " · ".join(cell for (_, cell), is_text in zip(cells, are_text, strict=True) if is_text and cell)
-        numbers = [
-            f"{column}: {cell}"
-            for (column, cell), is_text in zip(cells, are_text, strict=True)
-            if not is_text and cell not in ("", "–")
-        ]
+        cells = [_text(cell, " ", with_n).plain for cell in row]
+        names = " · ".join(cell for cell, is_text in zip(cells, are_text, strict=True) if is_text and cell)
+        named = zip(columns, cells, are_text, strict=True)
+        numbers = [f"{column}: {cell}" for column, cell, is_text in named if not is_text and cell not in ("", "–")]
         text.append(f"\n{names}\n", style="bold not dim").append("; ".join(numbers), style="not bold")
     return text
 
 
 def print_facts(title: str, facts: Mapping[str, Cell]) -> None:
     """Print names with their values."""
-    print_table(title, ("", ""), [(name, _text(value, " ", True)) for name, value in facts.items() if str(value)])
+    print_table(title, ("", ""), [(name, _text(value, " ", True)) for name, value in facts.items()])
 
 
-def print_end(results: Found, last: str = "") -> None:
-    """Print what a reader must know about the numbers, and last where the report is."""
-    console = stdout()
-    for caveat in results["caveats"]:
-        console.print(f"- {caveat}", style="dim", soft_wrap=True)
-    for warning in results["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    if last:
-        console.print(last, soft_wrap=True)
+def print_lines(lines: Iterable[str], style: str | None = None) -> None:
+    """Print lines that the terminal may wrap."""
+    for line in lines:
+        stdout().print(line, style=style, soft_wrap=True)
 
 
-# Audit
+def print_cautions(results: Found) -> None:
+    """Print what a reader must know about the numbers."""
+    print_lines((f"- {caveat}" for caveat in results["caveats"]), "dim")
+    print_lines((f"warning: {warning}" for warning in results["warnings"]), "yellow")
+
+
+# Audits and scans
 
 
 def show_audit(results: Found, report: Path) -> None:
     """Top heads, the lead's groups, and last, where the eye is, the verdict and the report."""
-    console, verdict, behaviour = stdout(), results["verdict"], results["behaviour"]
-    print_table(
+    verdict, behaviour, lead = results["verdict"], results["behaviour"], results["lead_score"]
+    print_items(
         "Top heads by mean Ships, each ablated alone",
-        ("head", "mean Ships", "on benign", "refusal score", "ASR alone", "change", "p (Holm)"),
-        [
-            (
-                head["head"],
-                plain(head["mean_ships"]["mean"], ".3g"),
-                plain(head["benign_ships"]["mean"], ".3g"),
-                plain(head["refusal_score"] and head["refusal_score"]["mean"], "+.3g"),
-                rate(head["asr"]),
-                change(head["asr_change"]),
-                p_value(head["asr_change"]["p_holm"]),
-            )
-            for head in behaviour["heads"]
-        ],
+        behaviour["heads"],
+        {
+            "head": texts("head"),
+            "mean Ships": plains("mean_ships.mean", ".3g"),
+            "on benign": plains("benign_ships.mean", ".3g"),
+            "refusal score": plains("refusal_score.mean", "+.3g"),
+            "ASR alone": rates("asr"),
+            "change": changes("asr_change"),
+            "p (Holm)": plains("asr_change.p_holm", ".2g"),
+        },
     )
-    lead, vanilla = results["lead_score"], behaviour["vanilla"]
     others = ", ".join(name for name in results["sahara"] if name != lead)
-    print_table(
+    groups = [group for group in behaviour["groups"] if group["scorer"] == lead]
+    print_items(
         f"Groups found by {lead}, on the test half ([95 % interval], (range); exact McNemar)",
-        ("size", "heads", "ASR", "change", "p", "random groups", "benign kept"),
-        [
-            (Number("0"), "none", rate(vanilla["asr"]), *[NO_NUMBER] * 3, rate(vanilla["benign_kept"])),
-            *(
-                (
-                    Number(str(group["size"])),
-                    ", ".join(group["heads"]),
-                    rate(group["asr"]),
-                    change(group["asr_change"]),
-                    p_value(group["asr_change"]["p_value"]),
-                    _random(group["random"]),
-                    rate(group["benign_kept"]),
-                )
-                for group in behaviour["groups"]
-                if group["scorer"] == lead
-            ),
-        ],
+        [{"size": 0, "heads": ["none"], **behaviour["vanilla"]}, *groups],
+        {
+            "size": plains("size", "d"),
+            "heads": texts("heads"),
+            "ASR": rates("asr"),
+            "change": changes("asr_change"),
+            "p": plains("asr_change.p_value", ".2g"),
+            "random groups": _random,
+            "benign kept": rates("benign_kept"),
+        },
         f"Found by {others}: in the report." if others else "",
     )
     _show_concentration(results.get("concentration"))
     _show_planted(results["planted_heads"])
-    print_end(results)
+    print_cautions(results)
     border = _BORDERS.get(verdict["label"], "blue")
-    console.print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
-    for reason in verdict["reasons"]:
-        console.print(f"- {reason}", soft_wrap=True)
-    console.print(f"Report: {report}", soft_wrap=True)
+    stdout().print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
+    print_lines([*(f"- {reason}" for reason in verdict["reasons"]), f"Report: {report}"])
 
 
-def _random(control: Found | None) -> Number:
+def _random(group: Found) -> Number:
+    control = group.get("random")
     if not control:
-        return NO_NUMBER
-    return Number(f"{control['mean']:.2f}", f"({control['low']:.2f} to {control['high']:.2f})")
+        return Number()
+    bounds = f"({control['low']:.2f} to {control['high']:.2f})" if "low" in control else ""
+    return Number(f"{control['mean']:.2f}", bounds)
 
 
 def _show_concentration(found: Found | None) -> None:
@@ -396,24 +405,103 @@ def _show_concentration(found: Found | None) -> None:
     sizes = f"1 to {len(found['sizes'])} heads" if len(found["sizes"]) > 1 else "one head"
     against = f"{found['n_random']} random groups each" if found["n_random"] else found["against"]
     number = signed(found["value"], found["interval"], found["n"])
-    stdout().print(f"\nConcentration: {number} (mean gap of ASR to {against}, {sizes})", soft_wrap=True)
+    print_lines([f"\nConcentration: {number} (mean gap of ASR to {against}, {sizes})"])
 
 
 def _show_planted(planted: Sequence[str] | None) -> None:
     if planted is not None:
-        stdout().print(f"Planted heads: {', '.join(planted) or 'none'}")
-
-
-# Scan
+        print_lines([f"Planted heads: {', '.join(planted) or 'none'}"])
 
 
 def show_scan(results: Found, report: Path) -> None:
     """Heads, groups, scores, judges and costs, and last, where the eye is, the summary and the report."""
     _show_scanned_heads(results)
-    _show_scanned_groups(results)
+    own = [{**group, "heads": [f"each prompt's top {group['size']}"]} for group in results["query_level"]]
+    if groups := [*results["groups"], *own]:
+        columns = {"ablated": texts("heads"), "ASR": rates("asr"), "change": changes("change")}
+        print_items("Groups", groups, columns | {"random groups": _random, "benign kept": rates("benign_kept")})
     _show_scores(results["proxies"])
-    _show_agreement(results["agreement"])
-    economy = results["economy"]
+    if results["agreement"] is not None:
+        print_items(
+            "Agreement of judges",
+            results["agreement"]["pairs"],
+            {
+                "judges": lambda pair: f"{pair['first']}, {pair['second']}",
+                "kappa, complied or not": lambda pair: _kappa(pair["compliance"]),
+                "kappa, three classes": lambda pair: _kappa(pair["classes"]),
+                "differ": plains("count", ","),
+                "answers": plains("n", ","),
+            },
+        )
+    _show_costs(results["economy"])
+    _show_concentration(results["concentration"])
+    _show_planted(results["planted_heads"])
+    print_cautions(results)
+    heads, detectable = results["heads"], results["statistics"]["smallest_detectable_change"]
+    strongest = max(heads, key=lambda head: head["asr"]["rate"] or 0.0)
+    flips = "more than all" if detectable["flips"] is None else detectable["flips"]
+    print_facts(
+        "Summary",
+        {
+            "heads that change the ASR (Holm)": f"{sum(head['change']['differs'] for head in heads)} of {len(heads)}",
+            "prompts that must change for that": f"{flips} of {detectable['n']}",
+            "ASR, nothing ablated": rate(results["vanilla"]["harmful"]["asr"]),
+            f"ASR, strongest head {strongest['head']}": rate(strongest["asr"]),
+            "judge": results["lead_judge"],
+        },
+    )
+    print_lines([f"Report: {report}"])
+
+
+def _show_scanned_heads(results: Found) -> None:
+    ranked = sorted(results["heads"], key=lambda head: -(head["asr"]["rate"] or 0.0))
+    n_differing = sum(head["change"]["differs"] for head in ranked)
+    shown = ranked[: max(_HEADS_SHOWN, min(n_differing, 3 * _HEADS_SHOWN))]
+    columns: dict[str, Column] = {
+        "head": lambda head: head["head"] + " *" * head["change"]["differs"],
+        "ASR alone": rates("asr"),
+        "change": changes("change"),
+        "p (Holm)": plains("change.p_holm", ".2g"),
+        "p (BH)": plains("change.p_bh", ".2g"),
+    }
+    if "benign" in results["vanilla"]:
+        columns |= {
+            "benign refused": plains("benign.refused.rate"),
+            "benign changed": plains("benign.changed.rate"),
+            "KL, nats": plains("benign.kl.mean", ".2g"),
+            "so it": lambda head: ROLES[head["role"]],
+        }
+    title = f"Heads of highest ASR, each ablated alone: {results['ablation']['label']}, {results['sampling']['name']}"
+    n_more = len(ranked) - len(shown)
+    print_items(title, shown, columns, f"{n_more} more heads in the report." if n_more else "")
+
+
+def _show_scores(proxies: Found | None) -> None:
+    """Each score against the ASR."""
+    if proxies is None:
+        return
+    scores = [*proxies["scores"], *([{**proxies["ceiling"], "score": "ceiling"}] if proxies["ceiling"] else [])]
+
+    def of_size(at: int, path: str, form: str) -> Column:
+        return lambda score: plain(get(score["sizes"][at], path), form)
+
+    columns = {"score": texts("score"), "Spearman": plains("spearman"), "AUC": plains("auc")}
+    sizes = [(at, size["k"]) for at, size in enumerate(scores[0]["sizes"]) if size["k"] in (3, 10)]
+    columns |= {f"top {k} that differ": of_size(at, "precision.count", "d") for at, k in sizes}
+    columns |= {f"regret, top {k}": of_size(at, "regret_on_halves", ".2f") for at, k in sizes}
+    print_items(
+        f"Scores against the ASR of every head, {scores[0]['n_differing']} of which differ",
+        scores,
+        columns,
+        "Regret: ASR given away, on half of the prompts. Ceiling: the ASR of the other half as the score.",
+    )
+
+
+def _kappa(found: Any) -> Number:
+    return signed(get(found, "kappa"), get(found, "interval"))
+
+
+def _show_costs(economy: Found) -> None:
     print_facts(
         "What the answers cost",
         {
@@ -426,221 +514,143 @@ def show_scan(results: Found, report: Path) -> None:
             "tokens of plain decoding, at least": f"{economy['tokens_plain']:,}",
         },
     )
-    _show_concentration(results["concentration"])
-    _show_planted(results["planted_heads"])
-    print_end(results)
-    heads, detectable = results["heads"], results["statistics"]["smallest_detectable_change"]
-    strongest = max(heads, key=lambda head: head["asr"]["rate"] or 0.0)
-    flips = detectable["flips"]
-    print_facts(
-        "Summary",
+
+
+# Scores, searches, rates and tasks
+
+
+def show_ranking(found: Found, top: int) -> None:
+    """The ``top`` heads, best first, which of them tie, and what a screening left open."""
+    tied = {head: [other for other in group if other != head] for group in found["ties"] for head in group}
+    print_items(
+        f"Mean Ships over {found['n']} prompts, in nats: {_ablation(found)}",
+        list(enumerate(found["heads"][:top], start=1)),
         {
-            "heads that change the ASR (Holm)": f"{sum(head['change']['differs'] for head in heads)} of {len(heads)}",
-            "prompts that must change for that": f"{'more than all' if flips is None else flips} of {detectable['n']}",
-            "ASR, nothing ablated": rate(results["vanilla"]["harmful"]["asr"]),
-            f"ASR, strongest head {strongest['head']}": rate(strongest["asr"]),
-            "judge": results["lead_judge"],
+            "rank": lambda row: plain(row[0], "d"),
+            "head": lambda row: row[1]["head"],
+            "mean [95 %, Student]": lambda row: Number(
+                f"{row[1]['mean']:.6g}", _interval(row[1]["interval"], ".3g"), f"n {row[1]['n']}"
+            ),
+            "ties with": lambda row: some(tied.get(row[1]["head"], [])),
         },
     )
-    stdout().print(f"Report: {report}", soft_wrap=True)
-
-
-def _show_scanned_heads(results: Found) -> None:
-    has_benign = "benign" in results["vanilla"]
-    columns = ["head", "ASR alone", "change", "p (Holm)", "p (BH)"]
-    columns += ["benign refused", "benign changed", "KL, nats", "so it"] if has_benign else []
-    ranked = sorted(results["heads"], key=lambda head: -(head["asr"]["rate"] or 0.0))
-    n_differing = sum(head["change"]["differs"] for head in ranked)
-    shown = ranked[: max(_HEADS_SHOWN, min(n_differing, 3 * _HEADS_SHOWN))]
-    rows: list[list[Cell]] = []
-    for head in shown:
-        found, benign = head["change"], head["benign"]
-        row: list[Cell] = [head["head"] + (" *" if found["differs"] else ""), rate(head["asr"]), change(found)]
-        row += [p_value(found["p_holm"]), p_value(found["p_bh"])]
-        if benign is not None:
-            row += [plain(benign["refused"]["rate"]), plain(benign["changed"]["rate"])]
-            row += [plain(benign["kl"]["mean"], ".2g"), ROLES[head["role"]]]
-        rows.append(row)
-    n_more = len(ranked) - len(shown)
-    title = f"Heads of highest ASR, each ablated alone: {results['ablation']['label']}, {results['sampling']['name']}"
-    print_table(title, columns, rows, f"{n_more} more heads in the report." if n_more else "")
-
-
-def _show_scanned_groups(results: Found) -> None:
-    groups = [(", ".join(group["heads"]), group) for group in results["groups"]]
-    groups += [(f"each prompt's top {own['size']}", own) for own in results["query_level"]]
-    rows = [
-        (
-            label,
-            rate(group["asr"]),
-            change(group["change"]),
-            plain(group["random"]["mean"]) if group.get("random") else NO_NUMBER,
-            rate(group.get("benign_kept")),
+    if "screening" in found:
+        print_items(
+            "Pairs that the screening proposed, in nats",
+            found["screening"]["pairs"],
+            {
+                "heads": texts("heads"),
+                "together": plains("together", ".4g"),
+                "alone": lambda pair: " + ".join(f"{score:.4g}" for score in pair["alone"]),
+                "beyond the sum": plains("synergy", "+.4g"),
+            },
         )
-        for label, group in groups
-    ]
-    if rows:
-        print_table("Groups", ("ablated", "ASR", "change", "random groups", "benign kept"), rows)
+        print_lines([f"Screened: {found['screening']['missed']['sentence']}."])
 
 
-def _show_scores(proxies: Found | None) -> None:
-    """Each score against the ASR."""
-    if proxies is None:
-        return
-    ranked = [(score["score"], score) for score in proxies["scores"]]
-    ranked += [("ceiling", proxies["ceiling"])] if proxies["ceiling"] else []
-    tops = [size["k"] for size in ranked[0][1]["sizes"] if size["k"] in (3, 10)]
-    rows = []
-    for name, score in ranked:
-        sizes = [size for size in score["sizes"] if size["k"] in tops]
-        hits = [NO_NUMBER if size["precision"] is None else Number(str(size["precision"]["count"])) for size in sizes]
-        regrets = [plain(size["regret_on_halves"]) for size in sizes]
-        rows.append((name, plain(score["spearman"]), plain(score["auc"]), *hits, *regrets))
-    print_table(
-        f"Scores against the ASR of every head, {ranked[0][1]['n_differing']} of which differ",
-        ("score", "Spearman", "AUC", *(f"top {k} that differ" for k in tops), *(f"regret, top {k}" for k in tops)),
-        rows,
-        "Regret: ASR given away, on half of the prompts. Ceiling: the ASR of the other half as the score.",
-    )
-
-
-def _show_agreement(found: Found | None) -> None:
-    if found is None:
-        return
-    rows: list[tuple[Cell, ...]] = []
-    for pair in found["pairs"]:
-        kappas = [
-            NO_NUMBER if kappa["kappa"] is None else signed(kappa["kappa"], kappa["interval"])
-            for kappa in (pair["compliance"], pair["classes"])
-        ]
-        rows.append((f"{pair['first']}, {pair['second']}", *kappas, *(Number(str(pair[k])) for k in ("count", "n"))))
-    columns = ("judges", "kappa, complied or not", "kappa, three classes", "differ", "answers")
-    print_table("Agreement of judges", columns, rows)
-
-
-# Scores, searches and rates
-
-
-def show_ranking(title: str, found: Found, top: int) -> None:
-    """The ``top`` heads, best first, which of them tie, and what a screening left open."""
-    tied = {head: group for group in found["ties"] for head in group}
-    rows = []
-    for place, row in enumerate(found["heads"][:top], start=1):
-        others = [other for other in tied.get(row["head"], ()) if other != row["head"]]
-        number = Number(f"{row['mean']:.6g}", _interval(row["interval"], ".3g"), f"n {row['n']}")
-        rows.append((Number(str(place)), row["head"], number, some(others)))
-    print_table(title, ("rank", "head", "mean [95 %, Student]", "ties with"), rows)
-    if "screening" not in found:
-        return
-    pairs = [
-        (
-            ", ".join(pair["heads"]),
-            plain(pair["together"], ".4g"),
-            " + ".join(f"{score:.4g}" for score in pair["alone"]),
-            plain(pair["synergy"], "+.4g"),
-        )
-        for pair in found["screening"]["pairs"]
-    ]
-    columns = ("heads", "together", "alone", "beyond the sum")
-    print_table("Pairs that the screening proposed, in nats", columns, pairs)
-    stdout().print(f"Screened: {found['screening']['missed']['sentence']}.", soft_wrap=True)
-
-
-def show_steps(title: str, found: Found) -> None:
+def show_steps(found: Found) -> None:
     """Sahara's steps with ties, and the openers where the score has some."""
-    console = stdout()
     if found["openers"]:
         shown = ", ".join(f"{opener['text']!r} ({opener['count']})" for opener in found["openers"])
-        console.print(f"Openers of the model's own refusals: {shown}", soft_wrap=True)
-    rows = [
-        (
-            Number(str(number)),
-            step["chosen"],
-            plain(step["score"], ".6g"),
-            ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2]),
-            some(step["ties"]),
-        )
-        for number, step in enumerate(found["steps"], start=1)
-    ]
-    print_table(title, ("step", "head", f"score of the group, {found['unit']}", "next best", "ties with"), rows)
-    for number, screened in enumerate(found.get("screening", ()), start=1):
-        console.print(f"Step {number}, screened: {screened['missed']['sentence']}.", soft_wrap=True)
-    console.print(f"Group: {','.join(found['group'])}")
-
-
-def show_rates(title: str, found: Found) -> None:
-    """ASR of each group beside the unablated model's, and why answers counted as they did."""
-    rates = found["rates"]
-    rows = [
-        (
-            row["heads"],
-            *(rate(row[name]) for name in ("asr", "refused", "incoherent")),
-            change(row["change"]),
-            p_value(row["change"] and row["change"]["p_value"]),
-        )
-        for row in rates
-    ]
-    print_table(title, ("ablated", "ASR", "refused", "incoherent", "change", "p"), rows)
-    reasons = dict.fromkeys(reason for row in rates for reason in row["reasons"])
-    counts = [(reason, *(Number(str(row["reasons"].get(reason, 0))) for row in rates)) for reason in reasons]
-    print_table("Why, in answers", ("reason", *(row["heads"] for row in rates)), counts)
-
-
-def show_evaluation(results: Found, out: Path | None) -> None:
-    """Each metric, vanilla first, and the changes from vanilla."""
-    tests = sorted({metric["difference"]["test"] for metric in results["metrics"] if metric["difference"]} - {None})
-    rows = []
-    for metric in results["metrics"]:
-        name = metric["metric"] if metric["unit"] == "whole" else f"{metric['metric']}, {metric['unit']}"
-        value, n = metric["value"], f"n {metric['n']}"
-        if value is None:
-            number = Number("not finite", n=n)
-        else:
-            text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
-            number = Number(text, _interval(metric["interval"], ".3f"), n)
-        rows.append((metric["task"], name, metric["variant"], number, *_difference(metric["difference"])))
-    print_table(
-        f"Tasks of lm-eval {results['settings']['lm_eval']}: {results['ablation']['label']}",
-        ("task", "metric", "ablated", "value", "change", "gained, lost", "p", "p (Holm)"),
-        rows,
-        "Change from vanilla on the same samples, [95 % interval]" + (f"; p: {', '.join(tests)}." if tests else "."),
+        print_lines([f"Openers of the model's own refusals: {shown}"])
+    print_items(
+        f"Sahara by {found['score']} over {found['n']} prompts: {_ablation(found)}",
+        [{"step": number, **step} for number, step in enumerate(found["steps"], start=1)],
+        {
+            "step": plains("step", "d"),
+            "head": texts("chosen"),
+            f"score of the group, {found['unit']}": plains("score", ".6g"),
+            "next best": lambda step: ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2]),
+            "ties with": texts("ties"),
+        },
     )
-    print_end(results, "" if out is None else f"Run: {out}")
+    screened = enumerate(found.get("screening", ()), start=1)
+    print_lines(f"Step {number}, screened: {step['missed']['sentence']}." for number, step in screened)
+    print_lines([f"Group: {','.join(found['group'])}"])
 
 
-def _difference(found: Found | None) -> tuple[Number, Number, Number, Number]:
-    if found is None or found["change"] is None:
-        return NO_NUMBER, NO_NUMBER, NO_NUMBER, NO_NUMBER
-    flips = NO_NUMBER if found["gained"] is None else Number(f"{found['gained']}, {found['lost']}")
-    return change(found), flips, p_value(found["p_value"]), p_value(found["p_holm"])
+def show_rates(found: Found) -> None:
+    """ASR of each group beside the unablated model's, and why answers counted as they did."""
+    groups = found["rates"]
+    print_items(
+        f"Attack success over {found['n']} prompts: {_ablation(found)}",
+        groups,
+        {
+            "ablated": texts("heads"),
+            "ASR": rates("asr"),
+            "refused": rates("refused"),
+            "incoherent": rates("incoherent"),
+            "change": changes("change"),
+            "p": plains("change.p_value", ".2g"),
+        },
+    )
+    reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])
+    counts = [(reason, *(plain(group["reasons"].get(reason, 0), "d") for group in groups)) for reason in reasons]
+    print_table("Why, in answers", ("reason", *(group["heads"] for group in groups)), counts)
+
+
+def _ablation(found: Found) -> str:
+    return f"{found['ablation']['kind'].replace('_', ' ')}, epsilon {found['ablation']['epsilon']:g}"
+
+
+def show_evaluation(results: Found, out: Path) -> None:
+    """Each metric, vanilla first, and the changes from vanilla."""
+
+    def value(metric: Found) -> Number:
+        shown, n = metric["value"], f"n {metric['n']:,}"
+        if shown is None:
+            return Number("not finite", n=n)
+        return Number(format(shown, ".3f" if abs(shown) < 1000 else ".4g"), _interval(metric["interval"], ".3f"), n)
+
+    def flips(metric: Found) -> Number:
+        found = metric["difference"]
+        return Number() if found is None or found["gained"] is None else Number(f"{found['gained']}, {found['lost']}")
+
+    tests = sorted({metric["difference"]["test"] for metric in results["metrics"] if metric["difference"]} - {None})
+    print_items(
+        f"Tasks of lm-eval {results['settings']['lm_eval']}: {results['ablation']['label']}",
+        results["metrics"],
+        {
+            "task": texts("task"),
+            "metric": lambda metric: metric["metric"] + f", {metric['unit']}" * (metric["unit"] != "whole"),
+            "ablated": texts("variant"),
+            "value": value,
+            "change": lambda metric: signed(get(metric, "difference.change"), get(metric, "difference.interval")),
+            "gained, lost": flips,
+            "p": plains("difference.p_value", ".2g"),
+            "p (Holm)": plains("difference.p_holm", ".2g"),
+        },
+        "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests) + ".",
+    )
+    print_cautions(results)
+    print_lines([f"Run: {out}"])
+
+
+# Finished runs
 
 
 def show_rejudged(found: Sequence[Rejudged], report: Path) -> None:
     """Rates of the run's judge and of another one, where they differ most first, and how far they agree."""
     for rejudged in found:
         lead, judge = rejudged.lead, rejudged.judge
-        rates = {label: [_as_found(own[name]) for name in (lead, judge)] for label, own in rejudged.rates.items()}
-        ranked = sorted(rates.items(), key=lambda item: -abs((item[1][1]["rate"] or 0) - (item[1][0]["rate"] or 0)))
+
+        def gap(item: tuple[str, Mapping[str, Any]], lead: str = lead, judge: str = judge) -> float:
+            return -abs((item[1][judge].rate or 0.0) - (item[1][lead].rate or 0.0))
+
+        ranked = sorted(rejudged.rates.items(), key=gap)
         n_more = len(ranked) - _ROWS_SHOWN
         print_table(
             "Judges side by side",
             ("answers", f"complied, {lead}", f"complied, {judge}"),
-            [(label, *map(rate, own)) for label, own in ranked[:_ROWS_SHOWN]],
+            [(label, rate(own[lead]), rate(own[judge])) for label, own in ranked[:_ROWS_SHOWN]],
             f"{n_more} more rows with --json." if n_more > 0 else "",
         )
-        kappa = rejudged.kappa
-        agreement = Number("not defined") if kappa.kappa is None else signed(kappa.kappa, kappa.interval, kappa.n)
+        kappa = "not defined" if rejudged.kappa.kappa is None else f"{_kappa(rejudged.kappa)} n {rejudged.kappa.n:,}"
         facts = {"answers": f"{rejudged.n_rows:,}", "unscored": f"{rejudged.n_unscored:,}"}
-        facts |= {"judged differently": f"{rejudged.n_differing:,}", "seconds": f"{rejudged.seconds:.1f}"}
-        print_facts("Agreement", facts | {"Cohen's kappa": str(agreement)})
-    stdout().print(f"Report: {report}", soft_wrap=True)
+        facts |= {"judged differently": f"{rejudged.n_differing:,}", "Cohen's kappa": kappa}
+        print_facts("Agreement", facts | {"seconds": f"{rejudged.seconds:.1f}"})
+    print_lines([f"Report: {report}"])
 
-
-def _as_found(found: Any) -> Found:
-    return {"rate": found.rate, "interval": found.interval, "n": found.n}
-
-
-# Comparisons and history
 
 _CHANGES = {
     "vanilla_asr": "ASR, nothing ablated",
@@ -652,23 +662,33 @@ _CHANGES = {
 
 def show_comparison(compared: Comparison, gates: Sequence[GateOutcome]) -> None:
     """What both runs are, what changed, how heads rank, which came and went, and last what makes that weak."""
-    console = stdout()
     for name, run in (("A", compared.before), ("B", compared.after)):
         verdict = "" if run.verdict is None else f", {run.verdict.replace('_', ' ')}"
         started = f", {run.started[:16].replace('T', ' ')}" if run.started else ""
-        console.print(f"{name}: {compared.kind} of {run.model}{started}{verdict} ({run.path})", soft_wrap=True)
-    _show_changes(compared)
-    _show_ranks(compared)
+        print_lines([f"{name}: {compared.kind} of {run.model}{started}{verdict} ({run.path})"])
+    rows = [(label, getattr(compared, name)) for name, label in _CHANGES.items()]
+    print_items(
+        "From A to B",
+        [row for row in rows if row[1] is not None],
+        {
+            "": lambda row: row[0],
+            "A": lambda row: plain(row[1].before),
+            "B": lambda row: plain(row[1].after),
+            "change [95 %]": lambda row: signed(row[1].change, row[1].interval),
+            "p": lambda row: plain(row[1].p_value, ".2g"),
+            "prompts": lambda row: "n " + " and ".join(map(str, dict.fromkeys(row[1].n))),
+            "how": lambda row: ": ".join(filter(None, ("paired" if row[1].paired else "unpaired", row[1].note))),
+        },
+    )
+    if compared.ranks:
+        _show_ranks(compared)
     if compared.heads is not None:
         moved = compared.heads
         parts = [f"{word} {', '.join(getattr(moved, word)) or 'none'}" for word in ("gone", "new", "kept")]
-        console.print(f"{moved.what[:1].upper()}{moved.what[1:]}: {'; '.join(parts)}", soft_wrap=True)
-    if compared.shapes_note:
-        console.print(compared.shapes_note, soft_wrap=True)
-    for warning in compared.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    for gate in gates:
-        console.print(f"{'FAILED' if gate.holds else 'passed'}: fail if {gate_text(gate)}", soft_wrap=True)
+        print_lines([f"{moved.what[:1].upper()}{moved.what[1:]}: {'; '.join(parts)}"])
+    print_lines([compared.shapes_note] * bool(compared.shapes_note))
+    print_lines((f"warning: {warning}" for warning in compared.warnings), "yellow")
+    print_lines(f"{'FAILED' if gate.holds else 'passed'}: fail if {gate_text(gate)}" for gate in gates)
 
 
 def gate_text(gate: GateOutcome) -> str:
@@ -679,94 +699,71 @@ def gate_text(gate: GateOutcome) -> str:
     return f"{gate.condition}: {number}"
 
 
-def _show_changes(compared: Comparison) -> None:
-    rows: list[tuple[Cell, ...]] = []
-    for name, label in _CHANGES.items():
-        found = getattr(compared, name)
-        if found is None:
-            continue
-        if found.change is None:
-            rows.append((label, *[NO_NUMBER] * 4, "", found.note))
-            continue
-        numbers = (plain(found.before), plain(found.after), signed(found.change, found.interval))
-        sizes = " and ".join(str(n) for n in dict.fromkeys(found.n))
-        how = ": ".join(filter(None, ("paired" if found.paired else "unpaired", found.note)))
-        rows.append((label, *numbers, p_value(found.p_value), f"n {sizes}", how))
-    print_table("From A to B", ("", "A", "B", "change [95 %]", "p", "prompts", "how"), rows)
-
-
 def _show_ranks(compared: Comparison) -> None:
-    if not compared.ranks:
-        return
-    columns = ["score", "heads", "Spearman", "p", "Kendall", "p"]
-    columns += [f"top {overlap.k} shared (chance), p" for overlap in compared.ranks[0].overlaps]
-    rows: list[tuple[Cell, ...]] = []
-    for ranks in compared.ranks:
-        shared = [
-            Number(
-                f"{overlap.shared} of {' and '.join(map(str, dict.fromkeys(overlap.sizes)))}",
-                f"({overlap.expected:.2g}), {overlap.p_value:.2g}",
-            )
-            for overlap in ranks.overlaps
-        ]
-        correlations = [
-            Number("tied") if value is None else plain(value, form)
-            for value, form in (
-                (ranks.spearman, "+.2f"),
-                (ranks.spearman_p, ".2g"),
-                (ranks.kendall, "+.2f"),
-                (ranks.kendall_p, ".2g"),
-            )
-        ]
-        rows.append((ranks.label, Number(str(ranks.n)), *correlations, *shared))
-    print_table("How alike the two runs rank the heads", columns, rows)
-    if compared.lead_ranks is None:
-        return
-    for overlap in compared.lead_ranks.overlaps:
-        gone, new = (", ".join(heads) or "none" for heads in (overlap.gone, overlap.new))
-        short = [f"{name}'s has {size}" for name, size in zip("AB", overlap.sizes, strict=True) if size < overlap.k]
+    def tied(path: str, form: str) -> Column:
+        return lambda ranks: Number("tied") if get(ranks, path) is None else plain(get(ranks, path), form)
+
+    def shared(at: int) -> Column:
+        def cell(ranks: Any) -> Cell:
+            top = ranks.overlaps[at]
+            sizes = " and ".join(map(str, dict.fromkeys(top.sizes)))
+            return Number(f"{top.shared} of {sizes}", f"({top.expected:.2g}), {top.p_value:.2g}")
+
+        return cell
+
+    columns = {
+        "score": texts("label"),
+        "heads": plains("n", ","),
+        "Spearman": tied("spearman", "+.2f"),
+        "its p": tied("spearman_p", ".2g"),
+        "Kendall": tied("kendall", "+.2f"),
+        "p of that": tied("kendall_p", ".2g"),
+    }
+    tops = {f"top {top.k} shared (chance), p": shared(at) for at, top in enumerate(compared.ranks[0].overlaps)}
+    print_items("How alike the two runs rank the heads", compared.ranks, columns | tops)
+    for top in () if compared.lead_ranks is None else compared.lead_ranks.overlaps:
+        gone, new = (", ".join(heads) or "none" for heads in (top.gone, top.new))
+        short = [f"{name}'s has {size}" for name, size in zip("AB", top.sizes, strict=True) if size < top.k]
         ties = f" (without ties across the cut {' and '.join(short)})" if short else ""
-        stdout().print(f"Top {overlap.k} by {compared.lead_ranks.label}: gone {gone}; new {new}{ties}", soft_wrap=True)
+        print_lines([f"Top {top.k} by {get(compared.lead_ranks, 'label')}: gone {gone}; new {new}{ties}"])
 
 
 def show_history(history: History, page: Path) -> None:
     """The runs as a table, and what was skipped."""
-    rows = []
-    for entry in history.entries:
+
+    def since(entry: Any) -> str:
+        found, settings = entry.change, entry.other_settings
+        if found is None:
+            return ""
+        number = found.note if found.change is None else str(signed(found.change, found.interval))
+        unpaired = ["unpaired"] * (found.change is not None and not found.paired)
+        return "\n".join([number, *unpaired, *([f"other {', '.join(settings)}"] if settings else [])])
+
+    def run(entry: Any) -> str:
         date = "date unknown" if entry.started is None else f"{entry.started:%Y-%m-%d %H:%M}"
-        concentration = entry.concentration
-        rows.append(
-            (
-                f"{entry.name} ({entry.kind})\n{date}",
-                entry.model,
-                rate(entry.vanilla_asr),
-                _since(entry),
-                rate(entry.group_asr),
-                ", ".join(entry.group) if entry.group_asr is not None else "",
-                signed(concentration["value"], concentration["interval"], concentration["n"])
-                if concentration and concentration["value"] is not None
-                else NO_NUMBER,
-                ", ".join(entry.top_heads) or "tied",
-            )
-        )
-    columns = ("run", "model", "ASR", "change", "group's ASR", "group", "concentration", "top heads")
-    print_table(f"Runs below {history.folder}, oldest first ([95 % interval])", columns, rows)
-    for skipped in history.skipped:
-        stdout().print(f"skipped {skipped.name}: {one_line(skipped.reason)}", style="yellow", soft_wrap=True)
-    stdout().print(f"History: {page}", soft_wrap=True)
+        return f"{entry.name} ({entry.kind})\n{date}"
+
+    print_items(
+        f"Runs below {history.folder}, oldest first ([95 % interval])",
+        history.entries,
+        {
+            "run": run,
+            "model": texts("model"),
+            "ASR": rates("vanilla_asr"),
+            "change": since,
+            "group's ASR": rates("group_asr"),
+            "group": texts("group"),
+            "concentration": lambda entry: signed(
+                *(get(entry, f"concentration.{name}") for name in ("value", "interval", "n"))
+            ),
+            "top heads": lambda entry: ", ".join(entry.top_heads) or "tied",
+        },
+    )
+    print_lines((f"skipped {skipped.name}: {one_line(skipped.reason)}" for skipped in history.skipped), "yellow")
+    print_lines([f"History: {page}"])
 
 
-def _since(entry: Any) -> str:
-    """The change against the run before, and what else differs from it."""
-    found = entry.change
-    if found is None:
-        return ""
-    number = found.note if found.change is None else str(signed(found.change, found.interval))
-    lines = [number, *["unpaired"] * (found.change is not None and not found.paired)]
-    return "\n".join([*lines, *([f"other {', '.join(entry.other_settings)}"] if entry.other_settings else [])])
-
-
-# Check
+# Checks
 
 # What stands for blanks, so that each token is seen whole.
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "←"})
@@ -776,22 +773,21 @@ def show_check(found: Found) -> None:
     """What was found in a model, what a prompt becomes, and what was proved."""
     _show_model(f"{found['facts']['family']}: {found['model']}", found["facts"])
     _show_prompt(found["prompt"], found["facts"]["context_length"])
-    console, proofs = stdout(), found["proofs"]
-    rows = [
-        (
-            proof["name"],
-            Number("none") if proof["error"] is None else plain(proof["error"], ".1e"),
-            plain(proof["tolerance"], ".0e"),
-            "yes" if proof["passed"] else "no",
-        )
-        for proof in proofs
-    ]
-    print_table("Proved on these weights", ("claim", "difference", "allowed", "holds"), rows)
-    for note in found["notes"]:
-        console.print(f"note: {note}", soft_wrap=True)
+    proofs = found["proofs"]
+    print_items(
+        "Proved on these weights",
+        proofs,
+        {
+            "claim": texts("name"),
+            "difference": lambda proof: plain(proof["error"], ".1e") if proof["error"] is not None else Number("none"),
+            "allowed": plains("tolerance", ".0e"),
+            "holds": lambda proof: "yes" if proof["passed"] else "no",
+        },
+    )
+    print_lines(f"note: {note}" for note in found["notes"])
     n_held = sum(proof["passed"] for proof in proofs)
     slower = "" if n_held == len(proofs) else ", on slower paths where one does not"
-    console.print(f"{n_held} of {len(proofs)} claims hold: ablations are exact on this model{slower}", soft_wrap=True)
+    print_lines([f"{n_held} of {len(proofs)} claims hold: ablations are exact on this model{slower}"])
 
 
 def _show_model(title: str, facts: Found) -> None:
@@ -845,7 +841,6 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def _show_prompt(prompt: Found, context: int | None) -> None:
-    console = stdout()
     parts: dict[str, list[Found]] = {}
     for token in prompt["tokens"]:
         parts.setdefault(token["part"], []).append(token)
@@ -853,8 +848,8 @@ def _show_prompt(prompt: Found, context: int | None) -> None:
         f"A prompt under the template {one_line(str(prompt['template']))}"
         f"{'' if prompt['system'] is None else ', with a system prompt'}: {prompt['n_tokens']} tokens",
         ("part", "tokens", "blanks as · and ↵, special tokens in ⟦ ⟧"),
-        [(part, Number(str(len(tokens))), _line_by_line(tokens)) for part, tokens in parts.items()],
-        show_lines=True,
+        [(part, plain(len(tokens), "d"), _line_by_line(tokens)) for part, tokens in parts.items()],
+        lines=True,
     )
     bos, shared, n_tokens = prompt["bos_token"], prompt["n_shared"], prompt["n_tokens"]
     lines = ["no BOS token: the tokenizer has none" if bos is None else f"BOS tokens ({bos}): {prompt['n_bos']}"]
@@ -869,8 +864,7 @@ def _show_prompt(prompt: Found, context: int | None) -> None:
         lines.append(prompt["note"])
     if prompt["has_chat_template"] and prompt["template"] != "chat":
         lines.append("the tokenizer has a chat template too: --template chat")
-    for line in lines:
-        console.print(f"- {line}", soft_wrap=True)
+    print_lines(f"- {line}" for line in lines)
 
 
 def _line_by_line(tokens: Sequence[Found]) -> Text:
@@ -934,10 +928,9 @@ def show_outcomes(
     else:
         for outcome in outcomes:
             _show_outcome(outcome, (timed or {}).get(outcome["name"], ()))
-    for name, why in results.get("left_out", {}).items():
-        if name in names:
-            console.print(f"{name} left out: {one_line(why)}", style="yellow", soft_wrap=True)
-    console.print(f"\nReport: {report}", soft_wrap=True)
+    left_out = [(name, why) for name, why in results.get("left_out", {}).items() if name in names]
+    print_lines((f"{name} left out: {one_line(why)}" for name, why in left_out), "yellow")
+    print_lines([f"\nReport: {report}"])
 
 
 def _in_short(outcome: Found) -> Text:
@@ -953,18 +946,14 @@ def _in_short(outcome: Found) -> Text:
 def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:
     console = stdout()
     console.print(f"\n{outcome['name']}: {outcome['title']}", style="bold")
-    for reason in outcome["not_meaningful"]:
-        console.print(f"Not meaningful on this model. {reason}", style="yellow", soft_wrap=True)
+    print_lines((f"Not meaningful on this model. {reason}" for reason in outcome["not_meaningful"]), "yellow")
     for table in outcome["tables"]:
         _show_outcome_table(table)
     if timed:
         console.print("\nTimed on this machine", style="bold")
     for table in timed:
         _show_outcome_table(table)
-    if outcome["notes"]:
-        console.print()
-    for note in outcome["notes"]:
-        console.print(f"- {note}", soft_wrap=True)
+    print_lines([""] * bool(outcome["notes"]) + [f"- {note}" for note in outcome["notes"]])
 
 
 def _show_outcome_table(table: Found) -> None:
