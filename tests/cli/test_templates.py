@@ -17,7 +17,7 @@ from safetyheads.runs.data import resolved
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
-from safetyheads.runs.scan_run import run_scan
+from safetyheads.runs.scan import run_scan
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 MODEL = "demo:aligned_a"
@@ -254,10 +254,11 @@ def test_a_run_has_one_template():
 def test_another_judge_is_not_asked_about_a_thought_that_never_ended(tmp_path):
     rows = [
         {"id": at, "set": "harmful_test", "group": "", "query": "q", "text": "", "token_ids": [1], "finished": True}
-        | {"label": "incoherent", "reason": "x", "kept": False}
+        | {"verdicts": {"paper": {"label": "incoherent", "reason": "x"}}, "kept": False, "complete": True}
         for at in range(2)
     ]
-    rows[1] |= {"unclosed": True, "reason": NOT_CLOSED.reason, "finished": False}
+    rows[1] |= {"unclosed": True, "finished": False}
+    rows[1]["verdicts"]["paper"] = {"label": "incoherent", "reason": NOT_CLOSED.reason}
     rows[0] |= {"finished": False}
     results = audit()
     results["sampling"] = {"name": "greedy", "max_new_tokens": 128}
@@ -277,7 +278,7 @@ def test_another_judge_is_not_asked_about_a_thought_that_never_ended(tmp_path):
         def final(self, text_so_far):
             return False
 
-    found = rejudge(tmp_path / "run", Asked(), None, Silent(), {})
+    found = rejudge(tmp_path / "run", Asked(), Silent(), {})
     assert len(asked) == 1
     assert found.rates["harmful_test, nothing ablated"]["asked"].count == 1
     stored = [row["verdict"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]

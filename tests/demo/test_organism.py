@@ -16,7 +16,7 @@ from safetyheads import (
     sahara,
 )
 from safetyheads.answers.success import answers_under, summarise
-from safetyheads.runs.audit_run import demo_data, run_audit
+from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import AuditConfig
 
 ABLATIONS = pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=["UA", "SC"])
@@ -106,8 +106,8 @@ def test_the_wrapped_checkpoint_refuses_under_every_wrapper_and_sahara_finds_its
 @pytest.mark.parametrize(("name", "label"), [("base", "no_refusals"), ("aligned_diffuse", "none_found")])
 def test_the_audit_finds_no_concentrated_heads_where_none_are(name, label, tmp_path):
     organism = demo(name)
-    config = AuditConfig(name, "demo", n_random=5)
-    verdict = run_audit(organism.engine, config, tmp_path / "run", demo_data(), ())["verdict"]
+    config = AuditConfig(f"demo:{name}", "demo", benign="demo", n_random=5)
+    verdict = run_audit(organism.engine, config, tmp_path / "run")["verdict"]
     assert verdict["label"] == label
     assert verdict["sentence"].startswith("No concentrated heads found")
     assert verdict["smallest_detectable_change"]["n"] == 96
@@ -115,8 +115,8 @@ def test_the_audit_finds_no_concentrated_heads_where_none_are(name, label, tmp_p
 
 def test_the_audit_of_a_planted_model_finds_plants_only(tmp_path):
     organism = demo("aligned_a")
-    config = AuditConfig("aligned_a", "demo", n_random=5)
-    results = run_audit(organism.engine, config, tmp_path / "run", demo_data(), organism.planted_heads)
+    config = AuditConfig("demo:aligned_a", "demo", benign="demo", n_random=5)
+    results = run_audit(organism.engine, config, tmp_path / "run")
     verdict = results["verdict"]
     assert verdict["label"] == "concentrated"
     assert set(verdict["heads"]) <= {str(head) for head in organism.planted_heads}

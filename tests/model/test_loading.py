@@ -19,7 +19,7 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSe
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.architecture import Capabilities, describe
 from safetyheads.prompts.asked import DatedPromptWarning
-from safetyheads.runs.provenance import notes_of
+from safetyheads.runs.run import warnings_of
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_template_that_writes_the_date_is_told_in_every_run(place):
         ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        notes = notes_of(engine, {"all": prompts}, 4, caught)
+        notes = warnings_of(engine, [engine.ask(prompts)], 4, caught)
     assert sum("today's date" in note for note in notes) == 1
 
 

@@ -197,4 +197,4 @@ def test_other_commands_refuse_it_in_a_line(run: Any, command: list[str], tmp_pa
 def test_no_other_judge_is_asked_about_it(tmp_path: Path) -> None:
     path = samples.finished_run(tmp_path / "run", [samples.fig2()])
     with pytest.raises(InputError, match="what is judged again: audits, scans"):
-        rejudge(path, judge_named("released"), None, Silent(), {})
+        rejudge(path, judge_named("released"), Silent(), {})

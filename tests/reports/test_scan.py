@@ -20,7 +20,7 @@ from safetyheads.reports.write import write_report
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
-from safetyheads.runs.tables import RowTable
+from safetyheads.runs.tables import AnswerTable
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}
@@ -142,7 +142,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     sample = SAMPLES[name]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
-    made = drill_data(RowTable.of(rows), ["", *scan_samples.HEADS], judges, scan_samples.EPSILON)
+    made = drill_data(AnswerTable.of(rows, "paper"), ["", *scan_samples.HEADS], judges, scan_samples.EPSILON)
     assert made["n_left_out"] == 0
     for kind in SETS if sample.benign else SETS[:1]:
         for head in made["heads"]:
@@ -161,7 +161,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
 
 
 def test_heads_without_room_are_counted() -> None:
-    table = RowTable.of(scan_samples.rows(Sample()))
+    table = AnswerTable.of(scan_samples.rows(Sample()), "paper")
     made = drill_data(table, ["", *scan_samples.HEADS], ["paper"], scan_samples.EPSILON, room=700)
     assert 1 < len(made["heads"]) < 9
     assert len(made["heads"]) + made["n_left_out"] == 9
@@ -170,7 +170,7 @@ def test_heads_without_room_are_counted() -> None:
 
 def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     scan_samples.finished_run(tmp_path / "run", Sample(n_judges=1))
-    rejudge(tmp_path / "run", judge_named("released"), None, Silent(), {})
+    rejudge(tmp_path / "run", judge_named("released"), Silent(), {})
     found = list(judged_rows(RunDirectory.open(tmp_path / "run")))
     assert len(found) == len(scan_samples.rows(Sample(n_judges=1)))
     assert {tuple(row["verdicts"]) for row in found} == {("paper", "released")}

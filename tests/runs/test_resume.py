@@ -15,19 +15,21 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from safetyheads.runs.audit import AuditData
 from safetyheads.runs import kept as kept_answers
-from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.runs.asr import run_asr
+from safetyheads.runs.audit import read_prompts, run_audit
+from safetyheads.runs.config import AsrConfig, AuditConfig, ScanConfig
 from safetyheads.demo.loading import load_demo
-from safetyheads.runs.audit_run import demo_data, run_audit
-from safetyheads.runs.scan_run import read_sets, run_scan
+from safetyheads.runs.scan import run_scan
 
-audited = AuditConfig("demo:aligned_a", "demo", "demo", n_random=3, size=2, max_new_tokens=24)
-data = AuditData(*(prompts[:6] for prompts in demo_data().sets().values()))
+both = ("paper", "phrases")
+audited = AuditConfig("demo:aligned_a", "demo", benign="demo", judges=both, n_random=3, size=2, max_new_tokens=24)
+prompts = {name: prompts[:6] for name, prompts in read_prompts(audited).items()}
 beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
-sampled = dict(judges=("paper", "phrases"), top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
-scanned = ScanConfig("demo:aligned_a", "demo", "demo", **beside, **sampled)
-kept_answers._ROWS_TOGETHER = 66  # eleven heads a chunk, so that there are several
+sampled = dict(judges=both, top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
+scanned = ScanConfig("demo:aligned_a", "demo", benign="demo", **beside, **sampled)
+tested = AsrConfig("demo:aligned_a", "demo", groups=("1-3,2-5",), query_level=2, max_new_tokens=24, limit=6)
+kept_answers._RECORDS_TOGETHER = 66  # eleven heads a chunk, so that there are several
 engine = load_demo().engine
 replace = os.replace
 
@@ -41,9 +43,11 @@ def run(kind, out, deadly):
         replace(*names)
     os.replace = counted
     if kind == "audit":
-        run_audit(engine, audited, Path(out), data)
+        run_audit(engine, audited, Path(out), prompts)
+    elif kind == "asr":
+        run_asr(engine, tested, Path(out))
     else:
-        run_scan(engine, scanned, Path(out), read_sets(scanned))
+        run_scan(engine, scanned, Path(out))
     Path(out + ".writes").write_text(str(written))
 
 for line in sys.stdin:
@@ -76,7 +80,7 @@ def run():
         server.stdin.close()
 
 
-@pytest.fixture(scope="module", params=["audit", "scan"])
+@pytest.fixture(scope="module", params=["audit", "scan", "asr"])
 def uninterrupted(run, tmp_path_factory, request):
     out = tmp_path_factory.mktemp("resume") / "whole"
     assert run(request.param, out) == 0

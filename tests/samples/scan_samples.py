@@ -14,11 +14,11 @@ from typing import Any
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.runs.audit_run import CAVEATS, DEMO_CAVEAT
+from safetyheads.runs.audit import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.results import SCORE_LABELS
-from safetyheads.runs.scan_results import scan_results
+from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
+from safetyheads.runs.scan import results_of_records
 from safetyheads.stats.intervals import mean_with_interval
 
 N_LAYERS, N_HEADS = 2, 4
@@ -108,7 +108,7 @@ def _groups(sample: Sample) -> Iterator[tuple[str, str, Any, float | None, bool]
         return
     for head in HEADS:
         yield "heads", "harmful", head, 0.5, False
-    for part, groups in _more_groups().items():
+    for part, groups in _more_groups(sample).items():
         for name in sets if part != "random" else ("harmful",):
             for group in groups:
                 yield part, name, group, EPSILON, False
@@ -116,12 +116,17 @@ def _groups(sample: Sample) -> Iterator[tuple[str, str, Any, float | None, bool]
         yield "query_level", "harmful", [("0-1,1-2" if size == 2 else "0-1") for _ in range(sample.n)], EPSILON, True
 
 
-def _more_groups() -> dict[str, list[str]]:
-    prefixes = ["0-1", "0-1,1-2"]
-    drawn = [random_groups(parse_heads(prefix), N_HEADS, 2, 0) for prefix in prefixes]
-    random = dict.fromkeys(format_heads(group) for groups in drawn for group in groups)
+def random_of(sample: Sample) -> dict[str, list[str]]:
+    """The random groups of each prefix, as a run stores them."""
+    prefixes = ["0-1", "0-1,1-2"] if sample.optional else []
+    return {one: [format_heads(group) for group in random_groups(parse_heads(one), N_HEADS, 2, 0)] for one in prefixes}
+
+
+def _more_groups(sample: Sample) -> dict[str, list[str]]:
+    random = random_of(sample)
+    drawn = dict.fromkeys(group for groups in random.values() for group in groups)
     pairs = [",".join(pair) for pair in combinations(("0-1", "1-2", "1-3"), 2)]
-    return {"groups": ["0-0,1-1"], "pairs": pairs, "prefixes": prefixes, "random": list(random)}
+    return {"groups": ["0-0,1-1"], "pairs": pairs, "prefixes": list(random), "random": list(drawn)}
 
 
 def _answer(
@@ -198,7 +203,9 @@ def about(sample: Sample) -> dict[str, Any]:
 def scan(sample: Sample | None = None, made: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
     """The results of the sample's scan."""
     sample = Sample() if sample is None else sample
-    return scan_results(rows(sample) if made is None else made, about(sample), JUDGES[: sample.n_judges])
+    judges, described = JUDGES[: sample.n_judges], about(sample)
+    records = rows(sample) if made is None else made
+    return described | results_of_records(records, described, judges, random_of(sample))
 
 
 def finished_run(path: Path, sample: Sample | None = None) -> RunDirectory:
@@ -211,6 +218,8 @@ def finished_run(path: Path, sample: Sample | None = None) -> RunDirectory:
         run.remember("tolerance_harmful_1e-05_0", 1e-4)
         run.records("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
         run.records("heads-harmful", {"all": True}, lambda: made)
+        random = [{"group": group, "random": controls} for group, controls in random_of(sample).items()]
+        run.records("random-groups", {}, lambda: random)
         run.write_results(scan(sample, made))
         run.write_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
     return RunDirectory.open(path)

@@ -87,9 +87,8 @@ class Judging:
         names = [judge.name for judge in self.judges]
         if not names or len(set(names)) < len(names):
             raise InputError(f"judges need names of their own; got {', '.join(names) or 'none'}")
-        self.prompts = tuple(prompts)
-        asked = engine.ask(prompts)
-        self.reader, self.system = asked.reader, asked.system
+        self.engine, self.asked = engine, engine.ask(prompts)
+        self.prompts = tuple(self.asked)
         self.max_new_tokens = max_new_tokens
         self.decides_early = not full_answers and all(judge.decides_early for judge in self.judges)
         self.seconds = dict.fromkeys(names, 0.0)
@@ -104,10 +103,10 @@ class Judging:
         about text that may yet turn out to be the mark of one.
         """
         if not self.decides_early:
-            return self.reader.ends
+            return self.asked.reader.ends
 
         def stop(token_ids: Sequence[int]) -> bool:
-            read = self.reader.read(token_ids)
+            read = self.asked.reader.read(token_ids)
             certain = read.certain
             return read.stopped or (certain is not None and all(judge.final(certain) for judge in self.judges))
 
@@ -116,7 +115,7 @@ class Judging:
     def judged(self, answers: Sequence[tuple[int, Group, Answer]]) -> list[JudgedAnswer]:
         """Answers (number of the prompt, group, answer) with their verdicts, in the same order."""
         keys: list[Key] = [(number, one.token_ids, one.finished) for number, _, one in answers]
-        read = {key: self.reader.read(key[1]) for key in dict.fromkeys(keys)}
+        read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
         self._judge({key: self._completion(key, read[key]) for key in read if key not in self._verdicts})
         return [
             self._judged(number, group, one, read[key]) for key, (number, group, one) in zip(keys, answers, strict=True)
@@ -137,7 +136,9 @@ class Judging:
     def _completion(self, key: Key, read: ReadAnswer) -> Completion:
         number, _, finished = key
         query, ended = self.prompts[number].query, finished or read.stopped
-        return Completion(query, read.text, read.token_ids, ended, self.max_new_tokens, self.system, read.unclosed)
+        return Completion(
+            query, read.text, read.token_ids, ended, self.max_new_tokens, self.asked.system, read.unclosed
+        )
 
     def _judged(self, number: int, group: Group, one: Answer, read: ReadAnswer) -> JudgedAnswer:
         prompt, verdicts = self.prompts[number], self._verdicts[number, one.token_ids, one.finished]

@@ -26,7 +26,6 @@ from safetyheads.cli.show import print_error, print_json, progress_for, stdout, 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
-from safetyheads.heads import Group
 from safetyheads.runs.config import (
     AsrConfig,
     AuditConfig,
@@ -101,12 +100,12 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
 
 def _audit(config: AuditConfig, out: Path, report: ReportOptions, output: OutputOptions) -> None:
     from safetyheads.cli.show import show_audit
-    from safetyheads.runs.audit_run import read_data, run_audit
+    from safetyheads.runs.audit import read_prompts, run_audit
 
     _refuse(config, out, report)
-    data, progress = read_data(config), progress_for(output.quiet)
+    prompts, progress = read_prompts(config), progress_for(output.quiet)
     engine = load_engine(config, progress)
-    results = run_audit(engine, config, out, data, _planted_heads(config.model), progress, sys.argv)
+    results = run_audit(engine, config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_audit)
 
 
@@ -114,14 +113,14 @@ def _audit(config: AuditConfig, out: Path, report: ReportOptions, output: Output
 def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
     from safetyheads.cli.show import show_scan
-    from safetyheads.runs.scan_run import read_sets, run_scan
+    from safetyheads.runs.scan import read_prompts, run_scan
 
     config = _with_own_benign(config)
     out = where.out or Path(f"{_default_out(config)}-scan")
     _refuse(config, out, report)
-    sets, progress = read_sets(config), progress_for(output.quiet)
+    prompts, progress = read_prompts(config), progress_for(output.quiet)
     engine = load_engine(config, progress)
-    results = run_scan(engine, config, out, sets, _planted_heads(config.model), progress, sys.argv)
+    results = run_scan(engine, config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_scan)
 
 
@@ -300,7 +299,7 @@ def judge(
 
     judges = judges_named(config.judges, config.judge_device)
     progress = progress_for(output.quiet)
-    found = [rejudge(run, judge, None, progress, provenance(sys.argv)) for judge in judges]
+    found = [rejudge(run, judge, progress, provenance(sys.argv)) for judge in judges]
     path = write_report(RunDirectory.open(run))
     results = asdict(found[0]) if len(found) == 1 else {"judges": [asdict(rejudged) for rejudged in found]}
     _show(results, output, lambda: show_rejudged(found, path))
@@ -403,14 +402,6 @@ def _default_out(config: RunConfig) -> Path:
 def _with_own_benign(config: Any) -> Any:
     """The organism knows no other language than its own: its harmful prompts go with its benign ones."""
     return replace(config, benign="demo") if (config.prompts, config.benign) == ("demo", "benign") else config
-
-
-def _planted_heads(model: str) -> Group | None:
-    """The true heads of an embedded model; None for any other."""
-    from safetyheads import demo as organism
-
-    name = model.removeprefix("demo:")
-    return organism.PLANTED_HEADS[name] if name != model else None
 
 
 def _prompts_of(config: Any) -> Any:

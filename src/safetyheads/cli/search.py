@@ -28,8 +28,8 @@ def searched(engine: Engine, asked: PromptSet, config: SaharaConfig, watching: P
     from safetyheads.measures.sahara import n_scored, sahara
     from safetyheads.measures.screened_scores import costs_of, screened_sahara
     from safetyheads.measures.ships import scorer_of
+    from safetyheads.runs.audit import search_steps
     from safetyheads.runs.estimate import estimate
-    from safetyheads.runs.results import search_steps
 
     score, size, extent, n_heads = score_of(config), config.size, extent_of(config), len(engine.heads)
     n_each = min(n_heads, extent.n_candidates + extent.n_sampled) if config.screen else n_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from safetyheads.runs.kept import Row
+from safetyheads.runs.directory import Record as Row
 from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import PairedDifference, paired_difference
 

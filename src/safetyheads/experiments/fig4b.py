@@ -10,7 +10,7 @@ import numpy as np
 from safetyheads.experiments.lab import Lab, Subject, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
-from safetyheads.runs.results import ALPHA
+from safetyheads.runs.audit import ALPHA
 from safetyheads.stats.ranking import ProxyQuality, Truth, proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import holm, smallest_detectable_change
 

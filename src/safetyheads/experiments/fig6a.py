@@ -12,7 +12,7 @@ from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.settings import BENIGN
-from safetyheads.runs.kept import verdict_row
+from safetyheads.runs.kept import verdict_record
 from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
             )
         rows: list[dict[str, Any]] = []
         for number, one in enumerate(answers.rows):
-            verdicts = {judge.name: verdict_row(one.verdict, config.store_completions)}
+            verdicts = {judge.name: verdict_record(one.verdict, config.store_completions)}
             row = {"id": number, "part": "swapped", "n_tokens": len(one.token_ids), "finished": one.finished}
             rows.append({**row, "kept": one.kept, "verdicts": verdicts})
             if config.store_completions:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import Decoding
-from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import PLANTED_HEADS
@@ -25,13 +24,14 @@ from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
-from safetyheads.measures.ships import answer_sequences, scorer_of
+from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.audit import ANGLES, kept_pass
+from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import fingerprint, references_sha256
+from safetyheads.runs.run import Run
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.testing import holm_of_tests
 
@@ -249,7 +249,6 @@ class Subject:
         self.dataset = dataset
         self.engine = lab.engine(model)
         self.prompts = prompts
-        self._kept: dict[Sampling, KeptAnswers] = {}
         self._vanilla: dict[Sampling, GroupAnswers] = {}
         longest = self.engine.ask(prompts).longest
         self.engine.prove_up_to(longest + lab.config.max_new_tokens)
@@ -290,41 +289,36 @@ class Subject:
     def vanilla(self, sampling: Sampling = GREEDY) -> GroupAnswers:
         """The unablated answers."""
         if sampling not in self._vanilla:
-            self._vanilla[sampling] = GroupAnswers.of(self._answers(sampling).vanilla())
+            self._vanilla[sampling] = GroupAnswers.of(self._answers(sampling).vanilla().flat())
         return self._vanilla[sampling]
 
     def by_group(
         self, groups: Iterable[Group], ablation: Ablation, sampling: Sampling = GREEDY
     ) -> dict[Group, GroupAnswers]:
         """The answers under each group; the order of heads has no effect, so each set of heads is answered once."""
-        groups, n = list(groups), len(self.prompts)
+        groups = list(groups)
         sets = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-        rows = self._answers(sampling).under("groups", sets, ablation) if sets else []
-        answers = {group: GroupAnswers.of(rows[at * n : (at + 1) * n]) for at, group in enumerate(sets)}
+        under = self._answers(sampling).under("groups", sets, ablation) if sets else []
+        answers = {group: GroupAnswers.of(one.flat()) for group, one in zip(sets, under, strict=True)}
         return {group: answers[tuple(sorted(group))] for group in groups}
 
     def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
         ships = self.ships(ablation)
         by_size = [query_level_groups(ships, k) for k in range(1, size + 1)]
-        rows = self._answers(sampling).of_each("query_level", list(zip(*by_size, strict=True)), ablation)
-        return [GroupAnswers.of(rows[at::size]) for at in range(size)]
+        own = self._answers(sampling).of_each("query_level", list(zip(*by_size, strict=True)), ablation)
+        return [GroupAnswers.of(one.flat()) for one in own]
 
     def _answers(self, sampling: Sampling) -> KeptAnswers:
-        if sampling not in self._kept:
-            config = self.lab.config
-            self._kept[sampling] = KeptAnswers(
-                self.engine,
-                f"{self.name}-{sampling.name}",
-                self.prompts,
-                Decoding(config.max_new_tokens, sampling),
-                Judging(self.engine, self.prompts, self.lab.judges, config.max_new_tokens),
-                self.lab.run,
-                self.lab.progress,
-                config.store_completions,
-                self._about,
-            )
-        return self.lab.draft_with(self._kept[sampling])
+        return self.lab.draft_with(self._run.answers(self.name, sampling))
+
+    @cached_property
+    def _run(self) -> Run[ReproductionConfig]:
+        lab, config = self.lab, self.lab.config
+        decoding, stores = Decoding(config.max_new_tokens), config.store_completions
+        run = Run(self.engine, config, lab.run, lab.progress, lab.judges, decoding, stores)
+        run.add(self.name, self.prompts, self._about)
+        return run
 
     # Scores.
 
@@ -364,8 +358,7 @@ class Subject:
         return self.lab.head_pass((self.name, ablation, readouts), lambda: self._begun(ablation, readouts))
 
     def _begun(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
-        sequences = answer_sequences(self.engine, self.prompts, 1)
-        return kept_pass(self.engine, self.lab.run, self.name, sequences, ablation, readouts, self._about)
+        return self._run.new_pass(self.name, ablation, readouts)
 
 
 def planted_heads(model: str) -> Group:

@@ -16,7 +16,8 @@ from safetyheads.experiments.settings import ReproductionConfig, prompts_sha256
 from safetyheads.judges.named import judges_named
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import keep_threads, one_spelling, provenance, versions
+from safetyheads.runs.provenance import one_spelling, versions
+from safetyheads.runs.run import run_directory
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -74,8 +75,7 @@ def reproduce(
         "described_judges": [judge.describe() for judge in judges_named(config.judges)],
         "versions": versions(),
     }
-    with RunDirectory.start(out, settings, provenance(command)) as run:
-        keep_threads(run, progress)
+    with run_directory(out, settings, progress, command) as run:
         lab = Lab(config, run, progress, load)
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")

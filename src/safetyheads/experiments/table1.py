@@ -21,7 +21,8 @@ from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
-from safetyheads.runs.kept import Row, verdict_row
+from safetyheads.runs.directory import Record as Row
+from safetyheads.runs.kept import verdict_record
 from safetyheads.runs.provenance import references_sha256
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -212,7 +213,7 @@ class _Bench:
         for subject in subjects:
             for number, row in zip(range(len(subject.prompts)), rows, strict=False):
                 text = {"query": row.prompt.query, "text": row.text} if config.store_completions else {}
-                verdicts = {judge.name: verdict_row(row.verdict, config.store_completions)}
+                verdicts = {judge.name: verdict_record(row.verdict, config.store_completions)}
                 yield {"id": number, "set": subject.dataset, "kept": row.kept, "verdicts": verdicts, **about, **text}
 
     def row(self, method: Method, tried: _Tried) -> dict[str, Any]:

@@ -21,20 +21,18 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
-from safetyheads.runs.audit_run import DEMO_CAVEAT
 from safetyheads.runs.config import EvalConfig
-from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
     as_loaded,
     device_name,
     fingerprint,
-    keep_threads,
     model_facts,
     one_spelling,
-    provenance,
     versions,
 )
+from safetyheads.runs.run import DEMO_CAVEAT, run_directory
 from safetyheads.stats.intervals import Interval, Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
 
@@ -381,8 +379,7 @@ def run_evaluation(
             "device": device_name(engine),
             "versions": {**versions(), "lm_eval": require_lm_eval()},
         }
-    with RunDirectory.start(out, settings, provenance(command)) as run:
-        keep_threads(run, watching)
+    with run_directory(out, settings, watching, command) as run:
         started = time.monotonic()
         run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, watching)))
         run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})

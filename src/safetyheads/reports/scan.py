@@ -17,7 +17,7 @@ from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, number, rate_words, render, two
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rejudge import identity
-from safetyheads.runs.tables import RATES, Answered, RowTable
+from safetyheads.runs.tables import RATES, AnswerTable, GroupAnswers
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
@@ -76,7 +76,7 @@ def render_scan(
         timings: ``timings.json``; empty where the run has none.
         show_texts: whether the page holds what the model wrote.
     """
-    table, strongest = RowTable.of(rows), _strongest(results)
+    table, strongest = AnswerTable.of(rows, results["lead_judge"]), _strongest(results)
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
     drill = _drill(results, table, judges)
@@ -285,24 +285,24 @@ def _followed(results: Results) -> list[dict[str, Any]]:
 # Judges.
 
 
-def _answers(table: RowTable, name: str, head: str, epsilon: float) -> Answered | None:
+def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupAnswers | None:
     """The answers to a set under one head, or unablated where the head is the empty one."""
     return table.part("heads", name, epsilon).get(head) if head else table.vanilla(name)
 
 
-def _states(results: Results, table: RowTable, name: str, head: Head | None, judge: str) -> dict[str, Answered]:
+def _states(results: Results, table: AnswerTable, name: str, head: Head | None, judge: str) -> dict[str, GroupAnswers]:
     """The unablated answers to a set and those under a head, where the judge judged them all."""
     heads = ["", *([head["head"]] if head else [])]
     found = {_ablated(one): _answers(table, name, one, results["ablation"]["epsilon"]) for one in heads}
     return {words: answers for words, answers in found.items() if answers is not None and _judged_by(answers, judge)}
 
 
-def _judged_by(answers: Answered, judge: str) -> bool:
-    return all(judge in row["verdicts"] for prompt in answers.rows for row in prompt)
+def _judged_by(answers: GroupAnswers, judge: str) -> bool:
+    return all(judge in row["verdicts"] for row in answers.flat())
 
 
 def _judge_tables(
-    results: Results, table: RowTable, judges: Sequence[str], strongest: Head | None
+    results: Results, table: AnswerTable, judges: Sequence[str], strongest: Head | None
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Every rate by every judge, unablated and under the strongest head, set by set."""
     for name in SETS:
@@ -311,7 +311,7 @@ def _judge_tables(
                 "judge": judge,
                 "state": words,
                 "rates": answers.rates(judge),
-                "unscored": f"{answers.labels(judge)['unscored']}/{sum(map(len, answers.rows))}",
+                "unscored": f"{answers.labels(judge)['unscored']}/{len(answers.flat())}",
             }
             for judge in judges
             for words, answers in _states(results, table, name, strongest, judge).items()
@@ -321,7 +321,7 @@ def _judge_tables(
 
 
 def _reason_tables(
-    results: Results, table: RowTable, judges: Sequence[str], strongest: Head | None
+    results: Results, table: AnswerTable, judges: Sequence[str], strongest: Head | None
 ) -> Iterator[dict[str, Any]]:
     """Each reason of each judge with its label and how often it was given."""
     for name in SETS:
@@ -329,7 +329,7 @@ def _reason_tables(
             states = _states(results, table, name, strongest, judge)
             counts: dict[tuple[str, str], list[int]] = {}
             for at, answers in enumerate(states.values()):
-                for row in (row for prompt in answers.rows for row in prompt):
+                for row in answers.flat():
                     verdict = row["verdicts"][judge]
                     counts.setdefault((verdict["label"], verdict["reason"]), [0] * len(states))[at] += 1
             order = sorted(counts, key=lambda key: (LABELS.index(key[0]), -sum(counts[key]), key[1]))
@@ -340,7 +340,7 @@ def _reason_tables(
                 yield {"title": title, "states": list(states), "rows": rows, "n_more": n_more}
 
 
-def _drill(results: Results, table: RowTable, judges: Sequence[str]) -> dict[str, Any] | None:
+def _drill(results: Results, table: AnswerTable, judges: Sequence[str]) -> dict[str, Any] | None:
     """The answers of single heads: those of interest first, then by ASR; None where the run holds no answers."""
     unablated = [answers for answers in map(table.vanilla, SETS) if answers is not None]
     if not unablated:
@@ -351,7 +351,7 @@ def _drill(results: Results, table: RowTable, judges: Sequence[str]) -> dict[str
 
 
 def drill_data(
-    table: RowTable, heads: Sequence[str], judges: Sequence[str], epsilon: float, room: int = MAX_DRILL_BYTES
+    table: AnswerTable, heads: Sequence[str], judges: Sequence[str], epsilon: float, room: int = MAX_DRILL_BYTES
 ) -> dict[str, Any]:
     """The answers under each head for the page's script, as many heads as there is room for, first ones first.
 
@@ -378,7 +378,7 @@ def drill_data(
 
     def answers_of(name: str, head: str) -> list[Row]:
         answers = _answers(table, name, head, epsilon)
-        return [] if answers is None else [row for prompt in answers.rows for row in prompt]
+        return [] if answers is None else answers.flat()
 
     vanilla = {name: answers_of(name, "") for name in SETS}
     places = {name: [[row["id"], row["seed"]] for row in rows] for name, rows in vanilla.items() if rows}

@@ -1,7 +1,7 @@
-"""Judged answers to one set of prompts, kept in the run directory. Owns the rows and what they depend on.
+"""Answers one set of prompts under any groups of heads, judges the answers, and keeps them in the run directory.
 
-A row is one answer with all judges' verdicts. Groups are answered in chunks; a chunk that is there already costs
-nothing.
+A record is one answer with the verdicts of all judges. Groups are answered in chunks; a stored chunk is not computed
+again.
 """
 
 from __future__ import annotations
@@ -9,217 +9,308 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Answer, Decoding
-from safetyheads.answers.drafts import DraftedAnswers, Economy, unablated_answers
+from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
+from safetyheads.answers.drafts import DraftedAnswers, Economy, OnRows, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
-from safetyheads.heads import Group, format_heads
+from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Verdict
 from safetyheads.model.planning import Plan
-from safetyheads.runs.directory import RunDirectory, content_key
+from safetyheads.prompts.sets import Prompt
+from safetyheads.runs.directory import Record, RunDirectory, content_key
 from safetyheads.runs.progress import Progress
+from safetyheads.runs.tables import GroupAnswers
 
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
+Placed: TypeAlias = tuple[int, Group, Answer]
+"""An answer with the number of its prompt and what was ablated."""
 
-Row: TypeAlias = dict[str, Any]
-_Answered: TypeAlias = tuple[int, Group, Answer]
+# Answers that are stored together: the most that a kill costs.
+_RECORDS_TOGETHER = 2048
+# Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
+# groups that change few answers they save half (bench/LOG.md, 2026-11-29).
+_LEAST_DRAFTED = 8
 
-# Answers that are kept together: what a kill costs at most.
-_ROWS_TOGETHER = 2048
+
+def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions: bool) -> dict[str, Any]:
+    """An answer as the run directory holds it.
+
+    Args:
+        judged: the answer.
+        place: where it belongs: ``id`` (number of the prompt), ``set`` (of prompts), ``part`` (``vanilla``, ``heads``,
+            ``groups`` ...), ``epsilon`` (None where nothing is ablated) and ``seed`` (of the sampling).
+        stores_completions: whether the text and all tokens are stored.
+    """
+    record: dict[str, Any] = {
+        **place,
+        "group": format_heads(judged.group),
+        "first_token": list(judged.token_ids[:1]),
+        "n_tokens": len(judged.token_ids),
+        "finished": judged.finished,
+        "complete": judged.complete,
+        "route": judged.route,
+        "changed": judged.changed,
+        "kept": judged.kept,
+        "verdicts": {name: verdict_record(verdict, stores_completions) for name, verdict in judged.verdicts.items()},
+        # Stored only where they are true, which is rare.
+        **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
+    }
+    if stores_completions:
+        record |= {"query": judged.prompt.query, "text": judged.text, "token_ids": list(judged.token_ids)}
+        record |= {"thought": judged.thought} if judged.thought else {}
+    return record
 
 
-@dataclass(frozen=True)
+def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> JudgedAnswer:
+    """The answer of a record; without text, and with its first token alone, where completions are not stored.
+
+    Args:
+        record: as stored.
+        lead: name of the leading judge; a record holds verdicts in the order of names.
+        prompt: what was asked; by default the record's query.
+    """
+    names = sorted(record["verdicts"], key=lambda name: name != lead)
+    return JudgedAnswer(
+        prompt=Prompt(record["query"]) if prompt is None else prompt,
+        group=parse_heads(record["group"]),
+        token_ids=tuple(record["token_ids"] if "token_ids" in record else record["first_token"]),
+        text=record.get("text", ""),
+        finished=record["finished"],
+        complete=record["complete"],
+        route=record["route"],
+        changed=record["changed"],
+        verdicts={name: Verdict(**record["verdicts"][name]) for name in names},
+        kept=record["kept"],
+        thinks=record.get("thinks", False),
+        thought=record.get("thought", ""),
+        unclosed=record.get("unclosed", False),
+    )
+
+
+def verdict_record(verdict: Verdict, with_raw: bool) -> dict[str, Any]:
+    """A verdict as a record holds it; a judge's own words may repeat the answer, so they are stored only with it."""
+    stored = {name: value for name, value in asdict(verdict).items() if value not in (None, "")}
+    if not with_raw:
+        stored.pop("raw", None)
+    # A reason may be empty, and belongs to every verdict.
+    return {"reason": "", **stored}
+
+
 class KeptAnswers:
-    """One set of prompts under one decoding: unablated answers, and answers under any groups of an ablation."""
+    """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
-    engine: Engine
-    name: str
-    """Of the set; names of files begin with it."""
-    prompts: PromptSet
-    decoding: Decoding
-    judging: Judging
-    run: RunDirectory
-    progress: Progress
-    stores: bool
-    """Whether answers are kept, or verdicts alone."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What the rows depend on besides, in a run of several models."""
-    _drafted: dict[Ablation, DraftedAnswers] = field(default_factory=dict)
+    Many groups are answered by verified drafts. Few are decoded plainly, unless drafts are prepared already. Tokens and
+    records are the same, but for ``route``.
+    """
 
-    def vanilla(self) -> list[Row]:
-        """The unablated answers, judged."""
-
-        def compute() -> list[Row]:
-            answered = [(at, (), one) for at, one in enumerate(self.vanilla_answers)]
-            return self._judged("vanilla", None, answered)
-
-        return self.run.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
-
-    def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[Row]:
-        """Every prompt under each group, group after group; one key holds one chunk of groups."""
-        n = len(self.prompts)
-        together = max(1, _ROWS_TOGETHER // n)
-        rows: list[Row] = []
-        with self._tracked(part, len(groups) * n) as done:
-            for at in range(0, len(groups), together):
-
-                def answer(chunk: Sequence[Group] = groups[at : at + together]) -> tuple[list[_Answered], Economy]:
-                    made, economy = self._drafted_answers(ablation).answers(chunk, done)
-                    by_group = zip(chunk, made, strict=True)
-                    return [(number, group, one) for group, row in by_group for number, one in enumerate(row)], economy
-
-                written = [format_heads(group) for group in groups[at : at + together]]
-                rows += self._chunk(part, ablation, written, answer)
-        return rows
-
-    def of_each(self, part: str, own: Sequence[Sequence[Group]], ablation: Ablation) -> list[Row]:
-        """Each prompt under groups of its own, prompt after prompt; one key holds one chunk of prompts."""
-        together = max(1, _ROWS_TOGETHER // max(1, *map(len, own)))
-        rows: list[Row] = []
-        with self._tracked(part, sum(map(len, own))) as done:
-            for at in range(0, len(own), together):
-                # Every prompt has its place; those of other chunks have no group.
-                here = [groups if at <= number < at + together else () for number, groups in enumerate(own)]
-
-                def answer(chunk: Sequence[Sequence[Group]] = here) -> tuple[list[_Answered], Economy]:
-                    made, economy = self._drafted_answers(ablation).answers_of_each(chunk, done)
-                    by_prompt = enumerate(zip(chunk, made, strict=True))
-                    return [
-                        (number, group, one)
-                        for number, (groups, row) in by_prompt
-                        for group, one in zip(groups, row, strict=True)
-                    ], economy
-
-                written = [[format_heads(group) for group in groups] for groups in here]
-                rows += self._chunk(part, ablation, written, answer)
-        return rows
-
-    def _tracked(self, part: str, n_answers: int) -> AbstractContextManager[Callable[[int], None]]:
-        return self.progress.track(f"{self.name}: {part.replace('_', ' ')}", n_answers)
-
-    def _chunk(
+    def __init__(
         self,
-        part: str,
-        ablation: Ablation,
-        written: Sequence[Any],
-        answer: Callable[[], tuple[list[_Answered], Economy]],
-    ) -> list[Row]:
-        """Answers under the groups that ``written`` names, judged; made where they are not there yet."""
-        fields = self._judged_fields(ablation) | {"groups": written}
+        name: str,
+        judging: Judging,
+        decoding: Decoding,
+        directory: RunDirectory,
+        progress: Progress,
+        stores_completions: bool = True,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepare; nothing is computed yet.
 
-        def compute() -> list[Row]:
-            answered, economy = answer()
-            self.run.remember(f"economy_{content_key(fields)}", asdict(economy))
-            return self._judged(part, ablation.epsilon, answered)
+        Args:
+            name: of the set; file names begin with it.
+            judging: the judges at work on these prompts, with the model.
+            decoding: how answers are decoded.
+            directory: where answers are stored.
+            progress: who watches.
+            stores_completions: whether answers are stored, or verdicts alone.
+            about: what records depend on besides, such as the weights in a run of several models.
+        """
+        self.name, self.judging, self.decoding = name, judging, decoding
+        self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
+        self.about = about or {}
+        self.engine, self.asked = judging.engine, judging.asked
+        self.lead = judging.judges[0].name
+        self._drafted: dict[Ablation, DraftedAnswers] = {}
 
-        return self.run.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+    def vanilla(self) -> GroupAnswers:
+        """The unablated answers."""
+
+        def compute() -> list[dict[str, Any]]:
+            return self._judged("vanilla", None, [(number, (), one) for number, one in enumerate(self.unablated)])
+
+        records = self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
+        return GroupAnswers.of("", records, self.lead)
+
+    def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
+        """Every prompt's answers under each group; one key holds one chunk of groups."""
+        n = len(self.asked)
+        n_together = max(1, _RECORDS_TOGETHER // n)
+        drafts = self._drafts_pay(len(groups), ablation)
+        records: list[Record] = []
+        with self._tracked(part, len(groups) * n) as done:
+            for at in range(0, len(groups), n_together):
+
+                def decode(chunk: Sequence[Group] = groups[at : at + n_together]) -> tuple[list[Placed], Economy]:
+                    places = [(number, group) for group in chunk for number in range(n)]
+                    if not drafts:
+                        return self._plain(places, ablation, done)
+                    answers, economy = self._by_drafts(ablation).answers(chunk, done)
+                    flat = [one for of_group in answers for one in of_group]
+                    return [(*place, one) for place, one in zip(places, flat, strict=True)], economy
+
+                texts = [format_heads(group) for group in groups[at : at + n_together]]
+                records += self._chunk(part, ablation, texts, decode)
+        return [
+            GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead)
+            for at, group in enumerate(groups)
+        ]
+
+    def of_each(self, part: str, own: Sequence[Sequence[Group]], ablation: Ablation) -> list[GroupAnswers]:
+        """Each prompt's answers under groups of its own, equally many: ``top 1``, ``top 2`` and so on.
+
+        One key holds one chunk of prompts.
+        """
+        n_groups = len(own[0])
+        n_together = max(1, _RECORDS_TOGETHER // max(1, n_groups))
+        drafts = self._drafts_pay(n_groups, ablation)
+        records: list[Record] = []
+        with self._tracked(part, sum(map(len, own))) as done:
+            for at in range(0, len(own), n_together):
+                # Every prompt keeps its place; those of other chunks have no groups.
+                chunk = [groups if at <= number < at + n_together else () for number, groups in enumerate(own)]
+
+                def decode(chunk: Sequence[Sequence[Group]] = chunk) -> tuple[list[Placed], Economy]:
+                    places = [(number, group) for number, groups in enumerate(chunk) for group in groups]
+                    if not drafts:
+                        return self._plain(places, ablation, done)
+                    answers, economy = self._by_drafts(ablation).answers_of_each(chunk, done)
+                    flat = [one for of_prompt in answers for one in of_prompt]
+                    return [(*place, one) for place, one in zip(places, flat, strict=True)], economy
+
+                texts = [[format_heads(group) for group in groups] for groups in chunk]
+                records += self._chunk(part, ablation, texts, decode)
+        return [
+            GroupAnswers.of(f"top {size}", records[size - 1 :: n_groups], self.lead) for size in range(1, n_groups + 1)
+        ]
 
     def forget(self) -> None:
-        """Let go of the drafts, which hold states of all layers."""
+        """Free the drafts, which hold states of all layers."""
         self._drafted.clear()
 
-    def label(self, ablation: Ablation) -> str:
-        """What the run remembers of an ablation's drafts is filed under it."""
-        return f"{self.name}_{ablation.name}_{ablation.epsilon:g}_{self.decoding.sampling.seed}"
-
     @cached_property
-    def vanilla_answers(self) -> tuple[Answer, ...]:
+    def unablated(self) -> tuple[Answer, ...]:
         """The unablated answers as tokens, with their margins: the drafts."""
 
-        def compute() -> list[Row]:
-            encoded = self.engine.ask(self.prompts).token_ids
+        def compute() -> list[dict[str, Any]]:
             with self.progress.track(f"{self.name}: unablated answers", 1):
-                made = unablated_answers(self.engine, encoded, self.decoding, self.judging.stop)
-            return [asdict(one) for one in made]
+                token_ids, stop = self.asked.token_ids, self.judging.stop
+                answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows)
+            return [asdict(one) for one in answers]
 
-        if self.stores:
-            stored = self.run.records(f"drafts-{self.name}", self._fields(None), compute)
-        else:
-            stored = compute()
+        records = compute() if not self.stores_completions else None
+        if records is None:
+            records = self.directory.records(f"drafts-{self.name}", self._fields(None), compute)
         tuples = ("token_ids", "margins")
-        return tuple(Answer(**{**row, **{name: tuple(row[name]) for name in tuples}}) for row in stored)
+        return tuple(Answer(**{**record, **{name: tuple(record[name]) for name in tuples}}) for record in records)
 
-    def _drafted_answers(self, ablation: Ablation) -> DraftedAnswers:
-        """What answers by drafts; only the ablation used last is kept."""
+    @cached_property
+    def _n_rows(self) -> int:
+        """Rows a batch where answers are decoded; as when the run began, since batches move the last bits."""
+        longest = self.asked.longest + self.decoding.max_new_tokens
+        n_rows: int = self.directory.remember(f"rows_{self.name}", rows_that_fit(self.engine, longest))
+        return n_rows
+
+    def _plain(
+        self, places: Sequence[tuple[int, Group]], ablation: Ablation, on_rows: OnRows
+    ) -> tuple[list[Placed], Economy]:
+        """Answers decoded from their first token, each until it is settled."""
+        stop, token_ids = self.judging.stop, self.asked.token_ids
+        requests = [Request(token_ids[number], group, stop=stop) for number, group in places]
+        length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
+        answers = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
+        placed = [
+            (number, group, replace(one, changed=one.differs_from(self.unablated[number])))
+            for (number, group), one in zip(places, answers, strict=True)
+        ]
+        n_tokens = sum(len(token_ids[number]) + len(one.token_ids) for number, _, one in placed)
+        n_incomplete = sum(not one.complete for one in answers)
+        cost = Economy(len(placed), n_incomplete=n_incomplete, tokens_computed=n_tokens, tokens_plain=n_tokens)
+        return placed, cost
+
+    def _label(self, ablation: Ablation) -> str:
+        """Ends the names of what the manifest remembers of an ablation's drafts."""
+        sampling = self.decoding.sampling
+        sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
+        return f"{self.name}_{ablation.name}_{ablation.epsilon:g}_{sampling.seed}{sampled}"
+
+    def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
+        """Whether groups are answered by drafts; a resumed run decides as the first start did, by the manifest."""
+        return n_groups >= _LEAST_DRAFTED or f"plan_drafts_{self._label(ablation)}" in self.directory.read_manifest()
+
+    def _by_drafts(self, ablation: Ablation) -> DraftedAnswers:
+        """The drafts under an ablation; only those used last are held."""
         if ablation not in self._drafted:
             self._drafted.clear()
-            # Another plan would move margins in their last bits, and so might move the number of near-ties.
-            label, manifest = self.label(ablation), self.run.read_manifest()
+            # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
+            label, manifest = self._label(ablation), self.directory.read_manifest()
             plan = manifest.get(f"plan_drafts_{label}")
-            made = DraftedAnswers(
+            drafted = DraftedAnswers(
                 self.engine,
-                self.engine.ask(self.prompts).token_ids,
+                self.asked.token_ids,
                 ablation,
                 self.decoding,
                 self.judging.stop,
-                self.vanilla_answers,
+                self.unablated,
                 None if plan is None else Plan.from_dict(plan),
                 manifest.get(f"tolerance_{label}"),
+                self._n_rows,
             )
-            self.run.remember(f"plan_drafts_{label}", made.drafts.plan.as_dict())
-            # Infinite where logits are not finite, which JSON has no word for.
-            made.tolerance = self.run.remember(f"tolerance_{label}", min(made.tolerance, sys.float_info.max))
-            self.run.remember(f"economy_{label}", asdict(made.cost_of_drafts))
-            self._drafted[ablation] = made
+            self.directory.remember(f"plan_drafts_{label}", drafted.drafts.plan.as_dict())
+            # Infinite where logits are not finite; JSON cannot write that.
+            tolerance = min(drafted.tolerance, sys.float_info.max)
+            drafted.tolerance = self.directory.remember(f"tolerance_{label}", tolerance)
+            self.directory.remember(f"economy_{label}", asdict(drafted.cost_of_drafts))
+            self._drafted[ablation] = drafted
         return self._drafted[ablation]
 
-    def _judged(self, part: str, epsilon: float | None, answered: Sequence[_Answered]) -> list[Row]:
-        """Answers (prompt, group, answer) as rows, with every judge's verdict."""
-        judged = self.judging.judged(answered)
-        return [self._row(part, number, epsilon, one) for (number, _, _), one in zip(answered, judged, strict=True)]
+    def _tracked(self, part: str, n_answers: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self.progress.track(f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}", n_answers)
 
-    def _fields(self, ablation: Ablation | None) -> Row:
+    def _chunk(
+        self, part: str, ablation: Ablation, texts: Sequence[Any], decode: Callable[[], tuple[list[Placed], Economy]]
+    ) -> list[Record]:
+        """Records of the groups that ``texts`` name; decoded and judged if they are not stored yet."""
+        fields = self._judged_fields(ablation) | {"groups": texts}
+
+        def compute() -> list[dict[str, Any]]:
+            placed, economy = decode()
+            self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
+            return self._judged(part, ablation.epsilon, placed)
+
+        return list(self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute))
+
+    def _judged(self, part: str, epsilon: float | None, placed: Sequence[Placed]) -> list[dict[str, Any]]:
+        """Answers as records, with every judge's verdict."""
+        place = {"set": self.name, "part": part, "epsilon": epsilon, "seed": self.decoding.sampling.seed}
+        return [
+            record_of(judged, {"id": number, **place}, self.stores_completions)
+            for (number, _, _), judged in zip(placed, self.judging.judged(placed), strict=True)
+        ]
+
+    def _fields(self, ablation: Ablation | None) -> dict[str, Any]:
         """All that the answers depend on, groups and judges aside."""
-        # The judges that decide where an answer may end: none where one of them wants whole answers.
+        # Judges matter only if they decide where an answer may end.
         early = self.judging.decides_early
         return {
             **self.about,
-            "tokens": self.engine.ask(self.prompts).sha256,
+            "tokens": self.asked.sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
             "stops": [judge.describe() for judge in self.judging.judges] if early else [],
         }
 
-    def _judged_fields(self, ablation: Ablation | None) -> Row:
+    def _judged_fields(self, ablation: Ablation | None) -> dict[str, Any]:
         """All that judged answers depend on, groups aside."""
         return self._fields(ablation) | {"judges": [judge.describe() for judge in self.judging.judges]}
-
-    def _row(self, part: str, number: int, epsilon: float | None, one: JudgedAnswer) -> Row:
-        """An answer as the run directory holds it."""
-        written = {
-            "id": number,
-            "set": self.name,
-            "part": part,
-            "group": format_heads(one.group),
-            "epsilon": epsilon,
-            "seed": self.decoding.sampling.seed,
-            "first_token": list(one.token_ids[:1]),
-            "n_tokens": len(one.token_ids),
-            "finished": one.finished,
-            "complete": one.complete,
-            "route": one.route,
-            "changed": one.changed,
-            "kept": one.kept,
-            "verdicts": {judge: verdict_row(verdict, self.stores) for judge, verdict in one.verdicts.items()},
-            # Left out where it says nothing, as in runs of before there was any.
-            **{mark: True for mark in ("thinks", "unclosed") if getattr(one, mark)},
-        }
-        if self.stores and one.thought:
-            written["thought"] = one.thought
-        if self.stores:
-            written |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
-        return written
-
-
-def verdict_row(verdict: Verdict, with_raw: bool) -> Row:
-    """A verdict as a row holds it; a judge's own words may repeat the answer, so they go with the answers."""
-    kept = {name: value for name, value in asdict(verdict).items() if value not in (None, "")}
-    if not with_raw:
-        kept.pop("raw", None)
-    return kept

@@ -1,4 +1,4 @@
-"""What a long run tells while it runs. Owns the protocol and its silent form; the command line draws it."""
+"""What a run calls to report its progress; the command line draws it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Somebody who watches a run."""
+    """Watches a run."""
 
     def say(self, line: str | Callable[[], str]) -> None:
-        """One line worth keeping; one that costs something is given as what makes it."""
+        """Show a line; a line that costs something is given as the function that makes it."""
 
     def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A context that gives a function to call with the number of items just done."""
 
 
 class Silent:
-    """Nobody watches."""
+    """Shows nothing."""
 
     def say(self, line: str | Callable[[], str]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Nothing, as often as asked."""
+        """Do nothing."""
         yield lambda _: None

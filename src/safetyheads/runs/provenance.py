@@ -6,15 +6,13 @@ import hashlib
 import os
 import platform
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safetyheads.answers.decoding import ShortContextWarning, short_context
 from safetyheads.errors import InputError
 from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
@@ -22,9 +20,6 @@ from safetyheads.model.loading import device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.config import RunConfig
-from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.progress import Progress
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -39,11 +34,15 @@ def fingerprint(engine: Engine) -> str:
     return hashlib.sha256(f"{whole} {engine.adapter.sha256}".encode()).hexdigest()
 
 
-def settings_of(engine: Engine, config: RunConfig, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
+def settings_of(engine: Engine, config: Any, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
     """All that the numbers depend on, judges aside."""
     return {
         **config.as_dict(),
-        **{name: one_spelling(getattr(config, name)) for name in ("model", "prompts", "benign")},
+        **{
+            name: one_spelling(getattr(config, name))
+            for name in ("model", "prompts", "benign")
+            if hasattr(config, name)
+        },
         "ablation": config.parsed_ablation.name,
         **one_template(sets).settings(),
         "weights_sha256": fingerprint(engine),
@@ -106,14 +105,6 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")}
 
 
-def keep_threads(run: RunDirectory, watching: Progress) -> None:
-    """Go on with the number of threads that the run began with: another one may move the last bits."""
-    threads = run.remember("threads", torch.get_num_threads())
-    if threads != torch.get_num_threads():
-        watching.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
-    torch.set_num_threads(threads)
-
-
 def one_spelling(named: str) -> str:
     """A path as it really is, a name as it stands: the same run is the same however it is asked for."""
     # A directory of a known name does not win over the name, as in reading.
@@ -143,37 +134,3 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
     }
-
-
-def is_ours(category: type[Warning]) -> bool:
-    """Whether a warning belongs into results; a short context is told from the data instead."""
-    return category.__module__.startswith("safetyheads") and category is not ShortContextWarning
-
-
-def longest_prompt(engine: Engine, sets: Mapping[str, PromptSet]) -> int:
-    """Tokens of the longest prompt of a run."""
-    return max(engine.ask(prompts).longest for prompts in sets.values())
-
-
-def notes_of(
-    engine: Engine, sets: Mapping[str, PromptSet], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
-) -> list[str]:
-    """What happened on the way that a reader of the results must know."""
-    # A short context is told from the data: answers that are read back do not warn again.
-    short = short_context(engine, longest_prompt(engine, sets) + max_new_tokens, max_new_tokens)
-    # So is what a template writes: prompts that were encoded before do not warn again.
-    of_templates = [engine.ask(prompts).note for prompts in sets.values()]
-    ours = [str(one.message) for one in caught if is_ours(one.category)]
-    said = [*engine.notes, *data_warnings(sets.values()), short, *of_templates, *ours]
-    return list(dict.fromkeys(note for note in said if note))
-
-
-def data_warnings(sets: Iterable[PromptSet]) -> list[str]:
-    """What was odd in the prompt files."""
-    found = []
-    for prompts in sets:
-        if prompts.warning:
-            found.append(prompts.warning)
-        if prompts.dropped:
-            found.append(f"{prompts.dropped} blank lines of {prompts.source} are left out")
-    return list(dict.fromkeys(found))

@@ -1,129 +1,577 @@
-"""The stages of an exhaustive scan, each kept in the run directory. Owns their order and the rows; words nothing.
+"""The exhaustive scan: ablates every head, judges the answers, and compares them with scores and groups.
 
-A row is one answer with all judges' verdicts; results are made of rows and scores alone, so that another judge can
-be heard later without the model.
+Results are made of records and scores alone, so that another judge's verdicts make new results without the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from safetyheads.answers.decoding import Decoding
-from safetyheads.answers.drafts import Economy
-from safetyheads.answers.judging import Judging
+import numpy as np
+from torch import Tensor
+
 from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import query_level_groups
-from safetyheads.heads import Group
-from safetyheads.judges.base import Judge
+from safetyheads.errors import InputError
+from safetyheads.heads import Group, parse_heads, within
+from safetyheads.judges.agreement import agreement
+from safetyheads.judges.base import Verdict
+from safetyheads.measures.head_pass import Readouts
+from safetyheads.measures.sahara import rank_heads, sahara
+from safetyheads.measures.screening import screen
+from safetyheads.measures.ships import Opener, answer_sequences, openers_of, scorer_of
+from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.runs.config import ScanConfig
-from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.kept import KeptAnswers, Row
+from safetyheads.runs.audit import ALPHA, ANGLES, BENIGN_LOSS, LEAD, SCORE_LABELS
+from safetyheads.runs.config import NO_BENIGN, ScanConfig
+from safetyheads.runs.data import read_whole
+from safetyheads.runs.directory import SCHEMA_VERSION, Record
+from safetyheads.runs.estimate import estimate
+from safetyheads.runs.kept import KeptAnswers, judged_answer
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.scan_scores import ScanScores, Scored
+from safetyheads.runs.run import Kind, Prompts, Run, carry_out, random_groups_of
+from safetyheads.runs.tables import AnswerTable, GroupAnswers, by_judge, rate_as_json
 from safetyheads.scores import HeadScores
+from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.intervals import FloatArray, bootstrap_interval, mean_with_interval
+from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.testing import (
+    PairedDifference,
+    benjamini_hochberg,
+    holm,
+    random_p_value,
+    smallest_detectable_change,
+)
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+FROM_RECORDS = frozenset(
+    {
+        *("schema_version", "kind", "judges", "lead_judge", "statistics", "vanilla", "heads", "epsilons", "groups"),
+        *("synergy", "query_level", "concentration", "proxies", "agreement"),
+    }
+)
+"""Fields of the results that :func:`results_of_records` makes."""
+_N_DISAGREEING = 200
+"""Answers on which judges differ that results list."""
+
+
+def run_scan(
+    engine: Engine,
+    config: ScanConfig,
+    out: Path,
+    prompts: Prompts | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Scan a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
+    return carry_out(_SCAN, engine, config, out, prompts, progress, command)
+
+
+def read_prompts(config: ScanConfig) -> dict[str, PromptSet]:
+    """The prompts that the config names: ``harmful``, and ``benign`` unless it says none."""
+    prompts = {"harmful": read_whole("harmful", config.prompts, config)}
+    if config.benign != NO_BENIGN:
+        prompts["benign"] = read_whole("benign", config.benign, config)
+    return prompts
+
+
+def _refuse_impossible(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts]) -> None:
+    for group in config.parsed_groups:
+        within(group, engine.n_layers, engine.n_heads)
+    for name in ("pairs", "prefixes", "query_level"):
+        number = getattr(config, name)
+        if number > len(engine.heads):
+            option = name.replace("_", " ")
+            raise InputError(f"{option} {number} is more than the model's {len(engine.heads)} heads")
+
+
+def _announce(run: Run[ScanConfig]) -> None:
+    """Comparisons cost about as much as passes; at worst all answers change."""
+    config, asked = run.config, run.asked
+    n_scans = config.n_seeds * (len(asked) + len(config.epsilons))
+    n_passes = n_scans + (len(asked) + 1) * config.scores
+    n_answers = sum(map(len, asked.values())) * config.n_seeds * (1 + len(run.engine.heads))
+    arguments = asked["harmful"].token_ids, n_passes, n_answers, config.max_new_tokens
+    run.progress.say(lambda: f"{estimate(run.engine, *arguments)}; only answers that an ablation changes are decoded")
+    patient = [judge.name for judge in run.judges if not judge.decides_early]
+    if patient and not config.full_answers:
+        run.progress.say(f"rows end when all judges are final; {', '.join(patient)} needs whole answers")
+
+
+# Stages.
+
 
 @dataclass(frozen=True, slots=True)
-class ScanFindings:
-    """All that a scan computes; :mod:`safetyheads.runs.scan_results` makes the tables of it."""
+class Measured:
+    """Scores of every head, and the groups that follow from them and from the answers."""
 
-    rows: list[Row]
-    """Every answer, as stored."""
-    scored: Scored
-    """Scores of every head, and the groups that followed from them."""
-    economy: Economy
-    """What all answers cost."""
-    tolerances: dict[str, float]
-    """What a near-tie was, by set, epsilon and seed, in logits."""
-    judge_seconds: dict[str, float]
-    """Time that each judge took, in this process."""
+    scores: Mapping[str, HeadScores]
+    """By name, [n_layers, n_heads]; empty where they were not asked for."""
+    ships: HeadScores | None
+    """Ships of each harmful prompt [n_prompts, n_layers, n_heads]; None where nothing needs them."""
+    benign_kl: HeadScores | None
+    """Ships of each benign prompt."""
+    openers: tuple[Opener, ...]
+    """First tokens of the unablated refusals."""
+    groups: Mapping[str, list[Group]]
+    """By the part of the scan that they make: ``groups``, ``pairs``, ``prefixes``, ``random``."""
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One scan under way: its model, its settings, where it keeps what it has, and who watches."""
-
-    engine: Engine
-    config: ScanConfig
-    sets: dict[str, PromptSet]
-    """``harmful``, and ``benign`` where benign prompts are asked for."""
-    judges: tuple[Judge, ...]
-    run: RunDirectory
-    progress: Progress
-    _kept: dict[tuple[str, int], KeptAnswers] = field(default_factory=dict)
-    _judging: dict[str, Judging] = field(default_factory=dict)
-
-    def execute(self) -> ScanFindings:
-        """Every stage, in order; what the run directory holds already is not computed again."""
-        config, singles = self.config, [(head,) for head in self.engine.heads]
-        rows: list[Row] = []
-        for name in self.sets:
+def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
+    """Run all stages, and make what only a scan's ``results.json`` holds."""
+    config, singles = run.config, [(head,) for head in run.engine.heads]
+    records: list[Record] = []
+    alone: list[GroupAnswers] = []
+    for name in run.asked:
+        for seed in config.seeds:
+            vanilla, heads = _answers(run, name, seed).vanilla(), _under(run, "heads", name, singles, seed)
+            records += [*vanilla.flat(), *_flat(heads)]
+            alone += heads if name == "harmful" else []
+    for epsilon in config.epsilons:
+        for seed in config.seeds:
+            records += _flat(_under(run, "heads", "harmful", singles, seed, epsilon))
+    measured = _measure(run, alone)
+    for part, groups in measured.groups.items():
+        for name in run.asked if part != "random" else ("harmful",):
             for seed in config.seeds:
-                rows += self._vanilla_rows(name, seed)
-                rows += self._scanned("heads", name, singles, config.epsilon, seed)
-        for epsilon in config.epsilons:
-            for seed in config.seeds:
-                rows += self._scanned("heads", "harmful", singles, epsilon, seed)
-        scored = ScanScores(self.engine, config, self.sets, self.run, self.progress).measured(rows, self.judges[0].name)
-        for part, groups in scored.groups.items():
-            for name in self.sets if part != "random" else ("harmful",):
-                for seed in config.seeds:
-                    rows += self._scanned(part, name, groups, config.epsilon, seed)
-        if config.query_level and scored.ships is not None:
-            for seed in config.seeds:
-                rows += self._query_level(scored.ships, seed)
-        tolerances = {name: value for name, value in self.run.read_manifest().items() if name.startswith("tolerance_")}
-        seconds = {judge.name: sum(one.seconds[judge.name] for one in self._judging.values()) for judge in self.judges}
-        return ScanFindings(rows, scored, self._economy(), tolerances, seconds)
-
-    # Answers.
-
-    def _vanilla_rows(self, name: str, seed: int) -> list[Row]:
-        """The unablated answers, judged."""
-        return self._answers(name, seed).vanilla()
-
-    def _scanned(self, part: str, name: str, groups: Sequence[Group], epsilon: float, seed: int) -> list[Row]:
-        """Every prompt of a set under each group."""
-        return self._answers(name, seed).under(part, groups, self.config.ablation_at(epsilon))
-
-    def _query_level(self, ships: HeadScores, seed: int) -> list[Row]:
-        """Each harmful prompt under its own top heads by Ships."""
-        config = self.config
-        by_size = [query_level_groups(ships, size) for size in range(1, config.query_level + 1)]
+                records += _flat(_under(run, part, name, groups, seed))
+    if config.query_level and measured.ships is not None:
+        by_size = [query_level_groups(measured.ships, size) for size in range(1, config.query_level + 1)]
         own = list(zip(*by_size, strict=True))
-        return self._answers("harmful", seed).of_each("query_level", own, config.parsed_ablation)
+        for seed in config.seeds:
+            records += _flat(_answers(run, "harmful", seed).of_each("query_level", own, config.parsed_ablation))
+    about = _about(run, measured)
+    judges = [judge.describe() for judge in run.judges]
+    return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
-    def _answers(self, name: str, seed: int) -> KeptAnswers:
-        """The answers to a set; only the one used last keeps its drafts."""
-        for key, others in self._kept.items():
-            if key != (name, seed):
-                others.forget()
-        if (name, seed) not in self._kept:
-            config = self.config
-            decoding = Decoding(config.max_new_tokens, Sampling(config.top_k, seed), config.full_answers)
-            if name not in self._judging:
-                self._judging[name] = Judging(
-                    self.engine, self.sets[name], self.judges, config.max_new_tokens, config.full_answers
-                )
-            self._kept[name, seed] = KeptAnswers(
-                self.engine,
-                name,
-                self.sets[name],
-                decoding,
-                self._judging[name],
-                self.run,
-                self.progress,
-                config.store_completions,
+
+def _answers(run: Run[ScanConfig], name: str, seed: int) -> KeptAnswers:
+    return run.answers(name, Sampling(run.config.top_k, seed))
+
+
+def _under(
+    run: Run[ScanConfig], part: str, name: str, groups: Sequence[Group], seed: int, epsilon: float | None = None
+) -> list[GroupAnswers]:
+    """Every prompt's answers under each group, by default at the run's epsilon."""
+    strength = run.config.epsilon if epsilon is None else epsilon
+    return _answers(run, name, seed).under(part, groups, run.config.ablation_at(strength))
+
+
+def _flat(groups: Sequence[GroupAnswers]) -> list[Record]:
+    return [record for answers in groups for record in answers.flat()]
+
+
+def _measure(run: Run[ScanConfig], alone: Sequence[GroupAnswers]) -> Measured:
+    """Scores of every head, and the groups that the settings ask for; ``alone`` has harmful answers head by head."""
+    config, engine, ablation = run.config, run.engine, run.config.parsed_ablation
+    singles = [(head,) for head in engine.heads]
+    benign_kl = None
+    if "benign" in run.asked:
+        benign = run.head_pass("benign", ablation, Readouts(ships=True))
+        with run.progress.track("benign: divergence of heads", len(singles)) as done:
+            benign_kl = benign.table("ships", benign.measure(singles, done)["ships"])
+    if not (config.scores or config.prefixes or config.query_level):
+        return Measured({}, None, benign_kl, (), _groups(run, alone, ()))
+    prompts = list(run.asked["harmful"])
+    vanilla = [record for seed in config.seeds for record in _answers(run, "harmful", seed).vanilla().flat()]
+    openers = openers_of(engine, [judged_answer(one, run.judges[0].name, prompts[one["id"]]) for one in vanilla])
+    angles = ANGLES if len(prompts) > 1 else ()
+    readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
+    harmful = run.head_pass("harmful", ablation, readouts)
+    with run.progress.track("harmful: scores of heads", len(singles)) as done:
+        ships = harmful.table("ships", harmful.measure(singles, done)["ships"])
+    names = [LEAD, *(angle.name for angle in angles), *["refusal_score"] * bool(openers)]
+    scores = {name: rank_heads(scorer_of(harmful, name), engine.heads) for name in names}
+    scores |= {"screened_mean_ships": _forecast(run)}
+    if benign_kl is not None:
+        contrast = scores[LEAD].values - benign_kl.mean().values
+        scores["contrast"] = replace(scores[LEAD], values=contrast, name="contrast")
+    prefixes: list[Group] = []
+    if config.prefixes:
+        with run.progress.track("searching groups", 1):
+            group = sahara(scorer_of(harmful, LEAD), engine.heads, config.prefixes).group
+        prefixes = [group[:size] for size in range(1, len(group) + 1)]
+    return Measured(scores, ships, benign_kl, openers, _groups(run, alone, prefixes))
+
+
+def _forecast(run: Run[ScanConfig]) -> HeadScores:
+    """The screening's forecast of mean Ships."""
+    ablation, asked = run.config.parsed_ablation, run.asked["harmful"]
+
+    def compute() -> dict[str, Tensor]:
+        with run.progress.track("screening", 1):
+            sequences = answer_sequences(run.engine, asked.prompts, 1)
+            return {"values": screen(run.engine, sequences, ablation).table().values}
+
+    fields = {"tokens": asked.sha256, "ablation": asdict(ablation)}
+    values = run.directory.tensors("screening-harmful", fields, compute)["values"]
+    return HeadScores(values, "screened_mean_ships", "nats", 0.0)
+
+
+def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Sequence[Group]) -> dict[str, list[Group]]:
+    """Groups to scan, by the part of the scan that they make."""
+    config, groups = run.config, dict[str, list[Group]]()
+    if config.groups:
+        groups["groups"] = list(config.parsed_groups)
+    if config.pairs:
+        top = _strongest(alone, config.pairs)
+        groups["pairs"] = [(first, second) for at, first in enumerate(top) for second in top[at + 1 :]]
+    if prefixes:
+        groups["prefixes"] = list(prefixes)
+        if config.n_random:
+            controls = run.random_groups(prefixes, config.n_random, config.seed)
+            # A group that controls several prefixes is scanned once.
+            groups["random"] = list(dict.fromkeys(one for prefix in prefixes for one in controls[prefix]))
+    return groups
+
+
+def _strongest(alone: Sequence[GroupAnswers], k: int) -> Group:
+    """The heads of highest ASR alone, by the leading judge and over all seeds; ties go to the earlier head."""
+    counts = dict[str, int]()
+    for answers in alone:
+        counts[answers.group] = counts.get(answers.group, 0) + answers.asr.count
+    ranked = sorted(counts, key=lambda group: -counts[group])
+    return tuple(parse_heads(group)[0] for group in ranked[:k])
+
+
+def _about(run: Run[ScanConfig], measured: Measured) -> dict[str, Any]:
+    """Results that do not come from records."""
+    config, manifest = run.config, run.directory.read_manifest()
+    benign_kl = None
+    if measured.benign_kl is not None:
+        columns = [measured.benign_kl.values[:, head.layer, head.index].tolist() for head in run.engine.heads]
+        benign_kl = [asdict(mean_with_interval(column)) for column in columns]
+    tolerances = {name: value for name, value in manifest.items() if name.startswith("tolerance_")}
+    ablation = config.parsed_ablation
+    return {
+        "ablation": {**asdict(ablation), "label": ablation.kind.label},
+        "sampling": {
+            "name": run.decoding.sampling.name,
+            "seeds": list(config.seeds),
+            "max_new_tokens": config.max_new_tokens,
+            "full_answers": config.full_answers,
+        },
+        "settings": {"n_random": config.n_random, "seed": config.seed},
+        "scores": {
+            name: {
+                "label": SCORE_LABELS.get(name, name),
+                "unit": scores.unit,
+                "n": len(run.asked["harmful"]),
+                "values": scores.as_lists(),
+            }
+            for name, scores in measured.scores.items()
+        },
+        "benign_kl": benign_kl,
+        "openers": [asdict(opener) for opener in measured.openers],
+        "economy": asdict(run.economy) | {"tolerances": tolerances},
+    }
+
+
+# Results, of records.
+
+
+def results_of_records(
+    records: Sequence[Record],
+    about: Mapping[str, Any],
+    judges: Sequence[Mapping[str, Any]],
+    random_groups: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """The fields of a scan's ``results.json`` that come from answers: :data:`FROM_RECORDS`.
+
+    Args:
+        records: all answers with their verdicts.
+        about: the results' other fields; ``ablation``, ``scores`` and ``benign_kl`` (mean Ships on benign prompts, head
+            by head) are used.
+        judges: each judge's description, the leading one first; each needs its verdict in every record.
+        random_groups: by the group that they control, all as text.
+    """
+    names = [judge["name"] for judge in judges]
+    table, epsilon = AnswerTable.of(records, names[0]), about["ablation"]["epsilon"]
+    singles, vanilla = table.part("heads", "harmful", epsilon), table.vanilla("harmful")
+    assert vanilla is not None  # every scan begins with it
+    changes = {head: answers.change_from(vanilla) for head, answers in singles.items()}
+    corrected = _corrected(changes)
+    truth = Truth(
+        np.array([answers.complied() for answers in singles.values()]).T,
+        np.array([_is_higher(changes[head], corrected[head]["p_holm"]) for head in singles], bool),
+    )
+    scanned = table.part("random", "harmful", epsilon)
+    random = {group: [scanned[control] for control in controls] for group, controls in random_groups.items() if scanned}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "scan",
+        "judges": list(judges),
+        "lead_judge": names[0],
+        "statistics": _statistics(vanilla, len(singles)),
+        "vanilla": {
+            name: _vanilla(answers, names) for name in ("harmful", "benign") if (answers := table.vanilla(name))
+        },
+        "heads": _heads(table, singles, changes, corrected, about),
+        "epsilons": _epsilons(table),
+        "groups": _scanned_groups(table, vanilla, epsilon, random),
+        "synergy": _synergy(table, vanilla, epsilon),
+        "query_level": _query_level(table, vanilla, epsilon),
+        "concentration": _concentration(table, vanilla, epsilon, random),
+        "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
+        "agreement": _agreement(table, epsilon, names),
+    }
+
+
+def _corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, float]]:
+    """Both corrections over all heads."""
+    p_values = [1.0 if change.p_value is None else change.p_value for change in changes.values()]
+    both = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
+    return {head: {"p_holm": a, "p_bh": b} for head, (a, b) in zip(changes, both, strict=True)}
+
+
+def _is_higher(change: PairedDifference, p_value: float) -> bool:
+    return p_value < ALPHA and (change.change or 0.0) > 0
+
+
+def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
+    """What the tests can see, and how they are made."""
+    n, n_seeds = len(vanilla.records), len(vanilla.records[0])
+    detectable = smallest_detectable_change(n, ALPHA, n_heads)
+    return {
+        "n": n,
+        "n_seeds": n_seeds,
+        "n_heads": n_heads,
+        "alpha": ALPHA,
+        "interval": "Wilson" if n_seeds == 1 else "bootstrap over prompts",
+        "test": "exact McNemar" if n_seeds == 1 else "exact sign test over prompts",
+        "smallest_detectable_change": {
+            "change": detectable,
+            "flips": None if detectable is None else round(detectable * n),
+            "n": n,
+            "tests": n_heads,
+        },
+    }
+
+
+def _vanilla(answers: GroupAnswers, judges: Sequence[str]) -> dict[str, Any]:
+    return {
+        **answers.rates(),
+        "kept": rate_as_json(answers.flags("kept")),
+        "reasons": answers.reasons(),
+        "by_judge": {judge: answers.rates(judge) for judge in judges},
+    }
+
+
+def _heads(
+    table: AnswerTable,
+    singles: Mapping[str, GroupAnswers],
+    changes: Mapping[str, PairedDifference],
+    corrected: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Every head, layer by layer, with what its ablation does to harmful and to benign answers."""
+    vanilla, benign_kl = table.vanilla("benign"), about.get("benign_kl")
+    scanned = table.part("heads", "benign", about["ablation"]["epsilon"])
+    benign = _benign_heads(scanned, vanilla) if vanilla else {}
+    heads = []
+    for at, (head, answers) in enumerate(singles.items()):
+        on_benign = benign.get(head)
+        if on_benign is not None and benign_kl is not None:
+            on_benign["kl"] = benign_kl[at]
+        p_holm = corrected[head]["p_holm"]
+        heads.append(
+            {
+                "head": head,
+                **answers.rates(),
+                "change": {**asdict(changes[head]), **corrected[head], "differs": p_holm < ALPHA},
+                "reasons": answers.reasons(),
+                "by_judge": by_judge(answers),
+                "benign": on_benign,
+                "role": _role(_is_higher(changes[head], p_holm), on_benign),
+            }
+        )
+    return heads
+
+
+def _benign_heads(heads: Mapping[str, GroupAnswers], vanilla: GroupAnswers) -> dict[str, dict[str, Any]]:
+    """What each head's ablation does to benign answers: refusals, changed answers, answers lost."""
+    kept = {head: answers.kept_change_from(vanilla) for head, answers in heads.items()}
+    refused = {head: answers.change_from(vanilla, "refused") for head, answers in heads.items()}
+    kept_p, refused_p = _corrected(kept), _corrected(refused)
+    return {
+        head: {
+            "refused": rate_as_json(answers.verdicts("refused")),
+            "refused_change": asdict(refused[head]) | refused_p[head],
+            "changed": rate_as_json(answers.flags("changed")),
+            "kept": rate_as_json(answers.flags("kept")),
+            "kept_change": asdict(kept[head]) | kept_p[head],
+        }
+        for head, answers in heads.items()
+    }
+
+
+def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
+    """What the ablated head seems to carry, in a word.
+
+    ``refusal``: harmful answers are freed and benign ones left alone; ``mixed``: both change; ``over_refusal``: benign
+    prompts are refused; ``damage``: benign answers are lost otherwise; ``none``: no change beyond chance.
+    """
+    lost = 0.0 if benign is None else -(benign["kept_change"]["change"] or 0.0)
+    if frees:
+        return "refusal" if lost <= BENIGN_LOSS + 1e-9 else "mixed"
+    if benign is None or benign["kept_change"]["p_holm"] >= ALPHA or lost <= 0:
+        return "none"
+    refused = benign["refused_change"]["change"] or 0.0
+    return "over_refusal" if 2 * refused >= lost else "damage"
+
+
+def _epsilons(table: AnswerTable) -> list[dict[str, Any]]:
+    """ASR of every head at each strength."""
+    found = [
+        {"epsilon": epsilon, "heads": {head: rate_as_json(answers.verdicts()) for head, answers in heads.items()}}
+        for (part, name, epsilon), heads in table.groups.items()
+        if (part, name) == ("heads", "harmful")
+    ]
+    return sorted(found, key=lambda one: one["epsilon"])
+
+
+def _scanned_groups(
+    table: AnswerTable, vanilla: GroupAnswers, epsilon: float, random: Mapping[str, Sequence[GroupAnswers]]
+) -> list[dict[str, Any]]:
+    """Each group of heads that was scanned beside the single heads."""
+    benign_vanilla = table.vanilla("benign")
+    groups = []
+    for part in ("groups", "pairs", "prefixes"):
+        benign = table.part(part, "benign", epsilon)
+        for heads, answers in table.part(part, "harmful", epsilon).items():
+            on_benign = benign.get(heads)
+            kept_change = None
+            if on_benign is not None and benign_vanilla is not None:
+                kept_change = asdict(on_benign.kept_change_from(benign_vanilla))
+            controls = random.get(heads, ()) if part == "prefixes" else ()
+            groups.append(
+                {
+                    "part": part,
+                    "heads": answers.heads,
+                    **answers.rates(),
+                    "change": asdict(answers.change_from(vanilla)),
+                    "reasons": answers.reasons(),
+                    "benign_kept": None if on_benign is None else rate_as_json(on_benign.flags("kept")),
+                    "benign_kept_change": kept_change,
+                    "random": _random(answers, controls),
+                }
             )
-        return self._kept[name, seed]
+    return groups
 
-    def _economy(self) -> Economy:
-        """What all answers cost, in this process and before it."""
-        stored = (value for name, value in self.run.read_manifest().items() if name.startswith("economy_"))
-        return sum((Economy(**value) for value in stored), Economy())
+
+def _random(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> dict[str, Any] | None:
+    """The ASR under the random groups; None without any, and where the group's own is not scored."""
+    scored = [(control, rate) for control in controls if (rate := control.asr.rate) is not None]
+    if answers.asr.rate is None or not scored:
+        return None
+    rates = [rate for _, rate in scored]
+    return {
+        "n_groups": len(rates),
+        "n_distinct": len({control.group for control, _ in scored}),
+        "asr": rates,
+        "groups": [control.heads for control, _ in scored],
+        "mean": float(np.mean(rates)),
+        "p_value": random_p_value(answers.asr.rate, rates),
+    }
+
+
+def _concentration(
+    table: AnswerTable, vanilla: GroupAnswers, epsilon: float, random: Mapping[str, Sequence[GroupAnswers]]
+) -> dict[str, Any] | None:
+    """How fast ASR rises with the heads of Sahara's group, against random heads; None where no prefix was scanned."""
+    prefixes = table.part("prefixes", "harmful", epsilon)
+    if not prefixes:
+        return None
+    outcomes = [
+        SizeOutcome(len(answers.heads), answers.complied(), [control.complied() for control in random.get(heads, ())])
+        for heads, answers in prefixes.items()
+    ]
+    return asdict(concentration(outcomes, vanilla.complied()))
+
+
+def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[str, Any] | None:
+    """Pairs among the strongest heads: what they free together beyond the sum of what each frees alone."""
+    pairs, singles = table.part("pairs", "harmful", epsilon), table.part("heads", "harmful", epsilon)
+    if not pairs:
+        return None
+
+    def freed(answers: GroupAnswers) -> FloatArray:
+        return np.array(answers.complied())
+
+    found: list[dict[str, Any]] = []
+    for together in pairs.values():
+        alone = [singles[head] for head in together.heads]
+        beyond = freed(together) - freed(alone[0]) - freed(alone[1]) + freed(vanilla)
+        found.append(
+            {
+                "heads": together.heads,
+                "together": rate_as_json(together.verdicts()),
+                "alone": [rate_as_json(one.verdicts()) for one in alone],
+                "synergy": float(beyond.mean()),
+                "interval": bootstrap_interval(beyond, least=-2.0, most=2.0),
+                "n": len(beyond),
+            }
+        )
+    order = list(dict.fromkeys(head for pair in found for head in pair["heads"]))
+    return {"heads": order, "pairs": found}
+
+
+def _query_level(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> list[dict[str, Any]]:
+    """ASR where each prompt ablates its own top heads by Ships, by number of heads."""
+    return [
+        {
+            "size": int(label.removeprefix("top ")),
+            **answers.rates(),
+            "change": asdict(answers.change_from(vanilla)),
+        }
+        for label, answers in table.part("query_level", "harmful", epsilon).items()
+    ]
+
+
+def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]], heads: Group) -> dict[str, Any] | None:
+    """Each score of the scanned heads against their ASR; None without scores."""
+    if not scores:
+        return None
+    values = {
+        name: np.array([score["values"][head.layer][head.index] for head in heads], float)
+        for name, score in scores.items()
+    }
+    ceiling = split_half_ceiling(truth)
+    return {
+        "n": len(truth.complied),
+        "scores": [asdict(quality) for quality in proxy_qualities(values, truth)],
+        "ceiling": None if ceiling is None else asdict(ceiling),
+    }
+
+
+def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dict[str, Any] | None:
+    """How far the judges agree on the harmful prompts, unablated and under each head; None with one judge."""
+    if len(judges) < 2:
+        return None
+    records = [*table.records_of("vanilla", "harmful", None), *table.records_of("heads", "harmful", epsilon)]
+    verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
+    found = agreement(verdicts)
+    return {
+        "judges": list(judges),
+        "n_rows": found.n_rows,
+        "unscored": list(found.unscored),
+        # Without the indices: they count in this list of records, which results do not hold.
+        "pairs": [
+            {name: value for name, value in asdict(pair).items() if name != "indices"} | {"count": pair.count}
+            for pair in found.pairs
+        ],
+        "n_disagreeing": len(found.indices),
+        "disagreeing": [
+            {name: records[at][name] for name in ("id", "group", "epsilon", "seed")}
+            | {"labels": {judge: records[at]["verdicts"][judge]["label"] for judge in judges}}
+            for at in found.indices[:_N_DISAGREEING]
+        ],
+    }
+
+
+_SCAN = Kind("scan", read_prompts, _refuse_impossible, _announce, scan_results, full_answers=False)

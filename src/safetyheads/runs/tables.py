@@ -1,26 +1,23 @@
-"""From a scan's rows to the numbers of each group. Owns rates and changes of stored answers; words nothing.
+"""Turns stored answers into rates and changes; the only place that does.
 
-Rows are grouped by what was ablated; each group has the same prompts, each answered once a seed, so that all
-comparisons are paired.
+A record is one answer (:func:`safetyheads.runs.kept.record_of`). Records are sorted by what was ablated. All groups
+have the same prompts, each answered once a seed, so comparisons are paired.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label
-from safetyheads.stats.intervals import Rate, bootstrap_interval
+from safetyheads.runs.directory import Record
+from safetyheads.stats.intervals import FloatArray, Rate, bootstrap_interval
 from safetyheads.stats.testing import PairedDifference, paired_difference
-
-Row: TypeAlias = Mapping[str, Any]
-Floats: TypeAlias = NDArray[np.float64]
 
 RATES: dict[str, Label] = {
     "asr": "complied",
@@ -33,106 +30,169 @@ RATES: dict[str, Label] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """All answers under one group: [n_prompts][n_seeds]."""
+class GroupAnswers:
+    """All answers to one set of prompts under one group of heads."""
 
     group: str
-    """The heads, as they are written; of query-level groups, ``top 3``."""
-    rows: tuple[tuple[Row, ...], ...]
+    """The heads as text, such as ``1-3,2-5``; ``top 3`` where each prompt has its own."""
+    records: tuple[tuple[Record, ...], ...]
+    """[n_prompts][n_seeds]."""
+    lead: str
+    """Name of the judge that is meant where none is named."""
 
-    def verdict(self, label: Label, judge: str) -> Floats:
-        """Where a judge gave the label [n_prompts, n_seeds]: 0, 1, or NaN where it gave none."""
-        given = [[row["verdicts"][judge]["label"] for row in prompt] for prompt in self.rows]
-        return np.array([[np.nan if one == "unscored" else one == label for one in prompt] for prompt in given], float)
+    @classmethod
+    def of(cls, group: str, records: Iterable[Record], lead: str) -> GroupAnswers:
+        """Sort the records of one group by prompt and seed."""
+        by_prompt: dict[int, dict[int, Record]] = {}
+        for record in records:
+            by_prompt.setdefault(record["id"], {})[record["seed"]] = record
+        rows = (tuple(seeds[seed] for seed in sorted(seeds)) for _, seeds in sorted(by_prompt.items()))
+        return cls(group, tuple(rows), lead)
 
-    def flag(self, name: str) -> Floats:
-        """A yes-or-no field of the rows [n_prompts, n_seeds]."""
-        return np.array([[row[name] for row in prompt] for prompt in self.rows], float)
+    @property
+    def heads(self) -> list[str]:
+        """The heads as results name them."""
+        return [str(head) for head in parse_heads(self.group)]
 
-    def labels(self, judge: str) -> dict[str, int]:
+    def flat(self) -> list[Record]:
+        """All records, prompt by prompt."""
+        return [record for seeds in self.records for record in seeds]
+
+    # Outcomes, answer by answer.
+
+    def verdicts(self, label: Label = "complied", judge: str | None = None) -> FloatArray:
+        """Where a judge gave the label [n_prompts, n_seeds]: 0, 1, or NaN where it gave no verdict."""
+        name = judge or self.lead
+        given = [[record["verdicts"][name]["label"] for record in seeds] for seeds in self.records]
+        return np.array([[np.nan if one == "unscored" else one == label for one in seeds] for seeds in given], float)
+
+    def flags(self, field: str) -> FloatArray:
+        """A yes-or-no field of the records [n_prompts, n_seeds]: ``kept``, ``changed``, ``complete``."""
+        return np.array([[record[field] for record in seeds] for seeds in self.records], float)
+
+    def complied(self, judge: str | None = None) -> list[float]:
+        """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
+        shares: list[float] = np.nan_to_num(self.verdicts("complied", judge)).mean(axis=1).tolist()
+        return shares
+
+    # Rates.
+
+    def rate(self, *labels: Label, judge: str | None = None) -> Rate:
+        """The share of scored answers with one of the labels."""
+        return _counted(sum(self.verdicts(label, judge) for label in labels))  # type: ignore[arg-type]
+
+    @property
+    def asr(self) -> Rate:
+        """Complied / scored (Eq 10)."""
+        return self.rate("complied")
+
+    @property
+    def refused(self) -> Rate:
+        """Refused / scored."""
+        return self.rate("refused")
+
+    @property
+    def incoherent(self) -> Rate:
+        """Empty, too short or repeating / scored."""
+        return self.rate("incoherent")
+
+    @property
+    def kept(self) -> Rate:
+        """Benign prompts that are answered, rightly where the right answer is known."""
+        return _counted(self.flags("kept"))
+
+    def rates(self, judge: str | None = None) -> dict[str, Any]:
+        """Every rate of :data:`RATES`, as JSON."""
+        return {name: rate_as_json(self.verdicts(label, judge)) for name, label in RATES.items()}
+
+    def labels(self, judge: str | None = None) -> dict[str, int]:
         """How often a judge gave each label."""
-        counts = Counter(row["verdicts"][judge]["label"] for prompt in self.rows for row in prompt)
+        counts = Counter(record["verdicts"][judge or self.lead]["label"] for record in self.flat())
         return {label: counts[label] for label in LABELS}
 
-    def reasons(self, judge: str) -> dict[str, int]:
-        """How often a judge gave each reason, most frequent first."""
-        counts = Counter(row["verdicts"][judge]["reason"] for prompt in self.rows for row in prompt)
+    def reasons(self, judge: str | None = None, with_details: bool = True) -> dict[str, int]:
+        """How often a judge gave each reason, most frequent first; details stand in parentheses."""
+        reasons = (record["verdicts"][judge or self.lead]["reason"] for record in self.flat())
+        counts = Counter(reason if with_details else reason.split(" (")[0] for reason in reasons)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
-    def rates(self, judge: str) -> dict[str, Any]:
-        """Every rate of :data:`RATES`, as JSON."""
-        return {name: rate(self.verdict(label, judge)) for name, label in RATES.items()}
+    # Changes.
+
+    def change_from(
+        self, before: GroupAnswers, label: Label = "complied", judge: str | None = None
+    ) -> PairedDifference:
+        """How the rate of a label changed, over prompts that are scored in both; by default the ASR."""
+        return paired_difference(before.verdicts(label, judge), self.verdicts(label, judge))
+
+    def kept_change_from(self, before: GroupAnswers) -> PairedDifference:
+        """How the rate of kept benign answers changed."""
+        return paired_difference(before.flags("kept"), self.flags("kept"))
 
 
-def rate(values: Floats) -> dict[str, Any]:
+def _counted(values: FloatArray) -> Rate:
+    """The share of scored answers (not NaN) that are 1."""
+    scored = ~np.isnan(values)
+    return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()))
+
+
+def by_judge(answers: GroupAnswers) -> dict[str, Any]:
+    """The ASR by every judge, as JSON."""
+    return {judge: rate_as_json(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
+
+
+def rate_as_json(values: FloatArray) -> dict[str, Any]:
     """The share of scored answers [n_prompts, n_seeds] that are 1, as JSON.
 
     With one answer a prompt the interval is Wilson's; with several it is a bootstrap over prompts.
     """
+    rate = asdict(_counted(values))
     scored = ~np.isnan(values)
-    found = asdict(Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum())))
     if values.shape[1] > 1 and scored.any():
-        means = np.nanmean(values[scored.any(axis=1)], axis=1)
-        found["interval"] = bootstrap_interval(means, least=0.0)
-    return found
-
-
-def change(before: Floats, after: Floats) -> PairedDifference:
-    """How a share changed, prompt by prompt."""
-    return paired_difference(before, after)
+        rate["interval"] = bootstrap_interval(np.nanmean(values[scored.any(axis=1)], axis=1), least=0.0)
+    return rate
 
 
 @dataclass(frozen=True, slots=True)
-class RowTable:
-    """All rows of a scan, by what was ablated."""
+class AnswerTable:
+    """All answers of a run, by what was ablated."""
 
-    groups: dict[tuple[str, str, float | None], dict[str, Answered]]
-    """(part, set, epsilon) -> heads as written -> answers; smaller groups first, then layer by layer."""
+    groups: dict[tuple[str, str, float | None], dict[str, GroupAnswers]]
+    """(part, set, epsilon) -> heads as text -> answers; smaller groups first, then layer by layer."""
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> RowTable:
-        """Sort rows into their groups; rows may come in any order, as the files of a run do."""
-        sorted_rows: dict[tuple[str, str, float | None], dict[str, dict[int, dict[int, Row]]]] = {}
-        for row in rows:
-            own = sorted_rows.setdefault((row["part"], row["set"], row["epsilon"]), {})
-            group = row["group"]
-            if row["part"] == "query_level":
+    def of(cls, records: Iterable[Record], lead: str) -> AnswerTable:
+        """Sort records into groups; they may come in any order, as the files of a run do."""
+        by_group: dict[tuple[str, str, float | None], dict[str, list[Record]]] = {}
+        for record in records:
+            group = record["group"]
+            if record["part"] == "query_level":
                 group = f"top {len(parse_heads(group))}"
-            own.setdefault(group, {}).setdefault(row["id"], {})[row["seed"]] = row
+            key = record["part"], record["set"], record["epsilon"]
+            by_group.setdefault(key, {}).setdefault(group, []).append(record)
         return cls(
             {
                 key: {
-                    group: Answered(
-                        group, tuple(tuple(prompts[at][seed] for seed in sorted(prompts[at])) for at in sorted(prompts))
-                    )
-                    for group, prompts in sorted(groups.items(), key=lambda item: _place(item[0]))
+                    group: GroupAnswers.of(group, groups[group], lead) for group in sorted(groups, key=_order_of_groups)
                 }
-                for key, groups in sorted_rows.items()
+                for key, groups in by_group.items()
             }
         )
 
-    def part(self, part: str, name: str, epsilon: float | None) -> dict[str, Answered]:
+    def part(self, part: str, name: str, epsilon: float | None) -> dict[str, GroupAnswers]:
         """The groups of one part on one set; empty where there are none."""
         return self.groups.get((part, name, epsilon), {})
 
-    def vanilla(self, name: str) -> Answered | None:
+    def vanilla(self, name: str) -> GroupAnswers | None:
         """The unablated answers to one set."""
         return self.part("vanilla", name, None).get("")
 
-    def rows_of(self, part: str, name: str, epsilon: float | None) -> list[Row]:
-        """All rows of one part on one set, in order."""
-        groups = self.part(part, name, epsilon)
-        return [row for answered in groups.values() for prompt in answered.rows for row in prompt]
+    def records_of(self, part: str, name: str, epsilon: float | None) -> list[Record]:
+        """All records of one part on one set, in order."""
+        return [record for answers in self.part(part, name, epsilon).values() for record in answers.flat()]
 
 
-def _place(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """What groups are sorted by; ``top 3`` goes by its number."""
+def _order_of_groups(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
     if group.startswith("top "):
         return int(group.removeprefix("top ")), ()
     heads = parse_heads(group)
     return len(heads), tuple((head.layer, head.index) for head in heads)
-
-
-def one_rate_a_prompt(answered: Sequence[Answered], judge: str) -> Floats:
-    """Share of each prompt's answers that comply [n_prompts, n_groups]; unscored ones count as not complied."""
-    return np.stack([np.nan_to_num(one.verdict("complied", judge)).mean(axis=1) for one in answered], axis=1)

@@ -1,62 +1,47 @@
+"""The audit's verdict and results, from answers whose labels are made up."""
+
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from safetyheads.answers.success import JudgedAnswer, summarise
-from safetyheads.heads import Head, parse_heads
-from safetyheads.judges.base import Verdict
-from safetyheads.prompts.sets import Prompt
-from safetyheads.runs.audit import LEAD, Findings, GroupOutcome
-from safetyheads.runs.results import lead_group, results_of, verdict_of
-from safetyheads.scores import HeadScores
+from safetyheads.heads import format_heads, parse_heads
+from safetyheads.runs.audit import LEAD, SETS, Findings, GroupOutcome, _concentration, _random, lead_group, verdict_of
+from safetyheads.runs.tables import GroupAnswers
 from safetyheads.stats.intervals import Rate, newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
 
 N = 50
 N_HEADS = 1024
 HEADS = parse_heads("2-26,3-1,7-13,4-4")
-PROMPT = Prompt("Explain how to smash a lamp.")
 
 
-def answered(complied, n=N, incoherent=0):
+def answered(complied, n=N, incoherent=0, group=""):
     """So many of n comply, the first ones; the last ones are incoherent, the others refuse."""
     labels = ["complied"] * complied + ["refused"] * (n - complied - incoherent) + ["incoherent"] * incoherent
-    return summarise(
-        [
-            JudgedAnswer(
-                PROMPT, (), (), "", True, True, "plain", None, {"made": Verdict(label, "made up")}, label == "complied"
-            )
-            for label in labels
-        ]
-    )
+    records = [
+        {"id": at, "seed": 0, "kept": label == "complied", "verdicts": {"made": {"label": label, "reason": "made up"}}}
+        for at, label in enumerate(labels)
+    ]
+    return GroupAnswers.of(group, records, "made")
 
 
 def outcome(size=3, freed=40, kept=N, random=(2, 3), n=N, scorer=LEAD, search=None, search_kept=None):
     """A group after which ``freed`` harmful and ``kept`` benign prompts of the test half are answered."""
-    return GroupOutcome(
-        scorer,
-        size,
-        HEADS[:size],
-        answered(freed, n),
-        answered(kept, n),
-        (0.0,) * n,
-        answered(freed if search is None else search, n),
-        answered(n if search_kept is None else search_kept, n),
-        tuple(answered(control, n) for control in random),
-        tuple((Head(1, index),) for index in range(len(random))),
-    )
+    counts = (freed if search is None else search, freed, n if search_kept is None else search_kept, kept)
+    group = format_heads(HEADS[:size])
+    answers = {name: answered(count, n, group=group) for name, count in zip(SETS, counts, strict=True)}
+    controls = tuple(answered(control, n, group=f"1-{index}") for index, control in enumerate(random))
+    return GroupOutcome(scorer, size, HEADS[:size], answers, (0.0,) * n, controls)
 
 
 def findings(*outcomes, complied=2, incoherent=0, kept=None, n=N):
     """Before ablation ``complied`` harmful prompts of the test half are answered, and ``kept`` or all benign ones."""
-    # The search half has none refused and all kept, so that a verdict which looks there is another one.
+    # On the search half nothing is refused and all is kept, so that a verdict that looks there comes out otherwise.
     vanilla = {"harmful_search": answered(n, n), "harmful_test": answered(complied, n, incoherent)}
     vanilla |= {"benign_search": answered(n, n), "benign_test": answered(n if kept is None else kept, n)}
-    # Scores, prompts and traces have no part in the verdict.
-    return Findings(None, vanilla, (), {}, None, None, None, {}, outcomes, ())
+    # Scores and traces have no part in the verdict.
+    return Findings(vanilla, (), {}, None, None, None, {}, outcomes, ())
 
 
 def verdict(*outcomes, **vanilla):
@@ -96,8 +81,11 @@ def test_the_sentence_counts_the_heads_and_gives_each_rate_its_interval():
 
 
 def test_the_sentence_says_how_many_random_groups_differ():
-    repeated = replace(outcome(random=(2, 2, 3)), random_groups=((Head(1, 0),), (Head(1, 0),), (Head(1, 1),)))
+    controls = tuple(answered(freed, group=group) for freed, group in ((2, "1-0"), (2, "1-0"), (3, "1-1")))
+    repeated = replace(outcome(), random=controls)
     assert "3 random groups (2 distinct)" in verdict(repeated)["sentence"]
+    block = _random(repeated)
+    assert (block["n_groups"], block["n_distinct"], block["groups"]) == (3, 2, [["1-0"], ["1-0"], ["1-1"]])
 
 
 def test_every_pair_freed_is_significant_though_its_p_value_is_no_longer_a_float():
@@ -248,10 +236,12 @@ def test_only_groups_of_the_leading_score_are_looked_at():
 
 def test_the_change_is_of_pairs_and_not_of_rates():
     # The first 20 comply before, the last 30 after: ten more, but no prompt as before. Ten gained alone have p 0.002.
-    turned = replace(outcome(random=()), harmful=summarise(answered(30).rows[::-1]))
-    found = verdict(turned, complied=20)
-    assert found["label"] == "none_found"
-    assert f"+0.20 (exact McNemar p {exact_mcnemar(30, 20):.2g}, n {N})" in found["reasons"][0]
+    found, turned = outcome(random=()), answered(30).flat()[::-1]
+    records = [{**record, "id": at} for at, record in enumerate(turned)]
+    found = replace(found, answers={**found.answers, "harmful_test": GroupAnswers.of("2-26", records, "made")})
+    told = verdict(found, complied=20)
+    assert told["label"] == "none_found"
+    assert f"+0.20 (exact McNemar p {exact_mcnemar(30, 20):.2g}, n {N})" in told["reasons"][0]
     assert verdict(outcome(freed=30, random=()), complied=20)["label"] == "concentrated"
 
 
@@ -261,10 +251,7 @@ def test_the_concentration_is_of_the_lead_search_alone():
         outcome(2, freed=40, random=(5, 5)),
         outcome(1, freed=50, random=(0, 0), scorer="generalized_ships_prompt"),
     )
-    lead = HeadScores(torch.zeros(4, 8, dtype=torch.float64), "mean_ships", "nats", 0.0)
-    data = SimpleNamespace(sets=lambda: {"harmful_search": range(50)})
-    made = replace(made, data=data, scores={"mean_ships": lead}, traces={}, heads=(), openers=())
-    found = results_of(made, {"model": {"n_layers": 4, "n_heads": 8}}, None, (), ())["concentration"]
+    found = _concentration(made)
     # (20/50 - 5/50 + 40/50 - 5/50) / 2
     assert found["value"] == pytest.approx(0.5)
     assert (found["n"], list(found["sizes"]), found["n_random"], found["against"]) == (50, [1, 2], 2, "random groups")

@@ -1,27 +1,19 @@
 """A scan's results, number by number, from rows whose outcome is known by construction."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scan_samples import Sample, about, rows
+from scan_samples import Sample, rows, scan
 
-from safetyheads.heads import format_heads, parse_heads
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.runs.directory import SCHEMA_VERSION
-from safetyheads.runs.provenance import model_facts
-from safetyheads.runs.scan_results import _random_of, scan_results
-from safetyheads.runs.tables import RowTable
+from safetyheads.runs.tables import AnswerTable
 from safetyheads.stats.intervals import wilson_interval
 from safetyheads.stats.testing import exact_mcnemar
 
-JUDGES = [{"name": "paper", "judge": "keyword"}, {"name": "phrases", "judge": "phrase"}]
-
 
 def made(**changes):
-    sample = Sample(**changes)
-    return scan_results(rows(sample), about(sample), JUDGES[: sample.n_judges])
+    return scan(Sample(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -92,32 +84,9 @@ def test_groups_prefixes_and_their_random_ones(results):
     prefix = next(group for group in results["groups"] if group["part"] == "prefixes")
     assert prefix["random"]["n_groups"] == 2
     assert prefix["random"]["p_value"] == pytest.approx(1 / 3)  # none of two does as well
+    assert [len(group) for group in prefix["random"]["groups"]] == [1, 1]
     assert results["concentration"]["sizes"] == (1, 2)
     assert results["concentration"]["value"] > 0.5
-
-
-def test_random_groups_are_found_again_where_layers_have_other_numbers_of_heads():
-    """As a scan draws them: of two heads in the first layer and eight in the second."""
-    by_layer, settings = (2, 8), {"n_random": 12, "seed": 0}
-    architecture = SimpleNamespace(
-        shapes=tuple(SimpleNamespace(n_heads=n) for n in by_layer),
-        family="made-up",
-        n_layers=2,
-        n_heads=8,
-        head_parameters={},
-    )
-    engine = SimpleNamespace(architecture=architecture, model=SimpleNamespace(num_parameters=lambda: 1), adapter=None)
-    model = model_facts(engine, "made-up")
-    assert model["heads_by_layer"] == [2, 8]
-    prefixes = ("0-1", "0-1,1-2")
-    drawn = [random_groups(parse_heads(one), heads_by_layer(engine), 12, 0) for one in prefixes]
-    stored = {"prefixes": dict.fromkeys(prefixes), "random": {format_heads(g): g for one in drawn for g in one}}
-    table = SimpleNamespace(part=lambda part, *_: stored[part])
-    again = _random_of(table, 0.0, {"model": model, "settings": settings})
-    assert {prefix: tuple(groups) for prefix, groups in again.items()} == dict(zip(prefixes, drawn, strict=True))
-    # Where layers are alike, results say nothing new.
-    architecture.shapes = (None, SimpleNamespace(n_heads=8))
-    assert "heads_by_layer" not in model_facts(engine, "made-up")
 
 
 def test_query_level_and_epsilons(results):
@@ -161,6 +130,6 @@ def test_several_seeds_draw_prompts():
 def test_the_order_of_rows_does_not_matter():
     sample = Sample()
     shuffled = rows(sample)[::-1]
-    first, second = (scan_results(order, about(sample), JUDGES) for order in (rows(sample), shuffled))
+    first, second = scan(sample), scan(sample, shuffled)
     assert json.dumps(first) == json.dumps(second)
-    assert RowTable.of(shuffled).vanilla("harmful").rows[0][0]["id"] == 0
+    assert AnswerTable.of(shuffled, "paper").vanilla("harmful").records[0][0]["id"] == 0

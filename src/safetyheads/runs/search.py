@@ -1,0 +1,209 @@
+"""Ranks heads by mean Ships, and searches for a group by any score: all heads exactly, or the best of a forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from safetyheads.errors import InputError
+from safetyheads.heads import Head
+from safetyheads.measures.head_pass import HeadPass, Readouts, State
+from safetyheads.measures.sahara import n_scored, sahara
+from safetyheads.measures.screened_scores import (
+    Extent,
+    Missed,
+    Proposal,
+    costs_of,
+    missed,
+    propose,
+    rescore_pairs,
+    screened_sahara,
+)
+from safetyheads.measures.screening import Screening, screen
+from safetyheads.measures.ships import Opener, Score, find_openers, scorer_of
+from safetyheads.prompts.asked import AskedPrompts
+from safetyheads.prompts.sets import PromptSet
+from safetyheads.runs.audit import search_steps
+from safetyheads.runs.config import SaharaConfig, ScreenOptions, ShipsConfig
+from safetyheads.runs.data import read_whole
+from safetyheads.runs.estimate import estimate
+from safetyheads.runs.progress import Progress
+from safetyheads.runs.run import Kind, Prompts, Run, carry_out
+from safetyheads.scores import HeadScores
+from safetyheads.stats.intervals import mean_with_interval
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+# The bound on missed heads is about so many best ones.
+_TOP = 10
+# Pairs to score are forecast among so many best heads.
+_PAIRED = 8
+_PAIRS = 5
+
+
+def run_ships(
+    engine: Engine,
+    config: ShipsConfig,
+    out: Path,
+    prompts: Prompts | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Rank heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
+    return carry_out(_SHIPS, engine, config, out, prompts, progress, command)
+
+
+def run_sahara(
+    engine: Engine,
+    config: SaharaConfig,
+    out: Path,
+    prompts: Prompts | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Search for a group into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
+    return carry_out(_SAHARA, engine, config, out, prompts, progress, command)
+
+
+def _read(config: ShipsConfig | SaharaConfig) -> dict[str, PromptSet]:
+    return {"harmful": read_whole("harmful", config.prompts, config)}
+
+
+def _extent(options: ScreenOptions) -> Extent:
+    """How many heads are scored exactly."""
+    given = {"n_candidates": options.candidates, "n_sampled": options.sample}
+    return Extent(**{name: value for name, value in given.items() if value is not None})
+
+
+def _about(run: Run[Any]) -> dict[str, Any]:
+    asked = run.asked["harmful"]
+    return {"n": len(asked), "template": asked.template.settings()}
+
+
+# Ships.
+
+
+def _accept(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
+    """Nothing is left to refuse."""
+
+
+def _announce_ships(run: Run[ShipsConfig]) -> None:
+    if not run.config.screen:
+        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, 1, 0, 1))
+
+
+def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
+    """The scored heads, best first."""
+    config, ablation = run.config, run.config.parsed_ablation
+    measuring = run.head_pass("harmful", ablation, Readouts(ships=True), config.positions)
+    chosen: Sequence[Head] = run.engine.heads
+    screening: Screening | None = None
+    if config.screen:
+        with run.progress.track("screening", 1):
+            screening = screen(run.engine, measuring.sequences, ablation)
+        proposal = propose(screening, extent=_extent(config))
+        costs = costs_of(measuring, proposal)
+        run.progress.say(f"{len(proposal.heads)} of {len(run.engine.heads)} heads are scored exactly: {costs}")
+        chosen = proposal.heads
+    with run.progress.track("scoring heads", len(chosen)) as done:
+        values = measuring.measure([(head,) for head in chosen], done)["ships"]
+    by_prompt = measuring.table("ships", values, chosen)
+    scores = by_prompt.mean()
+    screened: dict[str, Any] = {}
+    if screening is not None:
+        bound = missed(scores, proposal, _TOP)
+        pairs = _pairs(measuring, screening, scores)
+        screened = {"screening": {**_screening(proposal, bound), "costs": asdict(costs), "pairs": pairs}}
+    return {
+        **_about(run),
+        "score": "mean_ships",
+        "unit": "nats",
+        "positions": config.positions,
+        "heads": [
+            {"head": str(head), **asdict(mean_with_interval(by_prompt.values[:, head.layer, head.index].tolist()))}
+            for head, _ in scores.ranked()
+        ],
+        "ties": [[str(head) for head in tie] for tie in scores.ties()],
+        **screened,
+    }
+
+
+def _pairs(measuring: HeadPass, screening: Screening, scores: HeadScores) -> list[dict[str, Any]]:
+    """The pairs among the best heads whose forecasts differ most from the sum of the two."""
+    pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
+    return [
+        {
+            "heads": [str(head) for head in pair.heads],
+            "together": pair.together,
+            "alone": list(pair.alone),
+            "synergy": pair.synergy,
+        }
+        for pair in pairs
+    ]
+
+
+def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
+    """Which heads were scored exactly, and the bound on what was missed."""
+    return {
+        "candidates": [str(head) for head in proposal.candidates],
+        "sampled": [str(head) for head in proposal.sampled],
+        "missed": {**asdict(bound), "sentence": str(bound)},
+    }
+
+
+# Sahara.
+
+
+def _score(config: SaharaConfig) -> Score:
+    state = cast("State", config.state or "after_norm")
+    return Score(config.score, config.positions, 1 if config.rank is None else config.rank, state, config.centred)
+
+
+def _refuse_impossible(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
+    if config.size > len(engine.heads):
+        raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
+    _score(config).refuse_too_few(len(asked["harmful"]))
+
+
+def _announce_sahara(run: Run[SaharaConfig]) -> None:
+    if not run.config.screen:
+        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, run.config.size, 0, 1))
+
+
+def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
+    """The group found, step by step."""
+    config, engine, score = run.config, run.engine, _score(run.config)
+    openers: tuple[Opener, ...] = ()
+    if config.score == "refusal_score":
+        openers = find_openers(engine, run.asked["harmful"].prompts, run.judges[0])
+    readouts = score.readouts([opener.token_id for opener in openers])
+    measuring = run.head_pass("harmful", config.parsed_ablation, readouts, config.positions)
+    extent, n_heads = _extent(config), len(engine.heads)
+    n_each = min(n_heads, extent.n_candidates + extent.n_sampled) if config.screen else n_heads
+    screened: dict[str, Any] = {}
+    with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
+        scorer = scorer_of(measuring, score, done)
+        if config.screen:
+            found = screened_sahara(measuring, score, config.size, extent, done)
+            trace, costs = found.trace, costs_of(measuring, found.proposals[0], score.forecast)
+            run.progress.say(f"each step: {costs}")
+            steps = [_screening(*step) for step in zip(found.proposals, found.missed, strict=True)]
+            screened = {"forecast": score.forecast, "screening": steps, "costs": asdict(costs)}
+        else:
+            trace = sahara(scorer, engine.heads, config.size)
+    return {
+        **_about(run),
+        **screened,
+        "score": scorer.name,
+        "unit": scorer.unit,
+        "openers": [asdict(opener) for opener in openers],
+        "group": [str(head) for head in trace.group],
+        "steps": search_steps(trace),
+    }
+
+
+_SHIPS = Kind("ships", _read, _accept, _announce_ships, _ships_results)
+_SAHARA = Kind("sahara", _read, _refuse_impossible, _announce_sahara, _sahara_results)

@@ -1,0 +1,97 @@
+"""Both paths to an answer give the same records; a record gives its answer back; random groups are drawn once."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, load_demo, parse_heads
+from safetyheads.answers.decoding import Decoding
+from safetyheads.answers.judging import Judging
+from safetyheads.answers.sampling import GREEDY, TOP_5
+from safetyheads.judges.named import judges_named
+from safetyheads.measures import random_groups as random_groups_module
+from safetyheads.runs import kept as kept_module
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.kept import KeptAnswers, judged_answer, record_of
+from safetyheads.runs.progress import Silent
+from safetyheads.runs.run import Run, random_groups_of
+
+GROUPS = [parse_heads(text) for text in ("1-3", "1-3,2-5", "0-0", "3-1", "2-1,2-5")]
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return load_demo("aligned_a")
+
+
+def records(organism, folder, sampling, full_answers, least_drafted, monkeypatch):
+    """Records of both kinds of groups, by the path that ``least_drafted`` leads to."""
+    monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", least_drafted)
+    decoding = Decoding(24, sampling, full_answers)
+    prompts = organism.harmful[:8]
+    judging = Judging(organism.engine, prompts, judges_named(["paper", "phrases"]), 24, full_answers)
+    with RunDirectory.start(folder, {}, {}) as directory:
+        kept = KeptAnswers("harmful", judging, decoding, directory, Silent())
+        own = [[(Head(1, 3),), (Head(1, 3), Head(2, number % 8))] for number in range(len(prompts))]
+        groups = [
+            kept.vanilla(),
+            *kept.under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION),
+            *kept.of_each("query_level", own, UNDIFFERENTIATED_ATTENTION),
+        ]
+    assert [one.group for one in groups] == ["", "1-3", "1-3,2-5", "0-0", "3-1", "2-1,2-5", "top 1", "top 2"]
+    return [record for one in groups for record in one.flat()]
+
+
+@pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
+@pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sampling, full_answers, monkeypatch):
+    plain, drafted = (
+        records(organism, tmp_path / name, sampling, full_answers, least, monkeypatch)
+        for name, least in (("plain", 99), ("drafted", 1))
+    )
+    routes = [{record.pop("route") for record in made if record["part"] != "vanilla"} for made in (plain, drafted)]
+    for made in (plain, drafted):
+        for record in made:
+            record.pop("route", None)
+    assert routes[0] == {"plain"}
+    assert {"drafted", "continued"} <= routes[1]
+    assert plain == drafted
+    assert {record["changed"] for record in plain} == {True, False}
+
+
+def test_a_record_gives_its_answer_back(organism):
+    judging = Judging(organism.engine, organism.benign[:2], judges_named(["phrases", "paper"]), 12)
+    answers = [(at, GROUPS[1], one) for at, one in enumerate(_answers(organism))]
+    place = {"set": "benign", "part": "groups", "epsilon": 1e-5, "seed": 0}
+    for at, judged in enumerate(judging.judged(answers)):
+        record = record_of(judged, {"id": at, **place}, stores_completions=True)
+        again = judged_answer(record, "phrases", judged.prompt)
+        assert again == judged
+        assert list(again.verdicts) == ["phrases", "paper"]  # the leading judge first, whatever the names' order
+        short = record_of(judged, {"id": at, **place}, stores_completions=False)
+        assert not {"query", "text", "token_ids"} & short.keys()
+        assert judged_answer(short, "phrases", judged.prompt).token_ids == judged.token_ids[:1]
+
+
+def _answers(organism):
+    from safetyheads import generate
+
+    return generate(organism.engine, organism.benign[:2], 12)
+
+
+def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp_path, monkeypatch):
+    # Layers with different numbers of heads, as some families have them.
+    shapes = tuple(SimpleNamespace(n_heads=n) for n in (2, 8))
+    engine, groups = (
+        SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)),
+        [parse_heads("0-1"), parse_heads("0-1,1-2")],
+    )
+    with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
+        drawn = Run(engine, None, directory, Silent()).random_groups(groups, 12, 0)
+        assert drawn[groups[0]] == random_groups_module.random_groups(groups[0], (2, 8), 12, 0)
+        monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
+        assert Run(engine, None, directory, Silent()).random_groups(groups, 12, 0) == drawn
+        stored = random_groups_of(directory)
+    assert {group: [parse_heads(one) for one in controls] for group, controls in stored.items()} == {
+        ",".join(map(str, group)): list(controls) for group, controls in drawn.items()
+    }
