@@ -22,7 +22,7 @@ from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig
-from safetyheads.runs.directory import SCHEMA_VERSION, Record
+from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
     as_loaded,

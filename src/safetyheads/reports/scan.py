@@ -15,7 +15,7 @@ from safetyheads.reports import charts
 from safetyheads.reports.audit import group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, number, rate_words, render, two
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rejudge import identity
 from safetyheads.runs.tables import RATES, AnswerTable, GroupAnswers
 
@@ -65,7 +65,7 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
 
 
 def render_scan(
-    results: Results, manifest: Mapping[str, Any], rows: Sequence[Row], timings: Mapping[str, Any], show_texts: bool
+    results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], timings: Mapping[str, Any], show_texts: bool
 ) -> str:
     """The page; equal arguments give equal text.
 
@@ -369,14 +369,14 @@ def drill_data(
     states: dict[tuple[int, ...], int] = {}
     reasons: dict[str, int] = {}
 
-    def state(row: Row) -> int:
+    def state(row: Record) -> int:
         found: list[int] = []
         for judge in judges:
             verdict = row["verdicts"][judge]
             found += [LABELS.index(verdict["label"]), reasons.setdefault(verdict["reason"], len(reasons))]
         return states.setdefault((*found, int(row["changed"]), int(row["complete"])), len(states))
 
-    def answers_of(name: str, head: str) -> list[Row]:
+    def answers_of(name: str, head: str) -> list[Record]:
         answers = _answers(table, name, head, epsilon)
         return [] if answers is None else answers.flat()
 
