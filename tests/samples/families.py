@@ -274,12 +274,7 @@ FAMILIES = {
     "qwen3_next": Family(
         "Qwen3NextConfig",
         "linear attention in most layers; gated heads; experts",
-        {
-            **GROUPED,
-            **EXPERTS,
-            **LINEAR,
-            "shared_expert_intermediate_size": 24,
-        },
+        {**GROUPED, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 24},
         given_up={"packs": STATE, "segments": STATE},
         without_heads=(0, 2),
     ),

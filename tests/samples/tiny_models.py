@@ -7,14 +7,7 @@ from functools import cache
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from safetyheads import Engine, PromptSet

@@ -314,10 +314,7 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
     uniform = _mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
     if seen["plain"]:
-        yield (
-            "undifferentiated attention is uniform over the allowed keys",
-            difference(output[1][:, head], uniform),
-        )
+        yield ("undifferentiated attention is uniform over the allowed keys", difference(output[1][:, head], uniform))
     else:
         # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more.
         yield (

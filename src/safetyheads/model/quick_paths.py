@@ -43,10 +43,7 @@ def largest(errors: Iterable[float]) -> float:
 
 
 def prove_quick_paths(
-    engine: Engine,
-    sequences: list[TokenSequence],
-    rows: list[PackedRow],
-    claim: Callable[..., bool],
+    engine: Engine, sequences: list[TokenSequence], rows: list[PackedRow], claim: Callable[..., bool]
 ) -> tuple[Capabilities, tuple[str, ...]]:
     """(ii), (iii) Each quick path against the plain one, also after an ablated replay; then all that hold together."""
     facts = engine.architecture

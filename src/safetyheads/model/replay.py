@@ -197,11 +197,7 @@ def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
 
 @torch.inference_mode()
 def capture(
-    architecture: Architecture,
-    row: PackedRow,
-    calls: Mapping[int, AttentionCall],
-    first: int,
-    segments: bool = False,
+    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], first: int, segments: bool = False
 ) -> Capture:
     """Run the decoder over one packed row, keeping what layers ``first``.. are given.
 
