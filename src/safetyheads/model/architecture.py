@@ -17,45 +17,32 @@ from transformers import PreTrainedModel
 
 from safetyheads.errors import UnsupportedModelError
 
-DECODER_NAMES = ("model", "language_model", "transformer", "decoder")
-"""Where the decoder is, should ``get_decoder`` give a model around it (Llama 4)."""
+# Where families keep their parts, by attribute; the first name that is there counts.
+DECODER_NAMES = (
+    "model",
+    "language_model",
+    "transformer",
+    "decoder",
+)  # should get_decoder give a model around it (Llama 4)
 LAYER_NAMES = ("layers", "h", "blocks")
-"""The decoder's module list of layers, by the names families use."""
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block")
-"""A layer's attention module; in hybrids other layers keep something else under the same name."""
-QUERY_NAMES = ("q_proj", "q_b_proj")
-"""An attention's projection to queries alone; the second of two where they pass a low rank."""
+QUERY_NAMES = ("q_proj", "q_b_proj")  # to queries alone; the second of two where they pass a low rank
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-"""An attention's last projection, of its heads' outputs."""
-FINAL_NORM_NAMES = (
-    "norm",
-    "ln_f",
-    "final_layernorm",
-    "final_layer_norm",
-    "final_norm",
-    "norm_f",
-    "embedding_norm",
-    "layer_norm",
-)
-"""The decoder's norm after its last layer."""
+FINAL_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "embedding_norm")
+FINAL_NORM_NAMES += ("layer_norm",)
 HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads")
-"""An attention's number of query heads."""
-HEAD_WIDTH_NAMES = ("qk_head_dim", "head_dim", "head_size")
-"""Width of a head's query and key. It need not be d_model / n_heads."""
-VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)
-"""Width of a head's value, another one where keys and values come from one latent (MLA)."""
+HEAD_WIDTH_NAMES = ("qk_head_dim", "head_dim", "head_size")  # need not be d_model / n_heads
+VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)  # another width where keys and values come from one latent (MLA)
+STREAMS_FIRST_NAMES = ("altup_projections",)  # several residual streams, stacked before the batch (Gemma 3n)
+# A config's widths of sliding windows and attention chunks, and which of them a layer of a type has.
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "attention_window_size")
-"""A config's widths of sliding windows and attention chunks."""
 WINDOW_OF_LAYER_TYPE: dict[str, str | None] = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }
-"""Which of them a layer of this type has."""
-STREAMS_FIRST_NAMES = ("altup_projections",)
-"""Parts of a decoder that keeps several residual streams, stacked before the batch (Gemma 3n)."""
+# A config's numbers of tokens beyond which attention has another temperature (Llama 4) or chooses its keys (DSA).
 TURN_NAMES = ("floor_scale", "index_topk")
-"""A config's numbers of tokens beyond which attention has another temperature (Llama 4) or chooses its keys (DSA)."""
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 """RoPE types whose angles change once a row is longer than the model was trained on at first."""
 

@@ -1,11 +1,11 @@
-"""The attention function of our own. Owns how an ablation acts inside attention.
+"""Ablates heads inside attention, by an attention function that transformers calls for every family.
 
-It refuses to know families: whatever a family's attention needs beyond queries, keys, values and a mask
-(softcap, sinks) stays in that family's own eager function, which is found in the module's source module.
+What a family's attention needs beyond queries, keys, values and a mask (softcap, sinks) stays in that family's eager
+function, which is found in the module's source module.
 
-An ablation travels as a keyword that a forward pre-hook puts on the attention module's own call. It is neither
-global nor a context variable: a batch row carries its own ablations, other threads that use the model see
-them, and a checkpointed recomputation sees them again.
+An ablation travels as a keyword that a forward pre-hook puts on the attention module's call. It is neither global nor
+a context variable: each batch row has its ablations, other threads that use the model see them, and a checkpointed
+recomputation sees them again.
 """
 
 from __future__ import annotations
@@ -28,22 +28,19 @@ from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.packing import Segments, by_segment, safetyheads_mask
 
 ATTENTION_NAME = "safetyheads"
-"""Under this name the attention and the mask function stand in transformers' registries."""
+"""Name of the attention and the mask function in transformers' registries."""
 
 _KEYWORD = "safetyheads_call"
 
-# Lives for one forward of a proof, in its own thread.
-_callers: ContextVar[list[nn.Module] | None] = ContextVar("safetyheads_callers", default=None)
-
+# Sparse attention: the keys that a family's indexer chose for each token, [rows, n_tokens, n_chosen].
+_CHOSEN_KEYS = "indices"
 # Keywords with tensors that say where a token stands or which keys it sees. The mask already holds what
 # they tell, so both sdpa and eager functions may ignore them.
 _POSITIONAL_KEYWORDS = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value"}
 )
-
-
-# Sparse attention: the keys that a family's own indexer chose for each token, [rows, n_tokens, n_chosen].
-_CHOSEN_KEYS = "indices"
+# Lives for one forward of a proof, in its own thread.
+_callers: ContextVar[list[nn.Module] | None] = ContextVar("safetyheads_callers", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +52,39 @@ class RowAblation:
     """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
 
 
-class KeysAndValues(Exception):
-    """Leaves a layer from inside its attention once its keys and values are there."""
+class LeftLayer(Exception):
+    """Leaves a layer from inside its attention, once what was wanted of it is there."""
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__("keys and values are there")
-        self.key, self.value = key, value
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__("what was wanted of the layer is there")
+        self.tensors = tensors
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a hook hands to one call of the attention function."""
+    """What one call of the attention function is told to do."""
 
     ablations: tuple[RowAblation, ...] = ()
     """Applied one after the other; a head may be in at most one of them per row."""
     leave: bool = False
-    """Raise :class:`KeysAndValues` instead of attending."""
+    """Raise :class:`LeftLayer` with keys and values instead of attending."""
     compare: Callable[[Tensor, Tensor], Tensor] | None = None
     """Given the heads' outputs, every head unablated and every head ablated [rows, n_tokens, n_heads, d_value],
     gives the outputs to go on with, or raises to leave the layer."""
     segments: Segments | None = None
     """How the row's prompts lie, where attention may be taken prompt by prompt."""
     keys_and_values: tuple[Tensor, Tensor] | None = None
-    """Attend to these instead of the call's own keys and values."""
+    """Attend to these keys and values instead."""
     observe: Callable[..., None] | None = None
-    """Called with query, key, value, mask, output, ``plain`` (nothing but softmax of masked scores weighs the values)
-    and ``chosen`` (an indexer chose keys) as keywords; the proofs at load look through it."""
+    """Called by keyword with query, key, value, mask, output, ``plain`` (nothing but softmax of masked scores weighs
+    the values) and ``chosen`` (an indexer chose keys); for the proofs at load."""
 
 
 class _Ungrouped:
-    """An attention module seen with as many key heads as query heads.
+    """An attention module with as many key heads as query heads.
 
-    Replacing the key of one query head needs keys repeated for every query head; a family's attention
-    function would repeat them once more by the module's ``num_key_value_groups``.
+    Replacing the key of one query head needs keys repeated for every query head; a family's attention function would
+    repeat them once more by the module's ``num_key_value_groups``.
     """
 
     num_key_value_groups = 1
@@ -140,11 +137,11 @@ def safetyheads_attention(
     if call is None:
         return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
     if call.leave:
-        raise KeysAndValues(key, value)
+        raise LeftLayer(key, value)
     if call.keys_and_values is not None:
         key, value = call.keys_and_values
     if len(key) != len(query):
-        # Keys and values of a layer before the rows were told apart: they are the same in each.
+        # Keys and values from before the rows were told apart: they are the same in each.
         key, value = (shared.expand(len(query), -1, -1, -1) for shared in (key, value))
 
     def attend(ablations: tuple[RowAblation, ...]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

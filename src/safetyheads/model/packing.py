@@ -1,7 +1,4 @@
-"""How prompts lie in one row. Owns the mask of packed prompts, and attention taken prompt by prompt.
-
-It refuses to know families and ablations: the family's own mask rule and attention are handed in.
-"""
+"""Keeps prompts in one row apart: the mask of packed prompts, and attention prompt by prompt."""
 
 from __future__ import annotations
 

@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
 ROUNDED = 1e-1
-"""The least that is allowed behind projections whose method rounds activations too, to 8 bits by the largest of a row
-or batch (measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
+"""Least tolerance behind projections whose method rounds activations too, to 8 bits by the largest of a row or batch
+(measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
 QUANTISED = 1e-2
-"""The least that is allowed elsewhere where weights are quantised: kernels count in float16 (measured: 2e-3)."""
-
-
-# Of all facts only this decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
+"""Least tolerance elsewhere where weights are quantised: kernels compute in float16 (measured: 2e-3)."""
+# The only fact that decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
 _WINDOWS = "each layer's window is as wide as was read"
-# Of the claims about single layers only this one looks at what comes after the heads, where activations may be rounded.
+# The only claim about single layers that looks behind the heads, where activations may be rounded.
 _PARTS = "a head changes its block's output by its own part alone"
 
 
@@ -104,15 +102,15 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         claim(said, in_blocks, True)
         _refuse_attention_elsewhere(engine, rows[0])
         with _refusing(facts.family, "ablating a head of each layer"):
-            for worst in _ablation_errors(engine, rows[0]):
-                said = f"{worst.claim} ({facts.n_layers} layers, most in layer {worst.layer})"
-                claim(said, worst.error, worst.claim != _WINDOWS, tolerance if worst.claim == _PARTS else exact)
+            for named, (error, layer) in _ablation_errors(engine, rows[0]).items():
+                said = f"{named} ({facts.n_layers} layers, most in layer {layer})"
+                claim(said, error, named != _WINDOWS, tolerance if named == _PARTS else exact)
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
 
 
 def tolerances(engine: Engine) -> tuple[float, float]:
-    """Of what heads say, which no method rounds, and of what lies behind projections."""
+    """For heads' outputs, which no method rounds, and for what lies behind projections."""
     exact = TOLERANCE[engine.dtype]
     if not is_quantised(engine.model):
         return exact, exact
@@ -173,7 +171,7 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
 
 
 def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
-    """Hold which modules attend against those that were found: what is left out must have no heads."""
+    """Refuse a model in which other modules attend than were found: what is left out must have no heads."""
     facts = engine.architecture
     with attending() as callers:
         decode(facts, row, 1)
@@ -187,7 +185,7 @@ def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
 
 
 def _left_out(engine: Engine) -> Iterator[str]:
-    """What is to be said of layers without heads."""
+    """The note about layers without heads."""
     layers = engine.architecture.without_heads
     if layers:
         named = ", ".join(map(str, layers))
@@ -196,7 +194,7 @@ def _left_out(engine: Engine) -> Iterator[str]:
 
 @contextmanager
 def _refusing(family: str, what: str) -> Iterator[None]:
-    """Within, what a family's code trips over refuses it by name."""
+    """Within, an error in a family's code refuses the family by name."""
     try:
         yield
     except UnsupportedModelError:
@@ -211,7 +209,7 @@ def _refusing(family: str, what: str) -> Iterator[None]:
 
 
 def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
-    """Made-up prompts that share a beginning, two of them longer than every window the run can reach.
+    """Random prompts that share a beginning, two of them longer than every window that the run can reach.
 
     Where the run reaches lengths at which positions turn, a third one is shorter than these.
     """
@@ -221,7 +219,7 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     if facts.context_length is not None:
         length = min(length, facts.context_length)
     generator = torch.Generator().manual_seed(0)
-    size = min(facts.vocabulary_size, engine.model.get_input_embeddings().weight.shape[0])
+    size = min(facts.vocabulary_size, engine.n_embedded)
     ids = torch.randint(size, (2, length), generator=generator).tolist()
     shared = length // 3
     probes = [tuple(ids[0]), tuple(ids[0][:shared] + ids[1][shared : length - 2])]
@@ -231,25 +229,20 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
-@dataclass(frozen=True, slots=True)
-class _Worst:
-    """A claim about every layer, where it held least."""
+def _ablation_errors(engine: Engine, row: PackedRow) -> dict[str, tuple[float, int]]:
+    """(iv), (v) What an ablation of one head does to its attention, and that the hook arrives, layer by layer.
 
-    claim: str
-    error: float
-    layer: int
-
-
-def _ablation_errors(engine: Engine, row: PackedRow) -> list[_Worst]:
-    """(iv), (v) What an ablation of one head does to its attention, and that the hook arrives, layer by layer."""
+    Returns:
+        Claim -> its largest error and in which layer.
+    """
     captured = capture(engine.architecture, row, {}, 0)
-    worst: dict[str, _Worst] = {}
+    worst: dict[str, tuple[float, int]] = {}
     for layer in engine.architecture.with_heads:
         for claim, error in _errors_in_layer(engine, captured, layer):
-            # A NaN is the worst there is, and no comparison says so.
-            if claim not in worst or not error <= worst[claim].error:
-                worst[claim] = _Worst(claim, error, layer)
-    return list(worst.values())
+            # A NaN is the largest error, and no comparison says so.
+            if claim not in worst or not error <= worst[claim][0]:
+                worst[claim] = error, layer
+    return worst
 
 
 def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
@@ -324,7 +317,7 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
 
 
 def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
-    """Hold what was read of a layer's heads against what its attention function was given."""
+    """Refuse a layer whose attention function was given other heads than were read of the model."""
     query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
     read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_value)
     given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
-from safetyheads.model.attention import AttentionCall, KeysAndValues, attention_calls
+from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls
 from safetyheads.model.packing import packed
 from safetyheads.model.planning import PackedRow
 
@@ -286,14 +286,6 @@ def replay(
     return _entering_norm(architecture, states)
 
 
-class _HeadOutputs(Exception):
-    """Leaves a layer from inside its attention once its heads' outputs are about to be projected."""
-
-    def __init__(self, outputs: Tensor) -> None:
-        super().__init__("the heads' outputs are there")
-        self.outputs = outputs
-
-
 class _Replay:
     """One replay under way: its containers are as the layers so far have left them."""
 
@@ -336,7 +328,7 @@ class _Replay:
         both = replace(row_ablation, selected=selected.expand(-1, row_ablation.selected.shape[1]))
 
         def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            raise _HeadOutputs(given[0])
+            raise LeftLayer(given[0])
 
         projection = self.architecture.output_projections[layer]
         if projection is None:
@@ -346,8 +338,8 @@ class _Replay:
             with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
                 rows = of_rows(self.architecture, hidden, 2)
                 self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
-        except _HeadOutputs as reached:
-            return reached.outputs
+        except LeftLayer as left:
+            return left.tensors[0]
         finally:
             handle.remove()
         raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
@@ -381,8 +373,9 @@ class _Replay:
                 if projection is not None and width:
                     stack.enter_context(instead(projection, no_queries))
                 self.architecture.layers[last](hidden, **self.copies.fork().of(self.captured.arguments[last]))
-        except KeysAndValues as reached:
-            return reached.key, reached.value
+        except LeftLayer as left:
+            key, value = left.tensors
+            return key, value
         raise LookupError("the last layer ended without calling its attention function")
 
 
