@@ -104,10 +104,7 @@ def _row(name: str) -> str:
     missing = [
         f"{each.name} is not in the table" for each in fields(Capabilities) if each.name not in (*COLUMNS, "caches")
     ]
-    reasons: dict[str, list[str]] = {}
-    for each, why in family.given_up.items():
-        reasons.setdefault(why, []).append(COLUMNS[each])
-    notes = [f"{', '.join(paths)}: {why}" for why, paths in reasons.items()]
+    notes = [f"{', '.join(COLUMNS[path] for path in family.given_up)}: {family.because}"] if family.given_up else []
     left_out = ", ".join(map(str, engine.architecture.without_heads))
     n_layers = engine.architecture.n_layers
     return _line(
