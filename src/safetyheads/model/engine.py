@@ -381,14 +381,14 @@ class Engine:
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.ablation_calls(groups, ablation), len(groups)
+        states = []
         with self.ablated_rows([()], ablation):
-            parts = [
-                replay(facts, captured, calls, n, start, quick)
-                if quick.replays
-                else rerun(facts, captured.row, calls, n)
-                for captured in captures
-            ]
-        return torch.cat(parts, dim=1)
+            for captured in captures:
+                if quick.replays:
+                    states.append(replay(facts, captured, calls, n, start, quick))
+                else:
+                    states.append(rerun(facts, captured.row, calls, n))
+        return torch.cat(states, dim=1)
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:
