@@ -169,8 +169,9 @@ class HeadPass:
         chosen = [groups[index] for index in indices]
 
         def compute() -> dict[str, Tensor]:
-            values_by_name = unless_too_large(chosen, lambda groups: self._read(hidden_of(groups)))
-            return {_HALVED: torch.ones(1)} if values_by_name is None else values_by_name
+            with unless_too_large(len(chosen)):
+                return self._read(hidden_of(chosen))
+            return {_HALVED: torch.ones(1)}
 
         depends_on = {
             "groups": [format_heads(group) for group in chosen],

@@ -28,8 +28,9 @@ LAYER_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block")
 QUERY_NAMES = ("q_proj", "q_b_proj")  # to queries alone; the second of two where they pass a low rank
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-FINAL_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "embedding_norm")
-FINAL_NORM_NAMES += ("layer_norm",)
+FINAL_NORM_NAMES = tuple(
+    "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm layer_norm".split()  # noqa: SIM905
+)
 HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads")
 HEAD_WIDTH_NAMES = ("qk_head_dim", "head_dim", "head_size")  # need not be d_model / n_heads
 VALUE_WIDTH_NAMES = ("v_head_dim", *HEAD_WIDTH_NAMES)  # another width where keys and values come from one latent (MLA)

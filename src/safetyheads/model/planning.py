@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -284,21 +285,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
-def unless_too_large(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Result | None:
-    """What ``run`` gives for the items together; None where memory runs out and they can be halved.
-
-    Raises:
-        Exception: whatever else ``run`` raises, and out of memory with a single item.
-    """
+@contextmanager
+def unless_too_large(n_items: int) -> Iterator[None]:
+    """Within, running out of memory ends the block in silence, if there are several items that can be halved."""
     try:
-        return run(items)
+        yield
     except (RuntimeError, MemoryError) as error:
-        if len(items) < 2 or not is_out_of_memory(error):
+        if n_items < 2 or not is_out_of_memory(error):
             raise
-    # Outside the handler: the traceback holds the frames, and so the tensors, of the failed attempt.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
 
 
 def halving(
@@ -311,10 +305,15 @@ def halving(
     Yields:
         The items that ran together, with what ``run`` returned for them.
     """
-    result = unless_too_large(items, run)
+    result = None
+    with unless_too_large(len(items)):
+        result = run(items)
     if result is not None:
         yield items, result
         return
+    # Not before the block has ended: the error's traceback holds the tensors of the failed attempt.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     middle = len(items) // 2
     yield from halving(items[:middle], run)
     yield from halving(items[middle:], run)
