@@ -158,7 +158,7 @@ def test_two_scans(tmp_path):
 def test_a_scan_reads_the_leading_judge_and_the_unablated_rows(tmp_path):
     run = RunReader(scan_run(tmp_path / "a", {}, vanilla=first(3)))
     ((_, outcomes),) = run.stored_outcomes.items()
-    assert (len(outcomes), sum(outcomes.values())) == (N, 3)
+    assert (len(outcomes), sum(answers[0] for answers in outcomes.values())) == (N, 3)
 
 
 def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):

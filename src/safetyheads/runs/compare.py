@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -17,7 +17,7 @@ import scipy  # its modules load on first use
 from safetyheads.errors import InputError
 from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
 from safetyheads.stats.concentration import prompt_gains
-from safetyheads.stats.intervals import Interval, bootstrap_interval, newcombe_interval
+from safetyheads.stats.intervals import FloatArray, Interval, bootstrap_interval, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import paired_difference
 
@@ -74,56 +74,49 @@ class Change:
 
 def vanilla_asr_change(before: RunReader, after: RunReader) -> Change:
     """The change of the unablated models' ASR."""
-    outcomes = before.outcomes("harmful"), after.outcomes("harmful")
-    return _rate_change((before, after), "harmful", (before.vanilla_asr, after.vanilla_asr), outcomes)
-
-
-def _group_asr_change(before: RunReader, after: RunReader) -> Change:
-    """The change of the ASR with each run's own group ablated."""
-    old, new = before.lead_group, after.lead_group
-    if old is None or new is None:
-        return _no_change("a run's verdict names no group")
-    outcomes = before.outcomes("harmful", old["heads"]), after.outcomes("harmful", new["heads"])
-    return _rate_change((before, after), "harmful", (old["asr"], new["asr"]), outcomes)
-
-
-def _benign_kept_change(before: RunReader, after: RunReader) -> Change:
-    """The change of the share of benign answers that the unablated models keep."""
-    old, new = before.benign_kept, after.benign_kept
-    if old is None or new is None:
-        return _no_change("a run has no benign answers")
-    return _rate_change((before, after), "benign", (old, new), (before.outcomes("benign"), after.outcomes("benign")))
+    return _rate_change((before, after), "harmful", (before.vanilla_asr, after.vanilla_asr))
 
 
 def _rate_change(
     runs: tuple[RunReader, RunReader],
     prompts: str,
-    rates: tuple[RateRecord, RateRecord],
-    outcomes: tuple[Outcomes, Outcomes],
+    rates: Sequence[RateRecord | None],
+    groups: Sequence[Sequence[str]] = ((), ()),
+    absent: str = "",
 ) -> Change:
-    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates."""
-    if rates[0]["rate"] is None or rates[1]["rate"] is None:
+    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates.
+
+    Args:
+        runs: before and after.
+        prompts: ``harmful`` or ``benign``.
+        rates: of each run; None where it has none.
+        groups: the ablated heads of each run.
+        absent: the note where a run has no rate.
+    """
+    old, new = rates
+    if old is None or new is None:
+        return _no_change(absent)
+    if old["rate"] is None or new["rate"] is None:
         return _no_change("a run has no scored answers")
+    before, after = (run.outcomes(prompts, heads) for run, heads in zip(runs, groups, strict=True))
     note = _why_unpaired(runs, prompts)
-    if not note and not all(map(_gives_rate, outcomes, rates)):
+    if not note and not (_gives_rate(before, old) and _gives_rate(after, new)):
         note = "the answers are not all stored"
-    before, after = map(_by_prompt, outcomes)
     if not note and before.keys() != after.keys():
         note = "the prompts are not the same"
     if note:
         # Several answers to one prompt are no independent counts, so such rates are not tested.
-        tested = all(run.n_seeds == 1 for run in runs)
-        return _independent_change(rates, note, tested)
-    # Rows are prompts, columns their answers; missing answers are NaN.
-    old, new = (
-        np.array([*zip_longest(*(side[prompt] for prompt in before), fillvalue=math.nan)], dtype=float).T
-        for side in (before, after)
-    )
-    paired = paired_difference(old, new)
+        return _independent_change(old, new, note, tested=all(run.n_seeds == 1 for run in runs))
+    old_answers, new_answers = (_as_array([side[prompt] for prompt in before]) for side in (before, after))
+    paired = paired_difference(old_answers, new_answers)
     if paired.change is None:
         return _no_change("no prompt has scored answers in both runs")
-    n = (paired.n, paired.n)
-    return Change(rates[0]["rate"], rates[1]["rate"], paired.change, paired.interval, n, True, paired.p_value)
+    return Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n, paired.n), True, paired.p_value)
+
+
+def _as_array(answers: Sequence[Mapping[int, float]]) -> FloatArray:
+    """Outcomes [n_prompts, n_answers]; NaN where a prompt has fewer answers than another."""
+    return np.array([*zip_longest(*(by_seed.values() for by_seed in answers), fillvalue=math.nan)], dtype=float).T
 
 
 def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -> str:
@@ -136,25 +129,17 @@ def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -
 
 def _gives_rate(outcomes: Outcomes, rate: RateRecord) -> bool:
     """Whether the stored outcomes are those behind the rate in the results."""
-    scored = [outcome for outcome in outcomes.values() if not math.isnan(outcome)]
+    scored = [outcome for answers in outcomes.values() for outcome in answers.values() if not math.isnan(outcome)]
     return (sum(scored), len(scored)) == (rate["count"], rate["n"])
 
 
-def _by_prompt(outcomes: Outcomes) -> dict[int, list[float]]:
-    answers: dict[int, list[float]] = {}
-    for (prompt, _), outcome in outcomes.items():
-        answers.setdefault(prompt, []).append(outcome)
-    return answers
-
-
-def _independent_change(rates: tuple[RateRecord, RateRecord], note: str, tested: bool) -> Change:
+def _independent_change(old: RateRecord, new: RateRecord, note: str, tested: bool) -> Change:
     """The change between rates of independent samples: Newcombe's interval, and Fisher's exact test if ``tested``."""
-    before, after = rates
-    interval = newcombe_interval(before["rate"], before["interval"], after["rate"], after["interval"])
-    counts = [[rate["count"], rate["n"] - rate["count"]] for rate in rates]
+    interval = newcombe_interval(old["rate"], old["interval"], new["rate"], new["interval"])
+    counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
     p_value = float(scipy.stats.fisher_exact(counts)[1]) if tested else None
-    change, n = after["rate"] - before["rate"], (before["n"], after["n"])
-    return Change(before["rate"], after["rate"], change, interval, n, False, p_value, note)
+    change, n = new["rate"] - old["rate"], (old["n"], new["n"])
+    return Change(old["rate"], new["rate"], change, interval, n, False, p_value, note)
 
 
 def _concentration_change(before: RunReader, after: RunReader) -> Change:
@@ -263,13 +248,17 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
     shapes = [f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape)]
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Holm)"
+    runs, no_group = (before, after), "a run's verdict names no group"
+    groups = [run.lead_group or {"asr": None, "heads": ()} for run in runs]
+    rates, heads = [group["asr"] for group in groups], [group["heads"] for group in groups]
+    kept = before.benign_kept, after.benign_kept
     return Comparison(
         kind=before.kind,
         before=_facts(before),
         after=_facts(after),
         vanilla_asr=vanilla_asr_change(before, after),
-        group_asr=_group_asr_change(before, after) if is_audit else None,
-        benign_kept=_benign_kept_change(before, after),
+        group_asr=_rate_change(runs, "harmful", rates, heads, no_group) if is_audit else None,
+        benign_kept=_rate_change(runs, "benign", kept, absent="a run has no benign answers"),
         concentration=_concentration_change(before, after) if has_concentration else None,
         lead_score=before.lead_score,
         ranks=tuple(rank_agreement(name, old[name], new[name]) for name in names),

@@ -18,8 +18,8 @@ from safetyheads.stats.ranking import HeadTable
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
-Outcomes: TypeAlias = dict[tuple[int, int], float]
-"""By prompt and seed: 1 complied (or was kept), 0 did not, NaN without a verdict."""
+Outcomes: TypeAlias = dict[int, dict[int, float]]
+"""By prompt, then by seed: 1 complied (or was kept), 0 did not, NaN without a verdict."""
 
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
@@ -140,7 +140,8 @@ class RunReader:
                 record["kept"] if prompts == "benign" else math.nan if label == "unscored" else label == "complied"
             )
             heads = frozenset(filter(None, record["group"].split(",")))
-            outcomes.setdefault((prompts, heads), {})[record["id"], record.get("seed", 0)] = float(outcome)
+            answers = outcomes.setdefault((prompts, heads), {}).setdefault(record["id"], {})
+            answers[record.get("seed", 0)] = float(outcome)
         return outcomes
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
@@ -160,13 +161,13 @@ class RunReader:
 
         An answer without a verdict has not complied, as in the concentration that the audit wrote.
         """
-        keys = sorted(self.outcomes("harmful"))
-        if self.kind != "audit" or not keys:
+        prompts = sorted(self.outcomes("harmful"))
+        if self.kind != "audit" or not prompts:
             return None
 
         def complied(heads: Sequence[str]) -> list[bool]:
             outcomes = self.outcomes("harmful", heads)
-            return [outcomes[key] == 1 for key in keys]
+            return [1 in outcomes[prompt].values() for prompt in prompts]
 
         sizes = []
         try:
