@@ -116,23 +116,6 @@ def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
     assert np.abs(np.array(found) - np.array(vanilla)).max() > 1
 
 
-@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=str)
-def test_an_ablated_run_equals_ablated_forwards(engine, ablation):
-    found = evaluate_tasks(engine, load_tasks(SMALL), head_variants(engine, [GROUP], ablation))
-    with engine.ablated(GROUP, ablation):
-        likelihoods = by_hand(engine, organism_documents()[:12])
-    np.testing.assert_allclose(responses(found.records["organism", "0-0,0-1,1-3,2-5"]), likelihoods, atol=TOLERANCE)
-
-
-def test_the_size_of_batches_moves_the_last_bits_only(engine, organism):
-    variants = head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION)
-    one, eight = (
-        evaluate_tasks(engine, load_tasks(TaskOptions(limit=12, batch_size=size)), variants) for size in (1, 8)
-    )
-    for key in one.records:
-        np.testing.assert_allclose(responses(one.records[key]), responses(eight.records[key]), atol=TOLERANCE)
-
-
 def test_differences_are_paired_by_sample(whole):
     before, after = (
         [row["values"]["acc"] == 1 for row in whole.records["organism", label][1:]] for label in ("none", "1-3")
