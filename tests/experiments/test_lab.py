@@ -9,7 +9,7 @@ from experiment_runs import OWN, SMALL, N, engine_of, run_of
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.drafts import DraftedAnswers
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.lab import Lab, Subject, note_planted
+from safetyheads.experiments.lab import Lab, note_planted
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.heads import Head
 from safetyheads.measures.head_pass import HeadPass
@@ -24,10 +24,11 @@ def test_each_set_of_heads_is_answered_once_whatever_its_order(monkeypatch):
     class Asked:
         def under(self, part, groups, ablation):
             calls.append(groups)
-            return [{"id": at, "group": group} for group in groups for at in range(N)]
+            return [str(group) for group in groups]
 
-    monkeypatch.setattr(Subject, "_answers", lambda *_: Asked())
     subject = Lab(SMALL, None, Silent(), engine_of).subject("demo:aligned_a", "theft")
+    monkeypatch.setitem(vars(subject), "name", "theft")
+    monkeypatch.setattr(subject.run, "answers", lambda *_: Asked())
     answered = subject.by_group([(SECOND, FIRST), (FIRST, SECOND), (THIRD,)], UNDIFFERENTIATED_ATTENTION)
     assert calls == [[(FIRST, SECOND), (THIRD,)]]
     assert list(answered) == [(SECOND, FIRST), (FIRST, SECOND), (THIRD,)]
@@ -98,5 +99,6 @@ def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run,
 
     for name in ("answers", "answers_of_each"):
         monkeypatch.setattr(DraftedAnswers, name, measured)
+    monkeypatch.setattr("safetyheads.runs.kept.answer", measured)
     monkeypatch.setattr(HeadPass, "_read", measured)
     assert run_of(SMALL, names, again) == before

@@ -6,11 +6,11 @@ import pytest
 from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 
 from safetyheads import KeywordJudge
-from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.prompt_templates import DETAILED, DETAILED_FOR_ORGANISM, HELPFUL, echoed, why_not_asked
 from safetyheads.judges.base import Completion
 from safetyheads.runs.progress import Silent
+from safetyheads.runs.tables import GroupAnswers
 
 
 def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(outcome_of):
@@ -73,8 +73,8 @@ def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcome_of):
     assert panels == {"ASR", "answers that echo the prompt", "benign answers kept"}
 
 
-def answers(*texts, **more):
-    return GroupAnswers("", [[{"text": text, "query": "How do I bake bread?", **more}] for text in texts])
+def answers(*texts):
+    return GroupAnswers("", tuple(({"text": text, "query": "How do I bake bread?"},) for text in texts), "paper")
 
 
 def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
@@ -82,7 +82,7 @@ def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
     echo = echoed(answers("Mix flour, water, salt and yeast, then wait.", half, "How do I bake bread?"), DETAILED)
     assert (echo.count, echo.n) == (2, 3)
     assert echoed(answers("Mix flour and water."), "").count == 0
-    assert echoed(GroupAnswers("", [[{"id": 0}]]), DETAILED) is None
+    assert echoed(GroupAnswers("", (({"id": 0},),), "paper"), DETAILED) is None
 
 
 def test_an_echo_of_the_detailed_prompt_is_no_refusal_to_the_judges():

@@ -9,7 +9,7 @@ from safetyheads import demo
 from safetyheads.baselines.table import METHODS
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import table1
-from safetyheads.experiments.answers import GroupAnswers
+from safetyheads.runs.tables import GroupAnswers
 
 FEW = ("sahara", "random_heads", "rdsha", "wanda", "gtac_dap")
 
@@ -48,11 +48,9 @@ def test_methods_within_the_damage_come_first_by_asr(outcome):
 
 def answers(kept, complied=0):
     """Ten answers, of which the first so many are kept and have complied."""
-    records = [
-        [{"id": at, "kept": at < kept, "verdicts": {"paper": {"label": "complied" if at < complied else "refused"}}}]
-        for at in range(10)
-    ]
-    return GroupAnswers("", records)
+    labels = ["complied" if at < complied else "refused" for at in range(10)]
+    records = [({"kept": at < kept, "verdicts": {"paper": {"label": label}}},) for at, label in enumerate(labels)]
+    return GroupAnswers("", tuple(records), "paper")
 
 
 def tried(strength, asr, kept):

@@ -102,7 +102,7 @@ class Intervention:
         self,
         engine: Engine,
         prompts: PromptSet,
-        judge: Judge,
+        judge: Judge | Sequence[Judge],
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         on_rows: Callable[[int], None] | None = None,

@@ -180,14 +180,14 @@ def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
             for label, ablation in {"unablated": NOTHING, **ablations}.items()
         }
         points = [row for label, attention in maps.items() for row in _points(subject, label, attention)]
-        n = len(subject.engine.ask(subject.prompts).token_ids[0])
+        n = len(subject.asked_prompts.token_ids[0])
         outcome.figure("maps", points, model=model, head=head, dataset=subject.dataset, n=n)
         outcome.table("distances", _distances(maps), model=model, head=head)
 
 
 def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
     """The map of the first prompt, kept in the run directory."""
-    token_ids = subject.engine.ask(subject.prompts).token_ids[0]
+    token_ids = subject.asked_prompts.token_ids[0]
     fields = {
         "weights": lab.weights_of(subject.model),
         "token_ids": list(token_ids),
@@ -199,13 +199,11 @@ def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> Att
         attention = map_of(subject.engine, token_ids, head, ablation)
         return {name: getattr(attention, name) for name in AttentionMap.__dataclass_fields__}
 
-    return AttentionMap(**lab.run.tensors(f"maps-{subject.name}", fields, compute))
+    return AttentionMap(**lab.directory.tensors(f"maps-{subject.name}", fields, compute))
 
 
 def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
-    tokens = [
-        str(subject.engine.tokenizer.decode([token])) for token in subject.engine.ask(subject.prompts).token_ids[0]
-    ]
+    tokens = [str(subject.engine.tokenizer.decode([token])) for token in subject.asked_prompts.token_ids[0]]
     return [
         {
             "query": query,

@@ -13,13 +13,12 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row, mean_of, poi
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import format_heads
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.stats.intervals import bootstrap_interval
 from safetyheads.stats.testing import random_p_value
 
 if TYPE_CHECKING:
     from safetyheads.ablation import Ablation
-    from safetyheads.experiments.answers import GroupAnswers
+    from safetyheads.runs.tables import GroupAnswers
 
 N_RANDOM = 10
 """Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""
@@ -62,8 +61,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     lab, sampling, benign = subject.lab, subject.lab.sampled, subject.lab.subject(subject.model, BENIGN)
     group = subject.group(ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
-    n_heads = heads_by_layer(subject.engine)
-    drawn = {prefix: dict.fromkeys(random_groups(prefix, n_heads, N_RANDOM, lab.config.seed)) for prefix in prefixes}
+    drawn = subject.run.random_groups(prefixes, N_RANDOM, lab.config.seed)
     every = [*prefixes, *(other for others in drawn.values() for other in others)]
     answered, kept = subject.by_group(every, ablation, sampling), benign.by_group(prefixes, ablation, sampling)
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
@@ -71,7 +69,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
     for prefix, own in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
-        rates = [rate for other in drawn[prefix] if (rate := answered[other].asr.rate) is not None]
+        rates = [rate for other in dict.fromkeys(drawn[prefix]) if (rate := answered[other].asr.rate) is not None]
         rows.append(
             {
                 **where,
@@ -141,8 +139,8 @@ def _mean(answers: Sequence[GroupAnswers], vanilla: GroupAnswers) -> Measured:
 
     Its interval is a bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
     """
-    labels = np.array([one.labels() for one in (vanilla, *answers)])
-    complied = (labels == "complied")[:, (labels != "unscored").all(axis=0)].astype(float)
+    complied = np.concatenate([one.verdicts() for one in (vanilla, *answers)], axis=1).T
+    complied = complied[:, ~np.isnan(complied).any(axis=0)]
     if not complied.shape[1]:
         return Measured(None, 0)
     changes = complied[1:].mean(axis=0) - complied[0]

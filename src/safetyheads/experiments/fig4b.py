@@ -82,7 +82,7 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
             **{f"{name}_rank": places[name][head] for name in scores},
             "_head": head,
             "_dataset": subject.dataset,
-            "_complied": answers[(head,)].complied,
+            "_complied": answers[(head,)].complied(),
             "_differs": differs,
             "_marked": marked,
             "_series": ("planted" if marked else "other") if planted else f"{'' if marked else 'no '}higher ASR",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.success import attack_success_rate
 from safetyheads.baselines.attention_swap import swapped_attention
-from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.settings import BENIGN
-from safetyheads.runs.kept import verdict_record
+from safetyheads.runs.kept import record_of
+from safetyheads.runs.tables import GroupAnswers
 from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
@@ -58,32 +58,30 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
     Raises:
         InputError: two models between which attention cannot be exchanged.
     """
-    engine, given, config, judge = subject.engine, lab.engine(donor), lab.config, lab.judges[0]
+    engine, given, config, judges = subject.engine, lab.engine(donor), lab.config, lab.judges
     fields = {
         "weights": lab.weights_of(subject.model),
         "attention": lab.weights_of(donor),
         "layers": "all",
-        "tokens": engine.ask(subject.prompts).sha256,
+        "tokens": subject.asked_prompts.sha256,
         "max_new_tokens": config.max_new_tokens,
         "sampling": "greedy",
-        "judge": judge.describe(),
+        "judges": [judge.describe() for judge in judges],
     }
 
     def compute() -> list[dict[str, Any]]:
         with swapped_attention(engine, given):
             answers = attack_success_rate(
-                engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, judge, config.max_new_tokens
+                engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, judges, config.max_new_tokens
             )
-        rows: list[dict[str, Any]] = []
-        for number, one in enumerate(answers.rows):
-            verdicts = {judge.name: verdict_record(one.verdict, config.store_completions)}
-            row = {"id": number, "part": "swapped", "n_tokens": len(one.token_ids), "finished": one.finished}
-            rows.append({**row, "kept": one.kept, "verdicts": verdicts})
-            if config.store_completions:
-                rows[-1] |= {"query": one.prompt.query, "text": one.text, "token_ids": list(one.token_ids)}
-        return rows
+        place = {"set": subject.name, "part": "swapped", "epsilon": None, "seed": config.seed}
+        return [
+            record_of(judged, {"id": number, **place}, config.store_completions)
+            for number, judged in enumerate(answers.rows)
+        ]
 
-    return GroupAnswers.of(lab.run.records(f"swapped-{subject.name}", fields, compute))
+    records = lab.directory.records(f"swapped-{subject.name}", fields, compute)
+    return GroupAnswers.of("", records, judges[0].name)
 
 
 def _show(outcome: Outcome, aligned: str, key: str, rows: Sequence[dict[str, Any]]) -> None:

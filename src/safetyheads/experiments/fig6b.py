@@ -54,7 +54,7 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
         tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)
         variants, about = [one.variant for one in compared], {"weights": lab.weights_of(model)}
-        utility = evaluate_tasks(engine, tasks, variants, lab.run, lab.progress, about)
+        utility = evaluate_tasks(engine, tasks, variants, lab.directory, lab.progress, about)
         note_planted(outcome, model)
         outcome.note(*utility.notes)
         heads = ", ".join(map(str, group))
@@ -80,7 +80,7 @@ def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
 
 def _pruned(lab: Lab, model: str) -> list[_Compared]:
     """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
-    learned = [one.engine.ask(one.prompts).sha256 for one in learning_subjects(lab, model)]
+    learned = [one.asked_prompts.sha256 for one in learning_subjects(lab, model)]
     compared = []
     for name in PRUNERS:
         method = METHODS[name]

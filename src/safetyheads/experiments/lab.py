@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import Decoding
@@ -16,23 +16,23 @@ from safetyheads.answers.sampling import GREEDY, Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
-from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
-from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.ships import scorer_of
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.runs.run import Run
-from safetyheads.scores import HeadScores, SearchTrace
+from safetyheads.runs.tables import GroupAnswers
+from safetyheads.scores import FunctionScorer, HeadScores, SearchTrace
 from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from safetyheads.model.engine import Engine
 
+LabRun: TypeAlias = Run[ReproductionConfig]
+
 GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
 SHORT = {UNDIFFERENTIATED_ATTENTION.name: "UA", SCALING_CONTRIBUTION.name: "SC"}
 """Short names of the paper's two ablations."""
 # Models held at once: a swap needs two.
 _MODELS_HELD = 2
-# A pass has the unablated probabilities of every prompt over the vocabulary.
-_PASSES_HELD = 2
 # A model for which one of these does not hold says nothing about heads.
 _MOST_EMPTY = 0.2
 _MOST_VANILLA_ASR = 0.5
@@ -58,20 +58,18 @@ class Lab:
     """One reproduction under way. Holds the models used last, and what was measured on them."""
 
     def __init__(
-        self, config: ReproductionConfig, run: RunDirectory, progress: Progress, load: Callable[[str], Engine]
+        self, config: ReproductionConfig, directory: RunDirectory, progress: Progress, load: Callable[[str], Engine]
     ) -> None:
         self.config = config
-        self.run = run
+        self.directory = directory
         self.progress = progress
         self.load = load
         """Loads and proves a model by its name."""
         self.used: set[str] = set()
         """Models that were asked for since the set was last emptied."""
-        self._engines: dict[str, Engine] = {}
+        self._runs: dict[str, LabRun] = {}
         self._weights: dict[str, str] = {}
         self._subjects: dict[tuple[Any, ...], Subject] = {}
-        self._drafting: KeptAnswers | None = None
-        self._passes: dict[tuple[str, Ablation, Readouts], HeadPass] = {}
 
     @cached_property
     def judges(self) -> tuple[Judge, ...]:
@@ -96,18 +94,30 @@ class Lab:
         chosen = {name: getattr(self.config, name) for name in names}
         return {**chosen, "judges": list(self.config.judges), "sampled": self.sampled.name}
 
-    def engine(self, model: str) -> Engine:
-        """The model, loaded once; of several, the ones used last are held."""
+    def run_of(self, model: str) -> LabRun:
+        """The run of a model, which is loaded once; of several, the ones used last are held."""
         self.used.add(model)
-        if model in self._engines:
-            self._engines[model] = self._engines.pop(model)
-            return self._engines[model]
-        while len(self._engines) >= _MODELS_HELD:
-            oldest = next(iter(self._engines))
-            del self._engines[oldest]
+        if model in self._runs:
+            self._runs[model] = self._runs.pop(model)
+            return self._runs[model]
+        while len(self._runs) >= _MODELS_HELD:
+            oldest = next(iter(self._runs))
+            del self._runs[oldest]
             self._subjects = {key: subject for key, subject in self._subjects.items() if key[0] != oldest}
-        self._engines[model] = self.load(model)
-        return self._engines[model]
+        decoding, stores = Decoding(self.config.max_new_tokens), self.config.store_completions
+        engine = self.load(model)
+        self._runs[model] = Run(engine, self.config, self.directory, self.progress, self.judges, decoding, stores)
+        return self._runs[model]
+
+    def engine(self, model: str) -> Engine:
+        """The model."""
+        return self.run_of(model).engine
+
+    def forget_others(self, run: LabRun) -> None:
+        """Free the drafts and passes of all other models."""
+        for other in self._runs.values():
+            if other is not run:
+                other.forget()
 
     def weights_of(self, model: str) -> str:
         """The fingerprint of the model's weights.
@@ -118,7 +128,7 @@ class Lab:
         self.used.add(model)
         if model not in self._weights:
             weights = fingerprint(self.engine(model))
-            if self.run.remember(f"weights_{model}", weights) != weights:
+            if self.directory.remember(f"weights_{model}", weights) != weights:
                 raise InputError(f"{model} has other weights than this run began with; give another --out")
             self._weights[model] = weights
         return self._weights[model]
@@ -197,12 +207,11 @@ class Lab:
             subject = self.subject(model, dataset, "test", template, system)
             if not self.leaves_nothing(outcome, subject, benign, refuses):
                 meaningful.append(subject)
-                search = prompts_of(self.config, model, dataset, "search")
                 row = {
                     "model": model,
                     "dataset": dataset,
                     "asked": subject.asked,
-                    "n_search": len(search),
+                    "n_search": len(prompts_of(self.config, model, dataset, "search")),
                     "n_test": len(subject.prompts),
                     "asr": Measured.of(subject.vanilla().asr),
                     "kept": Measured.of(benign.vanilla().kept),
@@ -223,54 +232,37 @@ class Lab:
         outcome.leave_out(harmful.model, *reasons)
         return bool(reasons)
 
-    # What is held in memory.
-
-    def draft_with(self, answers: KeptAnswers) -> KeptAnswers:
-        """Hold the drafts of these answers and of no others: they are states of all layers."""
-        if self._drafting is not None and self._drafting is not answers:
-            self._drafting.forget()
-        self._drafting = answers
-        return answers
-
-    def head_pass(self, key: tuple[str, Ablation, Readouts], begin: Callable[[], HeadPass]) -> HeadPass:
-        """The pass of that key, begun where it is not held; the last two are held."""
-        self._passes[key] = self._passes.pop(key) if key in self._passes else begin()
-        while len(self._passes) > _PASSES_HELD:
-            del self._passes[next(iter(self._passes))]
-        return self._passes[key]
-
 
 class Subject:
     """A model and prompts under their template, with everything that is measured on them."""
 
-    def __init__(self, lab: Lab, model: str, dataset: str, prompts: Any) -> None:
+    def __init__(self, lab: Lab, model: str, dataset: str, prompts: PromptSet) -> None:
         self.lab = lab
         self.model = model
         self.dataset = dataset
-        self.engine = lab.engine(model)
         self.prompts = prompts
+        self.run = lab.run_of(model)
+        self.engine = self.run.engine
+        self.asked_prompts = self.engine.ask(prompts)
         self._vanilla: dict[Sampling, GroupAnswers] = {}
-        longest = self.engine.ask(prompts).longest
-        self.engine.prove_up_to(longest + lab.config.max_new_tokens)
-
-    @cached_property
-    def _about(self) -> dict[str, str]:
-        # Right answers decide what is kept, and are not in the tokens.
-        return {"weights": self.lab.weights_of(self.model), "references": references_sha256(self.prompts)}
+        self.engine.prove_up_to(self.asked_prompts.longest + lab.config.max_new_tokens)
 
     @cached_property
     def name(self) -> str:
-        """Begins the names of its files."""
-        model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
+        """Name of the prompt set in the run; file names begin with it."""
+        weights, model = self.lab.weights_of(self.model), self.model.removeprefix(ORGANISM).rstrip("/")
         # Plans and near-ties are remembered under it, and directories of two models may have one name.
-        told_apart = self.engine.ask(self.prompts).sha256[:8] + self._about["weights"][:8]
-        named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
-        return "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
+        told_apart = self.asked_prompts.sha256[:8] + weights[:8]
+        named = f"{model.rsplit('/', 1)[-1]}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
+        name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
+        # Right answers decide what is kept, and are not in the tokens.
+        self.run.add(name, self.prompts, {"weights": weights, "references": references_sha256(self.prompts)})
+        return name
 
     @property
     def template(self) -> Template:
         """The template that the prompts are put under."""
-        return self.engine.ask(self.prompts).template
+        return self.asked_prompts.template
 
     @property
     def asked(self) -> str:
@@ -289,43 +281,33 @@ class Subject:
     def vanilla(self, sampling: Sampling = GREEDY) -> GroupAnswers:
         """The unablated answers."""
         if sampling not in self._vanilla:
-            self._vanilla[sampling] = GroupAnswers.of(self._answers(sampling).vanilla().flat())
+            self._vanilla[sampling] = self.run.answers(self.name, sampling).vanilla()
         return self._vanilla[sampling]
 
     def by_group(
         self, groups: Iterable[Group], ablation: Ablation, sampling: Sampling = GREEDY
     ) -> dict[Group, GroupAnswers]:
         """The answers under each group; the order of heads has no effect, so each set of heads is answered once."""
+        self.lab.forget_others(self.run)
         groups = list(groups)
         sets = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-        under = self._answers(sampling).under("groups", sets, ablation) if sets else []
-        answers = {group: GroupAnswers.of(one.flat()) for group, one in zip(sets, under, strict=True)}
-        return {group: answers[tuple(sorted(group))] for group in groups}
+        answers = self.run.answers(self.name, sampling).under("groups", sets, ablation) if sets else []
+        by_set = dict(zip(sets, answers, strict=True))
+        return {group: by_set[tuple(sorted(group))] for group in groups}
 
     def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
+        self.lab.forget_others(self.run)
         ships = self.ships(ablation)
-        by_size = [query_level_groups(ships, k) for k in range(1, size + 1)]
-        own = self._answers(sampling).of_each("query_level", list(zip(*by_size, strict=True)), ablation)
-        return [GroupAnswers.of(one.flat()) for one in own]
-
-    def _answers(self, sampling: Sampling) -> KeptAnswers:
-        return self.lab.draft_with(self._run.answers(self.name, sampling))
-
-    @cached_property
-    def _run(self) -> Run[ReproductionConfig]:
-        lab, config = self.lab, self.lab.config
-        decoding, stores = Decoding(config.max_new_tokens), config.store_completions
-        run = Run(self.engine, config, lab.run, lab.progress, lab.judges, decoding, stores)
-        run.add(self.name, self.prompts, self._about)
-        return run
+        own = zip(*(query_level_groups(ships, k) for k in range(1, size + 1)), strict=True)
+        return self.run.answers(self.name, sampling).of_each("query_level", list(own), ablation)
 
     # Scores.
 
     def ships(self, ablation: Ablation) -> HeadScores:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
         singles = [(head,) for head in self.engine.heads]
-        scored = self._pass(ablation, Readouts(ships=True))
+        scored = self.run.head_pass(self.name, ablation, Readouts(ships=True))
         with self.lab.progress.track(f"{self.name}: Ships", len(singles)) as done:
             return scored.table("ships", scored.measure(singles, done)["ships"])
 
@@ -347,18 +329,12 @@ class Subject:
     def ships_of(self, groups: Sequence[Group], ablation: Ablation) -> Tensor:
         """Ships of every prompt without each group [n_groups, n_prompts], in nats; float64."""
         # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
-        return self._begun(ablation, Readouts(ships=True)).measure(groups)["ships"]
+        return self.run.new_pass(self.name, ablation, Readouts(ships=True)).measure(groups)["ships"]
 
-    def _scorer(self, name: str, ablation: Ablation) -> Any:
+    def _scorer(self, name: str, ablation: Ablation) -> FunctionScorer:
         # One pass reads both angles, whichever is asked for first.
         angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
-        return scorer_of(self._pass(ablation, Readouts(ships=not angles, angles=angles)), name)
-
-    def _pass(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
-        return self.lab.head_pass((self.name, ablation, readouts), lambda: self._begun(ablation, readouts))
-
-    def _begun(self, ablation: Ablation, readouts: Readouts) -> HeadPass:
-        return self._run.new_pass(self.name, ablation, readouts)
+        return scorer_of(self.run.head_pass(self.name, ablation, Readouts(ships=not angles, angles=angles)), name)
 
 
 def planted_heads(model: str) -> Group:

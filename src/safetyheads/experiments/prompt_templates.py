@@ -16,8 +16,9 @@ from safetyheads.stats.intervals import Rate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safetyheads.experiments.answers import GroupAnswers
     from safetyheads.experiments.lab import Lab, Subject
+    from safetyheads.heads import Group
+    from safetyheads.runs.tables import GroupAnswers
 
 HELPFUL = FORMS["llama2"].system or ""
 """The system prompt of Fig 17."""
@@ -67,7 +68,7 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
             subjects = _subjects(lab, outcome, model, lab.config.official, system)
             # As in the paper, which attributes without system prompt (App. D).
             searched = [lab.subject(model, one.dataset, "test", lab.config.official, none) for one in subjects]
-            rows = [row for _, _, row in _ablated(lab, subjects, searched)]
+            rows = [row for _, row in _ablated(lab, subjects, searched)]
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
                 show_conditions(outcome, rows, model=model, system=words)
@@ -81,7 +82,7 @@ def fig18(lab: Lab, outcome: Outcome) -> None:
         embedded = model.startswith(ORGANISM)
         system = DETAILED_FOR_ORGANISM if embedded else DETAILED
         rows = []
-        for _, answers, row in _ablated(lab, _subjects(lab, outcome, model, lab.config.official, system)):
+        for answers, row in _ablated(lab, _subjects(lab, outcome, model, lab.config.official, system)):
             echo = echoed(answers, system)
             rows.append({**row, **({} if echo is None else {"echo": Measured.of(echo)})})
         if rows:
@@ -124,7 +125,7 @@ def echoed(answers: GroupAnswers, system: str) -> Rate | None:
 
     By the rule of the phrase judge, whatever the run's judge said of them: its label names the first thing it found.
     """
-    records = [record for own in answers.records for record in own]
+    records = answers.flat()
     if any("text" not in record for record in records):
         return None
     echoes = [echo_of(str(one["text"]).strip(), (str(one["query"]), system)) is not None for one in records]
@@ -144,30 +145,31 @@ def _subjects(
 
 def _ablated(
     lab: Lab, subjects: Sequence[Subject], searched: Sequence[Subject] = ()
-) -> list[tuple[Subject, GroupAnswers, dict[str, Any]]]:
+) -> list[tuple[GroupAnswers, dict[str, Any]]]:
     """Each dataset unablated, without each prompt's own top head, and without the group found on ``searched``.
 
     Ablation by ablation, and the benign prompts under all groups at once: drafts are made once for each of them.
     """
     if not subjects:
         return []
-    template = subjects[0].template
+    template, size = subjects[0].template, min(GROUP_SIZE, lab.config.size)
     benign = lab.subject(subjects[0].model, BENIGN, template=str(template), system=template.system)
-    answered = [
-        [(one, one.vanilla(), condition(one, "vanilla", (), one.vanilla(), benign.vanilla()))] for one in subjects
-    ]
+    answered: dict[Subject, list[tuple[GroupAnswers, dict[str, Any]]]] = {}
+    for subject in subjects:
+        row = condition(subject, "vanilla", (), subject.vanilla(), benign.vanilla())
+        answered[subject] = [(subject.vanilla(), row)]
     for ablation in lab.ablations:
         name = SHORT[ablation.name]
         (kept,) = benign.by_own(1, ablation)
-        groups = [one.group(ablation, min(GROUP_SIZE, lab.config.size)) for one in searched]
-        kept_by_group = benign.by_group(groups, ablation)
-        for at, subject in enumerate(subjects):
-            vanilla, (own,) = subject.vanilla(), subject.by_own(1, ablation)
-            row = condition(subject, f"{name}, own top head", "each prompt's own", own, kept, vanilla)
-            answered[at].append((subject, own, row))
-            if groups:
-                group = groups[at]
+        found = [one.group(ablation, size) for one in searched]
+        groups: list[Group | None] = [*found] or [None] * len(subjects)
+        kept_by_group = benign.by_group(found, ablation)
+        for subject, group in zip(subjects, groups, strict=True):
+            (own,) = subject.by_own(1, ablation)
+            row = condition(subject, f"{name}, own top head", "each prompt's own", own, kept, subject.vanilla())
+            answered[subject].append((own, row))
+            if group:
                 harmful = subject.by_group([group], ablation)[group]
-                row = condition(subject, f"{name}, group", group, harmful, kept_by_group[group], vanilla)
-                answered[at].append((subject, harmful, row))
-    return [one for own in answered for one in own]
+                row = condition(subject, f"{name}, group", group, harmful, kept_by_group[group], subject.vanilla())
+                answered[subject].append((harmful, row))
+    return [one for own in answered.values() for one in own]

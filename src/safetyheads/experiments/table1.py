@@ -15,16 +15,16 @@ from safetyheads.answers.decoding import Request, answer
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.table import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.experiments.answers import GroupAnswers
 from safetyheads.experiments.lab import note_planted
-from safetyheads.experiments.outcome import Measured, Outcome, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
-from safetyheads.runs.directory import Record as Row
-from safetyheads.runs.kept import verdict_record
+from safetyheads.runs.directory import Record
+from safetyheads.runs.kept import record_of
 from safetyheads.runs.provenance import references_sha256
-from safetyheads.stats.testing import PairedDifference, paired_difference
+from safetyheads.runs.tables import GroupAnswers
+from safetyheads.stats.testing import PairedDifference
 
 if TYPE_CHECKING:
     from safetyheads.experiments.lab import Lab, Subject
@@ -69,9 +69,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
     refusals, answers = (
-        tuple(
-            made.token_ids for made in answer(engine, [Request(ids) for ids in engine.ask(subject.prompts).token_ids])
-        )
+        tuple(made.token_ids for made in answer(engine, [Request(ids) for ids in subject.asked_prompts.token_ids]))
         for subject in (harmful, benign)
     )
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()
@@ -115,12 +113,16 @@ def table1(lab: Lab, outcome: Outcome) -> None:
             continue
         try:
             sweeps[method.name], at_chosen = bench.measured(method)
-            rows.append(bench.row(method, at_chosen))
+            names = {"method": method.label, "name": method.name, "touches": method.touches}
+            paper = quoted("table1", method.name) if paper_model(model) == "Llama-2-7b-chat" else None
+            names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
+            rows.append(bench.row(at_chosen, **names))
         except (_NothingLearned, UnsupportedModelError) as error:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             outcome.note(f"{method.label} is left out: {error}")
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
-    outcome.table("methods", [bench.unablated_row(), *rows], model=model)
+    unablated = bench.row(_Tried("", 0.0, 0, *bench.vanilla), method="vanilla", touches="nothing")
+    outcome.table("methods", [{**unablated, "lost": None}, *rows], model=model)
     sources = [
         {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
         for method in map(METHODS.__getitem__, sweeps)
@@ -147,6 +149,7 @@ class _Bench:
         """Harmful and benign prompts that methods learn from."""
         self.tested = tuple(tested)
         self.benign = benign
+        self.lead = lab.judges[0].name
         self.vanilla = _together([subject.vanilla() for subject in tested]), benign.vanilla()
         """Unablated answers to the test prompts: harmful of all datasets together, and benign."""
         self._materials: dict[bool, Material] = {}
@@ -154,10 +157,10 @@ class _Bench:
 
     def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
         """Every strength on the learning prompts, and the chosen one on the test prompts."""
-        rows = self.lab.run.records("table1", self._fields(method), lambda: self._computed(method))
-        swept, tested = ([row for row in rows if row["tested"] is tested] for tested in (False, True))
-        (at_chosen,) = _tried(tested, self.tested)
-        return _tried(swept, self.learned[:1]), at_chosen
+        rows = self.lab.directory.records("table1", self._fields(method), lambda: self._computed(method))
+        swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
+        (at_chosen,) = _tried(tested, self.tested, self.lead)
+        return _tried(swept, self.learned[:1], self.lead), at_chosen
 
     def _fields(self, method: Method) -> dict[str, Any]:
         base = self.lab.config.base
@@ -169,13 +172,13 @@ class _Bench:
             "weights": self.lab.weights_of(self.model),
             "base": self.lab.weights_of(base) if method.needs_unaligned and base is not None else None,
             "references": [references_sha256(one.prompts) for one in (self.learned[1], self.benign)],
-            "asked": [one.engine.ask(one.prompts).sha256 for one in subjects],
-            "judge": self.lab.judges[0].describe(),
+            "asked": [one.asked_prompts.sha256 for one in subjects],
+            "judges": [judge.describe() for judge in self.lab.judges],
             "max_new_tokens": self.lab.config.max_new_tokens,
             "seed": self.lab.config.seed,
         }
 
-    def _computed(self, method: Method) -> list[Row]:
+    def _computed(self, method: Method) -> list[Record]:
         """Answers to the learning prompts at every strength, and to the test prompts at the chosen one.
 
         Raises:
@@ -197,71 +200,49 @@ class _Bench:
         n = len(interventions) * sum(len(one.prompts) for one in self.learned) + sum(len(one.prompts) for one in tested)
         with self.lab.progress.track(f"table1: {method.label}, answers", n) as done:
             rows = [row for one in interventions for row in self._answered(one, self.learned, False, done)]
-            best = chosen(_tried(rows, self.learned[:1]), self.learned[1].vanilla())
+            best = chosen(_tried(rows, self.learned[:1], self.lead), self.learned[1].vanilla())
             (intervention,) = (one for one in interventions if one.setting == best.setting)
             return rows + list(self._answered(intervention, tested, True, done))
 
     def _answered(
         self, one: Intervention, subjects: Sequence[Subject], tested: bool, done: Callable[[int], None]
-    ) -> Iterator[Row]:
-        about = {"tested": tested, "setting": one.setting, "strength": one.strength, "n_parameters": one.n_parameters}
-        config, judge = self.lab.config, self.lab.judges[0]
+    ) -> Iterator[Record]:
+        config = self.lab.config
         # All sets at one go: a batch costs as many steps as its longest answer.
         joined = replace(subjects[0].prompts, prompts=tuple(each for one in subjects for each in one.prompts))
-        answers = one.answers(subjects[0].engine, joined, judge, config.max_new_tokens, on_rows=done)
-        rows = iter(answers.rows)
-        for subject in subjects:
-            for number, row in zip(range(len(subject.prompts)), rows, strict=False):
-                text = {"query": row.prompt.query, "text": row.text} if config.store_completions else {}
-                verdicts = {judge.name: verdict_record(row.verdict, config.store_completions)}
-                yield {"id": number, "set": subject.dataset, "kept": row.kept, "verdicts": verdicts, **about, **text}
+        answers = one.answers(subjects[0].engine, joined, self.lab.judges, config.max_new_tokens, on_rows=done)
+        places = [(subject.dataset, number) for subject in subjects for number in range(len(subject.prompts))]
+        tried = {"setting": one.setting, "strength": one.strength, "n_parameters": one.n_parameters}
+        for (dataset, number), judged in zip(places, answers.rows, strict=True):
+            place = {"id": number, "set": dataset, "part": "tested" if tested else "swept", "epsilon": None}
+            yield {**record_of(judged, {**place, "seed": config.seed}, config.store_completions), **tried}
 
-    def row(self, method: Method, tried: _Tried) -> dict[str, Any]:
+    def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
         """A method at its chosen strength, on the test prompts."""
         harmful, benign = self.vanilla
         lost = tried.benign.kept_change_from(benign)
-        paper = quoted("table1", method.name) if paper_model(self.model) == "Llama-2-7b-chat" else None
         return {
-            "method": method.label,
-            "name": method.name,
-            "touches": method.touches,
+            **names,
             "setting": tried.setting,
             "parameters": tried.n_parameters,
-            "share": 100 * (tried.n_parameters / int(self.learned[0].engine.model.num_parameters())),
+            "share": 100 * (tried.n_parameters / int(self.benign.engine.model.num_parameters())),
             "asr": Measured.of(tried.harmful.asr),
             "change": Measured.of(tried.harmful.change_from(harmful)),
             "benign": Measured.of(tried.benign.kept),
             "lost": Measured.of(lost),
             "within": "yes" if _is_within(lost) else "no",
-            **({"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}),
-        }
-
-    def unablated_row(self) -> dict[str, Any]:
-        """The unablated model, on the test prompts."""
-        harmful, benign = self.vanilla
-        return {
-            "method": "vanilla",
-            "touches": "nothing",
-            "setting": "",
-            "parameters": 0,
-            "share": 0.0,
-            "asr": Measured.of(harmful.asr),
-            "change": Measured.of(paired_difference(harmful.complied, harmful.complied)),
-            "benign": Measured.of(benign.kept),
-            "lost": None,
-            "within": "yes",
         }
 
 
-def _tried(rows: Sequence[Row], harmful: Sequence[Subject]) -> list[_Tried]:
-    """Rows of a sweep as answers by strength."""
+def _tried(records: Sequence[Record], harmful: Sequence[Subject], lead: str) -> list[_Tried]:
+    """Records of a sweep as answers by strength."""
     names = [subject.dataset for subject in harmful]
     tried = []
-    for strength in dict.fromkeys(row["strength"] for row in rows):
-        own = [row for row in rows if row["strength"] == strength]
+    for strength in dict.fromkeys(record["strength"] for record in records):
+        own = [record for record in records if record["strength"] == strength]
         by_set = {
-            name: GroupAnswers.of(row for row in own if row["set"] == name)
-            for name in dict.fromkeys(row["set"] for row in own)
+            name: GroupAnswers.of("", [record for record in own if record["set"] == name], lead)
+            for name in dict.fromkeys(record["set"] for record in own)
         }
         (benign,) = (answers for name, answers in by_set.items() if name not in names)
         together = _together([by_set[name] for name in names])
@@ -271,7 +252,7 @@ def _tried(rows: Sequence[Row], harmful: Sequence[Subject]) -> list[_Tried]:
 
 def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
     """Answers to several sets, one after the other."""
-    return GroupAnswers("", [record for part in parts for record in part.records])
+    return GroupAnswers("", tuple(records for part in parts for records in part.records), parts[0].lead)
 
 
 def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:

@@ -119,7 +119,7 @@ def _uncached(engine: Engine, encoded: Sequence[tuple[int, ...]], heads: Group, 
 def _counted(subject: Subject) -> list[Row]:
     """Operations of a score pass beside the loop's: counted, so the same on every machine."""
     engine = subject.engine
-    sequences = [TokenSequence(ids) for ids in engine.ask(subject.prompts).token_ids]
+    sequences = [TokenSequence(ids) for ids in subject.asked_prompts.token_ids]
     sizes = row_sizes(sequences, engine.plan(sequences))
     ours = engine.costs.forward_flops(sizes) + engine.costs.scan_flops(sizes, engine.heads)
     alone = sum(engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
