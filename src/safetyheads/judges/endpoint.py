@@ -232,7 +232,7 @@ class EndpointJudge(Judge):
             self.meter.reserve(self.settings, self._most(request))
 
         def uncount_failure(response: httpx2.Response) -> None:
-            if response.status_code != 200:
+            if not response.is_success:
                 self.meter.settle(self._most(response.request), 0.0)
 
         # The environment's organisation and project are for another address; a redirect would send the key elsewhere.
