@@ -12,10 +12,9 @@ from safetyheads import (
     generalized_ships,
     load_demo,
     mean_ships,
-    rank_heads,
     sahara,
+    scan_attack_success_rate,
 )
-from safetyheads.answers.success import answers_under, summarise
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import AuditConfig
 
@@ -42,31 +41,17 @@ def test_harmful_prompts_are_refused_and_benign_ones_answered(name):
 
 
 @ABLATIONS
-@pytest.mark.parametrize("name", ["aligned_a", "aligned_b", "aligned_single"])
-def test_planted_heads_hold_the_first_ranks_by_mean_ships(name, ablation):
-    organism = demo(name)
-    scores = rank_heads(mean_ships(organism.engine, organism.harmful, ablation), organism.engine.heads)
-    assert set(scores.top(len(organism.planted_heads))) == set(organism.planted_heads)
-
-
-@ABLATIONS
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted_heads_hold_the_first_ranks_in_representation_space(name, ablation):
-    organism = demo(name)
-    scorer = generalized_ships(organism.engine, organism.harmful, ablation, subspace="representation")
-    scores = rank_heads(scorer, organism.engine.heads)
-    assert set(scores.top(len(organism.planted_heads))) == set(organism.planted_heads)
-
-
-@ABLATIONS
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("score", ["mean_ships", "representation"])
-def test_sahara_finds_exactly_the_planted_heads(name, score, ablation):
+def test_planted_heads_hold_the_first_ranks_and_sahara_finds_exactly_them(name, score, ablation):
     organism = demo(name)
     make = mean_ships if score == "mean_ships" else generalized_ships
     options = {} if score == "mean_ships" else {"subspace": "representation"}
     scorer = make(organism.engine, organism.harmful, ablation, **options)
-    trace = sahara(scorer, organism.engine.heads, steps=len(organism.planted_heads))
+    n_planted = len(organism.planted_heads)
+    trace = sahara(scorer, organism.engine.heads, steps=n_planted)
+    # The search's first step scores every head alone, as rank_heads does.
+    assert set(trace.steps[0].top(n_planted)) == set(organism.planted_heads)
     assert set(trace.group) == set(organism.planted_heads)
 
 
@@ -83,9 +68,11 @@ def test_the_planted_group_carries_the_refusals(name, ablation):
 def test_no_other_single_head_carries_refusals(name):
     organism = demo(name)
     others = [(head,) for head in organism.engine.heads if head not in organism.planted_heads]
-    rows = answers_under(organism.engine, organism.harmful, others, UNDIFFERENTIATED_ATTENTION, KeywordJudge())
-    rates = {str(group[0]): summarise(answers).rate for group, answers in zip(others, rows, strict=True)}
-    assert max(rates.values()) <= 0.1, rates
+    scan = scan_attack_success_rate(
+        organism.engine, organism.harmful, UNDIFFERENTIATED_ATTENTION, KeywordJudge(), groups=others
+    )
+    assert len(scan.rates) == len(others)
+    assert max(rate.rate for rate in scan.rates) <= 0.1
 
 
 @pytest.mark.parametrize(
