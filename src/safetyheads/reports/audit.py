@@ -310,7 +310,7 @@ def _long_tail(results: Results) -> Spec | None:
         for kind, field in reversed(kinds.items())
     ]
     layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
-    text = named.mark_text(align="left", dx=10, dy=-6, color="--ink", fontWeight=600, fontSize=12)
+    text = named.mark_text(align="left", dx=10, dy=-6, **charts.NAME)
     return charts.spec([*layers, text.encode(text="head:N")], (), 280, f"{scores[name]['label']} of all heads by rank")
 
 

@@ -55,6 +55,8 @@ MOST_WIDTH = 780
 """Pixels that a figure of lines, points or bars has at most."""
 _TITLE_WIDTH, _LABEL_WIDTH = 42, 22
 """Characters of a line of an axis title, and of a label."""
+NAME: dict[str, Any] = {"color": "--ink", "fontSize": 12, "fontWeight": 600}
+"""How names of heads beside their points are written."""
 _BROKEN_LABEL = "split(datum.label, '\\n')"
 
 
@@ -324,7 +326,7 @@ def scatter(
     points = base.transform_filter("isValid(datum.y)").mark_point(filled=True, size=size, opacity=opacity, aria=False)
     layers.append(points.encode(y=up, tooltip=rows_tooltip(rows, x, y), **look))
     if named:
-        text = base.transform_filter("datum.named").mark_text(color="--ink", fontSize=12, fontWeight=600, dy=-13)
+        text = base.transform_filter("datum.named").mark_text(dy=-13, **NAME)
         layers.append(text.encode(y=up, text="label:N"))
     return spec(layers, rows, 300, description, most=MOST_WIDTH)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -14,7 +13,7 @@ from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
 from safetyheads.reports.audit import group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, number, rate_words, render, two
+from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rejudge import identity
 from safetyheads.runs.tables import RATES, AnswerTable, GroupAnswers
@@ -79,14 +78,16 @@ def render_scan(
     table, strongest = AnswerTable.of(rows, results["lead_judge"]), _strongest(results)
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
-    drill = _drill(results, table, judges)
+    drill, planted = _drill(results, table, judges), results.get("planted_heads") or []
     listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
     content: dict[str, Any] = {
         "results": results,
-        "planted": results.get("planted_heads") or [],
+        "planted": planted,
         "badge": _badge(results),
         "sentence": _sentence(results),
-        "points": list(_points(results)),
+        "n_bh": sum(head["change"]["p_bh"] < results["statistics"]["alpha"] for head in results["heads"]),
+        "n_unscored": sum(head["asr"]["unscored"] for head in (results["vanilla"]["harmful"], *results["heads"])),
+        "n_planted_found": sum(head["head"] in planted for head in differing(results)),
         "outcomes": _outcomes(results),
         "first_heads": _first_heads(results),
         "n_differing": len(differing(results)),
@@ -103,13 +104,9 @@ def render_scan(
     }
     if show_texts:
         # A map of 16,128 heads and its answers leave less room than a small one.
-        spent = (
-            len(json.dumps([figures, columns, drill])) + _BYTES_OF_A_HEAD * len(listed) + len(charts.drawing_library())
-        )
-        room = max(0, min(MAX_COMPLETION_BYTES, MAX_PAGE_BYTES - spent))
-        wanted = [
-            row for row in rows if row["part"] == "vanilla" or (row["part"], row["epsilon"]) == ("heads", epsilon)
-        ]
+        spent = len(json.dumps([figures, columns, drill])) + len(charts.drawing_library())
+        room = max(0, min(MAX_COMPLETION_BYTES, MAX_PAGE_BYTES - spent - _BYTES_OF_A_HEAD * len(listed)))
+        wanted = [row for row in rows if (row["part"], row["epsilon"]) in (("vanilla", None), ("heads", epsilon))]
         groups = {frozenset([head] if head else []): _ablated(head) for head in heads_of_interest(results)}
         content["completions"] = completions(wanted, SETS, groups, judges[0], room)
     return render("scan.html.j2", content, _measured(results), manifest, figures, columns)
@@ -130,9 +127,7 @@ def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) 
         if "verdicts" not in row:
             continue
         verdicts = {**row["verdicts"], **later.get(identity(row), {})} if later else row["verdicts"]
-        left_out = (
-            ("token_ids", "thought") if row["group"] in with_texts_of else ("token_ids", "thought", "query", "text")
-        )
+        left_out = {"token_ids", "thought"} | (set() if row["group"] in with_texts_of else {"query", "text"})
         yield {name: value for name, value in row.items() if name not in left_out} | {"verdicts": verdicts}
 
 
@@ -166,42 +161,6 @@ def _sentence(results: Results) -> str:
         return f"{counted}; nothing ablated: {rate_words(vanilla)}."
     most = f"the strongest, {head['head']}, takes it" if found else f"with the highest, {head['head']}, it goes"
     return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['asr'])}."
-
-
-def _points(results: Results) -> Iterator[str]:
-    """What the sentence is to be read beside."""
-    about, sampling = results["statistics"], results["sampling"]
-    bh = [head["head"] for head in results["heads"] if head["change"]["p_bh"] < about["alpha"]]
-    if len(bh) > len(differing(results)):
-        share = f"{100 * about['alpha']:g} %"
-        yield f"{len(bh)} heads after Benjamini-Hochberg, a milder test: {share} of them may be chance."
-    yield _detectable(about)
-    seeds = f", {about['n_seeds']} seeds a prompt" if about["n_seeds"] > 1 else ""
-    early = "" if sampling["full_answers"] else ", cut where every judge was final"
-    decoding = f"{sampling['name']}, up to {sampling['max_new_tokens']} tokens{seeds}{early}"
-    yield f"n = {about['n']} harmful prompts; judge: {results['lead_judge']}; decoding: {decoding}."
-    unscored = results["vanilla"]["harmful"]["asr"]["unscored"] + sum(h["asr"]["unscored"] for h in results["heads"])
-    if unscored:
-        yield f"{unscored} answers were left unscored by {results['lead_judge']}: they are in no rate, only beside it."
-    if planted := results.get("planted_heads"):
-        n_found = sum(head["head"] in planted for head in differing(results))
-        yield f"Planted heads that change the ASR: {n_found} of {len(planted)} ({', '.join(planted)})."
-    yield "ASR, the attack success rate: the share of harmful prompts whose answer the judge takes as complying."
-
-
-def _detectable(about: Mapping[str, Any]) -> str:
-    """The smallest change that could have been told from none."""
-    least, tests = about["smallest_detectable_change"], f"{about['test']}, Holm over {about['n_heads']:,} heads"
-    if least["change"] is None:
-        return (
-            f"n = {about['n']} is too few: not even a head that turned every one of them could have been told "
-            f"from chance ({tests}, α = {number(about['alpha'])})."
-        )
-    return (
-        f"A head that turned fewer than {least['flips']} of {least['n']} prompts, all one way, could not have been "
-        f"told from chance: a change of ASR below {number(least['change'])} goes unseen ({tests}, "
-        f"α = {number(about['alpha'])})."
-    )
 
 
 # Heads.
@@ -385,20 +344,22 @@ def drill_data(
     base = {name: [state(row) for row in vanilla[name]] for name in places}
     other: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
     shown: list[str] = []
+    used = 0
     for head in heads:
-        for name in places:
-            rows = answers_of(name, head)
-            # A broken file may have taken some of a head's answers: without its place one would be another's.
-            if [[row["id"], row["seed"]] for row in rows] == places[name]:
-                found = [[at, state(row)] for at, row in enumerate(rows)]
-                other[name][head] = [pair for pair in found if pair[1] != base[name][pair[0]]]
-        size = 9 * sum(len(rows) + 2 for own in other.values() for rows in own.values())
-        size += sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
+        found = {name: answers_of(name, head) for name in places}
+        # A broken file may have taken some of a head's answers: without its place one would be another's.
+        whole = {name: rows for name, rows in found.items() if [[r["id"], r["seed"]] for r in rows] == places[name]}
+        differ = {
+            name: [[at, number] for at, number in enumerate(map(state, rows)) if number != base[name][at]]
+            for name, rows in whole.items()
+        }
+        used += sum(20 + 9 * len(pairs) for pairs in differ.values())
+        size = used + sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
         if size > room and shown:
-            for own in other.values():
-                own.pop(head, None)
             break
-        shown += [head] if any(head in own for own in other.values()) else []
+        for name, pairs in differ.items():
+            other[name][head] = pairs
+        shown += [head] if differ else []
     return {
         "judges": list(judges),
         "labels": list(LABELS),
@@ -493,22 +454,14 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     base = alt.Chart().transform_filter(valid).transform_calculate(word=words).encode(x=x, y=y)
     crosses = alt.Chart(alt.InlineData(values=list(_crosses(results)))).encode(color=color)
     thin: Look = {"strokeWidth": 1, "opacity": 0.55}
-    text: Look = {
-        "align": "left",
-        "baseline": "bottom",
-        "dx": 8,
-        "dy": -4,
-        "color": "--ink",
-        "fontWeight": 600,
-        "fontSize": 12,
-    }
+    names = base.transform_filter("datum.named")
     layers = [
         crosses.mark_rule(**thin).encode(x=x, x2="change_high:Q", y=y),
         crosses.mark_rule(**thin).encode(x=alt.X("middle:Q", title=x_title), y="lost_low:Q", y2="lost_high:Q"),
         base.mark_point(filled=True, size=70, opacity=0.75, aria=False, cursor="pointer").encode(
             color=color, shape=shape, tooltip=_head_tooltip(results)
         ),
-        base.transform_filter("datum.named").mark_text(**text).encode(text="head:N"),
+        names.mark_text(align="left", baseline="bottom", dx=8, dy=-4, **charts.NAME).encode(text="head:N"),
     ]
     return charts.spec(layers, (), 300, "Change of ASR against benign answers lost, head by head")
 
@@ -533,30 +486,22 @@ def _proxy(results: Results, name: str) -> Spec:
     skewed = score["unit"] == "nats"
     scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
     rate: Look = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
-    facts = [
-        alt.Tooltip("asr:Q", title="ASR alone", format=".3f"),
-        alt.Tooltip("answers:N", title="answers that comply"),
-    ]
-    facts.append(alt.Tooltip("p_holm:Q", title="p after Holm", format=".2~g"))
-    told = [
-        alt.Tooltip("head:N"),
-        alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"),
-    ]
+    head, *facts = _head_tooltip(results)
+    told = [head, alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"), *facts]
     x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
     x = alt.X(f"{field}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~r", tickCount=4))
     y_title = "ASR, head ablated alone"
     base = alt.Chart().transform_filter(f"isValid(datum.asr) && isValid(datum['{field}'])")
-    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=[*told, *facts])
+    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=told)
     # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
     below = "datum.below && datum.asr > 0.15"
-    text = partial(alt.Chart.mark_text, color="--ink", fontWeight=600, fontSize=12)
     grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
     orange: Look = {"size": 110, "opacity": 1, "color": "--attack"}
     layers = [
         base.transform_filter("!datum.holm").mark_point(filled=True, aria=False, **grey),
         base.transform_filter("datum.holm").mark_point(filled=True, shape="diamond", aria=False, **orange),
-        text(base.transform_filter(f"datum.named && !({below})"), dy=-10).encode(text="head:N"),
-        text(base.transform_filter(below), dy=14).encode(text="head:N"),
+        base.transform_filter(f"datum.named && !({below})").mark_text(dy=-10, **charts.NAME).encode(text="head:N"),
+        base.transform_filter(below).mark_text(dy=14, **charts.NAME).encode(text="head:N"),
     ]
     vanilla = results["vanilla"]["harmful"]["asr"]["rate"]
     if vanilla is not None:
