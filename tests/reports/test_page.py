@@ -69,7 +69,7 @@ def test_completions_are_those_of_the_named_groups_in_order() -> None:
 
 def test_completions_that_find_no_room_are_counted() -> None:
     groups = {frozenset[str](): "nothing ablated"}
-    found = page.completions(_answers("<" * 1000), ["harmful"], groups, room=5000)
+    found = page.completions(_answers("<" * 1000), ["harmful"], groups, "paper", room=5000)
     assert (len(found["sets"][0]["rows"]), found["left_out"]) == (1, 1)
 
 

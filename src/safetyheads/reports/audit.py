@@ -78,7 +78,7 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         words = {frozenset[str](): "nothing ablated"}
         if verdict["heads"]:
             words[frozenset(verdict["heads"])] = f"{', '.join(verdict['heads'])} ablated"
-        content["completions"] = completions(rows, COMPLETION_SETS, words)
+        content["completions"] = completions(rows, COMPLETION_SETS, words, results["lead_judge"])
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
 

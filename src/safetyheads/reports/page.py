@@ -222,7 +222,7 @@ def completions(
     rows: Iterable[Facts],
     sets: Iterable[str],
     groups: Mapping[frozenset[str], str],
-    lead_judge: str = "",
+    lead_judge: str,
     room: int = MAX_COMPLETION_BYTES,
 ) -> dict[str, Any]:
     """What the model wrote, set by set and group by group, as far as there is room, and how many found none.
@@ -259,11 +259,9 @@ def completions(
 
 def _verdicts_said(row: Facts, lead_judge: str) -> str:
     """Each judge's label, and the reason of the one that leads."""
-    verdicts = row.get("verdicts") or {lead_judge: row}
-    said = ", ".join(
-        f"{judge}: {verdict['label']}" if judge else verdict["label"] for judge, verdict in verdicts.items()
-    )
-    reason = verdicts.get(lead_judge, next(iter(verdicts.values())))["reason"]
+    verdicts = row["verdicts"]
+    said = ", ".join(f"{judge}: {verdict['label']}" for judge, verdict in verdicts.items())
+    reason = verdicts[lead_judge]["reason"]
     cut = "" if row.get("complete", True) else "; cut where every judge was final"
     return f"prompt {row['id']}, {said}: {reason}{cut}"
 

@@ -4,7 +4,7 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const specs = read("chart-specs");
   const columns = read("head-columns");
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const dark = window.matchMedia("screen and (prefers-color-scheme: dark)");
   const MOST_COLUMNS = 3;
   const GAP = 20;
   let drawn = [];
