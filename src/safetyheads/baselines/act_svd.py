@@ -7,7 +7,7 @@ W [d_out, d_in]: after W - V V^T W, no output has a part along V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -36,17 +36,10 @@ def rank_of(linear: LinearLayer, share: float) -> int:
 
 
 def output_directions(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """V: the first right singular vectors of Z = X W^T, from X^T X alone.
+    """V [d_out, rank]: the first right singular vectors of Z = X W^T, of W [d_out, d_in] and X^T X [d_in, d_in] alone.
 
-    Z^T Z = W X^T X W^T = A A^T with A = W S, S a square root of X^T X: V are A's left singular vectors.
-
-    Args:
-        weight: W [d_out, d_in].
-        gram: X^T X [d_in, d_in].
-        rank: how many; fewer where the outputs span fewer.
-
-    Returns:
-        float64 [d_out, at most rank], orthonormal, by falling singular value.
+    Z^T Z = W X^T X W^T = A A^T with A = W S, S a square root of X^T X: V are A's left singular vectors. float64; fewer
+    than ``rank`` where the outputs span fewer.
     """
     values, vectors = torch.linalg.eigh(gram.to(ACCUMULATED))
     root = vectors * values.clamp_min(0).sqrt()  # [d_in, d_in]; a rotation on its right would not change V
@@ -62,29 +55,24 @@ def without_directions(weight: Tensor, safety: Tensor, utility: Tensor | None = 
     return whole - of_safety if utility is None else whole - of_safety + utility @ (utility.T @ of_safety)
 
 
-def _plain(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
-    weight = linear.weight
-    return without_directions(weight, output_directions(weight, grams["safety"], rank_of(linear, share)))
-
-
-def _orthogonal(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
+def _edit(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
     weight = linear.weight
     safety = output_directions(weight, grams["safety"], rank_of(linear, share))
+    if "utility" not in grams:
+        return without_directions(weight, safety)
     utility = output_directions(weight, grams["utility"], rank_of(linear, UTILITY_RANK_SHARE))
     return without_directions(weight, safety, utility)
 
 
-def _interventions(
-    edit: Callable[[float, LinearLayer, Mapping[str, Tensor]], Tensor], material: Material, strengths: Sequence[float]
-) -> list[Intervention]:
+def _interventions(is_orthogonal: bool, material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine, linears = material.engine, linear_layers(material.engine)
     texts = {"safety": material.refusal_text(whole=False)}
-    if edit is _orthogonal:
+    if is_orthogonal:
         texts["utility"] = material.benign_text(whole=False)
     refuse_shares("a share of the rank", strengths)
 
     def make(share: float) -> Weights:
-        return edit_layer_by_layer(engine, texts, partial(edit, share))
+        return edit_layer_by_layer(engine, texts, partial(_edit, share))
 
     def n_parameters(share: float) -> int:
         return sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears)
@@ -104,7 +92,7 @@ ACT_SVD = Method(
     source=_SOURCE,
     touches="weights",
     strengths=(0.002, 0.01, 0.02, 0.05, 0.1),
-    interventions=partial(_interventions, _plain),
+    interventions=partial(_interventions, False),
     partial=_COUNTED,
 )
 """Removes the strongest directions of refusals, also where benign answers use them. Strength: share of the rank."""
@@ -115,7 +103,7 @@ ACT_SVD_ORTHOGONAL = Method(
     source=_SOURCE,
     touches="weights",
     strengths=(0.01, 0.023, 0.05, 0.1, 0.2, 0.4),
-    interventions=partial(_interventions, _orthogonal),
+    interventions=partial(_interventions, True),
     partial=f"{_COUNTED}; the utility rank is not swept but {UTILITY_RANK_SHARE:.0%} of the full rank",
 )
 """Removes only what lies outside the strongest directions of benign answers. Strength: share of the rank for safety."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -153,32 +153,34 @@ def _refuse_other_settings(ours: Architecture, theirs: Architecture, models: tup
     whole = [model.config.get_text_config(decoder=True) for model in models]
     for layer in ours.with_heads:
         configs = [of_layer(config, layer) for config in whole]
-        for name in _SETTINGS_AROUND:
-            _refuse_unequal(name, "the attention", [getattr(config, name, None) for config in configs])
+        names = list(_SETTINGS_AROUND)
         if any(_rope_depends_on_length(config) for config in configs):
-            lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
-            _refuse_unequal("max_position_embeddings", "the attention", lengths)
+            names.append("max_position_embeddings")
+        _refuse_unequal("the attention", [{name: getattr(config, name, None) for name in names} for config in configs])
         for modules in _modules(ours, theirs, layer):
             where, kind = f"the attention of layer {layer}", type(modules[0])
-            for name in _read_when_run(kind):  # type: ignore[arg-type]
-                # By the name of a setting a config may have a method: no setting.
-                values = [getattr(config, name, None) for config in configs]
-                values = [value if isinstance(value, (*_PLAIN, list, dict)) else None for value in values]
-                _refuse_unequal(name, where, values)
-            settings = [_settings(module) for module in modules]
-            for name in sorted({*settings[0], *settings[1]}):
-                _refuse_unequal(name, where, [setting.get(name) for setting in settings])
+            read = _read_when_run(kind)  # type: ignore[arg-type]
+            _refuse_unequal(where, [_config_settings(config, read) for config in configs])
+            _refuse_unequal(where, [_settings(module) for module in modules])
 
 
-def _refuse_unequal(name: str, where: str, values: Sequence[Any]) -> None:
-    if values[0] != values[1]:
-        raise InputError(f"{name} of {where} is {values[0]} in the model, {values[1]} in the donor")
+def _refuse_unequal(where: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    for name in sorted({*settings[0], *settings[1]}):
+        values = [setting.get(name) for setting in settings]
+        if values[0] != values[1]:
+            raise InputError(f"{name} of {where} is {values[0]} in the model, {values[1]} in the donor")
 
 
 def _rope_depends_on_length(config: Any) -> bool:
     rope: Any = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for part in parts)
+
+
+def _config_settings(config: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The config's values of these names; a method of that name is no setting."""
+    values = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, (*_PLAIN, list, dict))}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

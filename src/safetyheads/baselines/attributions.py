@@ -35,12 +35,7 @@ _RESOLUTION = {4: 2e-6, 2: 1e-2}
 
 
 def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> HeadScores:
-    """RDSHA's score: |O_h . r| / |r| of every head, prompt by prompt.
-
-    Args:
-        engine: the model.
-        prompts: the prompts that are to be answered; each has its own ranking.
-        direction: r [d_model], of any length above 0.
+    """RDSHA's score: |O_h . r| / |r| of every head, prompt by prompt, for r [d_model] of any length above 0.
 
     Returns:
         values [n_prompts, n_layers, n_heads] in units of the residual stream.
@@ -54,16 +49,11 @@ def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -
 
 
 def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> HeadScores:
-    """Direct logit attribution: what O_h adds by itself to the logits of the refusals' openers, signed.
+    """Direct logit attribution: what O_h adds by itself to the logits of the refusals' openers (first tokens), signed.
 
     The final norm is taken as linear, with its scale on the unablated run of the prompt; effects through later layers
     are left out. A constant added to all logits changes no probability, so the score is the openers' mean logit less
     the mean over the vocabulary. A norm after attention, and softcaps or scales of logits, are left out.
-
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        openers: first tokens of the model's refusals, at least one.
 
     Returns:
         values [n_prompts, n_layers, n_heads] in nats.
@@ -91,19 +81,12 @@ def _scores(engine: Engine, values: Tensor, name: str, unit: str) -> HeadScores:
 
 
 def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor:
-    """O_h . direction at the last prompt token, signed.
-
-    Args:
-        engine: the model.
-        prompts: queries under their template.
-        direction: [d_model], of any length.
+    """O_h . direction [d_model] at the last prompt token, signed, in units of the residual stream and the direction.
 
     Returns:
-        float64 [n_prompts, n_layers, n_heads], NaN where a layer has no such head; in units of the residual stream
-        times those of the direction.
+        float64 [n_prompts, n_layers, n_heads], NaN where a layer has no such head.
 
     Raises:
-        InputError: a prompt exceeds the model's context.
         UnsupportedModelError: the output projection of a layer is not known.
     """
     layers = engine.architecture.with_heads

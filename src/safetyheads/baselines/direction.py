@@ -107,10 +107,6 @@ class RefusalDirection:
     """The candidate that it is."""
     candidates: tuple[Candidate, ...]
     """All, by layer and token."""
-    n_train: tuple[int, int]
-    """Harmful and harmless prompts in the means."""
-    n_validation: tuple[int, int]
-    """Harmful and harmless prompts that candidates were judged on."""
 
     @property
     def caveat(self) -> str:
@@ -123,10 +119,6 @@ def select_direction(material: Material, rules: SelectionRules = PAPERS_RULES) -
 
     Prompts that do not show the difference are left out first, as in the paper: harmful ones with a refusal score of 0
     or less, and harmless ones with one of 0 or more.
-
-    Args:
-        material: prompts to learn from, and the openers of refusals.
-        rules: thresholds and numbers of prompts.
 
     Raises:
         InputError: no openers, or prompts that cannot be divided.
@@ -151,8 +143,7 @@ def select_direction(material: Material, rules: SelectionRules = PAPERS_RULES) -
     if not left:
         raise SafetyheadsError(_all_dropped(candidates))
     best = min(left, key=lambda candidate: candidate.bypass)
-    n_train, n_validation = (len(train), len(benign_train)), (len(validation), len(benign_validation))
-    return RefusalDirection(directions[best.token, best.layer], best, tuple(candidates), n_train, n_validation)
+    return RefusalDirection(directions[best.token, best.layer], best, tuple(candidates))
 
 
 def _halves(material: Material, rules: SelectionRules, refused: bool) -> list[PromptSet]:
@@ -272,7 +263,7 @@ def _all_dropped(candidates: Sequence[Candidate]) -> str:
 
 @contextmanager
 def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> Iterator[None]:
-    """Within, the model runs without the direction: x <- x - r^ (r^ . x) at every token; restored after.
+    """Within, the model runs without the direction r [d_model]: x <- x - r^ (r^ . x) at every token; restored after.
 
     It is removed at the first block's input, at every attention's output and at every block's output, which is the next
     block's input: the MLP's output is summed first and freed with the sum, which is the same. In a hybrid's layers
@@ -284,11 +275,6 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
     the stream (OLMo 2, Gemma 2) come before it here and after it there. A family's scaling of the stream itself in a
     block (Gemma 4, MiniMax) counts among what the block writes. Scores by replay run a captured layer again and may
     pass the first block's input twice: take them at a share of 1, where that changes nothing.
-
-    Args:
-        engine: the model.
-        direction: r [d_model], of any length above 0.
-        share: share of the projection that is removed; 1 in the paper.
 
     Raises:
         InputError: a direction without length or of another width.

@@ -129,14 +129,9 @@ def editing_interventions(
     setting: str,
     n_parameters: Callable[[float], int],
 ) -> list[Intervention]:
-    """Interventions that edit linear layers, one for each strength.
+    """Interventions that edit linear layers, one for each strength; their weights are made when first needed.
 
-    Args:
-        engine: the model that was learned from.
-        strengths: of the sweep.
-        make: makes the weights of a strength, when they are first needed.
-        setting: the strength in words, a format string of ``strength``.
-        n_parameters: how many weights a strength touches.
+    ``setting`` is the strength in words, a format string of ``strength``.
     """
     learned_from, latest = engine.weights_version, dict[float, Weights]()
 
@@ -192,15 +187,9 @@ class _LastLayerRan(Exception):
 def gram_matrices(
     engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TextBatch]
 ) -> dict[LinearLayer, Tensor]:
-    """X^T X of each linear layer, over the counted tokens of all text.
+    """X^T X (float64 [d_in, d_in]) of each linear layer over the counted tokens, with the weights of now.
 
-    Args:
-        engine: the model, with the weights it has now.
-        linears: of any decoder layers.
-        text: what the model reads.
-
-    Returns:
-        Linear layer -> float64 [d_in, d_in]; without layers that no token passed.
+    Layers that no token passed are left out.
     """
     sums: dict[LinearLayer, Tensor] = {}
     counted = text[0][1]
@@ -237,11 +226,7 @@ def edit_layer_by_layer(engine: Engine, texts: Mapping[str, Sequence[TokenSequen
     """New weights of every linear layer; later decoder layers are calibrated on the outputs of edited earlier ones.
 
     Within a decoder layer all weights are made from one run before any is replaced, as Wanda, SparseGPT and ActSVD do.
-
-    Args:
-        engine: the model; its weights are restored before this returns.
-        texts: text by name, such as ``utility`` and ``safety``.
-        edit: of one linear layer.
+    The model's own weights are restored before this returns.
     """
     linears = linear_layers(engine)
     laid_out = {name: batches(engine, text) for name, text in texts.items()}

@@ -63,11 +63,6 @@ def _outside_attention(engine: Engine) -> list[list[LinearLayer]]:
 def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) -> Tensor:
     """GTAC (Eq 2): RMS, over the counted tokens, of the difference of a neuron's values in the two models.
 
-    Args:
-        engine: the aligned model.
-        unaligned: the model before alignment.
-        text: prompts with the aligned model's answers, whose tokens count; both models read it.
-
     Returns:
         float64 [n_layers, d_mlp], the last layer included; NaN beyond a narrower layer's width.
     """

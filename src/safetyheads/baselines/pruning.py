@@ -39,12 +39,7 @@ Pruning = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def wanda_scores(weight: Tensor, gram: Tensor) -> Tensor:
-    """|W_ij| times the L2 norm of input j over all tokens (Wanda, Eq 1), float64 [d_out, d_in].
-
-    Args:
-        weight: W [d_out, d_in].
-        gram: X^T X [d_in, d_in]; its diagonal holds the squared norms.
-    """
+    """|W_ij| times the L2 norm of input j over all tokens (Wanda, Eq 1); the norms are on X^T X's diagonal."""
     return weight.to(ACCUMULATED).abs() * gram.diagonal().clamp_min(0).sqrt()
 
 
@@ -63,16 +58,8 @@ def sparse_gpt(weight: Tensor, gram: Tensor, sparsity: float, block: int | None 
     """W pruned by SparseGPT (Alg 1): the weights to the right of a pruned one compensate for it.
 
     Columns are processed from left to right. A block's mask is chosen when the block begins, after the updates of all
-    columns before it, by the least w^2 / [U_jj]^2, where U is the upper Cholesky factor of the inverse Hessian.
-
-    Args:
-        weight: W [d_out, d_in].
-        gram: the Hessian X^T X [d_in, d_in], undampened.
-        sparsity: share of each block's weights.
-        block: columns a block; by default :func:`block_of` the layer's width.
-
-    Returns:
-        float64 [d_out, d_in].
+    columns before it, by the least w^2 / [U_jj]^2, where U is the upper Cholesky factor of the inverse Hessian X^T X.
+    ``block`` is a number of columns, by default :func:`block_of` the layer's width.
     """
     pruned, factor = weight.to(ACCUMULATED).clone(), inverse_factor(gram)
     d_in = weight.shape[1]

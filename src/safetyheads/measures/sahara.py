@@ -12,12 +12,7 @@ from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
 
 
 def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
-    """Every head's score when ablated alone.
-
-    Args:
-        scorer: gives each group a number; more means more effect.
-        heads: the candidates, usually ``engine.heads``.
-    """
+    """The score of each of ``heads`` (usually ``engine.heads``) when ablated alone, by any scorer of groups."""
     heads = distinct(heads)
     if not heads:
         raise InputError("no heads to rank")

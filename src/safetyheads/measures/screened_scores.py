@@ -151,15 +151,7 @@ def rescore(
     extent: Extent | None = None,
     top: int = 10,
 ) -> Rescored:
-    """Exact scores of what a screening proposes.
-
-    Args:
-        scorer: the exact score.
-        screening: of the same prompts and ablation.
-        name: the forecast that proposes.
-        extent: how many heads are scored.
-        top: number of best heads that the bound is about.
-    """
+    """Exact scores of what a screening of the same prompts and ablation proposes; ``top`` as in :class:`Missed`."""
     proposal = propose(screening, name, extent)
     table = score_heads(scorer, screening.common, proposal.heads, all_heads(*screening.ships.shape[1:]))
     return Rescored(table, proposal, missed(table, proposal, top))
@@ -203,12 +195,7 @@ def screened_sahara(
 ) -> ScreenedTrace:
     """Algorithm 1 with a screening before each step, taken with the group so far ablated.
 
-    Args:
-        measuring: the pass that scores exactly; it must read the score.
-        score: the score that the search maximises; its forecast proposes heads.
-        steps: size of the group.
-        extent: how many heads a step scores.
-        on_groups: called with the number of groups just scored.
+    The forecast of ``score`` proposes heads; ``measuring`` scores them and must read the score.
     """
     score = Score(score) if isinstance(score, str) else score
     openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()

@@ -319,13 +319,10 @@ class Linearizer:
 
 
 def choose_tokens(log_probabilities: Tensor, n_tokens: int, point: Point, uniforms: Tensor) -> Followed:
-    """The most probable tokens, and samples of all but the point's tokens by inverse transform of ``uniforms``.
+    """The most probable tokens, and samples of all but the point's tokens.
 
-    Args:
-        log_probabilities: [n_states, vocabulary].
-        n_tokens: most probable tokens that are followed.
-        point: its tokens are left out of what is sampled.
-        uniforms: [n_states, n_samples], from 0 to 1.
+    ``uniforms`` [n_states, n_samples], from 0 to 1, make the samples of log-probabilities [n_states, vocabulary] by
+    inverse transform.
     """
     tokens = log_probabilities.topk(n_tokens, dim=-1).indices
     rest = log_probabilities.exp().scatter(-1, tokens[:, : point.n_tokens], 0.0).cumsum(dim=-1)
