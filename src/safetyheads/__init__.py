@@ -15,131 +15,86 @@ from safetyheads.prompts.sets import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
-    from safetyheads.answers.decoding import Decoding, generate
-    from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
+    # Each name again as itself, which tells type checkers that it is public.
+    from safetyheads.answers.decoding import Decoding as Decoding, generate as generate
+    from safetyheads.answers.sampling import GREEDY as GREEDY, TOP_5 as TOP_5, Sampling as Sampling
     from safetyheads.answers.success import (
-        AnswerScan,
-        AttackSuccess,
-        attack_success_rate,
-        query_level_attack_success_rate,
-        query_level_groups,
-        scan_attack_success_rate,
+        AnswerScan as AnswerScan,
+        AttackSuccess as AttackSuccess,
+        attack_success_rate as attack_success_rate,
+        query_level_attack_success_rate as query_level_attack_success_rate,
+        query_level_groups as query_level_groups,
+        scan_attack_success_rate as scan_attack_success_rate,
     )
-    from safetyheads.baselines.attention_swap import swapped_attention
-    from safetyheads.demo.loading import Demo, load_demo
-    from safetyheads.judges.base import Completion, Judge, Verdict
-    from safetyheads.judges.keywords import KeywordJudge
-    from safetyheads.judges.named import judge_named
-    from safetyheads.judges.phrases import PhraseJudge
-    from safetyheads.measures.sahara import rank_heads, sahara
-    from safetyheads.measures.screened_scores import Extent, Rescored, screened_ships
+    from safetyheads.baselines.attention_swap import swapped_attention as swapped_attention
+    from safetyheads.demo.loading import Demo as Demo, load_demo as load_demo
+    from safetyheads.judges.base import Completion as Completion, Judge as Judge, Verdict as Verdict
+    from safetyheads.judges.keywords import KeywordJudge as KeywordJudge
+    from safetyheads.judges.named import judge_named as judge_named
+    from safetyheads.judges.phrases import PhraseJudge as PhraseJudge
+    from safetyheads.measures.sahara import rank_heads as rank_heads, sahara as sahara
+    from safetyheads.measures.screened_scores import (
+        Extent as Extent,
+        Rescored as Rescored,
+        screened_ships as screened_ships,
+    )
     from safetyheads.measures.ships import (
-        Opener,
-        Score,
-        generalized_ships,
-        mean_ships,
-        refusal_score,
-        scorer_named,
-        ships,
+        Opener as Opener,
+        Score as Score,
+        generalized_ships as generalized_ships,
+        mean_ships as mean_ships,
+        refusal_score as refusal_score,
+        scorer_named as scorer_named,
+        ships as ships,
     )
-    from safetyheads.model.engine import Engine
-    from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
-    from safetyheads.stats.intervals import Rate
-    from safetyheads.stats.testing import PairedDifference
+    from safetyheads.model.engine import Engine as Engine
+    from safetyheads.scores import GroupScorer as GroupScorer, HeadScores as HeadScores, SearchTrace as SearchTrace
+    from safetyheads.stats.intervals import Rate as Rate
+    from safetyheads.stats.testing import PairedDifference as PairedDifference
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "AttackSuccess": "answers.success",
-    "attack_success_rate": "answers.success",
-    "query_level_attack_success_rate": "answers.success",
-    "query_level_groups": "answers.success",
-    "Demo": "demo.loading",
-    "load_demo": "demo.loading",
-    "Decoding": "answers.decoding",
-    "Engine": "model.engine",
-    "AnswerScan": "answers.success",
-    "scan_attack_success_rate": "answers.success",
-    "judge_named": "judges.named",
-    "PhraseJudge": "judges.phrases",
-    "GREEDY": "answers.sampling",
-    "TOP_5": "answers.sampling",
-    "Sampling": "answers.sampling",
-    "generate": "answers.decoding",
-    "Completion": "judges.base",
-    "Judge": "judges.base",
-    "KeywordJudge": "judges.keywords",
-    "Verdict": "judges.base",
-    "Opener": "measures.ships",
-    "refusal_score": "measures.ships",
-    "Extent": "measures.screened_scores",
-    "Rescored": "measures.screened_scores",
-    "screened_ships": "measures.screened_scores",
-    "rank_heads": "measures.sahara",
-    "sahara": "measures.sahara",
-    "GroupScorer": "scores",
-    "HeadScores": "scores",
-    "SearchTrace": "scores",
-    "generalized_ships": "measures.ships",
-    "mean_ships": "measures.ships",
-    "ships": "measures.ships",
-    "Score": "measures.ships",
-    "scorer_named": "measures.ships",
-    "PairedDifference": "stats.testing",
-    "Rate": "stats.intervals",
-    "swapped_attention": "baselines.attention_swap",
+_NAMES = {
+    "answers.decoding": ("Decoding", "generate"),
+    "answers.sampling": ("GREEDY", "TOP_5", "Sampling"),
+    "answers.success": (
+        "AnswerScan",
+        "AttackSuccess",
+        "attack_success_rate",
+        "query_level_attack_success_rate",
+        "query_level_groups",
+        "scan_attack_success_rate",
+    ),
+    "baselines.attention_swap": ("swapped_attention",),
+    "demo.loading": ("Demo", "load_demo"),
+    "judges.base": ("Completion", "Judge", "Verdict"),
+    "judges.keywords": ("KeywordJudge",),
+    "judges.named": ("judge_named",),
+    "judges.phrases": ("PhraseJudge",),
+    "measures.sahara": ("rank_heads", "sahara"),
+    "measures.screened_scores": ("Extent", "Rescored", "screened_ships"),
+    "measures.ships": ("Opener", "Score", "generalized_ships", "mean_ships", "refusal_score", "scorer_named", "ships"),
+    "model.engine": ("Engine",),
+    "scores": ("GroupScorer", "HeadScores", "SearchTrace"),
+    "stats.intervals": ("Rate",),
+    "stats.testing": ("PairedDifference",),
 }
+"""Module -> public names that are imported when they are first used."""
+_LAZY = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "GREEDY",
-    "SCALING_CONTRIBUTION",
-    "TOP_5",
-    "UNDIFFERENTIATED_ATTENTION",
     "Ablation",
-    "AnswerScan",
-    "AttackSuccess",
-    "Completion",
-    "Decoding",
-    "Demo",
-    "Engine",
-    "Extent",
-    "GroupScorer",
     "Head",
-    "HeadScores",
     "InputError",
-    "Judge",
-    "KeywordJudge",
-    "Opener",
-    "PairedDifference",
-    "PhraseJudge",
     "Prompt",
     "PromptSet",
-    "Rate",
-    "Rescored",
+    "SCALING_CONTRIBUTION",
     "SafetyheadsError",
-    "Sampling",
-    "Score",
-    "SearchTrace",
     "Template",
+    "UNDIFFERENTIATED_ATTENTION",
     "UnsupportedModelError",
-    "Verdict",
-    "attack_success_rate",
-    "generalized_ships",
-    "generate",
-    "judge_named",
-    "load_demo",
-    "mean_ships",
     "parse_heads",
-    "query_level_attack_success_rate",
-    "query_level_groups",
-    "rank_heads",
-    "refusal_score",
-    "sahara",
-    "scan_attack_success_rate",
-    "scorer_named",
-    "screened_ships",
-    "ships",
-    "swapped_attention",
+    *_LAZY,
 ]
 
 

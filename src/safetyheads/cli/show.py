@@ -25,6 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from safetyheads.ablation import Ablation
 from safetyheads.runs.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -590,7 +591,7 @@ def show_rates(found: Found) -> None:
 
 
 def _ablation(found: Found) -> str:
-    return f"{found['ablation']['kind'].replace('_', ' ')}, epsilon {found['ablation']['epsilon']:g}"
+    return str(Ablation(found["ablation"]["name"], found["ablation"]["epsilon"]))
 
 
 def show_evaluation(results: Found, out: Path) -> None:
