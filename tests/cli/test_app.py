@@ -323,15 +323,20 @@ def test_a_bad_prompt_file(refused, name, content, words):
         (["demo", "--limit", "4", "--size", "1000"], "size 1000"),
         (["sahara", "demo:aligned_a", "--prompts", "demo", "--size", "1000"], "size 1000"),
         (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "99-0"], "out of range"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "1000"], "size 1000"),
+        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "1000"], "query level 1000"),
         (["demo", "--limit", "1"], "at least two"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--limit", "4", "--memory", "1e-6"], "memory budget"),
         (["check", "demo:aligned_a", "--device", "quantum"], "unknown device"),
         (["check", "demo:aligned_a", "--dtype", "int3"], "unknown dtype"),
     ],
 )
 def test_refused_with_the_model(refused, arguments, words):
     assert words in refused(*arguments)
+
+
+def test_a_memory_budget_too_small_for_one_row(run):
+    code, out, err = run("ships", "demo:aligned_a", "--prompts", "demo", "--limit", "4", "--memory", "1e-6", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "memory budget" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

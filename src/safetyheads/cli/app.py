@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
@@ -43,6 +43,10 @@ from safetyheads.runs.config import (
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
     from safetyheads.runs.progress import Progress
+    from safetyheads.runs.run import Prompts
+
+Config = TypeVar("Config", bound=ModelOptions)
+RunSettings = TypeVar("RunSettings", AuditConfig, ScanConfig)
 
 
 def _version() -> str:
@@ -94,18 +98,15 @@ def demo(
 @command
 def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    config = _with_own_benign(config)
-    _audit(config, where.out or _default_out(config), report, output)
+    _audit(_with_own_benign(config), where.out or _default_out(config), report, output)
 
 
 def _audit(config: AuditConfig, out: Path, report: ReportOptions, output: OutputOptions) -> None:
     from safetyheads.cli.show import show_audit
     from safetyheads.runs.audit import read_prompts, run_audit
 
-    _refuse(config, out, report)
-    prompts, progress = read_prompts(config), progress_for(output.quiet)
-    engine = load_engine(config, progress)
-    results = run_audit(engine, config, out, prompts, progress, sys.argv)
+    _refuse_completions(config.store_completions, report)
+    results = _run(config, out, output, read_prompts, run_audit)
     _finish(results, out, report, output, show_audit)
 
 
@@ -115,12 +116,9 @@ def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, out
     from safetyheads.cli.show import show_scan
     from safetyheads.runs.scan import read_prompts, run_scan
 
-    config = _with_own_benign(config)
+    _refuse_completions(config.store_completions, report)
     out = where.out or Path(f"{_default_out(config)}-scan")
-    _refuse(config, out, report)
-    prompts, progress = read_prompts(config), progress_for(output.quiet)
-    engine = load_engine(config, progress)
-    results = run_scan(engine, config, out, prompts, progress, sys.argv)
+    results = _run(_with_own_benign(config), out, output, read_prompts, run_scan)
     _finish(results, out, report, output, show_scan)
 
 
@@ -128,46 +126,42 @@ def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, out
 def ships(
     *,
     config: ShipsConfig,
+    where: DirectoryOptions,
     output: OutputOptions,
     top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
 ) -> None:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
-    from safetyheads.cli.ships import ranked
     from safetyheads.cli.show import show_ranking
+    from safetyheads.runs.search import run_ships
 
     at_least(1, top=top)
-    asked, progress = _prompts_of(config), progress_for(output.quiet)
-    engine = load_engine(config, progress)
-    result = ranked(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_ranking(result, top))
+    results = _run(config, where.out or _own_out(config, "ships"), output, _harmful, run_ships)
+    _show(results, output, lambda: show_ranking(results, top))
 
 
 @command
-def sahara(config: SaharaConfig, output: OutputOptions) -> None:
+def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
-    from safetyheads.cli.search import score_of, searched
     from safetyheads.cli.show import show_steps
+    from safetyheads.runs.search import run_sahara, score_of
 
-    _refuse_judges(config)
-    asked, progress = _prompts_of(config), progress_for(output.quiet)
-    score_of(config).refuse_too_few(len(asked))
-    engine = load_engine(config, progress)
-    refuse_large(config.size, engine)
-    result = searched(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_steps(result))
+    def read(config: SaharaConfig) -> Prompts:
+        prompts = _harmful(config)
+        score_of(config).refuse_too_few(len(prompts["harmful"]))
+        return prompts
+
+    results = _run(config, where.out or _own_out(config, "sahara"), output, read, run_sahara)
+    _show(results, output, lambda: show_steps(results))
 
 
 @command
-def asr(config: AsrConfig, output: OutputOptions) -> None:
+def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
-    from safetyheads.cli.asr import measured_rates
     from safetyheads.cli.show import show_rates
+    from safetyheads.runs.asr import run_asr
 
-    _refuse_judges(config)
-    asked, progress = _prompts_of(config), progress_for(output.quiet)
-    engine = load_engine(config, progress)
-    result = measured_rates(engine, _resolved(engine, asked, config), config, progress)
-    _show(result, output, lambda: show_rates(result))
+    results = _run(config, where.out or _own_out(config, "asr"), output, _harmful, run_asr)
+    _show(results, output, lambda: show_rates(results))
 
 
 @command
@@ -179,14 +173,28 @@ def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) ->
 
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    out = where.out or Path("runs") / "-".join((_model_name(config), "eval", config.parsed_ablation.name))
-    _refuse_unusable(out)
-    progress = progress_for(output.quiet)
-    with progress.track("reading the tasks", 1):
-        loaded = load_tasks(config)
-    engine = load_engine(config, progress)
-    results = run_evaluation(engine, config, loaded, out, progress, sys.argv)
+    out = where.out or _own_out(config, "eval")
+    results = _run(config, out, output, load_tasks, run_evaluation)
     _show(results, output, lambda: show_evaluation(results, out))
+
+
+def _run(
+    config: Config,
+    out: Path,
+    output: OutputOptions,
+    read: Callable[[Config], Any],
+    start: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+    """Run once all that can be refused without the model is refused: the directory, judges, prompts or tasks."""
+    _refuse_unusable(out)
+    if isinstance(config, JudgeOptions):
+        from safetyheads.judges.named import judges_named
+
+        judges_named(config.judges, config.judge_device)
+    progress = progress_for(output.quiet)
+    with progress.track("reading prompts or tasks", 1):
+        data = read(config)
+    return start(load_engine(config, progress), config, out, data, progress, sys.argv)
 
 
 @command
@@ -254,7 +262,7 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
     from safetyheads.cli.show import show_check
     from safetyheads.runs.check import describe
 
-    prompts = _prompts_of(config) if config.prompts != "benign" else None
+    prompts = _harmful(config)["harmful"] if config.prompts != "benign" else None
     progress = progress_for(output.quiet)
     engine = load_engine(config, progress, proved=False)
     found = describe(engine, config, prompts, progress)
@@ -399,46 +407,23 @@ def _default_out(config: RunConfig) -> Path:
     return Path("runs") / f"{_model_name(config)}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
 
 
-def _with_own_benign(config: Any) -> Any:
+def _own_out(config: ShipsConfig | SaharaConfig | AsrConfig | EvalConfig, kind: str) -> Path:
+    """``runs/MODEL-KIND-KEY``: such runs are tried one after another, so other settings get another directory."""
+    from safetyheads.runs.directory import content_key
+
+    return Path("runs") / f"{_model_name(config)}-{kind}-{content_key(config.as_dict())[:8]}"
+
+
+def _with_own_benign(config: RunSettings) -> RunSettings:
     """The organism knows no other language than its own: its harmful prompts go with its benign ones."""
     return replace(config, benign="demo") if (config.prompts, config.benign) == ("demo", "benign") else config
 
 
-def _prompts_of(config: Any) -> Any:
+def _harmful(config: CheckConfig | ShipsConfig | SaharaConfig | AsrConfig) -> Prompts:
     """The harmful prompts; ``demo`` is the organism's held-out split."""
     from safetyheads.runs.data import read_whole
 
-    read = read_whole("harmful", config.prompts, config)
-    if read.warning:
-        print_error(f"warning: {read.name}: {read.warning}")
-    if read.dropped:
-        print_error(f"warning: {read.dropped} blank lines of {read.name} are left out")
-    return read
-
-
-def _resolved(engine: Engine, prompts: Any, config: Any) -> Any:
-    from safetyheads.runs.data import resolved
-
-    return resolved(engine, prompts, config)
-
-
-def refuse_large(size: int, engine: Engine) -> None:
-    """Refuse a group larger than the model."""
-    if size > len(engine.heads):
-        raise InputError(f"size {size} is larger than the number of heads, {len(engine.heads)}")
-
-
-def _refuse(config: RunConfig, out: Path, report: ReportOptions) -> None:
-    """Refuse what can be refused without the model."""
-    _refuse_completions(config.store_completions, report)
-    _refuse_unusable(out)
-    _refuse_judges(config)
-
-
-def _refuse_judges(config: JudgeOptions) -> None:
-    from safetyheads.judges.named import judges_named
-
-    judges_named(config.judges, config.judge_device)
+    return {"harmful": read_whole("harmful", config.prompts, config)}
 
 
 def _refuse_completions(stored: bool, report: ReportOptions) -> None:

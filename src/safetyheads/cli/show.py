@@ -346,6 +346,11 @@ def print_lines(lines: Iterable[str], style: str | None = None) -> None:
 def print_cautions(results: Found) -> None:
     """Print what a reader must know about the numbers."""
     print_lines((f"- {caveat}" for caveat in results["caveats"]), "dim")
+    print_warnings(results)
+
+
+def print_warnings(results: Found) -> None:
+    """Print what happened on the way."""
     print_lines((f"warning: {warning}" for warning in results["warnings"]), "yellow")
 
 
@@ -547,6 +552,7 @@ def show_ranking(found: Found, top: int) -> None:
             },
         )
         print_lines([f"Screened: {found['screening']['missed']['sentence']}."])
+    print_warnings(found)
 
 
 def show_steps(found: Found) -> None:
@@ -567,6 +573,7 @@ def show_steps(found: Found) -> None:
     )
     screened = enumerate(found.get("screening", ()), start=1)
     print_lines(f"Step {number}, screened: {step['missed']['sentence']}." for number, step in screened)
+    print_warnings(found)
     print_lines([f"Group: {','.join(found['group'])}"])
 
 
@@ -588,6 +595,7 @@ def show_rates(found: Found) -> None:
     reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])
     counts = [(reason, *(plain(group["reasons"].get(reason, 0), "d") for group in groups)) for reason in reasons]
     print_table("Why, in answers", ("reason", *(group["heads"] for group in groups)), counts)
+    print_cautions(found)
 
 
 def _ablation(found: Found) -> str:

@@ -157,15 +157,15 @@ def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
 # Sahara.
 
 
-def _score(config: SaharaConfig) -> Score:
-    state = cast("State", config.state or "after_norm")
-    return Score(config.score, config.positions, 1 if config.rank is None else config.rank, state, config.centred)
+def score_of(config: SaharaConfig) -> Score:
+    """The score that a search uses, with its settings."""
+    return Score(config.score, config.positions, config.rank, cast("State", config.state), config.centred)
 
 
 def _refuse_impossible(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
     if config.size > len(engine.heads):
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
-    _score(config).refuse_too_few(len(asked["harmful"]))
+    score_of(config).refuse_too_few(len(asked["harmful"]))
 
 
 def _announce_sahara(run: Run[SaharaConfig]) -> None:
@@ -175,7 +175,7 @@ def _announce_sahara(run: Run[SaharaConfig]) -> None:
 
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     """The group found, step by step."""
-    config, engine, score = run.config, run.engine, _score(run.config)
+    config, engine, score = run.config, run.engine, score_of(run.config)
     openers: tuple[Opener, ...] = ()
     if config.score == "refusal_score":
         openers = find_openers(engine, run.asked["harmful"].prompts, run.judges[0])
