@@ -26,9 +26,9 @@ from safetyheads.model.planning import (
     TokenSequence,
     halving,
     is_out_of_memory,
+    lay_out,
     layer_flops,
     pack,
-    plan,
     row_sizes,
     shared_prefix,
 )
@@ -128,7 +128,7 @@ def all_in_order(made, n):
 @quick
 @given(sequences, st.integers(1, 200), st.integers(1, 32), st.booleans())
 def test_a_plan_holds_every_sequence_once_and_in_order(chosen, budget, n_rows_useful, packs):
-    made = plan(chosen, COST, budget, n_rows_useful, packs)
+    made = lay_out(chosen, COST, budget, n_rows_useful, packs)
     assert all_in_order(made, len(chosen))
     assert 1 <= made.groups_per_batch <= n_rows_useful
     sizes = {len(row) for row in made.rows}
@@ -143,7 +143,7 @@ def batch_tokens(made, chosen):
 @given(st.integers(1, 40), st.integers(0, 30), st.integers(1, 10), st.integers(1, 5000), st.integers(1, 32))
 def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest, budget, n_rows_useful):
     chosen = [sequence(*[0] * prefix, *[1 + at] * rest) for at in range(n)]
-    made = plan(chosen, COST, budget, n_rows_useful)
+    made = lay_out(chosen, COST, budget, n_rows_useful)
     # A sequence that does not fit by itself is run all the same.
     assert batch_tokens(made, chosen) <= max(budget, prefix + rest)
 
@@ -151,26 +151,26 @@ def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest,
 def test_a_batch_of_unequally_long_sequences_is_within_the_budget():
     # The three long ones come first and may share a row: 320 tokens, where a row of average ones has 136.
     chosen = [sequence(*[0] * 20, *[1 + at] * rest) for at, rest in enumerate([100] * 3 + [2] * 5)]
-    assert batch_tokens(plan(chosen, COST, 550, 32), chosen) <= 550
+    assert batch_tokens(lay_out(chosen, COST, 550, 32), chosen) <= 550
 
 
 def test_packing_pays_where_much_is_shared_and_not_where_rows_grow_long():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
-    assert len(plan(shared, COST, 4096, 32).rows) == 1
+    assert len(lay_out(shared, COST, 4096, 32).rows) == 1
     apart = [sequence(*[at] * 500) for at in range(1, 9)]
-    assert len(plan(apart, LayerFlops(0, 0, 0, mlp=1.0, pair=1.0), 4096, 32).rows) == 8
+    assert len(lay_out(apart, LayerFlops(0, 0, 0, mlp=1.0, pair=1.0), 4096, 32).rows) == 8
 
 
 def test_without_packing_each_sequence_has_its_row():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
-    made = plan(shared, COST, 4096, 32, packs=False)
+    made = lay_out(shared, COST, 4096, 32, packs=False)
     assert made.rows == tuple((at,) for at in range(8))
     assert made.groups_per_batch == 32
-    assert plan(shared, COST, 51 * 5 + 50, 32, packs=False).groups_per_batch == 5
+    assert lay_out(shared, COST, 51 * 5 + 50, 32, packs=False).groups_per_batch == 5
 
 
 def test_a_plan_reads_back_from_json():
-    made = plan([sequence(*[0] * 20, at) for at in range(1, 8)], COST, 60, 3)
+    made = lay_out([sequence(*[0] * 20, at) for at in range(1, 8)], COST, 60, 3)
     assert Plan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
     assert Plan.from_dict(made.as_dict()) == made
 

@@ -312,22 +312,22 @@ class Engine:
         Raises:
             InputError: not even one head on one prompt fits the memory budget.
         """
-        layout = self._fitted_plan(sequences)
+        plan = self._fit_plan(sequences)
         if self.architecture.turns:
             # These families take places in the row for positions, so the row's length has to be proved.
             before = self.capabilities
-            self.prove_up_to(longest_row(sequences, layout))
+            self.prove_up_to(longest_row(sequences, plan))
             if self.capabilities != before:
-                layout = self._fitted_plan(sequences)
-        return layout
+                plan = self._fit_plan(sequences)
+        return plan
 
-    def _fitted_plan(self, sequences: Sequence[TokenSequence]) -> Plan:
+    def _fit_plan(self, sequences: Sequence[TokenSequence]) -> Plan:
         n_tokens = self.tokens_that_fit(self.costs.bytes_per_token())
-        return planning.fitted_plan(sequences, self.costs, n_tokens, self.memory_budget)
+        return planning.fit_plan(sequences, self.costs, n_tokens, self.memory_budget)
 
-    def memory_estimate(self, sequences: Sequence[TokenSequence], layout: Plan, reads_logits: bool = True) -> int:
+    def memory_estimate(self, sequences: Sequence[TokenSequence], plan: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
-        return self.costs.pass_bytes(sequences, layout, self.logits_at_once if reads_logits else 0)
+        return self.costs.pass_bytes(sequences, plan, self.logits_at_once if reads_logits else 0)
 
     def tokens_that_fit(self, bytes_per_token: int) -> int:
         """Tokens of a batch, at so many bytes each."""
@@ -338,7 +338,7 @@ class Engine:
         """Logits in memory together, in elements, when next tokens are read."""
         return planning.logits_at_once(self.memory_budget)
 
-    def batches(self, groups: Sequence[Group], layout: Plan) -> list[GroupBatch]:
+    def batches(self, groups: Sequence[Group], plan: Plan) -> list[GroupBatch]:
         """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
 
         Heads that all groups share do not count: they are ablated in the captured run already, so a search's later
@@ -348,7 +348,7 @@ class Engine:
         for index, group in enumerate(groups):
             layers = [head.layer for head in group if head not in common]
             by_start.setdefault(min(layers, default=self.n_layers - 1), []).append(index)
-        n = layout.groups_per_batch
+        n = plan.groups_per_batch
         return [
             GroupBatch(tuple(indices[at : at + n]), start)
             for start, indices in sorted(by_start.items())
@@ -358,12 +358,12 @@ class Engine:
     # Passes
 
     def captured(
-        self, sequences: Sequence[TokenSequence], common: Group, ablation: Ablation, layout: Plan, first: int = 0
+        self, sequences: Sequence[TokenSequence], common: Group, ablation: Ablation, plan: Plan, first: int = 0
     ) -> tuple[Capture, ...]:
         """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
         with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
             calls = self.ablation_calls([common], ablation)
-            rows = [pack(sequences, members, self.device) for members in layout.rows]
+            rows = [pack(sequences, members, self.device) for members in plan.rows]
             segments = self.capabilities.segments
             return tuple(capture(self.architecture, row, calls, first, segments) for row in rows)
 

@@ -181,7 +181,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # Plans
 
 
-def plan(
+def lay_out(
     sequences: Sequence[TokenSequence],
     layer: LayerFlops,
     token_budget: int,
@@ -216,14 +216,12 @@ def plan(
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
     rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts))
-    layout = Plan(rows, 1, torch.get_num_threads())
-    groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, layout)))
-    return replace(layout, groups_per_batch=groups)
+    plan = Plan(rows, 1, torch.get_num_threads())
+    groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, plan)))
+    return replace(plan, groups_per_batch=groups)
 
 
-def fitted_plan(
-    sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None
-) -> Plan:
+def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None) -> Plan:
     """The plan of a pass that keeps to a memory budget; batches begin with at most ``n_tokens``.
 
     Raises:
@@ -232,10 +230,10 @@ def fitted_plan(
     quick, layer = costs.quick, layer_flops(costs.architecture)
     at_once = logits_at_once(memory_budget)
     while True:
-        layout = plan(sequences, layer, n_tokens, costs.architecture.n_heads, quick.packs, quick.segments)
-        needed = costs.pass_bytes(sequences, layout, at_once)
+        plan = lay_out(sequences, layer, n_tokens, costs.architecture.n_heads, quick.packs, quick.segments)
+        needed = costs.pass_bytes(sequences, plan, at_once)
         if memory_budget is None or needed <= memory_budget:
-            return layout
+            return plan
         if n_tokens == 1:
             raise InputError(
                 f"one head on these prompts needs about {_mebibytes(needed)} beside the weights; the memory budget is "
@@ -248,9 +246,9 @@ def _mebibytes(n: int) -> str:
     return f"{n / 2**20:.0f} MiB" if n >= 10 * 2**20 else f"{n / 2**20:.2g} MiB"
 
 
-def longest_row(sequences: Sequence[TokenSequence], layout: Plan) -> int:
+def longest_row(sequences: Sequence[TokenSequence], plan: Plan) -> int:
     """Tokens of the longest packed row."""
-    return max(size.n_tokens for size in row_sizes(sequences, layout))
+    return max(size.n_tokens for size in row_sizes(sequences, plan))
 
 
 # Memory
@@ -386,10 +384,10 @@ class RowSize:
     """Most tokens of a prompt behind the prefix."""
 
 
-def row_sizes(sequences: Sequence[TokenSequence], layout: Plan, shares_prefix: bool = True) -> tuple[RowSize, ...]:
+def row_sizes(sequences: Sequence[TokenSequence], plan: Plan, shares_prefix: bool = True) -> tuple[RowSize, ...]:
     """The sizes of a plan's rows."""
     sizes = []
-    for row in layout.rows:
+    for row in plan.rows:
         members = [sequences[member] for member in row]
         prefix = row_prefix(members) if shares_prefix else 0
         lengths = [len(member.token_ids) for member in members]
@@ -412,16 +410,17 @@ def _pairs(start: int, end: int) -> int:
     return (start + 1 + end) * (end - start) // 2
 
 
-@dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """Operations and bytes that passes over a model take, counted from its shapes alone."""
+    """Counts, from shapes alone, the operations and bytes that passes over a model take.
 
-    architecture: Architecture
-    """The model's parts."""
-    quick: Capabilities
-    """The quick paths that passes take."""
-    itemsize: int
-    """Bytes of an activation."""
+    Args:
+        architecture: the model's parts.
+        quick: the quick paths that passes take.
+        itemsize: bytes of an activation.
+    """
+
+    def __init__(self, architecture: Architecture, quick: Capabilities, itemsize: int) -> None:
+        self.architecture, self.quick, self.itemsize = architecture, quick, itemsize
 
     def forward_flops(self, rows: Sequence[RowSize]) -> float:
         """One plain run over all layers, without logits."""
@@ -469,16 +468,16 @@ class ModelCosts:
         row = RowSize(256, 0, 8, 0, n_prompts=8, n_prefix=0, longest_rest=32)
         return -(-self._layer_bytes(8, row) // (8 * row.n_tokens))
 
-    def pass_bytes(self, sequences: Sequence[TokenSequence], layout: Plan, at_once: int) -> int:
+    def pass_bytes(self, sequences: Sequence[TokenSequence], plan: Plan, at_once: int) -> int:
         """Peak of a whole pass beside the weights, within 30 % (tests/model/test_planning.py).
 
         Args:
             sequences: the prompts.
-            layout: the plan of the pass.
+            plan: of the pass.
             at_once: logits in memory together, in elements; 0 where no next token is read.
         """
-        facts, size, n = self.architecture, self.itemsize, layout.groups_per_batch
-        rows, n_wanted = row_sizes(sequences, layout), sum(sequence.n_wanted for sequence in sequences)
+        facts, size, n = self.architecture, self.itemsize, plan.groups_per_batch
+        rows, n_wanted = row_sizes(sequences, plan), sum(sequence.n_wanted for sequence in sequences)
         # Each layer's input, positions and masks, and the outputs of the first ablated layer's heads.
         width = facts.d_model * facts.n_layers + 2 * facts.d_head + 2 * facts.n_heads * facts.d_head
         masks = 2 if facts.windows else 1

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -159,19 +159,20 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
 # Capture
 
 
-@dataclass(frozen=True, slots=True)
 class Capture:
-    """One run over a packed row: what each layer was given. Its dictionaries shrink as replays move on."""
+    """One run over a packed row: what each layer was given. It shrinks as replays move on.
 
-    row: PackedRow
-    """The packed prompts."""
-    inputs: dict[int, Tensor]
-    """layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them."""
-    arguments: Mapping[int, Arguments]
-    """layer -> its other arguments; read-only, every replay gets copies of mutable containers."""
-    compared: dict[tuple[int, Ablation], Tensor] = field(default_factory=dict)
-    """(layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output projection, for
-    all of its batches [2, n_tokens, n_heads * d_value]."""
+    Attributes:
+        row: the packed prompts.
+        inputs: layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them.
+        arguments: layer -> its other arguments; read-only, every replay gets copies of mutable containers.
+        compared: (layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output
+            projection, for all of its batches [2, n_tokens, n_heads * d_value].
+    """
+
+    def __init__(self, row: PackedRow, inputs: dict[int, Tensor], arguments: Mapping[int, Arguments]) -> None:
+        self.row, self.inputs, self.arguments = row, inputs, arguments
+        self.compared: dict[tuple[int, Ablation], Tensor] = {}
 
     def drop_before(self, layer: int) -> None:
         """Free what earlier layers need, once no replay starts there any more."""
