@@ -271,7 +271,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         model = LlamaForCausalLM(config).eval()
         model.generation_config = demo.engine.model.generation_config
         use_our_attention(model)
-        engine = Engine(model, demo.engine.tokenizer, name, demo.engine.capabilities)
+        engine = Engine(model, demo.engine.tokenizer, name, capabilities=demo.engine.capabilities)
         yield Case(name, "organism", engine, prompts, {"own": engine.heads}, {})
 
 
