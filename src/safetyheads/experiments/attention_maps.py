@@ -222,7 +222,7 @@ def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
 def _distances(maps: dict[str, AttentionMap]) -> list[Row]:
     """Distance of each map from even attention and from the unablated map."""
     unablated, even = maps["unablated"], {label: evenness(attention) for label, attention in maps.items()}
-    sink = "sink" if any(one.sink > _NO_SINK for one in even.values()) else "_sink"
+    sink = "sink" if any(distance.sink > _NO_SINK for distance in even.values()) else "_sink"
     rows: list[Row] = []
     for label, attention in maps.items():
         n, chooses = even[label].n, attention.allowed.sum(dim=-1) > 1

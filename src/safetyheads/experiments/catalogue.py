@@ -57,11 +57,11 @@ def _experiments() -> Iterator[Experiment]:
     entries = tomllib.loads(files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8"))
     words, columns = entries.pop("words"), entries.pop("columns")
     for name, entry in entries.items():
-        own: dict[str, Any] = {**entry, "caption": entry["caption"].format_map(words)}
-        like: Mapping[str, Any] = entries.get(own.pop("like", ""), {})
-        tables, figures = (own.pop(kind, like.get(kind, {})) for kind in ("tables", "figures"))
-        own["needs"] = tuple(own.get("needs", ()))
-        yield Experiment(name, **own, shown=Shown(tables, figures, columns))
+        fields: dict[str, Any] = {**entry, "caption": entry["caption"].format_map(words)}
+        like: Mapping[str, Any] = entries.get(fields.pop("like", ""), {})
+        tables, figures = (fields.pop(kind, like.get(kind, {})) for kind in ("tables", "figures"))
+        fields["needs"] = tuple(fields.get("needs", ()))
+        yield Experiment(name, **fields, shown=Shown(tables, figures, columns))
 
 
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _experiments()}

@@ -73,7 +73,7 @@ def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
 
 def settled_from(near: Sequence[bool]) -> int:
     """From which place on all are near the last one, which is near itself."""
-    far = [at for at, one in enumerate(near) if not one]
+    far = [at for at, is_near in enumerate(near) if not is_near]
     return far[-1] + 1 if far else 0
 
 

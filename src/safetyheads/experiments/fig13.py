@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -35,70 +35,67 @@ _MOST_DRAWN = 256
 _BEYOND = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One score of every head on one dataset under one ablation."""
-
-    subject: Subject
-    """The prompts that were scored: the search half."""
-    ablation: str
-    """``UA`` or ``SC``."""
-    name: str
-    unit: str
-    values: Floats
-    """[n_heads], heads without the score left out."""
-    by_prompt: Floats | None
-    """[n_prompts, n_heads], of a score that is a mean over prompts."""
-
-    @property
-    def where(self) -> dict[str, str]:
-        """Series and panel of its curve."""
-        return {"series": self.subject.dataset, "panel": self.ablation}
-
-
 def fig13(lab: Lab, outcome: Outcome) -> None:
     """CDF and density of the scores of all heads, by score, dataset and ablation, and how long the tail is."""
     for model, subjects in lab.each_model(outcome):
-        scored = [
+        rows = [
             _scored(subject.search_half, ablation, name)
             for subject in subjects
             for ablation in lab.ablations
             for name in SEARCH_SCORES
         ]
-        for name, title in SCORES.items():
-            of_score = [one for one in scored if one.name == name]
-            unit = of_score[0].unit
+        for title in SCORES.values():
+            of_score = [row for row in rows if row["score"] == title]
+            unit = of_score[0]["_unit"]
             words = {"model": model, "score": title, "unit": unit, "per": unit.removesuffix("s")}
-            outcome.figure("cdf", [row for one in of_score for row in _steps(one)], **words)
-            densities = [(one, density) for one in of_score if (density := kernel_density(one.values)) is not None]
+            outcome.figure(
+                "cdf", [point for row in of_score for point in _curve(row, *_steps(row["_values"]))], **words
+            )
+            densities = [(row, density) for row in of_score if (density := kernel_density(row["_values"])) is not None]
             if densities:
-                widths = (f"{one.subject.dataset} {one.ablation} {own.bandwidth:.3g}" for one, own in densities)
-                points = [
-                    {**one.where, "x": x, "y": y}
-                    for one, own in densities
-                    for x, y in zip(own.at.tolist(), own.height.tolist(), strict=True)
-                ]
+                widths = [f"{row['dataset']} {row['ablation']} {density.bandwidth:.3g}" for row, density in densities]
+                points = [point for row, density in densities for point in _curve(row, density.at, density.height)]
                 outcome.figure("density", points, **words, bandwidths=", ".join(widths))
-        outcome.table("tail", [_tail(one) for one in scored], model=model)
+        outcome.table("tail", rows, model=model)
 
 
-def _scored(subject: Subject, ablation: Ablation, name: str) -> Scored:
+def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:
+    """One score of every head on one dataset under one ablation, and how long its tail is."""
     scores = subject.scores(name, ablation)
     table = scores.values.numpy().ravel()
     present, by_prompt = ~np.isnan(table), None
     if name == "mean_ships":
         ships = subject.ships(ablation).values.numpy()
         by_prompt = ships.reshape(len(ships), -1)[:, present]
-    return Scored(subject, SHORT[ablation.name], name, scores.unit, table[present], by_prompt)
+    values, n_prompts, seed = table[present], len(subject.prompts), subject.lab.config.seed
+    k = math.ceil(len(values) * TOP_SHARE)
+    return {
+        "score": SCORES[name],
+        "dataset": subject.dataset,
+        "ablation": SHORT[ablation.name],
+        "heads": len(values),
+        "gini": _measured(gini, values, by_prompt, n_prompts, seed),
+        "counted": k,
+        "top": _measured(partial(top_share, k=k), values, by_prompt, n_prompts, seed),
+        "even": k / len(values),
+        "_values": values,
+        "_unit": scores.unit,
+    }
 
 
 # Curves.
 
 
-def _steps(scored: Scored) -> list[Row]:
-    heights, shares = empirical_cdf(scored.values)
+def _curve(row: Row, x: Floats, y: Floats) -> Iterator[Row]:
+    for at, height in zip(x.tolist(), y.tolist(), strict=True):
+        yield {"series": row["dataset"], "panel": row["ablation"], "x": at, "y": height}
+
+
+def _steps(values: Floats) -> tuple[Floats, Floats]:
+    """The CDF at as many scores as are drawn."""
+    heights, shares = empirical_cdf(values)
     drawn = sorted({round(at) for at in np.linspace(0, len(heights) - 1, min(len(heights), _MOST_DRAWN))})
-    return [{**scored.where, "x": float(heights[at]), "y": float(shares[at])} for at in drawn]
+    return heights[drawn], shares[drawn]
 
 
 def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
@@ -159,31 +156,20 @@ def _share(part: Floats, total: Floats) -> Floats:
     return shares
 
 
-def _tail(scored: Scored) -> Row:
-    """How long the tail of a score is."""
-    n = len(scored.values)
-    k = math.ceil(n * TOP_SHARE)
-    return {
-        "score": SCORES[scored.name],
-        "dataset": scored.subject.dataset,
-        "ablation": scored.ablation,
-        "heads": n,
-        "gini": _measured(scored, gini),
-        "counted": k,
-        "top": _measured(scored, partial(top_share, k=k)),
-        "even": k / n,
-    }
+def _measured(
+    index: Callable[[Floats], Floats], values: Floats, by_prompt: Floats | None, n_prompts: int, seed: int
+) -> Measured:
+    """An index of scores [n_heads], with its interval over prompts where the score is a mean over them.
 
-
-def _measured(scored: Scored, index: Callable[[Floats], Floats]) -> Measured:
-    """An index with its interval over prompts, where the score is a mean over them."""
-    value, n = float(index(scored.values)), len(scored.subject.prompts)
+    ``by_prompt`` [n_prompts, n_heads] is what the mean is over.
+    """
+    value = float(index(values))
     if math.isnan(value):
-        return Measured(None, n)
-    if scored.by_prompt is None or n < 2:
-        return Measured(value, n)
-    rng = np.random.default_rng(scored.subject.lab.config.seed)
-    draws = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
+        return Measured(None, n_prompts)
+    if by_prompt is None or n_prompts < 2:
+        return Measured(value, n_prompts)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES) / n_prompts
     tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    low, high = np.nanquantile(index(draws @ scored.by_prompt), tails).tolist()
-    return Measured(value, n, low, high)
+    low, high = np.nanquantile(index(draws @ by_prompt), tails).tolist()
+    return Measured(value, n_prompts, low, high)

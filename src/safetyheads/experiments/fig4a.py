@@ -45,14 +45,14 @@ def fig4a(lab: Lab, outcome: Outcome) -> None:
         outcome.table("sizes", rows, model=model)
         n = max(row["size"] for row in rows)
         for ablation in SHORT.values():
-            own = [row for row in rows if row["ablation"] == ablation]
+            of_ablation = [row for row in rows if row["ablation"] == ablation]
             for size, words in {0: "unablated", 1: "without Sahara's first head", n: f"without its {n} heads"}.items():
-                mean = mean_of(row["asr"] for row in own if row["size"] == size)
+                mean = mean_of(row["asr"] for row in of_ablation if row["size"] == size)
                 outcome.lead(model, f"{ablation}, mean ASR {words}", mean)
             # Of the largest size that every dataset has random groups of: few heads a layer allow none.
-            drawn = [k for k in range(1, n + 1) if all(row["random"] for row in own if row["size"] == k)]
+            drawn = [k for k in range(1, n + 1) if all(row["random"] for row in of_ablation if row["size"] == k)]
             if drawn:
-                mean = mean_of(row["random"] for row in own if row["size"] == drawn[-1])
+                mean = mean_of(row["random"] for row in of_ablation if row["size"] == drawn[-1])
                 outcome.lead(model, f"{ablation}, mean ASR without {drawn[-1]} random heads", mean)
 
 
@@ -67,7 +67,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
     vanilla = {"asr": subject.vanilla(sampling).asr, "kept": benign.vanilla(sampling).kept}
     rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
-    for prefix, own in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
+    for prefix, own_answers in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
         rates = [rate for other in dict.fromkeys(drawn[prefix]) if (rate := answered[other].asr.rate) is not None]
         rows.append(
@@ -76,7 +76,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
                 "size": len(prefix),
                 "heads": format_heads(prefix),
                 "asr": Measured.of(asr),
-                "own": Measured.of(own.asr),
+                "own": Measured.of(own_answers.asr),
                 "random": Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None,
                 "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,
                 "kept": Measured.of(kept[prefix].kept),
@@ -110,11 +110,11 @@ def _show_changes(lab: Lab, outcome: Outcome, models: Iterable[str]) -> None:
         sizes = range(1, 1 + min(lab.config.size, len(subjects[0].engine.heads)))
         heads = {k: f"{k} head{'s' * (k > 1)}" for k in sizes}
         columns = ((f"heads_{k}", title, "change") for k, title in heads.items())
-        outcome.table("changes", [row for own in rows for row in own], *columns, model=model)
-        for own in rows:
+        outcome.table("changes", [row for cells in rows for row in cells], *columns, model=model)
+        for cells in rows:
             for k in dict.fromkeys((1, len(heads))):
-                label = f"{own[0]['level']}, {own[0]['ablation']}, mean change with {heads[k]}"
-                outcome.lead(model, label, mean_of(row[f"heads_{k}"] for row in own), "change")
+                label = f"{cells[0]['level']}, {cells[0]['ablation']}, mean change with {heads[k]}"
+                outcome.lead(model, label, mean_of(row[f"heads_{k}"] for row in cells), "change")
 
 
 def _changes(subject: Subject, ablation: Ablation, level: str) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def _changes(subject: Subject, ablation: Ablation, level: str) -> dict[str, Any]
         answers = subject.by_own(min(size, len(subject.engine.heads)), ablation)
     short = SHORT[ablation.name]
     row = {"level": _LEVELS[level], "ablation": short, "dataset": subject.dataset, "mean": _mean(answers, vanilla)}
-    row |= {f"heads_{k}": Measured.of(one.change_from(vanilla)) for k, one in enumerate(answers, 1)}
+    row |= {f"heads_{k}": Measured.of(answered.change_from(vanilla)) for k, answered in enumerate(answers, 1)}
     numbers = quoted("changes", paper_model(subject.model), level, short, paper_dataset(subject.dataset))
     if numbers:
-        row["paper"] = f"{' '.join(f'{one:+.2f}' for one in numbers)} ({sum(numbers) / len(numbers):+.2f})"
+        row["paper"] = f"{' '.join(f'{number:+.2f}' for number in numbers)} ({sum(numbers) / len(numbers):+.2f})"
     return row
 
 
@@ -139,7 +139,7 @@ def _mean(answers: Sequence[GroupAnswers], vanilla: GroupAnswers) -> Measured:
 
     Its interval is a bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
     """
-    complied = np.concatenate([one.verdicts() for one in (vanilla, *answers)], axis=1).T
+    complied = np.concatenate([answered.verdicts() for answered in (vanilla, *answers)], axis=1).T
     complied = complied[:, ~np.isnan(complied).any(axis=0)]
     if not complied.shape[1]:
         return Measured(None, 0)

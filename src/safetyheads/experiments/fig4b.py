@@ -29,7 +29,7 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
     """The ASR of every head alone under UA, sampled, and how each score orders the heads beside it."""
     for model, subjects in lab.each_model(outcome):
         measured = {subject: _heads(subject) for subject in subjects}
-        rows = [row for own in measured.values() for row in own]
+        rows = [row for heads in measured.values() for row in heads]
         points: list[Row] = [
             {"layer": row["_head"].layer, "head": row["_head"].index, "y": row["asr"].value, "n": row["asr"].n}
             | {"marked": row["_marked"], "panel": row["_dataset"]}
@@ -45,10 +45,10 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
             ]
             outcome.figure("scatter", points, model=model, score=SCORES[name], unit=unit)
             columns += [(name, f"{SCORES[name]}, {unit}", "number"), (f"{name}_rank", "rank", "count")]
-        outcome.table("scores", [row for own in measured.values() for row in _proxies(own)], model=model)
-        for subject, own in measured.items():
-            best = sorted(own, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
-            n, n_heads = len(subject.prompts), len(own)
+        outcome.table("scores", [row for heads in measured.values() for row in _proxies(heads)], model=model)
+        for subject, heads in measured.items():
+            best = sorted(heads, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
+            n, n_heads = len(subject.prompts), len(heads)
             least = smallest_detectable_change(n, ALPHA, n_heads)
             words = {
                 "listed": len(best),
@@ -64,10 +64,10 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
     lab = subject.lab
     ablation, vanilla, planted = lab.ablations[0], subject.vanilla(lab.sampled), planted_heads(subject.model)
     answers = subject.by_group([(head,) for head in subject.engine.heads], ablation, lab.sampled)
-    changes = {head: one.change_from(vanilla) for (head,), one in answers.items()}
+    changes = {head: answered.change_from(vanilla) for (head,), answered in answers.items()}
     adjusted = holm([1.0 if change.p_value is None else change.p_value for change in changes.values()])
     scores = {name: subject.search_half.scores(name, ablation) for name in SEARCH_SCORES}
-    places = {name: {head: at for at, (head, _) in enumerate(one.ranked(), 1)} for name, one in scores.items()}
+    places = {name: {head: at for at, (head, _) in enumerate(table.ranked(), 1)} for name, table in scores.items()}
     rows = []
     for (head, change), p in zip(changes.items(), adjusted, strict=True):
         differs = p < ALPHA and (change.change or 0.0) > 0
@@ -78,7 +78,7 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
             "asr": Measured.of(answers[(head,)].asr),
             "change": Measured.of(change),
             "p": p,
-            **{name: one[head] for name, one in scores.items()},
+            **{name: table[head] for name, table in scores.items()},
             **{f"{name}_rank": places[name][head] for name in scores},
             "_head": head,
             "_dataset": subject.dataset,
@@ -110,5 +110,5 @@ def _quality(dataset: str, quality: ProxyQuality, n_prompts: int) -> Row:
         "auc": None if quality.auc is None else Measured(quality.auc, quality.n_heads),
         "auc_p": quality.auc_p_value,
         "differing": quality.n_differing,
-        **{f"regret_{k}": Measured(one.regret, n_prompts, *one.regret_interval) for k, one in by_size.items()},
+        **{f"regret_{k}": Measured(best.regret, n_prompts, *best.regret_interval) for k, best in by_size.items()},
     }

@@ -35,21 +35,21 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
     else:
         outcome.note("Two models of one base were not compared: the setting `related` names no second model.")
     for model in lab.config.models:
-        own = _rankings(lab, outcome, model)
-        if not own:
+        rankings = _rankings(lab, outcome, model)
+        if not rankings:
             continue
         others = _rankings(lab, outcome, related) if related is not None and model == first else []
-        if {one["dataset"] for one in others} != {one["dataset"] for one in own}:
+        if {ranking["dataset"] for ranking in others} != {ranking["dataset"] for ranking in rankings}:
             # Means over other datasets would be compared.
-            others = [one for one in others if one["dataset"] != ALL_DATASETS]
+            others = [ranking for ranking in others if ranking["dataset"] != ALL_DATASETS]
         n_heads = len(lab.engine(model).heads)
-        _show_overlaps(outcome, model, _pairs(own, others), n_heads)
-        listed = [{**one, "heads": ", ".join(one["heads"])} for one in (*own, *others)]
+        _show_overlaps(outcome, model, _pairs(rankings, others), n_heads)
+        listed = [{**ranking, "heads": ", ".join(ranking["heads"])} for ranking in (*rankings, *others)]
         outcome.table("top", listed, model=model)
         k = size_of_top(n_heads)
-        outcome.figure("own", _matrix(own, own), model=model, k=k)
+        outcome.figure("own", _matrix(rankings, rankings), model=model, k=k)
         if others:
-            outcome.figure("related", _matrix(own, others), model=model, related=related, k=k)
+            outcome.figure("related", _matrix(rankings, others), model=model, related=related, k=k)
             planted = planted_heads(model), planted_heads(others[0]["model"])
             if all(planted) and not set(planted[0]) & set(planted[1]):
                 outcome.note(_BY_CONSTRUCTION)
@@ -83,8 +83,10 @@ def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
     for _, subjects in lab.each_model(outcome, [model]):
         for ablation in lab.ablations:
             # The search half ranks, so that these are the heads which other experiments find.
-            scores = {one.dataset: one.search_half.scores(lab.config.search_score, ablation) for one in subjects}
-            tables = {dataset: (dict(own.ranked()), own.resolution) for dataset, own in scores.items()}
+            scores = {
+                subject.dataset: subject.search_half.scores(lab.config.search_score, ablation) for subject in subjects
+            }
+            tables = {dataset: (dict(table.ranked()), table.resolution) for dataset, table in scores.items()}
             if len(tables) > 1:
                 heads = next(iter(tables.values()))[0]
                 mean = {head: sum(table[head] for table, _ in tables.values()) / len(tables) for head in heads}
@@ -97,16 +99,16 @@ def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
     return rankings
 
 
-def _pairs(own: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str, Row, Row]]:
+def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str, Row, Row]]:
     """What is compared: UA with SC, then datasets, then models."""
-    pairs = list(combinations(own, 2))
+    pairs = list(combinations(rankings, 2))
     for first, second in pairs:
         if first["dataset"] == second["dataset"]:
             yield "UA against SC", first, second
     for first, second in pairs:
         if first["ablation"] == second["ablation"] and ALL_DATASETS not in (first["dataset"], second["dataset"]):
             yield f"datasets, {first['ablation']}", first, second
-    for first in own:
+    for first in rankings:
         for second in others:
             if first["_label"] == second["_label"]:
                 yield f"models, {first['ablation']}", first, second
@@ -120,7 +122,8 @@ def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row,
     for comparison, first, second in pairs:
         overlap = top_overlap(k, first["heads"], second["heads"], n_heads)
         labels = [
-            one["_label"] if one["model"] == model else f"{one['model']}: {one['_label']}" for one in (first, second)
+            ranking["_label"] if ranking["model"] == model else f"{ranking['model']}: {ranking['_label']}"
+            for ranking in (first, second)
         ]
         shared.setdefault(comparison, []).append(overlap.shared)
         rows.append(
@@ -145,8 +148,8 @@ def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row,
 
 def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:
     """Heads shared by each two rankings."""
-    for one in down:
-        for other in across:
-            shared = len(set(one["heads"]) & set(other["heads"]))
+    for row in down:
+        for column in across:
+            shared = len(set(row["heads"]) & set(column["heads"]))
             numbers = {"value": shared, "text": str(shared), "low": None, "high": None}
-            yield {"x": other["_label"], "y": one["_label"], "panel": "", **numbers}
+            yield {"x": column["_label"], "y": row["_label"], "panel": "", **numbers}

@@ -37,10 +37,10 @@ def fig6a(lab: Lab, outcome: Outcome) -> None:
         if model == aligned and not subjects:
             return  # what the base does says nothing without the aligned model
         for subject in (*subjects, *([lab.subject(model, BENIGN)] if subjects else [])):
-            own, swapped = subject.vanilla(), swapped_answers(lab, subject, donor)
+            before, swapped = subject.vanilla(), swapped_answers(lab, subject, donor)
             benign = subject.dataset == BENIGN
-            change = Measured.of(swapped.kept_change_from(own) if benign else swapped.change_from(own))
-            rates = [Measured.of(one.kept if benign else one.asr) for one in (own, swapped)]
+            change = Measured.of(swapped.kept_change_from(before) if benign else swapped.change_from(before))
+            rates = [Measured.of(answers.kept if benign else answers.asr) for answers in (before, swapped)]
             row = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
             rows.append({**row, "own": rates[0], "swapped": rates[1], "change": change})
     _show(outcome, aligned, "asr", [row for row in rows if row["dataset"] != BENIGN])

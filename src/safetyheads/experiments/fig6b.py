@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.table import METHODS
@@ -29,17 +28,14 @@ _NAMES = {**SHORT, "mean_query": "mean query", "mean_key": "mean key", "mean_hea
 _SHOWN_SPARSITY = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """A variant and its place in the figures."""
+class _Compared(NamedTuple):
+    """A variant, its place in the figures, and whether the table shows it."""
 
     variant: Variant
     series: str
     x: float
-    """Heads, or sparsity."""
     prunes: bool
     shown: bool
-    """Whether the table shows it."""
 
 
 def fig6b(lab: Lab, outcome: Outcome) -> None:
@@ -53,14 +49,14 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         group = subject.search(lab.ablations[0], min(config.size, len(engine.heads))).group
         compared = [*_ablated(lab, model, group), *_pruned(lab, model)]
         tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)
-        variants, about = [one.variant for one in compared], {"weights": lab.weights_of(model)}
+        variants, about = [entry.variant for entry in compared], {"weights": lab.weights_of(model)}
         utility = evaluate_tasks(engine, tasks, variants, lab.directory, lab.progress, about)
         note_planted(outcome, model)
         outcome.note(*utility.notes)
         heads = ", ".join(map(str, group))
         outcome.table("metrics", _rows(compared, utility.metrics), model=model, heads=heads)
         for key, prunes in (("heads", False), ("pruned", True)):
-            points = _points([one for one in compared if one.prunes is prunes], utility.metrics)
+            points = _points([entry for entry in compared if entry.prunes is prunes], utility.metrics)
             outcome.figure(key, points, model=model, heads=heads)
 
 
@@ -80,7 +76,7 @@ def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
 
 def _pruned(lab: Lab, model: str) -> list[_Compared]:
     """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
-    learned = [one.asked_prompts.sha256 for one in learning_subjects(lab, model)]
+    learned = [subject.asked_prompts.sha256 for subject in learning_subjects(lab, model)]
     compared = []
     for name in PRUNERS:
         method = METHODS[name]
@@ -88,7 +84,9 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
         @cache
         def contexts(name: str = name) -> Sequence[Callable[[], AbstractContextManager[Any]]]:
             material = material_of(lab, model, refuses=False)
-            return [one.at_work for one in METHODS[name].interventions(material, METHODS[name].strengths)]
+            return [
+                intervention.at_work for intervention in METHODS[name].interventions(material, METHODS[name].strengths)
+            ]
 
         for at, sparsity in enumerate(method.strengths):
             fields = {"method": name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
@@ -100,7 +98,7 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
 
 def _rows(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
     """Vanilla, the whole group under each ablation, and half of the weights pruned."""
-    labels = {VANILLA, *(one.variant.label for one in compared if one.shown)}
+    labels = {VANILLA, *(entry.variant.label for entry in compared if entry.shown)}
     rows: list[Row] = []
     for metric in (metric for metric in metrics if metric.variant in labels):
         change, p, moved = metric.change, None, None
@@ -119,8 +117,8 @@ def _measured(metric: TaskMetric) -> Measured:
 
 def _points(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
     """Accuracy against heads or sparsity, a panel a task; every series begins at the vanilla model."""
-    places = {one.variant.label: [{"x": one.x, "series": one.series}] for one in compared}
-    places[VANILLA] = [{"x": 0, "series": series} for series in dict.fromkeys(one.series for one in compared)]
+    places = {entry.variant.label: [{"x": entry.x, "series": entry.series}] for entry in compared}
+    places[VANILLA] = [{"x": 0, "series": series} for series in dict.fromkeys(entry.series for entry in compared)]
     return [
         {**point(_measured(metric), panel=metric.task), **place}
         for metric in metrics

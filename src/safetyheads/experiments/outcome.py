@@ -106,8 +106,8 @@ class Shown:
     def columns_of(self, table: str, rows: Sequence[Row], more: Iterable[Sequence[str]]) -> Iterator[Column]:
         """The columns of a table, ``more`` in the place of ``...``; those without cells are left out."""
         for given in self.tables[table]["columns"]:
-            for one in more if given == "..." else [given]:
-                key, *rest = [one, *self.columns.get(one, (one,))] if isinstance(one, str) else one
+            for column in more if given == "..." else [given]:
+                key, *rest = [column, *self.columns.get(column, (column,))] if isinstance(column, str) else column
                 if any(key in row for row in rows):
                     yield Column(key, *rest)
 
@@ -195,5 +195,7 @@ def point(number: Rate | PairedDifference | Mean | Measured, **where: Any) -> di
 
 def mean_of(numbers: Iterable[Measured]) -> Measured:
     """The mean of the numbers that were scored, such as rates of several datasets; n is the sum of theirs."""
-    known = [one for one in numbers if one.value is not None]
-    return Measured(sum(one.value or 0.0 for one in known) / len(known) if known else None, sum(one.n for one in known))
+    known = [number for number in numbers if number.value is not None]
+    return Measured(
+        sum(number.value or 0.0 for number in known) / len(known) if known else None, sum(number.n for number in known)
+    )

@@ -45,7 +45,7 @@ def fig15(lab: Lab, outcome: Outcome) -> None:
         aligned = _subjects(lab, outcome, model, _URIAL, None, refuses=False)
         if not aligned:
             continue
-        plain = {one.dataset: one for one in lab.subjects(outcome, model, _BARE, refuses=False)}
+        plain = {subject.dataset: subject for subject in lab.subjects(outcome, model, _BARE, refuses=False)}
         benign = {template: lab.subject(model, BENIGN, template=template).vanilla() for template in (_BARE, _URIAL)}
         rows = []
         for subject in aligned:
@@ -67,7 +67,7 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
         for system in (none, HELPFUL):
             subjects = _subjects(lab, outcome, model, lab.config.official, system)
             # As in the paper, which attributes without system prompt (App. D).
-            searched = [lab.subject(model, one.dataset, "test", lab.config.official, none) for one in subjects]
+            searched = [lab.subject(model, subject.dataset, "test", lab.config.official, none) for subject in subjects]
             rows = [row for _, row in _ablated(lab, subjects, searched)]
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
@@ -104,9 +104,9 @@ def why_not_asked(lab: Lab, model: str, template: str, system: str | None) -> st
     try:
         bound = Template.parse(template, system).bound(engine.tokenizer)
         texts = [
-            bound.render(one.query)
+            bound.render(prompt.query)
             for name in lab.config.datasets
-            for one in prompts_of(lab.config, model, name, "test")
+            for prompt in prompts_of(lab.config, model, name, "test")
         ]
     except InputError as error:
         return f"{model}, template {template}: {error}"
@@ -128,7 +128,7 @@ def echoed(answers: GroupAnswers, system: str) -> Rate | None:
     records = answers.flat()
     if any("text" not in record for record in records):
         return None
-    echoes = [echo_of(str(one["text"]).strip(), (str(one["query"]), system)) is not None for one in records]
+    echoes = [echo_of(str(record["text"]).strip(), (str(record["query"]), system)) is not None for record in records]
     return Rate(sum(echoes), len(echoes))
 
 
@@ -161,15 +161,15 @@ def _ablated(
     for ablation in lab.ablations:
         name = SHORT[ablation.name]
         (kept,) = benign.by_own(1, ablation)
-        found = [one.group(ablation, size) for one in searched]
-        groups: list[Group | None] = [*found] or [None] * len(subjects)
-        kept_by_group = benign.by_group(found, ablation)
+        searched_groups = [subject.group(ablation, size) for subject in searched]
+        groups: list[Group | None] = [*searched_groups] or [None] * len(subjects)
+        kept_by_group = benign.by_group(searched_groups, ablation)
         for subject, group in zip(subjects, groups, strict=True):
-            (own,) = subject.by_own(1, ablation)
-            row = condition(subject, f"{name}, own top head", "each prompt's own", own, kept, subject.vanilla())
-            answered[subject].append((own, row))
+            (without_own,) = subject.by_own(1, ablation)
+            row = condition(subject, f"{name}, own top head", "each prompt's own", without_own, kept, subject.vanilla())
+            answered[subject].append((without_own, row))
             if group:
                 harmful = subject.by_group([group], ablation)[group]
                 row = condition(subject, f"{name}, group", group, harmful, kept_by_group[group], subject.vanilla())
                 answered[subject].append((harmful, row))
-    return [one for own in answered.values() for one in own]
+    return [row for rows in answered.values() for row in rows]

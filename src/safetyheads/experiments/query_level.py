@@ -46,7 +46,9 @@ def _by_size(lab: Lab, outcome: Outcome, ablation: Ablation) -> None:
         for subject, sampling, panel in _asked(lab, outcome, model):
             size = min(lab.config.query_size, len(subject.engine.heads))
             by_size = [subject.vanilla(sampling), *subject.by_own(size, ablation, sampling)]
-            points += [point(one.asr, series=subject.dataset, panel=panel, x=k) for k, one in enumerate(by_size)]
+            points += [
+                point(answers.asr, series=subject.dataset, panel=panel, x=k) for k, answers in enumerate(by_size)
+            ]
         _show(outcome, model, points)
 
 

@@ -8,8 +8,8 @@ nothing harmful by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.answers.decoding import Request, answer
 from safetyheads.baselines.base import Intervention, Material, Method
@@ -69,7 +69,9 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
     refusals, answers = (
-        tuple(made.token_ids for made in answer(engine, [Request(ids) for ids in subject.asked_prompts.token_ids]))
+        tuple(
+            answered.token_ids for answered in answer(engine, [Request(ids) for ids in subject.asked_prompts.token_ids])
+        )
         for subject in (harmful, benign)
     )
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()
@@ -85,8 +87,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tried:
+class _Tried(NamedTuple):
     """A method at one strength, on one set of prompts."""
 
     setting: str
@@ -128,7 +129,7 @@ def table1(lab: Lab, outcome: Outcome) -> None:
         for method in map(METHODS.__getitem__, sweeps)
     ]
     outcome.table("sources", sources, model=model)
-    n_harmful, n_benign = (len(one.prompts) for one in learned)
+    n_harmful, n_benign = (len(subject.prompts) for subject in learned)
     outcome.figure("frontier", _frontier(sweeps), model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
@@ -171,8 +172,8 @@ class _Bench:
             "most_benign_lost": MOST_BENIGN_LOST,
             "weights": self.lab.weights_of(self.model),
             "base": self.lab.weights_of(base) if method.needs_unaligned and base is not None else None,
-            "references": [references_sha256(one.prompts) for one in (self.learned[1], self.benign)],
-            "asked": [one.asked_prompts.sha256 for one in subjects],
+            "references": [references_sha256(subject.prompts) for subject in (self.learned[1], self.benign)],
+            "asked": [subject.asked_prompts.sha256 for subject in subjects],
             "judges": [judge.describe() for judge in self.lab.judges],
             "max_new_tokens": self.lab.config.max_new_tokens,
             "seed": self.lab.config.seed,
@@ -193,26 +194,36 @@ class _Bench:
             except SafetyheadsError as error:
                 raise _NothingLearned(str(error)) from error
         # On a small model several strengths may come to the same.
-        interventions = list({one.setting: one for one in reversed(every)}.values())[::-1]
+        interventions = list({intervention.setting: intervention for intervention in reversed(every)}.values())[::-1]
         if not interventions:
             raise _NothingLearned("it has no setting on this model")
         tested = (*self.tested, self.benign)
-        n = len(interventions) * sum(len(one.prompts) for one in self.learned) + sum(len(one.prompts) for one in tested)
+        n = len(interventions) * sum(len(subject.prompts) for subject in self.learned) + sum(
+            len(subject.prompts) for subject in tested
+        )
         with self.lab.progress.track(f"table1: {method.label}, answers", n) as done:
-            rows = [row for one in interventions for row in self._answered(one, self.learned, False, done)]
+            rows = [
+                row for intervention in interventions for row in self._answered(intervention, self.learned, False, done)
+            ]
             best = chosen(_tried(rows, self.learned[:1], self.lead), self.learned[1].vanilla())
-            (intervention,) = (one for one in interventions if one.setting == best.setting)
+            (intervention,) = (intervention for intervention in interventions if intervention.setting == best.setting)
             return rows + list(self._answered(intervention, tested, True, done))
 
     def _answered(
-        self, one: Intervention, subjects: Sequence[Subject], tested: bool, done: Callable[[int], None]
+        self, intervention: Intervention, subjects: Sequence[Subject], tested: bool, done: Callable[[int], None]
     ) -> Iterator[Record]:
         config = self.lab.config
         # All sets at one go: a batch costs as many steps as its longest answer.
-        joined = replace(subjects[0].prompts, prompts=tuple(each for one in subjects for each in one.prompts))
-        answers = one.answers(subjects[0].engine, joined, self.lab.judges, config.max_new_tokens, on_rows=done)
+        joined = replace(
+            subjects[0].prompts, prompts=tuple(prompt for subject in subjects for prompt in subject.prompts)
+        )
+        answers = intervention.answers(subjects[0].engine, joined, self.lab.judges, config.max_new_tokens, on_rows=done)
         places = [(subject.dataset, number) for subject in subjects for number in range(len(subject.prompts))]
-        tried = {"setting": one.setting, "strength": one.strength, "n_parameters": one.n_parameters}
+        tried = {
+            "setting": intervention.setting,
+            "strength": intervention.strength,
+            "n_parameters": intervention.n_parameters,
+        }
         for (dataset, number), judged in zip(places, answers.rows, strict=True):
             place = {"id": number, "set": dataset, "part": "tested" if tested else "swept", "epsilon": None}
             yield {**record_of(judged, {**place, "seed": config.seed}, config.store_completions), **tried}
@@ -239,14 +250,14 @@ def _tried(records: Sequence[Record], harmful: Sequence[Subject], lead: str) -> 
     names = [subject.dataset for subject in harmful]
     tried = []
     for strength in dict.fromkeys(record["strength"] for record in records):
-        own = [record for record in records if record["strength"] == strength]
+        of_strength = [record for record in records if record["strength"] == strength]
         by_set = {
-            name: GroupAnswers.of("", [record for record in own if record["set"] == name], lead)
-            for name in dict.fromkeys(record["set"] for record in own)
+            name: GroupAnswers.of("", [record for record in of_strength if record["set"] == name], lead)
+            for name in dict.fromkeys(record["set"] for record in of_strength)
         }
         (benign,) = (answers for name, answers in by_set.items() if name not in names)
         together = _together([by_set[name] for name in names])
-        tried.append(_Tried(own[0]["setting"], strength, own[0]["n_parameters"], together, benign))
+        tried.append(_Tried(of_strength[0]["setting"], strength, of_strength[0]["n_parameters"], together, benign))
     return tried
 
 
@@ -257,10 +268,10 @@ def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
 
 def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:
     """The strength of highest ASR within the damage that is allowed; else the one that keeps most."""
-    within = [one for one in sweep if _is_within(one.benign.kept_change_from(unablated))]
+    within = [tried for tried in sweep if _is_within(tried.benign.kept_change_from(unablated))]
     if within:
-        return max(within, key=lambda one: one.harmful.asr.rate or 0.0)
-    return max(sweep, key=lambda one: one.benign.kept.rate or 0.0)
+        return max(within, key=lambda tried: tried.harmful.asr.rate or 0.0)
+    return max(sweep, key=lambda tried: tried.benign.kept.rate or 0.0)
 
 
 def _is_within(kept: PairedDifference) -> bool:
@@ -272,13 +283,13 @@ def _frontier(sweeps: Mapping[str, Sequence[_Tried]]) -> list[Row]:
     """Every strength of every method: harmful answers gained against benign ones kept."""
     return [
         point(
-            one.harmful.asr,
-            x=one.benign.kept.rate,
+            tried.harmful.asr,
+            x=tried.benign.kept.rate,
             series=METHODS[name].label,
             panel=METHODS[name].touches,
-            label=f"{METHODS[name].label}, {one.setting}",
+            label=f"{METHODS[name].label}, {tried.setting}",
         )
         for name, sweep in sweeps.items()
-        for one in sweep
-        if one.harmful.asr.rate is not None and one.benign.kept.rate is not None
+        for tried in sweep
+        if tried.harmful.asr.rate is not None and tried.benign.kept.rate is not None
     ]

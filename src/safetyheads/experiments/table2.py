@@ -122,7 +122,7 @@ def _counted(subject: Subject) -> list[Row]:
     sequences = [TokenSequence(ids) for ids in subject.asked_prompts.token_ids]
     sizes = row_sizes(sequences, engine.plan(sequences))
     ours = engine.costs.forward_flops(sizes) + engine.costs.scan_flops(sizes, engine.heads)
-    alone = sum(engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
+    alone = sum(engine.costs.forward_flops(row_sizes([sequence], engine.plan([sequence]))) for sequence in sequences)
     n_heads, plain = len(engine.heads), len(engine.heads) * alone
     return [
         {"way": "score pass", "gflop": ours / 1e9, "runs": n_heads * len(sizes), "ratio": 1.0},

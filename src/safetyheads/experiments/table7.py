@@ -30,21 +30,25 @@ def table7(lab: Lab, outcome: Outcome) -> None:
 def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """All six ways for each dataset; each group is found without a begun answer."""
     size = min(GROUP_SIZE, lab.config.size)
-    groups = {ablation: [tuple(sorted(one.group(ablation, size))) for one in subjects] for ablation in lab.ablations}
+    groups = {
+        ablation: [tuple(sorted(subject.group(ablation, size))) for subject in subjects] for ablation in lab.ablations
+    }
     rows = []
     for prefill, ending in ((BEGUN, ", Sure"), ("", "")):
-        asked = [lab.subject(model, one.dataset, prefill=prefill) if prefill else one for one in subjects]
+        asked = [lab.subject(model, subject.dataset, prefill=prefill) if prefill else subject for subject in subjects]
         benign = lab.subject(model, BENIGN, prefill=prefill)
-        for one in asked:
-            rows.append(condition(one, "Sure" if prefill else "vanilla", (), one.vanilla(), benign.vanilla()))
+        for subject in asked:
+            rows.append(condition(subject, "Sure" if prefill else "vanilla", (), subject.vanilla(), benign.vanilla()))
         for ablation in lab.ablations:
             # The benign prompts under all groups at once, ablation by ablation, so that drafts are made once.
             kept = benign.by_group(groups[ablation], ablation)
-            for one, group in zip(asked, groups[ablation], strict=True):
-                harmful = one.by_group([group], ablation)[group]
-                rows.append(condition(one, SHORT[ablation.name] + ending, group, harmful, kept[group], one.vanilla()))
+            for subject, group in zip(asked, groups[ablation], strict=True):
+                harmful = subject.by_group([group], ablation)[group]
+                rows.append(
+                    condition(subject, SHORT[ablation.name] + ending, group, harmful, kept[group], subject.vanilla())
+                )
     # Dataset by dataset; sorting is stable.
-    order = [one.dataset for one in subjects]
+    order = [subject.dataset for subject in subjects]
     return sorted(rows, key=lambda row: order.index(row["dataset"]))
 
 

@@ -19,34 +19,39 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
     """The change of the ASR for each pair of search set and test set, and of searching and testing ablation."""
     size = min(GROUP_SIZE, lab.config.size)
     for model, subjects in lab.each_model(outcome):
-        found: list[_Found] = []
+        searches: list[_Search] = []
         for subject in subjects:
             for ablation in lab.ablations:
                 group = subject.group(ablation, size)
                 # The first head shows what is one dataset's own, where the whole group serves all.
-                found += [_Found(subject.dataset, ablation, group[:k]) for k in dict.fromkeys((1, len(group)))]
-        tested = {subject.dataset: _tested(lab, subject, found) for subject in subjects}
+                searches += [_Search(subject.dataset, ablation, group[:k]) for k in dict.fromkeys((1, len(group)))]
+        tested = {subject.dataset: _tested(lab, subject, searches) for subject in subjects}
         across_datasets = [
-            _cell(tested[dataset][one.group, one.by], dataset, one.dataset, f"{SHORT[one.by.name]}, {one.size}")
-            for one in found
+            _cell(
+                tested[dataset][search.group, search.by],
+                dataset,
+                search.dataset,
+                f"{SHORT[search.by.name]}, {search.size}",
+            )
+            for search in searches
             for dataset in tested
         ]
         across_ablations = [
             _cell(
-                *(tested[one.dataset][one.group, ablation], f"ablated by {SHORT[ablation.name]}"),
-                *(f"found by {SHORT[one.by.name]}", f"{one.dataset}, {one.size}"),
+                *(tested[search.dataset][search.group, ablation], f"ablated by {SHORT[ablation.name]}"),
+                *(f"found by {SHORT[search.by.name]}", f"{search.dataset}, {search.size}"),
             )
-            for one in found
+            for search in searches
             for ablation in lab.ablations
         ]
         outcome.figure("datasets", across_datasets, model=model)
         outcome.figure("ablations", across_ablations, model=model)
-        outcome.table("groups", _groups(lab, model, found), model=model)
+        outcome.table("groups", _groups(lab, model, searches), model=model)
         columns = ((f"on_{at}", name, "change") for at, name in enumerate(tested))
-        outcome.table("changes", _changes(lab, found, tested), *columns, model=model)
+        outcome.table("changes", _changes(lab, searches, tested), *columns, model=model)
 
 
-class _Found(NamedTuple):
+class _Search(NamedTuple):
     """A group, and where it was found."""
 
     dataset: str
@@ -64,11 +69,11 @@ class _Found(NamedTuple):
         return f"{len(self.group)} head{'s' * (len(self.group) > 1)}"
 
 
-def _tested(lab: Lab, subject: Subject, found: Sequence[_Found]) -> _Changes:
+def _tested(lab: Lab, subject: Subject, searches: Sequence[_Search]) -> _Changes:
     """Every group that is tested on this dataset: all under their own ablation, its own under the other one too."""
     changes: _Changes = {}
     for ablation in lab.ablations:
-        groups = [one.group for one in found if one.by == ablation or one.dataset == subject.dataset]
+        groups = [search.group for search in searches if search.by == ablation or search.dataset == subject.dataset]
         for group, answers in subject.by_group(groups, ablation).items():
             changes[group, ablation] = Measured.of(answers.change_from(subject.vanilla()))
     return changes
@@ -80,24 +85,26 @@ def _cell(change: Measured, x: str, y: str, panel: str) -> Row:
     return {"x": x, "y": y, "panel": panel, **numbers, "text": text}
 
 
-def _groups(lab: Lab, model: str, found: Sequence[_Found]) -> list[Row]:
+def _groups(lab: Lab, model: str, searches: Sequence[_Search]) -> list[Row]:
     """Which heads were found where, and what they leave of benign answers."""
     benign = lab.subject(model, BENIGN)
     kept: _Changes = {}
     for ablation in lab.ablations:
-        for group, answers in benign.by_group([one.group for one in found if one.by == ablation], ablation).items():
+        for group, answers in benign.by_group(
+            [search.group for search in searches if search.by == ablation], ablation
+        ).items():
             kept[group, ablation] = Measured.of(answers.kept_change_from(benign.vanilla()))
-    return [{**one.row, "kept": kept[one.group, one.by]} for one in found]
+    return [{**search.row, "kept": kept[search.group, search.by]} for search in searches]
 
 
-def _changes(lab: Lab, found: Sequence[_Found], tested: Mapping[str, _Changes]) -> list[Row]:
+def _changes(lab: Lab, searches: Sequence[_Search], tested: Mapping[str, _Changes]) -> list[Row]:
     """The numbers of both figures."""
     rows: list[Row] = []
-    for one in found:
+    for search in searches:
         for ablation in lab.ablations:
-            row: dict[str, Any] = {**one.row, "ablated": SHORT[ablation.name]}
+            row: dict[str, Any] = {**search.row, "ablated": SHORT[ablation.name]}
             for at, name in enumerate(tested):
-                if ablation == one.by or name == one.dataset:
-                    row[f"on_{at}"] = tested[name][one.group, ablation]
+                if ablation == search.by or name == search.dataset:
+                    row[f"on_{at}"] = tested[name][search.group, ablation]
             rows.append(row)
     return rows

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -136,7 +137,8 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
     options = loaded.options
     with _alone(loaded.seed, options.offline or loaded.is_organisms), _as_input_error(loaded.name):
         model = harness_model(engine, options.batch_size)
-        model.set_cache_hook(_Counter(on_requests))
+        # In the place of lm-eval's cache of answers, which is told of each one.
+        model.set_cache_hook(SimpleNamespace(add_partial=lambda *_: on_requests(1)))
         # As simple_evaluate does: examples are drawn anew, so that every model sees the same.
         loaded.task.set_fewshot_seed(seed=loaded.seed)
         # Not simple_evaluate: it also asks git, pip and the hub about this machine, for seconds.
@@ -222,17 +224,6 @@ def _model_class() -> Any:
     return InMemory
 
 
-class _Counter:
-    """Stands in for lm-eval's cache of answers, which is told of each one."""
-
-    def __init__(self, on_requests: Callable[[int], None]) -> None:
-        self._on_requests = on_requests
-
-    def add_partial(self, *_: Any) -> None:
-        """One more request is answered."""
-        self._on_requests(1)
-
-
 # Tasks by name.
 
 
@@ -246,18 +237,15 @@ def _manager(options: TaskOptions) -> Any:
     """A list of tasks that has the names, if there is one: reading lm-eval's own 14,000 takes a quarter of a minute."""
     from lm_eval.tasks import TaskManager
 
-    own = list(options.include_paths)
-    for paths in (own, [*_folders_that_name(options.tasks), *own]):
+    include = list(options.include_paths)
+    for paths in (include, [*_folders_that_name(options.tasks), *include]):
         manager = _task_manager(paths)
-        if all(_is_known(name, manager) and _stands_alone(name, manager) for name in options.tasks):
+        entries = [manager.task_index.get(name) for name in options.tasks]
+        # What belongs to a group or tag may be anywhere.
+        alone = all(entry is None or entry.kind.name in ("TASK", "PY_TASK") for entry in entries)
+        if alone and all(_is_known(name, manager) for name in options.tasks):
             return manager
-    return TaskManager(include_path=own or None)
-
-
-def _stands_alone(name: str, manager: Any) -> bool:
-    """Whether it is a single task; what belongs to a group or tag may be anywhere."""
-    entry = manager.task_index.get(name)
-    return entry is None or entry.kind.name in ("TASK", "PY_TASK")
+    return TaskManager(include_path=include or None)
 
 
 def _folders_that_name(names: Sequence[str]) -> list[str]:
@@ -318,13 +306,13 @@ def _as_input_error(name: str) -> Iterator[None]:
 def _sample_record(sample: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
     asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
-    responses = [one[0] if isinstance(one, tuple) else one for one in sample["filtered_resps"]]
+    responses = [response[0] if isinstance(response, tuple) else response for response in sample["filtered_resps"]]
     return {
         "document": sample["doc_id"],
         "filter": sample["filter"],
         "hash": hashlib.sha256(asked.encode()).hexdigest()[:24],
         "values": {name: _finite(number) for name, number in numbers.items()},
-        "responses": [_finite(one) if isinstance(one, float) else str(one) for one in responses],
+        "responses": [_finite(response) if isinstance(response, float) else str(response) for response in responses],
     }
 
 

@@ -59,14 +59,14 @@ def _document(number: int, prompt: DemoPrompt) -> dict[str, Any]:
 
 
 def _deed(text: str) -> tuple[str, str]:
-    found = _DEED.search(text)
-    assert found is not None  # every text of the grammar names a deed
-    return found[1], found[2]
+    match = _DEED.search(text)
+    assert match is not None  # every text of the grammar names a deed
+    return match[1], match[2]
 
 
 def _other_deed(number: int, prompt: DemoPrompt, verb: str, noun: str) -> tuple[str, str]:
     """The prompt's second deed if it differs in verb and noun, else a held-out one."""
-    named = [(found[1], found[2]) for found in _DEED.finditer(prompt.text)]
+    named = [(match[1], match[2]) for match in _DEED.finditer(prompt.text)]
     held_out = deeds("test", "benign")
     turned = [held_out[(number + step) % len(held_out)] for step in range(len(held_out))]
     return next((v, n) for v, n in [*named, *turned] if v != verb and n != noun)

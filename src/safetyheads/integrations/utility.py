@@ -141,7 +141,7 @@ def metric_change(before: MetricValue, after: MetricValue, old: Values, new: Val
         )
     moved = [b - a for a, b in zip(first, second, strict=True)]
     mean = mean_with_interval(moved)
-    gained, lost = sum(one > 0 for one in moved), sum(one < 0 for one in moved)
+    gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
     return MetricChange(mean.mean, mean.interval, len(old), gained, lost, _t_test(moved), T_TEST)
 
 
@@ -270,7 +270,7 @@ def evaluate_tasks(
             fields = {**_fields(engine, task, variant), **(about or {})}
             records[task.name, variant.label] = compute() if run is None else run.records("utility", fields, compute)
     metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
-    adjusted = holm_of_tests(None if one.change is None else one.change.p_value for one in metrics)
+    adjusted = holm_of_tests(None if metric.change is None else metric.change.p_value for metric in metrics)
     metrics = [
         metric if metric.change is None else replace(metric, change=replace(metric.change, p_holm=p))
         for metric, p in zip(metrics, adjusted, strict=True)
@@ -317,13 +317,13 @@ def _compared(
         values, measured = {}, {}
         for label in labels:
             whole, *samples = records[task, label]
-            own = [sample for sample in samples if sample["filter"] == filtered]
+            filtered_samples = [sample for sample in samples if sample["filter"] == filtered]
             values[label] = {
                 f"{sample['document']} {sample['hash']}": sample["values"][metric]
-                for sample in own
+                for sample in filtered_samples
                 if sample["values"].get(metric) is not None
             }
-            measured[label] = metric_value(whole["metrics"].get(name), values[label], len(own))
+            measured[label] = metric_value(whole["metrics"].get(name), values[label], len(filtered_samples))
             change = None
             if label != VANILLA:
                 change = metric_change(measured[VANILLA], measured[label], values[VANILLA], values[label])
