@@ -1,10 +1,9 @@
-"""Fig 13's curves and tail index: each against its definition, written out, and scipy's."""
+"""Fig 13's curves and tail index: each against its definition, written out."""
 
 import math
 
 import numpy as np
 import pytest
-from scipy.stats import gaussian_kde
 
 from safetyheads.experiments.fig13 import N_GRID, empirical_cdf, gini, kernel_density, top_share
 
@@ -28,13 +27,8 @@ def test_density_is_the_mean_of_gaussians_around_the_scores():
     for at, height in zip(density.at, density.height, strict=True):
         kernels = [math.exp(-(((at - one) / bandwidth) ** 2) / 2) for one in SCORES]
         assert height == pytest.approx(sum(kernels) / (len(SCORES) * bandwidth * math.sqrt(2 * math.pi)))
-    assert density.height.tolist() == pytest.approx(gaussian_kde(SCORES)(density.at).tolist())
-
-
-def test_density_has_an_area_of_one_over_its_grid():
-    density = kernel_density(SCORES)
-    assert len(density.at) == N_GRID
     # Three bandwidths beyond the ends leave at most .0014 of a kernel on each side out.
+    assert len(density.at) == N_GRID
     assert np.trapezoid(density.height, density.at) == pytest.approx(1.0, abs=3e-3)
 
 

@@ -1,15 +1,13 @@
-"""Overlap of top heads: what the organism's construction implies, and chance by hand (Fig 5)."""
+"""Overlap of top heads: what the organism's construction implies (Fig 5)."""
 
 from dataclasses import replace
 
 import pytest
 from experiment_runs import PLANTED, SMALL, engine_of, rows, run_of
-from scipy.stats import hypergeom
 
 from safetyheads import InputError
 from safetyheads.experiments.fig5 import refuse_other_shapes, size_of_top
 from safetyheads.heads import all_heads
-from safetyheads.stats.ranking import top_overlap
 
 
 def test_the_top_is_the_planted_heads_and_two_models_share_none(outcome_of):
@@ -36,19 +34,6 @@ def test_the_headline_tells_what_two_models_share_and_chance(outcome_of):
     headline = {row["label"]: row["value"] for row in outcome_of("fig5")["headline"]}
     assert headline["heads shared of the top 3 of 32 by chance"] == 9 / 32
     assert headline["models, UA, most heads shared of 4 pairs"] == 0
-
-
-def test_chance_and_its_p_values_are_the_hypergeometric_ones_by_hand():
-    # Of 32 heads: C(32, 3) = 4960 tops of three; 3 * 29 share two with a given one, 1 shares three.
-    first = ("1-3", "2-1", "2-5")
-    for second, shared, p in ((first, 3, 1 / 4960), (("1-3", "2-1", "0-0"), 2, 88 / 4960), (("0-0", "0-1"), 0, 1.0)):
-        overlap = top_overlap(3, first, second, 32)
-        assert (overlap.shared, overlap.p_value) == (shared, pytest.approx(p))
-    # The paper's size: 10 of 1024.
-    heads = [str(head) for head in all_heads(32, 32)]
-    ours = top_overlap(10, heads[:10], heads[7:17], 1024)
-    assert ours.expected == pytest.approx(100 / 1024)
-    assert ours.p_value == pytest.approx(sum(hypergeom.pmf(k, 1024, 10, 10) for k in range(3, 11)))
 
 
 def test_the_top_is_ten_but_never_more_than_a_tenth():

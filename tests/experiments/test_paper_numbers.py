@@ -31,9 +31,6 @@ def test_datasets_are_known_by_their_files():
     ("model", "level", "ablation", "dataset", "mean"),
     [
         ("Llama-2-7b-chat", "dataset", "UA", "maliciousinstruct", 0.68),
-        ("Llama-2-7b-chat", "dataset", "UA", "jailbreakbench", 0.63),
-        ("Llama-2-7b-chat", "query", "UA", "maliciousinstruct", 0.46),
-        ("Llama-2-7b-chat", "query", "UA", "jailbreakbench", 0.50),
         ("Llama-2-7b-chat", "query", "SC", "jailbreakbench", 0.30),
         ("Vicuna-7b-v1.5", "dataset", "UA", "jailbreakbench", 0.33),
         ("Vicuna-7b-v1.5", "query", "SC", "maliciousinstruct", 0.15),
