@@ -173,10 +173,10 @@ def instruction_end(engine: Engine, *prompts: PromptSet) -> int:
 
     Found as the common end of the prompts and of a few unlike queries under the same template.
     """
-    encoded = [token_ids for each in prompts for token_ids in engine.ask(each).token_ids]
-    for each in prompts:
-        template = engine.ask(each).template.bound(engine.tokenizer)
-        encoded += [tuple(template.encode(probe)) for probe in _PROBES]
+    encoded: list[tuple[int, ...]] = []
+    for asked in map(engine.ask, prompts):
+        template = asked.template.bound(engine.tokenizer)
+        encoded += [*asked.token_ids, *(tuple(template.encode(probe)) for probe in _PROBES)]
     shared = 0
     for column in zip(*(reversed(token_ids) for token_ids in encoded), strict=False):
         if len(set(column)) > 1:

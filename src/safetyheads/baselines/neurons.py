@@ -40,7 +40,8 @@ def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
     """
     facts, downs = engine.architecture, []
     for layer, mlp in enumerate(_outside_attention(engine)):
-        last = [each for each in mlp if each.name.split(".")[-1] in DOWN_NAMES and each.d_out == facts.d_model]
+        named = [linear for linear in mlp if linear.name.split(".")[-1] in DOWN_NAMES]
+        last = [linear for linear in named if linear.d_out == facts.d_model]
         if len(last) != 1:
             raise UnsupportedModelError(
                 f"{facts.family}: layer {layer} has {len(last)} last projections of an MLP (known are "
@@ -70,7 +71,7 @@ def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) 
     sums = torch.zeros(len(ours), max(linear.d_in for linear in ours), dtype=torch.float64)
     n_tokens = 0
     for batch in batches(engine, text):
-        values = [_neuron_values(each, downs, batch) for each, downs in ((engine, ours), (unaligned, theirs))]
+        values = _neuron_values(engine, ours, batch), _neuron_values(unaligned, theirs, batch)
         for layer, (aligned, other) in enumerate(zip(*values, strict=True)):
             squares = (aligned.double() - other.to(aligned.device).double()).square()
             sums[layer, : aligned.shape[1]] += squares.sum(dim=0).cpu()
@@ -208,7 +209,7 @@ def _refuse_unlike(engine: Engine, unaligned: Engine) -> None:
     if unaligned.model is engine.model:
         raise InputError("the unaligned model is the model itself; neurons are patched from another checkpoint")
     refuse_wrapped("the unaligned model", unaligned.model, EDITS)
-    widths = [[linear.d_in for linear in down_projections(each)] for each in (engine, unaligned)]
+    widths = [[linear.d_in for linear in down_projections(model)] for model in (engine, unaligned)]
     if widths[0] != widths[1]:
         raise InputError("the unaligned model has other MLPs: neurons are patched between checkpoints of one shape")
     if engine.tokenizer.get_vocab() != unaligned.tokenizer.get_vocab():

@@ -83,8 +83,8 @@ class Missed:
     def __str__(self) -> str:
         if not self.n_others:
             return "every head was scored exactly"
-        found = f"{self.n_found} of {self.n_sampled} sampled heads score above the candidate of rank {self.top}"
-        return f"{found}: of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
+        sample = f"{self.n_found} of {self.n_sampled} sampled heads score above the candidate of rank {self.top}"
+        return f"{sample}: of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -334,7 +334,7 @@ def choose_tokens(log_probabilities: Tensor, n_tokens: int, point: Point, unifor
 def _turns(prompt_of: Sequence[int]) -> list[list[int]]:
     """The states of a row in turns, each with at most one state of each prompt."""
     turns = [prompt_of[:state].count(prompt) for state, prompt in enumerate(prompt_of)]
-    return [[state for state, own in enumerate(turns) if own == turn] for turn in range(max(turns) + 1)]
+    return [[state for state in range(len(turns)) if turns[state] == turn] for turn in range(max(turns) + 1)]
 
 
 @contextmanager

@@ -36,7 +36,6 @@ SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalize
 FORECASTS = ("screened_mean_ships", "screened_refusal_score")
 """Names of the scores that are forecast, not measured (:mod:`safetyheads.measures.screening`)."""
 _GENERALIZED = "generalized_ships_"
-_SCREENED = "screened_"
 # The warning is given where this share of the answers begins with the same blank token.
 _SHARED = 0.9
 # New tokens that a judge sees to find the refusals whose openers are counted.
