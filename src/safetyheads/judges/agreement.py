@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+import scipy  # its modules load on first use
+
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.stats.intervals import CONFIDENCE, Interval
@@ -126,9 +129,7 @@ def cohens_kappa(first: Sequence[str], second: Sequence[str], classes: Sequence[
     # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
     if len({*first, *second}) < 2:
         return Kappa(None, None, n)
-    import numpy as np
-    from scipy.stats import norm
-    from statsmodels.stats import inter_rater
+    from statsmodels.stats import inter_rater  # slow to import
 
     # statsmodels also tests kappa against 0, which divides by 0 where no error is left.
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -137,7 +138,7 @@ def cohens_kappa(first: Sequence[str], second: Sequence[str], classes: Sequence[
     # Rounding leaves a variance of 0 a little above or below it.
     if variance < 1e-12:
         return Kappa(kappa, None, n)
-    half_width = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    half_width = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
     return Kappa(kappa, (max(kappa - half_width, -1.0), min(kappa + half_width, 1.0)), n)
 
 
