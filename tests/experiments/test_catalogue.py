@@ -1,9 +1,13 @@
 """The catalogue of experiments, and what each needs."""
 
+from importlib import import_module
+from typing import get_args
+
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen
+from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, Need, chosen
+from safetyheads.experiments.outcome import FigureKind, Kind
 from safetyheads.experiments.run import missing
 from safetyheads.experiments.settings import PAPER, ReproductionConfig
 
@@ -16,6 +20,16 @@ def test_the_catalogue_has_every_experiment_of_the_paper():
     }
     assert chosen(ALL) == tuple(EXPERIMENTS.values())
     assert all(one.question and one.costs and one.caption for one in EXPERIMENTS.values())
+
+
+def test_every_entry_names_a_function_known_needs_and_kinds():
+    for name, experiment in EXPERIMENTS.items():
+        assert callable(getattr(import_module(f"safetyheads.experiments.{experiment.module}"), name))
+        assert set(experiment.needs) <= set(get_args(Need))
+        assert {figure["kind"] for figure in experiment.shown.figures.values()} <= set(get_args(FigureKind))
+        for key in experiment.shown.tables:
+            kinds = {column.kind for column in experiment.shown.columns_of(key, [], [])}
+            assert kinds <= set(get_args(Kind)), (name, key)
 
 
 def test_an_unknown_experiment_is_told_with_those_that_are_known():

@@ -108,7 +108,7 @@ class Shown:
         for given in self.tables[table]["columns"]:
             for column in more if given == "..." else [given]:
                 key, *rest = [column, *self.columns.get(column, (column,))] if isinstance(column, str) else column
-                if any(key in row for row in rows):
+                if not rows or any(key in row for row in rows):
                     yield Column(key, *rest)
 
 

@@ -135,8 +135,15 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
     """Results of every experiment that is there, in the paper's order; times are kept apart."""
     records = {record["outcome"]["name"]: record for record in run.stored_records("outcome")}
     ordered = [records[name]["outcome"] for name in EXPERIMENTS if name in records]
-    results = {"schema_version": SCHEMA_VERSION, "kind": KIND, "experiments": ordered, "judge": config.judges[0]}
-    run.write_results(results | {"left_out": {name: why for name, why in left_out.items() if name not in records}})
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "experiments": ordered,
+        "judge": config.judges[0],
+        "judges": list(config.judges),
+        "left_out": {name: why for name, why in left_out.items() if name not in records},
+    }
+    run.write_results(results)
     seconds = {name: record["seconds"] for name, record in records.items()}
     run.write_timings(
         {"seconds": seconds, "timed": {name: record["timed"] for name, record in records.items() if record["timed"]}}
