@@ -191,7 +191,7 @@ def test_an_audit_and_a_scan_are_not_compared(same, tmp_path):
 
 
 def test_other_settings_are_warned_of(same, tmp_path):
-    changed = {"judge": {"name": "released"}, "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
+    changed = {"judges": [{"name": "released"}], "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
     found = compared(same, audit_run(tmp_path / "b", config=settings("other", **changed)))
     text = " ".join(found.warnings)
     assert "The judge differs (paper -> released)." in text

@@ -56,7 +56,7 @@ def test_what_a_run_tells(folder):
 
 def test_other_settings_are_told(tmp_path):
     audit_run(tmp_path / "a", started=started(1))
-    changed = settings("other", judge={"name": "released"}, dtype="bfloat16")
+    changed = settings("other", judges=[{"name": "released"}], dtype="bfloat16")
     audit_run(tmp_path / "b", started=started(2), config=changed)
     entry = read_history(tmp_path).entries[1]
     assert entry.other_settings == ("judge", "precision", "prompts")

@@ -30,8 +30,15 @@ def settings(prompts: str = "same", **changed: Any) -> dict[str, Any]:
     """A config; ``prompts`` stands for their fingerprint."""
     names = [f"{kind}_{half}" for kind in ("harmful", "benign") for half in ("search", "test")]
     shas = {name: f"{prompts} {name}" for name in (*names, "harmful", "benign")}
-    base = {"ablation": "undifferentiated_attention", "epsilon": 1e-5, "template": "chat", "judge": {"name": "paper"}}
-    base |= {"top_k": 1, "seed": 0, "max_new_tokens": 128, "dtype": "float32", "weights_sha256": f"{changed}"}
+    base = {"ablation": "undifferentiated_attention", "epsilon": 1e-5, "template": "chat"}
+    base |= {
+        "judges": [{"name": "paper"}],
+        "top_k": 1,
+        "seed": 0,
+        "max_new_tokens": 128,
+        "dtype": "float32",
+        "weights_sha256": f"{changed}",
+    }
     return base | {"prompts_sha256": shas, "references_sha256": shas} | changed
 
 

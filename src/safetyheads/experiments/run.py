@@ -16,7 +16,7 @@ from safetyheads.experiments.settings import ReproductionConfig, prompts_sha256
 from safetyheads.judges.named import judges_named
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.provenance import one_spelling, versions
+from safetyheads.runs.provenance import canonical_name, versions
 from safetyheads.runs.run import run_directory
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def _spelled(config: ReproductionConfig) -> dict[str, Any]:
     """The settings, with paths as they really are."""
     settings = asdict(config)
     for name in ("models", "templated", "base_models", "datasets"):
-        settings[name] = [one_spelling(named) for named in settings[name]]
+        settings[name] = [canonical_name(named) for named in settings[name]]
     for name in ("base", "related", "benign", "learn_harmful", "learn_benign"):
-        settings[name] = None if settings[name] is None else one_spelling(settings[name])
+        settings[name] = None if settings[name] is None else canonical_name(settings[name])
     return settings
 
 

@@ -25,11 +25,11 @@ from safetyheads.runs.config import EvalConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import (
-    as_loaded,
+    canonical_name,
     device_name,
     fingerprint,
+    loading_facts,
     model_facts,
-    one_spelling,
     versions,
 )
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
@@ -370,12 +370,12 @@ def run_evaluation(
         settings = {
             "kind": "eval",
             **config.as_dict(),
-            "model": one_spelling(config.model),
-            "include_paths": [one_spelling(path) for path in config.include_paths],
+            "model": canonical_name(config.model),
+            "include_paths": [canonical_name(path) for path in config.include_paths],
             "asked_sha256": {task.name: task.sha256 for task in tasks},
             "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
             "weights_sha256": fingerprint(engine),
-            **as_loaded(engine),
+            **loading_facts(engine),
             "device": device_name(engine),
             "versions": {**versions(), "lm_eval": require_lm_eval()},
         }

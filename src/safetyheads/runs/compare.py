@@ -29,15 +29,14 @@ SETTINGS = {
     "fold_system": "place of the system prompt",
     "thinking": "think block",
     "prefill": "prefilled beginning of answers",
-    "judge": "judge",
-    "judges": "judges",
+    "judges": "judge",
     "top_k": "sampling",
     "seed": "seed",
     "n_seeds": "number of seeds",
     "max_new_tokens": "longest answer",
     "positions": "answer tokens scored",
     "size": "largest group",
-    "n_random": "random groups",
+    "n_random": "number of random groups",
     "dtype": "precision",
 }
 """Fields of a config whose difference makes a comparison weak, with their names."""

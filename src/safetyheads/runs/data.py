@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 Kind = Literal["harmful", "benign"]
 KINDS: tuple[Kind, Kind] = ("harmful", "benign")
 """Kinds of prompts, in the order of results."""
-Half = Literal["validation", "test"]
-HALVES: tuple[Half, Half] = ("validation", "test")
-"""Splits of the demo's prompts that serve as search and test half."""
 
 
 def read_whole(kind: Kind, name: str, options: PromptOptions) -> PromptSet:
@@ -40,8 +37,7 @@ def read_halves(kind: Kind, name: str, options: PromptOptions, split: float, see
         InputError: the prompts cannot be read or split.
     """
     if _is_demo(name):
-        search, test = (demo_prompts(kind, half)[: options.limit] for half in HALVES)
-        return search, test
+        return demo_prompts(kind, "validation")[: options.limit], demo_prompts(kind, "test")[: options.limit]
     return read_whole(kind, name, options).split(split, seed)
 
 

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its settings. Owns fingerprints, versions and how a run was started."""
+"""Fingerprints, versions and facts about model and prompts, for manifests and results."""
 
 from __future__ import annotations
 
@@ -26,51 +26,55 @@ if TYPE_CHECKING:
 
 
 def fingerprint(engine: Engine) -> str:
-    """sha256 of all weights, by name, dtype and bytes; of base and adapter, where there is one."""
+    """sha256 of all weights, by name, dtype and bytes; with an adapter, of base and adapter."""
     whole = loading.fingerprint(engine.model)
     if engine.adapter is None:
         return whole
-    # An adapter's scaling stands in its settings alone, and in no weight.
+    # An adapter's scaling is in its settings only, not in a weight.
     return hashlib.sha256(f"{whole} {engine.adapter.sha256}".encode()).hexdigest()
 
 
-def settings_of(engine: Engine, config: Any, sets: Mapping[str, PromptSet]) -> dict[str, Any]:
-    """All that the numbers depend on, judges aside."""
+def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -> dict[str, Any]:
+    """All that the numbers of a run depend on, judges aside.
+
+    Args:
+        engine: the model.
+        config: the run's config; one of :mod:`safetyheads.runs.config`.
+        prompts: the prompt sets by name, all of the same template.
+    """
+    paths = {name: getattr(config, name) for name in ("model", "prompts", "benign") if hasattr(config, name)}
     return {
         **config.as_dict(),
-        **{
-            name: one_spelling(getattr(config, name))
-            for name in ("model", "prompts", "benign")
-            if hasattr(config, name)
-        },
+        **{name: canonical_name(path) for name, path in paths.items()},
         "ablation": config.parsed_ablation.name,
-        **one_template(sets).settings(),
+        **shared_template(prompts).settings(),
         "weights_sha256": fingerprint(engine),
-        **as_loaded(engine),
-        "prompts_sha256": {name: prompts.sha256 for name, prompts in sets.items()},
-        "references_sha256": {name: references_sha256(prompts) for name, prompts in sets.items()},
+        **loading_facts(engine),
+        "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
+        "references_sha256": {name: references_sha256(prompt_set) for name, prompt_set in prompts.items()},
         "device": device_name(engine),
         "versions": versions(),
     }
 
 
-def as_loaded(engine: Engine) -> dict[str, Any]:
-    """What was put on the checkpoint and in what form its weights are; what there is none of is left out."""
+def loading_facts(engine: Engine) -> dict[str, Any]:
+    """Adapter and quantisation of the model; empty where there is neither."""
     adapter, method = engine.adapter, quantisation(engine.model)
     dtype = str(engine.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {} if method is None else {"quantisation": method, "dtype": dtype}
     if adapter is not None:
-        facts |= {"adapter": one_spelling(adapter.name), "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
+        name = canonical_name(adapter.name)
+        facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
     return facts
 
 
-def one_template(sets: Mapping[str, PromptSet]) -> Template:
-    """The template of a run: scores, search and answers have the same.
+def shared_template(prompts: Mapping[str, PromptSet]) -> Template:
+    """The template of all prompt sets of a run: scores, search and answers use the same.
 
     Raises:
-        InputError: the sets have different ones, or one has none yet.
+        InputError: the sets have different templates, or one has none yet.
     """
-    templates = [prompts.template for prompts in sets.values()]
+    templates = [prompt_set.template for prompt_set in prompts.values()]
     first = templates[0]
     if first is None or any(template != first for template in templates):
         raise InputError("a run has one template for all of its prompts; these sets have different ones")
@@ -78,47 +82,45 @@ def one_template(sets: Mapping[str, PromptSet]) -> Template:
 
 
 def template_facts(prompts: PromptSet) -> dict[str, Any]:
-    """The template as results describe it: what is not set is left out."""
+    """The template as results describe it: only the fields that are set."""
     settings = {} if prompts.template is None else prompts.template.settings()
     return {name: value for name, value in settings.items() if value not in (None, False, "", [])}
 
 
 def model_facts(engine: Engine, name: str) -> dict[str, Any]:
     """The model as results describe it."""
-    facts = engine.architecture
-    by_layer = heads_by_layer(engine)
-    # Only where layers differ: a scan's random groups are drawn again from what stands here.
-    differing = {"heads_by_layer": list(by_layer)} if len({n for n in by_layer if n}) > 1 else {}
+    facts, by_layer = engine.architecture, heads_by_layer(engine)
+    layers_differ = len({n_heads for n_heads in by_layer if n_heads}) > 1
     return {
         "name": name if engine.adapter is None else f"{name} + {engine.adapter.name}",
         "family": facts.family,
         "n_layers": facts.n_layers,
         "n_heads": facts.n_heads,
-        **differing,
+        **({"heads_by_layer": list(by_layer)} if layers_differ else {}),
         "n_parameters": engine.model.num_parameters(),
         "head_parameters": facts.head_parameters,
     }
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that numbers come from."""
+    """Versions of the libraries that numbers come from."""
     return {name: version(name) for name in ("safetyheads", "torch", "transformers", "numpy", "scipy")}
 
 
-def one_spelling(named: str) -> str:
-    """A path as it really is, a name as it stands: the same run is the same however it is asked for."""
-    # A directory of a known name does not win over the name, as in reading.
-    is_path = os.path.isfile(named) or (os.path.isdir(named) and named not in (*KNOWN_BENCHMARKS, "benign", "demo"))
-    return os.path.realpath(named) if is_path else named
+def canonical_name(name: str) -> str:
+    """A path as its real absolute path, any other name as it is, so that a run is recognised from any folder."""
+    # A known name wins over a directory of that name, as in reading.
+    is_path = os.path.isfile(name) or (os.path.isdir(name) and name not in (*KNOWN_BENCHMARKS, "benign", "demo"))
+    return os.path.realpath(name) if is_path else name
 
 
 def references_sha256(prompts: PromptSet) -> str:
-    """Of the right answers, which decide whether a benign answer is kept."""
+    """Fingerprint of the right answers, which decide whether a benign answer is kept."""
     return hashlib.sha256(str([prompt.reference for prompt in prompts]).encode()).hexdigest()
 
 
 def device_name(engine: Engine) -> str:
-    """Where the numbers are made, whatever ``auto`` came to."""
+    """The device or layout that the numbers are computed on; ``auto`` is resolved."""
     device, layout = engine.device, device_layout(engine.model)
     if layout is not None:
         return layout

@@ -133,15 +133,13 @@ class RunReader:
         outcomes: dict[tuple[str, frozenset[str]], Outcomes] = {}
         for record in self._answer_records():
             prompts = record["set"].removesuffix("_test")
-            # Audits do not have the records of scans yet.
-            verdicts = record.get("verdicts", {None: record})
-            label = verdicts.get(self.results.get("lead_judge"), {}).get("label", "unscored")
+            label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
             outcome = (
                 record["kept"] if prompts == "benign" else math.nan if label == "unscored" else label == "complied"
             )
             heads = frozenset(filter(None, record["group"].split(",")))
             answers = outcomes.setdefault((prompts, heads), {}).setdefault(record["id"], {})
-            answers[record.get("seed", 0)] = float(outcome)
+            answers[record["seed"]] = float(outcome)
         return outcomes
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
@@ -154,7 +152,7 @@ class RunReader:
                 reason = f"{path} is broken; start the run again with the same command to mend it"
                 raise InputError(reason) from None
             # Records of other stages, such as teacher-forced tokens, are no answers.
-            yield from (record for record in records if {"id", "set", "group"} <= record.keys())
+            yield from (record for record in records if "verdicts" in record)
 
     def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
         """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
