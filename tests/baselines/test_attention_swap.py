@@ -127,12 +127,15 @@ def test_a_scorer_belongs_to_the_weights_it_was_made_on(pair):
     assert torch.equal(outer([GROUP]), mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)([GROUP]))
 
 
-def test_the_very_tensors_come_back_also_after_an_error(pair):
+def test_a_plain_model_can_be_the_donor_and_the_very_tensors_come_back_also_after_an_error(pair):
     engine, donor = pair
     projection = "model.layers.1.self_attn.o_proj.weight"
     before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()}
     with swapped_attention(engine, donor) as model:
         assert model.get_parameter(projection) is donor.model.get_parameter(projection)
+        expected = logits(model)
+    with swapped_attention(engine, another(model_of("llama_gqa"))) as model:
+        assert torch.equal(logits(model), expected)
     with pytest.raises(KeyError), swapped_attention(engine, donor):
         raise KeyError
     assert {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()} == before
@@ -147,14 +150,6 @@ def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
         with swapped_attention(engine, third, layers=[1]):
             close(logits(model), logits(both))
         close(logits(model), logits(first))
-
-
-def test_a_plain_model_can_be_the_donor(pair):
-    engine, donor = pair
-    with swapped_attention(engine, donor) as model:
-        expected = logits(model)
-    with swapped_attention(engine, another(model_of("llama_gqa"))) as model:
-        assert torch.equal(logits(model), expected)
 
 
 # What is refused, each with nothing changed
@@ -187,12 +182,6 @@ def test_other_families_and_shapes_are_refused_by_what_differs(pair):
     )
     wider = changed(hidden_size=48)
     assert refusal(engine, wider) == "k_proj.weight of layer 0 is [16, 32] in the model, [16, 48] in the donor"
-
-
-def test_weights_for_other_positions_are_refused(pair):
-    config = AutoConfig.for_model(**pair[0].model.config.to_dict())
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
-    assert refusal(pair[0], engine_on(build(config))).startswith("rope_parameters of the attention is ")
 
 
 LLAMA4 = {
@@ -236,15 +225,16 @@ def test_settings_outside_attention_are_no_reason_to_refuse(pair):
         assert refusal(ours, theirs).startswith("max_position_embeddings of the attention is 128 in the model")
 
 
-def test_other_tokenizers_are_refused(pair):
+def test_other_positions_tokenizers_dtypes_and_layers_are_refused(pair):
     engine, donor = pair
+    config = AutoConfig.for_model(**engine.model.config.to_dict())
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    assert refusal(engine, engine_on(build(config))).startswith("rope_parameters of the attention is ")
+    assert "torch.float32, the donor in torch.bfloat16" in refusal(engine, model_of("llama_gqa", torch.bfloat16))
+    assert refusal(engine, donor, layers=[3]).endswith("the model's layers with heads are 0-2")
     donor.tokenizer = copy.deepcopy(donor.tokenizer)
     donor.tokenizer.add_tokens(["another"])
     assert refusal(engine, donor).startswith("the tokenizers of model and donor differ")
-
-
-def test_another_dtype_is_refused(pair):
-    assert "torch.float32, the donor in torch.bfloat16" in refusal(pair[0], model_of("llama_gqa", torch.bfloat16))
 
 
 def test_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
@@ -253,10 +243,6 @@ def test_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
     assert refusal(engine, engine.model).startswith("the donor is the model itself")
     with swapped_attention(donor, another(engine.model)):
         assert "another model's attention" in refusal(engine, donor, kind=SafetyheadsError)
-
-
-def test_a_layer_that_is_not_there_is_refused(pair):
-    assert refusal(*pair, layers=[3]).endswith("the model's layers with heads are 0-2")
 
 
 # Fig 6a, on the organism

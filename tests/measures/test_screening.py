@@ -12,7 +12,7 @@ from tiny_models import engine_of, model_of
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError
 from safetyheads.errors import SafetyheadsError
 from safetyheads.measures.head_pass import HeadPass, Readouts
-from safetyheads.measures.screening import Followed, Linearizer, Point, choose_tokens, screen
+from safetyheads.measures.screening import Followed, Lineariser, Point, choose_tokens, screen
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence
 
@@ -111,7 +111,7 @@ def test_moves_equal_central_differences_of_plain_forwards(family, name):
     ablation = Ablation(name, 0.01)
     engine = engine_of(family, capabilities=Capabilities(plain_head=family != "gemma2_softcap"))
     slow = Differences(family, ablation)
-    moves = Linearizer(engine, SEQUENCES, ablation, n_tokens=3).at(Point(0.0, 3)).moves
+    moves = Lineariser(engine, SEQUENCES, ablation, n_tokens=3).at(Point(0.0, 3)).moves
     tokens, largest = tokens_of(engine, 3), []
     # Differences in float32 lose two digits more.
     tolerance = 1e-2 if family == "gpt_oss_sinks" else SLOPE
@@ -197,7 +197,7 @@ def test_without_a_quick_path_or_in_more_rows_the_forecast_is_the_same():
         assert torch.allclose(quick, screen(other, SEQUENCES, UNDIFFERENTIATED_ATTENTION).ships, rtol=1e-3, atol=1e-6)
     # Memory does not choose the samples.
     whole, divided = (
-        Linearizer(each, SEQUENCES, UNDIFFERENTIATED_ATTENTION).at(Point(0.0, 1, 2)).followed
+        Lineariser(each, SEQUENCES, UNDIFFERENTIATED_ATTENTION).at(Point(0.0, 1, 2)).followed
         for each in (engine, narrow)
     )
     assert torch.equal(whole.samples, divided.samples)
@@ -224,7 +224,7 @@ def test_the_model_is_left_as_it_was_and_points_are_checked():
 def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
     engine = engine_of("llama_gqa")
     found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=(Point(0.0, 3),))
-    linear = Linearizer(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3).at(Point(0.0, 3))
+    linear = Lineariser(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3).at(Point(0.0, 3))
     heads = found.table().top(5)
 
     def curvature(*pair):
@@ -247,10 +247,10 @@ def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
 def test_moves_of_sampled_tokens_are_of_log_p_given_the_others():
     """With every other token sampled once, their moves have the mean 0 under p(token | others)."""
     engine = engine_of("llama_gqa")
-    linearizer = Linearizer(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION)
-    first = linearizer.at(Point(0.0, 1), gradients=False).followed
+    lineariser = Lineariser(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION)
+    first = lineariser.at(Point(0.0, 1), gradients=False).followed
     others = torch.tensor([[token for token in range(64) if token != int(first.tokens[0, 0])]])
-    within = linearizer.at(Point(0.0, 1, 63), followed=Followed(first.tokens, others)).moves[0, ..., 1:]
+    within = lineariser.at(Point(0.0, 1, 63), followed=Followed(first.tokens, others)).moves[0, ..., 1:]
     given_others = torch.softmax(log_probabilities_of(engine, SEQUENCES[:1])[0, others[0]], dim=0)
     scale = float(within.abs().max())
     assert float((given_others * within).sum(dim=-1).abs().max()) < 1e-4 * scale

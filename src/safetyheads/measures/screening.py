@@ -138,12 +138,12 @@ def screen(
     if not points or points[0].at != 0.0 or n_tokens >= engine.architecture.vocabulary_size:
         raise InputError(f"a screening begins at the unablated model, with fewer tokens than all; got {points}")
     common = within(common, engine.n_layers, engine.n_heads)
-    linearizer = Linearizer(engine, sequences, ablation, openers, n_tokens)
+    lineariser = Lineariser(engine, sequences, ablation, openers, n_tokens)
     # The unablated model is what ablated ones are compared with, so it chooses the tokens that are followed.
-    unablated = linearizer.at(points[0], gradients=False) if common else None
-    start = linearizer.at(points[0], common, None if unablated is None else unablated.followed)
+    unablated = lineariser.at(points[0], gradients=False) if common else None
+    start = lineariser.at(points[0], common, None if unablated is None else unablated.followed)
     reference = unablated or start
-    at_points = [start, *(linearizer.at(point, common, start.followed) for point in points[1:])]
+    at_points = [start, *(lineariser.at(point, common, start.followed) for point in points[1:])]
     forecast = torch.stack([_divergence(reference, start, at) for at in at_points]).amax(dim=0)
     counts = torch.tensor([sequence.n_wanted for sequence in sequences])
     per_prompt = torch.zeros(len(counts), *forecast.shape[1:], dtype=forecast.dtype)
@@ -190,7 +190,7 @@ class Linear:
         return (self.tokens[:, :n_tokens] - self.others[:, n_tokens - 1, None])[:, None, None]
 
 
-class Linearizer:
+class Lineariser:
     """Linearises next-token logits in the outputs of all heads."""
 
     def __init__(
