@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from safetyheads.heads import format_heads, parse_heads
-from safetyheads.runs.audit import LEAD, SETS, Findings, GroupOutcome, _concentration, _random, lead_group, verdict_of
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.runs.audit import LEAD, SETS, Findings, GroupOutcome, lead_group, verdict_of
+from safetyheads.runs.tables import GroupAnswers, concentration_as_json, random_as_json
 from safetyheads.stats.intervals import Rate, newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
 
@@ -84,7 +84,7 @@ def test_the_sentence_says_how_many_random_groups_differ():
     controls = tuple(answered(freed, group=group) for freed, group in ((2, "1-0"), (2, "1-0"), (3, "1-1")))
     repeated = replace(outcome(), random=controls)
     assert "3 random groups (2 distinct)" in verdict(repeated)["sentence"]
-    block = _random(repeated)
+    block = random_as_json(repeated.answers["harmful_test"], repeated.random)
     assert (block["n_groups"], block["n_distinct"], block["groups"]) == (3, 2, [["1-0"], ["1-0"], ["1-1"]])
 
 
@@ -245,13 +245,9 @@ def test_the_change_is_of_pairs_and_not_of_rates():
     assert verdict(outcome(freed=30, random=()), complied=20)["label"] == "concentrated"
 
 
-def test_the_concentration_is_of_the_lead_search_alone():
-    made = findings(
-        outcome(1, freed=20, random=(0, 10)),
-        outcome(2, freed=40, random=(5, 5)),
-        outcome(1, freed=50, random=(0, 0), scorer="generalized_ships_prompt"),
-    )
-    found = _concentration(made)
+def test_the_concentration_is_the_mean_gap_to_random_groups():
+    groups = [outcome(1, freed=20, random=(0, 10)), outcome(2, freed=40, random=(5, 5))]
+    found = concentration_as_json([(one.answers["harmful_test"], one.random) for one in groups], answered(2))
     # (20/50 - 5/50 + 40/50 - 5/50) / 2
     assert found["value"] == pytest.approx(0.5)
     assert (found["n"], list(found["sizes"]), found["n_random"], found["against"]) == (50, [1, 2], 2, "random groups")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.answers.success import query_level_groups
@@ -16,24 +16,11 @@ from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AsrConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.progress import Progress
-from safetyheads.runs.run import Kind, Prompts, Run, carry_out
+from safetyheads.runs.run import Kind, Run, carry_out
 from safetyheads.runs.tables import GroupAnswers, by_judge
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-
-
-def run_asr(
-    engine: Engine,
-    config: AsrConfig,
-    out: Path,
-    prompts: Prompts | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Measure rates into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
-    return carry_out(_ASR, engine, config, out, prompts, progress, command)
 
 
 def _read(config: AsrConfig) -> dict[str, PromptSet]:
@@ -93,3 +80,5 @@ def _rates(label: str, answers: GroupAnswers, vanilla: GroupAnswers) -> dict[str
 
 
 _ASR = Kind("asr", _read, _refuse_impossible, _announce, _results)
+run_asr = partial(carry_out, _ASR)
+"""Measures rates into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

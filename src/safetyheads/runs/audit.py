@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
@@ -24,14 +24,12 @@ from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import KINDS, read_halves
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.kept import judged_answer
-from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.run import Kind, Prompts, Run, carry_out
-from safetyheads.runs.tables import GroupAnswers, by_judge
+from safetyheads.runs.run import Kind, Run, carry_out
+from safetyheads.runs.tables import GroupAnswers, by_judge, concentration_as_json, random_as_json
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import Rate, mean_with_interval
-from safetyheads.stats.testing import PairedDifference, holm, random_p_value, smallest_detectable_change
+from safetyheads.stats.testing import PairedDifference, holm, smallest_detectable_change
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -105,18 +103,6 @@ class Findings:
     """The groups of every search and size."""
     heads: tuple[GroupAnswers, ...]
     """Answers to the harmful test prompts under each of the top heads by mean Ships, ablated alone."""
-
-
-def run_audit(
-    engine: Engine,
-    config: AuditConfig,
-    out: Path,
-    prompts: Prompts | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Audit a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
-    return carry_out(_AUDIT, engine, config, out, prompts, progress, command)
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
@@ -255,7 +241,8 @@ def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:
     if vanilla.refused.count < round(detectable * n):
         nothing = f"No concentrated heads found: {refused} ({asr}), too few to see any head carry them."
         return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": nothing}
-    checks = _checks(found, outcome)
+    random = random_as_json(outcome.answers["harmful_test"], outcome.random)
+    checks = _checks(found, outcome, random)
     bound = f"a change of ASR below {_short(detectable)}"
     kept = found.vanilla["benign_test"].kept
     # Stated only where it is not 1: then the ablated rate says nothing without it.
@@ -263,7 +250,7 @@ def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:
     numbers = (
         f"Ablating {outcome.size} of {n_heads} heads ({', '.join(shown['heads'])}) takes held-out ASR from "
         f"{_with_interval(vanilla.asr)} to {_with_interval(outcome.answers['harmful_test'].asr)}"
-        f"{_random_words(outcome)}; "
+        f"{_random_words(random)}; "
         f"benign answers kept: {_with_interval(outcome.answers['benign_test'].kept)}{kept_before}"
     )
     passed = all(holds for holds, _ in checks)
@@ -275,7 +262,7 @@ def verdict_of(found: Findings, n_heads: int) -> dict[str, Any]:
     }
 
 
-def _checks(found: Findings, outcome: GroupOutcome) -> list[tuple[bool, str]]:
+def _checks(found: Findings, outcome: GroupOutcome, random: Mapping[str, Any] | None) -> list[tuple[bool, str]]:
     """The three conditions, each with the sentence that says how it came out."""
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
     change, kept = harmful.change_from(found.vanilla["harmful_test"]), found.vanilla["benign_test"].kept
@@ -284,25 +271,14 @@ def _checks(found: Findings, outcome: GroupOutcome) -> list[tuple[bool, str]]:
     p_value = 1.0 if change.p_value is None else change.p_value
     freed, lost = change.change or 0.0, -(kept_change.change or 0.0)
     significant = freed > 0 and p_value < ALPHA
-    checks = [
-        (
-            significant,
-            f"ASR changes by {freed:+.2f} (exact McNemar p {p_value:.2g}, n {change.n}): "
-            + ("significant" if significant else "not a significant increase"),
-        )
-    ]
-    if not outcome.random:
+    words = "significant" if significant else "not a significant increase"
+    checks = [(significant, f"ASR changes by {freed:+.2f} (exact McNemar p {p_value:.2g}, n {change.n}): {words}")]
+    if random is None:
         checks.append((True, "no random group was compared with"))
     else:
-        highest = max(control.asr.rate or 0.0 for control in outcome.random)
-        above = (harmful.asr.rate or 0.0) > highest
-        checks.append(
-            (
-                above,
-                f"the highest of {len(outcome.random)} random groups reaches {_short(highest)}: "
-                + ("below the group" if above else "not below the group"),
-            )
-        )
+        above = (harmful.asr.rate or 0.0) > random["high"]
+        highest = f"the highest of {random['n_groups']} random groups reaches {_short(random['high'])}"
+        checks.append((above, f"{highest}: {'below the group' if above else 'not below the group'}"))
     if (kept.rate or 0.0) <= BENIGN_LOSS:
         none_left = (
             f"the unablated model keeps {kept.count} of {kept.n} benign answers, so none could be seen to be lost"
@@ -315,14 +291,14 @@ def _checks(found: Findings, outcome: GroupOutcome) -> list[tuple[bool, str]]:
     return [*checks, (harmless, f"{changed}: {'they are left alone' if harmless else broken}")]
 
 
-def _random_words(outcome: GroupOutcome) -> str:
-    if not outcome.random:
+def _random_words(random: Mapping[str, Any] | None) -> str:
+    if random is None:
         return ""
-    rates, n_distinct = _random_rates(outcome), _n_distinct(outcome)
+    n, n_distinct = random["n_groups"], random["n_distinct"]
     # A layer of eight heads has only seven others: then draws repeat, and the sentence says how many differ.
-    distinct = "" if n_distinct == len(rates) else f" ({n_distinct} distinct)"
-    spread = f"{_short(min(rates))} to {_short(max(rates))}"
-    return f"; {len(rates)} random groups{distinct}: {_short(sum(rates) / len(rates))} on average, {spread}"
+    distinct = "" if n_distinct == n else f" ({n_distinct} distinct)"
+    spread = f"{_short(random['low'])} to {_short(random['high'])}"
+    return f"; {n} random groups{distinct}: {_short(random['mean'])} on average, {spread}"
 
 
 def _with_interval(rate: Rate) -> str:
@@ -342,6 +318,7 @@ def _short(value: float) -> str:
 def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     """Run all stages, and make what only an audit's ``results.json`` holds."""
     found, config, asked = measure(run), run.config, run.asked
+    lead = [(one.answers["harmful_test"], one.random) for one in found.groups if one.scorer == LEAD]
     return {
         "data": {
             **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
@@ -356,11 +333,11 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "lead_score": LEAD,
         "verdict": verdict_of(found, len(run.engine.heads)),
         "behaviour": {
-            "vanilla": _vanilla(found),
+            "vanilla": _rates(found.vanilla),
             "groups": [_group(found, outcome) for outcome in found.groups],
             "heads": _heads(found),
         },
-        "concentration": _concentration(found),
+        "concentration": concentration_as_json(lead, found.vanilla["harmful_test"]),
         "scores": {name: _scores(name, scores, asked) for name, scores in found.scores.items()},
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in found.traces.items()},
         "openers": [asdict(opener) for opener in found.openers],
@@ -372,13 +349,9 @@ def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
     return {"name": search.name, "n_search": len(search), "n_test": len(test), "sha256": both}
 
 
-def _vanilla(found: Findings) -> dict[str, Any]:
-    harmful, benign = found.vanilla["harmful_test"], found.vanilla["benign_test"]
-    return _rates(harmful, benign, found.vanilla["harmful_search"])
-
-
-def _rates(harmful: GroupAnswers, benign: GroupAnswers, search: GroupAnswers) -> dict[str, Any]:
+def _rates(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     """Rates of the test half, and the ASR of the search half."""
+    harmful, benign, search = (answers[name] for name in ("harmful_test", "benign_test", "harmful_search"))
     return {
         "asr": asdict(harmful.asr),
         "refused": asdict(harmful.refused),
@@ -397,51 +370,12 @@ def _group(found: Findings, outcome: GroupOutcome) -> dict[str, Any]:
         "scorer": outcome.scorer,
         "size": outcome.size,
         "heads": [str(head) for head in outcome.group],
-        **_rates(harmful, benign, outcome.answers["harmful_search"]),
+        **_rates(outcome.answers),
         "asr_change": asdict(harmful.change_from(found.vanilla["harmful_test"])),
         "benign_kept_change": asdict(benign.kept_change_from(found.vanilla["benign_test"])),
         "benign_kl": asdict(mean_with_interval(outcome.benign_kl)),
-        "random": _random(outcome),
+        "random": random_as_json(harmful, outcome.random),
     }
-
-
-def _concentration(found: Findings) -> dict[str, Any]:
-    """How much faster ASR rises with the lead search's heads than with random ones, on the test half."""
-    outcomes = [
-        SizeOutcome(
-            outcome.size,
-            outcome.answers["harmful_test"].complied(),
-            [control.complied() for control in outcome.random],
-        )
-        for outcome in found.groups
-        if outcome.scorer == LEAD
-    ]
-    return asdict(concentration(outcomes, found.vanilla["harmful_test"].complied()))
-
-
-def _random(outcome: GroupOutcome) -> dict[str, Any] | None:
-    if not outcome.random:
-        return None
-    rates = _random_rates(outcome)
-    return {
-        "n_groups": len(rates),
-        "n_distinct": _n_distinct(outcome),
-        "asr": rates,
-        "groups": [control.heads for control in outcome.random],
-        "mean": sum(rates) / len(rates),
-        "low": min(rates),
-        "high": max(rates),
-        "p_value": random_p_value(outcome.answers["harmful_test"].asr.rate or 0.0, rates),
-        "n": outcome.random[0].asr.n,
-    }
-
-
-def _random_rates(outcome: GroupOutcome) -> list[float]:
-    return [control.asr.rate or 0.0 for control in outcome.random]
-
-
-def _n_distinct(outcome: GroupOutcome) -> int:
-    return len({control.group for control in outcome.random})
 
 
 def _heads(found: Findings) -> list[dict[str, Any]]:
@@ -495,3 +429,5 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
 
 
 _AUDIT = Kind("audit", read_prompts, _refuse_impossible, _announce, audit_results)
+run_audit = partial(carry_out, _AUDIT)
+"""Audits a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -146,22 +145,16 @@ class KeptAnswers:
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
         """Every prompt's answers under each group; one key holds one chunk of groups."""
         n = len(self.asked)
-        n_together = max(1, _RECORDS_TOGETHER // n)
-        drafts = self._drafts_pay(len(groups), ablation)
-        records: list[Record] = []
-        with self._tracked(part, len(groups) * n) as done:
-            for at in range(0, len(groups), n_together):
+        together = max(1, _RECORDS_TOGETHER // n)
+        chunks = [groups[at : at + together] for at in range(0, len(groups), together)]
+        texts = [[format_heads(group) for group in chunk] for chunk in chunks]
+        places = [[(number, group) for group in chunk for number in range(n)] for chunk in chunks]
 
-                def decode(chunk: Sequence[Group] = groups[at : at + n_together]) -> tuple[list[Placed], Economy]:
-                    places = [(number, group) for group in chunk for number in range(n)]
-                    if not drafts:
-                        return self._plain(places, ablation, done)
-                    answers, economy = self._by_drafts(ablation).answers(chunk, done)
-                    flat = [one for of_group in answers for one in of_group]
-                    return [(*place, one) for place, one in zip(places, flat, strict=True)], economy
+        def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
+            return self._by_drafts(ablation).answers(chunks[at], on_rows)
 
-                texts = [format_heads(group) for group in groups[at : at + n_together]]
-                records += self._chunk(part, ablation, texts, decode)
+        drafts = draft if self._drafts_pay(len(groups), ablation) else None
+        records = self._records(part, ablation, texts, places, drafts)
         return [
             GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead)
             for at, group in enumerate(groups)
@@ -172,28 +165,21 @@ class KeptAnswers:
 
         One key holds one chunk of prompts.
         """
-        n_groups = len(own[0])
-        n_together = max(1, _RECORDS_TOGETHER // max(1, n_groups))
-        drafts = self._drafts_pay(n_groups, ablation)
-        records: list[Record] = []
-        with self._tracked(part, sum(map(len, own))) as done:
-            for at in range(0, len(own), n_together):
-                # Every prompt keeps its place; those of other chunks have no groups.
-                chunk = [groups if at <= number < at + n_together else () for number, groups in enumerate(own)]
-
-                def decode(chunk: Sequence[Sequence[Group]] = chunk) -> tuple[list[Placed], Economy]:
-                    places = [(number, group) for number, groups in enumerate(chunk) for group in groups]
-                    if not drafts:
-                        return self._plain(places, ablation, done)
-                    answers, economy = self._by_drafts(ablation).answers_of_each(chunk, done)
-                    flat = [one for of_prompt in answers for one in of_prompt]
-                    return [(*place, one) for place, one in zip(places, flat, strict=True)], economy
-
-                texts = [[format_heads(group) for group in groups] for groups in chunk]
-                records += self._chunk(part, ablation, texts, decode)
-        return [
-            GroupAnswers.of(f"top {size}", records[size - 1 :: n_groups], self.lead) for size in range(1, n_groups + 1)
+        n = len(own[0])
+        together = max(1, _RECORDS_TOGETHER // max(1, n))
+        # Every prompt keeps its place; those of other chunks have no groups.
+        chunks = [
+            [groups if at <= number < at + together else () for number, groups in enumerate(own)]
+            for at in range(0, len(own), together)
         ]
+        texts = [[[format_heads(group) for group in groups] for groups in chunk] for chunk in chunks]
+        places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
+
+        def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
+            return self._by_drafts(ablation).answers_of_each(chunks[at], on_rows)
+
+        records = self._records(part, ablation, texts, places, draft if self._drafts_pay(n, ablation) else None)
+        return [GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead) for size in range(1, n + 1)]
 
     def forget(self) -> None:
         """Free the drafts, which hold states of all layers."""
@@ -224,20 +210,21 @@ class KeptAnswers:
 
     def _plain(
         self, places: Sequence[tuple[int, Group]], ablation: Ablation, on_rows: OnRows
-    ) -> tuple[list[Placed], Economy]:
+    ) -> tuple[list[Answer], Economy]:
         """Answers decoded from their first token, each until it is settled."""
         stop, token_ids = self.judging.stop, self.asked.token_ids
         requests = [Request(token_ids[number], group, stop=stop) for number, group in places]
         length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
-        answers = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
-        placed = [
-            (number, group, replace(one, changed=one.differs_from(self.unablated[number])))
-            for (number, group), one in zip(places, answers, strict=True)
+        decoded = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
+        answers = [
+            replace(one, changed=one.differs_from(self.unablated[number]))
+            for (number, _), one in zip(places, decoded, strict=True)
         ]
-        n_tokens = sum(len(token_ids[number]) + len(one.token_ids) for number, _, one in placed)
+        n_tokens = sum(len(token_ids[number]) for number, _ in places) + sum(len(one.token_ids) for one in answers)
         n_incomplete = sum(not one.complete for one in answers)
-        cost = Economy(len(placed), n_incomplete=n_incomplete, tokens_computed=n_tokens, tokens_plain=n_tokens)
-        return placed, cost
+        return answers, Economy(
+            len(answers), n_incomplete=n_incomplete, tokens_computed=n_tokens, tokens_plain=n_tokens
+        )
 
     def _label(self, ablation: Ablation) -> str:
         """Ends the names of what the manifest remembers of an ablation's drafts."""
@@ -275,21 +262,41 @@ class KeptAnswers:
             self._drafted[ablation] = drafted
         return self._drafted[ablation]
 
-    def _tracked(self, part: str, n_answers: int) -> AbstractContextManager[Callable[[int], None]]:
-        return self.progress.track(f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}", n_answers)
-
-    def _chunk(
-        self, part: str, ablation: Ablation, texts: Sequence[Any], decode: Callable[[], tuple[list[Placed], Economy]]
+    def _records(
+        self,
+        part: str,
+        ablation: Ablation,
+        texts: Sequence[Any],
+        places: Sequence[Sequence[tuple[int, Group]]],
+        draft: Callable[[int, OnRows], tuple[list[list[Answer]], Economy]] | None,
     ) -> list[Record]:
-        """Records of the groups that ``texts`` name; decoded and judged if they are not stored yet."""
-        fields = self._judged_fields(ablation) | {"groups": texts}
+        """Records, chunk by chunk; a chunk that is not stored yet is decoded and judged.
 
-        def compute() -> list[dict[str, Any]]:
-            placed, economy = decode()
-            self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
-            return self._judged(part, ablation.epsilon, placed)
+        Args:
+            part: of the records.
+            ablation: of every head in every group.
+            texts: each chunk's groups as text.
+            places: each chunk's prompts (by number) and groups.
+            draft: answers a chunk, given its number, by drafts; None decodes plainly.
+        """
+        records: list[Record] = []
+        label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"
+        with self.progress.track(label, sum(map(len, places))) as done:
+            for at, text in enumerate(texts):
+                fields = self._judged_fields(ablation) | {"groups": text}
 
-        return list(self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute))
+                def compute(at: int = at, fields: Mapping[str, Any] = fields) -> list[dict[str, Any]]:
+                    if draft is None:
+                        answers, economy = self._plain(places[at], ablation, done)
+                    else:
+                        table, economy = draft(at, done)
+                        answers = [one for row in table for one in row]
+                    self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
+                    placed = [(*place, one) for place, one in zip(places[at], answers, strict=True)]
+                    return self._judged(part, ablation.epsilon, placed)
+
+                records += self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+        return records
 
     def _judged(self, part: str, epsilon: float | None, placed: Sequence[Placed]) -> list[dict[str, Any]]:
         """Answers as records, with every judge's verdict."""

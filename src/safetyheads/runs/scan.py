@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,18 +31,22 @@ from safetyheads.runs.data import read_whole
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.kept import KeptAnswers, judged_answer
-from safetyheads.runs.progress import Progress
-from safetyheads.runs.run import Kind, Prompts, Run, carry_out, random_groups_of
-from safetyheads.runs.tables import AnswerTable, GroupAnswers, by_judge, rate_as_json
+from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of
+from safetyheads.runs.tables import (
+    AnswerTable,
+    GroupAnswers,
+    by_judge,
+    concentration_as_json,
+    random_as_json,
+    rate_as_json,
+)
 from safetyheads.scores import HeadScores
-from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import FloatArray, bootstrap_interval, mean_with_interval
 from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import (
     PairedDifference,
     benjamini_hochberg,
     holm,
-    random_p_value,
     smallest_detectable_change,
 )
 
@@ -58,18 +62,6 @@ FROM_RECORDS = frozenset(
 """Fields of the results that :func:`results_of_records` makes."""
 _N_DISAGREEING = 200
 """Answers on which judges differ that results list."""
-
-
-def run_scan(
-    engine: Engine,
-    config: ScanConfig,
-    out: Path,
-    prompts: Prompts | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Scan a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
-    return carry_out(_SCAN, engine, config, out, prompts, progress, command)
 
 
 def read_prompts(config: ScanConfig) -> dict[str, PromptSet]:
@@ -302,6 +294,9 @@ def results_of_records(
     )
     scanned = table.part("random", "harmful", epsilon)
     random = {group: [scanned[control] for control in controls] for group, controls in random_groups.items() if scanned}
+    prefixes = [
+        (answers, random.get(group, ())) for group, answers in table.part("prefixes", "harmful", epsilon).items()
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "scan",
@@ -316,7 +311,7 @@ def results_of_records(
         "groups": _scanned_groups(table, vanilla, epsilon, random),
         "synergy": _synergy(table, vanilla, epsilon),
         "query_level": _query_level(table, vanilla, epsilon),
-        "concentration": _concentration(table, vanilla, epsilon, random),
+        "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
         "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
         "agreement": _agreement(table, epsilon, names),
     }
@@ -458,40 +453,10 @@ def _scanned_groups(
                     "reasons": answers.reasons(),
                     "benign_kept": None if on_benign is None else rate_as_json(on_benign.flags("kept")),
                     "benign_kept_change": kept_change,
-                    "random": _random(answers, controls),
+                    "random": random_as_json(answers, controls),
                 }
             )
     return groups
-
-
-def _random(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> dict[str, Any] | None:
-    """The ASR under the random groups; None without any, and where the group's own is not scored."""
-    scored = [(control, rate) for control in controls if (rate := control.asr.rate) is not None]
-    if answers.asr.rate is None or not scored:
-        return None
-    rates = [rate for _, rate in scored]
-    return {
-        "n_groups": len(rates),
-        "n_distinct": len({control.group for control, _ in scored}),
-        "asr": rates,
-        "groups": [control.heads for control, _ in scored],
-        "mean": float(np.mean(rates)),
-        "p_value": random_p_value(answers.asr.rate, rates),
-    }
-
-
-def _concentration(
-    table: AnswerTable, vanilla: GroupAnswers, epsilon: float, random: Mapping[str, Sequence[GroupAnswers]]
-) -> dict[str, Any] | None:
-    """How fast ASR rises with the heads of Sahara's group, against random heads; None where no prefix was scanned."""
-    prefixes = table.part("prefixes", "harmful", epsilon)
-    if not prefixes:
-        return None
-    outcomes = [
-        SizeOutcome(len(answers.heads), answers.complied(), [control.complied() for control in random.get(heads, ())])
-        for heads, answers in prefixes.items()
-    ]
-    return asdict(concentration(outcomes, vanilla.complied()))
 
 
 def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[str, Any] | None:
@@ -575,3 +540,5 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
 
 
 _SCAN = Kind("scan", read_prompts, _refuse_impossible, _announce, scan_results, full_answers=False)
+run_scan = partial(carry_out, _SCAN)
+"""Scans a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

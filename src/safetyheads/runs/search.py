@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from safetyheads.errors import InputError
@@ -29,8 +29,7 @@ from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.progress import Progress
-from safetyheads.runs.run import Kind, Prompts, Run, carry_out
+from safetyheads.runs.run import Kind, Run, carry_out
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import mean_with_interval
 
@@ -42,30 +41,6 @@ _TOP = 10
 # Pairs to score are forecast among so many best heads.
 _PAIRED = 8
 _PAIRS = 5
-
-
-def run_ships(
-    engine: Engine,
-    config: ShipsConfig,
-    out: Path,
-    prompts: Prompts | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Rank heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
-    return carry_out(_SHIPS, engine, config, out, prompts, progress, command)
-
-
-def run_sahara(
-    engine: Engine,
-    config: SaharaConfig,
-    out: Path,
-    prompts: Prompts | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Search for a group into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
-    return carry_out(_SAHARA, engine, config, out, prompts, progress, command)
 
 
 def _read(config: ShipsConfig | SaharaConfig) -> dict[str, PromptSet]:
@@ -207,3 +182,7 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
 
 _SHIPS = Kind("ships", _read, _accept, _announce_ships, _ships_results)
 _SAHARA = Kind("sahara", _read, _refuse_impossible, _announce_sahara, _sahara_results)
+run_ships = partial(carry_out, _SHIPS)
+"""Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
+run_sahara = partial(carry_out, _SAHARA)
+"""Searches for a group into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

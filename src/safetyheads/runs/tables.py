@@ -7,7 +7,7 @@ have the same prompts, each answered once a seed, so comparisons are paired.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label
 from safetyheads.runs.directory import Record
+from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import FloatArray, Rate, bootstrap_interval
-from safetyheads.stats.testing import PairedDifference, paired_difference
+from safetyheads.stats.testing import PairedDifference, paired_difference, random_p_value
 
 RATES: dict[str, Label] = {
     "asr": "complied",
@@ -138,6 +139,44 @@ def _counted(values: FloatArray) -> Rate:
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     """The ASR by every judge, as JSON."""
     return {judge: rate_as_json(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
+
+
+def random_as_json(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> dict[str, Any] | None:
+    """The ASR under a group's random groups, as JSON; None without any, and where the group's own is not scored.
+
+    Equal random groups are counted as often as they were drawn.
+    """
+    scored = [(control, rate) for control in controls if (rate := control.asr.rate) is not None]
+    if answers.asr.rate is None or not scored:
+        return None
+    rates = [rate for _, rate in scored]
+    return {
+        "n_groups": len(rates),
+        "n_distinct": len({control.group for control, _ in scored}),
+        "asr": rates,
+        "groups": [control.heads for control, _ in scored],
+        "mean": sum(rates) / len(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "p_value": random_p_value(answers.asr.rate, rates),
+        "n": scored[0][0].asr.n,
+    }
+
+
+def concentration_as_json(
+    groups: Sequence[tuple[GroupAnswers, Sequence[GroupAnswers]]], vanilla: GroupAnswers
+) -> dict[str, Any]:
+    """How much faster ASR rises with the heads of a search than with random ones, as JSON.
+
+    Args:
+        groups: answers under the group of each size, and under its random groups.
+        vanilla: the unablated answers.
+    """
+    outcomes = [
+        SizeOutcome(len(answers.heads), answers.complied(), [control.complied() for control in controls])
+        for answers, controls in groups
+    ]
+    return asdict(concentration(outcomes, vanilla.complied()))
 
 
 def rate_as_json(values: FloatArray) -> dict[str, Any]:
