@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from oracle import Oracle
 from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
@@ -289,36 +288,6 @@ def test_equal_distributions_give_equal_samples_under_every_ablation(name):
     assert as_pairs(something) != as_pairs(nothing)
     reseeded = answer(engine, [Request(prompt) for prompt in PROMPTS], max_new_tokens=16, sampling=Sampling(5, 1))
     assert all(one != other for one, other in zip(as_pairs(reseeded), as_pairs(unablated), strict=True))
-
-
-def test_samples_of_many_seeds_are_distributed_as_the_softmax_of_the_top_k(oracles):
-    engine, prompt, k, n = engine_of("llama_gqa"), (20,), 5, 600
-    top = oracles["llama_gqa"].run(prompt).logits.double().topk(k)
-    expected = n * torch.softmax(top.values, dim=-1).numpy()
-    assert END not in top.indices
-    counts = np.zeros(VOCABULARY)
-    for seed in range(n):
-        ((token,),) = (
-            one.token_ids for one in answer(engine, [Request(prompt)], max_new_tokens=1, sampling=Sampling(k, seed))
-        )
-        counts[token] += 1
-    observed = counts[top.indices.numpy()]
-    assert observed.sum() == n  # none outside the top k
-    # Reached once in 10,000 sets of seeds; these seeds are fixed.
-    bound = scipy.stats.chi2.ppf(1 - 1e-4, df=k - 1)
-    assert scipy.stats.chisquare(observed, expected).statistic < bound
-    # Even draws, or draws of a hotter distribution, would be seen.
-    hotter = n * torch.softmax(top.values / 2, dim=-1).numpy()
-    for other in (np.full(k, n / k), hotter):
-        assert scipy.stats.chisquare(observed, other).statistic > bound
-
-
-def test_a_top_k_of_the_whole_vocabulary_or_more_is_taken_and_of_none_refused():
-    engine, requests = engine_of("llama_gqa"), [Request(PROMPTS[0])]
-    whole, more = (answer(engine, requests, max_new_tokens=4, sampling=Sampling(k)) for k in (VOCABULARY, 1000))
-    assert as_pairs(whole) == as_pairs(more)
-    with pytest.raises(InputError, match="at least one token"):
-        Sampling(0)
 
 
 # A group for each prompt

@@ -6,6 +6,7 @@ No tolerance: where packed and plain arithmetic could choose differently, the sc
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -94,139 +95,87 @@ def proved(family):
     return engine
 
 
-def decode_plainly(engine, prompts, groups, ablation, judge, max_new_tokens, sampling):
-    """Plain ablated decoding: one call a group, each answer to its end [n_groups][n_prompts]."""
-    return [answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)[0] for group in groups]
-
-
 def each_head(engine):
     return [(head,) for head in engine.heads]
 
 
-def difference(ours, plain, verdict):
-    """What is wrong with one of the scan's rows; None if nothing is."""
-    if verdict != plain.verdict:
-        return f"{verdict} instead of {plain.verdict}"
-    if ours.complete:
-        equal = (ours.token_ids, ours.finished) == (plain.token_ids, plain.finished)
-    else:
-        equal = ours.token_ids == plain.token_ids[: len(ours.token_ids)] and not ours.finished
-    return None if equal else f"{ours} instead of {plain.token_ids}"
-
-
-def differences(rows, twin, judge=None, groups=True):
-    """Of all rows [n_groups][n_prompts]; empty where the scan is right."""
-    found = []
-    for number, (group_rows, plain_rows) in enumerate(zip(rows, twin, strict=True)):
-        for prompt, (ours, plain) in enumerate(zip(group_rows, plain_rows, strict=True)):
-            wrong = difference(ours, plain, ours.verdict if judge is None else ours.verdicts[judge])
-            assert not groups or ours.group == plain.group
+def differences(rows, twin, judge=None):
+    """What is wrong with rows [n_groups][n_prompts], judged or not, beside those of plain decoding; [] if nothing."""
+    wrong = []
+    pairs = [pair for two in zip(rows, twin, strict=True) for pair in zip(*two, strict=True)]
+    for number, (ours, plain) in enumerate(pairs):
+        # A cut answer is the beginning of the plain one.
+        n = None if ours.complete else len(ours.token_ids)
+        expected = [plain.token_ids[:n], plain.finished if ours.complete else False]
+        got = [ours.token_ids, ours.finished]
+        if hasattr(ours, "verdicts"):
             assert ours.prompt == plain.prompt
-            if wrong is not None:
-                found.append(f"group {number}, prompt {prompt}: {wrong}")
-    return found
-
-
-def token_differences(table, twin):
-    """As :func:`differences`, of answers that are not judged."""
-    pairs = [
-        (ours, plain)
-        for group_rows, plain_rows in zip(table, twin, strict=True)
-        for ours, plain in zip(group_rows, plain_rows, strict=True)
-    ]
-    return [wrong for ours, plain in pairs if (wrong := difference(ours, plain, plain.verdict)) is not None]
+            got.append(ours.verdict if judge is None else ours.verdicts[judge])
+            expected.append(plain.verdict)
+        if got != expected:
+            wrong.append((number, got, expected))
+    return wrong
 
 
 def flat(scan):
     return [row for rows in scan.rows for row in rows]
 
 
-def check_economy(scan):
-    """Its counts are those of the rows."""
+def check(scan, engine=None, final=None):
+    """Counts are those of the rows, changed rows are other than the unablated ones, and cut rows end where they may.
+
+    Args:
+        scan: whose rows are checked.
+        engine: with ``final``, the model.
+        final: whether every judge is final about a text; then no row goes on after that, and a cut one ends there.
+    """
     rows, economy = flat(scan), scan.economy
     routes = Counter(row.route for row in rows)
-    assert economy.n_rows == len(rows)
-    assert (economy.n_drafted, economy.n_continued, economy.n_near_ties) == (
-        routes["drafted"],
-        routes["continued"],
-        routes["plain"],
-    )
-    assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
+    counts = (economy.n_drafted, economy.n_continued, economy.n_near_ties)
+    assert counts == (routes["drafted"], routes["continued"], routes["plain"])
+    assert economy.n_rows == len(rows) == sum(counts)
     assert economy.n_incomplete == sum(not row.complete for row in rows)
     assert economy.tokens_computed > 0
-
-
-def check_ends(scan, tokenizer, final):
-    """No row goes on after the token at which every judge is final, and a row that was cut ends there."""
-    for row in (*flat(scan), *scan.vanilla):
-        assert row.text == decode_text(tokenizer, row.token_ids)
-        assert not any(final(decode_text(tokenizer, row.token_ids[:n])) for n in range(len(row.token_ids)))
-        if not row.complete:
-            assert final(row.text)
-            assert not row.finished
-
-
-def check_changed(scan):
-    """A whole answer has changed where it is another than the unablated one."""
-    for rows in scan.rows:
-        for row, vanilla in zip(rows, scan.vanilla, strict=True):
-            if row.complete and vanilla.complete:
-                assert row.changed == ((row.token_ids, row.finished) != (vanilla.token_ids, vanilla.finished))
-            assert row.changed or row.route != "continued"
-            assert not row.changed or row.route != "drafted"
+    for row, vanilla in zip(rows, [*scan.vanilla] * len(scan.groups), strict=True):
+        if row.complete and vanilla.complete:
+            assert row.changed == ((row.token_ids, row.finished) != (vanilla.token_ids, vanilla.finished))
+        assert row.changed is {"continued": True, "drafted": False}.get(row.route, row.changed)
+    for row in (*rows, *scan.vanilla) if final else ():
+        texts = [decode_text(engine.tokenizer, row.token_ids[:n]) for n in range(len(row.token_ids) + 1)]
+        assert row.text == texts[-1]
+        assert not any(map(final, texts[:-1]))
+        assert row.complete or (final(row.text) and not row.finished)
 
 
 # The organism: every head, all prompts
 
 
-@pytest.fixture(scope="module")
-def organism():
-    demo = load_demo("aligned_a")
-    return replace(demo, harmful=demo.harmful[:64])
-
-
-@pytest.fixture(scope="module")
-def organism_twins(organism):
-    """Sampling -> the twin's rows [33][64], the unablated ones last."""
-    judge, groups = KeywordJudge(), each_head(organism.engine)
-    twins = {
-        sampling: decode_plainly(
-            organism.engine, organism.harmful, [*groups, ()], UNDIFFERENTIATED_ATTENTION, judge, 128, sampling
-        )
-        for sampling in (GREEDY, TOP_5)
-    }
-    assert all(len(rows) == 33 and {len(row) for row in rows} == {64} for rows in twins.values())
-    return twins
-
-
-@pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
-@SAMPLINGS
-def test_every_head_of_the_organism_equals_plain_decoding(sampling, full_answers, organism, organism_twins):
-    engine, judge, told = organism.engine, KeywordJudge(), []
-    *twin, unablated = organism_twins[sampling]
-    decoding = Decoding(sampling=sampling, full_answers=full_answers)
-    ours = scan_attack_success_rate(
-        engine, organism.harmful, UNDIFFERENTIATED_ATTENTION, judge, decoding, on_rows=told.append
+@pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+def test_every_head_of_the_organism_equals_plain_decoding(sampling):
+    demo, judge, told = load_demo("aligned_a"), KeywordJudge(), []
+    engine, prompts, groups = demo.engine, demo.harmful[:48], each_head(demo.engine)
+    *twin, unablated = (
+        answers_under(engine, prompts, [group], UNDIFFERENTIATED_ATTENTION, judge, 128, sampling)[0]
+        for group in [*groups, ()]
     )
-    assert ours.groups == tuple(each_head(engine))
-    assert differences(ours.rows, twin) == []
-    assert differences([ours.vanilla], [unablated]) == []
-    assert ours.rates == tuple(summarise(rows).asr for rows in twin)
-    assert ours.values.flatten().tolist() == [summarise(rows).asr.rate for rows in twin]
-    assert ours.values.shape == (4, 8)
-    assert sum(told) == 32 * 64
-    check_economy(ours)
-    check_changed(ours)
-    if full_answers:
-        assert ours.economy.n_incomplete == 0
-    else:
-        check_ends(ours, engine.tokenizer, judge.final)
-        assert ours.economy.n_incomplete > 1000
-    # Most heads leave the answers alone: else the tokens would be equal because every row was decoded plainly.
-    assert ours.economy.n_drafted > 1500
-    assert ours.economy.n_continued > 20
-    assert ours.economy.n_near_ties < 50
-    assert ours.economy.tokens_computed < ours.economy.tokens_plain
+    for full_answers in (False, True):
+        decoding = Decoding(sampling=sampling, full_answers=full_answers)
+        ours = scan_attack_success_rate(
+            engine, prompts, UNDIFFERENTIATED_ATTENTION, judge, decoding, on_rows=told.append
+        )
+        assert ours.groups == tuple(groups)
+        assert differences(ours.rows, twin) == differences([ours.vanilla], [unablated]) == []
+        assert ours.rates == tuple(summarise(rows).asr for rows in twin)
+        assert ours.values.flatten().tolist() == [rate.rate for rate in ours.rates]
+        assert ours.values.shape == (4, 8)
+        check(ours, engine, None if full_answers else judge.final)
+        assert (ours.economy.n_incomplete == 0) if full_answers else (ours.economy.n_incomplete > 700)
+        # Most heads leave the answers alone: else the tokens would be equal because every row was decoded plainly.
+        assert ours.economy.n_drafted > 1100
+        assert ours.economy.n_continued > 15
+        assert ours.economy.n_near_ties < 50
+        assert ours.economy.tokens_computed < ours.economy.tokens_plain
+    assert sum(told) == 2 * 32 * 48
 
 
 # Random models: every answer changes with every head
@@ -247,9 +196,9 @@ def usual(family, sampling=GREEDY):
 
 @cache
 def twin(family, sampling=GREEDY):
-    """Plain decoding of every head, each case once."""
-    engine, prompts = proved(family), prompts_of(*PROMPTS)
-    return decode_plainly(engine, prompts, each_head(engine), UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
+    """Plain decoding of every head, one call a group."""
+    engine = proved(family)
+    return [twin_of(engine, sampling, [group])[0] for group in each_head(engine)]
 
 
 @cache
@@ -296,8 +245,7 @@ def test_every_head_of_random_models_equals_plain_decoding(family, sampling, ful
     ours = scan(family, sampling, full_answers=True) if full_answers else usual(family, sampling)
     assert differences(ours.rows, twin(family, sampling)) == []
     assert differences([ours.vanilla], [unablated(family, sampling)]) == []
-    check_economy(ours)
-    check_changed(ours)
+    check(ours)
     assert ours.economy.n_drafted > 0
     assert ours.economy.n_continued > 20
     assert ours.economy.n_near_ties < 10
@@ -305,7 +253,7 @@ def test_every_head_of_random_models_equals_plain_decoding(family, sampling, ful
     if full_answers:
         assert ours.economy.n_incomplete == 0
     else:
-        check_ends(ours, proved(family).tokenizer, WORDS.final)
+        check(ours, proved(family), WORDS.final)
         assert 0 < ours.economy.n_incomplete < len(flat(ours))
 
 
@@ -346,14 +294,14 @@ def test_rows_of_random_models_equal_the_oracle_token_by_token(family, sampling)
 def test_every_kind_of_ablation_equals_plain_decoding(family, ablation, sampling):
     ours = scan(family, sampling, ablation=ablation)
     assert differences(ours.rows, twin_of(proved(family), sampling, ablation=ablation)) == []
-    check_economy(ours)
+    check(ours)
     assert any(row.changed for row in flat(ours))
 
 
 @SAMPLINGS
 def test_an_ablation_that_changes_nothing_gives_the_drafts(sampling):
     ours = scan("llama_gqa", sampling, ablation=UNDIFFERENTIATED_ATTENTION.at(1.0))
-    assert differences(ours.rows, [unablated("llama_gqa", sampling)] * 12, groups=False) == []
+    assert differences(ours.rows, [unablated("llama_gqa", sampling)] * 12) == []
     assert not any(row.changed for row in flat(ours))
     assert ours.economy.n_continued == 0
 
@@ -377,8 +325,8 @@ def test_groups_that_share_heads_and_span_layers_equal_plain_decoding(sampling, 
     ours = scan("llama_gqa", sampling, groups=GROUPS[name])
     assert ours.groups == GROUPS[name]
     assert differences(ours.rows, twin_of(proved("llama_gqa"), sampling, GROUPS[name])) == []
-    check_economy(ours)
-    check_ends(ours, proved("llama_gqa").tokenizer, WORDS.final)
+    check(ours)
+    check(ours, proved("llama_gqa"), WORDS.final)
 
 
 def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **options):
@@ -402,7 +350,7 @@ def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sam
         else:
             groups = [(Head(layer, index),) for index in range(4)]
             plain = heads[4 * layer : 4 * layer + 4]
-        assert token_differences(made.answers(groups)[0], plain) == []
+        assert differences(made.answers(groups)[0], plain) == []
     assert made.answers([])[0] == []
 
 
@@ -423,12 +371,12 @@ def test_groups_of_each_prompt_equal_query_level_decoding(sampling):
             engine, prompts, groups, UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling
         )
         column = [answers[number] for answers in made]
-        assert token_differences([column], [plain.rows]) == []
+        assert differences([column], [plain.rows]) == []
         rows = [(prompt, group, one) for prompt, (group, one) in enumerate(zip(groups, column, strict=True))]
         judged = Judging(engine, prompts, [WORDS], N_TOKENS).judged(rows)
         assert differences([judged], [plain.rows]) == []
     (plain,) = answers_under(engine, prompts[3:4], [own[3][2]], UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
-    assert token_differences([made[3][2:]], [plain]) == []
+    assert differences([made[3][2:]], [plain]) == []
     assert sum(told) == economy.n_rows == sum(map(len, own))
     assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
     nothing, economy = begun("llama_gqa", sampling).answers_of_each([[], [], [(Head(0, 0),)], []])
@@ -466,8 +414,8 @@ def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
     by_first, by_second = (judged_by(judge, twin(family, sampling)) for judge in (first, second))
     assert differences(ours.rows, by_first, "first") == []
     assert differences(ours.rows, by_second, "second") == []
-    check_ends(ours, proved(family).tokenizer, lambda text: first.final(text) and second.final(text))
-    check_economy(ours)
+    check(ours, proved(family), lambda text: first.final(text) and second.final(text))
+    check(ours)
     assert 0 < ours.economy.n_incomplete < len(flat(ours))
     # The first one leads.
     assert all(row.verdict == row.verdicts["first"] for row in flat(ours))
@@ -475,29 +423,47 @@ def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
 
 
 @dataclass(frozen=True)
-class Recorder(WholeAnswers):
-    """A judge whose verdict holds all that it was told."""
+class Scripted(WholeAnswers):
+    """A judge that remembers what it was given, and replies as it is told."""
 
-    name: str = "recorder"
-    told: list = field(default_factory=list)
+    reply: Callable = None
+    name: str = "scripted"
+    given: list = field(default_factory=list)
 
     def __call__(self, completions):
-        self.told.extend(completions)
-        return tuple(Verdict("complied", str(completion)) for completion in completions)
+        self.given.append(completions)
+        return tuple(map(self.reply, completions))
 
 
 def test_each_distinct_answer_is_judged_once_and_as_its_own_prompts():
-    engine, judge = proved("llama_gqa"), Recorder()
+    engine, judge = proved("llama_gqa"), Scripted(reply=lambda completion: Verdict("complied", str(completion)))
     prompts = prompts_of(*PROMPTS[:2])
     judging = Judging(engine, prompts, [judge], N_TOKENS)
     answers = [Answer((5, 9), finished, limit=2) for finished in (True, False)]
     rows = [(number, (Head(0, index),), one) for index in range(2) for number in (1, 0) for one in answers]
     found = [*judging.judged(rows), *judging.judged(rows[:3])]
-    assert len(judge.told) == 4
+    assert [len(completions) for completions in judge.given] == [4]
     for row, (number, group, one) in zip(found, [*rows, *rows[:3]], strict=True):
         expected = Completion(prompts[number].query, "w5 w9", (5, 9), one.finished, N_TOKENS)
         assert row.verdict.reason == str(expected)
         assert (row.prompt, row.group, row.finished) == (prompts[number], group, one.finished)
+
+
+def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
+    replies = iter([TimeoutError("not now"), Verdict("complied", "")])
+
+    def reply(_):
+        answer = next(replies)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    judging = Judging(proved("llama_gqa"), prompts_of(*PROMPTS[:1]), [WORDS, Scripted(reply=reply)], 4)
+    rows = [(0, (), Answer((5,), True, 4))]
+    with pytest.raises(TimeoutError):
+        judging.judged(rows)
+    assert judging.judged(rows)[0].verdicts["scripted"].complied
+    assert judging.judged(rows)[0].verdicts["scripted"].complied  # what is known is not asked again: no reply is left
 
 
 def test_judges_need_names_of_their_own():
@@ -572,8 +538,7 @@ def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
     # Ends that come earlier and later than the unablated one.
     lengths = {first - second for first, second in _lengths(ours) if first is not None and second is not None}
     assert min(lengths) < 0 < max(lengths)
-    check_economy(ours)
-    check_changed(ours)
+    check(ours)
 
 
 def _lengths(scan):
@@ -605,8 +570,7 @@ def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, m
     monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: tolerance)
     ours = scan("llama_gqa", sampling)
     assert differences(ours.rows, twin("llama_gqa", sampling)) == []
-    check_economy(ours)
-    check_changed(ours)
+    check(ours)
     least, most = share
     assert least * len(flat(ours)) <= ours.economy.n_near_ties <= most * len(flat(ours))
     assert ours.tolerance == tolerance
@@ -659,7 +623,7 @@ def test_exact_ties_are_settled_as_plain_decoding_settles_them(sampling):
     engine = Engine(model, proved("llama_gqa").tokenizer, "ties")
     ours = scan("llama_gqa", sampling, engine=engine)
     assert differences(ours.rows, twin_of(engine, sampling)) == []
-    check_economy(ours)
+    check(ours)
     if sampling is GREEDY:
         tied = [row for row in flat(ours) if {*range(16), *range(32, 48)} & {*row.token_ids}]
         assert len(tied) > 10
@@ -696,7 +660,7 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     assert other.unablated == vanilla
     assert other.drafts.plan == layout
     table, _ = other.answers(each_head(engine))
-    assert token_differences(table, twin(family, sampling)) == []
+    assert differences(table, twin(family, sampling)) == []
 
 
 @pytest.mark.parametrize("where", ["comparing", "decoding"])
@@ -739,29 +703,15 @@ def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch)
 
 
 def test_values_hold_each_head_where_it_was_scanned_and_scored():
-    heads = ((Head(2, 1),), (Head(0, 3), Head(1, 1)), (Head(1, 0),), ())
-    ours = scan("llama_gqa", groups=heads)
+    groups = ((Head(2, 1),), (Head(0, 3), Head(1, 1)), (Head(1, 0),), ())
+    ours = scan("llama_gqa", groups=groups)
     assert (ours.values.shape, ours.values.dtype) == ((3, 4), torch.float64)
-    expected = [[float("nan")] * 4 for _ in range(3)]
-    for group, rows in zip(heads, ours.rows, strict=True):
-        if len(group) == 1:
-            expected[group[0].layer][group[0].index] = sum(row.verdict.complied for row in rows) / len(PROMPTS)
-    assert torch.equal(ours.values.isnan(), torch.tensor(expected).isnan())
-    assert torch.equal(ours.values.nan_to_num(), torch.tensor(expected, dtype=torch.float64).nan_to_num())
+    for at, (layer, index) in ((0, (2, 1)), (2, (1, 0))):
+        assert ours.values[layer, index] == sum(row.verdict.complied for row in ours.rows[at]) / len(PROMPTS)
     assert int(ours.values.isfinite().sum()) == 2
-    unscored = scan("llama_gqa", judge=Unsure(), groups=heads)
+    unscored = scan("llama_gqa", judge=Scripted(reply=lambda _: Verdict("unscored", "made up")), groups=groups)
     assert unscored.values.isnan().all()
     assert all((rate.rate, rate.n) == (None, 0) for rate in unscored.rates)
-
-
-@dataclass(frozen=True)
-class Unsure(WholeAnswers):
-    """A judge that always fails."""
-
-    name: str = "unsure"
-
-    def __call__(self, completions):
-        return tuple(Verdict("unscored", "made up") for _ in completions)
 
 
 def test_logits_that_are_not_finite_are_near_ties():
@@ -790,30 +740,3 @@ def test_comparisons_that_cannot_be_trusted_are_not():
     engine.logits = before
     assert ours.tolerance == float("inf")
     assert differences(ours.rows, twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)) == []
-
-
-def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
-    engine, calls = engine_of("llama_gqa"), []
-
-    class Breaking:
-        name, decides_early = "breaking", False
-
-        def __call__(self, completions):
-            calls.append(len(completions))
-            if len(calls) == 1:
-                raise TimeoutError("not now")
-            return tuple(Verdict("complied", "") for _ in completions)
-
-        def final(self, text_so_far):
-            return False
-
-        def describe(self):
-            return {"name": self.name}
-
-    judging = Judging(engine, prompts_of(*PROMPTS[:1]), [Breaking()], 4)
-    rows = [(0, (), Answer((5,), True, 4))]
-    with pytest.raises(TimeoutError):
-        judging.judged(rows)
-    assert judging.judged(rows)[0].verdict.complied
-    judging.judged(rows)
-    assert calls == [1, 1]  # what is known is not asked again

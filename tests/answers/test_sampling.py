@@ -247,13 +247,6 @@ def test_a_row_is_chosen_as_if_it_were_alone():
         assert together.tokens[number] == Slow(logits[number].tolist(), place, TOP_5).drawn
 
 
-def test_rows_without_a_place_get_no_noise():
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 2)
-    choice = choose(logits, [None, Place(5, 0)], Sampling(3))
-    assert choice.tokens[0] == 1
-    assert choice.margins[0] == 1
-
-
 def test_seed_prompt_position_and_token_each_have_noise_of_their_own():
     # Equal logits: the order of the tokens' noise is what is drawn, position by position.
     def drawn(key=1, seed=0, positions=range(40)):

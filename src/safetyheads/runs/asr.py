@@ -79,6 +79,6 @@ def _rates(label: str, answers: GroupAnswers, vanilla: GroupAnswers) -> dict[str
     }
 
 
-_ASR = Kind("asr", _read, _refuse_impossible, _announce, _results)
+_ASR = Kind("asr", _read, _announce, _results, _refuse_impossible)
 run_asr = partial(carry_out, _ASR)
 """Measures rates into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

@@ -428,6 +428,6 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
     ]
 
 
-_AUDIT = Kind("audit", read_prompts, _refuse_impossible, _announce, audit_results)
+_AUDIT = Kind("audit", read_prompts, _announce, audit_results, _refuse_impossible)
 run_audit = partial(carry_out, _AUDIT)
 """Audits a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

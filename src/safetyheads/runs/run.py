@@ -229,12 +229,12 @@ class Kind(Generic[Config]):
     """As manifest and results call it."""
     read: Callable[[Config], Prompts]
     """Reads the prompt sets that the settings name."""
-    refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None]
-    """Raises InputError for what the stages would refuse later, while nothing is written."""
     announce: Callable[[Run[Config]], None]
     """Says what lies ahead, and how long it will take."""
     results: Callable[[Run[Config]], dict[str, Any]]
     """Runs all stages, and makes the results that only this kind has."""
+    refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None] = lambda *_: None
+    """Raises InputError for what the stages would refuse later, while nothing is written."""
     full_answers: bool = True
     """Whether answers go on to their end after every judge is final, where the settings do not say."""
 
@@ -282,7 +282,8 @@ def carry_out(
             recorded |= {"judges": [judge.describe() for judge in judges]} if judges else {}
         with run_directory(out, recorded, progress, command) as directory:
             started = time.monotonic()
-            run = Run(engine, config, directory, progress, judges, _decoding(settings, kind), _stores(settings))
+            stores = getattr(settings, "store_completions", True)
+            run = Run(engine, config, directory, progress, judges, _decoding(settings, kind), stores)
             for name, one in prompts.items():
                 run.add(name, one)
             kind.announce(run)
@@ -301,10 +302,6 @@ def _decoding(settings: Any, kind: Kind[Any]) -> Decoding:
     sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
     full = getattr(settings, "full_answers", kind.full_answers)
     return Decoding(getattr(settings, "max_new_tokens", 128), sampling, full)
-
-
-def _stores(settings: Any) -> bool:
-    return bool(getattr(settings, "store_completions", True))
 
 
 def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
@@ -327,13 +324,7 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
         "caveats": [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS],
-    } | judges_as_json(run.judges)
-
-
-def judges_as_json(judges: Sequence[Judge]) -> dict[str, Any]:
-    """The judges as results describe them; nothing where there are none."""
-    described = [judge.describe() for judge in judges]
-    return {"judges": described, "lead_judge": judges[0].name} if judges else {}
+    } | ({"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name} if run.judges else {})
 
 
 def planted_heads_of(model: str) -> Group | None:

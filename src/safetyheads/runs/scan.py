@@ -539,6 +539,6 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     }
 
 
-_SCAN = Kind("scan", read_prompts, _refuse_impossible, _announce, scan_results, full_answers=False)
+_SCAN = Kind("scan", read_prompts, _announce, scan_results, _refuse_impossible, full_answers=False)
 run_scan = partial(carry_out, _SCAN)
 """Scans a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

@@ -61,10 +61,6 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 # Ships.
 
 
-def _accept(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    """Nothing is left to refuse."""
-
-
 def _announce_ships(run: Run[ShipsConfig]) -> None:
     if not run.config.screen:
         run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, 1, 0, 1))
@@ -180,8 +176,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", _read, _accept, _announce_ships, _ships_results)
-_SAHARA = Kind("sahara", _read, _refuse_impossible, _announce_sahara, _sahara_results)
+_SHIPS = Kind("ships", _read, _announce_ships, _ships_results)
+_SAHARA = Kind("sahara", _read, _announce_sahara, _sahara_results, _refuse_impossible)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)

@@ -1,0 +1,70 @@
+"""Runs of asr, ships and sahara give what the public functions give, and a second start computes nothing."""
+
+import pytest
+
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    InputError,
+    KeywordJudge,
+    attack_success_rate,
+    load_demo,
+    mean_ships,
+    parse_heads,
+    rank_heads,
+    sahara,
+)
+from safetyheads.measures.head_pass import HeadPass
+from safetyheads.runs import kept as kept_module
+from safetyheads.runs.asr import run_asr
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
+from safetyheads.runs.search import run_sahara, run_ships
+
+MODEL = "demo:aligned_a"
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return load_demo("aligned_a")
+
+
+def twice(run, organism, config, out, monkeypatch):
+    """The results of a run; started again, it must give the same without the model."""
+    results = run(organism.engine, config, out)
+    for owner, name in ((HeadPass, "_read"), (kept_module, "answer"), (kept_module, "unablated_answers")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
+    assert run(organism.engine, config, out) == results
+    monkeypatch.undo()
+    assert (results["model"]["name"], results["n"], results["planted_heads"][0]) == (MODEL, 8, "1-3")
+    return results
+
+
+def test_ships_and_sahara_equal_the_public_functions(organism, tmp_path, monkeypatch):
+    scorer = mean_ships(organism.engine, organism.harmful[:8], UNDIFFERENTIATED_ATTENTION)
+    ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", limit=8), tmp_path / "ships", monkeypatch)
+    expected = rank_heads(scorer, organism.engine.heads).ranked()
+    assert [head["head"] for head in ranked["heads"]] == [str(head) for head, _ in expected]
+    assert [head["mean"] for head in ranked["heads"]] == pytest.approx([value for _, value in expected], abs=1e-6)
+    config = SaharaConfig(MODEL, "demo", limit=8, size=2)
+    found = twice(run_sahara, organism, config, tmp_path / "sahara", monkeypatch)
+    assert found["group"] == [str(head) for head in sahara(scorer, organism.engine.heads, 2).group]
+    with pytest.raises(InputError, match="another config"):
+        run_ships(organism.engine, ShipsConfig(MODEL, "demo", limit=4), tmp_path / "ships")
+
+
+def test_rates_equal_the_public_function_by_every_judge(organism, tmp_path, monkeypatch):
+    groups = ("1-3", "1-3,2-5")
+    config = AsrConfig(
+        MODEL, "demo", limit=8, groups=groups, query_level=2, judges=("paper", "phrases"), max_new_tokens=24
+    )
+    found = twice(run_asr, organism, config, tmp_path / "run", monkeypatch)
+    labels = ["none", "1-3", "1-3, 2-5", "each prompt's top 1", "each prompt's top 2"]
+    assert [row["heads"] for row in found["rates"]] == labels
+    for row, text in zip(found["rates"], ("", *groups), strict=False):
+        result = attack_success_rate(
+            organism.engine, organism.harmful[:8], parse_heads(text), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), 24
+        )
+        assert (row["asr"]["count"], row["asr"]["n"], row["reasons"]) == (result.asr.count, 8, result.reasons)
+        assert row["by_judge"].keys() == {"paper", "phrases"}
+        assert row["by_judge"]["paper"]["rate"] == result.rate
+    assert found["rates"][0]["change"] is None
+    assert found["lead_judge"] == "paper"
