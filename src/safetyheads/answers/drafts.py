@@ -265,17 +265,17 @@ class DraftedAnswers:
         if unablated is None:
             unablated = unablated_answers(engine, encoded, decoding, stop, n_rows)
         self.unablated = tuple(unablated)
-        if stop is None and not all(one.complete for one in self.unablated):
+        if stop is None and not all(decoded.complete for decoded in self.unablated):
             raise InputError("whole answers are wanted, and some of the unablated ones are cut")
         drafts, margins = list[Draft](), list[float]()
         # Index of a prompt -> of its draft; prompts that leave no room for an answer have none.
         self.draft_of: dict[int, int] = {}
-        for prompt, (token_ids, one) in enumerate(zip(encoded, self.unablated, strict=True)):
-            choices = one.token_ids + ((min(end_tokens(engine)),) if one.finished else ())
+        for prompt, (token_ids, decoded) in enumerate(zip(encoded, self.unablated, strict=True)):
+            choices = decoded.token_ids + ((min(end_tokens(engine)),) if decoded.finished else ())
             if choices:
                 self.draft_of[prompt] = len(drafts)
                 drafts.append(Draft(tuple(token_ids), choices))
-                margins += one.margins
+                margins += decoded.margins
         if not drafts:
             raise InputError("the prompts leave no room for an answer in the model's context")
         self.drafts = DraftPass(engine, drafts, ablation, decoding.sampling, plan)
@@ -285,9 +285,9 @@ class DraftedAnswers:
         """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
         compared = self.drafts.compare(groups, self._reporter(list(self.draft_of), on_rows))
         rows = [
-            _Row(prompt, tuple(group), one)
+            _Row(prompt, tuple(group), decoded)
             for group, choices in zip(groups, compared, strict=True)
-            for prompt, one in zip(self.draft_of, choices, strict=True)
+            for prompt, decoded in zip(self.draft_of, choices, strict=True)
         ]
         finished, economy = self._finished(rows, on_rows)
         answers, prompts = iter(finished), range(len(self.encoded))
@@ -303,21 +303,25 @@ class DraftedAnswers:
         """Each prompt's answers under groups of its own [n_prompts][its groups], and what they cost."""
         rows: list[_Row] = []
         economy = Economy()
-        for prompt, own in enumerate(groups):
-            if not own:
+        for prompt, own_groups in enumerate(groups):
+            if not own_groups:
                 continue
             if prompt not in self.draft_of:
-                economy += Economy(n_rows=len(own), n_drafted=len(own))
-                _report(on_rows, len(own))
+                economy += Economy(n_rows=len(own_groups), n_drafted=len(own_groups))
+                _report(on_rows, len(own_groups))
                 continue
             draft = self.drafts.drafts[self.draft_of[prompt]]
             alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
-            compared = alone.compare(own, self._reporter([prompt], on_rows))
-            rows += [_Row(prompt, tuple(group), choices) for group, (choices,) in zip(own, compared, strict=True)]
-            economy += Economy(tokens_computed=alone.tokens_compared(own))
+            compared = alone.compare(own_groups, self._reporter([prompt], on_rows))
+            rows += [
+                _Row(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)
+            ]
+            economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
         finished, cost = self._finished(rows, on_rows)
         answers = iter(finished)
-        return [[self._answer(prompt, answers) for _ in own] for prompt, own in enumerate(groups)], economy + cost
+        return [
+            [self._answer(prompt, answers) for _ in own_groups] for prompt, own_groups in enumerate(groups)
+        ], economy + cost
 
     def _answer(self, prompt: int, answers: Iterator[Answer]) -> Answer:
         """The next of the answers; the empty unablated one where the context leaves no room."""
@@ -329,33 +333,35 @@ class DraftedAnswers:
         """Reports rows that the comparison alone has answered; the others are reported when they are decoded."""
 
         def report(choices: Sequence[Compared]) -> None:
-            rows = (_Row(prompt, (), one) for prompt, one in zip(prompts, choices, strict=True))
+            rows = (_Row(prompt, (), decoded) for prompt, decoded in zip(prompts, choices, strict=True))
             _report(on_rows, sum(self._settled(row) is not None for row in rows))
 
         return report
 
     def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
         """The answers of compared rows, and the cost of decoding what the comparison left open."""
-        settled = {at: one for at, row in enumerate(rows) if (one := self._settled(row)) is not None}
+        settled = {at: decoded for at, row in enumerate(rows) if (decoded := self._settled(row)) is not None}
         undecided = [at for at in range(len(rows)) if at not in settled]
         near_ties = [at for at in undecided if self._is_close(rows[at].compared.margin)]
         differing = [at for at in undecided if not self._is_close(rows[at].compared.margin)]
         tokens = 0.0
-        for at, one in zip(differing, self._decoded([rows[at] for at in differing], continues=True), strict=True):
-            tokens += len(self.encoded[rows[at].prompt]) + len(one.token_ids)
-            if any(self._is_close(margin) for margin in one.margins):
+        for at, decoded in zip(differing, self._decoded([rows[at] for at in differing], continues=True), strict=True):
+            tokens += len(self.encoded[rows[at].prompt]) + len(decoded.token_ids)
+            if any(self._is_close(margin) for margin in decoded.margins):
                 near_ties.append(at)
             else:
-                settled[at] = replace(one, route="continued", changed=True)
+                settled[at] = replace(decoded, route="continued", changed=True)
                 _report(on_rows, 1)
-        for at, one in zip(near_ties, self._decoded([rows[at] for at in near_ties], continues=False), strict=True):
-            tokens += len(self.encoded[rows[at].prompt]) + len(one.token_ids)
-            settled[at] = replace(one, changed=one.differs_from(self.unablated[rows[at].prompt]))
+        for at, decoded in zip(near_ties, self._decoded([rows[at] for at in near_ties], continues=False), strict=True):
+            tokens += len(self.encoded[rows[at].prompt]) + len(decoded.token_ids)
+            settled[at] = replace(decoded, changed=decoded.differs_from(self.unablated[rows[at].prompt]))
             _report(on_rows, 1)
         answers = [settled[at] for at in range(len(rows))]
-        plain = sum(len(self.encoded[row.prompt]) + len(one.token_ids) for row, one in zip(rows, answers, strict=True))
-        routes = [one.route for one in answers]
-        n_incomplete = sum(not one.complete for one in answers)
+        plain = sum(
+            len(self.encoded[row.prompt]) + len(decoded.token_ids) for row, decoded in zip(rows, answers, strict=True)
+        )
+        routes = [decoded.route for decoded in answers]
+        n_incomplete = sum(not decoded.complete for decoded in answers)
         counts = (routes.count("drafted"), routes.count("continued"), routes.count("plain"), n_incomplete)
         return answers, Economy(len(rows), *counts, tokens, plain)
 
@@ -396,8 +402,10 @@ class DraftedAnswers:
     @property
     def cost_of_drafts(self) -> Economy:
         """Cost of the unablated answers: decoding, and three packed runs (captured, and two rows for near-ties)."""
-        decoded = sum(len(ids) + len(one.token_ids) for ids, one in zip(self.encoded, self.unablated, strict=True))
-        return Economy(tokens_computed=decoded + 3 * self.drafts.n_tokens)
+        n_decoded = sum(
+            len(ids) + len(decoded.token_ids) for ids, decoded in zip(self.encoded, self.unablated, strict=True)
+        )
+        return Economy(tokens_computed=n_decoded + 3 * self.drafts.n_tokens)
 
 
 def unablated_answers(
@@ -411,7 +419,7 @@ def unablated_answers(
     requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]
     length, sampling = decoding.max_new_tokens, decoding.sampling
     answers = answer(engine, requests, max_new_tokens=length, sampling=sampling, n_rows=n_rows)
-    return tuple(replace(one, changed=False) for one in answers)
+    return tuple(replace(decoded, changed=False) for decoded in answers)
 
 
 def _report(on_rows: OnRows, count: int) -> None:

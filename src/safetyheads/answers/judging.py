@@ -114,11 +114,12 @@ class Judging:
 
     def judged(self, answers: Sequence[tuple[int, Group, Answer]]) -> list[JudgedAnswer]:
         """Answers (number of the prompt, group, answer) with their verdicts, in the same order."""
-        keys: list[Key] = [(number, one.token_ids, one.finished) for number, _, one in answers]
+        keys: list[Key] = [(number, answer.token_ids, answer.finished) for number, _, answer in answers]
         read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
         self._judge({key: self._completion(key, read[key]) for key in read if key not in self._verdicts})
         return [
-            self._judged(number, group, one, read[key]) for key, (number, group, one) in zip(keys, answers, strict=True)
+            self._judged(number, group, answer, read[key])
+            for key, (number, group, answer) in zip(keys, answers, strict=True)
         ]
 
     def _judge(self, completions: Mapping[Key, Completion]) -> None:
@@ -140,15 +141,25 @@ class Judging:
             query, read.text, read.token_ids, ended, self.max_new_tokens, self.asked.system, read.unclosed
         )
 
-    def _judged(self, number: int, group: Group, one: Answer, read: ReadAnswer) -> JudgedAnswer:
-        prompt, verdicts = self.prompts[number], self._verdicts[number, one.token_ids, one.finished]
-        complete = one.complete or read.stopped
+    def _judged(self, number: int, group: Group, answer: Answer, read: ReadAnswer) -> JudgedAnswer:
+        prompt, verdicts = self.prompts[number], self._verdicts[number, answer.token_ids, answer.finished]
+        complete = answer.complete or read.stopped
         # Of a cut answer only the certain part: another judge may be asked later whether it is final about that.
         text = read.text if complete or read.certain is None else read.certain
         answered = verdicts[self.judges[0].name].answered
         kept = answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
-        ended = one.finished or read.stopped
+        ended = answer.finished or read.stopped
         thinking = (read.thinks, read.thought, read.unclosed)
         return JudgedAnswer(
-            prompt, group, one.token_ids, text, ended, complete, one.route, one.changed, verdicts, kept, *thinking
+            prompt,
+            group,
+            answer.token_ids,
+            text,
+            ended,
+            complete,
+            answer.route,
+            answer.changed,
+            verdicts,
+            kept,
+            *thinking,
         )

@@ -173,7 +173,7 @@ def plain_answers(
     encoded, stop = engine.ask(prompts).token_ids, judging.stop
     requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
     answers = answer(engine, requests, ablation, judging.max_new_tokens, sampling, on_rows)
-    return judging.judged([(*place, one) for place, one in zip(asked, answers, strict=True)])
+    return judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +237,13 @@ def scan_attack_success_rate(
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     drafted = DraftedAnswers(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
     answers, economy = drafted.answers(chosen, on_rows)
-    unablated = judging.judged([(number, (), one) for number, one in enumerate(drafted.unablated)])
+    unablated = judging.judged([(number, (), decoded) for number, decoded in enumerate(drafted.unablated)])
     # One call for all: a judge may batch.
     rows = judging.judged(
         [
-            (number, group, one)
+            (number, group, decoded)
             for group, of_group in zip(chosen, answers, strict=True)
-            for number, one in enumerate(of_group)
+            for number, decoded in enumerate(of_group)
         ]
     )
     n = len(prompts)

@@ -48,22 +48,22 @@ def _results(run: Run[AsrConfig]) -> dict[str, Any]:
     rows = {"none": vanilla}
     groups = config.parsed_groups
     under = answers.under("groups", groups, ablation) if groups else []
-    rows |= {", ".join(map(str, group)): one for group, one in zip(groups, under, strict=True)}
+    rows |= {", ".join(map(str, group)): group_answers for group, group_answers in zip(groups, under, strict=True)}
     if config.query_level:
         measuring, singles = run.head_pass("harmful", ablation, Readouts(ships=True)), run.engine.heads
         with run.progress.track("scoring heads", len(singles)) as done:
             values = measuring.measure([(head,) for head in singles], done)["ships"]
         ships = measuring.table("ships", values)
         by_size = [query_level_groups(ships, size) for size in range(1, config.query_level + 1)]
-        own = answers.of_each("query_level", list(zip(*by_size, strict=True)), ablation)
-        rows |= {f"each prompt's top {size}": one for size, one in enumerate(own, start=1)}
+        own_groups = answers.of_each("query_level", list(zip(*by_size, strict=True)), ablation)
+        rows |= {f"each prompt's top {size}": group_answers for size, group_answers in enumerate(own_groups, start=1)}
     sampling = run.decoding.sampling
     return {
         "judge": run.judges[0].describe(),
         "n": len(run.asked["harmful"]),
         "template": run.asked["harmful"].template.settings(),
         "sampling": {"name": sampling.name, "seed": config.seed, "max_new_tokens": config.max_new_tokens},
-        "rates": [_rates(label, one, vanilla) for label, one in rows.items()],
+        "rates": [_rates(label, group_answers, vanilla) for label, group_answers in rows.items()],
     }
 
 

@@ -137,7 +137,9 @@ class KeptAnswers:
         """The unablated answers."""
 
         def compute() -> list[dict[str, Any]]:
-            return self._judged("vanilla", None, [(number, (), one) for number, one in enumerate(self.unablated)])
+            return self._judged(
+                "vanilla", None, [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
+            )
 
         records = self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
         return GroupAnswers.of("", records, self.lead)
@@ -160,17 +162,17 @@ class KeptAnswers:
             for at, group in enumerate(groups)
         ]
 
-    def of_each(self, part: str, own: Sequence[Sequence[Group]], ablation: Ablation) -> list[GroupAnswers]:
+    def of_each(self, part: str, own_groups: Sequence[Sequence[Group]], ablation: Ablation) -> list[GroupAnswers]:
         """Each prompt's answers under groups of its own, equally many: ``top 1``, ``top 2`` and so on.
 
         One key holds one chunk of prompts.
         """
-        n = len(own[0])
+        n = len(own_groups[0])
         together = max(1, _RECORDS_TOGETHER // max(1, n))
         # Every prompt keeps its place; those of other chunks have no groups.
         chunks = [
-            [groups if at <= number < at + together else () for number, groups in enumerate(own)]
-            for at in range(0, len(own), together)
+            [groups if at <= number < at + together else () for number, groups in enumerate(own_groups)]
+            for at in range(0, len(own_groups), together)
         ]
         texts = [[[format_heads(group) for group in groups] for groups in chunk] for chunk in chunks]
         places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
@@ -193,7 +195,7 @@ class KeptAnswers:
             with self.progress.track(f"{self.name}: unablated answers", 1):
                 token_ids, stop = self.asked.token_ids, self.judging.stop
                 answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows)
-            return [asdict(one) for one in answers]
+            return [asdict(decoded) for decoded in answers]
 
         records = compute() if not self.stores_completions else None
         if records is None:
@@ -215,13 +217,15 @@ class KeptAnswers:
         stop, token_ids = self.judging.stop, self.asked.token_ids
         requests = [Request(token_ids[number], group, stop=stop) for number, group in places]
         length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
-        decoded = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
+        plain = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
         answers = [
-            replace(one, changed=one.differs_from(self.unablated[number]))
-            for (number, _), one in zip(places, decoded, strict=True)
+            replace(decoded, changed=decoded.differs_from(self.unablated[number]))
+            for (number, _), decoded in zip(places, plain, strict=True)
         ]
-        n_tokens = sum(len(token_ids[number]) for number, _ in places) + sum(len(one.token_ids) for one in answers)
-        n_incomplete = sum(not one.complete for one in answers)
+        n_tokens = sum(len(token_ids[number]) for number, _ in places) + sum(
+            len(decoded.token_ids) for decoded in answers
+        )
+        n_incomplete = sum(not decoded.complete for decoded in answers)
         return answers, Economy(
             len(answers), n_incomplete=n_incomplete, tokens_computed=n_tokens, tokens_plain=n_tokens
         )
@@ -290,9 +294,9 @@ class KeptAnswers:
                         answers, economy = self._plain(places[at], ablation, done)
                     else:
                         table, economy = draft(at, done)
-                        answers = [one for row in table for one in row]
+                        answers = [decoded for row in table for decoded in row]
                     self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
-                    placed = [(*place, one) for place, one in zip(places[at], answers, strict=True)]
+                    placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
                     return self._judged(part, ablation.epsilon, placed)
 
                 records += self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)

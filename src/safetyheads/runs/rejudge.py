@@ -66,7 +66,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
     results, manifest = opened.read_results(), opened.read_manifest()
     if results.get("kind") not in ("audit", "scan"):
         raise InputError(f"{folder} holds results of kind {results.get('kind')!r}; what is judged again: audits, scans")
-    names = [one["name"] for one in results["judges"]] + list(results.get("rejudged", {}))
+    names = [described["name"] for described in results["judges"]] + list(results.get("rejudged", {}))
     if judge.name in names:
         raise InputError(f"{folder} has verdicts of {judge.name} already; its judges are {', '.join(names)}")
     with RunDirectory.start(folder, manifest["config"], started) as run:
@@ -117,7 +117,7 @@ def _verdicts(
 
             fields = {"judge": described, "answers": chunk}
             stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute)
-            by_key |= {key: Verdict(**one["verdict"]) for key, one in zip(chunk, stored, strict=True)}
+            by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
     return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
 
@@ -176,10 +176,10 @@ def _summary(
     ]
     by_judge = {name: _rates(both, name) for name in (judge.name, lead)}
     rates = {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]}
-    found = agreement({lead: [Verdict(**one["verdicts"][lead]) for one in records], judge.name: verdicts})
+    agreed = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
     n_unscored = sum(not verdict.scored for verdict in verdicts)
-    kappa = found.pairs[0].compliance
-    return Rejudged(judge.name, lead, rates, len(records), n_unscored, kappa, len(found.indices), seconds)
+    kappa = agreed.pairs[0].compliance
+    return Rejudged(judge.name, lead, rates, len(records), n_unscored, kappa, len(agreed.indices), seconds)
 
 
 def identity(record: Record) -> str:

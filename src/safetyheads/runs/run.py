@@ -139,11 +139,11 @@ class Run(Generic[Config]):
     def head_pass(self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1) -> HeadPass:
         """A pass over a set whose results are kept, laid out as when the run began; the last ones used are held."""
         key = name, ablation, readouts, positions
-        found = self._passes.pop(key, None) or self.new_pass(*key)
+        head_pass = self._passes.pop(key, None) or self.new_pass(*key)
         while len(self._passes) >= _PASSES_HELD:
             del self._passes[next(iter(self._passes))]
-        self._passes[key] = found
-        return found
+        self._passes[key] = head_pass
+        return head_pass
 
     def new_pass(self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1) -> HeadPass:
         """As :meth:`head_pass`, without holding it."""
@@ -187,7 +187,9 @@ class Run(Generic[Config]):
     @property
     def judge_seconds(self) -> dict[str, float]:
         """Time that each judge took in this process."""
-        return {judge.name: sum(one.seconds[judge.name] for one in self._judging.values()) for judge in self.judges}
+        return {
+            judge.name: sum(judging.seconds[judge.name] for judging in self._judging.values()) for judge in self.judges
+        }
 
     @property
     def economy(self) -> Economy:
@@ -270,10 +272,12 @@ def carry_out(
     judges = judges_named(settings.judges, settings.judge_device) if hasattr(settings, "judges") else ()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        prompts = {name: resolved(engine, one, settings) for name, one in (prompts or kind.read(config)).items()}
-        asked = {name: engine.ask(one) for name, one in prompts.items()}
+        prompts = {
+            name: resolved(engine, prompt_set, settings) for name, prompt_set in (prompts or kind.read(config)).items()
+        }
+        asked = {name: engine.ask(prompt_set) for name, prompt_set in prompts.items()}
         # Before anything is planned: the proof may cost a quick path.
-        longest = max(one.longest for one in asked.values())
+        longest = max(prompt_set.longest for prompt_set in asked.values())
         n_new = getattr(settings, "max_new_tokens", 1)
         engine.prove_up_to(longest + max(n_new, getattr(settings, "positions", 1)))
         kind.refuse(engine, config, asked)
@@ -284,8 +288,8 @@ def carry_out(
             started = time.monotonic()
             stores = getattr(settings, "store_completions", True)
             run = Run(engine, config, directory, progress, judges, _decoding(settings, kind), stores)
-            for name, one in prompts.items():
-                run.add(name, one)
+            for name, prompt_set in prompts.items():
+                run.add(name, prompt_set)
             kind.announce(run)
             results = {
                 **common_results(kind.name, run),
@@ -315,8 +319,8 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         "model": model_facts(run.engine, settings.model),
         "data": {
             **{
-                name: {"name": one.prompts.name, "n": len(one), "sha256": one.prompts.sha256}
-                for name, one in run.asked.items()
+                name: {"name": prompt_set.prompts.name, "n": len(prompt_set), "sha256": prompt_set.prompts.sha256}
+                for name, prompt_set in run.asked.items()
             },
             "system": None,
             **template,
@@ -337,14 +341,14 @@ def warnings_of(
 ) -> list[str]:
     """What happened that a reader of the results must know."""
     notes: list[str | None] = list(engine.notes)
-    for one in asked:
-        notes.append(one.prompts.warning)
-        if one.prompts.dropped:
-            notes.append(f"{one.prompts.dropped} blank lines of {one.prompts.source} are left out")
+    for prompt_set in asked:
+        notes.append(prompt_set.prompts.warning)
+        if prompt_set.prompts.dropped:
+            notes.append(f"{prompt_set.prompts.dropped} blank lines of {prompt_set.prompts.source} are left out")
     # Read from the data, not from warnings: prompts and answers that are read back do not warn again.
-    longest = max(one.longest for one in asked)
+    longest = max(prompt_set.longest for prompt_set in asked)
     notes.append(short_context(engine, longest + max_new_tokens, max_new_tokens))
-    notes += [one.note for one in asked]
-    ours = (one for one in caught if one.category.__module__.startswith("safetyheads"))
-    notes += [str(one.message) for one in ours if one.category is not ShortContextWarning]
+    notes += [prompt_set.note for prompt_set in asked]
+    ours = (warning for warning in caught if warning.category.__module__.startswith("safetyheads"))
+    notes += [str(warning.message) for warning in ours if warning.category is not ShortContextWarning]
     return list(dict.fromkeys(note for note in notes if note))

@@ -134,9 +134,9 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
                 records += _flat(_under(run, part, name, groups, seed))
     if config.query_level and measured.ships is not None:
         by_size = [query_level_groups(measured.ships, size) for size in range(1, config.query_level + 1)]
-        own = list(zip(*by_size, strict=True))
+        own_groups = list(zip(*by_size, strict=True))
         for seed in config.seeds:
-            records += _flat(_answers(run, "harmful", seed).of_each("query_level", own, config.parsed_ablation))
+            records += _flat(_answers(run, "harmful", seed).of_each("query_level", own_groups, config.parsed_ablation))
     about = _about(run, measured)
     judges = [judge.describe() for judge in run.judges]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
@@ -171,7 +171,9 @@ def _measure(run: Run[ScanConfig], alone: Sequence[GroupAnswers]) -> Measured:
         return Measured({}, None, benign_kl, (), _groups(run, alone, ()))
     prompts = list(run.asked["harmful"])
     vanilla = [record for seed in config.seeds for record in _answers(run, "harmful", seed).vanilla().flat()]
-    openers = openers_of(engine, [judged_answer(one, run.judges[0].name, prompts[one["id"]]) for one in vanilla])
+    openers = openers_of(
+        engine, [judged_answer(record, run.judges[0].name, prompts[record["id"]]) for record in vanilla]
+    )
     angles = ANGLES if len(prompts) > 1 else ()
     readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
     harmful = run.head_pass("harmful", ablation, readouts)
@@ -218,7 +220,7 @@ def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Seque
         if config.n_random:
             controls = run.random_groups(prefixes, config.n_random, config.seed)
             # A group that controls several prefixes is scanned once.
-            groups["random"] = list(dict.fromkeys(one for prefix in prefixes for one in controls[prefix]))
+            groups["random"] = list(dict.fromkeys(group for prefix in prefixes for group in controls[prefix]))
     return groups
 
 
@@ -422,12 +424,12 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
 
 def _epsilons(table: AnswerTable) -> list[dict[str, Any]]:
     """ASR of every head at each strength."""
-    found = [
+    by_epsilon = [
         {"epsilon": epsilon, "heads": {head: rate_as_json(answers.verdicts()) for head, answers in heads.items()}}
         for (part, name, epsilon), heads in table.groups.items()
         if (part, name) == ("heads", "harmful")
     ]
-    return sorted(found, key=lambda one: one["epsilon"])
+    return sorted(by_epsilon, key=lambda entry: entry["epsilon"])
 
 
 def _scanned_groups(
@@ -468,22 +470,22 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[
     def freed(answers: GroupAnswers) -> FloatArray:
         return np.array(answers.complied())
 
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
         beyond = freed(together) - freed(alone[0]) - freed(alone[1]) + freed(vanilla)
-        found.append(
+        entries.append(
             {
                 "heads": together.heads,
                 "together": rate_as_json(together.verdicts()),
-                "alone": [rate_as_json(one.verdicts()) for one in alone],
+                "alone": [rate_as_json(answers.verdicts()) for answers in alone],
                 "synergy": float(beyond.mean()),
                 "interval": bootstrap_interval(beyond, least=-2.0, most=2.0),
                 "n": len(beyond),
             }
         )
-    order = list(dict.fromkeys(head for pair in found for head in pair["heads"]))
-    return {"heads": order, "pairs": found}
+    order = list(dict.fromkeys(head for entry in entries for head in entry["heads"]))
+    return {"heads": order, "pairs": entries}
 
 
 def _query_level(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> list[dict[str, Any]]:
@@ -520,21 +522,21 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
         return None
     records = [*table.records_of("vanilla", "harmful", None), *table.records_of("heads", "harmful", epsilon)]
     verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
-    found = agreement(verdicts)
+    agreed = agreement(verdicts)
     return {
         "judges": list(judges),
-        "n_rows": found.n_rows,
-        "unscored": list(found.unscored),
+        "n_rows": agreed.n_rows,
+        "unscored": list(agreed.unscored),
         # Without the indices: they count in this list of records, which results do not hold.
         "pairs": [
             {name: value for name, value in asdict(pair).items() if name != "indices"} | {"count": pair.count}
-            for pair in found.pairs
+            for pair in agreed.pairs
         ],
-        "n_disagreeing": len(found.indices),
+        "n_disagreeing": len(agreed.indices),
         "disagreeing": [
             {name: records[at][name] for name in ("id", "group", "epsilon", "seed")}
             | {"labels": {judge: records[at]["verdicts"][judge]["label"] for judge in judges}}
-            for at in found.indices[:_N_DISAGREEING]
+            for at in agreed.indices[:_N_DISAGREEING]
         ],
     }
 

@@ -158,10 +158,10 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         if config.screen:
-            found = screened_sahara(measuring, score, config.size, extent, done)
-            trace, costs = found.trace, costs_of(measuring, found.proposals[0], score.forecast)
+            screened_trace = screened_sahara(measuring, score, config.size, extent, done)
+            trace, costs = screened_trace.trace, costs_of(measuring, screened_trace.proposals[0], score.forecast)
             run.progress.say(f"each step: {costs}")
-            steps = [_screening(*step) for step in zip(found.proposals, found.missed, strict=True)]
+            steps = [_screening(*step) for step in zip(screened_trace.proposals, screened_trace.missed, strict=True)]
             screened = {"forecast": score.forecast, "screening": steps, "costs": asdict(costs)}
         else:
             trace = sahara(scorer, engine.heads, config.size)

@@ -63,9 +63,9 @@ class GroupAnswers:
 
     def verdicts(self, label: Label = "complied", judge: str | None = None) -> FloatArray:
         """Where a judge gave the label [n_prompts, n_seeds]: 0, 1, or NaN where it gave no verdict."""
-        name = judge or self.lead
-        given = [[record["verdicts"][name]["label"] for record in seeds] for seeds in self.records]
-        return np.array([[np.nan if one == "unscored" else one == label for one in seeds] for seeds in given], float)
+        lead = judge or self.lead
+        given = [[record["verdicts"][lead]["label"] for record in seeds] for seeds in self.records]
+        return np.array([[np.nan if name == "unscored" else name == label for name in seeds] for seeds in given], float)
 
     def flags(self, field: str) -> FloatArray:
         """A yes-or-no field of the records [n_prompts, n_seeds]: ``kept``, ``changed``, ``complete``."""
