@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,15 +75,9 @@ class Engine:
     ) -> None:
         """Wrap a model that already runs on our attention; users call :meth:`load`.
 
-        Args:
-            model: the Hugging Face model.
-            tokenizer: its tokenizer.
-            name: by default the name in its config.
-            architecture: its parts; by default looked up.
-            capabilities: quick paths to take until :meth:`check` proves them; by default all.
-            adapter: the PEFT adapter that is on the model.
-            memory_budget: see the class.
-            token_budget: most tokens in a batch; by default what fits the memory.
+        Args: see the attributes. By default the name is the config's, the architecture is looked up and all quick paths
+        are taken until :meth:`check` proves them. ``token_budget`` is the most tokens in a batch; by default what fits
+        the memory.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -105,8 +100,8 @@ class Engine:
             path: a local directory or a hub id.
             options: how it is loaded.
             check: run :meth:`check`; an unproved model may give wrong scores.
-            settings: fields of :class:`LoadOptions` instead: ``dtype``, ``device``, ``adapter``, ``device_map``,
-                ``offload_folder``, ``memory``, ``trust_remote_code``, ``allow_pickle``.
+            settings: fields of :class:`LoadOptions`, over ``options``: ``dtype``, ``device``, ``adapter``,
+                ``device_map``, ``offload_folder``, ``memory``, ``trust_remote_code``, ``allow_pickle``.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
@@ -114,7 +109,7 @@ class Engine:
         """
         from safetyheads.model.loading import load_model, use_our_attention
 
-        loaded = load_model(path, options or LoadOptions(**settings))
+        loaded = load_model(path, replace(options or LoadOptions(), **settings))
         engine = cls(loaded.model, loaded.tokenizer, path, adapter=loaded.adapter, memory_budget=loaded.memory_budget)
         if check:
             # The proof of our attention needs the family's own, so the model comes with eager attention.
