@@ -212,7 +212,7 @@ def _decoder(model: PreTrainedModel, family: str) -> nn.Module:
     """The module that holds the layers; some families' ``get_decoder`` gives a model around it."""
     decoder: Any = model.get_decoder()
     if not any(_first_named(part, LAYER_NAMES) for part in decoder.modules()):
-        decoder = model  # what goes by a decoder's name there is something else (ModernBERT's head)
+        decoder = model  # get_decoder gives something else (ModernBERT's head)
     while _first_named(decoder, LAYER_NAMES) is None:
         decoder = _named(decoder, DECODER_NAMES, family, "decoder layers")
     return decoder
@@ -221,24 +221,24 @@ def _decoder(model: PreTrainedModel, family: str) -> nn.Module:
 def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module | None, ...]:
     """Each layer's attention, where it goes through the registry."""
     named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
-    found = tuple(module if module is not None and attends(module) else None for module in named)
+    attentions = tuple(module if module is not None and attends(module) else None for module in named)
     kinds = sorted({type(module).__name__ for module in named if module is not None})
-    _refuse_elsewhere(layers, found, family)
-    if not any(found):
+    _refuse_elsewhere(layers, attentions, family)
+    if not any(attentions):
         what = f" (they have {', '.join(kinds)})" if kinds else ""
         raise UnsupportedModelError(
             f"{family}: no layer computes attention through transformers' attention registry{what}, so no ablation can "
             "be put into it"
         )
-    there = [id(module) for module in found if module is not None]
-    if len(set(there)) < len(there):
+    identities = [id(module) for module in attentions if module is not None]
+    if len(set(identities)) < len(identities):
         raise UnsupportedModelError(f"{family}: layers share one attention module, so a head has no layer of its own")
-    return found
+    return attentions
 
 
-def _refuse_elsewhere(layers: tuple[nn.Module, ...], found: tuple[nn.Module | None, ...], family: str) -> None:
-    """Refuse layers that attend in modules where no attention was looked for."""
-    for number, (layer, attention) in enumerate(zip(layers, found, strict=True)):
+def _refuse_elsewhere(layers: tuple[nn.Module, ...], attentions: tuple[nn.Module | None, ...], family: str) -> None:
+    """Refuse layers that attend in a module of an unknown name."""
+    for number, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
         elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
         if len(elsewhere) > 1:
             raise UnsupportedModelError(
@@ -271,10 +271,10 @@ def _attends(kind: Any) -> bool:
 
 def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
     """The heads of one layer, of which some families have fewer, or wider ones, than of another."""
-    own = of_layer(config, layer)
-    n_heads = _number(attention, HEAD_COUNT_NAMES) or own.num_attention_heads
+    layer_config = of_layer(config, layer)
+    n_heads = _number(attention, HEAD_COUNT_NAMES) or layer_config.num_attention_heads
     groups = _number(attention, ("num_key_value_groups",))
-    n_kv_heads = n_heads // groups if groups else getattr(own, "num_key_value_heads", None) or n_heads
+    n_kv_heads = n_heads // groups if groups else getattr(layer_config, "num_key_value_heads", None) or n_heads
     width = config.hidden_size // n_heads
     return HeadShape(
         n_heads=n_heads,
@@ -304,8 +304,8 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def of_layer(config: Any, layer: int) -> Any:
     """The config of one layer; only some families' layers have one of their own."""
-    each = getattr(config, "per_layer_config", None)
-    return each[layer] if each else config
+    by_layer = getattr(config, "per_layer_config", None)
+    return by_layer[layer] if by_layer else config
 
 
 def _value(config: Any, name: str) -> Any:
@@ -336,10 +336,10 @@ def _turns(config: Any) -> tuple[int, ...]:
     """Where attention or RoPE changes with the length of a row."""
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # Some families have RoPE parameters of their own for each type of layer.
-    each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+    by_type = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
     lengths = [
         rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for rope in each
+        for rope in by_type
         if rope.get("rope_type") in LENGTH_DEPENDENT_ROPES
     ]
     return _positive([*(getattr(config, name, None) for name in TURN_NAMES), *lengths])
@@ -359,8 +359,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def hooked_device(module: nn.Module) -> torch.device | None:
     """Where accelerate's hook brings a module's weights and inputs together; None where there is no hook."""
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
-        place = getattr(each, "execution_device", None)
+    for part in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
+        place = getattr(part, "execution_device", None)
         if place is not None:
             return torch.device(place)
     return None

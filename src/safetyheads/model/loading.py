@@ -116,6 +116,8 @@ def use_our_attention(model: PreTrainedModel) -> None:
 
 def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
     """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
+    from transformers import CONFIG_MAPPING
+
     if not path.is_dir():
         raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
     _refuse_adapter_as_model(str(path))
@@ -123,7 +125,10 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
     if not config.is_file():
         raise InputError(f"{path} has no config.json, so it is not a model directory")
     described = read_json(config)
-    if "auto_map" in described and not trust_remote_code and not _is_shipped(described.get("model_type")):
+    # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
+    family = described.get("model_type")
+    is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
+    if "auto_map" in described and not trust_remote_code and not is_shipped:
         raise InputError(f"{path} brings its own Python code; to run that code, give --trust-remote-code")
     generation = path / "generation_config.json"
     if generation.is_file():
@@ -136,13 +141,6 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
         raise InputError(
             f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
         )
-
-
-def _is_shipped(family: Any) -> bool:
-    """Whether transformers has the family's code itself: then code that a checkpoint brings beside it is not run."""
-    from transformers import CONFIG_MAPPING
-
-    return isinstance(family, str) and family in CONFIG_MAPPING
 
 
 def look_at_hub(name: str) -> None:
@@ -247,8 +245,8 @@ def _told_as_nonsense(path: str, error: Exception) -> InputError:
 
 def _method_named(config: Any) -> str | None:
     """The quantisation that a config names."""
-    for each in (config, config.get_text_config(decoder=True)):
-        described = getattr(each, "quantization_config", None)
+    for part in (config, config.get_text_config(decoder=True)):
+        described = getattr(part, "quantization_config", None)
         if described is not None:
             get = described.get if isinstance(described, dict) else partial(getattr, described)
             return str(get("quant_method", "an unnamed method"))
@@ -358,7 +356,7 @@ _ADAPTER_NAME, _PREFIX = "default", "base_model.model."
 _ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 # AdaLoRA's number of ranks, which peft sets by the config.
 _IS_SAVED_NOWHERE = ".ranknum."
-# What a config says of where things lay and not of what the adapter does.
+# Settings that say where things lay, not what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _FILES_TO_FETCH = (
     _ADAPTER_CONFIG,
@@ -382,19 +380,18 @@ class Adapter:
     config: Mapping[str, Any]
     """Its adapter_config.json."""
     sha256: str
-    """Of what it does: its settings, whereabouts aside, and its weights."""
+    """Fingerprint of its weights and of the settings that change what it does."""
 
     @property
     def base(self) -> str | None:
-        """The base that it names, by a path or hub id of whoever trained it."""
+        """The base that its config names: a path or hub id of whoever trained it."""
         named = self.config.get("base_model_name_or_path")
         return str(named) if named else None
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether it brings a tokenizer of its own, as fine-tunes with a new chat template do."""
-        named = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        return any((self.directory / name).is_file() for name in named)
+        return any((self.directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _refuse_adapter_as_model(path: str) -> None:
@@ -487,18 +484,18 @@ def _bring_back(model: PreTrainedModel) -> None:
         for name, module in layer.named_modules():
             if module is base or name.startswith("base_layer"):
                 continue
-            for own, parameter in module._parameters.items():
+            for attribute, parameter in module._parameters.items():
                 if place is not None and parameter is not None and parameter.is_meta:
                     empty = torch.empty_like(parameter, device=place)
-                    module._parameters[own] = nn.Parameter(empty, requires_grad=False)
+                    module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
 
 
 def _share_config(model: PreTrainedModel) -> None:
-    """Give layers that peft copied the model's own config, which says how to attend; copies would not hear of it."""
-    own = model.config.get_text_config(decoder=True)
+    """Give layers that peft copied the model's config, which says how to attend; copies would keep the old way."""
+    config = model.config.get_text_config(decoder=True)
     for module in model.modules():
-        if type(getattr(module, "config", None)) is type(own):
-            module.config = own
+        if type(getattr(module, "config", None)) is type(config):
+            module.config = config
 
 
 def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
@@ -512,7 +509,7 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     from peft.utils import load_peft_weights
     from safetensors import SafetensorError
 
-    said = f"the adapter {adapter.name} is not for {base}"
+    refused = f"the adapter {adapter.name} is not for {base}"
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
@@ -524,25 +521,25 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         cast_adapter_dtype(model, _ADAPTER_NAME)
         tensors = load_peft_weights(str(adapter.directory), device="cpu")
         # What stands for whole modules is looked up by names without peft's prefix, factors by names with it.
-        tensors = {name if ".lora_" in name else name.removeprefix(_PREFIX): each for name, each in tensors.items()}
+        tensors = {name if ".lora_" in name else name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
         report: Any = set_peft_model_state_dict(model, tensors, _ADAPTER_NAME)
     except KeyError as error:
-        raise InputError(f"{said}: it lacks {error.args[0] if error.args else 'something'}") from error
+        raise InputError(f"{refused}: it lacks {error.args[0] if error.args else 'something'}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-        raise InputError(f"{said}: tensors have other shapes") from error
+        raise InputError(f"{refused}: tensors have other shapes") from error
     except (SafetensorError, UnpicklingError) as error:
         raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{said}: {first_line(error)}") from error
+        raise InputError(f"{refused}: {first_line(error)}") from error
     # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to.
     lacked = {
         name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and _IS_SAVED_NOWHERE not in name
     }
-    for found, what in ((lacked, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
-        if found:
-            raise InputError(f"{said}: it {what} {len(found)} tensors, {min(found)} among them")
+    for names, what in ((lacked, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
+        if names:
+            raise InputError(f"{refused}: it {what} {len(names)} tensors, {min(names)} among them")
     model._hf_peft_config_loaded = True  # so that transformers knows
 
 
@@ -558,7 +555,7 @@ _BESIDE_TEXT = re.compile(
     r"|(^|\.)(inv_freq|position_ids|masked_bias|version|_extra_state)$"
 )
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-# Of quantised checkpoints each format has tensors of its own, scales and the like, that only its kernels know.
+# Each format of quantised checkpoints has further tensors, scales and the like, that only its kernels know.
 _PLAIN_TENSORS = ("weight", "bias")
 
 
@@ -586,13 +583,9 @@ def refuse_broken_weights(model: nn.Module, path: str) -> None:
 
 
 def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], is_quantised: bool) -> None:
-    """Refuse weights that the model as its config describes it has no place for: it would be another model in silence.
+    """Refuse weights that the model of this config has no place for: it would be another model in silence.
 
-    Args:
-        model: as it was loaded.
-        path: of its checkpoint.
-        unexpected: names of tensors without a place, but for those that the family itself tells to ignore.
-        is_quantised: whether the checkpoint is.
+    ``unexpected`` names the tensors without a place, except those that the family itself ignores.
     """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     heads = [f"{name}." for name, module in model.named_modules() if module is head]
@@ -667,11 +660,11 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor | str]]:
 
 def _offloaded(model: nn.Module, name: str) -> Tensor:
     """A tensor that accelerate keeps elsewhere until its module runs."""
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
-        stored = getattr(each, "weights_map", None)
+    for part in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
+        stored = getattr(part, "weights_map", None)
         if stored is not None:
-            return stored[own]
+            return stored[attribute]
     raise InputError(f"the weights cannot be read: {name} is on no device, and accelerate does not know where it is")

@@ -96,15 +96,15 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         rows = [pack(sequences, (member,), engine.device) for member in range(len(sequences))]
         with _refusing(facts.family, "comparing our attention with the family's own"):
             in_heads, in_blocks = _against_eager(engine, rows)
-        said = "our attention equals the family's eager attention, layer by layer"
+        equal = "our attention equals the family's eager attention, layer by layer"
         if in_heads is not None:
-            claim(f"{said}, before what the heads say is projected", in_heads, True, exact)
-        claim(said, in_blocks, True)
+            claim(f"{equal}, before what the heads say is projected", in_heads, True, exact)
+        claim(equal, in_blocks, True)
         _refuse_attention_elsewhere(engine, rows[0])
         with _refusing(facts.family, "ablating a head of each layer"):
-            for named, (error, layer) in _ablation_errors(engine, rows[0]).items():
-                said = f"{named} ({facts.n_layers} layers, most in layer {layer})"
-                claim(said, error, named != _WINDOWS, tolerance if named == _PARTS else exact)
+            for name, (error, layer) in _ablation_errors(engine, rows[0]).items():
+                sentence = f"{name} ({facts.n_layers} layers, most in layer {layer})"
+                claim(sentence, error, name != _WINDOWS, tolerance if name == _PARTS else exact)
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
     return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
 
@@ -119,11 +119,14 @@ def tolerances(engine: Engine) -> tuple[float, float]:
 
 
 def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None, float]:
-    """(i) With our attention against the family's eager: what heads say, None where quantisation changes nothing about
-    it or no projection of it is known, and each attention block's output. Leaves ours set.
+    """(i) Our attention against the family's eager one; leaves ours set.
 
     Every layer is given what it was given under eager attention, so that rounding does not pile up over the layers:
     in bfloat16 even eager and sdpa differ by some percent of the logits at the end of four layers.
+
+    Returns:
+        The largest differences of the heads' outputs (only of quantised models whose output projections are known) and
+        of the attention blocks' outputs.
     """
     facts = engine.architecture
     reads_heads = is_quantised(engine.model)
@@ -146,12 +149,12 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
             for layer, attention in zip(facts.layers, facts.attentions, strict=True):
                 stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 if attention is not None:
-                    kept = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
-                    stack.callback(kept.remove)
+                    handle = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
+                    stack.callback(handle.remove)
             for projection in facts.output_projections if reads_heads else ():
                 if projection is not None:
-                    said = projection.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
-                    stack.callback(said.remove)
+                    handle = projection.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
+                    stack.callback(handle.remove)
             engine.model(input_ids=row.token_ids[None], use_cache=False)
         return inputs, heads, outputs
 
@@ -161,13 +164,13 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
     finally:
         # Whatever happens: under another attention function ablations would do nothing, and not say so.
         use_our_attention(engine.model)
-    found = [blocks(row, inputs) for row, (inputs, *_) in zip(rows, references, strict=True)]
-    pairs = list(zip(found, references, strict=True))
+    ours = [blocks(row, inputs) for row, (inputs, *_) in zip(rows, references, strict=True)]
 
-    def errors(part: int) -> list[float]:
-        return [difference(*both) for own, others in pairs for both in zip(own[part], others[part], strict=True)]
+    def error(part: int) -> float:
+        pairs = zip(ours, references, strict=True)
+        return largest(difference(*both) for own, eager in pairs for both in zip(own[part], eager[part], strict=True))
 
-    return (largest(errors(1)) if reads_heads and found[0][1] else None), largest(errors(2))
+    return (error(1) if reads_heads and ours[0][1] else None), error(2)
 
 
 def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
@@ -322,14 +325,10 @@ def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[st
     read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_value)
     given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if read != given or output.shape[2:] != (shape.n_heads, shape.d_value) or key.shape[3] != shape.d_head:
-        names = ("heads", "key heads", "width", "width of values")
-        differing: list[tuple[str, Any, Any]] = [
-            each for each in zip(names, given, read, strict=True) if each[1] != each[2]
-        ]
-        if not differing:
-            differing.append(("outputs", list(output.shape[2:]), [shape.n_heads, shape.d_value]))
-        said = [f"{name} {number}, not {other}" for name, number, other in differing]
-        raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(said)}")
+        facts = zip(("heads", "key heads", "width", "width of values"), given, read, strict=True)
+        differing = [f"{name} {seen_here}, not {as_read}" for name, seen_here, as_read in facts if seen_here != as_read]
+        differing = differing or [f"outputs {list(output.shape[2:])}, not {[shape.n_heads, shape.d_value]}"]
+        raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(differing)}")
 
 
 # What a mask allows each token to see, and what even attention over it gives

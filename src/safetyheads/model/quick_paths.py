@@ -38,7 +38,7 @@ def difference(ours: Tensor, reference: Tensor, scale: Tensor | None = None) -> 
 
 
 def largest(errors: Iterable[float]) -> float:
-    """The largest error; a NaN is the largest there is, which Python's ``max`` does not say."""
+    """The largest error; a NaN counts as the largest, unlike in Python's ``max``."""
     return float(torch.tensor(list(errors)).max())
 
 
@@ -114,8 +114,8 @@ def _tried(measure: Callable[[], float]) -> tuple[float, str]:
     except TRIPS as failure:
         if is_out_of_memory(failure):
             raise
-        said = next(iter(str(failure).splitlines()), "")
-        return float("inf"), f" ({type(failure).__name__}{': ' * bool(said)}{said})"
+        line = next(iter(str(failure).splitlines()), "")
+        return float("inf"), f" ({type(failure).__name__}{': ' * bool(line)}{line})"
 
 
 def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities) -> Iterator[float]:
@@ -152,15 +152,15 @@ def _together_error(
 
 def _starts(facts: Architecture) -> list[int]:
     """The first, a middle and the last layer with heads, and the first of each kind of these."""
-    there = facts.with_heads
+    with_heads = facts.with_heads
     kinds: dict[Any, int] = {}
-    for layer in there:
+    for layer in with_heads:
         attention = facts.attentions[layer]
         # What tells kinds apart is said in words and switches: a type of layer, whether it has RoPE, whose keys it has.
         words = {name: value for name, value in vars(attention).items() if isinstance(value, str | bool)}
         words.pop("training", None)
         kinds.setdefault((type(facts.layers[layer]), facts.shapes[layer], tuple(sorted(words.items()))), layer)
-    return sorted({there[0], there[len(there) // 2], there[-1], *kinds.values()})
+    return sorted({with_heads[0], with_heads[len(with_heads) // 2], with_heads[-1], *kinds.values()})
 
 
 def _packed_error(

@@ -22,13 +22,13 @@ class ReadAnswer:
     n_thought: int = 0
     """Tokens of the think block, its marks among them."""
     thought: str = ""
-    """What stands in the think block."""
+    """The text in the think block."""
     unclosed: bool = False
     """Whether thinking began and never ended: there is no answer."""
     stopped: bool = False
     """Whether a stop text ended it."""
     certain: str | None = None
-    """The part of the text that no further token takes back; None while it is open whether the answer has begun."""
+    """The part of the text that further tokens cannot change; None until it is clear that the answer has begun."""
 
     @property
     def thinks(self) -> bool:
@@ -41,8 +41,9 @@ class AnswerReader:
     """Reads the answers to prompts of one template."""
 
     tokenizer: Any
+    """The model's tokenizer."""
     block: ThinkBlock | None = None
-    """The think block that an answer may begin with; None where thinking is closed, and nothing is taken away."""
+    """The think block that an answer may begin with; None where thinking is closed."""
     begins_in_block: bool = False
     """Whether the prompt opens the block itself."""
     stops: tuple[str, ...] = ()
@@ -65,9 +66,9 @@ class AnswerReader:
                 raw.lstrip().rstrip(_UNFINISHED_CHARACTER)
             )
             text = decode_text(self.tokenizer, ids)
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            cut = text[: min(found)]
+        places = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        if places:
+            cut = text[: min(places)]
             return ReadAnswer(cut, ids, n_thought, thought, stopped=True, certain=cut)
         return ReadAnswer(text, ids, n_thought, thought, certain=None if undecided else self._certain(text))
 
