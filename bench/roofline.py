@@ -1,7 +1,7 @@
 """How near the pass comes to the machine: ``python bench/roofline.py``.
 
 In one process: the largest rate of a matrix product and of a copy on this machine, then the Generalized Ships pass over
-all heads. Operations are the useful ones, counted from the plan (``planning.py``); bytes are counted too: each batch reads
+all heads. Operations are the useful ones, counted from the plan; bytes are counted too: each batch reads
 the weights of its layers once, and each product reads its input and writes its output once. Peak memory and time stand
 beside what the planner told before. One JSON line.
 """
