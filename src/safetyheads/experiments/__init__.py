@@ -1,1 +1,0 @@
-"""The paper's experiments, one module a kind; :mod:`safetyheads.experiments.catalogue` lists them by name."""

@@ -52,7 +52,7 @@ def table2(lab: Lab, outcome: Outcome) -> None:
 
 
 def _timed(lab: Lab, subject: Subject) -> list[Row]:
-    """Every way once, scaled to all heads; the caches of the run directory are not used, for they cost nothing."""
+    """Times every way once, scaled to all heads. What the run directory holds is not used: it would cost nothing."""
     engine, prompts, heads = subject.engine, subject.prompts, subject.engine.heads
     ablation, n_new, judge = lab.ablations[0], lab.config.max_new_tokens, lab.judges[0]
     sample, few = _spread(heads, _SAMPLED), prompts[:_UNCACHED_PROMPTS]

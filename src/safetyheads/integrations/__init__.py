@@ -1,1 +1,0 @@
-"""Ablated models inside other tools. Each module needs the extra of its tool, and imports it in functions only."""
