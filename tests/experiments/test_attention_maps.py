@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from experiment_runs import PLANTED, rows
-from families import FAMILIES, built, oracle_of
+from families import built, oracle_of
 from tiny_models import engine_of, tokenizer
 
 from safetyheads import Ablation, Engine, Head, InputError
@@ -54,32 +54,24 @@ def test_the_unablated_map_is_the_one_that_transformers_gives(name):
 
 @pytest.mark.parametrize("ablation", KINDS, ids=str)
 @pytest.mark.parametrize("name", ATTENDING)
-def test_a_map_times_the_values_is_what_the_head_passes_on(name, ablation):
+def test_a_map_is_of_probabilities_and_times_the_values_what_the_head_passes_on(name, ablation):
     engine = engine_on(name)
-    found = map_of(engine, PROMPT, head_of(engine), ablation)
-    passed_on = found.weights @ found.values
+    attention, head = map_of(engine, PROMPT, head_of(engine), ablation), head_of(engine)
+    passed_on = attention.weights @ attention.values
     if ablation.name == "scaling_contribution":
         passed_on = passed_on * ablation.epsilon
     if ablation.name == "mean_head_output":  # of other heads too: the map is not what made it
-        passed_on = oracle_of(name).run(PROMPT, [head_of(engine)], ablation).outputs[head_of(engine).layer]
-        passed_on = passed_on[:, head_of(engine).index].double()
-    assert float((passed_on - found.output).abs().max()) < EXACT * max(1.0, float(found.output.abs().max()))
-
-
-@pytest.mark.parametrize("ablation", KINDS, ids=str)
-@pytest.mark.parametrize("name", ATTENDING)
-def test_rows_are_probabilities_over_the_allowed_keys(name, ablation):
-    engine = engine_on(name)
-    found = map_of(engine, PROMPT, head_of(engine), ablation)
-    assert found.weights.min() >= 0
-    assert float(found.weights[~found.allowed].abs().max()) == 0.0
-    sums = found.weights.sum(dim=-1)
+        passed_on = oracle_of(name).run(PROMPT, [head], ablation).outputs[head.layer][:, head.index].double()
+    assert float((passed_on - attention.output).abs().max()) < EXACT * max(1.0, float(attention.output.abs().max()))
+    assert attention.weights.min() >= 0
+    assert float(attention.weights[~attention.allowed].abs().max()) == 0.0
+    sums = attention.weights.sum(dim=-1)
     if name == "gpt_oss":  # the rest is the sink's
         assert bool((sums < 1 - 1e-3).all())
-        assert evenness(found).sink == pytest.approx(float((1 - sums[1:]).mean()))
+        assert evenness(attention).sink == pytest.approx(float((1 - sums[1:]).mean()))
     else:
         assert float((sums - 1).abs().max()) < EXACT
-        assert evenness(found).sink < EXACT
+        assert evenness(attention).sink < EXACT
 
 
 @pytest.mark.parametrize("name", ATTENDING)
@@ -130,10 +122,6 @@ def test_the_model_is_as_it_was_after_a_map():
     map_of(engine, PROMPT, Head(1, 2), Ablation("mean_key"))
     with torch.no_grad():
         assert torch.equal(engine.model(input_ids=torch.tensor([PROMPT])).logits, before)
-
-
-def test_families_named_here_are_of_the_table():
-    assert set(ATTENDING) <= set(FAMILIES)
 
 
 # Fig 7 and 8.
