@@ -23,7 +23,6 @@ from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import KINDS, read_halves
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.kept import judged_answer
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.run import Kind, Run, carry_out
 from safetyheads.runs.tables import GroupAnswers, by_judge, concentration_as_json, random_as_json
@@ -137,11 +136,7 @@ def measure(run: Run[AuditConfig]) -> Findings:
     """Every stage in order: unablated answers, scores of heads, searches, answers under the groups found."""
     config, engine, ablation = run.config, run.engine, run.config.parsed_ablation
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
-    searched = vanilla["harmful_search"]
-    prompts = list(run.asked["harmful_search"])
-    openers = openers_of(
-        engine, [judged_answer(record, searched.lead, prompts[record["id"]]) for record in searched.flat()]
-    )
+    openers = openers_of(engine, run.answers("harmful_search").judged(vanilla["harmful_search"].flat()))
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
     harmful = run.head_pass("harmful_search", ablation, readouts, config.positions)
     benign = run.head_pass("benign_search", ablation, Readouts(ships=True), config.positions)

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -182,6 +182,11 @@ class KeptAnswers:
 
         records = self._records(part, ablation, texts, places, draft if self._drafts_pay(n, ablation) else None)
         return [GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead) for size in range(1, n + 1)]
+
+    def judged(self, records: Iterable[Record]) -> list[JudgedAnswer]:
+        """The answers of records of this set."""
+        prompts = list(self.asked)
+        return [judged_answer(record, self.lead, prompts[record["id"]]) for record in records]
 
     def forget(self) -> None:
         """Free the drafts, which hold states of all layers."""

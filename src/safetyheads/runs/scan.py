@@ -30,7 +30,7 @@ from safetyheads.runs.config import NO_BENIGN, ScanConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.kept import KeptAnswers, judged_answer
+from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of
 from safetyheads.runs.tables import (
     AnswerTable,
@@ -169,12 +169,9 @@ def _measure(run: Run[ScanConfig], alone: Sequence[GroupAnswers]) -> Measured:
             benign_kl = benign.table("ships", benign.measure(singles, done)["ships"])
     if not (config.scores or config.prefixes or config.query_level):
         return Measured({}, None, benign_kl, (), _groups(run, alone, ()))
-    prompts = list(run.asked["harmful"])
-    vanilla = [record for seed in config.seeds for record in _answers(run, "harmful", seed).vanilla().flat()]
-    openers = openers_of(
-        engine, [judged_answer(record, run.judges[0].name, prompts[record["id"]]) for record in vanilla]
-    )
-    angles = ANGLES if len(prompts) > 1 else ()
+    kept = [_answers(run, "harmful", seed) for seed in config.seeds]
+    openers = openers_of(engine, [judged for answers in kept for judged in answers.judged(answers.vanilla().flat())])
+    angles = ANGLES if len(run.asked["harmful"]) > 1 else ()
     readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
     harmful = run.head_pass("harmful", ablation, readouts)
     with run.progress.track("harmful: scores of heads", len(singles)) as done:
