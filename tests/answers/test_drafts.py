@@ -27,7 +27,7 @@ from safetyheads import (
 )
 from safetyheads.answers import drafts as drafts_module
 from safetyheads.answers.decoding import Answer, Decoding, ShortContextWarning, end_tokens
-from safetyheads.answers.drafts import DraftedAnswers, DraftPass, unablated_answers
+from safetyheads.answers.drafts import DraftPass, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
 from safetyheads.answers.success import (
@@ -335,7 +335,7 @@ def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **opti
     prompts = prompts_of(*PROMPTS)
     stop = Judging(engine, prompts, [judge], N_TOKENS).stop
     decoding = Decoding(N_TOKENS, sampling, full_answers)
-    return DraftedAnswers(engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
+    return VerifiedDrafts(engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
 
 
 @SAMPLINGS
@@ -495,7 +495,7 @@ def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling
     assert any(row.complete and row.changed for rows in ours.rows for row in rows if len(row.token_ids) == 1)
     with pytest.warns(ShortContextWarning), pytest.raises(InputError, match="no room for an answer"):
         scan(family, sampling, engine=engine, prompts=(full,))
-    made = DraftedAnswers(
+    made = VerifiedDrafts(
         engine,
         [PROMPTS[0], full],
         UNDIFFERENTIATED_ATTENTION,

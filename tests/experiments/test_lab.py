@@ -7,7 +7,7 @@ import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, run_of
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.answers.drafts import DraftedAnswers
+from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, note_planted
 from safetyheads.experiments.outcome import Outcome
@@ -98,7 +98,7 @@ def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run,
         raise AssertionError("measured again")
 
     for name in ("answers", "answers_of_each"):
-        monkeypatch.setattr(DraftedAnswers, name, measured)
+        monkeypatch.setattr(VerifiedDrafts, name, measured)
     monkeypatch.setattr("safetyheads.runs.kept.answer", measured)
     monkeypatch.setattr(HeadPass, "_read", measured)
     assert run_of(SMALL, names, again) == before

@@ -19,7 +19,7 @@ from tiny_models import END, prompts_of, tokenizer
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Engine, Head, ships
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, answer
-from safetyheads.answers.drafts import DraftedAnswers
+from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
@@ -185,7 +185,7 @@ def _answers(name):
     asked = [(PROMPTS[0], several), (PROMPTS[1], pair), (PROMPTS[1], ()), (SHORT, several)]
     equal = [*_as_the_oracles(name, ablation, asked), *_as_the_oracles(name, second, [asked[0], (SHORT, pair)])]
     encoded, groups = [*PROMPTS, SHORT], [pair, several]
-    table, _ = DraftedAnswers(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
+    table, _ = VerifiedDrafts(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
     plainly = answer(engine, [Request(prompt, group) for group in groups for prompt in encoded], ablation, N_TOKENS)
     drafted = [one.token_ids for row in table for one in row]
     return all(equal), drafted == [one.token_ids for one in plainly]

@@ -229,7 +229,7 @@ class _Row:
     compared: Compared
 
 
-class DraftedAnswers:
+class VerifiedDrafts:
     """Answers some prompts under one ablation of any head groups, by verified drafts."""
 
     def __init__(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, Request, answer
-from safetyheads.answers.drafts import DraftedAnswers, Economy, OnRows
+from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
 from safetyheads.answers.judging import JudgedAnswer as JudgedAnswer
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, Sampling
@@ -235,9 +235,9 @@ def scan_attack_success_rate(
         within(group, engine.n_layers, engine.n_heads)
     decoding = decoding or Decoding()
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
-    drafted = DraftedAnswers(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
-    answers, economy = drafted.answers(chosen, on_rows)
-    unablated = judging.judged([(number, (), decoded) for number, decoded in enumerate(drafted.unablated)])
+    drafts = VerifiedDrafts(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
+    answers, economy = drafts.answers(chosen, on_rows)
+    unablated = judging.judged([(number, (), decoded) for number, decoded in enumerate(drafts.unablated)])
     # One call for all: a judge may batch.
     rows = judging.judged(
         [
@@ -253,6 +253,6 @@ def scan_attack_success_rate(
         tuple(chosen),
         tuple(unablated),
         tuple(tuple(rows[at * n : (at + 1) * n]) for at in range(len(chosen))),
-        economy + drafted.cost_of_drafts,
-        drafted.tolerance,
+        economy + drafts.cost_of_drafts,
+        drafts.tolerance,
     )

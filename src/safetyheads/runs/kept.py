@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
-from safetyheads.answers.drafts import DraftedAnswers, Economy, OnRows, unablated_answers
+from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Verdict
@@ -131,7 +131,7 @@ class KeptAnswers:
         self.about = about or {}
         self.engine, self.asked = judging.engine, judging.asked
         self.lead = judging.judges[0].name
-        self._drafted: dict[Ablation, DraftedAnswers] = {}
+        self._drafts: dict[Ablation, VerifiedDrafts] = {}
 
     def vanilla(self) -> GroupAnswers:
         """The unablated answers."""
@@ -153,7 +153,7 @@ class KeptAnswers:
         places = [[(number, group) for group in chunk for number in range(n)] for chunk in chunks]
 
         def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
-            return self._by_drafts(ablation).answers(chunks[at], on_rows)
+            return self._drafts_under(ablation).answers(chunks[at], on_rows)
 
         drafts = draft if self._drafts_pay(len(groups), ablation) else None
         records = self._records(part, ablation, texts, places, drafts)
@@ -178,7 +178,7 @@ class KeptAnswers:
         places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
 
         def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
-            return self._by_drafts(ablation).answers_of_each(chunks[at], on_rows)
+            return self._drafts_under(ablation).answers_of_each(chunks[at], on_rows)
 
         records = self._records(part, ablation, texts, places, draft if self._drafts_pay(n, ablation) else None)
         return [GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead) for size in range(1, n + 1)]
@@ -190,7 +190,7 @@ class KeptAnswers:
 
     def forget(self) -> None:
         """Free the drafts, which hold states of all layers."""
-        self._drafted.clear()
+        self._drafts.clear()
 
     @cached_property
     def unablated(self) -> tuple[Answer, ...]:
@@ -245,14 +245,14 @@ class KeptAnswers:
         """Whether groups are answered by drafts; a resumed run decides as the first start did, by the manifest."""
         return n_groups >= _LEAST_DRAFTED or f"plan_drafts_{self._label(ablation)}" in self.directory.read_manifest()
 
-    def _by_drafts(self, ablation: Ablation) -> DraftedAnswers:
+    def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:
         """The drafts under an ablation; only those used last are held."""
-        if ablation not in self._drafted:
-            self._drafted.clear()
+        if ablation not in self._drafts:
+            self._drafts.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
             label, manifest = self._label(ablation), self.directory.read_manifest()
             plan = manifest.get(f"plan_drafts_{label}")
-            drafted = DraftedAnswers(
+            verified = VerifiedDrafts(
                 self.engine,
                 self.asked.token_ids,
                 ablation,
@@ -263,13 +263,13 @@ class KeptAnswers:
                 manifest.get(f"tolerance_{label}"),
                 self._n_rows,
             )
-            self.directory.remember(f"plan_drafts_{label}", drafted.drafts.plan.as_dict())
+            self.directory.remember(f"plan_drafts_{label}", verified.drafts.plan.as_dict())
             # Infinite where logits are not finite; JSON cannot write that.
-            tolerance = min(drafted.tolerance, sys.float_info.max)
-            drafted.tolerance = self.directory.remember(f"tolerance_{label}", tolerance)
-            self.directory.remember(f"economy_{label}", asdict(drafted.cost_of_drafts))
-            self._drafted[ablation] = drafted
-        return self._drafted[ablation]
+            tolerance = min(verified.tolerance, sys.float_info.max)
+            verified.tolerance = self.directory.remember(f"tolerance_{label}", tolerance)
+            self.directory.remember(f"economy_{label}", asdict(verified.cost_of_drafts))
+            self._drafts[ablation] = verified
+        return self._drafts[ablation]
 
     def _records(
         self,
