@@ -73,7 +73,8 @@ def test_what_comes_from_outside_is_text() -> None:
     results["verdict"]["reasons"] = results["caveats"] = results["warnings"] = [bad]
     results["openers"][0]["text"] = bad
     results["behaviour"]["vanilla"]["reasons"] = {bad: 48}
-    results["scores"]["mean_ships"]["label"] = results["judge"]["name"] = results["ablation"]["label"] = bad
+    results["scores"]["mean_ships"]["label"] = results["ablation"]["label"] = bad
+    results["judges"] = [{"name": bad}]
     rows = audit_samples.completions(results, bad)
     for row in rows:
         row["query"] = "<b>bold</b>"

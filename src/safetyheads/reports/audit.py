@@ -79,7 +79,7 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         if verdict["heads"]:
             words[frozenset(verdict["heads"])] = f"{', '.join(verdict['heads'])} ablated"
         content["completions"] = completions(rows, COMPLETION_SETS, words, results["lead_judge"])
-    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judge")}
+    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judges")}
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
 
 

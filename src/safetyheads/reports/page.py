@@ -184,7 +184,7 @@ REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tole
 
 
 def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
-    """What was measured, the config, each start, and what the run remembered, gathered by its kind."""
+    """What was measured, the rest of the config, each start, and what the run remembered, gathered by its kind."""
     weights, found = {}, dict[str, dict[str, Any]]()
     for name, value in manifest.items():
         kind, _, rest = name.partition("_")
@@ -193,7 +193,8 @@ def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
         elif name not in ("schema_version", "config", "provenance"):
             found.setdefault(REMEMBERED.get(kind, "other facts"), {})[rest or name] = value
     # Hashes of weights stand with the settings: both say what the numbers are of.
-    config = dict(manifest["config"]) | ({"weights sha256": weights} if weights else {})
+    config = {name: value for name, value in manifest["config"].items() if measured.get(name, ...) != value}
+    config |= {"weights sha256": weights} if weights else {}
     return {
         "measured": list(facts(measured)),
         "config_facts": list(facts(config)),
@@ -206,6 +207,8 @@ def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
     """Each field with its dotted name; a list of plain values on one line."""
     for key, value in fields.items():
         inner = f"{name}.{key}" if name else str(key)
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(item.get("name", at)): item for at, item in enumerate(value, 1)}
         if isinstance(value, dict) and value:
             yield from facts(value, inner)
         elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):

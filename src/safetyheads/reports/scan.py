@@ -591,6 +591,6 @@ def _head_facts(head: Head) -> dict[str, Any]:
 
 
 def _measured(results: Results) -> dict[str, Any]:
-    named: dict[str, Any] = {name: results[name] for name in ("model", "data", "ablation", "sampling", "settings")}
-    named["tests"] = {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}
-    return named | {f"judge {judge['name']}": judge for judge in results["judges"]}
+    tests = {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}
+    named = ("model", "data", "ablation", "sampling", "settings", "judges")
+    return {name: results[name] for name in named} | {"tests": tests}
