@@ -86,6 +86,13 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted.tolist())
 
 
+def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
+    """:func:`holm` over the p values that exist; None, where nothing was tested, stays."""
+    p_values = list(p_values)
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
 def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
     """P values adjusted so that a cut at q lets through a share of at most q false ones (Benjamini-Hochberg, 1995).
 
