@@ -174,7 +174,11 @@ def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) ->
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
     out = where.out or _own_out(config, "eval")
-    results = _run(config, out, output, load_tasks, run_evaluation)
+
+    def start(engine: Engine, config: EvalConfig, out: Path, tasks: Any, *others: Any) -> dict[str, Any]:
+        return run_evaluation(engine, config, tasks, out, *others)
+
+    results = _run(config, out, output, load_tasks, start)
     _show(results, output, lambda: show_evaluation(results, out))
 
 

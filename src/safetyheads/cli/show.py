@@ -263,15 +263,15 @@ def print_table(
     shared = len(ns) == 1
     # A column without any cell is of numbers, which take no room.
     are_text = [any(isinstance(row[at], str | Text) and str(row[at]) for row in rows) for at in range(len(columns))]
-    console.print()
+    console.print(Text(f"\n{title}", style="bold"))
     for between, comfort in ((" ", _COMFORT), ("\n", _COMFORT), ("\n", 0)):
         cells = [[_text(cell, between, not shared) for cell in row] for row in rows]
         widths = _widths(columns, cells, are_text, console.width, comfort)
         if widths is not None:
-            console.print(_laid_out(title, columns, cells, are_text, widths, lines))
+            console.print(_laid_out(columns, cells, are_text, widths, lines))
             break
     else:
-        console.print(_stacked(title, columns, rows, are_text, not shared))
+        console.print(_stacked(columns, rows, are_text, not shared))
     if caption or shared:
         below = [caption, f"{min(ns)} behind every interval." if shared else ""]
         console.print(" ".join(filter(None, below)), style="dim")
@@ -302,14 +302,13 @@ def _widths(
 
 
 def _laid_out(
-    title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[Text]],
     are_text: Sequence[bool],
     widths: Sequence[int],
     lines: bool,
 ) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.show_header, table.show_lines, table.pad_edge, table.padding = any(columns), lines, False, (0, _GAP - 1, 0, 0)
     for column, is_text, width in zip(columns, are_text, widths, strict=True):
         table.add_column(column, justify="left" if is_text else "right", width=width)
@@ -318,17 +317,15 @@ def _laid_out(
     return table
 
 
-def _stacked(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], are_text: Sequence[bool], with_n: bool
-) -> Text:
+def _stacked(columns: Sequence[str], rows: Sequence[Sequence[Cell]], are_text: Sequence[bool], with_n: bool) -> Text:
     """A paragraph a row."""
-    text = Text(title, style="bold")
+    text = Text()
     for row in rows:
         cells = [_text(cell, " ", with_n).plain for cell in row]
         names = " · ".join(cell for cell, is_text in zip(cells, are_text, strict=True) if is_text and cell)
         named = zip(columns, cells, are_text, strict=True)
         numbers = [f"{column}: {cell}" for column, cell, is_text in named if not is_text and cell not in ("", "–")]
-        text.append(f"\n{names}\n", style="bold not dim").append("; ".join(numbers), style="not bold")
+        text.append("\n" * bool(text)).append(f"{names}\n", style="bold").append("; ".join(numbers))
     return text
 
 
@@ -389,12 +386,21 @@ def show_audit(results: Found, report: Path) -> None:
         },
         f"Found by {others}: in the report." if others else "",
     )
+    _show_by_judge([{"heads": ["none"], **behaviour["vanilla"]}, *groups], results)
     _show_concentration(results.get("concentration"))
     _show_planted(results["planted_heads"])
     print_cautions(results)
     border = _BORDERS.get(verdict["label"], "blue")
     stdout().print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
     print_lines([*(f"- {reason}" for reason in verdict["reasons"]), f"Report: {report}"])
+
+
+def _show_by_judge(groups: Sequence[Found], results: Found) -> None:
+    """ASR by each judge, where there are several."""
+    names = [judge["name"] for judge in results.get("judges", ())]
+    if len(names) > 1:
+        columns = {name: rates(f"by_judge.{name}") for name in names}
+        print_items("ASR by judge", groups, {"ablated": texts("heads"), **columns})
 
 
 def _random(group: Found) -> Number:
@@ -592,6 +598,7 @@ def show_rates(found: Found) -> None:
             "p": plains("change.p_value", ".2g"),
         },
     )
+    _show_by_judge(groups, found)
     reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])
     counts = [(reason, *(plain(group["reasons"].get(reason, 0), "d") for group in groups)) for reason in reasons]
     print_table("Why, in answers", ("reason", *(group["heads"] for group in groups)), counts)

@@ -1,0 +1,99 @@
+"""Options come from the configs: each has its sentence, and means the same wherever it is taken."""
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any
+
+import pytest
+from cyclopts import App
+
+from safetyheads.cli.app import app
+from safetyheads.cli.options import Given, OutputOptions, _sentences, options_from_dataclasses
+from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.runs import config
+
+CONFIGS = [kind for kind in vars(config).values() if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")]
+COMMANDS = [name for name in app if not name.startswith("-")]
+# The same idea on another scale: eval counts documents, and a scan's groups are compared only when they are asked for.
+DIFFERING = {"--limit", "--n-random", "--prompts"}
+
+
+def options(name):
+    """Option -> its help, of a command."""
+    found = {}
+    for argument in app[name].assemble_argument_collection(parse_docstring=True):
+        if argument.name.startswith("--"):
+            found[argument.name] = argument.parameter.help
+    return found
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, ReproductionConfig], ids=lambda kind: kind.__name__)
+def test_every_field_has_its_sentence(kind):
+    for field in fields(kind):
+        part = next(base for base in kind.__mro__ if field.name in vars(base).get("__annotations__", ()))
+        sentence = _sentences(part.__module__)[part.__name__].get(field.name, "")
+        assert sentence.endswith("."), field.name
+
+
+def test_an_option_means_the_same_in_every_command():
+    seen = {}
+    for name in COMMANDS:
+        if name == "reproduce":  # a lab of many experiments has settings of its own
+            continue
+        for option, help_text in options(name).items():
+            if option not in DIFFERING:
+                assert seen.setdefault(option, help_text) == help_text, (name, option)
+    assert {"--judge", "--heads", "--template", "--seed", "--out", "--ablation", "--size", "--screen"} <= set(seen)
+
+
+@pytest.mark.parametrize("name", ["audit", "scan", "ships", "sahara", "asr", "eval", "demo", "reproduce"])
+def test_every_run_can_be_kept_where_the_user_says(name):
+    assert "--out" in options(name)
+
+
+@pytest.mark.parametrize("name", ["audit", "scan", "sahara", "asr", "demo", "reproduce", "judge"])
+def test_whatever_judges_takes_several_judges(name):
+    assert "--judge" in options(name)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Two settings."""
+
+    size: int = 3
+    """Most heads."""
+    judges: tuple[str, ...] = ("paper",)
+    """Who judges. Default: paper."""
+    store_completions: bool = True
+    """Store answers."""
+
+
+def called(*arguments, given=False):
+    taken = []
+    if given:
+
+        def command(toy: Annotated[dict[str, Any], Given(Toy, ("size",))], output: OutputOptions) -> None:
+            taken.append(toy)
+    else:
+
+        def command(toy: Toy, output: OutputOptions) -> None:
+            taken.append(toy)
+
+    toy_app = App(result_action="return_value")
+    toy_app.default(options_from_dataclasses(command))
+    toy_app(arguments, exit_on_error=False, print_error=False)
+    return taken[0]
+
+
+def test_fields_are_taken_as_options():
+    assert called() == Toy()
+    assert called("--size", "5", "--judge", "a", "--judge", "b", "--no-completions") == Toy(5, ("a", "b"), False)
+
+
+def test_only_what_was_given_is_taken_where_that_is_asked():
+    assert called("--judge", "a", given=True) == {"judges": ("a",)}
+    with pytest.raises(Exception, match="Unknown option"):
+        called("--size", "5", given=True)
+
+
+def test_required_fields_have_no_default():
+    assert [field.name for field in fields(config.AuditConfig) if field.default is MISSING] == ["model", "prompts"]
