@@ -35,7 +35,12 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
                 for row in rows
             ]
             outcome.figure(key, points, model=model)
-        outcome.table("settled", [_settled(sweep) for sweep in sweeps if sweep[0]["_whole"]], model=model)
+        settled = [_settled(sweep) for sweep in sweeps if sweep[0]["_whole"]]
+        outcome.table("settled", settled, model=model)
+        for ablation in SHORT.values():
+            least = min(float(row[key]) for row in settled if row["ablation"] == ablation for key in ("asr", "ships"))
+            label = f"{ablation}, epsilon at and below which no dataset's ASR and mean Ships change"
+            outcome.lead(model, label, least, "number")
         outcome.table("sweep", rows, model=model)
 
 

@@ -57,6 +57,11 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
                 points = [point for row, density in densities for point in _curve(row, density.at, density.height)]
                 outcome.figure("density", points, **words, bandwidths=", ".join(widths))
         outcome.table("tail", rows, model=model)
+        for row in rows:
+            if row["score"] == SCORES["mean_ships"]:
+                outcome.lead(
+                    model, f"{row['dataset']}, {row['ablation']}, Gini index of mean Ships", row["gini"], "number"
+                )
 
 
 def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:

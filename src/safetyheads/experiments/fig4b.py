@@ -56,6 +56,7 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
                 "n": n,
                 "least": "none" if least is None else f"{least:.2f}",
             }
+            outcome.lead(model, f"{subject.dataset}, highest ASR: head {best[0]['head']}", best[0]["asr"])
             outcome.table("top", best, *columns, model=model, dataset=subject.dataset, **words)
 
 

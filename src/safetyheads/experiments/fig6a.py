@@ -91,6 +91,10 @@ def _show(outcome: Outcome, aligned: str, key: str, rows: Sequence[dict[str, Any
         for row in rows
         for attention, name in (("own", "own"), ("swapped", f"{row['donor']}'s"))
     ]
+    what = "mean ASR" if key == "asr" else "benign answers kept"
+    for attention in ("own", "swapped"):
+        labels = (f"{row['body']} model, {attention} attention, {what}" for row in rows)
+        outcome.lead_means(aligned, zip(labels, (row[attention] for row in rows), strict=True))
     adjusted = holm_of_tests(row["change"].p for row in rows)
     outcome.figure(key, points, model=aligned)
     outcome.table(key, [{**row, "p": p} for row, p in zip(rows, adjusted, strict=True)], model=aligned)

@@ -54,7 +54,11 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         note_planted(outcome, model)
         outcome.note(*utility.notes)
         heads = ", ".join(map(str, group))
-        outcome.table("metrics", _rows(compared, utility.metrics), model=model, heads=heads)
+        rows = _rows(compared, utility.metrics)
+        outcome.table("metrics", rows, model=model, heads=heads)
+        for row in rows:
+            if row["metric"] == "acc" and row["change"] is not None:
+                outcome.lead(model, f"{row['task']}, {row['variant']}, change of the accuracy", row["change"], "change")
         for key, prunes in (("heads", False), ("pruned", True)):
             points = _points([entry for entry in compared if entry.prunes is prunes], utility.metrics)
             outcome.figure(key, points, model=model, heads=heads)

@@ -385,5 +385,7 @@ def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None
         if key in row
     ]
     p_values = holm_of_tests(row["p"] for row in rows)
+    about = words.get("about", "")
+    outcome.lead_means(words["model"], ((f"{about}{row['label']}, mean ASR", row["asr"]) for row in rows))
     outcome.figure("conditions", points, **words)
     outcome.table("conditions", [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)], **words)

@@ -182,6 +182,14 @@ class Outcome:
         """Append a row to the headline."""
         self.headline = [*self.headline, {"model": model, "label": label, "value": value, "kind": kind}]
 
+    def lead_means(self, model: str, numbers: Iterable[tuple[str, Measured]], kind: Kind = "rate") -> None:
+        """Append the mean of the numbers of each label, such as rates of several datasets."""
+        by_label: dict[str, list[Measured]] = {}
+        for label, number in numbers:
+            by_label.setdefault(label, []).append(number)
+        for label, of_label in by_label.items():
+            self.lead(model, label, mean_of(of_label), kind)
+
     def as_dict(self) -> dict[str, Any]:
         """The outcome as ``results.json`` holds it: without times."""
         return {name: value for name, value in asdict(self).items() if name not in ("timed", "shown")}

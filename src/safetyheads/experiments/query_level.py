@@ -64,13 +64,18 @@ def _show(outcome: Outcome, model: str, points: list[Row]) -> None:
     """Figure and table of the same numbers, with the paper's where the model is the paper's."""
     if not points:
         return
+    rates = [Measured(row["y"], row["n"], row["low"], row["high"]) for row in points]
     rows = [
-        {
-            **{key: str(row[key]) for key in ("panel", "x", "series")},
-            "asr": Measured(row["y"], row["n"], row["low"], row["high"]),
-        }
-        for row in points
+        {**{key: str(row[key]) for key in ("panel", "x", "series")}, "asr": rate}
+        for row, rate in zip(points, rates, strict=True)
     ]
+    sizes = [row["x"] for row in points if isinstance(row["x"], int)]
+    means = (
+        (f"{row['x']} heads, mean ASR" if sizes else f"{row['series']}, mean ASR", rate)
+        for row, rate in zip(points, rates, strict=True)
+        if not sizes or row["x"] in (0, 1, max(sizes))
+    )
+    outcome.lead_means(model, means)
     numbers, paper = quoted("fig2", paper_model(model)), ""
     if numbers:
         paper = f"The paper: a mean of {numbers[0]} unablated, {numbers[1]} under UA with one head, with the template."

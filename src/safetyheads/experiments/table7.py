@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, show_conditions
-from safetyheads.experiments.outcome import Outcome, Row, mean_of
+from safetyheads.experiments.outcome import Outcome, Row
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 
@@ -22,9 +22,6 @@ def table7(lab: Lab, outcome: Outcome) -> None:
     for model, subjects in lab.each_model(outcome, lab.config.with_templates):
         rows = _ways(lab, model, subjects)
         show_ways(outcome, model, rows)
-        for label in dict.fromkeys(row["label"] for row in rows):
-            mean = mean_of(row["asr"] for row in rows if row["label"] == label)
-            outcome.lead(model, f"{label}, mean ASR of the datasets", mean)
 
 
 def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[dict[str, Any]]:

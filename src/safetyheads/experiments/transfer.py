@@ -44,6 +44,17 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
             for search in searches
             for ablation in lab.ablations
         ]
+        for place, is_own in (("the own dataset", True), ("other datasets", False)):
+            changes = (
+                (
+                    f"{SHORT[search.by.name]}, {search.size}, mean change on {place}",
+                    tested[dataset][search.group, search.by],
+                )
+                for search in searches
+                for dataset in tested
+                if (dataset == search.dataset) is is_own
+            )
+            outcome.lead_means(model, changes, "change")
         outcome.figure("datasets", across_datasets, model=model)
         outcome.figure("ablations", across_ablations, model=model)
         outcome.table("groups", _groups(lab, model, searches), model=model)
