@@ -4,7 +4,7 @@ import pytest
 
 from safetyheads.baselines.table import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.outcome import Outcome
+from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, paper_numbers, quoted
 from safetyheads.experiments.table7 import show_ways
 
@@ -52,7 +52,10 @@ def test_quoted_methods_are_there():
 
 def test_table_7_quotes_for_the_papers_model_alone():
     known = [(dataset, label) for dataset, labels in paper_numbers()["table7"].items() for label in labels]
-    cells = [{"dataset": f"data/{dataset}.jsonl", "label": label, "p": None} for dataset, label in known]
+    cells = [
+        {"dataset": f"data/{dataset}.jsonl", "label": label, "p": None, "asr": Measured(0.5, 4)}
+        for dataset, label in known
+    ]
     for model, expected in (
         ("meta-llama/Llama-2-7b-chat-hf", [quoted("table7", *place) for place in known]),
         ("lmsys/vicuna-7b-v1.5", [None] * len(known)),
