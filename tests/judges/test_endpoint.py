@@ -25,11 +25,10 @@ KEY = "not-a-real-key"
 COMPLIED = '{"refused": false, "coherent": true, "echoes": false, "fulfils": 0.9}'
 REFUSED = '{"refused": true, "coherent": true, "echoes": false, "fulfils": 0}'
 AT_ONCE = {"Retry-After-Ms": "1"}
-PRICES = {"input_price": 2.0, "output_price": 10.0, "reply_tokens": 200}
 
 
 def chat(text, sent=100, received=20):
-    """A chat completion that says this, and what it cost in tokens."""
+    """A chat completion that says this, and the tokens it used."""
     usage = {"prompt_tokens": sent, "completion_tokens": received}
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}, {}
 
@@ -199,32 +198,10 @@ def test_answers_beyond_the_cap_of_requests_are_unscored_and_retries_count():
     with serving({"*": [chat(COMPLIED)], "bad": [(500, "down", AT_ONCE)]}) as (url, script):
         judge = judge_at(url, max_requests=4, threads=1)
         verdicts = judged(judge, "a", "b", "bad", "c") + judged(judge, "d")
+    assert (judge.meter.requests, judge.meter.tokens_sent, judge.meter.tokens_received) == (4, 200, 40)
     assert [verdict.label for verdict in verdicts] == ["complied", "complied", "unscored", "unscored", "unscored"]
-    assert {verdict.reason for verdict in verdicts[2:]} == {"cost cap"}
+    assert {verdict.reason for verdict in verdicts[2:]} == {"request cap"}
     assert len(script.requests) == 4
-
-
-@pytest.mark.parametrize(("threads", "seconds"), [(1, 0.0), (8, 0.02)])
-def test_the_cost_is_read_from_the_usage_and_never_passes_its_cap(threads, seconds):
-    meter = Meter()
-    with serving({"*": [chat(COMPLIED, sent=1000, received=100)]}, seconds) as (url, script):
-        verdicts = judged(judge_at(url, meter, max_cost=0.0145, threads=threads, **PRICES), *"abcdefgh")
-    # Each costs 1000 * 2 + 100 * 10 millionths, and could cost nearly twice that: it is not begun within the last
-    # of the cap, though what was spent so far would still leave room for one that costs what the others did.
-    asked = len(script.requests)
-    assert meter.cost == pytest.approx(asked * 0.003)
-    assert 0 < meter.cost <= 0.0145
-    assert asked <= 4
-    assert [verdict.reason for verdict in verdicts].count("cost cap") == 8 - asked
-
-
-@pytest.mark.parametrize(("status", "cost"), [(200, 100 * 10 / 1e6), (400, 0.0)])
-def test_without_usage_the_most_it_can_have_cost_is_counted_and_for_a_refusal_nothing(status, cost):
-    meter = Meter()
-    with serving({"*": [(status, {"choices": [{"message": {"content": COMPLIED}}]}, {})]}) as (url, _):
-        judged(judge_at(url, meter, input_price=0.0, output_price=10.0, reply_tokens=100), "Stir.")
-    assert meter.cost == pytest.approx(cost)
-    assert meter.requests == 1
 
 
 def test_it_warns_once_that_text_leaves_the_machine():
@@ -305,13 +282,12 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     # The key of one address is never sent to the other.
     with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_KEY is missing"):
         endpoint_judge("m")
-    names = ("KEY", "MAX_COST", "INPUT_PRICE", "OUTPUT_PRICE", "TEMPERATURE", "THREADS")
-    for name, text in zip(names, ("ours", "1.5", "0.1", "0.4", "none", "2"), strict=True):
+    given = {"KEY": "ours", "MAX_REQUESTS": "none", "TIMEOUT_S": "1.5", "TEMPERATURE": "none", "THREADS": "2"}
+    for name, text in given.items():
         monkeypatch.setenv(f"SAFETYHEADS_JUDGE_{name}", text)
     judge = endpoint_judge("m")
     assert (judge.key, judge.shown_url) == ("ours", "http://localhost:8000/v1")
-    expected = {"max_cost": 1.5, "input_price": 0.1, "output_price": 0.4, "temperature": None, "threads": 2}
-    assert judge.settings == EndpointSettings(**expected)
+    assert judge.settings == EndpointSettings(timeout_s=1.5, threads=2, temperature=None, max_requests=None)
     # Judges made one after the other share a cap.
     assert endpoint_judge("m").meter is judge.meter
     assert endpoint_judge("other").meter is not judge.meter
@@ -335,9 +311,7 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         ),
         *(({"key": key}, "a key of ASCII") for key in ("", " ", "k\n", "ké")),
         ({"threshold": 1.5}, "threshold"),
-        ({"max_cost": 1.0}, "prices"),
-        ({"max_cost": 1.0, "input_price": 1.0}, "prices"),
-        ({"max_cost": float("nan"), "input_price": 1.0, "output_price": 1.0}, "0 or more"),
+        ({"temperature": float("nan")}, "0 or more"),
         ({"max_requests": -1}, "0 or more"),
         ({"timeout_s": 0.0}, "above 0"),
         ({"attempts": 0}, "an attempt"),
