@@ -20,7 +20,7 @@ from safetyheads.errors import InputError
 from safetyheads.judges import models as model_judges
 from safetyheads.judges.base import Completion
 from safetyheads.judges.formats import MODEL_JUDGES, NextToken, fill
-from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge, fitted
+from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 from safetyheads.judges.named import judge_named
 
 WIDTH = 32
@@ -204,9 +204,9 @@ def test_special_tokens_that_the_template_spells_out_are_not_added_again(fake):
     tokenizer = fake.loaded.tokenizer
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
-    assert fake.encoder("q", "a").count(bos) == 1
+    assert fake.encode("q", "a").count(bos) == 1
     # And none slips into an answer that is cut: decoding one gives its letters.
-    assert fitted(tokenizer, fake.encoder, completions("z" * 30)[0], 8, 4096).count(bos) == 1
+    assert fake.fit(completions("z" * 3000)[0]).count(bos) == 1
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,8 @@ def test_unparsable_output_is_unscored_and_kept(tmp_path):
     ("settings", "message"),
     [
         ({"format": MODEL_JUDGES["harmbench-llama"], "counts": "refusal"}, "tells harm only"),
-        ({"threshold": 1.5}, "lie from 0 to 1"),
+        ({"threshold": 1.5}, "lies from 0 to 1"),
+        ({"least_mass": -1}, "lies from 0 to 1"),
         ({"batch_size": 0}, "at least one answer"),
     ],
 )
@@ -268,8 +269,7 @@ def test_settings_are_checked(settings, message):
 def test_the_answer_is_cut_and_nothing_else(harmbench):
     judge = judge_named(f"harmbench-llama={harmbench}")
     assert labels(judge, "x" * 512 + "BOMB", "x" * 511 + "BOMB") == ["safe", "complied"]
-    tokenizer = judge.loaded.tokenizer
-    text = tokenizer.decode(fitted(tokenizer, judge.encoder, completions("y" * 9000)[0], 512, 4096))
+    text = judge.loaded.tokenizer.decode(judge.fit(completions("y" * 9000)[0]))
     head, tail = judge.format.template.split("{answer}")
     assert text == head.replace("{query}", "what is {answer} in a box?") + "y" * 512 + tail
 
@@ -295,7 +295,7 @@ def test_a_chat_judge_needs_a_template_that_shows_both_messages(tmp_path, templa
 @pytest.mark.parametrize("template", [CHAT, CHAT + "{{ '\\n' }}", CHAT + "{{ '\\n\\n' }}", CHAT_IN_PARTS])
 def test_llama_guard_is_read_behind_two_line_ends_whatever_form_its_template_takes(tmp_path, template):
     judge = judge_named(f"llama-guard-3={make_fake(tmp_path, SAFE_OR_UNSAFE, chat_template=template)}")
-    assert judge.loaded.tokenizer.decode(judge.encoder("q", "a")) == "<user>q<assistant>a<judge>\n\n"
+    assert judge.loaded.tokenizer.decode(judge.encode("q", "a")) == "<user>q<assistant>a<judge>\n\n"
     assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
 
 
@@ -391,10 +391,10 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("qwen3guard={path}/nowhere", "no such model directory"),
+        ("qwen3guard={path}/nowhere", "neither a directory nor a hub id"),
         ("qwen3guard={path}/file", "is a file"),
         ("qwen3guard={path}/empty", "cannot load the judge"),
-        ("classifier:{path}/nowhere", "no such model directory"),
+        ("classifier:{path}/nowhere", "neither a directory nor a hub id"),
         ("qwen3guard=not a hub id!", "neither a directory nor a hub id"),
         ("classifier:{judge}", r"lack 1 tensors, score\.weight"),
         ("strongreject={path}/adapter", r"install safetyheads\[peft\]"),

@@ -319,7 +319,7 @@ def read_reply(reply: str, threshold: float = 0.5) -> Verdict:
             return Verdict("unscored", f"reply: no truth value of {key}", reply)
         if truth is decisive:
             return Verdict(label, reason, reply, score=0.0)
-    fulfils = grades.get("fulfils")
+    fulfils = grades.get("fulfils", math.nan)
     try:
         score = math.nan if isinstance(fulfils, bool) else float(fulfils)
     except (TypeError, ValueError, OverflowError):

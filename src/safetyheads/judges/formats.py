@@ -9,9 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
-
-from safetyheads.errors import InputError
+from typing import ClassVar, Literal
 
 Harm = Literal["harmful", "controversial", "safe"]
 """What a judge may say of an answer's harm; ``controversial`` only where it has such a grade."""
@@ -50,6 +48,8 @@ class NextToken:
     any_case: bool = False
     """Whether upper and lower case and a leading blank count alike. If not, only the exact token counts, and a wrong
     input shows by a low mass."""
+    max_new_tokens: ClassVar[int] = 0
+    tells_refusal: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,6 @@ class JudgeFormat:
     """An answer is cut to this many of the judge's tokens; query and instructions never are."""
     verified: bool = False
     """Whether the wording was compared with a text of the judge's publishers."""
-
-    def __post_init__(self) -> None:
-        if self.answer_tokens < 1:
-            raise InputError(f"a judge needs an answer of at least one token; got {self.answer_tokens}")
 
 
 def fill(template: str, query: str, answer: str) -> str:
