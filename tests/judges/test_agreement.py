@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.judges.agreement import CLASSES, agreement, cohens_kappa, judges_agreement
+from safetyheads.judges.agreement import agreement, judges_agreement
 from safetyheads.judges.base import LABELS, Completion, Verdict
 from safetyheads.judges.keywords import KeywordJudge
 
@@ -26,10 +26,9 @@ def pair(first, second):
 
 
 def test_kappa_of_a_table_counted_by_hand():
-    # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: .7 agree, .5 * .6 + .5 * .4 = .5 by chance.
-    first = ["y"] * 25 + ["n"] * 25
-    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    result = cohens_kappa(first, second, ("y", "n"))
+    # 20 complied twice, 5 for the first alone, 10 for the second alone, 15 for none: .7 agree, .5 * .6 + .5 * .4 = .5
+    # by chance.
+    result = pair("c" * 25 + "r" * 25, "c" * 20 + "r" * 5 + "c" * 10 + "r" * 15).compliance
     assert result.kappa == pytest.approx(0.4)
     assert result.n == 50
     # The large-sample variance of Fleiss, Cohen and Everitt (1969), its three terms written out.
@@ -40,35 +39,36 @@ def test_kappa_of_a_table_counted_by_hand():
     assert result.interval == pytest.approx((0.4 - 1.959964 * variance**0.5, 0.4 + 1.959964 * variance**0.5))
 
 
-def test_kappa_does_not_exist_without_rows_or_with_one_class():
-    assert (cohens_kappa([], [], CLASSES).kappa, cohens_kappa([], [], CLASSES).n) == (None, 0)
-    same = pair("ccc", "ccc").compliance
-    assert (same.kappa, same.interval, same.n) == (None, None, 3)
+@pytest.mark.parametrize(
+    ("first", "second", "compliance", "classes"),
+    [
+        # No kappa without answers or with one class, and no interval of no width.
+        ("", "", (None, None, 0), (None, None, 0)),
+        ("ccc", "ccc", (None, None, 3), (None, None, 3)),
+        ("ccrr", "ccrr", (1.0, None, 4), (1.0, None, 4)),
+        # Refused against incoherent is no difference to an ASR; incoherent and echoed are one class.
+        ("cie", "cei", (1.0, None, 3), (1.0, None, 3)),
+    ],
+)
+def test_kappa_of_few_answers(first, second, compliance, classes):
+    result = pair(first, second)
+    assert tuple(asdict(result.compliance).values()) == compliance
+    assert tuple(asdict(result.classes).values()) == classes
 
 
-def test_classes_and_intervals_of_small_tables():
-    full = pair("ccrr", "ccrr").compliance
-    assert (full.kappa, full.interval, full.n) == (1.0, None, 4)  # no interval of no width
-    # Refused against incoherent is no difference to an ASR; incoherent and echoed are one class.
-    differing = pair("crri", "crir")
-    assert differing.compliance.kappa == 1.0
-    assert (differing.indices, differing.count, differing.first_only) == ((), 0, 0)
-    assert differing.classes.kappa < 1
-    assert pair("cie", "cei").classes.kappa == 1.0
-
-
-def test_rows_that_differ_are_told_with_who_said_complied():
-    result = pair("crcr", "rccr")
-    assert (result.indices, result.count, result.first_only) == ((0, 1), 2, 1)
-    assert (result.n, result.unscored) == (4, 0)
-
-
-def test_unscored_rows_are_left_out_and_counted():
-    result = pair("cucr", "urcc")
-    assert (result.n, result.unscored) == (2, 2)
-    # Row numbers are those of all rows, not of the scored ones.
-    assert (result.indices, result.first_only) == ((3,), 0)
-    assert result.compliance.n == result.classes.n == 2
+@pytest.mark.parametrize(
+    ("first", "second", "n", "unscored", "indices", "first_only"),
+    [
+        ("crri", "crir", 4, 0, (), 0),
+        ("crcr", "rccr", 4, 0, (0, 1), 1),
+        # Unscored answers are left out; indices count all answers, not the scored ones.
+        ("cucr", "urcc", 2, 2, (3,), 0),
+    ],
+)
+def test_answers_that_differ_are_told_with_who_said_complied(first, second, n, unscored, indices, first_only):
+    result = pair(first, second)
+    assert (result.n, result.unscored, result.indices, result.first_only) == (n, unscored, indices, first_only)
+    assert result.compliance.n == result.classes.n == n
 
 
 def test_several_judges_are_compared_two_by_two():
@@ -77,19 +77,21 @@ def test_several_judges_are_compared_two_by_two():
     assert [(each.first, each.second) for each in result.pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (result.n_rows, result.unscored, result.indices) == (3, (0, 0, 2), (1, 2))
     assert agreement({}).pairs == agreement({"a": verdicts("c")}).pairs == ()
+    with pytest.raises(InputError, match="need the same rows, not a 1, b 2"):
+        agreement({"a": verdicts("c"), "b": verdicts("cc")})
 
 
 @quick
 @given(st.lists(st.tuples(st.sampled_from("crieu"), st.sampled_from("crieu")), max_size=12))
-def test_any_rows_give_valid_json_that_does_not_depend_on_who_is_first(rows):
+def test_any_answers_give_valid_json_that_does_not_depend_on_who_is_first(rows):
     first, second = "".join(a for a, _ in rows), "".join(b for _, b in rows)
     result, turned = pair(first, second), pair(second, first)
     json.dumps(asdict(result), allow_nan=False)
-    for one, other in ((result.compliance, turned.compliance), (result.classes, turned.classes)):
-        assert one.kappa == pytest.approx(other.kappa)
-        assert one.interval == pytest.approx(other.interval)
-        assert one.interval is None or -1 <= one.interval[0] <= one.kappa <= one.interval[1] <= 1
-    assert result.first_only + turned.first_only == result.count
+    for kappa, other in ((result.compliance, turned.compliance), (result.classes, turned.classes)):
+        assert kappa.kappa == pytest.approx(other.kappa)
+        assert kappa.interval == pytest.approx(other.interval)
+        assert kappa.interval is None or -1 <= kappa.interval[0] <= kappa.kappa <= kappa.interval[1] <= 1
+    assert result.first_only + turned.first_only == len(result.indices)
 
 
 def test_judges_are_run_on_the_same_answers():
@@ -99,10 +101,3 @@ def test_judges_are_run_on_the_same_answers():
     assert (result.judges, result.n_rows, result.indices) == (("paper", "released"), 3, (1,))
     with pytest.raises(InputError, match="different names, not paper, paper"):
         judges_agreement([KeywordJudge(), KeywordJudge()], rows)
-
-
-def test_rows_that_do_not_belong_together_are_refused():
-    with pytest.raises(InputError, match="need the same rows, not a 1, b 2"):
-        agreement({"a": verdicts("c"), "b": verdicts("cc")})
-    with pytest.raises(InputError, match="all of the classes given"):
-        cohens_kappa(["x"], ["complied"], CLASSES)

@@ -7,7 +7,8 @@ An answer that a judge left unscored is left out of that judge's pairs and count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -56,11 +57,6 @@ class PairAgreement:
     first_only: int
     """How many of these complied for the first judge."""
 
-    @property
-    def count(self) -> int:
-        """Number of answers that differ about compliance."""
-        return len(self.indices)
-
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -79,10 +75,7 @@ class Agreement:
 
 
 def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> Agreement:
-    """Compare judges' verdicts of the same answers.
-
-    Args:
-        verdicts: each judge's, by its name; answers in one order.
+    """Compare judges' verdicts of the same answers, given by judge, answers in one order.
 
     Raises:
         InputError: the judges have different numbers of verdicts.
@@ -91,11 +84,10 @@ def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> Agreement:
     if len(lengths) > 1:
         given = ", ".join(f"{name} {len(answers)}" for name, answers in verdicts.items())
         raise InputError(f"judges that are compared need the same rows, not {given}")
-    names = combinations(verdicts, 2)
-    pairs = tuple(_compare(first, second, verdicts[first], verdicts[second]) for first, second in names)
+    pairs = tuple(_compare(*names, *(verdicts[name] for name in names)) for names in combinations(verdicts, 2))
     return Agreement(
         judges=tuple(verdicts),
-        n_rows=lengths.pop() if lengths else 0,
+        n_rows=max(lengths, default=0),
         unscored=tuple(sum(not verdict.scored for verdict in answers) for answers in verdicts.values()),
         pairs=pairs,
         indices=tuple(sorted({index for pair in pairs for index in pair.indices})),
@@ -114,50 +106,36 @@ def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion])
     return agreement({judge.name: verdicts_of(judge, completions) for judge in judges})
 
 
-def cohens_kappa(first: Sequence[str], second: Sequence[str], classes: Sequence[str]) -> Kappa:
-    """Cohen's kappa of two judges' classes of the same answers, with its 95 % interval.
-
-    Raises:
-        InputError: the answers differ in number, or a class is not among ``classes``.
-    """
-    if len(first) != len(second) or not {*first, *second} <= set(classes):
-        raise InputError("kappa needs as many rows of both judges, all of the classes given")
-    n = len(first)
-    table = [[0] * len(classes) for _ in classes]
-    for a, b in zip(first, second, strict=True):
-        table[classes.index(a)][classes.index(b)] += 1
-    # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
-    if len({*first, *second}) < 2:
-        return Kappa(None, None, n)
-    from statsmodels.stats import inter_rater  # slow to import
-
-    # statsmodels also tests kappa against 0, which divides by 0 where no error is left.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result = inter_rater.cohens_kappa(table)
-    kappa, variance = float(result.kappa), float(result.var_kappa)
-    # Rounding leaves a variance of 0 a little above or below it.
-    if variance < 1e-12:
-        return Kappa(kappa, None, n)
-    half_width = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
-    return Kappa(kappa, (max(kappa - half_width, -1.0), min(kappa + half_width, 1.0)), n)
-
-
 def _compare(first: str, second: str, firsts: Sequence[Verdict], seconds: Sequence[Verdict]) -> PairAgreement:
-    pairs = list(zip(firsts, seconds, strict=True))
-    both_scored = [a.scored and b.scored for a, b in pairs]
-    scored = [pair for pair, is_scored in zip(pairs, both_scored, strict=True) if is_scored]
-    differing = [i for i, (a, b) in enumerate(pairs) if both_scored[i] and a.complied != b.complied]
-
-    def kappa(class_of: Callable[[Verdict], str]) -> Kappa:
-        return cohens_kappa([class_of(a) for a, _ in scored], [class_of(b) for _, b in scored], CLASSES)
-
+    pairs = {i: pair for i, pair in enumerate(zip(firsts, seconds, strict=True)) if pair[0].scored and pair[1].scored}
+    differing = tuple(index for index, (a, b) in pairs.items() if a.complied != b.complied)
+    classes = [[v.label if v.label in CLASSES else "neither" for v in pair] for pair in pairs.values()]
     return PairAgreement(
         first=first,
         second=second,
-        n=len(scored),
-        unscored=len(pairs) - len(scored),
-        compliance=kappa(lambda verdict: "complied" if verdict.complied else "neither"),
-        classes=kappa(lambda verdict: verdict.label if verdict.label in CLASSES else "neither"),
-        indices=tuple(differing),
+        n=len(pairs),
+        unscored=len(firsts) - len(pairs),
+        compliance=_cohens_kappa([[c if c == "complied" else "neither" for c in pair] for pair in classes]),
+        classes=_cohens_kappa(classes),
+        indices=differing,
         first_only=sum(firsts[index].complied for index in differing),
     )
+
+
+def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
+    """Cohen's kappa of two judges' classes of each answer, with its 95 % interval."""
+    # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
+    if len({name for pair in pairs for name in pair}) < 2:
+        return Kappa(None, None, len(pairs))
+    from statsmodels.stats import inter_rater  # slow to import
+
+    counts = Counter(map(tuple, pairs))
+    # statsmodels also tests kappa against 0, which divides by 0 where no error is left.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = inter_rater.cohens_kappa([[counts[a, b] for b in CLASSES] for a in CLASSES])
+    kappa, variance = float(result.kappa), float(result.var_kappa)
+    # Rounding leaves a variance of 0 a little above or below it.
+    if variance < 1e-12:
+        return Kappa(kappa, None, len(pairs))
+    half_width = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return Kappa(kappa, (max(kappa - half_width, -1.0), min(kappa + half_width, 1.0)), len(pairs))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -56,16 +55,17 @@ class CallableJudge(Judge):
         return tuple(verdict for completion in completions for verdict in self([completion]))
 
     def _values(self, completions: Sequence[Completion]) -> list[Any] | Verdict:
-        """The function's values; an unscored verdict where it has none that fit."""
+        """The function's values as Python's own; an unscored verdict where it has none that fit."""
         queries = [completion.query for completion in completions]
         answers = [completion.text for completion in completions]
         try:
             returned = self.function(queries, answers)
-            values = None if isinstance(returned, str | bytes | Mapping) else _python_values(returned)
+            values = returned.tolist() if hasattr(returned, "tolist") else returned
+            if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+                return Verdict("unscored", f"value: a sequence is needed, not {_kind(returned)}")
+            values = [value.item() if hasattr(value, "item") else value for value in values]
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything, and answers must not be lost.
             return Verdict("unscored", f"error: {type(error).__name__}")
-        if values is None:
-            return Verdict("unscored", f"value: a sequence is needed, not {_kind(returned)}")
         if len(values) != len(completions):
             return Verdict("unscored", f"length: {len(values)} values for {len(completions)} answers")
         return values
@@ -74,17 +74,14 @@ class CallableJudge(Judge):
         if isinstance(value, Verdict):
             return value
         if isinstance(value, str):
-            for label in LABELS:
-                if value.strip().lower() == label:
-                    return Verdict(label, "label")
-            return Verdict("unscored", "label: none of " + ", ".join(LABELS))
+            label = next((label for label in LABELS if label == value.strip().lower()), None)
+            return Verdict(label, "label") if label else Verdict("unscored", "label: none of " + ", ".join(LABELS))
         if not isinstance(value, int | float):
             return Verdict("unscored", f"value: {_kind(value)} is no number, truth value, label or verdict")
         if not 0 <= value <= 1:
             return Verdict("unscored", "value: no number from 0 to 1")
-        if isinstance(value, bool):
-            return Verdict("complied" if value else "refused", "truth value", score=float(value))
-        return Verdict("complied" if value >= self.threshold else "refused", "score", score=float(value))
+        has_complied, reason = (value, "truth value") if isinstance(value, bool) else (value >= self.threshold, "score")
+        return Verdict("complied" if has_complied else "refused", reason, score=float(value))
 
     def describe(self) -> dict[str, Any]:
         """Where the function is defined, for the manifest; what it depends on itself is unknown."""
@@ -116,16 +113,11 @@ def judge_of_chats(
     return CallableJudge(judge_chats, name, threshold)
 
 
-def judge_from_path(path: str, name: str | None = None, threshold: float = 0.5) -> Judge:
-    """The judge at ``package.module:function``; the module may be in the current directory.
+def judge_from_path(path: str) -> Judge:
+    """The judge at ``package.module:function``, named ``python:`` and the path; a Judge there is used as it is.
 
-    The module is imported at once, so that a mistyped path fails before any answer is made. A Judge at that path is
-    used as it is.
-
-    Args:
-        path: module and name in it, with a colon between.
-        name: its name in tables; None for ``python:`` and the path.
-        threshold: for functions that return numbers.
+    The module may be in the current directory. It is imported at once, so that a mistyped path fails before any answer
+    is made.
 
     Raises:
         InputError: there is no such module or name, or no function at that path.
@@ -133,42 +125,26 @@ def judge_from_path(path: str, name: str | None = None, threshold: float = 0.5) 
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise InputError(f"a judge in Python is python:package.module:function, not python:{path}")
-    with _current_directory_importable():
-        try:
-            target: Any = importlib.import_module(module_name)
-        except Exception as error:  # a user's module may raise anything while it runs
-            raise InputError(
-                f"judge python:{path}: {module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
-            ) from error
+    # A command that pip installed does not look in the current directory, where a user's module is.
+    here = os.getcwd()
+    is_added = here not in sys.path
+    if is_added:
+        sys.path.append(here)
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it runs
+        raise InputError(
+            f"judge python:{path}: {module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        if is_added:
+            sys.path.remove(here)
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise InputError(f"judge python:{path}: {module_name} has no {attribute}")
         target = getattr(target, part)
-    if isinstance(target, Judge) and not isinstance(target, type):
-        return target
-    return CallableJudge(target, name or f"python:{path}", threshold)
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    # A command that pip installed does not look in the current directory, where a user's module is.
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove(here)
-
-
-def _python_values(returned: Any) -> list[Any] | None:
-    """Python's own values of any sequence, array or tensor; None for what is no sequence."""
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, Iterable):
-        return None
-    return [value.item() if hasattr(value, "item") else value for value in values]
+    is_judge = isinstance(target, Judge) and not isinstance(target, type)
+    return target if is_judge else CallableJudge(target, f"python:{path}")
 
 
 def _kind(value: Any) -> str:

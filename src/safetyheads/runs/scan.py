@@ -526,7 +526,7 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
         "unscored": list(agreed.unscored),
         # Without the indices: they count in this list of records, which results do not hold.
         "pairs": [
-            {name: value for name, value in asdict(pair).items() if name != "indices"} | {"count": pair.count}
+            {name: value for name, value in asdict(pair).items() if name != "indices"} | {"count": len(pair.indices)}
             for pair in agreed.pairs
         ],
         "n_disagreeing": len(agreed.indices),
