@@ -31,7 +31,7 @@ def test_runs_are_ordered_by_their_start(folder):
 def test_times_are_compared_across_zones(tmp_path):
     audit_run(tmp_path / "b", started="2026-01-01T12:00:00+02:00")
     audit_run(tmp_path / "a", started="2026-01-01T11:00:00+00:00")
-    audit_run(tmp_path / "c", started=None)
+    audit_run(tmp_path / "c", started="yesterday")
     assert [entry.name for entry in read_history(tmp_path).entries] == ["b", "a", "c"]
 
 

@@ -188,10 +188,10 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str:
     """
     if column is not None and column in names:
         return column
-    for wanted in QUERY_COLUMNS if column is None else (column,):
-        for name in names:
-            if name.strip().lower() == wanted.strip().lower():
-                return name
+    by_key = {name.strip().lower(): name for name in reversed(names)}
+    for wanted in QUERY_COLUMNS if column is None else (column.strip().lower(),):
+        if wanted in by_key:
+            return by_key[wanted]
     found = ", ".join(name or "(no name)" for name in names) or "none"
     if column is not None:
         raise InputError(f"{where}: no column {column!r}; the columns are {found}")

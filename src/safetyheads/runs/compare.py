@@ -15,6 +15,7 @@ import numpy as np
 import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
+from safetyheads.files import shorten
 from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
 from safetyheads.stats.concentration import prompt_gains
 from safetyheads.stats.intervals import FloatArray, Interval, bootstrap_interval, newcombe_interval
@@ -40,8 +41,6 @@ SETTINGS = {
     "dtype": "precision",
 }
 """Fields of a config whose difference makes a comparison weak, with their names."""
-
-_WIDTH_SHOWN = 40
 
 
 # How a number changed.
@@ -282,7 +281,7 @@ def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:
     if families[0] != families[1]:
         yield f"The families differ ({families[0]} -> {families[1]}): a head of one is no head of the other."
     for name in differing_settings(before, after):
-        old, new = (_shorten(run.config[name]) for run in (before, after))
+        old, new = (_describe(run.config[name]) for run in (before, after))
         values = f" ({old} -> {new})" if old != new else ""
         yield f"The {SETTINGS[name]} differs{values}."
     weights = [run.config.get("weights_sha256") for run in (before, after)]
@@ -296,12 +295,11 @@ def differing_settings(before: RunReader, after: RunReader) -> tuple[str, ...]:
     return tuple(name for name in shared if before.config[name] != after.config[name])
 
 
-def _shorten(value: Any) -> str:
+def _describe(value: Any) -> str:
+    """A setting for a sentence: judges by name, all else as JSON."""
     values = value if isinstance(value, list) else [value]
-    text = ", ".join(
-        str(each["name"]) if isinstance(each, dict) and "name" in each else json.dumps(each) for each in values
-    )
-    return text if len(text) <= _WIDTH_SHOWN else text[: _WIDTH_SHOWN - 3] + "..."
+    named = (each["name"] if isinstance(each, dict) and "name" in each else json.dumps(each) for each in values)
+    return shorten(", ".join(map(str, named)))
 
 
 # Gates.

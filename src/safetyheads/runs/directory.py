@@ -26,6 +26,7 @@ from safetyheads.files import (
     read_json,
     readable_json,
     remove_partial_files,
+    shorten,
     write_atomically,
 )
 
@@ -49,7 +50,6 @@ _GITIGNORE = b"*\n"
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MANIFEST_FIELDS = ("schema_version", "config", "provenance")
 _DIFFERENCES_SHOWN = 6
-_WIDTH_SHOWN = 40
 
 _log = logging.getLogger(__name__)
 
@@ -284,11 +284,7 @@ def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
     """Each field in which two configs differ, as ``name (old -> new)``."""
     old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in (stored, given))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return [f"{name} ({_shorten(old.get(name, 'absent'))} -> {_shorten(new.get(name, 'absent'))})" for name in names]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _WIDTH_SHOWN else text[: _WIDTH_SHOWN - 3] + "..."
+    return [f"{name} ({shorten(old.get(name, 'absent'))} -> {shorten(new.get(name, 'absent'))})" for name in names]
 
 
 def _file_name(stage: str) -> str:

@@ -45,7 +45,7 @@ class RunReader:
     shape: tuple[int, int]
     """Layers, and heads in each."""
     started: datetime | None
-    """When it was first started, UTC."""
+    """When it was first started, UTC; None where the manifest does not say."""
     verdict: str | None
     """The verdict's label; a scan has none."""
     lead_score: str
@@ -77,12 +77,11 @@ class RunReader:
                 f"{path} holds results of kind {kind!r}, schema {version!r}; "
                 f"what is read are audits and scans of schema {SCHEMA_VERSION}"
             )
-        self.path, self.kind, self.config, self.results = path, kind, manifest["config"], results
+        self.path, self.kind, self.config, self.results = path, kind, manifest.get("config") or {}, results
         for name in _REQUIRED[kind]:
             if _value_at(results, name) is None:
                 raise InputError(f"{path}: its results.json has no {name}")
-        started = manifest["provenance"][0].get("started")
-        self.started = None if started is None else datetime.fromisoformat(started).astimezone(UTC)
+        self.started = _start_time(manifest)
         self.model = str(results["model"]["name"])
         self.shape = results["model"]["n_layers"], results["model"]["n_heads"]
         self.vanilla_asr, self.benign_kept = (_value_at(results, paths[kind]) for paths in (_ASR, _KEPT))
@@ -181,6 +180,15 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """An audit's groups of the verdict's scorer, by size."""
     groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == results["verdict"]["scorer"]]
     return sorted(groups, key=lambda group: int(group["size"]))
+
+
+def _start_time(manifest: Mapping[str, Any]) -> datetime | None:
+    """When the run was first started, UTC; None where the manifest does not say."""
+    try:
+        started = datetime.fromisoformat(manifest["provenance"][0]["started"])
+    except (LookupError, TypeError, ValueError):
+        return None
+    return started.replace(tzinfo=UTC) if started.tzinfo is None else started.astimezone(UTC)
 
 
 def _value_at(results: Mapping[str, Any], path: str) -> Any:
