@@ -466,7 +466,7 @@ class ModelCosts:
     def bytes_per_token(self) -> int:
         """Of a batch, to guess how many tokens fit: prompts of some 32 tokens, no prefix to speak of."""
         row = RowSize(256, 0, 8, 0, n_prompts=8, n_prefix=0, longest_rest=32)
-        return -(-self._layer_bytes(8, row) // (8 * row.n_tokens))
+        return -(-max(self._layer_bytes(8, row)) // (8 * row.n_tokens))
 
     def pass_bytes(self, sequences: Sequence[TokenSequence], plan: Plan, at_once: int) -> int:
         """Peak of a whole pass beside the weights, within 30 % (tests/model/test_planning.py).
@@ -482,15 +482,20 @@ class ModelCosts:
         width = facts.d_model * facts.n_layers + 2 * facts.d_head + 2 * facts.n_heads * facts.d_head
         masks = 2 if facts.windows else 1
         captured = sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
-        running = max(max(self._layer_bytes(1, row) + 4 * row.n_tokens**2, self._layer_bytes(n, row)) for row in rows)
+        running = 0
+        for row in rows:
+            capturing = max(self._layer_bytes(1, row)) + 4 * row.n_tokens**2
+            # In the first ablated layer one row goes unablated and one ablated, as far as their heads' outputs.
+            starting = self._layer_bytes(2, row)[1] if self.quick.starts_late else 0
+            running = max(running, capturing, starting, *self._layer_bytes(n, row))
         states = n * n_wanted * facts.d_model * size
         reading = n * len(sequences) * (facts.d_model * (size + 8) + 32 * len(sequences))
         chunk = min(max(1, at_once // facts.vocabulary_size), n * n_wanted) * facts.vocabulary_size if at_once else 0
         kept = 8 * n_wanted * facts.vocabulary_size if at_once else 0
         return kept + captured + states + max(running, states, reading, kept + 12 * chunk, _LOGIT_BYTES * chunk)
 
-    def _layer_bytes(self, n_groups: int, row: RowSize) -> int:
-        """Peak of ``n_groups`` batch rows inside a layer: in its MLP or in its attention.
+    def _layer_bytes(self, n_groups: int, row: RowSize) -> tuple[int, int]:
+        """Peaks of ``n_groups`` batch rows in a layer's MLP and in its attention.
 
         Which tensors are alive together was read off transformers' layers; what a family does otherwise moves the
         estimate, never a result.
@@ -517,7 +522,7 @@ class ModelCosts:
             weights += n * n_queries * n_keys * facts.n_heads * size if scores else 0
         block = tokens * (2 * facts.d_model + heads + 2 * kv_heads) * size
         mlp = tokens * (3 * facts.d_model + _mlp_width(facts)) * size + (weights if len(attends) == 1 else 0)
-        return max(mlp, block + attention)
+        return mlp, block + attention
 
 
 def _mlp_width(facts: Architecture) -> int:
