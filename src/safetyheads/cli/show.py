@@ -322,10 +322,10 @@ def _stacked(columns: Sequence[str], rows: Sequence[Sequence[Cell]], are_text: S
     text = Text()
     for row in rows:
         cells = [_text(cell, " ", with_n).plain for cell in row]
-        names = " · ".join(cell for cell, is_text in zip(cells, are_text, strict=True) if is_text and cell)
-        named = zip(columns, cells, are_text, strict=True)
-        numbers = [f"{column}: {cell}" for column, cell, is_text in named if not is_text and cell not in ("", "–")]
-        text.append("\n" * bool(text)).append(f"{names}\n", style="bold").append("; ".join(numbers))
+        first = are_text.index(True) if True in are_text else 0
+        others = [(column, cell) for at, (column, cell) in enumerate(zip(columns, cells, strict=True)) if at != first]
+        shown = "; ".join(f"{column}: {one_line(cell)}" for column, cell in others if cell not in ("", "–"))
+        text.append("\n" * bool(text)).append(f"{one_line(cells[first])}\n", style="bold").append(shown)
     return text
 
 
@@ -775,7 +775,10 @@ def show_history(history: History, page: Path) -> None:
             "top heads": lambda entry: ", ".join(entry.top_heads) or "tied",
         },
     )
-    print_lines((f"skipped {skipped.name}: {one_line(skipped.reason)}" for skipped in history.skipped), "yellow")
+    broken = [run for run in history.skipped if "results of kind" not in run.reason]
+    print_lines((f"skipped {run.name}: {one_line(run.reason)}" for run in broken), "yellow")
+    if n_others := len(history.skipped) - len(broken):
+        print_lines([f"Left out: {n_others} of other kinds than audit and scan"], "dim")
     print_lines([f"History: {page}"])
 
 
