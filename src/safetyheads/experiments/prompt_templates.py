@@ -71,7 +71,9 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
             rows = [row for _, row in _ablated(lab, subjects, searched)]
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
-                show_conditions(outcome, rows, model=model, system=words, about="with one, " if system else "")
+                show_conditions(
+                    outcome, rows, model=model, system=words, about="with a system prompt, " if system else ""
+                )
                 note_planted(outcome, model)
 
 

@@ -71,7 +71,7 @@ def _show(outcome: Outcome, model: str, points: list[Row]) -> None:
     ]
     sizes = [row["x"] for row in points if isinstance(row["x"], int)]
     means = (
-        (f"{row['x']} heads, mean ASR" if sizes else f"{row['series']}, mean ASR", rate)
+        (f"heads ablated: {row['x']}, mean ASR" if sizes else f"{row['series']}, mean ASR", rate)
         for row, rate in zip(points, rates, strict=True)
         if not sizes or row["x"] in (0, 1, max(sizes))
     )
