@@ -69,6 +69,9 @@ FAULTS = """() => {
     const box = place.getBoundingClientRect();
     const drawn = place.querySelector("svg .mark-symbol path, svg .mark-rect path, svg .mark-line path");
     if (!drawn) faults.push(`not drawn: ${name}`);
+    const svg = place.querySelector("svg");
+    const scaled = svg && Number(svg.getAttribute("width")) > svg.getBoundingClientRect().width + 2;
+    if (scaled) faults.push(`drawn too wide: ${name}`);
     for (const text of [...place.querySelectorAll("svg text")].filter(shown)) {
       const { left, right } = text.getBoundingClientRect();
       if (left < box.left - 2 || right > box.right + 2) faults.push(`outside ${name}: ${text.textContent}`);

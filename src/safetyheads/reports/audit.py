@@ -29,7 +29,7 @@ MAX_TABLE_HEADS = 1024
 MAX_TIES = 4
 """Ties that a figure lists."""
 COMPLETION_SETS = ("harmful_test", "benign_test")
-SEARCHED, RANDOM, KEPT = "searched group: ASR", "random groups: ASR", "searched group: benign kept"
+SEARCHED, KEPT = "searched group: ASR", "searched group: benign kept"
 HARMFUL, BENIGN = "harmful prompts", "benign prompts"
 _HELD_OUT = "share of held-out prompts"
 _LABELLED_HEADS = 3
@@ -223,7 +223,7 @@ def group_curve(
         rows += rate_rows(group["size"], SEARCHED, group["asr"], group["heads"])
         rows += rate_rows(group["size"], KEPT, group["benign_kept"], group["heads"])
     for group in groups:
-        random, size = group["random"], {"x": group["size"], "series": RANDOM}
+        random, size = group["random"], {"x": group["size"], "series": charts.RANDOM_GROUPS}
         if random and random["asr"]:
             ends = {"low": charts.rounded(min(random["asr"])), "high": charts.rounded(max(random["asr"]))}
             rows.append(size | ends | {"kind": "band", "y": charts.rounded(random["mean"])})

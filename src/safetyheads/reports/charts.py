@@ -27,10 +27,10 @@ COLOURS = ("--attack", "--kept", "--third", "--fourth", "--ink-soft")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 DASHES = ([1, 0], [6, 4], [2, 3])
 OPACITIES = (0.75, 0.42, 0.2)
+RANDOM_GROUPS = "random groups: ASR"
+"""The series of single random groups, which are ticks over a band."""
 KNOWN_COLOURS = {
-    **dict.fromkeys(
-        ("vanilla", "unablated", "other", "random groups", "random heads", "random groups: ASR"), "--random"
-    ),
+    **dict.fromkeys(("vanilla", "unablated", "other", "random groups", "random heads", RANDOM_GROUPS), "--random"),
     **dict.fromkeys(
         ("UA", "planted", "Sahara's group", "searched group: ASR", "ASR, verdict’s group ablated"), "--attack"
     ),
@@ -179,9 +179,11 @@ def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
 def series_look(names: Sequence[str], *channels: Literal["shape", "dash", "opacity"]) -> dict[str, Any]:
     """Encodings that tell the series apart, with one legend; a lone series without a name has none."""
     looks = series_colours(names)
+    shapes = [SHAPES[(at + turn) % len(SHAPES)] for at, (_, turn) in enumerate(looks)]
+    shapes = ["stroke" if name == RANDOM_GROUPS else shape for name, shape in zip(names, shapes, strict=True)]
     ranges: dict[str, tuple[Any, list[Any]]] = {
         "color": (alt.Color, [colour for colour, _ in looks]),
-        "shape": (alt.Shape, [SHAPES[(at + turn) % len(SHAPES)] for at, (_, turn) in enumerate(looks)]),
+        "shape": (alt.Shape, shapes),
         "dash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for _, turn in looks]),
         "opacity": (alt.Opacity, [OPACITIES[turn % len(OPACITIES)] for _, turn in looks]),
     }

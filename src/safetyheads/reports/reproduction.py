@@ -127,7 +127,7 @@ def _state(outcome: Record) -> dict[str, Any]:
     reasons, has_numbers = outcome["not_meaningful"], bool(outcome["tables"] or outcome["figures"])
     label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
     headline = headline_words(outcome)
-    said = "" if headline else next(iter([*reasons, *outcome["notes"]]), "")
+    said = "" if headline else next(iter(reasons), "")
     return {
         "title": outcome["title"],
         "label": label,

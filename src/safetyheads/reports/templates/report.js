@@ -58,7 +58,7 @@
       axisX: { labelBound: true },
       legend: {
         ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
-        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 50, gradientStrokeColor: colour("--line"),
+        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 110, gradientStrokeColor: colour("--line"),
       },
       header: { labelColor: colour("--ink"), labelFont: font, labelLimit: panel },
       facet: { spacing: GAP },
@@ -74,7 +74,7 @@
     const across = Math.max(1, Math.min(panels, panels === 4 ? 2 : MOST_COLUMNS, Math.floor((width + GAP) / (least + GAP))));
     const full = { ...resolved(spec), datasets: { ...(spec.datasets ?? {}), heads }, ...(panels > 1 ? { columns: across } : {}) };
     const options = {
-      mode: "vega-lite", renderer: "svg", actions: false, config: config(spec, width, width / across - 50),
+      mode: "vega-lite", renderer: "svg", actions: false, config: config(spec, width, width / across - 70),
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
@@ -82,9 +82,9 @@
       const result = await window.vegaEmbed(place, full, options);
       if (panels > 1) {
         // What axes and labels take is known only once they are drawn.
-        const spare = width - place.querySelector("svg").getBoundingClientRect().width;
+        const spare = width - Number(place.querySelector("svg").getAttribute("width"));
         const inner = result.view.signal("child_width") + Math.floor(spare / across);
-        await result.view.signal("child_width", Math.min(inner, most ?? inner)).runAsync();
+        await result.view.signal("child_width", Math.min(inner, most ?? inner)).resize().runAsync();
       }
       result.view.addEventListener("click", (_, item) => {
         if (item?.datum?.head) document.dispatchEvent(new CustomEvent("head-chosen", { detail: item.datum.head }));
