@@ -357,10 +357,11 @@ class Engine:
     ) -> tuple[Capture, ...]:
         """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
         with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
-            calls = self.ablation_calls([common], ablation)
-            rows = [pack(sequences, members, self.device) for members in plan.rows]
-            segments = self.capabilities.segments
-            return tuple(capture(self.architecture, row, calls, first, segments) for row in rows)
+            calls, captures = self.ablation_calls([common], ablation), []
+            for members in plan.rows:
+                row = pack(sequences, members, self.device)
+                captures.append(capture(self.architecture, row, calls, first, self.capabilities.segments))
+        return tuple(captures)
 
     def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
         """The wanted tokens' last states with each group ablated.
