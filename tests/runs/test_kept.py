@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, load_demo, parse_heads
-from safetyheads.answers.decoding import Decoding
+from safetyheads.answers.decoding import Answer, Decoding
+from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, TOP_5
 from safetyheads.judges.named import judges_named
@@ -57,6 +58,19 @@ def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sam
     assert {"drafted", "continued"} <= routes[1]
     assert plain == drafted
     assert {record["changed"] for record in plain} == {True, False}
+
+
+def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monkeypatch):
+    drafts = list(drafts_of(organism.engine, [(5, 9)] * 2, [Answer((3, 4), True, 8), Answer((), False, 0)]).values())
+    assert [draft.choices[:2] for draft in drafts] == [(3, 4)]
+    assert drafts_fit(organism.engine, drafts)
+    assert not drafts_fit(organism.engine, [])
+    monkeypatch.setattr(organism.engine, "memory_budget", 1000)
+    assert not drafts_fit(organism.engine, drafts)
+    monkeypatch.undo()
+    monkeypatch.setattr(kept_module, "drafts_fit", lambda *_: False)
+    made = records(organism, tmp_path / "run", GREEDY, True, 1, monkeypatch)
+    assert {record["route"] for record in made} == {"plain"}
 
 
 def test_a_record_gives_its_answer_back(organism):

@@ -23,7 +23,7 @@ from safetyheads.answers.decoding import Answer, Decoding, Request, ShortContext
 from safetyheads.answers.sampling import Place, Sampling, choose, noise_key
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
-from safetyheads.model.planning import Plan, TokenSequence, halving, row_sizes
+from safetyheads.model.planning import Plan, TokenSequence, allowed_memory, halving, row_sizes
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -38,6 +38,8 @@ OnRows: TypeAlias = Callable[[int], None] | None
 _LEAST_TOLERANCE = {8: 1e-8, 4: 1e-4, 2: 1e-2}
 # The ablated runs have many times the positions on which the tolerance was measured.
 _SAFETY = 4.0
+# Of the free memory.
+_MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,18 +269,13 @@ class VerifiedDrafts:
         self.unablated = tuple(unablated)
         if stop is None and not all(decoded.complete for decoded in self.unablated):
             raise InputError("whole answers are wanted, and some of the unablated ones are cut")
-        drafts, margins = list[Draft](), list[float]()
-        # Index of a prompt -> of its draft; prompts that leave no room for an answer have none.
-        self.draft_of: dict[int, int] = {}
-        for prompt, (token_ids, decoded) in enumerate(zip(encoded, self.unablated, strict=True)):
-            choices = decoded.token_ids + ((min(end_tokens(engine)),) if decoded.finished else ())
-            if choices:
-                self.draft_of[prompt] = len(drafts)
-                drafts.append(Draft(tuple(token_ids), choices))
-                margins += decoded.margins
+        drafts = drafts_of(engine, encoded, self.unablated)
         if not drafts:
             raise InputError("the prompts leave no room for an answer in the model's context")
-        self.drafts = DraftPass(engine, drafts, ablation, decoding.sampling, plan)
+        # Index of a prompt -> of its draft.
+        self.draft_of = {prompt: at for at, prompt in enumerate(drafts)}
+        margins = [margin for prompt in drafts for margin in self.unablated[prompt].margins]
+        self.drafts = DraftPass(engine, list(drafts.values()), ablation, decoding.sampling, plan)
         self.tolerance = self.drafts.near_tie_tolerance(margins) if tolerance is None else tolerance
 
     def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
@@ -406,6 +403,25 @@ class VerifiedDrafts:
             len(ids) + len(decoded.token_ids) for ids, decoded in zip(self.encoded, self.unablated, strict=True)
         )
         return Economy(tokens_computed=n_decoded + 3 * self.drafts.n_tokens)
+
+
+def drafts_of(engine: Engine, encoded: Sequence[tuple[int, ...]], unablated: Sequence[Answer]) -> dict[int, Draft]:
+    """Drafts by index of the prompt; prompts that leave no room for an answer have none."""
+    end = (min(end_tokens(engine)),)
+    choices = [answer.token_ids + (end if answer.finished else ()) for answer in unablated]
+    pairs = zip(encoded, choices, strict=True)
+    return {at: Draft(tuple(prompt), chosen) for at, (prompt, chosen) in enumerate(pairs) if chosen}
+
+
+def drafts_fit(engine: Engine, drafts: Sequence[Draft]) -> bool:
+    """Whether there are drafts, and the states of all of them fit the memory."""
+    sequences = [draft.sequence for draft in drafts]
+    try:
+        plan = engine.plan(sequences) if drafts else None
+    except InputError:  # not even one head fits
+        return False
+    allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
+    return plan is not None and engine.memory_estimate(sequences, plan) <= allowed
 
 
 def unablated_answers(

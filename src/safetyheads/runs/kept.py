@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
-from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, unablated_answers
+from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, drafts_of, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Verdict
@@ -101,8 +101,8 @@ def verdict_record(verdict: Verdict, with_raw: bool) -> dict[str, Any]:
 class KeptAnswers:
     """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
-    Many groups are answered by verified drafts. Few are decoded plainly, unless drafts are prepared already. Tokens and
-    records are the same, but for ``route``.
+    Many groups are answered by verified drafts, if these fit the memory. Few are decoded plainly, unless drafts are
+    prepared. Tokens and records are the same, but for ``route``.
     """
 
     def __init__(
@@ -243,7 +243,13 @@ class KeptAnswers:
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did, by the manifest."""
-        return n_groups >= _LEAST_DRAFTED or f"plan_drafts_{self._label(ablation)}" in self.directory.read_manifest()
+        manifest, fit = self.directory.read_manifest(), f"drafts_fit_{self.name}"
+        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._label(ablation)}" not in manifest:
+            return False
+        if fit not in manifest:
+            drafts = drafts_of(self.engine, self.asked.token_ids, self.unablated)
+            self.directory.remember(fit, drafts_fit(self.engine, list(drafts.values())))
+        return bool(self.directory.read_manifest()[fit])
 
     def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:
         """The drafts under an ablation; only those used last are held."""
