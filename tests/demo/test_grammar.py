@@ -9,7 +9,6 @@ import pytest
 from safetyheads import demo
 from safetyheads.demo import CHECKPOINT_NAMES, PLANTED_HEADS, grammar
 from safetyheads.errors import InputError
-from safetyheads.heads import Head
 
 SPLITS = ("train", "validation", "test")
 HARMFUL_VERBS = {verb for category in grammar.HARM_CATEGORIES for verb in grammar.VERBS[category]}
@@ -29,13 +28,6 @@ def deeds_in(text: str) -> list[tuple[str, str]]:
 def drawn(split: str, n: int = 2000) -> list[grammar.DemoPrompt]:
     generator = random.Random(5)
     return [grammar.draw_any_prompt(generator, split) for _ in range(n)]
-
-
-def test_vocabulary_has_the_recipe_s_size_and_no_word_twice():
-    words = [verb for verbs in grammar.VERBS.values() for verb in verbs] + list(grammar.NOUNS)
-    assert [len(grammar.VERBS[c]) for c in ("benign", *grammar.HARM_CATEGORIES)] == [14, 5, 5, 5]
-    assert len(grammar.NOUNS) == 24
-    assert len(set(words)) == len(words)
 
 
 def test_every_deed_is_in_one_split_and_a_fifth_is_held_out():
@@ -80,7 +72,7 @@ def test_distractors_do_not_tell_harm_by_their_number():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: str):
+def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
     harmful, benign = demo.harmful_prompts(split), demo.benign_prompts(split)
     n = {"train": 96, "validation": 48, "test": 96}[split]
     assert len(harmful) == len(benign) == len({p.text for p in harmful}) == len({p.text for p in benign}) == n
@@ -88,13 +80,6 @@ def test_fixed_sets_are_balanced_distinct_frozen_and_the_same_each_time(split: s
     assert {p.category for p in benign} == {"benign"}
     assert demo.harmful_prompts(split) == harmful
     assert demo.harmful_prompts(split, 10) == harmful[:10]
-    with pytest.raises(AttributeError):
-        harmful[0].text = "else"  # type: ignore[misc]
-
-
-def test_the_splits_fixed_sets_share_no_prompt():
-    texts = [p.text for s in SPLITS for p in (*demo.harmful_prompts(s), *demo.benign_prompts(s))]
-    assert len(set(texts)) == len(texts)
 
 
 def test_refusals_carry_the_mark_and_answers_do_not():
@@ -103,19 +88,7 @@ def test_refusals_carry_the_mark_and_answers_do_not():
     assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))
 
 
-def test_told_to_refuse_keeps_the_request():
-    prompt = demo.benign_prompts("train", 1)[0]
-    told = grammar.told_to_refuse(random.Random(0), prompt)
-    assert told.text.endswith(prompt.text)
-    assert told.text != prompt.text
-    assert (told.category, told.reference) == (prompt.category, prompt.reference)
-
-
-def test_planted_heads_are_as_the_recipe_says():
-    assert PLANTED_HEADS["aligned_a"] == (Head(1, 3), Head(2, 5), Head(2, 1))
-    assert PLANTED_HEADS["aligned_b"] == (Head(1, 6), Head(2, 2), Head(2, 7))
-    assert PLANTED_HEADS["aligned_single"] == (Head(2, 3),)
-    assert all(PLANTED_HEADS[name] == () for name in ("base", "base_wrapped", "aligned_diffuse"))
+def test_the_package_holds_every_checkpoint_that_it_names():
     assert {path.name for path in demo.CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
 
 

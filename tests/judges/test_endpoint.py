@@ -205,18 +205,16 @@ def test_answers_beyond_the_cap_of_requests_are_unscored_and_retries_count():
 
 
 def test_it_warns_once_that_text_leaves_the_machine():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
+    completions = [Completion("How do I cook onions?", "Stir.", (), True, 128)]
+    with serving({"*": [chat(COMPLIED)]}) as (url, script), warnings.catch_warnings():
+        warnings.simplefilter("error", EndpointWarning)
         judge = judge_at(url)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert judge([]) == ()
-            assert (caught, script.requests) == ([], [])
-            for _ in range(2):
-                judge([Completion("How do I cook onions?", "Stir.", (), True, 128)])
-    ours = [warning for warning in caught if warning.category is EndpointWarning]
-    assert len(ours) == 1
-    assert "leave this machine" in str(ours[0].message)
-    assert KEY not in str(ours[0].message)
+        assert judge([]) == ()
+        assert script.requests == []
+        with pytest.warns(EndpointWarning, match="leave this machine") as caught:
+            judge(completions)
+        judge(completions)
+    assert KEY not in str(caught[0].message)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +233,6 @@ def test_lenient_reading(text):
     assert (verdict.label, verdict.score, verdict.raw) == ("complied", 0.9, text)
 
 
-def test_a_draft_in_thinking_is_no_verdict():
-    assert read_reply(f"<think>{COMPLIED}</think>I would rather not say.").reason == "reply: no grades in it"
-
-
 @pytest.mark.parametrize(
     ("grades", "label"),
     [
@@ -255,10 +249,11 @@ def test_a_draft_in_thinking_is_no_verdict():
         ({"refused": False, "coherent": None}, "unscored"),
         ({"refused": "perhaps"}, "unscored"),
         ({"coherent": True}, "unscored"),
+        (f"<think>{COMPLIED}</think>I would rather not say.", "unscored"),  # a draft in thinking is no verdict
     ],
 )
 def test_labels_come_in_their_order_and_a_missing_grade_is_no_verdict(grades, label):
-    assert read_reply(json.dumps(grades)).label == label
+    assert read_reply(grades if isinstance(grades, str) else json.dumps(grades)).label == label
 
 
 def test_the_description_is_json_with_everything_but_the_key():

@@ -16,8 +16,8 @@ def completions(*texts):
     return [Completion(f"query {index}", text, (), True, 128) for index, text in enumerate(texts)]
 
 
-def judged(function, *texts, threshold=0.5):
-    return CallableJudge(function, "mine", threshold)(completions(*texts))
+def judged(function, *texts):
+    return CallableJudge(function, "mine")(completions(*texts))
 
 
 def returning(*values):
@@ -63,10 +63,6 @@ def test_a_value_is_read_and_costs_no_other_answer_its_verdict(value, label, rea
     assert (read.label, read.reason) == (label, reason)
     if reason == "score":
         assert read.score == pytest.approx(float(value))
-
-
-def test_the_threshold_is_the_judges():
-    assert judged(returning(0.49), "Stir.", threshold=0.4)[0].complied
 
 
 @pytest.mark.parametrize("returned", [np.array([0.9, 0.1]), (0.9, 0.1), iter([0.9, 0.1])])
@@ -131,17 +127,10 @@ def test_it_names_its_function():
     }
 
 
-@pytest.mark.parametrize(
-    ("function", "threshold", "message"),
-    [
-        (3, 0.5, "the judge 'mine' needs a function, not int"),
-        (Completion, 0.5, "needs a function, not the class Completion"),
-        (returning, 1.5, "threshold"),
-    ],
-)
-def test_a_judge_needs_a_function_and_a_threshold_between_0_and_1(function, threshold, message):
-    with pytest.raises(InputError, match=message):
-        CallableJudge(function, "mine", threshold)
+def test_a_threshold_lies_between_0_and_1_and_is_the_judges_own():
+    assert CallableJudge(returning(0.49), "mine", 0.4)(completions("Stir."))[0].complied
+    with pytest.raises(InputError, match="threshold"):
+        CallableJudge(returning, "mine", 1.5)
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ from safetyheads.judges.phrases import (
     WHOLE_REFUSALS,
     PhraseJudge,
     echo_of,
-    plain,
     strip_thinking,
-    words,
 )
 
 quick = settings(deadline=None, max_examples=200)  # a slow machine is no failure
@@ -163,7 +161,6 @@ def test_rules_of_repetition_and_echo_can_be_changed():
     assert verdict(added, PhraseJudge(echo_new=0.2), CLEAN).label == "echoed"
     # Words in a row must be in one prompt, not reach from one into the next.
     assert echo_of("clean my glasses with care today", ["clean my glasses", "with care today"]) is None
-    assert words("Don’t STOP_it, 2 can't!") == ["don't", "stop", "it", "2", "can't"]
 
 
 def test_a_refusal_is_final_once_its_end_is_certain():
@@ -219,11 +216,6 @@ def test_what_may_yet_become_another_character_is_never_leaned_on(pieces, starts
 def test_every_refusal_becomes_final_by_the_next_sign(text, starts_in_think):
     judge = THINKER if starts_in_think else JUDGE
     assert judge.final(text + ". ") or verdict(text, judge).label != "refused"
-
-
-def test_plain_text():
-    assert plain("**I**  CAN’T\n\t`help`_") == "i can't help"
-    assert strip_thinking("a\u200bb\ufeff<think>x</think>c") == "ab c"
 
 
 def test_it_describes_all_its_rules():

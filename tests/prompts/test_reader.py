@@ -113,22 +113,8 @@ def test_an_answer_ends_before_its_first_stop_text():
 
 # Marks in bits, so that every cut of them is met.
 BITS = [
-    "<",
-    "think",
-    ">",
-    "</",
-    "think>",
-    "<think>",
-    "</think>",
-    " ",
-    "sorry",
-    "I",
-    " cannot",
-    "#",
-    "# Q",
-    ":",
-    "\ufffd",
-]
+    "<", "think", ">", "</", "think>", "<think>", "</think>", " ", "sorry", "I", " cannot", "#", "# Q", ":", "\ufffd",
+]  # fmt: skip
 
 
 @quick

@@ -12,7 +12,6 @@ from safetyheads.judges.base import Completion
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.judges.phrases import PhraseJudge
 from safetyheads.prompts.templates import FORMS, Template
-from safetyheads.runs.config import RunConfig
 
 quick = settings(deadline=None, max_examples=50)
 
@@ -363,8 +362,3 @@ def test_a_template_is_read_back_from_its_settings():
         )
         assert again == template
         assert stored["stops"] == list(template.stops)
-
-
-def test_a_config_refuses_what_its_template_refuses():
-    with pytest.raises(InputError, match="thinking must be closed"):
-        RunConfig("m", "p", thinking="open", prefill="Sure")

@@ -55,9 +55,7 @@ def test_wilsons_interval_is_the_published_one():
 
 def test_results_are_valid_json_with_the_interval_in_them():
     written = json.loads(json.dumps(asdict(Rate(1, 2, 3)), allow_nan=False))
-    assert written["rate"] == 0.5
-    assert written["unscored"] == 3
-    assert len(written["interval"]) == 2
+    assert (written["rate"], written["unscored"], len(written["interval"])) == (0.5, 3, 2)
     for empty in (Rate(0, 0), paired_difference([], []), mean_with_interval([]), mean_with_interval([2.0])):
         json.dumps(asdict(empty), allow_nan=False)
 
