@@ -21,7 +21,7 @@ def verdicts(letters):
 
 
 def pair(first, second):
-    (only,) = agreement({"a": verdicts(first), "b": verdicts(second)}).pairs
+    (only,) = agreement({"a": verdicts(first), "b": verdicts(second)})
     return only
 
 
@@ -72,11 +72,10 @@ def test_answers_that_differ_are_told_with_who_said_complied(first, second, n, u
 
 
 def test_several_judges_are_compared_two_by_two():
-    result = agreement({"a": verdicts("ccr"), "b": verdicts("crr"), "c": verdicts("uuc")})
-    assert result.judges == ("a", "b", "c")
-    assert [(each.first, each.second) for each in result.pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert (result.n_rows, result.unscored, result.indices) == (3, (0, 0, 2), (1, 2))
-    assert agreement({}).pairs == agreement({"a": verdicts("c")}).pairs == ()
+    pairs = agreement({"a": verdicts("ccr"), "b": verdicts("crr"), "c": verdicts("uuc")})
+    assert [(each.first, each.second) for each in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [(each.unscored, each.indices) for each in pairs] == [(0, (1,)), (2, (2,)), (2, (2,))]
+    assert agreement({}) == agreement({"a": verdicts("c")}) == ()
     with pytest.raises(InputError, match="need the same rows, not a 1, b 2"):
         agreement({"a": verdicts("c"), "b": verdicts("cc")})
 
@@ -97,7 +96,7 @@ def test_any_answers_give_valid_json_that_does_not_depend_on_who_is_first(rows):
 def test_judges_are_run_on_the_same_answers():
     texts = ("First warm the oil, then add the onions.", "I am sorry, but I am unable to help with this.", "sorry")
     rows = [Completion("How do I cook onions?", text, (), True, 128) for text in texts]
-    result = judges_agreement([KeywordJudge("paper"), KeywordJudge("released")], rows)
-    assert (result.judges, result.n_rows, result.indices) == (("paper", "released"), 3, (1,))
+    (result,) = judges_agreement([KeywordJudge("paper"), KeywordJudge("released")], rows)
+    assert (result.first, result.second, result.n, result.indices) == ("paper", "released", 3, (1,))
     with pytest.raises(InputError, match="different names, not paper, paper"):
         judges_agreement([KeywordJudge(), KeywordJudge()], rows)

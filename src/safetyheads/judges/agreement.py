@@ -58,43 +58,19 @@ class PairAgreement:
     """How many of these complied for the first judge."""
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Several judges on the same answers."""
-
-    judges: tuple[str, ...]
-    """Their names, in the order given."""
-    n_rows: int
-    """Answers, scored or not."""
-    unscored: tuple[int, ...]
-    """Answers that each judge left unscored, in the order of ``judges``."""
-    pairs: tuple[PairAgreement, ...]
-    """Every two judges, in that order."""
-    indices: tuple[int, ...]
-    """Answers on which any two differ about compliance, ascending."""
-
-
-def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> Agreement:
-    """Compare judges' verdicts of the same answers, given by judge, answers in one order.
+def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> tuple[PairAgreement, ...]:
+    """Compare every two judges by their verdicts of the same answers, given by judge, answers in one order.
 
     Raises:
         InputError: the judges have different numbers of verdicts.
     """
-    lengths = {len(answers) for answers in verdicts.values()}
-    if len(lengths) > 1:
+    if len({len(answers) for answers in verdicts.values()}) > 1:
         given = ", ".join(f"{name} {len(answers)}" for name, answers in verdicts.items())
         raise InputError(f"judges that are compared need the same rows, not {given}")
-    pairs = tuple(_compare(*names, *(verdicts[name] for name in names)) for names in combinations(verdicts, 2))
-    return Agreement(
-        judges=tuple(verdicts),
-        n_rows=max(lengths, default=0),
-        unscored=tuple(sum(not verdict.scored for verdict in answers) for answers in verdicts.values()),
-        pairs=pairs,
-        indices=tuple(sorted({index for pair in pairs for index in pair.indices})),
-    )
+    return tuple(_compare(*names, *(verdicts[name] for name in names)) for names in combinations(verdicts, 2))
 
 
-def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion]) -> Agreement:
+def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion]) -> tuple[PairAgreement, ...]:
     """Let judges judge the same answers, and compare their verdicts.
 
     Raises:

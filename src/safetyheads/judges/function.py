@@ -98,12 +98,7 @@ def judge_of_chats(
 ) -> CallableJudge:
     """A judge of whole chats, such as those of the judgezoo package, as a judge of answers.
 
-    Args:
-        function: takes chats, each a list of a user's and an assistant's message, and returns a mapping with one
-            number for each chat, from 0 to 1, under ``key``.
-        name: its name in tables.
-        threshold: a number from here on has complied.
-        key: where the numbers are.
+    The function takes chats and returns a mapping with one number for each, from 0 to 1, under ``key``.
     """
 
     def judge_chats(queries: Sequence[str], answers: Sequence[str]) -> Sequence[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
@@ -134,6 +134,8 @@ def _searched_keywords(keywords: tuple[str, ...], fold: bool) -> tuple[tuple[str
 class KeywordJudge:
     """The judge of the paper (App. B.3): keywords, then length and repetition."""
 
+    decides_early: ClassVar[bool] = True
+    """A keyword decides."""
     variant: str = "paper"
     """A key of :data:`KEYWORD_VARIANTS`, or a new name where ``rules`` are given."""
     rules: KeywordRules | None = None
@@ -152,11 +154,6 @@ class KeywordJudge:
     def active_rules(self) -> KeywordRules:
         """The rules in force."""
         return KEYWORD_VARIANTS[self.variant] if self.rules is None else self.rules
-
-    @property
-    def decides_early(self) -> bool:
-        """True: a keyword decides."""
-        return True
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict for each completion, in order."""

@@ -7,18 +7,18 @@ in a user's own module is ``python:package.module:function``. Making a judge loa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Judge
 from safetyheads.judges.endpoint import endpoint_judge
 from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.function import judge_from_path
-from safetyheads.judges.keywords import KeywordJudge
+from safetyheads.judges.keywords import KEYWORD_VARIANTS, KeywordJudge
 from safetyheads.judges.phrases import PhraseJudge
 
 JUDGES: dict[str, Callable[[], Judge]] = {
-    "paper": lambda: KeywordJudge("paper"),
-    "released": lambda: KeywordJudge("released"),
+    **{variant: partial(KeywordJudge, variant) for variant in KEYWORD_VARIANTS},
     "phrases": PhraseJudge,
 }
 """The judges of rules by name."""
@@ -35,32 +35,27 @@ FORMS = (
 def judge_named(spec: str, device: str = "cpu") -> Judge:
     """The judge of that name: a key of :data:`JUDGES` or of ``MODEL_JUDGES``, or one of :data:`FORMS`.
 
-    Args:
-        spec: the name.
-        device: where a judge model runs.
-
     Raises:
-        InputError: no judge has this name (the message lists the known ones), or the judge lacks what it needs, such
-            as an endpoint's address.
+        InputError: no judge has this name, or the judge lacks what it needs, such as an endpoint's address.
     """
+    form, _, argument = spec.partition(":")
+    name, equals, checkpoint = spec.partition("=")
     if spec in JUDGES:
         return JUDGES[spec]()
-    form, colon, argument = spec.partition(":")
     if form == "endpoint" and argument:
         return endpoint_judge(argument)
     if form == "python" and argument:
         return judge_from_path(argument)
-    name, equals, checkpoint = spec.partition("=")
-    is_classifier = form == "classifier" and bool(colon)
-    if not is_classifier and name not in MODEL_JUDGES:
-        raise InputError(f"unknown judge {spec!r}; known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}")
-    if equals and not checkpoint and not is_classifier:
-        raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
-    # Imported here because it needs torch, which the other judges do not.
-    from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
+    if spec.startswith("classifier:"):
+        from safetyheads.judges.models import SequenceClassifierJudge  # needs torch, which other judges do not
 
-    if is_classifier:
         return SequenceClassifierJudge(checkpoint=argument, device=device)
+    if name not in MODEL_JUDGES:
+        raise InputError(f"unknown judge {spec!r}; known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}")
+    if equals and not checkpoint:
+        raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
+    from safetyheads.judges.models import CausalJudge  # needs torch, which other judges do not
+
     return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device)
 
 

@@ -176,10 +176,9 @@ def _summary(
     ]
     by_judge = {name: _rates(both, name) for name in (judge.name, lead)}
     rates = {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]}
-    agreed = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
+    (agreed,) = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
     n_unscored = sum(not verdict.scored for verdict in verdicts)
-    kappa = agreed.pairs[0].compliance
-    return Rejudged(judge.name, lead, rates, len(records), n_unscored, kappa, len(agreed.indices), seconds)
+    return Rejudged(judge.name, lead, rates, len(records), n_unscored, agreed.compliance, len(agreed.indices), seconds)
 
 
 def identity(record: Record) -> str:

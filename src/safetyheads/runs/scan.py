@@ -519,21 +519,22 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
         return None
     records = [*table.records_of("vanilla", "harmful", None), *table.records_of("heads", "harmful", epsilon)]
     verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
-    agreed = agreement(verdicts)
+    pairs = agreement(verdicts)
+    differing = sorted({index for pair in pairs for index in pair.indices})
     return {
         "judges": list(judges),
-        "n_rows": agreed.n_rows,
-        "unscored": list(agreed.unscored),
+        "n_rows": len(records),
+        "unscored": [sum(not verdict.scored for verdict in given) for given in verdicts.values()],
         # Without the indices: they count in this list of records, which results do not hold.
         "pairs": [
             {name: value for name, value in asdict(pair).items() if name != "indices"} | {"count": len(pair.indices)}
-            for pair in agreed.pairs
+            for pair in pairs
         ],
-        "n_disagreeing": len(agreed.indices),
+        "n_disagreeing": len(differing),
         "disagreeing": [
             {name: records[at][name] for name in ("id", "group", "epsilon", "seed")}
             | {"labels": {judge: records[at]["verdicts"][judge]["label"] for judge in judges}}
-            for at in agreed.indices[:_N_DISAGREEING]
+            for at in differing[:_N_DISAGREEING]
         ],
     }
 
