@@ -325,7 +325,7 @@ def test_a_bad_prompt_file(refused, name, content, words):
         (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "99-0"], "out of range"),
         (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "1000"], "query level 1000"),
         (["demo", "--limit", "1"], "at least two"),
-        (["check", "demo:aligned_a", "--device", "quantum"], "unknown device"),
+        *((["check", "demo:aligned_a", "--device", name], "use cpu, cuda") for name in ("quantum", "meta", "xpu")),
         (["check", "demo:aligned_a", "--dtype", "int3"], "unknown dtype"),
     ],
 )
@@ -349,30 +349,6 @@ def test_a_prompt_longer_than_the_context(refused):
     assert "context" in refused("audit", "demo:aligned_a", "--prompts", "long.txt")
 
 
-def test_a_directory_without_config(refused, checkpoint):
-    (checkpoint / "config.json").unlink()
-    assert "config.json" in refused("check", checkpoint)
-
-
-def test_a_directory_without_weights(refused, checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    assert "no weights" in refused("check", checkpoint)
-
-
-def test_weights_that_are_cut_off(refused, checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert "cannot load" in refused("check", checkpoint)
-
-
-def test_weights_with_nan(refused, checkpoint):
-    weights = checkpoint / "model.safetensors"
-    tensors = load_file(weights)
-    next(iter(tensors.values())).view(-1)[0] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    assert "NaN" in refused("check", checkpoint)
-
-
 def test_pickled_weights_need_the_flag(refused, run, checkpoint):
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
@@ -380,19 +356,41 @@ def test_pickled_weights_need_the_flag(refused, run, checkpoint):
     assert run("check", checkpoint, "--allow-pickle")[0] == 0
 
 
-def test_remote_code_needs_the_flag(refused, checkpoint):
-    _changed_config(checkpoint, model_type="of_its_own", auto_map={"AutoModelForCausalLM": "own.Model"})
-    assert "--trust-remote-code" in refused("check", checkpoint)
+def _cut(weights):
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def _with_nan(weights):
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "words"),
+    [
+        ("config.json", Path.unlink, "config.json"),
+        ("config.json", lambda path: _changed_config(path.parent, model_type="nobody"), "error: "),
+        ("config.json", lambda path: _changed_config(path.parent, hidden_size=64, head_dim=8), "do not fit its config"),
+        (
+            "config.json",
+            lambda path: _changed_config(path.parent, model_type="own", auto_map={"AutoModelForCausalLM": "own.M"}),
+            "--trust-remote-code",
+        ),
+        ("model.safetensors", Path.unlink, "no weights"),
+        ("model.safetensors", _cut, "cannot load"),
+        ("model.safetensors", _with_nan, "NaN"),
+        ("tokenizer.json", lambda path: [file.unlink() for file in path.parent.glob("tokenizer*")], "has no tokenizer"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(refused, checkpoint, file, harm, words):
+    harm(checkpoint / file)
+    assert words in refused("check", checkpoint)
 
 
 def test_a_tokenizer_without_chat_template(refused, checkpoint):
     (checkpoint / "chat_template.jinja").unlink()
     assert "chat template" in refused("audit", checkpoint, "--prompts", "demo", "--template", "chat")
-
-
-def test_a_family_that_does_not_exist(refused, checkpoint):
-    _changed_config(checkpoint, model_type="nobody")
-    refused("check", checkpoint)
 
 
 def test_a_hub_id_without_network(refused, monkeypatch):
@@ -440,23 +438,6 @@ def test_a_finished_audit_started_again_gives_the_same_bytes_and_warnings(run):
     assert any("answers to such prompts are cut short" in line for line in json.loads(first)["warnings"])
     assert run(*arguments)[0] == 0
     assert Path("again/results.json").read_bytes() == first
-
-
-def test_weights_of_another_shape(refused, checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "head_dim": 8}))
-    assert "do not fit its config.json" in refused("check", checkpoint)
-
-
-def test_a_directory_without_tokenizer(refused, checkpoint):
-    for file in checkpoint.glob("tokenizer*"):
-        file.unlink()
-    assert "has no tokenizer" in refused("check", checkpoint)
-
-
-@pytest.mark.parametrize("device", ["meta", "xpu", "nonsense"])
-def test_a_device_that_is_not_one_of_ours(refused, device):
-    assert "use cpu, cuda" in refused("check", "demo:aligned_a", "--device", device)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
