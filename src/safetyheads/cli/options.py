@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -77,8 +77,9 @@ def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
     parts: dict[str, dict[str, inspect.Parameter]] = {}
     makers: dict[str, Callable[..., Any]] = {}
     parameters = []
+    hints = get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
-        hint = get_type_hints(command, include_extras=True)[name]
+        hint = hints[name]
         given = next((mark for mark in get_args(hint) if isinstance(mark, Given)), None)
         if given is None and not is_dataclass(hint):
             parameters.append(parameter.replace(annotation=hint))
@@ -105,27 +106,28 @@ def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _options(config: type) -> Iterator[inspect.Parameter]:
+@cache
+def _options(config: type) -> tuple[inspect.Parameter, ...]:
     """An option for each field of a dataclass; the model is an argument."""
     hints = get_type_hints(config)
+    options = []
     for field in fields(config):
         part = next(base for base in config.__mro__ if field.name in inspect.get_annotations(base))
         is_argument, name = field.name == "model", _name(part, field.name)
         sentence, _, words = _sentences(part.__module__)[part.__name__].get(field.name, "").partition(" Default: ")
-        default = words.rstrip(".") or _shown(field.default)
+        shown = words.rstrip(".") or _shown(field.default)
         option = Parameter(
             name=None if is_argument else name,
             negative=f"--no-{name[2:]}" if field.default is True else "",
-            help=sentence + (f" [default: {default}]" if default else ""),
+            help=sentence + (f" [default: {shown}]" if shown else ""),
             group=PANELS["Arguments" if is_argument else getattr(part, "PANEL", "Settings")],
             show_default=False,
         )
-        yield inspect.Parameter(
-            field.name,
-            inspect.Parameter.POSITIONAL_ONLY if is_argument else inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=Annotated[_as_text(hints[field.name]), option],
-        )
+        kind = inspect.Parameter.POSITIONAL_ONLY if is_argument else inspect.Parameter.KEYWORD_ONLY
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        annotation = Annotated[_as_text(hints[field.name]), option]
+        options.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
+    return tuple(options)
 
 
 def _as_text(hint: Any) -> Any:
