@@ -125,8 +125,8 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
         )
         kind = inspect.Parameter.POSITIONAL_ONLY if is_argument else inspect.Parameter.KEYWORD_ONLY
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        annotation = Annotated[_as_text(hints[field.name]), option]
-        options.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
+        hint = _as_text(hints[field.name])
+        options.append(inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, option]))
     return tuple(options)
 
 
