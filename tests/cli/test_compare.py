@@ -79,6 +79,7 @@ def test_json_is_one_object(run):
         (("runs/a",), "RUN_B"),
         (("runs/a", "runs/b", "--fail-if", "luck > 1"), "known are asr_increase"),
         (("runs/a", "runs/b", "--fail-if", "asr_increase"), "NAME OP NUMBER"),
+        (("nowhere", "nowhere", "--fail-if", "asr_increase"), "NAME OP NUMBER"),
         (("scans/a", "scans/b", "--fail-if", "concentration_increase < 0"), "have no concentration_increase"),
     ],
 )

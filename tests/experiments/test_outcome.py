@@ -2,14 +2,6 @@
 
 from safetyheads.experiments.outcome import Column, Measured, Outcome, Shown, mean_of
 from safetyheads.stats.intervals import Rate
-from safetyheads.stats.testing import holm_of_tests
-
-
-def test_rows_that_are_no_test_count_for_none_in_holm():
-    # By hand: of two tests the smaller p is doubled, the larger stays.
-    assert holm_of_tests([None, 0.2, None, 0.01]) == [None, 0.2, None, 0.02]
-    assert holm_of_tests([]) == []
-    assert holm_of_tests([None]) == [None]
 
 
 def test_a_mean_is_of_what_was_scored():

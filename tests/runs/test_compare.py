@@ -9,7 +9,7 @@ from run_samples import N, audit_run, first, scan_run, settings
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from safetyheads.errors import InputError
-from safetyheads.runs.compare import check_gate, compare_runs, quantities
+from safetyheads.runs.compare import check_gate, compare_runs, parse_condition, quantities
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_interval, newcombe_interval
 from safetyheads.stats.testing import paired_difference
@@ -252,14 +252,20 @@ def test_broken_answers_are_refused(same):
 def test_conditions(same, tmp_path, text, holds):
     scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
     other = audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores)
-    assert check_gate(text, quantities(compared(same, other))).holds is holds
+    assert check_gate(parse_condition(text), quantities(compared(same, other)))["holds"] is holds
 
 
 def test_a_gate_has_its_number_and_interval(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(9)))
-    gate = check_gate(" asr_increase.low>0", quantities(found))
-    assert gate.condition == "asr_increase.low > 0"
-    assert (gate.value, gate.interval, gate.n) == (found.vanilla_asr.change, found.vanilla_asr.interval, N)
+    gate = check_gate(parse_condition(" asr_increase.low>0"), quantities(found))
+    change = found.vanilla_asr
+    assert gate == {
+        "condition": "asr_increase.low > 0",
+        "holds": True,
+        "value": change.change,
+        "interval": change.interval,
+        "n": N,
+    }
 
 
 @pytest.mark.parametrize(
@@ -275,16 +281,16 @@ def test_a_gate_has_its_number_and_interval(same, tmp_path):
         ("asr_increase.mean > 1", "not of the form"),
     ],
 )
-def test_conditions_that_cannot_be_read(same, text, words):
+def test_conditions_that_cannot_be_read(text, words):
     with pytest.raises(InputError, match=words):
-        check_gate(text, quantities(compared(same, same)))
+        parse_condition(text)
 
 
 def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
     scans = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}))
     known = quantities(scans)
     for name in ("asr_increase", "heads_gone"):
-        assert not check_gate(f"{name} > 0", known).holds
+        assert not check_gate((name, None, ">", 0), known)["holds"]
     for condition, words in {
         "concentration_increase > 0": "these scans have none",
         "group_asr_increase > 0": "these scans have none",
@@ -293,11 +299,11 @@ def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
         "heads_gone.low > 0": "no interval",
     }.items():
         with pytest.raises(InputError, match=words):
-            check_gate(condition, known)
+            check_gate(parse_condition(condition), known)
     shapes = quantities(replace(scans, ranks=(), heads=None, shapes_note="Heads are not compared: x."))
     for name in ("spearman", "heads_new"):
         with pytest.raises(InputError, match="Heads are not compared"):
-            check_gate(f"{name} > 0", shapes)
+            check_gate((name, None, ">", 0), shapes)
 
 
 def test_every_quantity_is_there_for_two_audits(same, tmp_path):

@@ -14,6 +14,7 @@ from safetyheads.stats.testing import (
     benjamini_hochberg,
     exact_mcnemar,
     holm,
+    holm_of_tests,
     paired_difference,
     random_p_value,
     smallest_detectable_change,
@@ -84,14 +85,22 @@ def test_unscored_answers_leave_the_pair():
     assert paired_difference([nan, 0.0], [1.0, 1]).n == 1
 
 
-@quick
-@given(st.lists(st.floats(0, 1), max_size=12))
+@pytest.mark.parametrize("p_values", [[0.03, 0.001, 0.02, 0.9], [0.01, 0.01, 0.01], [1.0], [0.0, 0.6, 0.4, 0.6]])
 def test_holm_is_the_step_down_of_the_definition(p_values):
     expected, running = {}, 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
         expected[index] = running
     assert holm(p_values) == pytest.approx([expected[index] for index in range(len(p_values))])
+
+
+def test_what_was_not_tested_counts_for_none_in_holm():
+    # Of two tests the smaller p is doubled, the larger stays.
+    assert holm_of_tests([None, 0.2, None, 0.01]) == [None, 0.2, None, 0.02]
+    assert holm_of_tests([]) == []
+    assert holm_of_tests(iter([None])) == [None]
+    with pytest.raises(InputError, match="between 0 and 1"):
+        holm_of_tests([None, 1.5])
 
 
 def test_benjamini_hochberg_is_the_step_up_rule():

@@ -337,16 +337,17 @@ def compare(
 ) -> int:
     """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
     from safetyheads.cli.show import gate_text, show_comparison
-    from safetyheads.runs.compare import check_gate, compare_runs, quantities
+    from safetyheads.runs.compare import check_gate, compare_runs, parse_condition, quantities
     from safetyheads.runs.reader import RunReader
 
+    conditions = [parse_condition(text) for text in fail_if]
     compared = compare_runs(RunReader(run_a), RunReader(run_b))
     known = quantities(compared)
-    gates = [check_gate(condition, known) for condition in fail_if]
+    gates = [check_gate(condition, known) for condition in conditions]
     numbers = {name: asdict(quantity) for name, quantity in known.items()}
-    found = asdict(compared) | {"quantities": numbers, "gates": [asdict(gate) for gate in gates]}
+    found = asdict(compared) | {"quantities": numbers, "gates": gates}
     _show(found, output, lambda: show_comparison(compared, gates))
-    shut = [gate for gate in gates if gate.holds]
+    shut = [gate for gate in gates if gate["holds"]]
     for gate in shut * output.json:
         print_error(f"failed: {gate_text(gate)}")
     return 1 if shut else 0

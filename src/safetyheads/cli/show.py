@@ -30,7 +30,7 @@ from safetyheads.runs.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from safetyheads.reports.page import Cell as ReportCell
-    from safetyheads.runs.compare import Comparison, GateOutcome
+    from safetyheads.runs.compare import Comparison
     from safetyheads.runs.history import History
     from safetyheads.runs.rejudge import Rejudged
 
@@ -676,7 +676,7 @@ _CHANGES = {
 }
 
 
-def show_comparison(compared: Comparison, gates: Sequence[GateOutcome]) -> None:
+def show_comparison(compared: Comparison, gates: Sequence[Mapping[str, Any]]) -> None:
     """What both runs are, what changed, how heads rank, which came and went, and last what makes that weak."""
     for name, run in (("A", compared.before), ("B", compared.after)):
         verdict = "" if run.verdict is None else f", {run.verdict.replace('_', ' ')}"
@@ -704,15 +704,16 @@ def show_comparison(compared: Comparison, gates: Sequence[GateOutcome]) -> None:
         print_lines([f"{moved.what[:1].upper()}{moved.what[1:]}: {'; '.join(parts)}"])
     print_lines([compared.shapes_note] * bool(compared.shapes_note))
     print_lines((f"warning: {warning}" for warning in compared.warnings), "yellow")
-    print_lines(f"{'FAILED' if gate.holds else 'passed'}: fail if {gate_text(gate)}" for gate in gates)
+    words = {True: "FAILED", False: "passed"}
+    print_lines(f"{words[gate['holds']]}: fail if {gate_text(gate)}" for gate in gates)
 
 
-def gate_text(gate: GateOutcome) -> str:
+def gate_text(gate: Mapping[str, Any]) -> str:
     """``asr_increase > 0.1: +0.31 [+0.18, +0.45] n 48``."""
-    is_change = gate.condition.partition(" ")[0].partition(".")[0].endswith("_increase")
-    n = "" if gate.n is None else f"n {gate.n}"
-    number = signed(gate.value, gate.interval, gate.n) if is_change else Number(f"{gate.value:.3g}", n=n)
-    return f"{gate.condition}: {number}"
+    condition, value, interval, n = (gate[name] for name in ("condition", "value", "interval", "n"))
+    count = "" if n is None else f"n {n}"
+    number = signed(value, interval, n) if "_increase" in condition else Number(f"{value:.3g}", n=count)
+    return f"{condition}: {number}"
 
 
 def _show_ranks(compared: Comparison) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy  # its modules load on first use
@@ -305,6 +305,24 @@ def _describe(value: Any) -> str:
 # Gates.
 
 
+QUANTITIES = (
+    *("asr_increase", "group_asr_increase", "benign_kept_increase", "concentration_increase"),
+    *("spearman", "kendall", "top3_overlap", "top10_overlap", "heads_gone", "heads_new"),
+)
+"""What a condition can ask about; ``.low`` and ``.high`` after a name are the bounds of its interval."""
+Condition: TypeAlias = tuple[str, str | None, str, float]
+"""Quantity, bound (``low``, ``high`` or None), operator and number."""
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_CONDITION = re.compile(r"\s*(\w+)(?:\.(low|high))?\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
+
+
 @dataclass(frozen=True, slots=True)
 class Quantity:
     """A number of a comparison that a condition can ask about."""
@@ -319,89 +337,66 @@ class Quantity:
     """Why there is no value."""
 
 
-@dataclass(frozen=True, slots=True)
-class GateOutcome:
-    """A condition with its answer."""
-
-    condition: str
-    """``NAME OP NUMBER``, in one spelling."""
-    holds: bool
-    """Whether it holds, so that the gate fails."""
-    value: float
-    """The quantity, whichever bound the condition names."""
-    interval: Interval | None
-    """Its 95 % interval, if it has one."""
-    n: int | None
-    """Prompts or heads behind it."""
-
-
-def quantities(compared: Comparison) -> dict[str, Quantity]:
-    """Every number that a condition can name; ``.low`` and ``.high`` after a name are its interval's bounds."""
-    changes = {
-        "asr_increase": compared.vanilla_asr,
-        "group_asr_increase": compared.group_asr,
-        "benign_kept_increase": compared.benign_kept,
-        "concentration_increase": compared.concentration,
-    }
-    found = {
-        name: Quantity(None, absent=f"these {compared.kind}s have none")
-        if change is None
-        else Quantity(change.change, change.interval, min(change.n), change.note)
-        for name, change in changes.items()
-    }
-    ranks = compared.lead_ranks
-    overlaps = (None, None) if ranks is None else [overlap.share for overlap in ranks.overlaps]
-    correlations = (None, None) if ranks is None else (ranks.spearman, ranks.kendall)
-    absent = "a run orders no heads: its scores are tied"
-    if ranks is None:
-        absent = compared.shapes_note or f"no {compared.lead_score} in both runs"
-    names = ("spearman", "kendall", "top3_overlap", "top10_overlap")
-    for name, value in zip(names, (*correlations, *overlaps), strict=True):
-        found[name] = Quantity(value, None, None if ranks is None else ranks.n, absent)
-    for name in ("gone", "new"):
-        count = None if compared.heads is None else float(len(getattr(compared.heads, name)))
-        found[f"heads_{name}"] = Quantity(count, absent=compared.shapes_note)
-    return found
-
-
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
-_CONDITION = re.compile(r"\s*(?P<name>\w+)(?:\.(?P<bound>low|high))?\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<number>\S+)\s*")
-
-
-def check_gate(text: str, known: Mapping[str, Quantity]) -> GateOutcome:
-    """Whether a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0`` holds.
-
-    A quantity that the runs do not have raises, so that no gate passes for lack of data.
+def parse_condition(text: str) -> Condition:
+    """Read a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0``.
 
     Raises:
-        InputError: the text is no condition, names an unknown quantity, or asks about one that these runs do not have.
+        InputError: the text is no condition, or names an unknown quantity.
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
         raise InputError(f"condition {text!r} is not of the form NAME OP NUMBER, such as 'asr_increase > 0.1'")
-    name, bound, sign = match["name"], match["bound"], match["sign"]
-    if name not in known:
-        raise InputError(f"unknown quantity {name!r} in {text!r}; known are {', '.join(known)}")
+    name, bound, sign, written = match.groups()
+    if name not in QUANTITIES:
+        raise InputError(f"unknown quantity {name!r} in {text!r}; known are {', '.join(QUANTITIES)}")
     try:
-        number = float(match["number"])
+        number = float(written)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"condition {text!r}: {match['number']!r} is not a finite number")
+        raise InputError(f"condition {text!r}: {written!r} is not a finite number")
+    return name, bound, sign, number
+
+
+def quantities(compared: Comparison) -> dict[str, Quantity]:
+    """The numbers of a comparison, by the names in :data:`QUANTITIES`."""
+    changes = (compared.vanilla_asr, compared.group_asr, compared.benign_kept, compared.concentration)
+    values = [
+        Quantity(None, absent=f"these {compared.kind}s have none")
+        if change is None
+        else Quantity(change.change, change.interval, min(change.n), change.note)
+        for change in changes
+    ]
+    if (ranks := compared.lead_ranks) is None:
+        values += [Quantity(None, absent=compared.shapes_note or f"no {compared.lead_score} in both runs")] * 4
+    else:
+        numbers = (ranks.spearman, ranks.kendall, *(overlap.share for overlap in ranks.overlaps))
+        tied = "a run orders no heads: its scores are tied"
+        values += [Quantity(number, n=ranks.n, absent=tied) for number in numbers]
+    if (heads := compared.heads) is None:
+        values += [Quantity(None, absent=compared.shapes_note)] * 2
+    else:
+        values += [Quantity(float(len(moved_heads))) for moved_heads in (heads.gone, heads.new)]
+    return dict(zip(QUANTITIES, values, strict=True))
+
+
+def check_gate(condition: Condition, known: Mapping[str, Quantity]) -> dict[str, Any]:
+    """Whether a condition holds, as a record: condition, holds, and value, interval and n of the quantity.
+
+    Raises:
+        InputError: these runs do not have the quantity or its interval, so that no gate passes for lack of data.
+    """
+    name, bound, sign, number = condition
     quantity = known[name]
     if quantity.value is None:
         raise InputError(f"these runs have no {name}: {quantity.absent}")
-    asked = quantity.value
-    if bound:
-        if quantity.interval is None:
-            raise InputError(f"{name} has no interval in these runs, so no .{bound} to ask about")
-        asked = quantity.interval[bound == "high"]
-    condition = f"{name}{'.' + bound if bound else ''} {sign} {number:g}"
-    return GateOutcome(condition, _OPERATORS[sign](asked, number), quantity.value, quantity.interval, quantity.n)
+    if bound and quantity.interval is None:
+        raise InputError(f"{name} has no interval in these runs, so no .{bound} to ask about")
+    asked = quantity.interval[bound == "high"] if bound and quantity.interval else quantity.value
+    return {
+        "condition": f"{name}{'.' + bound if bound else ''} {sign} {number:g}",
+        "holds": _OPERATORS[sign](asked, number),
+        "value": quantity.value,
+        "interval": quantity.interval,
+        "n": quantity.n,
+    }

@@ -78,12 +78,11 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: a p value is not between 0 and 1.
     """
+    from statsmodels.stats.multitest import multipletests  # slow to import, and few runs need it
+
     values = _checked(p_values)
-    # Written here: statsmodels' multipletests collects garbage in each call, which takes a tenth of a second or more.
-    order = np.argsort(values)
-    adjusted = np.empty_like(values)
-    adjusted[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1)
-    return tuple(adjusted.tolist())
+    # It collects garbage, 0.4 s where torch is loaded: call this once for each table.
+    return tuple(multipletests(values, method="holm")[1].tolist()) if len(values) else ()
 
 
 def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
@@ -99,7 +98,7 @@ def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: a p value is not between 0 and 1.
     """
-    from statsmodels.stats.multitest import fdrcorrection  # slow to import, and few runs need it
+    from statsmodels.stats.multitest import fdrcorrection
 
     values = _checked(p_values)
     return tuple(fdrcorrection(values)[1].tolist()) if len(values) else ()
