@@ -80,7 +80,7 @@ def test_a_run_of_nothing_says_so_and_an_unknown_outcome_comes_last() -> None:
 
 @pytest.mark.parametrize("name", ["../fig2", "fig 2", "", "index.html"])
 def test_names_that_are_no_file_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="which is none"):
+    with pytest.raises(InputError, match="which no file can have"):
         index_of(replace(samples.fig2(), name=name))
 
 

@@ -67,7 +67,9 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         "label": partial(_label, results),
         "groups": _groups(results),
         "chosen": [] if group is None else [group],
-        "n_random": max((one["random"]["n_groups"] for one in behaviour["groups"] if one["random"]), default=0),
+        "n_random": max(
+            (member["random"]["n_groups"] for member in behaviour["groups"] if member["random"]), default=0
+        ),
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
         "ties": _ties,
@@ -178,7 +180,7 @@ def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict
         states = {"nothing ablated": results["behaviour"]["vanilla"], "group ablated": group or {}}
         counts = {state: found[field] for state, found in states.items() if found.get(field) is not None}
         rows = {
-            reason: [own.get(reason, 0) for own in counts.values()] for found in counts.values() for reason in found
+            reason: [state.get(reason, 0) for state in counts.values()] for found in counts.values() for reason in found
         }
         if rows:
             in_order = sorted(rows.items(), key=lambda row: (-sum(row[1]), row[0]))

@@ -93,14 +93,14 @@ def spec(
     else:
         chart = chart.properties(width="container", height=height)
     # Checking against the schema takes seconds a page; the tests check every figure.
-    made: Spec = chart.properties(description=description).to_dict(validate=False)
+    vega: Spec = chart.properties(description=description).to_dict(validate=False)
     # The page's own library draws it, in the page's own theme.
     for field in ("$schema", "config"):
-        made.pop(field, None)
+        vega.pop(field, None)
     if rows:
-        made["datasets"] = {**made.get("datasets", {}), ROWS: [*rows]}
-    made["usermeta"] = {"panels": len(panels), "least": least, "most": most}
-    return made
+        vega["datasets"] = {**vega.get("datasets", {}), ROWS: [*rows]}
+    vega["usermeta"] = {"panels": len(panels), "least": least, "most": most}
+    return vega
 
 
 @cache
@@ -261,7 +261,10 @@ def lines(
     rows = [row if row.get("kind") else {**row, "shift": shifts[row["series"]]} for row in rows]
     along, scale = numbers_along(x, (row["x"] for row in rows), logarithmic), measured_scale(rows, share)
     names = series_of(rows)
-    look, told = series_look(names, "shape", "dash") if points else series_look(names, "dash"), rows_tooltip(rows, x, y)
+    look, tooltips = (
+        series_look(names, "shape", "dash") if points else series_look(names, "dash"),
+        rows_tooltip(rows, x, y),
+    )
     base = alt.Chart().encode(x=along, color=look["color"])
     single = base.transform_filter("!datum.kind")
     up = alt.Y("y:Q", title=titled(y), **scale)
@@ -269,21 +272,21 @@ def lines(
     layers = [rule_at("y", reference, {"title": titled(y), **scale})] if reference is not None else []
     if any((row.get("low") or 0) < 0 or (row.get("y") or 0) < 0 for row in rows):
         layers.append(rule_at("y", 0, {"title": titled(y), **scale}, strokeDash=[1, 0], opacity=0.6))
-    layers += _random_layers(base, rows, titled(y), scale, told)
+    layers += _random_layers(base, rows, titled(y), scale, tooltips)
     if points:
         ends = {"y": alt.Y("low:Q", title=titled(y), **scale), "y2": "high:Q"}
         held = single.transform_filter("isValid(datum.low)")
         layers.append(held.mark_rule(strokeWidth=1.5, opacity=0.55, **off).encode(**ends))
     line = single.mark_line(strokeWidth=2, **off).encode(y=up, strokeDash=look["strokeDash"])
-    layers.append(line if points else line.encode(tooltip=told))
+    layers.append(line if points else line.encode(tooltip=tooltips))
     if points:
         marks = single.transform_filter("isValid(datum.y)").mark_point(filled=True, size=62, opacity=1, **off)
-        layers.append(marks.encode(y=up, shape=look["shape"], tooltip=told))
+        layers.append(marks.encode(y=up, shape=look["shape"], tooltip=tooltips))
     return spec(layers, rows, height, description, most=MOST_WIDTH)
 
 
 def _random_layers(
-    base: alt.Chart, rows: Sequence[Row], title: list[str], scale: Mapping[str, Any], told: Sequence[alt.Tooltip]
+    base: alt.Chart, rows: Sequence[Row], title: list[str], scale: Mapping[str, Any], tooltips: Sequence[alt.Tooltip]
 ) -> list[alt.Chart]:
     """Band from the lowest random group to the highest, their mean, and a tick for each of them."""
     sizes = {row["x"] for row in rows if row.get("kind") == "band"}
@@ -300,7 +303,7 @@ def _random_layers(
     else:
         line = band.mark_line(strokeWidth=1.5, strokeDash=[2, 3])
         layers = [band.mark_area(opacity=0.22, line=False).encode(**ends), line.encode(y=mean)]
-    return [*layers, ticks.encode(y=mean, tooltip=[*told])]
+    return [*layers, ticks.encode(y=mean, tooltip=[*tooltips])]
 
 
 def scatter(
@@ -314,7 +317,7 @@ def scatter(
     for row in rows:
         panels.setdefault(str(row.get("panel")), []).append(row)
     few = max(map(len, panels.values()), default=0) <= MOST_INTERVALS
-    named = [row for own in panels.values() for row in _highest(own)]
+    named = [row for points in panels.values() for row in _highest(points)]
     rows = [row | {"named": True} if row in named else row for row in map(dict, rows)]
     look, scale = series_look(series_of(rows), "shape"), measured_scale(rows, share)
     base = alt.Chart().encode(x=numbers_along(x, (row["x"] for row in rows), logarithmic))
@@ -354,10 +357,10 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     within = alt.YOffset("series:N", sort=names, scale=alt.Scale(domain=names, paddingInner=0.08))
     base = alt.Chart().encode(y=alt.Y("name:N", sort=None, title=titled(x), axis=axis, scale=places), yOffset=within)
     along = alt.X("y:Q", title=titled(y), **scale)
-    whole, told = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
+    whole, tooltips = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
     held = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, color="--ink")
     layers = [
-        whole.mark_bar(opacity=OPACITIES[0]).encode(x=along, tooltip=told, **look),
+        whole.mark_bar(opacity=OPACITIES[0]).encode(x=along, tooltip=tooltips, **look),
         # A line at the end: a bar of 0 is a number too.
         whole.mark_tick(thickness=2).encode(x=along, color=look["color"]),
         held.encode(x=alt.X("low:Q", title=titled(y), **scale), x2="high:Q"),
@@ -365,7 +368,7 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     if any(row.get("y") is None for row in rows):
         empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
         dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
-        layers.append(dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=told))
+        layers.append(dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=tooltips))
     if any((row.get("low") or row.get("y") or 0) < 0 for row in rows):
         zero = rule_at("x", 0, {"title": titled(y), **scale}, strokeDash=[1, 0])
         layers.insert(0, zero)
@@ -418,7 +421,7 @@ def heat(
 def head_map(
     color: alt.Color,
     shape: tuple[int, int],
-    told: Sequence[alt.Tooltip],
+    tooltips: Sequence[alt.Tooltip],
     description: str,
     *,
     rows: Sequence[Row] = (),
@@ -437,7 +440,7 @@ def head_map(
     base = alt.Chart().encode(
         x=alt.X("index:O", title="head", axis=_tile_axis(n_heads), scale=alt.Scale(domain=list(range(n_heads)))),
         y=alt.Y("layer:O", title="layer", axis=_tile_axis(n_layers), scale=alt.Scale(domain=list(range(n_layers)))),
-        tooltip=[*told],
+        tooltip=[*tooltips],
     )
     tile: dict[str, Any] = {"stroke": "--paper", "strokeWidth": 0.75, **mark}
     layers = [
@@ -466,7 +469,7 @@ def tiles(
     color: alt.Color,
     x: str,
     y: str,
-    told: Sequence[alt.Tooltip],
+    tooltips: Sequence[alt.Tooltip],
     description: str,
     *,
     text: bool = False,
@@ -491,7 +494,7 @@ def tiles(
     base = alt.Chart().encode(
         x=alt.X("x:O", sort=columns, title=titled(x), axis=alt.Axis(labelAngle=-90 if turned else 0, **axis)),
         y=alt.Y("y:O", sort=lines_down, title=titled(y), axis=alt.Axis(**axis)),
-        tooltip=[*told],
+        tooltip=[*tooltips],
     )
     field = str(color.shorthand).removesuffix(":Q")
     tile: dict[str, Any] = {"aria": False, "stroke": "--paper", "strokeWidth": 1 if text else 0.5}

@@ -46,9 +46,16 @@ def _rows(number: int, entry: HistoryEntry) -> list[dict[str, Any]]:
         if rate is not None and rate["rate"] is not None:
             answers = f"{rate['count']} of {rate['n']}"
             found.append({"series": series, "y": rate["rate"], "interval": rate["interval"], "answers": answers})
-    made = entry.concentration
-    if made is not None and made["value"] is not None:
-        answers = f"{made['n']} prompts, against {made['against']}"
-        found.append({"series": CONCENTRATION, "y": made["value"], "interval": made["interval"], "answers": answers})
+    concentration = entry.concentration
+    if concentration is not None and concentration["value"] is not None:
+        answers = f"{concentration['n']} prompts, against {concentration['against']}"
+        found.append(
+            {
+                "series": CONCENTRATION,
+                "y": concentration["value"],
+                "interval": concentration["interval"],
+                "answers": answers,
+            }
+        )
     ends = [row.pop("interval") or (None, None) for row in found]
     return [about | row | {"low": low, "high": high} for row, (low, high) in zip(found, ends, strict=True)]

@@ -280,14 +280,14 @@ def _as_td(cell: Callable[..., Cell]) -> Callable[..., Markup]:
 @cache
 def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("safetyheads.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    environment.filters |= {
         "number": number,
         "two": two,
         "signed": signed,
@@ -302,9 +302,9 @@ def _environment() -> Environment:
         "thousands": lambda count: f"{count:,}",
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),
     }
-    made.globals |= {"td": td, "th": th, "signed": signed}
-    made.globals |= {cell.__name__.removesuffix("_cell"): _as_td(cell) for cell in _CELLS}
-    return made
+    environment.globals |= {"td": td, "th": th, "signed": signed}
+    environment.globals |= {cell.__name__.removesuffix("_cell"): _as_td(cell) for cell in _CELLS}
+    return environment
 
 
 def render(
@@ -327,9 +327,9 @@ def render(
     """
     folder = files("safetyheads") / "reports/templates"
     scripts = {"css": "report.css", "javascript": "report.js", "drill_javascript": "drill.js"}
-    own = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
+    assets = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
     # A page without figures has no use for the drawing library.
-    own["bundle"] = Markup(drawing_library() if charts else "")
+    assets["bundle"] = Markup(drawing_library() if charts else "")
     about = provenance(measured, manifest) if manifest else {}
-    page = {**content, **about, **own, "charts": charts or {}, "head_columns": head_columns}
+    page = {**content, **about, **assets, "charts": charts or {}, "head_columns": head_columns}
     return _environment().get_template(template).render(page) + "\n"

@@ -72,15 +72,15 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     outcomes = results["experiments"]
     for outcome in outcomes:
         if not outcome["name"].isalnum():
-            raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which is none")
+            raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which no file can have")
     # What the run remembers of its batches is on the index.
-    own = {name: value for name, value in manifest.items() if not name.startswith(tuple(REMEMBERED))}
+    facts_of_page = {name: value for name, value in manifest.items() if not name.startswith(tuple(REMEMBERED))}
     names = [None, *(outcome["name"] for outcome in outcomes), None]
     pages = {}
     for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
         content = _experiment(outcome, timings) | {"before": before, "after": after}
         measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": results["judge"]}
-        page = render("experiment.html.j2", content, measured, own, content["charts"])
+        page = render("experiment.html.j2", content, measured, facts_of_page, content["charts"])
         pages[f"{outcome['name']}.html"] = page
     states = list(_states(results, manifest["config"], timings))
     ran = [state for state in states if state["models"]]
@@ -344,8 +344,8 @@ def _heads(figure: Record, points: Sequence[Row]) -> Spec:
     shape = 1 + max(row["layer"] for row in rows), 1 + max(row["index"] for row in rows)
     values = [row["y"] for row in rows if "y" in row]
     color = charts.heat("y", values, title, share=figure["share"], roots=not figure["share"])
-    told = charts.tooltip(rows, {"name": "head", "y": title, "low": "95 % from", "high": "95 % to", "n": "n"})
-    return charts.head_map(color, shape, told, _described(figure), rows=rows, outlines={"marked": {}})
+    tooltips = charts.tooltip(rows, {"name": "head", "y": title, "low": "95 % from", "high": "95 % to", "n": "n"})
+    return charts.head_map(color, shape, tooltips, _described(figure), rows=rows, outlines={"marked": {}})
 
 
 def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
@@ -369,7 +369,7 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
     titles = {"y": figure["y"] or "row", "x": figure["x"] or "column", "value": figure["value"] or "value"}
     titles |= {"low": "95 % from", "high": "95 % to", "n": "n", "written": "in words"}
     color = charts.heat("value", values, figure["value"], share=share, pale=True)
-    told, has_text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
+    tooltips, has_text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
     if n_columns > charts.MOST_COLUMNS_WITH_INTERVALS:
         rows = [row | {"interval": ""} for row in rows]
     axes = figure["x"], figure["y"]
@@ -377,7 +377,7 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
         rows,
         color,
         *axes,
-        told,
+        tooltips,
         _described(figure),
         text=has_text,
         cell=46 if has_text else 22,
@@ -402,10 +402,10 @@ def _attention(figure: Record, points: Sequence[Row]) -> Spec:
     order = list(dict.fromkeys(str(point.get("panel") or "") for point in points))
     rows.sort(key=lambda row: order.index(row["panel"]))
     color = charts.heat("value", [row["value"] for row in rows], figure["value"] or "attention", share=True)
-    told = charts.tooltip(rows, {"y": "query", "x": "key", "value": figure["value"] or "attention"})
+    tooltips = charts.tooltip(rows, {"y": "query", "x": "key", "value": figure["value"] or "attention"})
     cell = max(6, min(22, 420 // n))
     axes = figure["x"], figure["y"]
-    return charts.tiles(rows, color, *axes, told, _described(figure), cell=cell, most=cell * n)
+    return charts.tiles(rows, color, *axes, tooltips, _described(figure), cell=cell, most=cell * n)
 
 
 def _token(point: Row, side: str) -> str:

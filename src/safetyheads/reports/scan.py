@@ -252,7 +252,9 @@ def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupA
 def _states(results: Results, table: AnswerTable, name: str, head: Head | None, judge: str) -> dict[str, GroupAnswers]:
     """The unablated answers to a set and those under a head, where the judge judged them all."""
     heads = ["", *([head["head"]] if head else [])]
-    found = {_ablated(one): _answers(table, name, one, results["ablation"]["epsilon"]) for one in heads}
+    found = {
+        _ablated(head_name): _answers(table, name, head_name, results["ablation"]["epsilon"]) for head_name in heads
+    }
     return {words: answers for words, answers in found.items() if answers is not None and _judged_by(answers, judge)}
 
 
@@ -364,7 +366,7 @@ def drill_data(
         "judges": list(judges),
         "labels": list(LABELS),
         "reasons": list(reasons),
-        "states": [list(one) for one in states],
+        "states": [list(state) for state in states],
         "heads": shown,
         "n_left_out": len(heads) - len(shown),
         "sets": list(places),
@@ -380,14 +382,14 @@ def drill_data(
 def _figures(results: Results) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
     vanilla = results["vanilla"]["harmful"]["asr"]
-    prefixes, own = _sized(results["groups"], "prefixes"), _sized(results["query_level"])
-    series = {OWN_HEADS: own} | ({ONE_GROUP: prefixes} if prefixes else {})
+    prefixes, query_level = _sized(results["groups"], "prefixes"), _sized(results["query_level"])
+    series = {OWN_HEADS: query_level} | ({ONE_GROUP: prefixes} if prefixes else {})
     kept = results["vanilla"].get("benign", {}).get("kept")
     found = {
         "asr_alone": _asr_alone(results),
         "harmful_and_benign": _harmful_and_benign(results),
         "prefixes": group_curve(prefixes, vanilla, kept, _OF_PROMPTS) if prefixes else None,
-        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if own else None,
+        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if query_level else None,
         "synergy": _synergy(results),
         "epsilons": _epsilons(results),
     }
@@ -487,12 +489,12 @@ def _proxy(results: Results, name: str) -> Spec:
     scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
     rate: Look = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
     head, *facts = _head_tooltip(results)
-    told = [head, alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"), *facts]
+    tooltips = [head, alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"), *facts]
     x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
     x = alt.X(f"{field}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~r", tickCount=4))
     y_title = "ASR, head ablated alone"
     base = alt.Chart().transform_filter(f"isValid(datum.asr) && isValid(datum['{field}'])")
-    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=told)
+    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=tooltips)
     # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
     below = "datum.below && datum.asr > 0.15"
     grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
@@ -526,9 +528,9 @@ def _synergy(results: Results) -> Spec | None:
     # Two-sided, for both signs have a meaning; and of some strength, for differences of one answer would look strong.
     color = charts.heat("value", [*values, -max(0.05, *map(abs, values))], "ASR together beyond the sum")
     titles = {"x": "head", "y": "and", "value": "synergy", "low": "95 % from", "high": "95 % to"}
-    told = charts.tooltip(rows, titles | {"together": "ASR together", "alone": "ASR alone"})
+    tooltips = charts.tooltip(rows, titles | {"together": "ASR together", "alone": "ASR alone"})
     cell = max(28, min(46, 360 // len(order)))
-    return charts.tiles(rows, color, "head", "head", told, "Synergy of pairs of heads", cell=cell)
+    return charts.tiles(rows, color, "head", "head", tooltips, "Synergy of pairs of heads", cell=cell)
 
 
 def _counted(rate: Mapping[str, Any]) -> str:
@@ -558,7 +560,7 @@ def head_columns(results: Results) -> dict[str, Any]:
     columns = {}
     for name in facts[0]:
         if any(head["benign"] for head in heads) or name not in ("lost", "changed", "kl"):
-            found = {head["head"]: own[name] for head, own in zip(heads, facts, strict=True)}
+            found = {head["head"]: values[name] for head, values in zip(heads, facts, strict=True)}
             # A layer without attention has no heads.
             columns[name] = [found.get(f"{i}-{j}") for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     for name, score in results["scores"].items():
