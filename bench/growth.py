@@ -24,7 +24,7 @@ from scan import commit, machine
 from shapes import Shape, build
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence, row_sizes
@@ -58,7 +58,9 @@ def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str
     seconds = []
 
     def begun() -> HeadPass:
-        return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(angles=(Angle(),)), layout)
+        return HeadPass(
+            engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(angles=(Score("generalized_ships_prompt"),)), layout
+        )
 
     for _ in range(repeats + 1):  # the first run on a shape sets things up
         measuring = begun()

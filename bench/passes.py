@@ -172,7 +172,7 @@ def hooked_states(model: Any, batches: list[Batch]) -> States:
 def ours(work: Work) -> Measured:
     """(d) The package's pass over all heads; nothing is sampled but the scores that are told."""
     from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-    from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
+    from safetyheads.measures.head_pass import HeadPass, Readouts, Score
     from safetyheads.model.engine import Engine
     from safetyheads.model.loading import use_our_attention
     from safetyheads.model.planning import TokenSequence
@@ -180,7 +180,7 @@ def ours(work: Work) -> Measured:
     model = work.model("sdpa")
     use_our_attention(model)
     engine = Engine(model, tokenizer=None, name="bench")
-    sequences, angle = [TokenSequence(tuple(row)) for row in work.prompts], Angle()
+    sequences, angle = [TokenSequence(tuple(row)) for row in work.prompts], Score("generalized_ships_prompt")
 
     def begun() -> HeadPass:
         return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(angles=(angle,)))
@@ -189,7 +189,7 @@ def ours(work: Work) -> Measured:
     warm = begun()
     warm.measure(groups[: warm.plan.groups_per_batch])
     clock = Clock(work.device)
-    angles = begun().measure(groups)[angle.name]
+    angles = begun().measure(groups)[angle.label]
     seconds = clock.lap()
     told = [float(angles[work.shape.heads.index(head)]) for head in work.sample]
     return Measured(seconds, None, None, told, _name(work.dtype), peak_bytes(work.device), versions())

@@ -18,11 +18,11 @@ from scipy.stats import spearmanr
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, demo
 from safetyheads.demo import demo_prompts
-from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.planning import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
-ANGLES = (Angle("prompt"), Angle("representation"))
+ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))
 
 
 def scores(engine: Engine, ablation: Ablation, n_prompts: int) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def scores(engine: Engine, ablation: Ablation, n_prompts: int) -> dict[str, torc
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     measuring = HeadPass(engine, sequences, ablation, Readouts(ships=True, angles=ANGLES))
     found = measuring.measure([(head,) for head in engine.heads])
-    return {"mean_ships": found["ships"].mean(dim=1), **{angle.name: found[angle.name] for angle in ANGLES}}
+    return {"mean_ships": found["ships"].mean(dim=1), **{angle.label: found[angle.label] for angle in ANGLES}}
 
 
 def compared(exact: torch.Tensor, half: torch.Tensor) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.measures.head_pass import Angle, HeadPass, Readouts
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence, layer_flops, row_sizes
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = row_sizes(sequences, layout)
     groups = [(head,) for head in engine.heads]
     told_seconds, told_bytes = estimate_pass(engine, sequences, layout)
-    readouts = Readouts(angles=(Angle(),))
+    readouts = Readouts(angles=(Score("generalized_ships_prompt"),))
 
     def begun() -> HeadPass:
         return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts, layout)

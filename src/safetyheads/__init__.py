@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from safetyheads.judges.keywords import KeywordJudge as KeywordJudge
     from safetyheads.judges.named import judge_named as judge_named
     from safetyheads.judges.phrases import PhraseJudge as PhraseJudge
+    from safetyheads.measures.head_pass import Score as Score
     from safetyheads.measures.sahara import rank_heads as rank_heads, sahara as sahara
     from safetyheads.measures.screened_scores import (
         Extent as Extent,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     )
     from safetyheads.measures.ships import (
         Opener as Opener,
-        Score as Score,
         generalized_ships as generalized_ships,
         mean_ships as mean_ships,
         refusal_score as refusal_score,
@@ -73,7 +73,8 @@ _NAMES = {
     "judges.phrases": ("PhraseJudge",),
     "measures.sahara": ("rank_heads", "sahara"),
     "measures.screened_scores": ("Extent", "Rescored", "screened_ships"),
-    "measures.ships": ("Opener", "Score", "generalized_ships", "mean_ships", "refusal_score", "scorer_named", "ships"),
+    "measures.head_pass": ("Score",),
+    "measures.ships": ("Opener", "generalized_ships", "mean_ships", "refusal_score", "scorer_named", "ships"),
     "model.engine": ("Engine",),
     "scores": ("GroupScorer", "HeadScores", "SearchTrace"),
     "stats.intervals": ("Rate",),

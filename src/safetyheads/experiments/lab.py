@@ -333,7 +333,7 @@ class Subject:
 
     def _scorer(self, name: str, ablation: Ablation) -> FunctionScorer:
         # One pass reads both angles, whichever is asked for first.
-        angles = ANGLES if name in {angle.name for angle in ANGLES} else ()
+        angles = ANGLES if name in {angle.label for angle in ANGLES} else ()
         return scorer_of(self.run.head_pass(self.name, ablation, Readouts(ships=not angles, angles=angles)), name)
 
 

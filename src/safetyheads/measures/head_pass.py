@@ -11,15 +11,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.errors import SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
-from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum
+from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
 from safetyheads.model.planning import (
     Plan,
     TokenSequence,
@@ -39,6 +39,13 @@ Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Tensor]]],
 State: TypeAlias = Literal["after_norm", "before_norm"]
 """Last-token state after the final norm (released code), or the residual stream before it (text)."""
 
+Forecast: TypeAlias = Literal["mean_ships", "refusal_score"]
+"""The scores that are forecast (:mod:`safetyheads.measures.screening`)."""
+SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalized_ships_representation")
+"""Names of the scores that are measured on groups of heads."""
+FORECASTS = ("screened_mean_ships", "screened_refusal_score")
+"""Names of the scores that are forecast, not measured."""
+_GENERALIZED = "generalized_ships_"
 # Scores closer than this are ties. Measured: batch shapes alone move a float32 score of the organism by up to
 # 2e-7 nats and 6e-5 degrees; half precisions resolve about 2^-8 of a logit.
 _RESOLUTION = {"nats": {4: 1e-6, 2: 1e-3}, "degrees": {4: 1e-4, 2: 1e-2}}
@@ -46,23 +53,65 @@ _HALVED = "halved"
 
 
 @dataclass(frozen=True, slots=True)
-class Angle:
-    """One variant of Generalized Ships (Eq 11); the paper's text and released code differ in all four settings."""
+class Score:
+    """A score's name and its settings.
 
-    space: Space = "prompt"
-    """``prompt`` (released code) or ``representation`` (text)."""
+    Raises:
+        InputError: an unknown name or state, or a setting that belongs to another score.
+    """
+
+    name: str
+    """One of :data:`SCORES` or :data:`FORECASTS`."""
+    positions: int = 1
+    """Mean Ships: answer tokens to average over; 1 is the paper's."""
     rank: int = 1
-    """Number of singular vectors; the score is the sum of their principal angles."""
+    """Generalized Ships: number of principal angles that are summed."""
     state: State = "after_norm"
-    """Which last-token state is stacked."""
+    """Generalized Ships: last-token state after the final norm (released code) or before it."""
     centred: bool = False
-    """Whether the mean over prompts is subtracted first; not in the paper."""
+    """Generalized Ships: whether the mean over prompts is subtracted first."""
+
+    def __post_init__(self) -> None:
+        if self.name not in (*SCORES, *FORECASTS):
+            raise InputError(f"unknown score {self.name!r}; known are {', '.join(SCORES)}")
+        if self.state not in get_args(State):
+            raise InputError(f"unknown state {self.state!r}; known are {', '.join(get_args(State))}")
+        if not self.is_generalized and (self.rank, self.state, self.centred) != (1, "after_norm", False):
+            raise InputError(f"rank, state and centred are for Generalized Ships, not for {self.name}")
+        if self.positions != 1 and not self.name.endswith("mean_ships"):
+            raise InputError(f"positions is for mean_ships, not for {self.name}")
 
     @property
-    def name(self) -> str:
-        """``generalized_ships_prompt`` and so on; settings other than the defaults are appended."""
+    def is_generalized(self) -> bool:
+        """Whether it is an angle (Eq 11)."""
+        return self.name.startswith(_GENERALIZED)
+
+    @property
+    def space(self) -> Space:
+        """Generalized Ships: whose singular vectors; ``prompt`` (released code) or ``representation`` (text)."""
+        return cast("Space", self.name.removeprefix(_GENERALIZED))
+
+    @property
+    def label(self) -> str:
+        """The name, and the settings of Generalized Ships other than the defaults."""
         extra = [f"r{self.rank}"] * (self.rank != 1) + [self.state] * (self.state != "after_norm")
-        return "_".join(["generalized_ships", self.space, *extra, *["centred"] * self.centred])
+        return "_".join([self.name, *extra, *["centred"] * self.centred])
+
+    @property
+    def forecast(self) -> Forecast:
+        """The forecast that proposes heads for this score: its own, or that of mean Ships for an angle."""
+        return "refusal_score" if self.name.endswith("refusal_score") else "mean_ships"
+
+    def readouts(self, openers: Sequence[int] = ()) -> Readouts:
+        """What a pass must read for it; ``openers`` are the first tokens of refusals."""
+        if self.is_generalized:
+            return Readouts(angles=(self,))
+        return Readouts(openers=tuple(openers)) if self.name == "refusal_score" else Readouts(ships=True)
+
+    def refuse_too_few(self, n_prompts: int) -> None:
+        """Raise :class:`InputError` where the score needs more prompts."""
+        if self.is_generalized:
+            refuse_rank(self.rank, n_prompts, self.space, self.centred)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +122,8 @@ class Readouts:
     """KL divergence of the next-token distribution, per prompt."""
     openers: tuple[int, ...] = ()
     """First tokens of refusals, whose log-odds are read; empty reads none."""
-    angles: tuple[Angle, ...] = ()
+    angles: tuple[Score, ...] = ()
     """Variants of Generalized Ships."""
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a readout needs next-token probabilities."""
-        return self.ships or bool(self.openers)
 
 
 class HeadPass:
@@ -94,15 +138,9 @@ class HeadPass:
         plan: Plan | None = None,
         keep: Keep | None = None,
     ) -> None:
-        """Run the unablated model.
+        """Run the unablated model over a sequence for each prompt.
 
-        Args:
-            engine: the model.
-            sequences: one for each prompt.
-            ablation: of every head in every group.
-            readouts: what is read.
-            plan: rows and batches; by default the engine's plan for these sequences. Moves results in their last bits.
-            keep: where results are kept; by default nowhere.
+        A ``plan`` other than the engine's moves results in their last bits; results are kept nowhere by default.
         """
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
         self.engine, self.sequences, self.ablation, self.readouts = engine, tuple(sequences), ablation, readouts
@@ -115,13 +153,13 @@ class HeadPass:
         self._captures = list(engine.captured(sequences, (), ablation, self.plan))
         hidden = engine.replayed(self._captures, [()], ablation, engine.n_layers - 1)[0]
         self.unablated: dict[str, Tensor] = {}
-        if readouts.needs_logits:
+        if readouts.ships or readouts.openers:
             log_probabilities = torch.cat(list(next_token_log_probabilities(engine, hidden)))
             self.unablated["log_probabilities"] = log_probabilities
             if readouts.openers:
                 self.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(sequences)], readouts.openers)
         for angle in readouts.angles:
-            self.unablated[angle.name] = self._directions(hidden[None], angle)[0]
+            self.unablated[angle.label] = self._directions(hidden[None], angle)[0]
 
     def measure(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> dict[str, Tensor]:
         """Every readout of each group; calls ``on_groups`` with the number of groups just done.
@@ -188,28 +226,20 @@ class HeadPass:
         return _RESOLUTION[unit][self.engine.dtype.itemsize]
 
     def table(self, name: str, values: Tensor, heads: Sequence[Head] | None = None) -> HeadScores:
-        """What :meth:`measure` gave for each of ``heads`` alone (by default all), as [n_prompts, n_layers, n_heads].
-
-        Args:
-            name: ``ships`` or ``refusal_score``.
-            values: [len(heads), n_prompts], nats.
-            heads: the heads that were measured.
-        """
-        n_heads = self.engine.n_heads
-        table = torch.full((len(self.sequences), self.engine.n_layers * n_heads), float("nan"), dtype=torch.float64)
-        places = [head.layer * n_heads + head.index for head in (self.engine.heads if heads is None else heads)]
-        table[:, places] = values.T
-        by_layer = table.view(len(self.sequences), self.engine.n_layers, n_heads)
-        return HeadScores(by_layer, name, "nats", self.resolution("nats"))
+        """Nats that :meth:`measure` gave for each of ``heads`` alone (by default all), [len(heads), n_prompts]."""
+        shape = (len(self.sequences), self.engine.n_layers, self.engine.n_heads)
+        table = torch.full(shape, float("nan"), dtype=torch.float64)
+        heads = self.engine.heads if heads is None else heads
+        table[:, [head.layer for head in heads], [head.index for head in heads]] = values.T
+        return HeadScores(table, name, "nats", self.resolution("nats"))
 
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
         """The readouts of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
-        values: dict[str, Tensor] = {}
-        if self.readouts.needs_logits:
-            values |= self._read_next_token(hidden)
+        reads_next = self.readouts.ships or self.readouts.openers
+        values = self._read_next_token(hidden) if reads_next else {}
         for angle in self.readouts.angles:
-            values[angle.name] = principal_angle_sum(self.unablated[angle.name], self._directions(hidden, angle))
+            values[angle.label] = principal_angle_sum(self.unablated[angle.label], self._directions(hidden, angle))
         return {name: values_of_name.cpu() for name, values_of_name in values.items()}
 
     def _read_next_token(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -231,22 +261,17 @@ class HeadPass:
         values = {}
         if self.readouts.ships:
             # KL is never negative; rounding can leave it below 0.
-            values["ships"] = self._mean_by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
+            ships = torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted)
+            prompts = prompt_of_wanted(self.sequences).to(ships.device)
+            sums = ships.new_zeros(n_groups, len(self.sequences)).scatter_add_(1, prompts.expand_as(ships), ships)
+            values["ships"] = sums / torch.tensor([sequence.n_wanted for sequence in self.sequences]).to(sums)
         if self.readouts.openers:
             ablated = torch.cat(odds).view(n_groups, n_wanted)
             last_of_prompts = first_wanted(self.sequences).to(ablated.device)
             values["refusal_score"] = self.unablated["log_odds"] - ablated[:, last_of_prompts]
         return values
 
-    def _mean_by_prompt(self, values: Tensor) -> Tensor:
-        """[n_groups, n_wanted] averaged to [n_groups, n_prompts]."""
-        prompts = prompt_of_wanted(self.sequences).to(values.device)
-        sums = values.new_zeros(len(values), len(self.sequences))
-        sums.scatter_add_(1, prompts.expand_as(values), values)
-        counts = torch.tensor([sequence.n_wanted for sequence in self.sequences], device=values.device)
-        return sums / counts.clamp_min(1)
-
-    def _directions(self, hidden: Tensor, angle: Angle) -> Tensor:
+    def _directions(self, hidden: Tensor, angle: Score) -> Tensor:
         """Dominant directions of each group's last-prompt-token states; ``hidden`` is [n_groups, n_wanted, d_model]."""
         states = hidden[:, first_wanted(self.sequences).to(hidden.device)]
         states = self.engine.normed(states) if angle.state == "after_norm" else states

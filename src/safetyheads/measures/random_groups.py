@@ -26,11 +26,7 @@ def random_groups(group: Group, n_heads: int | Sequence[int], n_groups: int, see
     taken and the group's own heads fill up. Groups may repeat, since a layer of eight heads has only seven others;
     whoever reports them counts the distinct ones.
 
-    Args:
-        group: the group to be matched.
-        n_heads: heads per layer; one number for each layer where layers differ.
-        n_groups: how many to draw.
-        seed: seed of the draw.
+    ``n_heads`` is the number of heads of every layer, or of each layer by itself.
 
     Returns:
         ``n_groups`` groups, heads in order; () where the group holds all heads of its layers, so there is no control.

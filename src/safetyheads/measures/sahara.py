@@ -30,9 +30,9 @@ def sahara(
     Equal scores are settled by layer, then index, so the order of ``heads`` does not matter; the trace holds ties.
 
     Args:
-        scorer: gives each group a number; more means more effect.
+        scorer: more means more effect.
         heads: the candidates, usually ``engine.heads``.
-        steps: size of the group; the paper uses at most 5, and finds 3 best.
+        steps: size of the group; the paper finds 3 best.
         narrow: given the group so far, the heads that are worth scoring; by default all. The others are NaN in the
             step's table.
 

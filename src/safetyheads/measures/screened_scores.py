@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, all_heads
-from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.measures.head_pass import Forecast, HeadPass, Readouts, Score
 from safetyheads.measures.sahara import sahara, score_heads
-from safetyheads.measures.screening import POINTS, Forecast, Screening, screen
-from safetyheads.measures.ships import OnGroups, Score, answer_sequences, scorer_of
+from safetyheads.measures.screening import POINTS, Screening, screen
+from safetyheads.measures.ships import OnGroups, answer_sequences, scorer_of
 from safetyheads.model.planning import row_sizes
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population
@@ -97,64 +97,12 @@ class Rescored:
     missed: Missed
 
 
-@dataclass(frozen=True, slots=True)
-class ScreenedTrace:
-    """A search that scored only what a screening proposed in each step."""
-
-    trace: SearchTrace
-    proposals: tuple[Proposal, ...]
-    """One a step."""
-    missed: tuple[Missed, ...]
-    """One a step: heads that may score above the best candidate."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Exact scores of two heads, together and alone."""
-
-    heads: tuple[Head, Head]
-    together: float
-    alone: tuple[float, float]
-
-    @property
-    def synergy(self) -> float:
-        """What the two do beyond the sum of what each does alone."""
-        return self.together - sum(self.alone)
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Cumulative shares of an exact scan's floating-point operations."""
-
-    screening: float
-    with_candidates: float
-    with_sample: float
-
-    def __str__(self) -> str:
-        parts = (f"screening {self.screening:.1%}", f"with candidates {self.with_candidates:.1%}")
-        return f"{', '.join(parts)}, with the sample {self.with_sample:.1%} of an exact scan's operations"
-
-
-def propose(screening: Screening, name: Forecast = "mean_ships", extent: Extent | None = None) -> Proposal:
+def propose(screening: Screening, forecast: Forecast, extent: Extent) -> Proposal:
     """The heads with the best forecasts, and a random sample of the others."""
-    extent = extent or Extent()
-    ranked = [head for head, _ in screening.table(name).ranked()]
-    candidates, others = tuple(ranked[: extent.n_candidates]), sorted(ranked[extent.n_candidates :])
+    ranked = screening.table(forecast).top(screening.ships[0].numel())
+    candidates, others = ranked[: extent.n_candidates], sorted(ranked[extent.n_candidates :])
     drawn = random.Random(extent.seed).sample(others, min(extent.n_sampled, len(others)))
     return Proposal(candidates, tuple(sorted(drawn)), len(others))
-
-
-def rescore(
-    scorer: GroupScorer,
-    screening: Screening,
-    name: Forecast = "mean_ships",
-    extent: Extent | None = None,
-    top: int = 10,
-) -> Rescored:
-    """Exact scores of what a screening of the same prompts and ablation proposes; ``top`` as in :class:`Missed`."""
-    proposal = propose(screening, name, extent)
-    table = score_heads(scorer, screening.common, proposal.heads, all_heads(*screening.ships.shape[1:]))
-    return Rescored(table, proposal, missed(table, proposal, top))
 
 
 def screened_ships(
@@ -167,17 +115,13 @@ def screened_ships(
 ) -> Rescored:
     """Mean Ships (Eq 9), in nats, of the heads that a screening of the same prompts proposes.
 
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        ablation: of one head at a time.
-        extent: how many heads are scored exactly; 32 candidates and 64 sampled others by default.
-        top: number of best heads that the bound on missed ones is about.
-        positions: as for :func:`safetyheads.ships`.
+    The bound on missed heads is about the ``top`` best ones; ``positions`` is as for :func:`safetyheads.ships`.
     """
     sequences = answer_sequences(engine, prompts, positions)
     scorer = scorer_of(HeadPass(engine, sequences, ablation, Readouts(ships=True)), "mean_ships")
-    return rescore(scorer, screen(engine, sequences, ablation), extent=extent, top=top)
+    proposal = propose(screen(engine, sequences, ablation), "mean_ships", extent or Extent())
+    table = score_heads(scorer, (), proposal.heads, all_heads(engine.n_layers, engine.n_heads))
+    return Rescored(table, proposal, missed(table, proposal, top))
 
 
 def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
@@ -185,19 +129,18 @@ def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
     exact = sorted((table[head] for head in proposal.candidates), reverse=True)
     rank = min(top, len(exact))
     n_found = sum(table[head] > exact[rank - 1] for head in proposal.sampled)
-    n_sampled = len(proposal.sampled)
-    at_most = most_in_population(proposal.n_others, n_sampled, n_found)
-    return Missed(rank, proposal.n_others, n_sampled, n_found, at_most)
+    at_most = most_in_population(proposal.n_others, len(proposal.sampled), n_found)
+    return Missed(rank, proposal.n_others, len(proposal.sampled), n_found, at_most)
 
 
 def screened_sahara(
-    measuring: HeadPass, score: Score | str, steps: int, extent: Extent | None = None, on_groups: OnGroups = None
-) -> ScreenedTrace:
+    measuring: HeadPass, score: Score, steps: int, extent: Extent, on_groups: OnGroups = None
+) -> tuple[SearchTrace, tuple[Proposal, ...], tuple[Missed, ...]]:
     """Algorithm 1 with a screening before each step, taken with the group so far ablated.
 
-    The forecast of ``score`` proposes heads; ``measuring`` scores them and must read the score.
+    The forecast of ``score`` proposes heads; ``measuring`` scores them and must read the score. Proposals and the heads
+    that may beat the best candidate are given for each step.
     """
-    score = Score(score) if isinstance(score, str) else score
     openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()
     proposals: list[Proposal] = []
 
@@ -208,31 +151,36 @@ def screened_sahara(
 
     trace = sahara(scorer_of(measuring, score, on_groups), measuring.engine.heads, steps, narrow)
     bounds = tuple(missed(step, proposal, 1) for step, proposal in zip(trace.steps, proposals, strict=True))
-    return ScreenedTrace(trace, tuple(proposals), bounds)
+    return trace, tuple(proposals), bounds
 
 
-def rescore_pairs(scorer: GroupScorer, pairs: Sequence[tuple[Head, Head]]) -> tuple[Pair, ...]:
-    """Exact synergy of proposed pairs (:meth:`Screening.pairs`), largest first by size."""
+def rescore_pairs(scorer: GroupScorer, pairs: Sequence[tuple[Head, Head]]) -> list[dict[str, Any]]:
+    """Exact scores of proposed pairs (:meth:`Screening.pairs`), together and alone, as records.
+
+    ``synergy`` is what two heads do beyond the sum of what each does alone; the largest by size is first.
+    """
     singles = sorted({head for pair in pairs for head in pair})
     scores = scorer([*[(head,) for head in singles], *pairs]).tolist()
-    alone = dict(zip(singles, scores, strict=False))
-    scored = [
-        Pair((first, second), together, (alone[first], alone[second]))
-        for (first, second), together in zip(pairs, scores[len(singles) :], strict=True)
-    ]
-    return tuple(sorted(scored, key=lambda pair: -abs(pair.synergy)))
+    alone_of = dict(zip(singles, scores, strict=False))
+    records = []
+    for pair, together in zip(pairs, scores[len(singles) :], strict=True):
+        alone = [alone_of[head] for head in pair]
+        heads = [str(head) for head in pair]
+        records.append({"heads": heads, "together": together, "alone": alone, "synergy": together - sum(alone)})
+    return sorted(records, key=lambda record: -abs(record["synergy"]))
 
 
-def costs_of(measuring: HeadPass, proposal: Proposal, forecast: Forecast = "mean_ships") -> Costs:
-    """The costs of one screened ranking, against scoring every head."""
+def costs_of(measuring: HeadPass, proposal: Proposal, forecast: Forecast = "mean_ships") -> dict[str, float]:
+    """Costs of one screened ranking, as cumulative shares of an exact scan's floating-point operations."""
     engine, sequences = measuring.engine, measuring.sequences
     # The openers' log-odds cost a backward pass at each point.
-    n_columns = [point.n_columns + (forecast == "refusal_score") for point in POINTS]
+    n_columns = [point.n_tokens + point.n_samples + (forecast == "refusal_score") for point in POINTS]
     rows = row_sizes(sequences, measuring.plan)
     # Both ways of scoring need the unablated run first.
     exact = engine.costs.scan_flops(rows, engine.heads) + engine.costs.forward_flops(rows)
-    running, shares = engine.costs.screening_flops(sequences, n_columns), []
-    for heads in ((), proposal.candidates, proposal.sampled):
+    running, shares = engine.costs.screening_flops(sequences, n_columns), {}
+    parts: dict[str, Group] = {"screening": (), "with_candidates": proposal.candidates, "with_sample": proposal.sampled}
+    for name, heads in parts.items():
         running += engine.costs.scan_flops(rows, heads)
-        shares.append(running / exact)
-    return Costs(*shares)
+        shares[name] = running / exact
+    return shares

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
-from safetyheads.measures.head_pass import log_odds
+from safetyheads.measures.head_pass import Forecast, log_odds
 from safetyheads.model.attention import AttentionCall, RowAblation
 from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted
 from safetyheads.model.replay import wanted_states
@@ -37,9 +37,6 @@ from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-
-Forecast: TypeAlias = Literal["mean_ships", "refusal_score"]
-"""The scores that are forecast."""
 
 
 @dataclass(frozen=True, slots=True)

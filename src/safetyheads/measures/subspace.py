@@ -18,19 +18,13 @@ _GRAM_RATIO = 1e-5
 
 
 def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bool = False) -> Tensor:
-    """The first singular vectors of each stack of states.
-
-    Args:
-        states: [..., n_prompts, d_model], a stack M of last-token states.
-        space: which side's singular vectors.
-        rank: number of singular vectors.
-        centred: subtract the mean over prompts first.
+    """The first singular vectors of each stack of last-token states [..., n_prompts, d_model].
 
     Returns:
         Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
 
     Raises:
-        InputError: fewer than two prompts, or a rank at which every angle is 0.
+        InputError: as :func:`refuse_rank`.
     """
     n_prompts, d_model = states.shape[-2:]
     refuse_rank(rank, n_prompts, space, centred, d_model)
@@ -46,8 +40,7 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
         return _by_svd(stack, space, rank)
     if space == "prompt":
         return left
-    right = stack.mT @ left
-    return torch.linalg.qr(right).Q
+    return torch.linalg.qr(stack.mT @ left).Q
 
 
 def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model: int | None = None) -> None:
@@ -76,17 +69,10 @@ def _by_svd(stack: Tensor, space: Space, rank: int) -> Tensor:
 
 
 def principal_angle_sum(first: Tensor, second: Tensor) -> Tensor:
-    """Sum of the principal angles between two subspaces, in degrees (Eq 11).
+    """Sum of the principal angles between subspaces with orthonormal columns [..., n, rank], in degrees (Eq 11).
 
     Each angle is atan2(sine, cosine), the sine from the part of ``second`` outside ``first``: the arccosine alone
     cannot resolve small angles (in float32, none under 0.02 degrees).
-
-    Args:
-        first: orthonormal columns [..., n, rank].
-        second: orthonormal columns [..., n, rank].
-
-    Returns:
-        [...], float64.
     """
     overlap = first.mT @ second
     outside = second - first @ overlap

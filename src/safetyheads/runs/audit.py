@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
-from safetyheads.measures.head_pass import Angle, Readouts
+from safetyheads.measures.head_pass import Readouts, Score
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
 from safetyheads.measures.ships import Opener, openers_of, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 LEAD = "mean_ships"
 """The score that the verdict is about: it separates known heads best."""
-ANGLES = (Angle("prompt"), Angle("representation"))
+ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))
 """Generalized Ships as in the released code, and as in the text."""
-SEARCHED = (LEAD, *(angle.name for angle in ANGLES))
+SEARCHED = (LEAD, *(angle.label for angle in ANGLES))
 """The scores that Sahara searches with."""
 N_LISTED = 10
 """Heads whose own ASR is measured."""

@@ -176,7 +176,7 @@ def _measure(run: Run[ScanConfig], alone: Sequence[GroupAnswers]) -> Measured:
     harmful = run.head_pass("harmful", ablation, readouts)
     with run.progress.track("harmful: scores of heads", len(singles)) as done:
         ships = harmful.table("ships", harmful.measure(singles, done)["ships"])
-    names = [LEAD, *(angle.name for angle in angles), *["refusal_score"] * bool(openers)]
+    names = [LEAD, *(angle.label for angle in angles), *["refusal_score"] * bool(openers)]
     scores = {name: rank_heads(scorer_of(harmful, name), engine.heads) for name in names}
     scores |= {"screened_mean_ships": _forecast(run)}
     if benign_kl is not None:

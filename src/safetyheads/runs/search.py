@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
-from safetyheads.measures.head_pass import HeadPass, Readouts, State
+from safetyheads.measures.head_pass import Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.screened_scores import (
     Extent,
@@ -22,7 +22,7 @@ from safetyheads.measures.screened_scores import (
     screened_sahara,
 )
 from safetyheads.measures.screening import Screening, screen
-from safetyheads.measures.ships import Opener, Score, find_openers, scorer_of
+from safetyheads.measures.ships import Opener, find_openers, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import search_steps
@@ -30,7 +30,6 @@ from safetyheads.runs.config import SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.run import Kind, Run, carry_out
-from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -75,9 +74,9 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     if config.screen:
         with run.progress.track("screening", 1):
             screening = screen(run.engine, measuring.sequences, ablation)
-        proposal = propose(screening, extent=_extent(config))
+        proposal = propose(screening, "mean_ships", _extent(config))
         costs = costs_of(measuring, proposal)
-        run.progress.say(f"{len(proposal.heads)} of {len(run.engine.heads)} heads are scored exactly: {costs}")
+        run.progress.say(f"{len(proposal.heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
         chosen = proposal.heads
     with run.progress.track("scoring heads", len(chosen)) as done:
         values = measuring.measure([(head,) for head in chosen], done)["ships"]
@@ -86,8 +85,9 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     screened: dict[str, Any] = {}
     if screening is not None:
         bound = missed(scores, proposal, _TOP)
-        pairs = _pairs(measuring, screening, scores)
-        screened = {"screening": {**_screening(proposal, bound), "costs": asdict(costs), "pairs": pairs}}
+        proposed_pairs = screening.pairs(scores.top(_PAIRED), _PAIRS)
+        pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), proposed_pairs)
+        screened = {"screening": {**_screening(proposal, bound), "costs": costs, "pairs": pairs}}
     return {
         **_about(run),
         "score": "mean_ships",
@@ -102,18 +102,12 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     }
 
 
-def _pairs(measuring: HeadPass, screening: Screening, scores: HeadScores) -> list[dict[str, Any]]:
-    """The pairs among the best heads whose forecasts differ most from the sum of the two."""
-    pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
-    return [
-        {
-            "heads": [str(head) for head in pair.heads],
-            "together": pair.together,
-            "alone": list(pair.alone),
-            "synergy": pair.synergy,
-        }
-        for pair in pairs
-    ]
+def _said(costs: Mapping[str, float]) -> str:
+    screening, candidates, sample = costs.values()
+    return (
+        f"screening {screening:.1%}, with candidates {candidates:.1%}, with the sample {sample:.1%} of an exact scan's "
+        "operations"
+    )
 
 
 def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
@@ -158,11 +152,11 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         if config.screen:
-            screened_trace = screened_sahara(measuring, score, config.size, extent, done)
-            trace, costs = screened_trace.trace, costs_of(measuring, screened_trace.proposals[0], score.forecast)
-            run.progress.say(f"each step: {costs}")
-            steps = [_screening(*step) for step in zip(screened_trace.proposals, screened_trace.missed, strict=True)]
-            screened = {"forecast": score.forecast, "screening": steps, "costs": asdict(costs)}
+            trace, proposals, bounds = screened_sahara(measuring, score, config.size, extent, done)
+            costs = costs_of(measuring, proposals[0], score.forecast)
+            run.progress.say(f"each step: {_said(costs)}")
+            steps = [_screening(*step) for step in zip(proposals, bounds, strict=True)]
+            screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
         else:
             trace = sahara(scorer, engine.heads, config.size)
     return {
