@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from safetyheads.runs.run import Prompts
 
 Config = TypeVar("Config", bound=ModelOptions)
+Data = TypeVar("Data")
 RunSettings = TypeVar("RunSettings", AuditConfig, ScanConfig)
 
 
@@ -92,21 +93,19 @@ def demo(
 ) -> None:
     """Audit an embedded model whose refusal heads are known."""
     out = where.out or Path("runs") / f"demo-{name}"
-    _audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), out, report, output)
+    audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), DirectoryOptions(out=out), report, output)
 
 
 @command
 def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    _audit(_with_own_benign(config), where.out or _default_out(config), report, output)
-
-
-def _audit(config: AuditConfig, out: Path, report: ReportOptions, output: OutputOptions) -> None:
     from safetyheads.cli.show import show_audit
     from safetyheads.runs.audit import read_prompts, run_audit
 
     _refuse_completions(config.store_completions, report)
-    results = _run(config, out, output, read_prompts, run_audit)
+    config, out = _with_own_benign(config), where.out or _default_out(config)
+    engine, prompts, progress = _prepared(config, out, output, read_prompts)
+    results = run_audit(engine, config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_audit)
 
 
@@ -117,8 +116,9 @@ def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, out
     from safetyheads.runs.scan import read_prompts, run_scan
 
     _refuse_completions(config.store_completions, report)
-    out = where.out or Path(f"{_default_out(config)}-scan")
-    results = _run(_with_own_benign(config), out, output, read_prompts, run_scan)
+    config, out = _with_own_benign(config), where.out or Path(f"{_default_out(config)}-scan")
+    engine, prompts, progress = _prepared(config, out, output, read_prompts)
+    results = run_scan(engine, config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_scan)
 
 
@@ -135,7 +135,9 @@ def ships(
     from safetyheads.runs.search import run_ships
 
     at_least(1, top=top)
-    results = _run(config, where.out or _own_out(config, "ships"), output, _harmful, run_ships)
+    out = where.out or _own_out(config, "ships")
+    engine, prompts, progress = _prepared(config, out, output, _harmful)
+    results = run_ships(engine, config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_ranking(results, top))
 
 
@@ -150,7 +152,9 @@ def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions)
         score_of(config).refuse_too_few(len(prompts["harmful"]))
         return prompts
 
-    results = _run(config, where.out or _own_out(config, "sahara"), output, read, run_sahara)
+    out = where.out or _own_out(config, "sahara")
+    engine, prompts, progress = _prepared(config, out, output, read)
+    results = run_sahara(engine, config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_steps(results))
 
 
@@ -160,7 +164,9 @@ def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> No
     from safetyheads.cli.show import show_rates
     from safetyheads.runs.asr import run_asr
 
-    results = _run(config, where.out or _own_out(config, "asr"), output, _harmful, run_asr)
+    out = where.out or _own_out(config, "asr")
+    engine, prompts, progress = _prepared(config, out, output, _harmful)
+    results = run_asr(engine, config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_rates(results))
 
 
@@ -174,22 +180,15 @@ def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) ->
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
     out = where.out or _own_out(config, "eval")
-
-    def start(engine: Engine, config: EvalConfig, out: Path, tasks: Any, *others: Any) -> dict[str, Any]:
-        return run_evaluation(engine, config, tasks, out, *others)
-
-    results = _run(config, out, output, load_tasks, start)
+    engine, tasks, progress = _prepared(config, out, output, load_tasks)
+    results = run_evaluation(engine, config, tasks, out, progress, sys.argv)
     _show(results, output, lambda: show_evaluation(results, out))
 
 
-def _run(
-    config: Config,
-    out: Path,
-    output: OutputOptions,
-    read: Callable[[Config], Any],
-    start: Callable[..., dict[str, Any]],
-) -> dict[str, Any]:
-    """Run once all that can be refused without the model is refused: the directory, judges, prompts or tasks."""
+def _prepared(
+    config: Config, out: Path, output: OutputOptions, read: Callable[[Config], Data]
+) -> tuple[Engine, Data, Progress]:
+    """The model, and the prompts or tasks: loaded once all that can be refused without the model is refused."""
     _refuse_unusable(out)
     if isinstance(config, JudgeOptions):
         from safetyheads.judges.named import judges_named
@@ -198,7 +197,7 @@ def _run(
     progress = progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         data = read(config)
-    return start(load_engine(config, progress), config, out, data, progress, sys.argv)
+    return load_engine(config, progress), data, progress
 
 
 @command
