@@ -74,7 +74,7 @@ def test_unreadable_runs_are_skipped_with_their_reason(folder):
         path.write_text("{")
     found = read_history(folder)
     assert len(found.entries) == 3
-    reasons = {skipped.name: skipped.reason for skipped in found.skipped}
+    reasons = {skipped["name"]: skipped["reason"] for skipped in found.skipped}
     assert list(reasons) == ["bad", "broken", "poem", "unfinished"]
     assert "not valid JSON" in reasons["bad"]
     assert "has not finished" in reasons["unfinished"]

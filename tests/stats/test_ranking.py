@@ -104,7 +104,8 @@ def test_the_ceiling_is_the_other_half_and_is_beaten_by_the_truth():
 
 
 def table(values, resolution=0.0):
-    return HeadTable("made up", {f"0-{at}": value for at, value in enumerate(values)}, resolution)
+    scored = {f"0-{at}": value for at, value in enumerate(values) if value is not None}
+    return HeadTable("made up", scored, resolution)
 
 
 def test_ranks_are_those_of_scipy_and_overlaps_those_of_the_hypergeometric():

@@ -679,9 +679,9 @@ _CHANGES = {
 def show_comparison(compared: Comparison, gates: Sequence[Mapping[str, Any]]) -> None:
     """What both runs are, what changed, how heads rank, which came and went, and last what makes that weak."""
     for name, run in (("A", compared.before), ("B", compared.after)):
-        verdict = "" if run.verdict is None else f", {run.verdict.replace('_', ' ')}"
-        started = f", {run.started[:16].replace('T', ' ')}" if run.started else ""
-        print_lines([f"{name}: {compared.kind} of {run.model}{started}{verdict} ({run.path})"])
+        verdict = "" if run["verdict"] is None else f", {run['verdict'].replace('_', ' ')}"
+        started = f", {run['started'][:16].replace('T', ' ')}" if run["started"] else ""
+        print_lines([f"{name}: {compared.kind} of {run['model']}{started}{verdict} ({run['path']})"])
     rows = [(label, getattr(compared, name)) for name, label in _CHANGES.items()]
     print_items(
         "From A to B",
@@ -776,8 +776,8 @@ def show_history(history: History, page: Path) -> None:
             "top heads": lambda entry: ", ".join(entry.top_heads) or "tied",
         },
     )
-    broken = [run for run in history.skipped if "results of kind" not in run.reason]
-    print_lines((f"skipped {run.name}: {one_line(run.reason)}" for run in broken), "yellow")
+    broken = [run for run in history.skipped if "results of kind" not in run["reason"]]
+    print_lines((f"skipped {run['name']}: {one_line(run['reason'])}" for run in broken), "yellow")
     if n_others := len(history.skipped) - len(broken):
         print_lines([f"Left out: {n_others} of other kinds than audit and scan"], "dim")
     print_lines([f"History: {page}"])

@@ -43,17 +43,14 @@ SETTINGS = {
 """Fields of a config whose difference makes a comparison weak, with their names."""
 
 
-# How a number changed.
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """How a number changed from one run to the other; None where it cannot be computed, and the note says why."""
 
     before: float | None
-    """In the first run."""
+    """In run A."""
     after: float | None
-    """In the second run."""
+    """In run B."""
     change: float | None
     """After minus before; where paired, over the prompts that both runs scored."""
     interval: Interval | None
@@ -82,21 +79,15 @@ def _rate_change(
     groups: Sequence[Sequence[str]] = ((), ()),
     absent: str = "",
 ) -> Change:
-    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates.
-
-    Args:
-        runs: before and after.
-        prompts: ``harmful`` or ``benign``.
-        rates: of each run; None where it has none.
-        groups: the ablated heads of each run.
-        absent: the note where a run has no rate.
-    """
+    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates."""
     old, new = rates
     if old is None or new is None:
         return _no_change(absent)
     if old["rate"] is None or new["rate"] is None:
         return _no_change("a run has no scored answers")
-    before, after = (run.outcomes(prompts, heads) for run, heads in zip(runs, groups, strict=True))
+    before, after = (
+        run.stored_outcomes.get((prompts, frozenset(heads)), {}) for run, heads in zip(runs, groups, strict=True)
+    )
     note = _why_unpaired(runs, prompts)
     if not note and not (_gives_rate(before, old) and _gives_rate(after, new)):
         note = "the answers are not all stored"
@@ -104,9 +95,13 @@ def _rate_change(
         note = "the prompts are not the same"
     if note:
         # Several answers to one prompt are no independent counts, so such rates are not tested.
-        return _independent_change(old, new, note, tested=all(run.n_seeds == 1 for run in runs))
-    old_answers, new_answers = (_as_array([side[prompt] for prompt in before]) for side in (before, after))
-    paired = paired_difference(old_answers, new_answers)
+        p_value = None
+        if all(run.n_seeds == 1 for run in runs):
+            p_value = float(scipy.stats.fisher_exact([[rate["count"], rate["n"] - rate["count"]] for rate in rates])[1])
+        interval = newcombe_interval(old["rate"], old["interval"], new["rate"], new["interval"])
+        n, change = (old["n"], new["n"]), new["rate"] - old["rate"]
+        return Change(old["rate"], new["rate"], change, interval, n, False, p_value, note)
+    paired = paired_difference(*(_as_array([side[prompt] for prompt in before]) for side in (before, after)))
     if paired.change is None:
         return _no_change("no prompt has scored answers in both runs")
     return Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n, paired.n), True, paired.p_value)
@@ -131,15 +126,6 @@ def _gives_rate(outcomes: Outcomes, rate: RateRecord) -> bool:
     return (sum(scored), len(scored)) == (rate["count"], rate["n"])
 
 
-def _independent_change(old: RateRecord, new: RateRecord, note: str, tested: bool) -> Change:
-    """The change between rates of independent samples: Newcombe's interval, and Fisher's exact test if ``tested``."""
-    interval = newcombe_interval(old["rate"], old["interval"], new["rate"], new["interval"])
-    counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
-    p_value = float(scipy.stats.fisher_exact(counts)[1]) if tested else None
-    change, n = new["rate"] - old["rate"], (old["n"], new["n"])
-    return Change(old["rate"], new["rate"], change, interval, n, False, p_value, note)
-
-
 def _concentration_change(before: RunReader, after: RunReader) -> Change:
     """Paired from the stored answers, over the sizes that both have; else from the two intervals in the results."""
     note = _why_unpaired((before, after))
@@ -158,43 +144,21 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
             means = float(old.values.mean()), float(new.values.mean()), float(gained.mean())
             left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
             return Change(*means, interval, (n, n), True, None, left_out)
-    return _concentration_change_of_results(before, after, note or "the answers under each group are not all read")
-
-
-def _concentration_change_of_results(before: RunReader, after: RunReader, note: str) -> Change:
-    old, new = before.concentration, after.concentration
-    if old is None or new is None or old["value"] is None or new["value"] is None:
+    first, second = before.concentration, after.concentration
+    if first is None or second is None or first["value"] is None or second["value"] is None:
         return _no_change("a run has no concentration")
-    if old["against"] != new["against"] or list(old["sizes"]) != list(new["sizes"]):
+    if first["against"] != second["against"] or list(first["sizes"]) != list(second["sizes"]):
         return _no_change("the concentrations are over other sizes, or against other groups")
     interval = None
-    if old["interval"] and new["interval"]:
-        interval = newcombe_interval(old["value"], old["interval"], new["value"], new["interval"])
-    change, n = new["value"] - old["value"], (old["n"], new["n"])
-    return Change(old["value"], new["value"], change, interval, n, False, None, note)
+    if first["interval"] and second["interval"]:
+        interval = newcombe_interval(first["value"], first["interval"], second["value"], second["interval"])
+    values = first["value"], second["value"], second["value"] - first["value"]
+    note = note or "the answers under each group are not all read"
+    return Change(*values, interval, (first["n"], second["n"]), False, None, note)
 
 
 def _no_change(note: str) -> Change:
     return Change(None, None, None, None, (0, 0), False, None, note)
-
-
-# The comparison.
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """One side of a comparison."""
-
-    path: str
-    """Its directory."""
-    model: str
-    """The model's directory or name."""
-    started: str | None
-    """ISO date and time, UTC."""
-    verdict: str | None
-    """The verdict's label; None for a scan."""
-    heads: tuple[str, ...]
-    """The verdict's group; of a scan, heads whose ASR differs (Holm)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +167,10 @@ class Comparison:
 
     kind: str
     """``audit`` or ``scan``."""
-    before: RunFacts
-    """The first run."""
-    after: RunFacts
-    """The second run."""
+    before: Mapping[str, Any]
+    """Run A: path, model, started (ISO, UTC), verdict (None for a scan), and its leading heads."""
+    after: Mapping[str, Any]
+    """Run B, alike."""
     vanilla_asr: Change
     """ASR of the unablated models."""
     group_asr: Change | None
@@ -266,9 +230,10 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     )
 
 
-def _facts(run: RunReader) -> RunFacts:
+def _facts(run: RunReader) -> dict[str, Any]:
     started = None if run.started is None else run.started.isoformat(timespec="seconds")
-    return RunFacts(str(run.path), run.model, started, run.verdict, run.lead_heads)
+    facts = {"path": str(run.path), "model": run.model, "started": started}
+    return facts | {"verdict": run.verdict, "heads": run.lead_heads}
 
 
 def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:
@@ -284,8 +249,7 @@ def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:
         old, new = (_describe(run.config[name]) for run in (before, after))
         values = f" ({old} -> {new})" if old != new else ""
         yield f"The {SETTINGS[name]} differs{values}."
-    weights = [run.config.get("weights_sha256") for run in (before, after)]
-    if weights[0] is not None and weights[0] == weights[1]:
+    if before.config.get("weights_sha256", 0) == after.config.get("weights_sha256"):
         yield "Both runs are of the same weights."
 
 
@@ -300,9 +264,6 @@ def _describe(value: Any) -> str:
     values = value if isinstance(value, list) else [value]
     named = (each["name"] if isinstance(each, dict) and "name" in each else json.dumps(each) for each in values)
     return shorten(", ".join(map(str, named)))
-
-
-# Gates.
 
 
 QUANTITIES = (

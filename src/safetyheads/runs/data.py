@@ -19,11 +19,7 @@ KINDS: tuple[Kind, Kind] = ("harmful", "benign")
 
 
 def read_whole(kind: Kind, name: str, options: PromptOptions) -> PromptSet:
-    """The prompts of one kind, without a template; of the demo, the test split.
-
-    Raises:
-        InputError: the prompts cannot be read.
-    """
+    """The prompts of one kind, without a template; of the demo, the test split."""
     if _is_demo(name):
         return demo_prompts(kind, "test")[: options.limit]
     # Benign files have columns of their own.
@@ -31,11 +27,7 @@ def read_whole(kind: Kind, name: str, options: PromptOptions) -> PromptSet:
 
 
 def read_halves(kind: Kind, name: str, options: PromptOptions, split: float, seed: int) -> tuple[PromptSet, PromptSet]:
-    """Search and test half of the prompts of one kind: the demo's own splits, or a random split of a file.
-
-    Raises:
-        InputError: the prompts cannot be read or split.
-    """
+    """Search and test half of the prompts of one kind: the demo's own splits, or a random split of a file."""
     if _is_demo(name):
         return demo_prompts(kind, "validation")[: options.limit], demo_prompts(kind, "test")[: options.limit]
     return read_whole(kind, name, options).split(split, seed)

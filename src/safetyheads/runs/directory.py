@@ -1,7 +1,4 @@
-"""Reads and writes the directory of a run, so that a run survives a kill and starts again where it was.
-
-Knows no model, no measure and nothing of what the numbers mean.
-"""
+"""Reads and writes the directory of a run, so that a run survives a kill and starts again where it was."""
 
 from __future__ import annotations
 
@@ -42,13 +39,8 @@ _Stored = TypeVar("_Stored")
 SCHEMA_VERSION = 2
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
-KEY_DIGITS = 24
-"""Hexadecimal digits of a content key: 96 bits, so two of a million shards collide once in 10^17 runs."""
-
 _LOCK = ".lock"
 _GITIGNORE = b"*\n"
-_STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_MANIFEST_FIELDS = ("schema_version", "config", "provenance")
 _DIFFERENCES_SHOWN = 6
 
 _log = logging.getLogger(__name__)
@@ -56,7 +48,8 @@ _log = logging.getLogger(__name__)
 
 def content_key(fields: Mapping[str, Any]) -> str:
     """The name of what ``fields`` determine: equal fields, in any order, give equal keys."""
-    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:KEY_DIGITS]
+    # 24 digits are 96 bits: two of a million shards collide once in 10^17 runs.
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:24]
 
 
 class RunDirectory:
@@ -76,10 +69,7 @@ class RunDirectory:
     ) -> RunDirectory:
         """Create the run's directory, or continue the run of the same ``config`` that is there.
 
-        Args:
-            path: The directory: absent, empty, or a run of the same config.
-            config: All that the numbers depend on.
-            provenance: Versions, command, date, machine. They may differ, so each start adds its own.
+        ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own.
 
         Raises:
             InputError: another run or other files are there, it is in use, or it cannot be written.
@@ -89,7 +79,13 @@ class RunDirectory:
         created = not folder.exists()
         with as_input_error(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        # Not thread-local: another thread may close the run. The lock ends with the process, however that ends.
+        lock = FileLock(folder / _LOCK, mode=0o600, thread_local=False)
+        with as_input_error(folder):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise InputError(f"{folder} is in use by another process") from None
         try:
             with as_input_error(folder):
                 folder.chmod(0o700)
@@ -100,15 +96,17 @@ class RunDirectory:
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
-                _remove_folder(folder)
+                with suppress(OSError):
+                    for file in filter(_is_ours, folder.iterdir()):
+                        file.unlink()
+                    folder.rmdir()
             raise
         return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """A finished run, to be read; only its report can be written."""
-        folder = Path(path)
-        run = cls(folder, None)
+        folder, run = Path(path), cls(Path(path), None)
         with as_input_error(folder, "read"):
             if not (folder / "manifest.json").is_file():
                 raise InputError(f"{folder} is not a run directory: it has no manifest.json")
@@ -131,17 +129,13 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    # The manifest.
-
     def read_manifest(self) -> dict[str, Any]:
         """``schema_version``, ``config``, ``provenance`` (one entry a start) and what was remembered."""
         manifest = read_json(self.path / "manifest.json")
         version = manifest.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{self.path} was written by another version of safetyheads: "
-                f"its schema is {version}, this one reads {SCHEMA_VERSION}"
-            )
+            other = f"its schema is {version}, this one reads {SCHEMA_VERSION}"
+            raise InputError(f"{self.path} was written by another version of safetyheads: {other}")
         return manifest
 
     def remember(self, name: str, value: Any) -> Any:
@@ -149,8 +143,6 @@ class RunDirectory:
 
         The plan of a run's batches is stored here: another plan would move results in their last bits.
         """
-        if name in _MANIFEST_FIELDS:
-            raise ValueError(f"{name} is a field of the manifest's own")
         manifest = self.read_manifest()
         if name not in manifest:
             manifest[name] = json.loads(canonical_json(value))
@@ -172,20 +164,12 @@ class RunDirectory:
         manifest["provenance"].append(provenance)
         self._write_json("manifest.json", manifest)
 
-    # What was computed so far.
-
     def tensors(
         self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors that ``fields`` determine: read if they are stored, else computed and stored.
+        """The tensors of a stage that ``fields`` and the run's config determine: read if stored, else computed and stored.
 
-        Args:
-            stage: The folder of the shard.
-            fields: All that these tensors depend on, beside the run's config.
-            compute: Called only if the shard is absent or broken.
-
-        Returns:
-            What reading the shard again would give: contiguous, on the CPU.
+        Either way they are what reading gives: contiguous, on the CPU.
         """
         import safetensors.torch  # torch is not needed to read results
         import torch
@@ -213,10 +197,12 @@ class RunDirectory:
     ) -> list[Record]:
         """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each."""
         path = self.path / "completions" / f"{_file_name(stage)}-{content_key(fields)}.jsonl"
-        # A file of no records is a blank line: an empty file would look like a broken one.
-        return self._stored(
-            path, _parse_records, lambda: ("".join(canonical_json(row) + "\n" for row in compute()) or "\n").encode()
-        )
+
+        def make() -> bytes:
+            # A file of no records is a blank line: an empty file would look like a broken one.
+            return ("".join(canonical_json(record) + "\n" for record in compute()) or "\n").encode()
+
+        return self._stored(path, _parse_records, make)
 
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
         """Every stored record of a stage, or of all, in the order of the file names."""
@@ -236,10 +222,9 @@ class RunDirectory:
                 self._require_lock()
                 path.unlink()
         content = make()
-        self._write(path, content)
+        self._require_lock()
+        write_atomically(path, content)
         return parse(content)
-
-    # Results.
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it."""
@@ -254,7 +239,7 @@ class RunDirectory:
         self._write_json("timings.json", timings)
 
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
-        """Write ``report/index.html`` after the pages it links to by name; a finished run that was opened takes one."""
+        """Write ``report/index.html`` after the pages it links to by name; an opened run takes one too."""
         path = self.path / "report" / "index.html"
         for name, page in (pages or {}).items():
             write_atomically(path.with_name(name), page.encode())
@@ -262,11 +247,8 @@ class RunDirectory:
         return path
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self._write(self.path / name, readable_json(name, value).encode())
-
-    def _write(self, path: Path, content: bytes) -> None:
         self._require_lock()
-        write_atomically(path, content)
+        write_atomically(self.path / name, readable_json(name, value).encode())
 
     def _require_lock(self) -> None:
         if self._lock is None:
@@ -280,15 +262,15 @@ def _parse_records(content: bytes) -> list[Record]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+def _differences(*configs: Mapping[str, Any]) -> list[str]:
     """Each field in which two configs differ, as ``name (old -> new)``."""
-    old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in (stored, given))
+    old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in configs)
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return [f"{name} ({shorten(old.get(name, 'absent'))} -> {shorten(new.get(name, 'absent'))})" for name in names]
 
 
 def _file_name(stage: str) -> str:
-    if _STAGE.fullmatch(stage) is None:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", stage) is None:
         raise ValueError(f"stage {stage!r} is no file name")
     return stage
 
@@ -311,22 +293,3 @@ def _is_ours(path: Path) -> bool:
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
 
 
-def _take_lock(folder: Path) -> FileLock:
-    """The lock of the folder, taken; it ends with the process, however that ends."""
-    # Not thread-local: another thread than the one that started a run may close it.
-    lock = FileLock(folder / _LOCK, mode=0o600, thread_local=False)
-    with as_input_error(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"{folder} is in use by another process") from None
-    return lock
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove a folder in which no run could be started."""
-    with suppress(OSError):
-        for path in folder.iterdir():
-            if _is_ours(path):
-                path.unlink()
-        folder.rmdir()

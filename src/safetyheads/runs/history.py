@@ -6,7 +6,7 @@ A run that cannot be read is listed with the reason, so that one broken run hide
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,39 +52,21 @@ class HistoryEntry:
     other_settings: tuple[str, ...]
     """Settings that differ from the previous run, in words."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The value as JSON."""
-        return asdict(self) | {"started": None if self.started is None else self.started.isoformat()}
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A run that could not be read."""
-
-    name: str
-    """The directory, as seen from the folder."""
-    reason: str
-    """One line."""
-
 
 @dataclass(frozen=True, slots=True)
 class History:
     """The runs below a folder."""
 
     folder: Path
-    """The folder."""
     entries: tuple[HistoryEntry, ...]
     """Oldest first; runs without a start time come last."""
-    skipped: tuple[Skipped, ...]
-    """By name."""
+    skipped: tuple[Mapping[str, str], ...]
+    """Name and reason of each run that could not be read, by name."""
 
     def as_dict(self) -> dict[str, Any]:
         """The value as JSON."""
-        return {
-            "folder": str(self.folder),
-            "runs": [entry.as_dict() for entry in self.entries],
-            "skipped": [asdict(run) for run in self.skipped],
-        }
+        runs = [asdict(entry) | {"started": entry.started and entry.started.isoformat()} for entry in self.entries]
+        return {"folder": str(self.folder), "runs": runs, "skipped": list(self.skipped)}
 
 
 def read_history(folder: Path) -> History:
@@ -95,38 +77,33 @@ def read_history(folder: Path) -> History:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory")
-    skipped: list[Skipped] = []
+    skipped: list[dict[str, str]] = []
+
+    def skip(path: str | Path, reason: str) -> None:
+        skipped.append({"name": _name(folder, Path(path)), "reason": reason})
+
     runs: list[RunReader] = []
-    for path in _run_directories(folder, skipped):
-        try:
-            run = RunReader(path)
-            _ = run.stored_outcomes  # broken answers must be found here
-            runs.append(run)
-        except SafetyheadsError as error:
-            skipped.append(Skipped(_name(folder, path), str(error)))
+    walk = os.walk(folder, onerror=lambda error: skip(error.filename, f"cannot be read: {error.strerror}"))
+    for place, folders, files in walk:
+        if "manifest.json" in files:
+            # Other runs may stand below a run, so only its own folders are left out.
+            folders[:] = [name for name in folders if name not in ("shards", "completions", "report")]
+            try:
+                run = RunReader(Path(place))
+                _ = run.stored_outcomes  # broken answers must be found here
+                runs.append(run)
+            except SafetyheadsError as error:
+                skip(place, str(error))
+        folders.sort()
     if not runs:
-        reason = f"; {skipped[0].name} is skipped: {skipped[0].reason}" if skipped else ""
+        reason = f"; {skipped[0]['name']} is skipped: {skipped[0]['reason']}" if skipped else ""
         raise InputError(f"no finished run below {folder}{reason}")
     runs.sort(key=lambda run: (run.started or datetime.max.replace(tzinfo=UTC), str(run.path)))
     entries, previous = [], dict[str, RunReader]()
     for run in runs:
         entries.append(_entry(folder, run, previous.get(run.kind)))
         previous[run.kind] = run
-    return History(folder, tuple(entries), tuple(sorted(skipped, key=lambda run: run.name)))
-
-
-def _run_directories(folder: Path, skipped: list[Skipped]) -> Iterator[Path]:
-    """Directories with a manifest. A folder that cannot be listed is skipped; a run's own folders are not searched."""
-
-    def skip(error: OSError) -> None:
-        skipped.append(Skipped(_name(folder, Path(error.filename)), f"cannot be read: {error.strerror}"))
-
-    for place, folders, files in os.walk(folder, onerror=skip):
-        if "manifest.json" in files:
-            yield Path(place)
-            # Other runs may stand below a run, so only its own folders are left out.
-            folders[:] = [name for name in folders if name not in ("shards", "completions", "report")]
-        folders.sort()
+    return History(folder, tuple(entries), tuple(sorted(skipped, key=lambda run: run["name"])))
 
 
 def _name(folder: Path, path: Path) -> str:
@@ -135,7 +112,6 @@ def _name(folder: Path, path: Path) -> str:
 
 def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> HistoryEntry:
     table, group = run.tables().get(run.lead_score), run.lead_group
-    values = {} if table is None else {head: value for head, value in table.values.items() if value is not None}
     settings = []
     if previous is not None:
         settings = [SETTINGS[name] for name in differing_settings(previous, run)]
@@ -150,7 +126,7 @@ def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> HistoryE
         group=run.lead_heads if group is not None else (),
         group_asr=None if group is None else group["asr"],
         concentration=run.concentration,
-        top_heads=top(values, TOP_HEADS, 0.0 if table is None else table.resolution),
+        top_heads=() if table is None else top(table.values, TOP_HEADS, table.resolution),
         before=None if previous is None else _name(folder, previous.path),
         change=None if previous is None else vanilla_asr_change(previous, run),
         other_settings=tuple(dict.fromkeys(settings)),

@@ -19,7 +19,6 @@ from safetyheads.model import loading
 from safetyheads.model.loading import device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -37,17 +36,18 @@ def fingerprint(engine: Engine) -> str:
 def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -> dict[str, Any]:
     """All that the numbers of a run depend on, judges aside.
 
-    Args:
-        engine: the model.
-        config: the run's config; one of :mod:`safetyheads.runs.config`.
-        prompts: the prompt sets by name, all of the same template.
+    Raises:
+        InputError: the prompt sets have different templates: scores, search and answers need the same.
     """
     paths = {name: getattr(config, name) for name in ("model", "prompts", "benign") if hasattr(config, name)}
+    template, *others = (prompt_set.template for prompt_set in prompts.values())
+    if template is None or any(other != template for other in others):
+        raise InputError("a run has one template for all of its prompts; these sets have different ones")
     return {
         **config.as_dict(),
         **{name: canonical_name(path) for name, path in paths.items()},
         "ablation": config.parsed_ablation.name,
-        **shared_template(prompts).settings(),
+        **template.settings(),
         "weights_sha256": fingerprint(engine),
         **loading_facts(engine),
         "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
@@ -66,19 +66,6 @@ def loading_facts(engine: Engine) -> dict[str, Any]:
         name = canonical_name(adapter.name)
         facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
     return facts
-
-
-def shared_template(prompts: Mapping[str, PromptSet]) -> Template:
-    """The template of all prompt sets of a run: scores, search and answers use the same.
-
-    Raises:
-        InputError: the sets have different templates, or one has none yet.
-    """
-    templates = [prompt_set.template for prompt_set in prompts.values()]
-    first = templates[0]
-    if first is None or any(template != first for template in templates):
-        raise InputError("a run has one template for all of its prompts; these sets have different ones")
-    return first
 
 
 def template_facts(prompts: PromptSet) -> dict[str, Any]:

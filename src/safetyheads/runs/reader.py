@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -102,11 +102,10 @@ class RunReader:
         tables: dict[str, HeadTable] = {}
         if self.kind == "scan":
             alone = {entry["head"]: entry["asr"]["rate"] for entry in self.results["heads"]}
-            tables[ASR_ALONE] = HeadTable("ASR, each head ablated alone", alone, 0.0)
+            tables[ASR_ALONE] = HeadTable("ASR, each head ablated alone", _scored(alone), 0.0)
         for name, score in self.results.get("scores", {}).items():
-            layers = enumerate(score["values"])
-            values = {f"{i}-{j}": value for i, layer in layers for j, value in enumerate(layer) if value is not None}
-            tables[name] = HeadTable(score.get("label", name), values, score.get("resolution") or 0.0)
+            values = {f"{i}-{j}": value for i, layer in enumerate(score["values"]) for j, value in enumerate(layer)}
+            tables[name] = HeadTable(score.get("label", name), _scored(values), score.get("resolution") or 0.0)
         return tables
 
     def prompts_sha256(self, prompts: str = "harmful", half: str = "test") -> str | None:
@@ -115,30 +114,21 @@ class RunReader:
         queries, references = (self.config.get(f"{field}_sha256", {}).get(name) for field in ("prompts", "references"))
         return None if queries is None else f"{queries} {references}"
 
-    def outcomes(self, prompts: str, heads: Iterable[str] = ()) -> Outcomes:
-        """What the leading judge said of the answers to the ``harmful`` or ``benign`` prompts under a group.
-
-        Every group for an audit, the unablated model for a scan; empty where no answer is stored.
-        """
-        return self.stored_outcomes.get((prompts, frozenset(heads)), {})
-
     @cached_property
     def stored_outcomes(self) -> dict[tuple[str, frozenset[str]], Outcomes]:
-        """The outcomes of the stored answers, by prompts and group.
+        """The leading judge's outcomes, by prompts (``harmful`` or ``benign``) and group; of a scan, unablated only.
 
         Raises:
             InputError: a file of answers is broken.
         """
         outcomes: dict[tuple[str, frozenset[str]], Outcomes] = {}
+        judged = {"complied": 1.0, "unscored": math.nan}
         for record in self._answer_records():
             prompts = record["set"].removesuffix("_test")
             label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
-            outcome = (
-                record["kept"] if prompts == "benign" else math.nan if label == "unscored" else label == "complied"
-            )
             heads = frozenset(filter(None, record["group"].split(",")))
             answers = outcomes.setdefault((prompts, heads), {}).setdefault(record["id"], {})
-            answers[record["seed"]] = float(outcome)
+            answers[record["seed"]] = float(record["kept"]) if prompts == "benign" else judged.get(label, 0.0)
         return outcomes
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
@@ -158,22 +148,26 @@ class RunReader:
 
         An answer without a verdict has not complied, as in the concentration that the audit wrote.
         """
-        prompts = sorted(self.outcomes("harmful"))
-        if self.kind != "audit" or not prompts:
+        if self.kind != "audit":
             return None
 
-        def complied(heads: Sequence[str]) -> list[bool]:
-            outcomes = self.outcomes("harmful", heads)
+        def complied(heads: Iterable[str]) -> list[bool]:
+            outcomes = self.stored_outcomes["harmful", frozenset(heads)]
             return [1 in outcomes[prompt].values() for prompt in prompts]
 
         sizes = []
         try:
+            prompts = sorted(self.stored_outcomes["harmful", frozenset()])
             for group in lead_groups(self.results):
                 random = group["random"]["groups"] if group["random"] else ()
                 sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), [*map(complied, random)]))
             return (sizes, complied(())) if sizes else None
-        except KeyError:
+        except KeyError:  # a group or a prompt whose answers are not stored
             return None
+
+
+def _scored(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {head: value for head, value in values.items() if value is not None}
 
 
 def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:

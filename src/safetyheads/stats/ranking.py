@@ -173,8 +173,8 @@ class HeadTable:
 
     label: str
     """What it is."""
-    values: Mapping[str, float | None]
-    """By head; None where there is none."""
+    values: Mapping[str, float]
+    """By head; heads without a score are left out."""
     resolution: float
     """Values this close are ties."""
 
@@ -242,8 +242,8 @@ class RankAgreement:
 
 def rank_agreement(name: str, before: HeadTable, after: HeadTable) -> RankAgreement:
     """Rank correlations and overlaps over the heads that both tables score."""
-    heads = [head for head, value in before.values.items() if value is not None and after.values.get(head) is not None]
-    old, new = ({head: float(table.values[head] or 0.0) for head in heads} for table in (before, after))
+    heads = [head for head in before.values if head in after.values]
+    old, new = ({head: float(table.values[head]) for head in heads} for table in (before, after))
     ranks = list(old.values()), list(new.values())
     correlations = *_correlation(scipy.stats.spearmanr, *ranks), *_correlation(scipy.stats.kendalltau, *ranks)
     tops = (top_overlap(k, top(old, k, before.resolution), top(new, k, after.resolution), len(heads)) for k in TOP)
