@@ -167,7 +167,7 @@ class RunDirectory:
     def tensors(
         self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors of a stage that ``fields`` and the run's config determine: read if stored, else computed and stored.
+        """The tensors that ``fields`` and the run's config determine: read if stored, else computed and stored.
 
         Either way they are what reading gives: contiguous, on the CPU.
         """
@@ -291,5 +291,3 @@ def _is_ours(path: Path) -> bool:
     if path.name == ".gitignore":
         return path.read_bytes() == _GITIGNORE  # a user's .gitignore keeps an empty folder in git
     return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
-
-
