@@ -97,11 +97,13 @@ def _rate_change(
         # Several answers to one prompt are no independent counts, so such rates are not tested.
         p_value = None
         if all(run.n_seeds == 1 for run in runs):
-            p_value = float(scipy.stats.fisher_exact([[rate["count"], rate["n"] - rate["count"]] for rate in rates])[1])
+            counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
+            p_value = float(scipy.stats.fisher_exact(counts)[1])
         interval = newcombe_interval(old["rate"], old["interval"], new["rate"], new["interval"])
         n, change = (old["n"], new["n"]), new["rate"] - old["rate"]
         return Change(old["rate"], new["rate"], change, interval, n, False, p_value, note)
-    paired = paired_difference(*(_as_array([side[prompt] for prompt in before]) for side in (before, after)))
+    answers = [_as_array([side[prompt] for prompt in before]) for side in (before, after)]
+    paired = paired_difference(answers[0], answers[1])
     if paired.change is None:
         return _no_change("no prompt has scored answers in both runs")
     return Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n, paired.n), True, paired.p_value)
