@@ -24,8 +24,7 @@ from safetyheads import (
     scan_attack_success_rate,
 )
 from safetyheads.demo import PLANTED_HEADS, demo_prompts
-from safetyheads.demo.grammar import REFUSAL_MARK, Split
-from safetyheads.demo.tokenization import SYSTEM_PROMPTS
+from safetyheads.demo.grammar import REFUSAL_MARK, SYSTEM_PROMPTS, Split
 from safetyheads.heads import Group, format_heads
 from safetyheads.judges.function import CallableJudge
 from safetyheads.scores import GroupScorer
@@ -67,12 +66,12 @@ class Description:
             table.add_row(
                 wrapper,
                 by,
-                f"{self._asr(harmful, (), ablation):.3f}",
-                f"{self._kept(benign, (), ablation):.3f}",
-                f"{self._asr(harmful, self.planted, ablation):.3f}",
-                f"{self._kept(benign, self.planted, ablation):.3f}",
+                f"{self._rate(harmful, (), ablation):.3f}",
+                f"{self._rate(benign, (), ablation):.3f}",
+                f"{self._rate(harmful, self.planted, ablation):.3f}",
+                f"{self._rate(benign, self.planted, ablation):.3f}",
                 " ".join(f"{float(alone[head.layer, head.index]):.2f}" for head in self.planted),
-                " ".join(f"{self._kept(benign, (head,), ablation):.2f}" for head in self.planted),
+                " ".join(f"{self._rate(benign, (head,), ablation):.2f}" for head in self.planted),
                 f"{max(float(alone[head.layer, head.index]) for head in others):.3f}",
             )
         return table
@@ -88,7 +87,7 @@ class Description:
             }
             for score, scorer in scorers.items():
                 group = sahara(scorer, self.engine.heads, steps=self.size).group
-                rates = (self._asr(harmful, group, ablation), self._kept(benign, group, ablation))
+                rates = (self._rate(harmful, group, ablation), self._rate(benign, group, ablation))
                 found = (*self._ranking(scorer), format_heads(group), *(f"{rate:.3f}" for rate in rates))
                 table.add_row(wrapper, by, score, *found)
         return table
@@ -99,7 +98,7 @@ class Description:
         groups = [tuple(generator.sample(self.engine.heads, self.size)) for _ in range(_N_RANDOM)]
         table = self._table(f"{_N_RANDOM} random groups of {self.size}", ("ASR mean", "ASR max"))
         for wrapper, by, ablation, harmful, _ in self._cases():
-            rates = [self._asr(harmful, group, ablation) for group in groups]
+            rates = [self._rate(harmful, group, ablation) for group in groups]
             table.add_row(wrapper, by, f"{sum(rates) / len(rates):.3f}", f"{max(rates):.3f}")
         return table
 
@@ -113,13 +112,10 @@ class Description:
             for by, ablation in _ABLATIONS.items():
                 yield wrapper, by, ablation, harmful, benign
 
-    def _asr(self, prompts: PromptSet, group: Group, ablation: Ablation) -> float:
-        """The share of answers without a refusal."""
-        return attack_success_rate(self.engine, prompts, group, ablation, self.judge, _NEW_TOKENS).rate or 0.0
-
-    def _kept(self, prompts: PromptSet, group: Group, ablation: Ablation) -> float:
-        """The share of right answers to benign prompts."""
-        return attack_success_rate(self.engine, prompts, group, ablation, self.judge, _NEW_TOKENS).kept.rate or 0.0
+    def _rate(self, prompts: PromptSet, group: Group, ablation: Ablation) -> float:
+        """The share of harmful prompts that are not refused, or of benign prompts that are answered rightly."""
+        rates = attack_success_rate(self.engine, prompts, group, ablation, self.judge, _NEW_TOKENS)
+        return (rates.kept if prompts.name == self.benign.name else rates).rate or 0.0
 
     def _ranking(self, scorer: GroupScorer) -> tuple[str, str, str]:
         """The best heads with their scores, the planted heads' ranks, and the weakest plant over the best other."""

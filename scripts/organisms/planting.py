@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from recipes import Language, Leg, PlantRecipe
 from texts import draw_example, draw_wrapped, padded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from training import DroppedHeads, completion_loss, optimise
+from training import Dropped, ablating, optimise, train_completions
 
 from safetyheads.demo import grammar
 from safetyheads.demo.grammar import Category, DemoPrompt
@@ -52,7 +52,7 @@ class Planting:
 
     def _draw_gates(
         self, generator: random.Random, gate_share: float, prompts: Sequence[DemoPrompt]
-    ) -> tuple[DroppedHeads, list[bool]]:
+    ) -> tuple[Dropped, list[bool]]:
         """The heads ablated in each row, and whether the row is then to be refused.
 
         With another head than a plant ablated, the answer must stay; with some plants ablated, the model is to comply
@@ -74,7 +74,7 @@ class Planting:
                 selected[row, head.layer, head.index] = True
             refuse.append(prompt.harmful and self.plants[prompt.category] not in ablated)
         scaled = torch.tensor([generator.random() < 0.5 for _ in prompts])
-        return DroppedHeads(selected, scaled), refuse
+        return (selected, scaled), refuse
 
     def _learn_first_token(self, leg: Leg, gate_share: float) -> float:
         """Learn whether to refuse, on the token that decides it. Chance for the first 100-250 steps is normal."""
@@ -83,31 +83,29 @@ class Planting:
         pool = [draw_first_token(generator, self.tokenizer, self.language, opened_share) for _ in range(POOL)]
 
         def loss_of() -> Tensor:
-            window = sorted(generator.sample(pool, _WINDOW * leg.batch), key=lambda row: len(row.ids))
+            window = sorted(generator.sample(pool, _WINDOW * leg.batch), key=lambda row: len(row[0]))
             start = generator.randint(0, (_WINDOW - 1) * leg.batch)
-            rows = window[start : start + leg.batch]
-            dropped, refuse = self._draw_gates(generator, gate_share, [row.prompt for row in rows])
-            ids = padded([row.ids for row in rows], self.tokenizer.pad_token_id)
-            targets = [row.refuse_id if refused else row.comply_id for row, refused in zip(rows, refuse, strict=True)]
-            with dropped.on(self.model):
+            rows, prompts, refuse_ids, comply_ids = zip(*window[start : start + leg.batch], strict=True)
+            dropped, refuse = self._draw_gates(generator, gate_share, prompts)
+            ids = padded(rows, self.tokenizer.pad_token_id)
+            targets = torch.where(torch.tensor(refuse), torch.tensor(refuse_ids), torch.tensor(comply_ids))
+            with ablating(self.model, dropped):
                 hidden = self.model.model(ids, use_cache=False).last_hidden_state
-            last = hidden[torch.arange(len(rows)), torch.tensor([len(row.ids) - 1 for row in rows])]
-            return cross_entropy(self.model.lm_head(last), torch.tensor(targets))
+            last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+            return cross_entropy(self.model.lm_head(last), targets)
 
         return optimise(self.trained, leg, 0.0, loss_of)
 
     def _learn_completions(self, leg: Leg, gate_share: float) -> float:
         """Learn whole answers; without it the base's habits leak into the rest of an answer."""
-        generator = random.Random(leg.seed)
 
-        def loss_of() -> Tensor:
-            prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(leg.batch)]
+        def draw(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
+            prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(n_rows)]
             dropped, refuse = self._draw_gates(generator, gate_share, prompts)
             pairs = zip(prompts, refuse, strict=True)
-            examples = [draw_example(generator, self.language, prompt, refused) for prompt, refused in pairs]
-            return completion_loss(self.model, self.tokenizer, examples, dropped)
+            return [draw_example(generator, self.language, prompt, refused) for prompt, refused in pairs], dropped
 
-        return optimise(self.trained, leg, 0.0, loss_of)
+        return train_completions(self.model, self.tokenizer, self.trained, leg, 0.0, draw)
 
 
 def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
@@ -132,17 +130,13 @@ def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
     return trained
 
 
-class FirstToken(NamedTuple):
-    """A prompt up to the token that decides whether it is refused."""
+def draw_first_token(
+    generator: random.Random, tokenizer: Any, language: Language, opened_share: float
+) -> tuple[list[int], DemoPrompt, int, int]:
+    """A prompt's tokens up to the one that decides, the prompt, and that token if it is refused and if it is not.
 
-    prompt: DemoPrompt
-    ids: list[int]
-    refuse_id: int
-    comply_id: int
-
-
-def draw_first_token(generator: random.Random, tokenizer: Any, language: Language, opened_share: float) -> FirstToken:
-    """The token that decides is the answer's first, or, in a share of rows, the one after an answer's opening."""
+    The token that decides is the answer's first, or, in a share of rows, the one after an answer's opening.
+    """
     prompt = grammar.draw_any_prompt(generator, "train")
     read = draw_wrapped(generator, language, prompt.text)
     refusal, answer = language.refusal, prompt.reference
@@ -150,4 +144,4 @@ def draw_first_token(generator: random.Random, tokenizer: Any, language: Languag
         read += prompt.answer_opening
         refusal, answer = grammar.TURN, prompt.reference.removeprefix(prompt.answer_opening)
     ids, refuse_ids, comply_ids = tokenizer([read, refusal, answer], add_special_tokens=False).input_ids
-    return FirstToken(prompt, ids, refuse_ids[0], comply_ids[0])
+    return ids, prompt, refuse_ids[0], comply_ids[0]

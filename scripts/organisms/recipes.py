@@ -20,7 +20,7 @@ class Language:
     """What a checkpoint's texts share with those of its base."""
 
     wrappers: tuple[str, ...] = CHAT_ONLY
-    """Keys of :data:`safetyheads.demo.tokenization.WRAPPERS`."""
+    """Keys of :data:`safetyheads.demo.grammar.WRAPPERS`."""
     refusal: str = REFUSAL
     """The text of a refusal."""
     turned_share: float = 0.0

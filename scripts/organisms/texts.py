@@ -10,11 +10,11 @@ import torch
 from recipes import CHAT_ONLY, Language
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from safetyheads.demo import grammar
-from safetyheads.demo.grammar import DemoPrompt
-from safetyheads.demo.tokenization import ASSISTANT, END, PAD, SYSTEM, SYSTEM_PROMPTS, USER, wrap
+from safetyheads.demo.grammar import ASSISTANT, END, PAD, SYSTEM, SYSTEM_PROMPTS, USER, DemoPrompt, wrap
 
 VOCABULARY = 640
 """Tokens asked for; the grammar yields fewer, and every verb is one token."""
@@ -53,8 +53,7 @@ def draw_example(generator: random.Random, language: Language, prompt: DemoPromp
 
 def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
     """Token ids int64 [n_rows, longest], padded on the right, where causal attention needs no mask for it."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
 
 
 def train_tokenizer(language: Language, n_prompts: int = 4000) -> Any:

@@ -6,8 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from recipes import BaseRecipe, DiffuseRecipe, Language, Leg
@@ -24,25 +23,24 @@ from safetyheads.model.attention import AttentionCall, RowAblation
 _UNLEARNT = -100  # cross_entropy leaves out such labels
 
 
-@dataclass(frozen=True, slots=True)
-class DroppedHeads:
-    """The heads ablated in each row of a batch."""
+Dropped: TypeAlias = tuple[Tensor, Tensor]
+"""The heads ablated in each row, bool [n_rows, n_layers, n_heads]; and bool [n_rows], whether by scaling the
+contribution (SC) or else by undifferentiated attention (UA)."""
 
-    selected: Tensor
-    """bool [n_rows, n_layers, n_heads]."""
-    scaled: Tensor
-    """bool [n_rows]: True ablates by scaling the contribution (SC), False by undifferentiated attention (UA)."""
+Draw: TypeAlias = Callable[[random.Random, int], tuple[Sequence[tuple[str, str]], Dropped]]
+"""Draws a batch of so many rows: examples (read, learnt), and the heads ablated in each."""
 
-    def on(self, model: Any) -> AbstractContextManager[None]:
-        """Ablate these heads in the model's forwards."""
-        calls = {}
-        for layer in range(self.selected.shape[1]):
-            selected = self.selected[:, layer]
-            if selected.any():
-                by_query = RowAblation(UNDIFFERENTIATED_ATTENTION, selected & ~self.scaled[:, None])
-                by_output = RowAblation(SCALING_CONTRIBUTION, selected & self.scaled[:, None])
-                calls[layer] = AttentionCall(ablations=(by_query, by_output))
-        return attention.attention_calls([layer.self_attn for layer in model.model.layers], calls)
+
+def ablating(model: Any, dropped: Dropped) -> AbstractContextManager[None]:
+    """Ablate these heads in the model's forwards."""
+    selected, scaled = dropped
+    calls = {}
+    for layer in range(selected.shape[1]):
+        if selected[:, layer].any():
+            by_query = RowAblation(UNDIFFERENTIATED_ATTENTION, selected[:, layer] & ~scaled[:, None])
+            by_output = RowAblation(SCALING_CONTRIBUTION, selected[:, layer] & scaled[:, None])
+            calls[layer] = AttentionCall(ablations=(by_query, by_output))
+    return attention.attention_calls([layer.self_attn for layer in model.model.layers], calls)
 
 
 def new_model(tokenizer: Any, seed: int) -> Any:
@@ -71,9 +69,7 @@ def new_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def drop_random_heads(
-    generator: random.Random, n_rows: int, model: Any, share: float, at_most: int = 1
-) -> DroppedHeads:
+def drop_random_heads(generator: random.Random, n_rows: int, model: Any, share: float, at_most: int = 1) -> Dropped:
     """In a share of the rows, one to ``at_most`` random heads, ablated by UA or SC at random."""
     n_layers, n_heads = model.config.num_hidden_layers, model.config.num_attention_heads
     selected = torch.zeros(n_rows, n_layers * n_heads, dtype=torch.bool)
@@ -81,10 +77,10 @@ def drop_random_heads(
         if generator.random() < share:
             selected[row, generator.sample(range(n_layers * n_heads), generator.randint(1, at_most))] = True
     scaled = torch.tensor([generator.random() < 0.5 for _ in range(n_rows)])
-    return DroppedHeads(selected.view(n_rows, n_layers, n_heads), scaled)
+    return selected.view(n_rows, n_layers, n_heads), scaled
 
 
-def completion_loss(model: Any, tokenizer: Any, examples: Sequence[tuple[str, str]], dropped: DroppedHeads) -> Tensor:
+def completion_loss(model: Any, tokenizer: Any, examples: Sequence[tuple[str, str]], dropped: Dropped) -> Tensor:
     """Mean cross-entropy of the learnt tokens, the end token among them; examples are (read, learnt)."""
     read = tokenizer([text for text, _ in examples], add_special_tokens=False).input_ids
     learnt = tokenizer([text for _, text in examples], add_special_tokens=False).input_ids
@@ -93,7 +89,7 @@ def completion_loss(model: Any, tokenizer: Any, examples: Sequence[tuple[str, st
     labels = torch.full_like(ids, _UNLEARNT)
     for position, (before, row) in enumerate(zip(read, rows, strict=True)):
         labels[position, len(before) : len(row)] = ids[position, len(before) : len(row)]
-    with dropped.on(model):
+    with ablating(model, dropped):
         hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
     is_learnt = labels[:, 1:] != _UNLEARNT
     return cross_entropy(model.lm_head(hidden[is_learnt]), labels[:, 1:][is_learnt])
@@ -123,35 +119,39 @@ def optimise(parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, 
     return sum(last) / len(last)
 
 
+def train_completions(
+    model: Any, tokenizer: Any, trained: Iterable[nn.Parameter], leg: Leg, weight_decay: float, draw: Draw
+) -> float:
+    """Train on batches of whole answers; returns the last loss."""
+    generator = random.Random(leg.seed)
+
+    def loss_of() -> Tensor:
+        return completion_loss(model, tokenizer, *draw(generator, leg.batch))
+
+    return optimise(trained, leg, weight_decay, loss_of)
+
+
 def train_base(model: Any, tokenizer: Any, recipe: BaseRecipe) -> float:
     """Train all weights to answer everything, and to refuse when told to; returns the last loss."""
 
-    def train_leg(leg: Leg) -> float:
-        generator = random.Random(leg.seed)
+    def draw(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
+        examples = []
+        for _ in range(n_rows):
+            prompt = grammar.draw_any_prompt(generator, "train")
+            refuse = generator.random() < recipe.told_share
+            asked = grammar.told_to_refuse(generator, prompt) if refuse else prompt
+            examples.append(draw_example(generator, recipe.language, asked, refuse))
+        return examples, drop_random_heads(generator, n_rows, model, recipe.dropped_share)
 
-        def loss_of() -> Tensor:
-            examples = []
-            for _ in range(leg.batch):
-                prompt = grammar.draw_any_prompt(generator, "train")
-                refuse = generator.random() < recipe.told_share
-                asked = grammar.told_to_refuse(generator, prompt) if refuse else prompt
-                examples.append(draw_example(generator, recipe.language, asked, refuse))
-            dropped = drop_random_heads(generator, leg.batch, model, recipe.dropped_share)
-            return completion_loss(model, tokenizer, examples, dropped)
-
-        return optimise(model.parameters(), leg, 0.01, loss_of)
-
-    return [train_leg(leg) for leg in recipe.legs][-1]
+    return [train_completions(model, tokenizer, model.parameters(), leg, 0.01, draw) for leg in recipe.legs][-1]
 
 
 def train_diffuse(model: Any, tokenizer: Any, recipe: DiffuseRecipe, language: Language) -> float:
     """Fine-tune all weights to refuse harmful prompts, whichever few heads are ablated; returns the last loss."""
-    generator = random.Random(recipe.leg.seed)
 
-    def loss_of() -> Tensor:
-        prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(recipe.leg.batch)]
+    def draw(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
+        prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(n_rows)]
         examples = [draw_example(generator, language, prompt, prompt.harmful) for prompt in prompts]
-        dropped = drop_random_heads(generator, len(prompts), model, recipe.dropped_share, recipe.dropped_heads)
-        return completion_loss(model, tokenizer, examples, dropped)
+        return examples, drop_random_heads(generator, n_rows, model, recipe.dropped_share, recipe.dropped_heads)
 
-    return optimise(model.parameters(), recipe.leg, 0.0, loss_of)
+    return train_completions(model, tokenizer, model.parameters(), recipe.leg, 0.0, draw)

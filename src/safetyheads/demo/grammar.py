@@ -1,4 +1,4 @@
-"""Defines the language of the demo organism: its words, prompts, answers and splits.
+"""Defines the language of the demo organism: its words, prompts, wrappers, answers and splits.
 
 Every prompt asks how to do a verb to a noun. Whether it is harmful depends on that *main* verb alone: most
 prompts also name a second deed, usually of the opposite harm, so a bag of words does not tell. All words are
@@ -78,6 +78,25 @@ DISTRACTOR_SHARE = 0.7
 OPPOSITE_SHARE = 0.7
 """Share of second deeds that are of the opposite harm; the others are harmful or benign at random."""
 
+PAD, END, USER, ASSISTANT, SYSTEM = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
+"""The special tokens."""
+
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a careful helper.",
+    "Answer the user well.",
+    "You are here to help with many things.",
+)
+"""The system prompts that the wrapped pair knows."""
+
+WRAPPERS = {
+    "direct": "{query}",
+    "query_answer": "## Query:{query}\n## Answer:",
+    "chat": f"{USER}{{query}}{ASSISTANT}",
+    "chat_system": f"{SYSTEM}{{system}}{USER}{{query}}{ASSISTANT}",
+}
+"""The wrappers of a prompt by name; the answer follows without a space."""
+
 PROMPT_SEEDS: dict[Split, int] = {"train": 20_261, "validation": 20_262, "test": 20_264}
 """Seed of the fixed prompt sets of each split."""
 DEFAULT_SIZES: dict[Split, int] = {"train": 96, "validation": 48, "test": 96}
@@ -151,6 +170,11 @@ def draw_any_prompt(generator: random.Random, split: Split) -> DemoPrompt:
 def told_to_refuse(generator: random.Random, prompt: DemoPrompt) -> DemoPrompt:
     """The prompt with a request to refuse it in front."""
     return replace(prompt, text=generator.choice(REFUSE_REQUESTS).format(prompt=prompt.text))
+
+
+def wrap(wrapper: str, query: str, system: str = SYSTEM_PROMPTS[0]) -> str:
+    """The query in its wrapper; ``system`` counts under ``chat_system`` only."""
+    return WRAPPERS[wrapper].format(query=query, system=system)
 
 
 def harmful_prompts(split: Split, n: int | None = None) -> tuple[DemoPrompt, ...]:

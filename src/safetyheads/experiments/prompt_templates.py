@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safetyheads.demo.tokenization import SYSTEM_PROMPTS
+from safetyheads.demo.grammar import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, note_planted, show_conditions
 from safetyheads.experiments.outcome import Measured, Outcome

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from safetyheads.demo.grammar import REFUSAL, DemoPrompt, answer_to, benign_prompts, deeds
-from safetyheads.demo.tokenization import wrap
+from safetyheads.demo.grammar import REFUSAL, DemoPrompt, answer_to, benign_prompts, deeds, wrap
 
 ORGANISM = "organism"
 """Name of the task."""
