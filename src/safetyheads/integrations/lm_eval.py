@@ -18,12 +18,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 from safetyheads.ablation import Ablation
@@ -47,8 +46,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _TIMEOUT = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedTask:
+class LoadedTask(NamedTuple):
     """A task with its data, ready to be put to models."""
 
     name: str
@@ -79,11 +77,7 @@ class LoadedTask:
 
 
 def require_lm_eval() -> str:
-    """lm-eval's version.
-
-    Raises:
-        InputError: the extra is not installed.
-    """
+    """lm-eval's version; an InputError where the extra is not installed."""
     try:
         import lm_eval.models.huggingface
         import lm_eval.tasks  # noqa: F401
@@ -111,7 +105,10 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
     with _alone(seed, stays_here):
         manager = _manager(options) if foreign else _task_manager()
         for name in names:
-            _refuse_unknown(name, manager)
+            if not _is_known(name, manager):
+                near = get_close_matches(name, [ORGANISM, *manager.all_tasks], _OFFERED)
+                offer = f"; there are {', '.join(near)}" if near else ""
+                raise InputError(f"lm-eval has no task {name!r}{offer}")
             with _as_input_error(name):
                 for own_name, task in manager.load([organism_config() if name == ORGANISM else name])["tasks"].items():
                     loaded[own_name] = _ready(own_name, task, options, seed)
@@ -119,12 +116,7 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
 
 
 def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Put a task to the engine's model as it is now.
-
-    Args:
-        engine: the model; whatever is done to it is done by the caller, around this.
-        loaded: the task.
-        on_requests: called with the number of requests just answered.
+    """Put a task to the engine's model as it is now; ``on_requests`` is told the number of requests just answered.
 
     Returns:
         First a record about the whole: ``metrics`` (name -> number, or None where it is not finite) and ``truncated``
@@ -224,9 +216,6 @@ def _model_class() -> Any:
     return InMemory
 
 
-# Tasks by name.
-
-
 def _task_manager(paths: Sequence[str] = ()) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -261,12 +250,6 @@ def _folders_that_name(names: Sequence[str]) -> list[str]:
 
 def _is_known(name: str, manager: Any) -> bool:
     return name == ORGANISM or name in manager.task_index or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
-
-
-def _refuse_unknown(name: str, manager: Any) -> None:
-    if not _is_known(name, manager):
-        near = get_close_matches(name, [ORGANISM, *manager.all_tasks], _OFFERED)
-        raise InputError(f"lm-eval has no task {name!r}" + (f"; there are {', '.join(near)}" if near else ""))
 
 
 def _ready(name: str, task: Any, options: TaskOptions, seed: int) -> LoadedTask:
@@ -318,9 +301,6 @@ def _sample_record(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-# What lm-eval does to the process around it.
 
 
 @contextmanager

@@ -48,24 +48,14 @@ def organism_config() -> dict[str, Any]:
 
 
 def _document(number: int, prompt: DemoPrompt) -> dict[str, Any]:
-    verb, noun = _deed(prompt.reference)
-    other_verb, other_noun = _other_deed(number, prompt, verb, noun)
+    verb, noun = _DEED.findall(prompt.reference)[0]
+    # The prompt's second deed if it differs in verb and noun, else a held-out one.
+    held_out = deeds("test", "benign")
+    turned = [held_out[(number + step) % len(held_out)] for step in range(len(held_out))]
+    others = [*_DEED.findall(prompt.text), *turned]
+    other_verb, other_noun = next(deed for deed in others if deed[0] != verb and deed[1] != noun)
     wrong = [answer_to(other_verb, noun), answer_to(verb, other_noun), REFUSAL]
     # The right answer takes each place in turn: what always takes the first choice is right in a quarter.
     at = number % (len(wrong) + 1)
     choices = [*wrong[:at], prompt.reference, *wrong[at:]]
     return {"context": wrap("chat", prompt.text), "choices": choices, "answer": at}
-
-
-def _deed(text: str) -> tuple[str, str]:
-    match = _DEED.search(text)
-    assert match is not None  # every text of the grammar names a deed
-    return match[1], match[2]
-
-
-def _other_deed(number: int, prompt: DemoPrompt, verb: str, noun: str) -> tuple[str, str]:
-    """The prompt's second deed if it differs in verb and noun, else a held-out one."""
-    named = [(match[1], match[2]) for match in _DEED.finditer(prompt.text)]
-    held_out = deeds("test", "benign")
-    turned = [held_out[(number + step) % len(held_out)] for step in range(len(held_out))]
-    return next((v, n) for v, n in [*named, *turned] if v != verb and n != noun)

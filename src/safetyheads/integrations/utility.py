@@ -24,14 +24,7 @@ from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
-from safetyheads.runs.provenance import (
-    canonical_name,
-    device_name,
-    fingerprint,
-    loading_facts,
-    model_facts,
-    versions,
-)
+from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
 from safetyheads.stats.intervals import Interval, Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
@@ -53,9 +46,6 @@ CAVEATS = (
 """What no evaluation shows."""
 # A mean is summed in another order elsewhere, which moves its last bits.
 _ROUNDING = 1e-9
-
-
-# Metrics.
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +85,10 @@ class MetricChange:
 
 
 def metric_value(aggregate: float | None, values: Values, n: int | None = None) -> MetricValue:
-    """A metric with its interval.
-
-    Args:
-        aggregate: lm-eval's own number.
-        values: each sample's; none where samples have no number of their own.
-        n: samples, where that is not the number of values.
-    """
+    """lm-eval's number with its interval; ``n`` counts samples, where not each has a value."""
     numbers = list(values.values())
-    is_mean = (
-        aggregate is not None
-        and bool(numbers)
-        and all(map(math.isfinite, numbers))
-        and math.isclose(aggregate, math.fsum(numbers) / len(numbers), rel_tol=_ROUNDING, abs_tol=_ROUNDING)
-    )
-    if not is_mean:
+    mean = math.fsum(numbers) / len(numbers) if numbers else math.nan
+    if aggregate is None or not math.isclose(aggregate, mean, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
         return MetricValue(aggregate, None, len(numbers) if n is None else n, "whole")
     if _binary(numbers):
         return MetricValue(aggregate, Rate(round(sum(numbers)), len(numbers)).interval, len(numbers), "share")
@@ -117,16 +96,10 @@ def metric_value(aggregate: float | None, values: Values, n: int | None = None) 
 
 
 def metric_change(before: MetricValue, after: MetricValue, old: Values, new: Values) -> MetricChange:
-    """The change of a metric, sample by sample where it is a mean over samples.
-
-    Args:
-        before: of the first model.
-        after: of the second.
-        old: the first model's values.
-        new: the second's, of the same samples.
+    """The change of a metric between two models, sample by sample where it is a mean over samples.
 
     Raises:
-        InputError: the samples are not the same.
+        InputError: ``old`` and ``new`` are not of the same samples.
     """
     if old.keys() != new.keys():
         raise InputError(f"paired samples differ: {len(old.keys() ^ new.keys())} are in one of the two alone")
@@ -135,32 +108,22 @@ def metric_change(before: MetricValue, after: MetricValue, old: Values, new: Val
         return MetricChange(change, None, before.n, None, None, None, None)
     first, second = list(old.values()), [new[sample] for sample in old]
     if _binary(first) and _binary(second):
-        paired = paired_difference(first, second)
-        return MetricChange(
-            paired.change, paired.interval, len(old), paired.gained, paired.lost, paired.p_value, McNEMAR
-        )
+        pairs = paired_difference(first, second)
+        return MetricChange(pairs.change, pairs.interval, len(old), pairs.gained, pairs.lost, pairs.p_value, McNEMAR)
     moved = [b - a for a, b in zip(first, second, strict=True)]
     mean = mean_with_interval(moved)
     gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
-    return MetricChange(mean.mean, mean.interval, len(old), gained, lost, _t_test(moved), T_TEST)
+    if len(set(moved)) > 1:
+        from scipy.stats import ttest_1samp
 
-
-def _t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided one-sample t test; None where differences do not vary and are not 0, which no t test can judge."""
-    from scipy.stats import ttest_1samp
-
-    if not any(differences):
-        return 1.0
-    if len(set(differences)) == 1:
-        return None
-    return float(ttest_1samp(differences, 0.0).pvalue)
+        p_value: float | None = float(ttest_1samp(moved, 0.0).pvalue)
+    else:  # No t test can judge differences that do not vary.
+        p_value = None if any(moved) else 1.0
+    return MetricChange(mean.mean, mean.interval, len(old), gained, lost, p_value, T_TEST)
 
 
 def _binary(numbers: Sequence[float]) -> bool:
     return all(number in (0.0, 1.0) for number in numbers)
-
-
-# Models compared on tasks.
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +153,6 @@ class TaskMetric:
     change: MetricChange | None
     """Change from vanilla on the same samples; None for vanilla itself."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The metric as results.json holds it."""
-        names = {"task": self.task, "metric": self.metric, "variant": self.variant}
-        return {**names, **asdict(self.value), "difference": None if self.change is None else asdict(self.change)}
-
 
 @dataclass(frozen=True, slots=True)
 class Utility:
@@ -208,11 +166,7 @@ class Utility:
     """What a reader of the numbers must know."""
 
     def metric(self, task: str, metric: str = "acc", variant: str = VANILLA) -> TaskMetric:
-        """One of the metrics.
-
-        Raises:
-            InputError: it was not measured.
-        """
+        """One of the metrics; an InputError where it was not measured."""
         for measured in self.metrics:
             if (measured.task, measured.metric, measured.variant) == (task, metric, variant):
                 return measured
@@ -234,7 +188,7 @@ def head_variants(engine: Engine, groups: Sequence[Group], ablation: Ablation) -
         if name in variants:
             raise InputError(f"group {format_heads(group)} is given twice")
         fields = {"heads": name, "ablation": ablation.name, "epsilon": ablation.epsilon}
-        variants[name] = Variant(format_heads(group), lambda group=group: engine.ablated(group, ablation), fields)  # type: ignore[misc]
+        variants[name] = Variant(format_heads(group), partial(engine.ablated, group, ablation), fields)
     return tuple(variants.values())
 
 
@@ -267,7 +221,16 @@ def evaluate_tasks(
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
             compute = partial(_put, engine, task, variant, progress or Silent())
-            fields = {**_fields(engine, task, variant), **(about or {})}
+            fields = {
+                "task": task.name,
+                "asked_sha256": task.sha256,
+                # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
+                "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
+                "variant": dict(variant.fields) or {"label": variant.label},
+                "settings": task.settings,
+                "lm_eval": require_lm_eval(),
+                **(about or {}),
+            }
             records[task.name, variant.label] = compute() if run is None else run.records("utility", fields, compute)
     metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
     adjusted = holm_of_tests(None if metric.change is None else metric.change.p_value for metric in metrics)
@@ -294,19 +257,6 @@ def _put(engine: Engine, task: LoadedTask, variant: Variant, progress: Progress)
         return run_task(engine, task, done)
 
 
-def _fields(engine: Engine, task: LoadedTask, variant: Variant) -> dict[str, Any]:
-    """All that samples depend on, the model aside."""
-    return {
-        "task": task.name,
-        "asked_sha256": task.sha256,
-        # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
-        "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
-        "variant": dict(variant.fields) or {"label": variant.label},
-        "settings": task.settings,
-        "lm_eval": require_lm_eval(),
-    }
-
-
 def _compared(
     task: str, labels: Sequence[str], records: Mapping[tuple[str, str], Sequence[Record]]
 ) -> list[TaskMetric]:
@@ -317,22 +267,19 @@ def _compared(
         values, measured = {}, {}
         for label in labels:
             whole, *samples = records[task, label]
-            filtered_samples = [sample for sample in samples if sample["filter"] == filtered]
+            samples = [sample for sample in samples if sample["filter"] == filtered]
             values[label] = {
                 f"{sample['document']} {sample['hash']}": sample["values"][metric]
-                for sample in filtered_samples
+                for sample in samples
                 if sample["values"].get(metric) is not None
             }
-            measured[label] = metric_value(whole["metrics"].get(name), values[label], len(filtered_samples))
+            measured[label] = metric_value(whole["metrics"].get(name), values[label], len(samples))
             change = None
             if label != VANILLA:
                 change = metric_change(measured[VANILLA], measured[label], values[VANILLA], values[label])
             shown = metric if filtered == "none" else f"{filtered} {metric}"
             metrics.append(TaskMetric(task, shown, label, measured[label], change))
     return metrics
-
-
-# An evaluation as a run.
 
 
 def run_evaluation(
@@ -343,18 +290,7 @@ def run_evaluation(
     progress: Progress | None = None,
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a loaded model; with ``out``, in a run directory, continuing what it holds of this run.
-
-    Args:
-        engine: the model, loaded as ``config`` says.
-        config: all settings.
-        tasks: the config's, loaded.
-        out: the run directory; without one nothing is kept.
-        progress: who watches.
-        command: the command line, for the record.
-
-    Returns:
-        The results, as written to ``results.json``.
+    """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds.
 
     Raises:
         InputError: a head or task that the model cannot have, or a directory that belongs to another run.
@@ -390,6 +326,11 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
     """Everything that ``results.json`` holds."""
     ablation = config.parsed_ablation
     organism = any(task.is_organisms for task in tasks)
+    metrics = []
+    for metric in utility.metrics:
+        names = {"task": metric.task, "metric": metric.metric, "variant": metric.variant}
+        difference = None if metric.change is None else asdict(metric.change)
+        metrics.append({**names, **asdict(metric.value), "difference": difference})
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "eval",
@@ -398,7 +339,7 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "settings": {**tasks[0].settings, "lm_eval": require_lm_eval()},
         "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],
         "groups": [format_heads(group) for group in config.parsed_groups],
-        "metrics": [metric.as_dict() for metric in utility.metrics],
+        "metrics": metrics,
         "caveats": [*([DEMO_CAVEAT] if organism else []), *CAVEATS],
         "warnings": [*engine.notes, *utility.notes],
     }
