@@ -7,8 +7,8 @@ of the layer with unit vectors as values gives the weights, from the very functi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ _SCALED = {
 _MEANS = {"mean query": "mean_query", "mean key": "mean_key", "mean head output": "mean_head_output"}
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionMap:
+class AttentionMap(NamedTuple):
     """What one head attends to on one prompt, and what it passes on."""
 
     weights: Tensor
@@ -54,8 +53,7 @@ class AttentionMap:
     """float64 [n_tokens, d_value]: what the head passes on, ablated."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evenness:
+class Evenness(NamedTuple):
     """Distance of a map from even attention to all allowed keys: means over the queries that have a choice."""
 
     total_variation: float
@@ -71,10 +69,6 @@ class Evenness:
 class _AttentionSeen(Exception):
     """Leaves the model once the layer's attention is seen."""
 
-    def __init__(self, attended: dict[str, Any]) -> None:
-        super().__init__("attention is seen")
-        self.attended = attended
-
 
 def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation) -> AttentionMap:
     """One head's attention on one prompt with that head ablated.
@@ -85,8 +79,12 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     """
     plain = _attended(engine, token_ids, head, ablation)
     unablated = _attended(engine, token_ids, head, NOTHING)
-    key, value = unablated["key"], unablated["value"]
+    key, value, mask = unablated["key"], unablated["value"], unablated["mask"]
     n_keys = key.shape[2]
+    if mask is None:
+        allowed = torch.ones(n_keys, n_keys, dtype=torch.bool).tril()
+    else:
+        allowed = mask[0, 0].cpu() if mask.dtype == torch.bool else mask[0, 0].cpu() >= 0
     units = torch.eye(n_keys, dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
     # The head's output is no part of its map: scaled or replaced, it would come back in place of the weights.
     of_weights = NOTHING if ablation.kind.tensor == "head_output" else ablation
@@ -94,7 +92,7 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     n_per_key = plain["output"].shape[2] // value.shape[1]
     return AttentionMap(
         weights.double().cpu(),
-        _allowed(unablated["mask"], n_keys),
+        allowed,
         value[0, head.index // n_per_key].double().cpu(),
         plain["output"][0, :, head.index].double().cpu(),
     )
@@ -109,9 +107,11 @@ def _attended(
     keys_and_values: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Inputs and output of the layer's attention function; the model is left there."""
+    attended: dict[str, Any] = {}
 
-    def observe(**attended: Any) -> None:
-        raise _AttentionSeen(attended)
+    def observe(**given: Any) -> None:
+        attended.update(given)
+        raise _AttentionSeen
 
     ids = torch.tensor([list(token_ids)], device=engine.device)
     with engine.ablated_rows([()], ablation):  # refuses while another ablation is in force
@@ -120,25 +120,13 @@ def _attended(
         try:
             with attention_calls(engine.architecture.attentions, {head.layer: watched}):
                 engine.model(input_ids=ids, use_cache=False)
-        except _AttentionSeen as seen:
-            return seen.attended
+        except _AttentionSeen:
+            return attended
     raise UnsupportedModelError(f"layer {head.layer} does not call the attention registry")
 
 
-def _allowed(mask: Tensor | None, n: int) -> Tensor:
-    """The keys that a mask allows each query, bool [n, n]; None is causal."""
-    if mask is None:
-        return torch.ones(n, n, dtype=torch.bool).tril()
-    given = mask[0, 0].cpu()
-    return given if given.dtype == torch.bool else given >= 0
-
-
 def evenness(attention: AttentionMap) -> Evenness:
-    """Distances of a map's rows from even attention; where a sink has a share, of what is left to the keys.
-
-    Raises:
-        InputError: the prompt has fewer than two tokens.
-    """
+    """Distances of a map's rows from even attention; where a sink has a share, of what is left to the keys."""
     n_allowed = attention.allowed.sum(dim=-1)
     chooses = n_allowed > 1
     if not bool(chooses.any()):
@@ -158,9 +146,6 @@ def evenness(attention: AttentionMap) -> Evenness:
     )
 
 
-# Fig 7 and 8.
-
-
 def fig7(lab: Lab, outcome: Outcome) -> None:
     """One head's map under UA on query and on key, and under SC, at three strengths."""
     scaled = {f"{label}, epsilon {e:g}": Ablation(name, e) for label, name in _SCALED.items() for e in EPSILONS}
@@ -173,37 +158,30 @@ def fig8(lab: Lab, outcome: Outcome) -> None:
 
 
 def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
+    ablations = {"unablated": NOTHING, **ablations}
     for model, (subject,) in lab.each_model(outcome, most=1):
         (head,) = subject.group(lab.ablations[0], 1)
-        maps = {
-            label: _kept_map(lab, subject, head, ablation)
-            for label, ablation in {"unablated": NOTHING, **ablations}.items()
-        }
-        points = [row for label, attention in maps.items() for row in _points(subject, label, attention)]
-        n = len(subject.asked_prompts.token_ids[0])
-        outcome.figure("maps", points, model=model, head=head, dataset=subject.dataset, n=n)
+        maps = {label: _kept_map(lab, subject, head, ablation) for label, ablation in ablations.items()}
+        decode, token_ids = subject.engine.tokenizer.decode, subject.asked_prompts.token_ids[0]
+        tokens = [str(decode([token])) for token in token_ids]
+        points = [row for label, attention in maps.items() for row in _points(tokens, label, attention)]
+        outcome.figure("maps", points, model=model, head=head, dataset=subject.dataset, n=len(tokens))
         outcome.table("distances", _distances(maps), model=model, head=head)
 
 
 def _kept_map(lab: Lab, subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
     """The map of the first prompt, kept in the run directory."""
     token_ids = subject.asked_prompts.token_ids[0]
-    fields = {
-        "weights": lab.weights_of(subject.model),
-        "token_ids": list(token_ids),
-        "head": str(head),
-        "ablation": asdict(ablation),
-    }
-
-    def compute() -> dict[str, Tensor]:
-        attention = map_of(subject.engine, token_ids, head, ablation)
-        return {name: getattr(attention, name) for name in AttentionMap.__dataclass_fields__}
-
-    return AttentionMap(**lab.directory.tensors(f"maps-{subject.name}", fields, compute))
+    weights = lab.weights_of(subject.model)
+    fields = {"weights": weights, "token_ids": list(token_ids), "head": str(head), "ablation": asdict(ablation)}
+    maps = lab.directory.tensors(
+        f"maps-{subject.name}", fields, lambda: map_of(subject.engine, token_ids, head, ablation)._asdict()
+    )
+    return AttentionMap(**maps)
 
 
-def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
-    tokens = [str(subject.engine.tokenizer.decode([token])) for token in subject.asked_prompts.token_ids[0]]
+def _points(tokens: Sequence[str], label: str, attention: AttentionMap) -> list[Row]:
+    first = max(0, len(tokens) - TOKENS_DRAWN)
     return [
         {
             "query": query,
@@ -213,8 +191,8 @@ def _points(subject: Subject, label: str, attention: AttentionMap) -> list[Row]:
             "value": round(float(attention.weights[query, key]), 6),  # as many as a colour can show
             "panel": label,
         }
-        for query in range(max(0, len(tokens) - TOKENS_DRAWN), len(tokens))
-        for key in range(max(0, len(tokens) - TOKENS_DRAWN), query + 1)
+        for query in range(first, len(tokens))
+        for key in range(first, query + 1)
         if bool(attention.allowed[query, key])
     ]
 

@@ -69,11 +69,7 @@ EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment
 
 
 def chosen(name: str) -> tuple[Experiment, ...]:
-    """The experiment of that name, or all of them.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The experiment of that name, or all of them; refuses unknown names."""
     if name == ALL:
         return tuple(EXPERIMENTS.values())
     if name not in EXPERIMENTS:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.experiments.lab import GROUP_SIZE, SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.heads import format_heads
+from safetyheads.measures.head_pass import Readouts
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -26,13 +27,7 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
         rows = [row for sweep in sweeps for row in sweep]
         for key in ("asr", "ships"):
             points = [
-                point(
-                    row[key],
-                    x=float(row["epsilon"]),
-                    series="first head" if row["_n_heads"] == 1 else f"{row['_n_heads']} heads",
-                    panel=f"{row['dataset']}, {row['ablation']}",
-                )
-                for row in rows
+                point(row[key], x=float(row["epsilon"]), series=row["_series"], panel=row["_panel"]) for row in rows
             ]
             outcome.figure(key, points, model=model)
         settled = [_settled(sweep) for sweep in sweeps if sweep[0]["_whole"]]
@@ -46,39 +41,38 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
 
 def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
     """A row an epsilon, from the largest to the smallest: of the first head, and of the whole group."""
-    config = subject.lab.config
+    config, short = subject.lab.config, SHORT[ablation.name]
     whole = subject.group(ablation, min(GROUP_SIZE, config.size))
     groups = tuple(dict.fromkeys((whole[:1], whole)))
-    answers, ships = [], []
-    strengths = sorted(set(config.epsilons), reverse=True)
-    for strength in strengths:
-        answers.append(subject.by_group(groups, ablation.at(strength)))
-        ships.append(dict(zip(groups, subject.ships_of(groups, ablation.at(strength)).tolist(), strict=True)))
-    return [
-        [
-            {
-                "dataset": subject.dataset,
-                "ablation": SHORT[ablation.name],
-                "heads": format_heads(group),
-                "_n_heads": len(group),
-                "_whole": group == whole,
-                "epsilon": f"{strength:g}",
-                "asr": Measured.of(answered[group].asr),
-                "change": Measured.of(answered[group].change_from(answers[-1][group])),
-                "ships": Measured.of(mean_with_interval(scores[group])),
-            }
-            for strength, answered, scores in zip(strengths, answers, ships, strict=True)
-        ]
-        for group in groups
-    ]
-
-
-# Where it settles.
+    sweeps: list[list[dict[str, Any]]] = [[] for _ in groups]
+    for strength in sorted(set(config.epsilons), reverse=True):
+        answers = subject.by_group(groups, ablation.at(strength))
+        # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
+        scored = subject.run.new_pass(subject.name, ablation.at(strength), Readouts(ships=True))
+        for sweep, group, ships in zip(sweeps, groups, scored.measure(groups)["ships"].tolist(), strict=True):
+            sweep.append(
+                {
+                    "dataset": subject.dataset,
+                    "ablation": short,
+                    "heads": format_heads(group),
+                    "epsilon": f"{strength:g}",
+                    "asr": Measured.of(answers[group].asr),
+                    "ships": Measured.of(mean_with_interval(ships)),
+                    "_answers": answers[group],
+                    "_whole": group == whole,
+                    "_series": "first head" if len(group) == 1 else f"{len(group)} heads",
+                    "_panel": f"{subject.dataset}, {short}",
+                }
+            )
+    for sweep in sweeps:
+        for row in sweep:
+            row["change"] = Measured.of(row["_answers"].change_from(sweep[-1]["_answers"]))
+    return sweeps
 
 
 def settled_from(near: Sequence[bool]) -> int:
     """From which place on all are near the last one, which is near itself."""
-    far = [at for at, is_near in enumerate(near) if not is_near]
+    far = [place for place, is_near in enumerate(near) if not is_near]
     return far[-1] + 1 if far else 0
 
 

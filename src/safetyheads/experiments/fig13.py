@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,59 +47,56 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
             of_score = [row for row in rows if row["score"] == title]
             unit = of_score[0]["_unit"]
             words = {"model": model, "score": title, "unit": unit, "per": unit.removesuffix("s")}
-            outcome.figure(
-                "cdf", [point for row in of_score for point in _curve(row, *_steps(row["_values"]))], **words
-            )
-            densities = [(row, density) for row in of_score if (density := kernel_density(row["_values"])) is not None]
+            steps: list[Row] = []
+            densities: list[Row] = []
+            widths = []
+            for row in of_score:
+                heights, shares = empirical_cdf(row["_values"])
+                last = len(heights) - 1
+                drawn = sorted({round(place) for place in np.linspace(0, last, min(last + 1, _MOST_DRAWN))})
+                steps += _curve(row, heights[drawn], shares[drawn])
+                if density := kernel_density(row["_values"]):
+                    densities += _curve(row, density.at, density.height)
+                    widths.append(f"{row['dataset']} {row['ablation']} {density.bandwidth:.3g}")
+            outcome.figure("cdf", steps, **words)
             if densities:
-                widths = [f"{row['dataset']} {row['ablation']} {density.bandwidth:.3g}" for row, density in densities]
-                points = [point for row, density in densities for point in _curve(row, density.at, density.height)]
-                outcome.figure("density", points, **words, bandwidths=", ".join(widths))
+                outcome.figure("density", densities, **words, bandwidths=", ".join(widths))
         outcome.table("tail", rows, model=model)
         for row in rows:
             if row["score"] == SCORES["mean_ships"]:
-                outcome.lead(
-                    model, f"{row['dataset']}, {row['ablation']}, Gini index of mean Ships", row["gini"], "number"
-                )
+                label = f"{row['dataset']}, {row['ablation']}, Gini index of mean Ships"
+                outcome.lead(model, label, row["gini"], "number")
 
 
 def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:
     """One score of every head on one dataset under one ablation, and how long its tail is."""
     scores = subject.scores(name, ablation)
     table = scores.values.numpy().ravel()
-    present, by_prompt = ~np.isnan(table), None
-    if name == "mean_ships":
-        ships = subject.ships(ablation).values.numpy()
-        by_prompt = ships.reshape(len(ships), -1)[:, present]
-    values, n_prompts, seed = table[present], len(subject.prompts), subject.lab.config.seed
+    present, n_prompts = ~np.isnan(table), len(subject.prompts)
+    values, draws = table[present], None
+    if name == "mean_ships" and n_prompts > 1:
+        by_prompt = subject.ships(ablation).values.numpy().reshape(n_prompts, -1)[:, present]
+        rng = np.random.default_rng(subject.lab.config.seed)
+        counts = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES)
+        draws = counts / n_prompts @ by_prompt
     k = math.ceil(len(values) * TOP_SHARE)
     return {
         "score": SCORES[name],
         "dataset": subject.dataset,
         "ablation": SHORT[ablation.name],
         "heads": len(values),
-        "gini": _measured(gini, values, by_prompt, n_prompts, seed),
+        "gini": _measured(gini, values, draws, n_prompts),
         "counted": k,
-        "top": _measured(partial(top_share, k=k), values, by_prompt, n_prompts, seed),
+        "top": _measured(partial(top_share, k=k), values, draws, n_prompts),
         "even": k / len(values),
         "_values": values,
         "_unit": scores.unit,
     }
 
 
-# Curves.
-
-
-def _curve(row: Row, x: Floats, y: Floats) -> Iterator[Row]:
-    for at, height in zip(x.tolist(), y.tolist(), strict=True):
-        yield {"series": row["dataset"], "panel": row["ablation"], "x": at, "y": height}
-
-
-def _steps(values: Floats) -> tuple[Floats, Floats]:
-    """The CDF at as many scores as are drawn."""
-    heights, shares = empirical_cdf(values)
-    drawn = sorted({round(at) for at in np.linspace(0, len(heights) - 1, min(len(heights), _MOST_DRAWN))})
-    return heights[drawn], shares[drawn]
+def _curve(row: Row, x: Floats, y: Floats) -> list[Row]:
+    where = {"series": row["dataset"], "panel": row["ablation"]}
+    return [{**where, "x": score, "y": height} for score, height in zip(x.tolist(), y.tolist(), strict=True)]
 
 
 def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
@@ -111,8 +107,7 @@ def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
     return np.asarray(cdf.quantiles, float), np.asarray(cdf.probabilities, float)
 
 
-@dataclass(frozen=True, slots=True)
-class Density:
+class Density(NamedTuple):
     """A kernel density estimate."""
 
     at: Floats
@@ -134,9 +129,6 @@ def kernel_density(values: Floats) -> Density | None:
     margin = _BEYOND * bandwidth
     at = np.linspace(values.min() - margin, values.max() + margin, N_GRID)
     return Density(at, np.asarray(estimate(at), float), bandwidth)
-
-
-# The tail.
 
 
 def gini(scores: Floats) -> Floats:
@@ -161,20 +153,12 @@ def _share(part: Floats, total: Floats) -> Floats:
     return shares
 
 
-def _measured(
-    index: Callable[[Floats], Floats], values: Floats, by_prompt: Floats | None, n_prompts: int, seed: int
-) -> Measured:
-    """An index of scores [n_heads], with its interval over prompts where the score is a mean over them.
-
-    ``by_prompt`` [n_prompts, n_heads] is what the mean is over.
-    """
+def _measured(index: Callable[[Floats], Floats], values: Floats, draws: Floats | None, n_prompts: int) -> Measured:
+    """An index of scores [n_heads], with its interval over draws of prompts [N_RESAMPLES, n_heads] where there are."""
     value = float(index(values))
     if math.isnan(value):
         return Measured(None, n_prompts)
-    if by_prompt is None or n_prompts < 2:
+    if draws is None:
         return Measured(value, n_prompts)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES) / n_prompts
     tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    low, high = np.nanquantile(index(draws @ by_prompt), tails).tolist()
-    return Measured(value, n_prompts, low, high)
+    return Measured(value, n_prompts, *np.nanquantile(index(draws), tails).tolist())

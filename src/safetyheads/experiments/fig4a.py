@@ -85,25 +85,17 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     return rows
 
 
-# Tables 3 and 5.
-
-
-def table3(lab: Lab, outcome: Outcome) -> None:
-    """The change of the ASR by number of heads, at both levels, of every model."""
-    _show_changes(lab, outcome, lab.config.models)
-
-
 def table5(lab: Lab, outcome: Outcome) -> None:
-    """The same of every model but the first; of the related one, where there is but one."""
+    """Table 3 of every model but the first; of the related one, where there is but one."""
     config = lab.config
     further = config.models[1:] or ((config.related,) if config.related else ())
-    _show_changes(lab, outcome, further)
+    table3(lab, outcome, further)
     if not further:
         outcome.note("This table is of a second model, and there is none: name one after the first, or as related.")
 
 
-def _show_changes(lab: Lab, outcome: Outcome, models: Iterable[str]) -> None:
-    """A table a model."""
+def table3(lab: Lab, outcome: Outcome, models: Iterable[str] | None = None) -> None:
+    """The change of the ASR by number of heads, at both levels, a table a model."""
     for model, subjects in lab.each_model(outcome, models):
         groups = [(level, ablation) for level in _LEVELS for ablation in lab.ablations]
         rows = [[_changes(subject, ablation, level) for subject in subjects] for level, ablation in groups]

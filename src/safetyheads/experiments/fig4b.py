@@ -11,7 +11,7 @@ from safetyheads.experiments.lab import Lab, Subject, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.runs.audit import ALPHA
-from safetyheads.stats.ranking import ProxyQuality, Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import holm, smallest_detectable_change
 
 N_LISTED = 10
@@ -50,12 +50,8 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
             best = sorted(heads, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
             n, n_heads = len(subject.prompts), len(heads)
             least = smallest_detectable_change(n, ALPHA, n_heads)
-            words = {
-                "listed": len(best),
-                "n_heads": n_heads,
-                "n": n,
-                "least": "none" if least is None else f"{least:.2f}",
-            }
+            words: dict[str, Any] = {"listed": len(best), "n_heads": n_heads, "n": n}
+            words["least"] = "none" if least is None else f"{least:.2f}"
             outcome.lead(model, f"{subject.dataset}, highest ASR: head {best[0]['head']}", best[0]["asr"])
             outcome.table("top", best, *columns, model=model, dataset=subject.dataset, **words)
 
@@ -73,22 +69,23 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
     for (head, change), p in zip(changes.items(), adjusted, strict=True):
         differs = p < ALPHA and (change.change or 0.0) > 0
         marked = head in planted if planted else differs
-        row = {
-            "head": str(head),
-            **({"planted": "yes" if head in planted else ""} if planted else {}),
-            "asr": Measured.of(answers[(head,)].asr),
-            "change": Measured.of(change),
-            "p": p,
-            **{name: table[head] for name, table in scores.items()},
-            **{f"{name}_rank": places[name][head] for name in scores},
-            "_head": head,
-            "_dataset": subject.dataset,
-            "_complied": answers[(head,)].complied(),
-            "_differs": differs,
-            "_marked": marked,
-            "_series": ("planted" if marked else "other") if planted else f"{'' if marked else 'no '}higher ASR",
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "head": str(head),
+                **({"planted": "yes" if head in planted else ""} if planted else {}),
+                "asr": Measured.of(answers[(head,)].asr),
+                "change": Measured.of(change),
+                "p": p,
+                **{name: table[head] for name, table in scores.items()},
+                **{f"{name}_rank": places[name][head] for name in scores},
+                "_head": head,
+                "_dataset": subject.dataset,
+                "_complied": answers[(head,)].complied(),
+                "_differs": differs,
+                "_marked": marked,
+                "_series": ("planted" if marked else "other") if planted else f"{'' if marked else 'no '}higher ASR",
+            }
+        )
     return rows
 
 
@@ -98,18 +95,19 @@ def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
     truth = Truth(complied, np.array([row["_differs"] for row in heads], bool))
     values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
     ceiling = split_half_ceiling(truth)
-    qualities = (*proxy_qualities(values, truth), *([ceiling] if ceiling else []))
-    return [_quality(heads[0]["_dataset"], quality, len(complied)) for quality in qualities]
-
-
-def _quality(dataset: str, quality: ProxyQuality, n_prompts: int) -> Row:
-    by_size = {size.k: size for size in quality.sizes if size.k in _REGRETS}
-    return {
-        "dataset": dataset,
-        "score": "split half" if quality.score == "split_half" else quality.score,
-        "spearman": None if quality.spearman is None else Measured(quality.spearman, quality.n_heads),
-        "auc": None if quality.auc is None else Measured(quality.auc, quality.n_heads),
-        "auc_p": quality.auc_p_value,
-        "differing": quality.n_differing,
-        **{f"regret_{k}": Measured(best.regret, n_prompts, *best.regret_interval) for k, best in by_size.items()},
-    }
+    return [
+        {
+            "dataset": heads[0]["_dataset"],
+            "score": "split half" if quality.score == "split_half" else quality.score,
+            "spearman": None if quality.spearman is None else Measured(quality.spearman, quality.n_heads),
+            "auc": None if quality.auc is None else Measured(quality.auc, quality.n_heads),
+            "auc_p": quality.auc_p_value,
+            "differing": quality.n_differing,
+        }
+        | {
+            f"regret_{size.k}": Measured(size.regret, len(complied), *size.regret_interval)
+            for size in quality.sizes
+            if size.k in _REGRETS
+        }
+        for quality in (*proxy_qualities(values, truth), *([ceiling] if ceiling else []))
+    ]

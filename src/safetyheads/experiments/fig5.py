@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
@@ -61,11 +61,7 @@ def size_of_top(n_heads: int) -> int:
 
 
 def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_name: str) -> None:
-    """Refuse two models whose heads do not correspond.
-
-    Raises:
-        InputError: they have other numbers of layers or heads.
-    """
+    """Refuse two models whose heads do not correspond, with an InputError."""
     if first.heads != second.heads:
         shapes = [f"{engine.n_layers} layers of {engine.n_heads} heads" for engine in (first, second)]
         raise InputError(
@@ -75,10 +71,7 @@ def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_n
 
 
 def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
-    """The top heads on each dataset that can be measured, and on all of them; all under UA, then all under SC.
-
-    Rows of model, dataset, ablation and heads, best first; heads that tie across the cut are left out.
-    """
+    """Rows of top heads, best first, on each dataset and on all of them; ties across the cut are left out."""
     rankings: list[Row] = []
     for _, subjects in lab.each_model(outcome, [model]):
         for ablation in lab.ablations:
@@ -108,10 +101,9 @@ def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str
     for first, second in pairs:
         if first["ablation"] == second["ablation"] and ALL_DATASETS not in (first["dataset"], second["dataset"]):
             yield f"datasets, {first['ablation']}", first, second
-    for first in rankings:
-        for second in others:
-            if first["_label"] == second["_label"]:
-                yield f"models, {first['ablation']}", first, second
+    for first, second in product(rankings, others):
+        if first["_label"] == second["_label"]:
+            yield f"models, {first['ablation']}", first, second
 
 
 def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row, Row]], n_heads: int) -> None:
@@ -126,18 +118,13 @@ def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row,
             for ranking in (first, second)
         ]
         shared.setdefault(comparison, []).append(overlap.shared)
-        rows.append(
-            {
-                "comparison": comparison,
-                "first": labels[0],
-                "second": labels[1],
-                "shared": overlap.shared,
-                "sizes": " and ".join(map(str, overlap.sizes)),
-                "expected": overlap.expected,
-                "p": overlap.p_value,
-                "heads": ", ".join(head for head in first["heads"] if head in second["heads"]),
-            }
+        sizes, heads = (
+            " and ".join(map(str, overlap.sizes)),
+            [head for head in first["heads"] if head in second["heads"]],
         )
+        row = {"comparison": comparison, "first": labels[0], "second": labels[1], "shared": overlap.shared}
+        row |= {"sizes": sizes, "expected": overlap.expected, "p": overlap.p_value, "heads": ", ".join(heads)}
+        rows.append(row)
     tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
     outcome.table("overlap", tested, model=model)
     outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
@@ -148,8 +135,7 @@ def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row,
 
 def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:
     """Heads shared by each two rankings."""
-    for row in down:
-        for column in across:
-            shared = len(set(row["heads"]) & set(column["heads"]))
-            numbers = {"value": shared, "text": str(shared), "low": None, "high": None}
-            yield {"x": column["_label"], "y": row["_label"], "panel": "", **numbers}
+    for row, column in product(down, across):
+        shared = len(set(row["heads"]) & set(column["heads"]))
+        numbers = {"value": shared, "text": str(shared), "low": None, "high": None}
+        yield {"x": column["_label"], "y": row["_label"], "panel": "", **numbers}

@@ -54,11 +54,8 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
     """The subject's unablated answers with the donor's attention in every layer, kept under both models' weights.
 
     No draft is used: drafts are answers of the model that is not swapped.
-
-    Raises:
-        InputError: two models between which attention cannot be exchanged.
     """
-    engine, given, config, judges = subject.engine, lab.engine(donor), lab.config, lab.judges
+    config, judges = lab.config, lab.judges
     fields = {
         "weights": lab.weights_of(subject.model),
         "attention": lab.weights_of(donor),
@@ -70,15 +67,13 @@ def swapped_answers(lab: Lab, subject: Subject, donor: str) -> GroupAnswers:
     }
 
     def compute() -> list[dict[str, Any]]:
-        with swapped_attention(engine, given):
+        with swapped_attention(subject.engine, lab.engine(donor)):
             answers = attack_success_rate(
-                engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, judges, config.max_new_tokens
+                subject.engine, subject.prompts, (), UNDIFFERENTIATED_ATTENTION, judges, config.max_new_tokens
             )
         place = {"set": subject.name, "part": "swapped", "epsilon": None, "seed": config.seed}
-        return [
-            record_of(judged, {"id": number, **place}, config.store_completions)
-            for number, judged in enumerate(answers.rows)
-        ]
+        stores, rows = config.store_completions, enumerate(answers.rows)
+        return [record_of(judged, {"id": number, **place}, stores) for number, judged in rows]
 
     records = lab.directory.records(f"swapped-{subject.name}", fields, compute)
     return GroupAnswers.of("", records, judges[0].name)

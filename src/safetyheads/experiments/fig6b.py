@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.ablation import Ablation
+from safetyheads.baselines.base import Intervention
 from safetyheads.baselines.table import METHODS
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
@@ -66,36 +67,34 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[_Compared]:
     """The first 1 to n heads of the group, under each ablation."""
-    engine = lab.engine(model)
     compared = []
-    for kind in (*lab.ablations, *(Ablation(name) for name in MEANS)):
+    for ablation in (*lab.ablations, *(Ablation(name) for name in MEANS)):
+        name = _NAMES[ablation.name]
         for k in range(1, len(group) + 1):
-            heads = group[:k]
-            fields = {"heads": [str(head) for head in sorted(heads)], "ablation": kind.name, "epsilon": kind.epsilon}
-            label = f"{_NAMES[kind.name]}, {k} head{'s' * (k > 1)}"
-            variant = Variant(label, lambda heads=heads, kind=kind: engine.ablated(heads, kind), fields)  # type: ignore[misc]
-            compared.append(_Compared(variant, _NAMES[kind.name], k, prunes=False, shown=k == len(group)))
+            heads = [str(head) for head in sorted(group[:k])]
+            fields = {"heads": heads, "ablation": ablation.name, "epsilon": ablation.epsilon}
+            at_work = partial(lab.engine(model).ablated, group[:k], ablation)
+            variant = Variant(f"{name}, {k} head{'s' * (k > 1)}", at_work, fields)
+            compared.append(_Compared(variant, name, k, prunes=False, shown=k == len(group)))
     return compared
 
 
 def _pruned(lab: Lab, model: str) -> list[_Compared]:
     """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
     learned = [subject.asked_prompts.sha256 for subject in learning_subjects(lab, model)]
+
+    @cache
+    def interventions(name: str) -> Sequence[Intervention]:
+        return METHODS[name].interventions(material_of(lab, model, refuses=False), METHODS[name].strengths)
+
+    def pruned(name: str, number: int) -> AbstractContextManager[Any]:
+        return interventions(name)[number].at_work()
+
     compared = []
-    for name in PRUNERS:
-        method = METHODS[name]
-
-        @cache
-        def contexts(name: str = name) -> Sequence[Callable[[], AbstractContextManager[Any]]]:
-            material = material_of(lab, model, refuses=False)
-            return [
-                intervention.at_work for intervention in METHODS[name].interventions(material, METHODS[name].strengths)
-            ]
-
-        for at, sparsity in enumerate(method.strengths):
-            fields = {"method": name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
-            label = f"{method.label}, {sparsity:.0%}"
-            variant = Variant(label, lambda at=at, contexts=contexts: contexts()[at](), fields)  # type: ignore[misc]
+    for method in (METHODS[name] for name in PRUNERS):
+        for number, sparsity in enumerate(method.strengths):
+            fields = {"method": method.name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
+            variant = Variant(f"{method.label}, {sparsity:.0%}", partial(pruned, method.name, number), fields)
             compared.append(_Compared(variant, method.label, sparsity, prunes=True, shown=sparsity == _SHOWN_SPARSITY))
     return compared
 
@@ -105,13 +104,13 @@ def _rows(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[
     labels = {VANILLA, *(entry.variant.label for entry in compared if entry.shown)}
     rows: list[Row] = []
     for metric in (metric for metric in metrics if metric.variant in labels):
-        change, p, moved = metric.change, None, None
+        variant, change = "vanilla" if metric.variant == VANILLA else metric.variant, metric.change
+        row = {"task": metric.task, "metric": metric.metric, "variant": variant, "value": _measured(metric)}
+        moved = None
         if change is not None:
             low, high = change.interval or (None, None)
-            p, moved = change.p_holm, Measured(change.change, change.n, low, high, change.p_value)
-        variant = "vanilla" if metric.variant == VANILLA else metric.variant
-        row = {"task": metric.task, "metric": metric.metric, "variant": variant, "value": _measured(metric)}
-        rows.append({**row, "change": moved, "p": p})
+            moved = Measured(change.change, change.n, low, high, change.p_value)
+        rows.append({**row, "change": moved, "p": None if change is None else change.p_holm})
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import Decoding
@@ -36,11 +36,8 @@ from safetyheads.scores import FunctionScorer, HeadScores, SearchTrace
 from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safetyheads.model.engine import Engine
 
-LabRun: TypeAlias = Run[ReproductionConfig]
 
 GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
@@ -67,7 +64,7 @@ class Lab:
         """Loads and proves a model by its name."""
         self.used: set[str] = set()
         """Models that were asked for since the set was last emptied."""
-        self._runs: dict[str, LabRun] = {}
+        self._runs: dict[str, Run[ReproductionConfig]] = {}
         self._weights: dict[str, str] = {}
         self._subjects: dict[tuple[Any, ...], Subject] = {}
 
@@ -94,26 +91,25 @@ class Lab:
         chosen = {name: getattr(self.config, name) for name in names}
         return {**chosen, "judges": list(self.config.judges), "sampled": self.sampled.name}
 
-    def run_of(self, model: str) -> LabRun:
+    def run_of(self, model: str) -> Run[ReproductionConfig]:
         """The run of a model, which is loaded once; of several, the ones used last are held."""
         self.used.add(model)
-        if model in self._runs:
-            self._runs[model] = self._runs.pop(model)
-            return self._runs[model]
-        while len(self._runs) >= _MODELS_HELD:
-            oldest = next(iter(self._runs))
-            del self._runs[oldest]
-            self._subjects = {key: subject for key, subject in self._subjects.items() if key[0] != oldest}
-        decoding, stores = Decoding(self.config.max_new_tokens), self.config.store_completions
-        engine = self.load(model)
-        self._runs[model] = Run(engine, self.config, self.directory, self.progress, self.judges, decoding, stores)
-        return self._runs[model]
+        run = self._runs.pop(model, None)
+        if run is None:
+            while len(self._runs) >= _MODELS_HELD:
+                oldest = next(iter(self._runs))
+                del self._runs[oldest]
+                self._subjects = {key: subject for key, subject in self._subjects.items() if key[0] != oldest}
+            decoding, stores = Decoding(self.config.max_new_tokens), self.config.store_completions
+            run = Run(self.load(model), self.config, self.directory, self.progress, self.judges, decoding, stores)
+        self._runs[model] = run  # the last is the one used last
+        return run
 
     def engine(self, model: str) -> Engine:
         """The model."""
         return self.run_of(model).engine
 
-    def forget_others(self, run: LabRun) -> None:
+    def forget_others(self, run: Run[ReproductionConfig]) -> None:
         """Free the drafts and passes of all other models."""
         for other in self._runs.values():
             if other is not run:
@@ -142,16 +138,7 @@ class Lab:
         system: str | None = None,
         prefill: str = "",
     ) -> Subject:
-        """A model with the prompts that it is asked.
-
-        Args:
-            model: its name.
-            dataset: one of the config's, or another that :func:`.settings.prompts_of` knows.
-            half: the part that searches see, or the one that they are tested on; the same without ``held_out``.
-            template: another template than the config's.
-            system: system prompt.
-            prefill: how every answer begins.
-        """
+        """A model with a dataset that :func:`.settings.prompts_of` knows, or its search half, under a template."""
         engine = self.engine(model)
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
         if key not in self._subjects:
@@ -161,18 +148,10 @@ class Lab:
             self._subjects[key] = Subject(self, model, dataset, prompts.with_template(bound.template))
         return self._subjects[key]
 
-    # The loop over models and datasets.
-
     def each_model(
         self, outcome: Outcome, models: Iterable[str] | None = None, **asked: Any
     ) -> Iterator[tuple[str, list[Subject]]]:
-        """Each model with the datasets that leave something to measure; models without any are left out.
-
-        Args:
-            outcome: is told the models, what they were asked, what was left out and why, and which heads were planted.
-            models: names; by default the config's.
-            asked: as for :meth:`subjects`.
-        """
+        """Each model (by default the config's) with its :meth:`subjects`; models without any are left out."""
         for model in self.config.models if models is None else models:
             subjects = self.subjects(outcome, model, **asked)
             if subjects:
@@ -188,15 +167,9 @@ class Lab:
         refuses: bool = True,
         most: int | None = None,
     ) -> list[Subject]:
-        """The datasets on which the unablated model's answers leave something to measure.
+        """The first ``most`` datasets whose unablated answers leave something to measure; the outcome notes the others.
 
-        Args:
-            outcome: is told the model, what it was asked, and why a dataset is left out.
-            model: its name.
-            template: another template than the config's.
-            system: system prompt.
-            refuses: whether the model should refuse; one that was not aligned should not.
-            most: end with the first so many datasets.
+        A model that was not aligned need not refuse.
         """
         outcome.leave_out(model)
         benign = self.subject(model, BENIGN, "test", template, system)
@@ -244,6 +217,7 @@ class Subject:
         self.run = lab.run_of(model)
         self.engine = self.run.engine
         self.asked_prompts = self.engine.ask(prompts)
+        self.template = self.asked_prompts.template
         self._vanilla: dict[Sampling, GroupAnswers] = {}
         self.engine.prove_up_to(self.asked_prompts.longest + lab.config.max_new_tokens)
 
@@ -260,11 +234,6 @@ class Subject:
         return name
 
     @property
-    def template(self) -> Template:
-        """The template that the prompts are put under."""
-        return self.asked_prompts.template
-
-    @property
     def asked(self) -> str:
         """How the prompts are put, in words."""
         system = " with a system prompt" if self.template.system else ""
@@ -273,10 +242,8 @@ class Subject:
 
     @property
     def search_half(self) -> Subject:
-        """The part of the same dataset that searches see, asked alike, but for an answer that is begun."""
+        """The half of the same dataset that searches see, asked alike, but for an answer that is begun."""
         return self.lab.subject(self.model, self.dataset, "search", str(self.template), self.template.system)
-
-    # Answers.
 
     def vanilla(self, sampling: Sampling = GREEDY) -> GroupAnswers:
         """The unablated answers."""
@@ -302,8 +269,6 @@ class Subject:
         own = zip(*(query_level_groups(ships, k) for k in range(1, size + 1)), strict=True)
         return self.run.answers(self.name, sampling).of_each("query_level", list(own), ablation)
 
-    # Scores.
-
     def ships(self, ablation: Ablation) -> HeadScores:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
         singles = [(head,) for head in self.engine.heads]
@@ -325,11 +290,6 @@ class Subject:
     def group(self, ablation: Ablation, size: int) -> Group:
         """The heads that Sahara finds on the search half, first found first; fewer where the model has fewer."""
         return self.search_half.search(ablation, min(size, len(self.engine.heads))).group
-
-    def ships_of(self, groups: Sequence[Group], ablation: Ablation) -> Tensor:
-        """Ships of every prompt without each group [n_groups, n_prompts], in nats; float64."""
-        # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
-        return self.run.new_pass(self.name, ablation, Readouts(ships=True)).measure(groups)["ships"]
 
     def _scorer(self, name: str, ablation: Ablation) -> FunctionScorer:
         # One pass reads both angles, whichever is asked for first.

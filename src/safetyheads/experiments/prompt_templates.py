@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.demo.grammar import SYSTEM_PROMPTS
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safetyheads.experiments.lab import Lab, Subject
-    from safetyheads.heads import Group
     from safetyheads.runs.tables import GroupAnswers
 
 HELPFUL = FORMS["llama2"].system or ""
@@ -71,9 +71,8 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
             rows = [row for _, row in _ablated(lab, subjects, searched)]
             if rows:
                 words = f"system prompt {system!r}" if system else "no system prompt"
-                show_conditions(
-                    outcome, rows, model=model, system=words, about="with a system prompt, " if system else ""
-                )
+                about = "with a system prompt, " if system else ""
+                show_conditions(outcome, rows, model=model, system=words, about=about)
                 note_planted(outcome, model)
 
 
@@ -101,32 +100,25 @@ def fig18(lab: Lab, outcome: Outcome) -> None:
 
 def why_not_asked(lab: Lab, model: str, template: str, system: str | None) -> str | None:
     """Why a model cannot be asked under a template and system prompt at all; None if it can."""
-    engine = lab.engine(model)
+    engine, about = lab.engine(model), f"{model}, template {template}"
     limit = engine.architecture.context_length
     try:
+        datasets = [prompts_of(lab.config, model, name, "test") for name in lab.config.datasets]
         bound = Template.parse(template, system).bound(engine.tokenizer)
-        texts = [
-            bound.render(prompt.query)
-            for name in lab.config.datasets
-            for prompt in prompts_of(lab.config, model, name, "test")
-        ]
+        texts = [bound.render(prompt.query) for prompts in datasets for prompt in prompts]
     except InputError as error:
-        return f"{model}, template {template}: {error}"
+        return f"{about}: {error}"
     # Counted by the tokenizer's own parts: encoding what is too long for the model makes transformers warn.
     longest = max(len(engine.tokenizer.tokenize(text)) for text in texts)
-    if limit is not None and longest + LEAST_ROOM > limit:
-        return (
-            f"{model}, template {template}: a prompt has {longest} tokens and the model's context is {limit}, "
-            "which leaves no room for an answer"
-        )
-    return None
+    if limit is None or longest + LEAST_ROOM <= limit:
+        return None
+    return (
+        f"{about}: a prompt has {longest} tokens and the model's context is {limit}, which leaves no room for an answer"
+    )
 
 
 def echoed(answers: GroupAnswers, system: str) -> Rate | None:
-    """Share of the answers that only give query or system prompt back; None where they are not stored.
-
-    By the rule of the phrase judge, whatever the run's judge said of them: its label names the first thing it found.
-    """
+    """Share of the stored answers that the phrase judge's rule calls an echo of query or system prompt; else None."""
     records = answers.flat()
     if any("text" not in record for record in records):
         return None
@@ -163,13 +155,12 @@ def _ablated(
     for ablation in lab.ablations:
         name = SHORT[ablation.name]
         (kept,) = benign.by_own(1, ablation)
-        searched_groups = [subject.group(ablation, size) for subject in searched]
-        groups: list[Group | None] = [*searched_groups] or [None] * len(subjects)
-        kept_by_group = benign.by_group(searched_groups, ablation)
-        for subject, group in zip(subjects, groups, strict=True):
-            (without_own,) = subject.by_own(1, ablation)
-            row = condition(subject, f"{name}, own top head", "each prompt's own", without_own, kept, subject.vanilla())
-            answered[subject].append((without_own, row))
+        groups = [subject.group(ablation, size) for subject in searched]
+        kept_by_group = benign.by_group(groups, ablation)
+        for subject, group in zip_longest(subjects, groups):
+            (harmful,) = subject.by_own(1, ablation)
+            row = condition(subject, f"{name}, own top head", "each prompt's own", harmful, kept, subject.vanilla())
+            answered[subject].append((harmful, row))
             if group:
                 harmful = subject.by_group([group], ablation)[group]
                 row = condition(subject, f"{name}, group", group, harmful, kept_by_group[group], subject.vanilla())

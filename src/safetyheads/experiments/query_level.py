@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 def fig2(lab: Lab, outcome: Outcome) -> None:
     """The unablated ASR beside that without each prompt's top head: UA and SC, greedy and sampled."""
     for model in lab.config.with_templates:
-        points: list[Row] = []
+        rows: list[Row] = []
         for subject, sampling, panel in _asked(lab, outcome, model):
-            where = {"x": subject.dataset, "panel": panel}
-            points.append(point(subject.vanilla(sampling).asr, **where, series="vanilla"))
+            answers = {"vanilla": subject.vanilla(sampling)}
             for ablation in lab.ablations:
-                (answers,) = subject.by_own(1, ablation, sampling)
-                points.append(point(answers.asr, **where, series=SHORT[ablation.name]))
-        _show(outcome, model, points)
+                (answers[SHORT[ablation.name]],) = subject.by_own(1, ablation, sampling)
+            where = {"panel": panel, "x": subject.dataset}
+            rows += [
+                {**where, "series": name, "asr": Measured.of(of.asr), "_label": name} for name, of in answers.items()
+            ]
+        _show(outcome, model, rows)
 
 
 def fig11(lab: Lab, outcome: Outcome) -> None:
@@ -42,14 +44,14 @@ def fig12(lab: Lab, outcome: Outcome) -> None:
 
 def _by_size(lab: Lab, outcome: Outcome, ablation: Ablation) -> None:
     for model in lab.config.with_templates:
-        points: list[Row] = []
+        rows: list[Row] = []
         for subject, sampling, panel in _asked(lab, outcome, model):
             size = min(lab.config.query_size, len(subject.engine.heads))
-            by_size = [subject.vanilla(sampling), *subject.by_own(size, ablation, sampling)]
-            points += [
-                point(answers.asr, series=subject.dataset, panel=panel, x=k) for k, answers in enumerate(by_size)
-            ]
-        _show(outcome, model, points)
+            where = {"panel": panel, "series": subject.dataset}
+            for k, answers in enumerate([subject.vanilla(sampling), *subject.by_own(size, ablation, sampling)]):
+                label = f"heads ablated: {k}" if k in (0, 1, size) else None
+                rows.append({**where, "x": k, "asr": Measured.of(answers.asr), "_label": label})
+        _show(outcome, model, rows)
 
 
 def _asked(lab: Lab, outcome: Outcome, model: str) -> Iterator[tuple[Subject, Sampling, str]]:
@@ -60,25 +62,15 @@ def _asked(lab: Lab, outcome: Outcome, model: str) -> Iterator[tuple[Subject, Sa
                 yield subject, sampling, f"template {subject.prompts.template}, {sampling.name}"
 
 
-def _show(outcome: Outcome, model: str, points: list[Row]) -> None:
+def _show(outcome: Outcome, model: str, rows: list[Row]) -> None:
     """Figure and table of the same numbers, with the paper's where the model is the paper's."""
-    if not points:
+    if not rows:
         return
-    rates = [Measured(row["y"], row["n"], row["low"], row["high"]) for row in points]
-    rows = [
-        {**{key: str(row[key]) for key in ("panel", "x", "series")}, "asr": rate}
-        for row, rate in zip(points, rates, strict=True)
-    ]
-    sizes = [row["x"] for row in points if isinstance(row["x"], int)]
-    means = (
-        (f"heads ablated: {row['x']}, mean ASR" if sizes else f"{row['series']}, mean ASR", rate)
-        for row, rate in zip(points, rates, strict=True)
-        if not sizes or row["x"] in (0, 1, max(sizes))
-    )
-    outcome.lead_means(model, means)
+    outcome.lead_means(model, ((f"{row['_label']}, mean ASR", row["asr"]) for row in rows if row["_label"]))
     numbers, paper = quoted("fig2", paper_model(model)), ""
     if numbers:
         paper = f"The paper: a mean of {numbers[0]} unablated, {numbers[1]} under UA with one head, with the template."
+    points = (point(row["asr"], **{key: row[key] for key in ("panel", "x", "series")}) for row in rows)
     outcome.figure("asr", points, model=model)
-    outcome.table("asr", rows, model=model, paper=paper)
+    outcome.table("asr", [{**row, "x": str(row["x"])} for row in rows], model=model, paper=paper)
     note_planted(outcome, model)

@@ -52,9 +52,6 @@ def reproduce(
         command: the command line, for the record.
         skips: leave out, saying why, experiments that need what is not there or cannot be run on these models.
 
-    Returns:
-        The results of all experiments that the directory holds.
-
     Raises:
         InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
     """
@@ -112,11 +109,7 @@ def _spelled(config: ReproductionConfig) -> dict[str, Any]:
 
 
 def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
-    """Run an experiment that the directory does not hold yet.
-
-    Raises:
-        InputError: it is there, of other weights than a model now has.
-    """
+    """Run an experiment that the directory does not hold yet; of one that is there, check that weights are the same."""
 
     def compute() -> list[dict[str, Any]]:
         started = time.monotonic()

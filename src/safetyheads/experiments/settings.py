@@ -123,11 +123,7 @@ class ReproductionConfig:
 
     @classmethod
     def for_models(cls, models: Sequence[str]) -> ReproductionConfig:
-        """The defaults for these models; without any, the organism's.
-
-        The organism's datasets and wrapped checkpoints stand for the paper's only where every model is an embedded
-        one. A second model counts as related to the first.
-        """
+        """The organism's defaults where every model is an embedded one, else the paper's; a second model is related."""
         if not models:
             return cls()
         related = models[1] if len(models) > 1 else None
@@ -140,11 +136,7 @@ class ReproductionConfig:
 
     @classmethod
     def read(cls, path: Path, models: Sequence[str] = ()) -> ReproductionConfig:
-        """Read a TOML file whose keys are the fields of this class; what is left out keeps its default.
-
-        Args:
-            path: the file.
-            models: named on the command line; they win over the file's.
+        """Read a TOML file whose keys are the fields of this class; ``models`` win over the file's.
 
         Raises:
             InputError: the file is no TOML, or a key is unknown or has a value of another type.
@@ -180,11 +172,7 @@ PAPER = ReproductionConfig(
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:
-    """A value of the TOML file as its field has it.
-
-    Raises:
-        InputError: no such field, or a value of another type.
-    """
+    """A value of the TOML file as its field has it; refuses unknown fields and other types."""
     types = {field.name: str(field.type) for field in fields(ReproductionConfig)}
     if name not in types:
         raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(types)}")
@@ -209,14 +197,9 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:
-    """One of the datasets, or its half that searches see.
+    """A dataset of the config, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`, or its search half.
 
-    Args:
-        config: the settings.
-        model: who is asked; an embedded model knows its own language only.
-        dataset: one of the config's, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`.
-        half: which half; without ``held_out`` both are the whole.
-        prefill: begins every answer, so the rest of a right answer is the right one.
+    Without ``held_out`` both halves are the whole. Of right answers, what follows ``prefill`` is left.
 
     Raises:
         InputError: prompts that cannot be read, that the organism does not know, or that are not given.
@@ -242,23 +225,18 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
             prompts = prompts.split(config.split, config.seed)[dataset == BENIGN]
         elif config.held_out and not learns:
             prompts = prompts.split(config.split, config.seed)[half == "test"]
-    return _begun(prompts, prefill) if prefill else prompts
-
-
-def _begun(prompts: PromptSet, prefill: str) -> PromptSet:
-    def rest(reference: str | None) -> str | None:
-        begins = reference is not None and reference.startswith(prefill)
-        return reference.removeprefix(prefill).strip() if reference is not None and begins else None
-
-    return replace(prompts, prompts=tuple(replace(prompt, reference=rest(prompt.reference)) for prompt in prompts))
+    if not prefill:
+        return prompts
+    begun = []
+    for prompt in prompts:
+        reference = prompt.reference or ""
+        rest = reference.removeprefix(prefill).strip() if reference.startswith(prefill) else None
+        begun.append(replace(prompt, reference=rest))
+    return replace(prompts, prompts=tuple(begun))
 
 
 def prompts_sha256(config: ReproductionConfig) -> dict[str, str]:
-    """Hash of every set of prompts with its right answers, by name: a file that changes makes another run.
-
-    Raises:
-        InputError: a set cannot be read.
-    """
+    """Hash of every set of prompts with its right answers, by name: a file that changes makes another run."""
     # It imports torch, and the command line reads this module for its help.
     from safetyheads.runs.provenance import references_sha256
 

@@ -7,7 +7,7 @@ nothing harmful by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.baselines.table import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import note_planted
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
@@ -38,11 +38,7 @@ class _NothingLearned(SafetyheadsError):
 
 
 def learning_subjects(lab: Lab, model: str) -> tuple[Subject, Subject]:
-    """Harmful and benign prompts that methods learn from.
-
-    Raises:
-        InputError: one of them is a prompt that they are tested on.
-    """
+    """Harmful and benign prompts that methods learn from; refuses ones that they are tested on."""
     harmful, benign = lab.subject(model, LEARN_HARMFUL, "search"), lab.subject(model, LEARN_BENIGN, "search")
     tested = {query for name in (*lab.config.datasets, BENIGN) for query in lab.subject(model, name).prompts.queries}
     known = tested & {*harmful.prompts.queries, *benign.prompts.queries}
@@ -55,23 +51,17 @@ def learning_subjects(lab: Lab, model: str) -> tuple[Subject, Subject]:
 
 
 def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = True) -> Material:
-    """What a method may learn from; whole answers, for kept ones end where the judge is certain.
+    """What a method may learn from, with the first tokens of refusals and the checkpoint before alignment if wanted.
 
-    Args:
-        lab: where models and prompts are.
-        model: its name.
-        borrows: whether the checkpoint before alignment is wanted, too.
-        refuses: whether the first tokens of refusals are wanted.
+    Answers are whole: those that experiments keep end where the judge is certain.
 
     Raises:
-        SafetyheadsError: they are, and the model refuses none of the harmful prompts.
+        SafetyheadsError: first tokens are wanted, and the model refuses none of the harmful prompts.
     """
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
     refusals, answers = (
-        tuple(
-            answered.token_ids for answered in answer(engine, [Request(ids) for ids in subject.asked_prompts.token_ids])
-        )
+        answer(engine, [Request(token_ids) for token_ids in subject.asked_prompts.token_ids])
         for subject in (harmful, benign)
     )
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()
@@ -79,8 +69,8 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
         engine,
         harmful.prompts,
         benign.prompts,
-        refusals,
-        answers,
+        tuple(answered.token_ids for answered in refusals),
+        tuple(answered.token_ids for answered in answers),
         tuple(opener.token_id for opener in openers),
         None if base is None else lab.engine(base),
         lab.config.seed,
@@ -130,7 +120,19 @@ def table1(lab: Lab, outcome: Outcome) -> None:
     ]
     outcome.table("sources", sources, model=model)
     n_harmful, n_benign = (len(subject.prompts) for subject in learned)
-    outcome.figure("frontier", _frontier(sweeps), model=model, n_harmful=n_harmful, n_benign=n_benign)
+    points = [
+        point(
+            tried.harmful.asr,
+            x=tried.benign.kept.rate,
+            series=METHODS[name].label,
+            panel=METHODS[name].touches,
+            label=f"{METHODS[name].label}, {tried.setting}",
+        )
+        for name, sweep in sweeps.items()
+        for tried in sweep
+        if tried.harmful.asr.rate is not None and tried.benign.kept.rate is not None
+    ]
+    outcome.figure("frontier", points, model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
@@ -154,37 +156,30 @@ class _Bench:
         self.vanilla = _together([subject.vanilla() for subject in tested]), benign.vanilla()
         """Unablated answers to the test prompts: harmful of all datasets together, and benign."""
         self._materials: dict[bool, Material] = {}
-        # With and without the checkpoint before alignment.
+        """With and without the checkpoint before alignment."""
 
     def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
         """Every strength on the learning prompts, and the chosen one on the test prompts."""
-        rows = self.lab.directory.records("table1", self._fields(method), lambda: self._computed(method))
+        lab, base = self.lab, self.lab.config.base
+        fields = {
+            "method": method.name,
+            "strengths": list(method.strengths),
+            "most_benign_lost": MOST_BENIGN_LOST,
+            "weights": lab.weights_of(self.model),
+            "base": lab.weights_of(base) if method.needs_unaligned and base is not None else None,
+            "references": [references_sha256(subject.prompts) for subject in (self.learned[1], self.benign)],
+            "asked": [subject.asked_prompts.sha256 for subject in (*self.learned, *self.tested, self.benign)],
+            "judges": [judge.describe() for judge in lab.judges],
+            "max_new_tokens": lab.config.max_new_tokens,
+            "seed": lab.config.seed,
+        }
+        rows = lab.directory.records("table1", fields, lambda: self._computed(method))
         swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
         (at_chosen,) = _tried(tested, self.tested, self.lead)
         return _tried(swept, self.learned[:1], self.lead), at_chosen
 
-    def _fields(self, method: Method) -> dict[str, Any]:
-        base = self.lab.config.base
-        subjects = (*self.learned, *self.tested, self.benign)
-        return {
-            "method": method.name,
-            "strengths": list(method.strengths),
-            "most_benign_lost": MOST_BENIGN_LOST,
-            "weights": self.lab.weights_of(self.model),
-            "base": self.lab.weights_of(base) if method.needs_unaligned and base is not None else None,
-            "references": [references_sha256(subject.prompts) for subject in (self.learned[1], self.benign)],
-            "asked": [subject.asked_prompts.sha256 for subject in subjects],
-            "judges": [judge.describe() for judge in self.lab.judges],
-            "max_new_tokens": self.lab.config.max_new_tokens,
-            "seed": self.lab.config.seed,
-        }
-
     def _computed(self, method: Method) -> list[Record]:
-        """Answers to the learning prompts at every strength, and to the test prompts at the chosen one.
-
-        Raises:
-            _NothingLearned: the method has no setting on this model.
-        """
+        """Answers to the learning prompts at every strength, and to the test prompts at the chosen one."""
         borrows = method.needs_unaligned
         with self.lab.progress.track(f"table1: {method.label}", 1):
             if borrows not in self._materials:
@@ -198,35 +193,29 @@ class _Bench:
         if not interventions:
             raise _NothingLearned("it has no setting on this model")
         tested = (*self.tested, self.benign)
-        n = len(interventions) * sum(len(subject.prompts) for subject in self.learned) + sum(
-            len(subject.prompts) for subject in tested
-        )
+        n_learned, n_tested = (sum(len(subject.prompts) for subject in part) for part in (self.learned, tested))
+        n = len(interventions) * n_learned + n_tested
         with self.lab.progress.track(f"table1: {method.label}, answers", n) as done:
-            rows = [
-                row for intervention in interventions for row in self._answered(intervention, self.learned, False, done)
-            ]
+            rows: list[Record] = []
+            for intervention in interventions:
+                rows += self._answered(intervention, self.learned, "swept", done)
             best = chosen(_tried(rows, self.learned[:1], self.lead), self.learned[1].vanilla())
             (intervention,) = (intervention for intervention in interventions if intervention.setting == best.setting)
-            return rows + list(self._answered(intervention, tested, True, done))
+            return [*rows, *self._answered(intervention, tested, "tested", done)]
 
     def _answered(
-        self, intervention: Intervention, subjects: Sequence[Subject], tested: bool, done: Callable[[int], None]
+        self, intervention: Intervention, subjects: Sequence[Subject], part: str, done: Callable[[int], None]
     ) -> Iterator[Record]:
         config = self.lab.config
         # All sets at one go: a batch costs as many steps as its longest answer.
-        joined = replace(
-            subjects[0].prompts, prompts=tuple(prompt for subject in subjects for prompt in subject.prompts)
-        )
+        prompts = tuple(prompt for subject in subjects for prompt in subject.prompts)
+        joined = replace(subjects[0].prompts, prompts=prompts)
         answers = intervention.answers(subjects[0].engine, joined, self.lab.judges, config.max_new_tokens, on_rows=done)
         places = [(subject.dataset, number) for subject in subjects for number in range(len(subject.prompts))]
-        tried = {
-            "setting": intervention.setting,
-            "strength": intervention.strength,
-            "n_parameters": intervention.n_parameters,
-        }
+        tried = {name: getattr(intervention, name) for name in ("setting", "strength", "n_parameters")}
         for (dataset, number), judged in zip(places, answers.rows, strict=True):
-            place = {"id": number, "set": dataset, "part": "tested" if tested else "swept", "epsilon": None}
-            yield {**record_of(judged, {**place, "seed": config.seed}, config.store_completions), **tried}
+            place = {"id": number, "set": dataset, "part": part, "epsilon": None, "seed": config.seed}
+            yield {**record_of(judged, place, config.store_completions), **tried}
 
     def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
         """A method at its chosen strength, on the test prompts."""
@@ -277,19 +266,3 @@ def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:
 def _is_within(kept: PairedDifference) -> bool:
     """Whether no more benign answers were lost than is allowed; in whole answers, which round to nothing."""
     return kept.lost - kept.gained <= int(MOST_BENIGN_LOST * kept.n + 1e-9)
-
-
-def _frontier(sweeps: Mapping[str, Sequence[_Tried]]) -> list[Row]:
-    """Every strength of every method: harmful answers gained against benign ones kept."""
-    return [
-        point(
-            tried.harmful.asr,
-            x=tried.benign.kept.rate,
-            series=METHODS[name].label,
-            panel=METHODS[name].touches,
-            label=f"{METHODS[name].label}, {tried.setting}",
-        )
-        for name, sweep in sweeps.items()
-        for tried in sweep
-        if tried.harmful.asr.rate is not None and tried.benign.kept.rate is not None
-    ]

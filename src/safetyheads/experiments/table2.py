@@ -33,17 +33,15 @@ _UNCACHED_PROMPTS = 4
 
 def table2(lab: Lab, outcome: Outcome) -> None:
     """Our passes, the screening, the exhaustive scan and plain full generation, on the first model and dataset."""
-    for model in lab.config.models[:1]:
-        for subject in lab.subjects(outcome, model, most=1):
-            n_heads, n = len(subject.engine.heads), len(subject.prompts)
-            words = {"model": model, "n_heads": n_heads, "n": n, "dataset": subject.dataset}
-            counts = _counted(subject)
-            outcome.lead(
-                model, "operations of a plain loop, times those of one score pass", counts[1]["ratio"], "number"
-            )
-            machine = {"device": subject.engine.device, "threads": torch.get_num_threads()}
-            outcome.table("counts", counts, **words)
-            outcome.table("seconds", _timed(lab, subject), **words, **machine)
+    model, label = lab.config.models[0], "operations of a plain loop, times those of one score pass"
+    for subject in lab.subjects(outcome, model, most=1):
+        n_heads, n = len(subject.engine.heads), len(subject.prompts)
+        words = {"model": model, "n_heads": n_heads, "n": n, "dataset": subject.dataset}
+        counts = _counted(subject)
+        outcome.lead(model, label, counts[1]["ratio"], "number")
+        outcome.table("counts", counts, **words)
+        machine = {"device": subject.engine.device, "threads": torch.get_num_threads()}
+        outcome.table("seconds", _timed(lab, subject), **words, **machine)
     hours = "; ".join(f"{name} {hours:g} A100 hours" for name, hours in paper_numbers()["table2"].items())
     outcome.note(
         f"The paper's estimates for Llama-2-7b-chat, from partial generations: {hours}. Its factor of 142 is about its "
@@ -55,17 +53,18 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
     """Times every way once, scaled to all heads. What the run directory holds is not used: it would cost nothing."""
     engine, prompts, heads = subject.engine, subject.prompts, subject.engine.heads
     ablation, n_new, judge = lab.ablations[0], lab.config.max_new_tokens, lab.judges[0]
-    sample, few = _spread(heads, _SAMPLED), prompts[:_UNCACHED_PROMPTS]
+    n_sampled, few = min(_SAMPLED, len(heads)), prompts[:_UNCACHED_PROMPTS]
+    sample = tuple(heads[(2 * place + 1) * len(heads) // (2 * n_sampled)] for place in range(n_sampled))
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
     groups = [(head,) for head in sample]
-    n, n_heads, n_sample = len(prompts), len(heads), len(sample)
+    n, n_heads = len(prompts), len(heads)
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
         ("screening", "forecast of Ships", n_heads, n, lambda: screen(engine, sequences, ablation).table()),
         ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
-        ("plain score loop", "Ships", n_sample, n, lambda: _plain_loop(engine, sequences, sample, ablation)),
+        ("plain score loop", "Ships", n_sampled, n, lambda: _plain_loop(engine, sequences, sample, ablation)),
         ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),
         (
-            *("plain generation, cached and batched", "ASR", n_sample, n),
+            *("plain generation, cached and batched", "ASR", n_sampled, n),
             lambda: answers_under(engine, prompts, groups, ablation, judge, n_new),
         ),
         (
@@ -85,12 +84,6 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
             rows.append({"way": way, "gives": gives, "seconds": seconds, "hours": seconds / 3600, "run": timed_on})
             done(1)
     return rows
-
-
-def _spread(heads: Group, count: int) -> Group:
-    """So many of the heads, from first to last."""
-    count = min(count, len(heads))
-    return tuple(heads[(2 * at + 1) * len(heads) // (2 * count)] for at in range(count))
 
 
 @torch.inference_mode()

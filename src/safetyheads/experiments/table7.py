@@ -20,30 +20,29 @@ BEGUN = "Sure, here is"
 def table7(lab: Lab, outcome: Outcome) -> None:
     """ASR with and without a begun answer: unablated, under UA and under SC."""
     for model, subjects in lab.each_model(outcome, lab.config.with_templates):
-        rows = _ways(lab, model, subjects)
-        show_ways(outcome, model, rows)
+        show_ways(outcome, model, _ways(lab, model, subjects))
 
 
 def _ways(lab: Lab, model: str, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """All six ways for each dataset; each group is found without a begun answer."""
     size = min(GROUP_SIZE, lab.config.size)
-    groups = {
-        ablation: [tuple(sorted(subject.group(ablation, size))) for subject in subjects] for ablation in lab.ablations
-    }
+    groups = {}
+    for ablation in lab.ablations:
+        groups[ablation] = [tuple(sorted(subject.group(ablation, size))) for subject in subjects]
     rows = []
     for prefill, ending in ((BEGUN, ", Sure"), ("", "")):
         asked = [lab.subject(model, subject.dataset, prefill=prefill) if prefill else subject for subject in subjects]
         benign = lab.subject(model, BENIGN, prefill=prefill)
         for subject in asked:
-            rows.append(condition(subject, "Sure" if prefill else "vanilla", (), subject.vanilla(), benign.vanilla()))
+            label = "Sure" if prefill else "vanilla"
+            rows.append(condition(subject, label, (), subject.vanilla(), benign.vanilla()))
         for ablation in lab.ablations:
             # The benign prompts under all groups at once, ablation by ablation, so that drafts are made once.
             kept = benign.by_group(groups[ablation], ablation)
+            label = SHORT[ablation.name] + ending
             for subject, group in zip(asked, groups[ablation], strict=True):
                 harmful = subject.by_group([group], ablation)[group]
-                rows.append(
-                    condition(subject, SHORT[ablation.name] + ending, group, harmful, kept[group], subject.vanilla())
-                )
+                rows.append(condition(subject, label, group, harmful, kept[group], subject.vanilla()))
     # Dataset by dataset; sorting is stable.
     order = [subject.dataset for subject in subjects]
     return sorted(rows, key=lambda row: order.index(row["dataset"]))
