@@ -62,9 +62,7 @@ class Ablation:
         return ABLATION_KINDS[self.name]
 
     def __str__(self) -> str:
-        if self.kind.operation == "mean":
-            return self.kind.label
-        return f"{self.kind.label}, epsilon {self.epsilon:g}"
+        return self.kind.label if self.kind.operation == "mean" else f"{self.kind.label}, epsilon {self.epsilon:g}"
 
     def at(self, epsilon: float) -> Ablation:
         """The same kind at another epsilon."""
@@ -72,11 +70,7 @@ class Ablation:
 
     @classmethod
     def parse(cls, text: str, epsilon: float = 1e-5) -> Ablation:
-        """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores.
-
-        Raises:
-            InputError: an unknown kind, or an epsilon that is negative or not finite.
-        """
+        """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores."""
         name = text.strip().lower().replace("-", "_")
         return cls(ABLATION_ALIASES.get(name, name), epsilon)
 

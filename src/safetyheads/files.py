@@ -36,22 +36,16 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            if hasattr(os, "O_DIRECTORY"):  # a rename lasts through a power cut once its folder is synced
+                descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, on systems where a folder can be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -108,13 +102,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Each value that is no container (or an empty one), with its dotted name."""
-    items: Iterator[tuple[Any, Any]]
-    if isinstance(value, Mapping) and value:
-        items = iter(value.items())
-    elif isinstance(value, list | tuple) and value:
-        items = iter(enumerate(value))
-    else:
+    if not isinstance(value, Mapping | list | tuple) or not value:
         yield name, value
         return
-    for key, inner in items:
+    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from leaves(inner, f"{name}.{key}" if name else str(key))

@@ -52,11 +52,7 @@ def parse_heads(text: str) -> Group:
 
 
 def distinct(heads: Iterable[Head]) -> Group:
-    """The heads as a group.
-
-    Raises:
-        InputError: a head is given twice.
-    """
+    """The heads as a group; an InputError where one is given twice."""
     group = tuple(heads)
     seen: set[Head] = set()
     for head in group:
@@ -75,9 +71,8 @@ def within(heads: Iterable[Head], n_layers: int, n_heads: int) -> Group:
     group = distinct(heads)
     for head in group:
         if head.layer >= n_layers or head.index >= n_heads:
-            raise InputError(
-                f"head {head} is out of range: the model has layers 0-{n_layers - 1} and heads 0-{n_heads - 1} in each"
-            )
+            size = f"layers 0-{n_layers - 1} and heads 0-{n_heads - 1} in each"
+            raise InputError(f"head {head} is out of range: the model has {size}")
     return group
 
 
@@ -88,9 +83,7 @@ def all_heads(n_layers: int, n_heads: int) -> Group:
 
 def common_heads(groups: Sequence[Group]) -> Group:
     """Heads that are in every one of several groups, sorted; none for a single group."""
-    if len(groups) < 2:
-        return ()
-    return tuple(sorted(set(groups[0]).intersection(*groups[1:])))
+    return tuple(sorted(set(groups[0]).intersection(*groups[1:]))) if len(groups) > 1 else ()
 
 
 def format_heads(heads: Sequence[Head]) -> str:

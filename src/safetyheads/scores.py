@@ -25,7 +25,7 @@ class FunctionScorer:
     """A scorer made of a function, with its name and unit."""
 
     score: Callable[[Sequence[Group]], Tensor]
-    """Groups to scores [len(groups)]."""
+    """Groups to scores [len(groups)], float64."""
     name: str
     """Its name in tables, such as ``mean_ships``."""
     unit: str
@@ -67,10 +67,10 @@ class HeadScores:
 
     def ranked(self) -> tuple[tuple[Head, float], ...]:
         """All scored heads with their scores, best first; equal scores are ordered by layer, then index."""
-        table = self.mean().values
+        table = self.mean().values.tolist()
         scored = [
             (Head(layer, index), float(value))
-            for layer, row in enumerate(table.tolist())
+            for layer, row in enumerate(table)
             for index, value in enumerate(row)
             if value == value
         ]
@@ -78,7 +78,13 @@ class HeadScores:
 
     def as_lists(self) -> list[Any]:
         """The values as JSON: None where a head was not scored or does not exist."""
-        return _without_nan(self.values.tolist())
+
+        def without_nan(value: Any) -> Any:
+            if isinstance(value, list):
+                return [without_nan(inner) for inner in value]
+            return value if value == value else None
+
+        return without_nan(self.values.tolist())
 
     def top(self, k: int) -> Group:
         """The k best heads, best first."""
@@ -101,12 +107,6 @@ class HeadScores:
         return tuple(tuple(head for head, _ in run) for run in runs if len(run) > 1)
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return value if value == value else None
-
-
 @dataclass(frozen=True, slots=True)
 class SearchTrace:
     """What a greedy search chose, and the scores of each step."""
@@ -119,20 +119,15 @@ class SearchTrace:
     @property
     def scores(self) -> tuple[float, ...]:
         """The chosen head's score in each step."""
-        return tuple(
-            float(step.values[head.layer, head.index]) for head, step in zip(self.group, self.steps, strict=True)
-        )
+        return tuple(step[head] for head, step in zip(self.group, self.steps, strict=True))
 
     def ties(self) -> tuple[Group, ...]:
         """For each step, the heads that tied with the chosen one."""
-        return tuple(
-            tuple(
-                other
-                for other, score in step.ranked()
-                if other != head and abs(float(step.values[head.layer, head.index]) - score) <= step.resolution
-            )
-            for head, step in zip(self.group, self.steps, strict=True)
-        )
+        ties = []
+        for head, step in zip(self.group, self.steps, strict=True):
+            near = (other for other, score in step.ranked() if abs(step[head] - score) <= step.resolution)
+            ties.append(tuple(other for other in near if other != head))
+        return tuple(ties)
 
 
 def table_of(heads: Sequence[Head], scores: Tensor, like: object = None) -> HeadScores:

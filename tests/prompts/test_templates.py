@@ -69,7 +69,7 @@ def rendered(chat_template, query="hi", system=None, **options):
 
 
 def words(template, adopted):
-    return adopted.convert_ids_to_tokens(template.encode("hi", adopted))
+    return adopted.convert_ids_to_tokens(template.bound(adopted).encode("hi"))
 
 
 # Named texts
@@ -160,12 +160,12 @@ def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
         own = adopted.apply_chat_template(
             [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True
         )
-        assert Template.parse("chat").encode("hi", adopted) == list(own["input_ids"])
+        assert Template.parse("chat").bound(adopted).encode("hi") == list(own["input_ids"])
 
 
 def test_a_prompt_without_a_token_is_refused():
     with pytest.raises(InputError, match="no token"):
-        Template.parse("direct").encode("a", lambda text, add_special_tokens: {"input_ids": []})
+        Template.parse("direct").bound(lambda text, add_special_tokens: {"input_ids": []}).encode("a")
 
 
 # Turns

@@ -22,6 +22,12 @@ def started(path, config=CONFIG, command="audit"):
     return RunDirectory.start(path, config, {"command": command})
 
 
+@pytest.fixture
+def run(tmp_path):
+    with started(tmp_path / "run") as run:
+        yield run
+
+
 def names(path):
     return {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file()}
 
@@ -30,20 +36,26 @@ def refuse(*arguments):
     raise AssertionError("computed again what was stored")
 
 
+def in_process(program, path):
+    """A Python process in which ``run`` is a started run."""
+    start = "import os, sys, time\nfrom safetyheads.runs.directory import RunDirectory\n"
+    start += "run = RunDirectory.start(sys.argv[1], {}, {})\n"
+    arguments = [sys.executable, "-c", start + textwrap.dedent(program), str(path)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
 # Starting.
 
 
-def test_start_makes_a_private_directory_that_git_ignores(tmp_path):
-    path = tmp_path / "runs" / "one"
+@pytest.mark.parametrize("is_there", [False, True])
+def test_start_makes_a_private_directory_that_git_ignores(tmp_path, is_there):
+    path = tmp_path / "runs"
+    if is_there:
+        path.mkdir(mode=0o755)
     with started(path) as run:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o700
-        assert (path / ".gitignore").read_text() == "*\n"
         assert run.read_manifest()["config"] == CONFIG
-        assert stat.S_IMODE((path / "manifest.json").stat().st_mode) == 0o600
-    empty = tmp_path / "empty"
-    empty.mkdir(mode=0o755)
-    started(empty).close()
-    assert stat.S_IMODE(empty.stat().st_mode) == 0o700
+    assert (path / ".gitignore").read_text() == "*\n"
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, path / "manifest.json")] == [0o700, 0o600]
 
 
 def test_each_start_adds_its_provenance_and_keeps_the_config(tmp_path):
@@ -62,9 +74,8 @@ def test_another_config_is_refused_with_each_field_that_differs(tmp_path):
     with pytest.raises(InputError) as error:
         started(tmp_path / "run", other)
     line = str(error.value)
-    assert "ablation.epsilon (1e-05 -> 0.5)" in line
-    assert "sizes.2 (3 -> absent)" in line
-    assert "seed (absent -> 1)" in line
+    for words in ("ablation.epsilon (1e-05 -> 0.5)", "sizes.2 (3 -> absent)", "seed (absent -> 1)"):
+        assert words in line
     assert "model.sha256" not in line
     assert "\n" not in line
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
@@ -79,16 +90,10 @@ def test_a_strangers_directory_is_not_touched(tmp_path):
     mode = tmp_path.stat().st_mode
     with pytest.raises(InputError, match=r"not empty and holds no run \(it has thesis.tex\)"):
         started(tmp_path)
-    assert names(tmp_path) == {"thesis.tex"}
-    assert tmp_path.stat().st_mode == mode
-
-
-def test_a_file_is_no_run_directory(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        started(tmp_path / "file")
-    with pytest.raises(InputError, match="file"):
-        started(tmp_path / "file" / "below")
+    assert (names(tmp_path), tmp_path.stat().st_mode) == ({"thesis.tex"}, mode)
+    for path in (tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "below"):
+        with pytest.raises(InputError, match=r"is a file|Not a directory"):
+            started(path)
 
 
 def test_a_start_killed_before_its_manifest_can_be_started_again(tmp_path):
@@ -110,16 +115,8 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path):
 
 
 def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path):
-    program = """
-        import sys, time
-        from safetyheads.runs.directory import RunDirectory
-        run = RunDirectory.start(sys.argv[1], {}, {})
-        sys.stdout.write("started\\n"); sys.stdout.flush(); time.sleep(600)
-    """
-    arguments = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+    with in_process("print('started', flush=True); time.sleep(600)", tmp_path / "run") as other:
         try:
-            assert other.stdout is not None
             assert other.stdout.readline() == "started\n"
             with pytest.raises(InputError, match="in use by another process"):
                 started(tmp_path / "run", {})
@@ -128,30 +125,23 @@ def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path):
     started(tmp_path / "run", {}).close()
 
 
-def test_a_closed_run_and_an_opened_one_are_not_written(tmp_path):
-    run = started(tmp_path / "run")
-    with pytest.raises(InputError, match="in use by another process"):
-        started(tmp_path / "run")
+def test_a_closed_run_and_an_opened_one_are_not_written(run):
     run.write_results({})
     run.close()
-    for closed in (run, RunDirectory.open(tmp_path / "run")):
+    for closed in (run, RunDirectory.open(run.path)):
         with pytest.raises(RuntimeError, match="closed or was opened to be read"):
             closed.write_results({})
 
 
-# Content keys.
+# What was computed.
 
 
 def test_a_key_depends_on_values_and_not_on_order():
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": (1, 2), "a": 1})
     keys = {content_key(fields) for fields in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": None}, {})}
     assert len(keys) == 6
-    assert all(len(key) == 24 and set(key) <= set("0123456789abcdef") for key in keys)
     with pytest.raises(ValueError, match="JSON compliant"):
         content_key({"epsilon": float("nan")})
-
-
-# Shards and records.
 
 
 def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path):
@@ -170,67 +160,58 @@ def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path):
             assert run.tensors(stage, fields, lambda: {"x": torch.ones(1)}).keys() == {"x"}
     for read in (first, second):
         assert read.keys() == given.keys()
-        for name, tensor in given.items():
-            assert read[name].dtype == tensor.dtype
-            assert torch.equal(read[name], tensor)
+        assert all(read[name].dtype == tensor.dtype for name, tensor in given.items())
+        assert all(torch.equal(read[name], tensor) for name, tensor in given.items())
 
 
-def test_equal_shards_have_equal_bytes(tmp_path):
-    contents = []
-    for name in ("one", "two"):
+def test_equal_shards_and_results_have_equal_bytes(tmp_path):
+    results, contents = {"b": [0.1, 1e-300, 1 / 3], "a": {"y": None, "x": "é"}}, []
+    for name, value in (("one", results), ("two", dict(reversed(results.items())))):
         with started(tmp_path / name) as run:
             run.tensors("ships", FIELDS, lambda: {"b": torch.arange(3.0), "a": torch.zeros(2)})
+            run.write_results(value)
+            assert run.read_results() == results
         (shard,) = (tmp_path / name / "shards" / "ships").iterdir()
-        contents.append((shard.name, shard.read_bytes()))
+        contents.append((shard.name, shard.read_bytes(), (tmp_path / name / "results.json").read_bytes()))
     assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_shard_is_computed_again_with_a_warning(tmp_path, keep, caplog):
-    with started(tmp_path / "run") as run:
-        run.tensors("ships", FIELDS, lambda: {"x": torch.zeros(9)})
-        (shard,) = (tmp_path / "run" / "shards" / "ships").iterdir()
-        shard.write_bytes(shard.read_bytes()[:keep])
-        again = run.tensors("ships", FIELDS, lambda: {"x": torch.ones(9)})
-        assert torch.equal(again["x"], torch.ones(9))
-        assert "computed again" in caplog.text
-        assert torch.equal(run.tensors("ships", FIELDS, refuse)["x"], torch.ones(9))
+def test_a_truncated_shard_is_computed_again_with_a_warning(run, keep, caplog):
+    run.tensors("ships", FIELDS, lambda: {"x": torch.zeros(9)})
+    (shard,) = (run.path / "shards" / "ships").iterdir()
+    shard.write_bytes(shard.read_bytes()[:keep])
+    assert torch.equal(run.tensors("ships", FIELDS, lambda: {"x": torch.ones(9)})["x"], torch.ones(9))
+    assert "computed again" in caplog.text
+    assert torch.equal(run.tensors("ships", FIELDS, refuse)["x"], torch.ones(9))
 
 
-def test_records_are_computed_once_and_keep_their_text(tmp_path):
+def test_records_are_computed_once_and_keep_their_text(run):
     records = [{"text": "a\u2028b\n</script>é\ud800", "n": 1}, {"text": "", "n": None}]
-    with started(tmp_path / "run") as run:
-        assert run.records("asr", FIELDS, lambda: records) == records
-        assert run.records("asr", FIELDS, refuse) == records
-        assert run.records("none", FIELDS, list) == []
-        assert run.records("none", FIELDS, refuse) == []
-        assert list(run.stored_records()) == records
-        with pytest.raises(ValueError, match="no file name"):
-            run.records("../outside", FIELDS, list)
-    (path,) = (tmp_path / "run" / "completions").glob("asr-*.jsonl")
-    assert path.name == f"asr-{content_key(FIELDS)}.jsonl"
-    assert len(path.read_text().splitlines()) == 2
+    for compute in (lambda: records, refuse):
+        assert run.records("asr", FIELDS, compute) == records
+    for compute in (list, refuse):
+        assert run.records("none", FIELDS, compute) == []
+    assert list(run.stored_records()) == records
+    with pytest.raises(ValueError, match="no file name"):
+        run.records("../outside", FIELDS, list)
+    assert len((run.path / "completions" / f"asr-{content_key(FIELDS)}.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("broken", ["", '{"n": 1}', '{"n": 1}\n{"n', "\x80"])
-def test_broken_records_are_computed_again_with_a_warning(tmp_path, broken, caplog):
-    with started(tmp_path / "run") as run:
-        run.records("asr", FIELDS, lambda: [{"n": 1}, {"n": 2}])
-        (path,) = (tmp_path / "run" / "completions").iterdir()
-        path.write_bytes(broken.encode("latin-1"))
-        assert run.records("asr", FIELDS, lambda: [{"n": 3}]) == [{"n": 3}]
-        assert "computed again" in caplog.text
+def test_broken_records_are_computed_again_with_a_warning(run, broken, caplog):
+    run.records("asr", FIELDS, lambda: [{"n": 1}, {"n": 2}])
+    (path,) = (run.path / "completions").iterdir()
+    path.write_bytes(broken.encode("latin-1"))
+    assert run.records("asr", FIELDS, lambda: [{"n": 3}]) == [{"n": 3}]
+    assert "computed again" in caplog.text
 
 
-def test_what_fails_to_compute_leaves_nothing_behind(tmp_path):
-    with started(tmp_path / "run") as run:
-        before = names(tmp_path)
-        with pytest.raises(KeyboardInterrupt):
-            run.tensors("ships", FIELDS, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert names(tmp_path) == before
-
-
-# The plan.
+def test_what_fails_to_compute_leaves_nothing_behind(run):
+    before = names(run.path)
+    with pytest.raises(KeyboardInterrupt):
+        run.tensors("ships", FIELDS, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert names(run.path) == before
 
 
 def test_what_was_remembered_first_is_returned_ever_after(tmp_path):
@@ -244,38 +225,21 @@ def test_what_was_remembered_first_is_returned_ever_after(tmp_path):
 # Results.
 
 
-def test_equal_results_have_equal_bytes_and_read_back(tmp_path):
-    results = {"b": [0.1, 1e-300, 1 / 3], "a": {"y": None, "x": "é"}}
-    written = []
-    for name, value in (("one", results), ("two", dict(reversed(results.items())))):
-        with started(tmp_path / name) as run:
-            run.write_results(value)
-            assert run.read_results() == results
-        written.append((tmp_path / name / "results.json").read_bytes())
-    assert written[0] == written[1]
+def test_a_result_that_is_not_a_number_is_named(run):
+    with pytest.raises(ValueError, match=r"results\.json: scores\.mean_ships\.1 is not a finite number"):
+        run.write_results({"scores": {"mean_ships": [0.0, float("nan")]}})
+    assert not (run.path / "results.json").exists()
 
 
-def test_a_result_that_is_not_a_number_is_named(tmp_path):
-    with started(tmp_path / "run") as run:
-        with pytest.raises(ValueError, match=r"results\.json: scores\.mean_ships\.1 is not a finite number"):
-            run.write_results({"scores": {"mean_ships": [0.0, float("nan")]}})
-        assert not (tmp_path / "run" / "results.json").exists()
-
-
-def test_open_reads_a_finished_run_while_it_is_held(tmp_path):
-    with started(tmp_path / "run") as run:
-        run.write_results({"kind": "audit"})
-        opened = RunDirectory.open(tmp_path / "run")
-        assert opened.read_results() == {"kind": "audit"}
-        assert opened.write_report("<html>").read_text() == "<html>"
-
-
-def test_open_tells_no_run_from_an_unfinished_one(tmp_path):
+def test_open_reads_a_finished_run_while_it_is_held(run, tmp_path):
     with pytest.raises(InputError, match=r"is not a run directory: it has no manifest\.json"):
         RunDirectory.open(tmp_path)
-    started(tmp_path / "run").close()
     with pytest.raises(InputError, match="not finished; start it again with the same command"):
-        RunDirectory.open(tmp_path / "run")
+        RunDirectory.open(run.path)
+    run.write_results({"kind": "audit"})
+    opened = RunDirectory.open(run.path)
+    assert opened.read_results() == {"kind": "audit"}
+    assert opened.write_report("<html>").read_text() == "<html>"
 
 
 # Where it cannot be written.
@@ -285,28 +249,20 @@ def test_open_tells_no_run_from_an_unfinished_one(tmp_path):
     ("number", "kind"),
     [(errno.ENOSPC, InputError), (errno.EROFS, InputError), (errno.EIO, SafetyheadsError)],
 )
-def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(tmp_path, monkeypatch, number, kind):
+def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(run, tmp_path, monkeypatch, number, kind):
     def fail(descriptor):
         raise OSError(number, os.strerror(number))
 
-    with started(tmp_path / "run") as run:
-        before = names(tmp_path)
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(kind, match=os.strerror(number)) as error:
-            run.records("asr", FIELDS, lambda: [{"n": 1}])
-        assert isinstance(error.value, InputError) == (kind is InputError)
-        assert "\n" not in str(error.value)
-        assert names(tmp_path) == before
-
-
-def test_a_run_that_cannot_be_started_leaves_no_directory(tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    before = names(tmp_path)
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(InputError, match="No space left"):
-        started(tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(kind, match=os.strerror(number)) as error:
+        run.records("asr", FIELDS, lambda: [{"n": 1}])
+    assert isinstance(error.value, InputError) == (kind is InputError)
+    assert "\n" not in str(error.value)
+    with pytest.raises(kind):
+        started(tmp_path / "new")
+    assert names(tmp_path) == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
@@ -320,16 +276,10 @@ def test_a_directory_that_is_not_writable_is_one_line(tmp_path):
 
 
 def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):
-    program = """
-        import os, sys
-        from safetyheads.runs.directory import RunDirectory
-        run = RunDirectory.start(sys.argv[1], {}, {})
-        os.replace = lambda *paths: os.kill(os.getpid(), 9)
-        run.write_results({"new": True})
-    """
     with started(tmp_path / "run", {}) as run:
         run.write_results({"new": False})
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")], check=False)
+    program = "os.replace = lambda *paths: os.kill(os.getpid(), 9)\nrun.write_results({'new': True})"
+    in_process(program, tmp_path / "run").communicate()
     assert RunDirectory.open(tmp_path / "run").read_results() == {"new": False}
     assert any(name.endswith(".partial") for name in names(tmp_path))
     started(tmp_path / "run", {}).close()

@@ -1,8 +1,4 @@
-"""Renders prompts by a tokenizer's own chat template, with the think block closed or open.
-
-Families write think blocks in different ways. Their marks are data here; what a template does with them is found by
-rendering it. Knows no model: it works with any tokenizer.
-"""
+"""Renders prompts by a tokenizer's own chat template, with the think block closed or open."""
 
 from __future__ import annotations
 
@@ -53,7 +49,7 @@ _FOLD = "--fold-system (Template.folds_system) puts it at the beginning of the u
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A tokenizer's chat template, examined once."""
+    """A tokenizer's chat template, examined once: what it does with thinking, parts and dates is found by rendering."""
 
     tokenizer: Any
     """Renders the template."""
@@ -70,11 +66,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
-        """The chat template of a tokenizer.
-
-        Raises:
-            InputError: it has none.
-        """
+        """The chat template of a tokenizer; an InputError where it has none."""
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         source = getattr(tokenizer, "chat_template", None)
         if not source:
@@ -95,21 +87,8 @@ class ChatTemplate:
         """Whether the template has a think block or a switch for thinking."""
         return self.block is not None or bool(self.switches)
 
-    @property
-    def note(self) -> str | None:
-        """A warning where the prompts hold today's date; None where they do not."""
-        if not self.is_dated:
-            return None
-        return "the chat template writes today's date into the prompts; the same command on another day is another run"
-
     def render(self, query: str, system: str | None, folds_system: bool, thinking: Thinking | None) -> str:
-        """One prompt, up to where the answer begins.
-
-        Args:
-            query: the user's words.
-            system: a system message before them; None sends none.
-            folds_system: put the system prompt at the beginning of the user's turn instead.
-            thinking: whether the think block is closed; None for a template that has none.
+        """One prompt, up to where the answer begins; the arguments are as in a :class:`Template`.
 
         Raises:
             InputError: the template rejects the prompt or the system prompt, leaves one of them out, or has no think
@@ -130,10 +109,8 @@ class ChatTemplate:
             raise InputError(f"the chat template of {self.name} rejects {what}: {reason}{advice}") from error
         # Some templates leave words out without an error; the run would then not be what its manifest says.
         if query.strip() not in text:
-            raise InputError(
-                f"the chat template of {self.name} drops the query, or changes it; choose --template query_answer or "
-                "direct"
-            )
+            advice = "choose --template query_answer or direct"
+            raise InputError(f"the chat template of {self.name} drops the query, or changes it; {advice}")
         if system is not None and system.strip() not in text:
             raise InputError(f"the chat template of {self.name} drops the system prompt; {_FOLD}")
         return self._close_block(text) if thinking == "closed" else text
@@ -151,13 +128,10 @@ class ChatTemplate:
     def _apply(self, messages: Messages, arguments: dict[str, Any], generation_prompt: bool = True) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **arguments
-        )
-        return str(text)
+        arguments = arguments | {"tokenize": False, "add_generation_prompt": generation_prompt}
+        return str(self.tokenizer.apply_chat_template(messages, **arguments))
 
     def _close_block(self, text: str) -> str:
-        """The prompt with the think block closed at its end, unless the template has closed it."""
         if self.block is None:
             return text
         if text.rstrip().endswith(self.block.opener):
@@ -179,10 +153,7 @@ class ChatTemplate:
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
-    """What rendering raises: jinja's own errors, and those of Python that a template's code may raise.
-
-    A ValueError also comes where there are several templates and none is the default.
-    """
+    """What rendering raises: jinja's errors, and those that a template's code or the choice among several may raise."""
     from jinja2.exceptions import TemplateError
 
     return TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError

@@ -1,7 +1,4 @@
-"""Reads prompt files (CSV, JSONL, TXT) and downloads known benchmarks.
-
-Rows come out as they stand in the file, in order, equal ones too.
-"""
+"""Reads prompt files (CSV, JSONL, TXT) and downloads known benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ Row: TypeAlias = tuple[str, str | None, str | None]
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """The content of a prompt file."""
+    """The content of a prompt file: its rows in order, equal ones too."""
 
     rows: tuple[Row, ...]
     """At least one."""
@@ -127,15 +124,13 @@ def _read_txt(text: str, column: str | None, path: Path) -> list[Row]:
 def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
-    names: list[str] | None = None
-    query_column = ""
     try:
+        header = next((cells for cells in reader if any(cell.strip() for cell in cells)), None)
+        if header is None:
+            return []
+        names = [cell.strip() for cell in header]
+        query_column = find_column(names, column, str(path))
         for cells in reader:
-            if names is None:
-                if any(cell.strip() for cell in cells):
-                    names = [cell.strip() for cell in cells]
-                    query_column = find_column(names, column, str(path))
-                continue
             # Cutting the rest off would leave half of a query that has commas and no quotes.
             if any(cells[len(names) :]):
                 raise InputError(
@@ -181,11 +176,7 @@ _READERS: dict[str, Callable[[str, str | None, Path], list[Row]]] = {
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str:
-    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS` that the file has.
-
-    Raises:
-        InputError: the file has no such column; the message lists its columns.
-    """
+    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS`; an InputError lists them."""
     if column is not None and column in names:
         return column
     by_key = {name.strip().lower(): name for name in reversed(names)}
@@ -195,9 +186,8 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str:
     found = ", ".join(name or "(no name)" for name in names) or "none"
     if column is not None:
         raise InputError(f"{where}: no column {column!r}; the columns are {found}")
-    raise InputError(
-        f"{where}: no column is named as a query's ({', '.join(QUERY_COLUMNS)}); name it, found are {found}"
-    )
+    known = ", ".join(QUERY_COLUMNS)
+    raise InputError(f"{where}: no column is named as a query's ({known}); name it, found are {found}")
 
 
 def _row(cells: Mapping[str, Any], query_column: str) -> Row:

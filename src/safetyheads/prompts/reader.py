@@ -62,9 +62,8 @@ class AnswerReader:
             text = (rest + decode_text(self.tokenizer, ids)).lstrip()
         else:
             # So few tokens that they may yet become the block's first mark.
-            undecided = self.block is not None and self.block.opener.startswith(
-                raw.lstrip().rstrip(_UNFINISHED_CHARACTER)
-            )
+            begun = raw.lstrip().rstrip(_UNFINISHED_CHARACTER)
+            undecided = self.block is not None and self.block.opener.startswith(begun)
             text = decode_text(self.tokenizer, ids)
         places = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
         if places:

@@ -68,11 +68,7 @@ class PromptSet:
         system: str | None = None,
         name: str = "prompts",
     ) -> PromptSet:
-        """Prompts from memory.
-
-        Raises:
-            InputError: none given, a blank one, or a bad template.
-        """
+        """Prompts from memory; an InputError where there is none, a blank one, or a bad template."""
         prompts = tuple(query if isinstance(query, Prompt) else Prompt(query) for query in queries)
         return cls(prompts, _as_template(template, system), name)
 
@@ -168,11 +164,8 @@ class PromptSet:
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
         """Divide into a search part and a test part, drawn by ``seed``, each in the order of this set.
 
-        Equal queries go to the same part, so that the search sees no query of the test part.
-
-        Args:
-            fraction: share of the distinct queries in the search part, above 0 and below 1.
-            seed: seeds numpy's default generator.
+        ``fraction`` is the search part's share of distinct queries. Equal queries go to the same part, so that the
+        search sees no query of the test part.
 
         Raises:
             InputError: the fraction is out of range, or there are fewer than two distinct queries.

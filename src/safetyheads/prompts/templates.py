@@ -1,7 +1,4 @@
-"""Turns a query into the text and tokens that a model reads: named templates, system prompts, prefills, stop texts.
-
-Knows no model: it works with any tokenizer. :mod:`safetyheads.prompts.chat` handles a tokenizer's own chat template.
-"""
+"""Turns a query into the text and tokens that a model reads: named templates, system prompts, prefills, stop texts."""
 
 from __future__ import annotations
 
@@ -91,23 +88,16 @@ class Template:
             if self.format is not None:
                 raise InputError("the template chat takes its format from the tokenizer")
         elif self.format is None or PLACEHOLDER not in self.format:
-            raise InputError(
-                f"template {self.format or self.name!r} has no {PLACEHOLDER}; it must hold it, "
-                f"or be one of {', '.join(FORMS)}"
-            )
+            known = f"it must hold it, or be one of {', '.join(FORMS)}"
+            raise InputError(f"template {self.format or self.name!r} has no {PLACEHOLDER}; {known}")
         elif self.system is not None and SYSTEM_PLACEHOLDER not in self.format:
             raise InputError(
                 f"a system prompt needs the template chat, llama2 or urial; template {str(self)!r} has no place for it"
             )
-        self._refuse_contradictions()
-
-    def _refuse_contradictions(self) -> None:
         if self.thinking is not None and self.thinking not in get_args(Thinking):
             raise InputError(f"thinking is closed or open; got {self.thinking!r}")
         if self.thinking == "closed" and self.name != "chat":
-            raise InputError(
-                f"thinking is closed by the template chat alone; template {str(self)!r} has no think block"
-            )
+            raise InputError(f"thinking is closed by the template chat alone; template {str(self)!r} has none")
         if self.thinking == "open" and self.prefill:
             raise InputError("a prefilled answer comes after the think block: with a prefill, thinking must be closed")
         if self.folds_system and (self.name != "chat" or self.system is None):
@@ -128,14 +118,9 @@ class Template:
         thinking: str | None = None,
         prefill: str = "",
     ) -> Template:
-        """Read a template's name, or a format string that holds ``{query}``.
+        """Read a template's name, a key of :data:`FORMS`, or a format string that holds ``{query}``.
 
-        Args:
-            text: a key of :data:`FORMS`, or the format string.
-            system: system prompt; None is the template's own, if it has one, and an empty one removes that.
-            folds_system: see :class:`Template`.
-            thinking: ``closed``, ``open`` or None, see :class:`Template`.
-            prefill: see :class:`Template`.
+        A ``system`` of None is the template's own, if it has one; an empty one removes that.
 
         Raises:
             InputError: neither a name nor a text with ``{query}``; a system prompt that has no place; settings that
@@ -147,11 +132,7 @@ class Template:
         return cls(name, form.format, system, folds_system, thinking, prefill, form.stops)  # type: ignore[arg-type]
 
     def bound(self, tokenizer: Any) -> BoundTemplate:
-        """The template with its tokenizer, whose chat template is examined once.
-
-        Raises:
-            InputError: ``chat`` with a tokenizer that has no chat template.
-        """
+        """The template with its tokenizer; an InputError for ``chat`` with one that has no chat template."""
         if self.name != "chat":
             return BoundTemplate(self, tokenizer, None)
         chat = ChatTemplate.of(tokenizer)
@@ -162,14 +143,9 @@ class Template:
         """The text of one prompt; only ``chat`` needs the tokenizer.
 
         Raises:
-            InputError: ``chat`` with a tokenizer that has no chat template, or one that rejects or drops the system
-                prompt or has no think block to close.
+            InputError: the tokenizer has no chat template, or that rejects or drops a prompt, or cannot stop thinking.
         """
         return self.bound(tokenizer).render(query)
-
-    def encode(self, query: str, tokenizer: Any) -> list[int]:
-        """The token ids of one prompt; see :meth:`BoundTemplate.encode`."""
-        return self.bound(tokenizer).encode(query)
 
     def settings(self) -> dict[str, Any]:
         """All that distinguishes this template from others, for manifests and results; valid JSON."""
@@ -243,7 +219,9 @@ class BoundTemplate:
     @property
     def note(self) -> str | None:
         """What a reader of the results must know about the prompts; None if nothing."""
-        return None if self.chat is None else self.chat.note
+        if self.chat is None or not self.chat.is_dated:
+            return None
+        return "the chat template writes today's date into the prompts; the same command on another day is another run"
 
     @property
     def block(self) -> ThinkBlock | None:

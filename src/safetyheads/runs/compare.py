@@ -135,15 +135,15 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
     if not note and old_side is not None and new_side is not None:
         sizes = [[outcome.size for outcome in side[0]] for side in (old_side, new_side)]
         shared = {*sizes[0]} & {*sizes[1]}
-        old, new = (
+        (old, old_sizes, old_random), (new, new_sizes, new_random) = (
             prompt_gains([outcome for outcome in side[0] if outcome.size in shared], side[1])
             for side in (old_side, new_side)
         )
-        alike = old.sizes == new.sizes and len(old.values) == len(new.values)
-        if alike and old.sizes and bool(old.n_random) == bool(new.n_random):
-            gained, n = new.values - old.values, len(old.values)
+        alike = old_sizes == new_sizes and len(old) == len(new)
+        if alike and old_sizes and bool(old_random) == bool(new_random):
+            gained, n = new - old, len(old)
             interval = bootstrap_interval(gained, least=-2.0, most=2.0) if n > 1 else None
-            means = float(old.values.mean()), float(new.values.mean()), float(gained.mean())
+            means = float(old.mean()), float(new.mean()), float(gained.mean())
             left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
             return Change(*means, interval, (n, n), True, None, left_out)
     first, second = before.concentration, after.concentration

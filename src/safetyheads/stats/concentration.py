@@ -50,44 +50,31 @@ class SizeOutcome:
     """[n_random][n_prompts]; empty where a group has no random counterpart."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptGains:
-    """Each prompt's part of a concentration, which is their mean."""
-
-    values: FloatArray
-    """[n_prompts], from -1 to 1."""
-    sizes: tuple[int, ...]
-    """Group sizes that the parts are averaged over."""
-    n_random: int
-    """Random groups of each size."""
-
-
-def concentration(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float], seed: int = 0) -> Concentration:
-    """The concentration with its interval, over the sizes that :func:`prompt_gains` keeps.
+def concentration(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> Concentration:
+    """The concentration over the sizes that :func:`prompt_gains` keeps, with its bootstrap interval.
 
     Args:
         outcomes: one a size, of the same prompts in the same order.
         vanilla: which prompts comply unablated [n_prompts].
-        seed: of the bootstrap.
 
     Raises:
         InputError: the outcomes are not of the same number of prompts.
     """
-    gains = prompt_gains(outcomes, vanilla)
-    n = len(gains.values)
+    gains, sizes, n_random = prompt_gains(outcomes, vanilla)
+    n = len(gains)
     return Concentration(
-        value=float(gains.values.mean()) if gains.sizes and n else None,
+        value=float(gains.mean()) if sizes and n else None,
         # One resample of prompts serves both curves: they are of the same prompts.
-        interval=bootstrap_interval(gains.values, seed) if gains.sizes and n > 1 else None,
+        interval=bootstrap_interval(gains) if sizes and n > 1 else None,
         n=n,
-        sizes=gains.sizes,
-        n_random=gains.n_random,
-        against=RANDOM if gains.n_random else VANILLA,
+        sizes=sizes,
+        n_random=n_random,
+        against=RANDOM if n_random else VANILLA,
     )
 
 
-def prompt_gains(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> PromptGains:
-    """Each prompt's part of the concentration: over the sizes that have random groups, or against ``vanilla``.
+def prompt_gains(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[FloatArray, tuple[int, ...], int]:
+    """Each prompt's part of the concentration [n_prompts], the sizes it is over, and the random groups of each.
 
     A size whose group fills its layers has no random group, and is left out where other sizes have some. The
     concentration is linear in the prompts, so a bootstrap over prompts need only resample these parts.
@@ -99,7 +86,7 @@ def prompt_gains(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> P
         raise InputError(f"the outcomes of the groups are not of the {n} prompts of the unablated model")
     sizes = tuple(outcome.size for outcome in kept)
     if not kept or n == 0:
-        return PromptGains(np.zeros(n), sizes, n_random)
+        return np.zeros(n), sizes, n_random
     groups = np.array([outcome.complied for outcome in kept], dtype=float)
     random = np.array([outcome.random or [vanilla] for outcome in kept], dtype=float)
-    return PromptGains((groups - random.mean(axis=1)).mean(axis=0), sizes, n_random)
+    return (groups - random.mean(axis=1)).mean(axis=0), sizes, n_random

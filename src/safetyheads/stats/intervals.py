@@ -85,13 +85,7 @@ def newcombe_paired_interval(both: int, first: int, second: int, neither: int) -
     Method 10 of R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on
     paired data, Statistics in Medicine 17 (1998) 2635-2650. It squares and adds the distances to the Wilson bounds,
     with the correlation phi, whose numerator is pulled towards 0 by n/2 where it is positive. Neither scipy nor
-    statsmodels has it.
-
-    Args:
-        both: pairs with both outcomes.
-        first: pairs with the first outcome alone.
-        second: pairs with the second outcome alone.
-        neither: pairs with neither.
+    statsmodels has it. The arguments count pairs: with both outcomes, the first or second alone, neither.
     """
     n = both + first + second + neither
     rate_1, rate_2 = (both + first) / n, (both + second) / n
@@ -104,15 +98,14 @@ def newcombe_paired_interval(both: int, first: int, second: int, neither: int) -
     # A margin of 0 (an outcome that never or always came) leaves phi undefined; the paper takes 0.
     phi = numerator / math.sqrt(margins) if margins else 0.0
     change = rate_1 - rate_2
-    return (
-        max(change - _square_and_add(rate_1 - low_1, high_2 - rate_2, phi), -1.0),
-        min(change + _square_and_add(high_1 - rate_1, rate_2 - low_2, phi), 1.0),
-    )
 
+    def square_and_add(distance_1: float, distance_2: float) -> float:
+        # The form is positive for |phi| <= 1; rounding can leave it below 0 where it is 0 exactly.
+        return math.sqrt(max(distance_1**2 - 2 * phi * distance_1 * distance_2 + distance_2**2, 0.0))
 
-def _square_and_add(distance_1: float, distance_2: float, phi: float) -> float:
-    # The form is positive for |phi| <= 1; rounding can leave it below 0 where it is 0 exactly.
-    return math.sqrt(max(distance_1**2 - 2 * phi * distance_1 * distance_2 + distance_2**2, 0.0))
+    low = change - square_and_add(rate_1 - low_1, high_2 - rate_2)
+    high = change + square_and_add(high_1 - rate_1, rate_2 - low_2)
+    return max(low, -1.0), min(high, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +153,7 @@ def bootstrap_interval(values: FloatArray, seed: int = 0, least: float = -1.0, m
     resampling would give a point, and claim a certainty that n values do not have. There the interval is the exact
     bound (Clopper and Pearson) on the share of other values that n draws can have missed, all taken to lie at one end.
 
-    Args:
-        values: at least one.
-        seed: of the draws.
-        least: the lowest value that can occur.
-        most: the highest.
+    ``least`` and ``most`` are the lowest and the highest value that can occur.
     """
     n, (low_tail, high_tail) = len(values), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     if np.ptp(values) < 1e-12:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
 from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, bootstrap_interval
-
-Indices: TypeAlias = NDArray[np.int64]
 
 SIZES = (1, 3, 5, 10)
 """How many of the best heads precision and regret look at."""
@@ -71,20 +69,14 @@ class ProxyQuality:
     """For each of :data:`SIZES` that the model has heads for."""
 
 
-def proxy_qualities(scores: Mapping[str, FloatArray], truth: Truth, seed: int = 0) -> tuple[ProxyQuality, ...]:
-    """Each score's quality.
-
-    Args:
-        scores: [n_heads] by name; a head without a score (NaN) comes last.
-        truth: what the heads do.
-        seed: of the halves.
-    """
-    asr, halves = truth.complied.mean(axis=0), _halved_asr(truth, seed)
+def proxy_qualities(scores: Mapping[str, FloatArray], truth: Truth) -> tuple[ProxyQuality, ...]:
+    """Each score's quality; scores [n_heads] by name, in which a head without a score (NaN) comes last."""
+    asr, halves = truth.complied.mean(axis=0), _halved_asr(truth)
     qualities = []
     for name, given in scores.items():
         values = np.nan_to_num(given, nan=-np.inf)
         sizes = []
-        for k in _sizes(truth):
+        for k in (size for size in SIZES if size <= len(truth.differs)):
             chosen = _best(values, k)
             # The best k stay those of all prompts: drawn anew in each resample, their hindsight would grow.
             lost = truth.complied[:, _best(asr, k)].mean(axis=1) - truth.complied[:, chosen].mean(axis=1)
@@ -98,17 +90,17 @@ def proxy_qualities(scores: Mapping[str, FloatArray], truth: Truth, seed: int = 
     return tuple(qualities)
 
 
-def split_half_ceiling(truth: Truth, seed: int = 0) -> ProxyQuality | None:
+def split_half_ceiling(truth: Truth) -> ProxyQuality | None:
     """The quality of the ASR of one half of the prompts as a score for the other, which no score can beat by much.
 
     Averaged over random halves. Which heads differ is known from all prompts, so its precision and AUC are somewhat too
     high. None below four prompts.
     """
-    halves = _halved_asr(truth, seed)
+    halves = _halved_asr(truth)
     if not halves:
         return None
     sizes = []
-    for k in _sizes(truth):
+    for k in (size for size in SIZES if size <= len(truth.differs)):
         chosen = [_best(first, k) for first, _ in halves]
         regrets = [_regret(second, heads) for (_, second), heads in zip(halves, chosen, strict=True)]
         low, high = np.quantile(regrets, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
@@ -121,18 +113,14 @@ def split_half_ceiling(truth: Truth, seed: int = 0) -> ProxyQuality | None:
     return ProxyQuality("split_half", spearman, auc, None, n_differing, n_heads, tuple(sizes))
 
 
-def _halved_asr(truth: Truth, seed: int) -> list[tuple[FloatArray, FloatArray]]:
+def _halved_asr(truth: Truth) -> list[tuple[FloatArray, FloatArray]]:
     """ASR of each head [n_heads] on both halves of the prompts, for many random halves; none below four prompts."""
     n = len(truth.complied)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     orders = [generator.permutation(n) for _ in range(N_SPLITS)] if n >= 4 else []
     return [
         (truth.complied[order[: n // 2]].mean(axis=0), truth.complied[order[n // 2 :]].mean(axis=0)) for order in orders
     ]
-
-
-def _sizes(truth: Truth) -> list[int]:
-    return [k for k in SIZES if k <= len(truth.differs)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -149,11 +137,11 @@ def _auc(values: FloatArray, differs: NDArray[np.bool_]) -> tuple[float | None, 
     return float(test.statistic) / (len(inside) * len(outside)), float(test.pvalue)
 
 
-def _best(values: FloatArray, k: int) -> Indices:
+def _best(values: FloatArray, k: int) -> NDArray[np.int64]:
     return np.argsort(-values, kind="stable")[:k]
 
 
-def _regret(asr: FloatArray, chosen: Indices) -> float:
+def _regret(asr: FloatArray, chosen: NDArray[np.int64]) -> float:
     return float(asr[_best(asr, len(chosen))].mean() - asr[chosen].mean())
 
 
@@ -259,11 +247,12 @@ def top(values: Mapping[str, float], k: int, resolution: float) -> tuple[str, ..
 
 def top_overlap(k: int, before: Sequence[str], after: Sequence[str], n_heads: int) -> TopOverlap:
     """Shared heads of two tops, compared with two drawn at random from ``n_heads``."""
-    lists = moved("", before, after)
-    n_before, n_after, shared = len(before), len(after), len(lists.kept)
-    chance = float(scipy.stats.hypergeom.sf(shared - 1, n_heads, n_before, n_after)) if n_heads else 1.0
-    expected = n_before * n_after / n_heads if n_heads else 0.0
-    return TopOverlap(k, (n_before, n_after), shared, expected, min(1.0, chance), lists.gone, lists.new)
+    lists, sizes = moved("", before, after), (len(before), len(after))
+    shared, expected, chance = len(lists.kept), 0.0, 1.0
+    if n_heads:
+        expected = sizes[0] * sizes[1] / n_heads
+        chance = min(1.0, float(scipy.stats.hypergeom.sf(shared - 1, n_heads, *sizes)))
+    return TopOverlap(k, sizes, shared, expected, chance, lists.gone, lists.new)
 
 
 def moved(what: str, before: Sequence[str], after: Sequence[str]) -> HeadsMoved:

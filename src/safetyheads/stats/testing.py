@@ -31,16 +31,13 @@ class PairedDifference:
     """Two-sided exact McNemar test (a sign test) of gained against lost; 1 where no pair changed."""
 
 
-def paired_difference(
-    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, seed: int = 0
-) -> PairedDifference:
+def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray) -> PairedDifference:
     """Compare two outcomes of the same prompts, in the same order.
 
     Args:
         before: outcomes [n_prompts], or [n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict. A prompt
             without any verdict on one side is left out.
         after: the same prompts; the number of answers may be another.
-        seed: of the bootstrap, which prompts with several answers need.
 
     Raises:
         InputError: the outcomes are of different numbers of prompts.
@@ -61,7 +58,7 @@ def paired_difference(
     else:
         moved = np.nanmean(new, axis=1) - np.nanmean(old, axis=1)
         gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
-        change, interval = float(moved.mean()), bootstrap_interval(moved, seed)
+        change, interval = float(moved.mean()), bootstrap_interval(moved)
     return PairedDifference(change, interval, n, gained, lost, exact_mcnemar(gained, lost))
 
 
