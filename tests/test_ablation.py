@@ -3,33 +3,21 @@
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from safetyheads.ablation import (
-    ABLATION_ALIASES,
-    ABLATION_KINDS,
-    SCALING_CONTRIBUTION,
-    UNDIFFERENTIATED_ATTENTION,
-    Ablation,
-)
+from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import InputError
 
-# No deadline: a slow machine is no failure.
-quick = settings(deadline=None, max_examples=50)
 
-
-@quick
-@given(st.sampled_from(sorted(ABLATION_KINDS)), st.floats(0, 1e6))
-def test_a_kind_reads_back_from_its_name_with_dashes_and_capitals(name, epsilon):
-    assert Ablation.parse(f" {name.replace('_', '-').upper()} ", epsilon) == Ablation(name, epsilon)
+@pytest.mark.parametrize("name", ABLATION_KINDS)
+def test_a_kind_reads_back_from_its_name_with_dashes_and_capitals(name):
+    assert Ablation.parse(f" {name.replace('_', '-').upper()} ", 0.5) == Ablation(name).at(0.5)
 
 
 def test_short_forms_mean_the_papers_ablations():
     assert Ablation.parse("ua") == UNDIFFERENTIATED_ATTENTION
     assert Ablation.parse("SC") == SCALING_CONTRIBUTION
     assert Ablation.parse("ua-key").kind.tensor == "key"
-    assert set(ABLATION_ALIASES.values()) <= set(ABLATION_KINDS)
+    assert UNDIFFERENTIATED_ATTENTION.epsilon == SCALING_CONTRIBUTION.epsilon == Ablation.parse("ua").epsilon == 1e-5
 
 
 def test_each_ablation_changes_the_tensor_that_its_equation_says():
@@ -50,11 +38,6 @@ def test_epsilon_is_finite_and_not_negative(epsilon):
         Ablation.parse("ua", epsilon)
     with pytest.raises(InputError, match="epsilon must be a finite number"):
         UNDIFFERENTIATED_ATTENTION.at(epsilon)
-
-
-def test_another_epsilon_leaves_the_original_alone():
-    assert UNDIFFERENTIATED_ATTENTION.at(0.0) == Ablation("undifferentiated_attention", 0.0)
-    assert UNDIFFERENTIATED_ATTENTION.epsilon == SCALING_CONTRIBUTION.epsilon == Ablation.parse("ua").epsilon == 1e-5
 
 
 def test_an_unknown_kind_lists_the_known():

@@ -19,17 +19,12 @@ def scores(values, resolution=0.0):
 PER_PROMPT = scores([[[4, 2], [1, 0]], [[0, 6], [1, 6]]], resolution=0.5)
 
 
-def test_a_head_has_its_score():
-    table = scores([[1, 2], [3, 4]])
-    assert [table[head] for head in (A, B, C, D)] == [1, 2, 3, 4]
-    assert PER_PROMPT[D] == 3
-
-
 def test_the_mean_is_over_prompts_and_keeps_name_unit_and_resolution():
     mean = PER_PROMPT.mean()
     assert mean.values.tolist() == [[2, 4], [1, 3]]
     assert (mean.name, mean.unit, mean.resolution) == ("mean Ships", "nats", 0.5)
     assert mean.mean() is mean
+    assert [PER_PROMPT[head] for head in (A, B, C, D)] == [2, 4, 1, 3]
 
 
 def test_heads_are_ranked_best_first():
@@ -55,9 +50,6 @@ def test_ties_are_runs_of_neighbours_within_the_resolution():
     assert scores(table, resolution=0.25).ties() == ()
     assert scores([[4, 4], [1, 1]]).ties() == ((A, B), (C, D))
     assert scores([[4, NAN], [4, NAN]]).ties() == ((A, C),)
-
-
-def test_ties_are_those_of_the_mean():
     # The means 4, 3, 2, 1 are apart by twice the resolution; heads of one prompt are equal, and that is no tie.
     assert PER_PROMPT.ties() == ()
 

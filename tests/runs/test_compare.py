@@ -1,7 +1,7 @@
 """Comparisons of two runs: changes with their intervals, ranks of heads, what makes them weak, and the gate."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -132,11 +132,13 @@ def test_heads_that_came_and_went(same, tmp_path):
 
 
 def test_other_shapes_are_not_ranked(tmp_path):
-    runs = scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}, n_layers=3)
-    found = compared(*runs)
+    found = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}, n_layers=3))
     assert (found.ranks, found.heads) == ((), None)
     assert found.shapes_note == "Heads are not compared: 4 layers x 8 heads against 3 layers x 8 heads."
     assert found.vanilla_asr.paired
+    for name in ("spearman", "heads_new"):
+        with pytest.raises(InputError, match="Heads are not compared"):
+            check_gate((name, None, ">", 0), quantities(found))
 
 
 # Scans.
@@ -149,16 +151,12 @@ def test_two_scans(tmp_path):
     assert (found.kind, found.lead_score, found.concentration, found.group_asr) == ("scan", "asr_alone", None, None)
     assert (found.vanilla_asr.paired, found.vanilla_asr.change) == (True, pytest.approx(3 / N))
     assert (found.heads.gone, found.heads.new, found.heads.kept) == (("2-1",), ("0-7",), ("1-3",))
-    overlap = found.lead_ranks.overlaps[0]
     # All other heads of the second scan tie, so its top has two.
-    assert (overlap.sizes, overlap.shared) == ((3, 2), 1)
+    assert (found.lead_ranks.overlaps[0].sizes, found.lead_ranks.overlaps[0].shared) == ((3, 2), 1)
     assert found.warnings == ("Both runs are of the same weights.",)
-
-
-def test_a_scan_reads_the_leading_judge_and_the_unablated_rows(tmp_path):
-    run = RunReader(scan_run(tmp_path / "a", {}, vanilla=first(3)))
-    ((_, outcomes),) = run.stored_outcomes.items()
-    assert (len(outcomes), sum(answers[0] for answers in outcomes.values())) == (N, 3)
+    # The leading judge's verdicts on the unablated answers, and no others.
+    ((_, outcomes),) = RunReader(after).stored_outcomes.items()
+    assert (len(outcomes), sum(answers[0] for answers in outcomes.values())) == (N, 4)
 
 
 def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
@@ -182,11 +180,6 @@ def test_scans_may_have_benign_answers_and_a_concentration(tmp_path):
     assert (found.concentration.paired, found.concentration.change) == (False, pytest.approx(-4 / N))
 
 
-def test_an_audit_and_a_scan_are_not_compared(same, tmp_path):
-    with pytest.raises(InputError, match="compare alike"):
-        compared(same, scan_run(tmp_path / "b", {}))
-
-
 # What makes it weak.
 
 
@@ -194,16 +187,16 @@ def test_other_settings_are_warned_of(same, tmp_path):
     changed = {"judges": [{"name": "released"}], "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
     found = compared(same, audit_run(tmp_path / "b", config=settings("other", **changed)))
     text = " ".join(found.warnings)
-    assert "The judge differs (paper -> released)." in text
-    assert "The template differs (" in text
-    assert "The sampling differs (1 -> 5)." in text
-    assert "The harmful prompts that rates are of are not the same." in text
+    for warning in (
+        "The judge differs (paper -> released).",
+        "The template differs (",
+        "The sampling differs (1 -> 5).",
+        "The harmful prompts that rates are of are not the same.",
+    ):
+        assert warning in text
     assert max(map(len, found.warnings)) < 120
-
-
-def test_alike_runs_need_no_warning(same, tmp_path):
-    config = settings() | {"weights_sha256": "tuned"}
-    assert compared(same, audit_run(tmp_path / "b", config=config)).warnings == ()
+    alike = settings() | {"weights_sha256": "tuned"}
+    assert compared(same, audit_run(tmp_path / "c", config=alike)).warnings == ()
 
 
 # What is no run.
@@ -212,6 +205,8 @@ def test_alike_runs_need_no_warning(same, tmp_path):
 def test_what_is_no_finished_run_is_refused(same, tmp_path):
     with pytest.raises(InputError, match="not a run directory"):
         RunReader(tmp_path)
+    with pytest.raises(InputError, match="compare alike"):
+        compared(same, scan_run(tmp_path / "b", {}))
     results = json.loads((same / "results.json").read_text())
     for name, value, words in (
         ("kind", "poem", "kind 'poem'"),
@@ -234,38 +229,27 @@ def test_broken_answers_are_refused(same):
 # The gate.
 
 
-@pytest.mark.parametrize(
-    ("text", "holds"),
-    [
-        ("asr_increase > 0.1", True),
-        ("asr_increase>=0.4", True),
-        ("asr_increase.low > 0.2", False),
-        ("asr_increase.high<=1e0", True),
-        ("heads_gone == 1", True),
-        ("heads_new != 1", False),
-        ("top10_overlap < 0.5", False),
-        ("spearman < 1", True),
-        ("group_asr_increase < 0", False),
-        ("concentration_increase < -0.1", False),
-    ],
-)
-def test_conditions(same, tmp_path, text, holds):
+def test_conditions(same, tmp_path):
     scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
-    other = audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores)
-    assert check_gate(parse_condition(text), quantities(compared(same, other)))["holds"] is holds
-
-
-def test_a_gate_has_its_number_and_interval(same, tmp_path):
-    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9)))
-    gate = check_gate(parse_condition(" asr_increase.low>0"), quantities(found))
-    change = found.vanilla_asr
-    assert gate == {
-        "condition": "asr_increase.low > 0",
-        "holds": True,
-        "value": change.change,
-        "interval": change.interval,
-        "n": N,
-    }
+    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores))
+    known = quantities(found)
+    assert all(quantity.value is not None for quantity in known.values())
+    for text, holds in {
+        "asr_increase > 0.1": True,
+        "asr_increase>=0.4": True,
+        "asr_increase.low > 0.2": False,
+        "asr_increase.high<=1e0": True,
+        "heads_gone == 1": True,
+        "heads_new != 1": False,
+        "top10_overlap < 0.5": False,
+        "spearman < 1": True,
+        "group_asr_increase < 0": False,
+        "concentration_increase < -0.1": False,
+    }.items():
+        assert check_gate(parse_condition(text), known)["holds"] is holds, text
+    interval = found.vanilla_asr.interval
+    gate = {"condition": "asr_increase.low > 0", "holds": True, "value": 8 / N, "interval": interval, "n": N}
+    assert check_gate(parse_condition(" asr_increase.low>0"), known) == gate
 
 
 @pytest.mark.parametrize(
@@ -274,11 +258,11 @@ def test_a_gate_has_its_number_and_interval(same, tmp_path):
         ("asr_increase", "not of the form"),
         ("asr_increase > 0.1 or 1", "not of the form"),
         ("__import__('os') > 1", "not of the form"),
+        ("asr_increase.mean > 1", "not of the form"),
         ("asr_increase > nan", "finite"),
         ("asr_increase > inf", "finite"),
         ("asr_increase > ten", "finite"),
         ("luck > 1", "known are asr_increase, group_asr_increase"),
-        ("asr_increase.mean > 1", "not of the form"),
     ],
 )
 def test_conditions_that_cannot_be_read(text, words):
@@ -287,8 +271,7 @@ def test_conditions_that_cannot_be_read(text, words):
 
 
 def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
-    scans = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}))
-    known = quantities(scans)
+    known = quantities(compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {})))
     for name in ("asr_increase", "heads_gone"):
         assert not check_gate((name, None, ">", 0), known)["holds"]
     for condition, words in {
@@ -300,12 +283,3 @@ def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
     }.items():
         with pytest.raises(InputError, match=words):
             check_gate(parse_condition(condition), known)
-    shapes = quantities(replace(scans, ranks=(), heads=None, shapes_note="Heads are not compared: x."))
-    for name in ("spearman", "heads_new"):
-        with pytest.raises(InputError, match="Heads are not compared"):
-            check_gate((name, None, ">", 0), shapes)
-
-
-def test_every_quantity_is_there_for_two_audits(same, tmp_path):
-    known = quantities(compared(same, audit_run(tmp_path / "b")))
-    assert all(quantity.value is not None for quantity in known.values())
