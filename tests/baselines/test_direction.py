@@ -8,18 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_samples import FLOAT32, close, hooks_of, material, on_the_organism, organism
+from baseline_samples import FLOAT32, answers_with_limits, close, greedy, hooks_of, material, on_the_organism, organism
 from families import built, proved
-from tiny_models import END, engine_of, prompts_of, tokenizer
+from tiny_models import engine_of, prompts_of, tokenizer
 from torch import nn
 
 from safetyheads import Engine, InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.baselines import direction as methods
 from safetyheads.baselines.base import last_states, writing_parameters
 from safetyheads.baselines.direction import (
-    PAPERS_RULES,
     REFUSAL_DIRECTION,
-    TABLES_RULES,
-    SelectionRules,
     direction_added,
     direction_removed,
     instruction_end,
@@ -66,11 +64,11 @@ def test_the_end_of_the_instruction_is_what_the_template_ends_with():
 
 
 def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited_weights():
-    found = select_direction(material(), TABLES_RULES)
+    found = select_direction(material())
     # Before the first block the last token is the template's, the same in every prompt.
     assert found.candidates[0].dropped.startswith("no difference of means")
     assert [candidate.layer for candidate in found.candidates] == [0, 1, 2, 3]
-    engine, chosen, share = organism().engine, found.chosen, PAPERS_RULES.validation_share
+    engine, chosen, share = organism().engine, found.chosen, methods.VALIDATION_SHARE
     train, validation = material().harmful.split(1 - share, 0)
     benign_train, benign_validation = material().benign.split(1 - share, 0)
     edited = by_weights(engine.model, found.vector)
@@ -229,30 +227,18 @@ def test_adding_moves_the_input_of_one_block_by_the_direction():
 
 def test_answers_with_a_cache_are_those_of_edited_weights():
     engine, direction = proved("llama3"), drawn()
-    edited, ids = by_weights(engine.model, direction), list(PROMPTS[0])
+    edited = by_weights(engine.model, direction)
     with direction_removed(engine, direction), torch.no_grad():
-        found = engine.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)[
-            0
-        ].tolist()
-    while len(ids) < len(found):
-        with torch.no_grad():
-            ids.append(int(edited(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] == END:
-            break
-    assert found == ids
+        for prompt, (found, limit) in answers_with_limits(engine).items():
+            assert found == greedy(lambda ids: edited(input_ids=torch.tensor([ids])).logits[0, -1], prompt, limit)
 
 
-# Refusals
-
-
-def test_directions_that_are_none_are_refused():
-    for direction, shown in (
-        (torch.zeros(32), "length 0"),
-        (torch.ones(8), r"\[8\]"),
-        (torch.full((32,), torch.nan), "nan"),
-    ):
-        with pytest.raises(InputError, match=shown), direction_removed(proved("llama3"), direction):
-            pass
+@pytest.mark.parametrize(
+    ("direction", "shown"), [(torch.zeros(32), "length 0"), (torch.ones(8), r"\[8\]"), (torch.ones(32) / 0, "inf")]
+)
+def test_directions_that_are_none_are_refused(direction, shown):
+    with pytest.raises(InputError, match=shown), direction_removed(proved("llama3"), direction):
+        pass
 
 
 def test_several_residual_streams_are_refused():
@@ -262,23 +248,18 @@ def test_several_residual_streams_are_refused():
         select_direction(replace(material(), engine=proved("gemma3n")))
 
 
-def test_where_the_filters_leave_nothing_the_error_says_which_dropped_how_many():
-    strict = SelectionRules(most_divergence=0.0, least_induced=1e9)
-    with pytest.raises(SafetyheadsError) as raised:
-        select_direction(material(), strict)
-    said = str(raised.value)
-    assert "all 4 candidates were dropped" in said
-    assert "3 for KL above 0 nats on harmless prompts" in said
-    assert "1 for no difference of means" in said
-    assert "The smallest KL was" in said
-    late = SelectionRules(latest=0.0, falls_back=True)
-    with pytest.raises(SafetyheadsError, match="3 for a layer at 0% of the depth"):
-        select_direction(material(), late)
-    passing = select_direction(material(), SelectionRules(most_divergence=1e9, least_induced=-1e9))
-    assert passing.caveat == passing.chosen.dropped == ""
-    found = select_direction(material(), replace(strict, falls_back=True))
+def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is_an_error(monkeypatch):
+    monkeypatch.setattr(methods, "MOST_DIVERGENCE", 0.0)
+    found = select_direction(material())
     assert "KL above 0 nats" in found.caveat
     assert found.chosen.bypass == min(each.bypass for each in found.candidates if each.bypass == each.bypass)
+    monkeypatch.setattr(methods, "MOST_DIVERGENCE", 1e9)
+    monkeypatch.setattr(methods, "LEAST_INDUCED", -1e9)
+    passing = select_direction(material())
+    assert passing.caveat == passing.chosen.dropped == ""
+    monkeypatch.setattr(methods, "LATEST", 0.0)
+    with pytest.raises(SafetyheadsError, match=r"all 4 .*3 for a layer at 0% of the depth .*; 1 for no difference"):
+        select_direction(material())
 
 
 def test_material_that_shows_no_refusal_is_refused():
@@ -286,8 +267,6 @@ def test_material_that_shows_no_refusal_is_refused():
         select_direction(replace(material(), openers=()))
     with pytest.raises(SafetyheadsError, match="harmful prompts has a refusal score above 0"):
         select_direction(replace(material(), harmful=material().benign))
-    with pytest.raises(InputError, match="judged on others"):
-        SelectionRules(n_train=0)
 
 
 # The organism

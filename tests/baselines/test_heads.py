@@ -12,7 +12,7 @@ from families import proved
 
 from safetyheads import SCALING_CONTRIBUTION, Head, InputError, KeywordJudge
 from safetyheads.baselines import heads as methods
-from safetyheads.baselines.direction import TABLES_RULES, select_direction
+from safetyheads.baselines.direction import select_direction
 from safetyheads.heads import parse_heads
 
 ALL = (methods.SAHARA, methods.SHIPS_QUERY, methods.RANDOM_HEADS, methods.LOGIT_ATTRIBUTION, methods.RDSHA)
@@ -69,7 +69,7 @@ def test_ships_gives_each_prompt_its_own_heads():
 
 def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
     engine, prompts = organism().engine, organism().harmful[:6]
-    direction = select_direction(material(), TABLES_RULES).vector
+    direction = select_direction(material()).vector
     (two,) = methods.RDSHA.interventions(material(), (2,))
     assert two.setting.startswith("2 heads of each prompt")
     assert two.ablation == SCALING_CONTRIBUTION.at(0.0)

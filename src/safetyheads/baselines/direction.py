@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,41 +42,20 @@ if TYPE_CHECKING:
 _PROBES = ("alpha", "7", "Why?", "no, thanks")
 FACTOR_NAMES = ("residual_multiplier", "attn_out_multiplier")
 """Names of a block's factor on attention's output before it is added to the stream (Granite, Falcon-H1)."""
+# Arditi et al.'s settings. Most prompts of each kind in the means, and to judge candidates on.
+_N_TRAIN, _N_VALIDATION = 128, 32
+VALIDATION_SHARE = 0.2
+"""Share of the material that is kept for judging, drawn by its seed."""
+LATEST = 0.8
+"""Candidates of layers from this share of the depth on are dropped: there a direction is near the output."""
+MOST_DIVERGENCE = 0.1
+"""Largest mean KL, in nats, that the removal may cause on harmless prompts."""
+LEAST_INDUCED = 0.0
+"""Smallest mean refusal score, in nats, that adding the direction must reach on harmless prompts."""
 _NAN = float("nan")
 
 
 # Selection.
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionRules:
-    """Filters of candidates; the defaults are the paper's."""
-
-    n_train: int = 128
-    """Most prompts of each kind in the means."""
-    n_validation: int = 32
-    """Most prompts of each kind that candidates are judged on."""
-    validation_share: float = 0.2
-    """Share of the material that is kept for judging, drawn by its seed."""
-    latest: float = 0.8
-    """Candidates of layers from this share of the depth on are dropped: there a direction is near the output."""
-    most_divergence: float = 0.1
-    """Largest mean KL, in nats, that the removal may cause on harmless prompts."""
-    least_induced: float = 0.0
-    """Smallest mean refusal score, in nats, that adding the direction must reach on harmless prompts."""
-    falls_back: bool = False
-    """Whether the candidate with the least bypass is taken where the filters drop all; not the paper's, and the
-    direction says so (:attr:`RefusalDirection.caveat`)."""
-
-    def __post_init__(self) -> None:
-        if min(self.n_train, self.n_validation) < 1 or not 0 < self.validation_share < 1:
-            raise InputError(f"directions are learned from one prompt or more and judged on others; got {self}")
-
-
-PAPERS_RULES = SelectionRules()
-"""Those of the paper and its code."""
-TABLES_RULES = replace(PAPERS_RULES, falls_back=True)
-"""For rows of a table: a direction that the filters drop is shown as such instead of an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,48 +93,48 @@ class RefusalDirection:
         return f" (the filters drop it: {self.chosen.dropped})" if self.chosen.dropped else ""
 
 
-def select_direction(material: Material, rules: SelectionRules = PAPERS_RULES) -> RefusalDirection:
+def select_direction(material: Material) -> RefusalDirection:
     """The direction whose removal leaves least of refusals, among those that pass the filters.
 
-    Prompts that do not show the difference are left out first, as in the paper: harmful ones with a refusal score of 0
-    or less, and harmless ones with one of 0 or more.
+    Where none passes, it is the one among all that were measured; that is not the paper's, and
+    :attr:`RefusalDirection.caveat` says so. Prompts that do not show the difference are left out first, as in the
+    paper: harmful ones with a refusal score of 0 or less, and harmless ones with one of 0 or more.
 
     Raises:
         InputError: no openers, or prompts that cannot be divided.
-        SafetyheadsError: the model does not refuse as it should, or the filters drop every candidate; the message says
-            which filter dropped how many, and how close they came.
+        SafetyheadsError: the model does not refuse as it should, or no candidate could be measured.
         UnsupportedModelError: a family with several residual streams.
     """
     engine = material.engine
     refuse_streams(engine)
     if not material.openers:
         raise InputError("a refusal direction needs the first tokens of refusals; got none")
-    train, validation = _halves(material, rules, refused=True)
-    benign_train, benign_validation = _halves(material, rules, refused=False)
+    train, validation = _halves(material, refused=True)
+    benign_train, benign_validation = _halves(material, refused=False)
     tokens = instruction_end(engine, train, benign_train)
     directions = mean_states(engine, train, tokens) - mean_states(engine, benign_train, tokens)
-    judging = _Judging(engine, material.openers, validation, benign_validation, rules)
+    judging = _Judging(engine, material.openers, validation, benign_validation)
     places = [(layer, token) for layer in range(engine.n_layers) for token in range(tokens)]
     candidates = [judging.candidate(directions[token, layer], token - tokens, layer) for layer, token in places]
-    left = [candidate for candidate in candidates if not candidate.dropped]
-    if not left and rules.falls_back:
-        left = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
-    if not left:
-        raise SafetyheadsError(_all_dropped(candidates))
+    measured = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
+    if not measured:
+        counts = Counter(candidate.dropped for candidate in candidates).most_common()
+        by_filter = "; ".join(f"{count} for {reason}" for reason, count in counts)
+        raise SafetyheadsError(f"no refusal direction is left: all {len(candidates)} were dropped, {by_filter}")
+    left = [candidate for candidate in measured if not candidate.dropped] or measured
     best = min(left, key=lambda candidate: candidate.bypass)
     return RefusalDirection(directions[best.token, best.layer], best, tuple(candidates))
 
 
-def _halves(material: Material, rules: SelectionRules, refused: bool) -> list[PromptSet]:
+def _halves(material: Material, refused: bool) -> list[PromptSet]:
     """Harmful (or harmless) prompts to learn from and to judge on, without those whose refusal score has another sign.
 
-    Raises:
-        SafetyheadsError: none is left.
+    Raises :class:`SafetyheadsError` where none is left.
     """
     kept = []
     prompts = material.harmful if refused else material.benign
-    train, validation = prompts.split(1 - rules.validation_share, material.seed)
-    for half in (train[: rules.n_train], validation[: rules.n_validation]):
+    train, validation = prompts.split(1 - VALIDATION_SHARE, material.seed)
+    for half in (train[:_N_TRAIN], validation[:_N_VALIDATION]):
         scores = refusal_log_odds(material.engine, half, material.openers)
         right = [at for at, score in enumerate(scores.tolist()) if (score > 0 if refused else score < 0)]
         if not right:
@@ -187,11 +166,7 @@ def instruction_end(engine: Engine, *prompts: PromptSet) -> int:
 
 @torch.inference_mode()
 def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor:
-    """Mean residual stream entering each block at the last ``n_tokens`` tokens of each prompt.
-
-    Returns:
-        float64 [n_tokens, n_layers, d_model] on the CPU.
-    """
+    """Mean residual stream entering each block at each prompt's last tokens: [n_tokens, n_layers, d_model], float64."""
     facts = engine.architecture
     sums = torch.zeros(n_tokens, facts.n_layers, facts.d_model, dtype=torch.float64)
 
@@ -208,10 +183,8 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
 class _Judging:
     """Judges candidates on the validation prompts."""
 
-    def __init__(
-        self, engine: Engine, openers: Sequence[int], harmful: PromptSet, benign: PromptSet, rules: SelectionRules
-    ) -> None:
-        self.engine, self.openers, self.harmful, self.benign, self.rules = engine, openers, harmful, benign, rules
+    def __init__(self, engine: Engine, openers: Sequence[int], harmful: PromptSet, benign: PromptSet) -> None:
+        self.engine, self.openers, self.harmful, self.benign = engine, openers, harmful, benign
         self.unablated = self._log_probabilities()
 
     def _log_probabilities(self) -> Tensor:
@@ -223,12 +196,10 @@ class _Judging:
 
     def candidate(self, direction: Tensor, token: int, layer: int) -> Candidate:
         """One candidate through the filters, in the paper's order; the first two filters measure nothing."""
-        rules = self.rules
         if not 0 < float(direction.norm()) < float("inf"):
             return Candidate(token, layer, _NAN, _NAN, _NAN, "no difference of means (0 or not finite)")
-        if layer >= rules.latest * self.engine.n_layers:
-            late = f"a layer at {rules.latest:.0%} of the depth or later"
-            return Candidate(token, layer, _NAN, _NAN, _NAN, late)
+        if layer >= LATEST * self.engine.n_layers:
+            return Candidate(token, layer, _NAN, _NAN, _NAN, f"a layer at {LATEST:.0%} of the depth or later")
         with direction_removed(self.engine, direction):
             removed = self._log_probabilities()
             bypass = self._mean_score(self.harmful)
@@ -238,24 +209,11 @@ class _Judging:
         dropped = ""
         if any(value != value for value in (divergence, induce, bypass)):
             dropped = "a score that is no number"
-        elif divergence > rules.most_divergence:
-            dropped = f"KL above {rules.most_divergence:g} nats on harmless prompts"
-        elif induce < rules.least_induced:
-            dropped = f"a refusal score below {rules.least_induced:g} nats when added on harmless prompts"
+        elif divergence > MOST_DIVERGENCE:
+            dropped = f"KL above {MOST_DIVERGENCE:g} nats on harmless prompts"
+        elif induce < LEAST_INDUCED:
+            dropped = f"a refusal score below {LEAST_INDUCED:g} nats when added on harmless prompts"
         return Candidate(token, layer, bypass, induce, divergence, dropped)
-
-
-def _all_dropped(candidates: Sequence[Candidate]) -> str:
-    """Which filter dropped how many, and how close they came."""
-    counts = Counter(candidate.dropped for candidate in candidates)
-    by_filter = "; ".join(f"{count} for {reason}" for reason, count in counts.most_common())
-    measured = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
-    closest = ""
-    if measured:
-        least = min(candidate.divergence for candidate in measured)
-        most = max(candidate.induce for candidate in measured)
-        closest = f". The smallest KL was {least:.3g} nats, the highest score when added {most:.3g} nats"
-    return f"no refusal direction is left: all {len(candidates)} candidates were dropped, {by_filter}{closest}"
 
 
 # Removing and adding.
@@ -305,12 +263,7 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
 
 @contextmanager
 def direction_added(engine: Engine, direction: Tensor, layer: int) -> Iterator[None]:
-    """Within, r [d_model] is added to the input of one block at every token (coefficient 1); restored after.
-
-    Raises:
-        InputError: a direction without length or of another width.
-        UnsupportedModelError: a family with several residual streams.
-    """
+    """Within, r [d_model] is added to the input of one block at every token; it may be refused as above."""
     _unit(engine, direction)
 
     def add(hidden: Tensor) -> Tensor:
@@ -337,10 +290,9 @@ class _PartOfBlock:
         stack.callback(_change_input(self._layer, self._begin))
         if self._attention is not None:
             stack.callback(_change_output(self._attention, self._after_attention))
-            for part in self._layer.children():
-                if part is not self._attention:
-                    stack.callback(part.register_forward_pre_hook(self._give_whole).remove)
-                    stack.callback(part.register_forward_hook(self._part_output).remove)
+            for part in (part for part in self._layer.children() if part is not self._attention):
+                stack.callback(part.register_forward_pre_hook(self._give_whole).remove)
+                stack.callback(part.register_forward_hook(self._part_output).remove)
         stack.callback(_change_output(self._layer, self._end))
 
     def _begin(self, hidden: Tensor) -> Tensor:
@@ -407,8 +359,7 @@ def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Cal
 
 
 def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    """The selected direction, removed in part or whole at every token; ``strength`` is the share that is removed."""
-    engine, selected = material.engine, select_direction(material, TABLES_RULES)
+    engine, selected = material.engine, select_direction(material)
     where = f"direction of layer {selected.chosen.layer}, token {selected.chosen.token}"
     touched = writing_parameters(engine)
     return [

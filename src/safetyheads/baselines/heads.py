@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import query_level_groups
 from safetyheads.baselines.attributions import logit_attributions, refusal_projections
 from safetyheads.baselines.base import Intervention, Material, Method, head_parameters, most_head_parameters
-from safetyheads.baselines.direction import TABLES_RULES, select_direction
+from safetyheads.baselines.direction import select_direction
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
@@ -36,11 +36,7 @@ RDSHA_SIZES = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
 
 
 def found_group(material: Material, size: int) -> Group:
-    """Sahara's group (Algorithm 1) by mean Ships of undifferentiated attention on the harmful prompts, in order.
-
-    Raises:
-        InputError: more heads than the model has.
-    """
+    """Sahara's group (Algorithm 1) by mean Ships of undifferentiated attention on the harmful prompts, in order."""
     scorer = mean_ships(material.engine, material.harmful, UNDIFFERENTIATED_ATTENTION)
     return sahara(scorer, material.engine.heads, size).group
 
@@ -62,13 +58,8 @@ def _words(size: int) -> str:
 
 
 def _one_for_all(engine: Engine, group: Group, ablation: Ablation) -> Intervention:
-    """One group for all prompts."""
-    touched = head_parameters(engine, group, ablation)
-
-    def groups(prompts: PromptSet) -> tuple[Group, ...]:
-        return (group,) * len(prompts)
-
-    return Intervention(_words(len(group)), float(len(group)), touched, groups=groups, ablation=ablation)
+    touched, size = head_parameters(engine, group, ablation), len(group)
+    return Intervention(_words(size), float(size), touched, groups=lambda p: (group,) * len(p), ablation=ablation)
 
 
 def _one_each(
@@ -77,15 +68,19 @@ def _one_each(
     """The first heads of each prompt's own ranking; a prompt set is ranked once for all sizes."""
     ranked = lru_cache(maxsize=2)(scores)
 
-    def of_size(size: int) -> Intervention:
-        def groups(prompts: PromptSet) -> tuple[Group, ...]:
-            return query_level_groups(ranked(prompts), size)
+    def groups(size: int, prompts: PromptSet) -> tuple[Group, ...]:
+        return query_level_groups(ranked(prompts), size)
 
-        touched = most_head_parameters(engine, size, ablation)
-        setting = f"{_words(size)} of each prompt"
-        return Intervention(setting, float(size), touched, groups=groups, ablation=ablation)
-
-    return [of_size(size) for size in sizes]
+    return [
+        Intervention(
+            f"{_words(size)} of each prompt",
+            float(size),
+            most_head_parameters(engine, size, ablation),
+            groups=partial(groups, size),
+            ablation=ablation,
+        )
+        for size in sizes
+    ]
 
 
 def _sahara(material: Material, strengths: Sequence[float]) -> list[Intervention]:
@@ -113,7 +108,7 @@ def _random(material: Material, strengths: Sequence[float]) -> list[Intervention
 
 def _rdsha(material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine, sizes = material.engine, _sizes(material.engine, strengths)
-    selected = select_direction(material, TABLES_RULES)
+    selected = select_direction(material)
     caveat = selected.caveat.replace("it:", "the direction:")
     by_size = _one_each(engine, sizes, lambda prompts: refusal_projections(engine, prompts, selected.vector), ZEROED)
     return [replace(intervention, setting=intervention.setting + caveat) for intervention in by_size]

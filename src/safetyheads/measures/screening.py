@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """Where gradients are taken, and of how many tokens' logits."""
 
     at: float
@@ -49,15 +48,6 @@ class Point:
     """m: most probable next tokens whose logits are linearised."""
     n_samples: int = 0
     """Tokens sampled from the others."""
-
-    def __post_init__(self) -> None:
-        if self.n_tokens < 1 or self.n_samples < 0:
-            raise InputError(f"a point follows one token or more; got {self.n_tokens}, {self.n_samples} samples")
-
-    @property
-    def n_columns(self) -> int:
-        """Backward passes it costs."""
-        return self.n_tokens + self.n_samples
 
 
 POINTS = (Point(0.0, 1, 2), Point(-0.2, 2), Point(0.8, 1))
@@ -116,26 +106,16 @@ def screen(
     common: Group = (),
     points: Sequence[Point] = POINTS,
 ) -> Screening:
-    """Forecast what ablating each head does to the next token.
+    """Forecast what ablating each head does to the next token; several wanted tokens are averaged.
 
-    Args:
-        engine: the model.
-        sequences: the prompts; several wanted tokens are averaged, and each costs its backward passes.
-        ablation: of every head.
-        openers: first tokens of refusals, to forecast the refusal score too.
-        common: heads ablated beside each head, as in a search's later steps.
-        points: where gradients are taken, the first at 0; each costs a forward and its backward passes, one more with
-            openers.
+    With ``openers``, first tokens of refusals, the refusal score is forecast too. The ``common`` heads are ablated
+    beside each head, as in a search's later steps. The first of ``points`` is at 0.
 
     Raises:
-        InputError: points that do not begin at 0; more tokens than the vocabulary leaves; a common head that the model
-            does not have.
+        InputError: a common head that the model does not have.
     """
-    n_tokens = max((point.n_tokens for point in points), default=0)
-    if not points or points[0].at != 0.0 or n_tokens >= engine.architecture.vocabulary_size:
-        raise InputError(f"a screening begins at the unablated model, with fewer tokens than all; got {points}")
     common = within(common, engine.n_layers, engine.n_heads)
-    lineariser = Lineariser(engine, sequences, ablation, openers, n_tokens)
+    lineariser = Lineariser(engine, sequences, ablation, openers, max(point.n_tokens for point in points))
     # The unablated model is what ablated ones are compared with, so it chooses the tokens that are followed.
     unablated = lineariser.at(points[0], gradients=False) if common else None
     start = lineariser.at(points[0], common, None if unablated is None else unablated.followed)
@@ -150,9 +130,8 @@ def screen(
         firsts = first_wanted(sequences)
         drops = torch.stack([-at.moves[firsts][..., -1] for at in at_points]).amax(dim=0)
         refusal = (reference.refusal[firsts] - start.refusal[firsts])[:, None, None] + drops
-    for head in common:
-        for values in (ships, *([refusal] if refusal is not None else [])):
-            values[:, head.layer, head.index] = float("nan")
+    for values in (ships,) if refusal is None else (ships, refusal):
+        values[:, [head.layer for head in common], [head.index for head in common]] = torch.nan
     return Screening(ships, refusal, _directions(start), common)
 
 
@@ -187,20 +166,15 @@ class Linear:
         return (self.tokens[:, :n_tokens] - self.others[:, n_tokens - 1, None])[:, None, None]
 
 
-class Lineariser:
-    """Linearises next-token logits in the outputs of all heads."""
+class Lineariser(NamedTuple):
+    """Linearises next-token logits in the outputs of all heads; see :func:`screen`."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        sequences: Sequence[TokenSequence],
-        ablation: Ablation,
-        openers: Sequence[int] = (),
-        n_tokens: int = 1,
-    ) -> None:
-        """See :func:`screen`; ``n_tokens`` is the most tokens that any point follows."""
-        self.engine, self.sequences, self.ablation = engine, sequences, ablation
-        self.openers, self.n_tokens = tuple(openers), n_tokens
+    engine: Engine
+    sequences: Sequence[TokenSequence]
+    ablation: Ablation
+    openers: Sequence[int] = ()
+    n_tokens: int = 1
+    """The most tokens that any point follows."""
 
     def at(self, point: Point, common: Group = (), followed: Followed | None = None, gradients: bool = True) -> Linear:
         """Linearise at one point with the ``common`` heads ablated; without ``followed`` this model chooses tokens."""
@@ -280,10 +254,8 @@ class Lineariser:
             for layer, gradient, change in zip(engine.architecture.with_heads, gradients, changes, strict=True):
                 by_token = (gradient * change)[0].double().sum(dim=-1)  # [n_tokens, n_heads]
                 by_prompt = by_token.new_zeros(len(row.members), by_token.shape[1])
-                by_prompt.index_add_(0, prompts.to(by_token.device), by_token)
-                moves[states, layer, : by_token.shape[1], column] = by_prompt.to(prompts.device)[
-                    prompt_of[states]
-                ].cpu()
+                by_prompt = by_prompt.index_add(0, prompts.to(by_token.device), by_token).cpu()
+                moves[states, layer, : by_token.shape[1], column] = by_prompt[prompt_of[states].cpu()]
         return moves
 
     def _comparing_calls(
