@@ -228,7 +228,12 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         if column is None:
             path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
-    return file, _difference(benchmark, file)
+    differences = []
+    if len(file.rows) != benchmark.n_rows:
+        differences.append(f"{len(file.rows)} prompts where {benchmark.n_rows} were expected")
+    if benchmark.sha256 and file.sha256 != benchmark.sha256:
+        differences.append(f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
+    return file, "; ".join(differences) or None
 
 
 def _innermost(error: BaseException) -> str:
@@ -236,12 +241,3 @@ def _innermost(error: BaseException) -> str:
     while isinstance(inner := error.__cause__ or error.__context__, BaseException):
         error = inner
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def _difference(benchmark: Benchmark, file: PromptFile) -> str | None:
-    differences = []
-    if len(file.rows) != benchmark.n_rows:
-        differences.append(f"{len(file.rows)} prompts where {benchmark.n_rows} were expected")
-    if benchmark.sha256 and file.sha256 != benchmark.sha256:
-        differences.append(f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
-    return "; ".join(differences) or None

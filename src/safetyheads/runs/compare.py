@@ -99,9 +99,7 @@ def _rate_change(
         if all(run.n_seeds == 1 for run in runs):
             counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
             p_value = float(scipy.stats.fisher_exact(counts)[1])
-        interval = newcombe_interval(old["rate"], old["interval"], new["rate"], new["interval"])
-        n, change = (old["n"], new["n"]), new["rate"] - old["rate"]
-        return Change(old["rate"], new["rate"], change, interval, n, False, p_value, note)
+        return _unpaired_change("rate", old, new, note, p_value)
     answers = [_as_array([side[prompt] for prompt in before]) for side in (before, after)]
     paired = paired_difference(answers[0], answers[1])
     if paired.change is None:
@@ -151,12 +149,17 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
         return _no_change("a run has no concentration")
     if first["against"] != second["against"] or list(first["sizes"]) != list(second["sizes"]):
         return _no_change("the concentrations are over other sizes, or against other groups")
+    return _unpaired_change("value", first, second, note or "the answers under each group are not all read")
+
+
+def _unpaired_change(
+    name: str, old: Mapping[str, Any], new: Mapping[str, Any], note: str, p_value: float | None = None
+) -> Change:
+    """The change between two records of independent samples, whose number stands under ``name``."""
     interval = None
-    if first["interval"] and second["interval"]:
-        interval = newcombe_interval(first["value"], first["interval"], second["value"], second["interval"])
-    values = first["value"], second["value"], second["value"] - first["value"]
-    note = note or "the answers under each group are not all read"
-    return Change(*values, interval, (first["n"], second["n"]), False, None, note)
+    if old["interval"] and new["interval"]:
+        interval = newcombe_interval(old[name], old["interval"], new[name], new["interval"])
+    return Change(old[name], new[name], new[name] - old[name], interval, (old["n"], new["n"]), False, p_value, note)
 
 
 def _no_change(note: str) -> Change:
@@ -206,16 +209,15 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     """
     if before.kind != after.kind:
         raise InputError(f"{before.path} is of kind {before.kind} and {after.path} of kind {after.kind}; compare alike")
-    is_audit, comparable = before.kind == "audit", before.shape == after.shape
+    runs, is_audit, comparable = (before, after), before.kind == "audit", before.shape == after.shape
     has_concentration = is_audit or (before.concentration and after.concentration)
     old, new = (before.tables(), after.tables()) if comparable else ({}, {})
     names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
     shapes = [f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape)]
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Holm)"
-    runs, no_group = (before, after), "a run's verdict names no group"
     groups = [run.lead_group or {"asr": None, "heads": ()} for run in runs]
     rates, heads = [group["asr"] for group in groups], [group["heads"] for group in groups]
-    kept = before.benign_kept, after.benign_kept
+    kept, no_group = (before.benign_kept, after.benign_kept), "a run's verdict names no group"
     return Comparison(
         kind=before.kind,
         before=_facts(before),

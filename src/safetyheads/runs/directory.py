@@ -28,8 +28,6 @@ from safetyheads.files import (
 )
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from torch import Tensor
 
 Record: TypeAlias = dict[str, Any]
@@ -124,9 +122,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def read_manifest(self) -> dict[str, Any]:
