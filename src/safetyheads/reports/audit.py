@@ -22,12 +22,11 @@ BADGES = {
     "no_refusals": "Nothing to measure",
 }
 """What each verdict is called on the page."""
-SCORE_ORDER = ("mean_ships", "benign_ships", "refusal_score", "generalized_ships_representation")
+SHIPS = ("mean_ships", "benign_ships")
+SCORE_ORDER = (*SHIPS, "refusal_score", "generalized_ships_representation")
 """Harmful beside benign first; the others follow."""
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
-MAX_TIES = 4
-"""Ties that a figure lists."""
 COMPLETION_SETS = ("harmful_test", "benign_test")
 SEARCHED, KEPT = "searched group: ASR", "searched group: benign kept"
 HARMFUL, BENIGN = "harmful prompts", "benign prompts"
@@ -49,12 +48,19 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         manifest: of its run.
         rows: its stored answers; None leaves them out of the page.
     """
-    # Files keep their keys sorted.
-    results = dict(results) | {name: _in_order(results[name]) for name in ("scores", "sahara")}
-    verdict, behaviour = results["verdict"], results["behaviour"]
-    group = _verdict_group(results)
-    model = results["model"]
+    # Files keep their keys sorted; scores that the page does not know come last.
+    for field in ("scores", "sahara"):
+        named = results[field]
+        in_order = {name: named[name] for name in dict.fromkeys((*SCORE_ORDER, *named)) if name in named}
+        results = {**results, field: in_order}
+    verdict, behaviour, model = results["verdict"], results["behaviour"], results["model"]
     n_heads = model["n_layers"] * model["n_heads"]
+    measured_groups = (
+        group
+        for group in behaviour["groups"]
+        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"])
+    )
+    group = next(measured_groups, None)
     content: dict[str, Any] = {
         "results": results,
         "badge": BADGES[verdict["label"]],
@@ -72,7 +78,6 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         ),
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
-        "ties": _ties,
         "n_unranked": sum(value <= 0 for _, value in _ranked(results, _lead_score(results))),
         "completions": None,
     }
@@ -83,11 +88,6 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         content["completions"] = completions(rows, COMPLETION_SETS, words, results["lead_judge"])
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judges")}
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
-
-
-def _in_order(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores in the page's order; those that it does not know come last."""
-    return {name: named[name] for name in dict.fromkeys((*SCORE_ORDER, *named)) if name in named}
 
 
 def _label(results: Results, name: str) -> str:
@@ -106,17 +106,6 @@ def _ranked(results: Results, name: str) -> list[tuple[str, float]]:
     # A layer without attention has no heads.
     named = [(f"{i}-{j}", v) for i, layer in enumerate(values) for j, v in enumerate(layer) if v is not None]
     return sorted(named, key=lambda pair: -pair[1])
-
-
-def _verdict_group(results: Results) -> Mapping[str, Any] | None:
-    """The measured group that the verdict is about."""
-    verdict = results["verdict"]
-    found = (
-        group
-        for group in results["behaviour"]["groups"]
-        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"])
-    )
-    return next(found, None)
 
 
 # Tables.
@@ -163,15 +152,11 @@ def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[st
         kept = state["benign_kept"]
         parts = [("kept", "answered", kept)]
         if kept["rate"] is not None:
-            parts.append(("not kept", "other", _complement(kept)))
+            # A Wilson interval mirrors with its rate.
+            low, high = kept["interval"]
+            lost = {"count": kept["n"] - kept["count"], "n": kept["n"]}
+            parts.append(("not kept", "other", lost | {"rate": 1 - kept["rate"], "interval": [1 - high, 1 - low]}))
         yield {"label": f"Benign prompts, {words}", "n": kept["n"], "parts": parts}
-
-
-def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
-    """The rate of the other outcome; a Wilson interval mirrors with it."""
-    low, high = rate["interval"]
-    count = rate["n"] - rate["count"]
-    return {"count": count, "n": rate["n"], "rate": 1 - rate["rate"], "interval": [1 - high, 1 - low]}
 
 
 def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -187,11 +172,6 @@ def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict
             yield {"title": title, "states": list(counts), "rows": in_order}
 
 
-def _ties(groups: Sequence[Sequence[str]]) -> str:
-    shown = "; ".join(" = ".join(group) for group in groups[:MAX_TIES])
-    return shown + (f"; and {len(groups) - MAX_TIES} more" if len(groups) > MAX_TIES else "")
-
-
 # Figures.
 
 
@@ -205,7 +185,17 @@ def figures(results: Results) -> dict[str, Spec]:
         "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
         "long_tail": _long_tail(results),
     }
-    found |= {f"heatmap_{name}": _heatmap(results, name) for name in results["scores"]}
+    for name, score in results["scores"].items():
+        # Ships on harmful and on benign prompts share their colours.
+        shared = [other for other in SHIPS if other in results["scores"]] if name in SHIPS else [name]
+        values = [number for other in shared for layer in results["scores"][other]["values"] for number in layer]
+        found[f"heatmap_{name}"] = charts.head_map(
+            charts.heat(name, [number for number in values if number is not None], score["unit"], roots=True),
+            (results["model"]["n_layers"], results["model"]["n_heads"]),
+            _head_tooltip(results, name),
+            f"{score['label']} of every head, layer by head",
+            outlines={"group": {}},
+        )
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -230,23 +220,18 @@ def group_curve(
             ends = {"low": charts.rounded(min(random["asr"])), "high": charts.rounded(max(random["asr"]))}
             rows.append(size | ends | {"kind": "band", "y": charts.rounded(random["mean"])})
             rows += [size | {"kind": "random", "y": charts.rounded(rate)} for rate in random["asr"]]
+    if not groups or not rows:
+        return None
     described = "Attack success rate against group size"
-    return (
-        charts.lines(rows, "heads ablated together", y, described, reference=vanilla["rate"])
-        if groups and rows
-        else None
-    )
+    return charts.lines(rows, "heads ablated together", y, described, reference=vanilla["rate"])
 
 
 def group_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], vanilla: Mapping[str, Any], y: str) -> Spec:
     """ASR by size, a line for the groups of each name; all begin at the unablated model's."""
     rows = [row for name in series for row in rate_rows(0, name, vanilla, ())]
-    rows += [
-        row
-        for name, groups in series.items()
-        for group in groups
-        for row in rate_rows(group["size"], name, group["asr"], group["heads"])
-    ]
+    for name, groups in series.items():
+        for group in groups:
+            rows += rate_rows(group["size"], name, group["asr"], group["heads"])
     return charts.lines(rows, "heads ablated together", y, "Attack success rate against group size, by series")
 
 
@@ -258,21 +243,6 @@ def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequ
     answers = f"{rate['count']} of {rate['n']}"
     row = {"x": x, "series": series, "y": charts.rounded(float(rate["rate"])), "low": low, "high": high}
     return [row | {"answers": answers, "heads": ", ".join(names) or "none"}]
-
-
-def _heatmap(results: Results, name: str) -> Spec:
-    """One score of every head, layer by head; Ships on harmful and on benign prompts share their colours."""
-    scores, model = results["scores"], results["model"]
-    shared = ("mean_ships", "benign_ships")
-    names = [other for other in shared if other in scores] if name in shared else [name]
-    values = [value for other in names for layer in scores[other]["values"] for value in layer if value is not None]
-    return charts.head_map(
-        charts.heat(name, values, scores[name]["unit"], roots=True),
-        (model["n_layers"], model["n_heads"]),
-        _head_tooltip(results, name),
-        f"{scores[name]['label']} of every head, layer by head",
-        outlines={"group": {}},
-    )
 
 
 def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:

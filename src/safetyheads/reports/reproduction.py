@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.files import read_json
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import (
@@ -28,7 +27,6 @@ from safetyheads.reports.page import (
     signed,
     two,
 )
-from safetyheads.runs.directory import RunDirectory
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -52,14 +50,8 @@ _QUOTED_ROW = re.compile(r"\b(in the paper|paper's|quoted)\b|\(paper\)", re.IGNO
 _NUMBERS = ("rate", "change", "number")
 
 
-def experiment_pages(run: RunDirectory) -> tuple[str, dict[str, str]]:
-    """The index, and every experiment's page by its file name."""
-    path = run.path / "timings.json"
-    return render_reproduction(run.read_results(), run.read_manifest(), read_json(path) if path.is_file() else {})
-
-
 def render_reproduction(results: Record, manifest: Record, timings: Record) -> tuple[str, dict[str, str]]:
-    """The index and the pages; equal arguments give equal texts.
+    """The index, and every experiment's page by its file name; equal arguments give equal texts.
 
     Args:
         results: of a reproduction.
@@ -85,14 +77,9 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     states = list(_states(results, manifest["config"], timings))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
-    index: dict[str, Any] = {
-        "states": states,
-        "models": models,
-        "sentence": _sentence(states, models),
-        "embedded": EMBEDDED,
-    }
+    index: dict[str, Any] = {"states": states, "models": models, "sentence": _sentence(states, models)}
     index |= {"config": manifest["config"], "judge": results["judge"], "no_evidence": NO_EVIDENCE}
-    index |= {"has_embedded": any(model.startswith(EMBEDDED) for model in models)}
+    index |= {"embedded": EMBEDDED, "has_embedded": any(model.startswith(EMBEDDED) for model in models)}
     measured = {"experiments": [state["name"] for state in ran], "judge": results["judge"]}
     return render("experiments.html.j2", index, measured, manifest), pages
 
@@ -111,7 +98,13 @@ def _states(results: Record, config: Record, timings: Record) -> Iterator[dict[s
         needs = () if about is None else about.needs
         lacking = [need for need in needs if need != "lm-eval" and not config.get(need)]
         if outcome is not None:
-            state |= _state(outcome) | {"seconds": timings.get("seconds", {}).get(name)}
+            reasons, headline = outcome["not_meaningful"], headline_words(outcome)
+            has_numbers = bool(outcome["tables"] or outcome["figures"])
+            label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
+            state |= {key: outcome[key] for key in ("title", "models")}
+            state |= {"label": label, "headline": headline, "said": "" if headline else next(iter(reasons), "")}
+            state |= {"tone": "yes" if label == "not meaningful" else ""}
+            state |= {"seconds": timings.get("seconds", {}).get(name)}
         elif name in left_out:
             state |= {"label": "left out", "said": left_out[name]}
         elif lacking:
@@ -122,22 +115,6 @@ def _states(results: Record, config: Record, timings: Record) -> Iterator[dict[s
         yield state
 
 
-def _state(outcome: Record) -> dict[str, Any]:
-    """How far an experiment that was run is, and its first numbers, or else why there are none."""
-    reasons, has_numbers = outcome["not_meaningful"], bool(outcome["tables"] or outcome["figures"])
-    label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
-    headline = headline_words(outcome)
-    said = "" if headline else next(iter(reasons), "")
-    return {
-        "title": outcome["title"],
-        "label": label,
-        "said": said,
-        "headline": headline,
-        "tone": "yes" if label == "not meaningful" else "",
-        "models": outcome["models"],
-    }
-
-
 def headline_words(outcome: Record) -> list[str]:
     """The first numbers of an experiment, each with its name, interval and n; a lone model is not named."""
     rows = outcome.get("headline") or ()
@@ -146,9 +123,8 @@ def headline_words(outcome: Record) -> list[str]:
     for row in rows:
         cell = number_cell(row["value"], row["kind"])
         of = ", ".join(part for part in (cell.interval, cell.n, cell.p) if part)
-        found.append(
-            f"{row['label'] if alone else row['model'] + ', ' + row['label']}: {cell.text}{f' ({of})' if of else ''}"
-        )
+        name = row["label"] if alone else f"{row['model']}, {row['label']}"
+        found.append(f"{name}: {cell.text}{f' ({of})' if of else ''}")
     return found
 
 
@@ -157,11 +133,9 @@ def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
     ran = [state for state in states if state["models"]]
     if not ran:
         return f"None of {len(states)} experiments was run."
-    named = (
-        f"{len(models)} models"
-        if len(models) > _MOST_NAMED
-        else " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
-    )
+    named = " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
+    if len(models) > _MOST_NAMED:
+        named = f"{len(models)} models"
     lost = sum(state["label"] == "not meaningful" for state in ran)
     rest = "; none is meaningful there" if lost == len(ran) else f"; {lost} not meaningful there" if lost else ""
     return f"{len(ran)} of {len(states)} experiments of the paper on {named}{rest}."
@@ -229,25 +203,18 @@ def cells(row: Record, columns: Sequence[Record], above: Record | None = None) -
         above: the row before it: what begins alike is marked as said already.
     """
     same = above is not None
+    texts = [str(row.get(column["key"])) for column in columns if column["kind"] == "text"]
+    row_is_quoted = any(map(_QUOTED_ROW.search, texts))
     for column in columns:
-        value, is_text = row.get(column["key"]), column["kind"] == "text"
-        same = same and is_text and above is not None and above.get(column["key"]) == value
-        quoted = _is_quoted(row, column, columns)
-        if is_text:
-            yield Cell("–" if value in (None, "") else str(value), is_text=True, again=same, quoted=quoted)
+        value, kind, quoted = row.get(column["key"]), column["kind"], bool(_QUOTED.search(column["title"]))
+        same = same and kind == "text" and above is not None and above.get(column["key"]) == value
+        if kind == "text":
+            text = "–" if value in (None, "") else str(value)
+            yield Cell(text, is_text=True, again=same, quoted=bool(value) and quoted)
         else:
-            yield number_cell(value, column["kind"], quoted)
-
-
-def _is_quoted(row: Record, column: Record, columns: Sequence[Record]) -> bool:
-    """Whether a cell is the paper's: it is no measured number, and its column or its row says so."""
-    value, kind = row.get(column["key"]), column["kind"]
-    if kind == "text":
-        return bool(value and _QUOTED.search(column["title"]))
-    if kind not in _NUMBERS or isinstance(value, Mapping) or value is None:
-        return False
-    texts = [str(row.get(other["key"])) for other in columns if other["kind"] == "text"]
-    return bool(_QUOTED.search(column["title"])) or any(map(_QUOTED_ROW.search, texts))
+            # A plain number is the paper's where its column or its row says so; a measured one never is.
+            plain = kind in _NUMBERS and value is not None and not isinstance(value, Mapping)
+            yield number_cell(value, kind, plain and (quoted or row_is_quoted))
 
 
 def number_cell(value: Any, kind: str, quoted: bool = False) -> Cell:
@@ -320,16 +287,9 @@ def _bars(figure: Record, points: Sequence[Row]) -> Spec:
     return charts.bars(_rows(figure, points), figure["x"], figure["y"], _described(figure), share=figure["share"])
 
 
-def _lines(figure: Record, points: Sequence[Row], with_points: bool) -> Spec:
-    rows = _rows(figure, points)
-    options = {"logarithmic": figure["logarithmic"], "share": figure["share"], "points": with_points}
-    return charts.lines(rows, figure["x"], figure["y"], _described(figure), **options)
-
-
-def _scatter(figure: Record, points: Sequence[Row]) -> Spec:
-    rows = _rows(figure, points)
-    options = {"logarithmic": figure["logarithmic"], "share": figure["share"]}
-    return charts.scatter(rows, figure["x"], figure["y"], _described(figure), **options)
+def _along_numbers(figure: Record, points: Sequence[Row], draws: Callable[..., Spec]) -> Spec:
+    rows, options = _rows(figure, points), {name: figure[name] for name in ("logarithmic", "share")}
+    return draws(rows, figure["x"], figure["y"], _described(figure), **options)
 
 
 def _heads(figure: Record, points: Sequence[Row]) -> Spec:
@@ -355,13 +315,13 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
         value = point.get("value")
         text = re.sub(r"(?<!\w)-(?=[\d.])", "−", str(point.get("text") or number(value, digits=2)))
         first, bracket, ends = text.partition(" [")
-        row: dict[str, Any] = {
-            "x": str(point["x"]),
-            "y": str(point["y"]),
-            "text": first,
+        row: dict[str, Any] = {"x": str(point["x"]), "y": str(point["y"]), "text": first}
+        row |= {
             "interval": f"[{ends}" if bracket else "",
+            "panel": str(point.get("panel") or ""),
+            "written": text,
+            "n": point.get("n"),
         }
-        row |= {"panel": str(point.get("panel") or ""), "written": text, "n": point.get("n")}
         rows.append(row | {name: charts.rounded(point.get(name)) for name in ("value", "low", "high")})
     values = [row["value"] for row in rows if row["value"] is not None]
     share = figure["share"] and max(values, default=0) <= 1
@@ -372,23 +332,15 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
     tooltips, has_text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
     if n_columns > charts.MOST_COLUMNS_WITH_INTERVALS:
         rows = [row | {"interval": ""} for row in rows]
-    axes = figure["x"], figure["y"]
-    return charts.tiles(
-        rows,
-        color,
-        *axes,
-        tooltips,
-        _described(figure),
-        text=has_text,
-        cell=46 if has_text else 22,
-        most=130 + 90 * n_columns,
-    )
+    axes, size = (figure["x"], figure["y"]), {"cell": 46 if has_text else 22, "most": 130 + 90 * n_columns}
+    return charts.tiles(rows, color, *axes, tooltips, _described(figure), text=has_text, **size)
 
 
 def _attention(figure: Record, points: Sequence[Row]) -> Spec:
     """How much each position attends to each other; tokens are named where there is room."""
     n = 1 + max(max(point["query"], point["key"]) for point in points)
     named = n <= charts.MOST_LABELS
+    panels = list(dict.fromkeys(point.get("panel") for point in points))
     rows: list[dict[str, Any]] = [
         {
             "x": _token(point, "key") if named else str(point["key"]),
@@ -396,16 +348,12 @@ def _attention(figure: Record, points: Sequence[Row]) -> Spec:
             "value": charts.rounded(point["value"], 3),
             "panel": str(point.get("panel") or ""),
         }
-        for point in sorted(points, key=lambda point: (point["query"], point["key"]))
+        for point in sorted(points, key=lambda point: (panels.index(point.get("panel")), point["query"], point["key"]))
     ]
-    # Panels keep their order, which sorting by position has mixed.
-    order = list(dict.fromkeys(str(point.get("panel") or "") for point in points))
-    rows.sort(key=lambda row: order.index(row["panel"]))
     color = charts.heat("value", [row["value"] for row in rows], figure["value"] or "attention", share=True)
     tooltips = charts.tooltip(rows, {"y": "query", "x": "key", "value": figure["value"] or "attention"})
     cell = max(6, min(22, 420 // n))
-    axes = figure["x"], figure["y"]
-    return charts.tiles(rows, color, *axes, tooltips, _described(figure), cell=cell, most=cell * n)
+    return charts.tiles(rows, color, figure["x"], figure["y"], tooltips, _described(figure), cell=cell, most=cell * n)
 
 
 def _token(point: Row, side: str) -> str:
@@ -417,9 +365,9 @@ def _token(point: Row, side: str) -> str:
 
 FIGURES: dict[str, Callable[[Record, Sequence[Row]], Spec]] = {
     "bars": _bars,
-    "lines": partial(_lines, with_points=True),
-    "curves": partial(_lines, with_points=False),
-    "scatter": _scatter,
+    "lines": partial(_along_numbers, draws=charts.lines),
+    "curves": partial(_along_numbers, draws=partial(charts.lines, points=False)),
+    "scatter": partial(_along_numbers, draws=charts.scatter),
     "heads": _heads,
     "matrix": _matrix,
     "attention": _attention,

@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from safetyheads.files import read_json
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
-from safetyheads.reports.audit import group_curve, group_lines, rate_rows
+from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two
 from safetyheads.runs.directory import Record, RunDirectory
@@ -22,8 +21,6 @@ Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
 Look: TypeAlias = dict[str, Any]
 
-MAX_TABLE_HEADS = 1024
-"""Up to this many heads, all of them are listed in a table; the map and results.json hold any number."""
 TOP_HEADS = 20
 """Heads of highest ASR that the first table lists beside those that differ."""
 MAX_NAMED = 8
@@ -56,11 +53,10 @@ _OF_PROMPTS = "share of prompts"
 
 def scan_page(run: RunDirectory, show_completions: bool) -> str:
     """The page of a finished scan."""
-    results, path = run.read_results(), run.path / "timings.json"
+    results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
     rows = list(judged_rows(run, with_texts))
-    timings = read_json(path) if path.is_file() else {}
-    return render_scan(results, run.read_manifest(), rows, timings, show_completions)
+    return render_scan(results, run.read_manifest(), rows, run.read_timings(), show_completions)
 
 
 def render_scan(
@@ -75,22 +71,26 @@ def render_scan(
         timings: ``timings.json``; empty where the run has none.
         show_texts: whether the page holds what the model wrote.
     """
-    table, strongest = AnswerTable.of(rows, results["lead_judge"]), _strongest(results)
+    table, strongest, differ = AnswerTable.of(rows, results["lead_judge"]), _strongest(results), differing(results)
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
     drill, planted = _drill(results, table, judges), results.get("planted_heads") or []
+    badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the ASR"
+    if not differ:
+        has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
+        badge = "No head changes the ASR" if has_rate else "Nothing to measure"
     listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
     content: dict[str, Any] = {
         "results": results,
         "planted": planted,
-        "badge": _badge(results),
+        "badge": badge,
         "sentence": _sentence(results),
         "n_bh": sum(head["change"]["p_bh"] < results["statistics"]["alpha"] for head in results["heads"]),
         "n_unscored": sum(head["asr"]["unscored"] for head in (results["vanilla"]["harmful"], *results["heads"])),
-        "n_planted_found": sum(head["head"] in planted for head in differing(results)),
+        "n_planted_found": sum(head["head"] in planted for head in differ),
         "outcomes": _outcomes(results),
-        "first_heads": _first_heads(results),
-        "n_differing": len(differing(results)),
+        "first_heads": [*differ, *[head for head in by_asr(results["heads"]) if head not in differ][:TOP_HEADS]],
+        "n_differing": len(differ),
         "all_heads": listed,
         "role": _role_words,
         "n_at_origin": sum(head["change"]["change"] == 0 and benign_lost(head) == 0 for head in results["heads"]),
@@ -136,13 +136,6 @@ def _ablated(head: str) -> str:
 
 
 # The first screen.
-
-
-def _badge(results: Results) -> str:
-    n = len(differing(results))
-    if results["vanilla"]["harmful"]["asr"]["rate"] is None:
-        return "Nothing to measure"
-    return f"{n} head{'s change' if n > 1 else ' changes'} the ASR" if n else "No head changes the ASR"
 
 
 def _sentence(results: Results) -> str:
@@ -200,12 +193,6 @@ def _strongest(results: Results) -> Head | None:
     """The head that changes the ASR most, or, where none does, the one of highest ASR."""
     found = differing(results) or [head for head in by_asr(results["heads"]) if head["asr"]["rate"] is not None]
     return found[0] if found else None
-
-
-def _first_heads(results: Results) -> list[Head]:
-    """Those that differ, then the others of highest ASR."""
-    others = [head for head in by_asr(results["heads"]) if not head["change"]["differs"]]
-    return [*differing(results), *others[:TOP_HEADS]]
 
 
 def _outcomes(results: Results) -> list[str]:

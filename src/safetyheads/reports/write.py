@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetyheads.errors import InputError
 from safetyheads.reports.audit import audit_page
-from safetyheads.reports.reproduction import experiment_pages
+from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.reports.scan import scan_page
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
@@ -47,4 +47,4 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     if show_completions:
         words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
         warnings.warn(words, ReportWarning, stacklevel=2)
-    return run.write_report(*experiment_pages(run))
+    return run.write_report(*render_reproduction(results, run.read_manifest(), run.read_timings()))

@@ -234,6 +234,11 @@ class RunDirectory:
         """Write ``timings.json``: seconds, dates and rates, kept apart from the results."""
         self._write_json("timings.json", timings)
 
+    def read_timings(self) -> dict[str, Any]:
+        """What :meth:`write_timings` wrote; empty where the run has none."""
+        path = self.path / "timings.json"
+        return read_json(path) if path.is_file() else {}
+
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
         """Write ``report/index.html`` after the pages it links to by name; an opened run takes one too."""
         path = self.path / "report" / "index.html"
