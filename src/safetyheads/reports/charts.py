@@ -10,7 +10,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import cycle, islice
 from typing import Any, Literal, TypeAlias
 
 import altair as alt
@@ -53,8 +52,6 @@ MOST_LABELS = 32
 """Tiles across up to which all are labelled."""
 MOST_WIDTH = 780
 """Pixels that a figure of lines, points or bars has at most."""
-_TITLE_WIDTH, _LABEL_WIDTH = 42, 22
-"""Characters of a line of an axis title, and of a label."""
 NAME: dict[str, Any] = {"color": "--ink", "fontSize": 12, "fontWeight": 600}
 """How names of heads beside their points are written."""
 _BROKEN_LABEL = "split(datum.label, '\\n')"
@@ -117,12 +114,7 @@ def drawing_library() -> str:
 
 def titled(text: str) -> list[str]:
     """An axis title over as many lines as it takes."""
-    return textwrap.wrap(text, _TITLE_WIDTH) or [text]
-
-
-def wrapped(text: object, width: int = _LABEL_WIDTH) -> str:
-    """A label over several lines; single words stay whole."""
-    return "\n".join(textwrap.wrap(str(text), width, break_long_words=False)) or str(text)
+    return textwrap.wrap(text, 42) or [text]
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
@@ -148,18 +140,19 @@ def numbers_along(title: str, values: Iterable[float], logarithmic: bool = False
         axis["values"] = ticks
     else:
         scale["zero"] = False
-    if not logarithmic and known and all(float(value).is_integer() for value in known) and known[-1] - known[0] <= 12:
-        axis |= {"values": list(range(int(known[0]), int(known[-1]) + 1)), "format": "d"}
+        if known and all(float(value).is_integer() for value in known) and known[-1] - known[0] <= 12:
+            axis |= {"values": list(range(int(known[0]), int(known[-1]) + 1)), "format": "d"}
     return alt.X("x:Q", title=titled(title), scale=alt.Scale(**scale), axis=alt.Axis(**axis))
 
 
-def measured_scale(rows: Iterable[Row], share: bool, zero: bool = False) -> dict[str, Any]:
-    """Scale and axis of what was measured: a share runs from 0 to 1, unless one lies outside, as a change may."""
+def measured_axis(title: str, rows: Iterable[Row], share: bool, zero: bool = False) -> dict[str, Any]:
+    """Title, scale and axis of what was measured: shares run from 0 to 1, unless one lies outside, as a change may."""
     ends = [row[name] for row in rows for name in ("y", "low", "high") if row.get(name) is not None]
     if share and all(0 <= end <= 1 for end in ends):
-        scale = alt.Scale(domain=[0, 1], nice=False)
-        return {"scale": scale, "axis": alt.Axis(format=".1f", tickCount=6)}
-    return {"scale": alt.Scale(zero=zero), "axis": alt.Axis(format=".6~g", tickCount=5)}
+        scale, axis = alt.Scale(domain=[0, 1], nice=False), alt.Axis(format=".1f", tickCount=6)
+    else:
+        scale, axis = alt.Scale(zero=zero), alt.Axis(format=".6~g", tickCount=5)
+    return {"title": titled(title), "scale": scale, "axis": axis}
 
 
 def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -170,10 +163,10 @@ def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
             known[name] = KNOWN_COLOURS[name]
     greys = ("--ink-soft",) if "--random" in known.values() else ()
     free = [colour for colour in COLOURS if colour not in (*known.values(), *greys)] or list(COLOURS)
-    others = [name for name in names if name not in known]
-    looks = dict(zip(others, islice(cycle(free), len(others)), strict=True))
-    rounds = {name: at // len(free) for at, name in enumerate(others)}
-    return [(known.get(name) or looks[name], rounds.get(name, 0)) for name in names]
+    looks = {name: (colour, 0) for name, colour in known.items()}
+    for at, name in enumerate(name for name in names if name not in known):
+        looks[name] = (free[at % len(free)], at // len(free))
+    return [looks[name] for name in names]
 
 
 def series_look(names: Sequence[str], *channels: Literal["shape", "dash", "opacity"]) -> dict[str, Any]:
@@ -259,22 +252,19 @@ def lines(
     # Pixels to the side, so that no interval of one series hides another's.
     shifts = {name: 5 * (at - (len(names) - 1) / 2) if beside else 0 for at, name in enumerate(names)}
     rows = [row if row.get("kind") else {**row, "shift": shifts[row["series"]]} for row in rows]
-    along, scale = numbers_along(x, (row["x"] for row in rows), logarithmic), measured_scale(rows, share)
-    names = series_of(rows)
-    look, tooltips = (
-        series_look(names, "shape", "dash") if points else series_look(names, "dash"),
-        rows_tooltip(rows, x, y),
-    )
+    along, measured = numbers_along(x, (row["x"] for row in rows), logarithmic), measured_axis(y, rows, share)
+    look = series_look(series_of(rows), *(("shape", "dash") if points else ("dash",)))
+    tooltips = rows_tooltip(rows, x, y)
     base = alt.Chart().encode(x=along, color=look["color"])
     single = base.transform_filter("!datum.kind")
-    up = alt.Y("y:Q", title=titled(y), **scale)
+    up = alt.Y("y:Q", **measured)
     off: dict[str, Any] = {"xOffset": alt.ExprRef("datum.shift")} if beside else {}
-    layers = [rule_at("y", reference, {"title": titled(y), **scale})] if reference is not None else []
+    layers = [rule_at("y", reference, measured)] if reference is not None else []
     if any((row.get("low") or 0) < 0 or (row.get("y") or 0) < 0 for row in rows):
-        layers.append(rule_at("y", 0, {"title": titled(y), **scale}, strokeDash=[1, 0], opacity=0.6))
-    layers += _random_layers(base, rows, titled(y), scale, tooltips)
+        layers.append(rule_at("y", 0, measured, strokeDash=[1, 0], opacity=0.6))
+    layers += _random_layers(base, rows, measured, tooltips)
     if points:
-        ends = {"y": alt.Y("low:Q", title=titled(y), **scale), "y2": "high:Q"}
+        ends = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}
         held = single.transform_filter("isValid(datum.low)")
         layers.append(held.mark_rule(strokeWidth=1.5, opacity=0.55, **off).encode(**ends))
     line = single.mark_line(strokeWidth=2, **off).encode(y=up, strokeDash=look["strokeDash"])
@@ -286,18 +276,16 @@ def lines(
 
 
 def _random_layers(
-    base: alt.Chart, rows: Sequence[Row], title: list[str], scale: Mapping[str, Any], tooltips: Sequence[alt.Tooltip]
+    base: alt.Chart, rows: Sequence[Row], measured: Mapping[str, Any], tooltips: Sequence[alt.Tooltip]
 ) -> list[alt.Chart]:
     """Band from the lowest random group to the highest, their mean, and a tick for each of them."""
     sizes = {row["x"] for row in rows if row.get("kind") == "band"}
     if not sizes:
         return []
     band = base.transform_filter("datum.kind == 'band'")
-    ends = {"y": alt.Y("low:Q", title=title, **scale), "y2": "high:Q"}
-    mean = alt.Y("y:Q", title=title, **scale)
-    ticks = base.transform_filter("datum.kind == 'random'").mark_tick(
-        orient="horizontal", width=16, thickness=1.5, opacity=0.75
-    )
+    ends, mean = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}, alt.Y("y:Q", **measured)
+    tick = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
+    ticks = base.transform_filter("datum.kind == 'random'").mark_tick(**tick)
     if len(sizes) == 1:
         layers = [band.mark_rule(strokeWidth=26, opacity=0.22).encode(**ends)]
     else:
@@ -317,30 +305,28 @@ def scatter(
     for row in rows:
         panels.setdefault(str(row.get("panel")), []).append(row)
     few = max(map(len, panels.values()), default=0) <= MOST_INTERVALS
-    named = [row for points in panels.values() for row in _highest(points)]
+    named = []
+    for points in panels.values():
+        top = sorted((row for row in points if row.get("y") is not None), key=lambda row: -row["y"])[:3]
+        # Far enough from the others' heights, and short, so that names do not meet.
+        high = (row for row in top if row["y"] > top[0]["y"] / 3)
+        named += [row for row in high if 0 < len(str(row.get("label") or "")) <= 6]
     rows = [row | {"named": True} if row in named else row for row in map(dict, rows)]
-    look, scale = series_look(series_of(rows), "shape"), measured_scale(rows, share)
+    look, measured = series_look(series_of(rows), "shape"), measured_axis(y, rows, share)
     base = alt.Chart().encode(x=numbers_along(x, (row["x"] for row in rows), logarithmic))
-    up = alt.Y("y:Q", title=titled(y), **scale)
+    up = alt.Y("y:Q", **measured)
     layers = []
     if few:
         held = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2, opacity=0.45)
-        ends = {"y": alt.Y("low:Q", title=titled(y), **scale), "y2": "high:Q"}
+        ends = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}
         layers.append(held.encode(color=look["color"], **ends))
     size, opacity = (75, 0.95) if few else (34, 0.6)
-    points = base.transform_filter("isValid(datum.y)").mark_point(filled=True, size=size, opacity=opacity, aria=False)
-    layers.append(points.encode(y=up, tooltip=rows_tooltip(rows, x, y), **look))
+    marks = base.transform_filter("isValid(datum.y)").mark_point(filled=True, size=size, opacity=opacity, aria=False)
+    layers.append(marks.encode(y=up, tooltip=rows_tooltip(rows, x, y), **look))
     if named:
         text = base.transform_filter("datum.named").mark_text(dy=-13, **NAME)
         layers.append(text.encode(y=up, text="label:N"))
     return spec(layers, rows, 300, description, most=MOST_WIDTH)
-
-
-def _highest(rows: Sequence[Row]) -> list[Row]:
-    """The highest points with short names, far enough from the others' heights."""
-    known = sorted((row for row in rows if row.get("y") is not None), key=lambda row: -row["y"])
-    top = [row for row in known[:3] if row["y"] > known[0]["y"] / 3]
-    return [row for row in top if 0 < len(str(row.get("label") or "")) <= 6]
 
 
 def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool = True) -> Spec:
@@ -349,29 +335,30 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     Rows have ``x`` (a name), ``y, low, high, series`` and what the tooltip tells; ``x`` and ``y`` title the axes.
     """
     names = series_of(rows)
-    rows = [row | {"name": wrapped(row["x"])} for row in map(dict, rows)]
+    # Single words stay whole.
+    lines_of = {row["x"]: textwrap.wrap(str(row["x"]), 22, break_long_words=False) for row in rows}
+    rows = [row | {"name": "\n".join(lines_of[row["x"]]) or str(row["x"])} for row in map(dict, rows)]
     labels = list(dict.fromkeys(row["name"] for row in rows))
-    look, scale = series_look(names, "opacity"), measured_scale(rows, share, zero=True)
+    look, measured = series_look(names, "opacity"), measured_axis(y, rows, share, zero=True)
     axis = alt.Axis(labelExpr=_BROKEN_LABEL, labelLimit=170, labelOverlap=False, ticks=False, grid=False)
     places = alt.Scale(paddingInner=0.26, paddingOuter=0.13)
     within = alt.YOffset("series:N", sort=names, scale=alt.Scale(domain=names, paddingInner=0.08))
     base = alt.Chart().encode(y=alt.Y("name:N", sort=None, title=titled(x), axis=axis, scale=places), yOffset=within)
-    along = alt.X("y:Q", title=titled(y), **scale)
+    along = alt.X("y:Q", **measured)
     whole, tooltips = base.transform_filter("isValid(datum.y)"), rows_tooltip(rows, x, y)
     held = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, color="--ink")
     layers = [
         whole.mark_bar(opacity=OPACITIES[0]).encode(x=along, tooltip=tooltips, **look),
         # A line at the end: a bar of 0 is a number too.
         whole.mark_tick(thickness=2).encode(x=along, color=look["color"]),
-        held.encode(x=alt.X("low:Q", title=titled(y), **scale), x2="high:Q"),
+        held.encode(x=alt.X("low:Q", **measured), x2="high:Q"),
     ]
     if any(row.get("y") is None for row in rows):
         empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
         dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
-        layers.append(dash.encode(x=alt.X("zero:Q", title=titled(y), **scale), tooltip=tooltips))
+        layers.append(dash.encode(x=alt.X("zero:Q", **measured), tooltip=tooltips))
     if any((row.get("low") or row.get("y") or 0) < 0 for row in rows):
-        zero = rule_at("x", 0, {"title": titled(y), **scale}, strokeDash=[1, 0])
-        layers.insert(0, zero)
+        layers.insert(0, rule_at("x", 0, measured, strokeDash=[1, 0]))
     band = max(15 * len(names) + 8, 15 * max(label.count("\n") + 1 for label in labels) + 8, 30)
     panels: dict[Any, set[str]] = {}
     for row in rows:
@@ -403,19 +390,18 @@ def heat(
     if top > largest:
         top = float(f"{largest * 0.95:.1g}")
     labels = [-top, 0, top] if signed else [0, top / 4 if roots else top / 2, top]
-    scale = alt.Scale(
-        type="sqrt" if roots else "linear", domain=domain, range=[*colours], clamp=True, interpolate="lab"
-    )
-    legend = alt.Legend(
-        title=titled(f"{title}, square-root scale" if roots else title),
-        orient="top",
-        direction="horizontal",
-        gradientLength=180,
-        gradientThickness=8,
-        format=".2~g",
-        values=labels,
-    )
-    return alt.Color(f"{field}:Q", scale=scale, legend=legend)
+    kind = "sqrt" if roots else "linear"
+    scale = alt.Scale(type=kind, domain=domain, range=[*colours], clamp=True, interpolate="lab")
+    strip: dict[str, Any] = {"orient": "top", "direction": "horizontal", "gradientLength": 180, "gradientThickness": 8}
+    named = titled(f"{title}, square-root scale" if roots else title)
+    return alt.Color(f"{field}:Q", scale=scale, legend=alt.Legend(title=named, format=".2~g", values=labels, **strip))
+
+
+def _tiles_on_ground(base: alt.Chart, color: alt.Color, **mark: Any) -> list[alt.Chart]:
+    """A coloured tile for each number, over ground where there is none."""
+    field = str(color.shorthand).removesuffix(":Q")
+    ground, valid = base.mark_rect(fill="--panel", **mark), base.transform_filter(f"isValid(datum['{field}'])")
+    return [ground, valid.mark_rect(**mark).encode(color=color)]
 
 
 def head_map(
@@ -436,17 +422,12 @@ def head_map(
     n_layers, n_heads = shape
     cell = max(9, min(40, 340 // n_layers))
     mark: dict[str, Any] = {"aria": False} | ({"cursor": "pointer"} if clickable else {})
-    field = str(color.shorthand).removesuffix(":Q")
     base = alt.Chart().encode(
         x=alt.X("index:O", title="head", axis=_tile_axis(n_heads), scale=alt.Scale(domain=list(range(n_heads)))),
         y=alt.Y("layer:O", title="layer", axis=_tile_axis(n_layers), scale=alt.Scale(domain=list(range(n_layers)))),
         tooltip=[*tooltips],
     )
-    tile: dict[str, Any] = {"stroke": "--paper", "strokeWidth": 0.75, **mark}
-    layers = [
-        base.mark_rect(fill="--panel", **tile),
-        base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),
-    ]
+    layers = _tiles_on_ground(base, color, stroke="--paper", strokeWidth=0.75, **mark)
     for name, look in (outlines or {}).items():
         framed = {"fill": "transparent", "stroke": "--ink", "strokeWidth": 2, "cornerRadius": 1, **mark, **look}
         layers.append(base.transform_filter(f"datum.{name}").mark_rect(**framed))
@@ -484,24 +465,14 @@ def tiles(
     """
     columns, lines_down = (list(dict.fromkeys(str(row[side]) for row in rows)) for side in ("x", "y"))
     turned = max(map(len, columns)) * 6.4 > 300 / len(columns)
-    axis: dict[str, Any] = {
-        "labelLimit": 120,
-        "labelOverlap": len(columns) > MOST_LABELS,
-        "ticks": False,
-        "domain": False,
-        "grid": False,
-    }
+    axis: dict[str, Any] = {"labelLimit": 120, "labelOverlap": len(columns) > MOST_LABELS}
+    axis |= {"ticks": False, "domain": False, "grid": False}
     base = alt.Chart().encode(
         x=alt.X("x:O", sort=columns, title=titled(x), axis=alt.Axis(labelAngle=-90 if turned else 0, **axis)),
         y=alt.Y("y:O", sort=lines_down, title=titled(y), axis=alt.Axis(**axis)),
         tooltip=[*tooltips],
     )
-    field = str(color.shorthand).removesuffix(":Q")
-    tile: dict[str, Any] = {"aria": False, "stroke": "--paper", "strokeWidth": 1 if text else 0.5}
-    layers = [
-        base.mark_rect(fill="--panel", **tile),
-        base.transform_filter(f"isValid(datum['{field}'])").mark_rect(**tile).encode(color=color),
-    ]
+    layers = _tiles_on_ground(base, color, aria=False, stroke="--paper", strokeWidth=1 if text else 0.5)
     if text:
         small = any(row.get("interval") for row in rows)
         layers.append(base.mark_text(color="--ink", fontSize=12, dy=-7 if small else 0).encode(text="text:N"))

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, TypeAlias
 
@@ -76,12 +76,6 @@ def _sentence(text: str) -> Markup:
     return Markup(_APART.sub(span, str(escape(text))))
 
 
-def _point_first(text: str) -> Markup:
-    """The first sentence set apart from the rest."""
-    point, stop, rest = text.partition(". ")
-    return Markup("<strong>{}</strong>{}").format(point + stop.rstrip(), f" {rest}" if rest else "")
-
-
 def heads(names: Iterable[str]) -> Markup:
     """Heads with commas, broken between lines at the commas only."""
     return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(name) for name in names)
@@ -128,11 +122,6 @@ def rate_cell(rate: Facts | None, with_interval: bool = True) -> Cell:
         return NOTHING
     counts = f"{rate['count']}/{rate['n']}"
     return Cell(two(rate["rate"]), interval(rate["interval"]) if with_interval else "", counts)
-
-
-def share_cell(rate: Facts | None) -> Cell:
-    """A rate with its counts, where a table has no room for intervals."""
-    return rate_cell(rate, with_interval=False)
 
 
 def mean_cell(mean: Facts | None, sign: bool = False) -> Cell:
@@ -248,7 +237,10 @@ def completions(
         for group, words in groups.items():
             texts = []
             for row in sorted(found.get((name, group), ()), key=lambda row: (row["id"], row.get("seed") or 0)):
-                text = {"query": row["query"], "text": row["text"], "said": _verdicts_said(row, lead_judge)}
+                said = ", ".join(f"{judge}: {verdict['label']}" for judge, verdict in row["verdicts"].items())
+                cut = "" if row.get("complete", True) else "; cut where every judge was final"
+                said = f"prompt {row['id']}, {said}: {row['verdicts'][lead_judge]['reason']}{cut}"
+                text = {"query": row["query"], "text": row["text"], "said": said}
                 room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(part).encode()) for part in text.values())
                 if room < 0:
                     left_out += 1
@@ -260,21 +252,14 @@ def completions(
     return {"sets": shown, "left_out": left_out}
 
 
-def _verdicts_said(row: Facts, lead_judge: str) -> str:
-    """Each judge's label, and the reason of the one that leads."""
-    verdicts = row["verdicts"]
-    said = ", ".join(f"{judge}: {verdict['label']}" for judge, verdict in verdicts.items())
-    reason = verdicts[lead_judge]["reason"]
-    cut = "" if row.get("complete", True) else "; cut where every judge was final"
-    return f"prompt {row['id']}, {said}: {reason}{cut}"
-
-
-_CELLS = (rate_cell, share_cell, mean_cell, change_cell, random_cell)
-
-
-def _as_td(cell: Callable[..., Cell]) -> Callable[..., Markup]:
-    """A kind of cell as templates call it: ``rate(group.asr)``."""
-    return lambda *arguments, **named: td(cell(*arguments, **named))
+CELLS: dict[str, Callable[..., Cell]] = {
+    "rate": rate_cell,
+    "share": partial(rate_cell, with_interval=False),
+    "mean": mean_cell,
+    "change": change_cell,
+    "random": random_cell,
+}
+"""What templates call a kind of cell, as in ``rate(group.asr)`` -> what makes it."""
 
 
 @cache
@@ -297,13 +282,13 @@ def _environment() -> Environment:
         "rate_words": rate_words,
         "heads": heads,
         "sentence": _sentence,
-        "point_first": _point_first,
         "sentence_case": sentence_case,
         "thousands": lambda count: f"{count:,}",
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),
     }
     environment.globals |= {"td": td, "th": th, "signed": signed}
-    environment.globals |= {cell.__name__.removesuffix("_cell"): _as_td(cell) for cell in _CELLS}
+    for name, cell in CELLS.items():
+        environment.globals[name] = lambda *arguments, cell=cell: td(cell(*arguments))
     return environment
 
 
