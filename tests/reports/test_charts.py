@@ -80,11 +80,11 @@ def test_every_kind_is_drawn_from_one_point(kind: str) -> None:
 
 def test_shares_run_from_0_to_1_and_changes_do_not() -> None:
     def domain(y: float) -> Any:
-        return charts.measured_scale([{"y": y, "low": y, "high": y}], True)["scale"].to_dict().get("domain")
+        return charts.measured_axis("y", [{"y": y, "low": y, "high": y}], True)["scale"].to_dict().get("domain")
 
     assert domain(0.2) == [0, 1]
     assert domain(-0.2) is None
-    assert charts.measured_scale([], True)["scale"].to_dict()["domain"] == [0, 1]
+    assert charts.measured_axis("y", [], True)["scale"].to_dict()["domain"] == [0, 1]
 
 
 def test_zero_stands_at_the_left_end_of_a_logarithmic_axis() -> None:

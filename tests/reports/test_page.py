@@ -37,7 +37,7 @@ def test_signs_and_p_values_are_written_for_people() -> None:
 
 def test_a_cell_has_interval_n_and_p_beside_its_number() -> None:
     assert page.rate_cell(RATE).of == "[0.10,\xa00.50] · 6/24"
-    assert page.share_cell(RATE).of == "6/24"
+    assert page.CELLS["share"](RATE).of == "6/24"
     change = {"change": -0.2, "interval": [-0.4, 0.1], "p_value": 0.2}
     assert (page.change_cell(change).text, page.change_cell(change).of) == (
         "−0.20",

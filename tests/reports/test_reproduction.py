@@ -103,11 +103,6 @@ def test_notes_that_are_no_evidence_make_a_badge() -> None:
     assert "Not evidence" not in pages()["fig2"].words
 
 
-def test_provenance_of_a_page_is_its_own_and_of_the_index_all() -> None:
-    assert "Plans of batches of the run" in pages()["index"].words
-    assert "groups_per_batch" not in pages()["fig2"].words
-
-
 def test_every_number_of_a_table_reaches_the_page() -> None:
     for outcome in samples.outcomes():
         words = pages()[outcome.name].words

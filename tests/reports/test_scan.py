@@ -142,8 +142,9 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     sample = SAMPLES[name]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
-    made = drill_data(AnswerTable.of(rows, "paper"), ["", *scan_samples.HEADS], judges, scan_samples.EPSILON)
-    assert made["n_left_out"] == 0
+    made = drill_data(results_of(sample), AnswerTable.of(rows, "paper"), judges)
+    assert made is not None
+    assert (made["n_left_out"], len(made["heads"])) == (0, 9)
     for kind in SETS if sample.benign else SETS[:1]:
         for head in made["heads"]:
             place = ("heads", kind, head, scan_samples.EPSILON) if head else ("vanilla", kind, head, None)
@@ -162,7 +163,8 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
 
 def test_heads_without_room_are_counted() -> None:
     table = AnswerTable.of(scan_samples.rows(Sample()), "paper")
-    made = drill_data(table, ["", *scan_samples.HEADS], ["paper"], scan_samples.EPSILON, room=700)
+    made = drill_data(results_of(Sample()), table, ["paper"], room=700)
+    assert made is not None
     assert 1 < len(made["heads"]) < 9
     assert len(made["heads"]) + made["n_left_out"] == 9
     assert all(set(own) <= set(made["heads"]) for own in made["others"].values())

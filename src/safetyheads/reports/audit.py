@@ -41,13 +41,7 @@ def audit_page(run: RunDirectory, show_completions: bool) -> str:
 
 
 def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[Row] | None = None) -> str:
-    """The page; equal arguments give equal text.
-
-    Args:
-        results: of an audit.
-        manifest: of its run.
-        rows: its stored answers; None leaves them out of the page.
-    """
+    """The page; equal arguments give equal text. ``rows``: stored answers; None leaves them out."""
     # Files keep their keys sorted; scores that the page does not know come last.
     for field in ("scores", "sahara"):
         named = results[field]
@@ -204,11 +198,8 @@ def group_curve(
 ) -> Spec | None:
     """ASR and benign answers kept by size of the group, over the band of the random groups; None without groups.
 
-    Args:
-        groups: one a size, with ``size``, ``heads``, ``asr``, ``benign_kept`` and ``random``.
-        vanilla: the unablated model's ASR.
-        kept: its benign answers that are kept; None without benign prompts.
-        y: what the rates are shares of.
+    Groups, one a size, have ``size``, ``heads``, ``asr``, ``benign_kept`` and ``random``; ``vanilla`` is the unablated
+    model's ASR, ``kept`` its benign answers that are kept, ``y`` what the rates are shares of.
     """
     rows = [*rate_rows(0, SEARCHED, vanilla, ()), *rate_rows(0, KEPT, kept, ())]
     for group in groups:

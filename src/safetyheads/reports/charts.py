@@ -284,7 +284,7 @@ def _random_layers(
         return []
     band = base.transform_filter("datum.kind == 'band'")
     ends, mean = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}, alt.Y("y:Q", **measured)
-    tick = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
+    tick: dict[str, Any] = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
     ticks = base.transform_filter("datum.kind == 'random'").mark_tick(**tick)
     if len(sizes) == 1:
         layers = [band.mark_rule(strokeWidth=26, opacity=0.22).encode(**ends)]
@@ -390,7 +390,7 @@ def heat(
     if top > largest:
         top = float(f"{largest * 0.95:.1g}")
     labels = [-top, 0, top] if signed else [0, top / 4 if roots else top / 2, top]
-    kind = "sqrt" if roots else "linear"
+    kind: Literal["sqrt", "linear"] = "sqrt" if roots else "linear"
     scale = alt.Scale(type=kind, domain=domain, range=[*colours], clamp=True, interpolate="lab")
     strip: dict[str, Any] = {"orient": "top", "direction": "horizontal", "gradientLength": 180, "gradientThickness": 8}
     named = titled(f"{title}, square-root scale" if roots else title)

@@ -219,12 +219,7 @@ def completions(
 ) -> dict[str, Any]:
     """What the model wrote, set by set and group by group, as far as there is room, and how many found none.
 
-    Args:
-        rows: stored answers with their texts.
-        sets: of prompts, in the page's order.
-        groups: heads that were ablated together -> how a title names them, in the page's order.
-        lead_judge: whose reason is told.
-        room: bytes.
+    ``groups``: heads that were ablated together -> how a title names them; ``room``: bytes.
     """
     found: dict[tuple[str, frozenset[str]], list[Facts]] = {}
     for row in rows:

@@ -53,11 +53,6 @@ _NUMBERS = ("rate", "change", "number")
 def render_reproduction(results: Record, manifest: Record, timings: Record) -> tuple[str, dict[str, str]]:
     """The index, and every experiment's page by its file name; equal arguments give equal texts.
 
-    Args:
-        results: of a reproduction.
-        manifest: of its run.
-        timings: ``timings.json``; empty where the run has none.
-
     Raises:
         InputError: an experiment has a name that no file can have.
     """
@@ -197,10 +192,7 @@ def table_shown(table: Record) -> dict[str, Any]:
 def cells(row: Record, columns: Sequence[Record], above: Record | None = None) -> Iterator[Cell]:
     """The cells of a row: a measured number with its interval and n, a quoted one marked as such.
 
-    Args:
-        row: an outcome's.
-        columns: of its table.
-        above: the row before it: what begins alike is marked as said already.
+    What begins like the row ``above`` is marked as said already.
     """
     same = above is not None
     texts = [str(row.get(column["key"])) for column in columns if column["kind"] == "text"]
@@ -332,8 +324,9 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
     tooltips, has_text = charts.tooltip(rows, titles), n_columns <= charts.MOST_TILES_WITH_TEXT
     if n_columns > charts.MOST_COLUMNS_WITH_INTERVALS:
         rows = [row | {"interval": ""} for row in rows]
-    axes, size = (figure["x"], figure["y"]), {"cell": 46 if has_text else 22, "most": 130 + 90 * n_columns}
-    return charts.tiles(rows, color, *axes, tooltips, _described(figure), text=has_text, **size)
+    sides: dict[str, Any] = {"x": figure["x"], "y": figure["y"], "most": 130 + 90 * n_columns}
+    sides |= {"cell": 46 if has_text else 22, "text": has_text}
+    return charts.tiles(rows, color, tooltips=tooltips, description=_described(figure), **sides)
 
 
 def _attention(figure: Record, points: Sequence[Row]) -> Spec:

@@ -62,19 +62,11 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
 def render_scan(
     results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], timings: Mapping[str, Any], show_texts: bool
 ) -> str:
-    """The page; equal arguments give equal text.
-
-    Args:
-        results: of a scan.
-        manifest: of its run.
-        rows: every judged answer, with texts where those are to be shown.
-        timings: ``timings.json``; empty where the run has none.
-        show_texts: whether the page holds what the model wrote.
-    """
+    """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
     table, strongest, differ = AnswerTable.of(rows, results["lead_judge"]), _strongest(results), differing(results)
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
-    drill, planted = _drill(results, table, judges), results.get("planted_heads") or []
+    drill, planted = drill_data(results, table, judges), results.get("planted_heads") or []
     badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the ASR"
     if not differ:
         has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
@@ -92,7 +84,7 @@ def render_scan(
         "first_heads": [*differ, *[head for head in by_asr(results["heads"]) if head not in differ][:TOP_HEADS]],
         "n_differing": len(differ),
         "all_heads": listed,
-        "role": _role_words,
+        "roles": ROLES,
         "n_at_origin": sum(head["change"]["change"] == 0 and benign_lost(head) == 0 for head in results["heads"]),
         "groups": _groups(results),
         "followed": _followed(results),
@@ -109,15 +101,15 @@ def render_scan(
         wanted = [row for row in rows if (row["part"], row["epsilon"]) in (("vanilla", None), ("heads", epsilon))]
         groups = {frozenset([head] if head else []): _ablated(head) for head in heads_of_interest(results)}
         content["completions"] = completions(wanted, SETS, groups, judges[0], room)
-    return render("scan.html.j2", content, _measured(results), manifest, figures, columns)
+    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "settings", "judges")}
+    measured |= {"tests": {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}}
+    return render("scan.html.j2", content, measured, manifest, figures, columns)
 
 
 def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
-    """The judged answers of a run, with the verdicts of later judges beside those of its own.
+    """The judged answers of a scan, with the verdicts of later judges beside those of its own.
 
-    Args:
-        run: the run directory of a scan.
-        with_texts_of: what was ablated in the answers that keep their texts; the others take no memory for theirs.
+    Only answers under the heads of ``with_texts_of`` keep their texts; those of the others would fill the memory.
     """
     later: dict[str, dict[str, Any]] = {}
     for row in run.stored_records():
@@ -201,15 +193,6 @@ def _outcomes(results: Results) -> list[str]:
     return [name for name in RATES if name != "asr" and (name != "safe" or has_safe)]
 
 
-def _role_words(head: Head) -> tuple[str, str]:
-    """What the ablated head seems to carry, and the class of its colour."""
-    if head["role"] == "none" and head["change"]["differs"]:
-        return "frees fewer harmful answers", "less"
-    if head["benign"] is None and head["role"] != "none":
-        return "frees harmful answers; benign ones not measured", "yes"
-    return ROLES[head["role"]][:2]
-
-
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups under a heading for each part of the scan."""
     vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
@@ -238,11 +221,12 @@ def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupA
 
 def _states(results: Results, table: AnswerTable, name: str, head: Head | None, judge: str) -> dict[str, GroupAnswers]:
     """The unablated answers to a set and those under a head, where the judge judged them all."""
-    heads = ["", *([head["head"]] if head else [])]
-    found = {
-        _ablated(head_name): _answers(table, name, head_name, results["ablation"]["epsilon"]) for head_name in heads
-    }
-    return {words: answers for words, answers in found.items() if answers is not None and _judged_by(answers, judge)}
+    found = {}
+    for group in dict.fromkeys(["", head["head"] if head else ""]):
+        answers = _answers(table, name, group, results["ablation"]["epsilon"])
+        if answers is not None and _judged_by(answers, judge):
+            found[_ablated(group)] = answers
+    return found
 
 
 def _judged_by(answers: GroupAnswers, judge: str) -> bool:
@@ -288,32 +272,22 @@ def _reason_tables(
                 yield {"title": title, "states": list(states), "rows": rows, "n_more": n_more}
 
 
-def _drill(results: Results, table: AnswerTable, judges: Sequence[str]) -> dict[str, Any] | None:
-    """The answers of single heads: those of interest first, then by ASR; None where the run holds no answers."""
-    unablated = [answers for answers in map(table.vanilla, SETS) if answers is not None]
-    if not unablated:
-        return None
-    known = [judge for judge in judges if all(_judged_by(answers, judge) for answers in unablated)]
-    heads = dict.fromkeys([*heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))])
-    return drill_data(table, list(heads), known, results["ablation"]["epsilon"])
-
-
 def drill_data(
-    table: AnswerTable, heads: Sequence[str], judges: Sequence[str], epsilon: float, room: int = MAX_DRILL_BYTES
-) -> dict[str, Any]:
-    """The answers under each head for the page's script, as many heads as there is room for, first ones first.
+    results: Results, table: AnswerTable, judges: Sequence[str], room: int = MAX_DRILL_BYTES
+) -> dict[str, Any] | None:
+    """The answers under each head for the page's script; None where the run holds no answers.
+
+    Heads of interest come first, then those of highest ASR, as many as ``room`` has bytes for.
 
     A state is what an answer is beside its place: label and reason of each judge, changed, complete. Each distinct
     state stands there once and is meant by its number; of a head only the answers are written whose state is not that
     of the unablated answer.
-
-    Args:
-        table: all answers.
-        heads: the empty one, which is the unablated model, and the others by interest.
-        judges: whose verdicts are shown.
-        epsilon: strength of the ablation.
-        room: bytes.
     """
+    unablated = [answers for answers in map(table.vanilla, SETS) if answers is not None]
+    if not unablated:
+        return None
+    judges = [judge for judge in judges if all(_judged_by(answers, judge) for answers in unablated)]
+    heads = list(dict.fromkeys([*heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))]))
     states: dict[tuple[int, ...], int] = {}
     reasons: dict[str, int] = {}
 
@@ -325,7 +299,7 @@ def drill_data(
         return states.setdefault((*found, int(row["changed"]), int(row["complete"])), len(states))
 
     def answers_of(name: str, head: str) -> list[Record]:
-        answers = _answers(table, name, head, epsilon)
+        answers = _answers(table, name, head, results["ablation"]["epsilon"])
         return [] if answers is None else answers.flat()
 
     vanilla = {name: answers_of(name, "") for name in SETS}
@@ -350,7 +324,7 @@ def drill_data(
             other[name][head] = pairs
         shown += [head] if differ else []
     return {
-        "judges": list(judges),
+        "judges": judges,
         "labels": list(LABELS),
         "reasons": list(reasons),
         "states": [list(state) for state in states],
@@ -372,8 +346,17 @@ def _figures(results: Results) -> dict[str, Spec]:
     prefixes, query_level = _sized(results["groups"], "prefixes"), _sized(results["query_level"])
     series = {OWN_HEADS: query_level} | ({ONE_GROUP: prefixes} if prefixes else {})
     kept = results["vanilla"].get("benign", {}).get("kept")
+    rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
     found = {
-        "asr_alone": _asr_alone(results),
+        # Fig 4b.
+        "asr_alone": charts.head_map(
+            charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
+            (results["model"]["n_layers"], results["model"]["n_heads"]),
+            _head_tooltip(results),
+            "ASR of every head ablated alone, layer by head",
+            outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}},
+            clickable=True,
+        ),
         "harmful_and_benign": _harmful_and_benign(results),
         "prefixes": group_curve(prefixes, vanilla, kept, _OF_PROMPTS) if prefixes else None,
         "query_level": group_lines(series, vanilla, _OF_PROMPTS) if query_level else None,
@@ -390,21 +373,6 @@ def _sized(groups: Sequence[Row], part: str | None = None) -> list[dict[str, Any
     found = [{"heads": ["of each prompt"], **group} for group in groups if part is None or group["part"] == part]
     sized = [group if part is None else group | {"size": len(group["heads"])} for group in found]
     return sorted(sized, key=lambda group: int(group["size"]))
-
-
-def _asr_alone(results: Results) -> Spec:
-    """ASR of every head ablated alone, layer by head (Fig 4b)."""
-    rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
-    model = results["model"]
-    outlines: Any = {"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}}
-    return charts.head_map(
-        charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
-        (model["n_layers"], model["n_heads"]),
-        _head_tooltip(results),
-        "ASR of every head ablated alone, layer by head",
-        outlines=outlines,
-        clickable=True,
-    )
 
 
 def _head_tooltip(results: Results) -> list[alt.Tooltip]:
@@ -502,7 +470,7 @@ def _synergy(results: Results) -> Spec | None:
     """What each pair frees beyond the sum of its heads, as a symmetric map."""
     if not results["synergy"]:
         return None
-    rows = []
+    rows: list[Look] = []
     for pair in results["synergy"]["pairs"]:
         low, high = map(charts.rounded, pair["interval"])
         row: Look = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high}
@@ -526,13 +494,10 @@ def _counted(rate: Mapping[str, Any]) -> str:
 
 def _epsilons(results: Results) -> Spec | None:
     """ASR against the strength of the ablation, a line a head; None with one strength."""
-    followed = _followed(results)
-    rows = [
-        row
-        for head in followed
-        for strength, rate in zip(results["epsilons"], head["rates"], strict=True)
-        for row in rate_rows(strength["epsilon"], head["head"], rate, [head["head"]])
-    ]
+    rows = []
+    for head in _followed(results):
+        for strength, rate in zip(results["epsilons"], head["rates"], strict=True):
+            rows += rate_rows(strength["epsilon"], head["head"], rate, [head["head"]])
     vanilla, title = results["vanilla"]["harmful"]["asr"]["rate"], "ε, strength of the ablation (log scale)"
     described = "ASR of single heads against epsilon"
     if not rows:
@@ -574,12 +539,3 @@ def _head_facts(head: Head) -> dict[str, Any]:
     answers = f"{head['asr']['count']} of {head['asr']['n']}"
     facts: Look = {name: charts.rounded(value, 4) for name, value in numbers.items()}
     return facts | {"answers": answers, "role": head["role"]}
-
-
-# Provenance.
-
-
-def _measured(results: Results) -> dict[str, Any]:
-    tests = {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}
-    named = ("model", "data", "ablation", "sampling", "settings", "judges")
-    return {name: results[name] for name in named} | {"tests": tests}
