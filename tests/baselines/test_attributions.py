@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_samples import close, hooks_of
+from baseline_samples import close, hooks_of, inputs_of
 from families import FAMILIES, built, proved
 from tiny_models import engine_of, prompts_of, tokenizer
 from torch import nn
@@ -58,7 +58,11 @@ class Written:
             attention = self.model.get_submodule(path.format(layer))
             module = attention.get_submodule(projection)
             for prompt, ids in enumerate(PROMPTS):
-                z, block = self._run(ids, attention, module)
+                blocks = []
+                handle = attention.register_forward_hook(lambda _, __, output, blocks=blocks: blocks.append(output))
+                z = inputs_of(self.model, [module], ids)[0][module][-1]
+                handle.remove()
+                block = (blocks[0][0] if isinstance(blocks[0], tuple) else blocks[0]).flatten(0, -2)[-1]
                 self.blocks[prompt, layer] = block - (0 if module.bias is None else module.bias.detach())
                 width = len(z) // N_HEADS
                 for head in range(N_HEADS):
@@ -66,22 +70,6 @@ class Written:
                     weight = module.weight.detach()
                     sliced = weight[:, part].T if isinstance(module, nn.Linear) else weight[part]
                     self.outputs[prompt, layer, head] = z[part].double() @ sliced.double()
-
-    @torch.no_grad()
-    def _run(self, ids, attention, projection):
-        seen = {}
-
-        def given(_, inputs):
-            seen["z"] = inputs[0].flatten(0, -2)[-1]
-
-        def gives(_, __, output):
-            seen["block"] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)[-1]
-
-        hooks = projection.register_forward_pre_hook(given), attention.register_forward_hook(gives)
-        self.model(input_ids=torch.tensor([ids]), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return seen["z"], seen["block"]
 
     def table(self, number, engine):
         """A number of each O_h as [n_prompts, n_layers, n_heads]."""
@@ -144,11 +132,8 @@ def test_the_frozen_norm_is_the_norm(name):
 @pytest.mark.parametrize("name", ["llama3", "gpt2"])
 def test_logit_attribution_by_hand(name):
     engine, slow = proved(name), Written(name)
-    model, norm, seen = slow.model, slow.model.get_submodule(FAMILIES[name].norm), []
-    hook = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0][0, -1].double()))
-    for ids in PROMPTS:
-        model(input_ids=torch.tensor([ids]), use_cache=False)
-    hook.remove()
+    model, norm = slow.model, slow.model.get_submodule(FAMILIES[name].norm)
+    seen = [inputs_of(model, [norm], ids)[0][norm][-1].double() for ids in PROMPTS]
     unembedding, weight = model.get_output_embeddings().weight.double(), norm.weight.double()
     wanted = slow.table(torch.linalg.norm, engine)
     for (prompt, layer, head), output in slow.outputs.items():

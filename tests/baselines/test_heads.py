@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from baseline_samples import NEW_TOKENS, made_up_material, material, on_the_organism, organism
+from baseline_samples import NEW_TOKENS, inputs_of, made_up_material, material, on_the_organism, organism
 from families import proved
 
 from safetyheads import SCALING_CONTRIBUTION, Head, InputError, KeywordJudge
@@ -76,14 +76,11 @@ def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
     for ids, group in zip(engine.ask(prompts).token_ids, two.groups(prompts), strict=True):
         by_hand = {}
         for layer in range(4):
-            projection, seen = engine.model.model.layers[layer].self_attn.o_proj, []
-            hook = projection.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0][0, -1]))
-            with torch.no_grad():
-                engine.model(input_ids=torch.tensor([ids]))
-            hook.remove()
+            projection = engine.model.model.layers[layer].self_attn.o_proj
+            z = inputs_of(engine.model, [projection], ids)[0][projection][-1]
             for head in range(8):
                 part = slice(head * 16, head * 16 + 16)
-                output = seen[0][part].double() @ projection.weight[:, part].T.double()
+                output = z[part].double() @ projection.weight[:, part].T.double()
                 by_hand[Head(layer, head)] = abs(float(output.detach() @ direction))
         assert group == tuple(sorted(by_hand, key=lambda head: -by_hand[head])[:2])
 

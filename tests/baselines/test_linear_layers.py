@@ -80,8 +80,8 @@ def test_weights_are_put_back_bit_for_bit(method):
 
 
 def put_to_work(method, engine):
-    (one,) = method.interventions(made_up_material(engine), [0.5])
-    with one.at_work():
+    (half,) = method.interventions(made_up_material(engine), [0.5])
+    with half.at_work():
         pass
 
 

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 from families import built
 from tiny_models import END, prompts_of, tokenizer
@@ -22,7 +23,6 @@ from safetyheads.model.loading import use_our_attention
 
 NEW_TOKENS = 32
 """The organism's longest answer has 26."""
-MADE_UP = ((5, 9, 12, 40, 41, 8, 3, 22, 17), (7, 30, 2, 11), (19, 44, 50, 3, 3, 21))
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22, 17), (7, 30, 2, 11), (19, 44, 50, 3, 3, 21), (1, 2, 3, 4))
 # Rows that stop after 1 to 9 tokens: rows are taken out of the batch, and out of all caches.
 LIMITS = dict(zip(PROMPTS, (9, 1, 4, 2), strict=True))
@@ -90,7 +90,7 @@ def engine_on(family, changed=0.0):
 
 def made_up_material(engine, unaligned=None):
     """Tokens that mean nothing, for a random model."""
-    harmful, benign = prompts_of(*MADE_UP), prompts_of(*(prompt[::-1] for prompt in MADE_UP))
+    harmful, benign = prompts_of(*PROMPTS[:3]), prompts_of(*(prompt[::-1] for prompt in PROMPTS[:3]))
     return Material(engine, harmful, benign, ANSWERS, ANSWERS[::-1], openers=(14, 20), unaligned=unaligned)
 
 
@@ -104,23 +104,28 @@ def layer_and_inputs(d_out=6, d_in=12, n_tokens=200, seed=0):
     return drawn(d_out, d_in), drawn(n_tokens, d_in) @ (torch.eye(d_in) + 0.4 * drawn(d_in, d_in))
 
 
+@torch.no_grad()
+def inputs_of(model, modules, ids):
+    """The slow twin of seeing inputs: module -> [n_tokens, width] in a plain run of one sequence; its logits too."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda called, given: seen.update({called: given[0].flatten(0, -2)}))
+        for module in modules
+    ]
+    logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return seen, logits
+
+
 def one_by_one(engine, sequences):
     """The slow twin of gram_matrices: each sequence alone, unpadded, every input kept."""
-    linears, seen = linear_layers(engine), {}
+    inputs = {linear: [] for linear in linear_layers(engine)}
     for sequence in sequences:
-        handles = [
-            linear.module.register_forward_pre_hook(
-                lambda _, given, linear=linear, n=sequence.n_wanted: seen.setdefault(linear, []).append(
-                    given[0][0, -n:]
-                )
-            )
-            for linear in linears
-        ]
-        with torch.no_grad():
-            engine.model(input_ids=torch.tensor([sequence.token_ids]), use_cache=False)
-        for handle in handles:
-            handle.remove()
-    return {linear: torch.cat(parts).double() for linear, parts in seen.items()}
+        seen, _ = inputs_of(engine.model, [linear.module for linear in inputs], sequence.token_ids)
+        for linear, parts in inputs.items():
+            parts.append(seen[linear.module][-sequence.n_wanted :])
+    return {linear: torch.cat(parts).double() for linear, parts in inputs.items()}
 
 
 def answers_with_limits(engine, prompts=PROMPTS):
@@ -157,6 +162,21 @@ def hooks_of(model):
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
     return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def assert_undone(engine, at_work, *others):
+    """At work the weights count as others; after it, and after an error, all is as before, bit for bit."""
+    models = [engine.model, *(other.model for other in others)]
+
+    def state():
+        return engine.weights_version, [(weights_hash(model), hooks_of(model)) for model in models]
+
+    before = state()
+    with at_work():
+        assert engine.weights_version is not before[0]
+    with pytest.raises(KeyboardInterrupt), at_work():
+        raise KeyboardInterrupt
+    assert state() == before
 
 
 def close(found, wanted, tolerance=FLOAT32):

@@ -49,10 +49,7 @@ def swapped_attention(
     and keys, sinks. Scores, answers and :meth:`Engine.ablated` work inside on the swapped model; scorers that were made
     outside refuse to. A swap inside a swap replaces its layers until it ends.
 
-    Args:
-        engine: whose model gets another attention.
-        donor: an engine, or a plain model, of the same family and shape; it is left unchanged.
-        layers: whose attention is swapped; by default all.
+    The donor is an engine or a plain model of the same family and shape; by default all ``layers`` are swapped.
 
     Raises:
         InputError: families, shapes, attention settings, dtypes or vocabularies differ, or weights are not plain.

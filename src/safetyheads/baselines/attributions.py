@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safetyheads.baselines.base import inputs_seen, last_states, packed_rows, refuse_streams, sequences_of, states_of
+from safetyheads.baselines.base import last_states, refuse_streams, see_inputs
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.scores import HeadScores
 
@@ -35,14 +34,7 @@ _RESOLUTION = {4: 2e-6, 2: 1e-2}
 
 
 def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> HeadScores:
-    """RDSHA's score: |O_h . r| / |r| of every head, prompt by prompt, for r [d_model] of any length above 0.
-
-    Returns:
-        values [n_prompts, n_layers, n_heads] in units of the residual stream.
-
-    Raises:
-        UnsupportedModelError: a family with several residual streams.
-    """
+    """RDSHA's score |O_h . r| / |r| [n_prompts, n_layers, n_heads], for r [d_model] of any length above 0."""
     refuse_streams(engine)
     unit = direction.double() / direction.double().norm()
     return _scores(engine, projections(engine, prompts, unit).abs(), "refusal_projection", "residual units")
@@ -59,7 +51,6 @@ def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int
         values [n_prompts, n_layers, n_heads] in nats.
 
     Raises:
-        InputError: no openers.
         UnsupportedModelError: several residual streams, or logits that are not made by a plain matrix.
     """
     if not openers:
@@ -81,13 +72,9 @@ def _scores(engine: Engine, values: Tensor, name: str, unit: str) -> HeadScores:
 
 
 def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor:
-    """O_h . direction [d_model] at the last prompt token, signed, in units of the residual stream and the direction.
+    """O_h . direction [d_model] at the last prompt token, signed: float64 [n_prompts, n_layers, n_heads].
 
-    Returns:
-        float64 [n_prompts, n_layers, n_heads], NaN where a layer has no such head.
-
-    Raises:
-        UnsupportedModelError: the output projection of a layer is not known.
+    NaN where a layer has no such head.
     """
     layers = engine.architecture.with_heads
     modules, shapes = zip(*(output_projection(engine, layer) for layer in layers), strict=True)
@@ -97,8 +84,7 @@ def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor
         wanted = direction.detach().double().to(weight.device)
         # Head by head: a whole W_O in float64 would be twice the size of its float32 copy.
         along.append(torch.stack([of_head.double() @ wanted for of_head in weight]))
-    sequences = sequences_of(engine, prompts)
-    values = torch.full((len(sequences), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
+    values = torch.full((len(prompts), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
 
     def see(row: PackedRow, number: int, given: Tensor) -> None:
         shape, flat = shapes[number], given.flatten(0, -2)  # [n_tokens, n_heads * d_value]
@@ -106,18 +92,12 @@ def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor
         products = torch.einsum("phv,hv->ph", z.double(), along[number].to(z.device))
         values[list(row.members), layers[number], : shape.n_heads] = products.cpu()
 
-    for row in packed_rows(engine, sequences):
-        with inputs_seen(modules, partial(see, row)):
-            states_of(engine, row)
+    see_inputs(engine, prompts, modules, see)
     return values
 
 
 def output_projection(engine: Engine, layer: int) -> tuple[nn.Module, HeadShape]:
-    """The module that mixes a layer's heads (W_O), and the heads' shape.
-
-    Raises:
-        UnsupportedModelError: no such module is known.
-    """
+    """The module that mixes a layer's heads (W_O), and the heads' shape; refused where no such module is known."""
     facts = engine.architecture
     projection, shape = facts.output_projections[layer], facts.shapes[layer]
     if projection is None or shape is None:

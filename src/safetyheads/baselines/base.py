@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,25 +160,18 @@ def refuse_streams(engine: Engine) -> None:
 # Plain forward passes over packed prompts. The model runs its own forward, so activation hooks act inside.
 
 
-def sequences_of(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> tuple[TokenSequence, ...]:
-    """The prompts under their template; states of the last ``n_wanted`` tokens are wanted."""
-    return tuple(TokenSequence(token_ids, n_wanted) for token_ids in engine.ask(prompts).token_ids)
-
-
-def packed_rows(engine: Engine, sequences: Sequence[TokenSequence]) -> Iterator[PackedRow]:
-    """The sequences in packed rows that fit the memory, in order; one a row where packing is not exact."""
-    engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
+def packed_rows(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> Iterator[PackedRow]:
+    """The prompts in packed rows that fit the memory, in order; states of their last ``n_wanted`` tokens are wanted."""
+    asked = engine.ask(prompts)
+    engine.prove_up_to(asked.longest)
+    sequences = [TokenSequence(token_ids, n_wanted) for token_ids in asked.token_ids]
     for members in engine.plan(sequences).rows:
         yield pack(sequences, members, engine.device)
 
 
 @torch.inference_mode()
 def states_of(engine: Engine, row: PackedRow) -> Tensor:
-    """One run over a packed row: the wanted tokens' last states [n_wanted, d_model], before the final norm.
-
-    Raises:
-        SafetyheadsError: heads are ablated at the moment.
-    """
+    """One run over a packed row: the wanted tokens' last states [n_wanted, d_model], before the final norm."""
     segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
     call = AttentionCall(segments=segments)
     calls = dict.fromkeys(engine.architecture.with_heads, call) if segments is not None else {}
@@ -187,8 +181,7 @@ def states_of(engine: Engine, row: PackedRow) -> Tensor:
 
 def last_states(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> Tensor:
     """States of each prompt's last tokens [n_prompts * n_wanted, d_model], before the final norm."""
-    rows = packed_rows(engine, sequences_of(engine, prompts, n_wanted))
-    return torch.cat([states_of(engine, row) for row in rows])
+    return torch.cat([states_of(engine, row) for row in packed_rows(engine, prompts, n_wanted)])
 
 
 def refusal_log_odds(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> Tensor:
@@ -198,11 +191,7 @@ def refusal_log_odds(engine: Engine, prompts: PromptSet, openers: Sequence[int])
 
 
 def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """The hidden states that a module is called with.
-
-    Raises:
-        UnsupportedModelError: they have no known name.
-    """
+    """The hidden states that a module is called with."""
     if not positional and "hidden_states" not in keywords:
         raise UnsupportedModelError(f"{type(module).__name__} is not given hidden states under a known name")
     return positional[0] if positional else keywords["hidden_states"]
@@ -219,6 +208,19 @@ def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+def see_inputs(
+    engine: Engine,
+    prompts: PromptSet,
+    modules: Sequence[nn.Module],
+    see: Callable[[PackedRow, int, Tensor], None],
+    n_wanted: int = 1,
+) -> None:
+    """Runs the prompts; calls ``see`` with each packed row, a module's number and the module's input."""
+    for row in packed_rows(engine, prompts, n_wanted):
+        with inputs_seen(modules, partial(see, row)):
+            states_of(engine, row)
 
 
 # Counts of weights, on the model itself.

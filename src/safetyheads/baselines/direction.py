@@ -21,13 +21,10 @@ from safetyheads.baselines.base import (
     Material,
     Method,
     first_input,
-    inputs_seen,
     last_states,
-    packed_rows,
     refusal_log_odds,
     refuse_streams,
-    sequences_of,
-    states_of,
+    see_inputs,
     writing_parameters,
 )
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
@@ -174,9 +171,7 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
         states = hidden[0][row.wanted.to(hidden.device)].double()
         sums[:, layer] += states.view(-1, n_tokens, facts.d_model).sum(dim=0).cpu()
 
-    for row in packed_rows(engine, sequences_of(engine, prompts, n_tokens)):
-        with inputs_seen(facts.layers, partial(see, row)):
-            states_of(engine, row)
+    see_inputs(engine, prompts, facts.layers, see, n_tokens)
     return sums / len(prompts)
 
 

@@ -78,7 +78,6 @@ def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
     """Every linear layer of the decoder layers, in order.
 
     Raises:
-        InputError: weights are not plain numbers in memory.
         UnsupportedModelError: a decoder layer has matrices that are no linear layer's, such as stacked experts.
     """
     refuse_wrapped("the model", engine.model, EDITS)
@@ -161,10 +160,8 @@ def batches(engine: Engine, text: Sequence[TokenSequence]) -> list[TextBatch]:
     def length(sequence: TokenSequence) -> int:
         return len(sequence.token_ids)
 
-    order = sorted(text, key=length)
-    runs = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
-    laid_out = []
-    for run in runs:
+    order, laid_out = sorted(text, key=length), []
+    for run in [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]:
         together = max(1, _TOKENS_AT_ONCE // length(run[-1]))
         laid_out += [_batch(engine, run[at : at + together]) for at in range(0, len(run), together)]
     return laid_out

@@ -33,11 +33,7 @@ Neurons = Mapping[int, Tensor]
 
 
 def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
-    """The last projection of each layer's MLP.
-
-    Raises:
-        UnsupportedModelError: a layer has none, or several, as with experts.
-    """
+    """The last projection of each layer's MLP; refused where a layer has none, or several, as with experts."""
     facts, downs = engine.architecture, []
     for layer, mlp in enumerate(_outside_attention(engine)):
         named = [linear for linear in mlp if linear.name.split(".")[-1] in DOWN_NAMES]
@@ -64,8 +60,7 @@ def _outside_attention(engine: Engine) -> list[list[LinearLayer]]:
 def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) -> Tensor:
     """GTAC (Eq 2): RMS, over the counted tokens, of the difference of a neuron's values in the two models.
 
-    Returns:
-        float64 [n_layers, d_mlp], the last layer included; NaN beyond a narrower layer's width.
+    float64 [n_layers, d_mlp], the last layer included; NaN beyond a narrower layer's width.
     """
     ours, theirs = down_projections(engine), down_projections(unaligned)
     sums = torch.zeros(len(ours), max(linear.d_in for linear in ours), dtype=torch.float64)
@@ -147,8 +142,13 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
         whole[..., chosen[layer]] = values[layer].to(whole.dtype)
         return (whole, *given[1:])
 
+    def release() -> None:
+        for cache in list(twins):  # those that still exist get their own methods back
+            for name in _REORDERING:
+                cache.__dict__.pop(name, None)
+
     with ExitStack() as stack, engine.weights_changed():
-        stack.callback(_release, twins)
+        stack.callback(release)
         stack.enter_context(inputs_seen([linear.module for linear in theirs], see))
         handles = [
             engine.model.register_forward_pre_hook(run_unaligned, with_kwargs=True),
@@ -183,13 +183,6 @@ def _follow(cache: Any, twin: Any, name: str) -> Any:
         getattr(twin, name)(*arguments, **keywords)
 
     return both
-
-
-def _release(twins: WeakKeyDictionary[Any, Any]) -> None:
-    """Caches that still exist get their own methods back."""
-    for cache in list(twins):
-        for name in _REORDERING:
-            cache.__dict__.pop(name, None)
 
 
 def neuron_parameters(engine: Engine, neurons: Neurons) -> int:
