@@ -36,6 +36,11 @@ OTHER_SWITCH = TURNS + (
 )
 # "thinking" stands here for something else.
 CHANNELS = CHAT + "{% if messages[0].thinking %}<|channel|>analysis<|message|>{{ messages[0].thinking }}{% endif %}"
+# Wants content in parts.
+LISTED = (
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}[assistant]"
+)
 NO_MARKS = "{% if thinking %}Think first.{% endif %}" + CHAT
 
 
@@ -68,11 +73,34 @@ def rendered(chat_template, query="hi", system=None, **options):
     return Template.parse("chat", system, **options).render(query, tokenizer(chat_template))
 
 
-def words(template, adopted):
-    return adopted.convert_ids_to_tokens(template.bound(adopted).encode("hi"))
-
-
 # Named texts
+
+
+@pytest.mark.parametrize(
+    ("text", "system", "options", "why"),
+    [
+        *(
+            (text, None, {}, r"has no \{query\}.*query_answer")
+            for text in ("", "chatt", "{Query}", "{ query }", "## Q:")
+        ),
+        *((text, "be brief", {}, "needs the template chat.*has no place for it") for text in ("direct", "Q: {query}")),
+        ("llama2", "be brief", {"folds_system": True}, "--fold-system needs"),
+        ("chat", None, {"folds_system": True}, "--fold-system needs"),
+        ("{system} {query}", "be brief", {"folds_system": True}, "--fold-system needs"),
+        ("query_answer", None, {"thinking": "closed"}, "closed by the template chat alone"),
+        ("chat", None, {"thinking": "maybe"}, "closed or open; got 'maybe'"),
+        ("chat", None, {"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
+    ],
+)
+def test_what_is_no_template_is_refused(text, system, options, why):
+    with pytest.raises(InputError, match=why):
+        Template.parse(text, system, **options)
+
+
+def test_a_text_may_have_a_place_for_a_system_prompt():
+    assert Template.parse("{system}|{query}", "be brief").render("hi", None) == "be brief|hi"
+    assert Template.parse("{system}|{query}", "").render("hi", None) == "|hi"
+    assert Template.parse("{system}|{query}").render("hi", None) == "{system}|hi"
 
 
 def test_the_named_templates_are_the_papers_to_the_letter():
@@ -119,39 +147,30 @@ def test_braces_are_plain_text_and_a_query_is_put_in_as_it_stands(before, query)
     assert Template.parse("S: {system} Q: {query}", "{query}").render(query, None) == f"S: {{query}} Q: {query}"
 
 
-@pytest.mark.parametrize("text", ["", "chatt", "{Query}", "{ query }", "## Query:"])
-def test_a_template_without_query_is_refused(text):
-    with pytest.raises(InputError, match=r"has no \{query\}.*query_answer"):
-        Template.parse(text)
-
-
-def test_a_text_may_have_a_place_for_a_system_prompt():
-    assert Template.parse("{system}|{query}", "be brief").render("hi", None) == "be brief|hi"
-    assert Template.parse("{system}|{query}", "").render("hi", None) == "|hi"
-    assert Template.parse("{system}|{query}").render("hi", None) == "{system}|hi"
-    for text in ("direct", "Q: {query}"):
-        with pytest.raises(InputError, match=r"needs the template chat.*has no place for it"):
-            Template.parse(text, "be brief")
-
-
 # Special tokens
 
 
-def test_the_bos_token_is_the_tokenizers_own_and_never_doubled():
-    assert words(Template.parse("llama2", ""), tokenizer())[0] == "<s>"
-    assert words(Template.parse("llama2", ""), tokenizer(adds="$A"))[0] != "<s>"
-    # The user's text and the tokenizer both write one; so do a chat template and a text in it.
-    assert words(Template.parse("<s> be {query}"), tokenizer()) == ["<s>", "be", "hi"]
-    assert words(Template.parse("<s> be {query}"), tokenizer(adds="$A")) == ["<s>", "be", "hi"]
-    twice = "{{ bos_token }} {{ bos_token }} [user] {{ messages[0].content }}"
-    assert words(Template.parse("chat"), tokenizer(twice)) == ["<s>", "[user]", "hi"]
-    assert words(Template.parse("chat"), tokenizer("[user] {{ messages[0].content }}")) == ["[user]", "hi"]
+TWICE = "{{ bos_token }} {{ bos_token }} [user] {{ messages[0].content }}"
 
 
-def test_an_end_token_that_the_tokenizer_adds_is_left_out_and_one_in_the_text_is_not():
-    assert words(Template.parse("be {query}"), tokenizer(adds="<s> $A </s>")) == ["<s>", "be", "hi"]
-    assert words(Template.parse("{query} </s>"), tokenizer(adds="<s> $A")) == ["<s>", "hi", "</s>"]
-    assert words(Template.parse("direct"), tokenizer(adds="$A </s>")) == ["hi"]
+@pytest.mark.parametrize(
+    ("text", "chat_template", "adds", "tokens"),
+    [
+        # The user's text and the tokenizer both write a beginning; so do a chat template and a text in it.
+        ("<s> be {query}", None, "<s> $A", ["<s>", "be", "hi"]),
+        ("<s> be {query}", None, "$A", ["<s>", "be", "hi"]),
+        ("chat", TWICE, "<s> $A", ["<s>", "[user]", "hi"]),
+        ("chat", "[user] {{ messages[0].content }}", "<s> $A", ["[user]", "hi"]),
+        # An end that the tokenizer adds is left out, one in the text is not.
+        ("be {query}", None, "<s> $A </s>", ["<s>", "be", "hi"]),
+        ("{query} </s>", None, "<s> $A", ["<s>", "hi", "</s>"]),
+        ("direct", None, "$A </s>", ["hi"]),
+        ("be {query}", None, "$A", ["be", "hi"]),
+    ],
+)
+def test_special_tokens_are_the_tokenizers_own_and_never_doubled(text, chat_template, adds, tokens):
+    adopted = tokenizer(chat_template, adds)
+    assert adopted.convert_ids_to_tokens(Template.parse(text).bound(adopted).encode("hi")) == tokens
 
 
 def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
@@ -171,78 +190,57 @@ def test_a_prompt_without_a_token_is_refused():
 # Turns
 
 
-def test_a_chat_template_gets_the_system_prompt_as_a_turn_or_in_the_users():
-    assert rendered(CHAT) == "[user]hi[end][assistant]"
-    assert rendered(CHAT, system="be brief") == "[system]be brief[end][user]hi[end][assistant]"
-    assert rendered(CHAT, system="") == "[system][end][user]hi[end][assistant]"
-    folded = "[user]be brief\n\nhi[end][assistant]"
-    assert rendered(NO_SYSTEM, system="be brief", folds_system=True) == folded
-    assert rendered(NO_SYSTEM) == "[user]hi[end][assistant]"
+FOLDED = {"system": "be brief", "folds_system": True}
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "why"), [(NO_SYSTEM, "rejects the system prompt: no system role here"), (DROPS_SYSTEM, "drops")]
-)
-def test_a_system_prompt_that_has_no_turn_is_refused_by_name_and_never_folded_by_itself(chat_template, why):
-    with pytest.raises(InputError, match=why) as refused:
-        rendered(chat_template, system="be brief")
-    said = str(refused.value)
-    assert said.startswith("the chat template of maker/model ")
-    assert "--fold-system" in said
-    assert "\n" not in said
-
-
-def test_folding_needs_a_chat_template_and_something_to_fold():
-    for text, system in (("llama2", "be brief"), ("chat", None), ("{system} {query}", "be brief")):
-        with pytest.raises(InputError, match="--fold-system needs"):
-            Template.parse(text, system, folds_system=True)
-
-
-def test_of_several_chat_templates_the_default_counts_and_none_is_a_refusal():
-    assert rendered({"default": CHAT, "tools": NO_SYSTEM}) == "[user]hi[end][assistant]"
-    with pytest.raises(InputError, match="the chat template of maker/model rejects the prompt"):
-        rendered({"rag": CHAT, "tools": CHAT})
-    with pytest.raises(InputError, match="the tokenizer of maker/model has no chat template"):
-        rendered(None)
-
-
-LISTED = (
-    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% endif %}{% endfor %}{% endfor %}[assistant]"
-)
-
-
-def test_a_template_that_wants_content_in_parts_gets_the_query_so():
-    assert rendered(LISTED) == "[user]hi[assistant]"
-    assert rendered(LISTED, system="be brief") == "[system]be brief[user]hi[assistant]"
-    assert rendered(LISTED + "{{ messages[0].content[0].text }}") == "[user]hi[assistant]hi"
-    assert rendered(LISTED, prefill="Sure") == "[user]hi[assistant]Sure"
-
-
-@pytest.mark.parametrize("chat_template", ["[user][assistant]", "{{ messages[0].content | upper }}"])
-def test_a_query_that_is_dropped_or_changed_is_refused(chat_template):
-    with pytest.raises(InputError) as refused:
-        rendered(chat_template)
-    assert str(refused.value) == (
-        "the chat template of maker/model drops the query, or changes it; choose --template query_answer or direct"
-    )
-
-
-@pytest.mark.parametrize(
-    ("chat_template", "why"),
+    ("chat_template", "options", "text"),
     [
-        ("{{ 'x' + 5 }}", 'can only concatenate str (not "int") to str'),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
-        ("{{ [1][messages] }}{{ messages | sum }}", "unsupported operand"),
+        (CHAT, {}, "[user]hi[end][assistant]"),
+        (CHAT, {"system": "be brief"}, "[system]be brief[end][user]hi[end][assistant]"),
+        (CHAT, {"system": ""}, "[system][end][user]hi[end][assistant]"),
+        (NO_SYSTEM, FOLDED, "[user]be brief\n\nhi[end][assistant]"),
+        (NO_SYSTEM, {}, "[user]hi[end][assistant]"),
+        # Of several templates the default counts.
+        ({"default": CHAT, "tools": NO_SYSTEM}, {}, "[user]hi[end][assistant]"),
+        (LISTED, {}, "[user]hi[assistant]"),
+        (LISTED, {"system": "be brief"}, "[system]be brief[user]hi[assistant]"),
+        (LISTED + "{{ messages[0].content[0].text }}", {}, "[user]hi[assistant]hi"),
+        (LISTED, {"prefill": "Sure"}, "[user]hi[assistant]Sure"),
+        # A switch without marks is turned off, and nothing is written.
+        (NO_MARKS, {}, "[user]hi[end][assistant]"),
+        (NO_MARKS, {"thinking": "open"}, "Think first.[user]hi[end][assistant]"),
+        (BEGUN, {"prefill": "Sure"}, "[user]hi[end][assistant]<think>\n\n</think>\n\nSure"),
     ],
 )
-def test_what_a_templates_code_trips_over_is_one_line(chat_template, why):
-    with pytest.raises(InputError) as refused:
-        rendered(chat_template)
-    said = str(refused.value)
-    assert said.startswith(f"the chat template of maker/model rejects the prompt: {why}")
-    assert "\n" not in said
+def test_a_chat_template_gets_system_prompt_query_and_prefill_in_its_own_form(chat_template, options, text):
+    assert rendered(chat_template, **options) == text
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "options", "why"),
+    [
+        (NO_SYSTEM, {"system": "be brief"}, " rejects the system prompt: no system role here.*--fold-system"),
+        (DROPS_SYSTEM, {"system": "be brief"}, " drops .*--fold-system"),
+        ("[user][assistant]", {}, " drops the query, or changes it; choose --template query_answer or direct"),
+        ("{{ messages[0].content | upper }}", {}, " drops the query, or changes it"),
+        ({"rag": CHAT, "tools": CHAT}, {}, " rejects the prompt"),
+        ("{{ 'x' + 5 }}", {}, r' rejects the prompt: can only concatenate str \(not "int"\) to str'),
+        ("{{ 1 / 0 }}", {}, " rejects the prompt: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}, " rejects the prompt: maximum recursion depth"),
+        ("{{ [1][messages] }}{{ messages | sum }}", {}, " rejects the prompt: unsupported operand"),
+        (CHAT, {"thinking": "closed"}, " has no think block to close"),
+    ],
+)
+def test_what_a_chat_template_cannot_render_is_refused_in_one_line(chat_template, options, why):
+    with pytest.raises(InputError, match=f"^the chat template of maker/model{why}") as refused:
+        rendered(chat_template, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_chat_template_there_is_no_chat():
+    with pytest.raises(InputError, match="the tokenizer of maker/model has no chat template"):
+        rendered(None)
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
@@ -258,6 +256,15 @@ def test_a_template_that_writes_the_date_says_so():
 
 
 # Think blocks
+
+
+def test_where_there_is_no_think_block_one_may_be_left_open():
+    assert Template.parse("chat").bound(tokenizer(CHAT)).template.thinking is None
+    assert Template.parse("chat").bound(tokenizer(NO_MARKS)).template.thinking == "closed"
+    assert rendered(CHAT, thinking="open") == rendered(CHAT)
+    for text in ("chat", "query_answer"):
+        bound = Template.parse(text, thinking="open").bound(tokenizer(CHAT))
+        assert (bound.block.opener, bound.block.closer) == ("<think>", "</think>")
 
 
 @pytest.mark.parametrize(
@@ -289,26 +296,6 @@ def test_a_query_that_holds_a_mark_changes_nothing():
         assert rendered(chat_template, "why </think> or <think>") == plain
 
 
-def test_a_switch_without_marks_is_turned_off_and_nothing_is_written():
-    assert rendered(NO_MARKS) == "[user]hi[end][assistant]"
-    assert rendered(NO_MARKS, thinking="open") == "Think first.[user]hi[end][assistant]"
-    assert Template.parse("chat").bound(tokenizer(NO_MARKS)).template.thinking == "closed"
-
-
-def test_where_there_is_no_think_block_none_can_be_closed_but_one_may_be_left_open():
-    assert Template.parse("chat").bound(tokenizer(CHAT)).template.thinking is None
-    with pytest.raises(InputError, match=r"the chat template of maker/model has no think block to close"):
-        rendered(CHAT, thinking="closed")
-    assert rendered(CHAT, thinking="open") == rendered(CHAT)
-    for text in ("chat", "query_answer"):
-        bound = Template.parse(text, thinking="open").bound(tokenizer(CHAT))
-        assert (bound.block.opener, bound.block.closer) == ("<think>", "</think>")
-    with pytest.raises(InputError, match="closed by the template chat alone"):
-        Template.parse("query_answer", thinking="closed")
-    with pytest.raises(InputError, match="closed or open; got 'maybe'"):
-        Template.parse("chat", thinking="maybe")
-
-
 # Answers that are begun
 
 
@@ -331,13 +318,6 @@ def test_a_prefill_stands_where_the_template_puts_answers(text, chat_template, j
     assert Template.parse(text, prefill="Sure, here is").render("hi", adopted) == f"{prompt}{joint}Sure, here is"
     # A blank of the user's own is the only one.
     assert Template.parse(text, prefill="\nSure").render("hi", adopted) == f"{prompt}\nSure"
-
-
-def test_a_prefill_comes_after_the_think_block():
-    closed = Template.parse("chat", prefill="Sure").render("hi", tokenizer(BEGUN))
-    assert closed == "[user]hi[end][assistant]<think>\n\n</think>\n\nSure"
-    with pytest.raises(InputError, match="thinking must be closed"):
-        Template.parse("chat", thinking="open", prefill="Sure")
 
 
 # Manifests
