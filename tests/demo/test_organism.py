@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from safetyheads import (
@@ -20,13 +22,7 @@ from safetyheads.runs.config import AuditConfig
 
 ABLATIONS = pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=["UA", "SC"])
 PLANTED = ("aligned_a", "aligned_b", "aligned_single")
-_loaded = {}
-
-
-def demo(name):
-    if name not in _loaded:
-        _loaded[name] = load_demo(name)
-    return _loaded[name]
+demo = cache(load_demo)
 
 
 def asr(name, prompts, heads, ablation=UNDIFFERENTIATED_ATTENTION):

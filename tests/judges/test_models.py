@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -330,18 +331,12 @@ def test_out_of_memory_halves_the_batch_and_no_other_error_is_hidden(harmbench, 
             raise torch.OutOfMemoryError
         return forward(*arguments, **named)
 
-    def failing(error):
-        def fail(*arguments, **named):
-            raise error
-
-        return fail
-
     monkeypatch.setattr(judge.loaded.model, "forward", scarce)
     assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
-    monkeypatch.setattr(judge.loaded.model, "forward", failing(torch.OutOfMemoryError()))
+    monkeypatch.setattr(judge.loaded.model, "forward", Mock(side_effect=torch.OutOfMemoryError))
     assert judge(completions("BOMB"))[0].reason == "the judge ran out of memory"
-    monkeypatch.setattr(judge.loaded.model, "forward", failing(RuntimeError("a bug")))
+    monkeypatch.setattr(judge.loaded.model, "forward", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         judge(completions("BOMB"))
 
@@ -392,14 +387,14 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, harmbench, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_settings_of_loading_and_the_hubs_own_words_are_told(harmbench, monkeypatch):
-    for wrong in ({"dtype": "float7"}, {"device": "toaster"}):
-        with pytest.raises(InputError, match="unknown d"):
-            CausalJudge(checkpoint=harmbench, **wrong)(completions("BOMB"))
+@pytest.mark.parametrize("wrong", [{"dtype": "float7"}, {"device": "toaster"}])
+def test_settings_of_loading_are_checked(harmbench, wrong):
+    with pytest.raises(InputError, match="unknown d"):
+        CausalJudge(checkpoint=harmbench, **wrong)(completions("BOMB"))
 
-    def gated(*arguments, **named):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
+def test_the_hubs_own_words_are_told(harmbench, monkeypatch):
+    gated = Mock(side_effect=OSError("You are trying to access a gated repo.\nMake sure to have access to it."))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
     with pytest.raises(InputError, match="access a gated repo"):
         labels(judge_named(f"harmbench-llama={harmbench}"), "BOMB")

@@ -413,7 +413,7 @@ def load_judge(kind: Kind, checkpoint: str, revision: str | None, device: str, d
         loading.put_on(model, adapter, base)
     loading.refuse_broken_weights(model, checkpoint)
     loaded = LoadedJudge(model.to(place).eval(), tokenizer)
-    if model.can_generate():
+    if kind == "AutoModelForCausalLM":
         # The checkpoint's own generation config may sample or penalise.
         ends = model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
