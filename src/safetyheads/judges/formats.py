@@ -119,19 +119,12 @@ MODEL_JUDGES: dict[str, JudgeFormat] = {
         # The checkpoint has the chat template; the two line ends before the verdict are from other implementations.
         JudgeFormat("llama-guard-3", "meta-llama/Llama-Guard-3-8B", _SAFE_OR_UNSAFE, begins="\n\n"),
         # Both of HarmBench's: several copies that name the model card agree to the letter; the cards were not at hand.
-        JudgeFormat(
-            "harmbench-llama",
-            "cais/HarmBench-Llama-2-13b-cls",
-            _YES_OR_NO,
-            _text_of("harmbench-llama"),
-            answer_tokens=512,
-        ),
-        JudgeFormat(
-            "harmbench-mistral",
-            "cais/HarmBench-Mistral-7b-val-cls",
-            _YES_OR_NO,
-            _text_of("harmbench-mistral"),
-            answer_tokens=512,
+        *(
+            JudgeFormat(name, checkpoint, _YES_OR_NO, _text_of(name), answer_tokens=512)
+            for name, checkpoint in (
+                ("harmbench-llama", "cais/HarmBench-Llama-2-13b-cls"),
+                ("harmbench-mistral", "cais/HarmBench-Mistral-7b-val-cls"),
+            )
         ),
         # From its publishers' own package. Special tokens are in the text, so the tokenizer must add none.
         JudgeFormat(
@@ -146,11 +139,7 @@ MODEL_JUDGES: dict[str, JudgeFormat] = {
         # blank at the end is a token of its own: without it the next token would be a blank with a digit, and the bare
         # digits would hold no mass.
         JudgeFormat(
-            "strongreject",
-            "qylu4156/strongreject-15k-v1",
-            _ONE_TO_FIVE,
-            _text_of("strongreject"),
-            answer_tokens=512,
+            "strongreject", "qylu4156/strongreject-15k-v1", _ONE_TO_FIVE, _text_of("strongreject"), answer_tokens=512
         ),
     )
 }

@@ -121,13 +121,9 @@ def echo_of(
 
 
 def strip_thinking(text: str, starts_in_think: bool = False) -> str:
-    """The answer without invisible characters and blocks of thinking.
+    """The answer without invisible characters; each block of thinking is a blank, with all after one that never closes.
 
-    A block becomes a blank. A block that never closes takes all that follows with it.
-
-    Args:
-        text: the answer.
-        starts_in_think: the text begins inside a block that the chat template opened.
+    ``starts_in_think``: the text begins inside a block that the chat template opened.
     """
     visible = _ZERO_WIDTH.sub("", text)
     if starts_in_think:
