@@ -18,12 +18,7 @@ from transformers import PreTrainedModel
 from safetyheads.errors import UnsupportedModelError
 
 # Where families keep their parts, by attribute; the first name that is there counts.
-DECODER_NAMES = (
-    "model",
-    "language_model",
-    "transformer",
-    "decoder",
-)  # should get_decoder give a model around it (Llama 4)
+DECODER_NAMES = ("model", "language_model", "transformer", "decoder")  # should get_decoder give more (Llama 4)
 LAYER_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block")
 QUERY_NAMES = ("q_proj", "q_b_proj")  # to queries alone; the second of two where they pass a low rank
@@ -142,25 +137,28 @@ class Architecture:
         """Layers that mix tokens in another way (linear attention, convolutions, state spaces), ascending."""
         return tuple(layer for layer, shape in enumerate(self.shapes) if shape is None)
 
+    def _most(self, dimension: str) -> int:
+        return max(getattr(shape, dimension) for shape in self.shapes if shape is not None)
+
     @property
     def n_heads(self) -> int:
         """Query heads of a layer; of the layer with most, where layers differ."""
-        return max(shape.n_heads for shape in self.shapes if shape is not None)
+        return self._most("n_heads")
 
     @property
     def n_kv_heads(self) -> int:
         """Key and value heads of a layer, likewise."""
-        return max(shape.n_kv_heads for shape in self.shapes if shape is not None)
+        return self._most("n_kv_heads")
 
     @property
     def d_head(self) -> int:
         """Width of one head's query, likewise."""
-        return max(shape.d_head for shape in self.shapes if shape is not None)
+        return self._most("d_head")
 
     @property
     def d_value(self) -> int:
         """Width of one head's value, likewise."""
-        return max(shape.d_value for shape in self.shapes if shape is not None)
+        return self._most("d_value")
 
     @property
     def head_parameters(self) -> dict[str, int]:
@@ -178,7 +176,11 @@ def describe(model: PreTrainedModel) -> Architecture:
     """
     config = model.config.get_text_config(decoder=True)
     family = model.config.model_type
-    decoder = _decoder(model, family)
+    decoder: Any = model.get_decoder()
+    if not any(_first_named(part, LAYER_NAMES) for part in decoder.modules()):
+        decoder = model  # get_decoder gives something else (ModernBERT's head)
+    while _first_named(decoder, LAYER_NAMES) is None:  # some families' get_decoder gives a model around it
+        decoder = _named(decoder, DECODER_NAMES, family, "decoder layers")
     layers = tuple(_named(decoder, LAYER_NAMES, family, "decoder layers"))
     attentions = _attentions(layers, family)
     head = model.get_output_embeddings()
@@ -187,6 +189,9 @@ def describe(model: PreTrainedModel) -> Architecture:
     shapes = tuple(
         None if attention is None else _shape(attention, config, layer) for layer, attention in enumerate(attentions)
     )
+    d_mlp = getattr(of_layer(config, 0), "intermediate_size", None)  # a list where layers differ
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    n_experts = next((count for count in counts if count), None)
     return Architecture(
         family=family,
         decoder=decoder,
@@ -198,8 +203,8 @@ def describe(model: PreTrainedModel) -> Architecture:
         final_norm=_named(decoder, FINAL_NORM_NAMES, family, "final norm"),
         head=head,
         d_model=config.hidden_size,
-        d_mlp=_value(config, "intermediate_size") or 4 * config.hidden_size,
-        active_experts=_active_experts(config),
+        d_mlp=(d_mlp[0] if isinstance(d_mlp, list | tuple) else d_mlp) or 4 * config.hidden_size,
+        active_experts=getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0,
         vocabulary_size=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
         windows=_positive([*(getattr(config, name, None) for name in WINDOW_NAMES), *(s.window for s in shapes if s)]),
@@ -208,23 +213,20 @@ def describe(model: PreTrainedModel) -> Architecture:
     )
 
 
-def _decoder(model: PreTrainedModel, family: str) -> nn.Module:
-    """The module that holds the layers; some families' ``get_decoder`` gives a model around it."""
-    decoder: Any = model.get_decoder()
-    if not any(_first_named(part, LAYER_NAMES) for part in decoder.modules()):
-        decoder = model  # get_decoder gives something else (ModernBERT's head)
-    while _first_named(decoder, LAYER_NAMES) is None:
-        decoder = _named(decoder, DECODER_NAMES, family, "decoder layers")
-    return decoder
-
-
 def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module | None, ...]:
     """Each layer's attention, where it goes through the registry."""
     named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
     attentions = tuple(module if module is not None and attends(module) else None for module in named)
-    kinds = sorted({type(module).__name__ for module in named if module is not None})
-    _refuse_elsewhere(layers, attentions, family)
+    for number, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
+        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
+        if elsewhere:
+            why = f"computes attention in {elsewhere[0]}, an unknown place"
+            if len(elsewhere) > 1:
+                places = f"{len(elsewhere)} attentions ({', '.join(elsewhere)})"
+                why = f"has {places}, so a layer and a number do not say which head"
+            raise UnsupportedModelError(f"{family}: layer {number} {why}")
     if not any(attentions):
+        kinds = sorted({type(module).__name__ for module in named if module is not None})
         what = f" (they have {', '.join(kinds)})" if kinds else ""
         raise UnsupportedModelError(
             f"{family}: no layer computes attention through transformers' attention registry{what}, so no ablation can "
@@ -234,21 +236,6 @@ def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module |
     if len(set(identities)) < len(identities):
         raise UnsupportedModelError(f"{family}: layers share one attention module, so a head has no layer of its own")
     return attentions
-
-
-def _refuse_elsewhere(layers: tuple[nn.Module, ...], attentions: tuple[nn.Module | None, ...], family: str) -> None:
-    """Refuse layers that attend in a module of an unknown name."""
-    for number, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
-        if len(elsewhere) > 1:
-            raise UnsupportedModelError(
-                f"{family}: layer {number} has {len(elsewhere)} attentions ({', '.join(elsewhere)}), so a layer and a "
-                "number do not say which head"
-            )
-        if elsewhere:
-            raise UnsupportedModelError(
-                f"{family}: layer {number} computes attention in {elsewhere[0]}, an unknown place"
-            )
 
 
 def attends(module: nn.Module) -> bool:
@@ -308,12 +295,6 @@ def of_layer(config: Any, layer: int) -> Any:
     return by_layer[layer] if by_layer else config
 
 
-def _value(config: Any, name: str) -> Any:
-    """A config's value, the first layer's where layers differ."""
-    value = getattr(of_layer(config, 0), name, None)
-    return value[0] if isinstance(value, list | tuple) else value
-
-
 def _named(parent: nn.Module, names: tuple[str, ...], family: str, what: str) -> Any:
     child = _first_named(parent, names)
     if child is None:
@@ -324,12 +305,6 @@ def _named(parent: nn.Module, names: tuple[str, ...], family: str, what: str) ->
 def _first_named(parent: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
     children = (getattr(parent, name, None) for name in names)
     return next((child for child in children if isinstance(child, nn.Module)), None)
-
-
-def _active_experts(config: Any) -> float:
-    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    n_experts = next((count for count in counts if count), None)
-    return getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0
 
 
 def _turns(config: Any) -> tuple[int, ...]:

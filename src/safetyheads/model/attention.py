@@ -1,11 +1,7 @@
 """Ablates heads inside attention, by an attention function that transformers calls for every family.
 
-What a family's attention needs beyond queries, keys, values and a mask (softcap, sinks) stays in that family's eager
-function, which is found in the module's source module.
-
-An ablation travels as a keyword that a forward pre-hook puts on the attention module's call. It is neither global nor
-a context variable: each batch row has its ablations, other threads that use the model see them, and a checkpointed
-recomputation sees them again.
+An ablation travels as a keyword that a forward pre-hook puts on the attention module's call, neither global nor in a
+context variable: each batch row has its own, other threads and a checkpointed recomputation see it too.
 """
 
 from __future__ import annotations
@@ -34,8 +30,7 @@ _KEYWORD = "safetyheads_call"
 
 # Sparse attention: the keys that a family's indexer chose for each token, [rows, n_tokens, n_chosen].
 _CHOSEN_KEYS = "indices"
-# Keywords with tensors that say where a token stands or which keys it sees. The mask already holds what
-# they tell, so both sdpa and eager functions may ignore them.
+# Tensors that say where a token stands or which keys it sees: the mask already holds that, so attention ignores them.
 _POSITIONAL_KEYWORDS = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value"}
 )
@@ -53,11 +48,7 @@ class RowAblation:
 
 
 class LeftLayer(Exception):
-    """Leaves a layer from inside its attention, once what was wanted of it is there."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__("what was wanted of the layer is there")
-        self.tensors = tensors
+    """Leaves a layer from inside its attention; ``args`` are the tensors that were wanted of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +72,7 @@ class AttentionCall:
 
 
 class _Ungrouped:
-    """An attention module with as many key heads as query heads.
-
-    Replacing the key of one query head needs keys repeated for every query head; a family's attention function would
-    repeat them once more by the module's ``num_key_value_groups``.
-    """
+    """An attention module whose keys were repeated for every query head; its family must not repeat them again."""
 
     num_key_value_groups = 1
 
@@ -97,7 +84,7 @@ class _Ungrouped:
 
 
 def register() -> None:
-    """Put the attention and the mask function into transformers' registries; repeating it changes nothing."""
+    """Put the attention and the mask function into transformers' registries; may be repeated."""
     AttentionInterface.register(ATTENTION_NAME, safetyheads_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, safetyheads_mask)
 
@@ -112,28 +99,24 @@ def safetyheads_attention(
     dropout: float = 0.0,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the ablations that the call carries.
+    """Attention with the ablations that the call carries; signature and shapes are transformers'.
 
-    Args:
-        module: the attention module that calls.
-        query: [rows, n_heads, n_tokens, d_head], rotated and normed.
-        key: [rows, n_kv_heads, n_keys, d_head], the cache's keys included.
-        value: [rows, n_kv_heads, n_keys, d_value].
-        attention_mask: bool or additive, [rows or 1, 1, n_tokens, n_keys]; None is causal.
-        scaling: factor of the scores, the module's own.
-        dropout: probability, 0 outside training.
-        keywords: whatever else the family's attention passes on.
-
-    Returns:
-        The heads' outputs [rows, n_tokens, n_heads, d_value], and attention weights where the family's eager
-        function gives them.
+    Queries [rows, n_heads, n_tokens, d_head] are rotated and normed, keys [rows, n_kv_heads, n_keys, d_head] include
+    the cache's; the mask is boolean or additive, None causal. Gives the heads' outputs [rows, n_tokens, n_heads,
+    d_value], and attention weights where the family's eager function gives them.
     """
     if (callers := _callers.get()) is not None:
         callers.append(module)
     call: AttentionCall | None = keywords.pop(_KEYWORD, None)
     chosen: Tensor | None = keywords.pop(_CHOSEN_KEYS, None)
     if chosen is not None:
-        attention_mask = _of_chosen(attention_mask if attention_mask is not None else _causal(query, key), chosen)
+        attention_mask = _causal(query, key) if attention_mask is None else attention_mask
+        shape = (len(chosen), chosen.shape[1], attention_mask.shape[-1])
+        others = torch.ones(shape, dtype=torch.bool, device=attention_mask.device).scatter(-1, chosen.long(), False)[
+            :, None
+        ]
+        least = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = attention_mask.masked_fill(others, least)
     if call is None:
         return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
     if call.leave:
@@ -152,7 +135,10 @@ def safetyheads_attention(
             output = by_segment(inner, call.segments, *ablated, attention_mask)
         else:
             output, weights = inner(*ablated, attention_mask)
-        output = _ablate_output(output, ablations)
+        before = output
+        for row_ablation in ablations:
+            if row_ablation.ablation.kind.tensor == "head_output":
+                output = _ablate(output, before, row_ablation, head_dimension=2)
         return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
 
     if call.compare is not None:
@@ -197,15 +183,6 @@ def _ablate_inputs(
     return seen, (query, key, value)
 
 
-def _ablate_output(output: Tensor, ablations: tuple[RowAblation, ...]) -> Tensor:
-    """The heads' outputs with the ablations that act on them."""
-    before = output
-    for row_ablation in ablations:
-        if row_ablation.ablation.kind.tensor == "head_output":
-            output = _ablate(output, before, row_ablation, head_dimension=2)
-    return output
-
-
 def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dimension: int) -> Tensor:
     """The tensor with the selected heads scaled, or replaced by the mean over all heads as they were before."""
     shape = [row_ablation.selected.shape[0], 1, 1, 1]
@@ -231,8 +208,7 @@ def _attend(
     needs_family = _family_keywords(keywords)
     sliced = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
     if not needs_family and family_supports_sdpa(type(source).__module__):
-        # Without a mask sdpa is causal by itself, from the top left: wrong once a cache holds more keys
-        # than there are queries, so that case gets its mask.
+        # Without a mask sdpa is causal from the top left: wrong once a cache holds more keys than there are queries.
         if attention_mask is None and 1 < query.shape[2] != key.shape[2]:
             attention_mask = _causal(query, key)
         return sdpa_attention_forward(
@@ -244,8 +220,11 @@ def _attend(
             f"{type(source).__name__} passes {', '.join(sorted(needs_family)) or 'no sdpa'} to its attention "
             "and its source has no eager_attention_forward that would know what to do with it"
         )
-    additive = _additive(attention_mask if attention_mask is not None else _causal(query, key), query.dtype)
-    return eager(module, query, key, value, additive, scaling=scaling, dropout=dropout, **sliced)
+    mask = _causal(query, key) if attention_mask is None else attention_mask
+    if mask.dtype == torch.bool:  # eager functions add it: 0 where allowed, the lowest number where not
+        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+        mask = zeros.masked_fill(~mask, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **sliced)
 
 
 def _family_keywords(keywords: dict[str, Any]) -> set[str]:
@@ -278,39 +257,19 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return (positions <= positions[n_keys - n_tokens :, None])[None, None]
 
 
-def _of_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
-    """The mask, which in each row allows each token the keys chosen for it and no others."""
-    shape = (len(chosen), chosen.shape[1], mask.shape[-1])
-    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, chosen.long(), False)[:, None]
-    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager functions want it: 0 where allowed, the lowest number where not."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
 @contextmanager
 def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
-    """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after.
+    """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after."""
 
-    Args:
-        attentions: the attention module of each layer, None where it has none.
-        calls: layer -> what its attention function is handed.
-    """
-
-    def hook_for(call: AttentionCall) -> Callable[..., Any]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            return arguments, {**keywords, _KEYWORD: call}
-
-        return hook
+    def hook(
+        call: AttentionCall, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, {**keywords, _KEYWORD: call}
 
     with ExitStack() as stack:
         for layer, call in calls.items():
             attention = attentions[layer]
             if attention is None:
                 raise UnsupportedModelError(f"layer {layer} has no attention")
-            stack.callback(attention.register_forward_pre_hook(hook_for(call), with_kwargs=True).remove)
+            stack.callback(attention.register_forward_pre_hook(partial(hook, call), with_kwargs=True).remove)
         yield

@@ -1,8 +1,4 @@
-"""Runs one loaded, proved model under many ablations and gives last-token states; holds all state.
-
-Batch rows are head groups, columns are packed prompts. :mod:`safetyheads.model.replay` runs layers again,
-:mod:`safetyheads.model.planning` lays the work out.
-"""
+"""Runs one loaded, proved model under many ablations: batch rows are head groups, columns are packed prompts."""
 
 from __future__ import annotations
 
@@ -75,9 +71,8 @@ class Engine:
     ) -> None:
         """Wrap a model that already runs on our attention; users call :meth:`load`.
 
-        Args: see the attributes. By default the name is the config's, the architecture is looked up and all quick paths
-        are taken until :meth:`check` proves them. ``token_budget`` is the most tokens in a batch; by default what fits
-        the memory.
+        All quick paths are taken until :meth:`check` proves them. ``token_budget`` is the most tokens in a batch; by
+        default what fits the memory.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -100,8 +95,7 @@ class Engine:
             path: a local directory or a hub id.
             options: how it is loaded.
             check: run :meth:`check`; an unproved model may give wrong scores.
-            settings: fields of :class:`LoadOptions`, over ``options``: ``dtype``, ``device``, ``adapter``,
-                ``device_map``, ``offload_folder``, ``memory``, ``trust_remote_code``, ``allow_pickle``.
+            settings: fields of :class:`LoadOptions` by name, over ``options``.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
@@ -119,10 +113,7 @@ class Engine:
         return engine
 
     def check(self, longest: int = 64) -> CheckReport:
-        """Prove the engine on this model and adopt what was proved.
-
-        Args:
-            longest: most tokens that a run will reach; prompts of the proofs exceed any window below it.
+        """Prove the engine on this model, for rows of up to ``longest`` tokens, and adopt what was proved.
 
         Raises:
             UnsupportedModelError: an ablation would not be exact here.
@@ -225,9 +216,7 @@ class Engine:
 
     @contextmanager
     def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
-        """The Hugging Face model with the group's heads ablated, for any use; unchanged afterwards.
-
-        Any thread that uses the model meanwhile sees the ablation. The empty group is the unablated model.
+        """The Hugging Face model with the group's heads ablated, for any use and in any thread; unchanged afterwards.
 
         Raises:
             InputError: a head that the model does not have, or one given twice.
@@ -273,26 +262,18 @@ class Engine:
         selected: dict[int, Tensor] = {}
         for row, group in enumerate(groups):
             for head in within(group, self.n_layers, self.n_heads):
+                shape = self.architecture.shapes[head.layer]
+                if shape is None:
+                    raise InputError(f"head {head}: layer {head.layer} has no attention heads that could be ablated")
+                if head.index >= shape.n_heads:
+                    raise InputError(f"head {head} is out of range: layer {head.layer} has heads 0-{shape.n_heads - 1}")
                 if head.layer not in selected:
-                    selected[head.layer] = torch.zeros(len(groups), self._heads_beside(head), dtype=torch.bool)
+                    selected[head.layer] = torch.zeros(len(groups), shape.n_heads, dtype=torch.bool)
                 selected[head.layer][row, head.index] = True
         return {
             layer: AttentionCall(ablations=(RowAblation(ablation, to_device(rows, self.device)),))
             for layer, rows in selected.items()
         }
-
-    def _heads_beside(self, head: Head) -> int:
-        """The number of heads in a head's layer.
-
-        Raises:
-            InputError: the layer has no such head.
-        """
-        shape = self.architecture.shapes[head.layer]
-        if shape is None:
-            raise InputError(f"head {head}: layer {head.layer} has no attention heads that could be ablated")
-        if head.index >= shape.n_heads:
-            raise InputError(f"head {head} is out of range: layer {head.layer} has heads 0-{shape.n_heads - 1}")
-        return shape.n_heads
 
     # Plans
 
@@ -307,18 +288,14 @@ class Engine:
         Raises:
             InputError: not even one head on one prompt fits the memory budget.
         """
-        plan = self._fit_plan(sequences)
-        if self.architecture.turns:
-            # These families take places in the row for positions, so the row's length has to be proved.
-            before = self.capabilities
-            self.prove_up_to(longest_row(sequences, plan))
-            if self.capabilities != before:
-                plan = self._fit_plan(sequences)
-        return plan
-
-    def _fit_plan(self, sequences: Sequence[TokenSequence]) -> Plan:
-        n_tokens = self.tokens_that_fit(self.costs.bytes_per_token())
-        return planning.fit_plan(sequences, self.costs, n_tokens, self.memory_budget)
+        while True:
+            n_tokens, before = self.tokens_that_fit(self.costs.bytes_per_token()), self.capabilities
+            plan = planning.fit_plan(sequences, self.costs, n_tokens, self.memory_budget)
+            if self.architecture.turns:
+                # These families take places in the row for positions, so the row's length has to be proved.
+                self.prove_up_to(longest_row(sequences, plan))
+            if self.capabilities == before:
+                return plan
 
     def memory_estimate(self, sequences: Sequence[TokenSequence], plan: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
@@ -336,8 +313,7 @@ class Engine:
     def batches(self, groups: Sequence[Group], plan: Plan) -> list[GroupBatch]:
         """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
 
-        Heads that all groups share do not count: they are ablated in the captured run already, so a search's later
-        steps replay from the candidate's layer, not from the group's first.
+        Heads that all groups share do not count: the captured run has them ablated already.
         """
         common, by_start = common_heads(groups), dict[int, list[int]]()
         for index, group in enumerate(groups):
@@ -364,26 +340,18 @@ class Engine:
         return tuple(captures)
 
     def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
-        """The wanted tokens' last states with each group ablated.
-
-        Args:
-            captures: from :meth:`captured`, with heads common to all groups.
-            groups: whole groups, a batch row each.
-            ablation: of every head.
-            start: the first layer where a group differs from the captured run.
+        """The wanted tokens' last states with each whole group ablated, from the first layer where any differs.
 
         Returns:
             [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.ablation_calls(groups, ablation), len(groups)
-        states = []
         with self.ablated_rows([()], ablation):
-            for captured in captures:
-                if quick.replays:
-                    states.append(replay(facts, captured, calls, n, start, quick))
-                else:
-                    states.append(rerun(facts, captured.row, calls, n))
+            states = [
+                replay(facts, each, calls, n, start, quick) if quick.replays else rerun(facts, each.row, calls, n)
+                for each in captures
+            ]
         return torch.cat(states, dim=1)
 
     @torch.inference_mode()

@@ -7,9 +7,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_NONSENSICAL = "cannot load {}, whose config.json may be wrong: {}"
+_BRINGS_CODE = "{} brings its own Python code; to run that code, give --trust-remote-code"
 _MEMORY_SHARE = 0.5
 # Seconds to wait for the hub's first answer.
 _HUB_TIMEOUT = 10.0
@@ -99,7 +100,10 @@ def load_model(path: str, options: LoadOptions) -> Loaded:
     # Fine-tunes bring their chat template with their tokenizer.
     source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
     tokenizer = _read_tokenizer(source, options.trust_remote_code)
-    budget = _least_memory(model) if options.memory is None else options.memory_budget
+    budget = options.memory_budget
+    places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
+    if budget is None and len(places) > 1:  # the fullest of several devices
+        budget = min(allowed_memory(torch.device(place), None, _MEMORY_SHARE) for place in places)
     return Loaded(model.eval(), tokenizer, adapter, budget)
 
 
@@ -129,18 +133,25 @@ def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) 
     family = described.get("model_type")
     is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
     if "auto_map" in described and not trust_remote_code and not is_shipped:
-        raise InputError(f"{path} brings its own Python code; to run that code, give --trust-remote-code")
+        raise InputError(_BRINGS_CODE.format(path))
     generation = path / "generation_config.json"
     if generation.is_file():
         read_json(generation)
-    if any((path / name).is_file() for name in _SAFE_WEIGHTS):
-        return
-    if not any((path / name).is_file() for name in _PICKLED_WEIGHTS):
-        raise InputError(f"{path} has no weights (model.safetensors)")
+    _weights_file(path, str(path), _SAFE_WEIGHTS, _PICKLED_WEIGHTS, allow_pickle)
+
+
+def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequence[str], allow_pickle: bool) -> Path:
+    """The weights of a checkpoint or an adapter; pickles only where allowed."""
+    if found := next((directory / file for file in safe if (directory / file).is_file()), None):
+        return found
+    found = next((directory / file for file in pickled if (directory / file).is_file()), None)
+    if found is None:
+        raise InputError(f"{name} has no weights ({safe[0]})")
     if not allow_pickle:
         raise InputError(
-            f"{path} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
+            f"{name} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
         )
+    return found
 
 
 def look_at_hub(name: str) -> None:
@@ -168,33 +179,36 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = _config(path, options)
-    method = None if config is None else _method_named(config)
+    quantised = _names_quantisation(path, options.trust_remote_code)
     arguments: dict[str, Any] = {
         "attn_implementation": "eager",
         "trust_remote_code": options.trust_remote_code,
         # None lets transformers fall back to pickles, False would prefer them.
         "use_safetensors": None if options.allow_pickle else True,
-        **_dtype_and_place(options, place, method),
+        # Kernels of a quantisation were made for one dtype, and quantised weights are not moved after loading.
+        "dtype": "auto" if quantised else torch_dtype(options.dtype),
     }
+    if options.device_map is not None:
+        arguments |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
+    elif quantised:
+        arguments["device_map"] = {"": str(place)}
+        _refuse_places(arguments["device_map"])
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
     except (*UNREADABLE, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{path} brings its own Python code; to run that code, give --trust-remote-code"
-            ) from error
+            raise InputError(_BRINGS_CODE.format(path)) from error
         if "offload_folder" in str(error):
             raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
     except _NONSENSE as error:
-        raise _told_as_nonsense(path, error) from error
+        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
     except RuntimeError as error:
         # transformers' own words for shapes that differ speak of an option that is not ours.
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
         # A quantised checkpoint's kernels may want another device than is there.
-        if method is None or is_out_of_memory(error):
+        if not quantised or is_out_of_memory(error):
             raise
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
     if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
@@ -202,7 +216,7 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
-    _refuse_unused_weights(model, path, report["unexpected_keys"], is_quantised=method is not None)
+    _refuse_unused_weights(model, path, report["unexpected_keys"], quantised)
     if str(model.dtype).removeprefix("torch.") not in DTYPES:
         raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES[:-1])}")
     return model
@@ -213,44 +227,18 @@ def torch_dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _dtype_and_place(options: LoadOptions, place: torch.device, method: str | None) -> dict[str, Any]:
-    """How from_pretrained is told in which dtype to load, and where to."""
-    chosen: dict[str, Any] = {"dtype": torch_dtype(options.dtype)}
-    if options.device_map is not None:
-        chosen |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
-    if method is not None:
-        # Its kernels were made for one dtype, and quantised weights are not moved after loading.
-        chosen["dtype"] = "auto"
-        if options.device_map is None:
-            _refuse_places({"": str(place)})
-            chosen["device_map"] = {"": str(place)}
-    return chosen
-
-
-def _config(path: str, options: LoadOptions) -> Any:
-    """The checkpoint's config, before anything else is loaded; None where it cannot be read."""
+def _names_quantisation(path: str, trust_remote_code: bool) -> bool:
+    """Whether the checkpoint's config names a quantisation."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except UNREADABLE:
-        return None  # told when the model itself cannot be loaded
+        return False  # told when the model itself cannot be loaded
     except _NONSENSE as error:
-        raise _told_as_nonsense(path, error) from error
-
-
-def _told_as_nonsense(path: str, error: Exception) -> InputError:
-    return InputError(f"cannot load {path}, whose config.json may be wrong: {one_line(error)}")
-
-
-def _method_named(config: Any) -> str | None:
-    """The quantisation that a config names."""
-    for part in (config, config.get_text_config(decoder=True)):
-        described = getattr(part, "quantization_config", None)
-        if described is not None:
-            get = described.get if isinstance(described, dict) else partial(getattr, described)
-            return str(get("quant_method", "an unnamed method"))
-    return None
+        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
+    parts = (config, config.get_text_config(decoder=True))
+    return any(getattr(part, "quantization_config", None) is not None for part in parts)
 
 
 def _read_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -303,13 +291,6 @@ def device_layout(model: nn.Module) -> str | None:
     return ", ".join(f"{place} ({n} modules)" for place, n in sorted(counts.items()))
 
 
-def _least_memory(model: nn.Module) -> int | None:
-    """Bytes that batches may take on the fullest of several devices; None where there is but one."""
-    devices = {torch.device(place) for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
-    free = [allowed_memory(device, None, _MEMORY_SHARE) for device in devices]
-    return min(free) if len(free) > 1 else None
-
-
 # Quantised and wrapped weights
 
 
@@ -333,13 +314,7 @@ def rounds_activations(model: PreTrainedModel) -> bool:
 
 
 def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
-    """Refuse a model whose weights are more than plain numbers in this process's memory.
-
-    Args:
-        name: what the error calls the model.
-        model: the model.
-        does: who needs plain weights, with its verb, such as ``baselines edit``.
-    """
+    """Refuse a model whose weights are more than plain numbers in memory; ``does`` says for whom: "baselines edit"."""
     method = quantisation(model)
     if method is not None:
         raise InputError(f"{name} is quantised ({method}); {does} plain weights only")
@@ -358,15 +333,8 @@ _ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model
 _IS_SAVED_NOWHERE = ".ranknum."
 # Settings that say where things lay, not what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-_FILES_TO_FETCH = (
-    _ADAPTER_CONFIG,
-    _ADAPTER_WEIGHTS,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab*",
-    "merges*",
-)
+_TOKENIZER_PATTERNS = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*"]
+_FILES_TO_FETCH = [_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, *_TOKENIZER_PATTERNS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,37 +376,30 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     Raises:
         InputError: it is not there, is no adapter, has pickled weights only, or peft is not installed.
     """
-    directory = Path(name) if os.path.exists(name) else _fetched(name, revision)
+    from huggingface_hub import snapshot_download
+
+    directory = Path(name)
+    if not os.path.exists(name):
+        look_at_hub(name)
+        try:
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES_TO_FETCH))
+        except OSError as error:
+            raise InputError(f"the adapter {name} cannot be fetched: {first_line(error)}") from error
     if not directory.is_dir():
         raise InputError(f"the adapter {name} is a file; an adapter is a directory with {_ADAPTER_CONFIG}, or a hub id")
     if not (directory / _ADAPTER_CONFIG).is_file():
         raise InputError(f"{name} has no {_ADAPTER_CONFIG}, so it is not an adapter")
     config = read_json(directory / _ADAPTER_CONFIG)
-    weights = directory / _ADAPTER_WEIGHTS
-    if not weights.is_file():
-        if not (directory / _PICKLED_ADAPTER).is_file():
-            raise InputError(f"the adapter {name} has no weights ({_ADAPTER_WEIGHTS})")
-        if not allow_pickle:
-            raise InputError(
-                f"the adapter {name} has pickled weights only, which can run code when read; to allow it, give "
-                "--allow-pickle"
-            )
-        weights = directory / _PICKLED_ADAPTER
+    weights = _weights_file(directory, f"the adapter {name}", [_ADAPTER_WEIGHTS], [_PICKLED_ADAPTER], allow_pickle)
     if find_spec("peft") is None:
         raise InputError(f"{name} is an adapter; to read it, install safetyheads[peft]")
     _refuse_kind(name, config)
-    return Adapter(name, directory, config, _sha256(config, weights))
-
-
-def _fetched(name: str, revision: str | None) -> Path:
-    """An adapter of the hub, on this machine."""
-    from huggingface_hub import snapshot_download
-
-    look_at_hub(name)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES_TO_FETCH)))
-    except OSError as error:
-        raise InputError(f"the adapter {name} cannot be fetched: {first_line(error)}") from error
+    settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return Adapter(name, directory, config, digest.hexdigest())
 
 
 def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
@@ -464,15 +425,6 @@ def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _sha256(config: Mapping[str, Any], weights: Path) -> str:
-    settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with weights.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _bring_back(model: PreTrainedModel) -> None:
     """Give factors that peft made beside offloaded weights, so on no device, room where these are brought to run."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -490,19 +442,10 @@ def _bring_back(model: PreTrainedModel) -> None:
                     module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
 
 
-def _share_config(model: PreTrainedModel) -> None:
-    """Give layers that peft copied the model's config, which says how to attend; copies would keep the old way."""
-    config = model.config.get_text_config(decoder=True)
-    for module in model.modules():
-        if type(getattr(module, "config", None)) is type(config):
-            module.config = config
-
-
 def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
-    """Load the adapter into its base, unmerged; through peft itself, since transformers knows fewer kinds of them.
+    """Load the adapter into its base, unmerged; InputError where it is not for this base.
 
-    Raises:
-        InputError: it is not for this base; the message says what does not fit.
+    Through peft itself, since transformers knows fewer kinds of adapters.
     """
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -515,7 +458,11 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         config.inference_mode = True
         inject_adapter_in_model(config, model, _ADAPTER_NAME)
         if adapter.config.get("layer_replication"):
-            _share_config(model)
+            # The model's config says how to attend; layers that peft copied would keep the old way.
+            shared = model.config.get_text_config(decoder=True)
+            for module in model.modules():
+                if type(getattr(module, "config", None)) is type(shared):
+                    module.config = shared
         _bring_back(model)
         # As peft does by itself: in half precision the two small factors would lose most.
         cast_adapter_dtype(model, _ADAPTER_NAME)
@@ -583,10 +530,7 @@ def refuse_broken_weights(model: nn.Module, path: str) -> None:
 
 
 def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], is_quantised: bool) -> None:
-    """Refuse weights that the model of this config has no place for: it would be another model in silence.
-
-    ``unexpected`` names the tensors without a place, except those that the family itself ignores.
-    """
+    """Refuse tensors without a place in the model of this config: it would be another model in silence."""
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     heads = [f"{name}." for name, module in model.named_modules() if module is head]
     within = (f"{model.base_model_prefix}.", *heads)
@@ -605,8 +549,8 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
         and not _BESIDE_TEXT.search(name)
         and not is_further(name)
         and (not is_quantised or name.rpartition(".")[2] in _PLAIN_TENSORS)
+        and not _is_bias_of_zeros(path, name)
     ]
-    unused = [name for name in unused if not _changes_nothing(path, name)]
     if unused:
         raise InputError(
             f"the weights of {path} hold {len(unused)} tensors that its config.json has no place for, {unused[0]} "
@@ -614,8 +558,8 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
         )
 
 
-def _changes_nothing(path: str, name: str) -> bool:
-    """Whether a tensor is a bias of zeros: some tools write one for every projection."""
+def _is_bias_of_zeros(path: str, name: str) -> bool:
+    """Whether a tensor is one of the biases of zeros that some tools write for every projection."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -631,8 +575,17 @@ def _changes_nothing(path: str, name: str) -> bool:
 def _parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
     """The model's state by name, in one order, as plain whole tensors; what else quantised modules keep, as text."""
     for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor) and value.is_meta:
-            value = _offloaded(model, name)
+        if isinstance(value, Tensor) and value.is_meta:  # accelerate keeps it elsewhere until its module runs
+            module, _, attribute = name.rpartition(".")
+            hook = getattr(model.get_submodule(module), "_hf_hook", None)
+            hooks = getattr(hook, "hooks", (hook,))  # several in sequence, or the one
+            maps = [getattr(each, "weights_map", None) for each in hooks]
+            stored = next((weights for weights in maps if weights is not None), None)
+            if stored is None:
+                raise InputError(
+                    f"the weights cannot be read: {name} is on no device, and accelerate does not know where it is"
+                )
+            value = stored[attribute]
         yield from _plain(name, value)
 
 
@@ -656,15 +609,3 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor | str]]:
         yield name, str(value)
     else:
         raise InputError(f"the weights cannot be fingerprinted: {name} is a {type(value).__name__}")
-
-
-def _offloaded(model: nn.Module, name: str) -> Tensor:
-    """A tensor that accelerate keeps elsewhere until its module runs."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):  # several in sequence, or the one
-        stored = getattr(part, "weights_map", None)
-        if stored is not None:
-            return stored[attribute]
-    raise InputError(f"the weights cannot be read: {name} is on no device, and accelerate does not know where it is")

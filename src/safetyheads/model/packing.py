@@ -23,8 +23,7 @@ class Packing:
     """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
 
 
-# Lives for one forward of the engine's own, in its own thread: masks are made before the first layer runs, and
-# replays use the masks that were captured. Ablations never travel this way.
+# Lives for one forward of the engine's own, in its own thread; replays use the masks that were captured.
 _packing: ContextVar[Packing | None] = ContextVar("safetyheads_packing", default=None)
 
 
@@ -49,8 +48,8 @@ def safetyheads_mask(
 ) -> Tensor | None:
     """Transformers' boolean mask, of the family's own rule; over packed prompts the rule sees positions.
 
-    A token sees what the family's rule (causal, window, chunk) allows at the two tokens' *positions*, in the
-    prefix and in its own segment only.
+    A token sees what the family's rule (causal, window, chunk) allows at the two *positions*, in the prefix and in its
+    own segment only.
     """
     packing = _packing.get()
     if packing is not None and mask_function is not None:
@@ -107,8 +106,7 @@ class Segments:
     def cover(self, query: Tensor, mask: Tensor) -> bool:
         """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
         n_tokens = self.n_prefix + len(self.places)
-        whole = query.shape[2] == n_tokens
-        return whole and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
+        return query.shape[2] == n_tokens and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
 
 
 def by_segment(
@@ -121,16 +119,8 @@ def by_segment(
 ) -> Tensor:
     """Attention of a packed row, prompt by prompt: what the mask forbids between prompts is never computed.
 
-    Args:
-        attend: (query, key, value, mask) -> (heads' outputs [rows, n_tokens, n_heads, d_value], anything).
-        segments: how the prompts lie.
-        query: [rows, n_heads, n_tokens, d_head]; key and value likewise, with their own number of heads.
-        key: see query.
-        value: see query.
-        mask: bool [1, 1, n_tokens, n_tokens], the family's rule within prompts.
-
-    Returns:
-        The heads' outputs [rows, n_tokens, n_heads, d_value].
+    ``attend`` takes query, key, value [rows, heads, n_tokens, d] and mask, and gives the heads' outputs [rows,
+    n_tokens, n_heads, d_value] and anything; so does this, for the whole row, without the anything.
     """
     segments = segments.on(query.device)
     n_rows, n_prefix = len(query), segments.n_prefix

@@ -109,11 +109,6 @@ def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
 
 
-def row_prefix(members: Sequence[TokenSequence]) -> int:
-    """Tokens that a packed row of these sequences holds once; a sequence alone in its row shares nothing."""
-    return shared_prefix(members) if len(members) > 1 else 0
-
-
 def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
     """int64 [n_wanted of all]: the sequence of each wanted token."""
     counts = torch.tensor([sequence.n_wanted for sequence in sequences])
@@ -133,7 +128,7 @@ def pack(
 ) -> PackedRow:
     """Lay the ``members`` of ``sequences`` in one row, their common prefix once, or with each of them."""
     chosen = [sequences[member] for member in members]
-    prefix = row_prefix(chosen) if shares_prefix else 0
+    prefix = shared_prefix(chosen) if shares_prefix and len(chosen) > 1 else 0
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
     wanted: list[int] = []
@@ -194,9 +189,9 @@ def lay_out(
     Args:
         sequences: what is to be run.
         layer: cost of a layer of the model.
-        token_budget: most tokens in a batch (rows times row length).
+        token_budget: most tokens in a batch.
         n_rows_useful: groups that can ever share a batch: the heads of a layer.
-        packs: False lays every sequence in a row of its own.
+        packs: whether sequences may share a row.
         by_segment: whether tokens are compared within their sequence only, or with their whole row.
     """
     prefix = shared_prefix(sequences)
@@ -235,15 +230,12 @@ def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: in
         if memory_budget is None or needed <= memory_budget:
             return plan
         if n_tokens == 1:
+            mebibytes = [n / 2**20 for n in (needed, memory_budget)]
+            most, budget = (f"{n:.0f} MiB" if n >= 10 else f"{n:.2g} MiB" for n in mebibytes)
             raise InputError(
-                f"one head on these prompts needs about {_mebibytes(needed)} beside the weights; the memory budget is "
-                f"{_mebibytes(memory_budget)}"
+                f"one head on these prompts needs about {most} beside the weights; the memory budget is {budget}"
             )
         n_tokens //= 2
-
-
-def _mebibytes(n: int) -> str:
-    return f"{n / 2**20:.0f} MiB" if n >= 10 * 2**20 else f"{n / 2**20:.2g} MiB"
 
 
 def longest_row(sequences: Sequence[TokenSequence], plan: Plan) -> int:
@@ -298,10 +290,7 @@ def halving(
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """Run over all items at once; where memory runs out, over each half, and so on down to one.
 
-    A ``run`` that stores its results may return None itself: these items were too many before.
-
-    Yields:
-        The items that ran together, with what ``run`` returned for them.
+    Yields the items that ran together, with what ``run`` gave; it may give None itself: too many, as known before.
     """
     result = None
     with unless_too_large(len(items)):
@@ -389,7 +378,7 @@ def row_sizes(sequences: Sequence[TokenSequence], plan: Plan, shares_prefix: boo
     sizes = []
     for row in plan.rows:
         members = [sequences[member] for member in row]
-        prefix = row_prefix(members) if shares_prefix else 0
+        prefix = shared_prefix(members) if shares_prefix and len(members) > 1 else 0
         lengths = [len(member.token_ids) for member in members]
         sizes.append(
             RowSize(
@@ -411,13 +400,7 @@ def _pairs(start: int, end: int) -> int:
 
 
 class ModelCosts:
-    """Counts, from shapes alone, the operations and bytes that passes over a model take.
-
-    Args:
-        architecture: the model's parts.
-        quick: the quick paths that passes take.
-        itemsize: bytes of an activation.
-    """
+    """Counts, from shapes alone, what passes by the quick paths take, at ``itemsize`` bytes an activation."""
 
     def __init__(self, architecture: Architecture, quick: Capabilities, itemsize: int) -> None:
         self.architecture, self.quick, self.itemsize = architecture, quick, itemsize
@@ -452,10 +435,9 @@ class ModelCosts:
         return sum(by_layer[head.layer] for head in heads)
 
     def screening_flops(self, sequences: Sequence[TokenSequence], n_columns: Sequence[int]) -> float:
-        """A screening: at each point a forward pass, and a backward pass for each column.
+        """A screening: at each point a forward pass, which attends twice, and a backward pass for each column.
 
-        A backward pass costs what a forward does, because no weight needs a gradient; its attention costs two and a
-        half times as much, and each forward attends twice.
+        A backward pass costs what a forward does, because no weight needs a gradient; its attention 2.5 times as much.
         """
         (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1), shares_prefix=False)
         layer = layer_flops(self.architecture)
@@ -471,10 +453,7 @@ class ModelCosts:
     def pass_bytes(self, sequences: Sequence[TokenSequence], plan: Plan, at_once: int) -> int:
         """Peak of a whole pass beside the weights, within 30 % (tests/model/test_planning.py).
 
-        Args:
-            sequences: the prompts.
-            plan: of the pass.
-            at_once: logits in memory together, in elements; 0 where no next token is read.
+        ``at_once`` logits are in memory together, in elements; 0 where no next token is read.
         """
         facts, size, n = self.architecture, self.itemsize, plan.groups_per_batch
         rows, n_wanted = row_sizes(sequences, plan), sum(sequence.n_wanted for sequence in sequences)
@@ -495,11 +474,7 @@ class ModelCosts:
         return kept + captured + states + max(running, states, reading, kept + 12 * chunk, _LOGIT_BYTES * chunk)
 
     def _layer_bytes(self, n_groups: int, row: RowSize) -> tuple[int, int]:
-        """Peaks of ``n_groups`` batch rows in a layer's MLP and in its attention.
-
-        Which tensors are alive together was read off transformers' layers; what a family does otherwise moves the
-        estimate, never a result.
-        """
+        """Peaks of ``n_groups`` batch rows in a layer's MLP and in its attention, as transformers' layers have them."""
         facts, size = self.architecture, self.itemsize
         heads, kv_heads = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
         scores = _score_bytes(facts, size)

@@ -1,8 +1,6 @@
 """Proves at load, on the user's own weights, the claims on which every number rests.
 
-A claim that only a quick path needs, when it fails, costs that path; a claim about the ablation itself, when it
-fails, refuses the model by name. So does a family whose single layers cannot be run again: nothing could be proved of
-its ablations.
+A failed claim about the ablation refuses the model by name; one that only a quick path needs costs that path.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.errors import UnsupportedModelError
+from safetyheads.errors import UnsupportedModelError, first_line
 from safetyheads.model.architecture import Capabilities, HeadShape
 from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
 from safetyheads.model.quick_paths import TRIPS, difference, largest, prove_quick_paths
-from safetyheads.model.replay import Capture, capture, decode, first_of, of_rows, run_layer
+from safetyheads.model.replay import Capture, Copies, capture, decode, first_of, of_rows
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -100,13 +98,30 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         if in_heads is not None:
             claim(f"{equal}, before what the heads say is projected", in_heads, True, exact)
         claim(equal, in_blocks, True)
-        _refuse_attention_elsewhere(engine, rows[0])
+        with attending() as callers:
+            decode(facts, rows[0], 1)
+        for module in callers:  # what is left out must have no heads
+            if not any(module is attention for attention in facts.attentions):
+                raise UnsupportedModelError(
+                    f"{facts.family}: refused, because {type(module).__name__} attends, but was not found in any layer"
+                )
         with _refusing(facts.family, "ablating a head of each layer"):
-            for name, (error, layer) in _ablation_errors(engine, rows[0]).items():
+            captured = capture(facts, rows[0], {}, 0)
+            worst: dict[str, tuple[float, int]] = {}  # (iv), (v) claim -> its largest error and in which layer
+            for layer in facts.with_heads:
+                for name, error in _errors_in_layer(engine, captured, layer):
+                    # A NaN is the largest error, and no comparison says so.
+                    if name not in worst or not error <= worst[name][0]:
+                        worst[name] = error, layer
+            for name, (error, layer) in worst.items():
                 sentence = f"{name} ({facts.n_layers} layers, most in layer {layer})"
                 claim(sentence, error, name != _WINDOWS, tolerance if name == _PARTS else exact)
         capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
-    return CheckReport(tuple(proofs), capabilities, (*_left_out(engine), *notes))
+    if facts.without_heads:
+        layers = ", ".join(map(str, facts.without_heads))
+        left_out = f"layers {layers} mix tokens in another way than by attention: they have no heads and are left out"
+        notes = (left_out, *notes)
+    return CheckReport(tuple(proofs), capabilities, notes)
 
 
 def tolerances(engine: Engine) -> tuple[float, float]:
@@ -121,12 +136,12 @@ def tolerances(engine: Engine) -> tuple[float, float]:
 def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None, float]:
     """(i) Our attention against the family's eager one; leaves ours set.
 
-    Every layer is given what it was given under eager attention, so that rounding does not pile up over the layers:
-    in bfloat16 even eager and sdpa differ by some percent of the logits at the end of four layers.
+    Every layer is given what it was given under eager attention: rounding in bfloat16 piles up to some percent of the
+    logits over four layers.
 
     Returns:
-        The largest differences of the heads' outputs (only of quantised models whose output projections are known) and
-        of the attention blocks' outputs.
+        The largest differences of the heads' outputs (of quantised models with known output projections) and of the
+        attention blocks' outputs.
     """
     facts = engine.architecture
     reads_heads = is_quantised(engine.model)
@@ -173,28 +188,6 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
     return (error(1) if reads_heads and ours[0][1] else None), error(2)
 
 
-def _refuse_attention_elsewhere(engine: Engine, row: PackedRow) -> None:
-    """Refuse a model in which other modules attend than were found: what is left out must have no heads."""
-    facts = engine.architecture
-    with attending() as callers:
-        decode(facts, row, 1)
-    known = {id(attention) for attention in facts.attentions}
-    for module in callers:
-        if id(module) not in known:
-            what = type(module).__name__
-            raise UnsupportedModelError(
-                f"{facts.family}: refused, because {what} attends, but was not found in any layer"
-            )
-
-
-def _left_out(engine: Engine) -> Iterator[str]:
-    """The note about layers without heads."""
-    layers = engine.architecture.without_heads
-    if layers:
-        named = ", ".join(map(str, layers))
-        yield f"layers {named} mix tokens in another way than by attention: they have no heads and are left out"
-
-
 @contextmanager
 def _refusing(family: str, what: str) -> Iterator[None]:
     """Within, an error in a family's code refuses the family by name."""
@@ -205,9 +198,8 @@ def _refusing(family: str, what: str) -> Iterator[None]:
     except TRIPS as error:
         if is_out_of_memory(error):
             raise
-        first = next(iter(str(error).splitlines()), "")
         raise UnsupportedModelError(
-            f"{family}: refused, because {what} raised {type(error).__name__}: {first}"
+            f"{family}: refused, because {what} raised {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -232,23 +224,8 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
-def _ablation_errors(engine: Engine, row: PackedRow) -> dict[str, tuple[float, int]]:
-    """(iv), (v) What an ablation of one head does to its attention, and that the hook arrives, layer by layer.
-
-    Returns:
-        Claim -> its largest error and in which layer.
-    """
-    captured = capture(engine.architecture, row, {}, 0)
-    worst: dict[str, tuple[float, int]] = {}
-    for layer in engine.architecture.with_heads:
-        for claim, error in _errors_in_layer(engine, captured, layer):
-            # A NaN is the largest error, and no comparison says so.
-            if claim not in worst or not error <= worst[claim][0]:
-                worst[claim] = error, layer
-    return worst
-
-
 def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
+    """What an ablation of one head does to its attention, and that the hook arrives: claim and error."""
     facts = engine.architecture
     attention, shape = facts.attentions[layer], facts.shapes[layer]
     assert attention is not None  # the layer has heads
@@ -264,7 +241,8 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
         handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
         try:
             with attention_calls(facts.attentions, {layer: call}):
-                run_layer(facts, captured, layer, of_rows(facts, captured.inputs[layer], n_rows))
+                rows = of_rows(facts, captured.inputs[layer], n_rows)
+                facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
         finally:
             handle.remove()
         if not seen:
@@ -278,7 +256,9 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
     seen, _ = observed()
     n_tokens, query = captured.row.n_tokens, seen["query"]
-    reached = _reached_tokens(seen["mask"], n_tokens, query.device)
+    # Tokens from the first key that a token sees to the token itself, at most.
+    first = _allowed(seen["mask"], n_tokens, query.device).int().argmax(dim=-1)
+    reached = int((torch.arange(n_tokens, device=query.device) - first).max()) + 1
     if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
         raise UnsupportedModelError(
             f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
@@ -308,15 +288,19 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     )
     # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
     yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
-    uniform = _mean_over_allowed(seen["value"][1], seen["mask"], head * seen["value"].shape[1] // n_heads)
-    if seen["plain"]:
-        yield ("undifferentiated attention is uniform over the allowed keys", difference(output[1][:, head], uniform))
-    else:
-        # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more.
-        yield (
-            "undifferentiated attention is uniform over the allowed keys, beside a sink's share",
-            difference(output[1][:, head], _nearest_share(output[1][:, head], uniform)),
-        )
+    # The plain mean of the head's values over the keys that the mask allows each token [n_tokens, d_value].
+    allowed, value = _allowed(seen["mask"], n_tokens, query.device), seen["value"][1]
+    weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
+    mean = weights @ value[head * len(value) // n_heads].double()
+    evenness = "undifferentiated attention is uniform over the allowed keys"
+    if not seen["plain"]:
+        # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more:
+        # the output is compared with the part that comes nearest.
+        evenness += ", beside a sink's share"
+        mean = mean.to(value.dtype).double()
+        part = (output[1][:, head].double() * mean).sum(-1, keepdim=True)
+        mean = (part / mean.square().sum(-1, keepdim=True).clamp_min(1e-30)).clamp(0, 1) * mean
+    yield evenness, difference(output[1][:, head], mean.to(value.dtype))
 
 
 def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
@@ -329,29 +313,6 @@ def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[st
         differing = [f"{name} {seen_here}, not {as_read}" for name, seen_here, as_read in facts if seen_here != as_read]
         differing = differing or [f"outputs {list(output.shape[2:])}, not {[shape.n_heads, shape.d_value]}"]
         raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(differing)}")
-
-
-# What a mask allows each token to see, and what even attention over it gives
-
-
-def _reached_tokens(mask: Tensor | None, n_tokens: int, device: torch.device) -> int:
-    """Tokens from the first key that a token sees to the token itself, at most."""
-    first = _allowed(mask, n_tokens, device).int().argmax(dim=-1)
-    return int((torch.arange(n_tokens, device=device) - first).max()) + 1
-
-
-def _mean_over_allowed(value: Tensor, mask: Tensor | None, kv_head: int) -> Tensor:
-    """The plain mean of one head's values [n_tokens, d_value] over the keys that the mask allows each token."""
-    allowed = _allowed(mask, value.shape[1], value.device)
-    weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
-    return (weights @ value[kv_head].double()).to(value.dtype)
-
-
-def _nearest_share(output: Tensor, mean: Tensor) -> Tensor:
-    """Of each token's mean [n_tokens, d_value] the part, from none to all of it, that comes nearest to the output."""
-    output, wide = output.double(), mean.double()
-    share = (output * wide).sum(-1, keepdim=True) / wide.square().sum(-1, keepdim=True).clamp_min(1e-30)
-    return (share.clamp(0, 1) * wide).to(mean.dtype)
 
 
 def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:

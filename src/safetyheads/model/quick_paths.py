@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.heads import Head
-from safetyheads.model.architecture import Architecture, Capabilities
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.attention import AttentionCall
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, left_padded, pack
 from safetyheads.model.replay import capture, decode, given_to_norm, logits, replay, rerun
@@ -114,15 +114,24 @@ def _tried(measure: Callable[[], float]) -> tuple[float, str]:
     except TRIPS as failure:
         if is_out_of_memory(failure):
             raise
-        line = next(iter(str(failure).splitlines()), "")
+        line = str(failure).partition("\n")[0]
         return float("inf"), f" ({type(failure).__name__}{': ' * bool(line)}{line})"
 
 
 def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities) -> Iterator[float]:
-    """(ii) Replay from layers of every kind, unablated and ablated, and unablated once more after."""
+    """(ii) Replay from the first, a middle and the last layer with heads and the first of each kind of these.
+
+    Unablated and ablated, and unablated once more after.
+    """
     facts = engine.architecture
-    captured = capture(facts, row, {}, 0)
-    for start in _starts(facts):
+    captured, with_heads = capture(facts, row, {}, 0), facts.with_heads
+    kinds: dict[Any, int] = {}
+    for layer in with_heads:
+        # What tells kinds apart is said in words and switches: a type of layer, whether it has RoPE, whose keys it has.
+        words = {name: value for name, value in vars(facts.attentions[layer]).items() if isinstance(value, str | bool)}
+        words.pop("training", None)
+        kinds.setdefault((type(facts.layers[layer]), facts.shapes[layer], tuple(sorted(words.items()))), layer)
+    for start in sorted({with_heads[0], with_heads[len(with_heads) // 2], with_heads[-1], *kinds.values()}):
         yield difference(replay(facts, captured, {}, 1, start, quick), plain)
         ablated = _ablated_from(engine, start)
         yield difference(replay(facts, captured, ablated, 2, start, quick), rerun(facts, row, ablated, 2))
@@ -148,19 +157,6 @@ def _together_error(
         alone = torch.cat([rerun(facts, each, ablated, 2) for each in rows], dim=1)
         errors.append(difference(replay(facts, captured, ablated, 2, start, quick), alone))
     return largest(errors)
-
-
-def _starts(facts: Architecture) -> list[int]:
-    """The first, a middle and the last layer with heads, and the first of each kind of these."""
-    with_heads = facts.with_heads
-    kinds: dict[Any, int] = {}
-    for layer in with_heads:
-        attention = facts.attentions[layer]
-        # What tells kinds apart is said in words and switches: a type of layer, whether it has RoPE, whose keys it has.
-        words = {name: value for name, value in vars(attention).items() if isinstance(value, str | bool)}
-        words.pop("training", None)
-        kinds.setdefault((type(facts.layers[layer]), facts.shapes[layer], tuple(sorted(words.items()))), layer)
-    return sorted({with_heads[0], with_heads[len(with_heads) // 2], with_heads[-1], *kinds.values()})
 
 
 def _packed_error(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -28,11 +29,9 @@ from safetyheads.model.planning import PackedRow
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What layers are given beside their hidden states
-#
-# A captured argument is read-only: a replay that wrote to it would poison the next one. But what one layer writes for
-# a later one (keys and values that several layers share) has to reach it within the same replay. So every replay has
-# one copy of each mutable container, and all of its layers get that one.
+# What layers are given beside their hidden states. Captured arguments are read-only: a replay that wrote to them would
+# poison the next one. But what a layer writes for a later one (shared keys and values) has to reach it within the same
+# replay. So every replay has one copy of each mutable container, and all of its layers get that one.
 
 Arguments: TypeAlias = dict[str, Any]
 """Arguments of a layer by name, without the hidden states; containers as :class:`Kept`."""
@@ -49,7 +48,7 @@ TOKEN_DIMENSION = {
 
 
 class UnknownArgumentError(LookupError):
-    """A layer has an argument that cannot be named, or a tensor that cannot be cut to some tokens."""
+    """A layer has an argument that cannot be named or cut to some tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +82,8 @@ def _keep(argument: Any) -> Any:
         return Kept(argument, contents)
     if isinstance(argument, list):
         return Kept(argument, [_keep(value) for value in argument])
-    if _is_plain_tuple(argument):
-        return tuple(_keep(value) for value in argument)
-    return argument
-
-
-def _is_plain_tuple(argument: Any) -> bool:
-    return isinstance(argument, tuple) and not hasattr(argument, "_fields")
+    # Exactly a tuple: a named one is made by its fields.
+    return tuple(_keep(value) for value in argument) if type(argument) is tuple else argument
 
 
 class Copies:
@@ -109,10 +103,7 @@ class Copies:
         return forked
 
     def complete(self, arguments: Arguments) -> None:
-        """Add to this replay's mappings what the captured run had in them when the next layer was given them.
-
-        Needed after a layer that did not write itself, because its attention was not run.
-        """
+        """Add what the captured run had in its mappings by now, after a layer whose attention was not run to write."""
         for argument in arguments.values():
             if isinstance(argument, Kept) and isinstance(argument.contents, MutableMapping):
                 container = self._copy(argument)
@@ -121,7 +112,7 @@ class Copies:
                         container[name] = self._copy(value)
 
     def _copy(self, argument: Any) -> Any:
-        if _is_plain_tuple(argument):
+        if type(argument) is tuple:
             return tuple(self._copy(value) for value in argument)
         if not isinstance(argument, Kept):
             return argument
@@ -134,11 +125,7 @@ class Copies:
 
 
 def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
-    """The arguments for the wanted tokens only.
-
-    Raises:
-        UnknownArgumentError: an argument's token dimension is not known.
-    """
+    """The arguments for the wanted tokens only; UnknownArgumentError where a token dimension is not known."""
     narrow: Arguments = {}
     for name, argument in arguments.items():
         parts = argument if isinstance(argument, tuple) else (argument,)
@@ -149,10 +136,10 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
             continue
         if dimension is None or any(part.shape[dimension] != n_tokens for part in tensors):
             raise UnknownArgumentError(f"which dimension of {name} runs over the tokens is not known")
-        picked = tuple(
+        picked = [
             part.index_select(dimension, wanted.to(part.device)) if isinstance(part, Tensor) else part for part in parts
-        )
-        narrow[name] = picked if isinstance(argument, tuple) else picked[0]
+        ]
+        narrow[name] = tuple(picked) if isinstance(argument, tuple) else picked[0]
     return narrow
 
 
@@ -160,18 +147,20 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
 
 
 class Capture:
-    """One run over a packed row: what each layer was given. It shrinks as replays move on.
+    """One run over a packed row. It shrinks as replays move on.
 
     Attributes:
         row: the packed prompts.
         inputs: layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them.
-        arguments: layer -> its other arguments; read-only, every replay gets copies of mutable containers.
+        arguments: layer -> its other arguments.
         compared: (layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output
             projection, for all of its batches [2, n_tokens, n_heads * d_value].
     """
 
-    def __init__(self, row: PackedRow, inputs: dict[int, Tensor], arguments: Mapping[int, Arguments]) -> None:
-        self.row, self.inputs, self.arguments = row, inputs, arguments
+    def __init__(self, row: PackedRow) -> None:
+        self.row = row
+        self.inputs: dict[int, Tensor] = {}
+        self.arguments: dict[int, Arguments] = {}
         self.compared: dict[tuple[int, Ablation], Tensor] = {}
 
     def drop_before(self, layer: int) -> None:
@@ -200,31 +189,22 @@ def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
 def capture(
     architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], first: int, segments: bool = False
 ) -> Capture:
-    """Run the decoder over one packed row, keeping what layers ``first``.. are given.
+    """Run the decoder over one packed row under ``calls``, keeping what layers ``first``.. are given.
 
-    Args:
-        architecture: the model's parts.
-        row: the packed prompts.
-        calls: layer -> ablations already in force during this run.
-        first: the first layer whose input is kept.
-        segments: take attention prompt by prompt.
+    With ``segments``, attention is taken prompt by prompt.
     """
-    inputs: dict[int, Tensor] = {}
-    arguments: dict[int, Arguments] = {}
+    captured = Capture(row)
 
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs[layer], arguments[layer] = named(module, positional, keywords)
-
-        return hook
+    def keep(layer: int, module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        captured.inputs[layer], captured.arguments[layer] = named(module, positional, keywords)
 
     with ExitStack() as stack:
         stack.enter_context(attention_calls(architecture.attentions, _segmented(architecture, row, calls, segments)))
         for layer in range(first, architecture.n_layers):
-            handle = architecture.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
+            handle = architecture.layers[layer].register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
             stack.callback(handle.remove)
         decode(architecture, row, 1)
-    return Capture(row, inputs, arguments)
+    return captured
 
 
 def _segmented(
@@ -244,11 +224,6 @@ def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
     return hidden.expand(sizes)
 
 
-def run_layer(architecture: Architecture, captured: Capture, layer: int, hidden: Tensor) -> Tensor:
-    """One layer on other hidden states of any number of rows, with the captured arguments."""
-    return first_of(architecture.layers[layer](hidden, **Copies().of(captured.arguments[layer])))
-
-
 # Replay
 
 
@@ -261,18 +236,10 @@ def replay(
     start: int,
     quick: Capabilities,
 ) -> Tensor:
-    """Run layers ``start``.. again on copies of the captured row and give the wanted tokens' states.
-
-    Args:
-        architecture: the model's parts.
-        captured: the row's inputs and arguments.
-        calls: layer -> the ablations of each batch row.
-        n_rows: batch rows.
-        start: the first layer to run again.
-        quick: the quick paths to take.
+    """Run layers ``start``.. again on ``n_rows`` copies of the captured row, each under its ablations in ``calls``.
 
     Returns:
-        [n_rows, n_wanted, d_model], before the final norm.
+        The wanted tokens' states [n_rows, n_wanted, d_model], before the final norm.
     """
     last = architecture.n_layers - 1
     calls = _segmented(architecture, captured.row, calls, quick.segments)
@@ -284,7 +251,17 @@ def replay(
         arguments = captured.arguments[layer]
         hidden = running.layer(layer, hidden, arguments, calls.get(layer, AttentionCall()), late and layer == start)
     states = running.finish(hidden, calls.get(last, AttentionCall()), late and start == last, quick.prunes)
-    return _entering_norm(architecture, states)
+    if architecture.batch_dimension == 0:
+        return states
+    # Families with several residual streams merge them before the final norm: by the decoder's own code, run over no
+    # layer at all.
+    ids = torch.zeros(states.shape[architecture.batch_dimension :][:2], dtype=torch.int64, device=states.device)
+    with ExitStack() as stack:
+        for module in architecture.layers:
+            stack.enter_context(instead(module, lambda *_, **__: states))
+        caught = stack.enter_context(given_to_norm(architecture))
+        architecture.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return caught[-1]
 
 
 class _Replay:
@@ -332,15 +309,14 @@ class _Replay:
             raise LeftLayer(given[0])
 
         projection = self.architecture.output_projections[layer]
-        if projection is None:
-            raise LookupError(f"the output projection of layer {layer} is not known")
+        assert projection is not None  # starts_late was proved
         handle = projection.register_forward_pre_hook(leave)
         try:
             with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
                 rows = of_rows(self.architecture, hidden, 2)
                 self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
         except LeftLayer as left:
-            return left.tensors[0]
+            return left.args[0]
         finally:
             handle.remove()
         raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
@@ -375,26 +351,8 @@ class _Replay:
                     stack.enter_context(instead(projection, no_queries))
                 self.architecture.layers[last](hidden, **self.copies.fork().of(self.captured.arguments[last]))
         except LeftLayer as left:
-            key, value = left.tensors
-            return key, value
+            return left.args
         raise LookupError("the last layer ended without calling its attention function")
-
-
-def _entering_norm(architecture: Architecture, states: Tensor) -> Tensor:
-    """What the decoder makes of its last layer's states before its final norm [n_rows, n_tokens, d_model].
-
-    Families with one residual stream leave it as it is; others merge theirs: by the decoder's own code, run over no
-    layer at all.
-    """
-    if architecture.batch_dimension == 0:
-        return states
-    ids = torch.zeros(states.shape[architecture.batch_dimension :][:2], dtype=torch.int64, device=states.device)
-    with ExitStack() as stack:
-        for layer in architecture.layers:
-            stack.enter_context(instead(layer, lambda *_, **__: states))
-        caught = stack.enter_context(given_to_norm(architecture))
-        architecture.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return caught[-1]
 
 
 # The plain path
