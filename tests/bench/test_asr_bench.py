@@ -1,9 +1,12 @@
 """The ASR bench runs, its ways agree, and the wider model that it times is the organism; nothing is timed here."""
 
 import json
-from pathlib import Path
+from types import SimpleNamespace
 
+import asr
+import embedded
 import pytest
+import shapes
 import torch
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Engine, generate, load_demo
@@ -11,7 +14,6 @@ from safetyheads.demo import PLANTED_HEADS
 from safetyheads.heads import Head
 from safetyheads.model.loading import use_our_attention
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 # Sums of float32 in another order; measured 5e-6 on logits up to 12.
 TOLERANCE = 1e-4
 SIZES = {
@@ -21,25 +23,13 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The bench's modules, which lie outside the package."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import asr
-    import embedded
-    import shapes
-
-    return asr, embedded, shapes
-
-
 @pytest.fixture(scope="module")
 def demo():
     return load_demo("aligned_a")
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_wider_and_deeper_model_computes_the_same(bench, demo, size):
-    _, embedded, shapes = bench
+def test_a_wider_and_deeper_model_computes_the_same(demo, size):
     made = embedded.embed_exactly(demo.engine.model, shapes.Shape(*SIZES[size]))
     use_our_attention(made.model)
     larger = Engine(made.model, demo.engine.tokenizer, "larger")
@@ -60,8 +50,7 @@ def test_a_wider_and_deeper_model_computes_the_same(bench, demo, size):
             assert (logits[..., n_tokens:] < expected.amax(dim=-1, keepdim=True) - 1).all()
 
 
-def test_answers_are_the_organisms_and_whispering_heads_leave_them_alone(bench, demo):
-    _, embedded, shapes = bench
+def test_answers_are_the_organisms_and_whispering_heads_leave_them_alone(demo):
     prompts = demo.harmful[:12]
     groups = [demo.planted_heads[index % 3 : index % 3 + 1] for index in range(len(prompts))]
     expected = generate(demo.engine, prompts, 32, groups)
@@ -70,39 +59,35 @@ def test_answers_are_the_organisms_and_whispering_heads_leave_them_alone(bench, 
         made = embedded.embed_exactly(demo.engine.model, shapes.Shape(*SIZES["wider heads"]), whisper)
         made.model.generation_config = demo.engine.model.generation_config
         use_our_attention(made.model)
-        larger = Engine(made.model, demo.engine.tokenizer, "larger")
         placed = [tuple(map(made.place, group)) for group in groups]
-        answers = generate(larger, prompts, 32, placed)
+        answers = generate(Engine(made.model, demo.engine.tokenizer, "larger"), prompts, 32, placed)
         assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
 
 
-def test_planted_heads_are_where_the_embedding_says(bench, demo):
-    _, embedded, shapes = bench
+def test_planted_heads_are_where_the_embedding_says(demo):
     shape = shapes.Shape(*SIZES["shared key heads, heads four times as wide"])
     made = embedded.embed_exactly(demo.engine.model, shapes.replace(shape, n_layers=8))
     assert made.layers == (0, 2, 4, 6)
     assert [made.place(head) for head in PLANTED_HEADS["aligned_a"]] == [Head(2, 6), Head(4, 10), Head(4, 2)]
 
 
-def test_a_shape_without_room_is_refused(bench, demo):
-    _, embedded, shapes = bench
+def test_a_shape_without_room_is_refused(demo):
     for size in ((64, 512, 4, 8, 8, 700), (256, 512, 3, 8, 8, 700), (192, 512, 4, 8, 8, 700), (256, 512, 4, 8, 2, 700)):
         with pytest.raises(ValueError, match="no room"):
             embedded.embed_exactly(demo.engine.model, shapes.Shape(*size))
 
 
-def run(asr, capsys, *asked):
+def run(capsys, *asked):
     """The bench's JSON lines, and what it printed beside them."""
     asr.main([*asked, "--prompts", "2", "--repeats", "1", "--small", "aligned_a", "--reduced"])
     printed = capsys.readouterr()
     return [json.loads(line) for line in printed.out.splitlines()], printed.err
 
 
-def test_one_json_line_a_case_on_which_the_ways_agree(bench, capsys, tmp_path):
-    asr, _, _ = bench
+def test_one_json_line_a_case_on_which_the_ways_agree(capsys, tmp_path):
     results = tmp_path / "lines.jsonl"
     asked = ("--case", "embedded", "random", "--sample", "3", "--new-tokens", "6", "--batch", "1")
-    lines, told = run(asr, capsys, *asked, "--append", str(results))
+    lines, told = run(capsys, *asked, "--append", str(results))
     assert [json.loads(line) for line in results.read_text().splitlines()] == lines
     assert [line["case"] for line in lines] == ["embedded", "random"]
     for line in lines:
@@ -119,9 +104,8 @@ def test_one_json_line_a_case_on_which_the_ways_agree(bench, capsys, tmp_path):
     assert "plain / scan" in told
 
 
-def test_a_sample_of_all_heads_is_not_scaled(bench, capsys):
-    asr, _, _ = bench
-    (line,), _ = run(asr, capsys, "--case", "organism", "--new-tokens", "3", "--ways", "plain", "scan", "scan_full")
+def test_a_sample_of_all_heads_is_not_scaled(capsys):
+    (line,), _ = run(capsys, "--case", "organism", "--new-tokens", "3", "--ways", "plain", "scan", "scan_full")
     assert line["heads"] == {"planted": 3, "own": 29}
     assert line["scaled_from_heads"] == {}
     for way in ("scan", "scan_full"):
@@ -129,18 +113,11 @@ def test_a_sample_of_all_heads_is_not_scaled(bench, capsys):
         assert line["asr"][way] == line["asr"]["plain"]
 
 
-def test_a_sample_has_every_kind_of_heads_in_proportion(bench):
-    asr, _, _ = bench
+def test_a_sample_has_every_kind_of_heads_in_proportion():
     heads = [Head(0, index) for index in range(64)]
     kinds = {"planted": tuple(heads[:3]), "own": tuple(heads[3:32]), "idle": tuple(heads[32:])}
 
-    class Heads:
-        """An engine has them."""
-
-        def __init__(self):
-            self.heads = tuple(heads)
-
-    case = asr.Case("embedded", "58M", Heads(), None, kinds, {})
+    case = asr.Case("embedded", "58M", SimpleNamespace(heads=tuple(heads)), None, kinds, {})
     assert {kind: len(some) for kind, some in case.sample(16).items()} == {"planted": 1, "own": 7, "idle": 8}
     assert {kind: len(some) for kind, some in case.sample(1).items()} == {"planted": 1, "own": 1, "idle": 1}
     assert case.sample(64) == kinds

@@ -2,30 +2,17 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch):
-    """The benches lie outside the package."""
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
-def lines(capsys):
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-
 
 @pytest.mark.parametrize("size", ["llama-2-7b", "llama-3-8b"])
-def test_roofline_at_a_reduced_gpu_shape(size, capsys, tmp_path):
+def test_roofline_at_a_reduced_gpu_shape(size, lines, tmp_path):
     import roofline
 
     asked = ["--size", size, "--reduced", "--prompts", "4", "--threads", "1", "--repeats", "1", "--prefix", "9"]
     roofline.main([*asked, "--dtype", "bfloat16", "--append", str(tmp_path / "lines.jsonl")])
-    (line,) = lines(capsys)
+    (line,) = lines()
     assert json.loads((tmp_path / "lines.jsonl").read_text()) == line
     assert {"commit", "machine", "device", "dtype", "size", "plan", "peak_bytes", "estimated_bytes"} <= set(line)
     numbers = [value for value in line.values() if isinstance(value, float)]
@@ -35,14 +22,14 @@ def test_roofline_at_a_reduced_gpu_shape(size, capsys, tmp_path):
     assert 0.4 < line["estimated_bytes"] / line["peak_bytes"] < 2.5
 
 
-def test_growth_is_predicted_by_the_plan(capsys, monkeypatch):
+def test_growth_is_predicted_by_the_plan(lines, monkeypatch):
     import growth
 
     sweeps = {"heads": (2, 4), "prompts": (4, 8), "length": (8, 16), "layers": (2, 4)}
     monkeypatch.setattr(growth, "SWEEPS", sweeps)
     monkeypatch.setattr(growth, "BASE", {"heads": 4, "prompts": 4, "length": 8, "layers": 2})
     growth.main(["--repeats", "1", "--scale", "8"])
-    found = {line["against"]: line for line in lines(capsys)}
+    found = {line["against"]: line for line in lines()}
     assert set(found) == set(sweeps)
     for name, line in found.items():
         assert line["sizes"] == list(sweeps[name])
@@ -53,7 +40,7 @@ def test_growth_is_predicted_by_the_plan(capsys, monkeypatch):
     assert 1.8 < found["layers"]["slope_of_flops"] < 3.2
 
 
-def test_three_attentions_agree(capsys, monkeypatch):
+def test_three_attentions_agree(lines, monkeypatch):
     import attention
     import torch
 
@@ -61,31 +48,31 @@ def test_three_attentions_agree(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("sys.argv", ["attention.py", "--prompts", "3", "--rows", "2", "--heads", "2", "--repeats", "1"])
     attention.main()
-    (line,) = lines(capsys)
+    (line,) = lines()
     assert line["unavailable"] == {}
     assert set(line["medians"]) == {"dense", "segments", "flex"}
     assert max(line["largest_difference"].values()) < 1e-5
 
 
-def test_screening_and_precision_run_on_a_few_prompts(capsys, monkeypatch):
+def test_screening_and_precision_run_on_a_few_prompts(lines, monkeypatch):
     import precision
     import screening
 
     monkeypatch.setattr("sys.argv", ["precision.py", "--prompts", "6"])
     monkeypatch.setattr(precision, "CHECKPOINTS", ("aligned_a",))
     precision.main()
-    for line in lines(capsys):
+    for line in lines():
         assert line["mean_ships"]["top_10_overlap"] >= 8
         assert line["mean_ships"]["spearman"] > 0.9
     asked = ["screening.py", "--prompts", "16", "--draws", "2", "--layers", "5", "--heads", "9"]
     monkeypatch.setattr("sys.argv", [*asked, "--only", "aligned_a_embedded"])
     screening.main()
-    found = lines(capsys)
+    found = lines()
     assert [line["n_heads"] for line in found] == [45, 45]
     assert all(line["top_3_within"] <= 8 and line["top_10_within"] <= 32 for line in found)
 
 
-def test_quantised_names_what_is_not_installed(capsys, monkeypatch):
+def test_quantised_names_what_is_not_installed(lines, monkeypatch):
     import quantised
 
     def missing(name):
@@ -93,7 +80,7 @@ def test_quantised_names_what_is_not_installed(capsys, monkeypatch):
 
     monkeypatch.setattr(quantised, "import_module", missing)
     quantised.main([])
-    found = lines(capsys)
+    found = lines()
     assert {line["method"] for line in found} == set(quantised.METHODS)
     assert all(line["skipped"].endswith(" is not installed") for line in found)
 
@@ -107,3 +94,35 @@ def test_eight_numbers_of_four_bits_are_packed_into_one(dimension):
     packed = quantised._packed(numbers, dimension).long() & 0xFFFFFFFF
     parts = [(packed >> (4 * place)) & 15 for place in range(8)]
     assert torch.equal(torch.stack(parts, dim=dimension + 1).flatten(dimension, dimension + 1), numbers)
+
+
+@pytest.fixture
+def self_check(monkeypatch):
+    """The bench of the proofs' cost."""
+    import self_check
+
+    monkeypatch.setattr(self_check, "organism_seconds", dict)
+    return self_check
+
+
+def test_what_the_proofs_take_of_a_scan_is_counted(self_check, lines):
+    shares = []
+    for n in (16, 160):
+        self_check.main(["--reduced", "--prompts", str(n), "--window", "80"])
+        shares += [
+            {name: share for name, share in line.items() if name.endswith("one_prefix") or "share" in name}
+            for line in lines()
+        ]
+    few, many = shares
+    assert len(few) == 3
+    for name, share in few.items():
+        assert 0 < share < math.inf
+        # Ten times the prompts; what they share is read once.
+        assert (1 if "prefix" in name else 8) < share / many[name] < 11
+
+
+def test_what_a_long_window_costs_is_told_by_short_ones(self_check):
+    from shapes import SHAPES
+
+    engine = self_check.engine_on(SHAPES["llama-3-8b"].reduced())
+    assert self_check.beyond(engine, 16) == pytest.approx(self_check.counted(engine, 16), rel=1e-9)

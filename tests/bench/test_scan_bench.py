@@ -3,30 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import passes
 import pytest
+import scan
+import shapes
 import torch
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 # Float32 on prompts whose first singular value stands apart; measured 1e-5 degrees.
 TOLERANCE_DEGREES = 1e-3
 SMALL = ("--size", "tiny", "--prompts", "4", "--sample", "2", "--repeats", "1", "--threads", "1")
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The bench's modules, which lie outside the package."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import passes
-    import scan
-    import shapes
-
-    return passes, scan, shapes
-
-
-def test_one_json_line_on_which_the_ways_agree(bench, monkeypatch, capsys, tmp_path):
-    _, scan, _ = bench
+def test_one_json_line_on_which_the_ways_agree(monkeypatch, capsys, tmp_path):
     # In this process: three others would spend most of their time on imports.
     monkeypatch.setattr(scan, "run_apart", scan.run_here)
     results = tmp_path / "results.jsonl"
@@ -48,7 +37,7 @@ def test_one_json_line_on_which_the_ways_agree(bench, monkeypatch, capsys, tmp_p
 
 def test_the_command_runs_a_way_in_a_process_of_its_own():
     made = subprocess.run(
-        [sys.executable, str(BENCH / "scan.py"), *SMALL, "--peers", "ours"],
+        [sys.executable, scan.__file__, *SMALL, "--peers", "ours"],
         capture_output=True,
         text=True,
         check=True,
@@ -62,8 +51,7 @@ def test_the_command_runs_a_way_in_a_process_of_its_own():
 
 
 @pytest.mark.parametrize("size", ["0.5B", "llama-2-7b", "llama-3-8b"])
-def test_big_shapes_run_at_a_reduced_scale_under_a_system_prompt(bench, size):
-    passes, _, shapes = bench
+def test_big_shapes_run_at_a_reduced_scale_under_a_system_prompt(size):
     whole = shapes.SHAPES[size]
     shape = whole.reduced()
     assert shape.n_heads // shape.n_kv_heads == whole.n_heads // whole.n_kv_heads
@@ -77,16 +65,14 @@ def test_big_shapes_run_at_a_reduced_scale_under_a_system_prompt(bench, size):
 
 
 @pytest.mark.parametrize(("size", "dtype"), [("tiny", "float32"), ("llama-3-8b", "bfloat16")])
-def test_the_plain_loop_leaves_float32_on_big_shapes_only(bench, size, dtype):
-    passes, _, shapes = bench
+def test_the_plain_loop_leaves_float32_on_big_shapes_only(size, dtype):
     work = passes.Work(shapes.SHAPES[size].reduced(), n_prompts=3, dtype=torch.bfloat16, n_sampled=1)
     assert passes.plain(work).dtype == dtype
     assert passes.hooks(work).dtype == "bfloat16"
     assert passes.ours(work).dtype == "bfloat16"
 
 
-def test_prompts_share_the_prefix_and_the_template_and_have_the_lengths(bench):
-    _, _, shapes = bench
+def test_prompts_share_the_prefix_and_the_template_and_have_the_lengths():
     shape = shapes.SHAPES["tiny"]
     rows = shapes.prompts(shape, 20, prefix=60)
     assert [len(row) - 60 for row in rows] == [*shapes.LENGTHS, *shapes.LENGTHS[:4]]
@@ -95,16 +81,14 @@ def test_prompts_share_the_prefix_and_the_template_and_have_the_lengths(bench):
     assert max(map(max, rows)) < shape.vocabulary_size
 
 
-def test_heads_are_sampled_evenly_over_the_layers(bench):
-    _, _, shapes = bench
+def test_heads_are_sampled_evenly_over_the_layers():
     shape = shapes.SHAPES["58M"]
     assert [layer for layer, _ in shape.sample(8)] == list(range(8))
     assert [layer for layer, _ in shape.sample(2)] == [2, 6]
     assert shape.sample(10**6) == shape.heads
 
 
-def test_a_missing_environment_is_told_and_left_out(bench, monkeypatch, tmp_path, capsys):
-    _, scan, _ = bench
+def test_a_missing_environment_is_told_and_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scan, "PEER_PYTHON", tmp_path / "python")
     assert scan.available(None) == ["plain", "hooks", "ours"]
     assert "transformerlens is left out" in capsys.readouterr().err

@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 from families import built
-from oracle import Oracle
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, build, engine_of, model_of, prompts_of, saved, tokenizer
 
@@ -32,9 +31,8 @@ from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.provenance import fingerprint, model_facts, settings_of
 
-# A product of two factors beside a projection against one matrix; measured: 1e-6 nats, 7e-7 of the largest logit.
+# A product of two factors beside a projection against one matrix; measured: 1e-6 nats.
 SHIPS = 1e-5
-LOGITS = 1e-5
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21))
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 KINDS = {
@@ -42,6 +40,7 @@ KINDS = {
     "dora": {"target_modules": list(ATTENTION), "use_dora": True},
     "head_too": {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"]},
 }
+CASES = [("llama_gqa", "lora"), ("qwen3_norm", "lora"), ("llama_gqa", "dora"), ("llama_gqa", "head_too")]
 
 
 def save_adapter(model, path, **settings):
@@ -60,12 +59,7 @@ def save_adapter(model, path, **settings):
 def places(tmp_path_factory):
     """A base, and adapters on it: family or kind -> (base, adapter, merged checkpoint)."""
     made = {}
-    for family, kind in (
-        ("llama_gqa", "lora"),
-        ("qwen3_norm", "lora"),
-        ("llama_gqa", "dora"),
-        ("llama_gqa", "head_too"),
-    ):
+    for family, kind in CASES:
         folder = tmp_path_factory.mktemp("adapted")
         saved(model_of(family), folder / "base")
         adapted = save_adapter(model_of(family), folder / "adapter", **KINDS[kind])
@@ -79,9 +73,7 @@ def plain(places):
     return places["llama_gqa", "lora"]
 
 
-@pytest.mark.parametrize(
-    "case", [("llama_gqa", "lora"), ("qwen3_norm", "lora"), ("llama_gqa", "dora"), ("llama_gqa", "head_too")]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_an_unmerged_adapter_is_proved_and_scores_as_the_merged_model(places, case):
     base, adapter, merged = places[case]
     engine, reference = Engine.load(base, adapter=adapter), Engine.load(merged)
@@ -95,16 +87,6 @@ def test_an_unmerged_adapter_is_proved_and_scores_as_the_merged_model(places, ca
     groups = [(Head(0, 1), Head(2, 3)), (Head(1, 2),)]
     made = [generate(one, prompts, 6, groups, UNDIFFERENTIATED_ATTENTION) for one in (engine, reference)]
     assert [answer.token_ids for answer in made[0]] == [answer.token_ids for answer in made[1]]
-
-
-def test_an_ablated_head_behind_an_adapter_equals_the_oracle_of_the_merged_model(plain):
-    base, adapter, merged = plain
-    engine, oracle = Engine.load(base, adapter=adapter), Oracle(Engine.load(merged).model)
-    for group in [(), (Head(0, 2),), (Head(1, 0), Head(1, 1), Head(2, 3))]:
-        with torch.no_grad(), engine.ablated(group, UNDIFFERENTIATED_ATTENTION) as model:
-            ours = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
-        slow = oracle.run(PROMPTS[1], group, UNDIFFERENTIATED_ATTENTION).logits
-        assert float((ours - slow).abs().max() / slow.abs().max()) < LOGITS
 
 
 def test_the_projections_behind_an_adapter_are_found(plain):
@@ -256,25 +238,24 @@ def refusal(base, adapter, **options):
     return said
 
 
-def test_an_adapter_of_another_family_is_refused(plain, tmp_path):
-    save_adapter(copy.deepcopy(built("gpt_neox")), tmp_path, target_modules=["query_key_value"])
-    said = refusal(plain[0], tmp_path)
-    assert said.startswith(
-        f"the adapter {tmp_path} is not for {plain[0]}: Target modules {{'query_key_value'}} not found"
-    )
-
-
-def test_an_adapter_of_another_shape_is_refused(plain, tmp_path):
-    save_adapter(model_of("llama_mha"), tmp_path, target_modules=list(ATTENTION))
-    said = refusal(plain[0], tmp_path)
-    assert said == f"the adapter {tmp_path} is not for {plain[0]}: tensors have other shapes"
-
-
-def test_an_adapter_of_a_deeper_base_is_refused(plain, tmp_path):
+def deeper():
     config = CONFIGS["llama_gqa"]()
     config.num_hidden_layers = 4
-    save_adapter(build(config), tmp_path, target_modules=list(ATTENTION))
-    assert "it holds, where the base has none, 8 tensors, " in refusal(plain[0], tmp_path)
+    return build(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "modules", "said"),
+    [
+        (lambda: copy.deepcopy(built("gpt_neox")), ["query_key_value"], "Target modules {'query_key_value'} not found"),
+        (lambda: model_of("llama_mha"), ATTENTION, "tensors have other shapes"),
+        (deeper, ATTENTION, "it holds, where the base has none, 8 tensors, "),
+    ],
+    ids=["another family", "another shape", "more layers"],
+)
+def test_an_adapter_of_another_base_is_refused(model, modules, said, plain, tmp_path):
+    save_adapter(model(), tmp_path, target_modules=list(modules))
+    assert refusal(plain[0], tmp_path).startswith(f"the adapter {tmp_path} is not for {plain[0]}: {said}")
 
 
 @pytest.fixture
@@ -315,17 +296,14 @@ def test_kinds_that_change_no_single_module_are_refused(config, said, plain, tmp
     assert said in refusal(plain[0], tmp_path)
 
 
-def test_an_adapter_that_lacks_tensors_is_refused(broken):
+def test_an_adapter_whose_weights_are_broken_is_refused(broken):
     weights = broken[1] / "adapter_model.safetensors"
     tensors = load_file(weights)
+    whole = weights.read_bytes()
     del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     assert "it lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_A" in refusal(*broken)
-
-
-def test_a_truncated_adapter_is_refused(broken):
-    weights = broken[1] / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    weights.write_bytes(whole[:-100])
     assert refusal(*broken).startswith(f"the weights of the adapter {broken[1]} are broken")
 
 

@@ -100,6 +100,15 @@ def test_experts_that_are_merged_when_read_need_a_folder(tmp_path):
     assert_same(Engine.load(path, device_map=ON_CPU_AND_DISK, offload_folder=folder), Engine.load(path))
 
 
+@pytest.mark.parametrize("options", [{}, {"device_map": ON_CPU_AND_DISK}], ids=["memory", "disk"])
+def test_broken_weights_are_found_wherever_they_are(options, tmp_path):
+    model = model_of("llama_gqa")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.2\.self_attn\.q_proj.*NaN"):
+        Engine.load(saved(model, tmp_path), **options)
+
+
 def test_an_adapter_is_put_on_an_offloaded_base(tmp_path):
     path, adapter = saved(model_of("llama_gqa"), tmp_path / "base"), str(tmp_path / "adapter")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
@@ -107,16 +116,6 @@ def test_an_adapter_is_put_on_an_offloaded_base(tmp_path):
     peft.get_peft_model(model_of("llama_gqa"), config).save_pretrained(adapter)
     engine = Engine.load(path, adapter=adapter, device_map=ON_CPU_AND_DISK)
     assert_same(engine, Engine.load(path, adapter=adapter))
-
-
-def test_broken_weights_are_found_on_the_disk_too(tmp_path):
-    model = model_of("llama_gqa")
-    with torch.no_grad():
-        model.model.layers[2].self_attn.q_proj.weight[0, 0] = float("nan")
-    path = saved(model, tmp_path)
-    for options in ({}, {"device_map": ON_CPU_AND_DISK}):
-        with pytest.raises(InputError, match=r"layers\.2\.self_attn\.q_proj.*NaN"):
-            Engine.load(path, **options)
 
 
 # Laid out by accelerate

@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from safetyheads import Ablation, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.planning import Plan, TokenSequence, left_padded
 
 FLOAT32 = 1e-5
 PROMPTS = (
@@ -102,33 +102,21 @@ def test_a_group_that_the_model_does_not_have_is_an_input_error(group, said):
 # Any use of the model, with caches and padding
 
 
-def assert_continues(made, prompt, ablation, n=6):
-    """The new tokens of ``made`` are the oracle's greedy ones."""
-    expected = list(prompt)
-    while len(expected) < len(prompt) + n and END not in expected[len(prompt) :]:
-        expected.append(int(oracle_of(WINDOW).run(expected, GROUP, ablation).logits.argmax()))
-    assert made[: len(expected) - len(prompt)] == expected[len(prompt) :]
-
-
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["undifferentiated_attention", "undifferentiated_attention_key", "mean_key"])
-def test_generate_with_a_dynamic_cache_and_left_padding_follows_the_oracle(name):
-    ablation, prompts = Ablation(name, 0.01), (PROMPTS[0], PROMPTS[1][:6])
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with engine_of(WINDOW).ablated(GROUP, ablation) as model:
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    for row, prompt in zip(made[:, longest:].tolist(), prompts, strict=True):
-        assert_continues(row, prompt, ablation)
-
-
-def test_generate_with_a_static_cache_follows_the_oracle():
-    engine, ids = engine_of(WINDOW), torch.tensor([PROMPTS[0]])
+def test_generate_with_left_padding_and_any_cache_follows_the_oracle(name, cache):
+    ablation, prompts, engine = Ablation(name, 0.01), (PROMPTS[0], PROMPTS[1][:6]), engine_of(WINDOW)
+    batch = left_padded(prompts, 0, engine.device)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
-    cache = StaticCache(config=engine.model.config, max_cache_len=32)
-    with engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    assert_continues(made[0, ids.shape[1] :].tolist(), PROMPTS[0], UNDIFFERENTIATED_ATTENTION)
+    if cache == "static":
+        options["past_key_values"] = StaticCache(config=engine.model.config, max_cache_len=32)
+    with engine.ablated(GROUP, ablation) as model:
+        generated = model.generate(batch.token_ids, attention_mask=batch.mask, **options)
+    for row, prompt in zip(generated[:, batch.mask.shape[1] :].tolist(), prompts, strict=True):
+        expected = list(prompt)
+        while len(expected) < len(prompt) + 6 and END not in expected[len(prompt) :]:
+            expected.append(int(oracle_of(WINDOW).run(expected, GROUP, ablation).logits.argmax()))
+        assert row[: len(expected) - len(prompt)] == expected[len(prompt) :]
 
 
 def test_right_padding_does_not_reach_the_tokens_before_it():

@@ -121,4 +121,4 @@ def test_a_run_on_a_hybrid_leaves_layers_out_and_its_report_says_so(tmp_path):
 
 
 def test_the_table_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/model/families_table.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/samples/families_table.py"

@@ -84,21 +84,6 @@ def test_a_packed_row_by_hand():
     assert {t.dtype for t in (row.token_ids, row.packing.positions, row.packing.segments, row.wanted)} == {torch.int64}
 
 
-def test_a_prompt_that_begins_another_keeps_its_last_token_apart():
-    row = pack([sequence(1, 2), sequence(1, 2, 3)], members=[0, 1])
-    assert row.token_ids.tolist() == [1, 2, 2, 3]
-    assert row.packing.positions.tolist() == [0, 1, 1, 2]
-    assert row.packing.segments.tolist() == [0, 1, 2, 2]
-    assert row.wanted.tolist() == [1, 3]
-
-
-def test_a_sequence_alone_has_no_prefix():
-    row = pack([sequence(5, 6, 7, n_wanted=2)], members=[0])
-    assert row.token_ids.tolist() == [5, 6, 7]
-    assert row.packing.segments.tolist() == [1, 1, 1]
-    assert row.wanted.tolist() == [1, 2]
-
-
 @quick
 @given(sequences, st.randoms())
 def test_every_sequence_can_be_read_back_from_its_row(chosen, draw):
@@ -121,15 +106,12 @@ def test_every_sequence_can_be_read_back_from_its_row(chosen, draw):
     assert int((segments == 0).sum()) == (shared_prefix(chosen) if len(chosen) > 1 else 0)
 
 
-def all_in_order(made, n):
-    return [member for row in made.rows for member in row] == list(range(n)) and all(made.rows)
-
-
 @quick
 @given(sequences, st.integers(1, 200), st.integers(1, 32), st.booleans())
 def test_a_plan_holds_every_sequence_once_and_in_order(chosen, budget, n_rows_useful, packs):
     made = lay_out(chosen, COST, budget, n_rows_useful, packs)
-    assert all_in_order(made, len(chosen))
+    assert [member for row in made.rows for member in row] == list(range(len(chosen)))
+    assert all(made.rows)
     assert 1 <= made.groups_per_batch <= n_rows_useful
     sizes = {len(row) for row in made.rows}
     assert max(sizes) - min(sizes) <= 1
@@ -172,7 +154,6 @@ def test_without_packing_each_sequence_has_its_row():
 def test_a_plan_reads_back_from_json():
     made = lay_out([sequence(*[0] * 20, at) for at in range(1, 8)], COST, 60, 3)
     assert Plan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
-    assert Plan.from_dict(made.as_dict()) == made
 
 
 class Device:
@@ -199,12 +180,7 @@ def test_where_memory_runs_out_every_item_is_done_once_and_in_order(n, fits):
     assert [item for part, _ in yielded for item in part] == items
     assert all(result == [10 * item for item in part] for part, result in yielded)
     assert all(len(part) <= fits for part, _ in yielded)
-
-
-def test_what_fits_is_run_at_once():
-    device = Device(fits=8)
-    list(halving(range(8), device.run))
-    assert device.tried == [8]
+    assert fits < n or device.tried == [n]
 
 
 @pytest.mark.parametrize(

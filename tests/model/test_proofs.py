@@ -217,6 +217,9 @@ LIES = {
     "the number of heads": Lie(
         ("llama3",), with_facts(lambda facts: with_shapes(facts, n_heads=8, d_head=4, d_value=4)), "heads 4, not 8"
     ),
+    "the number of key heads": Lie(
+        ("llama3",), with_facts(lambda facts: with_shapes(facts, n_kv_heads=4)), "attends with key heads 2, not 4$"
+    ),
     "a value's width": Lie(
         ("deepseek_v3",), with_facts(lambda facts: with_shapes(facts, d_value=12)), "values 6, not 12"
     ),
@@ -341,26 +344,33 @@ def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
     assert "beside a sink's share" in refusal_of(model_of("gpt_oss_sinks"))
 
 
-def test_only_the_facts_of_heads_that_differ_are_named():
-    model = model_of("llama_gqa")
-    facts = describe(model)
-    said = refusal_of(model, architecture=replace(facts, **with_shapes(facts, n_kv_heads=4)))
-    assert said == "llama: refused, because layer 0 attends with key heads 2, not 4"
-
-
-def test_a_model_that_is_ablated_is_not_proved_but_said_to_be_ablated():
+@pytest.fixture
+def windowed():
+    """An engine proved for rows of 64 tokens, with a window of 70; and prompts beyond it."""
     config = CONFIGS["mistral_window"]()
     config.sliding_window = 70
     engine = Engine(build(config), tokenizer())
     engine.check(longest=64)
-    long = prompts_of([*range(1, 60)] * 2)
+    return engine, prompts_of([*range(1, 60)] * 2)
+
+
+def test_a_model_that_is_ablated_is_not_proved_but_said_to_be_ablated(windowed):
+    engine, long = windowed
     with engine.ablated((Head(1, 1),), UNDIFFERENTIATED_ATTENTION):
-        with pytest.raises(SafetyheadsError, match="the model is already ablated"):
-            engine.check()
-        with pytest.raises(SafetyheadsError, match="the model is already ablated"):
-            ships(engine, long, UNDIFFERENTIATED_ATTENTION)
+        for proving in (engine.check, lambda: ships(engine, long, UNDIFFERENTIATED_ATTENTION)):
+            with pytest.raises(SafetyheadsError, match="the model is already ablated"):
+                proving()
     assert engine.check().passed
+
+
+def test_a_window_is_proved_when_a_row_first_reaches_it(windowed):
+    engine, long = windowed
+    checked = []
+    engine.check = lambda longest: checked.append(longest)
+    ships(engine, prompts_of(range(1, 60)), UNDIFFERENTIATED_ATTENTION)
+    assert checked == []
     ships(engine, long, UNDIFFERENTIATED_ATTENTION)
+    assert min(checked) > 70
 
 
 def test_code_that_trips_over_the_proofs_is_refused_by_name():
@@ -379,55 +389,24 @@ def test_code_that_trips_over_the_proofs_is_refused_by_name():
     assert "second line" not in said
 
 
-def test_a_window_is_proved_when_a_row_first_reaches_it():
-    config = CONFIGS["mistral_window"]()
-    config.sliding_window = 70
-    engine = Engine(build(config), tokenizer())
-    engine.check(longest=64)
-    checked = []
-    engine.check = lambda longest: checked.append(longest)
-    ships(engine, prompts_of(range(1, 60)), UNDIFFERENTIATED_ATTENTION)
-    assert checked == []
-    ships(engine, prompts_of([*range(1, 60)] * 2), UNDIFFERENTIATED_ATTENTION)
-    assert checked
-    assert min(checked) > 70
+def test_a_nan_is_the_largest_error():
+    assert math.isnan(largest([0.0, float("nan"), 0.1]))
+    assert largest([0.0, 0.2, 0.1]) == pytest.approx(0.2)
 
 
-def test_an_engine_that_was_never_proved_stays_so():
-    engine = engine_of("mistral_window")
-    engine.prove_up_to(10_000)
-    assert engine.notes == ()
-
-
-def without_memory(monkeypatch):
-    """The family's eager attention finds no memory; ours, by sdpa, needs none of it."""
-
-    def fails(*_, **__):
-        raise torch.OutOfMemoryError("no memory for the scores")
-
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", fails)
-
-
-def test_a_shortage_of_memory_refuses_no_model(monkeypatch):
-    engine = engine_of("llama_mha")
-    without_memory(monkeypatch)
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.check()
-
-
-def test_a_proof_that_breaks_off_leaves_ablations_at_work(monkeypatch):
+def test_a_shortage_of_memory_refuses_no_model_and_leaves_ablations_at_work(monkeypatch):
     slow = Capabilities(packs=False)
     engine = engine_of("llama_mha", capabilities=slow)
     ids = torch.arange(1, 9)[None]
     unablated = engine.model(ids).logits
-    without_memory(monkeypatch)
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("no memory for the scores")
+
+    # The family's eager attention finds no memory; ours, by sdpa, needs none of it.
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", fails)
     with pytest.raises(torch.OutOfMemoryError):
         engine.check()
     assert engine.capabilities == slow
     with engine.ablated((Head(1, 1),), UNDIFFERENTIATED_ATTENTION) as model:
         assert float((model(ids).logits - unablated).detach().abs().max()) > 1e-3
-
-
-def test_a_nan_is_the_largest_error():
-    assert math.isnan(largest([0.0, float("nan"), 0.1]))
-    assert largest([0.0, 0.2, 0.1]) == pytest.approx(0.2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import model_of, prompts_of, saved, tokenizer
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -31,10 +33,8 @@ from safetyheads import (
     Head,
     InputError,
     generate,
-    load_demo,
     ships,
 )
-from safetyheads import demo as organism
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model import attention
 from safetyheads.model.architecture import Capabilities
@@ -118,10 +118,7 @@ def save_quantised(source, path):
             tensors[name], tensors[name.removesuffix("weight") + "scale"] = quantised(tensor)
         else:
             tensors[name] = tensor
-    path.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix != ".safetensors" and file.is_file():
-            (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, path)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD}}))
@@ -157,13 +154,14 @@ def test_a_quantised_checkpoint_is_proved_and_ablated_at_the_activations(checkpo
                 ours = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
             slow = oracle.run(PROMPTS[1], group, ablation).logits
             assert float((ours - slow).abs().max() / slow.abs().max()) < FLOAT32
-    for head in (Head(0, 1), Head(2, 3)):
-        ours = ships(engine, prompts_of(PROMPTS[0]), UNDIFFERENTIATED_ATTENTION).values[0, head.layer, head.index]
-        assert float(ours) == pytest.approx(oracle.ships(PROMPTS[0], (head,), UNDIFFERENTIATED_ATTENTION), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_its_own_dtype_is_kept_whatever_is_asked(checkpoint, tmp_path, dtype):
+def test_its_own_dtype_is_kept_whatever_is_asked_and_it_is_never_moved(checkpoint, dtype, monkeypatch):
+    def moved(*_, **__):
+        raise AssertionError("a quantised model was moved, which bitsandbytes and GPTQ refuse")
+
+    monkeypatch.setattr(PreTrainedModel, "to", moved)
     ASKED.clear()
     engine = Engine.load(checkpoint["llama3"][0], dtype=dtype)
     assert engine.dtype == torch.float32
@@ -175,25 +173,14 @@ def test_its_own_dtype_is_kept_whatever_is_asked(checkpoint, tmp_path, dtype):
 
 def test_a_checkpoint_that_is_dequantised_when_read_gets_the_dtype_that_was_asked(checkpoint, monkeypatch):
     """As gpt-oss is on a CPU."""
-    monkeypatch.setattr(StandIn, "_process_model_after_weight_loading", lambda self, model, **_: end(model))
 
-    def end(model):
+    def end(_, model, **__):
         model.is_quantized = False
 
+    monkeypatch.setattr(StandIn, "_process_model_after_weight_loading", end)
     engine = Engine.load(checkpoint["llama3"][0], dtype="bfloat16", check=False)
     assert quantisation(engine.model) is None
     assert engine.dtype == torch.bfloat16
-
-
-def test_a_quantised_model_is_never_moved(checkpoint, monkeypatch):
-    """bitsandbytes and GPTQ refuse it, or break."""
-    from transformers import PreTrainedModel
-
-    def moved(*_, **__):
-        raise AssertionError("a quantised model was moved")
-
-    monkeypatch.setattr(PreTrainedModel, "to", moved)
-    assert Engine.load(checkpoint["llama3"][0]).device == torch.device("cpu")
 
 
 def test_fingerprints_tell_quantised_weights_and_their_scales(checkpoint, tmp_path):
@@ -201,12 +188,9 @@ def test_fingerprints_tell_quantised_weights_and_their_scales(checkpoint, tmp_pa
     first, second = (fingerprint(Engine.load(path, check=False)) for _ in range(2))
     assert first == second
     for change in ("weight", "scale"):
-        other = tmp_path / change
-        other.mkdir()
+        other = Path(shutil.copytree(path, tmp_path / change))
         tensors = load_file(f"{path}/model.safetensors")
         tensors[f"model.layers.1.self_attn.q_proj.{change}"][0, 0] += 1
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            (other / file).write_bytes((Path(path) / file).read_bytes())
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
         assert fingerprint(Engine.load(str(other), check=False)) != first
 
@@ -220,13 +204,6 @@ def test_offloaded_it_gives_the_same(checkpoint):
     tables = [ships(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION).values for engine in engines]
     assert torch.allclose(*tables, atol=1e-6, rtol=0)
     assert fingerprint(engines[0]) == fingerprint(engines[1])
-
-
-def test_the_organism_in_int8_still_shows_its_planted_heads(tmp_path):
-    path = save_quantised(Path(organism.checkpoint_path("aligned_a")), tmp_path / "quantised")
-    engine, plain = Engine.load(path), load_demo("aligned_a")
-    scores = ships(engine, plain.harmful[:16], UNDIFFERENTIATED_ATTENTION).mean()
-    assert set(scores.top(3)) == set(plain.planted_heads)
 
 
 def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkeypatch):

@@ -1,4 +1,4 @@
-"""Writes docs/families.md from what was measured: ``python tests/model/families_table.py``. A test holds them equal."""
+"""Writes docs/families.md from what was measured: ``python tests/samples/families_table.py``."""
 
 from __future__ import annotations
 
@@ -35,28 +35,31 @@ COLUMNS = {
 INTRODUCTION = """\
 # Families
 
-Written by `python tests/model/families_table.py` from what the tests measure; a test fails where it is not up to
+`python tests/samples/families_table.py` writes this page from what the tests measure. A test fails if it is out of
 date.
 
-Each row is a tiny random model of the family, compared with a slow twin: one prompt, one head or group, plain
-forward of the family's own code, softmax written out token by token; no packing, no replay, no cache. A row stands
-here if, by the quick paths and by the plain one, the last hidden states differ by less than 2e-5 of the largest
-(float32): for every kind of ablation, of single heads of the first, a middle and the last layer, of heads that share
-their keys and of groups that span layers. Ships of the single heads differ by less than 1e-5 nats, and at the paper's
-epsilon by less than 2e-4 nats from those of exactly even weights. Greedy answers of uneven prompts, left-padded in
-one batch with a cache, each row under its own group, are the twin's token by token under a scaled key and, by turns
-over the families, a scaled query or output; those by drafts are the plain ones.
+Each row is a tiny random model of the family. Its slow twin runs one prompt and one head or group at a time through
+the family's own code, with the softmax written out token by token; it packs nothing, replays nothing and caches
+nothing. By the quick paths and by the plain one, these hold in float32:
 
-A quick path that is not exact on a family costs time, never exactness: the proofs at load find out on the weights
-that are loaded (`safetyheads check MODEL` prints them), and the plain path is taken. No family is known to the
-package by name.
+- The last hidden states differ by less than 2e-5 of the largest: under every kind of ablation, for single heads of the
+  first, a middle and the last layer, for heads that share their keys, and for groups over several layers.
+- Ships of the single heads differ by less than 1e-5 nats. At the paper's epsilon they differ by less than 2e-4 nats
+  from Ships under exactly even weights.
+- Greedy answers are the twin's, token by token. Prompts of unequal length share a left-padded batch with a cache, each
+  row under its own group; a scaled key, and for alternate families a scaled query or output, is tested. Answers by
+  drafts equal the plain ones.
+
+A quick path that is not exact on a family costs time, never exactness: the proofs at load test it on the loaded
+weights (`safetyheads check MODEL` prints them), and the plain path is taken instead. The package knows no family by
+name.
 
 - **packs**: prompts share a row. **segments**: attention is taken prompt by prompt in it.
 - **replays**: only the layers from the ablated one on run again. **starts late**: the ablated layer starts from its
   heads' outputs. **prunes**: only last tokens get past the last layer's attention.
 - **plain head**: logits are the head of the normed state; else the family's own forward makes them.
-- **pads**: prompts of unequal length are answered in one batch; else batches hold prompts of one length.
-- **ablations**: kinds that equal the twin, of the six. **answers**: likewise, plainly and by drafts.
+- **pads**: prompts of unequal length are answered in one batch; else a batch holds prompts of one length.
+- **ablations**: how many of the six kinds equal the twin. **answers**: whether answers do, plainly and by drafts.
 """
 
 NOTES = """

@@ -1,9 +1,8 @@
-"""What the engine gives on each family, measured against the oracle. Owns the comparison; the tests judge it.
+"""Measures what the engine gives on each family against the oracle; the tests judge it.
 
-On each family, by its quick paths and by the plain one: each of the six kinds on each of five groups, single heads of
-the first, a middle and the last layer (where replay starts) among them. The oracle's runs are kept, since they cost
-most; of single heads it makes those of one prompt, which the quick paths have packed behind another. What turns with
-the family is one kind for heads captured once for several groups, and the second kind that answers are made under.
+The oracle's runs are kept, since they cost most; of single heads it makes those of one prompt, which the quick paths
+have packed behind another. What turns with the family is the kind for heads captured once for several groups, and the
+second kind that answers are made under.
 """
 
 from __future__ import annotations
@@ -57,11 +56,6 @@ class Measured:
     and for the query's or the output's."""
     drafts: bool
     """Whether answers by drafts are those."""
-
-    @property
-    def largest(self) -> float:
-        """Largest difference of last hidden states over all kinds."""
-        return max(self.states.values())
 
 
 def starts_of(name):

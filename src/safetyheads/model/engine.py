@@ -103,8 +103,8 @@ class Engine:
         """
         from safetyheads.model.loading import load_model, use_our_attention
 
-        loaded = load_model(path, replace(options or LoadOptions(), **settings))
-        engine = cls(loaded.model, loaded.tokenizer, path, adapter=loaded.adapter, memory_budget=loaded.memory_budget)
+        model, tokenizer, adapter, budget = load_model(path, replace(options or LoadOptions(), **settings))
+        engine = cls(model, tokenizer, path, adapter=adapter, memory_budget=budget)
         if check:
             # The proof of our attention needs the family's own, so the model comes with eager attention.
             engine.check()

@@ -51,22 +51,14 @@ UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 _NONSENSE = (TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A checkpoint in memory, not yet proved."""
+def load_model(
+    path: str, options: LoadOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None, int | None]:
+    """Load a checkpoint as the options say, not yet proved.
 
-    model: PreTrainedModel
-    """In evaluation mode, on eager attention."""
-    tokenizer: PreTrainedTokenizerBase
-    """The adapter's own, where it has one, else the checkpoint's."""
-    adapter: Adapter | None
-    """The adapter that is on the model."""
-    memory_budget: int | None
-    """Bytes that batches may take beside the weights; None for half of what is free."""
-
-
-def load_model(path: str, options: LoadOptions) -> Loaded:
-    """Load a checkpoint as the options say.
+    Returns:
+        The model on eager attention, its tokenizer, its adapter, and the bytes that batches may take beside the
+        weights (None for half of what is free).
 
     Raises:
         InputError: it cannot be loaded; the message is one line.
@@ -89,8 +81,7 @@ def load_model(path: str, options: LoadOptions) -> Loaded:
     if options.device_map is None and not is_quantised(model):
         model = model.to(place)
     if options.device_map is not None:
-        # accelerate makes offloaded parameters anew while the model runs; under inference mode they cannot ask for
-        # gradients again. Gradients are not needed.
+        # accelerate makes offloaded parameters anew under inference mode, where they cannot ask for gradients again.
         model.requires_grad_(False)
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
@@ -100,11 +91,11 @@ def load_model(path: str, options: LoadOptions) -> Loaded:
     # Fine-tunes bring their chat template with their tokenizer.
     source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
     tokenizer = _read_tokenizer(source, options.trust_remote_code)
-    budget = options.memory_budget
+    budget = None if options.memory is None else int(options.memory * 2**30)
     places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
     if budget is None and len(places) > 1:  # the fullest of several devices
         budget = min(allowed_memory(torch.device(place), None, _MEMORY_SHARE) for place in places)
-    return Loaded(model.eval(), tokenizer, adapter, budget)
+    return model.eval(), tokenizer, adapter, budget
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
@@ -403,26 +394,25 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
 
 
 def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse adapters that are more than changes of modules: they would need the prompt, or be left out silently."""
+    """Refuse adapters that are more than changes of single modules."""
     from peft import PeftType, PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kind = config.get("peft_type")
+    why = None
     if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
-        raise InputError(f"the adapter {name} is of a kind that this peft does not know: {kind}")
-    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
-        raise InputError(
-            f"the adapter {name} is a {kind}: its modules share weights that stand in none of them, so it cannot be "
-            "put on a base module by module; merge it into its base and give the merged model"
+        why = f"is of a kind that this peft does not know: {kind}"
+    elif getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
+        why = (
+            f"is a {kind}: its modules share weights that stand in none of them, so it cannot be put on a base module "
+            "by module; merge it into its base and give the merged model"
         )
-    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig):
-        raise InputError(
-            f"the adapter {name} is a {kind}: it adds virtual tokens and changes no module, so it is not read"
-        )
-    if config.get("alora_invocation_tokens"):
-        raise InputError(
-            f"the adapter {name} acts from certain tokens on only (aLoRA), which replayed layers cannot see"
-        )
+    elif issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig):
+        why = f"is a {kind}: it adds virtual tokens and changes no module, so it is not read"
+    elif config.get("alora_invocation_tokens"):
+        why = "acts from certain tokens on only (aLoRA), which replayed layers cannot see"
+    if why is not None:
+        raise InputError(f"the adapter {name} {why}")
 
 
 def _bring_back(model: PreTrainedModel) -> None:

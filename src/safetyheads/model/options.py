@@ -55,8 +55,3 @@ class LoadOptions:
             raise InputError(f"unknown device map {self.device_map!r}; known are {', '.join(STRATEGIES)}")
         if not self.device_map:
             raise InputError("the device map is empty; it gives modules by name their places")
-
-    @property
-    def memory_budget(self) -> int | None:
-        """:attr:`memory` in bytes."""
-        return None if self.memory is None else int(self.memory * 2**30)

@@ -341,7 +341,7 @@ class _Replay:
         width = getattr(projection, "out_features", 0)
 
         def no_queries(hidden: Tensor) -> Tensor:
-            """Of the right shape: one token's, expanded; nothing reads them."""
+            """One token's, expanded to the right shape; nothing reads them."""
             return hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
 
         try:
@@ -358,12 +358,6 @@ class _Replay:
 # The plain path
 
 
-@torch.inference_mode()
-def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
-    """The plain path beside :func:`replay`: the same states by the whole decoder."""
-    return wanted_states(architecture, row, calls, n_rows)
-
-
 def wanted_states(
     architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
 ) -> Tensor:
@@ -371,6 +365,10 @@ def wanted_states(
     with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
         decode(architecture, row, n_rows)
     return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
+
+
+rerun = torch.inference_mode()(wanted_states)
+"""The plain path beside :func:`replay`: the same states by the whole decoder."""
 
 
 def logits(model: PreTrainedModel, architecture: Architecture, hidden: Tensor, plain_head: bool) -> Tensor:
