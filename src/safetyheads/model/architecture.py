@@ -263,24 +263,22 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
     groups = _number(attention, ("num_key_value_groups",))
     n_kv_heads = n_heads // groups if groups else getattr(layer_config, "num_key_value_heads", None) or n_heads
     width = config.hidden_size // n_heads
+    # How far the layer's tokens see: by its type, else what its attention says, else the config.
+    types = getattr(config, "layer_types", None) or ()
+    if layer < len(types) and types[layer] in WINDOW_OF_LAYER_TYPE:
+        name = WINDOW_OF_LAYER_TYPE[types[layer]]
+        window = getattr(config, name, None) if name else None
+    elif hasattr(attention, WINDOW_NAMES[0]):
+        window = _number(attention, WINDOW_NAMES[:1])
+    else:
+        window = next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)
     return HeadShape(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         d_head=_number(attention, HEAD_WIDTH_NAMES) or width,
         d_value=_number(attention, VALUE_WIDTH_NAMES) or width,
-        window=_window(attention, config, layer),
+        window=window,
     )
-
-
-def _window(attention: nn.Module, config: Any, layer: int) -> int | None:
-    """How far a layer's tokens see: by its type, else what its attention says, else the config."""
-    types = getattr(config, "layer_types", None) or ()
-    if layer < len(types) and types[layer] in WINDOW_OF_LAYER_TYPE:
-        name = WINDOW_OF_LAYER_TYPE[types[layer]]
-        return getattr(config, name, None) if name else None
-    if hasattr(attention, WINDOW_NAMES[0]):
-        return _number(attention, WINDOW_NAMES[:1])
-    return next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)
 
 
 def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:

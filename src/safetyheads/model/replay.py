@@ -47,10 +47,6 @@ TOKEN_DIMENSION = {
 """The dimension of a layer argument that runs over the row's tokens, counted from the end."""
 
 
-class UnknownArgumentError(LookupError):
-    """A layer has an argument that cannot be named or cut to some tokens."""
-
-
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A mutable container as it was when a layer was given it."""
@@ -69,7 +65,7 @@ def named(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any
     names = [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
     given = {**dict(zip(names, positional, strict=False)), **keywords}
     if not names or len(given) != len(positional) + len(keywords):
-        raise UnknownArgumentError(f"{type(layer).__name__} is given arguments that its forward does not name")
+        raise LookupError(f"{type(layer).__name__} is given arguments that its forward does not name")
     hidden = given.pop(names[0])
     return hidden, {name: _keep(argument) for name, argument in given.items()}
 
@@ -125,7 +121,7 @@ class Copies:
 
 
 def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
-    """The arguments for the wanted tokens only; UnknownArgumentError where a token dimension is not known."""
+    """The arguments for the wanted tokens only; LookupError where a token dimension is not known."""
     narrow: Arguments = {}
     for name, argument in arguments.items():
         parts = argument if isinstance(argument, tuple) else (argument,)
@@ -135,7 +131,7 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
             narrow[name] = argument
             continue
         if dimension is None or any(part.shape[dimension] != n_tokens for part in tensors):
-            raise UnknownArgumentError(f"which dimension of {name} runs over the tokens is not known")
+            raise LookupError(f"which dimension of {name} runs over the tokens is not known")
         picked = [
             part.index_select(dimension, wanted.to(part.device)) if isinstance(part, Tensor) else part for part in parts
         ]
