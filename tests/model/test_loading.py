@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import REFUSED, built
+from families import built
 from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, build, prompts_of, saved
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
-from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.architecture import Capabilities, describe
+from safetyheads.model.architecture import Capabilities
 from safetyheads.prompts.asked import DatedPromptWarning
 from safetyheads.runs.run import warnings_of
 
@@ -191,17 +190,3 @@ def test_settings_that_are_nonsense_are_refused(place, settings, why):
     said = refusal(place)
     assert said.startswith("cannot load M, whose config.json may be wrong: ")
     assert why in said
-
-
-# Attention that is not where a head could be told
-
-
-def test_a_layer_with_two_attentions_is_refused_with_the_true_reason():
-    case = REFUSED["longcat_flash"]
-    model = build(AutoConfig.for_model("longcat_flash", **{**COMMON, **case.settings}))
-    with pytest.raises(UnsupportedModelError) as refused:
-        describe(model)
-    assert str(refused.value) == (
-        "longcat_flash: layer 0 has 2 attentions (self_attn.0, self_attn.1), so a layer and a number do not say which "
-        "head"
-    )

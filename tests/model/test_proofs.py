@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -173,71 +172,72 @@ def pairs(selected):
     return selected.view(len(selected), -1, 2)
 
 
-@dataclass(frozen=True)
-class Lie:
-    """A lie, and how it is found out."""
-
-    families: tuple[str, ...]
-    """Names of :data:`families.FAMILIES`."""
-    tell: Callable[..., None]
-    """(facts, monkeypatch) -> the facts that change, if any."""
-    said: str
-    """A pattern of the refusal."""
-
-
 LIES = {
-    "wrong norm": Lie(
+    "wrong norm": (
         ("llama3", "gemma2", "olmo2"),
         with_facts(lambda facts: {"final_norm": facts.layers[-1].post_attention_layernorm}),
         "logits of given states equal the model's own",
     ),
-    "heads swapped": Lie(
-        ("llama2", "llama3", "gpt_oss"), with_selected(lambda selected: selected.flip(1), ("query",)), OTHERS
+    "heads swapped": (
+        ("llama2", "llama3", "gpt_oss"),
+        with_selected(lambda selected: selected.flip(1), ("query",)),
+        OTHERS,
     ),
-    "heads swapped, of one key head": Lie(
-        ("llama3", "gpt_oss"), with_selected(lambda selected: pairs(selected).flip(2).flatten(1), ("query",)), OTHERS
+    "heads swapped, of one key head": (
+        ("llama3", "gpt_oss"),
+        with_selected(lambda selected: pairs(selected).flip(2).flatten(1), ("query",)),
+        OTHERS,
     ),
-    "heads swapped, by their outputs": Lie(
-        ("llama3", "deepseek_v3"), with_selected(lambda selected: selected.flip(1), ("head_output",)), SILENCED
+    "heads swapped, by their outputs": (
+        ("llama3", "deepseek_v3"),
+        with_selected(lambda selected: selected.flip(1), ("head_output",)),
+        SILENCED,
     ),
-    "window ignored": Lie(("mistral", "gemma3", "gpt_oss"), without_mask, EAGER),
-    "window ignored, by the facts": Lie(
-        ("mistral",), with_facts(lambda _: {"windows": ()}), "see 5 tokens back, which no window says"
+    "window ignored": (("mistral", "gemma3", "gpt_oss"), without_mask, EAGER),
+    "window ignored, by the facts": (
+        ("mistral",),
+        with_facts(lambda _: {"windows": ()}),
+        "see 5 tokens back, which no window says",
     ),
-    "ablation that hits the whole KV group": Lie(
+    "ablation that hits the whole KV group": (
         ("llama3", "gpt_oss"),
         with_selected(lambda selected: pairs(selected).any(2, True).expand(-1, -1, 2).flatten(1), ("query",)),
         OTHERS,
     ),
-    "ablation applied before QK-norm": Lie(("qwen3", "gemma3", "stablelm"), before_the_norm, SCALED),
-    "ablation applied before a QK-norm over all heads": Lie(("olmo2",), before_the_norm, OTHERS),
-    "sinks dropped": Lie(("gpt_oss",), plain_attention, EAGER),
-    "softcap dropped": Lie(("gemma2",), plain_attention, EAGER),
-    "a keyword that never arrives": Lie(("llama3", "stablelm", "qwen3_next"), swallowed, "hand its keywords on to it"),
-    "the number of heads": Lie(
-        ("llama3",), with_facts(lambda facts: with_shapes(facts, n_heads=8, d_head=4, d_value=4)), "heads 4, not 8"
+    "ablation applied before QK-norm": (("qwen3", "gemma3", "stablelm"), before_the_norm, SCALED),
+    "ablation applied before a QK-norm over all heads": (("olmo2",), before_the_norm, OTHERS),
+    "sinks dropped": (("gpt_oss",), plain_attention, EAGER),
+    "softcap dropped": (("gemma2",), plain_attention, EAGER),
+    "a keyword that never arrives": (("llama3", "stablelm", "qwen3_next"), swallowed, "hand its keywords on to it"),
+    "the number of heads": (
+        ("llama3",),
+        with_facts(lambda facts: with_shapes(facts, n_heads=8, d_head=4, d_value=4)),
+        "heads 4, not 8",
     ),
-    "the number of key heads": Lie(
-        ("llama3",), with_facts(lambda facts: with_shapes(facts, n_kv_heads=4)), "attends with key heads 2, not 4$"
+    "the number of key heads": (
+        ("llama3",),
+        with_facts(lambda facts: with_shapes(facts, n_kv_heads=4)),
+        "attends with key heads 2, not 4$",
     ),
-    "a value's width": Lie(
-        ("deepseek_v3",), with_facts(lambda facts: with_shapes(facts, d_value=12)), "values 6, not 12"
-    ),
-    "a layer without heads": Lie(
+    "a value's width": (("deepseek_v3",), with_facts(lambda facts: with_shapes(facts, d_value=12)), "values 6, not 12"),
+    "a layer without heads": (
         ("qwen3_next",),
         with_facts(lambda facts: {name: (*getattr(facts, name)[:3], None) for name in ("attentions", "shapes")}),
         "Qwen3NextAttention attends, but was not found in any layer",
     ),
-    "layers in another order": Lie(
+    "layers in another order": (
         ("llama3",),
         with_facts(lambda facts: {"attentions": facts.attentions[::-1]}),
         "layer 0 does not call the attention registry",
     ),
-    "an ablation that does nothing": Lie(
-        ("llama3", "gpt_oss"), with_selected(torch.zeros_like, ("query",)), f"{SCALED}|{EVEN}"
+    "an ablation that does nothing": (
+        ("llama3", "gpt_oss"),
+        with_selected(torch.zeros_like, ("query",)),
+        f"{SCALED}|{EVEN}",
     ),
 }
-TOLD = [(lie, name, dtype) for lie in LIES for name in LIES[lie].families for dtype in DTYPES]
+"""Lie -> names of :data:`families.FAMILIES`, (facts, monkeypatch) -> facts that change, pattern of the refusal."""
+TOLD = [(lie, name, dtype) for lie in LIES for name in LIES[lie][0] for dtype in DTYPES]
 
 
 def told(lie, name, monkeypatch, dtype="float32"):
@@ -249,8 +249,9 @@ def told(lie, name, monkeypatch, dtype="float32"):
 
 @pytest.mark.parametrize(("lie", "name", "dtype"), TOLD)
 def test_a_lie_is_refused(lie, name, dtype, monkeypatch):
-    engine = told(LIES[lie].tell, name, monkeypatch, dtype)
-    with pytest.raises(UnsupportedModelError, match=LIES[lie].said) as refused:
+    _, tell, said = LIES[lie]
+    engine = told(tell, name, monkeypatch, dtype)
+    with pytest.raises(UnsupportedModelError, match=said) as refused:
         engine.check()
     assert str(refused.value).startswith(f"{engine.model.config.model_type}: refused, because ")
 

@@ -84,13 +84,7 @@ class PretendDevices(TorchFunctionMode):
 
 
 def spread(model, places, monkeypatch):
-    """Put a model's modules on pretended devices, with the hooks that accelerate would put on them.
-
-    Args:
-        model: on the CPU; it is changed.
-        places: module -> device; the embedding's is where inputs belong.
-        monkeypatch: pytest's.
-    """
+    """Put a model's modules on pretended devices by name, with the hooks that accelerate would put on them."""
     for name, place in places.items():
         module = model.get_submodule(name)
         for tensor in (*module.parameters(), *module.buffers()):
