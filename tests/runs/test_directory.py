@@ -126,6 +126,8 @@ def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path):
 
 
 def test_a_closed_run_and_an_opened_one_are_not_written(run):
+    with pytest.raises(InputError, match="in use by another process"):
+        started(run.path)  # a second start in this process
     run.write_results({})
     run.close()
     for closed in (run, RunDirectory.open(run.path)):
