@@ -3,9 +3,6 @@
 from importlib import import_module
 from typing import get_args
 
-import pytest
-
-from safetyheads.errors import InputError
 from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, Need, chosen
 from safetyheads.experiments.outcome import FigureKind, Kind
 from safetyheads.experiments.run import missing
@@ -19,7 +16,6 @@ def test_the_catalogue_has_every_experiment_of_the_paper():
         *("fig7", "fig8", "fig13", "fig15", "fig17", "fig18", "table1", "table2", "table7", "epsilon"),
     }
     assert chosen(ALL) == tuple(EXPERIMENTS.values())
-    assert all(one.question and one.costs and one.caption for one in EXPERIMENTS.values())
 
 
 def test_every_entry_names_a_function_known_needs_and_kinds():
@@ -32,18 +28,10 @@ def test_every_entry_names_a_function_known_needs_and_kinds():
             assert kinds <= set(get_args(Kind)), (name, key)
 
 
-def test_an_unknown_experiment_is_told_with_those_that_are_known():
-    with pytest.raises(InputError, match=r"unknown experiment 'fig3'; known are fig2, .*, epsilon and all"):
-        chosen("fig3")
-
-
-def test_what_an_experiment_lacks_is_told():
+def test_what_an_experiment_lacks_is_named(monkeypatch):
     base = "base: the checkpoint that the first model was aligned from (--base)"
     assert missing(EXPERIMENTS["fig6a"], PAPER) == [base]
     assert missing(EXPERIMENTS["fig6a"], ReproductionConfig()) == []
-
-
-def test_a_missing_extra_is_told_by_its_name(monkeypatch):
     monkeypatch.setattr("safetyheads.experiments.run.find_spec", lambda name: None)
-    (said,) = missing(EXPERIMENTS["fig6b"], ReproductionConfig())
-    assert "pip install 'safetyheads[lm-eval]'" in said
+    (message,) = missing(EXPERIMENTS["fig6b"], ReproductionConfig())
+    assert "pip install 'safetyheads[lm-eval]'" in message

@@ -7,31 +7,28 @@ from safetyheads.experiments.epsilons import settled_from
 
 
 def test_epsilon_one_changes_nothing_and_the_smallest_is_the_limit(outcome_of):
-    figure = figure_of(outcome_of("epsilon"), "lines", "ASR")
-    assert figure["logarithmic"]
-    assert all(one["y"] == 0 for one in points(figure, x=1.0))
+    asr, ships = (figure_of(outcome_of("epsilon"), "lines", key) for key in ("ASR", "Ships"))
+    assert asr["logarithmic"]
+    assert all(point["y"] == 0 for point in points(asr, x=1.0))
+    assert all(abs(point["y"]) < 1e-6 for point in points(ships, x=1.0))
+    assert all(point["y"] > 0.1 for point in points(ships, x=0.0, series="3 heads"))
     for group in ("first head", "3 heads"):
-        limit = {one["panel"]: one["y"] for one in points(figure, x=0.0, series=group)}
-        assert {one["panel"]: one["y"] for one in points(figure, x=1e-5, series=group)} == limit
+        limit = {point["panel"]: point["y"] for point in points(asr, x=0.0, series=group)}
+        assert {point["panel"]: point["y"] for point in points(asr, x=1e-5, series=group)} == limit
         assert min(limit.values()) > 0
-    ships = figure_of(outcome_of("epsilon"), "lines", "Ships")
-    assert all(abs(one["y"]) < 1e-6 for one in points(ships, x=1.0))
-    assert all(one["y"] > 0.1 for one in points(ships, x=0.0, series="3 heads"))
 
 
 def test_settled_is_where_the_change_holds_0_and_ships_stay(outcome_of):
-    settled, curves = rows(outcome_of("epsilon")), rows(outcome_of("epsilon"), table=1)
+    settled = rows(outcome_of("epsilon"))
     assert len(settled) == 6
     for row in settled:
-        where = {key: row[key] for key in ("heads", "dataset", "ablation")}
-        own = [one for one in curves if all(one[key] == value for key, value in where.items())]
-        (same,) = [one for one in own if one["epsilon"] == row["asr"]]
-        assert same["change"]["low"] <= 0 <= same["change"]["high"]
+        sweep = rows(outcome_of("epsilon"), 1, **{key: row[key] for key in ("heads", "dataset", "ablation")})
+        by_epsilon = {float(swept["epsilon"]): swept for swept in sweep}
+        same = by_epsilon[float(row["asr"])]["change"]
+        assert same["low"] <= 0 <= same["high"]
         assert 0 < float(row["ships"]) < 1
-        limit = own[-1]["ships"]["value"]
-        for one in own:
-            if float(one["epsilon"]) <= float(row["ships"]):
-                assert one["ships"]["value"] == pytest.approx(limit, rel=0.01, abs=1e-3)
+        near = [swept["ships"]["value"] for epsilon, swept in by_epsilon.items() if epsilon <= float(row["ships"])]
+        assert near == pytest.approx([near[-1]] * len(near), rel=0.01, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,37 @@
 """ASR by the number of heads: what the organism's construction implies (Fig 4a, Tables 3 and 5)."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from experiment_runs import OWN, SMALL, N, engine_of, figure_of, points, rows, run_of
+from experiment_runs import OWN, SMALL, N, engine_of, figure_of, rows, run_of
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, parse_heads
 from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import attack_success_rate
 from safetyheads.demo import benign_prompts, harmful_prompts
 from safetyheads.experiments.outcome import Measured
-from safetyheads.experiments.settings import prompts_of
+from safetyheads.experiments.settings import PAPER, prompts_of
 
 
 @pytest.mark.parametrize("ablation", ["UA", "SC"])
 @pytest.mark.parametrize("dataset", OWN)
-def test_sahara_finds_the_planted_head_first_and_the_group_frees_most_prompts(outcome_of, dataset, ablation):
+def test_sahara_finds_the_planted_head_first_and_random_groups_of_the_same_layers_free_fewer(
+    outcome_of, dataset, ablation
+):
     unablated, *sizes = rows(outcome_of("fig4a"), dataset=dataset, ablation=ablation)
     assert unablated["asr"]["value"] == 0
     assert sizes[0]["heads"] == OWN[dataset]
     assert [row["size"] for row in sizes] == [1, 2, 3]
     assert sizes[-1]["asr"]["value"] >= 0.75
     assert sizes[-1]["kept"]["value"] >= 0.75
-
-
-@pytest.mark.parametrize("dataset", OWN)
-def test_random_groups_of_the_same_layers_free_fewer(outcome_of, dataset):
-    for row in rows(outcome_of("fig4a"), dataset=dataset):
-        if row["size"]:
-            assert row["random"]["high"] < row["asr"]["value"]
-            assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"]
-            assert row["p"] == pytest.approx(1 / (1 + row["random"]["n"]))
+    for row in sizes:
+        assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"] < row["asr"]["value"]
+        assert row["p"] == pytest.approx(1 / (1 + row["random"]["n"]))
     # A layer of eight heads has but seven others, whoever draws twenty times.
-    assert rows(outcome_of("fig4a"), dataset=dataset, size=1)[0]["random"]["n"] <= 7
+    assert sizes[0]["random"]["n"] <= 7
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -48,58 +45,50 @@ def test_a_groups_asr_is_that_of_plain_decoding(outcome_of, size):
     assert row["asr"] == json.loads(json.dumps(asdict(Measured.of(plain.asr))))
 
 
-def test_lines_begin_at_the_unablated_model(outcome_of):
-    figure = figure_of(outcome_of("fig4a"), "lines")
-    series = {point["series"] for point in figure["points"]}
-    assert len(series) == 4
-    for name in series:
-        for panel in {point["panel"] for point in figure["points"]}:
-            assert [point["x"] for point in points(figure, series=name, panel=panel)] == [0, 1, 2, 3]
-
-
-def test_the_headline_has_means_over_datasets_of_prompts_and_of_random_groups(outcome_of):
+def test_lines_begin_at_the_unablated_model_and_the_headline_has_means_over_datasets(outcome_of):
     outcome = outcome_of("fig4a")
+    lines = Counter((point["series"], point["panel"]) for point in figure_of(outcome, "lines")["points"])
+    assert set(lines.values()) == {4}  # 0 to 3 heads
+    assert len({series for series, _ in lines}) == 4
     headline = {row["label"]: row["value"] for row in outcome["headline"]}
     for ablation in ("UA", "SC"):
         assert headline[f"{ablation}, mean ASR unablated"]["value"] == 0
         whole = [row["asr"]["value"] for row in rows(outcome, ablation=ablation, size=3)]
-        found = headline[f"{ablation}, mean ASR without its 3 heads"]
-        assert (found["value"], found["n"]) == (pytest.approx(sum(whole) / 3), 3 * N)
+        mean = headline[f"{ablation}, mean ASR without its 3 heads"]
+        assert (mean["value"], mean["n"]) == (pytest.approx(sum(whole) / 3), 3 * N)
         (label,) = [label for label in headline if label.startswith(ablation) and "random" in label]
         size = int(label.split()[-3])
         drawn = [row["random"] for row in rows(outcome, ablation=ablation, size=size)]
         assert headline[label]["n"] == sum(row["n"] for row in drawn)
 
 
-# Tables 3 and 5.
-
-
 def test_the_mean_column_is_the_mean_of_the_changes(outcome_of):
     for row in rows(outcome_of("table3")):
         changes = [row[f"heads_{size}"] for size in (1, 2, 3)]
-        assert row["mean"]["value"] == pytest.approx(sum(one["value"] for one in changes) / 3)
+        assert row["mean"]["value"] == pytest.approx(sum(change["value"] for change in changes) / 3)
         assert row["mean"]["n"] == changes[0]["n"] == N
         # No certainty from six prompts, where all of them changed alike either.
         assert row["mean"]["low"] < row["mean"]["value"] <= row["mean"]["high"]
-        assert all(one["low"] <= one["value"] <= one["high"] for one in changes)
+        assert all(change["low"] <= change["value"] <= change["high"] for change in changes)
     assert len(rows(outcome_of("table3"))) == 2 * 2 * 3
 
 
 def test_three_heads_raise_the_asr_at_both_levels(outcome_of):
-    for name in ("table3", "table5"):
-        outcome = outcome_of(name)
-        assert all(row["heads_3"]["value"] >= 0.6 for row in rows(outcome))
-        headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
-        own = rows(outcome, level="query, Ships", ablation="SC")
-        for label, key in (("1 head", "heads_1"), ("3 heads", "heads_3")):
-            mean = sum(row[key]["value"] for row in own) / 3
-            assert headline[f"query, Ships, SC, mean change with {label}"] == pytest.approx(mean)
+    outcome = outcome_of("table3")
+    assert all(row["heads_3"]["value"] >= 0.6 for row in rows(outcome))
+    headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
+    own = rows(outcome, level="query, Ships", ablation="SC")
+    for label, key in (("1 head", "heads_1"), ("3 heads", "heads_3")):
+        mean = sum(row[key]["value"] for row in own) / 3
+        assert headline[f"query, Ships, SC, mean change with {label}"] == pytest.approx(mean)
 
 
-def test_table_5_is_of_the_further_model(outcome_of, tmp_path):
-    assert outcome_of("table5")["models"] == ["demo:aligned_b"]
-    assert outcome_of("table5")["tables"][0]["title"] == "demo:aligned_b"
-    alone = run_of(replace(SMALL, related=None), ["table5"], tmp_path / "run")["table5"]
+def test_table_5_is_of_the_further_model(tmp_path):
+    config = replace(SMALL, datasets=("damage",))
+    further = run_of(config, ["table5"], tmp_path / "further")["table5"]
+    assert further["models"] == [further["tables"][0]["title"]] == ["demo:aligned_b"]
+    assert all(row["heads_3"]["value"] >= 0.6 for row in rows(further))
+    alone = run_of(replace(config, related=None), ["table5"], tmp_path / "alone")["table5"]
     assert alone["tables"] == []
     assert "second model" in alone["notes"][0]
 
@@ -111,19 +100,16 @@ def written(path, queries):
 
 def test_only_the_papers_models_have_its_numbers_beside_them(outcome_of, tmp_path):
     queries = [prompt.text for prompt in harmful_prompts("test")]
+    known, own = tmp_path / "maliciousinstruct.jsonl", tmp_path / "own.jsonl"
+    benign = written(tmp_path / "benign.jsonl", [prompt.text for prompt in benign_prompts("test")[:4]])
     config = replace(
-        SMALL,
+        PAPER,
         models=("lmsys/vicuna-7b-v1.5",),
-        datasets=(
-            written(tmp_path / "maliciousinstruct.jsonl", queries[:4]),
-            written(tmp_path / "own.jsonl", queries[4:8]),
-        ),
-        benign=written(tmp_path / "benign.jsonl", [prompt.text for prompt in benign_prompts("test")[:4]]),
-        learn_harmful="",
-        learn_benign="benign",
+        datasets=(written(known, queries[:4]), written(own, queries[4:8])),
+        benign=benign,
         template="chat",
-        held_out=False,
-        limit=4,
+        search_score="mean_ships",
+        max_new_tokens=40,
         size=2,
     )
     outcome = run_of(config, ["table3"], tmp_path / "run", lambda _: engine_of("demo:aligned_a"))["table3"]

@@ -1,9 +1,10 @@
 """Overlap of top heads: what the organism's construction implies (Fig 5)."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from experiment_runs import PLANTED, SMALL, engine_of, rows, run_of
+from experiment_runs import PLANTED, SMALL, engine_of, points, rows, run_of
 
 from safetyheads import InputError
 from safetyheads.experiments.fig5 import refuse_other_shapes, size_of_top
@@ -28,16 +29,9 @@ def test_ua_and_sc_point_at_the_same_heads_beyond_chance(outcome_of):
     assert (row["comparison"], row["shared"]) == ("UA against SC", 3)
     assert row["p"] == pytest.approx(1 / 4960)  # one draw of 3 of 32 heads in C(32, 3)
     assert row["p_holm"] >= row["p"]
-
-
-def test_the_headline_tells_what_two_models_share_and_chance(outcome_of):
     headline = {row["label"]: row["value"] for row in outcome_of("fig5")["headline"]}
     assert headline["heads shared of the top 3 of 32 by chance"] == 9 / 32
     assert headline["models, UA, most heads shared of 4 pairs"] == 0
-
-
-def test_the_top_is_ten_but_never_more_than_a_tenth():
-    assert [size_of_top(n) for n in (1024, 784, 112, 100, 32, 9)] == [10, 10, 10, 10, 3, 1]
 
 
 def test_the_matrix_is_the_table(outcome_of):
@@ -45,9 +39,9 @@ def test_the_matrix_is_the_table(outcome_of):
     own, models = outcome["figures"]
     assert len(own["points"]) == len(models["points"]) == 8 * 8
     for row in rows(outcome, comparison="datasets, UA"):
-        (point,) = [one for one in own["points"] if (one["x"], one["y"]) == (row["first"], row["second"])]
+        (point,) = points(own, x=row["first"], y=row["second"])
         assert point["value"] == row["shared"] == int(point["text"])
-    assert all(one["value"] == 3 for one in own["points"] if one["x"] == one["y"])
+    assert all(point["value"] == 3 for point in own["points"] if point["x"] == point["y"])
 
 
 def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):
@@ -58,13 +52,8 @@ def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):
     assert outcome["models"] == ["demo:aligned_a"]
 
 
-class OtherShape:
-    """An engine of fewer layers, as far as it is looked at."""
-
-    heads, n_layers, n_heads = all_heads(2, 8), 2, 8
-
-
-def test_models_of_other_shapes_are_refused_in_one_line():
-    with pytest.raises(InputError, match="one has 4 layers of 8 heads and two 2 layers of 8 heads") as refused:
-        refuse_other_shapes(engine_of("aligned_a"), OtherShape(), "one", "two")
-    assert "\n" not in str(refused.value)
+def test_the_top_is_ten_or_a_tenth_and_models_of_other_shapes_are_refused():
+    assert [size_of_top(n) for n in (1024, 112, 100, 32, 9)] == [10, 10, 10, 3, 1]
+    smaller = SimpleNamespace(heads=all_heads(2, 8), n_layers=2, n_heads=8)
+    with pytest.raises(InputError, match="one has 4 layers of 8 heads and two 2 layers of 8 heads"):
+        refuse_other_shapes(engine_of("aligned_a"), smaller, "one", "two")

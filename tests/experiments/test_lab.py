@@ -1,5 +1,6 @@
 """What experiments do alike: sets of heads answered once, what leaves nothing to measure, and what a kill costs."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -37,25 +38,18 @@ def test_each_set_of_heads_is_answered_once_whatever_its_order(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "note"),
     [
-        ("demo:aligned_a", "its refusals were planted in the heads 1-3"),
-        ("demo:aligned_diffuse", "a small model made for this package"),
-        ("demo:base", "a small model made for this package"),
+        ("demo:aligned_a", r"its refusals were planted in the heads 1-3.*Not evidence about the paper"),
+        ("demo:aligned_diffuse", r"a small model made for this package.*Not evidence about the paper"),
+        ("meta-llama/Llama-2-7b-chat-hf", None),
     ],
 )
-def test_every_embedded_model_says_what_it_is_no_evidence_of(model, said):
+def test_every_embedded_model_says_what_it_is_no_evidence_of(model, note):
     outcome = Outcome("fig2", "", "")
     note_planted(outcome, model)
-    (note,) = outcome.notes
-    assert note.startswith(f"{model}: {said}")
-    assert "Not evidence about the paper" in note
-
-
-def test_of_other_models_nothing_is_said():
-    outcome = Outcome("fig2", "", "")
-    note_planted(outcome, "meta-llama/Llama-2-7b-chat-hf")
-    assert outcome.notes == []
+    assert len(outcome.notes) == (note is not None)
+    assert note is None or re.match(f"{model}: {note}", outcome.notes[0])
 
 
 def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
@@ -67,13 +61,14 @@ def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
         assert (row["asr"]["value"], row["asr"]["n"]) == (0, N)
         assert row["kept"]["value"] > 0.5
         assert row["asked"] == "template chat"
-    assert outcome["settings"]["epsilon"] == 1e-5
-    assert outcome["settings"]["sampled"] == "top-5"
+    assert (outcome["settings"]["epsilon"], outcome["settings"]["sampled"]) == (1e-5, "top-5")
     assert outcome["caption"] == EXPERIMENTS["fig13"].caption
 
 
 def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
-    config = replace(SMALL, models=("demo:base",), limit=4, templated=("demo:base_wrapped",), related=None)
+    config = replace(
+        SMALL, models=("demo:base",), limit=2, datasets=("damage",), templated=("demo:base_wrapped",), related=None
+    )
     names = [name for name in EXPERIMENTS if name not in ("table5", "fig6a", "fig15")]
     for name, outcome in run_of(config, names, tmp_path / "run").items():
         assert any("hardly refuses" in reason for reason in outcome["not_meaningful"]), name
@@ -82,7 +77,7 @@ def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
 
 
 def test_a_template_that_the_model_does_not_know_is_not_tabled(tmp_path):
-    config = replace(SMALL, templated=("demo:aligned_a",), limit=4)
+    config = replace(SMALL, templated=("demo:aligned_a",), limit=4, datasets=("damage",))
     outcome = run_of(config, ["fig2"], tmp_path / "run")["fig2"]
     assert outcome["tables"] == []
     assert any("it keeps 0.00" in reason for reason in outcome["not_meaningful"])

@@ -22,9 +22,12 @@ def test_numbers_are_quoted_for_the_papers_models_only(name, known):
     assert paper_model(name) == known
 
 
-def test_datasets_are_known_by_their_files():
+def test_quoted_datasets_and_methods_are_known_and_others_have_no_numbers():
     names = {*paper_numbers()["table7"], *quoted("changes", "Vicuna-7b-v1.5", "query", "SC")}
     assert {paper_dataset(f"data/{name.upper()}.jsonl") for name in names} == names
+    assert set(paper_numbers()["table1"]) <= set(METHODS)
+    assert quoted("changes", None, "query") is None
+    assert quoted("table7", "own", "UA") is None
 
 
 @pytest.mark.parametrize(
@@ -41,26 +44,15 @@ def test_quoted_changes_have_the_papers_means(model, level, ablation, dataset, m
     assert sum(quoted("changes", model, level, ablation, dataset)) / 5 == pytest.approx(mean, abs=0.0051)
 
 
-def test_what_the_paper_does_not_print_is_none():
-    assert quoted("changes", None, "query") is None
-    assert quoted("table7", "own", "UA") is None
-
-
-def test_quoted_methods_are_there():
-    assert set(paper_numbers()["table1"]) <= set(METHODS)
-
-
-def test_table_7_quotes_for_the_papers_model_alone():
+@pytest.mark.parametrize(("model", "is_quoted"), [("Llama-2-7b-chat-hf", True), ("vicuna-7b-v1.5", False)])
+def test_table_7_quotes_for_the_papers_model_alone(model, is_quoted):
     known = [(dataset, label) for dataset, labels in paper_numbers()["table7"].items() for label in labels]
     cells = [
         {"dataset": f"data/{dataset}.jsonl", "label": label, "p": None, "asr": Measured(0.5, 4)}
         for dataset, label in known
     ]
-    for model, expected in (
-        ("meta-llama/Llama-2-7b-chat-hf", [quoted("table7", *place) for place in known]),
-        ("lmsys/vicuna-7b-v1.5", [None] * len(known)),
-    ):
-        outcome = Outcome("table7", "", "", shown=EXPERIMENTS["table7"].shown)
-        show_ways(outcome, model, cells)
-        assert [row.get("paper") for row in outcome.tables[0].rows] == expected
-        assert (outcome.tables[0].columns[-1].key == "paper") == (expected[0] is not None)
+    outcome = Outcome("table7", "", "", shown=EXPERIMENTS["table7"].shown)
+    show_ways(outcome, model, cells)
+    expected = [quoted("table7", *place) if is_quoted else None for place in known]
+    assert [row.get("paper") for row in outcome.tables[0].rows] == expected
+    assert (outcome.tables[0].columns[-1].key == "paper") is is_quoted

@@ -20,6 +20,9 @@ def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(ou
     assert reason.startswith("demo:base_wrapped, template urial: a prompt has ")
     assert "leaves no room for an answer" in reason
     assert outcome["models"] == ["demo:base_wrapped"]
+    assert "has not learnt system messages" in why_not_asked(
+        Lab(SMALL, None, Silent(), engine_of), "demo:aligned_a", "chat", HELPFUL
+    )
 
 
 def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_path, monkeypatch):
@@ -33,34 +36,21 @@ def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_
     assert {row["kept"]["value"] for row in rows(outcome)} == {1.0}
 
 
-def test_templates_that_a_model_does_not_take_are_a_reason_and_no_error():
-    lab = Lab(SMALL, None, Silent(), engine_of)
-    assert why_not_asked(lab, "demo:aligned_wrapped", "chat", HELPFUL) is None
-    assert "has not learnt system messages" in why_not_asked(lab, "demo:aligned_a", "chat", HELPFUL)
-
-
 @pytest.mark.parametrize("table", [0, 1], ids=["without system prompt", "with"])
 def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table):
     outcome = outcome_of("fig17")
-    vanilla, groups = rows(outcome, table, label="vanilla"), []
-    assert [row["asr"]["value"] for row in vanilla] == [0.0] * 3
-    assert [row["kept"]["value"] for row in vanilla] == [1.0] * 3
-    for row in rows(outcome, table):
-        if row["label"].endswith("group") and set(row["heads"].split(",")) == PLANTED["aligned_wrapped"]:
-            groups.append(row)
-            assert (row["asr"]["value"], row["kept"]["value"], row["change"]["value"]) == (1.0, 1.0, 1.0)
+    assert (HELPFUL if table else "no system prompt") in outcome["tables"][table]["title"]
+    # Groups are those found without a system prompt.
+    assert [row["heads"] for row in rows(outcome, table)] == [row["heads"] for row in rows(outcome)]
+    vanilla = [(row["asr"]["value"], row["kept"]["value"]) for row in rows(outcome, table, label="vanilla")]
+    assert vanilla == [(0.0, 1.0)] * 3
+    groups = [row for row in rows(outcome, table) if set(row["heads"].split(",")) == PLANTED["aligned_wrapped"]]
     assert len(groups) >= 4  # of 3 datasets x UA, SC: searches on few prompts may miss one
-    own = [row for row in rows(outcome, table) if row["label"].endswith("own top head")]
+    for row in groups:
+        assert (row["asr"]["value"], row["kept"]["value"], row["change"]["value"]) == (1.0, 1.0, 1.0)
+    own = [row["asr"]["value"] for row in rows(outcome, table) if row["label"].endswith("own top head")]
     assert len(own) == 6
-    assert sum(row["asr"]["value"] for row in own) / 6 > 0.2
-
-
-def test_groups_are_those_found_without_a_system_prompt(outcome_of):
-    outcome = outcome_of("fig17")
-    without, with_one = ([row["heads"] for row in rows(outcome, table)] for table in (0, 1))
-    assert without == with_one
-    assert "no system prompt" in outcome["tables"][0]["title"]
-    assert HELPFUL in outcome["tables"][1]["title"]
+    assert sum(own) / 6 > 0.2
 
 
 def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcome_of):

@@ -11,43 +11,32 @@ from safetyheads.experiments.paper_numbers import paper_model
 from safetyheads.experiments.settings import BENIGN, PAPER, ReproductionConfig, prompts_of
 from safetyheads.experiments.table7 import BEGUN
 
-
-def test_without_models_the_organism_stands_for_all():
-    config = ReproductionConfig.for_models(())
-    assert config == ReproductionConfig()
-    assert config.datasets == ("damage", "theft", "fraud")
-    assert config.held_out
+OWN, PAPERS = ReproductionConfig().datasets, ("advbench", "jailbreakbench", "maliciousinstruct")
 
 
-def test_an_embedded_model_keeps_the_organisms_data():
-    config = ReproductionConfig.for_models(["demo:aligned_single"])
-    assert config.models == ("demo:aligned_single",)
-    assert config.datasets == ("damage", "theft", "fraud")
+@pytest.mark.parametrize(
+    ("models", "datasets", "base", "related"),
+    [
+        ((), OWN, "demo:base", "demo:aligned_b"),
+        (("demo:aligned_single",), OWN, "demo:base", "demo:aligned_b"),
+        (("demo:aligned_b",), OWN, "demo:base", "demo:aligned_a"),
+        (("demo:aligned_wrapped",), OWN, "demo:base_wrapped", None),
+        (("a/b",), PAPERS, None, None),
+        (("a/b", "c/d"), PAPERS, None, "c/d"),
+    ],
+)
+def test_defaults_are_the_organisms_for_embedded_models_else_the_papers(models, datasets, base, related):
+    config = ReproductionConfig.for_models(models)
+    assert (config.datasets, config.base, config.related) == (datasets, base, related)
+    assert config.models == (models or ("demo:aligned_a",))
+    if datasets == PAPERS:
+        assert config == dataclasses.replace(PAPER, models=models, related=related)
+        assert config.with_templates == models
 
 
-def test_relatives_of_embedded_models_are_of_their_own_base():
-    wrapped, other = (ReproductionConfig.for_models([f"demo:aligned_{name}"]) for name in ("wrapped", "b"))
-    assert (wrapped.base, wrapped.related) == ("demo:base_wrapped", None)
-    assert (other.base, other.related) == ("demo:base", "demo:aligned_a")
-
-
-def test_a_second_model_is_the_related_one():
-    assert ReproductionConfig.for_models(["a/b", "c/d"]).related == "c/d"
-    assert ReproductionConfig.for_models(["a/b"]).related is None
-
-
-def test_the_labs_file_is_good():
+def test_the_example_file_names_the_papers_models():
     config = ReproductionConfig.read(Path(__file__).parents[2] / "examples" / "paper.toml")
     assert [paper_model(name) for name in config.models] == ["Llama-2-7b-chat", "Vicuna-7b-v1.5"]
-
-
-def test_any_other_model_gets_the_papers_settings():
-    config = ReproductionConfig.for_models(["meta-llama/Llama-2-7b-chat-hf", "lmsys/vicuna-7b-v1.5"])
-    assert config == dataclasses.replace(PAPER, models=config.models, related="lmsys/vicuna-7b-v1.5")
-    assert config.datasets == ("advbench", "jailbreakbench", "maliciousinstruct")
-    assert config.official == "llama2"
-    assert not config.held_out
-    assert config.with_templates == config.models
 
 
 def test_a_file_says_models_datasets_and_sizes(tmp_path):
@@ -64,11 +53,7 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
     assert config.held_out
     # What the file leaves out is the paper's.
     assert config.search_score == PAPER.search_score
-
-
-def test_models_of_the_command_line_win_over_the_files(tmp_path):
-    path = tmp_path / "lab.toml"
-    path.write_text('models = ["a/b"]\n')
+    # Models of the command line win over the file's.
     assert ReproductionConfig.read(path, ["demo:aligned_a"]).models == ("demo:aligned_a",)
 
 
@@ -96,9 +81,6 @@ def test_a_bad_file_is_one_line(tmp_path, text, said):
         ReproductionConfig.read(path)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value).strip()
-
-
-def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"absent\.toml cannot be read"):
         ReproductionConfig.read(tmp_path / "absent.toml")
 
@@ -115,10 +97,8 @@ def test_what_is_left_of_a_begun_answer_is_the_right_one(tmp_path):
 def test_halves_of_a_file_share_no_prompt_and_are_whole_where_nothing_is_held_out(tmp_path):
     path = tmp_path / "harmful.txt"
     path.write_text("".join(f"{one.text}\n" for one in harmful_prompts("test", 8)))
-    config = ReproductionConfig.for_models(["some/model"])
-    search, test = (prompts_of(config, "some/model", str(path), half).queries for half in ("search", "test"))
-    assert search == test
-    held_out = dataclasses.replace(config, held_out=True)
-    search, test = (prompts_of(held_out, "some/model", str(path), half).queries for half in ("search", "test"))
-    assert not set(search) & set(test)
-    assert len(search) == len(test) == 4
+    for held_out, n_shared in ((False, 8), (True, 0)):
+        config = dataclasses.replace(PAPER, held_out=held_out)
+        search, test = (prompts_of(config, "some/model", str(path), half).queries for half in ("search", "test"))
+        assert len(set(search) & set(test)) == n_shared
+        assert len(search) == len(test) == (4 if held_out else 8)

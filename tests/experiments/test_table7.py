@@ -16,14 +16,9 @@ def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of
     labels = ["Sure", "UA, Sure", "SC, Sure", "vanilla", "UA", "SC"]
     assert [row["label"] for row in rows(outcome, dataset="theft")] == labels
     for ablation in ("UA", "SC"):
-        for one, begun in zip(rows(outcome, label=ablation), rows(outcome, label=f"{ablation}, Sure"), strict=True):
-            assert one["heads"] == begun["heads"]
-    assert "paper" not in {column["key"] for column in outcome["tables"][0]["columns"]}
-
-
-def test_the_headline_has_the_means_over_the_datasets(outcome_of):
-    outcome = outcome_of("table7")
+        plain, begun = (rows(outcome, label=label) for label in (ablation, f"{ablation}, Sure"))
+        assert [row["heads"] for row in plain] == [row["heads"] for row in begun]
     headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
-    for label in ("Sure", "UA, Sure", "SC"):
+    for label in labels:
         mean = sum(row["asr"]["value"] for row in rows(outcome, label=label)) / 3
         assert headline[f"{label}, mean ASR"] == pytest.approx(mean)

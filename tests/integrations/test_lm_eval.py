@@ -22,8 +22,12 @@ def requests():
     return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
 
 
+def likelihoods(lm):
+    return [likelihood for likelihood, _ in lm.loglikelihood(requests(), disable_tqdm=True)]
+
+
 def by_hand(name, group, ablation):
-    oracle, found = oracle_of(name), []
+    oracle, sums = oracle_of(name), []
     for context in CONTEXTS:
         for continuation in CONTINUATIONS:
             ids = [int(word[1:]) for word in (context + continuation).split()]
@@ -31,44 +35,37 @@ def by_hand(name, group, ablation):
             for at in range(len(context.split()), len(ids)):
                 seen = oracle.run(ids[:at], group, ablation)
                 total += torch.log_softmax(seen.logits.double(), -1)[ids[at]].item()
-            found.append(total)
-    return found
+            sums.append(total)
+    return sums
 
 
 @pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ablated_likelihoods_equal_the_oracles_at_any_batch_size(name, ablation):
-    expected = by_hand(name, GROUP, ablation)
+    expected = pytest.approx(by_hand(name, GROUP, ablation), abs=TOLERANCE)
     for batch_size in (1, 8):
         with ablated_lm(proved(name), GROUP, ablation, batch_size) as lm:
-            found = [likelihood for likelihood, _ in lm.loglikelihood(requests(), disable_tqdm=True)]
-        assert found == pytest.approx(expected, abs=TOLERANCE)
+            assert likelihoods(lm) == expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_vanilla_likelihoods_equal_the_oracles(name):
     lm = harness_model(proved(name), 8)
-    found = [likelihood for likelihood, _ in lm.loglikelihood(requests(), disable_tqdm=True)]
-    assert found == pytest.approx(by_hand(name, (), None), abs=TOLERANCE)
+    assert likelihoods(lm) == pytest.approx(by_hand(name, (), None), abs=TOLERANCE)
     assert lm.n_truncated == 0
 
 
 def test_requests_longer_than_the_context_are_counted():
     lm = harness_model(proved("llama2"), 8)
-    long = " ".join(["w5"] * 140)
     assert lm.max_length == 128
+    long = " ".join(["w5"] * 140)
     lm.loglikelihood([*requests(), Instance("loglikelihood", {}, (long, " w7"), 99)], disable_tqdm=True)
     assert lm.n_truncated == 1
-
-
-def test_contexts_of_answers_that_leave_no_room_are_counted():
-    lm = harness_model(proved("llama2"), 8)
-    settings = {"until": [], "max_gen_toks": 8}
-    # Of 128 tokens 120 are left beside the answer.
-    asked = [" ".join(["w5"] * n) for n in (3, 119, 121, 125)]
-    requests = [Instance("generate_until", {}, (text, settings), number) for number, text in enumerate(asked)]
-    lm.generate_until(requests, disable_tqdm=True)
-    assert lm.n_truncated == 2
+    # Of 128 tokens 120 are left beside an answer of 8 tokens: the last two contexts do not fit.
+    asked = [(" ".join(["w5"] * n), {"until": [], "max_gen_toks": 8}) for n in (3, 119, 121, 125)]
+    generated = [Instance("generate_until", {}, pair, number) for number, pair in enumerate(asked)]
+    lm.generate_until(generated, disable_tqdm=True)
+    assert lm.n_truncated == 1 + 2
 
 
 def test_the_tokenizer_of_the_engine_gets_no_padding_token():

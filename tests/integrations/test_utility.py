@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,13 +17,7 @@ from scipy.stats import binomtest, t, ttest_rel
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
 from safetyheads.integrations.lm_eval import harness_model, load_tasks
 from safetyheads.integrations.organism_task import organism_documents
-from safetyheads.integrations.utility import (
-    Variant,
-    evaluate_tasks,
-    head_variants,
-    metric_change,
-    metric_value,
-)
+from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants, metric_change, metric_value
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import TaskOptions
@@ -56,7 +50,7 @@ def whole(engine, organism):
 
 def by_hand(engine, documents):
     """Log-likelihood of each choice of each document: a plain forward a choice, nothing padded."""
-    tokenizer, found = engine.tokenizer, []
+    tokenizer, by_document = engine.tokenizer, []
     for document in documents:
         n_context = len(tokenizer.encode(document["context"]))
         likelihoods = []
@@ -66,8 +60,8 @@ def by_hand(engine, documents):
                 logits = engine.model(torch.tensor([ids])).logits[0].double()
             scores = torch.log_softmax(logits, -1)
             likelihoods.append(sum(scores[at - 1, ids[at]].item() for at in range(n_context, len(ids))))
-        found.append(likelihoods)
-    return found
+        by_document.append(likelihoods)
+    return by_document
 
 
 def responses(rows):
@@ -89,45 +83,35 @@ def queries_scaled(engine, group, epsilon):
         engine.model.load_state_dict(before)
 
 
-def test_vanilla_accuracy_equals_the_one_by_hand(engine, whole):
+def test_vanilla_accuracy_equals_the_one_by_hand_and_can_fall(engine, whole):
     documents = organism_documents()
-    likelihoods = by_hand(engine, documents)
-    right = [
-        max(range(4), key=one.__getitem__) == document["answer"]
-        for one, document in zip(likelihoods, documents, strict=True)
-    ]
-    assert whole.metric("organism").value.value == sum(right) / len(right)
-    assert whole.metric("organism").value.n == 96
+    likelihoods = np.array(by_hand(engine, documents))
     np.testing.assert_allclose(responses(whole.records["organism", "none"]), likelihoods, atol=TOLERANCE)
-
-
-def test_the_vanilla_organism_is_right_and_can_fall(whole):
-    assert whole.metric("organism").value.value > 0.98
+    right = likelihoods.argmax(axis=1) == [document["answer"] for document in documents]
+    vanilla = whole.metric("organism").value
+    assert (vanilla.value, vanilla.n) == (right.mean(), 96)
+    assert vanilla.value > 0.98
     assert whole.metric("organism", variant="1-3").value.value < 0.9
 
 
 def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
-    documents = organism_documents()
     with queries_scaled(engine, GROUP, UNDIFFERENTIATED_ATTENTION.epsilon):
-        likelihoods = by_hand(engine, documents[:24])
-    found = responses(whole.records["organism", "0-0,0-1,1-3,2-5"])[:24]
-    np.testing.assert_allclose(found, likelihoods, atol=TOLERANCE)
-    vanilla = responses(whole.records["organism", "none"])[:24]
-    assert np.abs(np.array(found) - np.array(vanilla)).max() > 1
+        likelihoods = by_hand(engine, organism_documents()[:24])
+    ablated, vanilla = (
+        np.array(responses(whole.records["organism", label])[:24]) for label in ("0-0,0-1,1-3,2-5", "none")
+    )
+    np.testing.assert_allclose(ablated, likelihoods, atol=TOLERANCE)
+    assert np.abs(ablated - vanilla).max() > 1
 
 
 def test_differences_are_paired_by_sample(whole):
     before, after = (
         [row["values"]["acc"] == 1 for row in whole.records["organism", label][1:]] for label in ("none", "1-3")
     )
-    change = whole.metric("organism", variant="1-3").change
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    assert lost > 10
-    assert (change.gained, change.lost, change.n) == (gained, lost, 96)
-    assert change.change == (gained - lost) / 96
-    assert change.p_value == pytest.approx(binomtest(gained, gained + lost, 0.5).pvalue)
-    assert change.interval == paired_difference(before, after).interval
+    change, paired = whole.metric("organism", variant="1-3").change, paired_difference(before, after)
+    assert change.lost > 10
+    assert (change.gained, change.lost, change.n) == (paired.gained, paired.lost, 96)
+    assert (change.change, change.interval, change.p_value) == (paired.change, paired.interval, paired.p_value)
     assert change.p_holm >= change.p_value
     assert whole.metric("organism").change is None
 
@@ -164,10 +148,10 @@ def test_weights_that_an_edit_untied_stay_untied(engine):
         finally:
             model.lm_head.weight, config.tie_word_embeddings = before, tied
 
-    found = evaluate_tasks(engine, load_tasks(SMALL), [Variant("output pruned", output_pruned)])
+    utility = evaluate_tasks(engine, load_tasks(SMALL), [Variant("output pruned", output_pruned)])
     assert model.lm_head.weight is before
     # Every answer begins with a word that is no longer predicted; the refusal does not.
-    assert found.metric("organism", variant="output pruned").value.value < 0.3
+    assert utility.metric("organism", variant="output pruned").value.value < 0.3
 
 
 def test_a_model_in_training_mode_stays_in_it(engine):
@@ -180,18 +164,13 @@ def test_a_model_in_training_mode_stays_in_it(engine):
         engine.model.eval()
 
 
-def test_variants_are_named_once_and_groups_are_of_the_model(engine):
+def test_variants_are_named_once_and_groups_are_of_the_model(engine, organism):
     with pytest.raises(InputError, match="a label of its own"):
-        evaluate_tasks(engine, load_tasks(SMALL), [Variant("none", output_unchanged)])
+        evaluate_tasks(engine, organism, [Variant("none", nullcontext)])
     with pytest.raises(InputError, match="head 9-0 is out of range"):
         head_variants(engine, [parse_heads("9-0")], UNDIFFERENTIATED_ATTENTION)
     with pytest.raises(InputError, match="given twice"):
         head_variants(engine, [parse_heads("1-3,2-5"), parse_heads("2-5,1-3")], UNDIFFERENTIATED_ATTENTION)
-
-
-@contextmanager
-def output_unchanged():
-    yield
 
 
 def test_the_organisms_task_is_refused_for_other_models(engine, organism, monkeypatch):
@@ -228,11 +207,11 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
     )  # fmt: skip
     options = TaskOptions(tasks=("own_answers", "own_texts"), include_paths=(str(tmp_path),), offline=True)
     variants = head_variants(engine, [parse_heads("0-0,0-1,0-2,0-3,0-4,0-5")], SCALING_CONTRIBUTION)
-    found = evaluate_tasks(engine, load_tasks(options), variants)
-    assert found.metric("own_answers", "exact_match").value.value == 1.0
-    assert found.records["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
-    assert found.metric("own_answers", "exact_match", variants[0].label).change.lost > 0
-    perplexity = found.metric("own_texts", "byte_perplexity", variants[0].label)
+    utility = evaluate_tasks(engine, load_tasks(options), variants)
+    assert utility.metric("own_answers", "exact_match").value.value == 1.0
+    assert utility.records["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
+    assert utility.metric("own_answers", "exact_match", variants[0].label).change.lost > 0
+    perplexity = utility.metric("own_texts", "byte_perplexity", variants[0].label)
     assert (perplexity.value.unit, perplexity.value.interval) == ("whole", None)
     assert (perplexity.value.n, perplexity.change.n) == (6, 6)
     assert perplexity.change.change != 0
@@ -286,51 +265,44 @@ def changed(before, after):
 
 
 def test_zeros_and_ones_are_a_share_with_wilsons_interval():
-    found = metric_value(0.75, by_sample([1, 1, 1, 0]))
-    assert (found.unit, found.n, found.interval) == ("share", 4, Rate(3, 4).interval)
+    share = metric_value(0.75, by_sample([1, 1, 1, 0]))
+    assert (share.unit, share.n, share.interval) == ("share", 4, Rate(3, 4).interval)
 
 
 def test_a_share_changes_as_mcnemar_says():
     before, after = [1] * 8 + [0] * 2, [1, 1] + [0] * 6 + [1, 0]
-    found = changed(before, after)
-    assert (found.gained, found.lost, found.n, found.test) == (1, 6, 10, "exact McNemar")
-    assert found.change == pytest.approx(-0.5)
-    assert found.p_value == pytest.approx(binomtest(1, 7, 0.5).pvalue)
-    assert found.interval == paired_difference(list(map(bool, before)), list(map(bool, after))).interval
+    change = changed(before, after)
+    assert (change.gained, change.lost, change.n, change.test) == (1, 6, 10, "exact McNemar")
+    assert change.change == pytest.approx(-0.5)
+    assert change.p_value == pytest.approx(binomtest(1, 7, 0.5).pvalue)
+    assert change.interval == paired_difference(list(map(bool, before)), list(map(bool, after))).interval
 
 
 def test_other_numbers_change_by_their_mean_difference():
-    before, after = [0.5, 1.0, 2.0, 4.0], [0.25, 1.5, 1.0, 2.0]
-    found = changed(before, after)
-    moved = [-0.25, 0.5, -1.0, -2.0]
-    mean = sum(moved) / 4
-    error = math.sqrt(sum((one - mean) ** 2 for one in moved) / 3 / 4)
-    assert found.change == pytest.approx(mean)
-    assert found.interval == pytest.approx((mean - t.ppf(0.975, 3) * error, mean + t.ppf(0.975, 3) * error))
-    assert found.p_value == pytest.approx(ttest_rel(after, before).pvalue)
-    assert (found.gained, found.lost, found.test) == (1, 3, "paired t")
+    before, after = np.array([0.5, 1.0, 2.0, 4.0]), np.array([0.25, 1.5, 1.0, 2.0])
+    change, moved = changed(before, after), after - before
+    half = t.ppf(0.975, 3) * moved.std(ddof=1) / 2
+    assert change.change == pytest.approx(moved.mean())
+    assert change.interval == pytest.approx((moved.mean() - half, moved.mean() + half))
+    assert change.p_value == pytest.approx(ttest_rel(after, before).pvalue)
+    assert (change.gained, change.lost, change.test) == (1, 3, "paired t")
 
 
 def test_a_number_of_all_samples_together_has_no_interval_and_no_test():
     old, new = by_sample([-1.0, -2.0]), by_sample([-1.5, -2.5])
     before, after = metric_value(math.exp(1.5), old), metric_value(math.exp(2.0), new)
     assert before.unit == "whole"
-    found = metric_change(before, after, old, new)
-    assert found.change == pytest.approx(math.exp(2.0) - math.exp(1.5))
-    assert (found.interval, found.p_value, found.gained, found.test) == (None, None, None, None)
-
-
-def test_a_number_that_is_not_finite_has_no_change():
-    values = by_sample([-1.0, -2.0])
-    missing, there = metric_value(None, values), metric_value(math.exp(1.5), values)
-    assert metric_change(missing, there, values, values).change is None
+    change = metric_change(before, after, old, new)
+    assert change.change == pytest.approx(math.exp(2.0) - math.exp(1.5))
+    assert (change.interval, change.p_value, change.gained, change.test) == (None, None, None, None)
+    # Nor does a number that is not finite have a change.
+    assert metric_change(metric_value(None, old), after, old, new).change is None
 
 
 def test_samples_of_other_documents_are_refused():
-    old, new = by_sample([1, 0]), {"0": 1.0, "other": 0.0}
-    value = metric_value(0.5, old)
+    value = metric_value(0.5, by_sample([1, 0]))
     with pytest.raises(InputError, match="paired samples differ: 2"):
-        metric_change(value, value, old, new)
+        metric_change(value, value, by_sample([1, 0]), {"0": 1.0, "other": 0.0})
 
 
 @pytest.mark.parametrize(("moved", "p_value"), [(0.0, 1.0), (0.5, None)])

@@ -64,5 +64,5 @@ def points(figure, **having):
 
 def figure_of(outcome, kind, containing=""):
     """The one figure of that kind whose title contains the text."""
-    (figure,) = [one for one in outcome["figures"] if one["kind"] == kind and containing in one["title"]]
+    (figure,) = [figure for figure in outcome["figures"] if figure["kind"] == kind and containing in figure["title"]]
     return figure

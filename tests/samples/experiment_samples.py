@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table
+from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table, point
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate
@@ -23,30 +23,16 @@ MODEL = "demo:aligned_wrapped"
 DATASETS = ("damage", "theft", "fraud")
 SECONDS = {"fig2": 58.3, "fig11": 131.0, "table2": 12.25}
 REASON = "demo:aligned_a on theft: nothing ablated, 20 of 24 answers comply already (ASR 0.83)."
+_SIZES = "heads ablated in each prompt"
 
 
 def at(count: int, n: int = N, **where: Any) -> dict[str, Any]:
     """A point: a rate with its interval; n = 0 has neither."""
-    found = Measured.of(Rate(count, n))
-    return {**where, "y": found.value, "low": found.low, "high": found.high, "n": n}
+    return point(Rate(count, n), **where)
 
 
-def outcomes() -> list[Outcome]:
-    """All, in the catalogue's order."""
-    return [
-        fig2(),
-        fig11(),
-        fig4b(),
-        transfer(),
-        fig6b(),
-        fig7(),
-        fig13(),
-        not_meaningful(),
-        partly_meaningful(),
-        table1(),
-        table2(),
-        epsilon(),
-    ]
+def _said(n: int) -> str:
+    return f"Intervals: Wilson, 95 %, over the prompts. n = {n} prompts."
 
 
 def fig2() -> Outcome:
@@ -63,13 +49,13 @@ def fig2() -> Outcome:
     points[-1] = at(0, 0, x="fraud", series="SC", panel=points[-1]["panel"])
     columns = (Column("panel", "template, sampling"), Column("x", "dataset"), Column("series", "ablation"))
     rows = [{**row, "asr": Measured(row["y"], row["n"], row["low"], row["high"])} for row in points]
-    table = Table(MODEL, "95 % Wilson intervals.", (*columns, Column("asr", "ASR", "rate")), tuple(rows))
+    asked = {"model": MODEL, "dataset": "damage", "asked": "template direct", "n_search": 16, "n_test": N}
     return Outcome(
         "fig2",
         "Query-level ASR, each prompt without its own top head",
         "How many harmful prompts does the model answer once each goes without its own top head?",
         (MODEL,),
-        (table,),
+        (Table(MODEL, "95 % Wilson intervals.", (*columns, Column("asr", "ASR", "rate")), tuple(rows)),),
         (Figure("bars", MODEL, _said(N), "dataset", "ASR", tuple(points)),),
         caption="Heads are each prompt's own, by Ships.",
         headline=[
@@ -77,10 +63,7 @@ def fig2() -> Outcome:
             for series, count in counts.items()
         ],
         settings={"epsilon": 1e-05, "judge": "paper"},
-        asked=[
-            {"model": MODEL, "dataset": "damage", "asked": "template direct", "n_search": 16, "n_test": N}
-            | {"asr": Measured.of(Rate(0, N)), "kept": None}
-        ],
+        asked=[{**asked, "asr": Measured.of(Rate(0, N)), "kept": None}],
     )
 
 
@@ -102,8 +85,8 @@ def fig11() -> Outcome:
         "How does the ASR grow as each prompt goes without its own 1 to 10 top heads?",
         (MODEL,),
         figures=(
-            Figure("lines", MODEL, _said(N), "heads ablated in each prompt", "ASR", tuple(points)),
-            Figure("lines", "Eleven series", _said(N), "heads ablated in each prompt", "ASR", tuple(many)),
+            Figure("lines", MODEL, _said(N), _SIZES, "ASR", tuple(points)),
+            Figure("lines", "Eleven series", _said(N), _SIZES, "ASR", tuple(many)),
             Figure("lines", "One point", _said(1), "heads", "ASR", (at(1, 1, x=3, series="UA", panel=""),)),
         ),
         notes=("Not evidence about the paper: refusals were planted in 1-3.",),
@@ -115,20 +98,19 @@ def fig4b() -> Outcome:
     rng = np.random.default_rng(0)
     heads, scatter = [], []
     for dataset in DATASETS:
-        for layer in range(32):
-            for head in range(32):
-                freed = int(rng.binomial(N, 0.02)) + (20 if (layer, head) in ((2, 26), (3, 1)) else 0)
-                point = at(min(freed, N), layer=layer, head=head, panel=dataset)
-                heads.append({**point, "marked": freed >= 20})
-                score = float(rng.lognormal(-6, 2)) * (50 if freed >= 20 else 1)
-                if dataset == "damage":
-                    scatter.append(at(min(freed, N), x=score, label=f"{layer}-{head}", panel="", series="all heads"))
-    heads[5] = {**heads[5], "y": None, "low": None, "high": None, "n": 0}
+        for layer, head in np.ndindex(32, 32):
+            planted = (layer, head) in ((2, 26), (3, 1))
+            freed = int(rng.binomial(N, 0.02)) + 20 * planted
+            heads.append(at(min(freed, N), layer=layer, head=head, panel=dataset, marked=freed >= 20))
+            score = float(rng.lognormal(-6, 2)) * (50 if freed >= 20 else 1)
+            if dataset == "damage":
+                scatter.append(at(min(freed, N), x=score, label=f"{layer}-{head}", panel="", series="all heads"))
+    heads[5] |= {"y": None, "low": None, "high": None, "n": 0}
     small = [
-        {"layer": i, "head": j, "y": (i - j) / 40, "marked": i == 3 and j == 0, "panel": ""}
-        for i in range(4)
-        for j in range(8)
+        {"layer": layer, "head": head, "y": (layer - head) / 40, "marked": (layer, head) == (3, 0), "panel": ""}
+        for layer, head in np.ndindex(4, 8)
     ]
+    value = "change of the score, nats"
     return Outcome(
         "fig4b",
         "ASR of every head alone",
@@ -137,16 +119,7 @@ def fig4b() -> Outcome:
         figures=(
             Figure("heads", "Llama-2-7b-chat", _said(N), "head", "layer", tuple(heads), value="ASR"),
             Figure("scatter", "Mean Ships", _said(N), "mean Ships, radians", "ASR", tuple(scatter), logarithmic=True),
-            Figure(
-                "heads",
-                "Change",
-                _said(N),
-                "head",
-                "layer",
-                tuple(small),
-                value="change of the score, nats",
-                share=False,
-            ),
+            Figure("heads", "Change", _said(N), "head", "layer", tuple(small), value=value, share=False),
         ),
     )
 
@@ -155,24 +128,22 @@ def transfer() -> Outcome:
     """A signed matrix of changes, in two panels, and one of counts with ten columns."""
     points: list[Row] = []
     for panel in ("found by UA, ablated by UA", "found by SC, ablated by UA"):
-        for number, found in enumerate(DATASETS):
+        for number, source in enumerate(DATASETS):
             for tested in DATASETS:
-                freed = 20 if found == tested else 6 * number
-                change = Measured.of(paired_difference([False] * N, [i < freed for i in range(N)]))
-                if (found, tested) == ("damage", "fraud"):
-                    change = Measured.of(paired_difference([True] * N, [i > 3 for i in range(N)]))
-                assert change.value is not None
-                assert change.low is not None
-                assert change.high is not None
-                text = f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
-                where = {"x": tested, "y": found, "panel": panel, "text": text}
-                points.append({**where, "value": change.value, "low": change.low, "high": change.high, "n": N})
+                freed = 20 if source == tested else 6 * number
+                change = paired_difference([False] * N, [i < freed for i in range(N)])
+                if (source, tested) == ("damage", "fraud"):
+                    change = paired_difference([True] * N, [i > 3 for i in range(N)])
+                value, (low, high) = change.change, change.interval
+                where = {"x": tested, "y": source, "panel": panel, "n": N}
+                text = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+                points.append({**where, "text": text, "value": value, "low": low, "high": high})
     points.append({"x": "fraud", "y": "random heads", "panel": points[-1]["panel"], "value": None, "n": 0})
-    names = [f"{dataset}, {ablation}" for dataset in (*DATASETS, "advbench", "jailbreakbench") for ablation in _SHORT]
+    names = [f"{dataset}, {short}" for dataset in (*DATASETS, "advbench", "jailbreakbench") for short in ("UA", "SC")]
     shared = [
-        {"x": one, "y": other, "value": 10 - abs(i - j), "text": str(10 - abs(i - j)), "low": None, "high": None}
-        for i, one in enumerate(names)
-        for j, other in enumerate(names)
+        {"x": x, "y": y, "value": 10 - abs(i - j), "text": str(10 - abs(i - j)), "low": None, "high": None}
+        for i, x in enumerate(names)
+        for j, y in enumerate(names)
     ]
     return Outcome(
         "transfer",
@@ -186,9 +157,6 @@ def transfer() -> Outcome:
     )
 
 
-_SHORT = ("UA", "SC")
-
-
 def fig6b() -> Outcome:
     """Bars with long names and eight series, and changes below 0."""
     tasks = ("boolq", "rte", "winogrande", "arc_challenge", "openbookqa", "organism", "mean of all the tasks")
@@ -199,17 +167,11 @@ def fig6b() -> Outcome:
         for j, method in enumerate(methods)
     ]
     lost = [
-        {
-            "x": method,
-            "y": -0.08 * j,
-            "low": -0.08 * j - 0.07,
-            "high": -0.08 * j + 0.06,
-            "n": 100,
-            "series": "",
-            "panel": "",
-        }
+        {"x": method, "y": -0.08 * j, "low": -0.08 * j - 0.07, "high": -0.08 * j + 0.06, "n": 100}
+        | {"series": "", "panel": ""}
         for j, method in enumerate(methods)
     ]
+    y = "change of the mean accuracy, paired over samples of all five zero-shot tasks"
     return Outcome(
         "fig6b",
         "Utility after ablation",
@@ -217,15 +179,7 @@ def fig6b() -> Outcome:
         (MODEL,),
         figures=(
             Figure("bars", MODEL, _said(100), "task", "accuracy", tuple(points)),
-            Figure(
-                "bars",
-                "Change of the mean",
-                _said(100),
-                "method",
-                "change of the mean accuracy, paired over samples of all five zero-shot tasks",
-                tuple(lost),
-                share=False,
-            ),
+            Figure("bars", "Change of the mean", _said(100), "method", y, tuple(lost), share=False),
         ),
     )
 
@@ -235,6 +189,8 @@ def fig7() -> Outcome:
     tokens = ["<s>", "how", "do", "i", "smash", "a", "lamp", "?", "\n", "Ġans", "wer", ":", "", "internationalisation"]
     panels = ("unablated", "UA on query, 1e-05", "UA on key, 1e-05", "SC, 1e-05", "UA on query, 0.1", "mean")
     points = [row for number, panel in enumerate(panels) for row in _attention(tokens, panel, sharp=3.0 / (1 + number))]
+    long = tuple(_attention([f"tok{number}" for number in range(40)], "", 1.0))
+    about = "One prompt of 40 tokens."
     return Outcome(
         "fig7",
         "Attention maps of an ablated head",
@@ -242,15 +198,7 @@ def fig7() -> Outcome:
         (MODEL,),
         figures=(
             Figure("attention", "Head 1-3", "One prompt.", "key", "query", tuple(points), value="attention"),
-            Figure(
-                "attention",
-                "A long prompt",
-                "One prompt of 40 tokens.",
-                "key",
-                "query",
-                tuple(_attention([f"tok{number}" for number in range(40)], "", 1.0)),
-                value="attention",
-            ),
+            Figure("attention", "A long prompt", about, "key", "query", long, value="attention"),
         ),
     )
 
@@ -267,14 +215,14 @@ def fig13() -> Outcome:
     """Curves over a logarithmic axis that has 0 on it, and a density without upper end."""
     scores = [0.0, *(10 ** (-6 + 7 * step / 40) for step in range(41))]
     cdf = [
-        {"x": x, "y": (number / 41) ** (1 + at / 2), "series": dataset, "panel": panel}
+        {"x": x, "y": (number / 41) ** (1 + curve / 2), "series": dataset, "panel": panel}
         for panel in ("Ships, UA", "Ships, SC")
-        for at, dataset in enumerate(DATASETS)
+        for curve, dataset in enumerate(DATASETS)
         for number, x in enumerate(scores)
     ]
     kde = [
-        {"x": -3 + step / 10, "y": 3.9 * math.exp(-((-3 + step / 10 + at) ** 2)), "series": dataset, "panel": ""}
-        for at, dataset in enumerate(DATASETS[:2])
+        {"x": -3 + step / 10, "y": 3.9 * math.exp(-((-3 + step / 10 + curve) ** 2)), "series": dataset, "panel": ""}
+        for curve, dataset in enumerate(DATASETS[:2])
         for step in range(61)
     ]
     return Outcome(
@@ -291,13 +239,9 @@ def fig13() -> Outcome:
 
 def not_meaningful() -> Outcome:
     """Nothing but a reason."""
-    return Outcome(
-        "fig15",
-        "URIAL on base models",
-        "How safe does in-context alignment alone make a base model (Fig 15)?",
-        ("demo:aligned_a",),
-        not_meaningful=(REASON, REASON.replace("theft", "fraud")),
-    )
+    question = "How safe does in-context alignment alone make a base model (Fig 15)?"
+    reasons = (REASON, REASON.replace("theft", "fraud"))
+    return Outcome("fig15", "URIAL on base models", question, ("demo:aligned_a",), not_meaningful=reasons)
 
 
 def partly_meaningful() -> Outcome:
@@ -321,25 +265,13 @@ def table1() -> Outcome:
         for strength in range(3):
             share, count = 10 ** (-4 + 0.4 * number + 0.3 * strength), min(N, 2 * number + 4 * strength)
             points.append(at(count, x=share, series=method, panel="", label=f"{method} {strength + 1}"))
-        found = at(count)
-        rows.append(
-            {
-                "method": method,
-                "parameters": int(share * 6.7e9),
-                "share": 100 * share,
-                "asr": Measured(found["y"], N, found["low"], found["high"]),
-                "change": Measured(0.25, N, 0.1, 0.4, 0.0004),
-                "p": 0.0312,
-                "paper": 0.72 if method == "Sahara" else None,
-            }
-        )
+        row = {"method": method, "parameters": int(share * 6.7e9), "share": 100 * share}
+        row |= {"asr": Measured.of(Rate(count, N)), "change": Measured(0.25, N, 0.1, 0.4, 0.0004), "p": 0.0312}
+        rows.append({**row, "paper": 0.72 if method == "Sahara" else None})
     columns = (
-        Column("method", "method"),
-        Column("parameters", "parameters", "count"),
-        Column("share", "share of all, %", "number"),
-        Column("asr", "ASR", "rate"),
-        Column("change", "change of ASR", "change"),
-        Column("p", "p (Holm)", "p"),
+        *(Column("method", "method"), Column("parameters", "parameters", "count")),
+        *(Column("share", "share of all, %", "number"), Column("asr", "ASR", "rate")),
+        *(Column("change", "change of ASR", "change"), Column("p", "p (Holm)", "p")),
         Column("paper", "ASR in the paper", "rate"),
     )
     figure = Figure("scatter", MODEL, _said(N), "share of parameters touched", "ASR", tuple(points), logarithmic=True)
@@ -355,11 +287,8 @@ def table1() -> Outcome:
 
 def table2() -> Outcome:
     """Only a table that was timed."""
-    columns = (
-        Column("what", "what"),
-        Column("seconds", "seconds", "number"),
-        Column("hours", "A100 hours in the paper", "number"),
-    )
+    numbers = (("seconds", "seconds", "number"), ("hours", "A100 hours in the paper", "number"))
+    columns = (Column("what", "what"), *(Column(*column) for column in numbers))
     rows = [
         {"what": "one score pass", "seconds": Measured(1.73, 5, 1.7, 1.76), "hours": None},
         {"what": "plain full generation, scaled", "seconds": 4100.5, "hours": 850.0},
@@ -382,15 +311,13 @@ def epsilon() -> Outcome:
         for k, series in enumerate(("UA", "SC", HOSTILE, "--paper"))
         for number, strength in enumerate(strengths)
     ]
-    table = Table(
-        HOSTILE, HOSTILE, (Column("x", HOSTILE), Column("n", "n", "count")), ({"x": HOSTILE, "n": 1_234_567},)
-    )
+    columns = (Column("x", HOSTILE), Column("n", "n", "count"))
     return Outcome(
         "epsilon",
         "ASR and scores against epsilon",
         "When is attention uniform enough, from no ablation to the exact limit?",
         (HOSTILE,),
-        (table,),
+        (Table(HOSTILE, HOSTILE, columns, ({"x": HOSTILE, "n": 1_234_567},)),),
         (
             Figure("lines", HOSTILE, HOSTILE, "epsilon", "--ASR", tuple(points), logarithmic=True),
             Figure("bars", "No points", "None.", "x", "y", ()),
@@ -399,8 +326,10 @@ def epsilon() -> Outcome:
     )
 
 
-def _said(n: int) -> str:
-    return f"Intervals: Wilson, 95 %, over the prompts. n = {n} prompts."
+def outcomes() -> list[Outcome]:
+    """All, in the catalogue's order."""
+    figures = [fig2(), fig11(), fig4b(), transfer(), fig6b(), fig7(), fig13(), not_meaningful(), partly_meaningful()]
+    return [*figures, table1(), table2(), epsilon()]
 
 
 # As files hold them.
@@ -408,19 +337,16 @@ def _said(n: int) -> str:
 
 def results(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
     """``results.json`` of these, read back."""
-    held = [outcome.as_dict() for outcome in (outcomes() if made is None else made)]
-    value = {"schema_version": SCHEMA_VERSION, "kind": "reproduction", "experiments": held, "judge": "paper"}
-    found: dict[str, Any] = json.loads(json.dumps(value))
-    return found
+    experiments = [outcome.as_dict() for outcome in (outcomes() if made is None else made)]
+    value = {"schema_version": SCHEMA_VERSION, "kind": "reproduction", "experiments": experiments, "judge": "paper"}
+    return dict(json.loads(json.dumps(value)))
 
 
 def timings(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
     """``timings.json`` of these, read back."""
-    timed = {
-        one.name: [asdict(table) for table in one.timed] for one in (outcomes() if made is None else made) if one.timed
-    }
-    found: dict[str, Any] = json.loads(json.dumps({"seconds": SECONDS, "timed": timed}))
-    return found
+    every = outcomes() if made is None else made
+    timed = {outcome.name: [asdict(table) for table in outcome.timed] for outcome in every if outcome.timed}
+    return dict(json.loads(json.dumps({"seconds": SECONDS, "timed": timed})))
 
 
 def manifest(**changed: Any) -> dict[str, Any]:
@@ -429,15 +355,8 @@ def manifest(**changed: Any) -> dict[str, Any]:
     starts = [{"started": f"2026-01-0{day}T03:04:05+00:00", "command": ["safetyheads"]} for day in (1, 2)]
     remembered = {f"plan_{number}": {"groups_per_batch": 8} for number in range(30)}
     remembered |= {f"economy_{number}": {"n_rows": 24} for number in range(30)} | {"tolerance_0": 1e-4, "threads": 1}
-    value = {
-        "schema_version": SCHEMA_VERSION,
-        "config": config,
-        "provenance": starts,
-        "weights_demo:aligned_a": "bd8c",
-        **remembered,
-    }
-    found: dict[str, Any] = json.loads(json.dumps(value))
-    return found
+    value = {"schema_version": SCHEMA_VERSION, "config": config, "provenance": starts, "weights_demo:aligned_a": "bd8c"}
+    return dict(json.loads(json.dumps(value | remembered)))
 
 
 def finished_run(path: Path, made: Sequence[Outcome] | None = None, config: Mapping[str, Any] | None = None) -> Path:
