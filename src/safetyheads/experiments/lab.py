@@ -336,7 +336,7 @@ def condition(
 
 
 def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None:
-    """A table of :func:`condition` rows with Holm's p over the table, and a figure of its rates as bars."""
+    """A table of :func:`condition` rows with Holm's p over the table, a figure of its rates, and what was planted."""
     panels = {"asr": "ASR", "echo": "answers that echo the prompt", "kept": "benign answers kept"}
     points = [
         point(row[key], x=row["dataset"], series=row["label"], panel=panel)
@@ -349,3 +349,4 @@ def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None
     outcome.lead_means(words["model"], ((f"{about}{row['label']}, mean ASR", row["asr"]) for row in rows))
     outcome.figure("conditions", points, **words)
     outcome.table("conditions", [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)], **words)
+    note_planted(outcome, words["model"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.demo.grammar import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
-from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, note_planted, show_conditions
+from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, show_conditions
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, prompts_of
 from safetyheads.judges.phrases import echo_of
@@ -55,7 +55,6 @@ def fig15(lab: Lab, outcome: Outcome) -> None:
                 rows.append(condition(bare, _BARE, (), bare.vanilla(), benign[_BARE]))
             rows.append(condition(subject, _URIAL, (), subject.vanilla(), benign[_URIAL], before))
         show_conditions(outcome, rows, model=model)
-        note_planted(outcome, model)
 
 
 def fig17(lab: Lab, outcome: Outcome) -> None:
@@ -73,7 +72,6 @@ def fig17(lab: Lab, outcome: Outcome) -> None:
                 words = f"system prompt {system!r}" if system else "no system prompt"
                 about = "with a system prompt, " if system else ""
                 show_conditions(outcome, rows, model=model, system=words, about=about)
-                note_planted(outcome, model)
 
 
 def fig18(lab: Lab, outcome: Outcome) -> None:
@@ -88,7 +86,6 @@ def fig18(lab: Lab, outcome: Outcome) -> None:
             rows.append({**row, **({} if echo is None else {"echo": Measured.of(echo)})})
         if rows:
             show_conditions(outcome, rows, model=model, system=repr(system))
-            note_planted(outcome, model)
         if rows and embedded:
             outcome.note(
                 f"{model}: an embedded model reads its own few sentences only, so all system prompts that it knows, "

@@ -77,7 +77,7 @@ def reproduce(
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
             try:
-                _kept_outcome(run, experiment, lab)
+                _keep_outcome(run, experiment, lab)
             except SafetyheadsError as error:
                 if not skips:
                     raise
@@ -108,7 +108,7 @@ def _spelled(config: ReproductionConfig) -> dict[str, Any]:
     return settings
 
 
-def _kept_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
+def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
     """Run an experiment that the directory does not hold yet; of one that is there, check that weights are the same."""
 
     def compute() -> list[dict[str, Any]]:
@@ -138,6 +138,5 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
     }
     run.write_results(results)
     seconds = {name: record["seconds"] for name, record in records.items()}
-    run.write_timings(
-        {"seconds": seconds, "timed": {name: record["timed"] for name, record in records.items() if record["timed"]}}
-    )
+    timed = {name: record["timed"] for name, record in records.items() if record["timed"]}
+    run.write_timings({"seconds": seconds, "timed": timed})
