@@ -16,7 +16,7 @@ from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AsrConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.run import Kind, Run, carry_out
+from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory
 from safetyheads.runs.tables import GroupAnswers, by_judge
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def _refuse_impossible(engine: Engine, config: AsrConfig, asked: Mapping[str, As
         within(group, engine.n_layers, engine.n_heads)
     if config.query_level > len(engine.heads):
         raise InputError(f"query level {config.query_level} is more than the model's {len(engine.heads)} heads")
+    if config.query_level:
+        refuse_beyond_memory(engine, asked["harmful"])
 
 
 def _announce(run: Run[AsrConfig]) -> None:

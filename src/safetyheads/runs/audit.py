@@ -24,7 +24,7 @@ from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import KINDS, read_halves
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.run import Kind, Run, carry_out
+from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory
 from safetyheads.runs.tables import GroupAnswers, by_judge, concentration_as_json, random_as_json
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import Rate, mean_with_interval
@@ -116,6 +116,7 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
     if len(asked["harmful_search"]) < 2:
         raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
+    refuse_beyond_memory(engine, *(asked[name] for name in ("harmful_search", "benign_search", "benign_test")))
 
 
 def _announce(run: Run[AuditConfig]) -> None:

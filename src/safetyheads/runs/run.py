@@ -302,6 +302,12 @@ def carry_out(
             return directory.read_results()
 
 
+def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts) -> None:
+    """Raise InputError where a pass over one of the sets cannot fit the memory budget."""
+    for prompt_set in asked:
+        engine.plan([TokenSequence(token_ids, 1) for token_ids in prompt_set.token_ids])
+
+
 def _decoding(settings: Any, kind: Kind[Any]) -> Decoding:
     sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
     full = getattr(settings, "full_answers", kind.full_answers)

@@ -31,7 +31,7 @@ from safetyheads.runs.data import read_whole
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.kept import KeptAnswers
-from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of
+from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.runs.tables import (
     AnswerTable,
     GroupAnswers,
@@ -80,6 +80,8 @@ def _refuse_impossible(engine: Engine, config: ScanConfig, asked: Mapping[str, A
         if number > len(engine.heads):
             option = name.replace("_", " ")
             raise InputError(f"{option} {number} is more than the model's {len(engine.heads)} heads")
+    measured = config.scores or config.prefixes or config.query_level
+    refuse_beyond_memory(engine, *(asked[name] for name in asked if measured or name == "benign"))
 
 
 def _announce(run: Run[ScanConfig]) -> None:

@@ -29,7 +29,7 @@ from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.run import Kind, Run, carry_out
+from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 def _announce_ships(run: Run[ShipsConfig]) -> None:
     if not run.config.screen:
         run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, 1, 0, 1))
+
+
+def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
+    refuse_beyond_memory(engine, asked["harmful"])
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
@@ -131,6 +135,7 @@ def _refuse_impossible(engine: Engine, config: SaharaConfig, asked: Mapping[str,
     if config.size > len(engine.heads):
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
     score_of(config).refuse_too_few(len(asked["harmful"]))
+    refuse_beyond_memory(engine, asked["harmful"])
 
 
 def _announce_sahara(run: Run[SaharaConfig]) -> None:
@@ -170,7 +175,7 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", _read, _announce_ships, _ships_results)
+_SHIPS = Kind("ships", _read, _announce_ships, _ships_results, _refuse_too_large)
 _SAHARA = Kind("sahara", _read, _announce_sahara, _sahara_results, _refuse_impossible)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
