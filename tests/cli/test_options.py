@@ -80,7 +80,7 @@ def called(*arguments, given=False):
 
     toy_app = App(result_action="return_value")
     toy_app.default(options_from_dataclasses(command))
-    toy_app(arguments, exit_on_error=False, print_error=False)
+    toy_app(arguments, exit_on_error=False, print_error=False)()
     return taken[0]
 
 

@@ -104,8 +104,8 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
 
     _refuse_completions(config.store_completions, report)
     config, out = _with_own_benign(config), where.out or _default_out(config)
-    engine, prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_audit(engine, config, out, prompts, progress, sys.argv)
+    prompts, progress = _prepared(config, out, output, read_prompts)
+    results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_audit)
 
 
@@ -117,8 +117,8 @@ def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, out
 
     _refuse_completions(config.store_completions, report)
     config, out = _with_own_benign(config), where.out or Path(f"{_default_out(config)}-scan")
-    engine, prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_scan(engine, config, out, prompts, progress, sys.argv)
+    prompts, progress = _prepared(config, out, output, read_prompts)
+    results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show_scan)
 
 
@@ -136,8 +136,8 @@ def ships(
 
     at_least(1, top=top)
     out = where.out or _own_out(config, "ships")
-    engine, prompts, progress = _prepared(config, out, output, _harmful)
-    results = run_ships(engine, config, out, prompts, progress, sys.argv)
+    prompts, progress = _prepared(config, out, output, _harmful)
+    results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_ranking(results, top))
 
 
@@ -153,8 +153,8 @@ def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions)
         return prompts
 
     out = where.out or _own_out(config, "sahara")
-    engine, prompts, progress = _prepared(config, out, output, read)
-    results = run_sahara(engine, config, out, prompts, progress, sys.argv)
+    prompts, progress = _prepared(config, out, output, read)
+    results = run_sahara(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_steps(results))
 
 
@@ -165,8 +165,8 @@ def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> No
     from safetyheads.runs.asr import run_asr
 
     out = where.out or _own_out(config, "asr")
-    engine, prompts, progress = _prepared(config, out, output, _harmful)
-    results = run_asr(engine, config, out, prompts, progress, sys.argv)
+    prompts, progress = _prepared(config, out, output, _harmful)
+    results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _show(results, output, lambda: show_rates(results))
 
 
@@ -180,15 +180,15 @@ def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) ->
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
     out = where.out or _own_out(config, "eval")
-    engine, tasks, progress = _prepared(config, out, output, load_tasks)
-    results = run_evaluation(engine, config, tasks, out, progress, sys.argv)
+    tasks, progress = _prepared(config, out, output, load_tasks)
+    results = run_evaluation(load_engine(config, progress), config, tasks, out, progress, sys.argv)
     _show(results, output, lambda: show_evaluation(results, out))
 
 
 def _prepared(
     config: Config, out: Path, output: OutputOptions, read: Callable[[Config], Data]
-) -> tuple[Engine, Data, Progress]:
-    """The model, and the prompts or tasks: loaded once all that can be refused without the model is refused."""
+) -> tuple[Data, Progress]:
+    """The prompts or tasks; all that can be refused without the model is refused."""
     _refuse_unusable(out)
     if isinstance(config, JudgeOptions):
         from safetyheads.judges.named import judges_named
@@ -196,8 +196,7 @@ def _prepared(
         judges_named(config.judges, config.judge_device)
     progress = progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
-        data = read(config)
-    return load_engine(config, progress), data, progress
+        return read(config), progress
 
 
 @command
@@ -474,9 +473,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error becomes one line and an exit code."""
     try:
         with warnings_as_lines():
-            result = app(arguments, exit_on_error=False, print_error=False)
+            run = app(arguments, exit_on_error=False, print_error=False)
+            code = (run() if callable(run) else None) or 0
             sys.stdout.flush()
-        code = result if isinstance(result, int) else 0
     except CycloptsError as error:
         print_error(f"error: {_usage(error)}")
         code = 2

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -73,7 +73,7 @@ class Given:
 
 
 def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with an option for each field of the dataclasses that it takes."""
+    """The command with an option for each field of the dataclasses that it takes; parsing gives the call to make."""
     parts: dict[str, dict[str, inspect.Parameter]] = {}
     makers: dict[str, Callable[..., Any]] = {}
     parameters = []
@@ -90,7 +90,7 @@ def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
         parameters += parts[name].values()
     signature = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 
-    def called(*positional: Any, **named: Any) -> Any:
+    def called(*positional: Any, **named: Any) -> Callable[[], Any]:
         values = signature.bind(*positional, **named).arguments
         taken = {
             name: makers[name](**{option: values.pop(option) for option in options if option in values})
@@ -98,7 +98,7 @@ def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
         }
         bound = inspect.signature(command).bind_partial()
         bound.arguments |= values | taken
-        return command(*bound.args, **bound.kwargs)
+        return partial(command, *bound.args, **bound.kwargs)
 
     called.__name__, called.__doc__ = command.__name__, command.__doc__
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

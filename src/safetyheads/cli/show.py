@@ -264,11 +264,12 @@ def print_table(
     # A column without any cell is of numbers, which take no room.
     are_text = [any(isinstance(row[at], str | Text) and str(row[at]) for row in rows) for at in range(len(columns))]
     console.print(Text(f"\n{title}", style="bold"))
-    for between, comfort in ((" ", _COMFORT), ("\n", _COMFORT), ("\n", 0)):
+    for between, whole_titles, comfort in ((" ", True, _COMFORT), (" ", False, _COMFORT), ("\n", False, 0)):
         cells = [[_text(cell, between, not shared) for cell in row] for row in rows]
-        widths = _widths(columns, cells, are_text, console.width, comfort)
-        if widths is not None:
-            console.print(_laid_out(columns, cells, are_text, widths, lines))
+        table, least = _laid_out(columns, cells, are_text, whole_titles, comfort)
+        if least <= console.width:
+            table.show_lines = lines
+            console.print(table)
             break
     else:
         console.print(_stacked(columns, rows, are_text, not shared))
@@ -283,38 +284,24 @@ def _text(cell: Cell, between: str, with_n: bool) -> Text:
     return cell if isinstance(cell, Text) else Text(cell)
 
 
-def _widths(
-    titles: Sequence[str], rows: Sequence[Sequence[Text]], are_text: Sequence[bool], width: int, comfort: int
-) -> list[int] | None:
-    """Widths of the columns in which no word and no number breaks and texts have some comfort; None without room."""
-    least, most = [], []
-    for at, (title, is_text) in enumerate(zip(titles, are_text, strict=True)):
-        lines = [line for row in rows for line in row[at].plain.split("\n")]
-        words = [word for text in (title, *(lines if is_text else ())) for word in text.split()]
-        longest = max(map(len, lines), default=0)
-        least.append(max(0, *map(len, words), min(longest, comfort) if is_text else longest, 1))
-        most.append(max(least[-1], longest, len(title)))
-    left = width - sum(least) - _GAP * (len(titles) - 1)
-    for _ in range(min(left, sum(most) - sum(least))):
-        at = max(range(len(least)), key=lambda at: most[at] / least[at])
-        least[at] += 1
-    return least if left >= 0 else None
-
-
 def _laid_out(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Text]],
-    are_text: Sequence[bool],
-    widths: Sequence[int],
-    lines: bool,
-) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.show_header, table.show_lines, table.pad_edge, table.padding = any(columns), lines, False, (0, _GAP - 1, 0, 0)
-    for column, is_text, width in zip(columns, are_text, widths, strict=True):
-        table.add_column(column, justify="left" if is_text else "right", width=width)
+    columns: Sequence[str], rows: Sequence[Sequence[Text]], are_text: Sequence[bool], whole_titles: bool, comfort: int
+) -> tuple[Table, int]:
+    """The table, and the width from which no number breaks and texts have some comfort."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), pad_edge=False, padding=(0, 1, 0, 0))
+    least = 0
+    for at, (column, is_text) in enumerate(zip(columns, are_text, strict=True)):
+        lines = [line for row in rows for line in row[at].plain.split("\n")]
+        longest = max(map(len, lines), default=0)
+        words = [column] if whole_titles else column.split()
+        words += [word for line in lines for word in line.split()] if is_text else []
+        width = max(1, min(longest, comfort) if is_text else longest, *map(len, words))
+        # Rich narrows the columns that have no width: those of texts.
+        table.add_column(column, justify="left" if is_text else "right", width=None if is_text else width)
+        least += width + _GAP * bool(at)
     for row in rows:
         table.add_row(*row)
-    return table
+    return table, least
 
 
 def _stacked(columns: Sequence[str], rows: Sequence[Sequence[Cell]], are_text: Sequence[bool], with_n: bool) -> Text:
@@ -904,29 +891,14 @@ def _line_by_line(tokens: Sequence[Found]) -> Text:
 
 def show_experiments(experiments: Mapping[str, Any], lacking: Mapping[str, Sequence[str]]) -> None:
     """Every experiment with what it costs, and what of it is not given."""
-    console = stdout()
-    console.print("The paper's experiments, and what each costs\n", style="bold")
-    rows = []
+    facts = {}
     for name, experiment in experiments.items():
-        text = Text(experiment.title).append(f"\n{experiment.costs}", style="dim")
+        facts[name] = text = Text(experiment.title).append(f"\n{experiment.costs}", style="dim")
         if lacking[name]:
             text.append(f"\nneeds first: {'; '.join(lacking[name])}", style="yellow")
-        rows.append((name, text))
-    console.print(_named(rows))
-    console.print(
-        "\nH: heads of the model; D: datasets of n prompts; T: templates. Run one with safetyheads reproduce NAME "
-        "[MODEL...], or all of them with safetyheads reproduce all.",
-        style="dim",
-    )
-
-
-def _named(rows: Sequence[tuple[str, Text]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(ratio=1)
-    for name, text in rows:
-        table.add_row(name, text)
-    return table
+    print_facts("The paper's experiments, and what each costs", facts)
+    legend = "H: heads of the model; D: datasets of n prompts; T: templates. Run one with safetyheads reproduce NAME "
+    stdout().print(f"\n{legend}[MODEL...], or all of them with safetyheads reproduce all.", style="dim")
 
 
 def show_outcomes(
@@ -940,11 +912,10 @@ def show_outcomes(
         report: where its pages are.
         timed: tables of what was timed, by experiment, which results leave out.
     """
-    console = stdout()
     outcomes = [outcome for outcome in results["experiments"] if outcome["name"] in names]
     if len(names) > 1 and outcomes:
         # All tables at once would be hundreds of rows.
-        console.print(_named([(outcome["name"], _in_short(outcome)) for outcome in outcomes]))
+        print_facts("Experiments in short", {outcome["name"]: _in_short(outcome) for outcome in outcomes})
     else:
         for outcome in outcomes:
             _show_outcome(outcome, (timed or {}).get(outcome["name"], ()))
