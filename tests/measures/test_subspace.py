@@ -68,23 +68,6 @@ def test_directions_of_a_nearly_rank_deficient_stack_are_right(space, spare):
     assert_same_vectors(found, left if space == "prompt" else right, atol=1e-7)
 
 
-def test_left_directions_do_not_depend_on_the_basis_or_scale_of_the_features():
-    states, rotation = gaussian(5, 9), orthonormal(9, 9, seed=1)
-    expected = dominant_directions(states, "prompt", rank=2)
-    assert_same_vectors(dominant_directions(1e-3 * states @ rotation, "prompt", rank=2), expected, atol=1e-12)
-    # Right ones turn with the features.
-    turned = rotation.mT @ dominant_directions(states, "representation", rank=2)
-    assert_same_vectors(dominant_directions(states @ rotation, "representation", rank=2), turned, atol=1e-12)
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_centred_directions_do_not_depend_on_what_all_prompts_share(space):
-    states = gaussian(6, 9)
-    moved = states + 100 * gaussian(9, seed=1)
-    expected = dominant_directions(states, space, rank=2, centred=True)
-    assert_same_vectors(dominant_directions(moved, space, rank=2, centred=True), expected, atol=1e-10)
-
-
 # Centring takes one prompt's worth of rank. In prompt space a rank of all usable prompts spans everything: the angle
 # would be 0 whatever was ablated.
 BOUNDS = [
@@ -110,15 +93,6 @@ def test_the_largest_rank_is_what_the_stack_has(space, centred, shape, largest):
     for rank in (largest + 1, 0, -1):
         with pytest.raises(InputError):
             dominant_directions(states, space, rank, centred)
-
-
-def test_too_few_prompts_are_refused():
-    for space in SPACES:
-        with pytest.raises(InputError, match="at least two prompts"):
-            dominant_directions(gaussian(1, 8), space)
-    # The one direction of two centred prompts is (1, -1) / sqrt 2 whatever they are.
-    with pytest.raises(InputError):
-        dominant_directions(gaussian(2, 9), "prompt", 1, centred=True)
 
 
 def slow_angle_sum(first, second):
@@ -173,7 +147,6 @@ def test_equal_subspaces_have_no_angle_and_orthogonal_ones_a_right_one_each():
     mixed = basis[:, :2] @ orthonormal(2, 2, seed=1)  # other vectors, the same plane
     assert float(principal_angle_sum(basis[:, :2], mixed)) == pytest.approx(0, abs=1e-13)
     assert float(principal_angle_sum(basis[:, :2], basis[:, 2:4])) == pytest.approx(180)
-    assert float(principal_angle_sum(basis[:, :1], basis[:, 5:])) == pytest.approx(90)
 
 
 def test_signs_and_the_order_of_the_two_do_not_matter_and_a_batch_is_each_of_it():

@@ -56,11 +56,7 @@ class Material:
     """Random seed."""
 
     def refusal_text(self, whole: bool) -> tuple[TokenSequence, ...]:
-        """Harmful prompts with the model's refusals; tokens of the refusals count, with ``whole`` those of prompts too.
-
-        Raises:
-            InputError: answers that do not belong to the prompts, or are all empty.
-        """
+        """Harmful prompts with the model's refusals; refusals' tokens count, with ``whole`` those of prompts too."""
         return self._text(self.harmful, self.refusals, whole)
 
     def benign_text(self, whole: bool) -> tuple[TokenSequence, ...]:
@@ -233,9 +229,6 @@ def head_parameters(engine: Engine, group: Sequence[Head], ablation: Ablation) -
     as W_q's input, and their biases; ablations of the head's output touch its d_value columns of W_o and no bias. Each
     layer's own widths are used, and the rank behind W_q where queries pass through one (MLA). Under a norm of queries
     (Qwen 3) scaling these rows would do nothing; they are counted all the same.
-
-    Raises:
-        InputError: a head that the model does not have.
     """
     return sum(_parameters_of_head(engine, head, ablation) for head in group)
 

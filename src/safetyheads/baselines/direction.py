@@ -231,7 +231,6 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
 
     Raises:
         InputError: a direction without length or of another width.
-        UnsupportedModelError: a family with several residual streams.
     """
     unit = _unit(engine, direction)
 

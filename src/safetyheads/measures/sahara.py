@@ -58,11 +58,7 @@ def n_scored(n_heads: int, steps: int) -> int:
 
 
 def score_heads(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
-    """Score the group plus each candidate: a table over all ``heads``, NaN where a head is not a candidate.
-
-    Raises:
-        SafetyheadsError: a score is not finite.
-    """
+    """Score the group plus each candidate: a table over all ``heads``, NaN where a head is not a candidate."""
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)
     if not bool(torch.isfinite(scores).all()):
         raise SafetyheadsError("a score is not finite: the ablated model's states overflow its dtype")

@@ -144,8 +144,7 @@ class Followed(NamedTuple):
     """int64 [n_states, n_samples]: drawn from all but the first point's tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """Log-odds of the followed tokens, and how each head's ablation moves them in first order."""
 
     point: Point
