@@ -97,7 +97,8 @@ class Template:
         if self.thinking is not None and self.thinking not in get_args(Thinking):
             raise InputError(f"thinking is closed or open; got {self.thinking!r}")
         if self.thinking == "closed" and self.name != "chat":
-            raise InputError(f"thinking is closed by the template chat alone; template {str(self)!r} has none")
+            reason = f"template {str(self)!r} has no think block"
+            raise InputError(f"thinking is closed by the template chat alone; {reason}")
         if self.thinking == "open" and self.prefill:
             raise InputError("a prefilled answer comes after the think block: with a prefill, thinking must be closed")
         if self.folds_system and (self.name != "chat" or self.system is None):
