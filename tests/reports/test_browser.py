@@ -21,21 +21,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="browser tests ne
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
-NAMES = (
-    "audit",
-    "large",
-    "no_refusals",
-    "scan",
-    "seeds",
-    "index",
-    "fig2",
-    "fig4b",
-    "fig6b",
-    "fig7",
-    "table1",
-    "transfer",
-    "epsilon",
-)
+EXPERIMENTS = ("index", "fig2", "fig4b", "fig6b", "fig7", "table1", "transfer", "epsilon")
+NAMES = ("audit", "large", "no_refusals", "scan", "seeds", *EXPERIMENTS)
 MODES = (("light", 1400), ("dark", 390))
 FAULTS = """() => {
   const channels = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -120,7 +107,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
     written = {name: write_report(run, show_completions=name == "scan") for name, run in runs.items()}
     index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
-    return {name: index.with_name(f"{name}.html") for name in NAMES} | written
+    return {name: index.with_name(f"{name}.html") for name in EXPERIMENTS} | written
 
 
 @pytest.fixture

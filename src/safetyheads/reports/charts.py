@@ -50,8 +50,8 @@ MOST_TILES_WITH_TEXT = 8
 """Columns up to which tiles hold their numbers."""
 MOST_LABELS = 32
 """Tiles across up to which all are labelled."""
-MOST_WIDTH = 780
-"""Pixels that a figure of lines, points or bars has at most."""
+LEAST_WIDTH, MOST_WIDTH = 290, 780
+"""Pixels that one of several panels has at least, unless the window has fewer, and lines, points and bars at most."""
 NAME: dict[str, Any] = {"color": "--ink", "fontSize": 12, "fontWeight": 600}
 """How names of heads beside their points are written."""
 _BROKEN_LABEL = "split(datum.label, '\\n')"
@@ -63,26 +63,24 @@ def spec(
     height: int,
     description: str,
     *,
-    least: int = 290,
     most: int | None = None,
     independent: Mapping[str, Any] | None = None,
 ) -> Spec:
     """The layers over the rows as a specification, one panel for each ``panel`` that the rows name.
 
     Args:
-        layers: charts without data of their own, which have the rows; others keep theirs.
+        layers: charts; those without data of their own have the rows.
         rows: what is drawn; empty where the layers draw the page's heads.
         height: of a panel, in pixels.
         description: for readers who do not see the figure.
-        least: pixels that a panel has at least, unless the window has fewer.
-        most: pixels that a panel has at most.
+        most: pixels that a panel has across at most.
         independent: scales that each panel has of its own.
     """
     panels = list(dict.fromkeys(str(row["panel"]) for row in rows if row.get("panel")))
     chart: Any = alt.layer(*layers, data=alt.NamedData(ROWS if rows else HEADS))
     if len(panels) > 1:
         header = alt.Header(title=None, labelAnchor="start", labelFontWeight=600, labelFontSize=13, labelPadding=8)
-        chart = chart.properties(width=least, height=height)
+        chart = chart.properties(width=LEAST_WIDTH, height=height)
         chart = chart.facet(facet=alt.Facet("panel:N", sort=panels, header=header), columns=3)
         chart = chart.resolve_axis(x="independent", y="independent")
         if independent:
@@ -96,7 +94,7 @@ def spec(
         vega.pop(field, None)
     if rows:
         vega["datasets"] = {**vega.get("datasets", {}), ROWS: [*rows]}
-    vega["usermeta"] = {"panels": len(panels), "least": least, "most": most}
+    vega["usermeta"] = {"panels": len(panels), "least": LEAST_WIDTH, "most": most}
     return vega
 
 

@@ -295,11 +295,11 @@ def render(
     charts: Mapping[str, Spec] | None = None,
     head_columns: Facts = NO_HEADS,
 ) -> str:
-    """A page from its template; equal arguments give equal text.
+    """A page from its template, which extends ``base.html.j2``; equal arguments give equal text.
 
     Args:
-        template: its file among the templates; it extends ``base.html.j2``.
-        content: what it shows.
+        template: file name.
+        content: what the page shows.
         measured: what the numbers are of, for the provenance.
         manifest: of the run; empty where a page is of no single run.
         charts: each figure by the name of its place.
@@ -310,6 +310,6 @@ def render(
     assets = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
     # A page without figures has no use for the drawing library.
     assets["bundle"] = Markup(drawing_library() if charts else "")
-    about = provenance(measured, manifest) if manifest else {}
-    page = {**content, **about, **assets, "charts": charts or {}, "head_columns": head_columns}
+    page = {**content, **assets, "charts": charts or {}, "head_columns": head_columns}
+    page |= provenance(measured, manifest) if manifest else {}
     return _environment().get_template(template).render(page) + "\n"

@@ -508,7 +508,15 @@ def _epsilons(results: Results) -> Spec | None:
 def head_columns(results: Results) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     heads, model, alpha = results["heads"], results["model"], results["statistics"]["alpha"]
-    facts = [_head_facts(head) for head in heads]
+    facts: list[Look] = []
+    for head in heads:
+        benign, change = head["benign"] or {}, head["change"]
+        low, high = head["asr"]["interval"] or (None, None)
+        numbers = {"asr": head["asr"]["rate"], "low": low, "high": high, "lost": benign_lost(head)}
+        numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
+        numbers |= {"changed": (benign.get("changed") or {}).get("rate"), "kl": (benign.get("kl") or {}).get("mean")}
+        known = {"answers": f"{head['asr']['count']} of {head['asr']['n']}", "role": head["role"]}
+        facts.append({name: charts.rounded(value, 4) for name, value in numbers.items()} | known)
     columns = {}
     for name in facts[0]:
         if any(head["benign"] for head in heads) or name not in ("lost", "changed", "kl"):
@@ -528,14 +536,3 @@ def head_columns(results: Results) -> dict[str, Any]:
         "named": named,
         "below": named[1::2],
     }
-
-
-def _head_facts(head: Head) -> dict[str, Any]:
-    benign, change = head["benign"] or {}, head["change"]
-    low, high = head["asr"]["interval"] or (None, None)
-    numbers = {"asr": head["asr"]["rate"], "low": low, "high": high, "lost": benign_lost(head)}
-    numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
-    numbers |= {"changed": (benign.get("changed") or {}).get("rate"), "kl": (benign.get("kl") or {}).get("mean")}
-    answers = f"{head['asr']['count']} of {head['asr']['n']}"
-    facts: Look = {name: charts.rounded(value, 4) for name, value in numbers.items()}
-    return facts | {"answers": answers, "role": head["role"]}
