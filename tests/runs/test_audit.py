@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from safetyheads.heads import format_heads, parse_heads
-from safetyheads.runs.audit import LEAD, SETS, Findings, GroupOutcome, lead_group, verdict_of
+from safetyheads.runs.audit import LEAD, SETS, GroupOutcome, lead_group, verdict_of
 from safetyheads.runs.tables import GroupAnswers, concentration_as_json, random_as_json
 from safetyheads.stats.intervals import newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
@@ -40,12 +40,11 @@ def findings(*outcomes, complied=2, incoherent=0, kept=None, n=N):
     # On the search half nothing is refused and all is kept, so that a verdict that looks there comes out otherwise.
     vanilla = {"harmful_search": answered(n, n), "harmful_test": answered(complied, n, incoherent)}
     vanilla |= {"benign_search": answered(n, n), "benign_test": answered(n if kept is None else kept, n)}
-    # Scores and traces have no part in the verdict.
-    return Findings(vanilla, (), {}, None, None, None, {}, outcomes, ())
+    return vanilla, outcomes
 
 
 def verdict(*outcomes, **vanilla):
-    found = verdict_of(findings(*outcomes, **vanilla), N_HEADS)
+    found = verdict_of(*findings(*outcomes, **vanilla), N_HEADS)
     json.dumps(found, allow_nan=False)
     return found
 
@@ -153,7 +152,7 @@ def chosen_size(*search, test=None, kept=None, n=N):
         outcome(size, freed=freed, n=n, search=found, search_kept=left, random=())
         for size, (found, freed, left) in enumerate(zip(search, test, kept, strict=True), start=1)
     ]
-    return lead_group(findings(*made, n=n)).size
+    return lead_group(*findings(*made, n=n)).size
 
 
 def test_the_smallest_group_near_the_best_is_taken():
@@ -184,7 +183,7 @@ def test_benign_answers_lost_on_the_search_half_count_against_a_size():
 def test_only_groups_of_the_leading_score_are_looked_at():
     other = outcome(1, search=N, scorer="generalized_ships_prompt")
     mine = outcome(2, search=20)
-    assert lead_group(findings(other, mine)) is mine
+    assert lead_group(*findings(other, mine)) is mine
 
 
 def test_the_concentration_is_the_mean_gap_to_random_groups():

@@ -23,13 +23,13 @@ from safetyheads.demo.loading import load_demo
 from safetyheads.runs.scan import run_scan
 
 both = ("paper", "phrases")
-audited = AuditConfig("demo:aligned_a", "demo", benign="demo", judges=both, n_random=3, size=2, max_new_tokens=24)
-prompts = {name: prompts[:6] for name, prompts in read_prompts(audited).items()}
+audited = AuditConfig("demo:aligned_a", "demo", benign="demo", judges=both, n_random=2, size=2, max_new_tokens=12)
+prompts = {name: prompts[:3] for name, prompts in read_prompts(audited).items()}
 beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
-sampled = dict(judges=both, top_k=5, n_seeds=2, max_new_tokens=24, limit=6)
+sampled = dict(judges=both, top_k=5, n_seeds=2, max_new_tokens=12, limit=3)
 scanned = ScanConfig("demo:aligned_a", "demo", benign="demo", **beside, **sampled)
-tested = AsrConfig("demo:aligned_a", "demo", groups=("1-3,2-5",), query_level=2, max_new_tokens=24, limit=6)
-kept_answers._RECORDS_TOGETHER = 66  # eleven heads a chunk, so that there are several
+tested = AsrConfig("demo:aligned_a", "demo", groups=("1-3,2-5",), query_level=2, max_new_tokens=12, limit=3)
+kept_answers._RECORDS_TOGETHER = 33  # eleven heads a chunk, so that there are several
 engine = load_demo().engine
 replace = os.replace
 

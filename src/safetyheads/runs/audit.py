@@ -17,18 +17,18 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.measures.head_pass import Readouts, Score
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
-from safetyheads.measures.ships import Opener, openers_of, scorer_of
+from safetyheads.measures.ships import openers_of, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import KINDS, read_halves
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory
+from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
 from safetyheads.runs.tables import GroupAnswers, by_judge, concentration_as_json, random_as_json
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import Rate, mean_with_interval
-from safetyheads.stats.testing import PairedDifference, holm, smallest_detectable_change
+from safetyheads.stats.testing import holm, smallest_detectable_change
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -80,30 +80,6 @@ class GroupOutcome:
     """Answers to the harmful test prompts under each random group; equal groups stand here more than once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """All that an audit measures."""
-
-    vanilla: Mapping[str, GroupAnswers]
-    """Unablated answers, by prompt set."""
-    openers: tuple[Opener, ...]
-    """First tokens of the unablated refusals."""
-    scores: Mapping[str, HeadScores]
-    """By name, [n_layers, n_heads]."""
-    ships: HeadScores | None
-    """Per harmful search prompt [n_prompts, n_layers, n_heads]."""
-    benign_ships: HeadScores | None
-    """Per benign search prompt."""
-    refusal: HeadScores | None
-    """Drop of the refusal log-odds per harmful search prompt; None where nothing is refused."""
-    traces: Mapping[str, SearchTrace]
-    """The searches, by score."""
-    groups: tuple[GroupOutcome, ...]
-    """The groups of every search and size."""
-    heads: tuple[GroupAnswers, ...]
-    """Answers to the harmful test prompts under each of the top heads by mean Ships, ablated alone."""
-
-
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
     """The harmful and benign prompts that the config names, each divided into a search and a test half."""
     named = {"harmful": config.prompts, "benign": config.benign}
@@ -133,9 +109,9 @@ def _announce(run: Run[AuditConfig]) -> None:
 # Stages.
 
 
-def measure(run: Run[AuditConfig]) -> Findings:
-    """Every stage in order: unablated answers, scores of heads, searches, answers under the groups found."""
-    config, engine, ablation = run.config, run.engine, run.config.parsed_ablation
+def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
+    """Run all stages, and make what only an audit's ``results.json`` holds."""
+    config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
     openers = openers_of(engine, run.answers("harmful_search").judged(vanilla["harmful_search"].flat()))
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
@@ -144,24 +120,47 @@ def measure(run: Run[AuditConfig]) -> Findings:
     singles = [(head,) for head in engine.heads]
     with run.progress.track("scoring heads", 2 * len(singles)) as done:
         values, benign_values = harmful.measure(singles, done), benign.measure(singles, done)
+    by_prompt = {"mean_ships": harmful.table("ships", values["ships"])}
+    by_prompt["benign_ships"] = benign.table("ships", benign_values["ships"])
+    if openers:
+        by_prompt["refusal_score"] = harmful.table("refusal_score", values["refusal_score"])
     names = [*SEARCHED, *["refusal_score"] * bool(openers)]
     scores = {name: rank_heads(scorer_of(harmful, name), engine.heads) for name in names}
+    scores["benign_ships"] = rank_heads(scorer_of(benign, LEAD), engine.heads)
     traces = {}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(singles), config.size)) as done:
         for name in SEARCHED:
             traces[name] = sahara(scorer_of(harmful, name, done), engine.heads, config.size)
-    groups, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
-    return Findings(
-        vanilla,
-        openers,
-        {**scores, "benign_ships": rank_heads(scorer_of(benign, LEAD), engine.heads)},
-        harmful.table("ships", values["ships"]),
-        benign.table("ships", benign_values["ships"]),
-        harmful.table("refusal_score", values["refusal_score"]) if openers else None,
-        traces,
-        groups,
-        heads,
-    )
+    outcomes, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
+    lead = [(outcome.answers["harmful_test"], outcome.random) for outcome in outcomes if outcome.scorer == LEAD]
+    return {
+        "data": {
+            **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
+            **template_facts(asked["harmful_search"].prompts),
+        },
+        "sampling": sampling_of(run),
+        "judge": run.judges[0].describe(),
+        "lead_score": LEAD,
+        "verdict": verdict_of(vanilla, outcomes, len(engine.heads)),
+        "behaviour": {
+            "vanilla": _rates(vanilla),
+            "groups": [_group(vanilla, outcome) for outcome in outcomes],
+            "heads": _heads(vanilla["harmful_test"], heads, by_prompt),
+        },
+        "concentration": concentration_as_json(lead, vanilla["harmful_test"]),
+        "scores": {
+            name: {
+                **score_as_json(
+                    name, table, len(asked["benign_search" if name == "benign_ships" else "harmful_search"])
+                ),
+                "resolution": table.resolution,
+                "ties": [[str(head) for head in tie] for tie in table.ties()],
+            }
+            for name, table in scores.items()
+        },
+        "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
+        "openers": [asdict(opener) for opener in openers],
+    }
 
 
 def _outcomes(
@@ -199,14 +198,14 @@ def _outcomes(
 # The verdict.
 
 
-def lead_group(findings: Findings) -> GroupOutcome:
+def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
     """The lead search's group, of the size that does best on the search half.
 
     A size's gain is its ASR less the benign answers it loses; the smallest size within ``SIZE_TOLERANCE`` of the
     best gain is taken, so that a group holds no head that adds next to nothing.
     """
-    candidates = [outcome for outcome in findings.groups if outcome.scorer == LEAD]
-    kept = findings.vanilla["benign_search"].kept.rate or 0.0
+    candidates = [outcome for outcome in outcomes if outcome.scorer == LEAD]
+    kept = vanilla["benign_search"].kept.rate or 0.0
     gains = [
         (outcome.answers["harmful_search"].asr.rate or 0.0)
         - max(0.0, kept - (outcome.answers["benign_search"].kept.rate or 0.0))
@@ -217,9 +216,9 @@ def lead_group(findings: Findings) -> GroupOutcome:
     return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= least)
 
 
-def verdict_of(findings: Findings, n_heads: int) -> dict[str, Any]:
+def verdict_of(unablated: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome], n_heads: int) -> dict[str, Any]:
     """Label, sentence and reasons; the module's first paragraph has the rule."""
-    vanilla, outcome = findings.vanilla["harmful_test"], lead_group(findings)
+    vanilla, outcome = unablated["harmful_test"], lead_group(unablated, outcomes)
     n = vanilla.asr.n
     detectable = smallest_detectable_change(n, ALPHA)
     shown: dict[str, Any] = {
@@ -238,15 +237,21 @@ def verdict_of(findings: Findings, n_heads: int) -> dict[str, Any]:
         nothing = f"No concentrated heads found: {refused} ({asr}), too few to see any head carry them."
         return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": nothing}
     random = random_as_json(outcome.answers["harmful_test"], outcome.random)
-    checks = _checks(findings, outcome, random)
+    checks, beside = _checks(unablated, outcome, random), ""
+    if random is not None:
+        n_random, n_distinct = random["n_groups"], random["n_distinct"]
+        # A layer of eight heads has only seven others: then draws repeat, and the sentence says how many differ.
+        distinct = "" if n_distinct == n_random else f" ({n_distinct} distinct)"
+        spread = f"{_short(random['low'])} to {_short(random['high'])}"
+        beside = f"; {n_random} random groups{distinct}: {_short(random['mean'])} on average, {spread}"
     bound = f"a change of ASR below {_short(detectable)}"
-    kept = findings.vanilla["benign_test"].kept
+    kept = unablated["benign_test"].kept
     # Stated only where it is not 1: then the ablated rate says nothing without it.
     kept_before = "" if kept.count == kept.n else f", {_with_interval(kept)} of them unablated"
     numbers = (
         f"Ablating {outcome.size} of {n_heads} heads ({', '.join(shown['heads'])}) takes held-out ASR from "
         f"{_with_interval(vanilla.asr)} to {_with_interval(outcome.answers['harmful_test'].asr)}"
-        f"{_random_words(random)}; "
+        f"{beside}; "
         f"benign answers kept: {_with_interval(outcome.answers['benign_test'].kept)}{kept_before}"
     )
     passed = all(holds for holds, _ in checks)
@@ -258,11 +263,13 @@ def verdict_of(findings: Findings, n_heads: int) -> dict[str, Any]:
     }
 
 
-def _checks(findings: Findings, outcome: GroupOutcome, random: Mapping[str, Any] | None) -> list[tuple[bool, str]]:
+def _checks(
+    vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome, random: Mapping[str, Any] | None
+) -> list[tuple[bool, str]]:
     """The three conditions, each with the sentence that says how it came out."""
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
-    change, kept = harmful.change_from(findings.vanilla["harmful_test"]), findings.vanilla["benign_test"].kept
-    kept_change = benign.kept_change_from(findings.vanilla["benign_test"])
+    change, kept = harmful.change_from(vanilla["harmful_test"]), vanilla["benign_test"].kept
+    kept_change = benign.kept_change_from(vanilla["benign_test"])
     # Not "or": with many pairs the p value underflows to 0.
     p_value = 1.0 if change.p_value is None else change.p_value
     freed, lost = change.change or 0.0, -(kept_change.change or 0.0)
@@ -287,16 +294,6 @@ def _checks(findings: Findings, outcome: GroupOutcome, random: Mapping[str, Any]
     return [*checks, (harmless, f"{changed}: {'they are left alone' if harmless else broken}")]
 
 
-def _random_words(random: Mapping[str, Any] | None) -> str:
-    if random is None:
-        return ""
-    n, n_distinct = random["n_groups"], random["n_distinct"]
-    # A layer of eight heads has only seven others: then draws repeat, and the sentence says how many differ.
-    distinct = "" if n_distinct == n else f" ({n_distinct} distinct)"
-    spread = f"{_short(random['low'])} to {_short(random['high'])}"
-    return f"; {n} random groups{distinct}: {_short(random['mean'])} on average, {spread}"
-
-
 def _with_interval(rate: Rate) -> str:
     if rate.rate is None or rate.interval is None:
         return "not measured"
@@ -309,35 +306,6 @@ def _short(value: float) -> str:
 
 
 # Results.
-
-
-def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
-    """Run all stages, and make what only an audit's ``results.json`` holds."""
-    findings, config, asked = measure(run), run.config, run.asked
-    lead = [(outcome.answers["harmful_test"], outcome.random) for outcome in findings.groups if outcome.scorer == LEAD]
-    return {
-        "data": {
-            **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
-            **template_facts(asked["harmful_search"].prompts),
-        },
-        "sampling": {
-            "name": run.decoding.sampling.name,
-            "seed": config.seed,
-            "max_new_tokens": config.max_new_tokens,
-        },
-        "judge": run.judges[0].describe(),
-        "lead_score": LEAD,
-        "verdict": verdict_of(findings, len(run.engine.heads)),
-        "behaviour": {
-            "vanilla": _rates(findings.vanilla),
-            "groups": [_group(findings, outcome) for outcome in findings.groups],
-            "heads": _heads(findings),
-        },
-        "concentration": concentration_as_json(lead, findings.vanilla["harmful_test"]),
-        "scores": {name: _scores(name, scores, asked) for name, scores in findings.scores.items()},
-        "sahara": {name: {"steps": search_steps(trace)} for name, trace in findings.traces.items()},
-        "openers": [asdict(opener) for opener in findings.openers],
-    }
 
 
 def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
@@ -360,55 +328,48 @@ def _rates(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     }
 
 
-def _group(findings: Findings, outcome: GroupOutcome) -> dict[str, Any]:
+def _group(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> dict[str, Any]:
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
     return {
         "scorer": outcome.scorer,
         "size": outcome.size,
         "heads": [str(head) for head in outcome.group],
         **_rates(outcome.answers),
-        "asr_change": asdict(harmful.change_from(findings.vanilla["harmful_test"])),
-        "benign_kept_change": asdict(benign.kept_change_from(findings.vanilla["benign_test"])),
+        "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
+        "benign_kept_change": asdict(benign.kept_change_from(vanilla["benign_test"])),
         "benign_kl": asdict(mean_with_interval(outcome.benign_kl)),
         "random": random_as_json(harmful, outcome.random),
     }
 
 
-def _heads(findings: Findings) -> list[dict[str, Any]]:
+def _heads(
+    vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores]
+) -> list[dict[str, Any]]:
     """The top heads, each alone, with p values corrected over the heads listed."""
-    changes: list[PairedDifference] = [alone.change_from(findings.vanilla["harmful_test"]) for alone in findings.heads]
+    changes = [alone.change_from(vanilla) for alone in heads]
     corrected = holm([1.0 if change.p_value is None else change.p_value for change in changes])
-    return [
-        {
-            "head": alone.group,
-            "rank": rank,
-            "mean_ships": _mean_of(findings.ships, alone.group),
-            "benign_ships": _mean_of(findings.benign_ships, alone.group),
-            "refusal_score": _mean_of(findings.refusal, alone.group),
-            "asr": asdict(alone.asr),
-            "asr_change": asdict(change) | {"p_holm": p_holm},
-            "by_judge": by_judge(alone),
-        }
-        for rank, (alone, change, p_holm) in enumerate(zip(findings.heads, changes, corrected, strict=True), start=1)
-    ]
+    entries = []
+    for rank, (alone, change, p_holm) in enumerate(zip(heads, changes, corrected, strict=True), start=1):
+        head = Head.parse(alone.group)
+        means: dict[str, Any] = {"mean_ships": None, "benign_ships": None, "refusal_score": None}
+        for name, scores in by_prompt.items():
+            means[name] = asdict(mean_with_interval(scores.values[:, head.layer, head.index].tolist()))
+        entries.append(
+            {
+                "head": alone.group,
+                "rank": rank,
+                **means,
+                "asr": asdict(alone.asr),
+                "asr_change": asdict(change) | {"p_holm": p_holm},
+                "by_judge": by_judge(alone),
+            }
+        )
+    return entries
 
 
-def _mean_of(scores: HeadScores | None, head: str) -> dict[str, Any] | None:
-    if scores is None:
-        return None
-    place = Head.parse(head)
-    return asdict(mean_with_interval(scores.values[:, place.layer, place.index].tolist()))
-
-
-def _scores(name: str, scores: HeadScores, asked: Mapping[str, AskedPrompts]) -> dict[str, Any]:
-    return {
-        "label": SCORE_LABELS.get(name, name),
-        "unit": scores.unit,
-        "n": len(asked["benign_search" if name == "benign_ships" else "harmful_search"]),
-        "values": scores.as_lists(),
-        "resolution": scores.resolution,
-        "ties": [[str(head) for head in tie] for tie in scores.ties()],
-    }
+def score_as_json(name: str, scores: HeadScores, n_prompts: int) -> dict[str, Any]:
+    """A score of every head as results hold it."""
+    return {"label": SCORE_LABELS.get(name, name), "unit": scores.unit, "n": n_prompts, "values": scores.as_lists()}
 
 
 def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:

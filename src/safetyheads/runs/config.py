@@ -20,6 +20,12 @@ NO_BENIGN = "none"
 """Name of the benign prompts of a scan without any."""
 # Settings that cannot change a number.
 _NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle", "offline")
+_LEAST = {
+    **dict.fromkeys(("threads", "limit", "max_new_tokens", "top_k", "positions", "size", "n_seeds", "longest"), 1),
+    **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots"), 0),
+    "batch_size": 1,
+}
+"""Smallest value of each whole number, by the name of its field."""
 
 
 class Options:
@@ -29,7 +35,9 @@ class Options:
     """Title of the part's panel on a help page."""
 
     def __post_init__(self) -> None:
-        """The end of the checks."""
+        """Refuse numbers that are too small."""
+        for name, least in _LEAST.items():
+            at_least(least, **{name: getattr(self, name, None)})
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that a manifest records: all that a number can depend on."""
@@ -52,7 +60,6 @@ class ModelOptions(LoadOptions, Options):
         LoadOptions.__post_init__(self)
         # LoadOptions is no part and hands on to none.
         super(LoadOptions, self).__post_init__()
-        at_least(1, threads=self.threads)
 
     @property
     def load_options(self) -> LoadOptions:
@@ -72,10 +79,6 @@ class PromptOptions(Options):
     """Column of the file that holds the prompts. Needed if it has several."""
     limit: int | None = None
     """Use only the first N prompts of each set."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, limit=self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +118,6 @@ class TemplateOptions(Options):
             prefill=self.prefill,
         )
         return None if self.template is None and self.system is None else template
-
-
-@dataclass(frozen=True)
-class BenignOptions(Options):
-    """Which benign prompts are used."""
-
-    PANEL: ClassVar[str] = "Prompts"
-    benign: str = "benign"
-    """Benign prompts: a file, jailbreakbench_benign, demo, benign (the package's own list), or none in a scan. Default:
-    benign; demo where the harmful prompts are the demo's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +172,6 @@ class AnswerOptions(JudgeOptions):
     seed: int = 0
     """Random seed of the sampling, the split and the random groups."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions(Options):
@@ -236,10 +225,6 @@ class PositionOptions(Options):
     positions: int = 1
     """Average Ships over the first N tokens of the unablated answer."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, positions=self.positions)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions(Options):
@@ -248,10 +233,6 @@ class SizeOptions(Options):
     PANEL: ClassVar[str] = "Search"
     size: int = 3
     """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +245,13 @@ class StoreOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunConfig(
-    StoreOptions, AnswerOptions, AblationOptions, TemplateOptions, BenignOptions, PromptOptions, ModelOptions
-):
+class RunConfig(StoreOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings that audits and scans share; the defaults are the paper's where it gives any."""
+
+    PANEL: ClassVar[str] = "Prompts"
+    benign: str = "benign"
+    """Benign prompts: a file, jailbreakbench_benign, demo, benign (the package's own list), or none in a scan. Default:
+    benign; demo where the harmful prompts are the demo's."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +267,6 @@ class AuditConfig(RunConfig, PositionOptions, SizeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, n_random=self.n_random)
         if not 0 < self.split < 1:
             raise InputError(f"split is the share of prompts for the search, between 0 and 1; got {self.split}")
 
@@ -308,7 +291,6 @@ class BesideOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, pairs=self.pairs, prefixes=self.prefixes, n_random=self.n_random, query_level=self.query_level)
         if self.pairs == 1:
             raise InputError("pairs need at least two heads; got 1")
         if self.n_random and not self.prefixes:
@@ -328,17 +310,12 @@ class ScanConfig(BesideOptions, GroupOptions, RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, n_seeds=self.n_seeds)
         if self.n_seeds > 1 and self.top_k == 1:
             raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
         for epsilon in self.epsilons:
             Ablation.parse(self.ablation, epsilon)
         if len({self.epsilon, *self.epsilons}) <= len(self.epsilons):
             raise InputError("each epsilon is given once")
-
-    def ablation_at(self, epsilon: float) -> Ablation:
-        """The ablation at another strength."""
-        return Ablation.parse(self.ablation, epsilon)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -387,10 +364,6 @@ class AsrConfig(
     query_level: int = 0
     """Let each prompt ablate its own 1 to N top heads by Ships."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(0, query_level=self.query_level)
-
 
 @dataclass(frozen=True)
 class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
@@ -403,10 +376,6 @@ class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
     _: KW_ONLY
     longest: int = 64
     """Most tokens that a run will reach; proofs are made up to this length."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, longest=self.longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,8 +405,6 @@ class TaskOptions(Options):
         for name in self.tasks:
             if self.tasks.count(name) > 1:
                 raise InputError(f"task {name} is given twice")
-        at_least(1, limit=self.limit, batch_size=self.batch_size)
-        at_least(0, n_shots=self.n_shots)
         for path in self.include_paths:
             if not Path(path).is_dir():
                 raise InputError(f"no such directory of tasks: {path}")

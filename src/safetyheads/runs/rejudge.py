@@ -20,7 +20,7 @@ from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.runs.directory import Record, RunDirectory, content_key
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.run import random_groups_of
-from safetyheads.runs.scan import FROM_RECORDS, results_of_records
+from safetyheads.runs.scan import results_of_records
 from safetyheads.stats.intervals import Rate
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
@@ -76,7 +76,13 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         begun = time.monotonic()
         verdicts = _verdicts(run, judge, records, results, progress)
         seconds = time.monotonic() - begun
-        _store(run, records, judge, verdicts)
+        stored = [
+            {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
+            for record, verdict in zip(records, verdicts, strict=True)
+        ]
+        fields = {"judge": judge.describe(), "rows": _sha256(stored)}
+        # So that later judges and reports find them.
+        run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
         _write_results(run, results, records, judge)
         return _summary(records, results["lead_judge"], judge, verdicts, seconds)
 
@@ -122,16 +128,6 @@ def _verdicts(
     return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
 
 
-def _store(run: RunDirectory, records: Sequence[Record], judge: Judge, verdicts: Sequence[Verdict]) -> None:
-    """Store the verdict of every record, so that later judges and reports find it."""
-    stored = [
-        {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
-        for record, verdict in zip(records, verdicts, strict=True)
-    ]
-    fields = {"judge": judge.describe(), "rows": _sha256(stored)}
-    run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
-
-
 def with_later_verdicts(run: RunDirectory, records: Sequence[Record]) -> list[Record]:
     """The records with the verdicts of later judges beside those of the run's own."""
     later: dict[str, dict[str, Any]] = {}
@@ -144,9 +140,8 @@ def _write_results(run: RunDirectory, results: Mapping[str, Any], records: Seque
     """Add the judge to the results; a scan's are made anew, an audit's verdict stays the run's own."""
     merged = with_later_verdicts(run, records)
     if results["kind"] == "scan":
-        about = {name: value for name, value in results.items() if name not in FROM_RECORDS}
         judges = [*results["judges"], judge.describe()]
-        run.write_results(about | results_of_records(merged, about, judges, random_groups_of(run)))
+        run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
         return
     rates = {label: asdict(rate) for label, rate in _rates(merged, judge.name).items()}
     entry = {"judge": judge.describe(), "rates": rates}

@@ -337,6 +337,12 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     } | ({"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name} if run.judges else {})
 
 
+def sampling_of(run: Run[Any]) -> dict[str, Any]:
+    """How answers are decoded, as results hold it."""
+    sampling = run.decoding.sampling
+    return {"name": sampling.name, "seed": sampling.seed, "max_new_tokens": run.decoding.max_new_tokens}
+
+
 def planted_heads_of(model: str) -> Group | None:
     """The true heads of an embedded model (``demo:NAME``); None for any other."""
     return PLANTED_HEADS.get(model.removeprefix("demo:")) if model.startswith("demo:") else None

@@ -6,13 +6,14 @@ Results are made of records and scores alone, so that another judge's verdicts m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from safetyheads.ablation import Ablation
 from safetyheads.answers.sampling import Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
@@ -22,15 +23,14 @@ from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import Opener, answer_sequences, openers_of, scorer_of
+from safetyheads.measures.ships import answer_sequences, openers_of, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.runs.audit import ALPHA, ANGLES, BENIGN_LOSS, LEAD, SCORE_LABELS
+from safetyheads.runs.audit import ALPHA, ANGLES, BENIGN_LOSS, LEAD, score_as_json
 from safetyheads.runs.config import NO_BENIGN, ScanConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.kept import KeptAnswers
 from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.runs.tables import (
     AnswerTable,
@@ -41,7 +41,7 @@ from safetyheads.runs.tables import (
     rate_as_json,
 )
 from safetyheads.scores import HeadScores
-from safetyheads.stats.intervals import FloatArray, bootstrap_interval, mean_with_interval
+from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
 from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import (
     PairedDifference,
@@ -53,13 +53,6 @@ from safetyheads.stats.testing import (
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-FROM_RECORDS = frozenset(
-    {
-        *("schema_version", "kind", "judges", "lead_judge", "statistics", "vanilla", "heads", "epsilons", "groups"),
-        *("synergy", "query_level", "concentration", "proxies", "agreement"),
-    }
-)
-"""Fields of the results that :func:`results_of_records` makes."""
 _N_DISAGREEING = 200
 """Answers on which judges differ that results list."""
 
@@ -100,96 +93,92 @@ def _announce(run: Run[ScanConfig]) -> None:
 # Stages.
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Scores of every head, and the groups that follow from them and from the answers."""
-
-    scores: Mapping[str, HeadScores]
-    """By name, [n_layers, n_heads]; empty where they were not asked for."""
-    ships: HeadScores | None
-    """Ships of each harmful prompt [n_prompts, n_layers, n_heads]; None where nothing needs them."""
-    benign_kl: HeadScores | None
-    """Ships of each benign prompt."""
-    openers: tuple[Opener, ...]
-    """First tokens of the unablated refusals."""
-    groups: Mapping[str, list[Group]]
-    """By the part of the scan that they make: ``groups``, ``pairs``, ``prefixes``, ``random``."""
-
-
 def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     """Run all stages, and make what only a scan's ``results.json`` holds."""
-    config, singles = run.config, [(head,) for head in run.engine.heads]
+    config, ablation, singles = run.config, run.config.parsed_ablation, [(head,) for head in run.engine.heads]
+    samplings = [Sampling(config.top_k, seed) for seed in config.seeds]
     records: list[Record] = []
-    alone: list[GroupAnswers] = []
+
+    def scan(part: str, name: str, groups: Sequence[Group], ablation: Ablation = ablation) -> list[GroupAnswers]:
+        """The answers under each group, seed by seed."""
+        answers: list[GroupAnswers] = []
+        for sampling in samplings:
+            answers += run.answers(name, sampling).under(part, groups, ablation)
+        records.extend(record for group_answers in answers for record in group_answers.flat())
+        return answers
+
+    alone = {}
     for name in run.asked:
-        for seed in config.seeds:
-            vanilla, heads = _answers(run, name, seed).vanilla(), _under(run, "heads", name, singles, seed)
-            records += [*vanilla.flat(), *_flat(heads)]
-            alone += heads if name == "harmful" else []
+        for sampling in samplings:
+            records += run.answers(name, sampling).vanilla().flat()
+        alone[name] = scan("heads", name, singles)
     for epsilon in config.epsilons:
-        for seed in config.seeds:
-            records += _flat(_under(run, "heads", "harmful", singles, seed, epsilon))
-    measured = _measure(run, alone)
-    for part, groups in measured.groups.items():
+        scan("heads", "harmful", singles, ablation.at(epsilon))
+    measured, ships, prefixes = _measure(run, samplings)
+    for part, groups in _groups(run, alone["harmful"], prefixes).items():
         for name in run.asked if part != "random" else ("harmful",):
-            for seed in config.seeds:
-                records += _flat(_under(run, part, name, groups, seed))
-    if config.query_level and measured.ships is not None:
-        by_size = [query_level_groups(measured.ships, size) for size in range(1, config.query_level + 1)]
+            scan(part, name, groups)
+    if config.query_level and ships is not None:
+        by_size = [query_level_groups(ships, size) for size in range(1, config.query_level + 1)]
         own_groups = list(zip(*by_size, strict=True))
-        for seed in config.seeds:
-            records += _flat(_answers(run, "harmful", seed).of_each("query_level", own_groups, config.parsed_ablation))
-    about = _about(run, measured)
+        for sampling in samplings:
+            for group_answers in run.answers("harmful", sampling).of_each("query_level", own_groups, ablation):
+                records += group_answers.flat()
+    manifest = run.directory.read_manifest()
+    tolerances = {name: value for name, value in manifest.items() if name.startswith("tolerance_")}
+    about = {
+        "ablation": {**asdict(ablation), "label": ablation.kind.label},
+        "sampling": {
+            "name": run.decoding.sampling.name,
+            "seeds": list(config.seeds),
+            "max_new_tokens": config.max_new_tokens,
+            "full_answers": config.full_answers,
+        },
+        "settings": {"n_random": config.n_random, "seed": config.seed},
+        **measured,
+        "economy": asdict(run.economy) | {"tolerances": tolerances},
+    }
     judges = [judge.describe() for judge in run.judges]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
 
-def _answers(run: Run[ScanConfig], name: str, seed: int) -> KeptAnswers:
-    return run.answers(name, Sampling(run.config.top_k, seed))
-
-
-def _under(
-    run: Run[ScanConfig], part: str, name: str, groups: Sequence[Group], seed: int, epsilon: float | None = None
-) -> list[GroupAnswers]:
-    """Every prompt's answers under each group, by default at the run's epsilon."""
-    strength = run.config.epsilon if epsilon is None else epsilon
-    return _answers(run, name, seed).under(part, groups, run.config.ablation_at(strength))
-
-
-def _flat(groups: Sequence[GroupAnswers]) -> list[Record]:
-    return [record for answers in groups for record in answers.flat()]
-
-
-def _measure(run: Run[ScanConfig], alone: Sequence[GroupAnswers]) -> Measured:
-    """Scores of every head, and the groups that the settings ask for; ``alone`` has harmful answers head by head."""
+def _measure(
+    run: Run[ScanConfig], samplings: Sequence[Sampling]
+) -> tuple[dict[str, Any], HeadScores | None, list[Group]]:
+    """What results hold of the scores; Ships of each harmful prompt, if anything needs them; the search's prefixes."""
     config, engine, ablation = run.config, run.engine, run.config.parsed_ablation
     singles = [(head,) for head in engine.heads]
-    benign_kl = None
+    measured: dict[str, Any] = {"scores": {}, "benign_kl": None, "openers": []}
+    prefixes: list[Group] = []
+    scores: dict[str, HeadScores] = {}
     if "benign" in run.asked:
         benign = run.head_pass("benign", ablation, Readouts(ships=True))
         with run.progress.track("benign: divergence of heads", len(singles)) as done:
             benign_kl = benign.table("ships", benign.measure(singles, done)["ships"])
+        columns = [benign_kl.values[:, head.layer, head.index].tolist() for head in engine.heads]
+        measured["benign_kl"] = [asdict(mean_with_interval(column)) for column in columns]
     if not (config.scores or config.prefixes or config.query_level):
-        return Measured({}, None, benign_kl, (), _groups(run, alone, ()))
-    kept = [_answers(run, "harmful", seed) for seed in config.seeds]
+        return measured, None, prefixes
+    kept = [run.answers("harmful", sampling) for sampling in samplings]
     openers = openers_of(engine, [judged for answers in kept for judged in answers.judged(answers.vanilla().flat())])
     angles = ANGLES if len(run.asked["harmful"]) > 1 else ()
     readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
     harmful = run.head_pass("harmful", ablation, readouts)
     with run.progress.track("harmful: scores of heads", len(singles)) as done:
         ships = harmful.table("ships", harmful.measure(singles, done)["ships"])
-    names = [LEAD, *(angle.label for angle in angles), *["refusal_score"] * bool(openers)]
-    scores = {name: rank_heads(scorer_of(harmful, name), engine.heads) for name in names}
-    scores |= {"screened_mean_ships": _forecast(run)}
-    if benign_kl is not None:
+    for name in (LEAD, *(angle.label for angle in angles), *["refusal_score"] * bool(openers)):
+        scores[name] = rank_heads(scorer_of(harmful, name), engine.heads)
+    scores["screened_mean_ships"] = _forecast(run)
+    if "benign" in run.asked:
         contrast = scores[LEAD].values - benign_kl.mean().values
         scores["contrast"] = replace(scores[LEAD], values=contrast, name="contrast")
-    prefixes: list[Group] = []
     if config.prefixes:
         with run.progress.track("searching groups", 1):
             group = sahara(scorer_of(harmful, LEAD), engine.heads, config.prefixes).group
         prefixes = [group[:size] for size in range(1, len(group) + 1)]
-    return Measured(scores, ships, benign_kl, openers, _groups(run, alone, prefixes))
+    measured["openers"] = [asdict(opener) for opener in openers]
+    measured["scores"] = {name: score_as_json(name, table, len(run.asked["harmful"])) for name, table in scores.items()}
+    return measured, ships, prefixes
 
 
 def _forecast(run: Run[ScanConfig]) -> HeadScores:
@@ -232,39 +221,6 @@ def _strongest(alone: Sequence[GroupAnswers], k: int) -> Group:
     return tuple(parse_heads(group)[0] for group in ranked[:k])
 
 
-def _about(run: Run[ScanConfig], measured: Measured) -> dict[str, Any]:
-    """Results that do not come from records."""
-    config, manifest = run.config, run.directory.read_manifest()
-    benign_kl = None
-    if measured.benign_kl is not None:
-        columns = [measured.benign_kl.values[:, head.layer, head.index].tolist() for head in run.engine.heads]
-        benign_kl = [asdict(mean_with_interval(column)) for column in columns]
-    tolerances = {name: value for name, value in manifest.items() if name.startswith("tolerance_")}
-    ablation = config.parsed_ablation
-    return {
-        "ablation": {**asdict(ablation), "label": ablation.kind.label},
-        "sampling": {
-            "name": run.decoding.sampling.name,
-            "seeds": list(config.seeds),
-            "max_new_tokens": config.max_new_tokens,
-            "full_answers": config.full_answers,
-        },
-        "settings": {"n_random": config.n_random, "seed": config.seed},
-        "scores": {
-            name: {
-                "label": SCORE_LABELS.get(name, name),
-                "unit": scores.unit,
-                "n": len(run.asked["harmful"]),
-                "values": scores.as_lists(),
-            }
-            for name, scores in measured.scores.items()
-        },
-        "benign_kl": benign_kl,
-        "openers": [asdict(opener) for opener in measured.openers],
-        "economy": asdict(run.economy) | {"tolerances": tolerances},
-    }
-
-
 # Results, of records.
 
 
@@ -274,7 +230,7 @@ def results_of_records(
     judges: Sequence[Mapping[str, Any]],
     random_groups: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """The fields of a scan's ``results.json`` that come from answers: :data:`FROM_RECORDS`.
+    """The fields of a scan's ``results.json`` that come from answers.
 
     Args:
         records: all answers with their verdicts.
@@ -305,13 +261,23 @@ def results_of_records(
         "lead_judge": names[0],
         "statistics": _statistics(vanilla, len(singles)),
         "vanilla": {
-            name: _vanilla(answers, names) for name in ("harmful", "benign") if (answers := table.vanilla(name))
+            name: {
+                **answers.rates(),
+                "kept": rate_as_json(answers.flags("kept")),
+                "reasons": answers.reasons(),
+                "by_judge": {judge: answers.rates(judge) for judge in names},
+            }
+            for name in ("harmful", "benign")
+            if (answers := table.vanilla(name))
         },
         "heads": _heads(table, singles, changes, corrected, about),
         "epsilons": _epsilons(table),
         "groups": _scanned_groups(table, vanilla, epsilon, random),
         "synergy": _synergy(table, vanilla, epsilon),
-        "query_level": _query_level(table, vanilla, epsilon),
+        "query_level": [
+            {"size": int(size.removeprefix("top ")), **own.rates(), "change": asdict(own.change_from(vanilla))}
+            for size, own in table.part("query_level", "harmful", epsilon).items()
+        ],
         "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
         "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
         "agreement": _agreement(table, epsilon, names),
@@ -346,15 +312,6 @@ def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
             "n": n,
             "tests": n_heads,
         },
-    }
-
-
-def _vanilla(answers: GroupAnswers, judges: Sequence[str]) -> dict[str, Any]:
-    return {
-        **answers.rates(),
-        "kept": rate_as_json(answers.flags("kept")),
-        "reasons": answers.reasons(),
-        "by_judge": {judge: answers.rates(judge) for judge in judges},
     }
 
 
@@ -465,14 +422,11 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[
     pairs, singles = table.part("pairs", "harmful", epsilon), table.part("heads", "harmful", epsilon)
     if not pairs:
         return None
-
-    def freed(answers: GroupAnswers) -> FloatArray:
-        return np.array(answers.complied())
-
     entries: list[dict[str, Any]] = []
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
-        beyond = freed(together) - freed(alone[0]) - freed(alone[1]) + freed(vanilla)
+        both, first, second, before = (np.array(each.complied()) for each in (together, *alone, vanilla))
+        beyond = both - first - second + before
         entries.append(
             {
                 "heads": together.heads,
@@ -485,18 +439,6 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[
         )
     order = list(dict.fromkeys(head for entry in entries for head in entry["heads"]))
     return {"heads": order, "pairs": entries}
-
-
-def _query_level(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> list[dict[str, Any]]:
-    """ASR where each prompt ablates its own top heads by Ships, by number of heads."""
-    return [
-        {
-            "size": int(label.removeprefix("top ")),
-            **answers.rates(),
-            "change": asdict(answers.change_from(vanilla)),
-        }
-        for label, answers in table.part("query_level", "harmful", epsilon).items()
-    ]
 
 
 def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]], heads: Group) -> dict[str, Any] | None:
