@@ -15,9 +15,8 @@ from safetyheads import (
 )
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs import kept as kept_module
-from safetyheads.runs.asr import run_asr
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
-from safetyheads.runs.search import run_sahara, run_ships
+from safetyheads.runs.steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 

@@ -120,19 +120,16 @@ def answer(
     on_rows: Callable[[int], None] | None = None,
     n_rows: int | None = None,
 ) -> tuple[Answer, ...]:
-    """Decode an answer to each request, in batches with a KV cache; each row stops at an end token or at its limit.
+    """Decode an answer to each request, in batches with a KV cache; out of memory halves a batch.
 
     Args:
         engine: the model.
         requests: prompts, each with its own group of heads.
         ablation: of every head in every group.
-        max_new_tokens: the limit; a row also ends where the model's context does.
+        max_new_tokens: the limit; a row also ends at an end token and where the model's context does.
         sampling: greedy or top-k.
         on_rows: called with the number of answers just finished.
-        n_rows: requests a batch; by default as many as fit the free memory. Out of memory halves a batch.
-
-    Returns:
-        The answers, in the order of the requests.
+        n_rows: requests a batch; by default as many as fit the free memory.
 
     Raises:
         InputError: the limit is below one token.
@@ -256,7 +253,10 @@ class _Batch:
                         use_cache=True,
                         logits_to_keep=1,
                     )
-                    places = [self._place(row) for row in rows]
+                    places = [
+                        Place(self.noise_keys[row], len(self.tokens[row])) if self._is_open(row) else None
+                        for row in rows
+                    ]
                     choice = choose(output.logits[:, -1].float(), places, self.sampling)
                     self._append(choice, rows)
                     open_rows = [row for row in rows if self._is_open(row)]
@@ -275,9 +275,6 @@ class _Batch:
 
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and not self.stopped[row] and len(self.tokens[row]) < self.limits[row]
-
-    def _place(self, row: int) -> Place | None:
-        return Place(self.noise_keys[row], len(self.tokens[row])) if self._is_open(row) else None
 
     def _append(self, choice: Choice, rows: Sequence[int]) -> None:
         """Add the chosen tokens to their rows, and note which rows end."""

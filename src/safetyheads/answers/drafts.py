@@ -157,9 +157,8 @@ class DraftPass:
             choice = choose(self.engine.logits(part), part_places, self.sampling)
             tokens.append(choice.tokens)
             margins.append(choice.margins)
-        by_group = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
-        chosen_tokens, chosen_margins = by_group
-        return chosen_tokens, chosen_margins
+        chosen, narrowness = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
+        return chosen, narrowness
 
     def along(self, tokens: Integers, margins: Floats) -> list[Compared]:
         """Split one group's choices [n_wanted] by draft, and compare each part."""
@@ -183,12 +182,9 @@ class DraftPass:
     def near_tie_tolerance(self, plain_margins: Sequence[float]) -> float:
         """The margin below which packed and plain arithmetic may choose different tokens, in logits.
 
-        It is measured on the unablated answers: the largest difference of their margins between the two, times a
-        safety factor. It is infinite if the two choose different tokens by a wider margin than that: then no
-        comparison can be trusted, and every row is decoded plainly.
-
-        Args:
-            plain_margins: margins found by plain decoding, choice by choice.
+        It is measured on the unablated answers: the largest difference between packed and ``plain_margins``, choice
+        by choice, times a safety factor. It is infinite if the two choose different tokens by a wider margin than
+        that: then no comparison can be trusted, and every row is decoded plainly.
         """
         tokens, packed_margins = self.unablated()
         difference = np.abs(packed_margins - np.asarray(plain_margins, dtype=np.float64))
@@ -248,16 +244,8 @@ class VerifiedDrafts:
     ) -> None:
         """Answer the prompts unablated, and measure which margins are near-ties; unless these are given.
 
-        Args:
-            engine: the model.
-            encoded: tokens of the prompts.
-            ablation: of every head in every group.
-            decoding: how answers are decoded.
-            stop: whether an answer's first tokens are enough; None decodes whole answers.
-            unablated: the unablated answers, with their margins.
-            plan: of the packed pass.
-            tolerance: smaller margins are near-ties, in logits.
-            n_rows: rows a batch where answers are decoded.
+        ``plan`` is the packed pass's, ``n_rows`` the rows a batch where answers are decoded. Margins below
+        ``tolerance``, in logits, are near-ties.
 
         Raises:
             InputError: no prompt leaves room for an answer, or whole answers are wanted and given ones are cut.

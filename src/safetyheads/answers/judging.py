@@ -70,15 +70,10 @@ class Judging:
         max_new_tokens: int,
         full_answers: bool = False,
     ) -> None:
-        """Prepare to judge.
+        """Prepare to judge; the first judge leads, and ``full_answers`` go on to their end after every judge is final.
 
-        Args:
-            engine: the model.
-            prompts: what is asked.
-            judges: one or several; the first leads.
-            max_new_tokens: the number requested, not what the context leaves: so all answers of a run are judged by
-                one rule, and none counts as an attack because its prompt was long.
-            full_answers: whether answers go on to their end after every judge is final.
+        ``max_new_tokens`` is the number requested, not what the context leaves: so all answers of a run are judged by
+        one rule, and none counts as an attack because its prompt was long.
 
         Raises:
             InputError: no judge, or two of one name.
@@ -116,30 +111,28 @@ class Judging:
         """Answers (number of the prompt, group, answer) with their verdicts, in the same order."""
         keys: list[Key] = [(number, answer.token_ids, answer.finished) for number, _, answer in answers]
         read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
-        self._judge({key: self._completion(key, read[key]) for key in read if key not in self._verdicts})
+        self._judge({key: answer for key, answer in read.items() if key not in self._verdicts})
         return [
             self._judged(number, group, answer, read[key])
             for key, (number, group, answer) in zip(keys, answers, strict=True)
         ]
 
-    def _judge(self, completions: Mapping[Key, Completion]) -> None:
+    def _judge(self, answers: Mapping[Key, ReadAnswer]) -> None:
         """Ask every judge about answers that are new."""
-        verdicts: dict[Key, dict[str, Verdict]] = {key: {} for key in completions}
+        system, length = self.asked.system, self.max_new_tokens
+        completions = []
+        for (number, _, finished), read in answers.items():
+            query, ended = self.prompts[number].query, finished or read.stopped
+            completions.append(Completion(query, read.text, read.token_ids, ended, length, system, read.unclosed))
+        verdicts: dict[Key, dict[str, Verdict]] = {key: {} for key in answers}
         for judge in self.judges if completions else ():
             started = time.monotonic()
-            given = verdicts_of(judge, list(completions.values()))
+            given = verdicts_of(judge, completions)
             for by_judge, verdict in zip(verdicts.values(), given, strict=True):
                 by_judge[judge.name] = verdict
             self.seconds[judge.name] += time.monotonic() - started
         # Only after all judges have answered: else an error of one would leave answers without its verdict.
         self._verdicts.update(verdicts)
-
-    def _completion(self, key: Key, read: ReadAnswer) -> Completion:
-        number, _, finished = key
-        query, ended = self.prompts[number].query, finished or read.stopped
-        return Completion(
-            query, read.text, read.token_ids, ended, self.max_new_tokens, self.asked.system, read.unclosed
-        )
 
     def _judged(self, number: int, group: Group, answer: Answer, read: ReadAnswer) -> JudgedAnswer:
         prompt, verdicts = self.prompts[number], self._verdicts[number, answer.token_ids, answer.finished]
@@ -148,18 +141,18 @@ class Judging:
         text = read.text if complete or read.certain is None else read.certain
         answered = verdicts[self.judges[0].name].answered
         kept = answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
-        ended = answer.finished or read.stopped
-        thinking = (read.thinks, read.thought, read.unclosed)
         return JudgedAnswer(
             prompt,
             group,
             answer.token_ids,
             text,
-            ended,
+            answer.finished or read.stopped,
             complete,
             answer.route,
             answer.changed,
             verdicts,
             kept,
-            *thinking,
+            read.thinks,
+            read.thought,
+            read.unclosed,
         )

@@ -75,12 +75,9 @@ class AttackSuccess:
 def summarise(rows: Sequence[JudgedAnswer]) -> AttackSuccess:
     """Rates of judged answers."""
     labels = Counter(row.verdict.label for row in rows)
-    unscored = labels["unscored"]
-    n = len(rows) - unscored
-    complied, refused, incoherent, echoed = (
-        Rate(labels[label], n, unscored) for label in ("complied", "refused", "incoherent", "echoed")
-    )
-    return AttackSuccess(complied, refused, incoherent, tuple(rows), echoed)
+    n = len(rows) - labels["unscored"]
+    rates = {name: Rate(labels[name], n, labels["unscored"]) for name in ("refused", "incoherent", "echoed")}
+    return AttackSuccess(Rate(labels["complied"], n, labels["unscored"]), rows=tuple(rows), **rates)
 
 
 def attack_success_rate(
@@ -92,16 +89,9 @@ def attack_success_rate(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
 ) -> AttackSuccess:
-    """ASR with the heads ablated, no heads being the unablated model (Eq 10, Fig 4-6).
+    """ASR with the heads ablated together, no heads being the unablated model (Eq 10, Fig 4-6).
 
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        heads: what to ablate, together.
-        ablation: of the heads.
-        judge: decides complied, refused or incoherent; of several, the first leads.
-        max_new_tokens: the paper uses 128.
-        sampling: greedy, or top-k.
+    Of several judges the first leads.
     """
     group = within(heads, engine.n_layers, engine.n_heads)
     (rows,) = answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)
@@ -118,18 +108,7 @@ def query_level_attack_success_rate(
     sampling: Sampling = GREEDY,
     on_rows: OnRows = None,
 ) -> AttackSuccess:
-    """ASR with a group of its own for each prompt (Fig 2, Table 3).
-
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        groups: one for each prompt, such as :func:`query_level_groups` gives.
-        ablation: of the heads.
-        judge: decides complied, refused or incoherent; of several, the first leads.
-        max_new_tokens: the paper uses 128.
-        sampling: greedy, or top-k.
-        on_rows: called with the number of answers just finished.
-    """
+    """ASR with a group of its own for each prompt (Fig 2, Table 3), such as :func:`query_level_groups` gives."""
     if len(groups) != len(prompts):
         raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
     judging = Judging(engine, prompts, judge, max_new_tokens, full_answers=True)
@@ -221,14 +200,7 @@ def scan_attack_success_rate(
 ) -> AnswerScan:
     """The ASR of every head ablated alone (Fig 4b), or of any groups, with the tokens and verdicts of plain decoding.
 
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        ablation: of the heads.
-        judge: decides about answers; of several, the first leads. Rows end once every judge is final.
-        decoding: how answers are decoded; by default greedy, 128 new tokens.
-        groups: what to ablate; by default each head alone.
-        on_rows: called with the number of answers just finished.
+    Rows end once every judge is final, unless ``decoding`` says otherwise; by default it is greedy, 128 new tokens.
     """
     chosen = [(head,) for head in engine.heads] if groups is None else [tuple(group) for group in groups]
     for group in chosen:

@@ -132,7 +132,7 @@ def ships(
 ) -> None:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
     from safetyheads.cli.show import show_ranking
-    from safetyheads.runs.search import run_ships
+    from safetyheads.runs.steps import run_ships
 
     at_least(1, top=top)
     out = where.out or _own_out(config, "ships")
@@ -145,7 +145,7 @@ def ships(
 def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
     from safetyheads.cli.show import show_steps
-    from safetyheads.runs.search import run_sahara, score_of
+    from safetyheads.runs.steps import run_sahara, score_of
 
     def read(config: SaharaConfig) -> Prompts:
         prompts = _harmful(config)
@@ -162,7 +162,7 @@ def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions)
 def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.cli.show import show_rates
-    from safetyheads.runs.asr import run_asr
+    from safetyheads.runs.steps import run_asr
 
     out = where.out or _own_out(config, "asr")
     prompts, progress = _prepared(config, out, output, _harmful)

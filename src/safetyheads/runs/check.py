@@ -25,16 +25,9 @@ _WORD_STARTS = ("▁", "Ġ")
 
 
 def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, progress: Progress) -> dict[str, Any]:
-    """Show what the first prompt becomes and prove the engine on its model.
+    """The model's facts, the tokens of the first prompt, and the engine's proofs, as JSON.
 
-    Args:
-        engine: the model, not proved yet.
-        config: all settings.
-        prompts: whose first one is shown; None: benign ones, in the organism's own language where it is one.
-        progress: who watches.
-
-    Returns:
-        The model's facts, the prompt's tokens, and the proofs, as JSON has them.
+    Without prompts benign ones are shown, in the organism's own language where the model is one.
 
     Raises:
         UnsupportedModelError: ablations are not exact on this model.

@@ -29,12 +29,7 @@ def estimate(
 ) -> str:
     """What lies ahead, as one line: passes over all heads, answers, about how long, and memory beside the weights.
 
-    Args:
-        engine: the model.
-        encoded: token ids of the prompts.
-        n_passes: how often every head is scored over these prompts.
-        n_answers: answers to prompts of this kind.
-        max_new_tokens: the longest answer.
+    ``encoded`` are the token ids of the prompts over which every head is scored ``n_passes`` times.
     """
     parts, memory = [], 0
     if n_passes:

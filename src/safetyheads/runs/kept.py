@@ -43,6 +43,14 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
             ``groups`` ...), ``epsilon`` (None where nothing is ablated) and ``seed`` (of the sampling).
         stores_completions: whether the text and all tokens are stored.
     """
+    verdicts = {}
+    for name, verdict in judged.verdicts.items():
+        given = {field: value for field, value in asdict(verdict).items() if value not in (None, "")}
+        # A judge's own words may repeat the answer, so they are stored only with it.
+        if not stores_completions:
+            given.pop("raw", None)
+        # A reason may be empty, and belongs to every verdict.
+        verdicts[name] = {"reason": "", **given}
     record: dict[str, Any] = {
         **place,
         "group": format_heads(judged.group),
@@ -53,7 +61,7 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
         "route": judged.route,
         "changed": judged.changed,
         "kept": judged.kept,
-        "verdicts": {name: verdict_record(verdict, stores_completions) for name, verdict in judged.verdicts.items()},
+        "verdicts": verdicts,
         # Stored only where they are true, which is rare.
         **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
     }
@@ -66,10 +74,8 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
 def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> JudgedAnswer:
     """The answer of a record; without text, and with its first token alone, where completions are not stored.
 
-    Args:
-        record: as stored.
-        lead: name of the leading judge; a record holds verdicts in the order of names.
-        prompt: what was asked; by default the record's query.
+    ``lead`` names the leading judge: a record holds verdicts in the order of names. By default the prompt is the
+    record's query.
     """
     names = sorted(record["verdicts"], key=lambda name: name != lead)
     return JudgedAnswer(
@@ -87,15 +93,6 @@ def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> Ju
         thought=record.get("thought", ""),
         unclosed=record.get("unclosed", False),
     )
-
-
-def verdict_record(verdict: Verdict, with_raw: bool) -> dict[str, Any]:
-    """A verdict as a record holds it; a judge's own words may repeat the answer, so they are stored only with it."""
-    stored = {name: value for name, value in asdict(verdict).items() if value not in (None, "")}
-    if not with_raw:
-        stored.pop("raw", None)
-    # A reason may be empty, and belongs to every verdict.
-    return {"reason": "", **stored}
 
 
 class KeptAnswers:
@@ -117,14 +114,8 @@ class KeptAnswers:
     ) -> None:
         """Prepare; nothing is computed yet.
 
-        Args:
-            name: of the set; file names begin with it.
-            judging: the judges at work on these prompts, with the model.
-            decoding: how answers are decoded.
-            directory: where answers are stored.
-            progress: who watches.
-            stores_completions: whether answers are stored, or verdicts alone.
-            about: what records depend on besides, such as the weights in a run of several models.
+        File names begin with the set's ``name``. ``about`` is what records depend on besides, such as the weights in a
+        run of several models.
         """
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
@@ -137,9 +128,8 @@ class KeptAnswers:
         """The unablated answers."""
 
         def compute() -> list[dict[str, Any]]:
-            return self._judged(
-                "vanilla", None, [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
-            )
+            placed = [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
+            return self._judged("vanilla", None, placed)
 
         records = self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
         return GroupAnswers.of("", records, self.lead)
@@ -202,9 +192,8 @@ class KeptAnswers:
                 answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows)
             return [asdict(decoded) for decoded in answers]
 
-        records = compute() if not self.stores_completions else None
-        if records is None:
-            records = self.directory.records(f"drafts-{self.name}", self._fields(None), compute)
+        name, fields = f"drafts-{self.name}", self._fields(None)
+        records = self.directory.records(name, fields, compute) if self.stores_completions else compute()
         tuples = ("token_ids", "margins")
         return tuple(Answer(**{**record, **{name: tuple(record[name]) for name in tuples}}) for record in records)
 
@@ -227,13 +216,10 @@ class KeptAnswers:
             replace(decoded, changed=decoded.differs_from(self.unablated[number]))
             for (number, _), decoded in zip(places, plain, strict=True)
         ]
-        n_tokens = sum(len(token_ids[number]) for number, _ in places) + sum(
-            len(decoded.token_ids) for decoded in answers
-        )
+        n_tokens = sum(len(token_ids[number]) for number, _ in places)
+        n_tokens += sum(len(decoded.token_ids) for decoded in answers)
         n_incomplete = sum(not decoded.complete for decoded in answers)
-        return answers, Economy(
-            len(answers), n_incomplete=n_incomplete, tokens_computed=n_tokens, tokens_plain=n_tokens
-        )
+        return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
     def _label(self, ablation: Ablation) -> str:
         """Ends the names of what the manifest remembers of an ablation's drafts."""
@@ -287,12 +273,8 @@ class KeptAnswers:
     ) -> list[Record]:
         """Records, chunk by chunk; a chunk that is not stored yet is decoded and judged.
 
-        Args:
-            part: of the records.
-            ablation: of every head in every group.
-            texts: each chunk's groups as text.
-            places: each chunk's prompts (by number) and groups.
-            draft: answers a chunk, given its number, by drafts; None decodes plainly.
+        ``texts`` are each chunk's groups, ``places`` its prompts (by number) and groups; ``draft`` answers a chunk,
+        given its number, by drafts, and None decodes plainly.
         """
         records: list[Record] = []
         label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"

@@ -53,11 +53,7 @@ class Rejudged:
 def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str, Any]) -> Rejudged:
     """Judge a run's stored answers again, store the verdicts, and add them to its results.
 
-    Args:
-        folder: the run directory of a finished audit or scan.
-        judge: the new judge.
-        progress: who watches.
-        started: what the manifest records of this start.
+    ``started`` is what the manifest records of this start.
 
     Raises:
         InputError: no finished audit or scan; no answers in it; a judge that the run has already.

@@ -76,17 +76,7 @@ class Run(Generic[Config]):
         decoding: Decoding | None = None,
         stores_completions: bool = True,
     ) -> None:
-        """Prepare; nothing is computed yet.
-
-        Args:
-            engine: the model.
-            config: all settings.
-            directory: where everything is kept; runs of several models can share it.
-            progress: who watches.
-            judges: who judges answers; the first leads.
-            decoding: how answers are decoded.
-            stores_completions: whether answers are stored, or verdicts alone.
-        """
+        """Prepare; nothing is computed yet. Runs of several models can share a directory; the first judge leads."""
         self.engine, self.config, self.directory, self.progress = engine, config, directory, progress
         self.judges, self.decoding, self.stores_completions = tuple(judges), decoding or Decoding(), stores_completions
         self.asked: dict[str, AskedPrompts] = {}
@@ -97,13 +87,10 @@ class Run(Generic[Config]):
         self._passes: dict[tuple[str, Ablation, Readouts, int], HeadPass] = {}
 
     def add(self, name: str, prompts: PromptSet, about: Mapping[str, Any] | None = None) -> AskedPrompts:
-        """Add a prompt set.
+        """Add a prompt set; its file names begin with ``name``.
 
-        Args:
-            name: of the set; file names begin with it.
-            prompts: the set.
-            about: what its records and scores depend on besides, such as the weights where a directory has several
-                models.
+        ``about`` is what its records and scores depend on besides, such as the weights where a directory has several
+        models.
         """
         self.asked[name] = self.engine.ask(prompts)
         self._about[name] = about or {}
@@ -250,7 +237,7 @@ def carry_out(
     progress: Progress | None = None,
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run in a run directory; one that holds part of this run is continued.
+    """Run in a run directory and return the results as written; one that holds part of this run is continued.
 
     Args:
         kind: of the run.
@@ -260,9 +247,6 @@ def carry_out(
         prompts: the prompt sets by name; by default read as the config says.
         progress: who watches.
         command: the command line, for the record.
-
-    Returns:
-        The results, as written to ``results.json``.
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
@@ -287,7 +271,10 @@ def carry_out(
         with run_directory(out, recorded, progress, command) as directory:
             started = time.monotonic()
             stores = getattr(settings, "store_completions", True)
-            run = Run(engine, config, directory, progress, judges, _decoding(settings, kind), stores)
+            sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
+            full_answers = getattr(settings, "full_answers", kind.full_answers)
+            decoding = Decoding(getattr(settings, "max_new_tokens", 128), sampling, full_answers)
+            run = Run(engine, config, directory, progress, judges, decoding, stores)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
             kind.announce(run)
@@ -308,29 +295,21 @@ def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts) -> None:
         engine.plan([TokenSequence(token_ids, 1) for token_ids in prompt_set.token_ids])
 
 
-def _decoding(settings: Any, kind: Kind[Any]) -> Decoding:
-    sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
-    full = getattr(settings, "full_answers", kind.full_answers)
-    return Decoding(getattr(settings, "max_new_tokens", 128), sampling, full)
-
-
 def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     """What the results of every kind hold."""
     settings, ablation = run.config, run.config.parsed_ablation
-    planted = planted_heads_of(settings.model)
+    # The true heads of an embedded model.
+    planted = PLANTED_HEADS.get(settings.model.removeprefix("demo:")) if settings.model.startswith("demo:") else None
+    sets = {
+        name: {"name": asked.prompts.name, "n": len(asked), "sha256": asked.prompts.sha256}
+        for name, asked in run.asked.items()
+    }
     template = template_facts(next(iter(run.asked.values())).prompts)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
         "model": model_facts(run.engine, settings.model),
-        "data": {
-            **{
-                name: {"name": prompt_set.prompts.name, "n": len(prompt_set), "sha256": prompt_set.prompts.sha256}
-                for name, prompt_set in run.asked.items()
-            },
-            "system": None,
-            **template,
-        },
+        "data": {**sets, "system": None, **template},
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
         "caveats": [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS],
@@ -341,11 +320,6 @@ def sampling_of(run: Run[Any]) -> dict[str, Any]:
     """How answers are decoded, as results hold it."""
     sampling = run.decoding.sampling
     return {"name": sampling.name, "seed": sampling.seed, "max_new_tokens": run.decoding.max_new_tokens}
-
-
-def planted_heads_of(model: str) -> Group | None:
-    """The true heads of an embedded model (``demo:NAME``); None for any other."""
-    return PLANTED_HEADS.get(model.removeprefix("demo:")) if model.startswith("demo:") else None
 
 
 def warnings_of(

@@ -168,9 +168,7 @@ def concentration_as_json(
 ) -> dict[str, Any]:
     """How much faster ASR rises with the heads of a search than with random ones, as JSON.
 
-    Args:
-        groups: answers under the group of each size, and under its random groups.
-        vanilla: the unablated answers.
+    ``groups`` are the answers under the group of each size, and under its random groups.
     """
     outcomes = [
         SizeOutcome(len(answers.heads), answers.complied(), [control.complied() for control in controls])

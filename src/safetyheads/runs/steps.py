@@ -1,4 +1,4 @@
-"""Ranks heads by mean Ships, and searches for a group by any score: all heads exactly, or the best of a forecast."""
+"""Runs of one step: a ranking by mean Ships, a search for a group by any score, ASR under given groups."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
-from safetyheads.heads import Head
-from safetyheads.measures.head_pass import Readouts, Score, State
+from safetyheads.heads import Head, within
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.screened_scores import (
     Extent,
@@ -26,10 +27,12 @@ from safetyheads.measures.ships import Opener, find_openers, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import search_steps
-from safetyheads.runs.config import SaharaConfig, ScreenOptions, ShipsConfig
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory
+from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
+from safetyheads.runs.tables import GroupAnswers, by_judge
+from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ _PAIRED = 8
 _PAIRS = 5
 
 
-def _read(config: ShipsConfig | SaharaConfig) -> dict[str, PromptSet]:
+def _read(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, PromptSet]:
     return {"harmful": read_whole("harmful", config.prompts, config)}
 
 
@@ -57,12 +60,19 @@ def _about(run: Run[Any]) -> dict[str, Any]:
     return {"n": len(asked), "template": asked.template.settings()}
 
 
+def _ships(run: Run[Any], measuring: HeadPass, heads: Sequence[Head]) -> HeadScores:
+    """Ships of each prompt, NaN of heads that are not scored."""
+    with run.progress.track("scoring heads", len(heads)) as done:
+        return measuring.table("ships", measuring.measure([(head,) for head in heads], done)["ships"], heads)
+
+
 # Ships.
 
 
-def _announce_ships(run: Run[ShipsConfig]) -> None:
+def _announce(run: Run[ShipsConfig] | Run[SaharaConfig]) -> None:
+    n_passes = getattr(run.config, "size", 1)
     if not run.config.screen:
-        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, 1, 0, 1))
+        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, n_passes, 0, 1))
 
 
 def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
@@ -82,9 +92,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
         costs = costs_of(measuring, proposal)
         run.progress.say(f"{len(proposal.heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
         chosen = proposal.heads
-    with run.progress.track("scoring heads", len(chosen)) as done:
-        values = measuring.measure([(head,) for head in chosen], done)["ships"]
-    by_prompt = measuring.table("ships", values, chosen)
+    by_prompt = _ships(run, measuring, chosen)
     scores = by_prompt.mean()
     screened: dict[str, Any] = {}
     if screening is not None:
@@ -131,16 +139,11 @@ def score_of(config: SaharaConfig) -> Score:
     return Score(config.score, config.positions, config.rank, cast("State", config.state), config.centred)
 
 
-def _refuse_impossible(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
+def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
     if config.size > len(engine.heads):
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
     score_of(config).refuse_too_few(len(asked["harmful"]))
     refuse_beyond_memory(engine, asked["harmful"])
-
-
-def _announce_sahara(run: Run[SaharaConfig]) -> None:
-    if not run.config.screen:
-        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, run.config.size, 0, 1))
 
 
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
@@ -175,9 +178,66 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", _read, _announce_ships, _ships_results, _refuse_too_large)
-_SAHARA = Kind("sahara", _read, _announce_sahara, _sahara_results, _refuse_impossible)
+_SHIPS = Kind("ships", _read, _announce, _ships_results, _refuse_too_large)
+_SAHARA = Kind("sahara", _read, _announce, _sahara_results, _refuse_sahara)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)
-"""Searches for a group into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
+"""Searches for a group into a run directory, likewise."""
+
+
+# ASR.
+
+
+def _refuse_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> None:
+    for group in config.parsed_groups:
+        within(group, engine.n_layers, engine.n_heads)
+    if config.query_level > len(engine.heads):
+        raise InputError(f"query level {config.query_level} is more than the model's {len(engine.heads)} heads")
+    if config.query_level:
+        refuse_beyond_memory(engine, asked["harmful"])
+
+
+def _announce_asr(run: Run[AsrConfig]) -> None:
+    config, asked = run.config, run.asked["harmful"]
+    n_answers = (1 + len(config.groups) + config.query_level) * len(asked)
+    n_passes, length = int(config.query_level > 0), config.max_new_tokens
+    run.progress.say(lambda: estimate(run.engine, asked.token_ids, n_passes, n_answers, length))
+
+
+def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
+    """The rates, each with its change from the unablated model."""
+    config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
+    vanilla = answers.vanilla()
+    rows = {"none": vanilla}
+    groups = config.parsed_groups
+    under = answers.under("groups", groups, ablation) if groups else []
+    rows |= {", ".join(map(str, group)): group_answers for group, group_answers in zip(groups, under, strict=True)}
+    if config.query_level:
+        ships = _ships(run, run.head_pass("harmful", ablation, Readouts(ships=True)), run.engine.heads)
+        by_size = [query_level_groups(ships, size) for size in range(1, config.query_level + 1)]
+        own_groups = answers.of_each("query_level", list(zip(*by_size, strict=True)), ablation)
+        rows |= {f"each prompt's top {size}": group_answers for size, group_answers in enumerate(own_groups, start=1)}
+    return {
+        "judge": run.judges[0].describe(),
+        **_about(run),
+        "sampling": sampling_of(run),
+        "rates": [_rates(label, group_answers, vanilla) for label, group_answers in rows.items()],
+    }
+
+
+def _rates(label: str, answers: GroupAnswers, vanilla: GroupAnswers) -> dict[str, Any]:
+    return {
+        "heads": label,
+        "asr": asdict(answers.asr),
+        "refused": asdict(answers.refused),
+        "incoherent": asdict(answers.incoherent),
+        "reasons": answers.reasons(with_details=False),
+        "change": None if answers is vanilla else asdict(answers.change_from(vanilla)),
+        "by_judge": by_judge(answers),
+    }
+
+
+_ASR = Kind("asr", _read, _announce_asr, _asr_results, _refuse_asr)
+run_asr = partial(carry_out, _ASR)
+"""Measures rates into a run directory, likewise."""
