@@ -12,7 +12,6 @@ from oracle import Oracle
 from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
 
 from safetyheads import (
-    SCALING_CONTRIBUTION,
     UNDIFFERENTIATED_ATTENTION,
     Ablation,
     Head,
@@ -133,20 +132,6 @@ def test_mixed_groups_and_uneven_prompts_in_one_batch_equal_the_oracle(family, s
     assert rows[0] == len(MIXED)  # one batch
     assert as_pairs(ours) == slow[family]
     assert slow[family][0] != slow[family][2]  # the same prompt under another group
-
-
-def test_positions_count_the_tokens_of_the_row_and_not_its_padding():
-    # Rotary positions are relative, so the answers of these models would not tell.
-    engine, seen = engine_of("llama_gqa"), []
-    engine.architecture.decoder.register_forward_pre_hook(
-        lambda _, __, keywords: seen.append(keywords["position_ids"].tolist()), with_kwargs=True
-    )
-    answer(engine, requests_of(MIXED), max_new_tokens=3)
-    lengths = sorted(len(prompt) for prompt, _ in MIXED)  # batches go by length
-    assert [row[-length:] for row, length in zip(seen[0], lengths, strict=True)] == [list(range(n)) for n in lengths]
-    for step, positions in enumerate(seen[1:]):
-        assert positions == [[length + step] for length in lengths]
-    assert len(seen) == 3
 
 
 def test_generate_gives_each_prompt_its_own_group(slow):
@@ -320,52 +305,3 @@ def test_query_level_groups_are_each_prompts_own_best_heads():
     assert len(set(expected)) > 1
     with pytest.raises(InputError, match="not per prompt"):
         query_level_groups(HeadScores(scores.values[0]), 3)
-
-
-# The model's own generate inside an ablation
-
-
-GROUP = (Head(0, 1), Head(2, 2))
-
-
-def with_scaled_weights(model, group, ablation):
-    """The paper's own way: the heads' rows of W_q (or columns of W_o) times epsilon, in the weights."""
-    with torch.no_grad():
-        for head in group:
-            attention = model.model.layers[head.layer].self_attn
-            part = slice(head.index * 8, head.index * 8 + 8)  # d_head is 8
-            if ablation.kind.tensor == "query":
-                attention.q_proj.weight[part] *= ablation.epsilon
-            else:
-                attention.o_proj.weight[:, part] *= ablation.epsilon
-    return model
-
-
-def right_padded(prompts):
-    """Token ids and attention mask, both [n_prompts, longest]."""
-    longest = max(map(len, prompts))
-    ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-@pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
-@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
-def test_generate_over_right_padding_equals_scaled_weights_and_the_oracle_where_nothing_is_padded(
-    family, ablation, oracles
-):
-    engine, edited = engine_of(family), with_scaled_weights(model_of(family), GROUP, ablation)
-    # Less padding than the window is wide: where no key is allowed, what attention gives is nobody's promise.
-    prompts = (PROMPTS[0], (30, 2, 11, 8, 17, 21), PROMPTS[2])
-    ids, mask = right_padded(prompts)
-    # No end token, so that every row is as long as the others.
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    plain = engine.model.generate(ids, attention_mask=mask, **options)
-    with engine.ablated(GROUP, ablation) as model:
-        ours = model.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(ours, edited.generate(ids, attention_mask=mask, **options))
-    # A row whose last token is padding goes on from there, in transformers; the longest row is the oracle's.
-    expected, finished = slow_answer(oracles[family], PROMPTS[2], GROUP, ablation, 6)
-    assert not finished
-    assert tuple(ours[2, len(PROMPTS[2]) :].tolist()) == expected
-    assert not torch.equal(ours, plain)

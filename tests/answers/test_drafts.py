@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
 import torch
-from oracle import Oracle
-from test_decoding import slow_answer
 from tiny_models import END, engine_of, model_of, prompts_of
 
 from safetyheads import (
@@ -220,24 +218,6 @@ def twin_of(
     return answers_under(engine, prompts_of(*prompts), chosen, ablation, WORDS, max_new_tokens, sampling)
 
 
-def judged_by(judge, rows):
-    """The twin's rows with another judge's verdicts."""
-    return [
-        [
-            replace(
-                row,
-                verdicts={
-                    judge.name: judge([Completion(row.prompt.query, row.text, row.token_ids, row.finished, N_TOKENS)])[
-                        0
-                    ]
-                },
-            )
-            for row in group_rows
-        ]
-        for group_rows in rows
-    ]
-
-
 @pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
 @SAMPLINGS
 @FAMILIES
@@ -257,30 +237,12 @@ def test_every_head_of_random_models_equals_plain_decoding(family, sampling, ful
         assert 0 < ours.economy.n_incomplete < len(flat(ours))
 
 
-@SAMPLINGS
-@FAMILIES
-def test_rows_of_random_models_equal_the_oracle_token_by_token(family, sampling):
-    engine, oracle = proved(family), Oracle(model_of(family))
-    ours = scan(family, sampling, full_answers=True, max_new_tokens=6)
-    compared = 0
-    # A head of each layer, each on another prompt.
-    for prompt, head in enumerate([Head(0, 1), Head(1, 3), Head(2, 2)]):
-        row = ours.rows[engine.heads.index(head)][prompt]
-        noise = None if sampling is GREEDY else sampling
-        try:
-            expected = slow_answer(oracle, PROMPTS[prompt], (head,), UNDIFFERENTIATED_ATTENTION, 6, noise)
-        except AssertionError:  # a close call, which the oracle's arithmetic does not decide
-            continue
-        assert (row.token_ids, row.finished) == expected
-        compared += 1
-    assert compared >= 2
-
-
 @pytest.mark.parametrize(
     ("family", "ablation", "sampling"),
     [
         ("llama_gqa", SCALING_CONTRIBUTION, GREEDY),
         ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(0.5), GREEDY),
+        ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(1.0), TOP_5),
         ("llama_gqa", Ablation("undifferentiated_attention_key", 0.01), TOP_5),
         ("llama_gqa", Ablation("mean_query"), GREEDY),
         ("llama_gqa", Ablation("mean_key"), TOP_5),
@@ -295,15 +257,7 @@ def test_every_kind_of_ablation_equals_plain_decoding(family, ablation, sampling
     ours = scan(family, sampling, ablation=ablation)
     assert differences(ours.rows, twin_of(proved(family), sampling, ablation=ablation)) == []
     check(ours)
-    assert any(row.changed for row in flat(ours))
-
-
-@SAMPLINGS
-def test_an_ablation_that_changes_nothing_gives_the_drafts(sampling):
-    ours = scan("llama_gqa", sampling, ablation=UNDIFFERENTIATED_ATTENTION.at(1.0))
-    assert differences(ours.rows, [unablated("llama_gqa", sampling)] * 12) == []
-    assert not any(row.changed for row in flat(ours))
-    assert ours.economy.n_continued == 0
+    assert any(row.changed for row in flat(ours)) == (ablation.epsilon != 1.0)
 
 
 # Groups of heads
@@ -411,15 +365,16 @@ def test_with_a_judge_that_never_decides_early_all_answers_are_whole(sampling):
 def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
     first, second = words("w17", "w50 ", name="first"), words("w40", "w5 ", "w18", name="second")
     ours = scan(family, sampling, judge=[first, second])
-    by_first, by_second = (judged_by(judge, twin(family, sampling)) for judge in (first, second))
-    assert differences(ours.rows, by_first, "first") == []
-    assert differences(ours.rows, by_second, "second") == []
+    for judge in (first, second):
+        for rows, plain_rows in zip(ours.rows, twin(family, sampling), strict=True):
+            for row, plain in zip(rows, plain_rows, strict=True):
+                whole = Completion(plain.prompt.query, plain.text, plain.token_ids, plain.finished, N_TOKENS)
+                assert [row.verdicts[judge.name]] == judge([whole])
     check(ours, proved(family), lambda text: first.final(text) and second.final(text))
     check(ours)
     assert 0 < ours.economy.n_incomplete < len(flat(ours))
     # The first one leads.
     assert all(row.verdict == row.verdicts["first"] for row in flat(ours))
-    assert ours.rates == tuple(summarise(rows).asr for rows in by_first)
 
 
 @dataclass(frozen=True)
@@ -536,16 +491,11 @@ def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
     assert (alike.token_ids, alike.finished) == (vanilla[prompt].token_ids[:at], True)
     assert (alike.changed, alike.route) == (False, "drafted")
     # Ends that come earlier and later than the unablated one.
-    lengths = {first - second for first, second in _lengths(ours) if first is not None and second is not None}
+    pairs = [pair for rows in ours.rows for pair in zip(rows, ours.vanilla, strict=True)]
+    ended = [(row, vanilla) for row, vanilla in pairs if row.finished and vanilla.finished]
+    lengths = {len(row.token_ids) - len(vanilla.token_ids) for row, vanilla in ended}
     assert min(lengths) < 0 < max(lengths)
     check(ours)
-
-
-def _lengths(scan):
-    """Of each row that ended and its unablated answer, if that ended."""
-    for rows in scan.rows:
-        for row, vanilla in zip(rows, scan.vanilla, strict=True):
-            yield (len(row.token_ids) if row.finished else None), (len(vanilla.token_ids) if vanilla.finished else None)
 
 
 def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 
 import numpy as np
 import pytest
@@ -193,41 +192,6 @@ def test_margins_hold_over_a_large_vocabulary_too(seed):
     assert token == slow.drawn
     assert margin == pytest.approx(min(slow.margin, slow.bound), abs=ROUNDING)
     assert tokens_of_moved(logits, token, margin * 0.99, place, sampling) == {token}
-
-
-def reason_for(margin, slow, token):
-    """Which of the ways to another token is the nearest one."""
-    inside = sorted((slow.scores[other] for other in slow.inside), reverse=True)
-    if margin == pytest.approx(inside[0] - inside[1], abs=ROUNDING):
-        return "another of the top k"
-    if margin == pytest.approx(slow.logits[token] - slow.descending[slow.k], abs=ROUNDING):
-        return "falls out"
-    return "not looked at" if margin == pytest.approx(slow.bound, abs=ROUNDING) else "comes in"
-
-
-def test_each_way_to_another_token_is_the_nearest_one_somewhere():
-    # Else the tests above would say little of it.
-    generator, seen = torch.Generator().manual_seed(0), set()
-    for number in range(300):
-        logits = (torch.rand(40, generator=generator, dtype=torch.float64) * 8).tolist()
-        place = Place(number, 0)
-        slow = Slow(logits, place, TOP_5)
-        token, margin = one(logits, place, TOP_5)
-        seen.add(reason_for(margin, slow, token))
-    assert seen == {"another of the top k", "falls out", "comes in", "not looked at"}
-
-
-def test_a_top_k_of_the_whole_vocabulary_has_no_outside():
-    logits, place = [0.5, 0.0, -0.5], Place(1, 2)
-    slow = Slow(logits, place, Sampling(3))
-    for top_k in (3, 4, 1000):
-        token, margin = one(logits, place, Sampling(top_k))
-        assert token == slow.drawn
-        assert margin == pytest.approx(slow.margin, abs=ROUNDING)
-
-
-def test_a_vocabulary_of_one_token_leaves_no_choice_to_sampling():
-    assert one([3.0], Place(0, 0), TOP_5) == (0, math.inf)
 
 
 # Noise

@@ -7,7 +7,7 @@ import pytest
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.runs.audit import LEAD, SETS, GroupOutcome, lead_group, verdict_of
-from safetyheads.runs.tables import GroupAnswers, concentration_as_json, random_as_json
+from safetyheads.runs.tables import GroupAnswers, random_as_json
 from safetyheads.stats.intervals import newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
 
@@ -155,40 +155,25 @@ def chosen_size(*search, test=None, kept=None, n=N):
     return lead_group(*findings(*made, n=n)).size
 
 
-def test_the_smallest_group_near_the_best_is_taken():
-    assert chosen_size(20, 45, 47) == 2
-    assert chosen_size(20, 44, 47) == 3
-    assert chosen_size(48, 48, 50) == 1
-    assert chosen_size(30, 45, 20) == 2
-
-
-@pytest.mark.parametrize("best", range(2, 21))
-def test_a_group_just_within_the_tolerance_is_near_enough_whatever_the_rate(best):
-    # One of 20 is .05, which differences of floats reach from above or below.
-    assert chosen_size(best - 1, best, n=20) == 1
-
-
-def test_the_size_is_chosen_on_the_search_half_alone():
-    assert chosen_size(20, 45, 46, test=(50, 0, 50)) == 2
-    found = verdict(outcome(1, freed=50, search=10), outcome(2, freed=30, search=45))
-    assert (found["size"], found["heads"]) == (2, ["2-26", "3-1"])
-
-
-def test_benign_answers_lost_on_the_search_half_count_against_a_size():
-    # Of 50: 49 - 20 lost is less than 40.
-    assert chosen_size(40, 49, kept=[50, 30]) == 1
-    assert chosen_size(40, 49, kept=[50, 49]) == 2
+@pytest.mark.parametrize(
+    ("size", "search", "more"),
+    [
+        (2, (20, 45, 47), {}),
+        (3, (20, 44, 47), {}),
+        (1, (48, 48, 50), {}),
+        (2, (30, 45, 20), {}),
+        (2, (20, 45, 46), {"test": (50, 0, 50)}),
+        # Of 50: 49 - 20 benign answers lost on the search half is less than 40.
+        (1, (40, 49), {"kept": [50, 30]}),
+        (2, (40, 49), {"kept": [50, 49]}),
+        # One of 20 is .05, which differences of floats reach from above or below.
+        *[(1, (best - 1, best), {"n": 20}) for best in range(2, 21)],
+    ],
+)
+def test_the_smallest_group_near_the_best_of_the_search_half_is_taken(size, search, more):
+    assert chosen_size(*search, **more) == size
 
 
 def test_only_groups_of_the_leading_score_are_looked_at():
-    other = outcome(1, search=N, scorer="generalized_ships_prompt")
-    mine = outcome(2, search=20)
+    other, mine = outcome(1, search=N, scorer="generalized_ships_prompt"), outcome(2, search=20)
     assert lead_group(*findings(other, mine)) is mine
-
-
-def test_the_concentration_is_the_mean_gap_to_random_groups():
-    groups = [outcome(1, freed=20, random=(0, 10)), outcome(2, freed=40, random=(5, 5))]
-    found = concentration_as_json([(one.answers["harmful_test"], one.random) for one in groups], answered(2))
-    # (20/50 - 5/50 + 40/50 - 5/50) / 2
-    assert found["value"] == pytest.approx(0.5)
-    assert (found["n"], list(found["sizes"]), found["n_random"], found["against"]) == (50, [1, 2], 2, "random groups")

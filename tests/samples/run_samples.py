@@ -54,18 +54,9 @@ def audit_run(
     scores: Mapping[str, float] | None = None,
     rows: bool = True,
 ) -> Path:
-    """A finished audit.
+    """A finished audit: which prompts comply unablated, under the group of each size, and under its random groups.
 
-    Args:
-        path: its directory.
-        vanilla: which prompts comply unablated.
-        groups: which comply under the group of each size.
-        random: [n_sizes][2][n_prompts], of random groups.
-        heads: the lead group, in order.
-        config: what its numbers depend on.
-        started: of the manifest's provenance.
-        scores: of the lead score, by head; the others score 0.001 to 0.032, the later the more.
-        rows: whether answers are stored.
+    ``scores`` are of the lead score, by head; the others score 0.001 to 0.032, the later the more.
     """
     vanilla = first(1) if vanilla is None else list(vanilla)
     groups = [first(10), first(18)] if groups is None else groups
@@ -129,20 +120,7 @@ def scan_run(
     kept: Sequence[bool] | None = None,
     concentration: float | None = None,
 ) -> Path:
-    """A finished scan: ``freed`` prompts comply under a head, one under the others; some differ after correction.
-
-    Args:
-        path: its directory.
-        freed: prompts that comply under a head.
-        vanilla: which prompts comply unablated, with every seed.
-        significant: heads whose ASR differs.
-        config: what its numbers depend on.
-        started: of the manifest's provenance.
-        n_layers: of the model, with eight heads in each.
-        n_seeds: answers to each prompt.
-        kept: which benign answers the unablated model keeps.
-        concentration: of the groups of a search.
-    """
+    """A finished scan: ``freed`` prompts comply under a head, one under the others; ``significant`` heads differ."""
     vanilla = first(1) if vanilla is None else list(vanilla)
     heads = []
     for head in (f"{i}-{j}" for i in range(n_layers) for j in range(8)):

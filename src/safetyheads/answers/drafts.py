@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -67,6 +67,10 @@ class Compared:
     """Its choice after them; None if it makes all choices of the draft."""
     margin: float
     """The smallest margin of its choices so far, in logits."""
+
+
+_NO_ROOM = Compared(0, None, float("inf"))
+"""Of a prompt that leaves no room for an answer: the empty unablated answer is the ablated one."""
 
 
 class DraftPass:
@@ -269,18 +273,14 @@ class VerifiedDrafts:
     def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
         """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
         compared = self.drafts.compare(groups, self._reporter(list(self.draft_of), on_rows))
-        rows = [
-            _Row(prompt, tuple(group), decoded)
-            for group, choices in zip(groups, compared, strict=True)
-            for prompt, decoded in zip(self.draft_of, choices, strict=True)
-        ]
-        finished, economy = self._finished(rows, on_rows)
-        answers, prompts = iter(finished), range(len(self.encoded))
-        table = [[self._answer(prompt, answers) for prompt in prompts] for _ in groups]
-        n_without = len(groups) * (len(self.encoded) - len(self.draft_of))
-        _report(on_rows, n_without)
-        tokens = self.drafts.tokens_compared(groups)
-        return table, economy + Economy(n_rows=n_without, n_drafted=n_without, tokens_computed=tokens)
+        n, rows = len(self.encoded), []
+        for group, choices in zip(groups, compared, strict=True):
+            by_prompt = dict(zip(self.draft_of, choices, strict=True))
+            rows += [_Row(prompt, tuple(group), by_prompt.get(prompt, _NO_ROOM)) for prompt in range(n)]
+        _report(on_rows, len(groups) * (n - len(self.draft_of)))
+        answers, economy = self._finished(rows, on_rows)
+        table = [answers[at * n : (at + 1) * n] for at in range(len(groups))]
+        return table, economy + Economy(tokens_computed=self.drafts.tokens_compared(groups))
 
     def answers_of_each(
         self, groups: Sequence[Sequence[Group]], on_rows: OnRows = None
@@ -289,30 +289,20 @@ class VerifiedDrafts:
         rows: list[_Row] = []
         economy = Economy()
         for prompt, own_groups in enumerate(groups):
-            if not own_groups:
-                continue
+            compared = [[_NO_ROOM] for _ in own_groups]
             if prompt not in self.draft_of:
-                economy += Economy(n_rows=len(own_groups), n_drafted=len(own_groups))
                 _report(on_rows, len(own_groups))
-                continue
-            draft = self.drafts.drafts[self.draft_of[prompt]]
-            alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
-            compared = alone.compare(own_groups, self._reporter([prompt], on_rows))
+            elif own_groups:
+                draft = self.drafts.drafts[self.draft_of[prompt]]
+                alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
+                compared = alone.compare(own_groups, self._reporter([prompt], on_rows))
+                economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
             rows += [
                 _Row(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)
             ]
-            economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
         finished, cost = self._finished(rows, on_rows)
         answers = iter(finished)
-        return [
-            [self._answer(prompt, answers) for _ in own_groups] for prompt, own_groups in enumerate(groups)
-        ], economy + cost
-
-    def _answer(self, prompt: int, answers: Iterator[Answer]) -> Answer:
-        """The next of the answers; the empty unablated one where the context leaves no room."""
-        if prompt in self.draft_of:
-            return next(answers)
-        return replace(self.unablated[prompt], route="drafted", changed=False)
+        return [[next(answers) for _ in own_groups] for own_groups in groups], economy + cost
 
     def _reporter(self, prompts: Sequence[int], on_rows: OnRows) -> Callable[[Sequence[Compared]], None]:
         """Reports rows that the comparison alone has answered; the others are reported when they are decoded."""
@@ -343,7 +333,9 @@ class VerifiedDrafts:
             _report(on_rows, 1)
         answers = [settled[at] for at in range(len(rows))]
         plain = sum(
-            len(self.encoded[row.prompt]) + len(decoded.token_ids) for row, decoded in zip(rows, answers, strict=True)
+            len(self.encoded[row.prompt]) + len(decoded.token_ids)
+            for row, decoded in zip(rows, answers, strict=True)
+            if row.compared is not _NO_ROOM
         )
         routes = [decoded.route for decoded in answers]
         n_incomplete = sum(not decoded.complete for decoded in answers)

@@ -245,10 +245,6 @@ def results_of_records(
     assert vanilla is not None  # every scan begins with it
     changes = {head: answers.change_from(vanilla) for head, answers in singles.items()}
     corrected = _corrected(changes)
-    truth = Truth(
-        np.array([answers.complied() for answers in singles.values()]).T,
-        np.array([_is_higher(changes[head], corrected[head]["p_holm"]) for head in singles], bool),
-    )
     scanned = table.part("random", "harmful", epsilon)
     random = {group: [scanned[control] for control in controls] for group, controls in random_groups.items() if scanned}
     prefixes = [
@@ -279,7 +275,7 @@ def results_of_records(
             for size, own in table.part("query_level", "harmful", epsilon).items()
         ],
         "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
-        "proxies": _proxies(truth, about["scores"], parse_heads(",".join(singles))),
+        "proxies": _proxies(singles, changes, corrected, about["scores"]),
         "agreement": _agreement(table, epsilon, names),
     }
 
@@ -441,10 +437,20 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[
     return {"heads": order, "pairs": entries}
 
 
-def _proxies(truth: Truth, scores: Mapping[str, Mapping[str, Any]], heads: Group) -> dict[str, Any] | None:
+def _proxies(
+    singles: Mapping[str, GroupAnswers],
+    changes: Mapping[str, PairedDifference],
+    corrected: Mapping[str, Mapping[str, float]],
+    scores: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any] | None:
     """Each score of the scanned heads against their ASR; None without scores."""
     if not scores:
         return None
+    heads = parse_heads(",".join(singles))
+    truth = Truth(
+        np.array([answers.complied() for answers in singles.values()]).T,
+        np.array([_is_higher(changes[head], corrected[head]["p_holm"]) for head in singles], bool),
+    )
     values = {
         name: np.array([score["values"][head.layer][head.index] for head in heads], float)
         for name, score in scores.items()
