@@ -11,22 +11,8 @@ import torch
 from oracle import Oracle
 from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
 
-from safetyheads import (
-    UNDIFFERENTIATED_ATTENTION,
-    Ablation,
-    Head,
-    InputError,
-    KeywordJudge,
-    attack_success_rate,
-    ships,
-)
-from safetyheads.answers.decoding import (
-    Request,
-    ShortContextWarning,
-    answer,
-    end_tokens,
-    generate,
-)
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate, ships
+from safetyheads.answers.decoding import Request, ShortContextWarning, answer, end_tokens, generate
 from safetyheads.answers.sampling import TOP_5, Sampling
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules

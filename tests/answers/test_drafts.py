@@ -206,12 +206,7 @@ def unablated(family, sampling=GREEDY):
 
 
 def twin_of(
-    engine,
-    sampling,
-    groups=None,
-    prompts=PROMPTS,
-    ablation=UNDIFFERENTIATED_ATTENTION,
-    max_new_tokens=N_TOKENS,
+    engine, sampling, groups=None, prompts=PROMPTS, ablation=UNDIFFERENTIATED_ATTENTION, max_new_tokens=N_TOKENS
 ):
     """Plain decoding of what is asked once: any groups, by default every head, in a single call."""
     chosen = each_head(engine) if groups is None else groups

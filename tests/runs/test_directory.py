@@ -248,8 +248,7 @@ def test_open_reads_a_finished_run_while_it_is_held(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.ENOSPC, InputError), (errno.EROFS, InputError), (errno.EIO, SafetyheadsError)],
+    ("number", "kind"), [(errno.ENOSPC, InputError), (errno.EROFS, InputError), (errno.EIO, SafetyheadsError)]
 )
 def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(run, tmp_path, monkeypatch, number, kind):
     def fail(descriptor):

@@ -32,13 +32,7 @@ def test_results_are_valid_json_and_name_their_kind(results):
 
 def test_rates_and_tests_of_each_head(results):
     one = head(results, "0-1")
-    assert one["asr"] == {
-        "count": 11,
-        "n": 12,
-        "unscored": 0,
-        "rate": 11 / 12,
-        "interval": wilson_interval(11, 12),
-    }
+    assert one["asr"] == {"count": 11, "n": 12, "unscored": 0, "rate": 11 / 12, "interval": wilson_interval(11, 12)}
     assert (one["change"]["gained"], one["change"]["lost"], one["change"]["n"]) == (11, 0, 12)
     assert one["change"]["p_value"] == exact_mcnemar(11, 0)
     # Holm over eight heads: the smallest p is multiplied by eight.

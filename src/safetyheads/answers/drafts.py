@@ -77,12 +77,7 @@ class DraftPass:
     """Compares drafts under one ablation with the choices of any head groups."""
 
     def __init__(
-        self,
-        engine: Engine,
-        drafts: Sequence[Draft],
-        ablation: Ablation,
-        sampling: Sampling,
-        plan: Plan | None = None,
+        self, engine: Engine, drafts: Sequence[Draft], ablation: Ablation, sampling: Sampling, plan: Plan | None = None
     ) -> None:
         """Plan the pass; nothing is run yet."""
         self.engine, self.drafts, self.ablation, self.sampling = engine, tuple(drafts), ablation, sampling
@@ -405,11 +400,7 @@ def drafts_fit(engine: Engine, drafts: Sequence[Draft]) -> bool:
 
 
 def unablated_answers(
-    engine: Engine,
-    encoded: Sequence[tuple[int, ...]],
-    decoding: Decoding,
-    stop: Stop | None,
-    n_rows: int | None = None,
+    engine: Engine, encoded: Sequence[tuple[int, ...]], decoding: Decoding, stop: Stop | None, n_rows: int | None = None
 ) -> tuple[Answer, ...]:
     """The drafts: the unablated model's answers, each cut where ``stop`` says so."""
     requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]

@@ -76,11 +76,17 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
             for record, verdict in zip(records, verdicts, strict=True)
         ]
-        fields = {"judge": judge.describe(), "rows": _sha256(stored)}
         # So that later judges and reports find them.
+        fields = {"judge": judge.describe(), "rows": _sha256(stored)}
         run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
-        _write_results(run, results, records, judge)
-        return _summary(records, results["lead_judge"], judge, verdicts, seconds)
+        merged = with_later_verdicts(run, records)
+        _write_results(run, results, merged, judge)
+    lead = results["lead_judge"]
+    by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
+    rates = {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]}
+    (agreed,) = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
+    n_unscored = sum(not verdict.scored for verdict in verdicts)
+    return Rejudged(judge.name, lead, rates, len(records), n_unscored, agreed.compliance, len(agreed.indices), seconds)
 
 
 def _verdicts(
@@ -132,9 +138,8 @@ def with_later_verdicts(run: RunDirectory, records: Sequence[Record]) -> list[Re
     return [{**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}} for record in records]
 
 
-def _write_results(run: RunDirectory, results: Mapping[str, Any], records: Sequence[Record], judge: Judge) -> None:
+def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:
     """Add the judge to the results; a scan's are made anew, an audit's verdict stays the run's own."""
-    merged = with_later_verdicts(run, records)
     if results["kind"] == "scan":
         judges = [*results["judges"], judge.describe()]
         run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
@@ -155,21 +160,6 @@ def _rates(records: Sequence[Record], judge: str) -> dict[str, Rate]:
         label: Rate(given.count("complied"), len(given) - unscored[label], unscored[label])
         for label, given in by_label.items()
     }
-
-
-def _summary(
-    records: Sequence[Record], lead: str, judge: Judge, verdicts: Sequence[Verdict], seconds: float
-) -> Rejudged:
-    """The two judges side by side."""
-    both = [
-        {**record, "verdicts": {lead: record["verdicts"][lead], judge.name: {"label": verdict.label}}}
-        for record, verdict in zip(records, verdicts, strict=True)
-    ]
-    by_judge = {name: _rates(both, name) for name in (judge.name, lead)}
-    rates = {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]}
-    (agreed,) = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
-    n_unscored = sum(not verdict.scored for verdict in verdicts)
-    return Rejudged(judge.name, lead, rates, len(records), n_unscored, agreed.compliance, len(agreed.indices), seconds)
 
 
 def identity(record: Record) -> str:

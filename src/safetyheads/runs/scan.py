@@ -43,12 +43,7 @@ from safetyheads.runs.tables import (
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
 from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
-from safetyheads.stats.testing import (
-    PairedDifference,
-    benjamini_hochberg,
-    holm,
-    smallest_detectable_change,
-)
+from safetyheads.stats.testing import PairedDifference, benjamini_hochberg, holm, smallest_detectable_change
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -467,7 +462,8 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     """How far the judges agree on the harmful prompts, unablated and under each head; None with one judge."""
     if len(judges) < 2:
         return None
-    records = [*table.records_of("vanilla", "harmful", None), *table.records_of("heads", "harmful", epsilon)]
+    groups = [*table.part("vanilla", "harmful", None).values(), *table.part("heads", "harmful", epsilon).values()]
+    records = [record for answers in groups for record in answers.flat()]
     verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
     pairs = agreement(verdicts)
     differing = sorted({index for pair in pairs for index in pair.indices})

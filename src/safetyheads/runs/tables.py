@@ -223,10 +223,6 @@ class AnswerTable:
         """The unablated answers to one set."""
         return self.part("vanilla", name, None).get("")
 
-    def records_of(self, part: str, name: str, epsilon: float | None) -> list[Record]:
-        """All records of one part on one set, in order."""
-        return [record for answers in self.part(part, name, epsilon).values() for record in answers.flat()]
-
 
 def _order_of_groups(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
     if group.startswith("top "):
