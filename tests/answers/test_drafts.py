@@ -364,7 +364,9 @@ def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
         for rows, plain_rows in zip(ours.rows, twin(family, sampling), strict=True):
             for row, plain in zip(rows, plain_rows, strict=True):
                 whole = Completion(plain.prompt.query, plain.text, plain.token_ids, plain.finished, N_TOKENS)
-                assert [row.verdicts[judge.name]] == judge([whole])
+                assert (row.verdicts[judge.name],) == judge([whole])
+                n = None if row.complete else len(row.token_ids)
+                assert (row.token_ids, row.finished) == (plain.token_ids[:n], plain.finished and row.complete)
     check(ours, proved(family), lambda text: first.final(text) and second.final(text))
     check(ours)
     assert 0 < ours.economy.n_incomplete < len(flat(ours))

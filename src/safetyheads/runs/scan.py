@@ -314,15 +314,10 @@ def _heads(
     about: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Every head, layer by layer, with what its ablation does to harmful and to benign answers."""
-    vanilla, benign_kl = table.vanilla("benign"), about.get("benign_kl")
-    scanned = table.part("heads", "benign", about["ablation"]["epsilon"])
-    benign = _benign_heads(scanned, vanilla) if vanilla else {}
+    benign = _benign_heads(table, about)
     heads = []
-    for at, (head, answers) in enumerate(singles.items()):
-        on_benign = benign.get(head)
-        if on_benign is not None and benign_kl is not None:
-            on_benign["kl"] = benign_kl[at]
-        p_holm = corrected[head]["p_holm"]
+    for head, answers in singles.items():
+        p_holm, on_benign = corrected[head]["p_holm"], benign.get(head)
         heads.append(
             {
                 "head": head,
@@ -337,8 +332,11 @@ def _heads(
     return heads
 
 
-def _benign_heads(heads: Mapping[str, GroupAnswers], vanilla: GroupAnswers) -> dict[str, dict[str, Any]]:
-    """What each head's ablation does to benign answers: refusals, changed answers, answers lost."""
+def _benign_heads(table: AnswerTable, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each head's ablation does to benign answers, if any: refusals, changed answers, answers lost, divergence."""
+    vanilla, heads = table.vanilla("benign"), table.part("heads", "benign", about["ablation"]["epsilon"])
+    if vanilla is None:
+        return {}
     kept = {head: answers.kept_change_from(vanilla) for head, answers in heads.items()}
     refused = {head: answers.change_from(vanilla, "refused") for head, answers in heads.items()}
     kept_p, refused_p = _corrected(kept), _corrected(refused)
@@ -349,8 +347,9 @@ def _benign_heads(heads: Mapping[str, GroupAnswers], vanilla: GroupAnswers) -> d
             "changed": rate_as_json(answers.flags("changed")),
             "kept": rate_as_json(answers.flags("kept")),
             "kept_change": asdict(kept[head]) | kept_p[head],
+            "kl": divergence,
         }
-        for head, answers in heads.items()
+        for (head, answers), divergence in zip(heads.items(), about["benign_kl"], strict=True)
     }
 
 
@@ -383,16 +382,14 @@ def _scanned_groups(
     table: AnswerTable, vanilla: GroupAnswers, epsilon: float, random: Mapping[str, Sequence[GroupAnswers]]
 ) -> list[dict[str, Any]]:
     """Each group of heads that was scanned beside the single heads."""
-    benign_vanilla = table.vanilla("benign")
-    groups = []
+    before, groups = table.vanilla("benign"), []
     for part in ("groups", "pairs", "prefixes"):
         benign = table.part(part, "benign", epsilon)
         for heads, answers in table.part(part, "harmful", epsilon).items():
-            on_benign = benign.get(heads)
-            kept_change = None
-            if on_benign is not None and benign_vanilla is not None:
-                kept_change = asdict(on_benign.kept_change_from(benign_vanilla))
-            controls = random.get(heads, ()) if part == "prefixes" else ()
+            kept = kept_change = None
+            if before is not None:
+                kept = rate_as_json(benign[heads].flags("kept"))
+                kept_change = asdict(benign[heads].kept_change_from(before))
             groups.append(
                 {
                     "part": part,
@@ -400,9 +397,9 @@ def _scanned_groups(
                     **answers.rates(),
                     "change": asdict(answers.change_from(vanilla)),
                     "reasons": answers.reasons(),
-                    "benign_kept": None if on_benign is None else rate_as_json(on_benign.flags("kept")),
+                    "benign_kept": kept,
                     "benign_kept_change": kept_change,
-                    "random": random_as_json(answers, controls),
+                    "random": random_as_json(answers, random.get(heads, ()) if part == "prefixes" else ()),
                 }
             )
     return groups
