@@ -104,44 +104,35 @@ class Patient(Seeing):
         return False
 
 
-def cases(sampling):
-    """Names -> words renamed, the template and the judge."""
+CASES = {
+    # Rank of a frequent word -> what it is called, the template's text, whether it thinks, and its stop texts.
+    "a block that the prompt begins": ({1: "</think>"}, "{query} <think>", True, ()),
+    "a block that the model may begin": ({"last": "</think>", "first": "<think>"}, "{query}", True, ()),
+    "a stop text": ({2: "# Query:"}, "{query}", False, ("# Query:",)),
+    "a stop text of two words": ({2: "# Query:"}, "{query}", False, ("# Query: w{3}",)),
+    "a block and a stop text": ({1: "</think>", 2: "# Query:"}, "{query} <think>", True, ("# Query:",)),
+}
+
+
+def case(name, sampling=GREEDY):
+    """Words renamed, the template and the judge."""
     frequent, firsts = answered_words(sampling)
-    last = next(token for token in frequent if token != firsts[0])
-    keywords = tuple(f"w{token}" for token in frequent[4:10])
-    judge = KeywordJudge("words", KeywordRules(keywords, short_characters=0))
-    closes = {last: "</think>", firsts[0]: "<think>"}
-    stop = Template.parse("direct")
-    return {
-        "a block that the prompt begins": ({frequent[1]: "</think>", 63 - 1: "<think>"}, thinks("{query} <think>")),
-        "a block that the model may begin": (closes, thinks("{query}")),
-        "a stop text": ({frequent[2]: "# Query:"}, replace(stop, stops=("# Query:",))),
-        "a stop text of two words": ({frequent[2]: "# Query:"}, replace(stop, stops=(f"# Query: w{frequent[3]}",))),
-        "a block and a stop text": (
-            {frequent[1]: "</think>", 63 - 1: "<think>", frequent[2]: "# Query:"},
-            replace(thinks("{query} <think>"), stops=("# Query:",)),
-        ),
-    }, judge
+    renames, text, thinks, stops = CASES[name]
+    ranks = {**dict(enumerate(frequent)), "first": firsts[0]}
+    ranks["last"] = next(token for token in frequent if token != firsts[0])
+    renamed = {ranks[rank]: word for rank, word in renames.items()}
+    if "<think>" in text:
+        renamed[VOCABULARY - 2] = "<think>"
+    template = Template.parse(text, thinking="open") if thinks else Template.parse("direct")
+    template = replace(template, stops=tuple(stop.replace("{3}", str(frequent[3])) for stop in stops))
+    words = tuple(f"w{token}" for token in frequent[4:10])
+    return renamed, template, KeywordJudge("words", KeywordRules(words, short_characters=0))
 
 
-def thinks(text):
-    return Template.parse(text, thinking="open")
-
-
-NAMES = (
-    "a block that the prompt begins",
-    "a block that the model may begin",
-    "a stop text",
-    "a stop text of two words",
-    "a block and a stop text",
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 @SAMPLINGS
 def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
-    table, judge = cases(sampling)
-    renamed, template = table[name]
+    renamed, template, judge = case(name, sampling)
     engine, prompts = engine_with(renamed), asked(renamed, template)
     kind, groups = UNDIFFERENTIATED_ATTENTION, [(head,) for head in engine.heads]
     scans = {
@@ -182,8 +173,7 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
 
 
 def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
-    table, judge = cases(GREEDY)
-    renamed, template = table["a block that the prompt begins"]
+    renamed, template, judge = case("a block that the prompt begins")
     engine, prompts, seeing = engine_with(renamed), asked(renamed, template), Seeing(judge)
     groups = [(head,) for head in engine.heads]
     scan = scan_attack_success_rate(engine, prompts, UNDIFFERENTIATED_ATTENTION, seeing, Decoding(N_TOKENS), groups)
@@ -203,8 +193,7 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
 
 
 def test_a_stop_text_ends_rows_where_it_is():
-    table, judge = cases(GREEDY)
-    renamed, template = table["a stop text"]
+    renamed, template, judge = case("a stop text")
     engine, prompts = engine_with(renamed), asked(renamed, template)
     stop = next(iter(renamed))
     (rows,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
@@ -216,8 +205,7 @@ def test_a_stop_text_ends_rows_where_it_is():
 
 
 def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
-    table, judge = cases(GREEDY)
-    renamed, template = table["a block that the prompt begins"]
+    renamed, template, judge = case("a block that the prompt begins")
     engine, prompts = engine_with(renamed), asked(renamed, template)
     monkeypatch.setitem(JUDGES, "words", lambda: judge)
     (tmp_path / "asked.txt").write_text("\n".join(prompts.queries))
