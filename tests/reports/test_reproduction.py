@@ -35,7 +35,7 @@ def page_of(outcome: Outcome) -> Page:
 
 
 def index_of(*outcomes: Outcome, left_out: dict[str, str] | None = None, **config: Any) -> Page:
-    made = samples.results(outcomes) | {"left_out": left_out or {}}
+    made = samples.results(outcomes, **config) | {"left_out": left_out or {}}
     return Page(render_reproduction(made, samples.manifest(**config), {})[0])
 
 
@@ -68,7 +68,7 @@ def test_what_lacks_a_setting_or_was_left_out_has_its_reason_as_text() -> None:
     assert index.words.index("fig6a left out") < index.words.index("fig99 left out")
     assert "fig2 done" in index.words
     assert "by now" not in index.words
-    assert "needs a setting that is not given: base" in index_of(base=None).words
+    assert "needs base: the checkpoint" in index_of(base=None).words
 
 
 def test_a_run_of_nothing_says_so_and_an_unknown_outcome_comes_last() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Row, Table, point
+from safetyheads.experiments.run import listed
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate
@@ -335,10 +336,11 @@ def outcomes() -> list[Outcome]:
 # As files hold them.
 
 
-def results(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
+def results(made: Sequence[Outcome] | None = None, **config: Any) -> dict[str, Any]:
     """``results.json`` of these, read back."""
     experiments = [outcome.as_dict() for outcome in (outcomes() if made is None else made)]
     value = {"schema_version": SCHEMA_VERSION, "kind": "reproduction", "experiments": experiments, "judge": "paper"}
+    value["catalogue"] = listed(ReproductionConfig(**config))
     return dict(json.loads(json.dumps(value)))
 
 

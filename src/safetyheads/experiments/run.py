@@ -90,6 +90,13 @@ def reproduce(
         return run.read_results()
 
 
+def listed(config: ReproductionConfig) -> list[dict[str, Any]]:
+    """Every experiment in the paper's order, with what it would lack under these settings."""
+    return [
+        {"name": name, "title": entry.title, "missing": missing(entry, config)} for name, entry in EXPERIMENTS.items()
+    ]
+
+
 def missing(experiment: Experiment, config: ReproductionConfig) -> list[str]:
     """What the experiment needs and the settings do not have, in words."""
     lacking = [_WANTED[need] for need in experiment.needs if need != "lm-eval" and not getattr(config, need)]
@@ -135,6 +142,7 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
         "judge": config.judges[0],
         "judges": list(config.judges),
         "left_out": {name: why for name, why in left_out.items() if name not in records},
+        "catalogue": listed(config),
     }
     run.write_results(results)
     seconds = {name: record["seconds"] for name, record in records.items()}

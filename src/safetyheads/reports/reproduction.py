@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import (
@@ -69,7 +68,7 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
         measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": results["judge"]}
         page = render("experiment.html.j2", content, measured, facts_of_page, content["charts"])
         pages[f"{outcome['name']}.html"] = page
-    states = list(_states(results, manifest["config"], timings))
+    states = list(_states(results, timings))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
     index: dict[str, Any] = {"states": states, "models": models, "sentence": _sentence(states, models)}
@@ -82,16 +81,14 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
 # The index.
 
 
-def _states(results: Record, config: Record, timings: Record) -> Iterator[dict[str, Any]]:
+def _states(results: Record, timings: Record) -> Iterator[dict[str, Any]]:
     """Every experiment of the catalogue in its order, those that it does not know last, each with how far it is."""
     outcomes = {outcome["name"]: outcome for outcome in results["experiments"]}
     left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
-    for name in dict.fromkeys((*EXPERIMENTS, *outcomes, *left_out)):
-        about, outcome = EXPERIMENTS.get(name), outcomes.get(name)
-        state = {"name": name, "title": about.title if about else name, "models": (), "seconds": None}
-        state |= {"tone": "soft", "headline": ()}
-        needs = () if about is None else about.needs
-        lacking = [need for need in needs if need != "lm-eval" and not config.get(need)]
+    catalogue = {entry["name"]: entry for entry in results["catalogue"]}
+    for name in dict.fromkeys((*catalogue, *outcomes, *left_out)):
+        entry, outcome = catalogue.get(name, {"title": name, "missing": ()}), outcomes.get(name)
+        state = {"name": name, "title": entry["title"], "models": (), "seconds": None, "tone": "soft", "headline": ()}
         if outcome is not None:
             reasons, headline = outcome["not_meaningful"], headline_words(outcome)
             has_numbers = bool(outcome["tables"] or outcome["figures"])
@@ -102,11 +99,10 @@ def _states(results: Record, config: Record, timings: Record) -> Iterator[dict[s
             state |= {"seconds": timings.get("seconds", {}).get(name)}
         elif name in left_out:
             state |= {"label": "left out", "said": left_out[name]}
-        elif lacking:
-            state |= {"label": "left out", "said": f"needs a setting that is not given: {', '.join(lacking)}"}
+        elif entry["missing"]:
+            state |= {"label": "left out", "said": f"needs {'; '.join(entry['missing'])}"}
         else:
-            needed = "needs lm-eval: pip install 'safetyheads[lm-eval]'" if "lm-eval" in needs else ""
-            state |= {"label": "not run", "said": needed}
+            state |= {"label": "not run", "said": ""}
         yield state
 
 
