@@ -17,23 +17,8 @@ from safetyheads.cli.app import main
 from safetyheads.model.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("own_folder")
+DEMO = "demo:aligned_a --prompts demo"
 SMALL = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32"]
-
-
-@pytest.fixture
-def refused(run):
-    """Run, and hold it to the rule: exit 2, one line on stderr, nothing on stdout; the line is given back."""
-
-    def called(*arguments):
-        code, out, err = run(*arguments)
-        assert code == 2, err
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert not Path("runs").exists()
-        return err
-
-    return called
 
 
 @pytest.fixture
@@ -75,16 +60,10 @@ def test_help_is_light_and_needs_no_torch():
 
 def test_version_and_no_arguments(run):
     assert run("--version") == (0, f"safetyheads {__version__}\n", "")
-    code, out, _ = run()
-    assert code == 0
-    assert "Usage" in out
-
-
-@pytest.mark.parametrize("command", ["demo", "audit", "ships", "sahara", "asr", "report", "check"])
-def test_every_command_has_help(run, command):
-    code, out, _ = run(command, "--help")
-    assert code == 0
-    assert "Usage" in out
+    for arguments in ((), ("demo", "--help"), ("check", "--help")):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert "Usage" in out
 
 
 def test_demo_ends_with_a_summary_and_a_report(run):
@@ -103,10 +82,6 @@ def test_json_is_alone_on_stdout_and_is_the_results(run, finished):
     code, out, _ = run("demo", *SMALL, "--out", finished, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((finished / "results.json").read_text())
-
-
-def test_quiet_leaves_stderr_empty(run, finished):
-    assert run("demo", *SMALL, "--out", finished, "--quiet")[::2] == (0, "")
 
 
 def test_report_is_written_again(run, finished):
@@ -178,13 +153,14 @@ def test_a_screened_search_finds_the_planted_heads(run, score):
 )
 def test_sahara_shows_its_steps(run, score, options):
     arguments = ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "12", "--size", "2", "--score", score]
-    code, out, _ = run(*arguments, *options)
-    assert code == 0
-    assert "Group: " in out
-    assert ("Openers" in out) == (score == "refusal_score")
     found = json.loads(run(*arguments, *options, "--json")[1])
     assert len(found["steps"]) == 2
     assert bool(found["openers"]) == (score == "refusal_score")
+    if found["openers"]:
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert "Group: " in out
+        assert "Openers" in out
 
 
 def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run):
@@ -205,12 +181,6 @@ def test_asr_without_heads_and_by_prompt(run):
     assert len(json.loads(run(*arguments)[1])["rates"]) == 1
     rates = json.loads(run(*arguments, "--query-level", "2")[1])["rates"]
     assert [row["heads"] for row in rates] == ["none", "each prompt's top 1", "each prompt's top 2"]
-
-
-def test_check_lists_the_proofs(run):
-    code, out, _ = run("check", "demo:aligned_a")
-    assert code == 0
-    assert "eager attention" in out
 
 
 def test_an_audit_of_a_directory_and_a_file(run, checkpoint):
@@ -235,69 +205,49 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("command", "words"),
     [
-        (["bogus"], "Unknown command"),
-        (["ships", "demo:aligned_a"], "--prompts"),
-        (["demo", "--foo"], "Unknown option"),
-        (["demo", "--size", "many"], "--size"),
-        (["demo", "nobody"], "no demo checkpoint"),
-        (["demo", "--epsilon", "-1"], "epsilon"),
-        (["demo", "--epsilon", "nan"], "epsilon"),
-        (["demo", "--ablation", "lobotomy"], "unknown ablation"),
-        (["demo", "--size", "0"], "size"),
-        (["demo", "--judge", "dredd"], "unknown judge"),
-        (["demo", "--threads", "0"], "threads"),
-        (["demo", "--out", "/dev/null/x"], "/dev/null is not a directory"),
-        (["demo", "--show-completions", "--no-completions"], "exclude"),
-        (["audit", "demo:aligned_a", "--prompts", "demo", "--split", "1"], "split"),
-        (["audit", "demo:aligned_a", "--prompts", "demo", "--limit", "0"], "limit"),
-        (["audit", "demo:aligned_a", "--prompts", "demo", "--template", "no placeholder"], "{query}"),
-        (["audit", "demo:aligned_a", "--prompts", "no.csv"], "no prompt file"),
-        (["ships", "./nowhere", "--prompts", "demo"], "no such model directory"),
-        (["ships", "/no/where", "--prompts", "demo"], "no such model directory"),
-        (["ships", "a/b/c", "--prompts", "demo"], "no such model directory"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--top", "0"], "top must be"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--memory", "0"], "--memory"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--memory", "nan"], "--memory"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--sample", "8"], "--sample belongs to --screen"),
-        (["ships", "demo:aligned_a", "--prompts", "demo", "--screen", "--candidates", "0"], "--candidates must be"),
-        (["sahara", "demo:aligned_a", "--prompts", "demo", "--screen", "--sample", "-1"], "--sample must be"),
-        (["sahara", "demo:aligned_a", "--prompts", "demo", "--score", "luck"], "unknown score"),
-        (["sahara", "demo:aligned_a", "--prompts", "demo", "--rank", "2"], "Generalized Ships"),
-        (
-            [
-                "sahara",
-                "demo:aligned_a",
-                "--prompts",
-                "demo",
-                "--limit",
-                "4",
-                "--score",
-                "generalized_ships_prompt",
-                "--rank",
-                "5",
-            ],
-            "rank 5",
-        ),
-        (
-            ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "1", "--score", "generalized_ships_prompt"],
-            "at least two prompts",
-        ),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2:6"], "layer-head"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6,2.6"], "twice"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "2-6", "--heads", "2.6"], "given twice"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "-1"], "query level"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--judge", "paper", "--judge", "paper"], "more often"),
-        (["report", "nowhere"], "not a run directory"),
+        ("bogus", "Unknown command"),
+        ("ships demo:aligned_a", "--prompts"),
+        ("demo --foo", "Unknown option"),
+        ("demo --size many", "--size"),
+        ("demo nobody", "no demo checkpoint"),
+        ("demo --epsilon -1", "epsilon"),
+        ("demo --epsilon nan", "epsilon"),
+        ("demo --ablation lobotomy", "unknown ablation"),
+        ("demo --size 0", "size"),
+        ("demo --judge dredd", "unknown judge"),
+        ("demo --threads 0", "threads"),
+        ("demo --out /dev/null/x", "/dev/null is not a directory"),
+        ("demo --show-completions --no-completions", "exclude"),
+        ("audit DEMO --split 1", "split"),
+        ("audit DEMO --limit 0", "limit"),
+        ("audit DEMO --template no_placeholder", "{query}"),
+        ("audit demo:aligned_a --prompts no.csv", "no prompt file"),
+        ("ships ./nowhere --prompts demo", "no such model directory"),
+        ("ships /no/where --prompts demo", "no such model directory"),
+        ("ships a/b/c --prompts demo", "no such model directory"),
+        ("ships DEMO --top 0", "top must be"),
+        ("ships DEMO --memory 0", "--memory"),
+        ("ships DEMO --memory nan", "--memory"),
+        ("ships DEMO --sample 8", "--sample belongs to --screen"),
+        ("ships DEMO --screen --candidates 0", "--candidates must be"),
+        ("sahara DEMO --screen --sample -1", "--sample must be"),
+        ("sahara DEMO --score luck", "unknown score"),
+        ("sahara DEMO --rank 2", "Generalized Ships"),
+        ("sahara DEMO --limit 4 --score generalized_ships_prompt --rank 5", "rank 5"),
+        ("sahara DEMO --limit 1 --score generalized_ships_prompt", "at least two prompts"),
+        ("asr DEMO --heads 2:6", "layer-head"),
+        ("asr DEMO --heads 2-6,2.6", "twice"),
+        ("asr DEMO --heads 2-6 --heads 2.6", "given twice"),
+        ("asr DEMO --query-level -1", "query level"),
+        ("asr DEMO --judge paper --judge paper", "more often"),
+        ("report nowhere", "not a run directory"),
     ],
 )
-def test_refused_before_a_model_is_read(refused, monkeypatch, arguments, words):
-    def read(*_, **__):
-        raise AssertionError("the model was read")
-
-    monkeypatch.setattr(Engine, "load", read)
-    assert words in refused(*arguments)
+def test_refused_before_a_model_is_read(refused, no_model, command, words):
+    assert words in refused(*command.replace("DEMO", DEMO).split())
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,23 +268,21 @@ def test_a_bad_prompt_file(refused, name, content, words):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("command", "words"),
     [
-        (["demo", "--limit", "4", "--size", "1000"], "size 1000"),
-        (["sahara", "demo:aligned_a", "--prompts", "demo", "--size", "1000"], "size 1000"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--heads", "99-0"], "out of range"),
-        (["asr", "demo:aligned_a", "--prompts", "demo", "--query-level", "1000"], "query level 1000"),
-        (["demo", "--limit", "1"], "at least two"),
-        *((["check", "demo:aligned_a", "--device", name], "use cpu, cuda") for name in ("quantum", "meta", "xpu")),
-        (["check", "demo:aligned_a", "--dtype", "int3"], "unknown dtype"),
-        *(
-            ([command, "demo:aligned_a", "--prompts", "demo", "--limit", "4", "--memory", "1e-6"], "memory budget")
-            for command in ("ships", "sahara", "audit", "scan")
-        ),
+        ("demo --limit 4 --size 1000", "size 1000"),
+        ("sahara DEMO --size 1000", "size 1000"),
+        ("asr DEMO --heads 99-0", "out of range"),
+        ("asr DEMO --query-level 1000", "query level 1000"),
+        ("demo --limit 1", "at least two"),
+        *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta", "xpu")),
+        ("check demo:aligned_a --dtype int3", "unknown dtype"),
+        *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "sahara", "audit", "scan")),
     ],
 )
-def test_refused_with_the_model(refused, arguments, words):
-    assert words in refused(*arguments)
+def test_refused_with_the_model(refused, command, words):
+    assert words in refused(*command.replace("DEMO", DEMO).split())
+    assert not Path("runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

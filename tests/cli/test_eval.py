@@ -30,13 +30,6 @@ def own_tasks_alone(monkeypatch):
     monkeypatch.setattr(lm_eval, "_manager", manager)
 
 
-def refused(run, *arguments):
-    """The one line on stderr of a call that ends with 2 and prints nothing else."""
-    code, out, err = run("eval", *arguments)
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    return err
-
-
 def test_a_new_user_reads_vanilla_beside_each_group(run):
     code, out, err = run("eval", *SMALL, "--heads", "1-3,2-5,2-1", "--heads", "1-3")
     assert (code, err) == (0, "")
@@ -120,20 +113,20 @@ def test_another_chat_template_or_tokenizer_is_another_run(run, tmp_path):
     assert "holds a run with another config: tokenizer_sha256" in err
 
 
-def test_a_missing_extra_is_named(run, monkeypatch):
+def test_a_missing_extra_is_named(refused, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "pip install 'safetyheads[lm-eval]'" in refused(run, *SMALL)
+    assert "pip install 'safetyheads[lm-eval]'" in refused("eval", *SMALL)
 
 
-def test_an_unknown_task_is_refused_with_what_is_near(run, own_tasks_alone):
-    assert "no task 'organsm'; there are organism" in refused(run, *SMALL, "--tasks", "organsm")
+def test_an_unknown_task_is_refused_with_what_is_near(refused, own_tasks_alone):
+    assert "no task 'organsm'; there are organism" in refused("eval", *SMALL, "--tasks", "organsm")
 
 
-def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(run):
+def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
     """Reads lm-eval's whole list, once."""
-    message = refused(run, *SMALL, "--tasks", "boolq", "--offline")
+    message = refused("eval", *SMALL, "--tasks", "boolq", "--offline")
     assert "the data of task boolq are not on this machine" in message
     assert not any(word in message for word in NOISE)
 
@@ -146,10 +139,10 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(run):
         ("output_type: nonesuch", "cannot be run"),
     ],
 )
-def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, tmp_path, own_tasks_alone, config, said):
+def test_tasks_that_cannot_be_run_are_refused_in_one_line(refused, tmp_path, own_tasks_alone, config, said):
     text = f"task: own\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
     (tmp_path / "own.yaml").write_text(text)
-    assert said in refused(run, *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
+    assert said in refused("eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +153,7 @@ def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, tmp_path, own_tas
         ("doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
     ],
 )
-def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alone, monkeypatch, config, said):
+def test_tasks_are_refused_before_the_model_is_read(refused, tmp_path, own_tasks_alone, monkeypatch, config, said):
     monkeypatch.setattr(app, "load_engine", lambda *_, **__: pytest.fail("the model was read"))
     data = tmp_path / "own.jsonl"
     data.write_text('{"question": "1", "answer": 0}\n')
@@ -168,7 +161,7 @@ def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alo
         f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
         f"output_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
     )
-    assert said in refused(run, *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
+    assert said in refused("eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
 
 
 @pytest.mark.parametrize(
@@ -188,22 +181,14 @@ def test_tasks_are_refused_before_the_model_is_read(run, tmp_path, own_tasks_alo
         (("--ablation", "nothing"), "unknown ablation"),
     ],
 )
-def test_bad_input_is_one_line(run, options, said):
-    assert said in refused(run, MODEL, "--quiet", *options)
+def test_bad_input_is_one_line(refused, options, said):
+    assert said in refused("eval", MODEL, "--quiet", *options)
 
 
 def test_metrics_that_are_no_shares_are_shown_too(capsys):
     settings = {"lm_eval": "0"}
     one = {"task": "t", "metric": "perplexity", "variant": "none", "unit": "whole", "n": 3, "interval": None}
-    whole = {
-        "change": 2.0,
-        "interval": None,
-        "gained": None,
-        "lost": None,
-        "p_value": None,
-        "p_holm": None,
-        "test": None,
-    }
+    whole = {"change": 2.0, **dict.fromkeys(("interval", "gained", "lost", "p_value", "p_holm", "test"))}
     metrics = [
         {**one, "value": 12345.678, "difference": None},
         {**one, "variant": "1-3", "value": None, "difference": whole},

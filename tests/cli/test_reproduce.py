@@ -27,12 +27,6 @@ def test_the_list_says_what_each_costs_and_lacks(run):
     assert "base:" in out  # fig6a has none for this model
 
 
-def test_the_list_as_json(run):
-    code, out, _ = run("reproduce", "list", "--json")
-    assert code == 0
-    assert set(json.loads(out)) == set(EXPERIMENTS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -61,20 +55,6 @@ def test_without_the_extra_its_experiment_names_it(run, monkeypatch):
     code, _, error = run("reproduce", "fig6b")
     assert code == 2
     assert "pip install 'safetyheads[lm-eval]'" in error
-
-
-def test_models_of_different_shapes_cannot_be_held_against_each_other(run):
-    organism = demo.checkpoint_path("aligned_a")
-    config = transformers.AutoConfig.from_pretrained(organism)
-    config.num_hidden_layers = 3
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("other")
-    transformers.AutoTokenizer.from_pretrained(organism).save_pretrained("other")
-    Path("lab.toml").write_text('models = ["demo:aligned_a"]\nrelated = "other"\nbase = "other"\nlimit = 4\n')
-    for name in ("fig5", "fig6a"):
-        code, _, error = run("reproduce", name, "--config", "lab.toml", "--threads", "1")
-        assert code == 2, name
-        assert "Traceback" not in error
-        assert error.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 from own_judges import SEEN
 
 from safetyheads.cli.app import main
-from safetyheads.judges.base import Verdict
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -62,13 +61,6 @@ def test_a_new_user_reads_heads_economy_and_sentence(run, finished):
     assert "decoded from the first difference on" in out
     assert "heads that change the ASR (Holm)" in out
     assert f"Report: {finished}/report/index.html" in " ".join(out.split())
-    assert "I cannot help" not in out
-
-
-def test_json_is_one_object_without_answers(run, finished):
-    code, out, _ = run("scan", MODEL, *SMALL, "--limit", "8", "--no-scores", "--out", finished, "--json")
-    assert code == 0
-    assert json.loads(out)["kind"] == "scan"
     assert "I cannot help" not in out
 
 
@@ -161,13 +153,9 @@ def test_an_audit_is_judged_again_too(run, tmp_path):
         (("--show-completions", "--no-completions"), "exclude each other"),
     ],
 )
-def test_bad_input_is_one_line(run, tmp_path, options, said):
+def test_bad_input_is_one_line(refused, tmp_path, options, said):
     out = tmp_path / "refused"
-    code, printed, err = run("scan", MODEL, "--prompts", "demo", "--limit", "4", "--quiet", "--out", out, *options)
-    assert (code, printed) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert said in err
+    assert said in refused("scan", MODEL, "--prompts", "demo", "--limit", "4", "--quiet", "--out", out, *options)
     assert not out.exists()
 
 
@@ -178,9 +166,3 @@ def test_judging_what_is_no_run_is_one_line(run, tmp_path):
     code, _, err = run("judge", out, "--judge", "phrases")
     assert code == 2
     assert "--no-completions" in err
-
-
-def test_a_verdict_that_is_unscored_is_no_verdict():
-    assert not Verdict("unscored", "").scored
-    assert not Verdict("unscored", "").complied
-    assert Verdict("safe", "").answered

@@ -53,13 +53,6 @@ def test_tables_break_no_number(terminal: Any, width: int) -> None:
     assert "n 24 behind every interval." in text
 
 
-def test_n_stands_below_where_all_rows_share_it(terminal: Any) -> None:
-    text = "\n".join(terminal(100, show_outcomes, samples.results(), ["fig2"], REPORT))
-    assert "0.54 [0.35, 0.72]" in text
-    assert "n 24 behind every interval" in text
-    assert "12 more rows in the report." in text
-
-
 def test_a_table_too_wide_is_a_paragraph_a_row(terminal: Any) -> None:
     text = "\n".join(terminal(50, show_outcomes, samples.results(), ["table1"], REPORT))
     assert "Sahara\nparameters: 2,667,318;" in text
@@ -74,12 +67,6 @@ def test_one_experiment_has_its_tables_and_several_a_line_each(terminal: Any) ->
     text = "\n".join(lines)
     assert "0.54" in text
     assert "Not meaningful on this model. demo:aligned_a on theft" in text
-    assert lines[-1] == f"Report: {REPORT}"
-
-
-def test_reasons_stand_in_place_of_tables(terminal: Any) -> None:
-    lines = terminal(120, show_outcomes, samples.results(), ["fig15"], REPORT)
-    assert sum(line.startswith("Not meaningful on this model.") for line in lines) == 2
     assert lines[-1] == f"Report: {REPORT}"
 
 

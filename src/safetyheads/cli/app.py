@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. torch is imported on
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from safetyheads.cli.options import (
     ReportOptions,
     options_from_dataclasses,
 )
-from safetyheads.cli.show import print_error, print_json, progress_for, stdout, warnings_as_lines
+from safetyheads.cli.show import print_error, progress_for, stdout, warnings_as_lines
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
@@ -461,7 +462,7 @@ def _finish(
 
 def _show(found: Mapping[str, Any], output: OutputOptions, show: Callable[[], None]) -> None:
     if output.json:
-        print_json(found)
+        sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:
         show()
 

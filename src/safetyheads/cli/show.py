@@ -6,7 +6,6 @@ numbers of a table share n, it stands below the table.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -65,11 +64,6 @@ def stdout() -> Console:
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
     return Console(markup=False, highlight=False, width=_WIDTH_OFF_TERMINAL)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def print_error(line: str) -> None:
@@ -328,7 +322,7 @@ def print_lines(lines: Iterable[str], style: str | None = None) -> None:
 
 
 def print_cautions(results: Found) -> None:
-    """Print what a reader must know about the numbers."""
+    """Print the caveats and what happened on the way."""
     print_lines((f"- {caveat}" for caveat in results["caveats"]), "dim")
     print_warnings(results)
 
