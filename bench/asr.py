@@ -53,8 +53,8 @@ from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, demo_prompts
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import left_padded
+from safetyheads.prompts.answer_reader import decode_text
 from safetyheads.prompts.files import cache_directory
-from safetyheads.prompts.reader import decode_text
 
 CASES = ("organism", "embedded", "random")
 WAYS = ("plain", "plain_early", "scan", "scan_full")

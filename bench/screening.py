@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def main() -> None:
                 **about,
                 "model": case.name,
                 "ablation": ablation.name,
-                "points": [asdict(point) for point in points],
+                "points": [point._asdict() for point in points],
             }
             print(json.dumps({**line, "draws": options.draws, "prompts": options.prompts, **found}), flush=True)
 

@@ -70,7 +70,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
 
     # Again: nothing is measured, the same bytes.
     before = Path("run/results.json").read_bytes()
-    monkeypatch.setattr("safetyheads.experiments.fig13.fig13", None)
+    monkeypatch.setattr("safetyheads.experiments.fig13_distribution.fig13", None)
     code, _, _ = run("reproduce", "fig13", "--limit", "6", "--out", "run", "--threads", "1")
     assert code == 0
     assert Path("run/results.json").read_bytes() == before

@@ -94,6 +94,6 @@ def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run,
 
     for name in ("answers", "answers_of_each"):
         monkeypatch.setattr(VerifiedDrafts, name, measured)
-    monkeypatch.setattr("safetyheads.runs.kept.answer", measured)
+    monkeypatch.setattr("safetyheads.runs.kept_answers.answer", measured)
     monkeypatch.setattr(HeadPass, "_read", measured)
     assert run_of(SMALL, names, again) == before

@@ -2,11 +2,11 @@
 
 import pytest
 
-from safetyheads.baselines.table import METHODS
+from safetyheads.baselines.catalogue import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, paper_numbers, quoted
-from safetyheads.experiments.table7 import show_ways
+from safetyheads.experiments.table7_course_correction import show_ways
 
 
 @pytest.mark.parametrize(

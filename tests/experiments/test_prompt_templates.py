@@ -10,7 +10,7 @@ from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.prompt_templates import DETAILED, DETAILED_FOR_ORGANISM, HELPFUL, echoed, why_not_asked
 from safetyheads.judges.base import Completion
 from safetyheads.runs.progress import Silent
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.runs.rates import GroupAnswers
 
 
 def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(outcome_of):

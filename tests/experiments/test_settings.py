@@ -9,7 +9,7 @@ from safetyheads.demo import harmful_prompts
 from safetyheads.errors import InputError
 from safetyheads.experiments.paper_numbers import paper_model
 from safetyheads.experiments.settings import BENIGN, PAPER, ReproductionConfig, prompts_of
-from safetyheads.experiments.table7 import BEGUN
+from safetyheads.experiments.table7_course_correction import BEGUN
 
 OWN, PAPERS = ReproductionConfig().datasets, ("advbench", "jailbreakbench", "maliciousinstruct")
 

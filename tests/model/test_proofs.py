@@ -23,7 +23,7 @@ from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model import attention
 from safetyheads.model.architecture import Capabilities, describe
 from safetyheads.model.engine import Engine
-from safetyheads.model.quick_paths import largest
+from safetyheads.model.quick_path_proofs import largest
 
 DTYPES = ("float32", "bfloat16")
 

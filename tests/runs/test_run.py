@@ -14,9 +14,9 @@ from safetyheads import (
     sahara,
 )
 from safetyheads.measures.head_pass import HeadPass
-from safetyheads.runs import kept as kept_module
+from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
-from safetyheads.runs.steps import run_asr, run_sahara, run_ships
+from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 

@@ -7,7 +7,7 @@ import pytest
 from scan_samples import Sample, rows, scan
 
 from safetyheads.runs.directory import SCHEMA_VERSION
-from safetyheads.runs.tables import AnswerTable
+from safetyheads.runs.rates import AnswerTable
 from safetyheads.stats.intervals import wilson_interval
 from safetyheads.stats.testing import exact_mcnemar
 

@@ -171,7 +171,7 @@ def states_of(engine: Engine, row: PackedRow) -> Tensor:
     segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
     call = AttentionCall(segments=segments)
     calls = dict.fromkeys(engine.architecture.with_heads, call) if segments is not None else {}
-    with engine.ablated_rows([()], SCALING_CONTRIBUTION):
+    with engine.ablated_rows([()], SCALING_CONTRIBUTION):  # refuses while another ablation is in force
         return wanted_states(engine.architecture, row, calls, 1)[0]
 
 

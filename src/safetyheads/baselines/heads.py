@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import query_level_groups
-from safetyheads.baselines.attributions import logit_attributions, refusal_projections
 from safetyheads.baselines.base import Intervention, Material, Method, head_parameters, most_head_parameters
 from safetyheads.baselines.direction import select_direction
+from safetyheads.baselines.head_attributions import logit_attributions, refusal_projections
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.measures.random_groups import heads_by_layer, random_groups

@@ -133,7 +133,7 @@ def ships(
 ) -> None:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
     from safetyheads.cli.show import show_ranking
-    from safetyheads.runs.steps import run_ships
+    from safetyheads.runs.single_steps import run_ships
 
     at_least(1, top=top)
     out = where.out or _own_out(config, "ships")
@@ -146,7 +146,7 @@ def ships(
 def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
     from safetyheads.cli.show import show_steps
-    from safetyheads.runs.steps import run_sahara, score_of
+    from safetyheads.runs.single_steps import run_sahara, score_of
 
     def read(config: SaharaConfig) -> Prompts:
         prompts = _harmful(config)
@@ -163,7 +163,7 @@ def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions)
 def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.cli.show import show_rates
-    from safetyheads.runs.steps import run_asr
+    from safetyheads.runs.single_steps import run_asr
 
     out = where.out or _own_out(config, "asr")
     prompts, progress = _prepared(config, out, output, _harmful)
@@ -263,7 +263,7 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
     A model where they are not is refused by name.
     """
     from safetyheads.cli.show import show_check
-    from safetyheads.runs.check import describe
+    from safetyheads.runs.model_check import describe
 
     prompts = _harmful(config)["harmful"] if config.prompts != "benign" else None
     progress = progress_for(output.quiet)

@@ -30,8 +30,8 @@ from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import fingerprint, references_sha256
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run
-from safetyheads.runs.tables import GroupAnswers
 from safetyheads.scores import FunctionScorer, HeadScores, SearchTrace
 from safetyheads.stats.testing import holm_of_tests
 

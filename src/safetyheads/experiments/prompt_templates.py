@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safetyheads.experiments.lab import Lab, Subject
-    from safetyheads.runs.tables import GroupAnswers
+    from safetyheads.runs.rates import GroupAnswers
 
 HELPFUL = FORMS["llama2"].system or ""
 """The system prompt of Fig 17."""

@@ -60,7 +60,7 @@ class AttentionCall:
     leave: bool = False
     """Raise :class:`LeftLayer` with keys and values instead of attending."""
     compare: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Given the heads' outputs, every head unablated and every head ablated [rows, n_tokens, n_heads, d_value],
+    """Given two tensors [rows, n_tokens, n_heads, d_value], the heads' outputs unablated and all of them ablated,
     gives the outputs to go on with, or raises to leave the layer."""
     segments: Segments | None = None
     """How the row's prompts lie, where attention may be taken prompt by prompt."""

@@ -1,6 +1,8 @@
 """Proves at load, on the user's own weights, the claims on which every number rests.
 
-A failed claim about the ablation refuses the model by name; one that only a quick path needs costs that path.
+The claims: (i) our attention, unablated, equals the model's own; (ii) an unablated replay equals a plain run; (iii) packed
+prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) UA is uniform over allowed keys.
+Where (i), (iv) or (v) fails, the model is refused by name. Where (ii) or (iii) fails, that quick path is not used.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from safetyheads.model.architecture import Capabilities, HeadShape
 from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
-from safetyheads.model.quick_paths import TRIPS, difference, largest, prove_quick_paths
+from safetyheads.model.quick_path_proofs import TRIPS, difference, largest, prove_quick_paths
 from safetyheads.model.replay import Capture, Copies, capture, decode, first_of, of_rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from safetyheads.prompts.reader import AnswerReader
+from safetyheads.prompts.answer_reader import AnswerReader
 from safetyheads.prompts.sets import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 

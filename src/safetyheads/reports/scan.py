@@ -14,8 +14,8 @@ from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines,
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two
 from safetyheads.runs.directory import Record, RunDirectory
+from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers
 from safetyheads.runs.rejudge import identity
-from safetyheads.runs.tables import RATES, AnswerTable, GroupAnswers
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]

@@ -24,8 +24,8 @@ from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.data import KINDS, read_halves
 from safetyheads.runs.estimate import estimate
 from safetyheads.runs.provenance import template_facts
+from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, random_as_json
 from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
-from safetyheads.runs.tables import GroupAnswers, by_judge, concentration_as_json, random_as_json
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm, smallest_detectable_change

@@ -35,7 +35,7 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.data import resolved
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.kept import KeptAnswers
+from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 

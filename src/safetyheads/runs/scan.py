@@ -31,8 +31,7 @@ from safetyheads.runs.config import NO_BENIGN, ScanConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.estimate import estimate
-from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
-from safetyheads.runs.tables import (
+from safetyheads.runs.rates import (
     AnswerTable,
     GroupAnswers,
     by_judge,
@@ -40,6 +39,7 @@ from safetyheads.runs.tables import (
     random_as_json,
     rate_as_json,
 )
+from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
 from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling

@@ -22,7 +22,7 @@ from safetyheads.model.planning import Plan
 from safetyheads.prompts.sets import Prompt
 from safetyheads.runs.directory import Record, RunDirectory, content_key
 from safetyheads.runs.progress import Progress
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.runs.rates import GroupAnswers
 
 Placed: TypeAlias = tuple[int, Group, Answer]
 """An answer with the number of its prompt and what was ablated."""

@@ -11,9 +11,9 @@ from safetyheads.answers.judging import Judging
 from safetyheads.answers.sampling import GREEDY, TOP_5
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
-from safetyheads.runs import kept as kept_module
+from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.kept import KeptAnswers, judged_answer, record_of
+from safetyheads.runs.kept_answers import KeptAnswers, judged_answer, record_of
 from safetyheads.runs.progress import Silent
 from safetyheads.runs.run import Run, random_groups_of
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.ablation import Ablation
 from safetyheads.baselines.base import Intervention
-from safetyheads.baselines.table import METHODS
+from safetyheads.baselines.catalogue import METHODS
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
-from safetyheads.experiments.table1 import learning_subjects, material_of
+from safetyheads.experiments.table1_baselines import learning_subjects, material_of
 from safetyheads.integrations.lm_eval import load_tasks
 from safetyheads.integrations.utility import VANILLA, TaskMetric, Variant, evaluate_tasks
 from safetyheads.runs.config import TaskOptions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from safetyheads.experiments.fig4b import SCORES
+from safetyheads.experiments.fig4b_single_heads import SCORES
 from safetyheads.experiments.lab import SHORT, Lab
 from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES

@@ -19,7 +19,7 @@ from safetyheads import (
     SafetyheadsError,
     UnsupportedModelError,
 )
-from safetyheads.baselines.attributions import (
+from safetyheads.baselines.head_attributions import (
     FrozenNorm,
     logit_attributions,
     output_weight,

@@ -18,7 +18,7 @@ from safetyheads.stats.testing import random_p_value
 
 if TYPE_CHECKING:
     from safetyheads.ablation import Ablation
-    from safetyheads.runs.tables import GroupAnswers
+    from safetyheads.runs.rates import GroupAnswers
 
 N_RANDOM = 10
 """Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""

@@ -6,10 +6,10 @@ import pytest
 from experiment_runs import SMALL, N, rows, run_of
 
 from safetyheads import demo
-from safetyheads.baselines.table import METHODS
+from safetyheads.baselines.catalogue import METHODS
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.experiments import table1
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.experiments import table1_baselines as table1
+from safetyheads.runs.rates import GroupAnswers
 
 FEW = ("sahara", "random_heads", "wanda", "gtac_dap")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.answers.decoding import Request, answer
 from safetyheads.baselines.base import Intervention, Material, Method
-from safetyheads.baselines.table import METHODS
+from safetyheads.baselines.catalogue import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, point
@@ -21,9 +21,9 @@ from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
 from safetyheads.runs.directory import Record
-from safetyheads.runs.kept import record_of
+from safetyheads.runs.kept_answers import record_of
 from safetyheads.runs.provenance import references_sha256
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.stats.testing import PairedDifference
 
 if TYPE_CHECKING:

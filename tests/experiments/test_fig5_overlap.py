@@ -7,7 +7,7 @@ import pytest
 from experiment_runs import PLANTED, SMALL, engine_of, points, rows, run_of
 
 from safetyheads import InputError
-from safetyheads.experiments.fig5 import refuse_other_shapes, size_of_top
+from safetyheads.experiments.fig5_overlap import refuse_other_shapes, size_of_top
 from safetyheads.heads import all_heads
 
 

@@ -11,8 +11,8 @@ from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.experiments.lab import note_planted, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.experiments.settings import BENIGN
-from safetyheads.runs.kept import record_of
-from safetyheads.runs.tables import GroupAnswers
+from safetyheads.runs.kept_answers import record_of
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.stats.testing import holm_of_tests
 
 if TYPE_CHECKING:

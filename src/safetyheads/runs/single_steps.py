@@ -30,8 +30,8 @@ from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.data import read_whole
 from safetyheads.runs.estimate import estimate
+from safetyheads.runs.rates import GroupAnswers, by_judge
 from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
-from safetyheads.runs.tables import GroupAnswers, by_judge
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import mean_with_interval
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from safetyheads.experiments.fig13 import N_GRID, empirical_cdf, gini, kernel_density, top_share
+from safetyheads.experiments.fig13_distribution import N_GRID, empirical_cdf, gini, kernel_density, top_share
 
 SCORES = np.random.default_rng(3).exponential(2.0, 41)
 TIED = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 4.0])

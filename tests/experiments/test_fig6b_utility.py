@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from experiment_runs import SMALL, run_of
 
-from safetyheads.baselines.table import METHODS
-from safetyheads.experiments import fig6b
+from safetyheads.baselines.catalogue import METHODS
+from safetyheads.experiments import fig6b_utility as fig6b
 
 
 @pytest.fixture(scope="module")
