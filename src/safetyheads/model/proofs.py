@@ -1,7 +1,8 @@
 """Proves at load, on the user's own weights, the claims on which every number rests.
 
-The claims: (i) our attention, unablated, equals the model's own; (ii) an unablated replay equals a plain run; (iii) packed
-prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) UA is uniform over allowed keys.
+The claims: (i) our attention, unablated, equals the model's own; (ii) an unablated replay equals a plain run;
+(iii) packed prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) UA is uniform over
+allowed keys.
 Where (i), (iv) or (v) fails, the model is refused by name. Where (ii) or (iii) fails, that quick path is not used.
 """
 

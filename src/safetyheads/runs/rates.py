@@ -1,7 +1,7 @@
 """Turns stored answers into rates and changes; the only place that does.
 
-A record is one answer (`kept_answers.record_of`). Records are sorted by what was ablated. All groups have the same prompts,
-each answered once a seed, so comparisons are paired.
+A record is one answer (`kept_answers.record_of`). Records are sorted by what was ablated. All groups have the same
+prompts, each answered once a seed, so comparisons are paired.
 """
 
 from __future__ import annotations
