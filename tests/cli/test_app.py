@@ -234,6 +234,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ("ships DEMO --screen --candidates 0", "--candidates must be"),
         ("sahara DEMO --screen --sample -1", "--sample must be"),
         ("sahara DEMO --score luck", "unknown score"),
+        ("sahara DEMO --score screened_mean_ships", "unknown score"),
         ("sahara DEMO --rank 2", "Generalized Ships"),
         ("sahara DEMO --limit 4 --score generalized_ships_prompt --rank 5", "rank 5"),
         ("sahara DEMO --limit 1 --score generalized_ships_prompt", "at least two prompts"),

@@ -115,6 +115,15 @@ def test_a_second_judge_finds_the_first(run, copied):
     assert "has verdicts of phrases already" in err
 
 
+def test_a_judge_whose_start_was_killed_before_its_results_is_no_judge_of_the_run(run, copied):
+    before = (copied / "results.json").read_bytes()
+    assert run("judge", copied, "--judge", "phrases", "--quiet")[0] == 0
+    (copied / "results.json").write_bytes(before)  # as a kill between verdicts and results leaves it
+    assert run("judge", copied, "--judge", "released", "--quiet")[0] == 0
+    assert [judge["name"] for judge in results(copied)["judges"]] == ["paper", "released"]
+    assert all(set(head["by_judge"]) == {"paper", "released"} for head in results(copied)["heads"])
+
+
 def test_a_judge_that_fails_scores_nothing_and_loses_nothing(run, copied):
     before = results(copied)
     code, out, _ = run("judge", copied, "--judge", "python:own_judges:failing", "--json")

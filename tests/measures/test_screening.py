@@ -259,3 +259,9 @@ def test_samples_follow_the_probabilities_of_the_others():
     assert chosen.tokens.tolist() == [[0, 2]]
     # All but the first point's one token: 2 % and 30 % and 18 % of 50 %.
     assert torch.bincount(chosen.samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
+
+
+@pytest.mark.parametrize("points", [(), (Point(0.8, 1),), (Point(0.0, 0),), (Point(0.0, 10_000),)])
+def test_points_that_forecast_nothing_sound_are_refused(points):
+    with pytest.raises(InputError, match="begins at the unablated model"):
+        screen(engine_of("llama_gqa"), SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)

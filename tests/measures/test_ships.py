@@ -31,7 +31,9 @@ from safetyheads.measures.ships import (
     SharedFirstTokenWarning,
     answer_sequences,
     scorer_named,
+    scorer_of,
 )
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
 torch.set_num_threads(1)
@@ -248,7 +250,7 @@ def test_a_blank_first_token_of_every_answer_is_warned_of(monkeypatch, oracle, r
     assert unablated_answer(oracle, PROMPTS[0], 1) != unablated_answer(oracle, PROMPTS[1], 1)
     answer_sequences(engine, prompts_of(*PROMPTS[:2]), positions=1)
     assert not recwarn.list
-    for score in (ships, mean_ships, generalized_ships):
+    for score in (ships, mean_ships):
         with pytest.warns(SharedFirstTokenWarning, match=r"token '\\n'.* positions=2"):
             score(engine, same, UNDIFFERENTIATED_ATTENTION)
 
@@ -334,3 +336,22 @@ def test_all_readouts_at_once_cost_the_layer_calls_of_one():
         assert calls_alone == calls
         ((name, values),) = alone.items()
         assert torch.equal(everything[name], values)
+
+
+def test_scores_of_the_prompts_last_token_need_no_answers():
+    engine = engine_of("llama_gqa", capabilities=Capabilities(caches=False))
+    prompts = prompts_of(*PROMPTS)
+    assert generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)(GROUPS).shape == (len(GROUPS),)
+    opener = [Opener(7, "x", 1)]
+    assert refusal_score(engine, prompts, UNDIFFERENTIATED_ATTENTION, openers=opener)(GROUPS).shape == (len(GROUPS),)
+
+
+def test_a_forecast_is_not_read_from_a_pass_and_the_empty_group_changes_nothing():
+    engine = engine_of("llama_gqa")
+    measuring = HeadPass(
+        engine, answer_sequences(engine, prompts_of(*PROMPTS), 1), UNDIFFERENTIATED_ATTENTION, Readouts(ships=True)
+    )
+    with pytest.raises(InputError, match="forecast from prompts"):
+        scorer_of(measuring, "screened_mean_ships")
+    scorer = scorer_named(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, "screened_mean_ships")
+    assert scorer([(), (Head(0, 1),)])[0] == 0.0

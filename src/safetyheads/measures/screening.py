@@ -112,10 +112,16 @@ def screen(
     beside each head, as in a search's later steps. The first of ``points`` is at 0.
 
     Raises:
-        InputError: a common head that the model does not have.
+        InputError: a common head that the model does not have, or points that do not begin at the unablated model or
+            follow no token, or all.
     """
+    n_tokens = [point.n_tokens for point in points]
+    if not points or points[0].at != 0.0 or min(n_tokens) < 1 or max(n_tokens) >= engine.architecture.vocabulary_size:
+        raise InputError(
+            f"a screening begins at the unablated model and follows 1 token or more, not all; got {points}"
+        )
     common = within(common, engine.n_layers, engine.n_heads)
-    lineariser = Lineariser(engine, sequences, ablation, openers, max(point.n_tokens for point in points))
+    lineariser = Lineariser(engine, sequences, ablation, openers, max(n_tokens))
     # The unablated model is what ablated ones are compared with, so it chooses the tokens that are followed.
     unablated = lineariser.at(points[0], gradients=False) if common else None
     start = lineariser.at(points[0], common, None if unablated is None else unablated.followed)

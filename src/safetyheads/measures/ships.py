@@ -85,16 +85,20 @@ def scorer_named(
     if score.forecast == "refusal_score" and not openers:
         openers = find_openers(engine, prompts, judge or KeywordJudge())
     tokens = tuple(opener.token_id for opener in openers or ())
-    sequences = answer_sequences(engine, prompts, score.positions)
+    if score.name.endswith("mean_ships"):
+        sequences = answer_sequences(engine, prompts, score.positions)
+    else:
+        sequences = tuple(TokenSequence(token_ids) for token_ids in engine.ask(prompts).token_ids)
     if score.name not in FORECASTS:
         return scorer_of(HeadPass(engine, sequences, ablation, score.readouts(tokens)), score, on_groups)
 
     def forecast(groups: Sequence[Group]) -> Tensor:
         tables = {
             common: screen(engine, sequences, ablation, tokens, common).table(score.forecast)
-            for common in dict.fromkeys(group[:-1] for group in groups)
+            for common in dict.fromkeys(group[:-1] for group in groups if group)
         }
-        return torch.tensor([tables[group[:-1]][group[-1]] for group in groups], dtype=torch.float64)
+        forecasts = [tables[group[:-1]][group[-1]] if group else 0.0 for group in groups]
+        return torch.tensor(forecasts, dtype=torch.float64)
 
     return FunctionScorer(forecast, score.name, "nats")
 
@@ -102,6 +106,8 @@ def scorer_named(
 def scorer_of(measuring: HeadPass, score: Score | str, on_groups: OnGroups = None) -> FunctionScorer:
     """One readout of a pass, averaged over the prompts, as a scorer of groups."""
     score = Score(score) if isinstance(score, str) else score
+    if score.name in FORECASTS:
+        raise InputError(f"{score.name} is forecast from prompts (scorer_named) and not read from a pass")
     unit = "degrees" if score.is_generalized else "nats"
     readout = "ships" if score.name == "mean_ships" else score.label
 

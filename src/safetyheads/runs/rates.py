@@ -153,6 +153,7 @@ def random_as_json(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> d
     return {
         "n_groups": len(rates),
         "n_distinct": len({control.group for control, _ in scored}),
+        "n_unscored": len(controls) - len(scored),
         "asr": rates,
         "groups": [control.heads for control, _ in scored],
         "mean": sum(rates) / len(rates),

@@ -79,7 +79,8 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         # So that later judges and reports find them.
         fields = {"judge": judge.describe(), "rows": _sha256(stored)}
         run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
-        merged = with_later_verdicts(run, records)
+        # A judge whose start was killed before its results were written is no judge of the run.
+        merged = with_later_verdicts(run, records, [*names, judge.name])
         _write_results(run, results, merged, judge)
     lead = results["lead_judge"]
     by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
@@ -130,11 +131,14 @@ def _verdicts(
     return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
 
 
-def with_later_verdicts(run: RunDirectory, records: Sequence[Record]) -> list[Record]:
-    """The records with the verdicts of later judges beside those of the run's own."""
+def with_later_verdicts(
+    run: RunDirectory, records: Sequence[Record], judges: Sequence[str] | None = None
+) -> list[Record]:
+    """The records with the verdicts of later judges (by default all) beside those of the run's own."""
     later: dict[str, dict[str, Any]] = {}
     for record in run.stored_records("judged-*"):
-        later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
+        if judges is None or record["judge"] in judges:
+            later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
     return [{**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}} for record in records]
 
 

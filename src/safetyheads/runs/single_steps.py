@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
 from safetyheads.heads import Head, within
-from safetyheads.measures.head_pass import HeadPass, Readouts, Score, State
+from safetyheads.measures.head_pass import FORECASTS, SCORES, HeadPass, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.screened_scores import (
     Extent,
@@ -135,7 +135,9 @@ def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
 
 
 def score_of(config: SaharaConfig) -> Score:
-    """The score that a search uses, with its settings."""
+    """The score that a search uses, with its settings; forecasts are asked for by ``--screen``."""
+    if config.score in FORECASTS:
+        raise InputError(f"unknown score {config.score!r}; known are {', '.join(SCORES)}")
     return Score(config.score, config.positions, config.rank, cast("State", config.state), config.centred)
 
 
