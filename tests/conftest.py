@@ -13,9 +13,12 @@ SAMPLES = Path(__file__).parent / "samples"
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Calls the command line; gives its exit code, stdout and stderr."""
     from safetyheads.cli.app import main
+
+    # pytest-xdist tells its workers the terminal's width, by which tables would be laid out.
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def called(*arguments):
         capsys.readouterr()

@@ -374,6 +374,14 @@ def test_a_window_is_proved_when_a_row_first_reaches_it(windowed):
     assert min(checked) > 70
 
 
+def test_the_proofs_prompts_are_longer_than_the_windows_that_a_run_reaches(windowed, monkeypatch):
+    engine, _ = windowed
+    without_mask(engine, monkeypatch)
+    engine.check(longest=64)  # no row reaches the window
+    with pytest.raises(UnsupportedModelError, match="our attention"):
+        engine.check(longest=118)
+
+
 def test_code_that_trips_over_the_proofs_is_refused_by_name():
     model = model_of("llama_mha")
     module = model.model.layers[1].self_attn
