@@ -173,9 +173,11 @@ def test_heads_without_room_are_counted() -> None:
 def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     scan_samples.finished_run(tmp_path / "run", Sample(n_judges=1))
     rejudge(tmp_path / "run", judge_named("released"), Silent(), {})
-    found = list(judged_rows(RunDirectory.open(tmp_path / "run")))
+    found = list(judged_rows(RunDirectory.open(tmp_path / "run"), ["paper", "released"]))
     assert len(found) == len(scan_samples.rows(Sample(n_judges=1)))
     assert {tuple(row["verdicts"]) for row in found} == {("paper", "released")}
+    own = judged_rows(RunDirectory.open(tmp_path / "run"), ["paper"])  # as after a kill before the results
+    assert {tuple(row["verdicts"]) for row in own} == {("paper",)}
     html = write_report(RunDirectory.open(tmp_path / "run")).read_text(encoding="utf-8")
     assert json.loads(Page(html).scripts["drill-data"])["judges"] == ["paper", "released"]
 

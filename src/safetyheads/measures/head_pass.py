@@ -78,8 +78,13 @@ class Score:
             raise InputError(f"unknown state {self.state!r}; known are {', '.join(get_args(State))}")
         if not self.is_generalized and (self.rank, self.state, self.centred) != (1, "after_norm", False):
             raise InputError(f"rank, state and centred are for Generalized Ships, not for {self.name}")
-        if self.positions != 1 and not self.name.endswith("mean_ships"):
+        if self.positions != 1 and not self.has_positions:
             raise InputError(f"positions is for mean_ships, not for {self.name}")
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it reads answer tokens beyond the prompt's last token: Ships, measured or forecast."""
+        return self.name.endswith("mean_ships")
 
     @property
     def is_generalized(self) -> bool:

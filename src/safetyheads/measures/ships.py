@@ -85,7 +85,7 @@ def scorer_named(
     if score.forecast == "refusal_score" and not openers:
         openers = find_openers(engine, prompts, judge or KeywordJudge())
     tokens = tuple(opener.token_id for opener in openers or ())
-    if score.name.endswith("mean_ships"):
+    if score.has_positions:
         sequences = answer_sequences(engine, prompts, score.positions)
     else:
         sequences = tuple(TokenSequence(token_ids) for token_ids in engine.ask(prompts).token_ids)

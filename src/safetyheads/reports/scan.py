@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -15,7 +15,7 @@ from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers
-from safetyheads.runs.rejudge import identity
+from safetyheads.runs.rejudge import with_later_verdicts
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
@@ -55,7 +55,7 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
     """The page of a finished scan."""
     results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
-    rows = list(judged_rows(run, with_texts))
+    rows = list(judged_rows(run, [judge["name"] for judge in results["judges"]], with_texts))
     return render_scan(results, run.read_manifest(), rows, run.read_timings(), show_completions)
 
 
@@ -106,21 +106,17 @@ def render_scan(
     return render("scan.html.j2", content, measured, manifest, figures, columns)
 
 
-def judged_rows(run: RunDirectory, with_texts_of: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
-    """The judged answers of a scan, with the verdicts of later judges beside those of its own.
+def judged_rows(
+    run: RunDirectory, judges: Collection[str], with_texts_of: frozenset[str] = frozenset()
+) -> Iterator[dict[str, Any]]:
+    """The judged answers of a scan, with the verdicts of later ``judges`` beside those of its own.
 
     Only answers under the heads of ``with_texts_of`` keep their texts; those of the others would fill the memory.
     """
-    later: dict[str, dict[str, Any]] = {}
-    for row in run.stored_records():
-        if "of" in row:
-            later.setdefault(row["of"], {})[row["judge"]] = row["verdict"]
-    for row in run.stored_records():
-        if "verdicts" not in row:
-            continue
-        verdicts = {**row["verdicts"], **later.get(identity(row), {})} if later else row["verdicts"]
-        left_out = {"token_ids", "thought"} | (set() if row["group"] in with_texts_of else {"query", "text"})
-        yield {name: value for name, value in row.items() if name not in left_out} | {"verdicts": verdicts}
+    records = (record for record in run.stored_records() if "verdicts" in record)
+    for record in with_later_verdicts(run, records, judges):
+        left_out = {"token_ids", "thought"} | (set() if record["group"] in with_texts_of else {"query", "text"})
+        yield {name: value for name, value in record.items() if name not in left_out}
 
 
 def _ablated(head: str) -> str:

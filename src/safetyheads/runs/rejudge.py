@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         # So that later judges and reports find them.
         fields = {"judge": judge.describe(), "rows": _sha256(stored)}
         run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
-        # A judge whose start was killed before its results were written is no judge of the run.
-        merged = with_later_verdicts(run, records, [*names, judge.name])
+        merged = list(with_later_verdicts(run, records, [*names, judge.name]))
         _write_results(run, results, merged, judge)
     lead = results["lead_judge"]
     by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
@@ -131,15 +130,17 @@ def _verdicts(
     return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
 
 
-def with_later_verdicts(
-    run: RunDirectory, records: Sequence[Record], judges: Sequence[str] | None = None
-) -> list[Record]:
-    """The records with the verdicts of later judges (by default all) beside those of the run's own."""
+def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
+    """The records with the verdicts of later judges beside those of the run's own.
+
+    A judge whose start was killed before its results were written is none of the run's ``judges``.
+    """
     later: dict[str, dict[str, Any]] = {}
     for record in run.stored_records("judged-*"):
-        if judges is None or record["judge"] in judges:
+        if record["judge"] in judges:
             later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
-    return [{**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}} for record in records]
+    for record in records:
+        yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}
 
 
 def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:
