@@ -1,4 +1,4 @@
-from safetyheads.baselines.catalogue import METHODS
+from safetyheads.baselines import METHODS
 
 # What the paper's Table 1 and the issue ask for, and the controls.
 ASKED = (

@@ -28,6 +28,7 @@ from safetyheads.baselines import direction as methods
 from safetyheads.baselines.base import last_states, writing_parameters
 from safetyheads.baselines.direction import (
     REFUSAL_DIRECTION,
+    candidate_directions,
     direction_added,
     direction_removed,
     instruction_end,
@@ -74,14 +75,14 @@ def test_the_end_of_the_instruction_is_what_the_template_ends_with():
 
 
 def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited_weights():
-    found = select_direction(material())
+    chosen, candidates = select_direction(material()), candidate_directions(material())
     # Before the first block the last token is the template's, the same in every prompt.
-    assert found.candidates[0].dropped.startswith("no difference of means")
-    assert [candidate.layer for candidate in found.candidates] == [0, 1, 2, 3]
-    engine, chosen, share = organism().engine, found.chosen, methods.VALIDATION_SHARE
+    assert candidates[0].dropped.startswith("no difference of means")
+    assert [candidate.layer for candidate in candidates] == [0, 1, 2, 3]
+    engine, share = organism().engine, methods.VALIDATION_SHARE
     train, validation = material().harmful.split(1 - share, 0)
     benign_train, benign_validation = material().benign.split(1 - share, 0)
-    edited = by_weights(engine.model, found.vector)
+    edited = by_weights(engine.model, chosen.vector)
 
     @torch.no_grad()
     def log_probabilities(model, prompts):
@@ -95,7 +96,7 @@ def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited
     train, validation = kept(train, 1), kept(validation, 1)
     benign_train, benign_validation = kept(benign_train, -1), kept(benign_validation, -1)
     by_hand = mean_states(engine, train)[0, chosen.layer] - mean_states(engine, benign_train)[0, chosen.layer]
-    close(found.vector, by_hand)
+    close(chosen.vector, by_hand)
     bypass = log_odds(log_probabilities(edited, validation), material().openers).mean()
     assert chosen.bypass == pytest.approx(float(bypass), abs=1e-4)
     before, after = (log_probabilities(model, benign_validation) for model in (engine.model, edited))
@@ -255,11 +256,11 @@ def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is
     monkeypatch.setattr(methods, "MOST_DIVERGENCE", 0.0)
     found = select_direction(material())
     assert "KL above 0 nats" in found.caveat
-    assert found.chosen.bypass == min(each.bypass for each in found.candidates if each.bypass == each.bypass)
+    bypasses = [candidate.bypass for candidate in candidate_directions(material())]
+    assert found.bypass == min(bypass for bypass in bypasses if bypass == bypass)
     monkeypatch.setattr(methods, "MOST_DIVERGENCE", 1e9)
     monkeypatch.setattr(methods, "LEAST_INDUCED", -1e9)
-    passing = select_direction(material())
-    assert passing.caveat == passing.chosen.dropped == ""
+    assert select_direction(material()).caveat == ""
     monkeypatch.setattr(methods, "LATEST", 0.0)
     with pytest.raises(SafetyheadsError, match=r"all 4 .*3 for a layer at 0% of the depth .*; 1 for no difference"):
         select_direction(material())

@@ -20,8 +20,9 @@ from safetyheads import (
     UnsupportedModelError,
 )
 from safetyheads.baselines.head_attributions import (
-    FrozenNorm,
+    final_norm,
     logit_attributions,
+    norm_scales,
     output_weight,
     projections,
     refusal_projections,
@@ -121,11 +122,14 @@ def test_refusal_projections_are_ranked_by_prompt_as_by_hand():
 @pytest.mark.parametrize("name", ["llama2", "gemma", "gpt2", "cohere2", "olmo2"])
 def test_the_frozen_norm_is_the_norm(name):
     engine = proved(name)
-    norm, states = FrozenNorm.of(engine), torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) * 3
-    given = states.double() - (states.double().mean(dim=-1, keepdim=True) if norm.centres else 0)
-    by_hand = norm.gain * given * norm.scales(engine, states)[:, None] + norm.offset
-    close(by_hand, engine.normed(states).double(), 2e-6)
-    assert norm.centres == (name in ("gpt2", "cohere2"))
+    states, (gain, offset, centres) = (
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) * 3,
+        final_norm(engine),
+    )
+    normed = engine.normed(states).double()
+    given = states.double() - (states.double().mean(dim=-1, keepdim=True) if centres else 0)
+    close(gain * given * norm_scales(normed - offset, gain * given)[:, None] + offset, normed, 2e-6)
+    assert centres == (name in ("gpt2", "cohere2"))
 
 
 @torch.no_grad()

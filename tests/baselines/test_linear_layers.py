@@ -9,7 +9,7 @@ from tiny_models import engine_of
 
 from safetyheads import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines.act_svd import ACT_SVD, ACT_SVD_ORTHOGONAL
-from safetyheads.baselines.linear_layers import batches, edited, gram_matrices, linear_layers
+from safetyheads.baselines.linear_layers import edited, gram_matrices, linear_layers
 from safetyheads.baselines.pruning import SPARSEGPT, WANDA, wanda
 from safetyheads.baselines.set_difference import SNIP_DIFFERENCE, WANDA_DIFFERENCE
 from safetyheads.model.planning import TokenSequence
@@ -26,7 +26,7 @@ def test_inputs_are_those_of_each_sequence_alone(family):
     engine = engine_of(family)
     text = [TokenSequence((5, 9, 12, 40, 41, 8, 3), 3), TokenSequence((7, 30, 2), 3), TokenSequence((19, 44), 1)]
     inputs = one_by_one(engine, text)
-    grams = gram_matrices(engine, linear_layers(engine), batches(engine, text))
+    grams = gram_matrices(engine, linear_layers(engine), text)
     assert set(grams) == set(inputs)
     for linear, seen in inputs.items():
         assert len(seen) == 7

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from experiment_runs import SMALL, run_of
 
-from safetyheads.baselines.catalogue import METHODS
+from safetyheads.baselines import METHODS
 from safetyheads.experiments import fig6b_utility as fig6b
 
 

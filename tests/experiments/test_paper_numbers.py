@@ -2,7 +2,7 @@
 
 import pytest
 
-from safetyheads.baselines.catalogue import METHODS
+from safetyheads.baselines import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, paper_numbers, quoted

@@ -6,7 +6,7 @@ import pytest
 from experiment_runs import SMALL, N, rows, run_of
 
 from safetyheads import demo
-from safetyheads.baselines.catalogue import METHODS
+from safetyheads.baselines import METHODS
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import table1_baselines as table1
 from safetyheads.runs.rates import GroupAnswers

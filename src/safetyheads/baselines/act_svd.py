@@ -55,15 +55,6 @@ def without_directions(weight: Tensor, safety: Tensor, utility: Tensor | None = 
     return whole - of_safety if utility is None else whole - of_safety + utility @ (utility.T @ of_safety)
 
 
-def _edit(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
-    weight = linear.weight
-    safety = output_directions(weight, grams["safety"], rank_of(linear, share))
-    if "utility" not in grams:
-        return without_directions(weight, safety)
-    utility = output_directions(weight, grams["utility"], rank_of(linear, UTILITY_RANK_SHARE))
-    return without_directions(weight, safety, utility)
-
-
 def _interventions(is_orthogonal: bool, material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine, linears = material.engine, linear_layers(material.engine)
     texts = {"safety": material.refusal_text(whole=False)}
@@ -71,13 +62,20 @@ def _interventions(is_orthogonal: bool, material: Material, strengths: Sequence[
         texts["utility"] = material.benign_text(whole=False)
     refuse_shares("a share of the rank", strengths)
 
+    def edit(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
+        shares = {"safety": share, "utility": UTILITY_RANK_SHARE}
+        directions = (
+            output_directions(linear.weight, gram, rank_of(linear, shares[text])) for text, gram in grams.items()
+        )
+        return without_directions(linear.weight, *directions)
+
     def make(share: float) -> Weights:
-        return edit_layer_by_layer(engine, texts, partial(_edit, share))
+        return edit_layer_by_layer(engine, texts, partial(edit, share))
 
     def n_parameters(share: float) -> int:
         return sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears)
 
-    return editing_interventions(engine, strengths, make, "rank share {strength:.3g}", n_parameters)
+    return editing_interventions(engine, strengths, "rank share {strength:.3g}", make, n_parameters)
 
 
 _SOURCE = "Wei et al. 2024, Assessing the brittleness of safety alignment via pruning and low-rank modifications"

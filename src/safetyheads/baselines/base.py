@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
 from safetyheads.answers.sampling import GREEDY, Sampling
@@ -19,12 +20,10 @@ from safetyheads.heads import Group, Head
 from safetyheads.judges.base import Judge
 from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
 from safetyheads.model.attention import AttentionCall
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import PackedRow, TokenSequence, pack
 from safetyheads.model.replay import wanted_states
 from safetyheads.prompts.sets import PromptSet
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
 """Names that families give to an MLP's last projection."""
@@ -153,37 +152,17 @@ def refuse_streams(engine: Engine) -> None:
         )
 
 
-# Plain forward passes over packed prompts. The model runs its own forward, so activation hooks act inside.
+# Plain forward passes over packed prompts, and hooks in them. The model runs its own forward.
 
 
-def packed_rows(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> Iterator[PackedRow]:
-    """The prompts in packed rows that fit the memory, in order; states of their last ``n_wanted`` tokens are wanted."""
-    asked = engine.ask(prompts)
-    engine.prove_up_to(asked.longest)
-    sequences = [TokenSequence(token_ids, n_wanted) for token_ids in asked.token_ids]
-    for members in engine.plan(sequences).rows:
-        yield pack(sequences, members, engine.device)
-
-
-@torch.inference_mode()
-def states_of(engine: Engine, row: PackedRow) -> Tensor:
-    """One run over a packed row: the wanted tokens' last states [n_wanted, d_model], before the final norm."""
-    segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
-    call = AttentionCall(segments=segments)
-    calls = dict.fromkeys(engine.architecture.with_heads, call) if segments is not None else {}
-    with engine.ablated_rows([()], SCALING_CONTRIBUTION):  # refuses while another ablation is in force
-        return wanted_states(engine.architecture, row, calls, 1)[0]
-
-
-def last_states(engine: Engine, prompts: PromptSet, n_wanted: int = 1) -> Tensor:
-    """States of each prompt's last tokens [n_prompts * n_wanted, d_model], before the final norm."""
-    return torch.cat([states_of(engine, row) for row in packed_rows(engine, prompts, n_wanted)])
-
-
-def refusal_log_odds(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> Tensor:
-    """Log P(R) / (1 - P(R)) of the next token, R the openers: float64 [n_prompts] on the CPU, nats."""
-    chunks = next_token_log_probabilities(engine, last_states(engine, prompts))
-    return torch.cat([log_odds(chunk, openers).cpu() for chunk in chunks])
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Within, these registered hooks are in force; then they are removed."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
@@ -193,30 +172,58 @@ def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[s
     return positional[0] if positional else keywords["hidden_states"]
 
 
-@contextmanager
-def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Registers a change of the hidden states that a module is given."""
+
+    def hook(called: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        changed = change(first_input(called, positional, keywords))
+        if positional:
+            return (changed, *positional[1:]), keywords
+        return positional, {**keywords, "hidden_states": changed}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
     """Within, calls ``see`` with a module's number and its input whenever the module runs."""
-    with ExitStack() as stack:
-        for number, module in enumerate(modules):
 
-            def hook(called: nn.Module, positional: Any, keywords: dict[str, Any], number: int = number) -> None:
-                see(number, first_input(called, positional, keywords).detach())
+    def hook(number: int, module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        see(number, first_input(module, positional, keywords).detach())
 
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+    numbered = enumerate(modules)
+    return hooked(*(module.register_forward_pre_hook(partial(hook, at), with_kwargs=True) for at, module in numbered))
 
 
-def see_inputs(
+@torch.inference_mode()
+def last_states(
     engine: Engine,
     prompts: PromptSet,
-    modules: Sequence[nn.Module],
-    see: Callable[[PackedRow, int, Tensor], None],
     n_wanted: int = 1,
-) -> None:
-    """Runs the prompts; calls ``see`` with each packed row, a module's number and the module's input."""
-    for row in packed_rows(engine, prompts, n_wanted):
-        with inputs_seen(modules, partial(see, row)):
-            states_of(engine, row)
+    modules: Sequence[nn.Module] = (),
+    see: Callable[[PackedRow, int, Tensor], None] = lambda *_: None,
+) -> Tensor:
+    """States of each prompt's last tokens [n_prompts * n_wanted, d_model], before the final norm.
+
+    Runs the prompts in packed rows that fit the memory; calls ``see`` with each row, a module's number and the module's
+    input.
+    """
+    asked = engine.ask(prompts)
+    engine.prove_up_to(asked.longest)
+    sequences, states = [TokenSequence(token_ids, n_wanted) for token_ids in asked.token_ids], []
+    for members in engine.plan(sequences).rows:
+        row = pack(sequences, members, engine.device)
+        by_segments = engine.architecture.with_heads if engine.capabilities.segments and len(members) > 1 else ()
+        calls = dict.fromkeys(by_segments, AttentionCall(segments=row.segments))
+        # ablated_rows refuses while another ablation is in force.
+        with inputs_seen(modules, partial(see, row)), engine.ablated_rows([()], SCALING_CONTRIBUTION):
+            states.append(wanted_states(engine.architecture, row, calls, 1)[0])
+    return torch.cat(states)
+
+
+def refusal_log_odds(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> Tensor:
+    """Log P(R) / (1 - P(R)) of the next token, R the openers: float64 [n_prompts] on the CPU, nats."""
+    chunks = next_token_log_probabilities(engine, last_states(engine, prompts))
+    return torch.cat([log_odds(chunk, openers).cpu() for chunk in chunks])
 
 
 # Counts of weights, on the model itself.
@@ -230,27 +237,25 @@ def head_parameters(engine: Engine, group: Sequence[Head], ablation: Ablation) -
     layer's own widths are used, and the rank behind W_q where queries pass through one (MLA). Under a norm of queries
     (Qwen 3) scaling these rows would do nothing; they are counted all the same.
     """
-    return sum(_parameters_of_head(engine, head, ablation) for head in group)
+    facts, total = engine.architecture, 0
+    for head in group:
+        shape = facts.shapes[head.layer] if head.layer < facts.n_layers else None
+        if shape is None or head.index >= shape.n_heads:
+            raise InputError(f"head {head} is out of range: layer {head.layer} has no such head")
+        if ablation.kind.tensor == "head_output":
+            total += shape.d_value * facts.d_model
+            continue
+        query, attention = facts.query_projections[head.layer], facts.attentions[head.layer]
+        n_read = facts.d_model if query is None else getattr(query, "in_features", facts.d_model)
+        if query is None:
+            query = next((getattr(attention, name) for name in FUSED_NAMES if hasattr(attention, name)), None)
+        total += shape.d_head * (n_read + (getattr(query, "bias", None) is not None))
+    return total
 
 
 def most_head_parameters(engine: Engine, size: int, ablation: Ablation) -> int:
     """The most that any group of ``size`` heads touches, for methods whose groups differ from prompt to prompt."""
-    counts = sorted((_parameters_of_head(engine, head, ablation) for head in engine.heads), reverse=True)
-    return sum(counts[:size])
-
-
-def _parameters_of_head(engine: Engine, head: Head, ablation: Ablation) -> int:
-    facts = engine.architecture
-    shape = facts.shapes[head.layer] if head.layer < facts.n_layers else None
-    if shape is None or head.index >= shape.n_heads:
-        raise InputError(f"head {head} is out of range: layer {head.layer} has no such head")
-    if ablation.kind.tensor == "head_output":
-        return shape.d_value * facts.d_model
-    query, attention = facts.query_projections[head.layer], facts.attentions[head.layer]
-    n_read = facts.d_model if query is None else getattr(query, "in_features", facts.d_model)
-    if query is None:
-        query = next((getattr(attention, name) for name in FUSED_NAMES if hasattr(attention, name)), None)
-    return shape.d_head * (n_read + (getattr(query, "bias", None) is not None))
+    return sum(sorted((head_parameters(engine, (head,), ablation) for head in engine.heads), reverse=True)[:size])
 
 
 def writing_parameters(engine: Engine) -> int:

@@ -8,32 +8,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from safetyheads.baselines.base import (
     Intervention,
     Material,
     Method,
-    first_input,
+    change_input,
+    hooked,
     last_states,
     refusal_log_odds,
     refuse_streams,
-    see_inputs,
     writing_parameters,
 )
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.measures.head_pass import next_token_log_probabilities
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.model.planning import PackedRow
-    from safetyheads.prompts.sets import PromptSet
+from safetyheads.model.engine import Engine
+from safetyheads.model.planning import PackedRow, TokenSequence, shared_prefix
+from safetyheads.prompts.sets import PromptSet
 
 # Queries that end and begin unlike each other; what their renderings share at the end is the template's.
 _PROBES = ("alpha", "7", "Why?", "no, thanks")
@@ -49,78 +48,103 @@ MOST_DIVERGENCE = 0.1
 """Largest mean KL, in nats, that the removal may cause on harmless prompts."""
 LEAST_INDUCED = 0.0
 """Smallest mean refusal score, in nats, that adding the direction must reach on harmless prompts."""
-_NAN = float("nan")
 
 
 # Selection.
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class RefusalDirection:
     """One r_{i,l}, and its effect on the validation prompts; NaN where it was not measured."""
 
+    vector: Tensor
+    """r, float64 [d_model] on the CPU, with the length of the difference of means."""
     token: int
     """i, counted from the prompt's end: -1 is the last token."""
     layer: int
     """l: the direction is of the residual stream that enters this block."""
-    bypass: float
-    """Mean refusal score of harmful prompts with it removed, nats; less is better."""
-    induce: float
-    """Mean refusal score of harmless prompts with it added at its layer, nats."""
-    divergence: float
-    """Mean KL( unablated || removed ) of the next token of harmless prompts, nats."""
-    dropped: str
+    dropped: str = ""
     """Which filter dropped it, in words; empty for none."""
-
-
-@dataclass(frozen=True, slots=True)
-class RefusalDirection:
-    """The selected direction."""
-
-    vector: Tensor
-    """r, float64 [d_model] on the CPU, with the length of the difference of means."""
-    chosen: Candidate
-    """The candidate that it is."""
-    candidates: tuple[Candidate, ...]
-    """All, by layer and token."""
+    bypass: float = float("nan")
+    """Mean refusal score of harmful prompts with it removed, nats; less is better."""
+    induce: float = float("nan")
+    """Mean refusal score of harmless prompts with it added at its layer, nats."""
+    divergence: float = float("nan")
+    """Mean KL( unablated || removed ) of the next token of harmless prompts, nats."""
 
     @property
     def caveat(self) -> str:
         """Appended to settings where the filters left no candidate; else empty."""
-        return f" (the filters drop it: {self.chosen.dropped})" if self.chosen.dropped else ""
+        return f" (the filters drop it: {self.dropped})" if self.dropped else ""
 
 
 def select_direction(material: Material) -> RefusalDirection:
     """The direction whose removal leaves least of refusals, among those that pass the filters.
 
     Where none passes, it is the one among all that were measured; that is not the paper's, and
-    :attr:`RefusalDirection.caveat` says so. Prompts that do not show the difference are left out first, as in the
-    paper: harmful ones with a refusal score of 0 or less, and harmless ones with one of 0 or more.
+    :attr:`RefusalDirection.caveat` says so.
 
     Raises:
-        InputError: no openers, or prompts that cannot be divided.
-        SafetyheadsError: the model does not refuse as it should, or no candidate could be measured.
-        UnsupportedModelError: a family with several residual streams.
+        SafetyheadsError: no candidate could be measured, or as :func:`candidate_directions`.
     """
-    engine = material.engine
-    refuse_streams(engine)
-    if not material.openers:
-        raise InputError("a refusal direction needs the first tokens of refusals; got none")
-    train, validation = _halves(material, refused=True)
-    benign_train, benign_validation = _halves(material, refused=False)
-    tokens = instruction_end(engine, train, benign_train)
-    directions = mean_states(engine, train, tokens) - mean_states(engine, benign_train, tokens)
-    judging = _Judging(engine, material.openers, validation, benign_validation)
-    places = [(layer, token) for layer in range(engine.n_layers) for token in range(tokens)]
-    candidates = [judging.candidate(directions[token, layer], token - tokens, layer) for layer, token in places]
+    candidates = candidate_directions(material)
     measured = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
     if not measured:
         counts = Counter(candidate.dropped for candidate in candidates).most_common()
         by_filter = "; ".join(f"{count} for {reason}" for reason, count in counts)
         raise SafetyheadsError(f"no refusal direction is left: all {len(candidates)} were dropped, {by_filter}")
-    left = [candidate for candidate in measured if not candidate.dropped] or measured
-    best = min(left, key=lambda candidate: candidate.bypass)
-    return RefusalDirection(directions[best.token, best.layer], best, tuple(candidates))
+    return min([c for c in measured if not c.dropped] or measured, key=lambda candidate: candidate.bypass)
+
+
+def candidate_directions(material: Material) -> list[RefusalDirection]:
+    """All r_{i,l} by layer and token, through the filters in the paper's order; the first two measure nothing.
+
+    Prompts that do not show the difference are left out first, as in the paper: harmful ones with a refusal score of 0
+    or less, and harmless ones with one of 0 or more.
+
+    Raises:
+        InputError: no openers, or prompts that cannot be divided.
+        SafetyheadsError: the model does not refuse as it should.
+        UnsupportedModelError: a family with several residual streams.
+    """
+    engine, openers = material.engine, material.openers
+    refuse_streams(engine)
+    if not openers:
+        raise InputError("a refusal direction needs the first tokens of refusals; got none")
+    train, harmful = _halves(material, refused=True)
+    benign_train, benign = _halves(material, refused=False)
+    tokens = instruction_end(engine, train, benign_train)
+    directions = mean_states(engine, train, tokens) - mean_states(engine, benign_train, tokens)
+
+    def log_probabilities() -> Tensor:
+        """Of the next token of harmless prompts [n_prompts, vocabulary]."""
+        return torch.cat(list(next_token_log_probabilities(engine, last_states(engine, benign))))
+
+    unablated, candidates = log_probabilities(), []
+    for layer in range(engine.n_layers):
+        for at, direction in enumerate(directions[:, layer]):
+            candidate = partial(RefusalDirection, direction, at - tokens, layer)
+            if not 0 < float(direction.norm()) < float("inf"):
+                candidates.append(candidate("no difference of means (0 or not finite)"))
+                continue
+            if layer >= LATEST * engine.n_layers:
+                candidates.append(candidate(f"a layer at {LATEST:.0%} of the depth or later"))
+                continue
+            with direction_removed(engine, direction):
+                removed = log_probabilities()
+                bypass = float(refusal_log_odds(engine, harmful, openers).mean())
+            divergence = float((unablated.exp() * (unablated - removed)).sum(dim=-1).mean())
+            with direction_added(engine, direction, layer):
+                induce = float(refusal_log_odds(engine, benign, openers).mean())
+            dropped = ""
+            if any(value != value for value in (divergence, induce, bypass)):
+                dropped = "a score that is no number"
+            elif divergence > MOST_DIVERGENCE:
+                dropped = f"KL above {MOST_DIVERGENCE:g} nats on harmless prompts"
+            elif induce < LEAST_INDUCED:
+                dropped = f"a refusal score below {LEAST_INDUCED:g} nats when added on harmless prompts"
+            candidates.append(candidate(dropped, bypass, induce, divergence))
+    return candidates
 
 
 def _halves(material: Material, refused: bool) -> list[PromptSet]:
@@ -128,17 +152,17 @@ def _halves(material: Material, refused: bool) -> list[PromptSet]:
 
     Raises :class:`SafetyheadsError` where none is left.
     """
+    prompts, kind, side = (material.harmful, "harmful", "above") if refused else (material.benign, "harmless", "below")
     kept = []
-    prompts = material.harmful if refused else material.benign
     train, validation = prompts.split(1 - VALIDATION_SHARE, material.seed)
     for half in (train[:_N_TRAIN], validation[:_N_VALIDATION]):
         scores = refusal_log_odds(material.engine, half, material.openers)
         right = [at for at, score in enumerate(scores.tolist()) if (score > 0 if refused else score < 0)]
         if not right:
             raise SafetyheadsError(
-                f"none of {len(half)} {'harmful' if refused else 'harmless'} prompts has a refusal score "
-                f"{'above' if refused else 'below'} 0 (they reach from {float(scores.min()):.2f} to "
-                f"{float(scores.max()):.2f} nats), so there is no difference to take a direction from"
+                f"none of {len(half)} {kind} prompts has a refusal score {side} 0 (they reach from "
+                f"{float(scores.min()):.2f} to {float(scores.max()):.2f} nats), so there is no difference to take a "
+                "direction from"
             )
         kept.append(half.select(right))
     return kept
@@ -149,19 +173,14 @@ def instruction_end(engine: Engine, *prompts: PromptSet) -> int:
 
     Found as the common end of the prompts and of a few unlike queries under the same template.
     """
-    encoded: list[tuple[int, ...]] = []
+    reverse = []
     for asked in map(engine.ask, prompts):
         template = asked.template.bound(engine.tokenizer)
-        encoded += [*asked.token_ids, *(tuple(template.encode(probe)) for probe in _PROBES)]
-    shared = 0
-    for column in zip(*(reversed(token_ids) for token_ids in encoded), strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return max(1, min(shared, min(map(len, encoded)) - 1))
+        encoded = (*asked.token_ids, *(template.encode(probe) for probe in _PROBES))
+        reverse += [TokenSequence(tuple(reversed(token_ids)), 1) for token_ids in encoded]
+    return max(1, shared_prefix(reverse))
 
 
-@torch.inference_mode()
 def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor:
     """Mean residual stream entering each block at each prompt's last tokens: [n_tokens, n_layers, d_model], float64."""
     facts = engine.architecture
@@ -171,44 +190,8 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
         states = hidden[0][row.wanted.to(hidden.device)].double()
         sums[:, layer] += states.view(-1, n_tokens, facts.d_model).sum(dim=0).cpu()
 
-    see_inputs(engine, prompts, facts.layers, see, n_tokens)
+    last_states(engine, prompts, n_tokens, facts.layers, see)
     return sums / len(prompts)
-
-
-class _Judging:
-    """Judges candidates on the validation prompts."""
-
-    def __init__(self, engine: Engine, openers: Sequence[int], harmful: PromptSet, benign: PromptSet) -> None:
-        self.engine, self.openers, self.harmful, self.benign = engine, openers, harmful, benign
-        self.unablated = self._log_probabilities()
-
-    def _log_probabilities(self) -> Tensor:
-        """Of the next token of harmless prompts [n_prompts, vocabulary]."""
-        return torch.cat(list(next_token_log_probabilities(self.engine, last_states(self.engine, self.benign))))
-
-    def _mean_score(self, prompts: PromptSet) -> float:
-        return float(refusal_log_odds(self.engine, prompts, self.openers).mean())
-
-    def candidate(self, direction: Tensor, token: int, layer: int) -> Candidate:
-        """One candidate through the filters, in the paper's order; the first two filters measure nothing."""
-        if not 0 < float(direction.norm()) < float("inf"):
-            return Candidate(token, layer, _NAN, _NAN, _NAN, "no difference of means (0 or not finite)")
-        if layer >= LATEST * self.engine.n_layers:
-            return Candidate(token, layer, _NAN, _NAN, _NAN, f"a layer at {LATEST:.0%} of the depth or later")
-        with direction_removed(self.engine, direction):
-            removed = self._log_probabilities()
-            bypass = self._mean_score(self.harmful)
-        divergence = float((self.unablated.exp() * (self.unablated - removed)).sum(dim=-1).mean())
-        with direction_added(self.engine, direction, layer):
-            induce = self._mean_score(self.benign)
-        dropped = ""
-        if any(value != value for value in (divergence, induce, bypass)):
-            dropped = "a score that is no number"
-        elif divergence > MOST_DIVERGENCE:
-            dropped = f"KL above {MOST_DIVERGENCE:g} nats on harmless prompts"
-        elif induce < LEAST_INDUCED:
-            dropped = f"a refusal score below {LEAST_INDUCED:g} nats when added on harmless prompts"
-        return Candidate(token, layer, bypass, induce, divergence, dropped)
 
 
 # Removing and adding.
@@ -243,16 +226,17 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
         return (wide - share * projection[..., None] * along).to(hidden.dtype)
 
     facts = engine.architecture
-    with engine.weights_changed(), ExitStack() as stack:
-        stack.callback(_change_input(facts.layers[0], remove))
+    with engine.weights_changed():
+        handles = [change_input(facts.layers[0], remove)]
         for layer, attention in zip(facts.layers, facts.attentions, strict=True):
             if share != 1.0:
-                _PartOfBlock(layer, attention, remove).enter(stack)
+                handles += _remove_share(layer, attention, remove)
                 continue
             if attention is not None:
-                stack.callback(_change_output(attention, remove))
-            stack.callback(_change_output(layer, remove))
-        yield
+                handles.append(_change_output(attention, remove))
+            handles.append(_change_output(layer, remove))
+        with hooked(*handles):
+            yield
 
 
 @contextmanager
@@ -263,59 +247,61 @@ def direction_added(engine: Engine, direction: Tensor, layer: int) -> Iterator[N
     def add(hidden: Tensor) -> Tensor:
         return (hidden.float() + direction.float().to(hidden.device)).to(hidden.dtype)
 
-    with engine.weights_changed(), ExitStack() as stack:
-        stack.callback(_change_input(engine.architecture.layers[layer], add))
+    with engine.weights_changed(), hooked(change_input(engine.architecture.layers[layer], add)):
         yield
 
 
-class _PartOfBlock:
-    """Removes a share of the direction from what one block writes; keeps states from the block's begin to its end."""
+def _remove_share(
+    layer: nn.Module, attention: nn.Module | None, remove: Callable[..., Tensor]
+) -> Iterator[RemovableHandle]:
+    """Registers the removal of a share of the direction from what one block writes."""
+    factor = next((float(getattr(layer, name)) for name in FACTOR_NAMES if hasattr(layer, name)), 1.0)
+    # From the block's begin to its end: its input, attention's output, the same without the share, with which the block
+    # goes on, and what of it reaches the stream.
+    begun: Tensor | None = None
+    whole: Tensor | None = None
+    parted: Tensor | None = None
+    added: Tensor | None = None
 
-    def __init__(self, layer: nn.Module, attention: nn.Module | None, remove: Callable[..., Tensor]) -> None:
-        self._layer, self._attention, self._remove = layer, attention, remove
-        self._factor = next((float(getattr(layer, name)) for name in FACTOR_NAMES if hasattr(layer, name)), 1.0)
-        self._input: Tensor | None = None  # of the block
-        self._whole: Tensor | None = None  # attention's output
-        self._parted: Tensor | None = None  # the same without the share, with which the block goes on
-        self._added: Tensor | None = None  # what of it reaches the stream
-
-    def enter(self, stack: ExitStack) -> None:
-        """Registers the hooks; the stack removes them."""
-        stack.callback(_change_input(self._layer, self._begin))
-        if self._attention is not None:
-            stack.callback(_change_output(self._attention, self._after_attention))
-            for part in (part for part in self._layer.children() if part is not self._attention):
-                stack.callback(part.register_forward_pre_hook(self._give_whole).remove)
-                stack.callback(part.register_forward_hook(self._part_output).remove)
-        stack.callback(_change_output(self._layer, self._end))
-
-    def _begin(self, hidden: Tensor) -> Tensor:
-        self._input, self._whole, self._parted, self._added = hidden, None, None, None
+    def begin(hidden: Tensor) -> Tensor:
+        nonlocal begun, whole, parted, added
+        begun, whole, parted, added = hidden, None, None, None
         return hidden
 
-    def _after_attention(self, hidden: Tensor) -> Tensor:
-        self._whole = hidden
-        self._parted = self._added = self._remove(hidden)
-        return self._parted
+    def after_attention(hidden: Tensor) -> Tensor:
+        nonlocal whole, parted, added
+        whole = hidden
+        parted = added = remove(hidden)
+        return parted
 
-    def _give_whole(self, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def give_whole(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A norm right after attention reads all of its output; the share is taken of the norm's output instead."""
-        return (self._whole, *given[1:]) if given and given[0] is self._parted else None
+        return (whole, *given[1:]) if given and given[0] is parted else None
 
-    def _part_output(self, _: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-        if not given or given[0] is not self._whole or self._whole is None:
+    def part_output(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        nonlocal added
+        if whole is None or not given or given[0] is not whole:
             return None
-        self._added = self._remove(output)
-        return self._added
+        added = remove(output)
+        return added
 
-    def _end(self, hidden: Tensor) -> Tensor:
-        if self._input is None:
-            raise UnsupportedModelError(f"{type(self._layer).__name__} gave hidden states and was given none")
-        written = hidden.float() - self._input.float()
-        if self._added is not None:
-            written = written - self._factor * self._added.float()
-        self._input = self._whole = self._parted = self._added = None
-        return self._remove(hidden, written)
+    def end(hidden: Tensor) -> Tensor:
+        nonlocal begun, whole, parted, added
+        if begun is None:
+            raise UnsupportedModelError(f"{type(layer).__name__} gave hidden states and was given none")
+        written = hidden.float() - begun.float()
+        if added is not None:
+            written = written - factor * added.float()
+        begun = whole = parted = added = None
+        return remove(hidden, written)
+
+    yield change_input(layer, begin)
+    if attention is not None:
+        yield _change_output(attention, after_attention)
+        for part in (part for part in layer.children() if part is not attention):
+            yield part.register_forward_pre_hook(give_whole)
+            yield part.register_forward_hook(part_output)
+    yield _change_output(layer, end)
 
 
 def _unit(engine: Engine, direction: Tensor) -> Tensor:
@@ -331,40 +317,25 @@ def _unit(engine: Engine, direction: Tensor) -> Tensor:
     return (wide / length).float()
 
 
-def _change_input(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Changes the hidden states that a block is given; returns a function that undoes it."""
-
-    def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        changed = change(first_input(module, positional, keywords))
-        if positional:
-            return (changed, *positional[1:]), keywords
-        return positional, {**keywords, "hidden_states": changed}
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True).remove
-
-
-def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Changes a module's output, the first of several; returns a function that undoes it."""
+def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Registers a change of a module's output, the first of several."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    return module.register_forward_hook(hook).remove
+    return module.register_forward_hook(hook)
 
 
 def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine, selected = material.engine, select_direction(material)
-    where = f"direction of layer {selected.chosen.layer}, token {selected.chosen.token}"
     touched = writing_parameters(engine)
-    return [
-        Intervention(
-            where + ("" if share == 1.0 else f", {share:.0%} removed") + selected.caveat,
-            share,
-            touched,
-            partial(direction_removed, engine, selected.vector, share),
-        )
-        for share in strengths
-    ]
+    interventions = []
+    for share in strengths:
+        removed = "" if share == 1.0 else f", {share:.0%} removed"
+        setting = f"direction of layer {selected.layer}, token {selected.token}{removed}{selected.caveat}"
+        at_work = partial(direction_removed, engine, selected.vector, share)
+        interventions.append(Intervention(setting, share, touched, at_work))
+    return interventions
 
 
 REFUSAL_DIRECTION = Method(

@@ -9,22 +9,18 @@ z_h (128 numbers) for each prompt, in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safetyheads.baselines.base import last_states, refuse_streams, see_inputs
+from safetyheads.baselines.base import last_states, refuse_streams
 from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.model.architecture import HeadShape
+from safetyheads.model.engine import Engine
+from safetyheads.model.planning import PackedRow
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.scores import HeadScores
-
-if TYPE_CHECKING:
-    from safetyheads.model.architecture import HeadShape
-    from safetyheads.model.engine import Engine
-    from safetyheads.model.planning import PackedRow
-    from safetyheads.prompts.sets import PromptSet
 
 # A norm is probed with numbers of this size, beside which its epsilon is negligible.
 _PROBE = 16.0
@@ -59,10 +55,15 @@ def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int
     unembedding = getattr(engine.architecture.head, "weight", None)
     if not isinstance(unembedding, Tensor) or unembedding.is_meta or not unembedding.is_floating_point():
         raise UnsupportedModelError(f"{engine.architecture.family}: its logits are made by no plain matrix in memory")
-    norm, unembedding = FrozenNorm.of(engine), unembedding.detach()
+    unembedding, (gain, offset, centres) = unembedding.detach(), final_norm(engine)
     openers_less_mean = unembedding[list(openers)].double().mean(dim=0) - unembedding.mean(dim=0, dtype=torch.float64)
-    scales = norm.scales(engine, last_states(engine, prompts))
-    values = projections(engine, prompts, norm.before(openers_less_mean)) * scales[:, None, None]
+    # Before the norm: its product with a state is, up to the scale, that of the difference with the normed state.
+    before = less_mean(gain * openers_less_mean.to(gain), centres)
+    states = last_states(engine, prompts)
+    scales = norm_scales(
+        engine.normed(states).double().cpu() - offset, gain * less_mean(states.double().cpu(), centres)
+    )
+    values = projections(engine, prompts, before) * scales[:, None, None]
     return _scores(engine, values, "logit_attribution", "nats")
 
 
@@ -92,7 +93,7 @@ def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor
         products = torch.einsum("phv,hv->ph", z.double(), along[number].to(z.device))
         values[list(row.members), layers[number], : shape.n_heads] = products.cpu()
 
-    see_inputs(engine, prompts, modules, see)
+    last_states(engine, prompts, modules=modules, see=see)
     return values
 
 
@@ -123,41 +124,29 @@ def output_weight(engine: Engine, layer: int) -> Tensor:
     return by_input.reshape(shape.n_heads, shape.d_value, -1)
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenNorm:
-    """The final norm as a linear map, with its scale held at that of the unablated run; on the CPU."""
+def final_norm(engine: Engine) -> tuple[Tensor, Tensor, bool]:
+    """The final norm, given its scale, as a linear map: gain and offset (float64 [d_model], CPU), and whether it
+    subtracts the mean first (layer norm) or not (RMS norm).
 
-    gain: Tensor
-    """float64 [d_model]: its weight."""
-    offset: Tensor
-    """float64 [d_model]: its output for zeros, the bias."""
-    centres: bool
-    """Whether it subtracts the mean first (layer norm) or not (RMS norm)."""
-
-    @classmethod
-    def of(cls, engine: Engine) -> FrozenNorm:
-        """Found from the norm's output for numbers of alternating sign, and for the same ones shifted."""
-        probe = torch.full((1, engine.architecture.d_model), _PROBE, device=engine.device, dtype=engine.dtype)
-        probe[:, 1::2] *= -1
-        offset = engine.normed(torch.zeros_like(probe))[0].double().cpu()
-        plain, shifted = (engine.normed(given)[0].double().cpu() - offset for given in (probe, probe + _PROBE / 2))
-        centres = bool(torch.allclose(plain, shifted, rtol=1e-2, atol=1e-6))
-        given = _less_mean(probe[0].double().cpu(), centres)
-        return cls(plain / given * given.square().mean().sqrt(), offset, centres)
-
-    def scales(self, engine: Engine, states: Tensor) -> Tensor:
-        """1 / RMS, or 1 / deviation, of states [n, d_model], with the norm's epsilon: float64 [n].
-
-        By least squares from the norm's outputs, so that no family's epsilon need be known.
-        """
-        normed = engine.normed(states).double().cpu() - self.offset
-        unscaled = self.gain * _less_mean(states.double().cpu(), self.centres)
-        return (normed * unscaled).sum(dim=-1) / unscaled.square().sum(dim=-1)
-
-    def before(self, direction: Tensor) -> Tensor:
-        """The direction [d_model] before the norm whose product with a state is, up to the scale, that after it."""
-        return _less_mean(self.gain * direction.to(self.gain), self.centres)
+    Found from the norm's output for numbers of alternating sign, and for the same ones shifted.
+    """
+    probe = torch.full((1, engine.architecture.d_model), _PROBE, device=engine.device, dtype=engine.dtype)
+    probe[:, 1::2] *= -1
+    offset = engine.normed(torch.zeros_like(probe))[0].double().cpu()
+    plain, shifted = (engine.normed(given)[0].double().cpu() - offset for given in (probe, probe + _PROBE / 2))
+    centres = bool(torch.allclose(plain, shifted, rtol=1e-2, atol=1e-6))
+    given = less_mean(probe[0].double().cpu(), centres)
+    return plain / given * given.square().mean().sqrt(), offset, centres
 
 
-def _less_mean(values: Tensor, centres: bool) -> Tensor:
+def norm_scales(normed: Tensor, unscaled: Tensor) -> Tensor:
+    """1 / RMS, or 1 / deviation, with the norm's epsilon, of states [n, d_model] normed and unscaled: float64 [n].
+
+    By least squares, so that no family's epsilon need be known.
+    """
+    return (normed * unscaled).sum(dim=-1) / unscaled.square().sum(dim=-1)
+
+
+def less_mean(values: Tensor, centres: bool) -> Tensor:
+    """The values, less their mean where the norm centres."""
     return values - values.mean(dim=-1, keepdim=True) if centres else values

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import query_level_groups
@@ -21,11 +20,9 @@ from safetyheads.heads import Group
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.ships import mean_ships, ships
+from safetyheads.model.engine import Engine
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.scores import HeadScores
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
 
 ZEROED = SCALING_CONTRIBUTION.at(0.0)
 """The head's output times 0 at every token: the ablation of methods that score outputs."""

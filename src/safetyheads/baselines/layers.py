@@ -8,9 +8,9 @@ depth here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,15 +19,14 @@ from safetyheads.baselines.base import (
     Material,
     Method,
     first_input,
+    hooked,
     refusal_log_odds,
     refuse_shares,
 )
 from safetyheads.baselines.linear_layers import EDITS
 from safetyheads.errors import InputError
+from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 LAST_START = 6 / 32
 """The last layer at which a run may start, as a share of the depth; the first is layer 1."""
@@ -45,10 +44,11 @@ def skipped(engine: Engine, layers: Sequence[int]) -> Iterator[None]:
         hidden = first_input(module, given, keywords)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    with ExitStack() as stack, engine.weights_changed():
-        for layer in layers:
-            module = engine.architecture.layers[layer]
-            stack.callback(module.register_forward_hook(return_input, with_kwargs=True).remove)
+    left_out = (engine.architecture.layers[layer] for layer in layers)
+    with (
+        engine.weights_changed(),
+        hooked(*(module.register_forward_hook(return_input, with_kwargs=True) for module in left_out)),
+    ):
         yield
 
 

@@ -6,24 +6,22 @@ Calibration keeps X^T X of each layer's inputs X [n_tokens, d_in] and never X, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safetyheads.answers.decoding import end_tokens
-from safetyheads.baselines.base import Intervention, inputs_seen
+from safetyheads.baselines.base import Intervention, hooked, inputs_seen
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
+from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.planning import TokenSequence, left_padded
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 EDITS = "baselines edit"
 """Begins the error about weights that are not plain numbers."""
@@ -70,6 +68,8 @@ class LinearLayer:
 
 Weights: TypeAlias = Mapping[LinearLayer, Tensor]
 """Linear layer -> a new W [d_out, d_in] for it."""
+Edit: TypeAlias = Callable[[LinearLayer, Mapping[str, Tensor]], Tensor]
+"""Makes a linear layer's new W [d_out, d_in] from its X^T X over each named text."""
 TextBatch: TypeAlias = tuple[dict[str, Any], Tensor]
 """Arguments of a decoder or a whole model, and which of their tokens count: bool [n_rows, longest]."""
 
@@ -90,11 +90,15 @@ def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
                 for matrix, tensor in module.named_parameters(recurse=False):
                     if tensor.ndim > 1:
                         raise UnsupportedModelError(
-                            f"{engine.architecture.family}: {'.'.join(filter(None, (name, matrix)))} of layer {number} "
-                            "is no linear layer's weight, so methods that edit linear layers would miss part of the "
-                            "model"
+                            f"{engine.architecture.family}: {f'{name}.{matrix}'.lstrip('.')} of layer {number} is no "
+                            "linear layer's weight, so methods that edit linear layers would miss part of the model"
                         )
     return tuple(linears)
+
+
+def by_layer(linears: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
+    """The linear layers of each decoder layer."""
+    return [list(members) for _, members in groupby(linears, key=lambda linear: linear.layer)]
 
 
 # Editing.
@@ -106,26 +110,47 @@ def edited(engine: Engine, weights: Weights) -> Iterator[None]:
     before = [(linear.module, linear.module._parameters["weight"]) for linear in weights]
     with engine.weights_changed():
         try:
-            for linear, weight in weights.items():
-                put(linear, weight)
+            put(weights)
             yield
         finally:
             for module, parameter in before:
                 module._parameters["weight"] = parameter
 
 
-def put(linear: LinearLayer, weight: Tensor) -> None:
-    """Replace a linear layer's W [d_out, d_in], in its dtype and on its device; :func:`edited` undoes it."""
-    kept = weight.T if linear.is_transposed else weight
-    fresh = kept.to(linear.weight.device, linear.weight.dtype).contiguous()
-    linear.module._parameters["weight"] = nn.Parameter(fresh, requires_grad=False)
+def put(weights: Weights) -> None:
+    """Replace linear layers' W, in their dtype and on their device; :func:`edited` undoes it."""
+    for linear, weight in weights.items():
+        kept = weight.T if linear.is_transposed else weight
+        fresh = kept.to(linear.weight.device, linear.weight.dtype).contiguous()
+        linear.module._parameters["weight"] = nn.Parameter(fresh, requires_grad=False)
+
+
+def edit_layer_by_layer(engine: Engine, texts: Mapping[str, Sequence[TokenSequence]], edit: Edit) -> Weights:
+    """New weights of every linear layer; later decoder layers are calibrated on the outputs of edited earlier ones.
+
+    Within a decoder layer all weights are made from one run before any is replaced, as Wanda, SparseGPT and ActSVD do.
+    The model's own weights are restored before this returns.
+    """
+    linears = linear_layers(engine)
+    weights: dict[LinearLayer, Tensor] = {}
+    with edited(engine, {linear: linear.weight for linear in linears}):
+        for layer in by_layer(linears):
+            grams = {name: gram_matrices(engine, layer, text) for name, text in texts.items()}
+            made: dict[LinearLayer, Tensor] = {}
+            for linear in layer:
+                of_texts = {name: of_text[linear] for name, of_text in grams.items() if linear in of_text}
+                if len(of_texts) == len(texts):
+                    made[linear] = edit(linear, of_texts).to(linear.weight.dtype)
+            put(made)
+            weights |= made
+    return weights
 
 
 def editing_interventions(
     engine: Engine,
     strengths: Sequence[float],
-    make: Callable[[float], Weights],
     setting: str,
+    make: Callable[[float], Weights],
     n_parameters: Callable[[float], int],
 ) -> list[Intervention]:
     """Interventions that edit linear layers, one for each strength; their weights are made when first needed.
@@ -154,26 +179,22 @@ def editing_interventions(
 # Calibration.
 
 
-def batches(engine: Engine, text: Sequence[TokenSequence]) -> list[TextBatch]:
+def batches(engine: Engine, text: Sequence[TokenSequence]) -> Iterator[TextBatch]:
     """Sequences of similar length together; only of equal length where padding is not exact on this model."""
 
     def length(sequence: TokenSequence) -> int:
         return len(sequence.token_ids)
 
-    order, laid_out = sorted(text, key=length), []
+    order, padding = sorted(text, key=length), next(iter(end_tokens(engine)), 0)
     for run in [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]:
         together = max(1, _TOKENS_AT_ONCE // length(run[-1]))
-        laid_out += [_batch(engine, run[at : at + together]) for at in range(0, len(run), together)]
-    return laid_out
-
-
-def _batch(engine: Engine, members: Sequence[TokenSequence]) -> TextBatch:
-    padded = left_padded([member.token_ids for member in members], next(iter(end_tokens(engine)), 0), engine.device)
-    arguments = {"input_ids": padded.token_ids, "attention_mask": padded.mask, "position_ids": padded.positions}
-    n_counted = torch.tensor([member.n_wanted for member in members])
-    from_end = torch.arange(padded.token_ids.shape[1]).flip(0)
-    counted = (from_end < n_counted[:, None]).to(padded.token_ids.device)
-    return {**arguments, "use_cache": False}, counted
+        for start in range(0, len(run), together):
+            members = run[start : start + together]
+            padded = left_padded([member.token_ids for member in members], padding, engine.device)
+            arguments = {"input_ids": padded.token_ids, "attention_mask": padded.mask, "position_ids": padded.positions}
+            n_counted = torch.tensor([[member.n_wanted] for member in members])
+            counted = torch.arange(padded.token_ids.shape[1]).flip(0) < n_counted  # by places from the end
+            yield {**arguments, "use_cache": False}, counted.to(engine.device)
 
 
 class _LastLayerRan(Exception):
@@ -181,61 +202,40 @@ class _LastLayerRan(Exception):
 
 
 @torch.no_grad()
+def counted_inputs(engine: Engine, linears: Sequence[LinearLayer], batch: TextBatch) -> dict[LinearLayer, Tensor]:
+    """Inputs of linear layers at the counted tokens [n_counted, d_in], without those that no token passed."""
+    arguments, counted = batch
+    inputs: dict[LinearLayer, Tensor] = {}
+
+    def see(number: int, given: Tensor) -> None:
+        linear, seen = linears[number], given.reshape(*counted.shape, -1)[counted.to(given.device)]
+        inputs[linear] = torch.cat((inputs[linear], seen)) if linear in inputs else seen  # a module may run twice
+
+    def stop(*_: Any) -> None:
+        raise _LastLayerRan
+
+    last = engine.architecture.layers[max(linear.layer for linear in linears)].register_forward_hook(stop)
+    with hooked(last), inputs_seen([linear.module for linear in linears], see), suppress(_LastLayerRan):
+        engine.architecture.decoder(**on_device(engine, arguments))
+    return inputs
+
+
+def on_device(engine: Engine, arguments: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The arguments with all tensors on the engine's device."""
+    return {name: value.to(engine.device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
 def gram_matrices(
-    engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TextBatch]
+    engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TokenSequence]
 ) -> dict[LinearLayer, Tensor]:
     """X^T X (float64 [d_in, d_in]) of each linear layer over the counted tokens, with the weights of now.
 
     Layers that no token passed are left out.
     """
     sums: dict[LinearLayer, Tensor] = {}
-    counted = text[0][1]
-
-    def see(number: int, given: Tensor) -> None:
-        linear = linears[number]
-        inputs = given.reshape(*counted.shape, linear.d_in)[counted.to(given.device)].to(ACCUMULATED)
-        product = inputs.T @ inputs  # [d_in, d_in]
-        sums[linear] = sums[linear].add_(product) if linear in sums else product
-
-    def stop(*_: Any) -> None:
-        raise _LastLayerRan
-
-    last = engine.architecture.layers[max(linear.layer for linear in linears)]
-    handle = last.register_forward_hook(stop)
-    try:
-        with inputs_seen([linear.module for linear in linears], see):
-            for batch in text:
-                arguments, counted = batch
-                try:
-                    engine.architecture.decoder(**arguments)
-                except _LastLayerRan:
-                    continue
-    finally:
-        handle.remove()
+    for batch in batches(engine, text):
+        for linear, given in counted_inputs(engine, linears, batch).items():
+            inputs = given.to(ACCUMULATED)
+            product = inputs.T @ inputs  # [d_in, d_in]
+            sums[linear] = sums[linear].add_(product) if linear in sums else product
     return sums
-
-
-Edit: TypeAlias = Callable[[LinearLayer, Mapping[str, Tensor]], Tensor]
-"""Makes a linear layer's new W [d_out, d_in] from its X^T X over each named text."""
-
-
-def edit_layer_by_layer(engine: Engine, texts: Mapping[str, Sequence[TokenSequence]], edit: Edit) -> Weights:
-    """New weights of every linear layer; later decoder layers are calibrated on the outputs of edited earlier ones.
-
-    Within a decoder layer all weights are made from one run before any is replaced, as Wanda, SparseGPT and ActSVD do.
-    The model's own weights are restored before this returns.
-    """
-    linears = linear_layers(engine)
-    laid_out = {name: batches(engine, text) for name, text in texts.items()}
-    weights: dict[LinearLayer, Tensor] = {}
-    with edited(engine, {linear: linear.weight for linear in linears}):
-        for _, members in groupby(linears, key=lambda linear: linear.layer):
-            layer = list(members)
-            grams = {name: gram_matrices(engine, layer, text) for name, text in laid_out.items()}
-            passed = [linear for linear in layer if all(linear in of_text for of_text in grams.values())]
-            for linear in passed:
-                weight = edit(linear, {name: of_text[linear] for name, of_text in grams.items()})
-                weights[linear] = weight.to(linear.weight.dtype)
-            for linear in passed:
-                put(linear, weights[linear])
-    return weights

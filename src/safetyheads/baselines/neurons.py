@@ -8,22 +8,31 @@ input of an MLP's last projection, after the activation and the gate. No weight 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from safetyheads.baselines.base import DOWN_NAMES, Intervention, Material, Method, inputs_seen, refuse_shares
-from safetyheads.baselines.linear_layers import EDITS, LinearLayer, TextBatch, batches, linear_layers
+from safetyheads.baselines.base import (
+    DOWN_NAMES,
+    Intervention,
+    Material,
+    Method,
+    change_input,
+    hooked,
+    inputs_seen,
+    refuse_shares,
+)
+from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, counted_inputs, linear_layers, on_device
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.planning import TokenSequence
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """Methods that move rows or tokens of a cache; a twin cache must follow them."""
@@ -66,33 +75,14 @@ def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) 
     sums = torch.zeros(len(ours), max(linear.d_in for linear in ours), dtype=torch.float64)
     n_tokens = 0
     for batch in batches(engine, text):
-        values = _neuron_values(engine, ours, batch), _neuron_values(unaligned, theirs, batch)
-        for layer, (aligned, other) in enumerate(zip(*values, strict=True)):
+        values = counted_inputs(engine, ours, batch), counted_inputs(unaligned, theirs, batch)
+        for layer, (aligned, other) in enumerate(zip(*(seen.values() for seen in values), strict=True)):
             squares = (aligned.double() - other.to(aligned.device).double()).square()
             sums[layer, : aligned.shape[1]] += squares.sum(dim=0).cpu()
         n_tokens += int(batch[1].sum())
     for layer, linear in enumerate(ours):
         sums[layer, linear.d_in :] = torch.nan
     return (sums / n_tokens).sqrt()
-
-
-@torch.no_grad()
-def _neuron_values(engine: Engine, downs: Sequence[LinearLayer], batch: TextBatch) -> list[Tensor]:
-    """Layer by layer, the neurons' values at the counted tokens [n_counted, d_mlp]."""
-    arguments, counted = batch
-    values: dict[int, Tensor] = {}
-
-    def see(layer: int, given: Tensor) -> None:
-        values[layer] = given.reshape(*counted.shape, -1)[counted.to(given.device)]
-
-    with inputs_seen([linear.module for linear in downs], see):
-        engine.architecture.decoder(**{name: _on(engine, value) for name, value in arguments.items()})
-    return [values[layer] for layer in range(len(downs))]
-
-
-def _on(engine: Engine, value: Any) -> Any:
-    """The value, on the engine's device if it is a tensor."""
-    return value.to(engine.device) if isinstance(value, Tensor) else value
 
 
 def top_neurons(scores: Tensor, share: float) -> dict[int, Tensor]:
@@ -125,64 +115,52 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
         if layer in chosen:
             values[layer] = given.to(chosen[layer].device)[..., chosen[layer]]
 
+    def twin(cache: Any) -> DynamicCache:
+        """The unaligned model's cache for one of the model's caches; it follows every move of rows."""
+        if cache not in twins:
+            if cache.get_seq_length() > 0:
+                raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
+            twins[cache] = DynamicCache(config=unaligned.model.config)
+            for name in _REORDERING:
+                # Held weakly, so that the cache is freed with its batch.
+                setattr(cache, name, partial(_move_both, ref(cache), twins[cache], name))
+        return twins[cache]
+
     def run_unaligned(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         values.clear()
-        given = {name: _on(unaligned, value) for name, value in keywords.items()}
+        given = on_device(unaligned, keywords)
         if given.get("past_key_values") is not None:
-            given["past_key_values"] = _twin(twins, given["past_key_values"], unaligned)
-        unaligned.model(*(_on(unaligned, value) for value in positional), **given)
+            given["past_key_values"] = twin(given["past_key_values"])
+        unaligned.model(*on_device(unaligned, dict(enumerate(positional))).values(), **given)
 
     def forget(*_: Any) -> None:
         values.clear()  # layers that run on their own, in replays and proofs, must not get old values
 
-    def patch(layer: int, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if layer not in values:
-            return given
-        whole = given[0].clone()
-        whole[..., chosen[layer]] = values[layer].to(whole.dtype)
-        return (whole, *given[1:])
+    def patch(layer: int, whole: Tensor) -> Tensor:
+        if layer in values:
+            whole = whole.clone()
+            whole[..., chosen[layer]] = values[layer].to(whole.dtype)
+        return whole
 
-    def release() -> None:
-        for cache in list(twins):  # those that still exist get their own methods back
-            for name in _REORDERING:
-                cache.__dict__.pop(name, None)
-
-    with ExitStack() as stack, engine.weights_changed():
-        stack.callback(release)
-        stack.enter_context(inputs_seen([linear.module for linear in theirs], see))
+    with engine.weights_changed(), inputs_seen([linear.module for linear in theirs], see):
         handles = [
             engine.model.register_forward_pre_hook(run_unaligned, with_kwargs=True),
             engine.model.register_forward_hook(forget, always_call=True),
-            *(ours[layer].module.register_forward_pre_hook(partial(patch, layer)) for layer in chosen),
+            *(change_input(ours[layer].module, partial(patch, layer)) for layer in chosen),
         ]
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
+        with hooked(*handles):
+            try:
+                yield
+            finally:
+                for cache, name in product(list(twins), _REORDERING):  # caches that still exist move alone again
+                    vars(cache).pop(name, None)
 
 
-def _twin(twins: WeakKeyDictionary[Any, Any], cache: Any, unaligned: Engine) -> Any:
-    """The unaligned model's cache for one of the model's caches; it follows every move of rows."""
-    from transformers import DynamicCache
-
-    if cache not in twins:
-        if cache.get_seq_length() > 0:
-            raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
-        twins[cache] = twin = DynamicCache(config=unaligned.model.config)
-        for name in _REORDERING:
-            setattr(cache, name, _follow(cache, twin, name))
-    return twins[cache]
-
-
-def _follow(cache: Any, twin: Any, name: str) -> Any:
-    """The cache's method, applied to its twin too. Holds the cache weakly, so that it is freed with its batch."""
-    weak = ref(cache)
-
-    def both(*arguments: Any, **keywords: Any) -> None:
-        original = weak()
-        getattr(type(original), name)(original, *arguments, **keywords)
-        getattr(twin, name)(*arguments, **keywords)
-
-    return both
+def _move_both(cache: ref[DynamicCache], twin: DynamicCache, name: str, *arguments: Any, **keywords: Any) -> None:
+    """Moves rows or tokens of a cache, and of its twin."""
+    original = cache()
+    getattr(type(original), name)(original, *arguments, **keywords)
+    getattr(twin, name)(*arguments, **keywords)
 
 
 def neuron_parameters(engine: Engine, neurons: Neurons) -> int:

@@ -16,7 +16,6 @@ from torch import Tensor
 from safetyheads.baselines.base import Intervention, Material, Method, refuse_shares
 from safetyheads.baselines.linear_layers import (
     ACCUMULATED,
-    LinearLayer,
     Weights,
     edit_layer_by_layer,
     editing_interventions,
@@ -97,17 +96,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def _wanda_parameters(linear: LinearLayer, sparsity: float) -> int:
-    return linear.d_out * n_pruned(linear.d_in, sparsity)
-
-
-def _sparse_gpt_parameters(linear: LinearLayer, sparsity: float) -> int:
-    return linear.d_out * linear.d_in if n_pruned(block_of(linear.d_in) * linear.d_out, sparsity) else 0
-
-
-def _interventions(
-    prune: Pruning, count: Callable[[LinearLayer, float], int], material: Material, strengths: Sequence[float]
-) -> list[Intervention]:
+def _interventions(prune: Pruning, material: Material, strengths: Sequence[float]) -> list[Intervention]:
     engine, linears = material.engine, linear_layers(material.engine)
     text = (*material.benign_text(whole=True), *material.refusal_text(whole=True))
     refuse_shares("a sparsity", strengths, below_1=True)
@@ -118,9 +107,13 @@ def _interventions(
         )
 
     def n_parameters(sparsity: float) -> int:
-        return sum(count(linear, sparsity) for linear in linears)
+        """Weights that Wanda sets to zero; all weights of layers in which SparseGPT prunes any."""
+        if prune is wanda:
+            return sum(linear.d_out * n_pruned(linear.d_in, sparsity) for linear in linears)
+        changed = (linear for linear in linears if n_pruned(block_of(linear.d_in) * linear.d_out, sparsity))
+        return sum(linear.d_out * linear.d_in for linear in changed)
 
-    return editing_interventions(engine, strengths, make, "sparsity {strength:.0%}", n_parameters)
+    return editing_interventions(engine, strengths, "sparsity {strength:.0%}", make, n_parameters)
 
 
 WANDA = Method(
@@ -129,7 +122,7 @@ WANDA = Method(
     source="Sun et al. 2024, A simple and effective pruning approach for large language models",
     touches="weights",
     strengths=SPARSITIES,
-    interventions=partial(_interventions, wanda, _wanda_parameters),
+    interventions=partial(_interventions, wanda),
 )
 """Prunes the weights of least |W_ij| |X_j| in each row. Counted are the weights set to zero."""
 
@@ -139,6 +132,6 @@ SPARSEGPT = Method(
     source="Frantar and Alistarh 2023, SparseGPT: massive language models can be accurately pruned in one-shot",
     touches="weights",
     strengths=SPARSITIES,
-    interventions=partial(_interventions, sparse_gpt, _sparse_gpt_parameters),
+    interventions=partial(_interventions, sparse_gpt),
 )
 """Prunes weights and compensates with the others. All weights of the linear layers are counted, since all change."""

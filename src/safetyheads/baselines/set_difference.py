@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +18,15 @@ from safetyheads.baselines.linear_layers import (
     LinearLayer,
     Weights,
     batches,
+    by_layer,
     editing_interventions,
     gram_matrices,
     linear_layers,
 )
 from safetyheads.baselines.pruning import wanda_scores
 from safetyheads.measures.screening import gradients_of
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import TokenSequence
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 UTILITY_SHARE = 0.07
 """p: share of each row that is kept for benign answers. Wei et al. sweep it too."""
@@ -38,13 +35,13 @@ SAFETY_SHARES = (0.01, 0.03, 0.05, 0.1, 0.2)
 
 Scores = Mapping[LinearLayer, Tensor]
 """Linear layer -> a score for each weight [d_out, d_in]."""
-ScoresOf = Callable[["Engine", Sequence[LinearLayer], Sequence[TokenSequence]], Scores]
+ScoresOf = Callable[[Engine, Sequence[LinearLayer], Sequence[TokenSequence]], Scores]
 """Scores linear layers of one decoder layer over a text."""
 
 
 def wanda_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TokenSequence]) -> Scores:
     """|W_ij| |X_j|_2 over the counted tokens of the text."""
-    grams = gram_matrices(engine, linears, batches(engine, text))
+    grams = gram_matrices(engine, linears, text)
     return {linear: wanda_scores(linear.weight, gram) for linear, gram in grams.items()}
 
 
@@ -75,24 +72,22 @@ def snip_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequenc
 
 def critical(safety: Tensor, utility: Tensor, q: float, p: float) -> Tensor:
     """Bool [d_out, d_in]: in each row the top q by ``safety`` without the top p by ``utility``."""
-    return _top(safety, q) & ~_top(utility, p)
 
+    def top(scores: Tensor, share: float) -> Tensor:
+        n = max(1, round(share * scores.shape[1])) if share > 0 else 0  # at least one of each row
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, :n]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
-def _top(scores: Tensor, share: float) -> Tensor:
-    """Bool [d_out, d_in]: the highest scores of each row, at least one where the share is above 0."""
-    n = max(1, round(share * scores.shape[1])) if share > 0 else 0
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :n]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+    return top(safety, q) & ~top(utility, p)
 
 
 def _interventions(scores_of: ScoresOf, material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    engine, linears = material.engine, linear_layers(material.engine)
+    engine = material.engine
     texts = material.refusal_text(whole=False), material.benign_text(whole=False)
     refuse_shares("a share of the weights", strengths)
     # Flat indices of weights in their matrix, int32: a hundredth of the memory of a large model's scores.
     taken: dict[float, dict[LinearLayer, Tensor]] = {q: {} for q in strengths}
-    for _, members in groupby(linears, key=lambda linear: linear.layer):
-        layer = list(members)
+    for layer in by_layer(linear_layers(engine)):
         safety, utility = (scores_of(engine, layer, text) for text in texts)
         for linear in (linear for linear in layer if linear in safety and linear in utility):
             for q in strengths:
@@ -100,19 +95,16 @@ def _interventions(scores_of: ScoresOf, material: Material, strengths: Sequence[
                 taken[q][linear] = chosen.flatten().nonzero()[:, 0].to(torch.int32)
 
     def make(q: float) -> Weights:
-        return {linear: _zeroed(linear.weight, indices) for linear, indices in taken[q].items()}
+        return {
+            linear: linear.weight.flatten().index_fill(0, indices.long(), 0).view_as(linear.weight)
+            for linear, indices in taken[q].items()
+        }
 
     def n_parameters(q: float) -> int:
         return sum(len(indices) for indices in taken[q].values())
 
     setting = f"top {{strength:.3g}} by refusals less top {UTILITY_SHARE:.3g} by benign answers"
-    return editing_interventions(engine, strengths, make, setting, n_parameters)
-
-
-def _zeroed(weight: Tensor, indices: Tensor) -> Tensor:
-    changed = weight.contiguous().clone()
-    changed.view(-1)[indices.long()] = 0
-    return changed
+    return editing_interventions(engine, strengths, setting, make, n_parameters)
 
 
 _SOURCE = "Wei et al. 2024, Assessing the brittleness of safety alignment via pruning and low-rank modifications"

@@ -8,8 +8,8 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.ablation import Ablation
+from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention
-from safetyheads.baselines.catalogue import METHODS
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.table1_baselines import learning_subjects, material_of

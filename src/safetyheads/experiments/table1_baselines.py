@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetyheads.answers.decoding import Request, answer
+from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention, Material, Method
-from safetyheads.baselines.catalogue import METHODS
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, point
