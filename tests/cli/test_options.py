@@ -51,8 +51,9 @@ def test_every_run_can_be_kept_where_the_user_says(name):
 
 
 @pytest.mark.parametrize("name", ["audit", "scan", "sahara", "asr", "demo", "reproduce", "judge"])
-def test_whatever_judges_takes_several_judges(name):
-    assert "--judge" in options(name)
+def test_whatever_judges_takes_judges_and_their_device(name):
+    assert options(name)["--judge"].startswith("Judge of the answers: paper, ")
+    assert options(name)["--judge-device"] == "Device of judge models: cpu, cuda or cuda:N. [default: cpu]"
 
 
 @dataclass(frozen=True)

@@ -381,8 +381,12 @@ def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -
         torch.set_num_threads(config.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with progress.track("loading and proving the model" if proved else "loading the model", 1):
-        return Engine.load(path, config.load_options, check=proved)
+    with progress.track("loading the model", 1):
+        engine = Engine.load(path, config.load_options, check=False)
+    if proved:
+        with progress.track("proving the model", 1):
+            engine.check()
+    return engine
 
 
 def _model_path(named: str) -> str:

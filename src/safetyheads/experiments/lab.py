@@ -71,7 +71,7 @@ class Lab:
     @cached_property
     def judges(self) -> tuple[Judge, ...]:
         """The judges of the answers; the first leads."""
-        return judges_named(self.config.judges)
+        return judges_named(self.config.judges, self.config.judge_device)
 
     @property
     def ablations(self) -> tuple[Ablation, Ablation]:

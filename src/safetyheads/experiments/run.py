@@ -69,7 +69,7 @@ def reproduce(
         "kind": KIND,
         **_spelled(config),
         "prompts_sha256": prompts_sha256(config),
-        "described_judges": [judge.describe() for judge in judges_named(config.judges)],
+        "described_judges": [judge.describe() for judge in judges_named(config.judges, config.judge_device)],
         "versions": versions(),
     }
     with run_directory(out, settings, progress, command) as run:

@@ -16,6 +16,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
+from safetyheads.runs.config import JudgeOptions, at_least
 
 ORGANISM = "demo:"
 """Prefix of the names of embedded checkpoints."""
@@ -28,8 +29,8 @@ LEARN_HARMFUL, LEARN_BENIGN = "learn harmful", "learn benign"
 Half = Literal["search", "test"]
 
 
-@dataclass(frozen=True, slots=True)
-class ReproductionConfig:
+@dataclass(frozen=True)
+class ReproductionConfig(JudgeOptions):
     """Everything that the numbers of a reproduction depend on; the defaults are the organism's."""
 
     models: tuple[str, ...] = ("demo:aligned_a",)
@@ -76,8 +77,6 @@ class ReproductionConfig:
     """Longest answer, in tokens."""
     top_k: int = 5
     """Tokens that a sampled answer draws from."""
-    judges: tuple[str, ...] = ("paper",)
-    """Judges of the answers; the first leads."""
     tasks: tuple[str, ...] = ("organism",)
     """Tasks of lm-eval that utility is measured by."""
     task_limit: int | None = 48
@@ -92,12 +91,13 @@ class ReproductionConfig:
     """Whether answers are written to the run directory, or verdicts alone."""
 
     def __post_init__(self) -> None:
-        for name in ("models", "datasets", "templates", "epsilons", "judges"):
+        super().__post_init__()
+        for name in ("models", "datasets", "templates", "epsilons"):
             if not getattr(self, name):
                 raise InputError(f"{name} must name at least one")
         if not self.benign or not self.learn_benign:
             raise InputError("benign and learn_benign must name prompts")
-        for name in ("models", "datasets", "templates", "templated", "base_models", "judges"):
+        for name in ("models", "datasets", "templates", "templated", "base_models"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"{name} names one twice")
         for template in (*self.templates, self.template, self.official):
@@ -111,10 +111,7 @@ class ReproductionConfig:
             raise InputError(f"seed must be at least 0; got {self.seed}")
         if not 0 < self.split < 1:
             raise InputError(f"split is a share between 0 and 1; got {self.split}")
-        for name in ("limit", "size", "query_size", "max_new_tokens", "top_k", "task_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1; got {value}")
+        at_least(1, query_size=self.query_size, task_limit=self.task_limit)
 
     @property
     def with_templates(self) -> tuple[str, ...]:
