@@ -53,7 +53,7 @@ from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, demo_prompts
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import left_padded
-from safetyheads.prompts.answer_reader import decode_text
+from safetyheads.prompts.asked import decode_text
 from safetyheads.prompts.files import cache_directory
 
 CASES = ("organism", "embedded", "random")

@@ -16,7 +16,7 @@ from safetyheads.answers.decoding import Request, ShortContextWarning, answer, e
 from safetyheads.answers.sampling import TOP_5, Sampling
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules
-from safetyheads.prompts.answer_reader import decode_text
+from safetyheads.prompts.asked import decode_text
 from safetyheads.scores import HeadScores
 
 torch.set_num_threads(1)

@@ -39,7 +39,7 @@ from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.prompts.answer_reader import decode_text
+from safetyheads.prompts.asked import decode_text
 
 torch.set_num_threads(1)
 

@@ -287,7 +287,7 @@ def test_a_think_block_is_closed_unless_it_is_to_be_open(chat_template, closed, 
     bound = Template.parse("chat", thinking="open").bound(adopted)
     assert bound.render("hi") == prompt + opened
     assert bound.begins_in_block is begins
-    assert bound.block == bound.chat.block
+    assert bound.block == bound.known_block
 
 
 def test_a_query_that_holds_a_mark_changes_nothing():

@@ -11,7 +11,7 @@ from safetyheads.answers.decoding import Answer, Route, Stop
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
-from safetyheads.prompts.answer_reader import ReadAnswer
+from safetyheads.prompts.asked import ReadAnswer
 from safetyheads.prompts.sets import Prompt
 
 if TYPE_CHECKING:

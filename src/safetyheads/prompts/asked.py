@@ -1,16 +1,100 @@
-"""Prompts as a model reads them: template settled, token ids made, with the reader of their answers."""
+"""Prompts as a model reads them, and the reader of its answers: no think block, nothing after a stop text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetyheads.prompts.answer_reader import AnswerReader
 from safetyheads.prompts.sets import Prompt, PromptSet
-from safetyheads.prompts.templates import Template
+from safetyheads.prompts.templates import Template, ThinkBlock
+
+_UNFINISHED_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAnswer:
+    """An answer as judges get it."""
+
+    text: str
+    """After the think block, before the stop text."""
+    token_ids: tuple[int, ...]
+    """Tokens after the think block, those of a stop text among them."""
+    n_thought: int = 0
+    """Tokens of the think block, its marks among them."""
+    thought: str = ""
+    """The text in the think block."""
+    unclosed: bool = False
+    """Whether thinking began and never ended: there is no answer."""
+    stopped: bool = False
+    """Whether a stop text ended it."""
+    certain: str | None = None
+    """The part of the text that further tokens cannot change; None until it is clear that the answer has begun."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a think block came first, so that the first new token opens no answer."""
+        return self.unclosed or self.n_thought > 0
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReader:
+    """Reads the answers to prompts of one template."""
+
+    tokenizer: Any
+    """The model's tokenizer."""
+    block: ThinkBlock | None = None
+    """The think block that an answer may begin with; None where thinking is closed."""
+    begins_in_block: bool = False
+    """Whether the prompt opens the block itself."""
+    stops: tuple[str, ...] = ()
+    """Texts that end an answer."""
+
+    def read(self, token_ids: Sequence[int]) -> ReadAnswer:
+        """The answer, or what there is of it so far."""
+        ids, thought, n_thought, undecided = tuple(token_ids), "", 0, False
+        raw = "" if self.block is None else self._raw(ids)
+        if self.block is not None and (self.begins_in_block or raw.lstrip().startswith(self.block.opener)):
+            closer = self.block.closer
+            thought = raw.partition(closer)[0].lstrip().removeprefix(self.block.opener).strip()
+            if closer not in raw:
+                return ReadAnswer("", (), len(ids), thought, unclosed=True)
+            n_thought = bisect_left(range(len(ids)), True, key=lambda n: closer in self._raw(ids[:n]))
+            # The block's last token may hold the beginning of the answer.
+            rest, ids = self._raw(ids[:n_thought]).partition(closer)[2], ids[n_thought:]
+            text = (rest + decode_text(self.tokenizer, ids)).lstrip()
+        else:
+            # So few tokens that they may yet become the block's first mark.
+            mark = raw.lstrip().rstrip(_UNFINISHED_CHARACTER)
+            undecided = self.block is not None and self.block.opener.startswith(mark)
+            text = decode_text(self.tokenizer, ids)
+        places = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        if places:
+            cut = text[: min(places)]
+            return ReadAnswer(cut, ids, n_thought, thought, stopped=True, certain=cut)
+        # What may yet be part of a character or of a stop text is not certain.
+        whole = text.rstrip(_UNFINISHED_CHARACTER)
+        begun = max((n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        return ReadAnswer(text, ids, n_thought, thought, certain=None if undecided else whole[: len(whole) - begun])
+
+    @property
+    def ends(self) -> Callable[[Sequence[int]], bool] | None:
+        """Whether an answer that starts with these tokens has reached a stop text; None where there are none."""
+        return (lambda token_ids: self.read(token_ids).stopped) if self.stops else None
+
+    def _raw(self, token_ids: tuple[int, ...]) -> str:
+        """The tokens as text, special ones too: some families mark thinking by these."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+
+def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The answer as text, without special tokens."""
+    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    return text
 
 
 class DatedPromptWarning(UserWarning):

@@ -1,14 +1,53 @@
-"""Turns a query into the text and tokens that a model reads: named templates, system prompts, prefills, stop texts."""
+"""Turns a query into the text and tokens that a model reads: named templates, system prompts, prefills, stop texts.
+
+What a tokenizer's own chat template does with thinking, parts and dates is found by rendering it.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.chat import THINK_BLOCKS, ChatTemplate, ThinkBlock, Thinking
+
+Thinking: TypeAlias = Literal["closed", "open"]
+"""``closed``: the think block is closed before the answer begins. ``open``: the model may think, and its thoughts are
+removed before judging."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkBlock:
+    """How a family marks what a model thinks before it answers."""
+
+    opener: str
+    """Where thinking begins."""
+    closer: str
+    """Where it ends, and the answer begins."""
+    empty: str
+    """A block without a thought, as the family writes it: after it the model answers at once."""
+
+
+THINK_BLOCKS: tuple[ThinkBlock, ...] = (
+    ThinkBlock("<think>", "</think>", "<think>\n\n</think>\n\n"),  # Qwen3, DeepSeek, GLM, SmolLM3, Kimi, most others
+    # gpt-oss: whatever channel an answer begins with, the final one is the answer.
+    ThinkBlock("<|channel|>", "<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+    ThinkBlock("<|channel>thought", "<channel|>", "<|channel>thought\n<channel|>"),  # Gemma 4
+    ThinkBlock("<|START_THINKING|>", "<|END_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),  # Command A Reasoning
+    ThinkBlock("[THINK]", "[/THINK]", "[THINK][/THINK]"),  # Magistral
+    ThinkBlock("<seed:think>", "</seed:think>", "<seed:think></seed:think>"),  # Seed-OSS
+    ThinkBlock("<thought>", "</thought>", "<thought>\n\n</thought>\n\n"),  # EXAONE Deep
+)
+"""The known think blocks; a template's is the first whose marks stand in its source."""
+
+SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""Arguments that turn thinking on or off; one counts where the rendering depends on it."""
+
+_MARK = "safetyheads"  # no template changes it, and no template writes it
+_CLOCK = "strftime_now"  # what templates call to get today's date
+_WITHOUT_CHAT = "choose --template query_answer or direct"
+_FOLD = "--fold-system (Template.folds_system) puts it at the beginning of the user's turn"
 
 PLACEHOLDER = "{query}"
 """Stands for the query in a format string; other braces are plain text."""
@@ -134,18 +173,33 @@ class Template:
 
     def bound(self, tokenizer: Any) -> BoundTemplate:
         """The template with its tokenizer; an InputError for ``chat`` with one that has no chat template."""
-        if self.name != "chat":
-            return BoundTemplate(self, tokenizer, None)
-        chat = ChatTemplate.of(tokenizer)
-        settled = replace(self, thinking="closed") if self.thinking is None and chat.thinks else self
-        return BoundTemplate(settled, tokenizer, chat)
+        bound = BoundTemplate(self, tokenizer)
+        if not bound.is_chat:
+            return bound
+        source = getattr(tokenizer, "chat_template", None)
+        if not source:
+            raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
+        # Some tokenizers have several, by name.
+        text = str(source.get("default", "")) if isinstance(source, dict) else str(source)
+        known = next((block for block in THINK_BLOCKS if block.opener in text or block.closer in text), None)
+        if _MARK not in (bound._probe() or "") and _MARK in (replace(bound, takes_parts=True)._probe() or ""):
+            bound = replace(bound, takes_parts=True)
+        switches = []
+        # The word alone may stand in the source for something else.
+        for switch in (switch for switch in SWITCHES if switch in text):
+            off, on = (bound._probe(**{switch: value}) for value in (False, True))
+            if off is not None and on is not None and off != on:
+                switches.append(switch)
+        # A template that asks for the date fails where a text stands in the place of the clock.
+        dated = _CLOCK in text and bound._probe(**{_CLOCK: _MARK}) is None and _MARK in (bound._probe() or "")
+        thinks = known is not None or bool(switches)
+        if self.thinking == "closed" and not thinks:
+            raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
+        settled = replace(self, thinking="closed") if self.thinking is None and thinks else self
+        return replace(bound, template=settled, known_block=known, switches=tuple(switches), is_dated=dated)
 
     def render(self, query: str, tokenizer: Any) -> str:
-        """The text of one prompt; only ``chat`` needs the tokenizer.
-
-        Raises:
-            InputError: the tokenizer has no chat template, or that rejects or drops a prompt, or cannot stop thinking.
-        """
+        """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
         return self.bound(tokenizer).render(query)
 
     def settings(self) -> dict[str, Any]:
@@ -167,25 +221,44 @@ class BoundTemplate:
     template: Template
     """Its thinking is settled: None now means that there is no think block."""
     tokenizer: Any
-    chat: ChatTemplate | None
-    """The tokenizer's chat template, for ``chat`` alone."""
+    known_block: ThinkBlock | None = None
+    """The think block that the chat template knows."""
+    switches: tuple[str, ...] = ()
+    """Those of :data:`SWITCHES` that the chat template takes."""
+    takes_parts: bool = False
+    """Whether a message's content must be a list of parts, as chat templates of vision models expect."""
+    is_dated: bool = False
+    """Whether the chat template writes today's date into the prompt."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template is used."""
+        return self.template.name == "chat"
+
+    @property
+    def model(self) -> str:
+        """Name of the tokenizer's model, for messages."""
+        return getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
 
     def render(self, query: str) -> str:
-        """The text of one prompt, with the beginning of the answer where that is prefilled."""
+        """The text of one prompt, with the beginning of the answer where that is prefilled.
+
+        Raises:
+            InputError: the chat template rejects the prompt or the system prompt, or leaves one of them out.
+        """
         text, prefill = self.up_to_answer(query), self.template.prefill
         if not prefill or prefill[0].isspace():
             return text + prefill
-        if self.chat is not None:
-            return text + self.chat.joint(query, text) + prefill
+        if self.is_chat:
+            return text + self._joint(query, text) + prefill
         return text + (FORMS[self.template.name].joint if self.template.name in FORMS else "") + prefill
 
     def up_to_answer(self, query: str) -> str:
         """The text of one prompt without a prefilled answer."""
-        template = self.template
-        if self.chat is not None:
-            return self.chat.render(query, template.system, template.folds_system, template.thinking)
+        if self.is_chat:
+            return self._render_chat(query)
+        template, form = self.template, FORMS.get(self.template.name)
         text = template.format or ""
-        form = FORMS.get(template.name)
         if form is not None and form.without_system is not None and not template.system:
             text = form.without_system
         values = {PLACEHOLDER: query, SYSTEM_PLACEHOLDER: template.system}
@@ -199,15 +272,15 @@ class BoundTemplate:
         answer follows. A rendered chat template holds its own. No prompt begins with two BOS tokens.
 
         Raises:
-            InputError: as :meth:`Template.render`, or the prompt has no token.
+            InputError: as :meth:`render`, or the prompt has no token.
         """
         return self.tokens(self.render(query))
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered prompt."""
         bos, eos = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-        token_ids = [int(token) for token in self.tokenizer(text, add_special_tokens=self.chat is None)["input_ids"]]
-        if self.chat is None and len(token_ids) > 1 and token_ids[-1] == eos:
+        token_ids = [int(token) for token in self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]]
+        if not self.is_chat and len(token_ids) > 1 and token_ids[-1] == eos:
             bare = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not len(bare) or int(bare[-1]) != eos:
                 token_ids.pop()
@@ -220,18 +293,70 @@ class BoundTemplate:
     @property
     def note(self) -> str | None:
         """What a reader of the results must know about the prompts; None if nothing."""
-        if self.chat is None or not self.chat.is_dated:
-            return None
-        return "the chat template writes today's date into the prompts; the same command on another day is another run"
+        note = "the chat template writes today's date into the prompts; the same command on another day is another run"
+        return note if self.is_dated else None
 
     @property
     def block(self) -> ThinkBlock | None:
         """The think block that an answer may begin with; None unless thinking is open."""
-        if self.template.thinking != "open":
-            return None
-        return (None if self.chat is None else self.chat.block) or THINK_BLOCKS[0]
+        return (self.known_block or THINK_BLOCKS[0]) if self.template.thinking == "open" else None
 
     @property
     def begins_in_block(self) -> bool:
         """Whether the prompt itself opens the think block, so that an answer begins inside it."""
         return self.block is not None and self.up_to_answer("?").rstrip().endswith(self.block.opener)
+
+    def _probe(self, **arguments: Any) -> str | None:
+        """The chat template's rendering of a query that is easy to find; None where it fails."""
+        try:
+            return self._apply([{"role": "user", "content": _MARK}], arguments)
+        except _template_errors():
+            return None
+
+    def _render_chat(self, query: str) -> str:
+        system, thinking = self.template.system, self.template.thinking
+        messages = [{"role": "user", "content": query}]
+        if system is not None and self.template.folds_system:
+            messages[0]["content"] = f"{system}\n\n{query}"
+        elif system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            text = self._apply(messages, {} if thinking is None else dict.fromkeys(self.switches, thinking == "open"))
+        except _template_errors() as error:
+            what, advice = ("the system prompt", f"; {_FOLD}") if len(messages) > 1 else ("the prompt", "")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the chat template of {self.model} rejects {what}: {reason}{advice}") from error
+        # Some templates leave words out without an error; the run would then not be what its manifest says.
+        if query.strip() not in text:
+            raise InputError(f"the chat template of {self.model} drops the query, or changes it; {_WITHOUT_CHAT}")
+        if system is not None and system.strip() not in text:
+            raise InputError(f"the chat template of {self.model} drops the system prompt; {_FOLD}")
+        if thinking != "closed" or self.known_block is None:
+            return text
+        if text.rstrip().endswith(self.known_block.opener):
+            return text.rstrip().removesuffix(self.known_block.opener) + self.known_block.empty
+        is_closed = text.rstrip().endswith(self.known_block.closer)
+        return text if is_closed or self.switches else text + self.known_block.empty
+
+    def _joint(self, query: str, text: str) -> str:
+        """The blanks that the chat template itself writes between a prompt and its answer, as Llama-2's does."""
+        turns = [{"role": "user", "content": query}, {"role": "assistant", "content": _MARK}]
+        try:
+            whole, prompt = self._apply(turns, {}, generation_prompt=False), self._apply(turns[:1], {})
+        except _template_errors():
+            return ""
+        between = whole.removeprefix(prompt).partition(_MARK)[0] if whole.startswith(prompt) else ""
+        return "" if between.strip() or text[-1:].isspace() else between
+
+    def _apply(self, messages: list[dict[str, Any]], arguments: dict[str, Any], generation_prompt: bool = True) -> str:
+        if self.takes_parts:
+            messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+        arguments = arguments | {"tokenize": False, "add_generation_prompt": generation_prompt}
+        return str(self.tokenizer.apply_chat_template(messages, **arguments))
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What rendering raises: jinja's errors, and those that a template's code or the choice among several may raise."""
+    from jinja2.exceptions import TemplateError
+
+    return TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError

@@ -103,14 +103,13 @@ def _text(tokenizer: Any, token: int) -> str:
 
 def _about_thinking(bound: BoundTemplate) -> str | None:
     """How the think block is dealt with; None where there is none."""
-    chat, thinking = bound.chat, bound.template.thinking
-    if thinking is None:
+    if bound.template.thinking is None:
         return None
-    if thinking == "open":
+    if bound.template.thinking == "open":
         begun = "the prompt begins it" if bound.begins_in_block else "the model may begin it"
         marks = f"{bound.block.opener} to {bound.block.closer}" if bound.block else ""
         return f"open ({marks}): {begun}, and what stands in it is not judged"
-    switch = f"by {chat.switches[0]}=False" if chat is not None and chat.switches else "by an empty block"
+    switch = f"by {bound.switches[0]}=False" if bound.switches else "by an empty block"
     return f"closed, {switch}"
 
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from safetyheads.judges.base import NOT_CLOSED, Completion, Verdict, verdicts_of
 from safetyheads.judges.keywords import KeywordJudge
-from safetyheads.prompts.answer_reader import AnswerReader
-from safetyheads.prompts.chat import THINK_BLOCKS
+from safetyheads.prompts.asked import AnswerReader
+from safetyheads.prompts.templates import THINK_BLOCKS
 
 quick = settings(deadline=None, max_examples=200)
 THINK = THINK_BLOCKS[0]
