@@ -97,7 +97,7 @@ def test_what_is_neither_file_nor_name_lists_the_names(tmp_path):
         PromptSet.read("x" * 5000)
     with pytest.raises(InputError, match="cannot be read"):
         PromptSet.read(tmp_path)
-    with pytest.raises(InputError, match="has no column"):
+    with pytest.raises(InputError, match="no column 'goal'; the columns are text"):
         PromptSet.read(write(tmp_path / "a.txt", "one"), column="goal")
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,18 +19,11 @@ QUERY_COLUMNS = ("goal", "query", "prompt", "question", "instruction", "behavior
 """Names that a query's column may have, in any case; the first one found counts."""
 Row: TypeAlias = tuple[str, str | None, str | None]
 """Query, category and reference; the latter two from the columns of these names, where there are any."""
+PromptFile: TypeAlias = tuple[list[Row], int, str]
+"""At least one row, equal ones too; how many rows without a query were left out; SHA-256 of the bytes (hexadecimal)."""
 
-
-@dataclass(frozen=True, slots=True)
-class PromptFile:
-    """The content of a prompt file: its rows in order, equal ones too."""
-
-    rows: tuple[Row, ...]
-    """At least one."""
-    dropped: int
-    """Rows without a query; they are not in ``rows``."""
-    sha256: str
-    """Fingerprint of the file's bytes (hexadecimal)."""
+Cells: TypeAlias = tuple[str, Mapping[str, Any]]
+"""Where a row stands, for messages, and its cells by column; a text alone is the column ``text``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,35 +94,36 @@ def read_rows(path: Path, column: str | None = None) -> PromptFile:
         raise InputError(f"{path} is not UTF-8 text (byte {content.index(0)})")
     if not text.strip():
         raise InputError(f"{path} holds only blanks")
-    rows = _READERS[suffix](text, column, path)
-    kept = tuple(row for row in rows if row[0].strip())
-    if not kept:
+    rows: list[Row] = []
+    dropped = 0
+    for where, cells in _READERS[suffix](text, str(path)):
+        query_column = _query_column(list(cells), column, where) if cells else ""
+        query = cells.get(query_column, "")
+        if not isinstance(query, str):
+            raise InputError(f"{where}: the field {query_column!r} is not a string")
+        if query.strip():
+            by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
+            rows.append((query, by_name.get("category"), by_name.get("reference")))
+        else:
+            dropped += 1
+    if not rows:
         raise InputError(f"{path} holds no prompts: no row has a query")
-    return PromptFile(kept, len(rows) - len(kept), hashlib.sha256(content).hexdigest())
+    return rows, dropped, hashlib.sha256(content).hexdigest()
 
 
 def _lines(text: str) -> list[str]:
-    # Not str.splitlines, which also breaks at characters that a query may contain.
-    lines = re.split(r"\r\n|\n|\r", text)
-    # The newline at the end of a file begins no row.
-    return lines[:-1] if lines[-1] == "" else lines
+    # Not str.splitlines, which also breaks at characters that a query may contain; a file's last newline begins no row.
+    return re.split(r"\r\n|\n|\r", re.sub(r"(\r\n|\n|\r)\Z", "", text))
 
 
-def _read_txt(text: str, column: str | None, path: Path) -> list[Row]:
-    if column is not None:
-        raise InputError(f"{path}: a TXT file has no column {column!r}")
-    return [(line.strip(), None, None) for line in _lines(text)]
+def _read_txt(text: str, path: str) -> Iterator[Cells]:
+    return ((path, {"text": line.strip()} if line.strip() else {}) for line in _lines(text))
 
 
-def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
+def _read_csv(text: str, path: str) -> Iterator[Cells]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
     try:
-        header = next((cells for cells in reader if any(cell.strip() for cell in cells)), None)
-        if header is None:
-            return []
-        names = [cell.strip() for cell in header]
-        query_column = find_column(names, column, str(path))
+        names = next(([cell.strip() for cell in cells] for cells in reader if any(cell.strip() for cell in cells)), [])
         for cells in reader:
             # Cutting the rest off would leave half of a query that has commas and no quotes.
             if any(cells[len(names) :]):
@@ -137,36 +131,24 @@ def _read_csv(text: str, column: str | None, path: Path) -> list[Row]:
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(names)}; "
                     "a query with a comma must stand in double quotes"
                 )
-            rows.append(_row(dict(zip(names, cells, strict=False)), query_column))
+            yield path, dict(zip(names, [*cells, *[""] * len(names)], strict=False))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    return rows
 
 
-def _read_jsonl(text: str, column: str | None, path: Path) -> list[Row]:
-    rows: list[Row] = []
+def _read_jsonl(text: str, path: str) -> Iterator[Cells]:
     for number, line in enumerate(_lines(text), start=1):
         where = f"{path}, line {number}"
-        if not line.strip():
-            rows.append(("", None, None))
-            continue
         try:
-            value = json.loads(line)
+            value = json.loads(line) if line.strip() else {}
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from error
-        if isinstance(value, str) and column is None:
-            rows.append((value, None, None))
-            continue
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | str):
             raise InputError(f"{where}: neither an object with a query nor a string")
-        query_column = find_column(list(value), column, where)
-        if not isinstance(value[query_column], str):
-            raise InputError(f"{where}: the field {query_column!r} is not a string")
-        rows.append(_row(value, query_column))
-    return rows
+        yield where, {"text": value} if isinstance(value, str) else value
 
 
-_READERS: dict[str, Callable[[str, str | None, Path], list[Row]]] = {
+_READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -175,7 +157,7 @@ _READERS: dict[str, Callable[[str, str | None, Path], list[Row]]] = {
 }
 
 
-def find_column(names: Sequence[str], column: str | None, where: str) -> str:
+def _query_column(names: Sequence[str], column: str | None, where: str) -> str:
     """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS`; an InputError lists them."""
     if column is not None and column in names:
         return column
@@ -183,16 +165,11 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str:
     for wanted in QUERY_COLUMNS if column is None else (column.strip().lower(),):
         if wanted in by_key:
             return by_key[wanted]
-    found = ", ".join(name or "(no name)" for name in names) or "none"
+    found = ", ".join(name or "(no name)" for name in names)
     if column is not None:
         raise InputError(f"{where}: no column {column!r}; the columns are {found}")
     known = ", ".join(QUERY_COLUMNS)
     raise InputError(f"{where}: no column is named as a query's ({known}); name it, found are {found}")
-
-
-def _row(cells: Mapping[str, Any], query_column: str) -> Row:
-    by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
-    return str(cells.get(query_column, "")), by_name.get("category"), by_name.get("reference")
 
 
 def cache_directory() -> Path:
@@ -228,11 +205,12 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         if column is None:
             path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
+    rows, _, sha256 = file
     differences = []
-    if len(file.rows) != benchmark.n_rows:
-        differences.append(f"{len(file.rows)} prompts where {benchmark.n_rows} were expected")
-    if benchmark.sha256 and file.sha256 != benchmark.sha256:
-        differences.append(f"SHA-256 {file.sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
+    if len(rows) != benchmark.n_rows:
+        differences.append(f"{len(rows)} prompts where {benchmark.n_rows} were expected")
+    if benchmark.sha256 and sha256 != benchmark.sha256:
+        differences.append(f"SHA-256 {sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
     return file, "; ".join(differences) or None
 
 

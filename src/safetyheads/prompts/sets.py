@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import overload
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, PromptFile, download, read_rows
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, download, read_rows
 from safetyheads.prompts.templates import Template
 
 
@@ -98,25 +98,20 @@ class PromptSet:
         chosen = _as_template(template, system)
         if limit is not None and limit < 1:
             raise InputError(f"the limit of prompts must be 1 or more; got {limit}")
-        path, name = Path(path_or_known_name), str(path_or_known_name)
+        path, name, warning = Path(path_or_known_name), str(path_or_known_name), None
         is_known = name == "benign" or name in KNOWN_BENCHMARKS
         # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
         if os.path.exists(path) and not (is_known and path.is_dir()):
-            prompts = cls._of_file(read_rows(path, column), chosen, path.stem, name)
+            shown, source, file = path.stem, name, read_rows(path, column)
         elif name == "benign":
-            prompts = builtin_benign(chosen)
-        elif name in KNOWN_BENCHMARKS:
-            file, warning = download(name, column)
-            prompts = replace(cls._of_file(file, chosen, name, KNOWN_BENCHMARKS[name].url), warning=warning)
+            return builtin_benign(chosen)[:limit]
+        elif is_known:
+            shown, source, (file, warning) = name, KNOWN_BENCHMARKS[name].url, download(name, column)
         else:
             known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
             raise InputError(f"no prompt file {name}; known names are {known}")
-        return prompts[:limit]
-
-    @classmethod
-    def _of_file(cls, file: PromptFile, template: Template | None, name: str, source: str) -> PromptSet:
-        prompts = tuple(Prompt(query, category, reference) for query, category, reference in file.rows)
-        return cls(prompts, template, name, source, file.sha256, file.dropped)
+        rows, dropped, sha256 = file
+        return cls(tuple(Prompt(*row) for row in rows), chosen, shown, source, sha256, dropped, warning)[:limit]
 
     def __len__(self) -> int:
         return len(self.prompts)
