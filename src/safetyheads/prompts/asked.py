@@ -87,14 +87,12 @@ class AnswerReader:
 
     def _raw(self, token_ids: tuple[int, ...]) -> str:
         """The tokens as text, special ones too: some families mark thinking by these."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return text
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The answer as text, without special tokens."""
-    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 class DatedPromptWarning(UserWarning):
@@ -120,11 +118,7 @@ class AskedPrompts:
 
     @classmethod
     def of(cls, prompts: PromptSet, default: Template, tokenizer: Any) -> AskedPrompts:
-        """Render and tokenize the prompts under their own template, or under ``default``.
-
-        Raises:
-            InputError: the template cannot be rendered with this tokenizer, or a prompt has no token.
-        """
+        """Render and tokenize the prompts under their own template, or under ``default``; an InputError if it fails."""
         bound = (prompts.template or default).bound(tokenizer)
         token_ids = tuple(tuple(bound.encode(prompt.query)) for prompt in prompts)
         return cls(

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,29 +39,27 @@ class Benchmark:
     """Fingerprint of the published file; None where we have not seen the file, which is then not verified."""
 
 
-_JAILBREAKBENCH = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
+_HUB = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
+_GITHUB = "https://raw.githubusercontent.com"
 
 KNOWN_BENCHMARKS: dict[str, Benchmark] = {
     "advbench": Benchmark(
-        "https://raw.githubusercontent.com/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
+        f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
         "advbench_harmful_behaviors.csv",
         520,
         "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
     ),
     "jailbreakbench": Benchmark(
-        f"{_JAILBREAKBENCH}/harmful-behaviors.csv",
+        f"{_HUB}/harmful-behaviors.csv",
         "jailbreakbench_harmful-behaviors.csv",
         100,
         "4a8ec6832056b631eb092dccc60d37a61c3d441268268888b3d006288afeffa1",
     ),
     "jailbreakbench_benign": Benchmark(
-        f"{_JAILBREAKBENCH}/benign-behaviors.csv",
-        "jailbreakbench_benign-behaviors.csv",
-        100,
-        None,
+        f"{_HUB}/benign-behaviors.csv", "jailbreakbench_benign-behaviors.csv", 100, None
     ),
     "maliciousinstruct": Benchmark(
-        "https://raw.githubusercontent.com/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
+        f"{_GITHUB}/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
         "MaliciousInstruct.txt",
         100,
         "a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5",
@@ -139,22 +137,20 @@ def _read_csv(text: str, path: str) -> Iterator[Cells]:
 def _read_jsonl(text: str, path: str) -> Iterator[Cells]:
     for number, line in enumerate(_lines(text), start=1):
         where = f"{path}, line {number}"
+        if not line.strip():
+            yield where, {}
+            continue
         try:
-            value = json.loads(line) if line.strip() else {}
+            value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from error
-        if not isinstance(value, dict | str):
+        cells = {"text": value} if isinstance(value, str) else value
+        if not isinstance(cells, dict) or not cells:
             raise InputError(f"{where}: neither an object with a query nor a string")
-        yield where, {"text": value} if isinstance(value, str) else value
+        yield where, cells
 
 
-_READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".txt": _read_txt,
-    "": _read_txt,
-}
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".txt": _read_txt, "": _read_txt}
 
 
 def _query_column(names: Sequence[str], column: str | None, where: str) -> str:
@@ -198,7 +194,12 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         # The checksum is compared below: authors may correct a file, which is no failure.
         path = Path(pooch.retrieve(benchmark.url, None, benchmark.filename, directory))
     except OSError as error:
-        raise InputError(f"{name} cannot be downloaded; {by_hand} ({_innermost(error)})") from error
+        inner: BaseException = error
+        # HTTP libraries wrap the reason several times and repeat the address.
+        while isinstance(wrapped := inner.__cause__ or inner.__context__, BaseException):
+            inner = wrapped
+        reason = " ".join(str(inner).split())[:160] or type(inner).__name__
+        raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
     try:
         file = read_rows(path, column)
     except InputError as error:
@@ -212,10 +213,3 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
     if benchmark.sha256 and sha256 != benchmark.sha256:
         differences.append(f"SHA-256 {sha256[:12]}... where {benchmark.sha256[:12]}... was expected")
     return file, "; ".join(differences) or None
-
-
-def _innermost(error: BaseException) -> str:
-    """The reason of a failed download: HTTP libraries wrap it several times and repeat the address."""
-    while isinstance(inner := error.__cause__ or error.__context__, BaseException):
-        error = inner
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -92,8 +92,7 @@ class PromptSet:
             limit: use only the first so many prompts.
 
         Raises:
-            InputError: no such file or name, a file without prompts, not UTF-8, malformed or without the
-                column, no network, or a bad template.
+            InputError: no such file or name, a file that cannot be read, no network, or a bad template.
         """
         chosen = _as_template(template, system)
         if limit is not None and limit < 1:
@@ -131,15 +130,10 @@ class PromptSet:
         return self.prompts[index]
 
     def select(self, indices: Iterable[int]) -> PromptSet:
-        """The prompts at these positions, in this order.
-
-        Raises:
-            InputError: no position, or one that is out of range.
-        """
+        """The prompts at these positions, in this order; an InputError for none, or one that is out of range."""
         positions = list(indices)
-        for position in positions:
-            if not 0 <= position < len(self):
-                raise InputError(f"prompt {position} is out of range: {self.name} has {len(self)}")
+        if wrong := [position for position in positions if not 0 <= position < len(self)]:
+            raise InputError(f"prompt {wrong[0]} is out of range: {self.name} has {len(self)}")
         return replace(self, prompts=tuple(self.prompts[position] for position in positions))
 
     @property
@@ -175,12 +169,12 @@ class PromptSet:
         n_search = min(max(int(len(distinct) * fraction + 0.5), 1), len(distinct) - 1)
         order = default_rng(seed).permutation(len(distinct))
         searched = {distinct[position] for position in order[:n_search]}
-        search = tuple(prompt for prompt in self.prompts if prompt.query in searched)
-        test = tuple(prompt for prompt in self.prompts if prompt.query not in searched)
-        return (
-            replace(self, prompts=search, name=f"{self.name}/search"),
-            replace(self, prompts=test, name=f"{self.name}/test"),
-        )
+
+        def half(name: str, is_searched: bool) -> PromptSet:
+            prompts = tuple(prompt for prompt in self.prompts if (prompt.query in searched) == is_searched)
+            return replace(self, prompts=prompts, name=f"{self.name}/{name}")
+
+        return half("search", True), half("test", False)
 
 
 def _as_template(template: str | Template | None, system: str | None) -> Template | None:

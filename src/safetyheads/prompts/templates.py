@@ -46,6 +46,7 @@ SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _MARK = "safetyheads"  # no template changes it, and no template writes it
 _CLOCK = "strftime_now"  # what templates call to get today's date
+_DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
 _WITHOUT_CHAT = "choose --template query_answer or direct"
 _FOLD = "--fold-system (Template.folds_system) puts it at the beginning of the user's turn"
 
@@ -66,8 +67,6 @@ class Form:
     """Its own system prompt."""
     without_system: str | None = None
     """The text where the system prompt is empty, so that its marks go too."""
-    joint: str = ""
-    """What stands between the prompt and a prefilled answer."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer."""
 
@@ -86,15 +85,14 @@ def _urial() -> Form:
 
 
 FORMS: dict[str, Form] = {
-    "direct": Form("{query}", joint=" "),
-    "query_answer": Form("## Query:{query}\n## Answer:", joint=" "),
-    "query_answer_space": Form("## Query: {query}\n## Answer:", joint=" "),
+    "direct": Form("{query}"),
+    "query_answer": Form("## Query:{query}\n## Answer:"),
+    "query_answer_space": Form("## Query: {query}\n## Answer:"),
     "chat": Form(None),
     "llama2": Form(
         "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{query} [/INST]",
         system="You are a helpful assistant.",
         without_system="[INST] {query} [/INST]",
-        joint=" ",
     ),
     "urial": _urial(),
 }
@@ -130,14 +128,12 @@ class Template:
             known = f"it must hold it, or be one of {', '.join(FORMS)}"
             raise InputError(f"template {self.format or self.name!r} has no {PLACEHOLDER}; {known}")
         elif self.system is not None and SYSTEM_PLACEHOLDER not in self.format:
-            raise InputError(
-                f"a system prompt needs the template chat, llama2 or urial; template {str(self)!r} has no place for it"
-            )
+            place = f"template {str(self)!r} has no place for it"
+            raise InputError(f"a system prompt needs the template chat, llama2 or urial; {place}")
         if self.thinking is not None and self.thinking not in get_args(Thinking):
             raise InputError(f"thinking is closed or open; got {self.thinking!r}")
         if self.thinking == "closed" and self.name != "chat":
-            reason = f"template {str(self)!r} has no think block"
-            raise InputError(f"thinking is closed by the template chat alone; {reason}")
+            raise InputError(f"thinking is closed by the template chat alone; {str(self)!r} has no think block")
         if self.thinking == "open" and self.prefill:
             raise InputError("a prefilled answer comes after the think block: with a prefill, thinking must be closed")
         if self.folds_system and (self.name != "chat" or self.system is None):
@@ -160,11 +156,8 @@ class Template:
     ) -> Template:
         """Read a template's name, a key of :data:`FORMS`, or a format string that holds ``{query}``.
 
-        A ``system`` of None is the template's own, if it has one; an empty one removes that.
-
-        Raises:
-            InputError: neither a name nor a text with ``{query}``; a system prompt that has no place; settings that
-                exclude each other.
+        A ``system`` of None is the template's own, if it has one; an empty one removes that. An InputError tells what
+        has no place in the template, and settings that exclude each other.
         """
         form, name = (FORMS[text], text) if text in FORMS else (Form(text), "format")
         system = form.system if system is None else system
@@ -179,24 +172,20 @@ class Template:
         source = getattr(tokenizer, "chat_template", None)
         if not source:
             raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
-        # Some tokenizers have several, by name.
-        text = str(source.get("default", "")) if isinstance(source, dict) else str(source)
+        text = str(source.get("default", "") if isinstance(source, dict) else source)  # some have several, by name
         known = next((block for block in THINK_BLOCKS if block.opener in text or block.closer in text), None)
         if _MARK not in (bound._probe() or "") and _MARK in (replace(bound, takes_parts=True)._probe() or ""):
             bound = replace(bound, takes_parts=True)
-        switches = []
         # The word alone may stand in the source for something else.
-        for switch in (switch for switch in SWITCHES if switch in text):
-            off, on = (bound._probe(**{switch: value}) for value in (False, True))
-            if off is not None and on is not None and off != on:
-                switches.append(switch)
+        renderings = {name: [bound._probe(**{name: on}) for on in (False, True)] for name in SWITCHES if name in text}
+        switches = tuple(name for name, (off, on) in renderings.items() if None not in (off, on) and off != on)
         # A template that asks for the date fails where a text stands in the place of the clock.
         dated = _CLOCK in text and bound._probe(**{_CLOCK: _MARK}) is None and _MARK in (bound._probe() or "")
-        thinks = known is not None or bool(switches)
+        thinks = known is not None or switches != ()
         if self.thinking == "closed" and not thinks:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
         settled = replace(self, thinking="closed") if self.thinking is None and thinks else self
-        return replace(bound, template=settled, known_block=known, switches=tuple(switches), is_dated=dated)
+        return replace(bound, template=settled, known_block=known, switches=switches, is_dated=dated)
 
     def render(self, query: str, tokenizer: Any) -> str:
         """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
@@ -251,7 +240,9 @@ class BoundTemplate:
             return text + prefill
         if self.is_chat:
             return text + self._joint(query, text) + prefill
-        return text + (FORMS[self.template.name].joint if self.template.name in FORMS else "") + prefill
+        # A named template puts a blank before an answer, unless it ends with a line.
+        has_blank = self.template.name in FORMS and not str(self.template.format).endswith("\n")
+        return text + " " * has_blank + prefill
 
     def up_to_answer(self, query: str) -> str:
         """The text of one prompt without a prefilled answer."""
@@ -293,8 +284,7 @@ class BoundTemplate:
     @property
     def note(self) -> str | None:
         """What a reader of the results must know about the prompts; None if nothing."""
-        note = "the chat template writes today's date into the prompts; the same command on another day is another run"
-        return note if self.is_dated else None
+        return _DATED if self.is_dated else None
 
     @property
     def block(self) -> ThinkBlock | None:
@@ -309,7 +299,7 @@ class BoundTemplate:
     def _probe(self, **arguments: Any) -> str | None:
         """The chat template's rendering of a query that is easy to find; None where it fails."""
         try:
-            return self._apply([{"role": "user", "content": _MARK}], arguments)
+            return self._apply([{"role": "user", "content": _MARK}], **arguments)
         except _template_errors():
             return None
 
@@ -321,7 +311,7 @@ class BoundTemplate:
         elif system is not None:
             messages.insert(0, {"role": "system", "content": system})
         try:
-            text = self._apply(messages, {} if thinking is None else dict.fromkeys(self.switches, thinking == "open"))
+            text = self._apply(messages, **dict.fromkeys(self.switches if thinking else (), thinking == "open"))
         except _template_errors() as error:
             what, advice = ("the system prompt", f"; {_FOLD}") if len(messages) > 1 else ("the prompt", "")
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -340,18 +330,18 @@ class BoundTemplate:
 
     def _joint(self, query: str, text: str) -> str:
         """The blanks that the chat template itself writes between a prompt and its answer, as Llama-2's does."""
-        turns = [{"role": "user", "content": query}, {"role": "assistant", "content": _MARK}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": query}, {"role": "assistant", "content": _MARK}]
         try:
-            whole, prompt = self._apply(turns, {}, generation_prompt=False), self._apply(turns[:1], {})
+            whole, prompt = self._apply(turns, add_generation_prompt=False), self._apply(turns[:1])
         except _template_errors():
             return ""
         between = whole.removeprefix(prompt).partition(_MARK)[0] if whole.startswith(prompt) else ""
         return "" if between.strip() or text[-1:].isspace() else between
 
-    def _apply(self, messages: list[dict[str, Any]], arguments: dict[str, Any], generation_prompt: bool = True) -> str:
+    def _apply(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        arguments = arguments | {"tokenize": False, "add_generation_prompt": generation_prompt}
+        arguments = {"add_generation_prompt": True, **arguments, "tokenize": False}
         return str(self.tokenizer.apply_chat_template(messages, **arguments))
 
 
