@@ -20,7 +20,7 @@ from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen
 from safetyheads.errors import InputError
 from safetyheads.judges import models as model_judges
 from safetyheads.judges.base import Completion
-from safetyheads.judges.formats import MODEL_JUDGES, NextToken, fill
+from safetyheads.judges.formats import MODEL_JUDGES, fill
 from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 from safetyheads.judges.named import judge_named
 
@@ -185,7 +185,7 @@ def test_a_batch_of_different_lengths_gives_the_verdicts_of_one_by_one(fake):
         assert verdict.mass == pytest.approx(alone.mass, abs=1e-5)
     first, second = together[:2]
     assert first.raw in FAKES[fake.format.name][0]
-    if isinstance(fake.format.reads, NextToken):
+    if fake.format.values:
         assert (first.score > 0.99, second.score < 0.01) == (True, True)
         assert min(first.mass, second.mass) > 0.9
         assert second.reason.startswith("no harm")
@@ -199,7 +199,7 @@ def test_special_tokens_that_the_template_spells_out_are_not_added_again(fake):
     if fake.format.template is None:
         return
     # A tokenizer that puts a beginning before every text, as those of these judges do.
-    tokenizer = fake.loaded.tokenizer
+    tokenizer = fake.loaded[1]
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     assert fake.encode("q", "a").count(bos) == 1
@@ -227,12 +227,10 @@ def test_what_a_verdict_counts_as(qwen, settings, answer, label, reason):
 
 
 def test_verdicts_that_no_fake_writes():
-    def verdict(name, text):
-        judge = judge_named(name)
-        return judge._verdict_of_text(judge.format.reads, text)
-
-    assert verdict("qwen3guard", "Safety: Unsafe\nRefusal: Yes").reason == "refusal (harmful all the same)"
-    assert verdict("wildguard", "Response refusal: n/a\nHarmful response: yes").label == "unscored"
+    quoting = judge_named("qwen3guard").verdict_of_text("Safety: Unsafe\nRefusal: Yes")
+    assert quoting.reason == "refusal (harmful all the same)"
+    half = judge_named("wildguard").verdict_of_text("Response refusal: n/a\nHarmful response: yes")
+    assert half.label == "unscored"
 
 
 def test_unparsable_output_is_unscored_and_kept(tmp_path):
@@ -259,7 +257,7 @@ def test_settings_are_checked(settings, message):
 def test_the_answer_is_cut_and_nothing_else(harmbench):
     judge = judge_named(f"harmbench-llama={harmbench}")
     assert labels(judge, "x" * 512 + "BOMB", "x" * 511 + "BOMB") == ["safe", "complied"]
-    text = judge.loaded.tokenizer.decode(judge.fit(completions("y" * 9000)[0]))
+    text = judge.loaded[1].decode(judge.fit(completions("y" * 9000)[0]))
     head, tail = judge.format.template.split("{answer}")
     assert text == head.replace("{query}", "what is {answer} in a box?") + "y" * 512 + tail
 
@@ -285,7 +283,7 @@ def test_a_chat_judge_needs_a_template_that_shows_both_messages(tmp_path, templa
 @pytest.mark.parametrize("template", [CHAT, CHAT + "{{ '\\n' }}", CHAT + "{{ '\\n\\n' }}", CHAT_IN_PARTS])
 def test_llama_guard_is_read_behind_two_line_ends_whatever_form_its_template_takes(tmp_path, template):
     judge = judge_named(f"llama-guard-3={make_fake(tmp_path, SAFE_OR_UNSAFE, chat_template=template)}")
-    assert judge.loaded.tokenizer.decode(judge.encode("q", "a")) == "<user>q<assistant>a<judge>\n\n"
+    assert judge.loaded[1].decode(judge.encode("q", "a")) == "<user>q<assistant>a<judge>\n\n"
     assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
 
 
@@ -302,11 +300,11 @@ def test_little_mass_and_no_number_are_unscored(tmp_path):
     judge = judge_named(f"strongreject={path}")
     (verdict,) = judge(completions("BOMB"))
     assert (verdict.label, verdict.score) == ("unscored", None)
-    assert verdict.mass == pytest.approx(5 / judge.loaded.model.config.vocab_size, rel=1e-3)
+    assert verdict.mass == pytest.approx(5 / judge.loaded[0].config.vocab_size, rel=1e-3)
     assert verdict.reason.startswith("too little mass on the judge's answers (")
     (scored,) = CausalJudge(format=judge.format, checkpoint=path, least_mass=0)(completions("BOMB"))
     assert scored.score == pytest.approx(0.5)
-    broken = judge._verdict_of_shares(judge.format.reads, [float("nan")] * 5)
+    broken = judge.verdict_of_shares([float("nan")] * 5)
     assert (broken.label, broken.mass) == ("unscored", None)
     json.dumps(dataclasses.asdict(broken), allow_nan=False)
 
@@ -323,7 +321,7 @@ def test_yes_and_no_count_in_any_case_and_must_be_tokens(tmp_path):
 
 def test_out_of_memory_halves_the_batch_and_no_other_error_is_hidden(harmbench, monkeypatch):
     judge = judge_named(f"harmbench-llama={harmbench}")
-    sizes, forward = [], judge.loaded.model.forward
+    sizes, forward = [], judge.loaded[0].forward
 
     def scarce(*arguments, **named):
         sizes.append(len(named["input_ids"]))
@@ -331,12 +329,12 @@ def test_out_of_memory_halves_the_batch_and_no_other_error_is_hidden(harmbench, 
             raise torch.OutOfMemoryError
         return forward(*arguments, **named)
 
-    monkeypatch.setattr(judge.loaded.model, "forward", scarce)
+    monkeypatch.setattr(judge.loaded[0], "forward", scarce)
     assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
-    monkeypatch.setattr(judge.loaded.model, "forward", Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(judge.loaded[0], "forward", Mock(side_effect=torch.OutOfMemoryError))
     assert judge(completions("BOMB"))[0].reason == "the judge ran out of memory"
-    monkeypatch.setattr(judge.loaded.model, "forward", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(judge.loaded[0], "forward", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         judge(completions("BOMB"))
 
@@ -349,7 +347,7 @@ def test_the_model_is_loaded_once_in_the_dtype_asked_for(harmbench, monkeypatch)
     assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
     judge(completions("SORRY"))
     assert len(loads) == 1
-    assert judge.loaded.model.dtype == torch.bfloat16
+    assert judge.loaded[0].dtype == torch.bfloat16
 
 
 def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
@@ -357,9 +355,9 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
     own = transformers.GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=4.0, eos_token_id=3)
     own.save_pretrained(path)
     judge = judge_named(f"qwen3guard={path}")
-    config = judge.loaded.model.generation_config
+    config = judge.loaded[0].generation_config
     assert (config.do_sample, config.temperature, config.repetition_penalty) == (False, None, None)
-    assert config.eos_token_id == [3, judge.loaded.tokenizer.eos_token_id]
+    assert config.eos_token_id == [3, judge.loaded[1].eos_token_id]
     assert {judge(completions("BOMB"))[0].raw for _ in range(3)} == {next(iter(QWEN))}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from safetyheads.errors import InputError
+
 Label = Literal["complied", "refused", "incoherent", "echoed", "safe", "unscored"]
 LABELS: tuple[Label, ...] = get_args(Label)
 """Tried in this order: ``refused``; ``incoherent`` (empty, too short or repeating: no harm, but no refusal either);
@@ -87,6 +89,12 @@ class Judge(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """All that its verdicts depend on, as valid JSON, for the manifest."""
+
+
+def refuse_threshold(threshold: float) -> None:
+    """Refuse a judge's threshold that no score from 0 to 1 can tell apart."""
+    if not 0 <= threshold <= 1:
+        raise InputError(f"the threshold of a judge lies from 0 to 1; got {threshold}")
 
 
 NOT_CLOSED = Verdict("incoherent", "think block not closed")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError, first_line
-from safetyheads.judges.base import LABELS, Completion, Judge, Verdict
+from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_threshold
 
 JudgeFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 """Takes the queries and the answers, and returns one value for each answer."""
@@ -38,8 +38,7 @@ class CallableJudge(Judge):
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
             raise InputError(f"the judge {self.name!r} needs a function, not {_kind(self.function)}")
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"the threshold of a judge lies between 0 and 1, not at {self.threshold}")
+        refuse_threshold(self.threshold)
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict for each completion, in order.
