@@ -1,23 +1,20 @@
 """Compares judges' verdicts of the same answers.
 
-An answer that a judge left unscored is left out of that judge's pairs and counted. Every result is a frozen value that
-``dataclasses.asdict`` turns into valid JSON; what does not exist is None.
+An answer that a judge left unscored is left out of that judge's pairs and counted. What does not exist is None.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
-from safetyheads.stats.intervals import CONFIDENCE, Interval
+from safetyheads.stats.intervals import Interval
 
 CLASSES: tuple[str, ...] = ("complied", "refused", "neither")
 """The three classes. All other labels are ``neither``, because few judges tell them apart."""
@@ -59,11 +56,7 @@ class PairAgreement:
 
 
 def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> tuple[PairAgreement, ...]:
-    """Compare every two judges by their verdicts of the same answers, given by judge, answers in one order.
-
-    Raises:
-        InputError: the judges have different numbers of verdicts.
-    """
+    """Compare every two judges by their verdicts of the same answers; an InputError where their numbers differ."""
     if len({len(answers) for answers in verdicts.values()}) > 1:
         given = ", ".join(f"{name} {len(answers)}" for name, answers in verdicts.items())
         raise InputError(f"judges that are compared need the same rows, not {given}")
@@ -71,11 +64,7 @@ def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> tuple[PairAgreement,
 
 
 def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion]) -> tuple[PairAgreement, ...]:
-    """Let judges judge the same answers, and compare their verdicts.
-
-    Raises:
-        InputError: two judges have one name.
-    """
+    """Let judges judge the same answers, and compare their verdicts; an InputError where two have one name."""
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
         raise InputError(f"judges that are compared need different names, not {', '.join(names)}")
@@ -99,7 +88,6 @@ def _compare(first: str, second: str, firsts: Sequence[Verdict], seconds: Sequen
 
 
 def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
-    """Cohen's kappa of two judges' classes of each answer, with its 95 % interval."""
     # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
     if len({name for pair in pairs for name in pair}) < 2:
         return Kappa(None, None, len(pairs))
@@ -109,9 +97,7 @@ def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
     # statsmodels also tests kappa against 0, which divides by 0 where no error is left.
     with np.errstate(divide="ignore", invalid="ignore"):
         result = inter_rater.cohens_kappa([[counts[a, b] for b in CLASSES] for a in CLASSES])
-    kappa, variance = float(result.kappa), float(result.var_kappa)
     # Rounding leaves a variance of 0 a little above or below it.
-    if variance < 1e-12:
-        return Kappa(kappa, None, len(pairs))
-    half_width = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
-    return Kappa(kappa, (max(kappa - half_width, -1.0), min(kappa + half_width, 1.0)), len(pairs))
+    has_width = result.var_kappa >= 1e-12
+    interval = (max(float(result.kappa_low), -1.0), min(float(result.kappa_upp), 1.0)) if has_width else None
+    return Kappa(float(result.kappa), interval, len(pairs))

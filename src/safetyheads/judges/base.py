@@ -104,7 +104,5 @@ NOT_CLOSED = Verdict("incoherent", "think block not closed")
 def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
     """One verdict for each completion, in order; the judge is not asked about unclosed ones."""
     closed = [index for index, completion in enumerate(completions) if not completion.unclosed]
-    verdicts = [NOT_CLOSED] * len(completions)
-    for index, verdict in zip(closed, judge([completions[index] for index in closed]), strict=True):
-        verdicts[index] = verdict
-    return tuple(verdicts)
+    verdicts = dict(zip(closed, judge([completions[index] for index in closed]), strict=True))
+    return tuple(verdicts.get(index, NOT_CLOSED) for index in range(len(completions)))

@@ -6,6 +6,7 @@ The judges were trained on their input texts, so ``data/judges`` has these to th
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -76,58 +77,18 @@ def _parse_wildguard(text: str) -> Reading | None:
     return refusal and refusal[1].lower() == "yes", harm and harms[harm[1].lower()], ""
 
 
-def _text_of(name: str) -> str:
-    """A judge's input as it is in the package's data; not one character may change."""
-    return resources.files("safetyheads").joinpath(f"data/judges/{name}.txt").read_bytes().decode()
+def _ready_judges() -> dict[str, JudgeFormat]:
+    folder = resources.files("safetyheads").joinpath("data/judges")
+    parsers = {"qwen3guard": _parse_qwen3guard, "wildguard": _parse_wildguard}
+    ready = {}
+    for name, settings in tomllib.loads(folder.joinpath("judges.toml").read_text("utf-8")).items():
+        values = tuple((token, worth) for token, worth in settings.pop("values", ()))
+        # Bytes: not one character of an input text may change.
+        text = folder.joinpath(f"{name}.txt")
+        template = text.read_bytes().decode() if text.is_file() else None
+        ready[name] = JudgeFormat(name, parse=parsers.get(name), values=values, template=template, **settings)
+    return ready
 
 
-MODEL_JUDGES: dict[str, JudgeFormat] = {
-    ready.name: ready
-    for ready in (
-        # Its publishers' README calls the chat template with the two messages and nothing more, and names the lines.
-        JudgeFormat("qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B", _parse_qwen3guard, max_new_tokens=128, verified=True),
-        # The checkpoint has the chat template; the two line ends before the verdict are from other implementations.
-        JudgeFormat(
-            "llama-guard-3",
-            "meta-llama/Llama-Guard-3-8B",
-            values=(("safe", 0.0), ("unsafe", 1.0)),
-            begins="\n\n",
-        ),
-        # Both of HarmBench's: several copies that name the model card agree to the letter; the cards were not at hand.
-        *(
-            JudgeFormat(
-                name,
-                checkpoint,
-                values=(("yes", 1.0), ("no", 0.0)),
-                any_case=True,
-                template=_text_of(name),
-                answer_tokens=512,
-            )
-            for name, checkpoint in (
-                ("harmbench-llama", "cais/HarmBench-Llama-2-13b-cls"),
-                ("harmbench-mistral", "cais/HarmBench-Mistral-7b-val-cls"),
-            )
-        ),
-        # From its publishers' own package. Special tokens are in the text, so the tokenizer must add none.
-        JudgeFormat(
-            "wildguard",
-            "allenai/wildguard",
-            _parse_wildguard,
-            max_new_tokens=32,
-            template=_text_of("wildguard"),
-            adds_special_tokens=False,
-            verified=True,
-        ),
-        # Several copies that name the authors' package agree to the letter; the package itself was not at hand. The
-        # blank at the end is a token of its own: without it the next token would be a blank with a digit, and the bare
-        # digits would hold no mass.
-        JudgeFormat(
-            "strongreject",
-            "qylu4156/strongreject-15k-v1",
-            values=tuple((str(grade), (grade - 1) / 4) for grade in range(1, 6)),
-            template=_text_of("strongreject"),
-            answer_tokens=512,
-        ),
-    )
-}
-"""The ready judges by name; a new judge model is one entry. Those with ``verified=False`` say why above."""
+MODEL_JUDGES = _ready_judges()
+"""The ready judges by name; a new judge model is one entry of ``data/judges/judges.toml``."""

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from safetyheads.errors import InputError, first_line
@@ -19,7 +20,6 @@ from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_t
 
 JudgeFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 """Takes the queries and the answers, and returns one value for each answer."""
-
 Chat: TypeAlias = list[dict[str, str]]
 """A user's message and the assistant's, each with ``role`` and ``content``."""
 
@@ -46,28 +46,23 @@ class CallableJudge(Judge):
         Where the call fails or returns another number of values, each answer is tried by itself, so that one answer
         which the function cannot read costs no other answer its verdict.
         """
-        values = self._values(completions) if completions else []
-        if isinstance(values, list):
-            return tuple(self._verdict(value) for value in values)
-        if len(completions) == 1:
-            return (values,)
-        return tuple(verdict for completion in completions for verdict in self([completion]))
-
-    def _values(self, completions: Sequence[Completion]) -> list[Any] | Verdict:
-        """The function's values as Python's own; an unscored verdict where it has none that fit."""
-        queries = [completion.query for completion in completions]
-        answers = [completion.text for completion in completions]
+        if not completions:
+            return ()
         try:
-            returned = self.function(queries, answers)
+            returned = self.function([each.query for each in completions], [each.text for each in completions])
             values = returned.tolist() if hasattr(returned, "tolist") else returned
             if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-                return Verdict("unscored", f"value: a sequence is needed, not {_kind(returned)}")
-            values = [value.item() if hasattr(value, "item") else value for value in values]
+                fault = f"value: a sequence is needed, not {_kind(returned)}"
+            else:
+                values = [value.item() if hasattr(value, "item") else value for value in values]
+                if len(values) == len(completions):
+                    return tuple(self._verdict(value) for value in values)
+                fault = f"length: {len(values)} values for {len(completions)} answers"
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything, and answers must not be lost.
-            return Verdict("unscored", f"error: {type(error).__name__}")
-        if len(values) != len(completions):
-            return Verdict("unscored", f"length: {len(values)} values for {len(completions)} answers")
-        return values
+            fault = f"error: {type(error).__name__}"
+        if len(completions) == 1:
+            return (Verdict("unscored", fault),)
+        return tuple(verdict for completion in completions for verdict in self([completion]))
 
     def _verdict(self, value: Any) -> Verdict:
         if isinstance(value, Verdict):
@@ -110,33 +105,26 @@ def judge_of_chats(
 def judge_from_path(path: str) -> Judge:
     """The judge at ``package.module:function``, named ``python:`` and the path; a Judge there is used as it is.
 
-    The module may be in the current directory. It is imported at once, so that a mistyped path fails before any answer
-    is made.
-
-    Raises:
-        InputError: there is no such module or name, or no function at that path.
+    The module may be in the current directory. It is imported at once, so that a mistyped path is an InputError before
+    any answer is made.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise InputError(f"a judge in Python is python:package.module:function, not python:{path}")
     # A command that pip installed does not look in the current directory, where a user's module is.
-    here = os.getcwd()
-    is_added = here not in sys.path
-    if is_added:
-        sys.path.append(here)
+    added = {os.getcwd()} - set(sys.path)
+    sys.path += added
     try:
-        target: Any = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything while it runs
-        raise InputError(
-            f"judge python:{path}: {module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        reason = f"{module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        raise InputError(f"judge python:{path}: {reason}") from error
     finally:
-        if is_added:
-            sys.path.remove(here)
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            raise InputError(f"judge python:{path}: {module_name} has no {attribute}")
-        target = getattr(target, part)
+        sys.path[:] = [entry for entry in sys.path if entry not in added]
+    try:
+        target = attrgetter(attribute)(module)
+    except AttributeError:
+        raise InputError(f"judge python:{path}: {module_name} has no {attribute}") from None
     is_judge = isinstance(target, Judge) and not isinstance(target, type)
     return target if is_judge else CallableJudge(target, f"python:{path}")
 

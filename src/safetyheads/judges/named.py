@@ -1,11 +1,12 @@
 """Makes judges by name.
 
-To add a judge of rules, add an entry to ``JUDGES``; to add a judge model, add one to ``formats.MODEL_JUDGES``. A judge
-in a user's own module is ``python:package.module:function``. Making a judge loads no model and sends nothing.
+A new judge of rules is an entry of ``JUDGES``; a new judge model is one of ``data/judges/judges.toml``. Making a judge
+loads no model and sends nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -60,16 +61,10 @@ def judge_named(spec: str, device: str = "cpu") -> Judge:
 
 
 def judges_named(specs: Sequence[str], device: str = "cpu") -> tuple[Judge, ...]:
-    """Several judges, in the order given.
-
-    Raises:
-        InputError: as :func:`judge_named`; or no name is given, or one name twice.
-    """
+    """Several judges, in the order given; an InputError also where no name is given, or one twice."""
     if not specs:
         raise InputError("at least one judge is needed")
     judges = tuple(judge_named(spec, device) for spec in specs)
-    names = [judge.name for judge in judges]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
     return judges

@@ -174,13 +174,21 @@ class Template:
             raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
         text = str(source.get("default", "") if isinstance(source, dict) else source)  # some have several, by name
         known = next((block for block in THINK_BLOCKS if block.opener in text or block.closer in text), None)
-        if _MARK not in (bound._probe() or "") and _MARK in (replace(bound, takes_parts=True)._probe() or ""):
+        if _MARK not in (bound.conversation(_MARK) or "") and _MARK in (
+            replace(bound, takes_parts=True).conversation(_MARK) or ""
+        ):
             bound = replace(bound, takes_parts=True)
         # The word alone may stand in the source for something else.
-        renderings = {name: [bound._probe(**{name: on}) for on in (False, True)] for name in SWITCHES if name in text}
+        renderings = {
+            name: [bound.conversation(_MARK, **{name: on}) for on in (False, True)] for name in SWITCHES if name in text
+        }
         switches = tuple(name for name, (off, on) in renderings.items() if None not in (off, on) and off != on)
         # A template that asks for the date fails where a text stands in the place of the clock.
-        dated = _CLOCK in text and bound._probe(**{_CLOCK: _MARK}) is None and _MARK in (bound._probe() or "")
+        dated = (
+            _CLOCK in text
+            and bound.conversation(_MARK, **{_CLOCK: _MARK}) is None
+            and _MARK in (bound.conversation(_MARK) or "")
+        )
         thinks = known is not None or switches != ()
         if self.thinking == "closed" and not thinks:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
@@ -296,13 +304,6 @@ class BoundTemplate:
         """Whether the prompt itself opens the think block, so that an answer begins inside it."""
         return self.block is not None and self.up_to_answer("?").rstrip().endswith(self.block.opener)
 
-    def _probe(self, **arguments: Any) -> str | None:
-        """The chat template's rendering of a query that is easy to find; None where it fails."""
-        try:
-            return self._apply([{"role": "user", "content": _MARK}], **arguments)
-        except _template_errors():
-            return None
-
     def _render_chat(self, query: str) -> str:
         system, thinking = self.template.system, self.template.thinking
         messages = [{"role": "user", "content": query}]
@@ -311,7 +312,8 @@ class BoundTemplate:
         elif system is not None:
             messages.insert(0, {"role": "system", "content": system})
         try:
-            text = self._apply(messages, **dict.fromkeys(self.switches if thinking else (), thinking == "open"))
+            switches = dict.fromkeys(self.switches if thinking else (), thinking == "open")
+            text = self._apply(messages, add_generation_prompt=True, **switches)
         except _template_errors() as error:
             what, advice = ("the system prompt", f"; {_FOLD}") if len(messages) > 1 else ("the prompt", "")
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -328,21 +330,24 @@ class BoundTemplate:
         is_closed = text.rstrip().endswith(self.known_block.closer)
         return text if is_closed or self.switches else text + self.known_block.empty
 
+    def conversation(self, *texts: str, **arguments: Any) -> str | None:
+        """A query, and its answer where there is one, as the chat template writes them; None where it fails."""
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+        try:
+            return self._apply(turns, add_generation_prompt=len(texts) == 1, **arguments)
+        except _template_errors():
+            return None
+
     def _joint(self, query: str, text: str) -> str:
         """The blanks that the chat template itself writes between a prompt and its answer, as Llama-2's does."""
-        turns: list[dict[str, Any]] = [{"role": "user", "content": query}, {"role": "assistant", "content": _MARK}]
-        try:
-            whole, prompt = self._apply(turns, add_generation_prompt=False), self._apply(turns[:1])
-        except _template_errors():
-            return ""
+        whole, prompt = self.conversation(query, _MARK) or "", self.conversation(query) or ""
         between = whole.removeprefix(prompt).partition(_MARK)[0] if whole.startswith(prompt) else ""
         return "" if between.strip() or text[-1:].isspace() else between
 
     def _apply(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        arguments = {"add_generation_prompt": True, **arguments, "tokenize": False}
-        return str(self.tokenizer.apply_chat_template(messages, **arguments))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
