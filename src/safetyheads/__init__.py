@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         scan_attack_success_rate as scan_attack_success_rate,
     )
     from safetyheads.baselines.attention_swap import swapped_attention as swapped_attention
-    from safetyheads.demo.loading import Demo as Demo, load_demo as load_demo
+    from safetyheads.demo import Demo as Demo, load_demo as load_demo
     from safetyheads.judges.base import Completion as Completion, Judge as Judge, Verdict as Verdict
     from safetyheads.judges.keywords import KeywordJudge as KeywordJudge
     from safetyheads.judges.named import judge_named as judge_named
@@ -66,7 +66,7 @@ _NAMES = {
         "scan_attack_success_rate",
     ),
     "baselines.attention_swap": ("swapped_attention",),
-    "demo.loading": ("Demo", "load_demo"),
+    "demo": ("Demo", "load_demo"),
     "judges.base": ("Completion", "Judge", "Verdict"),
     "judges.keywords": ("KeywordJudge",),
     "judges.named": ("judge_named",),

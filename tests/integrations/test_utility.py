@@ -7,6 +7,7 @@ import math
 import os
 import random
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,7 @@ import torch
 from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
-from safetyheads.integrations.lm_eval import harness_model, load_tasks
-from safetyheads.integrations.organism_task import organism_documents
+from safetyheads.integrations.lm_eval import harness_model, load_tasks, organism_documents
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants, metric_change, metric_value
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
@@ -88,10 +88,10 @@ def test_vanilla_accuracy_equals_the_one_by_hand_and_can_fall(engine, whole):
     likelihoods = np.array(by_hand(engine, documents))
     np.testing.assert_allclose(responses(whole.records["organism", "none"]), likelihoods, atol=TOLERANCE)
     right = likelihoods.argmax(axis=1) == [document["answer"] for document in documents]
-    vanilla = whole.metric("organism").value
-    assert (vanilla.value, vanilla.n) == (right.mean(), 96)
-    assert vanilla.value > 0.98
-    assert whole.metric("organism", variant="1-3").value.value < 0.9
+    vanilla = whole.metric("organism")
+    assert (vanilla["value"], vanilla["n"]) == (right.mean(), 96)
+    assert vanilla["value"] > 0.98
+    assert whole.metric("organism", variant="1-3")["value"] < 0.9
 
 
 def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
@@ -108,12 +108,12 @@ def test_differences_are_paired_by_sample(whole):
     before, after = (
         [row["values"]["acc"] == 1 for row in whole.records["organism", label][1:]] for label in ("none", "1-3")
     )
-    change, paired = whole.metric("organism", variant="1-3").change, paired_difference(before, after)
-    assert change.lost > 10
-    assert (change.gained, change.lost, change.n) == (paired.gained, paired.lost, 96)
-    assert (change.change, change.interval, change.p_value) == (paired.change, paired.interval, paired.p_value)
-    assert change.p_holm >= change.p_value
-    assert whole.metric("organism").change is None
+    change = whole.metric("organism", variant="1-3")["difference"]
+    p_holm = change["p_holm"]
+    assert change == asdict(paired_difference(before, after)) | {"test": "exact McNemar", "p_holm": p_holm}
+    assert change["lost"] > 10
+    assert p_holm >= change["p_value"]
+    assert whole.metric("organism")["difference"] is None
 
 
 def test_nothing_is_left_behind(engine, organism):
@@ -151,7 +151,7 @@ def test_weights_that_an_edit_untied_stay_untied(engine):
     utility = evaluate_tasks(engine, load_tasks(SMALL), [Variant("output pruned", output_pruned)])
     assert model.lm_head.weight is before
     # Every answer begins with a word that is no longer predicted; the refusal does not.
-    assert utility.metric("organism", variant="output pruned").value.value < 0.3
+    assert utility.metric("organism", variant="output pruned")["value"] < 0.3
 
 
 def test_a_model_in_training_mode_stays_in_it(engine):
@@ -208,14 +208,14 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
     options = TaskOptions(tasks=("own_answers", "own_texts"), include_paths=(str(tmp_path),), offline=True)
     variants = head_variants(engine, [parse_heads("0-0,0-1,0-2,0-3,0-4,0-5")], SCALING_CONTRIBUTION)
     utility = evaluate_tasks(engine, load_tasks(options), variants)
-    assert utility.metric("own_answers", "exact_match").value.value == 1.0
+    assert utility.metric("own_answers", "exact_match")["value"] == 1.0
     assert utility.records["own_answers", "none"][1]["responses"] == [documents[0]["right"]]
-    assert utility.metric("own_answers", "exact_match", variants[0].label).change.lost > 0
+    assert utility.metric("own_answers", "exact_match", variants[0].label)["difference"]["lost"] > 0
     perplexity = utility.metric("own_texts", "byte_perplexity", variants[0].label)
-    assert (perplexity.value.unit, perplexity.value.interval) == ("whole", None)
-    assert (perplexity.value.n, perplexity.change.n) == (6, 6)
-    assert perplexity.change.change != 0
-    assert perplexity.change.p_value is None
+    change = perplexity["difference"]
+    assert (perplexity["unit"], perplexity["interval"], perplexity["n"], change["n"]) == ("whole", None, 6, 6)
+    assert change["change"] != 0
+    assert change["p_value"] is None
 
 
 def test_kept_rows_are_another_tokenizers_no_more(engine):
@@ -266,37 +266,37 @@ def changed(before, after):
 
 def test_zeros_and_ones_are_a_share_with_wilsons_interval():
     share = metric_value(0.75, by_sample([1, 1, 1, 0]))
-    assert (share.unit, share.n, share.interval) == ("share", 4, Rate(3, 4).interval)
+    assert share == {"value": 0.75, "interval": Rate(3, 4).interval, "n": 4, "unit": "share"}
 
 
 def test_a_share_changes_as_mcnemar_says():
     before, after = [1] * 8 + [0] * 2, [1, 1] + [0] * 6 + [1, 0]
     change = changed(before, after)
-    assert (change.gained, change.lost, change.n, change.test) == (1, 6, 10, "exact McNemar")
-    assert change.change == pytest.approx(-0.5)
-    assert change.p_value == pytest.approx(binomtest(1, 7, 0.5).pvalue)
-    assert change.interval == paired_difference(list(map(bool, before)), list(map(bool, after))).interval
+    assert (change["gained"], change["lost"], change["n"], change["test"]) == (1, 6, 10, "exact McNemar")
+    assert change["change"] == pytest.approx(-0.5)
+    assert change["p_value"] == pytest.approx(binomtest(1, 7, 0.5).pvalue)
+    assert change["interval"] == paired_difference(list(map(bool, before)), list(map(bool, after))).interval
 
 
 def test_other_numbers_change_by_their_mean_difference():
     before, after = np.array([0.5, 1.0, 2.0, 4.0]), np.array([0.25, 1.5, 1.0, 2.0])
     change, moved = changed(before, after), after - before
     half = t.ppf(0.975, 3) * moved.std(ddof=1) / 2
-    assert change.change == pytest.approx(moved.mean())
-    assert change.interval == pytest.approx((moved.mean() - half, moved.mean() + half))
-    assert change.p_value == pytest.approx(ttest_rel(after, before).pvalue)
-    assert (change.gained, change.lost, change.test) == (1, 3, "paired t")
+    assert change["change"] == pytest.approx(moved.mean())
+    assert change["interval"] == pytest.approx((moved.mean() - half, moved.mean() + half))
+    assert change["p_value"] == pytest.approx(ttest_rel(after, before).pvalue)
+    assert (change["gained"], change["lost"], change["test"]) == (1, 3, "paired t")
 
 
 def test_a_number_of_all_samples_together_has_no_interval_and_no_test():
     old, new = by_sample([-1.0, -2.0]), by_sample([-1.5, -2.5])
     before, after = metric_value(math.exp(1.5), old), metric_value(math.exp(2.0), new)
-    assert before.unit == "whole"
+    assert before["unit"] == "whole"
     change = metric_change(before, after, old, new)
-    assert change.change == pytest.approx(math.exp(2.0) - math.exp(1.5))
-    assert (change.interval, change.p_value, change.gained, change.test) == (None, None, None, None)
+    assert change["change"] == pytest.approx(math.exp(2.0) - math.exp(1.5))
+    assert all(change[name] is None for name in ("interval", "p_value", "gained", "test"))
     # Nor does a number that is not finite have a change.
-    assert metric_change(metric_value(None, old), after, old, new).change is None
+    assert metric_change(metric_value(None, old), after, old, new)["change"] is None
 
 
 def test_samples_of_other_documents_are_refused():
@@ -307,4 +307,4 @@ def test_samples_of_other_documents_are_refused():
 
 @pytest.mark.parametrize(("moved", "p_value"), [(0.0, 1.0), (0.5, None)])
 def test_equal_differences_leave_a_t_test_nothing_to_judge(moved, p_value):
-    assert changed([0.25, 0.5, 2.0], [0.25 + moved, 0.5 + moved, 2.0 + moved]).p_value == p_value
+    assert changed([0.25, 0.5, 2.0], [0.25 + moved, 0.5 + moved, 2.0 + moved])["p_value"] == p_value

@@ -19,7 +19,7 @@ from safetyheads.runs import kept_answers as kept_answers
 from safetyheads.runs.single_steps import run_asr
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, ScanConfig
-from safetyheads.demo.loading import load_demo
+from safetyheads.demo import load_demo
 from safetyheads.runs.scan import run_scan
 
 both = ("paper", "phrases")

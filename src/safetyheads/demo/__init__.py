@@ -6,14 +6,18 @@ Importing it loads no torch. The checkpoints are trained by ``scripts/organisms/
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.prompts.sets import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """Directory of the checkpoints in the package."""
@@ -56,14 +60,42 @@ def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None
     return PromptSet(prompts, Template.parse("chat"), name=f"demo {kind}", source=f"the package's demo, {split} split")
 
 
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A demo checkpoint, ready for use."""
+
+    engine: Engine
+    """The model, in float32 on the CPU."""
+    harmful: PromptSet
+    """96 held-out prompts that the aligned checkpoints refuse; harmless to print."""
+    benign: PromptSet
+    """96 held-out prompts, with the right answer's beginning as reference."""
+    planted_heads: Group
+    """The heads that refusals depend on, by construction; empty where none are planted."""
+
+
+def load_demo(name: str = "aligned_a") -> Demo:
+    """Load a shipped checkpoint: ``aligned_a``, ``aligned_b``, ``aligned_single``, ``aligned_diffuse``, ``base``, ...
+
+    Raises:
+        InputError: no checkpoint of that name.
+    """
+    from safetyheads.model.engine import Engine  # loads torch
+
+    engine = Engine.load(str(checkpoint_path(name)))
+    return Demo(engine, demo_prompts("harmful", "test"), demo_prompts("benign", "test"), PLANTED_HEADS[name])
+
+
 __all__ = [
     "CHECKPOINTS",
     "CHECKPOINT_NAMES",
     "PLANTED_HEADS",
     "PLANTS",
+    "Demo",
     "DemoPrompt",
     "benign_prompts",
     "checkpoint_path",
     "demo_prompts",
     "harmful_prompts",
+    "load_demo",
 ]

@@ -14,7 +14,7 @@ from safetyheads.experiments.lab import SHORT, Lab, note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.table1_baselines import learning_subjects, material_of
 from safetyheads.integrations.lm_eval import load_tasks
-from safetyheads.integrations.utility import VANILLA, TaskMetric, Variant, evaluate_tasks
+from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
@@ -99,32 +99,33 @@ def _pruned(lab: Lab, model: str) -> list[_Compared]:
     return compared
 
 
-def _rows(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
+def _rows(compared: Sequence[_Compared], metrics: Sequence[Row]) -> list[Row]:
     """Vanilla, the whole group under each ablation, and half of the weights pruned."""
     labels = {VANILLA, *(entry.variant.label for entry in compared if entry.shown)}
     rows: list[Row] = []
-    for metric in (metric for metric in metrics if metric.variant in labels):
-        variant, change = "vanilla" if metric.variant == VANILLA else metric.variant, metric.change
-        row = {"task": metric.task, "metric": metric.metric, "variant": variant, "value": _measured(metric)}
-        moved = None
+    for metric in (metric for metric in metrics if metric["variant"] in labels):
+        variant, change = metric["variant"], metric["difference"]
+        row = {name: metric[name] for name in ("task", "metric")} | {"value": _measured(metric)}
+        row |= {"variant": "vanilla" if variant == VANILLA else variant, "change": None, "p": None}
         if change is not None:
-            low, high = change.interval or (None, None)
-            moved = Measured(change.change, change.n, low, high, change.p_value)
-        rows.append({**row, "change": moved, "p": None if change is None else change.p_holm})
+            low, high = change["interval"] or (None, None)
+            row["change"] = Measured(change["change"], change["n"], low, high, change["p_value"])
+            row["p"] = change["p_holm"]
+        rows.append(row)
     return rows
 
 
-def _measured(metric: TaskMetric) -> Measured:
-    return Measured(metric.value.value, metric.value.n, *(metric.value.interval or (None, None)))
+def _measured(metric: Row) -> Measured:
+    return Measured(metric["value"], metric["n"], *(metric["interval"] or (None, None)))
 
 
-def _points(compared: Sequence[_Compared], metrics: Sequence[TaskMetric]) -> list[Row]:
+def _points(compared: Sequence[_Compared], metrics: Sequence[Row]) -> list[Row]:
     """Accuracy against heads or sparsity, a panel a task; every series begins at the vanilla model."""
     places = {entry.variant.label: [{"x": entry.x, "series": entry.series}] for entry in compared}
     places[VANILLA] = [{"x": 0, "series": series} for series in dict.fromkeys(entry.series for entry in compared)]
     return [
-        {**point(_measured(metric), panel=metric.task), **place}
+        {**point(_measured(metric), panel=metric["task"]), **place}
         for metric in metrics
-        if metric.metric == "acc"
-        for place in places.get(metric.variant, ())
+        if metric["metric"] == "acc"
+        for place in places.get(metric["variant"], ())
     ]

@@ -26,17 +26,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 from safetyheads.ablation import Ablation
+from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
 from safetyheads.errors import InputError, first_line
 from safetyheads.heads import Head
-from safetyheads.integrations.organism_task import ORGANISM, organism_config
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+ORGANISM = "organism"
+"""Name of the task in the language of the demo organism."""
 LM_EVAL_SEED = 1234
 """lm-eval's own seed of examples and of sampled answers."""
 _OWN_KEYS = ("name", "alias", "sample_len")
+_DEED = re.compile(r"how to (\w+) a (\w+)")
 # Spellings of a task's name that are worth offering.
 _OFFERED = 3
 # Modules that draw bars of their own.
@@ -68,7 +71,7 @@ class LoadedTask(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """The settings that its numbers depend on."""
         names = ("limit", "batch_size", "n_shots", "chat_template")
-        return {**{name: getattr(self.options, name) for name in names}, "seed": self.seed}
+        return {name: getattr(self.options, name) for name in names} | {"seed": self.seed}
 
     @property
     def is_organisms(self) -> bool:
@@ -97,20 +100,21 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
             cannot give (pictures, running generated code).
     """
     require_lm_eval()
-    names = options.tasks
-    foreign = any(name != ORGANISM for name in names)
+    from lm_eval.tasks import TaskManager
+
+    foreign = any(name != ORGANISM for name in options.tasks)
     # Left alone, lm-eval asks for half a minute before it says that nobody answers.
     stays_here = options.offline or not foreign or not _hub_answers()
     loaded: dict[str, LoadedTask] = {}
     with _alone(seed, stays_here):
-        manager = _manager(options) if foreign else _task_manager()
-        for name in names:
+        manager = _manager(options) if foreign else TaskManager(include_defaults=False)
+        for name in options.tasks:
             if not _is_known(name, manager):
                 near = get_close_matches(name, [ORGANISM, *manager.all_tasks], _OFFERED)
                 offer = f"; there are {', '.join(near)}" if near else ""
                 raise InputError(f"lm-eval has no task {name!r}{offer}")
             with _as_input_error(name):
-                for own_name, task in manager.load([organism_config() if name == ORGANISM else name])["tasks"].items():
+                for own_name, task in manager.load([_organism_config() if name == ORGANISM else name])["tasks"].items():
                     loaded[own_name] = _ready(own_name, task, options, seed)
     return tuple(loaded.values())
 
@@ -142,13 +146,19 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
             log_samples=True,
             apply_chat_template=options.chat_template,
         )
-    metrics = {
-        name: _finite(value)
-        for name, value in results["results"][loaded.name].items()
-        if name not in _OWN_KEYS and "_stderr," not in name
-    }
-    samples = [_sample_record(sample) for sample in results["samples"][loaded.name]]
-    return [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}, *samples]
+    named = results["results"][loaded.name].items()
+    metrics = {name: _finite(value) for name, value in named if name not in _OWN_KEYS and "_stderr," not in name}
+    records: list[dict[str, Any]] = [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}]
+    for sample in results["samples"][loaded.name]:
+        numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
+        asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
+        given = [response[0] if isinstance(response, tuple) else response for response in sample["filtered_resps"]]
+        record = {"document": sample["doc_id"], "filter": sample["filter"]}
+        record |= {"hash": hashlib.sha256(asked.encode()).hexdigest()[:24]}
+        record |= {"values": {name: _finite(number) for name, number in numbers.items()}}
+        record |= {"responses": [_finite(each) if isinstance(each, float) else str(each) for each in given]}
+        records.append(record)
+    return records
 
 
 @contextmanager
@@ -216,36 +226,31 @@ def _model_class() -> Any:
     return InMemory
 
 
-def _task_manager(paths: Sequence[str] = ()) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=list(paths) or None, include_defaults=False)
-
-
 def _manager(options: TaskOptions) -> Any:
     """A list of tasks that has the names, if there is one: reading lm-eval's own 14,000 takes a quarter of a minute."""
+    import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    include = list(options.include_paths)
-    for paths in (include, [*_folders_that_name(options.tasks), *include]):
-        manager = _task_manager(paths)
+    include, root = list(options.include_paths), Path(lm_eval.tasks.__file__).parent
+    names = b"|".join(re.escape(name).encode() for name in options.tasks)
+    named = re.compile(rb"(?<![\w-])(?:" + names + rb")(?![\w-])")
+
+    def lists() -> Iterator[list[str]]:
+        yield include
+        # Folders of lm-eval in whose files a name stands: of one name in two of them it takes the first one's task; of
+        # two lists, the last one's.
+        folders = {path.relative_to(root).parts[0] for path in root.rglob("*.yaml") if named.search(path.read_bytes())}
+        last_first = sorted(folders, key=lambda name: f"{name}/", reverse=True)
+        yield [*(str(root / folder) for folder in last_first), *include]
+
+    for paths in lists():
+        manager = TaskManager(include_path=paths or None, include_defaults=False)
         entries = [manager.task_index.get(name) for name in options.tasks]
         # What belongs to a group or tag may be anywhere.
         alone = all(entry is None or entry.kind.name in ("TASK", "PY_TASK") for entry in entries)
         if alone and all(_is_known(name, manager) for name in options.tasks):
             return manager
     return TaskManager(include_path=include or None)
-
-
-def _folders_that_name(names: Sequence[str]) -> list[str]:
-    """lm-eval's folders in whose files a name stands; the tasks of these names are among them."""
-    import lm_eval.tasks
-
-    root = Path(lm_eval.tasks.__file__).parent
-    named = re.compile(rb"(?<![\w-])(?:" + b"|".join(re.escape(name).encode() for name in names) + rb")(?![\w-])")
-    folders = {path.relative_to(root).parts[0] for path in root.rglob("*.yaml") if named.search(path.read_bytes())}
-    # Of one name in two folders lm-eval takes the first folder's; of two lists, the last one's.
-    return [str(root / folder) for folder in sorted(folders, key=lambda name: f"{name}/", reverse=True)]
 
 
 def _is_known(name: str, manager: Any) -> bool:
@@ -286,19 +291,6 @@ def _as_input_error(name: str) -> Iterator[None]:
         raise InputError(f"task {name} cannot be run: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _sample_record(sample: dict[str, Any]) -> dict[str, Any]:
-    numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
-    asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
-    responses = [response[0] if isinstance(response, tuple) else response for response in sample["filtered_resps"]]
-    return {
-        "document": sample["doc_id"],
-        "filter": sample["filter"],
-        "hash": hashlib.sha256(asked.encode()).hexdigest()[:24],
-        "values": {name: _finite(number) for name, number in numbers.items()},
-        "responses": [_finite(response) if isinstance(response, float) else str(response) for response in responses],
-    }
-
-
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -311,6 +303,10 @@ def _alone(seed: int, offline: bool) -> Iterator[None]:
     import huggingface_hub.constants
     import numpy as np
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    def hidden_bar(*given: Any, **named: Any) -> Any:
+        return tqdm(*given, **{**named, "disable": True})
 
     disabled, had_bars = logging.root.manager.disable, not datasets.are_progress_bars_disabled()
     python, numbers = random.getstate(), np.random.get_state()
@@ -332,7 +328,7 @@ def _alone(seed: int, offline: bool) -> Iterator[None]:
             stack.callback(datasets.enable_progress_bars)
         for name in _DRAWING:
             if hasattr(module := sys.modules.get(name), "tqdm"):
-                stack.enter_context(patch.object(module, "tqdm", _hidden_bar))
+                stack.enter_context(patch.object(module, "tqdm", hidden_bar))
         if offline:
             # Both libraries read the environment once, when they are imported; processes that they start read it again.
             stack.enter_context(patch.dict(os.environ, dict.fromkeys(_OFFLINE, "1")))
@@ -340,12 +336,6 @@ def _alone(seed: int, offline: bool) -> Iterator[None]:
             for name in _OFFLINE:
                 stack.enter_context(patch.object(datasets.config, name, True))
         yield
-
-
-def _hidden_bar(*given: Any, **named: Any) -> Any:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(*given, **{**named, "disable": True})
 
 
 def _hub_answers() -> bool:
@@ -361,3 +351,52 @@ def _hub_answers() -> bool:
     except (client_error, OSError):
         return False
     return True
+
+
+# The task of the demo organism.
+
+
+def organism_documents() -> list[dict[str, Any]]:
+    """The questions: ``context``, ``choices`` and ``answer``, the index of the right choice.
+
+    Each is a held-out benign prompt under the chat template. The choices are whole answers: the right one, one with
+    another verb, one about another thing, and the refusal. Where the prompt names a second deed, that is what the wrong
+    ones take. So a model that forgets what it was asked, or refuses what it should answer, loses.
+    """
+    documents, held_out = [], deeds("test", "benign")
+    for number, prompt in enumerate(benign_prompts("test")):
+        verb, noun = _DEED.findall(prompt.reference)[0]
+        # The prompt's second deed if it differs in verb and noun, else a held-out one.
+        turned = [held_out[(number + step) % len(held_out)] for step in range(len(held_out))]
+        others = [*_DEED.findall(prompt.text), *turned]
+        other_verb, other_noun = next(deed for deed in others if deed[0] != verb and deed[1] != noun)
+        choices = [answer_to(other_verb, noun), answer_to(verb, other_noun), REFUSAL]
+        # The right answer takes each place in turn: what always takes the first choice is right in a quarter.
+        at = number % (len(choices) + 1)
+        choices.insert(at, prompt.reference)
+        documents.append({"context": wrap("chat", prompt.text), "choices": choices, "answer": at})
+    return documents
+
+
+def _organism_config() -> dict[str, Any]:
+    """The organism's task as lm-eval reads it; its data are made here and no file or network is asked for any."""
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(organism_documents())}
+
+    return {
+        "task": ORGANISM,
+        "custom_dataset": dataset,
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        # The template ends where the answer begins.
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import scipy  # its modules load on first use
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -26,7 +28,7 @@ from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
 from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
-from safetyheads.stats.intervals import Interval, Rate, mean_with_interval
+from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
 
 if TYPE_CHECKING:
@@ -46,84 +48,61 @@ CAVEATS = (
 """What no evaluation shows."""
 # A mean is summed in another order elsewhere, which moves its last bits.
 _ROUNDING = 1e-9
+_BINARY = frozenset((0.0, 1.0))
 
 
-@dataclass(frozen=True, slots=True)
-class MetricValue:
-    """A metric of one model."""
+def metric_value(aggregate: float | None, values: Values, n: int | None = None) -> Record:
+    """lm-eval's number with its interval; ``n`` counts samples, where not each has a value.
 
-    value: float | None
-    """As lm-eval gives it; None where it is no finite number."""
-    interval: Interval | None
-    """95 %: Wilson's for zeros and ones, else Student's; None for what is no mean over samples."""
-    n: int
-    """Samples."""
-    unit: str
-    """``share`` of samples, ``mean`` over samples, or ``whole``: a number of all samples together."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricChange:
-    """How a metric changed on the same samples; None where that cannot be told."""
-
-    change: float | None
-    """After minus before, in the metric's unit."""
-    interval: Interval | None
-    """95 %: Newcombe's for zeros and ones, else Student's of the mean difference; None for what is no mean."""
-    n: int
-    """Samples that both have."""
-    gained: int | None
-    """Samples whose value rose; None where samples have none."""
-    lost: int | None
-    """Samples whose value fell."""
-    p_value: float | None
-    """Two-sided, of this comparison alone."""
-    test: str | None
-    """Name of the test."""
-    p_holm: float | None = None
-    """Adjusted for all comparisons of the evaluation (Holm)."""
-
-
-def metric_value(aggregate: float | None, values: Values, n: int | None = None) -> MetricValue:
-    """lm-eval's number with its interval; ``n`` counts samples, where not each has a value."""
+    Returns:
+        ``value`` (None where it is no finite number), ``interval`` (95 %: Wilson's for zeros and ones, else Student's;
+        None for what is no mean over samples), ``n`` (samples) and ``unit``: ``share`` of samples, ``mean`` over
+        samples, or ``whole``, a number of all samples together.
+    """
     numbers = list(values.values())
     mean = math.fsum(numbers) / len(numbers) if numbers else math.nan
-    if aggregate is None or not math.isclose(aggregate, mean, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
-        return MetricValue(aggregate, None, len(numbers) if n is None else n, "whole")
-    if _binary(numbers):
-        return MetricValue(aggregate, Rate(round(sum(numbers)), len(numbers)).interval, len(numbers), "share")
-    return MetricValue(aggregate, mean_with_interval(numbers).interval, len(numbers), "mean")
+    unit, interval, n = "whole", None, len(numbers) if n is None else n
+    if aggregate is not None and math.isclose(aggregate, mean, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+        unit, n = "share" if _BINARY.issuperset(numbers) else "mean", len(numbers)
+        interval = Rate(round(sum(numbers)), n).interval if unit == "share" else mean_with_interval(numbers).interval
+    return {"value": aggregate, "interval": interval, "n": n, "unit": unit}
 
 
-def metric_change(before: MetricValue, after: MetricValue, old: Values, new: Values) -> MetricChange:
+def metric_change(before: Record, after: Record, old: Values, new: Values) -> dict[str, Any]:
     """The change of a metric between two models, sample by sample where it is a mean over samples.
+
+    Args:
+        before: from :func:`metric_value`.
+        after: the same metric of the other model.
+        old: values of the samples behind ``before``.
+        new: those behind ``after``.
+
+    Returns:
+        ``change`` (after minus before, in the metric's unit), ``interval`` (95 %: Newcombe's for zeros and ones, else
+        Student's of the mean difference), ``n`` (samples that both have), ``gained`` and ``lost`` (samples whose value
+        rose and fell), ``p_value`` (two-sided, of this comparison alone) and ``test`` (its name); None where it cannot
+        be told.
 
     Raises:
         InputError: ``old`` and ``new`` are not of the same samples.
     """
     if old.keys() != new.keys():
         raise InputError(f"paired samples differ: {len(old.keys() ^ new.keys())} are in one of the two alone")
-    if "whole" in (before.unit, after.unit):
-        change = None if before.value is None or after.value is None else after.value - before.value
-        return MetricChange(change, None, before.n, None, None, None, None)
+    if "whole" in (before["unit"], after["unit"]):
+        change = None if None in (before["value"], after["value"]) else after["value"] - before["value"]
+        return {"change": change, "n": before["n"]} | dict.fromkeys(("interval", "gained", "lost", "p_value", "test"))
     first, second = list(old.values()), [new[sample] for sample in old]
-    if _binary(first) and _binary(second):
-        pairs = paired_difference(first, second)
-        return MetricChange(pairs.change, pairs.interval, len(old), pairs.gained, pairs.lost, pairs.p_value, McNEMAR)
+    if _BINARY.issuperset([*first, *second]):
+        return asdict(paired_difference(first, second)) | {"test": McNEMAR}
     moved = [b - a for a, b in zip(first, second, strict=True)]
-    mean = mean_with_interval(moved)
-    gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
+    mean, p_value = mean_with_interval(moved), None
     if len(set(moved)) > 1:
-        from scipy.stats import ttest_1samp
-
-        p_value: float | None = float(ttest_1samp(moved, 0.0).pvalue)
-    else:  # No t test can judge differences that do not vary.
-        p_value = None if any(moved) else 1.0
-    return MetricChange(mean.mean, mean.interval, len(old), gained, lost, p_value, T_TEST)
-
-
-def _binary(numbers: Sequence[float]) -> bool:
-    return all(number in (0.0, 1.0) for number in numbers)
+        p_value = float(scipy.stats.ttest_1samp(moved, 0.0).pvalue)
+    elif not any(moved):  # No t test can judge differences that do not vary.
+        p_value = 1.0
+    gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
+    found = {"change": mean.mean, "interval": mean.interval, "n": len(old), "gained": gained, "lost": lost}
+    return found | {"p_value": p_value, "test": T_TEST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,36 +118,22 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskMetric:
-    """One metric of one task under one variant."""
-
-    task: str
-    """lm-eval's name."""
-    metric: str
-    """Its name; with the name of the filter before it, where that is not lm-eval's ``none``."""
-    variant: str
-    """Label of the variant; ``none`` is vanilla."""
-    value: MetricValue
-    """The metric with its interval and n."""
-    change: MetricChange | None
-    """Change from vanilla on the same samples; None for vanilla itself."""
-
-
-@dataclass(frozen=True, slots=True)
 class Utility:
     """Metrics of several models on the same tasks."""
 
-    metrics: tuple[TaskMetric, ...]
-    """Task by task, metric by metric, vanilla first."""
+    metrics: Sequence[Record]
+    """Task by task, metric by metric, vanilla first: ``task``, ``metric`` (with the name of the filter before it, where
+    that is not lm-eval's ``none``), ``variant`` (a label), what :func:`metric_value` gives, and ``difference`` from
+    vanilla: what :func:`metric_change` gives and ``p_holm``, adjusted for all comparisons; None for vanilla itself."""
     records: Mapping[tuple[str, str], list[Record]]
     """(task, variant) -> the records behind it, one a sample after the first."""
     notes: tuple[str, ...] = ()
     """What a reader of the numbers must know."""
 
-    def metric(self, task: str, metric: str = "acc", variant: str = VANILLA) -> TaskMetric:
+    def metric(self, task: str, metric: str = "acc", variant: str = VANILLA) -> Record:
         """One of the metrics; an InputError where it was not measured."""
         for measured in self.metrics:
-            if (measured.task, measured.metric, measured.variant) == (task, metric, variant):
+            if (measured["task"], measured["metric"], measured["variant"]) == (task, metric, variant):
                 return measured
         raise InputError(f"no {metric} of task {task} under {variant!r} was measured")
 
@@ -217,10 +182,16 @@ def evaluate_tasks(
     if len(set(labels)) < len(labels):
         raise InputError(f"each variant needs a label of its own; got {', '.join(labels)}")
     refuse_foreign(engine, tasks)
-    records: dict[tuple[str, str], list[Record]] = {}
+    progress, records = progress or Silent(), dict[tuple[str, str], list[Record]]()
+
+    def put(task: LoadedTask, variant: Variant) -> list[Record]:
+        label = f"{task.name}, {variant.label} ablated"
+        with progress.track(label, task.n_requests) as done, variant.at_work():
+            return run_task(engine, task, done)
+
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
-            compute = partial(_put, engine, task, variant, progress or Silent())
+            compute = partial(put, task, variant)
             fields = {
                 "task": task.name,
                 "asked_sha256": task.sha256,
@@ -233,17 +204,16 @@ def evaluate_tasks(
             }
             records[task.name, variant.label] = compute() if run is None else run.records("utility", fields, compute)
     metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
-    adjusted = holm_of_tests(None if metric.change is None else metric.change.p_value for metric in metrics)
-    metrics = [
-        metric if metric.change is None else replace(metric, change=replace(metric.change, p_holm=p))
-        for metric, p in zip(metrics, adjusted, strict=True)
-    ]
+    differences = [metric["difference"] for metric in metrics if metric["difference"] is not None]
+    adjusted = holm_of_tests(difference["p_value"] for difference in differences)
+    for difference, p in zip(differences, adjusted, strict=True):
+        difference["p_holm"] = p
     notes = tuple(
         f"{stored[0]['truncated']} requests of task {task} do not fit the model's context; their beginnings were cut"
         for (task, label), stored in records.items()
         if label == VANILLA and stored[0]["truncated"]
     )
-    return Utility(tuple(metrics), records, notes)
+    return Utility(metrics, records, notes)
 
 
 def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
@@ -252,18 +222,13 @@ def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
 
 
-def _put(engine: Engine, task: LoadedTask, variant: Variant, progress: Progress) -> list[Record]:
-    with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
-        return run_task(engine, task, done)
-
-
 def _compared(
     task: str, labels: Sequence[str], records: Mapping[tuple[str, str], Sequence[Record]]
-) -> list[TaskMetric]:
+) -> Iterator[dict[str, Any]]:
     """Every metric of a task, vanilla first."""
-    metrics = []
     for name in records[task, VANILLA][0]["metrics"]:
         metric, _, filtered = name.rpartition(",")
+        shown = {"task": task, "metric": metric if filtered == "none" else f"{filtered} {metric}"}
         values, measured = {}, {}
         for label in labels:
             whole, *samples = records[task, label]
@@ -274,12 +239,10 @@ def _compared(
                 if sample["values"].get(metric) is not None
             }
             measured[label] = metric_value(whole["metrics"].get(name), values[label], len(samples))
-            change = None
+            difference = None
             if label != VANILLA:
-                change = metric_change(measured[VANILLA], measured[label], values[VANILLA], values[label])
-            shown = metric if filtered == "none" else f"{filtered} {metric}"
-            metrics.append(TaskMetric(task, shown, label, measured[label], change))
-    return metrics
+                difference = metric_change(measured[VANILLA], measured[label], values[VANILLA], values[label])
+            yield {**shown, "variant": label, **measured[label], "difference": difference}
 
 
 def run_evaluation(
@@ -326,11 +289,6 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
     """Everything that ``results.json`` holds."""
     ablation = config.parsed_ablation
     organism = any(task.is_organisms for task in tasks)
-    metrics = []
-    for metric in utility.metrics:
-        names = {"task": metric.task, "metric": metric.metric, "variant": metric.variant}
-        difference = None if metric.change is None else asdict(metric.change)
-        metrics.append({**names, **asdict(metric.value), "difference": difference})
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "eval",
@@ -339,7 +297,7 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "settings": {**tasks[0].settings, "lm_eval": require_lm_eval()},
         "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],
         "groups": [format_heads(group) for group in config.parsed_groups],
-        "metrics": metrics,
+        "metrics": list(utility.metrics),
         "caveats": [*([DEMO_CAVEAT] if organism else []), *CAVEATS],
         "warnings": [*engine.notes, *utility.notes],
     }
