@@ -16,8 +16,13 @@ from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     # Each name again as itself, which tells type checkers that it is public.
-    from safetyheads.answers.decoding import Decoding as Decoding, generate as generate
-    from safetyheads.answers.sampling import GREEDY as GREEDY, TOP_5 as TOP_5, Sampling as Sampling
+    from safetyheads.answers.decoding import (
+        GREEDY as GREEDY,
+        TOP_5 as TOP_5,
+        Decoding as Decoding,
+        Sampling as Sampling,
+        generate as generate,
+    )
     from safetyheads.answers.success import (
         AnswerScan as AnswerScan,
         AttackSuccess as AttackSuccess,
@@ -55,8 +60,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "answers.decoding": ("Decoding", "generate"),
-    "answers.sampling": ("GREEDY", "TOP_5", "Sampling"),
+    "answers.decoding": ("GREEDY", "TOP_5", "Decoding", "Sampling", "generate"),
     "answers.success": (
         "AnswerScan",
         "AttackSuccess",

@@ -11,9 +11,18 @@ import torch
 from oracle import Oracle
 from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate, ships
-from safetyheads.answers.decoding import Request, ShortContextWarning, answer, end_tokens, generate
-from safetyheads.answers.sampling import TOP_5, Sampling
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate
+from safetyheads.answers.decoding import (
+    GREEDY,
+    TOP_5,
+    Decoding,
+    Request,
+    Sampling,
+    ShortContextWarning,
+    answer,
+    end_tokens,
+    generate,
+)
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.prompts.asked import decode_text
@@ -80,8 +89,9 @@ def as_pairs(answers):
     return [(one.token_ids, one.finished) for one in answers]
 
 
-def requests_of(pairs):
-    return [Request(prompt, group) for prompt, group in pairs]
+def answered(engine, asked, ablation=UNDIFFERENTIATED_ATTENTION, n=N_TOKENS, sampling=GREEDY, **options):
+    """Tokens and end of the answers to (prompt, group)."""
+    return as_pairs(answer(engine, [Request(*each) for each in asked], Decoding(n, sampling), ablation, **options))
 
 
 def batch_rows(engine):
@@ -112,11 +122,10 @@ def slow(oracles):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_groups_and_uneven_prompts_in_one_batch_equal_the_oracle(family, slow):
-    engine, ablation = engine_of(family), FAMILIES[family]
+    engine = engine_of(family)
     rows = batch_rows(engine)
-    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS)
+    assert answered(engine, MIXED, FAMILIES[family]) == slow[family]
     assert rows[0] == len(MIXED)  # one batch
-    assert as_pairs(ours) == slow[family]
     assert slow[family][0] != slow[family][2]  # the same prompt under another group
 
 
@@ -133,43 +142,38 @@ def test_generate_gives_each_prompt_its_own_group(slow):
 def test_rows_that_end_early_leave_the_others_as_they_were(family, slow):
     engine, ablation = engine_of(family), FAMILIES[family]
     # The first row runs on; each other one ends at its first token that is not in the first row's answer.
-    keeps, *others = (answered for answered, _ in slow[family])
+    keeps, *others = (tokens for tokens, _ in slow[family])
     ends = sorted(set().union(*others) - set(keeps))
     engine.model.generation_config.eos_token_id = ends
-    expected = [cut(answered, ends) for answered, _ in slow[family]]
+    expected = [cut(tokens, ends) for tokens, _ in slow[family]]
     assert expected[0] == (keeps, False)
-    assert all(finished and len(answered) < N_TOKENS - 1 for answered, finished in expected[1:])
+    assert all(finished and len(tokens) < N_TOKENS - 1 for tokens, finished in expected[1:])
     rows, done = batch_rows(engine), []
-    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS, on_rows=done.append)
-    assert as_pairs(ours) == expected
-    assert rows[0] == len(MIXED)
+    assert answered(engine, MIXED, ablation, on_rows=done.append) == expected
+    assert rows[0] == sum(done) == len(MIXED)
     assert rows[-1] == 1  # rows that had ended were taken out of the cache
-    assert sum(done) == len(MIXED)
     # The row that runs on stands last, so that its number changes when others are taken out.
-    assert as_pairs(answer(engine, requests_of(MIXED[::-1]), ablation, N_TOKENS)) == expected[::-1]
-    alone = [answer(engine, [request], ablation, N_TOKENS)[0] for request in requests_of(MIXED)]
-    assert as_pairs(alone) == expected
+    assert answered(engine, MIXED[::-1], ablation) == expected[::-1]
 
 
-@pytest.mark.parametrize("n_rows", [1, 3])
-def test_batches_of_a_given_size_answer_alike(n_rows, slow):
-    engine, ablation, done = engine_of("llama_gqa"), FAMILIES["llama_gqa"], []
+@pytest.mark.parametrize(("n_rows", "told"), [(1, [1, 1, 1, 1]), (3, [3, 1])])
+def test_batches_of_a_given_size_answer_alike(n_rows, told, slow):
+    engine, done = engine_of("llama_gqa"), []
     rows = batch_rows(engine)
-    ours = answer(engine, requests_of(MIXED), ablation, N_TOKENS, on_rows=done.append, n_rows=n_rows)
-    assert as_pairs(ours) == slow["llama_gqa"]
+    options = {"on_rows": done.append, "n_rows": n_rows}
+    assert answered(engine, MIXED, FAMILIES["llama_gqa"], **options) == slow["llama_gqa"]
     assert max(rows) == n_rows
-    assert done == {1: [1, 1, 1, 1], 3: [3, 1]}[n_rows]
+    assert done == told
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["list", "number"])
 def test_each_end_token_of_the_generation_config_and_the_tokenizers_ends_an_answer(listed, slow):
-    engine, request = engine_of("llama_gqa"), requests_of(MIXED[:1])
-    answered = slow["llama_gqa"][0][0]
-    for n, ends in ((4, [answered[4]]), (1, [answered[4], answered[1]]), (0, [answered[0]])):
-        assert not {*ends} & {*answered[:n]}
+    engine, tokens = engine_of("llama_gqa"), slow["llama_gqa"][0][0]
+    for n, ends in ((4, [tokens[4]]), (1, [tokens[4], tokens[1]]), (0, [tokens[0]])):
+        assert not {*ends} & {*tokens[:n]}
         engine.model.generation_config.eos_token_id = [END, *ends] if listed else ends[-1]
         assert end_tokens(engine) == ({END, *ends} if listed else {END, ends[-1]})
-        assert as_pairs(answer(engine, request, FAMILIES["llama_gqa"], N_TOKENS)) == [(answered[:n], True)]
+        assert answered(engine, MIXED[:1], FAMILIES["llama_gqa"]) == [(tokens[:n], True)]
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
@@ -182,22 +186,20 @@ def test_a_row_stops_at_the_context_and_the_others_do_not(family, slow):
         for _ in range(3):
             made.append(int(plain(torch.tensor([[*long[0], *made]]), use_cache=False).logits[0, -1].argmax()))
     assert END not in made
-    requests = [Request(long[1]), Request(long[0]), *requests_of(MIXED)]
+    asked = [(long[1],), (long[0],), *MIXED]
     with pytest.warns(ShortContextWarning, match="leaves the longest prompt 0 new tokens of 8"):
-        ours = answer(engine, requests, ablation, N_TOKENS)
+        ours = answer(engine, [Request(*each) for each in asked], Decoding(N_TOKENS), ablation)
     assert as_pairs(ours) == [((), False), (tuple(made), False), *slow[family]]
     assert [one.limit for one in ours] == [0, 3, *[N_TOKENS] * len(MIXED)]
-    with pytest.warns(ShortContextWarning):
-        assert as_pairs(answer(engine, requests[:1], ablation, N_TOKENS)) == [((), False)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", ShortContextWarning)
-        assert as_pairs(answer(engine, requests[1:2], ablation, 3)) == [(tuple(made), False)]
+        assert answered(engine, asked[1:2], ablation, 3) == [(tuple(made), False)]
 
 
-def test_an_answer_of_no_tokens_is_an_input_error():
+def test_an_answer_has_at_least_one_token():
     with pytest.raises(InputError, match="at least one new token"):
-        answer(engine_of("llama_gqa"), requests_of(MIXED), max_new_tokens=0)
-    assert answer(engine_of("llama_gqa"), [], max_new_tokens=N_TOKENS) == ()
+        generate(engine_of("llama_gqa"), prompts_of(PROMPTS[0]), 0)
+    assert answered(engine_of("llama_gqa"), []) == []
 
 
 # Sampled answers
@@ -211,70 +213,59 @@ def test_an_answer_of_no_tokens_is_an_input_error():
 def test_samples_are_the_best_of_the_top_k_with_the_documented_noise(family, sampling, oracles, slow):
     ablation = FAMILIES[family]
     expected = [slow_answer(oracles[family], *pair, ablation, 6, sampling) for pair in MIXED]
-    ours = answer(engine_of(family), requests_of(MIXED), ablation, 6, sampling)
-    assert as_pairs(ours) == expected
+    assert answered(engine_of(family), MIXED, ablation, 6, sampling) == expected
     assert any(sampled != greedy[:6] for (sampled, _), (greedy, _) in zip(expected, slow[family], strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(family):
     engine, ablation = engine_of(family), FAMILIES[family]
-    requests = requests_of((*MIXED, (PROMPTS[2], ()), (PROMPTS[1], (Head(1, 0),))))
-    together = answer(engine, requests, ablation, 12, TOP_5)
-    alone = [answer(engine, [request], ablation, 12, TOP_5)[0] for request in requests]
-    backwards = answer(engine, requests[::-1], ablation, 12, TOP_5)[::-1]
+    asked = (*MIXED, (PROMPTS[2], ()), (PROMPTS[1], (Head(1, 0),)))
+    together = answered(engine, asked, ablation, 12, TOP_5)
     shuffled = [4, 2, 0, 5, 1, 3]
-    in_disorder = answer(engine, [requests[number] for number in shuffled], ablation, 12, TOP_5)
-    assert as_pairs(together) == as_pairs(alone) == as_pairs(backwards)
-    assert as_pairs(in_disorder) == [as_pairs(together)[number] for number in shuffled]
-    assert len(set(as_pairs(together))) == len(requests)
+    in_disorder = answered(engine, [asked[number] for number in shuffled], ablation, 12, TOP_5)
+    assert in_disorder == [together[number] for number in shuffled]
+    assert together == [answered(engine, [each], ablation, 12, TOP_5)[0] for each in asked]
+    assert len(set(together)) == len(asked)
 
 
 @pytest.mark.parametrize(
     "name", ["undifferentiated_attention", "undifferentiated_attention_key", "scaling_contribution"]
 )
 def test_equal_distributions_give_equal_samples_under_every_ablation(name):
-    engine = engine_of("llama_gqa")
-    unablated = answer(engine, [Request(prompt) for prompt in PROMPTS], max_new_tokens=16, sampling=TOP_5)
-    requests = [Request(prompt, group) for prompt in PROMPTS for group in ((Head(0, 1),), (Head(1, 3), Head(2, 2)))]
-    nothing = answer(engine, requests, Ablation(name, 1.0), 16, TOP_5)
-    assert as_pairs(nothing) == [pair for pair in as_pairs(unablated) for _ in range(2)]
-    something = answer(engine, requests, Ablation(name, 0.0), 16, TOP_5)
-    assert as_pairs(something) != as_pairs(nothing)
-    reseeded = answer(engine, [Request(prompt) for prompt in PROMPTS], max_new_tokens=16, sampling=Sampling(5, 1))
-    assert all(one != other for one, other in zip(as_pairs(reseeded), as_pairs(unablated), strict=True))
+    engine, alone = engine_of("llama_gqa"), [(prompt,) for prompt in PROMPTS]
+    unablated = answered(engine, alone, n=16, sampling=TOP_5)
+    asked = [(prompt, group) for prompt in PROMPTS for group in ((Head(0, 1),), (Head(1, 3), Head(2, 2)))]
+    nothing, something = (answered(engine, asked, Ablation(name, epsilon), 16, TOP_5) for epsilon in (1.0, 0.0))
+    assert nothing == [pair for pair in unablated for _ in range(2)]
+    assert something != nothing
+    reseeded = answered(engine, alone, n=16, sampling=Sampling(5, 1))
+    assert all(one != other for one, other in zip(reseeded, unablated, strict=True))
 
 
 # A group for each prompt
 
 
 def test_query_level_success_is_each_prompts_own():
-    engine, ablation = engine_of("llama_gqa"), UNDIFFERENTIATED_ATTENTION
+    engine, ablation, done = engine_of("llama_gqa"), UNDIFFERENTIATED_ATTENTION, []
     prompts = (*PROMPTS, (7, 7), (1, 2, 3))
     groups = ((Head(0, 1),), (), (Head(2, 0), Head(1, 1)), (Head(0, 3),), (Head(1, 2),))
-    answered = [
-        decode_text(engine.tokenizer, one.token_ids)
-        for one in generate(engine, prompts_of(*prompts), 6, groups, ablation)
-    ]
+    decoded = generate(engine, prompts_of(*prompts), 6, groups, ablation)
     # The words that the first two answers begin with are refusals.
-    words = tuple(text.split()[0] for text in answered[:2])
-    judge = KeywordJudge(
-        "first words", KeywordRules(keywords=words, short_characters=0, short_from_tokens=0, repetition=None)
-    )
-    done = []
+    words = tuple(decode_text(engine.tokenizer, one.token_ids).split()[0] for one in decoded[:2])
+    rules = KeywordRules(keywords=words, short_characters=0, short_from_tokens=0, repetition=None)
+    judge = KeywordJudge("first words", rules)
     ours = query_level_attack_success_rate(
         engine, prompts_of(*prompts), groups, ablation, judge, 6, on_rows=done.append
     )
-    one_by_one = [
-        attack_success_rate(engine, prompts_of(prompt), group, ablation, judge, 6)
+    singles = [
+        attack_success_rate(engine, prompts_of(prompt), group, ablation, judge, 6).rows[0]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    for row, group, alone in zip(ours.rows, groups, one_by_one, strict=True):
-        (single,) = alone.rows
+    for row, group, single in zip(ours.rows, groups, singles, strict=True):
         assert (row.token_ids, row.text, row.finished) == (single.token_ids, single.text, single.finished)
-        assert row.verdict == single.verdict
-        assert (row.group, row.prompt.query) == (group, single.prompt.query)
-    assert ours.rate == sum(alone.rate for alone in one_by_one) / len(prompts)
+        assert (row.verdict, row.group, row.prompt.query) == (single.verdict, group, single.prompt.query)
+    assert ours.rate == sum(single.verdict.complied for single in singles) / len(prompts)
     assert 0 < ours.rate < 1
     assert (ours.n, sum(done)) == (len(prompts), len(prompts))
     with pytest.raises(InputError, match="4 groups for 5 prompts"):
@@ -282,12 +273,10 @@ def test_query_level_success_is_each_prompts_own():
 
 
 def test_query_level_groups_are_each_prompts_own_best_heads():
-    scores = ships(engine_of("llama_gqa"), prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION)
-    expected = []
-    for table in scores.values.tolist():
-        heads = [(-score, layer, index) for layer, row in enumerate(table) for index, score in enumerate(row)]
-        expected.append(tuple(Head(layer, index) for _, layer, index in sorted(heads)[:3]))
-    assert query_level_groups(scores, 3) == tuple(expected)
-    assert len(set(expected)) > 1
+    values = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    best = values.flatten(1).topk(3).indices.tolist()
+    expected = tuple(tuple(Head(*divmod(number, 4)) for number in heads) for heads in best)
+    assert query_level_groups(HeadScores(values), 3) == expected
+    assert len(set(expected)) == 3
     with pytest.raises(InputError, match="not per prompt"):
-        query_level_groups(HeadScores(scores.values[0]), 3)
+        query_level_groups(HeadScores(values[0]), 3)

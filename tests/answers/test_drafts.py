@@ -24,12 +24,12 @@ from safetyheads import (
     load_demo,
 )
 from safetyheads.answers import drafts as drafts_module
-from safetyheads.answers.decoding import Answer, Decoding, ShortContextWarning, end_tokens
+from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling, ShortContextWarning, end_tokens
 from safetyheads.answers.drafts import DraftPass, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import Judging
-from safetyheads.answers.sampling import GREEDY, TOP_5, Sampling
 from safetyheads.answers.success import (
     answers_under,
+    attack_success_rate,
     query_level_attack_success_rate,
     scan_attack_success_rate,
     summarise,
@@ -153,7 +153,7 @@ def test_every_head_of_the_organism_equals_plain_decoding(sampling):
     demo, judge, told = load_demo("aligned_a"), KeywordJudge(), []
     engine, prompts, groups = demo.engine, demo.harmful[:48], each_head(demo.engine)
     *twin, unablated = (
-        answers_under(engine, prompts, [group], UNDIFFERENTIATED_ATTENTION, judge, 128, sampling)[0]
+        attack_success_rate(engine, prompts, group, UNDIFFERENTIATED_ATTENTION, judge, 128, sampling).rows
         for group in [*groups, ()]
     )
     for full_answers in (False, True):
@@ -210,7 +210,8 @@ def twin_of(
 ):
     """Plain decoding of what is asked once: any groups, by default every head, in a single call."""
     chosen = each_head(engine) if groups is None else groups
-    return answers_under(engine, prompts_of(*prompts), chosen, ablation, WORDS, max_new_tokens, sampling)
+    columns, decoding = [[group] * len(prompts) for group in chosen], Decoding(max_new_tokens, sampling, True)
+    return answers_under(engine, prompts_of(*prompts), columns, ablation, WORDS, decoding)
 
 
 @pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
@@ -324,7 +325,7 @@ def test_groups_of_each_prompt_equal_query_level_decoding(sampling):
         rows = [(prompt, group, one) for prompt, (group, one) in enumerate(zip(groups, column, strict=True))]
         judged = Judging(engine, prompts, [WORDS], N_TOKENS).judged(rows)
         assert differences([judged], [plain.rows]) == []
-    (plain,) = answers_under(engine, prompts[3:4], [own[3][2]], UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling)
+    (plain,) = twin_of(engine, sampling, [own[3][2]], PROMPTS[3:4])
     assert differences([made[3][2:]], [plain]) == []
     assert sum(told) == economy.n_rows == sum(map(len, own))
     assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows

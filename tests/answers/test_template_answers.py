@@ -14,9 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, PromptSet, Template
-from safetyheads.answers.decoding import Decoding, generate
-from safetyheads.answers.sampling import GREEDY, TOP_5
-from safetyheads.answers.success import answers_under, query_level_attack_success_rate, scan_attack_success_rate
+from safetyheads.answers.decoding import GREEDY, TOP_5, Decoding, generate
+from safetyheads.answers.success import (
+    answers_under,
+    attack_success_rate,
+    query_level_attack_success_rate,
+    scan_attack_success_rate,
+)
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES
@@ -135,11 +139,12 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
     renamed, template, judge = case(name, sampling)
     engine, prompts = engine_with(renamed), asked(renamed, template)
     kind, groups = UNDIFFERENTIATED_ATTENTION, [(head,) for head in engine.heads]
+    columns = [[group] * len(prompts) for group in groups]
     scans = {
         full: scan_attack_success_rate(engine, prompts, kind, judge, Decoding(N_TOKENS, sampling, full), groups)
         for full in (False, True)
     }
-    plain = answers_under(engine, prompts, groups, kind, judge, N_TOKENS, sampling)
+    plain = answers_under(engine, prompts, columns, kind, judge, Decoding(N_TOKENS, sampling, True))
     routes = Counter()
     for full, scan in scans.items():
         for rows, plain_rows in zip(scan.rows, plain, strict=True):
@@ -185,7 +190,7 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
         first = tokens.index(next(token for token, word in renamed.items() if word == "</think>"))
         judged = engine.ask(prompts).reader.read(row.token_ids)
         assert judged.token_ids == tuple(tokens[first + 1 :])
-    (rows,) = answers_under(engine, prompts, [groups[0]], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    rows = attack_success_rate(engine, prompts, groups[0], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
     assert all(row.thinks for row in rows)
     refused = [replace(row, verdicts={"words": replace(row.verdict, label="refused")}) for row in rows]
     assert openers_of(engine, refused) == ()
@@ -196,7 +201,7 @@ def test_a_stop_text_ends_rows_where_it_is():
     renamed, template, judge = case("a stop text")
     engine, prompts = engine_with(renamed), asked(renamed, template)
     stop = next(iter(renamed))
-    (rows,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    rows = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
     whole = generate(engine, prompts, N_TOKENS)
     assert any(stop in one.token_ids[:-1] for one in whole)
     for row, one in zip(rows, whole, strict=True):
@@ -228,7 +233,8 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     patient = Patient(judge)
     found = rejudge(tmp_path / "run", patient, Silent(), {})
     groups = [(), *((head,) for head in engine.heads)]
-    plain = answers_under(engine, prompts, groups, UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS)
+    columns = [[group] * len(prompts) for group in groups]
+    plain = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, Decoding(N_TOKENS, GREEDY, True))
     whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
     # Cut answers are no answers to a judge that needs whole ones.
     assert {completion.text for completion in patient.seen} < whole

@@ -9,7 +9,7 @@ import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, figure_of, rows, run_of
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, parse_heads
-from safetyheads.answers.sampling import Sampling
+from safetyheads.answers.decoding import Sampling
 from safetyheads.answers.success import attack_success_rate
 from safetyheads.demo import benign_prompts, harmful_prompts
 from safetyheads.experiments.outcome import Measured

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, load_demo, parse_heads
-from safetyheads.answers.decoding import Answer, Decoding
+from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
-from safetyheads.answers.sampling import GREEDY, TOP_5
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
 from safetyheads.runs import kept_answers as kept_module
@@ -61,16 +60,34 @@ def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sam
 
 
 def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monkeypatch):
-    drafts = list(drafts_of(organism.engine, [(5, 9)] * 2, [Answer((3, 4), True, 8), Answer((), False, 0)]).values())
-    assert [draft.choices[:2] for draft in drafts] == [(3, 4)]
-    assert drafts_fit(organism.engine, drafts)
-    assert not drafts_fit(organism.engine, [])
+    drafts = [(5, 9)] * 2, [Answer((3, 4), True, 8), Answer((), False, 0)]
+    assert [(at, draft.choices[:2]) for at, draft in drafts_of(organism.engine, *drafts).items()] == [(0, (3, 4))]
+    assert drafts_fit(organism.engine, *drafts)
+    assert not drafts_fit(organism.engine, [(5, 9)], drafts[1][1:])
     monkeypatch.setattr(organism.engine, "memory_budget", 1000)
-    assert not drafts_fit(organism.engine, drafts)
+    assert not drafts_fit(organism.engine, *drafts)
     monkeypatch.undo()
     monkeypatch.setattr(kept_module, "drafts_fit", lambda *_: False)
     made = records(organism, tmp_path / "run", GREEDY, True, 1, monkeypatch)
     assert {record["route"] for record in made} == {"plain"}
+
+
+def test_each_sampling_decides_about_drafts_for_itself(organism, tmp_path, monkeypatch):
+    # Drafts of one sampling may fit the memory where another's longer ones do not.
+    samplings, asked = (GREEDY, TOP_5, Sampling(5, seed=1)), []
+    monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", 1)
+    monkeypatch.setattr(kept_module, "drafts_fit", lambda *_: asked.append(1) or len(asked) != 2)
+    prompts = organism.harmful[:2]
+    judging = Judging(organism.engine, prompts, judges_named(["paper"]), 8)
+    with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
+        for _ in range(2):  # the second time as the manifest says
+            routes = []
+            for sampling in samplings:
+                kept = KeptAnswers("harmful", judging, Decoding(8, sampling), directory, Silent())
+                (answers,) = kept.under("groups", [()], UNDIFFERENTIATED_ATTENTION)
+                routes.append({record["route"] for record in answers.flat()})
+            assert routes == [{"drafted"}, {"plain"}, {"drafted"}]
+    assert len(asked) == len(samplings)
 
 
 def test_a_record_gives_its_answer_back(organism):

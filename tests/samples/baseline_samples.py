@@ -13,8 +13,8 @@ from families import built
 from tiny_models import END, prompts_of, tokenizer
 
 from safetyheads import SCALING_CONTRIBUTION, Engine, KeywordJudge, load_demo
-from safetyheads.answers.decoding import Request, answer
-from safetyheads.answers.success import answers_under
+from safetyheads.answers.decoding import Decoding, Request, answer
+from safetyheads.answers.success import attack_success_rate
 from safetyheads.baselines.base import Material
 from safetyheads.baselines.linear_layers import linear_layers
 from safetyheads.demo import demo_prompts
@@ -46,7 +46,7 @@ def material():
     """Of 48 harmful and 48 benign validation prompts; the tests' prompts are of another split."""
     engine, prompts = organism().engine, [demo_prompts(kind, "validation") for kind in ("harmful", "benign")]
     refused, answered = (
-        answers_under(engine, each, [()], SCALING_CONTRIBUTION, KeywordJudge(), NEW_TOKENS)[0] for each in prompts
+        attack_success_rate(engine, each, (), SCALING_CONTRIBUTION, KeywordJudge(), NEW_TOKENS).rows for each in prompts
     )
     new_tokens = [tuple(row.token_ids for row in rows) for rows in (refused, answered)]
     openers = tuple(opener.token_id for opener in openers_of(engine, refused))
@@ -131,7 +131,7 @@ def one_by_one(engine, sequences):
 def answers_with_limits(engine, prompts=PROMPTS):
     """Prompt -> the new tokens in one padded batch with a cache, and how many were allowed."""
     requests = [Request(p, stop=lambda made, n=LIMITS[p]: len(made) >= n) for p in prompts]
-    answers = answer(engine, requests, max_new_tokens=9)
+    answers = answer(engine, requests, Decoding(9))
     return {prompt: (one.token_ids, LIMITS[prompt]) for prompt, one in zip(prompts, answers, strict=True)}
 
 

@@ -180,14 +180,15 @@ def _answers(name):
     equal = [*_as_the_oracles(name, ablation, asked), *_as_the_oracles(name, second, [asked[0], (SHORT, pair)])]
     encoded, groups = [*PROMPTS, SHORT], [pair, several]
     table, _ = VerifiedDrafts(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
-    plainly = answer(engine, [Request(prompt, group) for group in groups for prompt in encoded], ablation, N_TOKENS)
+    requests = [Request(prompt, group) for group in groups for prompt in encoded]
+    plainly = answer(engine, requests, Decoding(N_TOKENS), ablation)
     drafted = [one.token_ids for row in table for one in row]
     return all(equal), drafted == [one.token_ids for one in plainly]
 
 
 def _as_the_oracles(name, ablation, asked):
     """For each (prompt, group), all in one left-padded batch with a cache, whether the oracle answers likewise."""
-    made = answer(proved(name), [Request(*each) for each in asked], ablation, N_TOKENS)
+    made = answer(proved(name), [Request(*each) for each in asked], Decoding(N_TOKENS), ablation)
     for one, given in zip(made, asked, strict=True):
         slow, close = slow_answer(name, *given, ablation)
         assert slow or not close, "a close call at the first token; choose another prompt"

@@ -1,24 +1,28 @@
 """Decodes answers: greedy or sampled, batched with a KV cache, a head group for each batch row.
 
 Our own loop, not transformers' ``generate``: rows of one batch have different ablations, and each row draws the same
-noise in any batch.
+noise in any batch. The largest logit after adding Gumbel noise is a draw from the softmax. The noise depends on (seed,
+prompt, position, token) only, so equal distributions give equal tokens under every ablation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.answers.sampling import GREEDY, Choice, Place, Sampling, choose, noise_key
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
-from safetyheads.model.planning import Padded, allowed_memory, halving, left_padded
+from safetyheads.model.planning import allowed_memory, halving, left_padded
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -28,13 +32,42 @@ Route: TypeAlias = Literal["plain", "drafted", "continued"]
 """How an answer was decoded: from its first token; it is the unablated answer; from the first difference on."""
 Stop: TypeAlias = Callable[[Sequence[int]], bool]
 """Given an answer's first tokens, tells whether they are enough."""
+Place: TypeAlias = tuple[int, int]
+"""What a token's noise depends on: the prompt's :func:`noise_key`, and the number of answer tokens before it."""
 
 _MOST_ROWS = 256
 _MEMORY_SHARE = 0.4
+# Tokens below the top k that are examined: a small change of logits could bring one into the top k.
+_OUTSIDE = 8
 
 
 class ShortContextWarning(UserWarning):
     """The model's context leaves some prompts fewer new tokens than requested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, at temperature 1."""
+
+    top_k: int = 1
+    """1 is greedy; the paper samples with 5 and without top-p."""
+    seed: int = 0
+    """Determines the noise, with the prompt's tokens and the position; unused when greedy."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"top-k keeps at least one token; got {self.top_k}")
+
+    @property
+    def name(self) -> str:
+        """``greedy`` or ``top-5``."""
+        return "greedy" if self.top_k == 1 else f"top-{self.top_k}"
+
+
+GREEDY = Sampling()
+"""Always the most probable token."""
+TOP_5 = Sampling(top_k=5)
+"""The paper's sampling (Sec 3.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +111,7 @@ class Answer:
     limit: int
     """Most new tokens: the number requested, or what the model's context leaves."""
     margins: tuple[float, ...] = ()
-    """Margin of each decoded token (:class:`Choice`), without those of ``begun``; the end token's is the last."""
+    """Margin of each decoded token (:func:`choose`), without those of ``begun``; the end token's is the last."""
     route: Route = "plain"
     """Which decoding path produced it."""
     changed: bool | None = None
@@ -104,19 +137,18 @@ def generate(
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
     encoded = engine.ask(prompts).token_ids
-    if groups is not None and len(groups) != len(encoded):
+    groups = [()] * len(encoded) if groups is None else groups
+    if len(groups) != len(encoded):
         raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
-    chosen = groups or [()] * len(encoded)
-    requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, chosen, strict=True)]
-    return answer(engine, requests, ablation, max_new_tokens, sampling)
+    requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
+    return answer(engine, requests, Decoding(max_new_tokens, sampling), ablation)
 
 
 def answer(
     engine: Engine,
     requests: Sequence[Request],
+    decoding: Decoding,
     ablation: Ablation = UNDIFFERENTIATED_ATTENTION,
-    max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
     on_rows: Callable[[int], None] | None = None,
     n_rows: int | None = None,
 ) -> tuple[Answer, ...]:
@@ -125,57 +157,44 @@ def answer(
     Args:
         engine: the model.
         requests: prompts, each with its own group of heads.
+        decoding: limit and sampling; a row also ends at an end token and where the model's context does.
         ablation: of every head in every group.
-        max_new_tokens: the limit; a row also ends at an end token and where the model's context does.
-        sampling: greedy or top-k.
         on_rows: called with the number of answers just finished.
         n_rows: requests a batch; by default as many as fit the free memory.
 
     Raises:
-        InputError: the limit is below one token.
         UnsupportedModelError: decoding with a cache is not exact for this model family.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"an answer needs at least one new token; got {max_new_tokens}")
     if not requests:
         return ()
-    longest = max(len(request.token_ids) for request in requests) + max_new_tokens
+    longest = max(len(request.token_ids) for request in requests) + decoding.max_new_tokens
     engine.prove_up_to(longest)
     if not engine.capabilities.caches:
         family = engine.architecture.family
         raise UnsupportedModelError(f"{family}: no answers can be made, for decoding with a cache is not exact here")
-    message = short_context(engine, longest, max_new_tokens)
+    message = short_context(engine, longest, decoding.max_new_tokens)
     if message is not None:
         warnings.warn(message, ShortContextWarning, stacklevel=2)
+    n_rows = n_rows or rows_that_fit(engine, longest)
+
+    def length(index: int) -> int:
+        return len(requests[index].token_ids) + len(requests[index].begun)
 
     def run(batch: Sequence[Request]) -> list[Answer]:
-        return _Batch(engine, batch, ablation, max_new_tokens, sampling).run()
+        return _Batch(engine, batch, ablation, decoding).run()
 
+    # Requests of similar length share a batch, which saves padding (bench/LOG.md, the demo's time); only requests of
+    # equal length where padding is not exact.
+    order = sorted(range(len(requests)), key=length)
+    alike = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
     answers: dict[int, Answer] = {}
-    for indices in _batches(engine, requests, n_rows or rows_that_fit(engine, longest)):
+    for indices in (same[at : at + n_rows] for same in alike for at in range(0, len(same), n_rows)):
         waiting = iter(indices)
         for part, decoded in halving([requests[index] for index in indices], run):
             answers |= zip(islice(waiting, len(part)), decoded, strict=True)
             if on_rows is not None:
                 on_rows(len(decoded))
     return tuple(answers[index] for index in range(len(requests)))
-
-
-def _batches(engine: Engine, requests: Sequence[Request], n_rows: int) -> Iterator[list[int]]:
-    """Indices of requests that share a batch.
-
-    Requests of similar length share one, which saves padding (bench/LOG.md, the demo's time); only requests of equal
-    length where padding is not exact.
-    """
-
-    def length(index: int) -> int:
-        return len(requests[index].token_ids) + len(requests[index].begun)
-
-    order = sorted(range(len(requests)), key=length)
-    runs = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
-    for run in runs:
-        for at in range(0, len(run), n_rows):
-            yield run[at : at + n_rows]
 
 
 def short_context(engine: Engine, longest: int, max_new_tokens: int) -> str | None:
@@ -208,12 +227,10 @@ def rows_that_fit(engine: Engine, longest: int) -> int:
 class _Batch:
     """The state of one batch during decoding."""
 
-    def __init__(
-        self, engine: Engine, requests: Sequence[Request], ablation: Ablation, max_new_tokens: int, sampling: Sampling
-    ) -> None:
-        self.engine, self.requests, self.ablation, self.sampling = engine, requests, ablation, sampling
+    def __init__(self, engine: Engine, requests: Sequence[Request], ablation: Ablation, decoding: Decoding) -> None:
+        self.engine, self.requests, self.ablation, self.sampling = engine, requests, ablation, decoding.sampling
         context = engine.architecture.context_length or 1 << 60
-        self.limits = [min(max_new_tokens, context - len(request.token_ids)) for request in requests]
+        self.limits = [min(decoding.max_new_tokens, context - len(request.token_ids)) for request in requests]
         self.tokens = [list(request.begun) for request in requests]
         self.margins: list[list[float]] = [[] for _ in requests]
         self.finished, self.stopped = [False] * len(requests), [False] * len(requests)
@@ -225,24 +242,27 @@ class _Batch:
         """Decode until every row has ended."""
         from transformers import DynamicCache
 
-        device, turns = self.engine.device, self.engine.architecture.turns
+        engine, turns = self.engine, self.engine.architecture.turns
+        # Padding is masked, so any token will do; but the model may have no embedding for an end token.
+        pad = next(iter(self.ends), 0)
+        pad = pad if pad < engine.n_embedded else 0
         open_rows = [row for row in range(len(self.requests)) if self._is_open(row)]
         rows: list[int] = []
         turned = True
         while open_rows:
             if turned:
                 # Past such a length, families place all tokens differently: the cache of shorter rows is invalid.
-                padded = self._padded(open_rows)
+                read = [(*self.requests[row].token_ids, *self.tokens[row]) for row in open_rows]
+                padded = left_padded(read, pad, engine.device)
                 ids, mask, positions = padded.token_ids, padded.mask, padded.positions
-                cache, turned = DynamicCache(config=self.engine.model.config), False
+                cache, turned = DynamicCache(config=engine.model.config), False
             else:
-                kept = torch.tensor([rows.index(row) for row in open_rows], device=device)
+                kept = torch.tensor([rows.index(row) for row in open_rows], device=engine.device)
                 # Reordered, not selected: layers that hold a state instead of keys support only reordering.
                 cache.reorder_cache(kept)
                 ids, mask, positions = ids[kept], mask[kept], positions[kept]
             rows = open_rows
-            groups = [self.requests[row].group for row in rows]
-            with self.engine.ablated_rows(groups, self.ablation) as model:
+            with engine.ablated_rows([self.requests[row].group for row in rows], self.ablation) as model:
                 # Ended rows stay in the batch until half of it has ended: removing rows copies the cache.
                 while len(open_rows) * 2 > len(rows) and not turned:
                     output = model(
@@ -254,31 +274,23 @@ class _Batch:
                         logits_to_keep=1,
                     )
                     places = [
-                        Place(self.noise_keys[row], len(self.tokens[row])) if self._is_open(row) else None
-                        for row in rows
+                        (self.noise_keys[row], len(self.tokens[row])) if self._is_open(row) else None for row in rows
                     ]
-                    choice = choose(output.logits[:, -1].float(), places, self.sampling)
-                    self._append(choice, rows)
+                    tokens, margins = choose(output.logits[:, -1].float(), places, self.sampling)
+                    self._append(tokens, margins, rows)
                     open_rows = [row for row in rows if self._is_open(row)]
-                    ids, positions = choice.tokens[:, None], positions[:, -1:] + 1
+                    ids, positions = tokens[:, None], positions[:, -1:] + 1
                     mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                     turned = mask.shape[1] - 1 in turns
         ended = zip(self.tokens, self.finished, self.limits, self.margins, strict=True)
         return [Answer(tuple(tokens), finished, limit, tuple(margins)) for tokens, finished, limit, margins in ended]
 
-    def _padded(self, rows: Sequence[int]) -> Padded:
-        """Prompts of these rows with their answers so far."""
-        read = [(*self.requests[row].token_ids, *self.tokens[row]) for row in rows]
-        # Padding is masked, so any token will do; but the model may have no embedding for an end token.
-        pad = next(iter(self.ends), 0)
-        return left_padded(read, pad if pad < self.engine.n_embedded else 0, self.engine.device)
-
     def _is_open(self, row: int) -> bool:
         return not self.finished[row] and not self.stopped[row] and len(self.tokens[row]) < self.limits[row]
 
-    def _append(self, choice: Choice, rows: Sequence[int]) -> None:
+    def _append(self, tokens: Tensor, margins: Tensor, rows: Sequence[int]) -> None:
         """Add the chosen tokens to their rows, and note which rows end."""
-        for token, margin, row in zip(choice.tokens.tolist(), choice.margins.tolist(), rows, strict=True):
+        for token, margin, row in zip(tokens.tolist(), margins.tolist(), rows, strict=True):
             if not self._is_open(row):
                 continue
             self.margins[row].append(margin)
@@ -288,3 +300,59 @@ class _Batch:
             self.tokens[row].append(token)
             stop = self.requests[row].stop
             self.stopped[row] = stop is not None and stop(self.tokens[row])
+
+
+def noise_key(token_ids: Sequence[int]) -> int:
+    """A 64-bit hash of a prompt's tokens, the same in every file and batch."""
+    return int.from_bytes(hashlib.sha256(str(tuple(token_ids)).encode()).digest()[:8], "big")
+
+
+def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token of each row, and the margin by which it was chosen.
+
+    Args:
+        logits: [n, vocabulary], float32.
+        places: one a row; None for a row whose token is not used.
+        sampling: greedy or top-k.
+
+    Returns:
+        Tokens, int64 [n], and margins, float64 [n], in logits: a token stays the same unless a difference of two logits
+        changes by this much.
+    """
+    n_tokens = logits.shape[-1]
+    if sampling.top_k == 1:
+        leading = logits.topk(min(2, n_tokens), dim=-1).values.double()
+        # argmax, not the first of topk: the two break ties differently, and plain greedy decoding takes argmax.
+        return logits.argmax(dim=-1), leading[:, 0] - leading[:, -1]
+    kept = min(sampling.top_k, n_tokens)
+    values, tokens = logits.topk(min(kept + _OUTSIDE, n_tokens), dim=-1)  # [n, kept + outside], best first
+    values = values.double()
+    scores = values + _noise(tokens, places, sampling.seed, n_tokens)
+    best, at = scores[:, :kept].max(dim=-1)
+    drawn = tokens.gather(1, at[:, None])[:, 0]
+    inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
+    margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
+    if values.shape[1] == kept:
+        return drawn, margins
+    # The drawn token may drop out of the top k, or a token with more noise may enter it.
+    falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
+    gaps = values[:, kept - 1 : kept] - values[:, kept:]
+    comes_in = torch.maximum(gaps, best[:, None] - scores[:, kept:]).amin(dim=-1)
+    margins = torch.stack([margins, falls_out, comes_in]).amin(dim=0)
+    # Tokens that were not examined are known only to lie below the last one.
+    return drawn, margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
+
+
+def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:
+    """Gumbel noise of tokens [n, n_tokens], float64; 0 in rows without a place."""
+    on_cpu, noise = tokens.cpu().numpy(), np.zeros(tuple(tokens.shape))
+    rows_of: dict[Place, list[int]] = defaultdict(list)
+    for row, place in enumerate(places):
+        if place is not None:
+            rows_of[place].append(row)
+    for (key_of_prompt, position), rows in rows_of.items():
+        # As unsigned integers: Python integers would be converted to float64 and lose their last bits.
+        key = np.array([seed % (1 << 64), key_of_prompt], dtype=np.uint64)
+        stream = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, position)))
+        noise[rows] = stream.gumbel(size=vocabulary_size)[on_cpu[rows]]
+    return torch.from_numpy(noise).to(tokens.device)

@@ -19,8 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Answer, Decoding, Request, ShortContextWarning, Stop, answer, end_tokens
-from safetyheads.answers.sampling import Place, Sampling, choose, noise_key
+from safetyheads.answers.decoding import (
+    Answer,
+    Decoding,
+    Request,
+    Sampling,
+    ShortContextWarning,
+    Stop,
+    answer,
+    choose,
+    end_tokens,
+    noise_key,
+)
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
 from safetyheads.model.planning import Plan, TokenSequence, allowed_memory, halving, row_sizes
@@ -71,6 +81,8 @@ class Compared:
 
 _NO_ROOM = Compared(0, None, float("inf"))
 """Of a prompt that leaves no room for an answer: the empty unablated answer is the ablated one."""
+_Row: TypeAlias = tuple[int, Group, Compared]
+"""A prompt (its number) under a group, compared."""
 
 
 class DraftPass:
@@ -82,16 +94,13 @@ class DraftPass:
         """Plan the pass; nothing is run yet."""
         self.engine, self.drafts, self.ablation, self.sampling = engine, tuple(drafts), ablation, sampling
         self.ends = end_tokens(engine)
-        sequences = [draft.sequence for draft in drafts]
-        engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
-        self.plan = plan or engine.plan(sequences)
+        self.sequences = [draft.sequence for draft in drafts]
+        engine.prove_up_to(max(len(sequence.token_ids) for sequence in self.sequences))
+        self.plan = plan or engine.plan(self.sequences)
+        self.n_tokens = sum(row.n_tokens for row in row_sizes(self.sequences, self.plan))
+        """Tokens of the packed rows."""
         # Of the unablated run, from the layer that was needed last.
         self._captures: list[Capture] = []
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the packed rows."""
-        return sum(row.n_tokens for row in row_sizes([draft.sequence for draft in self.drafts], self.plan))
 
     def tokens_compared(self, groups: Sequence[Group]) -> float:
         """Tokens that comparing the groups runs through the whole model."""
@@ -100,7 +109,7 @@ class DraftPass:
         return self.n_tokens * sum(len(batch.indices) * (n_layers - batch.start) / n_layers for batch in batches)
 
     def compare(
-        self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None] | None = None
+        self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None]
     ) -> list[list[Compared]]:
         """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is called with each group's."""
         compared: list[list[Compared]] = [[] for _ in groups]
@@ -108,7 +117,7 @@ class DraftPass:
         captures: list[Capture] = [] if common else self._captures
         for batch in self.engine.batches(groups, self.plan):
             if not captures or batch.start not in captures[0].inputs:
-                captures[:] = self._captured(common, batch.start)
+                captures[:] = self.engine.captured(self.sequences, common, self.ablation, self.plan, batch.start)
             for capture in captures:
                 capture.drop_before(batch.start)
 
@@ -119,45 +128,28 @@ class DraftPass:
             for indices, (tokens, margins) in halving(batch.indices, run):
                 for row, index in enumerate(indices):
                     compared[index] = self.along(tokens[row], margins[row])
-                    if on_compared is not None:
-                        on_compared(compared[index])
+                    on_compared(compared[index])
         return compared
-
-    def unablated(self) -> tuple[Integers, Floats]:
-        """Choices and margins [2, n_choices of all drafts] of the unablated model, run in all layers, as a batch."""
-        # Kept: the first comparison starts from them.
-        captures = self._captures
-        captures[:] = self._captured((), 0)
-
-        def run(groups: Sequence[Group]) -> tuple[Integers, Floats]:
-            return self.choices(self.engine.replayed(captures, groups, self.ablation, 0))
-
-        parts = [part for _, part in halving([(), ()], run)]
-        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([margins for _, margins in parts])
-
-    def _captured(self, common: Group, start: int) -> tuple[Capture, ...]:
-        sequences = [draft.sequence for draft in self.drafts]
-        return self.engine.captured(sequences, common, self.ablation, self.plan, start)
 
     @torch.inference_mode()
     def choices(self, hidden: Tensor) -> tuple[Integers, Floats]:
         """Tokens and margins [n_groups, n_wanted] of states [n_groups, n_wanted, d_model], in chunks of logits."""
         places = [
-            Place(noise_key(draft.prompt), position) for draft in self.drafts for position in range(len(draft.choices))
+            (noise_key(draft.prompt), position) for draft in self.drafts for position in range(len(draft.choices))
         ]
         # Choice by choice, not group by group: so one draw of noise serves the whole batch.
         n_groups, n_wanted = hidden.shape[:2]
         states = hidden.transpose(0, 1).flatten(0, 1)  # [n_wanted * n_groups, d_model]
         step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
-        tokens, margins = [], []
+        parts = []
         for at in range(0, len(states), step):
-            part = states[at : at + step]
-            part_places = [places[row // n_groups] for row in range(at, at + len(part))]
-            choice = choose(self.engine.logits(part), part_places, self.sampling)
-            tokens.append(choice.tokens)
-            margins.append(choice.margins)
-        chosen, narrowness = (torch.cat(parts).view(n_wanted, n_groups).T.cpu().numpy() for parts in (tokens, margins))
-        return chosen, narrowness
+            logits = self.engine.logits(states[at : at + step])
+            part_places = [places[row // n_groups] for row in range(at, at + len(logits))]
+            parts.append(choose(logits, part_places, self.sampling))
+        tokens, margins = (
+            torch.cat(side).view(n_wanted, n_groups).T.cpu().numpy() for side in zip(*parts, strict=True)
+        )
+        return tokens, margins
 
     def along(self, tokens: Integers, margins: Floats) -> list[Compared]:
         """Split one group's choices [n_wanted] by draft, and compare each part."""
@@ -181,16 +173,23 @@ class DraftPass:
     def near_tie_tolerance(self, plain_margins: Sequence[float]) -> float:
         """The margin below which packed and plain arithmetic may choose different tokens, in logits.
 
-        It is measured on the unablated answers: the largest difference between packed and ``plain_margins``, choice
-        by choice, times a safety factor. It is infinite if the two choose different tokens by a wider margin than
-        that: then no comparison can be trusted, and every row is decoded plainly.
+        It is measured on the unablated answers, run in all layers and as a batch: the largest difference between packed
+        and ``plain_margins``, choice by choice, times a safety factor. It is infinite if the two choose different
+        tokens by a wider margin than that: then no comparison can be trusted, and every row is decoded plainly.
         """
-        tokens, packed_margins = self.unablated()
-        difference = np.abs(packed_margins - np.asarray(plain_margins, dtype=np.float64))
+        # Kept: the first comparison starts from them.
+        self._captures[:] = self.engine.captured(self.sequences, (), self.ablation, self.plan, 0)
+
+        def run(groups: Sequence[Group]) -> tuple[Integers, Floats]:
+            return self.choices(self.engine.replayed(self._captures, groups, self.ablation, 0))
+
+        # Rows of tokens and of margins, [n_choices of all drafts] each.
+        rows = [row for _, choices in halving([(), ()], run) for row in zip(*choices, strict=True)]
+        difference = np.abs(np.array([margins for _, margins in rows]) - np.asarray(plain_margins, dtype=np.float64))
         largest = float(difference[np.isfinite(difference)].max(initial=0.0))
         tolerance = max(_LEAST_TOLERANCE[self.engine.dtype.itemsize], _SAFETY * largest)
-        compared = (row for choices in zip(tokens, packed_margins, strict=True) for row in self.along(*choices))
-        broken = any(row.other is not None and row.margin >= tolerance for row in compared)
+        compared = (part for row in rows for part in self.along(*row))
+        broken = any(part.other is not None and part.margin >= tolerance for part in compared)
         return float("inf") if broken else tolerance
 
 
@@ -215,15 +214,6 @@ class Economy:
 
     def __add__(self, other: Economy) -> Economy:
         return Economy(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One prompt under one group, compared."""
-
-    prompt: int
-    group: Group
-    compared: Compared
 
 
 class VerifiedDrafts:
@@ -267,11 +257,11 @@ class VerifiedDrafts:
 
     def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
         """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
-        compared = self.drafts.compare(groups, self._reporter(list(self.draft_of), on_rows))
+        compared = self._compared(self.drafts, list(self.draft_of), groups, on_rows)
         n, rows = len(self.encoded), []
         for group, choices in zip(groups, compared, strict=True):
             by_prompt = dict(zip(self.draft_of, choices, strict=True))
-            rows += [_Row(prompt, tuple(group), by_prompt.get(prompt, _NO_ROOM)) for prompt in range(n)]
+            rows += [(prompt, tuple(group), by_prompt.get(prompt, _NO_ROOM)) for prompt in range(n)]
         _report(on_rows, len(groups) * (n - len(self.draft_of)))
         answers, economy = self._finished(rows, on_rows)
         table = [answers[at * n : (at + 1) * n] for at in range(len(groups))]
@@ -290,48 +280,52 @@ class VerifiedDrafts:
             elif own_groups:
                 draft = self.drafts.drafts[self.draft_of[prompt]]
                 alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
-                compared = alone.compare(own_groups, self._reporter([prompt], on_rows))
+                compared = self._compared(alone, [prompt], own_groups, on_rows)
                 economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
-            rows += [
-                _Row(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)
-            ]
+            rows += [(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)]
         finished, cost = self._finished(rows, on_rows)
         answers = iter(finished)
         return [[next(answers) for _ in own_groups] for own_groups in groups], economy + cost
 
-    def _reporter(self, prompts: Sequence[int], on_rows: OnRows) -> Callable[[Sequence[Compared]], None]:
-        """Reports rows that the comparison alone has answered; the others are reported when they are decoded."""
+    def _compared(
+        self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: OnRows
+    ) -> list[list[Compared]]:
+        """Compare, and report the rows that this alone has answered; the others are reported when they are decoded."""
 
         def report(choices: Sequence[Compared]) -> None:
-            rows = (_Row(prompt, (), decoded) for prompt, decoded in zip(prompts, choices, strict=True))
-            _report(on_rows, sum(self._settled(row) is not None for row in rows))
+            settled = (self._settled(*row) for row in zip(prompts, choices, strict=True))
+            _report(on_rows, sum(decoded is not None for decoded in settled))
 
-        return report
+        return drafts.compare(groups, report)
 
     def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
         """The answers of compared rows, and the cost of decoding what the comparison left open."""
-        settled = {at: decoded for at, row in enumerate(rows) if (decoded := self._settled(row)) is not None}
+        settled = {
+            at: decoded
+            for at, (prompt, _, compared) in enumerate(rows)
+            if (decoded := self._settled(prompt, compared)) is not None
+        }
         undecided = [at for at in range(len(rows)) if at not in settled]
-        near_ties = [at for at in undecided if self._is_close(rows[at].compared.margin)]
-        differing = [at for at in undecided if not self._is_close(rows[at].compared.margin)]
+        near_ties = [at for at in undecided if self._is_close(rows[at][2].margin)]
+        differing = [at for at in undecided if not self._is_close(rows[at][2].margin)]
+
+        def cost(at: int, decoded: Answer) -> int:
+            return len(self.encoded[rows[at][0]]) + len(decoded.token_ids)
+
         tokens = 0.0
         for at, decoded in zip(differing, self._decoded([rows[at] for at in differing], continues=True), strict=True):
-            tokens += len(self.encoded[rows[at].prompt]) + len(decoded.token_ids)
+            tokens += cost(at, decoded)
             if any(self._is_close(margin) for margin in decoded.margins):
                 near_ties.append(at)
             else:
                 settled[at] = replace(decoded, route="continued", changed=True)
                 _report(on_rows, 1)
         for at, decoded in zip(near_ties, self._decoded([rows[at] for at in near_ties], continues=False), strict=True):
-            tokens += len(self.encoded[rows[at].prompt]) + len(decoded.token_ids)
-            settled[at] = replace(decoded, changed=decoded.differs_from(self.unablated[rows[at].prompt]))
+            tokens += cost(at, decoded)
+            settled[at] = replace(decoded, changed=decoded.differs_from(self.unablated[rows[at][0]]))
             _report(on_rows, 1)
         answers = [settled[at] for at in range(len(rows))]
-        plain = sum(
-            len(self.encoded[row.prompt]) + len(decoded.token_ids)
-            for row, decoded in zip(rows, answers, strict=True)
-            if row.compared is not _NO_ROOM
-        )
+        plain = sum(cost(at, decoded) for at, decoded in enumerate(answers) if rows[at][2] is not _NO_ROOM)
         routes = [decoded.route for decoded in answers]
         n_incomplete = sum(not decoded.complete for decoded in answers)
         counts = (routes.count("drafted"), routes.count("continued"), routes.count("plain"), n_incomplete)
@@ -341,19 +335,19 @@ class VerifiedDrafts:
         """Whether plain arithmetic might choose differently; so it might where the margin is NaN."""
         return not margin >= self.tolerance
 
-    def _begun(self, row: _Row) -> tuple[int, ...]:
+    def _begun(self, prompt: int, compared: Compared) -> tuple[int, ...]:
         """The answer up to and including the first difference."""
-        same = self.unablated[row.prompt].token_ids[: row.compared.n_same]
-        return same if row.compared.other is None else (*same, row.compared.other)
+        same = self.unablated[prompt].token_ids[: compared.n_same]
+        return same if compared.other is None else (*same, compared.other)
 
-    def _settled(self, row: _Row) -> Answer | None:
+    def _settled(self, prompt: int, compared: Compared) -> Answer | None:
         """The answer, if the comparison alone determines it."""
-        unablated, begun = self.unablated[row.prompt], self._begun(row)
-        if self._is_close(row.compared.margin):
+        unablated, begun = self.unablated[prompt], self._begun(prompt, compared)
+        if self._is_close(compared.margin):
             return None
-        if row.compared.other is None:
+        if compared.other is None:
             return replace(unablated, route="drafted", changed=False)
-        if row.compared.other in self.drafts.ends:
+        if compared.other in self.drafts.ends:
             return Answer(begun[:-1], True, unablated.limit, route="continued", changed=True)
         if len(begun) >= unablated.limit or (self.stop is not None and self.stop(begun)):
             return Answer(begun, False, unablated.limit, route="continued", changed=True)
@@ -362,21 +356,19 @@ class VerifiedDrafts:
     def _decoded(self, rows: Sequence[_Row], continues: bool) -> tuple[Answer, ...]:
         """Rows decoded from their first difference on, or from the start."""
         requests = [
-            Request(self.encoded[row.prompt], row.group, self._begun(row) if continues else (), self.stop)
-            for row in rows
+            Request(self.encoded[prompt], group, self._begun(prompt, compared) if continues else (), self.stop)
+            for prompt, group, compared in rows
         ]
-        length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
         with warnings.catch_warnings():
             # The unablated answers have warned already, with the numbers of the whole set.
             warnings.simplefilter("ignore", ShortContextWarning)
-            return answer(self.engine, requests, self.ablation, length, sampling, n_rows=self.n_rows)
+            return answer(self.engine, requests, self.decoding, self.ablation, n_rows=self.n_rows)
 
     @property
     def cost_of_drafts(self) -> Economy:
         """Cost of the unablated answers: decoding, and three packed runs (captured, and two rows for near-ties)."""
-        n_decoded = sum(
-            len(ids) + len(decoded.token_ids) for ids, decoded in zip(self.encoded, self.unablated, strict=True)
-        )
+        pairs = zip(self.encoded, self.unablated, strict=True)
+        n_decoded = sum(len(token_ids) + len(decoded.token_ids) for token_ids, decoded in pairs)
         return Economy(tokens_computed=n_decoded + 3 * self.drafts.n_tokens)
 
 
@@ -388,11 +380,11 @@ def drafts_of(engine: Engine, encoded: Sequence[tuple[int, ...]], unablated: Seq
     return {at: Draft(tuple(prompt), chosen) for at, (prompt, chosen) in enumerate(pairs) if chosen}
 
 
-def drafts_fit(engine: Engine, drafts: Sequence[Draft]) -> bool:
+def drafts_fit(engine: Engine, encoded: Sequence[tuple[int, ...]], unablated: Sequence[Answer]) -> bool:
     """Whether there are drafts, and the states of all of them fit the memory."""
-    sequences = [draft.sequence for draft in drafts]
+    sequences = [draft.sequence for draft in drafts_of(engine, encoded, unablated).values()]
     try:
-        plan = engine.plan(sequences) if drafts else None
+        plan = engine.plan(sequences) if sequences else None
     except InputError:  # not even one head fits
         return False
     allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
@@ -404,9 +396,7 @@ def unablated_answers(
 ) -> tuple[Answer, ...]:
     """The drafts: the unablated model's answers, each cut where ``stop`` says so."""
     requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]
-    length, sampling = decoding.max_new_tokens, decoding.sampling
-    answers = answer(engine, requests, max_new_tokens=length, sampling=sampling, n_rows=n_rows)
-    return tuple(replace(decoded, changed=False) for decoded in answers)
+    return tuple(replace(decoded, changed=False) for decoded in answer(engine, requests, decoding, n_rows=n_rows))
 
 
 def _report(on_rows: OnRows, count: int) -> None:

@@ -113,7 +113,7 @@ class Judging:
         read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
         self._judge({key: answer for key, answer in read.items() if key not in self._verdicts})
         return [
-            self._judged(number, group, answer, read[key])
+            self._judged(number, group, answer, read[key], self._verdicts[key])
             for key, (number, group, answer) in zip(keys, answers, strict=True)
         ]
 
@@ -134,25 +134,17 @@ class Judging:
         # Only after all judges have answered: else an error of one would leave answers without its verdict.
         self._verdicts.update(verdicts)
 
-    def _judged(self, number: int, group: Group, answer: Answer, read: ReadAnswer) -> JudgedAnswer:
-        prompt, verdicts = self.prompts[number], self._verdicts[number, answer.token_ids, answer.finished]
-        complete = answer.complete or read.stopped
+    def _judged(
+        self, number: int, group: Group, answer: Answer, read: ReadAnswer, verdicts: Mapping[str, Verdict]
+    ) -> JudgedAnswer:
+        prompt, finished, complete = (
+            self.prompts[number],
+            answer.finished or read.stopped,
+            answer.complete or read.stopped,
+        )
         # Of a cut answer only the certain part: another judge may be asked later whether it is final about that.
         text = read.text if complete or read.certain is None else read.certain
         answered = verdicts[self.judges[0].name].answered
         kept = answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
-        return JudgedAnswer(
-            prompt,
-            group,
-            answer.token_ids,
-            text,
-            answer.finished or read.stopped,
-            complete,
-            answer.route,
-            answer.changed,
-            verdicts,
-            kept,
-            read.thinks,
-            read.thought,
-            read.unclosed,
-        )
+        decoded = (answer.token_ids, text, finished, complete, answer.route, answer.changed)
+        return JudgedAnswer(prompt, group, *decoded, verdicts, kept, read.thinks, read.thought, read.unclosed)

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Decoding, Request, answer
+from safetyheads.answers.decoding import GREEDY, Decoding, Request, Sampling, answer
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
-from safetyheads.answers.judging import JudgedAnswer as JudgedAnswer
-from safetyheads.answers.judging import Judging
-from safetyheads.answers.sampling import GREEDY, Sampling
+from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
 from safetyheads.judges.base import Judge
@@ -93,9 +91,8 @@ def attack_success_rate(
 
     Of several judges the first leads.
     """
-    group = within(heads, engine.n_layers, engine.n_heads)
-    (rows,) = answers_under(engine, prompts, [group], ablation, judge, max_new_tokens, sampling)
-    return summarise(rows)
+    groups = (within(heads, engine.n_layers, engine.n_heads),) * len(prompts)
+    return query_level_attack_success_rate(engine, prompts, groups, ablation, judge, max_new_tokens, sampling)
 
 
 def query_level_attack_success_rate(
@@ -109,11 +106,9 @@ def query_level_attack_success_rate(
     on_rows: OnRows = None,
 ) -> AttackSuccess:
     """ASR with a group of its own for each prompt (Fig 2, Table 3), such as :func:`query_level_groups` gives."""
-    if len(groups) != len(prompts):
-        raise InputError(f"{len(groups)} groups for {len(prompts)} prompts; each prompt needs its own")
-    judging = Judging(engine, prompts, judge, max_new_tokens, full_answers=True)
-    asked = [(number, tuple(group)) for number, group in enumerate(groups)]
-    return summarise(plain_answers(engine, prompts, asked, ablation, judging, sampling, on_rows))
+    decoding = Decoding(max_new_tokens, sampling, full_answers=True)
+    (rows,) = answers_under(engine, prompts, [groups], ablation, judge, decoding, on_rows)
+    return summarise(rows)
 
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
@@ -124,35 +119,28 @@ def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
 def answers_under(
     engine: Engine,
     prompts: PromptSet,
-    groups: Sequence[Group],
+    columns: Sequence[Sequence[Group]],
     ablation: Ablation,
     judge: Judge | Sequence[Judge],
-    max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
+    decoding: Decoding,
     on_rows: OnRows = None,
 ) -> list[list[JudgedAnswer]]:
-    """Every prompt's whole answer under each group [n_groups][n_prompts], decoded plainly, groups sharing batches."""
-    judging = Judging(engine, prompts, judge, max_new_tokens, full_answers=True)
-    asked = [(number, tuple(group)) for group in groups for number in range(len(prompts))]
-    rows = plain_answers(engine, prompts, asked, ablation, judging, sampling, on_rows)
+    """Judged answers, decoded plainly and in shared batches.
+
+    ``columns`` [n_columns][n_prompts] holds a group for each prompt; the answers [n_columns][n_prompts] are in the same
+    order.
+    """
     n = len(prompts)
-    return [rows[at * n : (at + 1) * n] for at in range(len(groups))]
-
-
-def plain_answers(
-    engine: Engine,
-    prompts: PromptSet,
-    asked: Sequence[tuple[int, Group]],
-    ablation: Ablation,
-    judging: Judging,
-    sampling: Sampling = GREEDY,
-    on_rows: OnRows = None,
-) -> list[JudgedAnswer]:
-    """Judged answers to (number of the prompt, group), decoded plainly until ``judging`` has enough of each."""
-    encoded, stop = engine.ask(prompts).token_ids, judging.stop
+    for groups in columns:
+        if len(groups) != n:
+            raise InputError(f"{len(groups)} groups for {n} prompts; each prompt needs its own")
+    judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
+    encoded, stop = judging.asked.token_ids, judging.stop
+    asked = [(number, tuple(group)) for groups in columns for number, group in enumerate(groups)]
     requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
-    answers = answer(engine, requests, ablation, judging.max_new_tokens, sampling, on_rows)
-    return judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
+    answers = answer(engine, requests, decoding, ablation, on_rows)
+    rows = judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
+    return [rows[at * n : (at + 1) * n] for at in range(len(columns))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,26 +193,25 @@ def scan_attack_success_rate(
     chosen = [(head,) for head in engine.heads] if groups is None else [tuple(group) for group in groups]
     for group in chosen:
         within(group, engine.n_layers, engine.n_heads)
-    decoding = decoding or Decoding()
+    decoding, n = decoding or Decoding(), len(prompts)
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
-    drafts = VerifiedDrafts(engine, engine.ask(prompts).token_ids, ablation, decoding, judging.stop)
+    drafts = VerifiedDrafts(engine, judging.asked.token_ids, ablation, decoding, judging.stop)
     answers, economy = drafts.answers(chosen, on_rows)
-    unablated = judging.judged([(number, (), decoded) for number, decoded in enumerate(drafts.unablated)])
     # One call for all: a judge may batch.
     rows = judging.judged(
         [
             (number, group, decoded)
-            for group, of_group in zip(chosen, answers, strict=True)
+            for group, of_group in zip([(), *chosen], [drafts.unablated, *answers], strict=True)
             for number, decoded in enumerate(of_group)
         ]
     )
-    n = len(prompts)
+    vanilla, *by_group = (tuple(rows[at * n : (at + 1) * n]) for at in range(1 + len(chosen)))
     return AnswerScan(
         engine.n_layers,
         engine.n_heads,
         tuple(chosen),
-        tuple(unablated),
-        tuple(tuple(rows[at * n : (at + 1) * n]) for at in range(len(chosen))),
+        vanilla,
+        tuple(by_group),
         economy + drafts.cost_of_drafts,
         drafts.tolerance,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
-from safetyheads.answers.sampling import GREEDY, Sampling
+from safetyheads.answers.decoding import GREEDY, Sampling
 from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group, Head

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safetyheads.answers.sampling import GREEDY
+from safetyheads.answers.decoding import GREEDY
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row, mean_of, point
 from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted

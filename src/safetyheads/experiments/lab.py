@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.answers.decoding import Decoding
-from safetyheads.answers.sampling import GREEDY, Sampling
+from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safetyheads.answers.sampling import GREEDY
+from safetyheads.answers.decoding import GREEDY
 from safetyheads.experiments.lab import SHORT, Lab, note_planted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.paper_numbers import paper_model, quoted
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from safetyheads.ablation import Ablation
-    from safetyheads.answers.sampling import Sampling
+    from safetyheads.answers.decoding import Sampling
     from safetyheads.experiments.lab import Subject
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetyheads.answers.decoding import Request, answer
+from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
@@ -61,7 +61,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
     refusals, answers = (
-        answer(engine, [Request(token_ids) for token_ids in subject.asked_prompts.token_ids])
+        answer(engine, [Request(token_ids) for token_ids in subject.asked_prompts.token_ids], Decoding())
         for subject in (harmful, benign)
     )
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()

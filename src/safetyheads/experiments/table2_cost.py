@@ -56,8 +56,8 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
     n_sampled, few = min(_SAMPLED, len(heads)), prompts[:_UNCACHED_PROMPTS]
     sample = tuple(heads[(2 * place + 1) * len(heads) // (2 * n_sampled)] for place in range(n_sampled))
     sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
-    groups = [(head,) for head in sample]
     n, n_heads = len(prompts), len(heads)
+    columns = [[(head,)] * n for head in sample]
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
         ("screening", "forecast of Ships", n_heads, n, lambda: screen(engine, sequences, ablation).table()),
         ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
@@ -65,7 +65,7 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
         ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),
         (
             *("plain generation, cached and batched", "ASR", n_sampled, n),
-            lambda: answers_under(engine, prompts, groups, ablation, judge, n_new),
+            lambda: answers_under(engine, prompts, columns, ablation, judge, Decoding(n_new, full_answers=True)),
         ),
         (
             *("plain generation, no cache", "ASR", 1, len(few)),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import generate
-from safetyheads.answers.success import JudgedAnswer, answers_under
+from safetyheads.answers.judging import JudgedAnswer
+from safetyheads.answers.success import attack_success_rate
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
@@ -217,7 +218,7 @@ def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener,
 
 def find_openers(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[Opener, ...]:
     """The openers of the model's own unablated refusals of these prompts; :class:`SafetyheadsError` if it has none."""
-    (answers,) = answers_under(engine, prompts, [()], UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS)
+    answers = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS).rows
     openers = openers_of(engine, answers)
     if not openers and any(row.thinks for row in answers):
         raise SafetyheadsError("the model thinks before it answers, so no refusal opens with the token after a prompt")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safetyheads.ablation import SCALING_CONTRIBUTION
-from safetyheads.answers.decoding import Request, ShortContextWarning, answer, rows_that_fit
+from safetyheads.answers.decoding import Decoding, Request, ShortContextWarning, answer, rows_that_fit
 from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_row
         with warnings.catch_warnings():
             # The run itself warns where the context is short; here the warning would be about these few tokens.
             warnings.simplefilter("ignore", ShortContextWarning)
-            answer(engine, requests, max_new_tokens=n_tokens)
+            answer(engine, requests, Decoding(n_tokens))
         seconds.append(time.monotonic() - started)
     reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
     return (reading + steps * max_new_tokens) / n_rows

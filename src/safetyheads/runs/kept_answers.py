@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
-from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, drafts_of, unablated_answers
+from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Verdict
@@ -210,8 +210,7 @@ class KeptAnswers:
         """Answers decoded from their first token, each until it is settled."""
         stop, token_ids = self.judging.stop, self.asked.token_ids
         requests = [Request(token_ids[number], group, stop=stop) for number, group in places]
-        length, sampling = self.decoding.max_new_tokens, self.decoding.sampling
-        plain = answer(self.engine, requests, ablation, length, sampling, on_rows, self._n_rows)
+        plain = answer(self.engine, requests, self.decoding, ablation, on_rows, self._n_rows)
         answers = [
             replace(decoded, changed=decoded.differs_from(self.unablated[number]))
             for (number, _), decoded in zip(places, plain, strict=True)
@@ -221,20 +220,20 @@ class KeptAnswers:
         n_incomplete = sum(not decoded.complete for decoded in answers)
         return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
-    def _label(self, ablation: Ablation) -> str:
-        """Ends the names of what the manifest remembers of an ablation's drafts."""
+    def _label(self, ablation: Ablation | None = None) -> str:
+        """Ends the names of what the manifest remembers of the drafts, under an ablation or at all."""
         sampling = self.decoding.sampling
+        ablated = "" if ablation is None else f"_{ablation.name}_{ablation.epsilon:g}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
-        return f"{self.name}_{ablation.name}_{ablation.epsilon:g}_{sampling.seed}{sampled}"
+        return f"{self.name}{ablated}_{sampling.seed}{sampled}"
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did, by the manifest."""
-        manifest, fit = self.directory.read_manifest(), f"drafts_fit_{self.name}"
+        manifest, fit = self.directory.read_manifest(), f"drafts_fit_{self._label()}"
         if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._label(ablation)}" not in manifest:
             return False
         if fit not in manifest:
-            drafts = drafts_of(self.engine, self.asked.token_ids, self.unablated)
-            self.directory.remember(fit, drafts_fit(self.engine, list(drafts.values())))
+            self.directory.remember(fit, drafts_fit(self.engine, self.asked.token_ids, self.unablated))
         return bool(self.directory.read_manifest()[fit])
 
     def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Decoding, ShortContextWarning, short_context
+from safetyheads.answers.decoding import Decoding, Sampling, ShortContextWarning, short_context
 from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import Judging
-from safetyheads.answers.sampling import Sampling
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.sampling import Sampling
+from safetyheads.answers.decoding import Sampling
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, parse_heads, within
