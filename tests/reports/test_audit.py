@@ -12,10 +12,8 @@ import audit_samples
 import pytest
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
 
-from safetyheads.errors import InputError
 from safetyheads.reports.audit import figures, head_columns, render_audit
 from safetyheads.reports.write import write_report
-from safetyheads.runs.directory import RunDirectory
 
 MANIFEST = {
     "schema_version": 1,
@@ -97,15 +95,6 @@ def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     # The unablated answers and those under the verdict's group, not those of other groups.
     assert shown.count("COMPLETION TEXT") == 6
     assert "<details open" not in shown
-
-
-def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with RunDirectory.start(tmp_path / "run", {}, {}) as run:
-        run.write_results({"schema_version": 1, "kind": "sahara"})
-        with pytest.raises(
-            InputError, match="kind 'sahara', schema 1; a report needs an audit, a scan or a reproduction"
-        ):
-            write_report(run)
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def history(
 ) -> None:
     """List every finished run below a folder, oldest first, and write history.html there."""
     from safetyheads.cli.show import show_history
-    from safetyheads.reports.history import write_history
+    from safetyheads.reports.write import write_history
     from safetyheads.runs.history import read_history
 
     found = read_history(folder)

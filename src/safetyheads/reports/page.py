@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from typing import Any, TypeAlias
 
@@ -76,11 +76,6 @@ def _sentence(text: str) -> Markup:
     return Markup(_APART.sub(span, str(escape(text))))
 
 
-def heads(names: Iterable[str]) -> Markup:
-    """Heads with commas, broken between lines at the commas only."""
-    return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(name) for name in names)
-
-
 def sentence_case(text: str) -> str:
     """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
@@ -147,24 +142,6 @@ def random_cell(random: Facts | None) -> Cell:
     return Cell(two(random["mean"]), found, p=f"p {p_value(random['p_value'], '= ')}")
 
 
-def td(cell: Cell | str, css: str = "") -> Markup:
-    """A cell of a table; a plain text stands left."""
-    if isinstance(cell, str):
-        return Markup('<td class="text {}">{}</td>').format(css, cell)
-    text = Markup('<span class="quoted">{}</span> <span class="of">quoted</span>') if cell.quoted else Markup("{}")
-    text = Markup('<span class="{}">{}</span>').format(cell.tone, cell.text) if cell.tone else text.format(cell.text)
-    text += Markup(' <span class="of">{}</span>').format(cell.of) if cell.of else ""
-    return Markup('<td class="{}">{}</td>').format(css, text) if css else Markup("<td>{}</td>").format(text)
-
-
-def th(name: object, mark: str = "", before: str = "", css: str = "") -> Markup:
-    """The first cell of a row, such as a head with a mark like ``planted``."""
-    text = Markup('<span class="soft">{}</span>&ensp;').format(before) if before else Markup()
-    text += Markup("{}").format(name)
-    text += Markup(' <span class="mark">{}</span>').format(mark) if mark else ""
-    return Markup('<th scope="row" class="{}">{}</th>').format(css, text)
-
-
 # What every page has.
 
 
@@ -200,14 +177,15 @@ def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
             value = {str(item.get("name", at)): item for at, item in enumerate(value, 1)}
         if isinstance(value, dict) and value:
             yield from facts(value, inner)
-        elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):
-            yield inner, " · ".join(map(_plain, value))
-        else:
-            yield inner, _plain(value)
+            continue
+        is_plain = isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value)
+        shown = value if is_plain else [value]
+        yield inner, " · ".join(item if isinstance(item, str) else json.dumps(item) for item in shown)
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def under_headings(first: Any, groups: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Records of a table: the first, then those of each heading that has any."""
+    return [first, *(record for words, records in groups.items() if records for record in (words, *records))]
 
 
 def completions(
@@ -247,16 +225,6 @@ def completions(
     return {"sets": shown, "left_out": left_out}
 
 
-CELLS: dict[str, Callable[..., Cell]] = {
-    "rate": rate_cell,
-    "share": partial(rate_cell, with_interval=False),
-    "mean": mean_cell,
-    "change": change_cell,
-    "random": random_cell,
-}
-"""What templates call a kind of cell, as in ``rate(group.asr)`` -> what makes it."""
-
-
 @cache
 def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
@@ -275,15 +243,13 @@ def _environment() -> Environment:
         "p_value": p_value,
         "percent": lambda share: f"{number(100 * share, digits=2)} %",
         "rate_words": rate_words,
-        "heads": heads,
         "sentence": _sentence,
         "sentence_case": sentence_case,
         "thousands": lambda count: f"{count:,}",
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),
     }
-    environment.globals |= {"td": td, "th": th, "signed": signed}
-    for name, cell in CELLS.items():
-        environment.globals[name] = lambda *arguments, cell=cell: td(cell(*arguments))
+    environment.globals |= {"signed": signed, "rate_cell": rate_cell, "mean_cell": mean_cell}
+    environment.globals |= {"change_cell": change_cell, "random_cell": random_cell}
     return environment
 
 

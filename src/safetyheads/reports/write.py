@@ -1,20 +1,26 @@
-"""Writes the report of a finished run: each kind of run has its page."""
+"""Writes the report of a finished run, each kind of which has its page, and the page over many runs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetyheads.errors import InputError
-from safetyheads.reports.audit import audit_page
+from safetyheads.files import write_atomically
+from safetyheads.reports import charts
+from safetyheads.reports.audit import audit_page, rate_rows
+from safetyheads.reports.page import render
 from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.reports.scan import scan_page
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.history import History
 
 PAGES: dict[str, Callable[[RunDirectory, bool], str]] = {"audit": audit_page, "scan": scan_page}
 """Kind of results -> what makes the page of such a run, with its completions or without: to add a page, write such a
 function, which hands a template of its own to :func:`safetyheads.reports.page.render`, and enter it here."""
+VANILLA, GROUP, CONCENTRATION = "ASR, nothing ablated", "ASR, verdict’s group ablated", "concentration"
 
 
 class ReportWarning(UserWarning):
@@ -48,3 +54,27 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
         words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
         warnings.warn(words, ReportWarning, stacklevel=2)
     return run.write_report(*render_reproduction(results, run.read_manifest(), run.read_timings()))
+
+
+def write_history(history: History) -> Path:
+    """Write ``history.html`` into the history's folder and return its path; equal histories give equal text."""
+    rows: list[dict[str, Any]] = []
+    for number, entry in enumerate(history.entries, 1):
+        started = "unknown" if entry.started is None else f"{entry.started:%Y-%m-%d %H:%M}"
+        about = {"run": f"{number}. {entry.name}", "model": entry.model, "started": started}
+        points = rate_rows(number, VANILLA, entry.vanilla_asr, ())
+        points += rate_rows(number, GROUP, entry.group_asr, entry.group)
+        concentration = entry.concentration
+        if concentration is not None and concentration["value"] is not None:
+            low, high = concentration["interval"] or (None, None)
+            point = {"x": number, "series": CONCENTRATION, "y": concentration["value"], "low": low, "high": high}
+            points.append(point | {"answers": f"{concentration['n']} prompts, against {concentration['against']}"})
+        rows += [about | point for point in points]
+    # The series stand in one order, whichever run comes first.
+    rows.sort(key=lambda row: (VANILLA, GROUP, CONCENTRATION).index(row["series"]))
+    described = "Attack success and concentration of each run, oldest first"
+    drawn = charts.lines(rows, "run, oldest first", "share of prompts; concentration", described, height=320)
+    content = {"history": history, "name": history.folder.resolve().name}
+    path = history.folder / "history.html"
+    write_atomically(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}).encode())
+    return path

@@ -1,0 +1,46 @@
+"""What makes no page is refused; the page of a history has every run, text as text, a point for each number."""
+
+import json
+
+import pytest
+from audit_samples import HOSTILE
+from report_pages import Page, check_closed, check_tables
+from run_samples import audit_run, first, scan_run
+
+from safetyheads.errors import InputError
+from safetyheads.reports.write import write_history, write_report
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.history import read_history
+
+
+def test_results_of_another_kind_are_refused(tmp_path):
+    with RunDirectory.start(tmp_path / "run", {}, {}) as run:
+        run.write_results({"schema_version": 1, "kind": "sahara"})
+        with pytest.raises(InputError, match="'sahara', schema 1; a report needs an audit, a scan or a reproduction"):
+            write_report(run)
+
+
+def test_a_history_has_every_run_as_text_and_a_point_for_each_number(tmp_path):
+    late = audit_run(tmp_path / "late", started="2026-01-09T10:00:00+00:00", vanilla=first(9))
+    audit_run(tmp_path / "deep" / "early", started="2026-01-01T10:00:00+00:00")
+    scan_run(tmp_path / "scanned", {"1-3": 12}, started="2026-01-05T10:00:00+00:00")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "manifest.json").write_text("{")
+    results = json.loads((late / "results.json").read_text())
+    results["model"]["name"] = HOSTILE
+    (late / "results.json").write_text(json.dumps(results))
+    html = write_history(read_history(tmp_path)).read_text()
+    assert write_history(read_history(tmp_path)).read_text() == html
+    page = Page(html)
+    for text in ("deep/early", "scanned", "late", "2026-01-09 10:00", "1-3", "paired", "Skipped", "not valid JSON"):
+        assert text in page.words
+    check_closed(page)
+    check_tables(page)
+    assert "onerror=alert(1)" in page.words
+    assert "<script>fetch(" not in html
+    rows = page.charts["over_runs"]["datasets"]["rows"]
+    series = [row["series"] for row in rows]
+    counts = {"ASR, nothing ablated": 3, "ASR, verdict’s group ablated": 2, "concentration": 2}
+    assert {name: series.count(name) for name in series} == counts
+    assert all(row["low"] <= row["y"] <= row["high"] for row in rows)
+    assert {row["x"] for row in rows} == {1, 2, 3}
