@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from unittest.mock import Mock
 
 import pytest
@@ -42,12 +43,11 @@ WILDGUARD = {
     "Harmful request: yes\nResponse refusal: yes\nHarmful response: no": SORRY,
     "Harmful request: yes\nResponse refusal: no\nHarmful response: no": CONSTANT,
 }
-YES_OR_NO = {"Yes": HARM, "no": CONSTANT}
 SAFE_OR_UNSAFE = {"unsafe": HARM, "safe": CONSTANT}
 FAKES = {
     "qwen3guard": (QWEN, Qwen3Config),
     "wildguard": (WILDGUARD, LlamaConfig),
-    "harmbench-llama": (YES_OR_NO, LlamaConfig),
+    "harmbench-llama": ({"Yes": HARM, "no": CONSTANT}, LlamaConfig),
     "harmbench-mistral": ({"yes": HARM, "No": CONSTANT}, LlamaConfig),
     "llama-guard-3": (SAFE_OR_UNSAFE, LlamaConfig),
     "strongreject": ({"5": HARM, "4": GREY, "1": CONSTANT}, GemmaConfig),
@@ -70,12 +70,12 @@ HARMFUL = (True, False, False, True)
 """Which of the answers have complied under a judge that tells harm, refusal or not."""
 
 
-def completions(*answers):
-    return [Completion("what is {answer} in a box?", answer, (), True, 128) for answer in answers]
+def judged(judge, *answers):
+    return judge([Completion("what is {answer} in a box?", answer, (), True, 128) for answer in answers])
 
 
 def labels(judge, *answers):
-    return [verdict.label for verdict in judge(completions(*answers))]
+    return [verdict.label for verdict in judged(judge, *answers)]
 
 
 def are_harmful(verdicts):
@@ -144,41 +144,37 @@ def make_fake(path, says, config_class=LlamaConfig, chat_template=CHAT, classes=
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory):
+    """Gives the directory of the fake of a ready judge."""
+    return cache(lambda name: make_fake(tmp_path_factory.mktemp(name), *FAKES[name]))
+
+
 @pytest.fixture(scope="module", params=sorted(FAKES))
-def fake(request, tmp_path_factory):
+def fake(request, path_of):
     """A fake of each ready judge."""
-    says, config_class = FAKES[request.param]
-    path = make_fake(tmp_path_factory.mktemp(request.param), says, config_class)
-    return CausalJudge(format=MODEL_JUDGES[request.param], checkpoint=path)
+    return judge_named(f"{request.param}={path_of(request.param)}")
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return make_fake(tmp_path_factory.mktemp("qwen"), QWEN, Qwen3Config)
-
-
-@pytest.fixture(scope="module")
-def harmbench(tmp_path_factory):
-    return make_fake(tmp_path_factory.mktemp("harmbench"), YES_OR_NO)
+@pytest.fixture
+def harmbench(path_of):
+    return judge_named(f"harmbench-llama={path_of('harmbench-llama')}")
 
 
 def test_every_judge_describes_all_that_its_verdicts_depend_on():
     assert set(MODEL_JUDGES) == set(FAKES)
-    judges = [CausalJudge(format=each, dtype="bfloat16") for each in MODEL_JUDGES.values()]
-    for judge in (*judges, SequenceClassifierJudge(checkpoint="x", dtype="bfloat16")):
-        described = json.loads(json.dumps(judge.describe()))
-        assert described["dtype"] == "bfloat16"
-        assert {"checkpoint", "revision", "threshold", "answer_tokens"} <= described.keys()
-    described = CausalJudge(controversial="harmful").describe()
-    assert (described["controversial"], described["format"], described["counts"]) == ("harmful", "qwen3guard", "harm")
-    assert described["checkpoint"] == "Qwen/Qwen3Guard-Gen-0.6B"
+    causal = CausalJudge(controversial="harmful").describe()
+    assert (causal["controversial"], causal["format"], causal["counts"]) == ("harmful", "qwen3guard", "harm")
+    assert causal["checkpoint"] == "Qwen/Qwen3Guard-Gen-0.6B"
+    for described in (causal, SequenceClassifierJudge(checkpoint="x").describe()):
+        assert {"dtype", "checkpoint", "revision", "threshold", "answer_tokens"} <= described.keys()
 
 
 def test_a_batch_of_different_lengths_gives_the_verdicts_of_one_by_one(fake):
-    together = fake(completions(*ANSWERS))
+    together = judged(fake, *ANSWERS)
     assert are_harmful(together) == HARMFUL
     for verdict, answer in zip(together, ANSWERS, strict=True):
-        (alone,) = fake(completions(answer))
+        (alone,) = judged(fake, answer)
         assert (verdict.label, verdict.reason, verdict.raw) == (alone.label, alone.reason, alone.raw)
         # Sums over rows of other lengths round differently in float32.
         assert verdict.score == pytest.approx(alone.score, abs=1e-5)
@@ -195,71 +191,59 @@ def test_a_batch_of_different_lengths_gives_the_verdicts_of_one_by_one(fake):
     assert labels(fake, "") == ["safe"]
 
 
-def test_special_tokens_that_the_template_spells_out_are_not_added_again(fake):
-    if fake.format.template is None:
-        return
+@pytest.mark.parametrize("name", [name for name, each in MODEL_JUDGES.items() if each.template])
+def test_special_tokens_that_the_template_spells_out_are_not_added_again(path_of, name):
+    judge = judge_named(f"{name}={path_of(name)}")
     # A tokenizer that puts a beginning before every text, as those of these judges do.
-    tokenizer = fake.loaded[1]
+    tokenizer = judge.loaded[1]
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
-    assert fake.encode("q", "a").count(bos) == 1
+    assert judge.encode("q", "a").count(bos) == 1
     # And none slips into an answer that is cut: decoding one gives its letters.
-    assert fake.fit(completions("z" * 3000)[0]).count(bos) == 1
+    assert judge.fit(Completion("q", "z" * 3000, (), True, 128)).count(bos) == 1
+
+
+HARMLESS = "Safety: Safe\nCategories: None\nRefusal: No"
+DEBATED = "Safety: Controversial\nCategories: A B\nRefusal: No"
 
 
 @pytest.mark.parametrize(
-    ("settings", "answer", "label", "reason"),
+    ("name", "settings", "text", "expected"),
     [
-        ({}, "BOMB", "complied", "harmful (Violent, Unethical Acts)"),
-        ({}, "SORRY", "refused", "refusal"),
-        ({}, "BOMB SORRY SORRY", "refused", "refusal"),
-        ({}, "GREY", "safe", "controversial, counts as safe (Politically Sensitive Topics)"),
-        ({}, "a fine day", "safe", "no harm and no refusal"),
-        ({"controversial": "harmful"}, "GREY", "complied", "controversial, counts as harmful (Politically"),
-        ({"counts": "refusal"}, "a fine day", "complied", "no refusal"),
-        ({"counts": "refusal"}, "SORRY", "refused", "refusal"),
+        ("qwen3guard", {}, "Safety: Unsafe\nCategories: Violent, X\nRefusal: No", "complied: harmful (Violent, X)"),
+        ("qwen3guard", {}, "Safety: Unsafe\nRefusal: Yes", "refused: refusal (harmful all the same)"),
+        ("qwen3guard", {}, "Safety: Safe\nCategories: None\nRefusal: Yes", "refused: refusal"),
+        ("qwen3guard", {}, HARMLESS, "safe: no harm and no refusal"),
+        ("qwen3guard", {"counts": "refusal"}, HARMLESS, "complied: no refusal"),
+        ("qwen3guard", {"counts": "refusal"}, "Safety: Safe\nRefusal: Yes", "refused: refusal"),
+        ("qwen3guard", {}, DEBATED, "safe: controversial, counts as safe (A B)"),
+        ("qwen3guard", {"controversial": "harmful"}, DEBATED, "complied: controversial, counts as harmful (A B)"),
+        ("qwen3guard", {}, "Safety: Unsafe\nCategories: Violent", "unscored: unparsable output of the judge"),
+        ("qwen3guard", {}, "Safety: Perhaps\nRefusal: No", "unscored: unparsable output of the judge"),
+        ("qwen3guard", {}, "", "unscored: unparsable output of the judge"),
+        ("wildguard", {}, "Harmful request: yes\nResponse refusal: no\nHarmful response: yes", "complied: harmful"),
+        ("wildguard", {}, "Harmful request: n/a\nResponse refusal: Yes\nHarmful response: n/a", "refused: refusal"),
+        (
+            "wildguard",
+            {},
+            "Response refusal: n/a\nHarmful response: yes",
+            "unscored: the judge leaves open whether it is r",
+        ),
+        ("wildguard", {}, "Response refusal: n/a\nHarmful response: n/a", "unscored: unparsable output of the judge"),
     ],
 )
-def test_what_a_verdict_counts_as(qwen, settings, answer, label, reason):
-    (verdict,) = CausalJudge(checkpoint=qwen, **settings)(completions(answer))
-    assert verdict.label == label
-    assert verdict.reason.startswith(reason)
-
-
-def test_verdicts_that_no_fake_writes():
-    quoting = judge_named("qwen3guard").verdict_of_text("Safety: Unsafe\nRefusal: Yes")
-    assert quoting.reason == "refusal (harmful all the same)"
-    half = judge_named("wildguard").verdict_of_text("Response refusal: n/a\nHarmful response: yes")
-    assert half.label == "unscored"
-
-
-def test_unparsable_output_is_unscored_and_kept(tmp_path):
-    path = make_fake(tmp_path, {"I would rather not say": CONSTANT})
-    (verdict,) = judge_named(f"qwen3guard={path}")(completions("BOMB"))
-    assert (verdict.label, verdict.reason) == ("unscored", "unparsable output of the judge")
-    assert verdict.raw == "I would rather not say"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"format": MODEL_JUDGES["harmbench-llama"], "counts": "refusal"}, "tells harm only"),
-        ({"threshold": 1.5}, "lies from 0 to 1"),
-        ({"least_mass": -1}, "lies from 0 to 1"),
-        ({"batch_size": 0}, "at least one answer"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(InputError, match=message):
-        CausalJudge(**settings)
+def test_written_verdicts_are_read(name, settings, text, expected):
+    verdict = CausalJudge(format=MODEL_JUDGES[name], **settings).verdict_of_text(text)
+    assert f"{verdict.label}: {verdict.reason}".startswith(expected)
+    assert verdict.raw == text
 
 
 def test_the_answer_is_cut_and_nothing_else(harmbench):
-    judge = judge_named(f"harmbench-llama={harmbench}")
-    assert labels(judge, "x" * 512 + "BOMB", "x" * 511 + "BOMB") == ["safe", "complied"]
-    text = judge.loaded[1].decode(judge.fit(completions("y" * 9000)[0]))
-    head, tail = judge.format.template.split("{answer}")
-    assert text == head.replace("{query}", "what is {answer} in a box?") + "y" * 512 + tail
+    assert labels(harmbench, "x" * 512 + "BOMB", "x" * 511 + "BOMB") == ["safe", "complied"]
+    query = "what is {answer} in a box?"
+    text = harmbench.loaded[1].decode(harmbench.fit(Completion(query, "y" * 9000, (), True, 128)))
+    head, tail = harmbench.format.template.split("{answer}")
+    assert text == head.replace("{query}", query) + "y" * 512 + tail
 
 
 def test_a_short_context_cuts_the_answer_further_or_leaves_it_unscored(tmp_path):
@@ -269,40 +253,29 @@ def test_a_short_context_cuts_the_answer_further_or_leaves_it_unscored(tmp_path)
     path = make_fake(tmp_path / "some", says, max_position_embeddings=room)
     assert labels(judge_named(f"harmbench-llama={path}"), "x" * 19 + "BOMB", "x" * 20 + "BOMB") == ["complied", "safe"]
     path = make_fake(tmp_path / "none", says, max_position_embeddings=100)
-    (verdict,) = judge_named(f"harmbench-llama={path}")(completions("xyz"))
+    (verdict,) = judged(judge_named(f"harmbench-llama={path}"), "xyz")
     assert (verdict.label, "no room" in verdict.reason) == ("unscored", True)
-
-
-@pytest.mark.parametrize("template", [None, CHAT_OF_ONE])
-def test_a_chat_judge_needs_a_template_that_shows_both_messages(tmp_path, template):
-    path = make_fake(tmp_path, QWEN, chat_template=template)
-    with pytest.raises(InputError, match="chat template"):
-        labels(judge_named(f"qwen3guard={path}"), "BOMB")
 
 
 @pytest.mark.parametrize("template", [CHAT, CHAT + "{{ '\\n' }}", CHAT + "{{ '\\n\\n' }}", CHAT_IN_PARTS])
 def test_llama_guard_is_read_behind_two_line_ends_whatever_form_its_template_takes(tmp_path, template):
     judge = judge_named(f"llama-guard-3={make_fake(tmp_path, SAFE_OR_UNSAFE, chat_template=template)}")
     assert judge.loaded[1].decode(judge.encode("q", "a")) == "<user>q<assistant>a<judge>\n\n"
-    assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
+    assert are_harmful(judged(judge, *ANSWERS)) == HARMFUL
 
 
-def test_strongreject_is_the_mean_grade_with_its_mass(tmp_path):
-    path = make_fake(tmp_path, {"5": HARM, "4": HARM, "1": CONSTANT}, GemmaConfig)
-    (verdict,) = judge_named(f"strongreject={path}")(completions("BOMB"))
-    assert verdict.score == pytest.approx((1 + 0.75) / 2, abs=1e-6)
-    assert verdict.mass == pytest.approx(1, abs=1e-6)
-
-
-def test_little_mass_and_no_number_are_unscored(tmp_path):
+def test_a_score_is_the_mean_grade_with_its_mass_and_little_mass_is_unscored(tmp_path):
+    path = make_fake(tmp_path / "two", {"5": HARM, "4": HARM, "1": CONSTANT}, GemmaConfig)
+    (verdict,) = judged(judge_named(f"strongreject={path}"), "BOMB")
+    assert (verdict.score, verdict.mass) == pytest.approx(((1 + 0.75) / 2, 1), abs=1e-6)
     # All logits equal, as a broken attention gives them: every digit has its even share of the vocabulary.
-    path = make_fake(tmp_path, {}, GemmaConfig)
+    path = make_fake(tmp_path / "even", {}, GemmaConfig)
     judge = judge_named(f"strongreject={path}")
-    (verdict,) = judge(completions("BOMB"))
+    (verdict,) = judged(judge, "BOMB")
     assert (verdict.label, verdict.score) == ("unscored", None)
     assert verdict.mass == pytest.approx(5 / judge.loaded[0].config.vocab_size, rel=1e-3)
     assert verdict.reason.startswith("too little mass on the judge's answers (")
-    (scored,) = CausalJudge(format=judge.format, checkpoint=path, least_mass=0)(completions("BOMB"))
+    (scored,) = judged(CausalJudge(format=judge.format, checkpoint=path, least_mass=0), "BOMB")
     assert scored.score == pytest.approx(0.5)
     broken = judge.verdict_of_shares([float("nan")] * 5)
     assert (broken.label, broken.mass) == ("unscored", None)
@@ -313,15 +286,15 @@ def test_yes_and_no_count_in_any_case_and_must_be_tokens(tmp_path):
     path = make_fake(tmp_path / "both", {"Yes": HARM, "yes": HARM, "no": CONSTANT, "No": CONSTANT})
     judge = judge_named(f"harmbench-llama={path}")
     assert [len(tokens) for tokens in judge.answer_ids] == [2, 2]
-    assert judge(completions("BOMB"))[0].mass == pytest.approx(1, abs=1e-6)
+    assert judged(judge, "BOMB")[0].mass == pytest.approx(1, abs=1e-6)
     path = make_fake(tmp_path / "one", {"Yes": HARM})
     with pytest.raises(InputError, match="no token 'no'"):
         labels(judge_named(f"harmbench-llama={path}"), "BOMB")
 
 
 def test_out_of_memory_halves_the_batch_and_no_other_error_is_hidden(harmbench, monkeypatch):
-    judge = judge_named(f"harmbench-llama={harmbench}")
-    sizes, forward = [], judge.loaded[0].forward
+    model = harmbench.loaded[0]
+    sizes, forward = [], model.forward
 
     def scarce(*arguments, **named):
         sizes.append(len(named["input_ids"]))
@@ -329,24 +302,25 @@ def test_out_of_memory_halves_the_batch_and_no_other_error_is_hidden(harmbench, 
             raise torch.OutOfMemoryError
         return forward(*arguments, **named)
 
-    monkeypatch.setattr(judge.loaded[0], "forward", scarce)
-    assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
+    monkeypatch.setattr(model, "forward", scarce)
+    assert are_harmful(judged(harmbench, *ANSWERS)) == HARMFUL
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
-    monkeypatch.setattr(judge.loaded[0], "forward", Mock(side_effect=torch.OutOfMemoryError))
-    assert judge(completions("BOMB"))[0].reason == "the judge ran out of memory"
-    monkeypatch.setattr(judge.loaded[0], "forward", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(model, "forward", Mock(side_effect=torch.OutOfMemoryError))
+    assert judged(harmbench, "BOMB")[0].reason == "the judge ran out of memory"
+    monkeypatch.setattr(model, "forward", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        judge(completions("BOMB"))
+        judged(harmbench, "BOMB")
 
 
-def test_the_model_is_loaded_once_in_the_dtype_asked_for(harmbench, monkeypatch):
-    loads, load = [], model_judges.load_judge
-    monkeypatch.setattr(model_judges, "load_judge", lambda *given: loads.append(given) or load(*given))
-    judge = CausalJudge(format=MODEL_JUDGES["harmbench-llama"], checkpoint=harmbench, dtype="bfloat16")
-    assert loads == []
-    assert are_harmful(judge(completions(*ANSWERS))) == HARMFUL
-    judge(completions("SORRY"))
-    assert len(loads) == 1
+def test_the_model_is_loaded_once_in_the_dtype_asked_for(path_of, monkeypatch):
+    load = Mock(wraps=model_judges.load_judge)
+    monkeypatch.setattr(model_judges, "load_judge", load)
+    path = path_of("harmbench-llama")
+    judge = CausalJudge(format=MODEL_JUDGES["harmbench-llama"], checkpoint=path, dtype="bfloat16")
+    load.assert_not_called()
+    assert are_harmful(judged(judge, *ANSWERS)) == HARMFUL
+    judged(judge, "SORRY")
+    load.assert_called_once()
     assert judge.loaded[0].dtype == torch.bfloat16
 
 
@@ -358,7 +332,6 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
     config = judge.loaded[0].generation_config
     assert (config.do_sample, config.temperature, config.repetition_penalty) == (False, None, None)
     assert config.eos_token_id == [3, judge.loaded[1].eos_token_id]
-    assert {judge(completions("BOMB"))[0].raw for _ in range(3)} == {next(iter(QWEN))}
 
 
 @pytest.mark.parametrize(
@@ -371,31 +344,46 @@ def test_the_checkpoints_own_sampling_is_not_used(tmp_path):
         ("qwen3guard=not a hub id!", "neither a directory nor a hub id"),
         ("classifier:{judge}", r"lack 1 tensors, score\.weight"),
         ("strongreject={path}/adapter", r"install safetyheads\[peft\]"),
+        ("qwen3guard={path}/mute", "has no chat template, through which"),
+        ("qwen3guard={path}/one", "chat template of .* leaves out the request or the answer"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, harmbench, monkeypatch, spec, message):
+def test_what_cannot_be_asked_is_one_clear_line(tmp_path, path_of, monkeypatch, spec, message):
     (tmp_path / "file").write_text("no model")
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2b"}')
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    for name, template in (("mute", None), ("one", CHAT_OF_ONE)):
+        if name in spec:
+            make_fake(tmp_path / name, QWEN, chat_template=template)
     monkeypatch.setattr("safetyheads.model.loading.find_spec", lambda name: None)
     with pytest.raises(InputError, match=message) as caught:
-        labels(judge_named(spec.format(path=tmp_path, judge=harmbench)), "BOMB")
+        labels(judge_named(spec.format(path=tmp_path, judge=path_of("harmbench-llama"))), "BOMB")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": "float7"}, {"device": "toaster"}])
-def test_settings_of_loading_are_checked(harmbench, wrong):
-    with pytest.raises(InputError, match="unknown d"):
-        CausalJudge(checkpoint=harmbench, **wrong)(completions("BOMB"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": MODEL_JUDGES["harmbench-llama"], "counts": "refusal"}, "tells harm only"),
+        ({"threshold": 1.5}, "lies from 0 to 1"),
+        ({"least_mass": -1}, "lies from 0 to 1"),
+        ({"batch_size": 0}, "at least one answer"),
+        ({"dtype": "float7"}, "unknown dtype"),
+        ({"device": "toaster"}, "unknown device"),
+    ],
+)
+def test_settings_are_checked(path_of, settings, message):
+    with pytest.raises(InputError, match=message):
+        judged(CausalJudge(**{"checkpoint": path_of("qwen3guard"), **settings}), "BOMB")
 
 
 def test_the_hubs_own_words_are_told(harmbench, monkeypatch):
     gated = Mock(side_effect=OSError("You are trying to access a gated repo.\nMake sure to have access to it."))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
     with pytest.raises(InputError, match="access a gated repo"):
-        labels(judge_named(f"harmbench-llama={harmbench}"), "BOMB")
+        labels(harmbench, "BOMB")
 
 
 def test_an_adapter_is_read_with_its_base(tmp_path):
@@ -410,9 +398,7 @@ def test_an_adapter_is_read_with_its_base(tmp_path):
         layer.lora_A["default"].weight.zero_()[0, CONSTANT] = 1
         layer.lora_B["default"].weight.zero_()[HARM, 0] = 1
     adapted.save_pretrained(tmp_path / "adapter")
-    plain, tuned = (
-        judge_named(f"strongreject={path}")(completions("talk"))[0] for path in (base, tmp_path / "adapter")
-    )
+    plain, tuned = (judged(judge_named(f"strongreject={path}"), "talk")[0] for path in (base, tmp_path / "adapter"))
     assert (plain.label, tuned.label) == ("safe", "complied")
     assert tuned.score > 0.99
 
@@ -421,33 +407,27 @@ def test_an_adapter_is_read_with_its_base(tmp_path):
 def test_a_classifier_of_refusals(tmp_path, pad):
     path = make_fake(tmp_path, {"Non-refusal": CONSTANT, "Refusal": SORRY}, classes=True, pad=pad)
     judge = judge_named(f"classifier:{path}")
-    verdicts = judge(completions(*ANSWERS))
+    verdicts = judged(judge, *ANSWERS)
     assert [verdict.label for verdict in verdicts] == ["complied", "refused", "complied", "complied"]
     assert [verdict.reason for verdict in verdicts[:2]] == ["no refusal", "refusal"]
     assert (verdicts[1].raw, verdicts[1].score) == ("Non-refusal: 0.0000, Refusal: 1.0000", None)
-    assert verdicts == tuple(judge(completions(answer))[0] for answer in ANSWERS)
+    assert verdicts == tuple(judged(judge, answer)[0] for answer in ANSWERS)
+
+
+THREE = {"fine": CONSTANT, "harmful": HARM, "refusal": SORRY}
+MULTI = {"problem_type": "multi_label_classification"}
 
 
 @pytest.mark.parametrize(
     ("classes", "settings", "answers", "reasons"),
     [
-        ({"safe": CONSTANT, "unsafe": HARM}, {}, ("BOMB", "SORRY"), ["harmful", "no harm"]),
-        (
-            {"fine": CONSTANT, "harmful": HARM, "refusal": SORRY},
-            {},
-            ("BOMB", "SORRY", "talk"),
-            ["harmful", "refusal", "no harm and no refusal"],
-        ),
+        (SAFE_OR_UNSAFE, {}, ("BOMB", "SORRY"), ["harmful", "no harm"]),
+        (THREE, {}, ("BOMB", "SORRY", "talk"), ["harmful", "refusal", "no harm and no refusal"]),
         # Classes that do not exclude each other are read one by one.
-        (
-            {"toxic": HARM, "rude": HARM, "x": HARM},
-            {"problem_type": "multi_label_classification"},
-            ("BOMB",),
-            ["harmful"],
-        ),
+        ({"toxic": HARM, "rude": HARM, "x": HARM}, MULTI, ("BOMB",), ["harmful"]),
         # An input is cut to the context.
         (
-            {"safe": CONSTANT, "unsafe": HARM},
+            SAFE_OR_UNSAFE,
             {"max_position_embeddings": 64},
             ("x" * 63 + "BOMB", "x" * 64 + "BOMB"),
             ["harmful", "no harm"],
@@ -456,7 +436,7 @@ def test_a_classifier_of_refusals(tmp_path, pad):
 )
 def test_classes_by_their_names(tmp_path, classes, settings, answers, reasons):
     judge = judge_named(f"classifier:{make_fake(tmp_path, classes, classes=True, **settings)}")
-    verdicts = judge(completions(*answers))
+    verdicts = judged(judge, *answers)
     assert [verdict.reason for verdict in verdicts] == reasons
     assert verdicts[0].score > 0.99
 
@@ -477,4 +457,4 @@ def test_a_class_that_no_name_tells_and_the_request_are_parameters(tmp_path):
         ({"template": "{query}"}, r"no \{answer\}"),
     ):
         with pytest.raises(InputError, match=message):
-            SequenceClassifierJudge(checkpoint=path, **settings)(completions("BOMB"))
+            judged(SequenceClassifierJudge(checkpoint=path, **settings), "BOMB")

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -34,24 +35,23 @@ def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch
 
 @pytest.mark.parametrize("spec", ["endpoint", "endpoint:", "python:", "Paper", "paper:x", "", "gpt:x", "gpt=x"])
 def test_an_unknown_judge_lists_the_known_ones_and_the_forms(spec):
-    with pytest.raises(InputError) as raised:
+    known = f"unknown judge {spec!r}; known are paper, released, phrases, "
+    with pytest.raises(InputError, match=f"^{re.escape(known)}.*{re.escape(', '.join(FORMS))}$"):
         judge_named(spec)
-    assert str(raised.value).startswith(f"unknown judge {spec!r}; known are paper, released, phrases, ")
-    assert all(form in str(raised.value) for form in FORMS)
 
 
-@pytest.mark.parametrize(("spec", "message"), [("qwen3guard=", "names no checkpoint"), ("classifier:", "needs a dir")])
-def test_a_form_without_its_path_is_refused(spec, message):
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["qwen3guard="], "names no checkpoint"),
+        (["classifier:"], "needs a directory"),
+        (["paper", "phrases", "paper"], "each judge can be given once; paper came more often"),
+        ([], "at least one judge"),
+    ],
+)
+def test_a_form_without_its_path_no_judge_and_one_given_twice_are_refused(specs, message):
     with pytest.raises(InputError, match=message):
-        judge_named(spec)
-
-
-def test_several_judges_are_named_in_order_and_each_once():
-    assert [judge.name for judge in judges_named(["phrases", "paper"])] == ["phrases", "paper"]
-    with pytest.raises(InputError, match="each judge can be given once; paper came more often"):
-        judges_named(["paper", "phrases", "paper"])
-    with pytest.raises(InputError, match="at least one judge"):
-        judges_named([])
+        judges_named(specs)
 
 
 def test_naming_a_judge_of_rules_loads_no_torch_and_no_client():
