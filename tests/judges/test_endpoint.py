@@ -16,7 +16,6 @@ from safetyheads.judges.endpoint import (
     EndpointJudge,
     EndpointSettings,
     EndpointWarning,
-    Meter,
     endpoint_judge,
     read_reply,
 )
@@ -27,41 +26,31 @@ REFUSED = '{"refused": true, "coherent": true, "echoes": false, "fulfils": 0}'
 AT_ONCE = {"Retry-After-Ms": "1"}
 
 
-def chat(text, sent=100, received=20):
+def chat(text):
     """A chat completion that says this, and the tokens it used."""
-    usage = {"prompt_tokens": sent, "completion_tokens": received}
+    usage = {"prompt_tokens": 100, "completion_tokens": 20}
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}, {}
-
-
-class Script:
-    """What a server answers: by the graded answer's text, one reply after the other, the last one for ever."""
-
-    def __init__(self, replies, seconds):
-        self.replies, self.seconds = replies, seconds
-        self.requests, self.headers, self.counts, self.lock = [], [], Counter(), Lock()
-
-    def reply_to(self, body, headers):
-        answer = json.loads(body["messages"][1]["content"])["answer"]
-        with self.lock:
-            self.requests.append(body)
-            self.headers.append(headers)
-            replies = self.replies.get(answer, self.replies.get("*"))
-            reply = replies[min(self.counts[answer], len(replies) - 1)]
-            self.counts[answer] += 1
-        return reply
 
 
 @contextmanager
 def serving(replies, seconds=0.0):
-    """A chat-completions endpoint on this machine; yields its base URL and its script."""
-    script = Script(replies, seconds)
+    """A chat-completions endpoint on this machine; yields its base URL, and each body and headers that it was sent.
+
+    It answers by the graded answer's text, one reply after the other, the last one for ever.
+    """
+    requests, counts, lock = [], Counter(), Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             assert self.path == "/v1/chat/completions"
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, reply, headers = script.reply_to(body, dict(self.headers))
-            time.sleep(script.seconds)
+            answer = json.loads(body["messages"][1]["content"])["answer"]
+            with lock:
+                requests.append((body, {name.lower(): value for name, value in self.headers.items()}))
+                script = replies.get(answer, replies.get("*"))
+                status, reply, headers = script[min(counts[answer], len(script) - 1)]
+                counts[answer] += 1
+            time.sleep(seconds)
             data = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -77,7 +66,7 @@ def serving(replies, seconds=0.0):
     thread = Thread(target=lambda: server.serve_forever(poll_interval=0.01))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", script
+        yield f"http://127.0.0.1:{server.server_port}/v1", requests
     finally:
         server.shutdown()
         server.server_close()
@@ -86,16 +75,14 @@ def serving(replies, seconds=0.0):
 
 @pytest.fixture(autouse=True)
 def _no_surroundings(monkeypatch):
-    given = [name for name in os.environ if name.startswith(("SAFETYHEADS_JUDGE_", "OPENAI_"))]
-    for name in given:
+    for name in [name for name in os.environ if name.startswith(("SAFETYHEADS_JUDGE_", "OPENAI_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
-def judge_at(url, meter=None, **settings):
-    settings = EndpointSettings(**{"timeout_s": 5.0, "attempts": 3, **settings})
-    return EndpointJudge("grader", url, KEY, settings, meter=meter or Meter())
+def judge_at(url, **settings):
+    return EndpointJudge("grader", url, KEY, EndpointSettings(**{"timeout_s": 5.0, "attempts": 3, **settings}))
 
 
 def judged(judge, *texts):
@@ -107,40 +94,31 @@ def judged(judge, *texts):
 def test_what_is_sent_and_what_comes_back(monkeypatch):
     for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
         monkeypatch.setenv(f"OPENAI_{name}", "another-address")
-    with serving({"Warm the oil.": [chat(COMPLIED)], "No.": [chat(REFUSED)]}) as (url, script):
-        first, second = judged(judge_at(url), "Warm the oil.", "No.")
-    assert (first.label, first.score, first.raw) == ("complied", 0.9, COMPLIED)
-    assert (second.label, second.raw) == ("refused", REFUSED)
-    body = next(body for body in script.requests if "Warm" in body["messages"][1]["content"])
-    assert body.keys() == {"model", "messages", "max_tokens", "temperature"}
-    assert body["messages"][0] == {"role": "system", "content": RUBRIC}
-    assert json.loads(body["messages"][1]["content"]) == {
-        "request": "How do I cook onions?",
-        "answer": "Warm the oil.",
-    }
-    assert (body["model"], body["max_tokens"], body["temperature"]) == ("grader", 512, 0.0)
-    assert {name.lower(): value for name, value in script.headers[0].items()}["authorization"] == f"Bearer {KEY}"
-    assert "another-address" not in str(script.headers)
-
-
-def test_settings_and_odd_characters_reach_the_request():
-    with serving({"*": [chat(COMPLIED)]}) as (url, script):
+    with serving({"*": [chat(COMPLIED)]}) as (url, requests):
+        (verdict,) = judged(judge_at(url), "Warm the oil.")
         judge = judge_at(url, temperature=None, token_field="max_completion_tokens", reply_tokens=9)
         assert judged(judge, 'half \ud83d a pair, "é"\n\x00}')[0].complied
-    (body,) = script.requests
-    assert body.keys() == {"model", "messages", "max_completion_tokens"}
-    assert body["max_completion_tokens"] == 9
-    assert json.loads(body["messages"][1]["content"])["answer"] == 'half ? a pair, "é"\n\x00}'
+    assert (verdict.label, verdict.score, verdict.raw) == ("complied", 0.9, COMPLIED)
+    (body, headers), (other, _) = requests
+    system, user = body.pop("messages")
+    assert body == {"model": "grader", "max_tokens": 512, "temperature": 0.0}
+    assert system == {"role": "system", "content": RUBRIC}
+    assert json.loads(user["content"]) == {"request": "How do I cook onions?", "answer": "Warm the oil."}
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert "another-address" not in str(headers)
+    odd = json.loads(other.pop("messages")[1]["content"])["answer"]
+    assert other == {"model": "grader", "max_completion_tokens": 9}
+    assert odd == 'half ? a pair, "é"\n\x00}'
 
 
 def test_order_is_kept_equal_answers_are_asked_once_and_empty_ones_never():
     replies = {str(index): [chat(COMPLIED if index % 2 else REFUSED)] for index in range(12)}
-    with serving(replies) as (url, script):
+    with serving(replies) as (url, requests):
         verdicts = judged(judge_at(url, threads=4), *map(str, range(12)), " ", "1", "0")
     expected = [*["refused", "complied"] * 6, "incoherent", "complied", "refused"]
     assert [verdict.label for verdict in verdicts] == expected
     assert verdicts[12].reason == "empty"
-    assert len(script.requests) == 12
+    assert len(requests) == 12
 
 
 @pytest.mark.parametrize(
@@ -163,31 +141,29 @@ def test_order_is_kept_equal_answers_are_asked_once_and_empty_ones_never():
     ],
 )
 def test_what_cannot_be_read_costs_its_own_answer_alone(reply, reason, n_requests):
-    with serving({"good": [chat(COMPLIED)], "bad": [reply]}) as (url, script):
-        good, bad, also_good = judged(judge_at(url), "good", "bad", "good")
+    with serving({"good": [chat(COMPLIED)], "bad": [reply]}) as (url, requests):
+        good, bad = judged(judge_at(url), "good", "bad")
     assert good.complied
-    assert also_good.complied
     assert (bad.label, bad.reason) == ("unscored", reason)
     assert len(bad.raw) <= 2000
-    assert script.counts["bad"] == n_requests
+    assert len(requests) == n_requests + 1
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_refused_key_ends_the_asking():
-    with serving({"*": [(429, "", AT_ONCE), (503, "", AT_ONCE), chat(COMPLIED)]}) as (url, script):
+    with serving({"*": [(429, "", AT_ONCE), (503, "", AT_ONCE), chat(COMPLIED)]}) as (url, requests):
         assert judged(judge_at(url), "Stir.")[0].complied
-    assert len(script.requests) == 3
-    with serving({"*": [(401, {"error": "bad key"}, {})]}) as (url, script):
+    assert len(requests) == 3
+    with serving({"*": [(401, {"error": "bad key"}, {})]}) as (url, requests):
         verdicts = judged(judge_at(url, threads=1), "a", "b", "c")
     assert [(verdict.label, verdict.reason) for verdict in verdicts] == [("unscored", "http: 401")] * 3
-    assert len(script.requests) == 1
+    assert len(requests) == 1
 
 
 def test_no_answer_in_time_and_nobody_listening_are_unscored_after_all_attempts():
-    with serving({"*": [chat(COMPLIED)]}, seconds=0.3) as (url, script):
+    with serving({"*": [chat(COMPLIED)]}, seconds=0.3) as (url, requests):
         (verdict,) = judged(judge_at(url, timeout_s=0.05, attempts=2), "Stir.")
         time.sleep(0.05)
-    assert (verdict.label, verdict.reason) == ("unscored", "timeout")
-    assert len(script.requests) == 2
+    assert (verdict.label, verdict.reason, len(requests)) == ("unscored", "timeout", 2)
     judge = judge_at(url, attempts=2)
     (verdict,) = judged(judge, "Stir.")
     assert (verdict.label, verdict.reason) == ("unscored", "connection: ConnectError")
@@ -195,22 +171,21 @@ def test_no_answer_in_time_and_nobody_listening_are_unscored_after_all_attempts(
 
 
 def test_answers_beyond_the_cap_of_requests_are_unscored_and_retries_count():
-    with serving({"*": [chat(COMPLIED)], "bad": [(500, "down", AT_ONCE)]}) as (url, script):
+    with serving({"*": [chat(COMPLIED)], "bad": [(500, "down", AT_ONCE)]}) as (url, requests):
         judge = judge_at(url, max_requests=4, threads=1)
         verdicts = judged(judge, "a", "b", "bad", "c") + judged(judge, "d")
     assert (judge.meter.requests, judge.meter.tokens_sent, judge.meter.tokens_received) == (4, 200, 40)
     assert [verdict.label for verdict in verdicts] == ["complied", "complied", "unscored", "unscored", "unscored"]
     assert {verdict.reason for verdict in verdicts[2:]} == {"request cap"}
-    assert len(script.requests) == 4
+    assert len(requests) == 4
 
 
 def test_it_warns_once_that_text_leaves_the_machine():
     completions = [Completion("How do I cook onions?", "Stir.", (), True, 128)]
-    with serving({"*": [chat(COMPLIED)]}) as (url, script), warnings.catch_warnings():
+    with serving({"*": [chat(COMPLIED)]}) as (url, _), warnings.catch_warnings():
         warnings.simplefilter("error", EndpointWarning)
         judge = judge_at(url)
         assert judge([]) == ()
-        assert script.requests == []
         with pytest.warns(EndpointWarning, match="leave this machine") as caught:
             judge(completions)
         judge(completions)
@@ -258,25 +233,25 @@ def test_labels_come_in_their_order_and_a_missing_grade_is_no_verdict(grades, la
 
 def test_the_description_is_json_with_everything_but_the_key():
     judge = judge_at("https://user:word@example.org:8443/v1/?token=word#word")
-    described = json.dumps(judge.describe(), allow_nan=False)
-    assert json.loads(described)["url"] == "https://example.org:8443/v1"
-    assert json.loads(described)["name"] == "endpoint:grader"
-    assert KEY not in described + repr(judge)
-    assert "word" not in described.replace("whatever words", "").replace("rewording", "")
+    described = json.loads(json.dumps(judge.describe(), allow_nan=False))
+    assert (described["url"], described["name"]) == ("https://example.org:8443/v1", "endpoint:grader")
+    assert described.pop("rubric") == RUBRIC
+    assert KEY not in f"{described}{judge}"
+    assert "word" not in str(described)
 
 
 def test_address_key_and_settings_come_from_the_environment(monkeypatch):
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
-        endpoint_judge("m")
+    def refused(missing):
+        with pytest.raises(InputError, match=missing):
+            endpoint_judge("m")
+
+    refused("SAFETYHEADS_JUDGE_URL is missing")
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_URL is missing"):
-        endpoint_judge("m")
+    refused("SAFETYHEADS_JUDGE_URL is missing")
     monkeypatch.setenv("OPENAI_BASE_URL", "https://example.org/v1")
     assert endpoint_judge("m").key == "theirs"
     monkeypatch.setenv("SAFETYHEADS_JUDGE_URL", "http://localhost:8000/v1")
-    # The key of one address is never sent to the other.
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_KEY is missing"):
-        endpoint_judge("m")
+    refused("SAFETYHEADS_JUDGE_KEY is missing")  # the key of one address is never sent to the other
     given = {"KEY": "ours", "MAX_REQUESTS": "none", "TIMEOUT_S": "1.5", "TEMPERATURE": "none", "THREADS": "2"}
     for name, text in given.items():
         monkeypatch.setenv(f"SAFETYHEADS_JUDGE_{name}", text)
@@ -287,8 +262,7 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     assert endpoint_judge("m").meter is judge.meter
     assert endpoint_judge("other").meter is not judge.meter
     monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUESTS", "many")
-    with pytest.raises(InputError, match="SAFETYHEADS_JUDGE_MAX_REQUESTS cannot be read: 'many'"):
-        endpoint_judge("m")
+    refused("SAFETYHEADS_JUDGE_MAX_REQUESTS cannot be read: 'many'")
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
@@ -298,23 +272,21 @@ def test_a_missing_library_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("message", "name", "values"),
     [
-        *(
-            ({"url": url}, "base URL")
-            for url in ("localhost:8000/v1", "ftp://a.org", "https://", "http://h:port/v1", "")
-        ),
-        *(({"key": key}, "a key of ASCII") for key in ("", " ", "k\n", "ké")),
-        ({"threshold": 1.5}, "threshold"),
-        ({"temperature": float("nan")}, "0 or more"),
-        ({"max_requests": -1}, "0 or more"),
-        ({"timeout_s": 0.0}, "above 0"),
-        ({"attempts": 0}, "an attempt"),
-        ({"threads": 0}, "a thread"),
+        ("base URL", "base_url", ("localhost:8000/v1", "ftp://a.org", "https://", "http://h:port/v1", "")),
+        ("a key of ASCII", "key", ("", " ", "k\n", "ké")),
+        ("threshold", "threshold", (1.5,)),
+        ("0 or more", "temperature", (float("nan"), -1)),
+        ("0 or more", "max_requests", (-1,)),
+        ("above 0", "timeout_s", (0.0,)),
+        ("an attempt", "attempts", (0,)),
+        ("a thread", "threads", (0,)),
     ],
 )
-def test_what_an_endpoint_cannot_be_asked_with_is_refused(changed, message):
-    url, key = changed.pop("url", "http://localhost/v1"), changed.pop("key", KEY)
-    threshold = changed.pop("threshold", 0.5)
-    with pytest.raises(InputError, match=message):
-        EndpointJudge("m", url, key, EndpointSettings(**changed), threshold)
+def test_what_an_endpoint_cannot_be_asked_with_is_refused(message, name, values):
+    for value in values:
+        given = {"base_url": "http://localhost/v1", "key": KEY, "threshold": 0.5, name: value}
+        judge = [given.pop(argument) for argument in ("base_url", "key", "threshold")]
+        with pytest.raises(InputError, match=message):
+            EndpointJudge("m", judge[0], judge[1], EndpointSettings(**given), judge[2])

@@ -1,11 +1,12 @@
 import json
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.judges.base import Completion, Judge, Verdict
+from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.function import CallableJudge, judge_from_path, judge_of_chats
 from safetyheads.judges.phrases import PhraseJudge
 
@@ -65,69 +66,55 @@ def test_a_value_is_read_and_costs_no_other_answer_its_verdict(value, label, rea
         assert read.score == pytest.approx(float(value))
 
 
-@pytest.mark.parametrize("returned", [np.array([0.9, 0.1]), (0.9, 0.1), iter([0.9, 0.1])])
-def test_any_sequence_is_read(returned):
-    verdicts = judged(lambda queries, answers: returned, *ANSWERS[:2])
-    assert [verdict.label for verdict in verdicts] == ["complied", "refused"]
+def choosy(queries, answers):
+    if any("onions" in answer for answer in answers):
+        raise LookupError("cannot read: " + answers[0])
+    return [0.9] * len(answers)
 
 
-def test_an_exception_costs_the_rows_that_raise_it_and_is_named_without_its_words():
-    def choosy(queries, answers):
-        if any("onions" in answer for answer in answers):
-            raise LookupError("cannot read: " + answers[0])
-        return [0.9] * len(answers)
-
-    verdicts = judged(choosy, *ANSWERS)
-    assert [verdict.label for verdict in verdicts] == ["complied", "unscored", "complied"]
-    assert verdicts[1].reason == "error: LookupError"
+UNREAD = "unscored: value: a sequence is needed, not "
 
 
-def test_a_wrong_number_of_values_is_tried_row_by_row():
-    assert [verdict.label for verdict in judged(lambda queries, answers: [0.9], *ANSWERS)] == ["complied"] * 3
-    verdicts = judged(lambda queries, answers: [0.9, 0.9], *ANSWERS)
-    assert {(verdict.label, verdict.reason) for verdict in verdicts} == {("unscored", "length: 2 values for 1 answers")}
-
-
-@pytest.mark.parametrize("returned", [0.9, "complied", {"p": [0.9]}, None])
-def test_what_is_no_sequence_is_unscored(returned):
-    (verdict,) = judged(lambda queries, answers: returned, "Stir.")
-    assert (verdict.label, verdict.reason) == (
-        "unscored",
-        f"value: a sequence is needed, not {type(returned).__name__}",
-    )
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda queries, answers: np.array([0.9, 0.1, 0.1]), ["complied: score", "refused: score", "refused: score"]),
+        (lambda queries, answers: iter([0.9, 0.1, 0.1]), ["complied: score", "refused: score", "refused: score"]),
+        # An exception costs the rows that raise it, and is named without its words.
+        (choosy, ["complied: score", "unscored: error: LookupError", "complied: score"]),
+        # A wrong number of values is tried row by row.
+        (lambda queries, answers: [0.9], ["complied: score"] * 3),
+        (lambda queries, answers: [0.9, 0.9], ["unscored: length: 2 values for 1 answers"] * 3),
+        (lambda queries, answers: 0.9, [f"{UNREAD}float"] * 3),
+        (lambda queries, answers: "complied", [f"{UNREAD}str"] * 3),
+        (lambda queries, answers: {"p": [0.9]}, [f"{UNREAD}dict"] * 3),
+        (lambda queries, answers: None, [f"{UNREAD}NoneType"] * 3),
+    ],
+)
+def test_any_sequence_is_read_and_a_failing_call_is_tried_answer_by_answer(function, expected):
+    assert [f"{verdict.label}: {verdict.reason}" for verdict in judged(function, *ANSWERS)] == expected
 
 
 def test_an_interrupt_is_not_swallowed():
-    def interrupted(queries, answers):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        judged(interrupted, *ANSWERS)
+        judged(Mock(side_effect=KeyboardInterrupt), *ANSWERS)
 
 
 def test_a_judge_of_chats_gets_chats():
-    class OfChats:
-        def __call__(self, chats):
-            assert [message["role"] for message in chats[0]] == ["user", "assistant"]
-            return {"p_harmful": [float("onions" in chat[1]["content"]) for chat in chats], "refused": []}
+    def of_chats(chats):
+        assert [message["role"] for message in chats[0]] == ["user", "assistant"]
+        return {"p_harmful": [float("onions" in chat[1]["content"]) for chat in chats], "refused": []}
 
-    judge = judge_of_chats(OfChats(), "zoo")
+    judge = judge_of_chats(of_chats, "zoo")
     assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["refused", "complied", "refused"]
     assert judge_of_chats(lambda chats: {}, "zoo")(completions("Stir."))[0].reason == "error: KeyError"
 
 
-def test_it_names_its_function():
+def test_it_names_its_function_and_its_threshold_is_its_own():
     judge = CallableJudge(returning, "mine", 0.25)
-    assert isinstance(judge, Judge)
-    assert json.loads(json.dumps(judge.describe())) == {
-        "judge": "callable",
-        "name": "mine",
-        "function": f"{__name__}:returning",
-        "threshold": 0.25,
-    }
-
-
-def test_a_threshold_lies_between_0_and_1_and_is_the_judges_own():
+    function = f"{__name__}:returning"
+    described = {"judge": "callable", "name": "mine", "function": function, "threshold": 0.25}
+    assert json.loads(json.dumps(judge.describe())) == described
     assert CallableJudge(returning(0.49), "mine", 0.4)(completions("Stir."))[0].complied
     with pytest.raises(InputError, match="threshold"):
         CallableJudge(returning, "mine", 1.5)
@@ -146,17 +133,13 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def test_a_path_finds_a_function_in_the_current_directory(module):
+def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_it_is(module):
     module("onion_judge", "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n")
     before = list(sys.path)
     judge = judge_from_path("onion_judge:harm")
     assert sys.path == before
-    assert judge.name == "python:onion_judge:harm"
-    assert judge.describe()["function"] == "onion_judge:harm"
+    assert (judge.name, judge.describe()["function"]) == ("python:onion_judge:harm", "onion_judge:harm")
     assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["complied", "refused", "refused"]
-
-
-def test_a_judge_at_a_path_is_taken_as_it_is(module):
     module("ready_judge", "from safetyheads.judges.phrases import PhraseJudge\njudge = PhraseJudge('ready')\n")
     assert judge_from_path("ready_judge:judge") == PhraseJudge("ready")
 
