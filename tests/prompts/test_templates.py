@@ -25,22 +25,16 @@ BLANK_BEFORE_ANSWERS = (
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\n role here') }}{% endif %}" + CHAT
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}[assistant]"
-SWITCHED = CHAT + (
-    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
-    "<think>\n\n</think>\n\n{% endif %}"
-)
+ASKS = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+SWITCHED = CHAT + ASKS + "<think>\n\n</think>\n\n{% endif %}"
 BEGUN = TURNS + "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
 STRIPS_HISTORY = CHAT + "{# answers of before are cut at </think> #}"
-OTHER_SWITCH = TURNS + (
-    "{% if add_generation_prompt %}[assistant]{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
-)
+MARK = "{% if thinking %}<think>{% else %}</think>{% endif %}"
+OTHER_SWITCH = TURNS + "{% if add_generation_prompt %}[assistant]" + MARK + "{% endif %}"
 # "thinking" stands here for something else.
 CHANNELS = CHAT + "{% if messages[0].thinking %}<|channel|>analysis<|message|>{{ messages[0].thinking }}{% endif %}"
-# Wants content in parts.
-LISTED = (
-    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% endif %}{% endfor %}{% endfor %}[assistant]"
-)
+PARTS = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+LISTED = "{% for m in messages %}[{{ m.role }}]" + PARTS + "{% endfor %}[assistant]"
 NO_MARKS = "{% if thinking %}Think first.{% endif %}" + CHAT
 
 
@@ -97,26 +91,27 @@ def test_what_is_no_template_is_refused(text, system, options, why):
         Template.parse(text, system, **options)
 
 
-def test_a_text_may_have_a_place_for_a_system_prompt():
-    assert Template.parse("{system}|{query}", "be brief").render("hi", None) == "be brief|hi"
-    assert Template.parse("{system}|{query}", "").render("hi", None) == "|hi"
-    assert Template.parse("{system}|{query}").render("hi", None) == "{system}|hi"
+LLAMA2 = "[INST] <<SYS>>\n{}\n<</SYS>>\n\nQ? [/INST]"
 
 
-def test_the_named_templates_are_the_papers_to_the_letter():
-    assert {
-        name: Template.parse(name).render("Q?", None) for name in ("direct", "query_answer", "query_answer_space")
-    } == {
-        "direct": "Q?",
-        "query_answer": "## Query:Q?\n## Answer:",
-        "query_answer_space": "## Query: Q?\n## Answer:",
-    }
-    template = Template.parse("llama2")
-    assert template.render("Q?", None) == "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\nQ? [/INST]"
-    assert template.system == "You are a helpful assistant."
-    brief = Template.parse("llama2", "Be brief.")
-    assert brief.render("Q?", None) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ? [/INST]"
-    assert Template.parse("llama2", "").render("Q?", None) == "[INST] Q? [/INST]"
+@pytest.mark.parametrize(
+    ("text", "system", "expected"),
+    [
+        # The papers' templates, to the letter.
+        ("direct", None, "Q?"),
+        ("query_answer", None, "## Query:Q?\n## Answer:"),
+        ("query_answer_space", None, "## Query: Q?\n## Answer:"),
+        ("llama2", None, LLAMA2.format("You are a helpful assistant.")),
+        ("llama2", "Be brief.", LLAMA2.format("Be brief.")),
+        ("llama2", "", "[INST] Q? [/INST]"),
+        # A text may have a place for a system prompt.
+        ("{system}|{query}", "be brief", "be brief|Q?"),
+        ("{system}|{query}", "", "|Q?"),
+        ("{system}|{query}", None, "{system}|Q?"),
+    ],
+)
+def test_texts_that_need_no_tokenizer(text, system, expected):
+    assert Template.parse(text, system).render("Q?", None) == expected
 
 
 def test_urial_shows_its_shots_and_leaves_the_answer_to_the_model():
@@ -176,9 +171,7 @@ def test_special_tokens_are_the_tokenizers_own_and_never_doubled(text, chat_temp
 def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
     for chat_template in ("{{ bos_token }} [user] {{ messages[0].content }} [assistant]", CHAT):
         adopted = tokenizer(chat_template)
-        own = adopted.apply_chat_template(
-            [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True
-        )
+        own = adopted.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
         assert Template.parse("chat").bound(adopted).encode("hi") == list(own["input_ids"])
 
 
@@ -244,15 +237,20 @@ def test_without_a_chat_template_there_is_no_chat():
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
+UNASKED = "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT
 
 
-def test_a_template_that_writes_the_date_says_so():
+@pytest.mark.parametrize(
+    ("text", "chat_template", "is_dated"),
+    [
+        ("chat", DATED, True),
+        ("direct", DATED, False),
+        *(("chat", other, False) for other in (CHAT, UNASKED, NO_SYSTEM)),
+    ],
+)
+def test_a_template_that_writes_the_date_says_so(text, chat_template, is_dated):
     note = "the chat template writes today's date into the prompts; the same command on another day is another run"
-    assert Template.parse("chat").bound(tokenizer(DATED)).note == note
-    unasked = (CHAT, "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT, NO_SYSTEM)
-    for chat_template in unasked:
-        assert Template.parse("chat").bound(tokenizer(chat_template)).note is None
-    assert Template.parse("direct").bound(tokenizer(DATED)).note is None
+    assert Template.parse(text).bound(tokenizer(chat_template)).note == (note if is_dated else None)
 
 
 # Think blocks
@@ -333,12 +331,6 @@ def test_a_template_is_read_back_from_its_settings():
     ]
     for template in templates:
         stored = json.loads(json.dumps(template.settings()))
-        again = Template.parse(
-            stored["template"],
-            stored["system"],
-            folds_system=stored["fold_system"],
-            thinking=stored["thinking"],
-            prefill=stored["prefill"],
-        )
-        assert again == template
-        assert stored["stops"] == list(template.stops)
+        assert stored.pop("stops") == list(template.stops)
+        text, system, folds = (stored.pop(name) for name in ("template", "system", "fold_system"))
+        assert Template.parse(text, system, folds_system=folds, **stored) == template
