@@ -38,6 +38,9 @@ LISTED = "{% for m in messages %}[{{ m.role }}]" + PARTS + "{% endfor %}[assista
 NO_MARKS = "{% if thinking %}Think first.{% endif %}" + CHAT
 
 
+RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+
+
 @cache
 def _backend(adds):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -63,55 +66,98 @@ def tokenizer(chat_template=None, adds="<s> $A"):
     )
 
 
-def rendered(chat_template, query="hi", system=None, **options):
-    return Template.parse("chat", system, **options).render(query, tokenizer(chat_template))
+def rendered(chat_template, query="hi", text="chat", system=None, **options):
+    return Template.parse(text, system, **options).render(query, tokenizer(chat_template))
 
 
-# Named texts
+NO_QUERY = r"has no \{query\}.*query_answer"
+NO_PLACE = "needs the template chat.*has no place for it"
+FOLDED = {"system": "be brief", "folds_system": True}
+OF_MODEL = "^the chat template of maker/model "
 
 
 @pytest.mark.parametrize(
-    ("text", "system", "options", "why"),
+    ("text", "chat_template", "options", "why"),
     [
-        *(
-            (text, None, {}, r"has no \{query\}.*query_answer")
-            for text in ("", "chatt", "{Query}", "{ query }", "## Q:")
+        *((text, CHAT, {}, NO_QUERY) for text in ("", "chatt", "{Query}", "{ query }", "## Q:")),
+        *((text, CHAT, {"system": "be brief"}, NO_PLACE) for text in ("direct", "Q: {query}")),
+        *((text, CHAT, FOLDED, "--fold-system needs") for text in ("llama2", "{system} {query}")),
+        ("chat", CHAT, {"folds_system": True}, "--fold-system needs"),
+        ("query_answer", CHAT, {"thinking": "closed"}, "closed by the template chat alone"),
+        ("chat", CHAT, {"thinking": "maybe"}, "closed or open; got 'maybe'"),
+        ("chat", CHAT, {"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
+        ("chat", None, {}, "the tokenizer of maker/model has no chat template"),
+        (
+            "chat",
+            NO_SYSTEM,
+            {"system": "be brief"},
+            OF_MODEL + "rejects the system prompt: no system role here.*--fold-s",
         ),
-        *((text, "be brief", {}, "needs the template chat.*has no place for it") for text in ("direct", "Q: {query}")),
-        ("llama2", "be brief", {"folds_system": True}, "--fold-system needs"),
-        ("chat", None, {"folds_system": True}, "--fold-system needs"),
-        ("{system} {query}", "be brief", {"folds_system": True}, "--fold-system needs"),
-        ("query_answer", None, {"thinking": "closed"}, "closed by the template chat alone"),
-        ("chat", None, {"thinking": "maybe"}, "closed or open; got 'maybe'"),
-        ("chat", None, {"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
+        ("chat", DROPS_SYSTEM, {"system": "be brief"}, OF_MODEL + "drops .*--fold-system"),
+        (
+            "chat",
+            "[user][assistant]",
+            {},
+            OF_MODEL + "drops the query, or changes it; choose --template query_answer or",
+        ),
+        ("chat", "{{ messages[0].content | upper }}", {}, OF_MODEL + "drops the query, or changes it"),
+        ("chat", {"rag": CHAT, "tools": CHAT}, {}, OF_MODEL + "rejects the prompt"),
+        ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
+        ("chat", "{{ 1 / 0 }}", {}, OF_MODEL + "rejects the prompt: division by zero"),
+        ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
+        ("chat", "{{ [1][messages] }}{{ messages | sum }}", {}, OF_MODEL + "rejects the prompt: unsupported operand"),
+        ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
     ],
 )
-def test_what_is_no_template_is_refused(text, system, options, why):
-    with pytest.raises(InputError, match=why):
-        Template.parse(text, system, **options)
+def test_what_cannot_be_rendered_is_refused_in_one_line(text, chat_template, options, why):
+    with pytest.raises(InputError, match=why) as refused:
+        rendered(chat_template, text=text, **options)
+    assert "\n" not in str(refused.value)
 
 
-LLAMA2 = "[INST] <<SYS>>\n{}\n<</SYS>>\n\nQ? [/INST]"
+LLAMA2 = "[INST] <<SYS>>\n{}\n<</SYS>>\n\nhi [/INST]"
+TURN = "[user]hi[end][assistant]"
+SURE = {"prefill": "Sure"}
 
 
 @pytest.mark.parametrize(
-    ("text", "system", "expected"),
+    ("text", "chat_template", "options", "expected"),
     [
-        # The papers' templates, to the letter.
-        ("direct", None, "Q?"),
-        ("query_answer", None, "## Query:Q?\n## Answer:"),
-        ("query_answer_space", None, "## Query: Q?\n## Answer:"),
-        ("llama2", None, LLAMA2.format("You are a helpful assistant.")),
-        ("llama2", "Be brief.", LLAMA2.format("Be brief.")),
-        ("llama2", "", "[INST] Q? [/INST]"),
+        # The papers' templates, to the letter; a prefill stands where they put answers.
+        ("direct", None, {}, "hi"),
+        ("query_answer", None, {}, "## Query:hi\n## Answer:"),
+        ("query_answer", None, SURE, "## Query:hi\n## Answer: Sure"),
+        ("query_answer_space", None, {}, "## Query: hi\n## Answer:"),
+        ("llama2", None, {}, LLAMA2.format("You are a helpful assistant.")),
+        ("llama2", None, {"system": "Be brief."}, LLAMA2.format("Be brief.")),
+        ("llama2", None, {"system": ""} | SURE, "[INST] hi [/INST] Sure"),
         # A text may have a place for a system prompt.
-        ("{system}|{query}", "be brief", "be brief|Q?"),
-        ("{system}|{query}", "", "|Q?"),
-        ("{system}|{query}", None, "{system}|Q?"),
+        ("{system}|{query}", None, {"system": "be brief"}, "be brief|hi"),
+        ("{system}|{query}", None, {"system": ""}, "|hi"),
+        ("{system}|{query}", None, {}, "{system}|hi"),
+        ("Q: {query} A:", None, SURE, "Q: hi A:Sure"),
+        ("chat", CHAT, {}, TURN),
+        ("chat", CHAT, {"system": "be brief"}, f"[system]be brief[end]{TURN}"),
+        ("chat", CHAT, {"system": ""}, f"[system][end]{TURN}"),
+        ("chat", CHAT, SURE, f"{TURN}Sure"),
+        ("chat", BLANK_BEFORE_ANSWERS, SURE, "<s>[INST] hi [/INST] Sure"),
+        ("chat", BLANK_BEFORE_ANSWERS, {"prefill": "\nSure"}, "<s>[INST] hi [/INST]\nSure"),
+        ("chat", NO_SYSTEM, FOLDED, "[user]be brief\n\nhi[end][assistant]"),
+        ("chat", NO_SYSTEM, {}, TURN),
+        # Of several templates the default counts.
+        ("chat", {"default": CHAT, "tools": NO_SYSTEM}, {}, TURN),
+        ("chat", LISTED, {"system": "be brief"}, "[system]be brief[user]hi[assistant]"),
+        ("chat", LISTED + "{{ messages[0].content[0].text }}", {}, "[user]hi[assistant]hi"),
+        ("chat", LISTED, SURE, "[user]hi[assistant]Sure"),
+        # A switch without marks is turned off, and nothing is written.
+        ("chat", NO_MARKS, {}, TURN),
+        ("chat", NO_MARKS, {"thinking": "open"}, f"Think first.{TURN}"),
+        ("chat", BEGUN, SURE, f"{TURN}<think>\n\n</think>\n\nSure"),
+        ("chat", SWITCHED, SURE, f"{TURN}<think>\n\n</think>\n\nSure"),
     ],
 )
-def test_texts_that_need_no_tokenizer(text, system, expected):
-    assert Template.parse(text, system).render("Q?", None) == expected
+def test_a_template_puts_system_prompt_query_and_prefill_in_their_places(text, chat_template, options, expected):
+    assert rendered(chat_template, text=text, **options) == expected
 
 
 def test_urial_shows_its_shots_and_leaves_the_answer_to_the_model():
@@ -121,6 +167,7 @@ def test_urial_shows_its_shots_and_leaves_the_answer_to_the_model():
     assert text.endswith("# Query:\nHow do I fold a sheet?\n\n# Answer:\n")
     assert text.count("# Query:") == text.count("# Answer:") == 4
     assert template.stops == ("# Query:",)
+    assert Template.parse("urial", prefill="Sure").render("a", None).endswith("# Answer:\nSure")
     assert Template.parse("urial", "").render("a", None).startswith("# Query:\nWhich planets")
     assert Template.parse("urial", "Be brief.").render("a", None).startswith("Be brief.\n\n# Query:\nWhich")
 
@@ -140,9 +187,6 @@ def test_braces_are_plain_text_and_a_query_is_put_in_as_it_stands(before, query)
         assert Template.parse(f"{before}{{query}}|").render(query, None) == f"{before}{query}|"
     assert Template.parse("llama2").render(query, None).endswith(f"\n\n{query} [/INST]")
     assert Template.parse("S: {system} Q: {query}", "{query}").render(query, None) == f"S: {{query}} Q: {query}"
-
-
-# Special tokens
 
 
 TWICE = "{{ bos_token }} {{ bos_token }} [user] {{ messages[0].content }}"
@@ -180,62 +224,6 @@ def test_a_prompt_without_a_token_is_refused():
         Template.parse("direct").bound(lambda text, add_special_tokens: {"input_ids": []}).encode("a")
 
 
-# Turns
-
-
-FOLDED = {"system": "be brief", "folds_system": True}
-
-
-@pytest.mark.parametrize(
-    ("chat_template", "options", "text"),
-    [
-        (CHAT, {}, "[user]hi[end][assistant]"),
-        (CHAT, {"system": "be brief"}, "[system]be brief[end][user]hi[end][assistant]"),
-        (CHAT, {"system": ""}, "[system][end][user]hi[end][assistant]"),
-        (NO_SYSTEM, FOLDED, "[user]be brief\n\nhi[end][assistant]"),
-        (NO_SYSTEM, {}, "[user]hi[end][assistant]"),
-        # Of several templates the default counts.
-        ({"default": CHAT, "tools": NO_SYSTEM}, {}, "[user]hi[end][assistant]"),
-        (LISTED, {}, "[user]hi[assistant]"),
-        (LISTED, {"system": "be brief"}, "[system]be brief[user]hi[assistant]"),
-        (LISTED + "{{ messages[0].content[0].text }}", {}, "[user]hi[assistant]hi"),
-        (LISTED, {"prefill": "Sure"}, "[user]hi[assistant]Sure"),
-        # A switch without marks is turned off, and nothing is written.
-        (NO_MARKS, {}, "[user]hi[end][assistant]"),
-        (NO_MARKS, {"thinking": "open"}, "Think first.[user]hi[end][assistant]"),
-        (BEGUN, {"prefill": "Sure"}, "[user]hi[end][assistant]<think>\n\n</think>\n\nSure"),
-    ],
-)
-def test_a_chat_template_gets_system_prompt_query_and_prefill_in_its_own_form(chat_template, options, text):
-    assert rendered(chat_template, **options) == text
-
-
-@pytest.mark.parametrize(
-    ("chat_template", "options", "why"),
-    [
-        (NO_SYSTEM, {"system": "be brief"}, " rejects the system prompt: no system role here.*--fold-system"),
-        (DROPS_SYSTEM, {"system": "be brief"}, " drops .*--fold-system"),
-        ("[user][assistant]", {}, " drops the query, or changes it; choose --template query_answer or direct"),
-        ("{{ messages[0].content | upper }}", {}, " drops the query, or changes it"),
-        ({"rag": CHAT, "tools": CHAT}, {}, " rejects the prompt"),
-        ("{{ 'x' + 5 }}", {}, r' rejects the prompt: can only concatenate str \(not "int"\) to str'),
-        ("{{ 1 / 0 }}", {}, " rejects the prompt: division by zero"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}, " rejects the prompt: maximum recursion depth"),
-        ("{{ [1][messages] }}{{ messages | sum }}", {}, " rejects the prompt: unsupported operand"),
-        (CHAT, {"thinking": "closed"}, " has no think block to close"),
-    ],
-)
-def test_what_a_chat_template_cannot_render_is_refused_in_one_line(chat_template, options, why):
-    with pytest.raises(InputError, match=f"^the chat template of maker/model{why}") as refused:
-        rendered(chat_template, **options)
-    assert "\n" not in str(refused.value)
-
-
-def test_without_a_chat_template_there_is_no_chat():
-    with pytest.raises(InputError, match="the tokenizer of maker/model has no chat template"):
-        rendered(None)
-
-
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
 UNASKED = "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT
 
@@ -251,9 +239,6 @@ UNASKED = "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" 
 def test_a_template_that_writes_the_date_says_so(text, chat_template, is_dated):
     note = "the chat template writes today's date into the prompts; the same command on another day is another run"
     assert Template.parse(text).bound(tokenizer(chat_template)).note == (note if is_dated else None)
-
-
-# Think blocks
 
 
 def test_where_there_is_no_think_block_one_may_be_left_open():
@@ -292,33 +277,6 @@ def test_a_query_that_holds_a_mark_changes_nothing():
     for chat_template in (SWITCHED, BEGUN, STRIPS_HISTORY):
         plain = rendered(chat_template).replace("hi[end]", "why </think> or <think>[end]")
         assert rendered(chat_template, "why </think> or <think>") == plain
-
-
-# Answers that are begun
-
-
-@pytest.mark.parametrize(
-    ("text", "chat_template", "joint"),
-    [
-        ("chat", CHAT, ""),
-        ("chat", BLANK_BEFORE_ANSWERS, " "),
-        ("chat", SWITCHED, ""),
-        ("chat", BEGUN, ""),
-        ("query_answer", None, " "),
-        ("llama2", None, " "),
-        ("urial", None, ""),
-        ("Q: {query} A:", None, ""),
-    ],
-)
-def test_a_prefill_stands_where_the_template_puts_answers(text, chat_template, joint):
-    adopted = tokenizer(chat_template)
-    prompt = Template.parse(text).render("hi", adopted)
-    assert Template.parse(text, prefill="Sure, here is").render("hi", adopted) == f"{prompt}{joint}Sure, here is"
-    # A blank of the user's own is the only one.
-    assert Template.parse(text, prefill="\nSure").render("hi", adopted) == f"{prompt}\nSure"
-
-
-# Manifests
 
 
 def test_a_template_is_read_back_from_its_settings():
