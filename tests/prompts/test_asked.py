@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from safetyheads.judges.base import NOT_CLOSED, Completion, Verdict, verdicts_of
 from safetyheads.judges.keywords import KeywordJudge
-from safetyheads.prompts.asked import AnswerReader
+from safetyheads.prompts.asked import AnswerReader, ReadAnswer
 from safetyheads.prompts.templates import THINK_BLOCKS
 
 quick = settings(deadline=None, max_examples=200)
@@ -32,41 +32,60 @@ def read(pieces, special=(), **options):
     return AnswerReader(tokenizer, **options).read(tokenizer.ids(*pieces))
 
 
-def test_without_block_and_stops_an_answer_is_its_text():
-    one = read(["I", " can", "<end>"], ["<end>"])
-    assert (one.text, one.certain, one.token_ids) == ("I can", "I can", (0, 1, 2))
-    assert (one.thinks, one.unclosed, one.stopped) == (False, False, False)
-    assert read([" <think>", "a", "</think>", "b"]).text == " <think>a</think>b"
+CHANNEL = {"block": next(block for block in THINK_BLOCKS if block.opener == "<|channel|>")}
+CHANNEL["special"] = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"]
+FINAL = ["<|channel|>", "final", "<|message|>", "Sure"]
+THOUGHT = ["<|channel|>", "analysis", "<|message|>", "hm", "<|end|>", "<|start|>", "assistant"]
+STOPS = {"stops": ("END", "# Query:")}
+BLOCK = {"block": THINK}
+BEGUN = BLOCK | {"begins_in_block": True}
 
 
-def test_a_block_is_taken_away_whoever_opened_it():
-    for begins, pieces in ((False, ["\n<think>", "I can't", "</think>", "\n\n", "Sure"]),
-                           (True, ["I can't", "</think>", "\n\n", "Sure"])):  # fmt: skip
-        one = read(pieces, block=THINK, begins_in_block=begins)
-        assert (one.text, one.certain, one.thought, one.thinks) == ("Sure", "Sure", "I can't", True)
-        assert one.token_ids == tuple(range(len(pieces))[-2:])
+@pytest.mark.parametrize(
+    ("pieces", "options", "expected"),
+    [
+        # Without block and stops an answer is its text.
+        (["I", " can", "<end>"], {"special": ["<end>"]}, ReadAnswer("I can", (0, 1, 2), certain="I can")),
+        ([" <think>", "a"], {}, ReadAnswer(" <think>a", (0, 1), certain=" <think>a")),
+        # A block is taken away, whoever opened it.
+        (["\n<think>", "no", "</think>", "\n\n", "Sure"], BLOCK, ReadAnswer("Sure", (3, 4), 3, "no", certain="Sure")),
+        (["no", "</think>", "\n\n", "Sure"], BEGUN, ReadAnswer("Sure", (2, 3), 2, "no", certain="Sure")),
+        # Marks may be cut anywhere and share tokens with the answer.
+        (["<thi", "nk>a<", "/thin", "k>Su", "re"], BLOCK, ReadAnswer("Sure", (4,), 4, "a", certain="Sure")),
+        # Special tokens that mark a block are seen and not answered.
+        (FINAL, CHANNEL, ReadAnswer("Sure", (3,), 3, "", certain="Sure")),
+        # A block that never closes leaves no answer.
+        (["<think>", "Sure"], BLOCK, ReadAnswer("", (), 2, "Sure", unclosed=True)),
+        (["Sure"], BEGUN, ReadAnswer("", (), 1, "Sure", unclosed=True)),
+        # A model that does not think is heard. So far it may be the mark of a block; at its end it is an answer.
+        (["Sure", ", here"], BLOCK, ReadAnswer("Sure, here", (0, 1), certain="Sure, here")),
+        *(([text], BLOCK, ReadAnswer(text, (0,))) for text in ("", "<", " <thin")),
+        # An answer ends before its first stop text, and what may become one is not certain.
+        (
+            ["Yes\n", "\n# Que", "ry: more", "END"],
+            STOPS,
+            ReadAnswer("Yes\n\n", (0, 1, 2, 3), 0, "", False, True, "Yes\n\n"),
+        ),
+        (["Sure.", "\n\n# Que"], STOPS, ReadAnswer("Sure.\n\n# Que", (0, 1), certain="Sure.\n\n")),
+    ],
+)
+def test_what_judges_get_of_an_answer(pieces, options, expected):
+    assert read(pieces, **options) == expected
 
 
-def test_marks_may_be_cut_anywhere_and_share_tokens_with_the_answer():
-    one = read(["<thi", "nk>a<", "/thin", "k>Su", "re"], block=THINK)
-    assert (one.text, one.thought, one.n_thought) == ("Sure", "a", 4)
+def test_the_last_channel_is_the_answer():
+    assert read([*THOUGHT, *FINAL], **CHANNEL).text == "Sure"
+    assert read([*THOUGHT, *FINAL[:2]], **CHANNEL).unclosed
 
 
-def test_special_tokens_that_mark_a_block_are_seen_and_not_answered():
-    channel = next(block for block in THINK_BLOCKS if block.opener == "<|channel|>")
-    special = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"]
-    final = ["<|channel|>", "final", "<|message|>", "Sure"]
-    thought = ["<|channel|>", "analysis", "<|message|>", "hm", "<|end|>", "<|start|>", "assistant"]
-    assert read([*thought, *final], special, block=channel).text == "Sure"
-    assert read(final, special, block=channel).text == "Sure"
-    assert read(final, special, block=channel).thought == ""
-    assert read([*thought, *final[:2]], special, block=channel).unclosed
+def test_a_stop_text_ends_an_answer_where_there_is_one():
+    tokenizer = Pieces(["a", "EN", "D"])
+    ends = AnswerReader(tokenizer, stops=("END",)).ends
+    assert [ends(tokenizer.ids(*pieces)) for pieces in (["a"], ["a", "EN"], ["a", "EN", "D"])] == [False, False, True]
+    assert AnswerReader(tokenizer).ends is None
 
 
-def test_a_block_that_never_closes_leaves_no_answer_and_nobody_is_asked():
-    for one in (read(["<think>", "Sure"], block=THINK), read(["Sure"], block=THINK, begins_in_block=True)):
-        assert (one.text, one.certain, one.unclosed, one.thinks, one.thought) == ("", None, True, True, "Sure")
-
+def test_no_judge_is_asked_about_a_block_that_never_closes():
     class Asked(KeywordJudge):
         def __call__(self, completions):
             assert [completion.query for completion in completions] == ["a", "c"]
@@ -77,9 +96,9 @@ def test_a_block_that_never_closes_leaves_no_answer_and_nobody_is_asked():
         Completion("b", "", (), False, 128, unclosed=True),
         Completion("c", "S" + "o it goes" * 3, (), True, 128),
     ]
-    labels = [verdict.label for verdict in verdicts_of(Asked(), completions)]
-    assert labels == ["refused", "incoherent", "incoherent"]
-    assert verdicts_of(Asked(), completions)[1] == NOT_CLOSED == Verdict("incoherent", "think block not closed")
+    verdicts = verdicts_of(Asked(), completions)
+    assert [verdict.label for verdict in verdicts] == ["refused", "incoherent", "incoherent"]
+    assert verdicts[1] == NOT_CLOSED == Verdict("incoherent", "think block not closed")
 
 
 def test_a_judge_that_gives_too_few_verdicts_is_an_error():
@@ -89,26 +108,6 @@ def test_a_judge_that_gives_too_few_verdicts_is_an_error():
 
     with pytest.raises(ValueError, match="shorter"):
         verdicts_of(Lazy(), [Completion("a", "b", (), True, 128)])
-
-
-def test_a_model_that_does_not_think_is_heard():
-    one = read(["Sure", ", here"], block=THINK)
-    assert (one.text, one.certain, one.thinks) == ("Sure, here", "Sure, here", False)
-    # So far it may be the mark of a block; at its end it is an answer after all.
-    for text in ("", "<", " <thin"):
-        one = read([text], block=THINK)
-        assert (one.text, one.certain, one.unclosed) == (text, None, False)
-
-
-def test_an_answer_ends_before_its_first_stop_text():
-    one = read(["Sure.", "\n\n# Que", "ry: more", "END"], stops=("END", "# Query:"))
-    assert (one.text, one.certain, one.stopped) == ("Sure.\n\n", "Sure.\n\n", True)
-    one = read(["Sure.", "\n\n# Que"], stops=("END", "# Query:"))
-    assert (one.text, one.certain, one.stopped) == ("Sure.\n\n# Que", "Sure.\n\n", False)
-    tokenizer = Pieces(["a", "EN", "D"])
-    ends = AnswerReader(tokenizer, stops=("END",)).ends
-    assert [ends(tokenizer.ids(*pieces)) for pieces in (["a"], ["a", "EN"], ["a", "EN", "D"])] == [False, False, True]
-    assert AnswerReader(tokenizer).ends is None
 
 
 # Marks in bits, so that every cut of them is met.
