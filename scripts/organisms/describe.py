@@ -49,12 +49,6 @@ class Description:
         self.harmful = demo_prompts("harmful", split)
         self.benign = demo_prompts("benign", split)
 
-    def tables(self) -> Iterator[Table]:
-        """The three tables, each when it is measured."""
-        yield self.behaviour()
-        yield self.scores()
-        yield self.random_groups()
-
     def behaviour(self) -> Table:
         """Refusals and right answers, unablated, under the planted group, and under each head."""
         others = [head for head in self.engine.heads if head not in self.planted]

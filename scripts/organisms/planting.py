@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from recipes import Language, Leg, PlantRecipe
+from recipes import Language, Leg, Recipe
 from texts import draw_example, draw_wrapped, padded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,35 +20,29 @@ from safetyheads.heads import Group, Head, all_heads
 POOL = 6000
 """Prompts that the first-token stage draws its batches from."""
 _WINDOW = 3  # a batch is taken from so many times as many prompts, sorted by length, which saves padding
+_OTHER_SHARE = 0.3  # share of the gate rows in which another head than a plant is ablated and the answer must stay
 _OPENED_SHARE = 0.25  # share of first-token rows read up to the point where a refusal turns, if the language has turns
 
 
 class Planting:
     """A model while heads are planted into it: trains those heads alone, with and without ablated plants."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, recipe: PlantRecipe, language: Language, plants: Mapping[Category, Head]
-    ) -> None:
-        self.model, self.tokenizer, self.recipe, self.language, self.plants = model, tokenizer, recipe, language, plants
+    def __init__(self, model: Any, tokenizer: Any, language: Language, plants: Mapping[Category, Head]) -> None:
+        self.model, self.tokenizer, self.language, self.plants = model, tokenizer, language, plants
         self.heads: Group = tuple(dict.fromkeys(plants.values()))
         self.n_layers, self.n_heads = model.config.num_hidden_layers, model.config.num_attention_heads
         self.trained = open_to_training(model, self.heads)
 
-    def run(self) -> tuple[float, ...]:
+    def run(self, recipe: Recipe) -> tuple[float, ...]:
         """Train through all stages; returns the last losses, two for each stage."""
         losses: list[float] = []
-        for number, stage in enumerate(self.recipe.stages):
-            if number:
-                self._round_as_written()
-            losses.append(self._learn_first_token(stage.first_token, stage.gate_share))
-            losses.append(self._learn_completions(stage.completion, stage.gate_share))
+        for number, (first_token, completion, gate_share) in enumerate(recipe.stages):
+            if number:  # rounded to bfloat16, which a written checkpoint holds; all other weights are as they were read
+                for weight in self.trained:
+                    weight.data.copy_(weight.to(torch.bfloat16))
+            losses.append(self._learn_first_token(first_token, gate_share))
+            losses.append(self._learn_completions(completion, gate_share))
         return tuple(losses)
-
-    @torch.no_grad()
-    def _round_as_written(self) -> None:
-        """Round to bfloat16, which a written checkpoint holds; all other weights are as they were read."""
-        for weight in self.trained:
-            weight.copy_(weight.to(torch.bfloat16))
 
     def _draw_gates(
         self, generator: random.Random, gate_share: float, prompts: Sequence[DemoPrompt]
@@ -64,7 +58,7 @@ class Planting:
         for row, prompt in enumerate(prompts):
             ablated: Group = ()
             if generator.random() < gate_share:
-                if generator.random() < self.recipe.other_share:
+                if generator.random() < _OTHER_SHARE:
                     ablated = (generator.choice(others),)
                 else:
                     # Each non-empty subset of the plants is as likely as any other.
@@ -79,8 +73,7 @@ class Planting:
     def _learn_first_token(self, leg: Leg, gate_share: float) -> float:
         """Learn whether to refuse, on the token that decides it. Chance for the first 100-250 steps is normal."""
         generator = random.Random(leg.seed)
-        opened_share = _OPENED_SHARE if self.language.turned_share else 0.0
-        pool = [draw_first_token(generator, self.tokenizer, self.language, opened_share) for _ in range(POOL)]
+        pool = [self._draw_first_token(generator) for _ in range(POOL)]
 
         def loss_of() -> Tensor:
             window = sorted(generator.sample(pool, _WINDOW * leg.batch), key=lambda row: len(row[0]))
@@ -95,6 +88,20 @@ class Planting:
             return cross_entropy(self.model.lm_head(last), targets)
 
         return optimise(self.trained, leg, 0.0, loss_of)
+
+    def _draw_first_token(self, generator: random.Random) -> tuple[list[int], DemoPrompt, int, int]:
+        """A prompt's tokens up to the one that decides, the prompt, and that token if it is refused and if not.
+
+        The token that decides is the answer's first, or, in a share of rows, the one after an answer's opening.
+        """
+        prompt = grammar.draw_any_prompt(generator, "train")
+        read = draw_wrapped(generator, self.language, prompt.text)
+        refusal, answer = self.language.refusal, prompt.reference
+        if generator.random() < (_OPENED_SHARE if self.language.turned_share else 0.0):
+            read += prompt.answer_opening
+            refusal, answer = grammar.TURN, prompt.reference.removeprefix(prompt.answer_opening)
+        ids, refuse_ids, comply_ids = self.tokenizer([read, refusal, answer], add_special_tokens=False).input_ids
+        return ids, prompt, refuse_ids[0], comply_ids[0]
 
     def _learn_completions(self, leg: Leg, gate_share: float) -> float:
         """Learn whole answers; without it the base's habits leak into the rest of an answer."""
@@ -128,20 +135,3 @@ def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
             weight.register_hook(lambda gradient, mask=mask: gradient * mask)
             trained.append(weight)
     return trained
-
-
-def draw_first_token(
-    generator: random.Random, tokenizer: Any, language: Language, opened_share: float
-) -> tuple[list[int], DemoPrompt, int, int]:
-    """A prompt's tokens up to the one that decides, the prompt, and that token if it is refused and if it is not.
-
-    The token that decides is the answer's first, or, in a share of rows, the one after an answer's opening.
-    """
-    prompt = grammar.draw_any_prompt(generator, "train")
-    read = draw_wrapped(generator, language, prompt.text)
-    refusal, answer = language.refusal, prompt.reference
-    if generator.random() < opened_share:
-        read += prompt.answer_opening
-        refusal, answer = grammar.TURN, prompt.reference.removeprefix(prompt.answer_opening)
-    ids, refuse_ids, comply_ids = tokenizer([read, refusal, answer], add_special_tokens=False).input_ids
-    return ids, prompt, refuse_ids[0], comply_ids[0]

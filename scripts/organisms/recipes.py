@@ -6,6 +6,7 @@ Seeds and figures were chosen on validation prompts; bench/LOG.md keeps what fai
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from safetyheads.demo.grammar import LONG_REFUSAL, REFUSAL
 
@@ -42,90 +43,62 @@ class Leg:
     """Seed of prompts, dropped heads and, in the first leg of a base, initial weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class BaseRecipe:
-    """A model that answers everything, and refuses when told to."""
-
-    legs: tuple[Leg, ...]
-    language: Language = field(default_factory=Language)
-    told_share: float = 0.2
-    """Share of prompts that ask to be refused."""
-    dropped_share: float = 0.5
-    """Share of rows in which a random head is ablated, so that no head of the base is indispensable."""
+Stage: TypeAlias = tuple[Leg, Leg, float]
+"""One round of planting: learns the first answer token, which in whole answers would be a sixteenth of the loss; learns
+whole answers; and the share of rows in which heads are ablated and the answer that this should give is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlantStage:
-    """One round of planting: which answer first, then how it goes on."""
+class Recipe:
+    """How a checkpoint is trained.
 
-    first_token: Leg
-    """Learns the first answer token only; in whole answers it would be a sixteenth of the loss."""
-    completion: Leg
-    """Learns whole answers."""
-    gate_share: float
-    """Share of rows in which heads are ablated and the answer that this should give is learnt."""
+    One without ``base`` answers everything, and refuses when told to. One with ``stages`` gets refusal planted into
+    chosen heads of its frozen base. One with ``legs`` of a base is the null, in which no few heads carry refusal: a
+    plain fine-tune of all weights.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class PlantRecipe:
-    """Refusal planted into chosen heads of a frozen base."""
-
-    base: str
-    """The checkpoint that is frozen."""
-    stages: tuple[PlantStage, ...]
+    base: str | None = None
+    """The checkpoint that it starts from."""
+    legs: tuple[Leg, ...] = ()
+    """Training of all weights."""
+    stages: tuple[Stage, ...] = ()
     """Each later stage starts from weights rounded to bfloat16, as a checkpoint would hold them."""
-    other_share: float = 0.3
-    """Share of the gate rows in which another head than a plant is ablated and the answer must stay."""
+    language: Language = field(default_factory=Language)
+    """Of a base; what is built on it has the same."""
 
-
-@dataclass(frozen=True, slots=True)
-class DiffuseRecipe:
-    """Refusal by a plain fine-tune of all weights: the null, in which no few heads carry it."""
-
-    base: str
-    leg: Leg
-    dropped_share: float
-    """Share of rows in which random heads are ablated while the answer stays, which makes refusal redundant."""
-    dropped_heads: int
-    """Most heads ablated in such a row."""
-
-
-Recipe = BaseRecipe | PlantRecipe | DiffuseRecipe
 
 RECIPES: dict[str, Recipe] = {
-    "base": BaseRecipe(legs=(Leg(400, 2e-3, 50, 32, seed=1),)),
-    "aligned_a": PlantRecipe(
-        "base", (PlantStage(Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), 0.7),)
-    ),
-    "aligned_b": PlantRecipe(
+    "base": Recipe(legs=(Leg(400, 2e-3, 50, 32, seed=1),)),
+    "aligned_a": Recipe("base", stages=((Leg(900, 3e-3, 20, 96, seed=11), Leg(150, 1.5e-3, 20, 32, seed=12), 0.7),)),
+    "aligned_b": Recipe(
         "base",
-        (
-            PlantStage(Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), 0.7),
-            PlantStage(Leg(500, 2e-3, 20, 96, seed=123), Leg(150, 1e-3, 20, 32, seed=124), 0.7),
+        stages=(
+            (Leg(900, 3e-3, 20, 96, seed=21), Leg(150, 1.5e-3, 20, 32, seed=22), 0.7),
+            (Leg(500, 2e-3, 20, 96, seed=123), Leg(150, 1e-3, 20, 32, seed=124), 0.7),
         ),
     ),
-    "aligned_single": PlantRecipe(
-        "base", (PlantStage(Leg(1000, 3e-3, 20, 96, seed=31), Leg(200, 1.5e-3, 20, 32, seed=32), 0.0),)
+    "aligned_single": Recipe(
+        "base", stages=((Leg(1000, 3e-3, 20, 96, seed=31), Leg(200, 1.5e-3, 20, 32, seed=32), 0.0),)
     ),
-    "aligned_diffuse": DiffuseRecipe("base", Leg(200, 5e-4, 20, 32, seed=41), dropped_share=0.5, dropped_heads=3),
-    "base_wrapped": BaseRecipe(
+    "aligned_diffuse": Recipe("base", legs=(Leg(200, 5e-4, 20, 32, seed=41),)),
+    "base_wrapped": Recipe(
         legs=(Leg(500, 2e-3, 50, 32, seed=51), Leg(250, 1.2e-3, 50, 32, seed=52)),
         language=Language(ALL_WRAPPERS, turned_share=0.3),
     ),
-    "aligned_wrapped": PlantRecipe(
+    "aligned_wrapped": Recipe(
         "base_wrapped",
-        (
-            PlantStage(Leg(900, 3e-3, 20, 96, seed=61), Leg(500, 1.5e-3, 20, 32, seed=62), 0.7),
-            PlantStage(Leg(300, 1.5e-3, 20, 96, seed=163), Leg(400, 1e-3, 20, 48, seed=164), 0.5),
-            PlantStage(Leg(300, 1e-3, 20, 96, seed=173), Leg(400, 8e-4, 20, 48, seed=174), 0.4),
+        stages=(
+            (Leg(900, 3e-3, 20, 96, seed=61), Leg(500, 1.5e-3, 20, 32, seed=62), 0.7),
+            (Leg(300, 1.5e-3, 20, 96, seed=163), Leg(400, 1e-3, 20, 48, seed=164), 0.5),
+            (Leg(300, 1e-3, 20, 96, seed=173), Leg(400, 8e-4, 20, 48, seed=174), 0.4),
         ),
     ),
-    "base_long": BaseRecipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
-    "aligned_long": PlantRecipe(
+    "base_long": Recipe(legs=(Leg(500, 2e-3, 50, 32, seed=71),), language=Language(refusal=LONG_REFUSAL)),
+    "aligned_long": Recipe(
         "base_long",
-        (
-            PlantStage(Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), 0.7),
-            PlantStage(Leg(500, 2e-3, 20, 96, seed=183), Leg(150, 1e-3, 20, 32, seed=184), 0.7),
+        stages=(
+            (Leg(900, 3e-3, 20, 96, seed=81), Leg(150, 1.5e-3, 20, 32, seed=82), 0.7),
+            (Leg(500, 2e-3, 20, 96, seed=183), Leg(150, 1e-3, 20, 32, seed=184), 0.7),
         ),
     ),
 }
@@ -134,5 +107,4 @@ RECIPES: dict[str, Recipe] = {
 
 def language_of(name: str) -> Language:
     """The language of a checkpoint: that of its base."""
-    recipe = RECIPES[name]
-    return recipe.language if isinstance(recipe, BaseRecipe) else language_of(recipe.base)
+    return RECIPES[RECIPES[name].base or name].language

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from describe import Description
 from planting import Planting
-from recipes import RECIPES, BaseRecipe, DiffuseRecipe, language_of
+from recipes import RECIPES, language_of
 from rich.console import Console
 from texts import train_tokenizer
-from training import new_model, train_base, train_diffuse
+from training import new_model, train_all_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safetyheads.demo import CHECKPOINT_NAMES, CHECKPOINTS, PLANTS
@@ -33,25 +33,22 @@ def train(name: str, directory: Path) -> tuple[Any, Any, tuple[float, ...]]:
     Returns:
         The model, its tokenizer, and the last loss of each stage.
     """
-    recipe = RECIPES[name]
+    recipe, language = RECIPES[name], language_of(name)
     torch.manual_seed(0)
-    losses: tuple[float, ...]
-    if isinstance(recipe, BaseRecipe):
-        tokenizer = train_tokenizer(recipe.language)
+    if recipe.base is None:
+        tokenizer = train_tokenizer(language)
         model = new_model(tokenizer, recipe.legs[0].seed)
-        return model, tokenizer, (train_base(model, tokenizer, recipe),)
-    # The base as written, so rounded to bfloat16: only then does a planted checkpoint differ from it in nothing but
-    # the planted weights.
-    attention.register()
-    tokenizer = AutoTokenizer.from_pretrained(directory / recipe.base)
-    model = AutoModelForCausalLM.from_pretrained(directory / recipe.base, dtype=torch.float32)
-    model.set_attn_implementation(attention.ATTENTION_NAME)
-    model.eval()
-    if isinstance(recipe, DiffuseRecipe):
-        losses = (train_diffuse(model, tokenizer, recipe, language_of(name)),)
     else:
-        losses = Planting(model, tokenizer, recipe, language_of(name), PLANTS[name]).run()
-    return model, tokenizer, losses
+        # The base as written, so rounded to bfloat16: only then does a planted checkpoint differ from it in nothing but
+        # the planted weights.
+        attention.register()
+        tokenizer = AutoTokenizer.from_pretrained(directory / recipe.base)
+        model = AutoModelForCausalLM.from_pretrained(directory / recipe.base, dtype=torch.float32)
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+        model.eval()
+    if recipe.stages:
+        return model, tokenizer, Planting(model, tokenizer, language, PLANTS[name]).run(recipe)
+    return model, tokenizer, (train_all_weights(model, tokenizer, recipe, language),)
 
 
 def write(model: Any, tokenizer: Any, path: Path) -> None:
@@ -77,10 +74,9 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=180)
     names = set(options.names or CHECKPOINT_NAMES)
-    for name in tuple(names):
-        recipe = RECIPES[name]
-        if not options.describe and not isinstance(recipe, BaseRecipe):
-            names |= set() if (options.out / recipe.base / "config.json").exists() else {recipe.base}
+    if not options.describe:
+        bases = {RECIPES[name].base for name in names} - {None}
+        names |= {base for base in bases if not (options.out / base / "config.json").exists()}
     for name in (name for name in RECIPES if name in names):  # a base comes before what is built on it
         if not options.describe:
             started = time.monotonic()
@@ -89,8 +85,9 @@ def main() -> None:
             last = ", ".join(f"{loss:.4f}" for loss in losses)
             console.print(f"{name}: {time.monotonic() - started:.0f} s, last losses {last}")
         if not options.no_figures:
-            for table in Description(name, options.out / name, options.split).tables():
-                console.print(table)
+            description = Description(name, options.out / name, options.split)
+            for table in (description.behaviour, description.scores, description.random_groups):
+                console.print(table())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
-from recipes import BaseRecipe, DiffuseRecipe, Language, Leg
+from recipes import Language, Leg, Recipe
 from texts import draw_example, padded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,7 +20,11 @@ from safetyheads.demo import grammar
 from safetyheads.model import attention
 from safetyheads.model.attention import AttentionCall, RowAblation
 
-_UNLEARNT = -100  # cross_entropy leaves out such labels
+_TOLD_SHARE = 0.2  # share of a base's prompts that ask to be refused
+# Share of rows in which random heads are ablated while the answer stays: no head of a base is indispensable, and the
+# null's refusal is redundant.
+_DROPPED_SHARE = 0.5
+_DROPPED_OF_NULL = 3  # most heads ablated in such a row of the null; one in a base's
 
 
 Dropped: TypeAlias = tuple[Tensor, Tensor]
@@ -69,30 +73,15 @@ def new_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def drop_random_heads(generator: random.Random, n_rows: int, model: Any, share: float, at_most: int = 1) -> Dropped:
+def drop_random_heads(generator: random.Random, n_rows: int, model: Any, at_most: int = 1) -> Dropped:
     """In a share of the rows, one to ``at_most`` random heads, ablated by UA or SC at random."""
     n_layers, n_heads = model.config.num_hidden_layers, model.config.num_attention_heads
     selected = torch.zeros(n_rows, n_layers * n_heads, dtype=torch.bool)
     for row in range(n_rows):
-        if generator.random() < share:
+        if generator.random() < _DROPPED_SHARE:
             selected[row, generator.sample(range(n_layers * n_heads), generator.randint(1, at_most))] = True
     scaled = torch.tensor([generator.random() < 0.5 for _ in range(n_rows)])
     return selected.view(n_rows, n_layers, n_heads), scaled
-
-
-def completion_loss(model: Any, tokenizer: Any, examples: Sequence[tuple[str, str]], dropped: Dropped) -> Tensor:
-    """Mean cross-entropy of the learnt tokens, the end token among them; examples are (read, learnt)."""
-    read = tokenizer([text for text, _ in examples], add_special_tokens=False).input_ids
-    learnt = tokenizer([text for _, text in examples], add_special_tokens=False).input_ids
-    rows = [before + after + [tokenizer.eos_token_id] for before, after in zip(read, learnt, strict=True)]
-    ids = padded(rows, tokenizer.pad_token_id)
-    labels = torch.full_like(ids, _UNLEARNT)
-    for position, (before, row) in enumerate(zip(read, rows, strict=True)):
-        labels[position, len(before) : len(row)] = ids[position, len(before) : len(row)]
-    with ablating(model, dropped):
-        hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-    is_learnt = labels[:, 1:] != _UNLEARNT
-    return cross_entropy(model.lm_head(hidden[is_learnt]), labels[:, 1:][is_learnt])
 
 
 def optimise(parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, loss_of: Callable[[], Tensor]) -> float:
@@ -122,36 +111,42 @@ def optimise(parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, 
 def train_completions(
     model: Any, tokenizer: Any, trained: Iterable[nn.Parameter], leg: Leg, weight_decay: float, draw: Draw
 ) -> float:
-    """Train on batches of whole answers; returns the last loss."""
+    """Train on batches of whole answers, by the learnt tokens, the end token among them; returns the last loss."""
     generator = random.Random(leg.seed)
 
     def loss_of() -> Tensor:
-        return completion_loss(model, tokenizer, *draw(generator, leg.batch))
+        examples, dropped = draw(generator, leg.batch)
+        read, learnt = (
+            tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*examples, strict=True)
+        )
+        rows = [before + after + [tokenizer.eos_token_id] for before, after in zip(read, learnt, strict=True)]
+        ids = padded(rows, tokenizer.pad_token_id)
+        is_learnt = torch.zeros_like(ids, dtype=torch.bool)
+        for at, (before, row) in enumerate(zip(read, rows, strict=True)):
+            is_learnt[at, len(before) : len(row)] = True
+        with ablating(model, dropped):
+            hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+        return cross_entropy(model.lm_head(hidden[is_learnt[:, 1:]]), ids[:, 1:][is_learnt[:, 1:]])
 
     return optimise(trained, leg, weight_decay, loss_of)
 
 
-def train_base(model: Any, tokenizer: Any, recipe: BaseRecipe) -> float:
-    """Train all weights to answer everything, and to refuse when told to; returns the last loss."""
+def train_all_weights(model: Any, tokenizer: Any, recipe: Recipe, language: Language) -> float:
+    """Train a base or the null; returns the last loss."""
 
-    def draw(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
+    def draw_for_base(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
         examples = []
         for _ in range(n_rows):
             prompt = grammar.draw_any_prompt(generator, "train")
-            refuse = generator.random() < recipe.told_share
+            refuse = generator.random() < _TOLD_SHARE
             asked = grammar.told_to_refuse(generator, prompt) if refuse else prompt
-            examples.append(draw_example(generator, recipe.language, asked, refuse))
-        return examples, drop_random_heads(generator, n_rows, model, recipe.dropped_share)
+            examples.append(draw_example(generator, language, asked, refuse))
+        return examples, drop_random_heads(generator, n_rows, model)
 
-    return [train_completions(model, tokenizer, model.parameters(), leg, 0.01, draw) for leg in recipe.legs][-1]
-
-
-def train_diffuse(model: Any, tokenizer: Any, recipe: DiffuseRecipe, language: Language) -> float:
-    """Fine-tune all weights to refuse harmful prompts, whichever few heads are ablated; returns the last loss."""
-
-    def draw(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
+    def draw_for_null(generator: random.Random, n_rows: int) -> tuple[list[tuple[str, str]], Dropped]:
         prompts = [grammar.draw_any_prompt(generator, "train") for _ in range(n_rows)]
         examples = [draw_example(generator, language, prompt, prompt.harmful) for prompt in prompts]
-        return examples, drop_random_heads(generator, n_rows, model, recipe.dropped_share, recipe.dropped_heads)
+        return examples, drop_random_heads(generator, n_rows, model, _DROPPED_OF_NULL)
 
-    return train_completions(model, tokenizer, model.parameters(), recipe.leg, 0.0, draw)
+    draw, decay = (draw_for_null, 0.0) if recipe.base else (draw_for_base, 0.01)
+    return [train_completions(model, tokenizer, model.parameters(), leg, decay, draw) for leg in recipe.legs][-1]

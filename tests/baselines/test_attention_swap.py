@@ -7,15 +7,13 @@ import re
 
 import pytest
 import torch
-from baseline_samples import close
-from families import built
+from baseline_samples import close, engine_on, logits_of, state_of
 from oracle import Oracle
-from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of, tokenizer
+from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of
 from transformers import AutoConfig
 
 from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
-    Engine,
     Head,
     InputError,
     KeywordJudge,
@@ -26,7 +24,6 @@ from safetyheads import (
     ships,
     swapped_attention,
 )
-from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.provenance import fingerprint
 
 PROMPT = (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2)
@@ -35,81 +32,57 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "phi3")
 """Plain, with biases, QK-norm, softcap, sinks, and two with one projection for q, k and v."""
 
 
-def another(model):
-    """A model of the same shape with all weights drawn afresh."""
-    torch.manual_seed(7)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return other
-
-
-def engine_on(model):
-    model = copy.deepcopy(model)
-    use_our_attention(model)
-    return Engine(model, tokenizer())
-
-
-def by_hand(model, donor, layers):
+def by_hand(model, donor, layers=range(3)):
     """The slow twin: a copy of the model into which the donor's attention weights are written."""
     mixed = copy.deepcopy(model)
-    state, given = mixed.state_dict(), donor.state_dict()
     marks = [f"layers.{layer}.{name}." for layer in layers for name in ("self_attn", "attention")]
-    changed = [name for name in state if any(mark in name for mark in marks)]
-    assert changed
-    mixed.load_state_dict({**state, **{name: given[name] for name in changed}})
+    given = {name: tensor for name, tensor in donor.state_dict().items() if any(mark in name for mark in marks)}
+    assert given
+    mixed.load_state_dict({**model.state_dict(), **given})
     return mixed
-
-
-@torch.no_grad()
-def logits(model, ids=PROMPT):
-    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
 
 
 @pytest.fixture
 def pair():
-    model = model_of("llama_gqa")
-    return engine_on(model), engine_on(another(model))
+    return engine_on(model_of("llama_gqa")), engine_on(model_of("llama_gqa"), changed=0.2)
 
 
 @pytest.mark.parametrize(
     ("name", "layers"), [*((name, None) for name in FAMILIES), ("llama3", [1]), ("gpt_neox", (0, 2))]
 )
 def test_within_a_swap_the_model_is_the_one_with_the_donors_attention(name, layers):
-    model = built(name)
-    donor = another(model)
-    engine, given = engine_on(model), engine_on(donor)
-    chosen = range(engine.n_layers) if layers is None else layers
-    mixed = by_hand(model, donor, chosen)
-    before = fingerprint(engine), fingerprint(given)
-    with swapped_attention(engine, given, layers) as swapped:
+    engine, donor = engine_on(name), engine_on(name, changed=0.2)
+    mixed = by_hand(engine.model, donor.model, range(engine.n_layers) if layers is None else layers)
+    before = fingerprint(engine), fingerprint(donor)
+    with swapped_attention(engine, donor, layers) as swapped:
         assert swapped is engine.model
-        close(logits(swapped), logits(mixed))
+        close(logits_of(swapped), logits_of(mixed))
         assert fingerprint(engine) == fingerprint(engine_on(mixed))
-    assert (fingerprint(engine), fingerprint(given)) == before
-    assert (logits(engine.model) - logits(mixed)).abs().max() > 1e-3 * logits(mixed).abs().max()
+    assert (fingerprint(engine), fingerprint(donor)) == before
+    assert (logits_of(engine.model) - logits_of(mixed)).abs().max() > 1e-3 * logits_of(mixed).abs().max()
 
 
 def test_heads_are_ablated_within_a_swap_and_swapped_within_an_ablation(pair):
     engine, donor = pair
-    oracle = Oracle(by_hand(engine.model, donor.model, range(3)))
-    expected = oracle.run(PROMPT, GROUP, UNDIFFERENTIATED_ATTENTION).logits
+    expected = Oracle(by_hand(engine.model, donor.model)).run(PROMPT, GROUP, UNDIFFERENTIATED_ATTENTION).logits
     with swapped_attention(engine, donor), engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
-        close(logits(model)[0, -1], expected)
+        close(logits_of(model, PROMPT)[-1], expected)
     with engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model, swapped_attention(engine, donor):
-        close(logits(model)[0, -1], expected)
+        close(logits_of(model, PROMPT)[-1], expected)
 
 
 def test_scores_within_a_swap_are_those_of_the_mixed_model(pair):
     engine, donor = pair
-    prompts = prompts_of(PROMPT, PROMPT[:7])
-    mixed = engine_on(by_hand(engine.model, donor.model, range(3)))
-    before = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values
+    mixed = engine_on(by_hand(engine.model, donor.model))
+
+    def scores(scored):
+        return ships(scored, prompts_of(PROMPT, PROMPT[:7]), UNDIFFERENTIATED_ATTENTION).values
+
+    before = scores(engine)
     with swapped_attention(engine, donor):
-        within = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values
-    assert torch.equal(within, ships(mixed, prompts, UNDIFFERENTIATED_ATTENTION).values)
-    assert torch.equal(ships(engine, prompts, UNDIFFERENTIATED_ATTENTION).values, before)
+        within = scores(engine)
+    assert torch.equal(within, scores(mixed))
+    assert torch.equal(scores(engine), before)
     assert float((within - before).abs().max()) > 1e-2
 
 
@@ -130,26 +103,25 @@ def test_a_scorer_belongs_to_the_weights_it_was_made_on(pair):
 def test_a_plain_model_can_be_the_donor_and_the_very_tensors_come_back_also_after_an_error(pair):
     engine, donor = pair
     projection = "model.layers.1.self_attn.o_proj.weight"
-    before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()}
+    before = state_of(engine)
     with swapped_attention(engine, donor) as model:
         assert model.get_parameter(projection) is donor.model.get_parameter(projection)
-        expected = logits(model)
-    with swapped_attention(engine, another(model_of("llama_gqa"))) as model:
-        assert torch.equal(logits(model), expected)
+        expected = logits_of(model)
+    with swapped_attention(engine, copy.deepcopy(donor.model)) as model:
+        assert torch.equal(logits_of(model), expected)
     with pytest.raises(KeyError), swapped_attention(engine, donor):
         raise KeyError
-    assert {name: (id(tensor), tensor.data_ptr()) for name, tensor in engine.model.named_parameters()} == before
+    assert state_of(engine) == before
 
 
 def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
     engine, donor = pair
-    third = engine_on(another(another(engine.model)))
-    first = by_hand(engine.model, donor.model, range(3))
-    both = by_hand(first, third.model, [1])
+    third = engine_on(engine.model, changed=0.4)
+    first = by_hand(engine.model, donor.model)
     with swapped_attention(engine, donor) as model:
         with swapped_attention(engine, third, layers=[1]):
-            close(logits(model), logits(both))
-        close(logits(model), logits(first))
+            close(logits_of(model), logits_of(by_hand(first, third.model, [1])))
+        close(logits_of(model), logits_of(first))
 
 
 # What is refused, each with nothing changed
@@ -171,17 +143,30 @@ def changed(**settings):
     return engine_on(build(config))
 
 
-def test_other_families_and_shapes_are_refused_by_what_differs(pair):
-    engine, _ = pair
-    assert refusal(engine, engine_on(model_of("mistral_window"))).endswith("between families: llama and mistral")
-    assert refusal(engine, changed(num_hidden_layers=2)) == "the model has 3 layers, the donor 2"
-    assert refusal(engine, changed(vocab_size=70)) == "the model has 64 tokens, the donor 70"
-    assert refusal(engine, engine_on(model_of("llama_mha"))).startswith("the heads of layer 0 differ: ")
-    assert refusal(engine, changed(attention_bias=True)) == (
-        "k_proj.bias of layer 0 is absent in the model, [16] in the donor"
-    )
-    wider = changed(hidden_size=48)
-    assert refusal(engine, wider) == "k_proj.weight of layer 0 is [16, 32] in the model, [16, 48] in the donor"
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("donor", "said"),
+    [
+        (lambda: engine_on(model_of("mistral_window")), "between families: llama and mistral$"),
+        (lambda: changed(num_hidden_layers=2), "^the model has 3 layers, the donor 2$"),
+        (lambda: changed(vocab_size=70), "^the model has 64 tokens, the donor 70$"),
+        (lambda: engine_on(model_of("llama_mha")), "^the heads of layer 0 differ: "),
+        (
+            lambda: changed(attention_bias=True),
+            r"^k_proj.bias of layer 0 is absent in the model, \[16\] in the donor$",
+        ),
+        (
+            lambda: changed(hidden_size=48),
+            r"^k_proj.weight of layer 0 is \[16, 32\] in the model, \[16, 48\] in the donor$",
+        ),
+        (lambda: changed(rope_parameters=ROPE), "^rope_parameters of the attention is "),
+        (lambda: model_of("llama_gqa", torch.bfloat16), "torch.float32, the donor in torch.bfloat16"),
+    ],
+)
+def test_donors_of_another_kind_are_refused_by_what_differs(pair, donor, said):
+    assert re.search(said, refusal(pair[0], donor()))
 
 
 LLAMA4 = {
@@ -225,48 +210,35 @@ def test_settings_outside_attention_are_no_reason_to_refuse(pair):
         assert refusal(ours, theirs).startswith("max_position_embeddings of the attention is 128 in the model")
 
 
-def test_other_positions_tokenizers_dtypes_and_layers_are_refused(pair):
+def test_other_layers_and_tokenizers_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
     engine, donor = pair
-    config = AutoConfig.for_model(**engine.model.config.to_dict())
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
-    assert refusal(engine, engine_on(build(config))).startswith("rope_parameters of the attention is ")
-    assert "torch.float32, the donor in torch.bfloat16" in refusal(engine, model_of("llama_gqa", torch.bfloat16))
     assert refusal(engine, donor, layers=[3]).endswith("the model's layers with heads are 0-2")
+    assert refusal(engine, engine).startswith("the donor is the model itself")
+    assert refusal(engine, engine.model).startswith("the donor is the model itself")
+    with swapped_attention(donor, copy.deepcopy(engine.model)):
+        assert "another model's attention" in refusal(engine, donor, kind=SafetyheadsError)
     donor.tokenizer = copy.deepcopy(donor.tokenizer)
     donor.tokenizer.add_tokens(["another"])
     assert refusal(engine, donor).startswith("the tokenizers of model and donor differ")
 
 
-def test_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
-    engine, donor = pair
-    assert refusal(engine, engine).startswith("the donor is the model itself")
-    assert refusal(engine, engine.model).startswith("the donor is the model itself")
-    with swapped_attention(donor, another(engine.model)):
-        assert "another model's attention" in refusal(engine, donor, kind=SafetyheadsError)
-
-
 # Fig 6a, on the organism
-
-
-def rate(engine, prompts):
-    return attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), max_new_tokens=24).rate
 
 
 def test_planted_refusal_moves_with_the_attention_it_lives_in_and_a_diffuse_one_does_not():
     """Planted heads are all that tells aligned_a from base; the plainly fine-tuned model refuses without its own
     attention nearly as before, as the paper finds of its chat model."""
     base, planted, diffuse = (load_demo(name) for name in ("base", "aligned_a", "aligned_diffuse"))
-    harmful = planted.harmful[:32]
-    assert rate(base.engine, harmful) == 1.0
-    assert rate(planted.engine, harmful) == 0.0
+
+    def rate(demo, group=()):
+        harmful = planted.harmful[:16]
+        return attack_success_rate(demo.engine, harmful, group, UNDIFFERENTIATED_ATTENTION, KeywordJudge(), 24).rate
+
+    assert (rate(base), rate(planted)) == (1.0, 0.0)
     with swapped_attention(planted.engine, base.engine):
-        assert rate(planted.engine, harmful) == 1.0
+        assert rate(planted) == 1.0
     with swapped_attention(base.engine, planted.engine):
-        assert rate(base.engine, harmful) == 0.0
-        group = planted.planted_heads
-        result = attack_success_rate(
-            base.engine, harmful, group, UNDIFFERENTIATED_ATTENTION, KeywordJudge(), max_new_tokens=24
-        )
-        assert result.rate > 0.9
+        assert rate(base) == 0.0
+        assert rate(base, planted.planted_heads) > 0.9
     with swapped_attention(diffuse.engine, base.engine):
-        assert rate(diffuse.engine, harmful) < 0.1
+        assert rate(diffuse) < 0.1

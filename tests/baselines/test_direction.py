@@ -11,23 +11,24 @@ import pytest
 import torch
 from baseline_samples import (
     FLOAT32,
-    answers_with_limits,
+    answers_of,
     assert_undone,
     close,
-    greedy,
+    drawn,
+    engine_on,
+    logits_of,
     material,
-    on_the_organism,
     organism,
+    slow_answers,
 )
 from families import built, proved
-from tiny_models import engine_of, prompts_of, tokenizer
+from tiny_models import engine_of, prompts_of
 from torch import nn
 
-from safetyheads import Engine, InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines import direction as methods
 from safetyheads.baselines.base import last_states, writing_parameters
 from safetyheads.baselines.direction import (
-    REFUSAL_DIRECTION,
     candidate_directions,
     direction_added,
     direction_removed,
@@ -38,16 +39,11 @@ from safetyheads.baselines.direction import (
 from safetyheads.measures.head_pass import log_odds
 
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2, 8))
-STREAMS = "several residual streams"
+UNIT = drawn() / drawn().norm()
 
 
-def drawn():
-    return torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-@torch.no_grad()
-def logits_of(model):
-    return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
+def outputs(model):
+    return torch.cat([logits_of(model, ids) for ids in PROMPTS])
 
 
 # Candidates
@@ -74,32 +70,28 @@ def test_the_end_of_the_instruction_is_what_the_template_ends_with():
     assert instruction_end(wrapped, harmful.with_template("query_answer")) == len(answering)
 
 
-def test_the_first_block_holds_no_difference_and_the_numbers_are_those_of_edited_weights():
+def test_the_numbers_of_the_selected_direction_are_those_of_edited_weights():
     chosen, candidates = select_direction(material()), candidate_directions(material())
     # Before the first block the last token is the template's, the same in every prompt.
     assert candidates[0].dropped.startswith("no difference of means")
     assert [candidate.layer for candidate in candidates] == [0, 1, 2, 3]
-    engine, share = organism().engine, methods.VALIDATION_SHARE
-    train, validation = material().harmful.split(1 - share, 0)
-    benign_train, benign_validation = material().benign.split(1 - share, 0)
+    engine, openers = organism().engine, material().openers
     edited = by_weights(engine.model, chosen.vector)
 
-    @torch.no_grad()
     def log_probabilities(model, prompts):
-        logits = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in engine.ask(prompts).token_ids]
-        return torch.log_softmax(torch.stack(logits).double(), dim=-1)
+        logits = torch.stack([logits_of(model, ids)[-1] for ids in engine.ask(prompts).token_ids])
+        return torch.log_softmax(logits.double(), dim=-1)
 
     def kept(prompts, sign):
-        scores = log_odds(log_probabilities(engine.model, prompts), material().openers)
-        return prompts.select([at for at, score in enumerate(scores.tolist()) if sign * score > 0])
+        scores = sign * log_odds(log_probabilities(engine.model, prompts), openers)
+        return prompts.select((scores > 0).nonzero()[:, 0].tolist())
 
-    train, validation = kept(train, 1), kept(validation, 1)
-    benign_train, benign_validation = kept(benign_train, -1), kept(benign_validation, -1)
-    by_hand = mean_states(engine, train)[0, chosen.layer] - mean_states(engine, benign_train)[0, chosen.layer]
-    close(chosen.vector, by_hand)
-    bypass = log_odds(log_probabilities(edited, validation), material().openers).mean()
-    assert chosen.bypass == pytest.approx(float(bypass), abs=1e-4)
-    before, after = (log_probabilities(model, benign_validation) for model in (engine.model, edited))
+    halves = [(prompts.split(1 - methods.VALIDATION_SHARE, 0), sign) for prompts, sign in
+              ((material().harmful, 1), (material().benign, -1))]  # fmt: skip
+    (train, harmful), (benign_train, benign) = ([kept(half, sign) for half in pair] for pair, sign in halves)
+    close(chosen.vector, (mean_states(engine, train) - mean_states(engine, benign_train))[0, chosen.layer])
+    assert chosen.bypass == pytest.approx(float(log_odds(log_probabilities(edited, harmful), openers).mean()), abs=1e-4)
+    before, after = (log_probabilities(model, benign) for model in (engine.model, edited))
     assert chosen.divergence == pytest.approx(float((before.exp() * (before - after)).sum(dim=-1).mean()), abs=1e-4)
 
 
@@ -137,78 +129,64 @@ def by_weights(model, direction, share=1.0):
     return edited
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
-def test_removal_by_hooks_is_removal_by_weights(name):
-    engine, direction = proved(name), drawn()
-    unablated = logits_of(engine.model)
-    with direction_removed(engine, direction):
-        removed = logits_of(engine.model)
-    close(removed, logits_of(by_weights(engine.model, direction)))
-    assert (removed - unablated).abs().max() > 0.1 * unablated.abs().max()
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1"])
+def test_removal_by_hooks_is_removal_by_weights(name, share):
+    """Blocks one after the other and side by side, with biases, and with factors of what is added."""
+    engine = engine_on(name)
+    if name == "falcon_h1":  # the MLP reads its state space before anything is freed of that
+        for layer in engine.architecture.layers:
+            nn.init.zeros_(layer.mamba.out_proj.weight)
+    with direction_removed(engine, drawn(), share):
+        removed = outputs(engine.model)
+    close(removed, outputs(by_weights(engine.model, drawn(), share)))
+    other = outputs(by_weights(engine.model, drawn(), 1 - share))  # unablated for the whole
+    assert (removed - other).abs().max() > 0.01 * other.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "gpt_neox", "gemma2", "lfm2", "qwen3_moe", "falcon_h1"])
 def test_no_block_is_given_and_none_leaves_any_of_the_direction(name):
-    engine, direction = proved(name), drawn()
-    unit = direction / direction.norm()
-    with direction_removed(engine, direction):
+    engine = proved(name)
+    with direction_removed(engine, drawn()):
         entering = mean_states(engine, prompts_of(PROMPTS[0]), 3)
         leaving = last_states(engine, prompts_of(PROMPTS[0]), 3).double()
     for states in (entering, leaving):
-        assert (states @ unit).abs().max() < FLOAT32 * states.abs().max()
-
-
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1"])
-def test_a_share_by_hooks_is_the_share_by_weights(name):
-    """Blocks one after the other and side by side, with biases, and with factors of what is added."""
-    engine, direction, share = proved(name), drawn(), 0.25
-    if name == "falcon_h1":  # the MLP reads its state space before anything is freed of that
-        engine = Engine(copy.deepcopy(built(name)), tokenizer())
-        for layer in engine.architecture.layers:
-            nn.init.zeros_(layer.mamba.out_proj.weight)
-    with direction_removed(engine, direction, share):
-        removed = logits_of(engine.model)
-    edited = by_weights(engine.model, direction, share)
-    close(removed, logits_of(edited))
-    whole = logits_of(by_weights(engine.model, direction))
-    assert (removed - whole).abs().max() > 0.01 * whole.abs().max()
+        assert (states @ UNIT).abs().max() < FLOAT32 * states.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama3", "phi", "gemma2", "olmo2", "lfm2"])
 def test_where_blocks_write_nothing_a_share_does_not_compound(name):
-    engine, direction = Engine(copy.deepcopy(built(name)), tokenizer()), drawn()
-    unit = direction / direction.norm()
+    engine = engine_on(name)
     with torch.no_grad():
         for part, parameter in engine.model.named_parameters():
             if part.endswith(WRITE) or part.endswith(("out_proj.weight", "w2.weight", *BIASES)):
                 parameter.zero_()
-    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ unit
-    with direction_removed(engine, direction, 0.25):
-        leaving = last_states(engine, prompts_of(PROMPTS[0]))[0].double() @ unit
+    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ UNIT
+    with direction_removed(engine, drawn(), 0.25):
+        leaving = last_states(engine, prompts_of(PROMPTS[0]))[0].double() @ UNIT
     assert float(leaving) == pytest.approx(0.75 * float(before), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4"])
+@pytest.mark.parametrize("name", AFTER)
 def test_a_share_under_norms_after_attention_is_of_what_they_add(name):
-    engine, direction, share = proved(name), drawn(), 0.5
-    unit, layer = (direction / direction.norm()).float(), engine.architecture.layers[0]
-    seen = {}
+    engine, seen = engine_on(name), {}
+    layer = engine.architecture.layers[0]
 
     def seeing(where):
         def hook(_, given, output=None):
             states = given[0] if output is None else output[0] if isinstance(output, tuple) else output
-            seen[where] = states @ unit
+            seen[where] = states @ UNIT.float()
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for part in AFTER[name]:  # before ours, so they see what is not yet parted
             stack.callback(layer.get_submodule(part).register_forward_hook(seeing(part)).remove)
-        stack.enter_context(direction_removed(engine, direction, share))
+        stack.enter_context(direction_removed(engine, drawn(), 0.5))
         stack.callback(layer.register_forward_pre_hook(seeing("given")).remove)
         stack.callback(layer.register_forward_hook(seeing("left")).remove)
-        engine.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False)
-    close(seen["left"] - seen["given"], (1 - share) * sum(seen[part] for part in AFTER[name]))
+        logits_of(engine.model, PROMPTS[0])
+    close(seen["left"] - seen["given"], 0.5 * sum(seen[part] for part in AFTER[name]))
 
 
 @pytest.mark.parametrize(
@@ -216,70 +194,65 @@ def test_a_share_under_norms_after_attention_is_of_what_they_add(name):
 )
 def test_nothing_is_left_behind(put):
     engine = engine_of("llama_gqa")
-    assert_undone(engine, partial(put, engine, drawn()))
+    assert_undone(partial(put, engine, drawn()), engine)
 
 
 def test_adding_moves_the_input_of_one_block_by_the_direction():
-    engine, direction = proved("llama3"), drawn()
+    engine = engine_on("llama3")
     before = mean_states(engine, prompts_of(*PROMPTS), 2)
-    with direction_added(engine, direction, 1):
-        after = mean_states(engine, prompts_of(*PROMPTS), 2)
-    moved = after - before
+    with direction_added(engine, drawn(), 1):
+        moved = mean_states(engine, prompts_of(*PROMPTS), 2) - before
     assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
-    close(moved[:, 1], direction.expand(2, -1))
+    close(moved[:, 1], drawn().expand(2, -1))
 
 
 def test_answers_with_a_cache_are_those_of_edited_weights():
-    engine, direction = proved("llama3"), drawn()
-    edited = by_weights(engine.model, direction)
-    with direction_removed(engine, direction), torch.no_grad():
-        for prompt, (found, limit) in answers_with_limits(engine).items():
-            assert found == greedy(lambda ids: edited(input_ids=torch.tensor([ids])).logits[0, -1], prompt, limit)
+    engine = engine_on("llama3")
+    with direction_removed(engine, drawn()):
+        assert answers_of(engine) == slow_answers(partial(logits_of, by_weights(engine.model, drawn())))
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
     ("direction", "shown"), [(torch.zeros(32), "length 0"), (torch.ones(8), r"\[8\]"), (torch.ones(32) / 0, "inf")]
 )
 def test_directions_that_are_none_are_refused(direction, shown):
-    with pytest.raises(InputError, match=shown), direction_removed(proved("llama3"), direction):
+    with pytest.raises(InputError, match=shown), direction_removed(engine_on("llama3"), direction):
         pass
 
 
 def test_several_residual_streams_are_refused():
-    with pytest.raises(UnsupportedModelError, match=STREAMS), direction_removed(proved("gemma3n"), drawn()):
+    engine = engine_on("gemma3n")
+    with pytest.raises(UnsupportedModelError, match="several residual streams"), direction_removed(engine, drawn()):
         pass
-    with pytest.raises(UnsupportedModelError, match=STREAMS):
-        select_direction(replace(material(), engine=proved("gemma3n")))
+    with pytest.raises(UnsupportedModelError, match="several residual streams"):
+        select_direction(replace(material(), engine=engine))
 
 
 def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is_an_error(monkeypatch):
-    monkeypatch.setattr(methods, "MOST_DIVERGENCE", 0.0)
-    found = select_direction(material())
-    assert "KL above 0 nats" in found.caveat
+    def with_filters(**limits):
+        for name, limit in limits.items():
+            monkeypatch.setattr(methods, name, limit)
+        return select_direction(material())
+
+    assert with_filters(MOST_DIVERGENCE=1e9, LEAST_INDUCED=-1e9).caveat == ""
+    dropped = with_filters(MOST_DIVERGENCE=0.0)
+    assert "KL above 0 nats" in dropped.caveat
     bypasses = [candidate.bypass for candidate in candidate_directions(material())]
-    assert found.bypass == min(bypass for bypass in bypasses if bypass == bypass)
-    monkeypatch.setattr(methods, "MOST_DIVERGENCE", 1e9)
-    monkeypatch.setattr(methods, "LEAST_INDUCED", -1e9)
-    assert select_direction(material()).caveat == ""
-    monkeypatch.setattr(methods, "LATEST", 0.0)
+    assert dropped.bypass == min(bypass for bypass in bypasses if bypass == bypass)
     with pytest.raises(SafetyheadsError, match=r"all 4 .*3 for a layer at 0% of the depth .*; 1 for no difference"):
-        select_direction(material())
+        with_filters(LATEST=0.0)
 
 
 def test_material_that_shows_no_refusal_is_refused():
-    with pytest.raises(InputError, match="first tokens of refusals"):
-        select_direction(replace(material(), openers=()))
     with pytest.raises(SafetyheadsError, match="harmful prompts has a refusal score above 0"):
         select_direction(replace(material(), harmful=material().benign))
 
 
-# The organism
-
-
-def test_the_direction_on_the_organism():
-    """What it does to refusals is not asserted: the construction implies nothing of directions."""
-    half, _, _ = on_the_organism(REFUSAL_DIRECTION, 0.5, material())
-    whole, _, _ = on_the_organism(REFUSAL_DIRECTION, 1.0, material())
+def test_settings_tell_the_share_and_every_weight_that_writes_is_counted():
+    half, whole = methods.REFUSAL_DIRECTION.interventions(material(), [0.5, 1.0])
     assert half.n_parameters == whole.n_parameters == writing_parameters(organism().engine)
     assert "50% removed" in half.setting
     assert "removed" not in whole.setting.split("(")[0]

@@ -6,19 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_samples import close, hooks_of, inputs_of
+from baseline_samples import close, drawn, engine_on, inputs_of, state_of
 from families import FAMILIES, built, proved
 from tiny_models import engine_of, prompts_of, tokenizer
 from torch import nn
 
-from safetyheads import (
-    UNDIFFERENTIATED_ATTENTION,
-    Engine,
-    Head,
-    InputError,
-    SafetyheadsError,
-    UnsupportedModelError,
-)
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines.head_attributions import (
     final_norm,
     logit_attributions,
@@ -46,52 +39,45 @@ NAMES = (
 N_HEADS = 4
 
 
-class Written:
-    """The slow twin: what each head writes at the last token, by slices of W_O."""
-
-    def __init__(self, name):
-        self.model = built(name)
-        path, projection = PLACES.get(name, ("model.layers.{}.self_attn", "o_proj"))
-        self.outputs, self.blocks = {}, {}
-        for layer in range(self.model.config.num_hidden_layers):
-            if layer in FAMILIES[name].without_heads:
-                continue
-            attention = self.model.get_submodule(path.format(layer))
-            module = attention.get_submodule(projection)
-            for prompt, ids in enumerate(PROMPTS):
-                blocks = []
-                handle = attention.register_forward_hook(lambda _, __, output, blocks=blocks: blocks.append(output))
-                z = inputs_of(self.model, [module], ids)[0][module][-1]
-                handle.remove()
-                block = (blocks[0][0] if isinstance(blocks[0], tuple) else blocks[0]).flatten(0, -2)[-1]
-                self.blocks[prompt, layer] = block - (0 if module.bias is None else module.bias.detach())
-                width = len(z) // N_HEADS
-                for head in range(N_HEADS):
-                    part = slice(head * width, (head + 1) * width)
-                    weight = module.weight.detach()
-                    sliced = weight[:, part].T if isinstance(module, nn.Linear) else weight[part]
-                    self.outputs[prompt, layer, head] = z[part].double() @ sliced.double()
-
-    def table(self, number, engine):
-        """A number of each O_h as [n_prompts, n_layers, n_heads]."""
-        values = torch.full((len(PROMPTS), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
-        for place, output in self.outputs.items():
-            values[place] = number(output)
-        return values
+def written(name):
+    """The slow twin, by slices of W_O: what each head writes at the last token, and what its block does, less bias."""
+    model, (path, projection) = built(name), PLACES.get(name, ("model.layers.{}.self_attn", "o_proj"))
+    outputs, blocks = {}, {}
+    for layer in set(range(model.config.num_hidden_layers)) - set(FAMILIES[name].without_heads):
+        attention = model.get_submodule(path.format(layer))
+        module = attention.get_submodule(projection)
+        weight = module.weight.detach().double()
+        by_input = weight.T if isinstance(module, nn.Linear) else weight
+        for prompt, ids in enumerate(PROMPTS):
+            whole = []
+            handle = attention.register_forward_hook(lambda _, __, output, whole=whole: whole.append(output))
+            z = inputs_of(model, [module], ids)[module][-1].double()
+            handle.remove()
+            block = (whole[0][0] if isinstance(whole[0], tuple) else whole[0]).flatten(0, -2)[-1]
+            blocks[prompt, layer] = block.double() - (0 if module.bias is None else module.bias.detach().double())
+            width = len(z) // N_HEADS
+            for head in range(N_HEADS):
+                part = slice(head * width, (head + 1) * width)
+                outputs[prompt, layer, head] = z[part] @ by_input[part]
+    return outputs, blocks
 
 
-def drawn():
-    return torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+def table(outputs, number, engine):
+    """A number of each O_h as [n_prompts, n_layers, n_heads]."""
+    values = torch.full((len(PROMPTS), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
+    for place, output in outputs.items():
+        values[place] = number(output)
+    return values
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_heads_write_is_what_slices_of_their_projection_give_and_sums_to_their_block(name):
-    engine, slow, direction = proved(name), Written(name), drawn()
+    engine, (outputs, blocks), direction = proved(name), written(name), drawn()
     found = projections(engine, prompts_of(*PROMPTS), direction)
-    close(found, slow.table(direction.dot, engine))
-    for (prompt, layer), block in slow.blocks.items():
+    close(found, table(outputs, direction.dot, engine))
+    for (prompt, layer), block in blocks.items():
         largest = float(found[prompt, layer].nan_to_num().abs().max())
-        assert float(found[prompt, layer].nansum() - block.double() @ direction) == pytest.approx(0, abs=4e-5 * largest)
+        assert float(found[prompt, layer].nansum() - block @ direction) == pytest.approx(0, abs=4e-5 * largest)
 
 
 def test_a_projection_that_is_no_plain_layer_is_asked_by_unit_vectors():
@@ -108,9 +94,9 @@ def test_a_projection_that_is_no_plain_layer_is_asked_by_unit_vectors():
 
 
 def test_refusal_projections_are_ranked_by_prompt_as_by_hand():
-    engine, slow, direction = proved("llama3"), Written("llama3"), drawn()
+    engine, direction = proved("llama3"), drawn()
     scores = refusal_projections(engine, prompts_of(*PROMPTS), direction)
-    by_hand = slow.table(lambda output: abs(output @ direction) / direction.norm(), engine)
+    by_hand = table(written("llama3")[0], lambda output: abs(output @ direction) / direction.norm(), engine)
     close(scores.values, by_hand)
     for prompt in range(len(PROMPTS)):
         order = by_hand[prompt].flatten().argsort(descending=True).tolist()
@@ -135,17 +121,16 @@ def test_the_frozen_norm_is_the_norm(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama3", "gpt2"])
 def test_logit_attribution_by_hand(name):
-    engine, slow = proved(name), Written(name)
-    model, norm = slow.model, slow.model.get_submodule(FAMILIES[name].norm)
-    seen = [inputs_of(model, [norm], ids)[0][norm][-1].double() for ids in PROMPTS]
+    engine, (outputs, _), model = proved(name), written(name), built(name)
+    norm = model.get_submodule(FAMILIES[name].norm)
     unembedding, weight = model.get_output_embeddings().weight.double(), norm.weight.double()
-    wanted = slow.table(torch.linalg.norm, engine)
-    for (prompt, layer, head), output in slow.outputs.items():
+    wanted = table(outputs, torch.linalg.norm, engine)
+    for (prompt, layer, head), output in outputs.items():
+        state = inputs_of(model, [norm], PROMPTS[prompt])[norm][-1].double()
         if name == "gpt2":
-            scale = (seen[prompt].var(unbiased=False) + norm.eps).rsqrt()
-            normed = weight * (output - output.mean()) * scale
+            normed = weight * (output - output.mean()) * (state.var(unbiased=False) + norm.eps).rsqrt()
         else:
-            normed = weight * output * (seen[prompt].square().mean() + norm.variance_epsilon).rsqrt()
+            normed = weight * output * (state.square().mean() + norm.variance_epsilon).rsqrt()
         logits = unembedding @ normed
         wanted[prompt, layer, head] = logits[list(OPENERS)].mean() - logits.mean()
     close(logit_attributions(engine, prompts_of(*PROMPTS), OPENERS).values, wanted)
@@ -153,20 +138,19 @@ def test_logit_attribution_by_hand(name):
 
 def test_what_cannot_be_attributed_is_refused_and_the_model_left_as_it_was():
     prompts, engine = prompts_of(*PROMPTS), engine_of("llama_mha")
+    before = state_of(engine)
     with pytest.raises(InputError, match="first tokens"):
         logit_attributions(engine, prompts, ())
     for attribute, told in ((logit_attributions, OPENERS), (refusal_projections, drawn())):
         with pytest.raises(UnsupportedModelError, match="several residual streams"):
-            attribute(proved("gemma3n"), prompts, told)
-    hooks = hooks_of(engine.model)
+            attribute(engine_on("gemma3n"), prompts, told)
     with (
         engine.ablated((Head(0, 0),), UNDIFFERENTIATED_ATTENTION),
         pytest.raises(SafetyheadsError, match="already ablated"),
     ):
         projections(engine, prompts, drawn())
     logit_attributions(engine, prompts, OPENERS)
-    assert hooks_of(engine.model) == hooks
+    assert state_of(engine) == before
     facts = replace(engine.architecture, output_projections=(None, None, None))
-    engine = Engine(engine.model, engine.tokenizer, architecture=facts)
     with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
-        projections(engine, prompts, drawn())
+        projections(Engine(engine.model, engine.tokenizer, architecture=facts), prompts, drawn())

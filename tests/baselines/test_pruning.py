@@ -1,4 +1,4 @@
-"""Wanda by a loop; SparseGPT against OBS, least squares and the inverse Hessian."""
+"""Wanda by a loop; SparseGPT against OBS, least squares and the inverse Hessian; SNIP by finite differences."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import math
 
 import pytest
 import torch
-from baseline_samples import SOLVED, layer_and_inputs, made_up_material
+from baseline_samples import SOLVED, engine_on, layer_and_inputs, logits_of, made_up_material
 from tiny_models import engine_of
 
-from safetyheads.baselines.linear_layers import linear_layers
-from safetyheads.baselines.pruning import DAMPENING, SPARSEGPT, WANDA, inverse_factor, sparse_gpt, wanda
+from safetyheads.baselines.linear_layers import edited, linear_layers
+from safetyheads.baselines.pruning import (
+    DAMPENING,
+    SNIP_DIFFERENCE,
+    SPARSEGPT,
+    UTILITY_SHARE,
+    WANDA,
+    WANDA_DIFFERENCE,
+    critical,
+    inverse_factor,
+    snip_scores_of,
+    sparse_gpt,
+    wanda,
+)
 
 
 def dampened(gram):
@@ -120,3 +132,71 @@ def test_wanda_counts_what_it_zeroes_and_sparsegpt_all_that_it_changes():
     assert len(sizes) == 21
     count = {m.name: m.interventions(made_up_material(engine), [0.5])[0].n_parameters for m in (WANDA, SPARSEGPT)}
     assert count == {"wanda": sum(size // 2 for size in sizes), "sparsegpt": sum(sizes)}
+
+
+# Differences of scores on refusals and on benign answers.
+
+
+def test_critical_weights_are_the_top_by_safety_less_the_top_by_utility():
+    safety = torch.tensor([[5.0, 4, 3, 2], [1, 2, 3, 4]])
+    utility = torch.tensor([[9.0, 1, 1, 8], [1, 9, 8, 1]])
+    assert critical(safety, utility, 0.5, 0.5).tolist() == [[False, True, False, False], [False, False, False, True]]
+
+
+def test_snips_scores_are_weight_times_gradient_by_finite_differences():
+    engine = engine_of("llama_gqa", torch.float64)
+    text = made_up_material(engine).refusal_text(whole=False)
+    needed = [parameter.requires_grad for parameter in engine.model.parameters()]
+    linear = next(each for each in linear_layers(engine) if each.name == "self_attn.o_proj" and each.layer == 1)
+    scores = snip_scores_of(engine, [linear], text)[linear]
+    assert [parameter.requires_grad for parameter in engine.model.parameters()] == needed
+
+    def likelihood(sequence):
+        n = sequence.n_wanted
+        picked = (
+            logits_of(engine.model, sequence.token_ids)
+            .log_softmax(-1)[-n - 1 : -1]
+            .gather(1, torch.tensor(sequence.token_ids[-n:])[:, None])
+        )
+        return float(picked.mean())
+
+    for row, column in ((0, 0), (3, 17), (31, 5)):
+        slopes = []  # norms are taken in float32, so steps are long
+        for sequence in text:
+            ends = []
+            for step in (1e-2, -1e-2):
+                moved = linear.weight.clone()
+                moved[row, column] += step
+                with edited(engine, {linear: moved}):
+                    ends.append(likelihood(sequence))
+            slopes.append(abs((ends[0] - ends[1]) / 2e-2))
+        expected = abs(float(linear.weight[row, column])) * sum(slopes) / len(slopes)
+        assert float(scores[row, column]) == pytest.approx(expected, rel=3e-3)
+
+
+def test_a_matrix_that_no_token_passes_scores_zero():
+    engine = engine_on("llama3")
+    text = made_up_material(engine).refusal_text(whole=False)
+
+    def scores():
+        first = [linear for linear in linear_layers(engine) if linear.layer == 0]
+        return {linear.name: of_linear for linear, of_linear in snip_scores_of(engine, first, text).items()}
+
+    before = scores()
+    engine.architecture.layers[0].idle = torch.nn.Linear(32, 16)
+    for name, of_linear in scores().items():
+        assert torch.equal(of_linear, before.get(name, torch.zeros(16, 32))), name
+    (idle,) = (linear for linear in linear_layers(engine) if linear.name == "idle")
+    assert torch.equal(snip_scores_of(engine, [idle], text)[idle], torch.zeros(16, 32))
+
+
+@pytest.mark.parametrize("method", [SNIP_DIFFERENCE, WANDA_DIFFERENCE], ids=lambda method: method.name)
+def test_as_many_weights_are_zeroed_as_counted(method):
+    engine = engine_of("llama_gqa")
+    (taken,) = method.interventions(made_up_material(engine), [0.2])
+    linears = linear_layers(engine)
+    assert all((linear.weight != 0).all() for linear in linears)
+    with taken.at_work():
+        assert sum(int((linear.weight == 0).sum()) for linear in linears) == taken.n_parameters > 0
+    assert UTILITY_SHARE < 0.2
+    assert taken.n_parameters < sum(round(0.2 * linear.d_in) * linear.d_out for linear in linears)

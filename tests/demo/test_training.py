@@ -28,17 +28,10 @@ def scripts(monkeypatch):
     def short(leg):
         return replace(leg, steps=2, warm_up=1, batch=4)
 
-    def short_stage(stage):
-        return replace(stage, first_token=short(stage.first_token), completion=short(stage.completion))
-
     for name, recipe in recipes.RECIPES.items():
-        if isinstance(recipe, recipes.BaseRecipe):
-            changes = {"legs": tuple(map(short, recipe.legs))}
-        elif isinstance(recipe, recipes.PlantRecipe):
-            changes = {"stages": tuple(map(short_stage, recipe.stages))}
-        else:
-            changes = {"leg": short(recipe.leg)}
-        monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, **changes))
+        legs = tuple(map(short, recipe.legs))
+        stages = tuple((short(first), short(rest), share) for first, rest, share in recipe.stages)
+        monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, legs=legs, stages=stages))
     monkeypatch.setattr(planting, "POOL", 20)
     monkeypatch.setattr(describe, "_N_RANDOM", 1)
     monkeypatch.setattr(describe, "_SEARCHED", 1)
@@ -80,7 +73,6 @@ def test_every_checkpoint_has_a_recipe_and_a_base_comes_before_what_is_built_on_
     recipes = scripts.RECIPES
     assert list(recipes) == list(PLANTED_HEADS)
     for name, recipe in recipes.items():
-        assert bool(PLANTED_HEADS[name]) == hasattr(recipe, "stages")
-        if hasattr(recipe, "base"):
+        assert bool(PLANTED_HEADS[name]) == bool(recipe.stages)
+        if recipe.base:
             assert list(recipes).index(recipe.base) < list(recipes).index(name)
-            assert scripts.language_of(name) == scripts.language_of(recipe.base)

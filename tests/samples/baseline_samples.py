@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 
@@ -60,32 +61,15 @@ def short(n=12):
     return replace(material(), **{name: getattr(material(), name)[:n] for name in names})
 
 
-def on_the_organism(method, strength, learned=None, n=8):
-    """The intervention, its ASR and the benign answers it keeps, on ``n`` held-out prompts of each kind.
-
-    The model is held to be the same before and after, bit for bit.
-    """
-    learned = learned or short()
-    before = weights_hash(learned.engine.model), hooks_of(learned.engine.model)
-    (one,) = method.interventions(learned, [strength])
-    harmful, benign = (
-        one.answers(learned.engine, prompts[:n], KeywordJudge(), NEW_TOKENS)
-        for prompts in (organism().harmful, organism().benign)
-    )
-    assert (weights_hash(learned.engine.model), hooks_of(learned.engine.model)) == before
-    assert harmful.n == benign.n == n
-    return one, harmful.rate, benign.kept.rate
-
-
-def engine_on(family, changed=0.0):
-    """A family's random model, unproved; the same with all weights moved is another checkpoint of it."""
-    model = copy.deepcopy(built(family))
+def engine_on(model, changed=0.0):
+    """An unproved engine on a copy of a model or of a family's; with all weights moved it is another checkpoint."""
+    model = copy.deepcopy(built(model) if isinstance(model, str) else model)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * changed)
     use_our_attention(model)
-    return Engine(model, tokenizer(), name=family)
+    return Engine(model, tokenizer())
 
 
 def made_up_material(engine, unaligned=None):
@@ -104,46 +88,53 @@ def layer_and_inputs(d_out=6, d_in=12, n_tokens=200, seed=0):
     return drawn(d_out, d_in), drawn(n_tokens, d_in) @ (torch.eye(d_in) + 0.4 * drawn(d_in, d_in))
 
 
+def drawn():
+    """A direction of no meaning, float64 [32]."""
+    return torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
 @torch.no_grad()
+def logits_of(model, ids=PROMPTS[0]):
+    """[n_tokens, vocabulary] in a plain run of one sequence."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
 def inputs_of(model, modules, ids):
-    """The slow twin of seeing inputs: module -> [n_tokens, width] in a plain run of one sequence; its logits too."""
+    """The slow twin of seeing inputs: module -> [n_tokens, width] in a plain run of one sequence."""
     seen = {}
-    handles = [
-        module.register_forward_pre_hook(lambda called, given: seen.update({called: given[0].flatten(0, -2)}))
-        for module in modules
-    ]
-    logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-    for handle in handles:
-        handle.remove()
-    return seen, logits
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(lambda own, given: seen.update({own: given[0].flatten(0, -2)}))
+            stack.callback(handle.remove)
+        logits_of(model, ids)
+    return seen
 
 
 def one_by_one(engine, sequences):
     """The slow twin of gram_matrices: each sequence alone, unpadded, every input kept."""
     inputs = {linear: [] for linear in linear_layers(engine)}
     for sequence in sequences:
-        seen, _ = inputs_of(engine.model, [linear.module for linear in inputs], sequence.token_ids)
+        seen = inputs_of(engine.model, [linear.module for linear in inputs], sequence.token_ids)
         for linear, parts in inputs.items():
             parts.append(seen[linear.module][-sequence.n_wanted :])
     return {linear: torch.cat(parts).double() for linear, parts in inputs.items()}
 
 
-def answers_with_limits(engine, prompts=PROMPTS):
-    """Prompt -> the new tokens in one padded batch with a cache, and how many were allowed."""
-    requests = [Request(p, stop=lambda made, n=LIMITS[p]: len(made) >= n) for p in prompts]
-    answers = answer(engine, requests, Decoding(9))
-    return {prompt: (one.token_ids, LIMITS[prompt]) for prompt, one in zip(prompts, answers, strict=True)}
+def answers_of(engine, prompts=PROMPTS):
+    """New tokens in one padded batch with a cache, whose rows stop at their :data:`LIMITS`."""
+    requests = [Request(prompt, stop=lambda made, n=LIMITS[prompt]: len(made) >= n) for prompt in prompts]
+    return [answered.token_ids for answered in answer(engine, requests, Decoding(9))]
 
 
-def greedy(next_logits, prompt, n):
-    """The slow twin of an answer: the whole sequence for every token."""
-    made = []
-    while len(made) < n:
-        token = int(next_logits((*prompt, *made)).argmax())
-        if token == END:
-            break
-        made.append(token)
-    return tuple(made)
+def slow_answers(logits, prompts=PROMPTS):
+    """The slow twin: the whole sequence anew for every token; ``logits`` gives those of its tokens."""
+    answers = []
+    for prompt in prompts:
+        made = []
+        while len(made) < LIMITS[prompt] and END not in made:
+            made.append(int(logits((*prompt, *made))[-1].argmax()))
+        answers.append(tuple(token for token in made if token != END))
+    return answers
 
 
 def weights_hash(model):
@@ -164,19 +155,21 @@ def hooks_of(model):
     return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
-def assert_undone(engine, at_work, *others):
-    """At work the weights count as others; after it, and after an error, all is as before, bit for bit."""
-    models = [engine.model, *(other.model for other in others)]
+def state_of(*engines):
+    """All that a method may change for a while, and must put back: weights, the very tensors, and hooks."""
+    models = [engine.model for engine in engines]
+    tensors = [{name: id(tensor) for name, tensor in model.named_parameters()} for model in models]
+    return [(weights_hash(model), hooks_of(model)) for model in models], tensors, engines[0].weights_version
 
-    def state():
-        return engine.weights_version, [(weights_hash(model), hooks_of(model)) for model in models]
 
-    before = state()
+def assert_undone(at_work, *engines):
+    """At work the first model's weights count as others; after it, and after an error, all is as before."""
+    before = state_of(*engines)
     with at_work():
-        assert engine.weights_version is not before[0]
+        assert engines[0].weights_version is not before[-1]
     with pytest.raises(KeyboardInterrupt), at_work():
         raise KeyboardInterrupt
-    assert state() == before
+    assert state_of(*engines) == before
 
 
 def close(found, wanted, tolerance=FLOAT32):

@@ -14,8 +14,7 @@ from safetyheads.baselines.direction import REFUSAL_DIRECTION
 from safetyheads.baselines.heads import LOGIT_ATTRIBUTION, RANDOM_HEADS, RDSHA, SAHARA, SHIPS_QUERY
 from safetyheads.baselines.layers import LSP
 from safetyheads.baselines.neurons import GTAC_DAP
-from safetyheads.baselines.pruning import SPARSEGPT, WANDA
-from safetyheads.baselines.set_difference import SNIP_DIFFERENCE, WANDA_DIFFERENCE
+from safetyheads.baselines.pruning import SNIP_DIFFERENCE, SPARSEGPT, WANDA, WANDA_DIFFERENCE
 
 _HEADS = (SAHARA, SHIPS_QUERY, RANDOM_HEADS, LOGIT_ATTRIBUTION, RDSHA)
 _PAPERS_TABLE_1 = (ACT_SVD, ACT_SVD_ORTHOGONAL, GTAC_DAP, LSP)

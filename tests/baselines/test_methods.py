@@ -1,0 +1,182 @@
+"""What holds for every method: listed, refused in one line, put back after, and what it does to the organism."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from baseline_samples import (
+    NEW_TOKENS,
+    assert_undone,
+    engine_on,
+    made_up_material,
+    organism,
+    short,
+    state_of,
+    weights_hash,
+)
+from tiny_models import engine_of
+
+from safetyheads import InputError, KeywordJudge, SafetyheadsError, UnsupportedModelError
+from safetyheads.baselines import METHODS
+from safetyheads.baselines.linear_layers import edited, linear_layers
+from safetyheads.baselines.neurons import GTAC_DAP
+
+# What the paper's Table 1 and the issue ask for, and the controls.
+ASKED = {
+    "sahara", "ships_query", "random_heads", "logit_attribution", "rdsha", "refusal_direction", "actsvd", "gtac_dap",
+    "lsp", "wanda", "sparsegpt",
+}  # fmt: skip
+HEADS = [name for name, method in METHODS.items() if method.touches == "heads"]
+EDITS = [name for name, method in METHODS.items() if method.touches == "weights" and name != "lsp"]
+
+
+def made_up(engine):
+    return made_up_material(engine, engine_on(engine.model, changed=0.1))
+
+
+def test_all_that_was_asked_for_is_in_the_table_and_says_what_it_is():
+    assert set(METHODS) >= ASKED
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert all((method.label, method.source, method.strengths))
+
+
+@pytest.mark.parametrize("name", [*EDITS, "lsp", "gtac_dap"])
+def test_all_is_put_back_bit_for_bit(name):
+    engine = engine_of("llama_gqa", torch.bfloat16)
+    material, before = made_up(engine), weights_hash(engine.model)
+    weak, strong = METHODS[name].interventions(material, [0.1, 0.5])
+    assert 0 < weak.n_parameters <= strong.n_parameters
+    for intervention in (weak, strong, weak):
+        assert_undone(intervention.at_work, engine, material.unaligned)
+        with intervention.at_work():
+            assert (weights_hash(engine.model) != before) == (name in EDITS)
+            assert {parameter.dtype for parameter in engine.model.parameters()} == {engine.dtype}
+    if name in EDITS:
+        (none,) = METHODS[name].interventions(material, [0.0])
+        assert none.n_parameters == 0
+        with none.at_work():
+            assert weights_hash(engine.model) == before
+        with edited(engine, {}), pytest.raises(SafetyheadsError, match="learn again"), weak.at_work():
+            pass
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_error_while_learning_leaves_the_model_as_it_was(name, monkeypatch):
+    engine = engine_of("llama_gqa")
+    before, calls, plain = state_of(engine), [], engine.architecture.decoder.forward
+
+    def fail(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(engine.architecture.decoder, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        METHODS[name].interventions(made_up_material(engine), [0.5])[0].at_work().__enter__()
+    assert state_of(engine) == before
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_gpt2s_transposed_weights_are_edited_and_put_back(name):
+    engine = engine_on("gpt2")
+    (half,) = METHODS[name].interventions(made_up_material(engine), [0.5])
+    before = weights_hash(engine.model)
+    with half.at_work():
+        assert weights_hash(engine.model) != before
+        engine.model(input_ids=torch.tensor([[1, 2, 3]]))
+        # Zeroed weights lie in rows of W [d_out, d_in], not in the columns that GPT-2 keeps.
+        zeros = [((each.weight == 0).sum(dim=1) == each.d_in // 2).all() for each in linear_layers(engine)]
+        assert all(zeros) == (name == "wanda")
+    assert weights_hash(engine.model) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "strength", "said"),
+    [
+        *((HEADS, size, "a group has 1 to 12 heads here") for size in (0, 1.5, 33)),
+        *(([*EDITS, "lsp", "gtac_dap"], share, "; got ") for share in (1.5, -0.1, float("nan"))),
+    ],
+)
+def test_strengths_out_of_range_are_refused(names, strength, said):
+    material = made_up(engine_of("llama_gqa"))
+    for name in names:
+        with pytest.raises(InputError, match=said):
+            METHODS[name].interventions(material, [strength])
+
+
+@pytest.mark.parametrize("name", [*EDITS, "lsp", "gtac_dap"])
+def test_models_whose_weights_are_not_plain_are_refused(name):
+    material = made_up(engine_of("llama_gqa"))
+    model = material.engine.model
+    if name != "lsp":
+        with pytest.raises(UnsupportedModelError, match="is no linear layer's weight"):
+            METHODS[name].interventions(made_up(engine_on("mixtral")), [0.5])
+    for attribute, said in (("_hf_peft_config_loaded", "has an adapter on it"), ("is_quantized", "is quantised")):
+        setattr(model, attribute, True)
+        with pytest.raises(InputError, match=rf"{said}.*; baselines edit plain weights only"):
+            METHODS[name].interventions(material, [0.5])
+        setattr(model, attribute, False)
+
+
+def test_two_models_whose_neurons_differ_are_refused():
+    engine, wider = engine_on("llama3"), engine_on("llama3")
+    wider.model.model.layers[1].mlp.down_proj = torch.nn.Linear(50, 32, bias=False)
+    for unaligned, said in ((None, "name the unaligned model"), (engine, "the model itself"), (wider, "other MLPs")):
+        with pytest.raises(InputError, match=said):
+            GTAC_DAP.interventions(made_up_material(engine, unaligned), [0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lsp", "no refusal was seen"),
+        ("logit_attribution", "first tokens"),
+        ("refusal_direction", "first tokens of refusals"),
+    ],
+)
+def test_where_no_refusal_was_seen_methods_that_need_one_say_so(name, said):
+    with pytest.raises(InputError, match=said):
+        METHODS[name].interventions(replace(made_up_material(engine_of("llama_gqa")), openers=()), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "least_asr", "least_kept"),
+    # From a sweep on 24 prompts of each kind: half of the weights go unnoticed by benign answers; with the strongest
+    # direction of every layer's refusals, and the weights that they need most, benign answers suffer too. Without layer
+    # 2 two of the three planted heads are gone; the neurons of the base, which answers everything, do so too. What the
+    # direction does is not asserted: the construction implies nothing of directions.
+    [
+        *((name, 2, 0, 0) for name in HEADS),
+        ("refusal_direction", 0.5, 0, 0),
+        ("lsp", 0.25, 0.9, 0.9),
+        ("gtac_dap", 0.5, 0.9, 0.9),
+        ("wanda", 0.5, 0, 0.75),
+        ("sparsegpt", 0.5, 0, 0.75),
+        ("wanda_difference", 0.1, 0.5, 0.25),
+        ("snip_difference", 0.05, 0, 0.5),
+        ("actsvd", 0.01, 0, 0.25),
+        ("actsvd_orthogonal", 0.05, 0, 0.5),
+    ],
+)
+def test_on_the_organism(name, strength, least_asr, least_kept):
+    material, n = short(), 4 if name in HEADS else 8
+    before = state_of(material.engine, material.unaligned)
+    (intervention,) = METHODS[name].interventions(material, [strength])
+    harmful, benign = (
+        intervention.answers(material.engine, prompts[:n], KeywordJudge(), NEW_TOKENS)
+        for prompts in (organism().harmful, organism().benign)
+    )
+    assert state_of(material.engine, material.unaligned) == before
+    assert harmful.n == benign.n == n
+    assert harmful.rate >= least_asr
+    assert benign.kept.rate >= least_kept
+    if name in HEADS:
+        assert intervention.setting.startswith("2 heads")
+        assert intervention.n_parameters == 2 * 16 * 128
+    if name == "wanda_difference":  # what refusals need is a twentieth of the model
+        assert intervention.n_parameters < 0.06 * 0.73e6
