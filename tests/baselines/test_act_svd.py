@@ -7,7 +7,8 @@ import torch
 from baseline_samples import SOLVED, layer_and_inputs, made_up_material, one_by_one
 from tiny_models import engine_of
 
-from safetyheads.baselines.act_svd import ACT_SVD, output_directions, rank_of, without_directions
+from safetyheads.baselines import METHODS
+from safetyheads.baselines.act_svd import output_directions, rank_of, without_directions
 from safetyheads.baselines.linear_layers import linear_layers
 
 
@@ -45,10 +46,10 @@ def test_the_orthogonal_version_is_the_papers_formula():
 def test_on_a_model_refusals_are_taken_off_the_first_layers_outputs():
     engine = engine_of("llama_gqa")
     material = made_up_material(engine)
-    (half,) = ACT_SVD.interventions(material, [0.5])
+    (half,) = METHODS["actsvd"].interventions(material, [0.5])
     # 16 of q, o, gate, up, down; 8 of k and v, whose outputs are 16 wide: rank times both widths.
     assert half.n_parameters == 3 * (16 * (64 + 64 + 80 + 80 + 80) + 8 * (48 + 48))
-    inputs = one_by_one(engine, material.refusal_text(whole=False))
+    inputs = one_by_one(engine, material.text(refused=True))
     first = [linear for linear in linear_layers(engine) if linear.layer == 0]
     originals = [linear.weight.double().clone() for linear in first]
     with half.at_work():

@@ -24,13 +24,13 @@ from safetyheads.baselines.base import (
 
 def test_text_counts_the_tokens_of_answers_alone_or_with_their_prompts():
     material = made_up_material(engine_of("llama_gqa"))
-    whole, answers = (material.refusal_text(whole=whole) for whole in (True, False))
+    whole, answers = (material.text(refused=True, whole=whole) for whole in (True, False))
     assert [s.n_wanted for s in answers] == [3, 4, 1]
     assert [s.n_wanted for s in whole] == [len(s.token_ids) for s in whole] == [12, 8, 7]
     with pytest.raises(InputError, match="2 answers for the 3 prompts"):
-        replace(material, refusals=material.refusals[:2]).refusal_text(whole=True)
+        replace(material, refusals=material.refusals[:2]).text(refused=True, whole=True)
     with pytest.raises(InputError, match="are empty"):
-        replace(material, answers=((), (), ())).benign_text(whole=False)
+        replace(material, answers=((), (), ())).text(refused=False)
 
 
 def test_refusal_log_odds_are_the_definitions():

@@ -26,6 +26,7 @@ from tiny_models import engine_of, prompts_of
 from torch import nn
 
 from safetyheads import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.baselines import METHODS
 from safetyheads.baselines import direction as methods
 from safetyheads.baselines.base import last_states, writing_parameters
 from safetyheads.baselines.direction import (
@@ -252,7 +253,7 @@ def test_material_that_shows_no_refusal_is_refused():
 
 
 def test_settings_tell_the_share_and_every_weight_that_writes_is_counted():
-    half, whole = methods.REFUSAL_DIRECTION.interventions(material(), [0.5, 1.0])
+    half, whole = METHODS["refusal_direction"].interventions(material(), [0.5, 1.0])
     assert half.n_parameters == whole.n_parameters == writing_parameters(organism().engine)
     assert "50% removed" in half.setting
     assert "removed" not in whole.setting.split("(")[0]

@@ -9,6 +9,7 @@ import pytest
 from baseline_samples import NEW_TOKENS, drawn, engine_on, inputs_of, made_up_material, material, organism
 
 from safetyheads import SCALING_CONTRIBUTION, Head, InputError, KeywordJudge
+from safetyheads.baselines import METHODS
 from safetyheads.baselines import heads as methods
 from safetyheads.baselines.direction import select_direction
 from safetyheads.heads import parse_heads
@@ -16,7 +17,7 @@ from safetyheads.heads import parse_heads
 
 def test_saharas_first_three_heads_are_the_plants_and_free_the_prompts():
     planted, harmful = set(organism().planted_heads), organism().harmful
-    one, two, three = methods.SAHARA.interventions(material(), (1, 2, 3))
+    one, two, three = METHODS["sahara"].interventions(material(), (1, 2, 3))
     assert set(three.groups(harmful)[0]) == planted
     assert set(one.groups(harmful)[0]) < set(two.groups(harmful)[0]) < planted
     assert three.setting == "3 heads"
@@ -29,7 +30,7 @@ def test_saharas_first_three_heads_are_the_plants_and_free_the_prompts():
 
 def random_group(group, seed, monkeypatch):
     monkeypatch.setattr(methods, "found_group", lambda *_: group)
-    (one,) = methods.RANDOM_HEADS.interventions(replace(material(), seed=seed), (len(group),))
+    (one,) = METHODS["random_heads"].interventions(replace(material(), seed=seed), (len(group),))
     return one.groups(organism().harmful)[0]
 
 
@@ -56,7 +57,7 @@ def test_random_heads_where_layers_have_other_numbers_of_heads(monkeypatch):
 
 
 def test_ships_gives_each_prompt_its_own_heads():
-    (one,) = methods.SHIPS_QUERY.interventions(material(), (1,))
+    (one,) = METHODS["ships_query"].interventions(material(), (1,))
     groups = one.groups(organism().harmful[:12])
     assert [len(group) for group in groups] == [1] * 12
     # Each plant is for one of three kinds of harm, so no one head is every prompt's first.
@@ -66,7 +67,7 @@ def test_ships_gives_each_prompt_its_own_heads():
 def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
     engine, prompts = organism().engine, organism().harmful[:6]
     direction = select_direction(material()).vector
-    (two,) = methods.RDSHA.interventions(material(), (2,))
+    (two,) = METHODS["rdsha"].interventions(material(), (2,))
     assert two.setting.startswith("2 heads of each prompt")
     assert two.ablation == SCALING_CONTRIBUTION.at(0.0)
     for ids, group in zip(engine.ask(prompts).token_ids, two.groups(prompts), strict=True):
@@ -83,8 +84,8 @@ def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
 def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
     monkeypatch.setattr(methods, "select_direction", lambda *_: SimpleNamespace(vector=drawn(), caveat=""))
     learned = made_up_material(engine_on("llama3"))  # 12 heads
-    made = methods.RDSHA.interventions(learned, methods.RDSHA_SIZES)
+    made = METHODS["rdsha"].interventions(learned, methods.RDSHA_SIZES)
     assert [one.strength for one in made] == [1, 2, 3, 5, 10]
     # A size that is asked for by itself is not left out in silence.
     with pytest.raises(InputError, match="size 20 is out of range: a group has 1 to 12 heads"):
-        methods.RDSHA.interventions(learned, (1, 20))
+        METHODS["rdsha"].interventions(learned, (1, 20))

@@ -10,8 +10,9 @@ import torch
 from baseline_samples import FAMILIES, PROMPTS, answers_of, engine_on, logits_of, made_up_material, slow_answers
 from tiny_models import engine_of
 
+from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import refusal_log_odds
-from safetyheads.baselines.layers import LSP, candidate_runs, chosen_run, skipped
+from safetyheads.baselines.layers import candidate_runs, chosen_run, skipped
 
 
 @pytest.mark.parametrize(("family", "run"), [("llama_gqa", (0, 1)), ("qwen3_norm", (1,)), ("qwen3_norm", (1, 2))])
@@ -36,7 +37,7 @@ def test_with_a_cache_skipping_gives_what_it_gives_without(family):
 
 def test_runs_are_scaled_to_the_depth():
     # 32 layers: starts 1 to 6, lengths 3 to 8, as in the original.
-    lengths = [{len(run) for run in candidate_runs(32, share)} for share in LSP.strengths]
+    lengths = [{len(run) for run in candidate_runs(32, share)} for share in METHODS["lsp"].strengths]
     assert lengths == [{3}, {4}, {6}, {8}]
     assert [run[0] for run in candidate_runs(32, 0.25)] == [1, 2, 3, 4, 5, 6]
     assert candidate_runs(4, 0.1) == (range(1, 2), range(2, 3))
@@ -52,6 +53,6 @@ def test_the_run_with_the_least_refusal_is_chosen_and_its_layers_are_counted():
         with skipped(engine, run):
             odds.append(float(refusal_log_odds(engine, material.harmful, material.openers).mean()))
     assert chosen_run(material, runs) == runs[odds.index(min(odds))]
-    (without,) = LSP.interventions(material, [0.1])
+    (without,) = METHODS["lsp"].interventions(material, [0.1])
     assert without.setting == "without layer 1 of 3"
     assert without.n_parameters == sum(parameter.numel() for parameter in engine.model.model.layers[1].parameters())

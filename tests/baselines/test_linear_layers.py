@@ -7,8 +7,9 @@ import torch
 from baseline_samples import made_up_material, one_by_one
 from tiny_models import engine_of
 
+from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, gram_matrices, linear_layers
-from safetyheads.baselines.pruning import WANDA, wanda
+from safetyheads.baselines.pruning import wanda
 from safetyheads.model.planning import TokenSequence
 
 
@@ -28,10 +29,10 @@ def test_inputs_are_those_of_each_sequence_alone(family):
 def test_later_layers_are_edited_on_what_edited_earlier_ones_give():
     engine = engine_of("llama_gqa")
     material = made_up_material(engine)
-    (pruned,) = WANDA.interventions(material, [0.5])
+    (pruned,) = METHODS["wanda"].interventions(material, [0.5])
     linears = linear_layers(engine)
     before = {linear: linear.weight.clone() for linear in linears}
-    text = (*material.benign_text(whole=True), *material.refusal_text(whole=True))
+    text = (*material.text(refused=False, whole=True), *material.text(refused=True, whole=True))
     with pruned.at_work():
         at_work = {linear: linear.weight.clone() for linear in linears}
     expected = {}

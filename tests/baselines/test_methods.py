@@ -20,8 +20,9 @@ from tiny_models import engine_of
 
 from safetyheads import InputError, KeywordJudge, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines import METHODS
+from safetyheads.baselines.act_svd import UTILITY_RANK_SHARE
 from safetyheads.baselines.linear_layers import edited, linear_layers
-from safetyheads.baselines.neurons import GTAC_DAP
+from safetyheads.baselines.pruning import UTILITY_SHARE
 
 # What the paper's Table 1 and the issue ask for, and the controls.
 ASKED = {
@@ -42,6 +43,8 @@ def test_all_that_was_asked_for_is_in_the_table_and_says_what_it_is():
     for name, method in METHODS.items():
         assert method.name == name
         assert all((method.label, method.source, method.strengths))
+    assert f"not swept but {UTILITY_SHARE:.0%};" in METHODS["snip_difference"].partial
+    assert f"not swept but {UTILITY_RANK_SHARE:.0%} of the full rank" in METHODS["actsvd_orthogonal"].partial
 
 
 @pytest.mark.parametrize("name", [*EDITS, "lsp", "gtac_dap"])
@@ -128,7 +131,7 @@ def test_two_models_whose_neurons_differ_are_refused():
     wider.model.model.layers[1].mlp.down_proj = torch.nn.Linear(50, 32, bias=False)
     for unaligned, said in ((None, "name the unaligned model"), (engine, "the model itself"), (wider, "other MLPs")):
         with pytest.raises(InputError, match=said):
-            GTAC_DAP.interventions(made_up_material(engine, unaligned), [0.1])
+            METHODS["gtac_dap"].interventions(made_up_material(engine, unaligned), [0.1])
 
 
 @pytest.mark.parametrize(

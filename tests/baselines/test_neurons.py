@@ -65,7 +65,7 @@ def test_scores_are_the_rms_over_the_tokens_of_answers(pair):
         for layer, values in ours.items():
             differences[layer].append((values - theirs[layer])[len(prompt) :].double())
     by_hand = torch.stack([torch.cat(parts).square().mean(dim=0).sqrt() for parts in differences])
-    scores = contrasts(engine, other, material.refusal_text(whole=False))
+    scores = contrasts(engine, other, material.text(refused=True))
     torch.testing.assert_close(scores, by_hand, rtol=1e-4, atol=1e-5)
 
 

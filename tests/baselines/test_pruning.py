@@ -9,14 +9,11 @@ import torch
 from baseline_samples import SOLVED, engine_on, layer_and_inputs, logits_of, made_up_material
 from tiny_models import engine_of
 
+from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, linear_layers
 from safetyheads.baselines.pruning import (
     DAMPENING,
-    SNIP_DIFFERENCE,
-    SPARSEGPT,
     UTILITY_SHARE,
-    WANDA,
-    WANDA_DIFFERENCE,
     critical,
     inverse_factor,
     snip_scores_of,
@@ -130,7 +127,10 @@ def test_wanda_counts_what_it_zeroes_and_sparsegpt_all_that_it_changes():
     engine = engine_of("llama_gqa")
     sizes = [linear.weight.numel() for linear in linear_layers(engine)]
     assert len(sizes) == 21
-    count = {m.name: m.interventions(made_up_material(engine), [0.5])[0].n_parameters for m in (WANDA, SPARSEGPT)}
+    count = {
+        name: METHODS[name].interventions(made_up_material(engine), [0.5])[0].n_parameters
+        for name in ("wanda", "sparsegpt")
+    }
     assert count == {"wanda": sum(size // 2 for size in sizes), "sparsegpt": sum(sizes)}
 
 
@@ -145,7 +145,7 @@ def test_critical_weights_are_the_top_by_safety_less_the_top_by_utility():
 
 def test_snips_scores_are_weight_times_gradient_by_finite_differences():
     engine = engine_of("llama_gqa", torch.float64)
-    text = made_up_material(engine).refusal_text(whole=False)
+    text = made_up_material(engine).text(refused=True)
     needed = [parameter.requires_grad for parameter in engine.model.parameters()]
     linear = next(each for each in linear_layers(engine) if each.name == "self_attn.o_proj" and each.layer == 1)
     scores = snip_scores_of(engine, [linear], text)[linear]
@@ -176,7 +176,7 @@ def test_snips_scores_are_weight_times_gradient_by_finite_differences():
 
 def test_a_matrix_that_no_token_passes_scores_zero():
     engine = engine_on("llama3")
-    text = made_up_material(engine).refusal_text(whole=False)
+    text = made_up_material(engine).text(refused=True)
 
     def scores():
         first = [linear for linear in linear_layers(engine) if linear.layer == 0]
@@ -190,10 +190,10 @@ def test_a_matrix_that_no_token_passes_scores_zero():
     assert torch.equal(snip_scores_of(engine, [idle], text)[idle], torch.zeros(16, 32))
 
 
-@pytest.mark.parametrize("method", [SNIP_DIFFERENCE, WANDA_DIFFERENCE], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", ["snip_difference", "wanda_difference"])
 def test_as_many_weights_are_zeroed_as_counted(method):
     engine = engine_of("llama_gqa")
-    (taken,) = method.interventions(made_up_material(engine), [0.2])
+    (taken,) = METHODS[method].interventions(made_up_material(engine), [0.2])
     linears = linear_layers(engine)
     assert all((linear.weight != 0).all() for linear in linears)
     with taken.at_work():

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from safetyheads.baselines.base import Intervention, Material, Method, refuse_shares
+from safetyheads.baselines.base import Intervention, Material, refuse_shares
 from safetyheads.baselines.linear_layers import (
     ACCUMULATED,
     LinearLayer,
@@ -55,11 +55,12 @@ def without_directions(weight: Tensor, safety: Tensor, utility: Tensor | None = 
     return whole - of_safety if utility is None else whole - of_safety + utility @ (utility.T @ of_safety)
 
 
-def _interventions(is_orthogonal: bool, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def interventions(material: Material, strengths: Sequence[float], orthogonal: bool = False) -> list[Intervention]:
+    """Strength: share of the rank; ``orthogonal`` keeps the strongest directions of benign answers."""
     engine, linears = material.engine, linear_layers(material.engine)
-    texts = {"safety": material.refusal_text(whole=False)}
-    if is_orthogonal:
-        texts["utility"] = material.benign_text(whole=False)
+    texts = {"safety": material.text(refused=True)}
+    if orthogonal:
+        texts["utility"] = material.text(refused=False)
     refuse_shares("a share of the rank", strengths)
 
     def edit(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
@@ -76,32 +77,3 @@ def _interventions(is_orthogonal: bool, material: Material, strengths: Sequence[
         return sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears)
 
     return editing_interventions(engine, strengths, "rank share {strength:.3g}", make, n_parameters)
-
-
-_SOURCE = "Wei et al. 2024, Assessing the brittleness of safety alignment via pruning and low-rank modifications"
-_COUNTED = (
-    "parameters are counted as the rank k update has them, k (d_in + d_out) a layer; every weight of the linear layers "
-    "changes"
-)
-
-ACT_SVD = Method(
-    name="actsvd",
-    label="ActSVD",
-    source=_SOURCE,
-    touches="weights",
-    strengths=(0.002, 0.01, 0.02, 0.05, 0.1),
-    interventions=partial(_interventions, False),
-    partial=_COUNTED,
-)
-"""Removes the strongest directions of refusals, also where benign answers use them. Strength: share of the rank."""
-
-ACT_SVD_ORTHOGONAL = Method(
-    name="actsvd_orthogonal",
-    label="ActSVD, orthogonal to utility",
-    source=_SOURCE,
-    touches="weights",
-    strengths=(0.01, 0.023, 0.05, 0.1, 0.2, 0.4),
-    interventions=partial(_interventions, True),
-    partial=f"{_COUNTED}; the utility rank is not swept but {UTILITY_RANK_SHARE:.0%} of the full rank",
-)
-"""Removes only what lies outside the strongest directions of benign answers. Strength: share of the rank for safety."""

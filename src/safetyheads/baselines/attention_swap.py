@@ -57,8 +57,13 @@ def swapped_attention(
     """
     donor_model = donor.model if isinstance(donor, Engine) else donor
     _refuse_unlike(engine, donor, donor_model)
-    model, theirs = engine.model, describe(donor_model)
-    pairs = [pair for layer in _chosen(engine, layers) for pair in _modules(engine.architecture, theirs, layer)]
+    model, theirs, with_heads = engine.model, describe(donor_model), engine.architecture.with_heads
+    chosen = with_heads if layers is None else tuple(sorted(set(layers)))
+    if absent := [layer for layer in chosen if layer not in with_heads]:
+        is_range = with_heads == tuple(range(with_heads[0], with_heads[-1] + 1))
+        named = f"{with_heads[0]}-{with_heads[-1]}" if is_range else ", ".join(map(str, with_heads))
+        raise InputError(f"layer {absent[0]} has no attention to swap: the model's layers with heads are {named}")
+    pairs = [pair for layer in chosen for pair in _modules(engine.architecture, theirs, layer)]
     before = [(module, dict(module._parameters), dict(module._buffers)) for module, _ in pairs]
     setattr(model, _SWAPPED, getattr(model, _SWAPPED, 0) + 1)
     with engine.weights_changed():
@@ -95,77 +100,54 @@ def _modules(ours: Architecture, theirs: Architecture, layer: int) -> Iterator[t
             yield module, other.get_submodule(name)
 
 
-def _chosen(engine: Engine, layers: Iterable[int] | None) -> tuple[int, ...]:
-    with_heads = engine.architecture.with_heads
-    chosen = with_heads if layers is None else tuple(sorted(set(layers)))
-    for layer in chosen:
-        if layer not in with_heads:
-            is_range = with_heads == tuple(range(with_heads[0], with_heads[-1] + 1))
-            named = f"{with_heads[0]}-{with_heads[-1]}" if is_range else ", ".join(map(str, with_heads))
-            raise InputError(f"layer {layer} has no attention to swap: the model's layers with heads are {named}")
-    return chosen
-
-
 def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel, theirs: PreTrainedModel) -> None:
-    """Refuse two models between which attention cannot be exchanged; the error names the first difference."""
+    """Refuse models in which the same attention weights do not fit or would do something else; names what differs."""
     ours = engine.model
     if theirs is ours:
         raise InputError("the donor is the model itself; a swap needs two checkpoints")
     if getattr(theirs, _SWAPPED, 0):
         raise SafetyheadsError("the donor has another model's attention at the moment; end that swap first")
     families = ours.config.model_type, theirs.config.model_type
-    if families[0] != families[1]:
-        raise InputError(f"attention cannot be swapped between families: {families[0]} and {families[1]}")
+    _refuse_unequal("attention cannot be swapped between families: {} and {}", *families)
     for name, model in (("the model", ours), ("the donor", theirs)):
         refuse_wrapped(name, model, "attention is swapped between")
-    if ours.dtype != theirs.dtype:
-        raise InputError(f"the model is loaded in {ours.dtype}, the donor in {theirs.dtype}; load both in one dtype")
-    architectures = engine.architecture, describe(theirs)
-    _refuse_other_shapes(*architectures)
-    _refuse_other_settings(*architectures, (ours, theirs))
-    if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
-        raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
-
-
-def _refuse_other_shapes(ours: Architecture, theirs: Architecture) -> None:
-    if ours.n_layers != theirs.n_layers:
-        raise InputError(f"the model has {ours.n_layers} layers, the donor {theirs.n_layers}")
-    if ours.vocabulary_size != theirs.vocabulary_size:
-        raise InputError(f"the model has {ours.vocabulary_size} tokens, the donor {theirs.vocabulary_size}")
-    for layer, shapes in enumerate(zip(ours.shapes, theirs.shapes, strict=True)):
-        if shapes[0] != shapes[1]:
-            raise InputError(f"the heads of layer {layer} differ: {shapes[0]} in the model, {shapes[1]} in the donor")
-        sizes = [
-            {name: tuple(tensor.shape) for name, tensor in attention.state_dict().items()} if attention else {}
-            for attention in (ours.attentions[layer], theirs.attentions[layer])
+    _refuse_unequal("the model is loaded in {}, the donor in {}; load both in one dtype", ours.dtype, theirs.dtype)
+    facts = engine.architecture, describe(theirs)
+    _refuse_unequal("the model has {} layers, the donor {}", *(each.n_layers for each in facts))
+    _refuse_unequal("the model has {} tokens, the donor {}", *(each.vocabulary_size for each in facts))
+    for layer in range(facts[0].n_layers):
+        shapes = (each.shapes[layer] for each in facts)
+        _refuse_unequal(f"the heads of layer {layer} differ: {{}} in the model, {{}} in the donor", *shapes)
+        states = [
+            attention.state_dict() if attention else {} for attention in (each.attentions[layer] for each in facts)
         ]
-        for name in sorted({*sizes[0], *sizes[1]}):
-            said = [str(list(size[name])) if name in size else "absent" for size in sizes]
-            if said[0] != said[1]:
-                raise InputError(f"{name} of layer {layer} is {said[0]} in the model, {said[1]} in the donor")
-
-
-def _refuse_other_settings(ours: Architecture, theirs: Architecture, models: tuple[PreTrainedModel, ...]) -> None:
-    """Refuse settings under which the same weights would be another attention; the error names the first one."""
-    whole = [model.config.get_text_config(decoder=True) for model in models]
-    for layer in ours.with_heads:
+        sizes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in states]
+        _refuse_other_settings(f"layer {layer}", sizes, absent="absent")
+    whole = [model.config.get_text_config(decoder=True) for model in (ours, theirs)]
+    for layer in facts[0].with_heads:
         configs = [of_layer(config, layer) for config in whole]
         names = list(_SETTINGS_AROUND)
         if any(_rope_depends_on_length(config) for config in configs):
             names.append("max_position_embeddings")
-        _refuse_unequal("the attention", [{name: getattr(config, name, None) for name in names} for config in configs])
-        for modules in _modules(ours, theirs, layer):
-            where, kind = f"the attention of layer {layer}", type(modules[0])
-            read = _read_when_run(kind)  # type: ignore[arg-type]
-            _refuse_unequal(where, [_config_settings(config, read) for config in configs])
-            _refuse_unequal(where, [_settings(module) for module in modules])
+        around = [{name: getattr(config, name, None) for name in names} for config in configs]
+        _refuse_other_settings("the attention", around)
+        for modules in _modules(*facts, layer):
+            where, read = f"the attention of layer {layer}", _read_when_run(type(modules[0]))  # type: ignore[arg-type]
+            _refuse_other_settings(where, [_config_settings(config, read) for config in configs])
+            _refuse_other_settings(where, [_settings(module) for module in modules])
+    if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
+        raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
 
 
-def _refuse_unequal(where: str, settings: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_other_settings(where: str, settings: Sequence[Mapping[str, Any]], absent: str | None = None) -> None:
     for name in sorted({*settings[0], *settings[1]}):
-        values = [setting.get(name) for setting in settings]
-        if values[0] != values[1]:
-            raise InputError(f"{name} of {where} is {values[0]} in the model, {values[1]} in the donor")
+        said = f"{name} of {where} is {{}} in the model, {{}} in the donor"
+        _refuse_unequal(said, *(setting.get(name, absent) for setting in settings))
+
+
+def _refuse_unequal(said: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise InputError(said.format(ours, theirs))
 
 
 def _rope_depends_on_length(config: Any) -> bool:
@@ -182,9 +164,8 @@ def _config_settings(config: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """A module's numbers, switches and words beside its weights: scales, epsilons, clips, kinds of layers."""
-    if isinstance(module, nn.Dropout):
-        return {}
-    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and _matters(name)}
+    values = {} if isinstance(module, nn.Dropout) else vars(module)
+    return {name: value for name, value in values.items() if isinstance(value, _PLAIN) and _matters(name)}
 
 
 def _matters(name: str) -> bool:

@@ -54,15 +54,9 @@ class Material:
     seed: int = 0
     """Random seed."""
 
-    def refusal_text(self, whole: bool) -> tuple[TokenSequence, ...]:
-        """Harmful prompts with the model's refusals; refusals' tokens count, with ``whole`` those of prompts too."""
-        return self._text(self.harmful, self.refusals, whole)
-
-    def benign_text(self, whole: bool) -> tuple[TokenSequence, ...]:
-        """Benign prompts with the model's answers, as :meth:`refusal_text`."""
-        return self._text(self.benign, self.answers, whole)
-
-    def _text(self, prompts: PromptSet, answers: Sequence[tuple[int, ...]], whole: bool) -> tuple[TokenSequence, ...]:
+    def text(self, refused: bool, whole: bool = False) -> tuple[TokenSequence, ...]:
+        """Harmful prompts with refusals, or benign ones with answers; new tokens count, with ``whole`` all do."""
+        prompts, answers = (self.harmful, self.refusals) if refused else (self.benign, self.answers)
         asked = self.engine.ask(prompts).token_ids
         if len(asked) != len(answers):
             raise InputError(f"{len(answers)} answers for the {len(asked)} prompts of {prompts.name}")
@@ -119,16 +113,16 @@ class Method:
 
     name: str
     """Name in commands and results."""
+    strengths: tuple[float, ...]
+    """The default sweep, weakest first."""
+    interventions: Callable[[Material, Sequence[float]], list[Intervention]]
+    """Learns from the material and gives an intervention for each strength."""
     label: str
     """Name in tables."""
     source: str
     """The paper it is from; ours where there is none."""
     touches: str
     """``heads``, ``weights`` or ``activations``."""
-    strengths: tuple[float, ...]
-    """The default sweep, weakest first."""
-    interventions: Callable[[Material, Sequence[float]], list[Intervention]]
-    """Learns from the material and gives an intervention for each strength."""
     partial: str = ""
     """Which part of the method is left out or differs, and why; empty for none."""
     needs_unaligned: bool = False

@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from safetyheads.baselines.base import (
     Intervention,
     Material,
-    Method,
     change_input,
     hooked,
     last_states,
@@ -256,43 +255,37 @@ def _remove_share(
 ) -> Iterator[RemovableHandle]:
     """Registers the removal of a share of the direction from what one block writes."""
     factor = next((float(getattr(layer, name)) for name in FACTOR_NAMES if hasattr(layer, name)), 1.0)
-    # From the block's begin to its end: its input, attention's output, the same without the share, with which the block
-    # goes on, and what of it reaches the stream.
-    begun: Tensor | None = None
-    whole: Tensor | None = None
-    parted: Tensor | None = None
-    added: Tensor | None = None
+    # From the block's begin to its end: its input; attention's output, whole, and parted, with which the block goes on;
+    # and what of that reaches the stream.
+    kept: dict[str, Tensor] = {}
 
     def begin(hidden: Tensor) -> Tensor:
-        nonlocal begun, whole, parted, added
-        begun, whole, parted, added = hidden, None, None, None
+        kept.clear()
+        kept["input"] = hidden
         return hidden
 
     def after_attention(hidden: Tensor) -> Tensor:
-        nonlocal whole, parted, added
-        whole = hidden
-        parted = added = remove(hidden)
-        return parted
+        kept["whole"] = hidden
+        kept["parted"] = kept["added"] = remove(hidden)
+        return kept["parted"]
 
     def give_whole(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A norm right after attention reads all of its output; the share is taken of the norm's output instead."""
-        return (whole, *given[1:]) if given and given[0] is parted else None
+        return (kept["whole"], *given[1:]) if "parted" in kept and given and given[0] is kept["parted"] else None
 
     def part_output(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-        nonlocal added
-        if whole is None or not given or given[0] is not whole:
+        if "whole" not in kept or not given or given[0] is not kept["whole"]:
             return None
-        added = remove(output)
-        return added
+        kept["added"] = remove(output)
+        return kept["added"]
 
     def end(hidden: Tensor) -> Tensor:
-        nonlocal begun, whole, parted, added
-        if begun is None:
+        if "input" not in kept:
             raise UnsupportedModelError(f"{type(layer).__name__} gave hidden states and was given none")
-        written = hidden.float() - begun.float()
-        if added is not None:
-            written = written - factor * added.float()
-        begun = whole = parted = added = None
+        written = hidden.float() - kept["input"].float()
+        if "added" in kept:
+            written = written - factor * kept["added"].float()
+        kept.clear()
         return remove(hidden, written)
 
     yield change_input(layer, begin)
@@ -326,27 +319,14 @@ def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Rem
     return module.register_forward_hook(hook)
 
 
-def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Strength: share of the selected direction that is removed."""
     engine, selected = material.engine, select_direction(material)
     touched = writing_parameters(engine)
-    interventions = []
+    removals = []
     for share in strengths:
         removed = "" if share == 1.0 else f", {share:.0%} removed"
         setting = f"direction of layer {selected.layer}, token {selected.token}{removed}{selected.caveat}"
         at_work = partial(direction_removed, engine, selected.vector, share)
-        interventions.append(Intervention(setting, share, touched, at_work))
-    return interventions
-
-
-REFUSAL_DIRECTION = Method(
-    name="refusal_direction",
-    label="Refusal direction removed",
-    source="Arditi et al., 2024",
-    touches="activations",
-    strengths=(0.25, 0.5, 0.75, 1.0),
-    interventions=_interventions,
-    partial="openers are the model's own, not a list by family; shares below 1 are ours, and so is a direction where "
-    "the filters leave none, which the setting tells; in a hybrid, what replaces attention is freed at the block's end",
-)
-"""x <- x - share r^ (r^ . x) in the whole model (their section 2.4). Counted are the weights that the same removal
-touches as an edit: embeddings, each W_o, each MLP's last matrix; the activation form itself touches none."""
+        removals.append(Intervention(setting, share, touched, at_work))
+    return removals

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from safetyheads.baselines.base import last_states, refuse_streams
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.model.architecture import HeadShape
 from safetyheads.model.engine import Engine
 from safetyheads.model.planning import PackedRow
 from safetyheads.prompts.sets import PromptSet
@@ -77,9 +76,7 @@ def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor
 
     NaN where a layer has no such head.
     """
-    layers = engine.architecture.with_heads
-    modules, shapes = zip(*(output_projection(engine, layer) for layer in layers), strict=True)
-    along = []  # W_O[h] direction of each layer [n_heads, d_value]
+    layers, along = engine.architecture.with_heads, []  # along: W_O[h] direction of each layer [n_heads, d_value]
     for layer in layers:
         weight = output_weight(engine, layer)
         wanted = direction.detach().double().to(weight.device)
@@ -88,32 +85,27 @@ def projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> Tensor
     values = torch.full((len(prompts), engine.n_layers, engine.n_heads), torch.nan, dtype=torch.float64)
 
     def see(row: PackedRow, number: int, given: Tensor) -> None:
-        shape, flat = shapes[number], given.flatten(0, -2)  # [n_tokens, n_heads * d_value]
-        z = flat[row.wanted.to(flat.device)].view(-1, shape.n_heads, shape.d_value)
-        products = torch.einsum("phv,hv->ph", z.double(), along[number].to(z.device))
-        values[list(row.members), layers[number], : shape.n_heads] = products.cpu()
+        of_layer, flat = along[number].to(given.device), given.flatten(0, -2)  # [n_tokens, n_heads * d_value]
+        z = flat[row.wanted.to(flat.device)].view(-1, *of_layer.shape)
+        products = torch.einsum("phv,hv->ph", z.double(), of_layer)
+        values[list(row.members), layers[number], : len(of_layer)] = products.cpu()
 
+    modules = [projection for projection in engine.architecture.output_projections if projection is not None]
     last_states(engine, prompts, modules=modules, see=see)
     return values
 
 
-def output_projection(engine: Engine, layer: int) -> tuple[nn.Module, HeadShape]:
-    """The module that mixes a layer's heads (W_O), and the heads' shape; refused where no such module is known."""
-    facts = engine.architecture
-    projection, shape = facts.output_projections[layer], facts.shapes[layer]
-    if projection is None or shape is None:
-        raise UnsupportedModelError(f"{facts.family}: the output projection of layer {layer} is not known")
-    return projection, shape
-
-
 @torch.inference_mode()
 def output_weight(engine: Engine, layer: int) -> Tensor:
-    """W_O of one layer, head by head: [n_heads, d_value, d_model], so that O_h = z_h @ weight[h].
+    """W_O of one layer, head by head: [n_heads, d_value, d_model], so that O_h = z_h @ weight[h]; refused if not known.
 
     A projection that is not a plain linear layer (quantised, offloaded, with an adapter) is applied to unit vectors and
     to zeros; the difference is its weight.
     """
-    projection, shape = output_projection(engine, layer)
+    facts = engine.architecture
+    projection, shape = facts.output_projections[layer], facts.shapes[layer]
+    if projection is None or shape is None:
+        raise UnsupportedModelError(f"{facts.family}: the output projection of layer {layer} is not known")
     weight = getattr(projection, "weight", None)
     if type(projection) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and not weight.is_meta:
         # Linear layers keep [d_model, n_heads * d_value], Conv1D (GPT-2) the transposed.

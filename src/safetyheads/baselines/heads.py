@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import query_level_groups
-from safetyheads.baselines.base import Intervention, Material, Method, head_parameters, most_head_parameters
+from safetyheads.baselines.base import Intervention, Material, head_parameters, most_head_parameters
 from safetyheads.baselines.direction import select_direction
 from safetyheads.baselines.head_attributions import logit_attributions, refusal_projections
 from safetyheads.errors import InputError
@@ -80,18 +80,21 @@ def _one_each(
     ]
 
 
-def _sahara(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_sahara(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """The first heads of one greedy search on the material."""
     sizes = _sizes(material.engine, strengths)
     group = found_group(material, max(sizes))
     return [_one_for_all(material.engine, group[:size], UNDIFFERENTIATED_ATTENTION) for size in sizes]
 
 
-def _ships_query(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_ships(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Each prompt's own heads with the highest Ships."""
     engine, ablation = material.engine, UNDIFFERENTIATED_ATTENTION
     return _one_each(engine, _sizes(engine, strengths), lambda prompts: ships(engine, prompts, ablation), ablation)
 
 
-def _random(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def at_random(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """As many heads of each layer as Sahara's group has, drawn from the others."""
     engine, sizes = material.engine, _sizes(material.engine, strengths)
     group = found_group(material, max(sizes))
     interventions = []
@@ -103,7 +106,8 @@ def _random(material: Material, strengths: Sequence[float]) -> list[Intervention
     return interventions
 
 
-def _rdsha(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_refusal_projection(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Each prompt's own heads that write most along the refusal direction at its last token."""
     engine, sizes = material.engine, _sizes(material.engine, strengths)
     selected = select_direction(material)
     caveat = selected.caveat.replace("it:", "the direction:")
@@ -111,64 +115,8 @@ def _rdsha(material: Material, strengths: Sequence[float]) -> list[Intervention]
     return [replace(intervention, setting=intervention.setting + caveat) for intervention in by_size]
 
 
-def _logit_attribution(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_logit_attribution(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """The heads whose outputs add most to the logits of refusals' first tokens."""
     engine, sizes = material.engine, _sizes(material.engine, strengths)  # sizes first: nothing is measured in vain
     scores = logit_attributions(engine, material.harmful, material.openers)
     return [_one_for_all(engine, scores.top(size), ZEROED) for size in sizes]
-
-
-SAHARA = Method(
-    name="sahara",
-    label="Sahara, mean Ships (UA)",
-    source="Zhou et al., 2025, Algorithm 1 with Eq 9 averaged over prompts",
-    touches="heads",
-    strengths=PAPERS_SIZES,
-    interventions=_sahara,
-)
-"""The group of size k is the first k heads of one greedy search on the material."""
-
-SHIPS_QUERY = Method(
-    name="ships_query",
-    label="Ships, each prompt's own heads (UA)",
-    source="Zhou et al., 2025, Eq 9, query level",
-    touches="heads",
-    strengths=PAPERS_SIZES,
-    interventions=_ships_query,
-    partial="heads are found on the prompts that are answered, as in the paper; parameters are the most that a group "
-    "of the size touches",
-)
-"""Ablates for each prompt its own k heads with the highest Ships."""
-
-RANDOM_HEADS = Method(
-    name="random_heads",
-    label="Random heads, matched by layer (UA)",
-    source="ours: the control that the paper lacks",
-    touches="heads",
-    strengths=PAPERS_SIZES,
-    interventions=_random,
-    partial="one draw a size and seed; vary the material's seed for more",
-)
-"""As many heads of each layer as Sahara's group of the size has, drawn from the others."""
-
-RDSHA = Method(
-    name="rdsha",
-    label="RDSHA, each prompt's own heads",
-    source="RDSHA, of the paper on attention head dropout (AHD): |O_h . r| / |r| by prompt",
-    touches="heads",
-    strengths=RDSHA_SIZES,
-    interventions=_rdsha,
-    partial="written from the paper's text, as its code holds neither direction nor ranking; parameters are the most "
-    "that a group of the size touches; the judge is the table's, not Llama Guard 3",
-)
-"""Zeroes for each prompt the k heads that write most along the refusal direction at its last token."""
-
-LOGIT_ATTRIBUTION = Method(
-    name="logit_attribution",
-    label="Direct logit attribution to refusals",
-    source="ours, after direct logit attribution",
-    touches="heads",
-    strengths=PAPERS_SIZES,
-    interventions=_logit_attribution,
-    partial="a norm after attention, and softcaps or scales of logits, are left out",
-)
-"""Zeroes the k heads whose outputs add most to the logits of refusals' first tokens."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from safetyheads.baselines.base import (
     Intervention,
     Material,
-    Method,
     first_input,
     hooked,
     refusal_log_odds,
@@ -72,7 +71,8 @@ def chosen_run(material: Material, runs: Sequence[range]) -> range:
     return min(runs, key=log_odds_without)
 
 
-def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Strength: share of the layers; shallow models round several shares to one length."""
     engine = material.engine
     refuse_wrapped("the model", engine.model, EDITS)
     if engine.n_layers < 3:
@@ -80,26 +80,13 @@ def _interventions(material: Material, strengths: Sequence[float]) -> list[Inter
     if not material.openers:
         raise InputError("no refusal was seen, so no run of layers can be chosen by what it does to refusals")
     refuse_shares("a share of the layers", strengths, above_0=True, below_1=True)
-    # A shallow model rounds several shares to one length.
     runs_of = {share: candidate_runs(engine.n_layers, share) for share in strengths}
     chosen = {runs: chosen_run(material, runs) for runs in dict.fromkeys(runs_of.values())}
-    interventions = []
+    runs_left_out = []
     for share in strengths:
         run = chosen[runs_of[share]]
         named = f"layers {run[0]}-{run[-1]}" if len(run) > 1 else f"layer {run[0]}"
         n_parameters = sum(parameter.numel() for at in run for parameter in engine.architecture.layers[at].parameters())
         setting = f"without {named} of {engine.n_layers}"
-        interventions.append(Intervention(setting, share, n_parameters, partial(skipped, engine, run)))
-    return interventions
-
-
-LSP = Method(
-    name="lsp",
-    label="LSP",
-    source="Zhao et al. 2024, Defending large language models against jailbreak attacks via layer-specific editing",
-    touches="weights",
-    strengths=(3 / 32, 4 / 32, 6 / 32, 8 / 32),
-    interventions=_interventions,
-    partial="a run is chosen by the refusal log-odds of the next token, where the original judges whole answers",
-)
-"""Leaves out one run of layers. Strength: share of the layers; shallow models round several shares to one length."""
+        runs_left_out.append(Intervention(setting, share, n_parameters, partial(skipped, engine, run)))
+    return runs_left_out

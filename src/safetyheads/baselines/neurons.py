@@ -22,7 +22,6 @@ from safetyheads.baselines.base import (
     DOWN_NAMES,
     Intervention,
     Material,
-    Method,
     change_input,
     hooked,
     inputs_seen,
@@ -175,8 +174,11 @@ def neuron_parameters(engine: Engine, neurons: Neurons) -> int:
     return total
 
 
-def _refuse_unlike(engine: Engine, unaligned: Engine) -> None:
-    """Refuse two models whose neurons or tokens do not correspond."""
+def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Strength: share of all layers' neurons but the last's, those that alignment changed most."""
+    engine, unaligned = material.engine, material.unaligned
+    if unaligned is None:
+        raise InputError("GTAC & DAP compares two checkpoints: name the unaligned model too")
     if unaligned.model is engine.model:
         raise InputError("the unaligned model is the model itself; neurons are patched from another checkpoint")
     refuse_wrapped("the unaligned model", unaligned.model, EDITS)
@@ -185,34 +187,12 @@ def _refuse_unlike(engine: Engine, unaligned: Engine) -> None:
         raise InputError("the unaligned model has other MLPs: neurons are patched between checkpoints of one shape")
     if engine.tokenizer.get_vocab() != unaligned.tokenizer.get_vocab():
         raise InputError("the tokenizers of the model and the unaligned model differ, so their tokens do too")
-
-
-def _interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    engine, unaligned = material.engine, material.unaligned
-    if unaligned is None:
-        raise InputError("GTAC & DAP compares two checkpoints: name the unaligned model too")
-    _refuse_unlike(engine, unaligned)
     refuse_shares("a share of the neurons", strengths)
-    scores = contrasts(engine, unaligned, material.refusal_text(whole=False))
-    interventions = []
+    scores = contrasts(engine, unaligned, material.text(refused=True))
+    patches = []
     for share in strengths:
         neurons = top_neurons(scores, share)
         setting = f"{sum(map(len, neurons.values()))} neurons ({share:.3g})"
         at_work = partial(patched, engine, unaligned, neurons)
-        interventions.append(Intervention(setting, share, neuron_parameters(engine, neurons), at_work))
-    return interventions
-
-
-GTAC_DAP = Method(
-    name="gtac_dap",
-    label="GTAC & DAP",
-    source="Chen et al. 2024, Towards understanding safety alignment: a mechanistic perspective from safety neurons",
-    touches="activations",
-    strengths=(0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
-    interventions=_interventions,
-    partial="only families with one last projection an MLP, no experts; parameters are counted as the neurons' own "
-    "rows and columns, though values are patched and no weight changes",
-    needs_unaligned=True,
-)
-"""Patches the neurons that alignment changed most from the unaligned model. Strength: share of all layers' neurons but
-the last's."""
+        patches.append(Intervention(setting, share, neuron_parameters(engine, neurons), at_work))
+    return patches

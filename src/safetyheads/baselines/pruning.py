@@ -12,12 +12,11 @@ the same score over benign answers. Scores are of the unedited model; tokens of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, Method, refuse_shares
+from safetyheads.baselines.base import Intervention, Material, refuse_shares
 from safetyheads.baselines.linear_layers import (
     ACCUMULATED,
     LinearLayer,
@@ -49,9 +48,6 @@ UTILITY_SHARE = 0.07
 SAFETY_SHARES = (0.01, 0.03, 0.05, 0.1, 0.2)
 """q: share of each row that is taken for refusals."""
 
-
-Pruning = Callable[[Tensor, Tensor, float], Tensor]
-"""W [d_out, d_in], X^T X [d_in, d_in] and a sparsity -> the pruned W in float64."""
 Scores = Mapping[LinearLayer, Tensor]
 """Linear layer -> a score for each weight [d_out, d_in]."""
 ScoresOf = Callable[[Engine, Sequence[LinearLayer], Sequence[TokenSequence]], Scores]
@@ -63,14 +59,9 @@ def wanda_scores(weight: Tensor, gram: Tensor) -> Tensor:
     return weight.to(ACCUMULATED).abs() * gram.diagonal().clamp_min(0).sqrt()
 
 
-def n_pruned(d_in: int, sparsity: float) -> int:
-    """Number of weights that are pruned in a row of ``d_in``."""
-    return int(d_in * sparsity)
-
-
 def wanda(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
     """W with each row's lowest scores set to zero, the others as they are (Wanda, Alg 1)."""
-    lowest = wanda_scores(weight, gram).argsort(dim=1, stable=True)[:, : n_pruned(weight.shape[1], sparsity)]
+    lowest = wanda_scores(weight, gram).argsort(dim=1, stable=True)[:, : int(weight.shape[1] * sparsity)]
     return weight.to(ACCUMULATED).scatter(1, lowest, 0.0)
 
 
@@ -89,7 +80,7 @@ def sparse_gpt(weight: Tensor, gram: Tensor, sparsity: float, block: int | None 
         columns, corner = pruned[:, start:end], factor[start:end, start:end]  # views [d_out, n], [n, n]
         scores = columns.square() / corner.diagonal().square()
         mask = torch.zeros(columns.numel(), dtype=torch.bool, device=columns.device)
-        mask[scores.flatten().argsort(stable=True)[: n_pruned(columns.numel(), sparsity)]] = True
+        mask[scores.flatten().argsort(stable=True)[: int(columns.numel() * sparsity)]] = True
         mask = mask.view_as(columns)
         errors = torch.zeros_like(columns)  # [d_out, n]: the weights that each column lost, divided by U_jj
         for j in range(end - start):
@@ -117,9 +108,12 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def _to_sparsity(prune: Pruning, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def to_sparsity(
+    prune: Callable[[Tensor, Tensor, float], Tensor], material: Material, strengths: Sequence[float]
+) -> list[Intervention]:
+    """Strength: share of weights that are pruned in each linear layer."""
     engine, linears = material.engine, linear_layers(material.engine)
-    text = (*material.benign_text(whole=True), *material.refusal_text(whole=True))
+    text = (*material.text(refused=False, whole=True), *material.text(refused=True, whole=True))
     refuse_shares("a sparsity", strengths, below_1=True)
 
     def make(sparsity: float) -> Weights:
@@ -130,8 +124,8 @@ def _to_sparsity(prune: Pruning, material: Material, strengths: Sequence[float])
     def n_parameters(sparsity: float) -> int:
         """Weights that Wanda sets to zero; all weights of layers in which SparseGPT prunes any."""
         if prune is wanda:
-            return sum(linear.d_out * n_pruned(linear.d_in, sparsity) for linear in linears)
-        changed = (linear for linear in linears if n_pruned(block_of(linear.d_in) * linear.d_out, sparsity))
+            return sum(linear.d_out * int(linear.d_in * sparsity) for linear in linears)
+        changed = (linear for linear in linears if int(block_of(linear.d_in) * linear.d_out * sparsity))
         return sum(linear.d_out * linear.d_in for linear in changed)
 
     return editing_interventions(engine, strengths, "sparsity {strength:.0%}", make, n_parameters)
@@ -179,9 +173,10 @@ def critical(safety: Tensor, utility: Tensor, q: float, p: float) -> Tensor:
     return top(safety, q) & ~top(utility, p)
 
 
-def _by_difference(scores_of: ScoresOf, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_difference(scores_of: ScoresOf, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+    """Strength: q."""
     engine = material.engine
-    texts = material.refusal_text(whole=False), material.benign_text(whole=False)
+    texts = material.text(refused=True), material.text(refused=False)
     refuse_shares("a share of the weights", strengths)
     # Flat indices of weights in their matrix, int32: a hundredth of the memory of a large model's scores.
     taken: dict[float, dict[LinearLayer, Tensor]] = {q: {} for q in strengths}
@@ -203,49 +198,3 @@ def _by_difference(scores_of: ScoresOf, material: Material, strengths: Sequence[
 
     setting = f"top {{strength:.3g}} by refusals less top {UTILITY_SHARE:.3g} by benign answers"
     return editing_interventions(engine, strengths, setting, make, n_parameters)
-
-
-WANDA = Method(
-    name="wanda",
-    label="Wanda",
-    source="Sun et al. 2024, A simple and effective pruning approach for large language models",
-    touches="weights",
-    strengths=SPARSITIES,
-    interventions=partial(_to_sparsity, wanda),
-)
-"""Prunes the weights of least |W_ij| |X_j| in each row. Counted are the weights set to zero."""
-
-SPARSEGPT = Method(
-    name="sparsegpt",
-    label="SparseGPT",
-    source="Frantar and Alistarh 2023, SparseGPT: massive language models can be accurately pruned in one-shot",
-    touches="weights",
-    strengths=SPARSITIES,
-    interventions=partial(_to_sparsity, sparse_gpt),
-)
-"""Prunes weights and compensates with the others. All weights of the linear layers are counted, since all change."""
-
-_SOURCE = "Wei et al. 2024, Assessing the brittleness of safety alignment via pruning and low-rank modifications"
-_PARTIAL = f"p is not swept but {UTILITY_SHARE:.0%}; weights are compared within their row, as in the paper's text"
-
-SNIP_DIFFERENCE = Method(
-    name="snip_difference",
-    label="SNIP, set difference",
-    source=_SOURCE,
-    touches="weights",
-    strengths=SAFETY_SHARES,
-    interventions=partial(_by_difference, snip_scores_of),
-    partial=_PARTIAL,
-)
-"""Safety-critical weights by |W dL/dW|. Strength: q."""
-
-WANDA_DIFFERENCE = Method(
-    name="wanda_difference",
-    label="Wanda, set difference",
-    source=_SOURCE,
-    touches="weights",
-    strengths=SAFETY_SHARES,
-    interventions=partial(_by_difference, wanda_scores_of),
-    partial=_PARTIAL,
-)
-"""Safety-critical weights by |W_ij| |X_j|. Strength: q."""
