@@ -191,12 +191,12 @@ def _answers(work: Work, head: Head, early: bool) -> list[Row]:
     for at in range(0, len(encoded), work.batch):
         read = encoded[at : at + work.batch]
         padded = left_padded(read, pad, engine.device)
-        longest = padded.token_ids.shape[1]
+        longest = padded["input_ids"].shape[1]
         criterion = VerdictIsFinal(work, longest)
         with engine.ablated((head,), work.ablation) as model:
             made = model.generate(
-                input_ids=padded.token_ids,
-                attention_mask=padded.mask,
+                input_ids=padded["input_ids"],
+                attention_mask=padded["attention_mask"],
                 max_new_tokens=work.max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

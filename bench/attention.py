@@ -53,7 +53,7 @@ def ways(prompts: int, prefix: int, rows: int, heads: int, d_head: int, device: 
     compiled = torch.compile(flex_attention, dynamic=False)
     calls: dict[str, Callable[[], Tensor]] = {
         "dense": lambda: attend(query, key, value, mask)[0],
-        "segments": lambda: by_segment(attend, row.segments, query, key, value, mask),
+        "segments": lambda: by_segment(attend, row.packing, query, key, value, mask),
         "flex": lambda: compiled(query, key, value, block_mask=blocks).transpose(1, 2),
     }
     return calls, n_tokens

@@ -27,7 +27,7 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence, layer_flops, row_sizes
+from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 from safetyheads.runs.estimate import estimate_pass
 
 _SQUARES = (1024, 2048, 4096)
@@ -85,14 +85,13 @@ def copy_rate(work: Work, n: int, repeats: int) -> float:
 def moved_bytes(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> float:
     """Bytes of the replays: weights once a batch and layer, inputs and outputs of products once each."""
     facts, size = engine.architecture, engine.dtype.itemsize
-    weights = layer_flops(facts).token / 2 * size
+    weights = engine.costs.token / 2 * size
     a_token = (6 * facts.d_model + 3 * facts.d_mlp + 2 * facts.n_heads * facts.d_head) * size
     n_tokens = sum(row.n_tokens for row in row_sizes(sequences, layout))
     batches = engine.batches([(head,) for head in engine.heads], layout)
     moved = 0.0
-    for batch in batches:
-        layers = engine.n_layers - batch.start
-        moved += layers * (len(layout.rows) * weights + len(batch.indices) * n_tokens * a_token)
+    for indices, start in batches:
+        moved += (engine.n_layers - start) * (len(layout.rows) * weights + len(indices) * n_tokens * a_token)
     return moved
 
 

@@ -21,7 +21,7 @@ from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads import load_demo
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import LayerFlops, Plan, TokenSequence, layer_flops, row_sizes
+from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, row_sizes
 
 _NARROW = 8  # width of a head; rotary positions need an even number
 # Prompts of the proofs are 8 tokens longer, of lengths that thirds and halves of them are whole.
@@ -34,7 +34,7 @@ class Count(NamedTuple):
     tokens: float
     pairs: float
 
-    def flops(self, each: LayerFlops) -> float:
+    def flops(self, each: ModelCosts) -> float:
         """Floating-point operations."""
         return self.tokens * each.token + self.pairs * each.pair
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole, d_model = engine_on(shape, "meta"), _NARROW * shape.n_heads
     d_mlp = d_model * shape.d_mlp // shape.d_model
     narrow = engine_on(replace(shape, d_model=d_model, d_mlp=d_mlp, vocabulary_size=512))
-    each, together = layer_flops(whole.architecture), [range(given.prompts)]
+    each, together = whole.costs, [range(given.prompts)]
     short, prefixed = (prompts(shape, given.prompts, prefix) for prefix in (0, given.window))
     apart = [[number + 1] * given.window + ids for number, ids in enumerate(short)]
     check, long_check = counted(narrow).flops(each), beyond(narrow, given.window).flops(each)

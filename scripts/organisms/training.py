@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.demo import grammar
 from safetyheads.model import attention
-from safetyheads.model.attention import AttentionCall, RowAblation
+from safetyheads.model.attention import AttentionCall
 
 _TOLD_SHARE = 0.2  # share of a base's prompts that ask to be refused
 # Share of rows in which random heads are ablated while the answer stays: no head of a base is indispensable, and the
@@ -41,8 +41,8 @@ def ablating(model: Any, dropped: Dropped) -> AbstractContextManager[None]:
     calls = {}
     for layer in range(selected.shape[1]):
         if selected[:, layer].any():
-            by_query = RowAblation(UNDIFFERENTIATED_ATTENTION, selected[:, layer] & ~scaled[:, None])
-            by_output = RowAblation(SCALING_CONTRIBUTION, selected[:, layer] & scaled[:, None])
+            by_query = UNDIFFERENTIATED_ATTENTION, selected[:, layer] & ~scaled[:, None]
+            by_output = SCALING_CONTRIBUTION, selected[:, layer] & scaled[:, None]
             calls[layer] = AttentionCall(ablations=(by_query, by_output))
     return attention.attention_calls([layer.self_attn for layer in model.model.layers], calls)
 

@@ -82,7 +82,7 @@ def test_padding_takes_no_share_of_even_attention(name):
     prompts = (*PROMPTS, SHORT)
     batch = left_padded(prompts, 0, engine.device)
     with torch.no_grad(), engine.ablated(group, UNDIFFERENTIATED_ATTENTION) as model:
-        logits = model(input_ids=batch.token_ids, attention_mask=batch.mask, position_ids=batch.positions).logits[:, -1]
+        logits = model(**batch).logits[:, -1]
     for row, prompt in zip(logits, prompts, strict=True):
         even = seen(name, prompt, group, UNDIFFERENTIATED_ATTENTION, True)
         assert kl(even.logits, row) < LIMIT_NATS

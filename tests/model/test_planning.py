@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +22,11 @@ from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import (
-    LayerFlops,
     Plan,
     TokenSequence,
     halving,
     is_out_of_memory,
     lay_out,
-    layer_flops,
     pack,
     row_sizes,
     shared_prefix,
@@ -37,8 +36,13 @@ from safetyheads.model.replay import decode
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
 quick = settings(deadline=None, max_examples=50)
 
-# A layer of width 64: 12 width**2 multiplications a token, 2 width a pair of tokens.
-COST = LayerFlops(query=0, key_value=0, output=0, mlp=2 * 12 * 64**2, pair=4 * 64)
+
+# By default a layer of width 64: 12 width**2 multiplications a token, 2 width a pair of tokens.
+def costs(token=2 * 12 * 64**2, pair=4 * 64, n_heads=32, **quick):
+    """What a plan asks of a model's costs."""
+    return SimpleNamespace(
+        token=token, pair=pair, quick=Capabilities(**quick), architecture=SimpleNamespace(n_heads=n_heads)
+    )
 
 
 def sequence(*token_ids, n_wanted=1):
@@ -109,7 +113,7 @@ def test_every_sequence_can_be_read_back_from_its_row(chosen, draw):
 @quick
 @given(sequences, st.integers(1, 200), st.integers(1, 32), st.booleans())
 def test_a_plan_holds_every_sequence_once_and_in_order(chosen, budget, n_rows_useful, packs):
-    made = lay_out(chosen, COST, budget, n_rows_useful, packs)
+    made = lay_out(chosen, costs(n_heads=n_rows_useful, packs=packs), budget)
     assert [member for row in made.rows for member in row] == list(range(len(chosen)))
     assert all(made.rows)
     assert 1 <= made.groups_per_batch <= n_rows_useful
@@ -125,7 +129,7 @@ def batch_tokens(made, chosen):
 @given(st.integers(1, 40), st.integers(0, 30), st.integers(1, 10), st.integers(1, 5000), st.integers(1, 32))
 def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest, budget, n_rows_useful):
     chosen = [sequence(*[0] * prefix, *[1 + at] * rest) for at in range(n)]
-    made = lay_out(chosen, COST, budget, n_rows_useful)
+    made = lay_out(chosen, costs(n_heads=n_rows_useful), budget)
     # A sequence that does not fit by itself is run all the same.
     assert batch_tokens(made, chosen) <= max(budget, prefix + rest)
 
@@ -133,26 +137,26 @@ def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest,
 def test_a_batch_of_unequally_long_sequences_is_within_the_budget():
     # The three long ones come first and may share a row: 320 tokens, where a row of average ones has 136.
     chosen = [sequence(*[0] * 20, *[1 + at] * rest) for at, rest in enumerate([100] * 3 + [2] * 5)]
-    assert batch_tokens(lay_out(chosen, COST, 550, 32), chosen) <= 550
+    assert batch_tokens(lay_out(chosen, costs(), 550), chosen) <= 550
 
 
 def test_packing_pays_where_much_is_shared_and_not_where_rows_grow_long():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
-    assert len(lay_out(shared, COST, 4096, 32).rows) == 1
+    assert len(lay_out(shared, costs(), 4096).rows) == 1
     apart = [sequence(*[at] * 500) for at in range(1, 9)]
-    assert len(lay_out(apart, LayerFlops(0, 0, 0, mlp=1.0, pair=1.0), 4096, 32).rows) == 8
+    assert len(lay_out(apart, costs(token=1, pair=1), 4096).rows) == 8
 
 
 def test_without_packing_each_sequence_has_its_row():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
-    made = lay_out(shared, COST, 4096, 32, packs=False)
+    made = lay_out(shared, costs(packs=False), 4096)
     assert made.rows == tuple((at,) for at in range(8))
     assert made.groups_per_batch == 32
-    assert lay_out(shared, COST, 51 * 5 + 50, 32, packs=False).groups_per_batch == 5
+    assert lay_out(shared, costs(packs=False), 51 * 5 + 50).groups_per_batch == 5
 
 
 def test_a_plan_reads_back_from_json():
-    made = lay_out([sequence(*[0] * 20, at) for at in range(1, 8)], COST, 60, 3)
+    made = lay_out([sequence(*[0] * 20, at) for at in range(1, 8)], costs(n_heads=3), 60)
     assert Plan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
 
 
@@ -274,7 +278,7 @@ def test_a_replay_counts_what_runs(start, quick):
     useful = run(2) - run(1)
     if quick.prunes and not (start == 2 and quick.starts_late):
         # The last layer makes the wanted tokens' keys and values a second time, to throw them away.
-        useful -= layer_flops(engine.architecture).key_value * len(PROMPTS)
+        useful -= engine.costs.key_value * len(PROMPTS)
     assert engine.costs.replay_flops(sizes, start) == useful
     assert engine.costs.scan_flops(sizes, [Head(start, 0), Head(start, 1)]) == 2 * useful
 
@@ -284,14 +288,13 @@ def test_pairs_are_those_that_a_causal_mask_allows_within_each_prompt():
     # A shared prefix of 3: its own 6 pairs, then tokens 4-6 and 4-8 with all before them.
     assert first.n_pairs == 6 + (4 + 5 + 6) + (4 + 5 + 6 + 7 + 8)
     assert (second.n_pairs, first.n_wanted_pairs) == (1 + 2 + 3 + 4, 6 + 8)
-    assert layer_flops(engine_of("llama_mha").architecture).pair == 4 * 32
+    assert engine_of("llama_mha").costs.pair == 4 * 32
 
 
 def test_of_experts_only_the_active_share_counts():
     engine = engine_of("gpt_oss_sinks")
     assert engine.architecture.active_experts == 0.5
-    dense = layer_flops(engine_of("llama_gqa").architecture)
-    assert layer_flops(engine.architecture).mlp > dense.mlp
+    assert engine.costs.mlp > engine_of("llama_gqa").costs.mlp
 
 
 # Memory, against the live bytes that torch's profiler sees

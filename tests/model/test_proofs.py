@@ -23,7 +23,7 @@ from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model import attention
 from safetyheads.model.architecture import Capabilities, describe
 from safetyheads.model.engine import Engine
-from safetyheads.model.quick_path_proofs import largest
+from safetyheads.model.proofs import largest
 
 DTYPES = ("float32", "bfloat16")
 
@@ -90,10 +90,9 @@ def with_selected(change, tensors=("query", "key", "head_output")):
     ablate = attention._ablate
 
     def lie(_, monkeypatch):
-        def another(tensor, before, row_ablation, head_dimension):
-            if row_ablation.ablation.kind.tensor in tensors:
-                row_ablation = replace(row_ablation, selected=change(row_ablation.selected))
-            return ablate(tensor, before, row_ablation, head_dimension)
+        def another(tensor, before, ablation, selected, head_dimension):
+            selected = change(selected) if ablation.kind.tensor in tensors else selected
+            return ablate(tensor, before, ablation, selected, head_dimension)
 
         monkeypatch.setattr(attention, "_ablate", another)
 
@@ -146,21 +145,19 @@ def before_the_norm(facts, _):
 
         def forward(own, *arguments, ablations=ablations, safetyheads_call=None, **keywords):
             if safetyheads_call is not None:
-                queries = [each for each in safetyheads_call.ablations if each.ablation.kind.tensor == "query"]
-                others = [each for each in safetyheads_call.ablations if each not in queries]
-                ablations[:] = queries
-                keywords["safetyheads_call"] = replace(safetyheads_call, ablations=tuple(others))
+                given = safetyheads_call.ablations
+                ablations[:] = [each for each in given if each[0].kind.tensor == "query"]
+                others = tuple(each for each in given if each[0].kind.tensor != "query")
+                keywords["safetyheads_call"] = replace(safetyheads_call, ablations=others)
             try:
                 return own(*arguments, **keywords)
             finally:
                 ablations.clear()
 
         def scale(_, __, output, ablations=ablations):
-            for each in ablations:
-                rows, n_heads = each.selected.shape
-                heads = output.view(*output.shape[:-1], n_heads, -1)
-                selected = each.selected.view(rows, 1, n_heads, 1)
-                output = torch.where(selected, heads * each.ablation.epsilon, heads).flatten(-2)
+            for ablation, selected in ablations:
+                heads = output.view(*output.shape[:-1], selected.shape[1], -1)
+                output = torch.where(selected[:, None, :, None], heads * ablation.epsilon, heads).flatten(-2)
             return output
 
         with_forward(module, forward)
@@ -170,6 +167,11 @@ def before_the_norm(facts, _):
 def pairs(selected):
     """[n_rows, n_heads] as [n_rows, n_kv_heads, 2], of two heads to a key head."""
     return selected.view(len(selected), -1, 2)
+
+
+def whole_group(selected):
+    """Every head of a key head that has one of these."""
+    return pairs(selected).any(2, True).expand(-1, -1, 2).flatten(1)
 
 
 LIES = {
@@ -201,7 +203,7 @@ LIES = {
     ),
     "ablation that hits the whole KV group": (
         ("llama3", "gpt_oss"),
-        with_selected(lambda selected: pairs(selected).any(2, True).expand(-1, -1, 2).flatten(1), ("query",)),
+        with_selected(whole_group, ("query",)),
         OTHERS,
     ),
     "ablation applied before QK-norm": (("qwen3", "gemma3", "stablelm"), before_the_norm, SCALED),
@@ -314,11 +316,8 @@ def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
     target.register_forward_pre_hook(lambda *_: seen.append(True))
     target.register_forward_hook(lambda *_: seen.clear())
 
-    def of_the_group(tensor, before, row_ablation, head_dimension):
-        if seen:
-            groups = row_ablation.selected.view(-1, 2, 2).any(dim=-1, keepdim=True).expand(-1, 2, 2).flatten(1)
-            row_ablation = attention.RowAblation(row_ablation.ablation, groups)
-        return ablate(tensor, before, row_ablation, head_dimension)
+    def of_the_group(tensor, before, ablation, selected, head_dimension):
+        return ablate(tensor, before, ablation, whole_group(selected) if seen else selected, head_dimension)
 
     monkeypatch.setattr(attention, "_ablate", of_the_group)
     said = refusal_of(model)

@@ -260,9 +260,8 @@ def test_packed_parameters_have_a_fingerprint(dynamic):
 def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatch):
     ablate = attention._ablate
 
-    def next_head(tensor, before, row_ablation, head_dimension):
-        selected = row_ablation.selected.roll(1, dims=1)
-        return ablate(tensor, before, attention.replace(row_ablation, selected=selected), head_dimension)
+    def next_head(tensor, before, ablation, selected, head_dimension):
+        return ablate(tensor, before, ablation, selected.roll(1, dims=1), head_dimension)
 
     monkeypatch.setattr(attention, "_ablate", next_head)
     with pytest.raises(UnsupportedModelError, match="silences it"):

@@ -43,10 +43,10 @@ def hidden_of(engine, groups, ablation, rows=ALL_ROWS, prompts=PROMPTS):
     """The engine's states of each group, batched by first layer, over prompts laid out as ``rows``."""
     layout, sequences = Plan(rows, 4, 1), [TokenSequence(ids) for ids in prompts]
     states = {}
-    for batch in engine.batches(groups, layout):
-        captures = engine.captured(sequences, (), ablation, layout, batch.start)
-        hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
-        states |= dict(zip(batch.indices, hidden, strict=True))
+    for indices, start in engine.batches(groups, layout):
+        captures = engine.captured(sequences, (), ablation, layout, start)
+        hidden = engine.replayed(captures, [groups[index] for index in indices], ablation, start)
+        states |= dict(zip(indices, hidden, strict=True))
     return torch.stack([states[index] for index in range(len(groups))])
 
 

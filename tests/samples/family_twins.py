@@ -100,10 +100,10 @@ def states(name, groups, ablation, capabilities, prompts=PROMPTS, common=()):
     sequences, numbers = [TokenSequence(prompt) for prompt in prompts], range(len(prompts))
     layout = Plan((tuple(numbers),) if capabilities.packs else tuple((number,) for number in numbers), 4, 1)
     found = {}
-    for batch in engine.batches(groups, layout):
-        captures = engine.captured(sequences, common, ablation, layout, batch.start)
-        hidden = engine.replayed(captures, [groups[index] for index in batch.indices], ablation, batch.start)
-        found |= dict(zip(batch.indices, hidden, strict=True))
+    for indices, start in engine.batches(groups, layout):
+        captures = engine.captured(sequences, common, ablation, layout, start)
+        hidden = engine.replayed(captures, [groups[index] for index in indices], ablation, start)
+        found |= dict(zip(indices, hidden, strict=True))
     return torch.stack([found[index] for index in range(len(groups))])
 
 

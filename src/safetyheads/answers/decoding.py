@@ -253,8 +253,7 @@ class _Batch:
             if turned:
                 # Past such a length, families place all tokens differently: the cache of shorter rows is invalid.
                 read = [(*self.requests[row].token_ids, *self.tokens[row]) for row in open_rows]
-                padded = left_padded(read, pad, engine.device)
-                ids, mask, positions = padded.token_ids, padded.mask, padded.positions
+                ids, mask, positions = left_padded(read, pad, engine.device).values()
                 cache, turned = DynamicCache(config=engine.model.config), False
             else:
                 kept = torch.tensor([rows.index(row) for row in open_rows], device=engine.device)

@@ -106,7 +106,7 @@ class DraftPass:
         """Tokens that comparing the groups runs through the whole model."""
         n_layers = self.engine.n_layers
         batches = self.engine.batches(groups, self.plan)
-        return self.n_tokens * sum(len(batch.indices) * (n_layers - batch.start) / n_layers for batch in batches)
+        return self.n_tokens * sum(len(indices) * (n_layers - start) / n_layers for indices, start in batches)
 
     def compare(
         self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None]
@@ -115,17 +115,17 @@ class DraftPass:
         compared: list[list[Compared]] = [[] for _ in groups]
         common = common_heads(groups)
         captures: list[Capture] = [] if common else self._captures
-        for batch in self.engine.batches(groups, self.plan):
-            if not captures or batch.start not in captures[0].inputs:
-                captures[:] = self.engine.captured(self.sequences, common, self.ablation, self.plan, batch.start)
+        for batch, first in self.engine.batches(groups, self.plan):
+            if not captures or first not in captures[0].inputs:
+                captures[:] = self.engine.captured(self.sequences, common, self.ablation, self.plan, first)
             for capture in captures:
-                capture.drop_before(batch.start)
+                capture.drop_before(first)
 
-            def run(indices: Sequence[int], start: int = batch.start) -> tuple[Integers, Floats]:
+            def run(indices: Sequence[int], start: int = first) -> tuple[Integers, Floats]:
                 chosen = [groups[index] for index in indices]
                 return self.choices(self.engine.replayed(captures, chosen, self.ablation, start))
 
-            for indices, (tokens, margins) in halving(batch.indices, run):
+            for indices, (tokens, margins) in halving(batch, run):
                 for row, index in enumerate(indices):
                     compared[index] = self.along(tokens[row], margins[row])
                     on_compared(compared[index])

@@ -191,10 +191,9 @@ def batches(engine: Engine, text: Sequence[TokenSequence]) -> Iterator[TextBatch
         for start in range(0, len(run), together):
             members = run[start : start + together]
             padded = left_padded([member.token_ids for member in members], padding, engine.device)
-            arguments = {"input_ids": padded.token_ids, "attention_mask": padded.mask, "position_ids": padded.positions}
             n_counted = torch.tensor([[member.n_wanted] for member in members])
-            counted = torch.arange(padded.token_ids.shape[1]).flip(0) < n_counted  # by places from the end
-            yield {**arguments, "use_cache": False}, counted.to(engine.device)
+            counted = torch.arange(padded["input_ids"].shape[1]).flip(0) < n_counted  # by places from the end
+            yield {**padded, "use_cache": False}, counted.to(engine.device)
 
 
 class _LastLayerRan(Exception):

@@ -190,9 +190,9 @@ class HeadPass:
             return self.engine.replayed(captures, chosen, self.ablation, start)
 
         results: dict[str, Tensor] = {}
-        for batch in batches:
-            measure_batch = partial(self._measure_batch, groups, partial(hidden_of, batch.start))
-            for indices, values_by_name in halving(batch.indices, measure_batch):
+        for batch, start in batches:
+            measure_batch = partial(self._measure_batch, groups, partial(hidden_of, start))
+            for indices, values_by_name in halving(batch, measure_batch):
                 for name, values in values_by_name.items():
                     if name not in results:
                         results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)

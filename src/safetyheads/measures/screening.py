@@ -30,7 +30,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
 from safetyheads.measures.head_pass import Forecast, log_odds
-from safetyheads.model.attention import AttentionCall, RowAblation
+from safetyheads.model.attention import AttentionCall
 from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted
 from safetyheads.model.replay import wanted_states
 from safetyheads.scores import HeadScores
@@ -268,7 +268,7 @@ class Lineariser(NamedTuple):
     ) -> dict[int, AttentionCall]:
         """Calls that append each layer's head outputs, as autograd's nodes, and the ablation's changes to them."""
         engine = self.engine
-        segments = row.segments if engine.capabilities.segments and len(row.members) > 1 else None
+        segments = row.packing if engine.capabilities.segments and len(row.members) > 1 else None
 
         def call(layer: int) -> AttentionCall:
             shape = engine.architecture.shapes[layer]
@@ -287,7 +287,7 @@ class Lineariser(NamedTuple):
                 outputs.append(output)
                 return output
 
-            return AttentionCall((RowAblation(self.ablation, everywhere),), compare=compare, segments=segments)
+            return AttentionCall(((self.ablation, everywhere),), compare=compare, segments=segments)
 
         return {layer: call(layer) for layer in engine.architecture.with_heads}
 

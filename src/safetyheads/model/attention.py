@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.packing import Segments, by_segment, safetyheads_mask
+from safetyheads.model.packing import Packing, by_segment, safetyheads_mask
 
 ATTENTION_NAME = "safetyheads"
 """Name of the attention and the mask function in transformers' registries."""
@@ -38,13 +38,8 @@ _POSITIONAL_KEYWORDS = frozenset(
 _callers: ContextVar[list[nn.Module] | None] = ContextVar("safetyheads_callers", default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class RowAblation:
-    """One ablation of a layer, for the rows of a batch."""
-
-    ablation: Ablation
-    selected: Tensor
-    """bool [n_rows or 1, n_heads]: which heads of this layer are ablated in which row."""
+RowAblation: TypeAlias = tuple[Ablation, Tensor]
+"""An ablation of a layer, and bool [n_rows or 1, n_heads]: which of its heads are ablated in which batch row."""
 
 
 class LeftLayer(Exception):
@@ -62,7 +57,7 @@ class AttentionCall:
     compare: Callable[[Tensor, Tensor], Tensor] | None = None
     """Given two tensors [rows, n_tokens, n_heads, d_value], the heads' outputs unablated and all of them ablated,
     gives the outputs to go on with, or raises to leave the layer."""
-    segments: Segments | None = None
+    segments: Packing | None = None
     """How the row's prompts lie, where attention may be taken prompt by prompt."""
     keys_and_values: tuple[Tensor, Tensor] | None = None
     """Attend to these keys and values instead."""
@@ -111,12 +106,9 @@ def safetyheads_attention(
     chosen: Tensor | None = keywords.pop(_CHOSEN_KEYS, None)
     if chosen is not None:
         attention_mask = _causal(query, key) if attention_mask is None else attention_mask
-        shape = (len(chosen), chosen.shape[1], attention_mask.shape[-1])
-        others = torch.ones(shape, dtype=torch.bool, device=attention_mask.device).scatter(-1, chosen.long(), False)[
-            :, None
-        ]
         least = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
-        attention_mask = attention_mask.masked_fill(others, least)
+        others = attention_mask.new_ones((*chosen.shape[:2], attention_mask.shape[-1]), dtype=torch.bool)
+        attention_mask = attention_mask.masked_fill(others.scatter(-1, chosen.long(), False)[:, None], least)
     if call is None:
         return _attend(module, query, key, value, attention_mask, scaling, dropout, keywords)
     if call.leave:
@@ -136,14 +128,14 @@ def safetyheads_attention(
         else:
             output, weights = inner(*ablated, attention_mask)
         before = output
-        for row_ablation in ablations:
-            if row_ablation.ablation.kind.tensor == "head_output":
-                output = _ablate(output, before, row_ablation, head_dimension=2)
+        for ablation, selected in ablations:
+            if ablation.kind.tensor == "head_output":
+                output = _ablate(output, before, ablation, selected, head_dimension=2)
         return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
 
     if call.compare is not None:
-        everywhere = [replace(each, selected=torch.ones_like(each.selected[:1])) for each in call.ablations]
-        return call.compare(attend(())[0], attend(tuple(everywhere))[0]), None
+        everywhere = tuple((ablation, torch.ones_like(selected[:1])) for ablation, selected in call.ablations)
+        return call.compare(attend(())[0], attend(everywhere)[0]), None
     output, weights, inputs = attend(call.ablations)
     if call.observe is not None:
         plain = not _family_keywords(keywords) - {"softcap"}
@@ -168,29 +160,28 @@ def _ablate_inputs(
     """Query, key and value with the ablations that act on them, and the module as it must be seen with these."""
     seen: nn.Module | _Ungrouped = module
     query_before, key_before = query, key
-    for row_ablation in ablations:
-        tensor, grouped = row_ablation.ablation.kind.tensor, key.shape[1] != query.shape[1]
-        scale = row_ablation.ablation.kind.operation == "scale"
-        if tensor == "query" or (tensor == "key" and scale and grouped):
+    for ablation, selected in ablations:
+        tensor, grouped = ablation.kind.tensor, key.shape[1] != query.shape[1]
+        if tensor == "query" or (tensor == "key" and ablation.kind.operation == "scale" and grouped):
             # (q . eps k) is (eps q . k): in a shared group this touches one query head and never its siblings.
-            query = _ablate(query, query_before, row_ablation, head_dimension=1)
+            query = _ablate(query, query_before, ablation, selected, head_dimension=1)
         elif tensor == "key":
             if grouped:
                 groups = query.shape[1] // key.shape[1]
                 key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
                 seen = _Ungrouped(module)
-            key = _ablate(key, key_before, row_ablation, head_dimension=1)
+            key = _ablate(key, key_before, ablation, selected, head_dimension=1)
     return seen, (query, key, value)
 
 
-def _ablate(tensor: Tensor, before: Tensor, row_ablation: RowAblation, head_dimension: int) -> Tensor:
+def _ablate(tensor: Tensor, before: Tensor, ablation: Ablation, selected: Tensor, head_dimension: int) -> Tensor:
     """The tensor with the selected heads scaled, or replaced by the mean over all heads as they were before."""
-    shape = [row_ablation.selected.shape[0], 1, 1, 1]
-    shape[head_dimension] = row_ablation.selected.shape[1]
-    selected = row_ablation.selected.to(tensor.device).view(shape)
-    if row_ablation.ablation.kind.operation == "mean":
-        return torch.where(selected, before.mean(dim=head_dimension, keepdim=True), tensor)
-    return torch.where(selected, tensor * row_ablation.ablation.epsilon, tensor)
+    shape = [len(selected), 1, 1, 1]
+    shape[head_dimension] = selected.shape[1]
+    heads = selected.to(tensor.device).view(shape)
+    if ablation.kind.operation == "mean":
+        return torch.where(heads, before.mean(dim=head_dimension, keepdim=True), tensor)
+    return torch.where(heads, tensor * ablation.epsilon, tensor)
 
 
 def _attend(
@@ -229,12 +220,11 @@ def _attend(
 
 def _family_keywords(keywords: dict[str, Any]) -> set[str]:
     """Names of arguments that only the family's own attention knows what to do with: softcap and tensors."""
+    given = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
     return {
         name
-        for name, argument in keywords.items()
-        if name not in _POSITIONAL_KEYWORDS
-        and argument is not None
-        and (name == "softcap" or isinstance(argument, Tensor))
+        for name, argument in given.items()
+        if isinstance(argument, Tensor) or (name == "softcap" and argument is not None)
     }
 
 
@@ -261,9 +251,7 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
 def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
     """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after."""
 
-    def hook(
-        call: AttentionCall, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(call: AttentionCall, _: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, {**keywords, _KEYWORD: call}
 
     with ExitStack() as stack:

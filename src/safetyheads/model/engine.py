@@ -17,9 +17,9 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, within
 from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
-from safetyheads.model.attention import AttentionCall, RowAblation, attention_calls
+from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.options import LoadOptions
-from safetyheads.model.planning import GroupBatch, ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
+from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
 from safetyheads.model.replay import Capture, capture, logits, replay, rerun
 from safetyheads.prompts.asked import AskedPrompts, DatedPromptWarning
 from safetyheads.prompts.templates import Template
@@ -188,29 +188,25 @@ class Engine:
             asked = AskedPrompts.of(prompts, self.default_template, self.tokenizer)
             if asked.note is not None:
                 warnings.warn(asked.note, DatedPromptWarning, stacklevel=2)
-            self._refuse_unreadable(asked)
+            limit, size = self.architecture.context_length, self.n_embedded
+            for prompt, token_ids in zip(asked, asked.token_ids, strict=True):
+                n, largest, why = len(token_ids), max(token_ids), ""
+                if limit is not None and n > limit:
+                    why = f"{n} tokens; the model's context is {limit}. It"
+                elif largest >= size:
+                    why = (
+                        f"the token {largest}, but the model knows only {size} tokens; does the tokenizer belong to "
+                        "another model? It"
+                    )
+                if why:
+                    # Quote the prompt; its index is meaningless after a split.
+                    quoted = prompt.query[:_CHARACTERS_QUOTED] + "..." * (len(prompt.query) > _CHARACTERS_QUOTED)
+                    raise InputError(f"a prompt of {prompts.name} has {why} begins: {quoted!r}")
             # An audit asks for its sets again with every batch of groups.
             if len(self._asked) >= _SETS_KEPT:
                 self._asked.pop(next(iter(self._asked)))
             self._asked[key] = asked
         return self._asked[key]
-
-    def _refuse_unreadable(self, asked: AskedPrompts) -> None:
-        """Refuse prompts that are too long for the model, or hold tokens that it does not know."""
-        limit, size, name = self.architecture.context_length, self.n_embedded, asked.prompts.name
-        for prompt, token_ids in zip(asked, asked.token_ids, strict=True):
-            # Quote the prompt; its index is meaningless after a split.
-            start = prompt.query[:_CHARACTERS_QUOTED] + ("..." if len(prompt.query) > _CHARACTERS_QUOTED else "")
-            if limit is not None and len(token_ids) > limit:
-                raise InputError(
-                    f"a prompt of {name} has {len(token_ids)} tokens; the model's context is {limit}. "
-                    f"It begins: {start!r}"
-                )
-            if max(token_ids) >= size:
-                raise InputError(
-                    f"a prompt of {name} has the token {max(token_ids)}, but the model knows only {size} tokens; does "
-                    f"the tokenizer belong to another model? It begins: {start!r}"
-                )
 
     # Ablations
 
@@ -270,10 +266,7 @@ class Engine:
                 if head.layer not in selected:
                     selected[head.layer] = torch.zeros(len(groups), shape.n_heads, dtype=torch.bool)
                 selected[head.layer][row, head.index] = True
-        return {
-            layer: AttentionCall(ablations=(RowAblation(ablation, to_device(rows, self.device)),))
-            for layer, rows in selected.items()
-        }
+        return {layer: AttentionCall(((ablation, to_device(rows, self.device)),)) for layer, rows in selected.items()}
 
     # Plans
 
@@ -310,10 +303,10 @@ class Engine:
         """Logits in memory together, in elements, when next tokens are read."""
         return planning.logits_at_once(self.memory_budget)
 
-    def batches(self, groups: Sequence[Group], plan: Plan) -> list[GroupBatch]:
-        """The groups in batches of one first layer each, layers ascending, at most the plan's number together.
+    def batches(self, groups: Sequence[Group], plan: Plan) -> list[tuple[tuple[int, ...], int]]:
+        """Batches of at most the plan's number of groups: their indices, and the first layer that any of them changes.
 
-        Heads that all groups share do not count: the captured run has them ablated already.
+        Layers ascend. Heads that all groups share do not count: the captured run has them ablated already.
         """
         common, by_start = common_heads(groups), dict[int, list[int]]()
         for index, group in enumerate(groups):
@@ -321,7 +314,7 @@ class Engine:
             by_start.setdefault(min(layers, default=self.n_layers - 1), []).append(index)
         n = plan.groups_per_batch
         return [
-            GroupBatch(tuple(indices[at : at + n]), start)
+            (tuple(indices[at : at + n]), start)
             for start, indices in sorted(by_start.items())
             for at in range(0, len(indices), n)
         ]

@@ -21,6 +21,33 @@ class Packing:
     """int64 [n_tokens]: the position of each token within its own prompt."""
     segments: Tensor
     """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
+    n_prefix: int
+    """Tokens of the shared prefix, at the row's beginning."""
+    tokens: Tensor
+    """int64 [n_prompts, longest_rest]: the tokens of each rest; shorter ones end in repeats of their last token."""
+    keys: Tensor
+    """int64 [n_prompts, n_prefix + longest_rest]: the prefix's tokens, then ``tokens``: all that they may see."""
+    real: Tensor
+    """bool, same shape: which of the keys are no repeats."""
+    places: Tensor
+    """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
+
+    @classmethod
+    def of(cls, positions: Tensor, segments: Tensor) -> Packing:
+        """The layout of a row, from the position and the segment of each token."""
+        lengths = torch.bincount(segments)
+        starts, rests = lengths.cumsum(0)[:-1, None], lengths[1:, None]
+        offsets = torch.arange(int(rests.max()), device=segments.device)
+        tokens, real = starts + torch.minimum(offsets, rests - 1), offsets < rests
+        prefix = torch.arange(int(lengths[0]), device=segments.device).expand(len(tokens), -1)
+        keys = torch.cat([prefix, tokens], dim=1)
+        seen = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
+        return cls(positions, segments, prefix.shape[1], tokens, keys, seen, real.flatten().nonzero()[:, 0])
+
+    def cover(self, query: Tensor, mask: Tensor) -> bool:
+        """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
+        n_tokens = len(self.positions)
+        return query.shape[2] == n_tokens and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
 
 
 # Lives for one forward of the engine's own, in its own thread; replays use the masks that were captured.
@@ -59,8 +86,7 @@ def safetyheads_mask(
             same = (segments[kv_index] == 0) | (segments[kv_index] == segments[q_index])
             return same & family_rule(batch, head, positions[q_index], positions[kv_index])
 
-        keywords["allow_is_causal_skip"] = False
-    elif 1 < q_length != kv_length:
+    if (packing is not None and mask_function is not None) or 1 < q_length != kv_length:
         # The skipped mask would mean causal from the top left for a static cache, from the bottom right for others.
         keywords["allow_is_causal_skip"] = False
     if mask_function is not None:
@@ -68,50 +94,9 @@ def safetyheads_mask(
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **keywords)
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """The same row cut into its prompts, so that a token is compared with the prefix and its own prompt only."""
-
-    n_prefix: int
-    """Tokens of the shared prefix, at the row's beginning."""
-    tokens: Tensor
-    """int64 [n_prompts, longest_rest]: the tokens of each rest; shorter ones end in repeats of their last token."""
-    keys: Tensor
-    """int64 [n_prompts, n_prefix + longest_rest]: the prefix's tokens, then ``tokens``: all that they may see."""
-    real: Tensor
-    """bool, same shape: which of the keys are no repeats."""
-    places: Tensor
-    """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
-
-    @classmethod
-    def of(cls, packing: Packing) -> Segments:
-        """The segments of a packing."""
-        device = packing.segments.device
-        lengths = torch.bincount(packing.segments)
-        starts, rests = lengths.cumsum(0)[:-1, None], lengths[1:, None]
-        offsets = torch.arange(int(rests.max()), device=device)
-        tokens, real = starts + torch.minimum(offsets, rests - 1), offsets < rests
-        prefix = torch.arange(int(lengths[0]), device=device).expand(len(tokens), -1)
-        keys = torch.cat([prefix, tokens], dim=1)
-        seen = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
-        return cls(prefix.shape[1], tokens, keys, seen, real.flatten().nonzero()[:, 0])
-
-    def on(self, device: torch.device) -> Segments:
-        """The same layout on the device of a layer, which in a model over several devices is not always this one."""
-        if device == self.places.device:
-            return self
-        tensors = (self.tokens, self.keys, self.real, self.places)
-        return Segments(self.n_prefix, *(tensor.to(device) for tensor in tensors))
-
-    def cover(self, query: Tensor, mask: Tensor) -> bool:
-        """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
-        n_tokens = self.n_prefix + len(self.places)
-        return query.shape[2] == n_tokens and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
-
-
 def by_segment(
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Any]],
-    segments: Segments,
+    packing: Packing,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -122,23 +107,21 @@ def by_segment(
     ``attend`` takes query, key, value [rows, heads, n_tokens, d] and mask, and gives the heads' outputs [rows,
     n_tokens, n_heads, d_value] and anything; so does this, for the whole row, without the anything.
     """
-    segments = segments.on(query.device)
-    n_rows, n_prefix = len(query), segments.n_prefix
-    n_prompts, longest = segments.tokens.shape
-    allowed = mask[0, 0][segments.tokens[:, :, None], segments.keys[:, None, :]] & segments.real[:, None, :]
+    # In a model over several devices a layer need not be where the row is.
+    tokens, keys, real, places = (
+        part.to(query.device) for part in (packing.tokens, packing.keys, packing.real, packing.places)
+    )
+    n_rows, n_prefix, (n_prompts, longest) = len(query), packing.n_prefix, tokens.shape
+    allowed = mask[0, 0][tokens[:, :, None], keys[:, None, :]] & real[:, None, :]
 
     def picked(tensor: Tensor, tokens: Tensor) -> Tensor:
         """[rows, heads, n_tokens, d] -> [rows * n_prompts, heads, tokens of a prompt, d]."""
         flat = tensor.transpose(1, 2).index_select(1, tokens.flatten())
         return flat.view(len(tensor) * n_prompts, tokens.shape[1], *flat.shape[2:]).transpose(1, 2)
 
-    rests, _ = attend(
-        picked(query, segments.tokens),
-        picked(key, segments.keys),
-        picked(value, segments.keys),
-        allowed.repeat(n_rows, 1, 1)[:, None],
-    )
-    output = rests.reshape(n_rows, n_prompts * longest, *rests.shape[2:]).index_select(1, segments.places)
+    masks = allowed.repeat(n_rows, 1, 1)[:, None]
+    rests, _ = attend(picked(query, tokens), picked(key, keys), picked(value, keys), masks)
+    output = rests.reshape(n_rows, n_prompts * longest, *rests.shape[2:]).index_select(1, places)
     if not n_prefix:
         return output
     query, key, value = (tensor[:, :, :n_prefix] for tensor in (query, key, value))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
 from safetyheads.model.attention import family_supports_sdpa
-from safetyheads.model.packing import Packing, Segments
+from safetyheads.model.packing import Packing
 
 if TYPE_CHECKING:
     from safetyheads.model.architecture import Architecture, Capabilities
@@ -59,9 +59,7 @@ class PackedRow:
     token_ids: Tensor
     """int64 [n_tokens]."""
     packing: Packing
-    """Positions and segments of the tokens."""
-    segments: Segments
-    """The same layout, for attention prompt by prompt."""
+    """Where each prompt's tokens are."""
     wanted: Tensor
     """int64 [n_wanted]: the tokens whose last states are read, sequence by sequence."""
 
@@ -90,16 +88,6 @@ class Plan:
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`as_dict` gave."""
         return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
-
-
-@dataclass(frozen=True, slots=True)
-class GroupBatch:
-    """Head groups that are replayed together."""
-
-    indices: tuple[int, ...]
-    """Which of the groups asked for."""
-    start: int
-    """The first layer that any of them changes."""
 
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
@@ -142,28 +130,18 @@ def pack(
     def tensor(values: list[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), torch.device(device))
 
-    packing = Packing(tensor(positions), tensor(segments))
-    return PackedRow(tuple(members), tensor(token_ids), packing, Segments.of(packing), tensor(wanted))
+    return PackedRow(tuple(members), tensor(token_ids), Packing.of(tensor(positions), tensor(segments)), tensor(wanted))
 
 
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """Rows of unequal length as one batch, each [n_rows, longest], int64."""
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Rows of unequal length as one batch, padding first: what a model is called with, each int64 [n_rows, longest].
 
-    token_ids: Tensor
-    """Padding first."""
-    mask: Tensor
-    """1 where a token is real."""
-    positions: Tensor
-    """Of each token within its own row."""
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Padded:
-    """The rows as one batch, their last tokens aligned."""
+    The ``attention_mask`` is 1 where a token is real; ``position_ids`` are those within a token's own row.
+    """
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return Padded(ids, mask, (mask.cumsum(dim=1) - 1).clamp_min(0))
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -176,42 +154,29 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # Plans
 
 
-def lay_out(
-    sequences: Sequence[TokenSequence],
-    layer: LayerFlops,
-    token_budget: int,
-    n_rows_useful: int,
-    packs: bool = True,
-    by_segment: bool = True,
-) -> Plan:
-    """Choose how many sequences share a row and how many groups share a batch.
+def lay_out(sequences: Sequence[TokenSequence], costs: ModelCosts, token_budget: int) -> Plan:
+    """Choose how many sequences share a row and how many groups a batch of at most ``token_budget`` tokens.
 
-    Args:
-        sequences: what is to be run.
-        layer: cost of a layer of the model.
-        token_budget: most tokens in a batch.
-        n_rows_useful: groups that can ever share a batch: the heads of a layer.
-        packs: whether sequences may share a row.
-        by_segment: whether tokens are compared within their sequence only, or with their whole row.
+    At most as many groups share a batch as a layer has heads.
     """
+    quick, n_rows_useful = costs.quick, costs.architecture.n_heads
     prefix = shared_prefix(sequences)
     rest = sum(len(sequence.token_ids) - prefix for sequence in sequences) / len(sequences)
 
     def cost_per_sequence(n: int) -> float:
         length = prefix + n * rest
-        n_pairs = prefix**2 + n * rest * (prefix + rest) if by_segment else length**2
+        n_pairs = prefix**2 + n * rest * (prefix + rest) if quick.segments else length**2
         n_rows = max(1, min(n_rows_useful, int(token_budget // length)))
-        overhead = _OVERHEAD_TOKENS * layer.token / n_rows
-        return (length * layer.token + n_pairs * layer.pair + overhead) / n
+        overhead = _OVERHEAD_TOKENS * costs.token / n_rows
+        return (length * costs.token + n_pairs * costs.pair + overhead) / n
 
     longest = min(token_budget, _LONGEST_ROW)
-    most = max(1, int((longest - prefix) // max(rest, 1))) if packs else 1
+    most = max(1, int((longest - prefix) // max(rest, 1))) if quick.packs else 1
     n_per_row = min(range(1, min(most, len(sequences)) + 1), key=cost_per_sequence)
     n_rows = -(-len(sequences) // n_per_row)
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
-    rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts))
-    plan = Plan(rows, 1, torch.get_num_threads())
+    plan = Plan(tuple(tuple(range(start, end)) for start, end in pairwise(starts)), 1, torch.get_num_threads())
     groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, plan)))
     return replace(plan, groups_per_batch=groups)
 
@@ -222,11 +187,9 @@ def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: in
     Raises:
         InputError: not even one head on these prompts fits the budget.
     """
-    quick, layer = costs.quick, layer_flops(costs.architecture)
-    at_once = logits_at_once(memory_budget)
     while True:
-        plan = lay_out(sequences, layer, n_tokens, costs.architecture.n_heads, quick.packs, quick.segments)
-        needed = costs.pass_bytes(sequences, plan, at_once)
+        plan = lay_out(sequences, costs, n_tokens)
+        needed = costs.pass_bytes(sequences, plan, logits_at_once(memory_budget))
         if memory_budget is None or needed <= memory_budget:
             return plan
         if n_tokens == 1:
@@ -311,49 +274,6 @@ def halving(
 
 
 @dataclass(frozen=True, slots=True)
-class LayerFlops:
-    """Floating-point operations of one layer; a multiplication and an addition are two."""
-
-    query: float
-    """Projection of a token to queries, where queries have one of their own; else 0, and it is in ``key_value``."""
-    key_value: float
-    """Projection of a token to keys and values."""
-    output: float
-    """Projection of a token's head outputs."""
-    mlp: float
-    """All else with weights that a token goes through."""
-    pair: float
-    """Score and weighted value of a token and a token it sees."""
-
-    @property
-    def token(self) -> float:
-        """A token through all weights."""
-        return self.query + self.key_value + self.output + self.mlp
-
-
-def layer_flops(architecture: Architecture) -> LayerFlops:
-    """Of the first layer with heads, from the shapes of its weights; of experts, those that a token is sent to."""
-    layer = architecture.with_heads[0]
-    attending, shape = architecture.attentions[layer], architecture.shapes[layer]
-    assert attending is not None  # it has heads
-    assert shape is not None
-    whole = 2 * _weights(architecture.layers[layer], architecture.active_experts)
-    attention = 2 * _weights(attending, 1.0)
-    query, output = (
-        0 if module is None else 2 * _weights(module, 1.0)
-        for module in (architecture.query_projections[layer], architecture.output_projections[layer])
-    )
-    pair = 2 * shape.n_heads * (shape.d_head + shape.d_value)
-    return LayerFlops(query, attention - query - output, output, whole - attention, pair)
-
-
-def _weights(module: nn.Module, active_experts: float) -> float:
-    """Elements of the module's matrices; of stacked ones (experts), the active share."""
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
-    return sum(matrix.numel() * (active_experts if matrix.ndim > 2 else 1.0) for matrix in matrices)
-
-
-@dataclass(frozen=True, slots=True)
 class RowSize:
     """What the cost of a packed row depends on."""
 
@@ -400,33 +320,55 @@ def _pairs(start: int, end: int) -> int:
 
 
 class ModelCosts:
-    """Counts, from shapes alone, what passes by the quick paths take, at ``itemsize`` bytes an activation."""
+    """Counts, from shapes alone, what passes by the quick paths take, at ``itemsize`` bytes an activation.
+
+    Attributes:
+        query: floating-point operations of one layer (a multiplication and an addition are two) that project a token
+            to queries, where queries have a projection of their own; else 0, and they are in ``key_value``.
+        key_value: a token to keys and values.
+        output: a token's head outputs.
+        mlp: all else with weights that a token goes through; of experts, those that it is sent to.
+        token: a token through all weights.
+        pair: score and weighted value of a token and a token it sees.
+    """
 
     def __init__(self, architecture: Architecture, quick: Capabilities, itemsize: int) -> None:
         self.architecture, self.quick, self.itemsize = architecture, quick, itemsize
+        layer = architecture.with_heads[0]  # stands for all
+        shape = architecture.shapes[layer]
+        assert shape is not None  # it has heads
+
+        def weights(module: nn.Module | None, active_experts: float = 1.0) -> float:
+            """Operations of a module's matrices; of stacked ones (experts), the active share."""
+            matrices = [] if module is None else [each for each in module.parameters() if each.ndim >= 2]
+            return sum(2 * matrix.numel() * (active_experts if matrix.ndim > 2 else 1.0) for matrix in matrices)
+
+        attention = weights(architecture.attentions[layer])
+        self.query = weights(architecture.query_projections[layer])
+        self.output = weights(architecture.output_projections[layer])
+        self.key_value = attention - self.query - self.output
+        self.token = weights(architecture.layers[layer], architecture.active_experts)
+        self.mlp = self.token - attention
+        self.pair = 2 * shape.n_heads * (shape.d_head + shape.d_value)
 
     def forward_flops(self, rows: Sequence[RowSize]) -> float:
         """One plain run over all layers, without logits."""
-        layer = layer_flops(self.architecture)
-        return self.architecture.n_layers * sum(layer.token * row.n_tokens + layer.pair * row.n_pairs for row in rows)
+        return self.architecture.n_layers * sum(self.token * row.n_tokens + self.pair * row.n_pairs for row in rows)
 
     def replay_flops(self, rows: Sequence[RowSize], start: int) -> float:
         """Replaying one group of heads whose first layer is ``start``, by the quick paths."""
-        if not self.quick.replays:
+        quick, last = self.quick, self.architecture.n_layers - 1
+        if not quick.replays:
             return self.forward_flops(rows)
-        layer, quick, last = layer_flops(self.architecture), self.quick, self.architecture.n_layers - 1
-        whole = sum(layer.token * row.n_tokens + layer.pair * row.n_pairs for row in rows)
-        late = sum((layer.output + layer.mlp) * row.n_tokens for row in rows) if quick.starts_late else whole
-        finish = whole
+        n_tokens, n_wanted = (sum(getattr(row, name) for row in rows) for name in ("n_tokens", "n_wanted"))
+        whole = self.forward_flops(rows) / self.architecture.n_layers
+        late = (self.output + self.mlp) * n_tokens if quick.starts_late else whole
+        finish = late if start == last else whole
         if quick.prunes:
-            n_wanted = sum(row.n_wanted for row in rows)
-            tail = (layer.output + layer.mlp) * n_wanted
-            attended = layer.query * n_wanted + layer.pair * sum(row.n_wanted_pairs for row in rows)
-            finish = tail if start == last and quick.starts_late else tail + attended
+            finish = (self.output + self.mlp) * n_wanted
             if start < last or not quick.starts_late:
-                finish += layer.key_value * sum(row.n_tokens for row in rows)
-        elif start == last:
-            finish = late
+                finish += self.query * n_wanted + self.pair * sum(row.n_wanted_pairs for row in rows)
+                finish += self.key_value * n_tokens
         return finish if start == last else late + (last - 1 - start) * whole + finish
 
     def scan_flops(self, rows: Sequence[RowSize], heads: Sequence[Head]) -> float:
@@ -440,8 +382,7 @@ class ModelCosts:
         A backward pass costs what a forward does, because no weight needs a gradient; its attention 2.5 times as much.
         """
         (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1), shares_prefix=False)
-        layer = layer_flops(self.architecture)
-        tokens, pairs = layer.token * row.n_tokens, layer.pair * row.n_pairs
+        tokens, pairs = self.token * row.n_tokens, self.pair * row.n_pairs
         forwards = len(n_columns) * (tokens + 2 * pairs)
         return self.architecture.n_layers * (forwards + sum(n_columns) * (tokens + 2.5 * pairs))
 

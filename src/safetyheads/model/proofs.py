@@ -3,14 +3,15 @@
 The claims: (i) our attention, unablated, equals the model's own; (ii) an unablated replay equals a plain run;
 (iii) packed prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) UA is uniform over
 allowed keys.
-Where (i), (iv) or (v) fails, the model is refused by name. Where (ii) or (iii) fails, that quick path is not used.
+Where (i), (iv) or (v) fails, the model is refused by name. Where (ii) or (iii) fails, that quick path is not used, a
+note says so, and the model stays usable on the plain path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +19,23 @@ from torch import Tensor, nn
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import UnsupportedModelError, first_line
-from safetyheads.model.architecture import Capabilities, HeadShape
+from safetyheads.heads import Head
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
-from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, pack
-from safetyheads.model.quick_path_proofs import TRIPS, difference, largest, prove_quick_paths
-from safetyheads.model.replay import Capture, Copies, capture, decode, first_of, of_rows
+from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, left_padded, pack
+from safetyheads.model.replay import (
+    Capture,
+    Copies,
+    capture,
+    decode,
+    first_of,
+    given_to_norm,
+    logits,
+    of_rows,
+    replay,
+    rerun,
+)
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -35,6 +47,10 @@ ROUNDED = 1e-1
 (measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
 QUANTISED = 1e-2
 """Least tolerance elsewhere where weights are quantised: kernels compute in float16 (measured: 2e-3)."""
+# The same sums in the same order, so that only the last bits may differ.
+_SAME_ARITHMETIC = 1e-6
+# What a family's code raises when it is called in a way it does not expect: wrong shapes, names or arguments.
+_TRIPS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 # The only fact that decides nothing: prompts of the proofs exceed every window that is known, whichever layer's.
 _WINDOWS = "each layer's window is as wide as was read"
 # The only claim about single layers that looks behind the heads, where activations may be rounded.
@@ -68,7 +84,7 @@ class CheckReport:
     """In the order they were tried."""
     capabilities: Capabilities
     """What the engine may use."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """One line for each quick path given up."""
 
     @property
@@ -119,12 +135,26 @@ def prove(engine: Engine, longest: int) -> CheckReport:
             for name, (error, layer) in worst.items():
                 sentence = f"{name} ({facts.n_layers} layers, most in layer {layer})"
                 claim(sentence, error, name != _WINDOWS, tolerance if name == _PARTS else exact)
-        capabilities, notes = prove_quick_paths(engine, sequences, rows, claim)
+        capabilities, notes = _prove_quick_paths(engine, sequences, rows, claim)
     if facts.without_heads:
         layers = ", ".join(map(str, facts.without_heads))
         left_out = f"layers {layers} mix tokens in another way than by attention: they have no heads and are left out"
         notes = (left_out, *notes)
     return CheckReport(tuple(proofs), capabilities, notes)
+
+
+def difference(ours: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
+    """Largest difference relative to the largest value of the reference (or of ``scale``); shapes must agree."""
+    if ours.shape != reference.shape:
+        return float("inf")
+    ours = ours.to(reference.device)  # states and logits of one model may be on different devices
+    largest = (reference if scale is None else scale).float().abs().max().clamp_min(1e-12)
+    return float((ours.float() - reference.float()).abs().max() / largest)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; a NaN counts as the largest, unlike in Python's ``max``."""
+    return float(torch.tensor(list(errors)).max())
 
 
 def tolerances(engine: Engine) -> tuple[float, float]:
@@ -198,7 +228,7 @@ def _refusing(family: str, what: str) -> Iterator[None]:
         yield
     except UnsupportedModelError:
         raise
-    except TRIPS as error:
+    except _TRIPS as error:
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
@@ -227,74 +257,88 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
-def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
-    """What an ablation of one head does to its attention, and that the hook arrives: claim and error."""
-    facts = engine.architecture
-    attention, shape = facts.attentions[layer], facts.shapes[layer]
+def _observed(engine: Engine, captured: Capture, layer: int, *ablations: RowAblation) -> tuple[dict[str, Any], Tensor]:
+    """What a layer's attention function saw, and its block's output, a batch row for each row of selected heads.
+
+    Refuses a layer that does not call the function, or gives it other heads than were read of the model.
+    """
+    facts, attention, shape = (
+        engine.architecture,
+        engine.architecture.attentions[layer],
+        engine.architecture.shapes[layer],
+    )
     assert attention is not None  # the layer has heads
     assert shape is not None
-    n_heads = shape.n_heads
-
-    def observed(*ablations: RowAblation) -> tuple[dict[str, Any], Tensor]:
-        """What the attention function saw, and its block's output, with a batch row for each row of selected heads."""
-        seen: dict[str, Any] = {}
-        n_rows = len(ablations[0].selected) if ablations else 1
-        call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
-        blocks: list[Tensor] = []
-        handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
-        try:
-            with attention_calls(facts.attentions, {layer: call}):
-                rows = of_rows(facts, captured.inputs[layer], n_rows)
-                facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
-        finally:
-            handle.remove()
-        if not seen:
-            raise UnsupportedModelError(
-                f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "
-                "hand its keywords on to it"
-            )
-        _refuse_other_facts(facts.family, layer, shape, seen)
-        return seen, blocks[0]
-
-    none = torch.zeros(n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
-    seen, _ = observed()
-    n_tokens, query = captured.row.n_tokens, seen["query"]
-    # Tokens from the first key that a token sees to the token itself, at most.
-    first = _allowed(seen["mask"], n_tokens, query.device).int().argmax(dim=-1)
-    reached = int((torch.arange(n_tokens, device=query.device) - first).max()) + 1
-    if not seen["chosen"] and reached < n_tokens and reached not in facts.windows:
+    seen: dict[str, Any] = {}
+    blocks: list[Tensor] = []
+    call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
+    handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
+    try:
+        with attention_calls(facts.attentions, {layer: call}):
+            rows = of_rows(facts, captured.inputs[layer], len(ablations[0][1]) if ablations else 1)
+            facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
+    finally:
+        handle.remove()
+    if not seen:
         raise UnsupportedModelError(
-            f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
+            f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "
+            "hand its keywords on to it"
         )
+    query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
+    names = ("heads", "key heads", "width", "width of keys", "width of values", "outputs")
+    read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_head, shape.d_value, [shape.n_heads, shape.d_value])
+    given = (query.shape[1], key.shape[1], query.shape[3], key.shape[3], value.shape[3], list(output.shape[2:]))
+    facts_of_heads = zip(names, given, read, strict=True)
+    differing = [f"{name} {actual}, not {expected}" for name, actual, expected in facts_of_heads if actual != expected]
+    if differing:
+        raise UnsupportedModelError(
+            f"{facts.family}: refused, because layer {layer} attends with {'; '.join(differing)}"
+        )
+    return seen, blocks[0]
+
+
+def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
+    """What an ablation of one head does to its attention, and that the hook arrives: claim and error."""
+    facts, shape = engine.architecture, engine.architecture.shapes[layer]
+    assert shape is not None  # the layer has heads
+    seen, _ = _observed(engine, captured, layer)
+    n_tokens, device = captured.row.n_tokens, seen["query"].device
+    # Tokens from the first key that a token sees to the token itself, at most.
+    first = _allowed(seen["mask"], n_tokens, device).int().argmax(dim=-1)
+    reached = int((torch.arange(n_tokens, device=device) - first).max()) + 1
     if not seen["chosen"]:
+        if reached < n_tokens and reached not in facts.windows:
+            raise UnsupportedModelError(
+                f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window "
+                "says"
+            )
         yield _WINDOWS, abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
     # The head that says most: with a silent one every claim would hold by itself.
     head = int(seen["output"][0].float().norm(dim=(0, 2)).argmax())
+    none = torch.zeros(shape.n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
     one = none.clone()
     one[head] = True
 
-    seen, block = observed(RowAblation(SCALING_CONTRIBUTION.at(0.0), torch.stack([none, one, ~one, ~none])))
+    rows = torch.stack([none, one, ~one, ~none])
+    seen, block = _observed(engine, captured, layer, (SCALING_CONTRIBUTION.at(0.0), rows))
     output = seen["output"]
     yield "scaling a head to 0 silences it", float(output[1, :, head].abs().max())
     yield "scaling a head leaves the other heads unchanged", difference(output[1][:, ~one], output[0][:, ~one])
     # The parts are differences of whole outputs, so the rounding of these is the measure, however small a part is.
     yield _PARTS, difference(block[0] - block[1], block[2] - block[3], scale=block[0])
 
-    seen, _ = observed(
-        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one, none])),
-        RowAblation(UNDIFFERENTIATED_ATTENTION.at(0.5), torch.stack([none, none, one])),
-    )
-    output, query = seen["output"], seen["query"]
-    yield (
-        "undifferentiated attention leaves the other heads unchanged",
-        difference(output[1][:, ~one], output[0][:, ~one]),
-    )
+    at_zero = UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one, none])
+    at_half = UNDIFFERENTIATED_ATTENTION.at(0.5), torch.stack([none, none, one])
+    seen, _ = _observed(engine, captured, layer, at_zero, at_half)
+    output, query, value = seen["output"], seen["query"], seen["value"][1]
+    others = difference(output[1][:, ~one], output[0][:, ~one])
+    yield "undifferentiated attention leaves the other heads unchanged", others
     # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
     yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
     # The plain mean of the head's values over the keys that the mask allows each token [n_tokens, d_value].
-    allowed, value = _allowed(seen["mask"], n_tokens, query.device), seen["value"][1]
+    allowed = _allowed(seen["mask"], n_tokens, device)
     weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
-    mean = weights @ value[head * len(value) // n_heads].double()
+    mean = weights @ value[head * len(value) // shape.n_heads].double()
     evenness = "undifferentiated attention is uniform over the allowed keys"
     if not seen["plain"]:
         # A sink takes its share of what each token attends to, so the rest may be any part of the mean, and no more:
@@ -306,21 +350,154 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
     yield evenness, difference(output[1][:, head], mean.to(value.dtype))
 
 
-def _refuse_other_facts(family: str, layer: int, shape: HeadShape, seen: dict[str, Any]) -> None:
-    """Refuse a layer whose attention function was given other heads than were read of the model."""
-    query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
-    read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_value)
-    given = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    if read != given or output.shape[2:] != (shape.n_heads, shape.d_value) or key.shape[3] != shape.d_head:
-        facts = zip(("heads", "key heads", "width", "width of values"), given, read, strict=True)
-        differing = [f"{name} {seen_here}, not {as_read}" for name, seen_here, as_read in facts if seen_here != as_read]
-        differing = differing or [f"outputs {list(output.shape[2:])}, not {[shape.n_heads, shape.d_value]}"]
-        raise UnsupportedModelError(f"{family}: refused, because layer {layer} attends with {'; '.join(differing)}")
-
-
 def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
     """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
     if mask is None:
         return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
     given = mask[0, 0]
     return given if given.dtype == torch.bool else given >= 0
+
+
+def _prove_quick_paths(
+    engine: Engine, sequences: list[TokenSequence], rows: list[PackedRow], claim: Callable[..., bool]
+) -> tuple[Capabilities, tuple[str, ...]]:
+    """(ii), (iii) Each quick path against the plain one, also after an ablated replay; then all that hold together."""
+    facts = engine.architecture
+    plain = [rerun(facts, row, {}, 1) for row in rows]
+    slow = Capabilities(segments=False, prunes=False, starts_late=False)
+    capabilities, notes = Capabilities(), []
+
+    def replayed(**quick: bool) -> float:
+        errors = (_replay_errors(engine, *each, replace(slow, **quick)) for each in zip(rows, plain, strict=True))
+        return largest(error for of_row in errors for error in of_row)
+
+    first, last = sequences[0].token_ids, sequences[-1].token_ids[: rows[0].n_tokens // 2]
+    attempts: dict[str, tuple[str, Callable[[], float]]] = {
+        "prunes": (
+            "finishing the last layer for the wanted tokens equals finishing it whole",
+            lambda: replayed(prunes=True),
+        ),
+        "starts_late": (
+            "starting the ablated layer from its heads' outputs equals running it whole",
+            lambda: replayed(prunes=capabilities.prunes, starts_late=True),
+        ),
+        "replays": ("replaying layers equals a plain forward", replayed),
+        "packs": ("packed prompts equal prompts one by one", lambda: _packed_error(engine, sequences, plain, None)),
+        "segments": (
+            "attention prompt by prompt equals attention over the packed row",
+            lambda: _packed_error(engine, sequences, plain, replace(slow, segments=True)),
+        ),
+        "plain_head": ("logits are the head of the normed state", lambda: _head_error(engine, rows, plain_head=True)),
+        "caches": ("decoding with a cache equals running over all tokens", lambda: _cached_error(engine, [first])),
+        "pads": ("a padded batch equals prompts one by one", lambda: _cached_error(engine, [first, last])),
+    }
+    for name, (sentence, measure) in attempts.items():
+        error, why = _tried(measure)
+        # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits.
+        if not claim(sentence, error, False, *[_SAME_ARITHMETIC] * (name == "plain_head")):
+            capabilities = replace(capabilities, **{name: False})
+            then = "no answers are made" if name == "caches" else "the slower plain path is taken"
+            notes.append(f"{sentence}: not on this model{why}, so {then}")
+    if not capabilities.plain_head:
+        claim("logits of given states equal the model's own", _head_error(engine, rows, plain_head=False), True)
+    if capabilities.packs and capabilities.replays:
+        together = "the quick paths together equal the plain one"
+        error, why = _tried(lambda: _together_error(engine, sequences, rows, capabilities))
+        if not claim(together, error, False):
+            lost = dict.fromkeys(("packs", "segments", "replays", "prunes", "starts_late"), False)
+            capabilities = replace(capabilities, **lost)
+            notes.append(f"{together}: not on this model{why}, so none of them is taken")
+    return capabilities, tuple(notes)
+
+
+def _tried(measure: Callable[[], float]) -> tuple[float, str]:
+    """The error of a quick path, infinite where the family's code trips over it, and what it said then."""
+    try:
+        return measure(), ""
+    except _TRIPS as failure:
+        if is_out_of_memory(failure):
+            raise
+        line = str(failure).partition("\n")[0]
+        return float("inf"), f" ({type(failure).__name__}{': ' * bool(line)}{line})"
+
+
+def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities) -> Iterator[float]:
+    """(ii) Replay from the first, a middle and the last layer with heads and the first of each kind of these.
+
+    Unablated and ablated, and unablated once more after.
+    """
+    facts = engine.architecture
+    captured, with_heads = capture(facts, row, {}, 0), facts.with_heads
+    kinds: dict[Any, int] = {}
+    for layer in with_heads:
+        # What tells kinds apart is said in words and switches: a type of layer, whether it has RoPE, whose keys it has.
+        words = {name: value for name, value in vars(facts.attentions[layer]).items() if isinstance(value, str | bool)}
+        words.pop("training", None)
+        kinds.setdefault((type(facts.layers[layer]), facts.shapes[layer], tuple(sorted(words.items()))), layer)
+    for start in sorted({with_heads[0], with_heads[len(with_heads) // 2], with_heads[-1], *kinds.values()}):
+        yield difference(replay(facts, captured, {}, 1, start, quick), plain)
+        ablated = _ablated_from(engine, start)
+        yield difference(replay(facts, captured, ablated, 2, start, quick), rerun(facts, row, ablated, 2))
+    yield difference(replay(facts, captured, {}, 1, facts.with_heads[0], quick), plain)
+
+
+def _ablated_from(engine: Engine, start: int) -> dict[int, AttentionCall]:
+    """Two rows: one with a head of layer ``start`` and one of the last layer ablated, and the unablated one."""
+    last = engine.architecture.with_heads[-1]
+    shape = engine.architecture.shapes[last]
+    heads = (Head(start, 0), Head(last, shape.n_heads - 1 if shape else 0))
+    return engine.ablation_calls((tuple(dict.fromkeys(heads)), ()), UNDIFFERENTIATED_ATTENTION)
+
+
+def _together_error(
+    engine: Engine, sequences: list[TokenSequence], rows: list[PackedRow], quick: Capabilities
+) -> float:
+    """All probes in one row, ablated in the first and in the last layer, by the quick paths that hold."""
+    facts, row = engine.architecture, pack(sequences, range(len(sequences)), engine.device)
+    captured, errors = capture(facts, row, {}, 0, quick.segments), []
+    for start in sorted({facts.with_heads[0], facts.with_heads[-1]}):
+        ablated = _ablated_from(engine, start)
+        alone = torch.cat([rerun(facts, each, ablated, 2) for each in rows], dim=1)
+        errors.append(difference(replay(facts, captured, ablated, 2, start, quick), alone))
+    return largest(errors)
+
+
+def _packed_error(
+    engine: Engine, sequences: list[TokenSequence], plain: list[Tensor], quick: Capabilities | None
+) -> float:
+    """(iii) All probes in one row against each alone; by the quick paths given, or the whole decoder without any."""
+    row, facts = pack(sequences, range(len(sequences)), engine.device), engine.architecture
+    if quick is None:
+        together = rerun(facts, row, {}, 1)
+    else:
+        captured = capture(facts, row, {}, facts.n_layers - 1, quick.segments)
+        together = replay(facts, captured, {}, 1, facts.n_layers - 1, quick)
+    return difference(together, torch.cat(plain, dim=1))
+
+
+def _cached_error(engine: Engine, prompts: list[tuple[int, ...]]) -> float:
+    """The prompts in one batch, their last token decoded with a cache, against each alone."""
+    from transformers import DynamicCache
+
+    facts, batch = engine.architecture, left_padded(prompts, 0, engine.device)
+    cache = DynamicCache(config=engine.model.config)
+    with given_to_norm(facts) as caught:
+        for tokens in (slice(0, -1), slice(-1, None)):
+            given = {name: tensor[:, tokens] for name, tensor in batch.items()}
+            given["attention_mask"] = batch["attention_mask"][:, : tokens.stop]
+            engine.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    rows = [pack([TokenSequence(prompt)], (0,), engine.device) for prompt in prompts]
+    alone = [rerun(facts, row, {}, 1)[0] for row in rows]
+    return difference(caught[-1][:, -1], torch.cat(alone))
+
+
+def _head_error(engine: Engine, rows: list[PackedRow], plain_head: bool) -> float:
+    """The engine's logits and norm against the model's own, of all tokens: the same shapes, so the same arithmetic."""
+    facts, errors = engine.architecture, []
+    for row in rows:
+        whole = replace(row, wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
+        states = rerun(facts, whole, {}, 1)
+        its_own = engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]
+        errors.append(difference(logits(engine.model, facts, states[0], plain_head), its_own))
+        errors.append(difference(facts.final_norm(states), decode(facts, row, 1)))
+    return largest(errors)

@@ -210,7 +210,7 @@ def _segmented(
     if not segments or len(row.members) == 1:
         return dict(calls)
     layers = architecture.with_heads
-    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.segments) for layer in layers}
+    return {layer: replace(calls.get(layer, AttentionCall()), segments=row.packing) for layer in layers}
 
 
 def of_rows(architecture: Architecture, hidden: Tensor, n_rows: int) -> Tensor:
@@ -277,12 +277,13 @@ class _Replay:
         assert attention is not None  # starts_late was proved
         assert projection is not None
         assert shape is not None
-        key = (layer, call.ablations[0].ablation)
+        ((ablation, rows),) = call.ablations
+        key = (layer, ablation)
         if key not in self.captured.compared:
             self.captured.compared[key] = self._head_outputs(layer, hidden, arguments, call)
         outputs = self.captured.compared[key]
         plain, ablated = outputs.view(*outputs.shape[:-1], shape.n_heads, -1)
-        selected = call.ablations[0].selected.to(plain.device)[:, None, :, None]
+        selected = rows.to(plain.device)[:, None, :, None]
         block = projection(torch.where(selected, ablated, plain).flatten(2))
         # The row itself stays one: the layer adds the rows' blocks to it.
         with instead(attention, lambda *_, **__: (block, None)):
@@ -297,9 +298,8 @@ class _Replay:
 
         Taken there and not at the attention function, because some families gate heads' outputs in between.
         """
-        (row_ablation,) = call.ablations
-        selected = torch.tensor([[False], [True]], device=row_ablation.selected.device)
-        both = replace(row_ablation, selected=selected.expand(-1, row_ablation.selected.shape[1]))
+        ((ablation, selected),) = call.ablations
+        both = torch.tensor([[False], [True]], device=selected.device).expand(-1, selected.shape[1])
 
         def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             raise LeftLayer(given[0])
@@ -308,7 +308,7 @@ class _Replay:
         assert projection is not None  # starts_late was proved
         handle = projection.register_forward_pre_hook(leave)
         try:
-            with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=(both,))}):
+            with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=((ablation, both),))}):
                 rows = of_rows(self.architecture, hidden, 2)
                 self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
         except LeftLayer as left:
