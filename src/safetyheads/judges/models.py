@@ -364,7 +364,7 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
         base, revision = adapter.base, None
         tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
         _refuse_no_checkpoint(base)
-    options = {"revision": revision, "dtype": loading.torch_dtype(dtype), "use_safetensors": True}
+    options = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     try:
         model, report = getattr(transformers, kind).from_pretrained(base, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source, revision=revision)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -156,14 +155,9 @@ class Architecture:
         return self._most("d_head")
 
     @property
-    def d_value(self) -> int:
-        """Width of one head's value, likewise."""
-        return self._most("d_value")
-
-    @property
     def head_parameters(self) -> dict[str, int]:
         """Parameters of one head, counted: its rows of W_q; and q, k, v, o, shared keys and values once a group."""
-        query, output = self.d_model * self.d_head, self.d_model * self.d_value
+        query, output = self.d_model * self.d_head, self.d_model * self._most("d_value")
         return {"query": query, "all": query + output + (query + output) * self.n_kv_heads // self.n_heads}
 
 
@@ -216,9 +210,9 @@ def describe(model: PreTrainedModel) -> Architecture:
 def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module | None, ...]:
     """Each layer's attention, where it goes through the registry."""
     named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
-    attentions = tuple(module if module is not None and attends(module) else None for module in named)
+    attentions = tuple(module if module is not None and _attends(module) else None for module in named)
     for number, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if attends(part)]
+        elsewhere = [] if attention is not None else [name for name, part in layer.named_modules() if _attends(part)]
         if elsewhere:
             why = f"computes attention in {elsewhere[0]}, an unknown place"
             if len(elsewhere) > 1:
@@ -238,17 +232,11 @@ def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module |
     return attentions
 
 
-def attends(module: nn.Module) -> bool:
-    """Whether a module's code calls an attention function of transformers' registry."""
-    kind: Any = type(module)
-    return _attends(kind)
-
-
-@lru_cache
-def _attends(kind: Any) -> bool:
+def _attends(module: nn.Module) -> bool:
+    """Whether the code of a module's class calls an attention function of transformers' registry."""
     methods = (
         inspect.unwrap(method)
-        for base in kind.__mro__
+        for base in type(module).__mro__
         if base is not nn.Module and issubclass(base, nn.Module)
         for method in vars(base).values()
         if inspect.isfunction(method)

@@ -259,5 +259,5 @@ def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, 
             attention = attentions[layer]
             if attention is None:
                 raise UnsupportedModelError(f"layer {layer} has no attention")
-            stack.callback(attention.register_forward_pre_hook(partial(hook, call), with_kwargs=True).remove)
+            stack.enter_context(attention.register_forward_pre_hook(partial(hook, call), with_kwargs=True))
         yield

@@ -34,6 +34,12 @@ _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NONSENSICAL = "cannot load {}, whose config.json may be wrong: {}"
 _BRINGS_CODE = "{} brings its own Python code; to run that code, give --trust-remote-code"
+# Words of errors in transformers, which speak of options that are not ours -> what to say instead.
+_MEANINGS = {
+    "trust_remote_code": _BRINGS_CODE,
+    "offload_folder": "{} has weights to be offloaded to the disk; give --offload-folder",
+    "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
+}
 _MEMORY_SHARE = 0.5
 # Seconds to wait for the hub's first answer.
 _HUB_TIMEOUT = 10.0
@@ -64,15 +70,21 @@ def load_model(
         InputError: it cannot be loaded; the message is one line.
         UnsupportedModelError: no ablation can be put into its attention.
     """
+    from transformers import AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
     if options.device_map is not None:
         _refuse_places(options.device_map)
     place = choose_device(options.device)
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
-    if os.path.exists(path):
-        _look_at_directory(Path(path), options.trust_remote_code, options.allow_pickle)
-    else:
+    if not os.path.exists(path):
         look_at_hub(path)
-        _refuse_adapter_as_model(path)
+    elif not os.path.isdir(path):
+        raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
+    if find_adapter_config_file(path) is not None:  # transformers would take it in without a word
+        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
+    if os.path.isdir(path):
+        _look_at_directory(Path(path), options)
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
     model = _read_model(path, options, place)
     if adapter is not None:
@@ -90,7 +102,12 @@ def load_model(
         )
     # Fine-tunes bring their chat template with their tokenizer.
     source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
-    tokenizer = _read_tokenizer(source, options.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    except (*UNREADABLE, *_NONSENSE) as error:
+        if os.path.isdir(source) and not _has_tokenizer(Path(source)):
+            raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
+        raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
     budget = None if options.memory is None else int(options.memory * 2**30)
     places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
     if budget is None and len(places) > 1:  # the fullest of several devices
@@ -109,40 +126,33 @@ def use_our_attention(model: PreTrainedModel) -> None:
 # Reading a checkpoint
 
 
-def _look_at_directory(path: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
+def _look_at_directory(path: Path, options: LoadOptions) -> None:
     """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
     from transformers import CONFIG_MAPPING
 
-    if not path.is_dir():
-        raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
-    _refuse_adapter_as_model(str(path))
-    config = path / "config.json"
-    if not config.is_file():
+    if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json, so it is not a model directory")
-    described = read_json(config)
+    described = read_json(path / "config.json")
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
     family = described.get("model_type")
     is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
-    if "auto_map" in described and not trust_remote_code and not is_shipped:
+    if "auto_map" in described and not options.trust_remote_code and not is_shipped:
         raise InputError(_BRINGS_CODE.format(path))
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        read_json(generation)
-    _weights_file(path, str(path), _SAFE_WEIGHTS, _PICKLED_WEIGHTS, allow_pickle)
+    if (path / "generation_config.json").is_file():
+        read_json(path / "generation_config.json")
+    _weights_file(path, str(path), _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
 
 
 def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequence[str], allow_pickle: bool) -> Path:
     """The weights of a checkpoint or an adapter; pickles only where allowed."""
-    if found := next((directory / file for file in safe if (directory / file).is_file()), None):
-        return found
-    found = next((directory / file for file in pickled if (directory / file).is_file()), None)
-    if found is None:
+    file = next((file for file in (*safe, *pickled) if (directory / file).is_file()), None)
+    if file is None:
         raise InputError(f"{name} has no weights ({safe[0]})")
-    if not allow_pickle:
+    if file in pickled and not allow_pickle:
         raise InputError(
             f"{name} has pickled weights only, which can run code when read; to allow it, give --allow-pickle"
         )
-    return found
+    return directory / file
 
 
 def look_at_hub(name: str) -> None:
@@ -168,16 +178,24 @@ def look_at_hub(name: str) -> None:
 
 def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    quantised = _names_quantisation(path, options.trust_remote_code)
+    quantised = False
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        parts = (config, config.get_text_config(decoder=True))
+        quantised = any(getattr(part, "quantization_config", None) is not None for part in parts)
+    except UNREADABLE:
+        pass  # told when the model itself cannot be loaded
+    except _NONSENSE as error:
+        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
     arguments: dict[str, Any] = {
         "attn_implementation": "eager",
         "trust_remote_code": options.trust_remote_code,
         # None lets transformers fall back to pickles, False would prefer them.
         "use_safetensors": None if options.allow_pickle else True,
         # Kernels of a quantisation were made for one dtype, and quantised weights are not moved after loading.
-        "dtype": "auto" if quantised else torch_dtype(options.dtype),
+        "dtype": "auto" if quantised else options.dtype,
     }
     if options.device_map is not None:
         arguments |= {"device_map": options.device_map, "offload_folder": options.offload_folder}
@@ -186,24 +204,18 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
         _refuse_places(arguments["device_map"])
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
-    except (*UNREADABLE, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(_BRINGS_CODE.format(path)) from error
-        if "offload_folder" in str(error):
-            raise InputError(f"{path} has weights to be offloaded to the disk; give --offload-folder") from error
-        raise InputError(f"cannot load {path}: {first_line(error)}") from error
-    except _NONSENSE as error:
-        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
-    except RuntimeError as error:
-        # transformers' own words for shapes that differ speak of an option that is not ours.
-        if "ignore_mismatched_sizes" in str(error):
-            raise InputError(f"the weights of {path} do not fit its config.json: tensors have other shapes") from error
+    except (*UNREADABLE, *_NONSENSE, SafetensorError, RuntimeError) as error:
+        said = next((said for words, said in _MEANINGS.items() if words in str(error)), None)
+        if said is not None:
+            raise InputError(said.format(path)) from error
+        if isinstance(error, _NONSENSE):
+            raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
         # A quantised checkpoint's kernels may want another device than is there.
-        if not quantised or is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and (not quantised or is_out_of_memory(error)):
             raise
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
     if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
-        model = model.to(torch_dtype(options.dtype))  # its quantisation ended with loading: plain numbers again
+        model = model.to(getattr(torch, options.dtype))  # its quantisation ended with loading: plain numbers again
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
@@ -213,34 +225,8 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     return model
 
 
-def torch_dtype(name: str) -> Any:
-    """Torch's dtype of that name; ``auto`` stays as it is."""
-    return name if name == "auto" else getattr(torch, name)
-
-
-def _names_quantisation(path: str, trust_remote_code: bool) -> bool:
-    """Whether the checkpoint's config names a quantisation."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except UNREADABLE:
-        return False  # told when the model itself cannot be loaded
-    except _NONSENSE as error:
-        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
-    parts = (config, config.get_text_config(decoder=True))
-    return any(getattr(part, "quantization_config", None) is not None for part in parts)
-
-
-def _read_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (*UNREADABLE, *_NONSENSE) as error:
-        if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES):
-            raise InputError(f"{path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
-        raise InputError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 # Devices
@@ -320,12 +306,11 @@ def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_NAME, _PREFIX = "default", "base_model.model."
 _ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
-# AdaLoRA's number of ranks, which peft sets by the config.
-_IS_SAVED_NOWHERE = ".ranknum."
 # Settings that say where things lay, not what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-_TOKENIZER_PATTERNS = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*"]
-_FILES_TO_FETCH = [_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, *_TOKENIZER_PATTERNS]
+_FETCHED = (
+    f"{_ADAPTER_CONFIG} {_ADAPTER_WEIGHTS} tokenizer* special_tokens_map.json chat_template* vocab* merges*".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,15 +335,7 @@ class Adapter:
     @property
     def has_tokenizer(self) -> bool:
         """Whether it brings a tokenizer of its own, as fine-tunes with a new chat template do."""
-        return any((self.directory / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _refuse_adapter_as_model(path: str) -> None:
-    """Refuse an adapter given as a model: transformers would take it in without a word, or not, as peft is there."""
-    from transformers.utils import find_adapter_config_file
-
-    if find_adapter_config_file(path) is not None:
-        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
+        return _has_tokenizer(self.directory)
 
 
 def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = None) -> Adapter:
@@ -373,7 +350,7 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     if not os.path.exists(name):
         look_at_hub(name)
         try:
-            directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES_TO_FETCH))
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
         except OSError as error:
             raise InputError(f"the adapter {name} cannot be fetched: {first_line(error)}") from error
     if not directory.is_dir():
@@ -384,22 +361,10 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     weights = _weights_file(directory, f"the adapter {name}", [_ADAPTER_WEIGHTS], [_PICKLED_ADAPTER], allow_pickle)
     if find_spec("peft") is None:
         raise InputError(f"{name} is an adapter; to read it, install safetyheads[peft]")
-    _refuse_kind(name, config)
-    settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with weights.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return Adapter(name, directory, config, digest.hexdigest())
-
-
-def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse adapters that are more than changes of single modules."""
     from peft import PeftType, PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    kind = config.get("peft_type")
-    why = None
+    kind, why = config.get("peft_type"), None
     if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
         why = f"is of a kind that this peft does not know: {kind}"
     elif getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
@@ -413,6 +378,12 @@ def _refuse_kind(name: str, config: Mapping[str, Any]) -> None:
         why = "acts from certain tokens on only (aLoRA), which replayed layers cannot see"
     if why is not None:
         raise InputError(f"the adapter {name} {why}")
+    settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return Adapter(name, directory, config, digest.hexdigest())
 
 
 def _bring_back(model: PreTrainedModel) -> None:
@@ -423,13 +394,12 @@ def _bring_back(model: PreTrainedModel) -> None:
     for layer in wrapped:
         base = layer.get_base_layer()
         place = hooked_device(base)
-        for name, module in layer.named_modules():
-            if module is base or name.startswith("base_layer"):
-                continue
-            for attribute, parameter in module._parameters.items():
-                if place is not None and parameter is not None and parameter.is_meta:
+        parts = [part for name, part in layer.named_modules() if not name.startswith("base_layer")]
+        for part in parts if place is not None else ():
+            for attribute, parameter in part._parameters.items():
+                if part is not base and parameter is not None and parameter.is_meta:
                     empty = torch.empty_like(parameter, device=place)
-                    module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+                    part._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
 
 
 def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
@@ -470,11 +440,10 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"{refused}: {first_line(error)}") from error
-    # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to.
-    lacked = {
-        name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and _IS_SAVED_NOWHERE not in name
-    }
-    for names, what in ((lacked, "lacks"), (set(report.unexpected_keys), "holds, where the base has none,")):
+    # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to. AdaLoRA's numbers of
+    # ranks are saved nowhere: peft sets them by the config.
+    missing = [name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and ".ranknum." not in name]
+    for names, what in ((missing, "lacks"), (report.unexpected_keys, "holds, where the base has none,")):
         if names:
             raise InputError(f"{refused}: it {what} {len(names)} tensors, {min(names)} among them")
     model._hf_peft_config_loaded = True  # so that transformers knows

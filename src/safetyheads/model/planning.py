@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -92,9 +93,8 @@ class Plan:
 
 def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     """Number of first tokens that all sequences share; each keeps at least one token, and all wanted ones, apart."""
-    columns = zip(*(sequence.token_ids for sequence in sequences), strict=False)
-    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return max(0, min([same, *(len(s.token_ids) - s.n_wanted for s in sequences)]))
+    same = len(commonprefix([sequence.token_ids for sequence in sequences]))  # noqa: RUF071, these are no paths
+    return max(0, min(same, *(len(sequence.token_ids) - sequence.n_wanted for sequence in sequences)))
 
 
 def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:

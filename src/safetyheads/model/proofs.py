@@ -195,14 +195,14 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
 
         with ExitStack() as stack:
             for layer, attention in zip(facts.layers, facts.attentions, strict=True):
-                stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
                 if attention is not None:
-                    handle = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
-                    stack.callback(handle.remove)
+                    see = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
+                    stack.enter_context(see)
             for projection in facts.output_projections if reads_heads else ():
                 if projection is not None:
-                    handle = projection.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
-                    stack.callback(handle.remove)
+                    see = projection.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
+                    stack.enter_context(see)
             engine.model(input_ids=row.token_ids[None], use_cache=False)
         return inputs, heads, outputs
 
@@ -272,13 +272,10 @@ def _observed(engine: Engine, captured: Capture, layer: int, *ablations: RowAbla
     seen: dict[str, Any] = {}
     blocks: list[Tensor] = []
     call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
-    handle = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
-    try:
-        with attention_calls(facts.attentions, {layer: call}):
-            rows = of_rows(facts, captured.inputs[layer], len(ablations[0][1]) if ablations else 1)
-            facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
-    finally:
-        handle.remove()
+    watched = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
+    with watched, attention_calls(facts.attentions, {layer: call}):
+        rows = of_rows(facts, captured.inputs[layer], len(ablations[0][1]) if ablations else 1)
+        facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
     if not seen:
         raise UnsupportedModelError(
             f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "

@@ -122,21 +122,18 @@ class Copies:
 
 def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
     """The arguments for the wanted tokens only; LookupError where a token dimension is not known."""
-    narrow: Arguments = {}
-    for name, argument in arguments.items():
-        parts = argument if isinstance(argument, tuple) else (argument,)
-        tensors = [part for part in parts if isinstance(part, Tensor)]
+
+    def narrow(name: str, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(narrow(name, part) for part in argument)
+        if not isinstance(argument, Tensor):
+            return argument
         dimension = TOKEN_DIMENSION.get(name)
-        if not tensors:
-            narrow[name] = argument
-            continue
-        if dimension is None or any(part.shape[dimension] != n_tokens for part in tensors):
+        if dimension is None or argument.shape[dimension] != n_tokens:
             raise LookupError(f"which dimension of {name} runs over the tokens is not known")
-        picked = [
-            part.index_select(dimension, wanted.to(part.device)) if isinstance(part, Tensor) else part for part in parts
-        ]
-        narrow[name] = tuple(picked) if isinstance(argument, tuple) else picked[0]
-    return narrow
+        return argument.index_select(dimension, wanted.to(argument.device))
+
+    return {name: narrow(name, argument) for name, argument in arguments.items()}
 
 
 # Capture
@@ -161,10 +158,8 @@ class Capture:
 
     def drop_before(self, layer: int) -> None:
         """Free what earlier layers need, once no replay starts there any more."""
-        for earlier in [kept for kept in self.inputs if kept < layer]:
-            del self.inputs[earlier]
-        for key in [key for key in self.compared if key[0] < layer]:
-            del self.compared[key]
+        self.inputs = {kept: hidden for kept, hidden in self.inputs.items() if kept >= layer}
+        self.compared = {key: outputs for key, outputs in self.compared.items() if key[0] >= layer}
 
 
 def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
@@ -197,8 +192,8 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(attention_calls(architecture.attentions, _segmented(architecture, row, calls, segments)))
         for layer in range(first, architecture.n_layers):
-            handle = architecture.layers[layer].register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
-            stack.callback(handle.remove)
+            module = architecture.layers[layer]
+            stack.enter_context(module.register_forward_pre_hook(partial(keep, layer), with_kwargs=True))
         decode(architecture, row, 1)
     return captured
 
@@ -306,15 +301,13 @@ class _Replay:
 
         projection = self.architecture.output_projections[layer]
         assert projection is not None  # starts_late was proved
-        handle = projection.register_forward_pre_hook(leave)
+        calls = {layer: replace(call, ablations=((ablation, both),))}
         try:
-            with attention_calls(self.architecture.attentions, {layer: replace(call, ablations=((ablation, both),))}):
+            with projection.register_forward_pre_hook(leave), attention_calls(self.architecture.attentions, calls):
                 rows = of_rows(self.architecture, hidden, 2)
                 self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
         except LeftLayer as left:
             return left.args[0]
-        finally:
-            handle.remove()
         raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
 
     def finish(self, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool) -> Tensor:
@@ -382,26 +375,16 @@ def logits(model: PreTrainedModel, architecture: Architecture, hidden: Tensor, p
         return output
 
     token = torch.zeros(1, 1, dtype=torch.int64, device=input_device(model))
-    handle = architecture.decoder.register_forward_hook(put)
-    try:
+    with architecture.decoder.register_forward_hook(put):
         return model(input_ids=token, use_cache=False).logits[0].float()
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def given_to_norm(architecture: Architecture) -> Iterator[list[Tensor]]:
     """Within, what the final norm is given."""
     caught: list[Tensor] = []
-
-    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        caught.append(given[0])
-
-    handle = architecture.final_norm.register_forward_pre_hook(catch)
-    try:
+    with architecture.final_norm.register_forward_pre_hook(lambda _, given: caught.append(given[0])):
         yield caught
-    finally:
-        handle.remove()
 
 
 @contextmanager
