@@ -23,40 +23,24 @@ EPSILONS = [1e-5, 0.3]
 """The paper's, and one at which a factor that is forgotten somewhere shows."""
 
 
-def query_rows(model, head):
-    """The rows of W_q, and entries of its bias if there is one, that make one head's query."""
-    attention = model.get_decoder().layers[head.layer]
-    if model.config.model_type == "gpt_neox":
-        projection, d_head = attention.attention.query_key_value, attention.attention.head_size
-        start = head.index * 3 * d_head  # a head's query, key and value lie together
-    else:
-        projection, d_head = attention.self_attn.q_proj, attention.self_attn.head_dim
-        start = head.index * d_head
-    rows = slice(start, start + d_head)
-    return projection.weight[rows], None if projection.bias is None else projection.bias[rows]
-
-
-def output_columns(model, head):
-    """The columns of W_o that one head's output goes through; the bias is nobody's."""
-    attention = model.get_decoder().layers[head.layer]
-    fused = model.config.model_type == "gpt_neox"
-    projection = attention.attention.dense if fused else attention.self_attn.o_proj
-    d_head = projection.in_features // model.config.num_attention_heads
-    return projection.weight[:, head.index * d_head : (head.index + 1) * d_head]
-
-
 def folded(name, group, ablation, biases=True):
     """A copy of a family's model, under its own eager attention, with an ablation folded into its weights."""
     model = copy.deepcopy(built(name))
     with torch.no_grad():
         for head in group:
-            if ablation.kind.tensor == "head_output":
-                output_columns(model, head).mul_(ablation.epsilon)
+            layer = model.get_decoder().layers[head.layer]
+            attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+            d_head = getattr(attention, "head_dim", None) or attention.head_size
+            own = slice(head.index * d_head, (head.index + 1) * d_head)
+            if ablation.kind.tensor == "head_output":  # columns of W_o; its bias is nobody's
+                output = attention.dense if hasattr(attention, "dense") else attention.o_proj
+                output.weight[:, own] *= ablation.epsilon
                 continue
-            weight, bias = query_rows(model, head)
-            weight.mul_(ablation.epsilon)
-            if bias is not None and biases:
-                bias.mul_(ablation.epsilon)
+            fused = getattr(attention, "query_key_value", None)  # a head's query, key and value lie together
+            projection, start = (attention.q_proj, own.start) if fused is None else (fused, 3 * own.start)
+            for part in (projection.weight, projection.bias if biases else None):
+                if part is not None:
+                    part[start : start + d_head] *= ablation.epsilon
     return model
 
 
