@@ -38,7 +38,7 @@ from safetyheads import (
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model import attention
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.loading import is_quantised, quantisation, use_our_attention
+from safetyheads.model.loading import quantisation
 from safetyheads.model.proofs import ROUNDED, tolerances
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.provenance import fingerprint, settings_of
@@ -47,7 +47,8 @@ METHOD = "int8_stand_in"
 ASKED = []
 """Dtypes that transformers was asked to load in."""
 FLOAT32 = 1e-5
-PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21))
+PROMPT = (5, 9, 12, 40, 7, 7, 19, 33, 50, 21)
+PROMPTS = prompts_of((5, 9, 12, 40, 41, 8, 3, 22), PROMPT)
 GROUPS = [(), (Head(0, 2),), (Head(1, 0), Head(1, 1), Head(2, 3))]
 
 
@@ -94,145 +95,113 @@ class StandIn(HfQuantizer):
         return False
 
 
-def quantised(weight):
-    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale.to(torch.float32)
-
-
-def rounded(model):
-    """The same model in plain numbers: each projection as int8 holds it."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.endswith("proj"):
-                weight, scale = quantised(module.weight)
-                module.weight.copy_(weight * scale)
-    return model
-
-
-def save_quantised(source, path):
-    """Quantise a saved checkpoint, in place of its weights."""
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("proj.weight"):
-            tensors[name], tensors[name.removesuffix("weight") + "scale"] = quantised(tensor)
-        else:
-            tensors[name] = tensor
-    shutil.copytree(source, path)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD}}))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Quantised checkpoints by family: path, and the same model in plain numbers."""
+    """Quantised checkpoints by family: path, and the same model in plain numbers, each projection as int8 holds it."""
     made = {}
     for name in ("llama3", "qwen2"):
-        folder = tmp_path_factory.mktemp(name)
-        saved(built(name), folder / "plain")
-        made[name] = save_quantised(folder / "plain", folder / "quantised"), rounded(built(name))
+        plain, folder = copy.deepcopy(built(name)), tmp_path_factory.mktemp(name)
+        tensors = dict(plain.state_dict())
+        for key in [key for key in tensors if key.endswith("proj.weight")]:
+            scale = tensors[key].abs().amax(dim=1, keepdim=True) / 127
+            whole = (tensors[key] / scale).round()
+            with torch.no_grad():
+                plain.get_parameter(key).copy_(whole * scale)
+            tensors |= {key: whole.to(torch.int8), f"{key.removesuffix('weight')}scale": scale}
+        saved(built(name), folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD}}))
+        made[name] = str(folder), plain
     return made
+
+
+@pytest.fixture
+def path(checkpoint):
+    return checkpoint["llama3"][0]
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2"])
 def test_a_quantised_checkpoint_is_proved_and_ablated_at_the_activations(checkpoint, name):
     path, plain = checkpoint[name]
-    loaded, oracle = Engine.load(path), Oracle(plain)
-    # AutoTokenizer makes of it what the family usually has.
-    engine = Engine(loaded.model, tokenizer(), capabilities=loaded.capabilities)
-    assert is_quantised(engine.model)
+    engine, oracle = Engine.load(path), Oracle(plain)
     assert quantisation(engine.model) == METHOD
     assert isinstance(engine.architecture.query_projections[0], Int8Linear)
     # Quantised models are held to a wide tolerance for those that round activations; these need none of it.
-    assert max(proof.error for proof in loaded.check().proofs) < FLOAT32
+    assert max(proof.error for proof in engine.check().proofs) < FLOAT32
     assert engine.capabilities == Capabilities()
     for ablation in (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION):
         for group in GROUPS:
             with torch.no_grad(), engine.ablated(group, ablation) as model:
-                ours = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
-            slow = oracle.run(PROMPTS[1], group, ablation).logits
+                ours = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0, -1]
+            slow = oracle.run(PROMPT, group, ablation).logits
             assert float((ours - slow).abs().max() / slow.abs().max()) < FLOAT32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_its_own_dtype_is_kept_whatever_is_asked_and_it_is_never_moved(checkpoint, dtype, monkeypatch):
+def test_its_own_dtype_is_kept_whatever_is_asked_and_it_is_never_moved(path, dtype, monkeypatch):
     def moved(*_, **__):
         raise AssertionError("a quantised model was moved, which bitsandbytes and GPTQ refuse")
 
     monkeypatch.setattr(PreTrainedModel, "to", moved)
     ASKED.clear()
-    engine = Engine.load(checkpoint["llama3"][0], dtype=dtype)
+    engine = Engine.load(path, dtype=dtype)
     assert engine.dtype == torch.float32
     assert set(ASKED) == {torch.float32}
     assert engine.model.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.int8
-    stored = settings_of(engine, AuditConfig("m", "p", dtype=dtype), {"all": prompts_of(*PROMPTS)})
+    stored = settings_of(engine, AuditConfig("m", "p", dtype=dtype), {"all": PROMPTS})
     assert (stored["quantisation"], stored["dtype"]) == (METHOD, "float32")
 
 
-def test_a_checkpoint_that_is_dequantised_when_read_gets_the_dtype_that_was_asked(checkpoint, monkeypatch):
+def test_a_checkpoint_that_is_dequantised_when_read_gets_the_dtype_that_was_asked(path, monkeypatch):
     """As gpt-oss is on a CPU."""
 
     def end(_, model, **__):
         model.is_quantized = False
 
     monkeypatch.setattr(StandIn, "_process_model_after_weight_loading", end)
-    engine = Engine.load(checkpoint["llama3"][0], dtype="bfloat16", check=False)
-    assert quantisation(engine.model) is None
-    assert engine.dtype == torch.bfloat16
+    engine = Engine.load(path, dtype="bfloat16", check=False)
+    assert (quantisation(engine.model), engine.dtype) == (None, torch.bfloat16)
 
 
-def test_fingerprints_tell_quantised_weights_and_their_scales(checkpoint, tmp_path):
-    path, _ = checkpoint["llama3"]
-    first, second = (fingerprint(Engine.load(path, check=False)) for _ in range(2))
-    assert first == second
+def test_fingerprints_tell_quantised_weights_and_their_scales_wherever_they_lie(path, tmp_path):
+    first = Engine.load(path)
     for change in ("weight", "scale"):
         other = Path(shutil.copytree(path, tmp_path / change))
         tensors = load_file(f"{path}/model.safetensors")
         tensors[f"model.layers.1.self_attn.q_proj.{change}"][0, 0] += 1
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-        assert fingerprint(Engine.load(str(other), check=False)) != first
-
-
-def test_offloaded_it_gives_the_same(checkpoint):
-    path, _ = checkpoint["llama3"]
+        assert fingerprint(Engine.load(str(other), check=False)) != fingerprint(first)
     kept = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.2")
     places = {**dict.fromkeys((f"model.{part}" for part in kept), "cpu"), "model.layers.1": "disk", "lm_head": "cpu"}
-    engines = Engine.load(path, device_map=places), Engine.load(path)
-    assert engines[0].model.get_parameter("model.layers.1.self_attn.q_proj.weight").is_meta
-    tables = [ships(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION).values for engine in engines]
+    offloaded = Engine.load(path, device_map=places)
+    assert offloaded.model.get_parameter("model.layers.1.self_attn.q_proj.weight").is_meta
+    assert fingerprint(offloaded) == fingerprint(first)
+    tables = [ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION).values for engine in (first, offloaded)]
     assert torch.allclose(*tables, atol=1e-6, rtol=0)
-    assert fingerprint(engines[0]) == fingerprint(engines[1])
 
 
-def test_a_method_whose_device_is_not_there_is_one_clear_line(checkpoint, monkeypatch):
+def test_a_method_whose_device_is_not_there_is_one_clear_line(path, monkeypatch):
     def fails(self, *_, **__):
         raise RuntimeError("No GPU found. A GPU is needed for quantization.\nmore words")
 
     monkeypatch.setattr(StandIn, "validate_environment", fails)
     with pytest.raises(InputError) as refused:
-        Engine.load(checkpoint["llama3"][0])
-    said = str(refused.value)
-    assert said == f"cannot load {checkpoint['llama3'][0]}: No GPU found. A GPU is needed for quantization."
+        Engine.load(path)
+    assert str(refused.value) == f"cannot load {path}: No GPU found. A GPU is needed for quantization."
 
 
 # Methods that round activations too
 
 
-@pytest.fixture
-def dynamic():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_rounded_activations_pass_the_proofs_within_their_rounding():
     """A model of torch's dynamic quantisation: each activation is rounded by the largest of its batch."""
     plain = model_of("llama_gqa")
     with torch.no_grad():  # no head to be rounded, as everywhere
-        made = quantize_dynamic(plain, {name for name, _ in plain.named_modules() if name.endswith("proj")})
-    made.is_quantized, made.quantization_method = True, "dynamic"
-    return made
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_rounded_activations_pass_the_proofs_within_their_rounding(dynamic):
-    engine = Engine(dynamic, tokenizer())
+        model = quantize_dynamic(plain, {name for name, _ in plain.named_modules() if name.endswith("proj")})
+    model.is_quantized, model.quantization_method = True, "dynamic"
+    engine = Engine(model, tokenizer())
     report = engine.check()
     assert report.passed
     errors = [proof.error for proof in report.proofs]
@@ -243,21 +212,13 @@ def test_rounded_activations_pass_the_proofs_within_their_rounding(dynamic):
     assert len(exact) == 4
     assert max(proof.error for proof in exact) < FLOAT32
     assert {proof.tolerance for proof in exact} == {1e-2}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_packed_parameters_have_a_fingerprint(dynamic):
-    use_our_attention(dynamic)
-    engine = Engine(dynamic, tokenizer())
+    # Packed parameters have a fingerprint too.
     first = fingerprint(engine)
-    answers = generate(engine, prompts_of(*PROMPTS), 4, [(Head(0, 1),), ()], UNDIFFERENTIATED_ATTENTION)
-    assert len(answers) == 2
-    assert fingerprint(engine) == first
-    plain = model_of("llama_gqa")
-    assert fingerprint(Engine(plain, tokenizer())) != first
+    assert len(generate(engine, PROMPTS, 4, [(Head(0, 1),), ()], UNDIFFERENTIATED_ATTENTION)) == 2
+    assert fingerprint(engine) == first != fingerprint(Engine(model_of("llama_gqa"), tokenizer()))
 
 
-def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatch):
+def test_a_wrong_head_is_refused_in_a_quantised_model_too(path, monkeypatch):
     ablate = attention._ablate
 
     def next_head(tensor, before, ablation, selected, head_dimension):
@@ -265,7 +226,7 @@ def test_a_wrong_head_is_refused_in_a_quantised_model_too(checkpoint, monkeypatc
 
     monkeypatch.setattr(attention, "_ablate", next_head)
     with pytest.raises(UnsupportedModelError, match="silences it"):
-        Engine.load(checkpoint["llama3"][0])
+        Engine.load(path)
 
 
 def quantised_by(method, model, **settings):
