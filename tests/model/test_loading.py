@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -57,12 +58,9 @@ def refusal(path, **options):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (
-            {"attention_bias": False},
-            "hold 12 tensors that its config.json has no place for, model.layers.0.self_attn.k",
-        ),
+        ({"attention_bias": False}, "12 tensors that its config.json has no place for, model.layers.0.self_attn.k"),
         ({"num_hidden_layers": 2}, "that its config.json has no place for, model.layers.2."),
-        ({}, "hold 1 tensors that its config.json has no place for, lm_head.bias"),
+        ({}, "1 tensors that its config.json has no place for, lm_head.bias"),
     ],
 )
 def test_weights_that_the_config_does_not_have_are_refused(place, settings, said):
@@ -89,16 +87,13 @@ def test_tensors_that_a_text_model_rightly_leaves_alone_are_no_reason_to_refuse(
     assert Engine.load(str(place), check=False).n_layers == 3
 
 
-def test_layers_that_guess_further_tokens_are_left_alone(place):
+def test_layers_that_guess_further_tokens_and_scales_of_quantised_formats_are_left_alone(place):
     change(place, num_hidden_layers=2, num_nextn_predict_layers=1)
     assert Engine.load(str(place), check=False).n_layers == 2
-
-
-def test_scales_of_quantised_formats_are_left_alone_and_their_biases_are_not(place):
-    change(place, quantization_config={"quant_method": "nobody_knows"})
+    change(place, num_hidden_layers=3, quantization_config={"quant_method": "nobody_knows"})
     add(place, **{"model.layers.0.self_attn.k_scale": torch.ones(1)})
     assert Engine.load(str(place), check=False).n_layers == 3
-    change(place, attention_bias=False)
+    change(place, attention_bias=False)  # its biases are not
     assert "12 tensors that its config.json has no place for" in refusal(place)
 
 
@@ -128,12 +123,12 @@ def bigger(end):
 def test_a_token_that_the_model_has_no_embedding_for_is_refused():
     engine = Engine(built("llama3"), bigger("w63"))
     assert len(engine.ask(prompts_of((5, 63, 3))).token_ids[0]) == 3
-    with pytest.raises(InputError) as refused:
-        ships(engine, prompts_of((1, 2), (5, 70, 3)), UNDIFFERENTIATED_ATTENTION)
-    assert "has the token 70, but the model knows only 64 tokens; does the tokenizer belong to another model?" in str(
-        refused.value
+    said = (
+        "has the token 70, but the model knows only 64 tokens; does the tokenizer belong to another model? "
+        "It begins: 'w5 w70 w3'"
     )
-    assert str(refused.value).endswith("It begins: 'w5 w70 w3'")
+    with pytest.raises(InputError, match=re.escape(said)):
+        engine.ask(prompts_of((1, 2), (5, 70, 3)))
 
 
 def test_an_end_token_without_an_embedding_pads_nothing(place):
@@ -168,11 +163,11 @@ def test_a_loaded_checkpoint_is_proved_and_named(place):
     assert (engine.capabilities, engine.name) == (Capabilities(), str(place))
 
 
-@pytest.mark.parametrize("text", ["null", "5", "[]"])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_config_that_is_no_object_is_refused(place, text, file):
-    (place / file).write_text(text)
-    assert refusal(place) == f"M/{file} does not hold a JSON object"
+def test_a_config_that_is_no_object_is_refused(place, file):
+    for text in ("null", "5", "[]"):
+        (place / file).write_text(text)
+        assert refusal(place) == f"M/{file} does not hold a JSON object"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import copy
 import math
 import types
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -80,11 +81,6 @@ def with_shapes(facts, **wrong):
     return {"shapes": tuple(shape and replace(shape, **wrong) for shape in facts.shapes)}
 
 
-def with_facts(change):
-    """A lie about what was read of the model: ``change`` gives other facts."""
-    return lambda facts, _: change(facts)
-
-
 def with_selected(change, tensors=("query", "key", "head_output")):
     """A lie to the ablation: the heads it is told, [n_rows, n_heads], become others."""
     ablate = attention._ablate
@@ -99,51 +95,51 @@ def with_selected(change, tensors=("query", "key", "head_output")):
     return lie
 
 
-def plain_attention(_, monkeypatch):
+def with_attend(attend):
+    """A lie to attention: ``attend(its own function, *its arguments)`` takes its place."""
+    return lambda _, monkeypatch: monkeypatch.setattr(attention, "_attend", partial(attend, attention._attend))
+
+
+@with_attend
+def plain_attention(_, module, query, key, value, mask, scaling, dropout, keywords):
     """Softmax of masked scores and no more, whatever the family's attention adds."""
-
-    def attend(module, query, key, value, attention_mask, scaling, dropout, keywords):
-        del dropout, keywords
-        mask = attention._causal(query, key) if attention_mask is None else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-
-    monkeypatch.setattr(attention, "_attend", attend)
+    mask = attention._causal(query, key) if mask is None else mask
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
 
-def without_mask(_, monkeypatch):
+@with_attend
+def without_mask(own, module, query, key, value, mask, scaling, dropout, keywords):
     """Attention that sees all before it, whatever window the mask has."""
-    attend = attention._attend
-
-    def unwindowed(module, query, key, value, attention_mask, scaling, dropout, keywords):
-        del attention_mask
-        return attend(module, query, key, value, attention._causal(query, key), scaling, dropout, keywords)
-
-    monkeypatch.setattr(attention, "_attend", unwindowed)
+    return own(module, query, key, value, attention._causal(query, key), scaling, dropout, keywords)
 
 
-def with_forward(module, forward):
-    """The module calls ``forward(its own forward, *arguments, **keywords)``."""
-    own = module.forward
-    module.forward = lambda *arguments, **keywords: forward(own, *arguments, **keywords)
+@with_attend
+def favouring_the_first_key(own, module, query, key, value, mask, scaling, dropout, keywords):
+    """The query is as it should be, and what is made of it is not."""
+    silent = (query == 0).all(dim=-1, keepdim=True)
+    first = torch.zeros_like(key)
+    first[:, :, 0] = 1e-3
+    return own(
+        module, torch.where(silent, 1e3, query), key + first * silent.any(), value, mask, scaling, dropout, keywords
+    )
 
 
 def swallowed(facts, _):
     """The last layer's module calls the registry, but does not hand its keywords on."""
+    own = facts.attentions[-1].forward
 
-    def forward(own, *arguments, safetyheads_call=None, **keywords):
-        del safetyheads_call
+    def forward(*arguments, safetyheads_call=None, **keywords):
         return own(*arguments, **keywords)
 
-    with_forward(facts.attentions[-1], forward)
+    facts.attentions[-1].forward = forward
 
 
 def before_the_norm(facts, _):
     """Queries are scaled as they leave their projection: a norm after it takes the scale away again."""
     for layer in facts.with_heads:
-        module = facts.attentions[layer]
-        ablations = []
+        module, ablations = facts.attentions[layer], []
 
-        def forward(own, *arguments, ablations=ablations, safetyheads_call=None, **keywords):
+        def forward(*arguments, own=module.forward, ablations=ablations, safetyheads_call=None, **keywords):
             if safetyheads_call is not None:
                 given = safetyheads_call.ablations
                 ablations[:] = [each for each in given if each[0].kind.tensor == "query"]
@@ -160,7 +156,7 @@ def before_the_norm(facts, _):
                 output = torch.where(selected[:, None, :, None], heads * ablation.epsilon, heads).flatten(-2)
             return output
 
-        with_forward(module, forward)
+        module.forward = forward
         module.q_proj.register_forward_hook(scale)
 
 
@@ -177,7 +173,7 @@ def whole_group(selected):
 LIES = {
     "wrong norm": (
         ("llama3", "gemma2", "olmo2"),
-        with_facts(lambda facts: {"final_norm": facts.layers[-1].post_attention_layernorm}),
+        lambda facts, _: {"final_norm": facts.layers[-1].post_attention_layernorm},
         "logits of given states equal the model's own",
     ),
     "heads swapped": (
@@ -198,7 +194,7 @@ LIES = {
     "window ignored": (("mistral", "gemma3", "gpt_oss"), without_mask, EAGER),
     "window ignored, by the facts": (
         ("mistral",),
-        with_facts(lambda _: {"windows": ()}),
+        lambda *_: {"windows": ()},
         "see 5 tokens back, which no window says",
     ),
     "ablation that hits the whole KV group": (
@@ -213,23 +209,23 @@ LIES = {
     "a keyword that never arrives": (("llama3", "stablelm", "qwen3_next"), swallowed, "hand its keywords on to it"),
     "the number of heads": (
         ("llama3",),
-        with_facts(lambda facts: with_shapes(facts, n_heads=8, d_head=4, d_value=4)),
+        lambda facts, _: with_shapes(facts, n_heads=8, d_head=4, d_value=4),
         "heads 4, not 8",
     ),
     "the number of key heads": (
         ("llama3",),
-        with_facts(lambda facts: with_shapes(facts, n_kv_heads=4)),
+        lambda facts, _: with_shapes(facts, n_kv_heads=4),
         "attends with key heads 2, not 4$",
     ),
-    "a value's width": (("deepseek_v3",), with_facts(lambda facts: with_shapes(facts, d_value=12)), "values 6, not 12"),
+    "a value's width": (("deepseek_v3",), lambda facts, _: with_shapes(facts, d_value=12), "values 6, not 12"),
     "a layer without heads": (
         ("qwen3_next",),
-        with_facts(lambda facts: {name: (*getattr(facts, name)[:3], None) for name in ("attentions", "shapes")}),
+        lambda facts, _: {name: (*getattr(facts, name)[:3], None) for name in ("attentions", "shapes")},
         "Qwen3NextAttention attends, but was not found in any layer",
     ),
     "layers in another order": (
         ("llama3",),
-        with_facts(lambda facts: {"attentions": facts.attentions[::-1]}),
+        lambda facts, _: {"attentions": facts.attentions[::-1]},
         "layer 0 does not call the attention registry",
     ),
     "an ablation that does nothing": (
@@ -284,7 +280,7 @@ def test_a_window_of_the_wrong_layer_is_told(monkeypatch):
     ids=["values for queries", "queries for outputs", "no outputs"],
 )
 def test_a_wrong_projection_costs_its_quick_path_and_no_more(facts, lost, monkeypatch):
-    capabilities = told(with_facts(facts), "llama3", monkeypatch).check().capabilities
+    capabilities = told(lambda *given: facts(given[0]), "llama3", monkeypatch).check().capabilities
     assert {each.name for each in fields(Capabilities) if not getattr(capabilities, each.name)} == lost
 
 
@@ -308,18 +304,12 @@ def test_a_layer_that_attends_by_itself_is_refused_wherever_it_is(layer):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_an_ablation_that_hits_the_whole_group_is_refused(layer, monkeypatch):
-    ablate = attention._ablate
-    model = model_of("llama_gqa")
+def test_an_ablation_that_hits_the_whole_group_is_refused_wherever_it_is(layer, monkeypatch):
+    model, running = model_of("llama_gqa"), []
     target = model.model.layers[layer].self_attn
-    seen = []
-    target.register_forward_pre_hook(lambda *_: seen.append(True))
-    target.register_forward_hook(lambda *_: seen.clear())
-
-    def of_the_group(tensor, before, ablation, selected, head_dimension):
-        return ablate(tensor, before, ablation, whole_group(selected) if seen else selected, head_dimension)
-
-    monkeypatch.setattr(attention, "_ablate", of_the_group)
+    target.register_forward_pre_hook(lambda *_: running.append(True))
+    target.register_forward_hook(lambda *_: running.clear())
+    with_selected(lambda selected: whole_group(selected) if running else selected)(None, monkeypatch)
     said = refusal_of(model)
     assert "leaves the other heads unchanged" in said
     assert f"most in layer {layer}" in said
@@ -329,18 +319,7 @@ def test_beside_a_sink_the_rest_of_attention_is_proved_uniform(monkeypatch):
     proofs = {proof.name: proof for proof in Engine(model_of("gpt_oss_sinks"), tokenizer()).check().proofs}
     (name,) = [name for name in proofs if "beside a sink's share" in name]
     assert proofs[name].error < 1e-5
-    attend = attention._attend
-
-    def favouring_the_first_key(module, query, key, value, mask, scaling, dropout, keywords):
-        # The query is as it should be, and what is made of it is not.
-        first = torch.zeros_like(key)
-        first[:, :, 0] = 1e-3
-        silent = (query == 0).all(dim=-1, keepdim=True)
-        return attend(
-            module, torch.where(silent, 1e3, query), key + first * silent.any(), value, mask, scaling, dropout, keywords
-        )
-
-    monkeypatch.setattr(attention, "_attend", favouring_the_first_key)
+    favouring_the_first_key(None, monkeypatch)
     assert "beside a sink's share" in refusal_of(model_of("gpt_oss_sinks"))
 
 

@@ -207,7 +207,7 @@ def last_states(
     for members in engine.plan(sequences).rows:
         row = pack(sequences, members, engine.device)
         by_segments = engine.architecture.with_heads if engine.capabilities.segments and len(members) > 1 else ()
-        calls = dict.fromkeys(by_segments, AttentionCall(segments=row.segments))
+        calls = dict.fromkeys(by_segments, AttentionCall(segments=row.packing))
         # ablated_rows refuses while another ablation is in force.
         with inputs_seen(modules, partial(see, row)), engine.ablated_rows([()], SCALING_CONTRIBUTION):
             states.append(wanted_states(engine.architecture, row, calls, 1)[0])
