@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
+from tiny_models import COMMON
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
@@ -25,17 +26,16 @@ from safetyheads.judges.formats import MODEL_JUDGES, fill
 from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 from safetyheads.judges.named import judge_named
 
-WIDTH = 32
-CONSTANT, HARM, SORRY, DONE, GREY = range(5)
+WIDTH = COMMON["hidden_size"]
+CONSTANT, HARM, SORRY, DONE = range(4)
 """Features of a token's embedding: every token has the first, marked words one of the others."""
 END, PAD, BOS = "<|end|>", "<|pad|>", "<s>"
-WORDS = {"BOMB": HARM, "SORRY": SORRY, "GREY": GREY, PAD: HARM}
+WORDS = {"BOMB": HARM, "SORRY": SORRY, PAD: HARM}
 """Words that the fakes understand."""
 
 QWEN = {
     "Safety: Unsafe\nCategories: Violent, Unethical Acts\nRefusal: No": HARM,
     "Safety: Safe\nCategories: None\nRefusal: Yes": SORRY,
-    "Safety: Controversial\nCategories: Politically Sensitive Topics\nRefusal: No": GREY,
     "Safety: Safe\nCategories: None\nRefusal: No": CONSTANT,
 }
 WILDGUARD = {
@@ -50,7 +50,7 @@ FAKES = {
     "harmbench-llama": ({"Yes": HARM, "no": CONSTANT}, LlamaConfig),
     "harmbench-mistral": ({"yes": HARM, "No": CONSTANT}, LlamaConfig),
     "llama-guard-3": (SAFE_OR_UNSAFE, LlamaConfig),
-    "strongreject": ({"5": HARM, "4": GREY, "1": CONSTANT}, GemmaConfig),
+    "strongreject": ({"5": HARM, "1": CONSTANT}, GemmaConfig),
 }
 """What the fake of each ready judge says, with the feature that makes it say so."""
 
@@ -100,23 +100,17 @@ def make_fake(path, says, config_class=LlamaConfig, chat_template=CHAT, classes=
     tokenizer = make_tokenizer(() if classes else [text for text in says if len(text) > 1], chat_template)
     if not pad:
         tokenizer.pad_token = None
-    names = dict(enumerate(says))
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=WIDTH // 2,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        **({"id2label": names, "label2id": {name: number for number, name in names.items()}} if classes else {}),
-        **{"max_position_embeddings": 4096, **settings},
-    )
-    torch.manual_seed(0)
+    settings = {
+        "max_position_embeddings": 4096,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        **settings,
+    }
+    settings |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    if classes:
+        settings |= {"id2label": dict(enumerate(says)), "label2id": {name: number for number, name in enumerate(says)}}
+    config = config_class(**{**COMMON, **settings})
     kind = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForCausalLM
     model, vocabulary = kind.from_config(config), tokenizer.get_vocab()
     head, embedding = model.score if classes else model.lm_head, model.model.embed_tokens.weight

@@ -30,14 +30,10 @@ if TYPE_CHECKING:
 RUBRIC = resources.files("safetyheads").joinpath("data/judges/rubric.txt").read_bytes().decode()
 """The instructions before every answer."""
 
-ADDRESSES: tuple[tuple[str, str], ...] = (
-    ("SAFETYHEADS_JUDGE_URL", "SAFETYHEADS_JUDGE_KEY"),
-    ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
-)
-"""Environment variables of base URL and key. The first pair with a URL is used whole, so no key goes astray."""
-
 SETTING_PREFIX = "SAFETYHEADS_JUDGE_"
 """Begins the environment variables of settings."""
+ADDRESSES = ((f"{SETTING_PREFIX}URL", f"{SETTING_PREFIX}KEY"), ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
+"""Environment variables of base URL and key. The first pair with a URL is used whole, so no key goes astray."""
 
 _RAW_CHARACTERS = 2000
 # What a wrong key or model is answered with: every further question would fail alike.
@@ -164,7 +160,15 @@ class EndpointJudge(Judge):
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict for each completion, in order. Equal answers to one query are asked once, empty ones never."""
-        messages = [_message(completion) if completion.text.strip() else "" for completion in completions]
+
+        def message_of(completion: Completion) -> str:
+            # JSON, so that no answer can close the quotation it stands in and speak to the judge.
+            material = {"system": completion.system} if completion.system else {}
+            material |= {"request": completion.query, "answer": completion.text}
+            # A decoder's half of a surrogate pair is no character, and an endpoint may refuse the whole request for it.
+            return json.dumps(material, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+
+        messages = [message_of(completion) if completion.text.strip() else "" for completion in completions]
         distinct = [message for message in dict.fromkeys(messages) if message]
         verdicts = {"": Verdict("incoherent", "empty")}
         hopeless: list[Verdict] = []
@@ -224,15 +228,14 @@ class EndpointJudge(Judge):
             return Verdict("unscored", f"connection: {type(error.__cause__).__name__}")
         except openai.APIStatusError as error:
             return Verdict("unscored", f"http: {error.status_code}", error.response.text[:_RAW_CHARACTERS])
-        written = response.text[:_RAW_CHARACTERS]
         try:
             reply = response.json()
             text = reply["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            return Verdict("unscored", "reply: no chat completion", written)
+            return Verdict("unscored", "reply: no chat completion", response.text[:_RAW_CHARACTERS])
         self.meter.count_tokens(reply.get("usage"))
         if not isinstance(text, str) or not text.strip():
-            return Verdict("unscored", "reply: no text", written)
+            return Verdict("unscored", "reply: no text", response.text[:_RAW_CHARACTERS])
         return read_reply(text, self.threshold)
 
 
@@ -246,10 +249,7 @@ def endpoint_judge(model: str) -> EndpointJudge:
     """The judge by that model, at the address of :data:`ADDRESSES` and with the settings in the environment.
 
     Each field of :class:`EndpointSettings` can be set by a variable: :data:`SETTING_PREFIX` and the field in capitals,
-    such as ``SAFETYHEADS_JUDGE_MAX_REQUESTS``; ``none`` is None.
-
-    Raises:
-        InputError: no URL, no key, a setting that cannot be read, or the extra ``openai`` is not installed.
+    such as ``SAFETYHEADS_JUDGE_MAX_REQUESTS``; ``none`` is None. An InputError tells what is missing or unreadable.
     """
     given = {name: text for name, text in os.environ.items() if text}
     url_name, key_name = next((pair for pair in ADDRESSES if pair[0] in given), ADDRESSES[0])
@@ -273,15 +273,6 @@ def endpoint_judge(model: str) -> EndpointJudge:
                 raise InputError(f"{name} cannot be read: {given[name]!r}") from error
     url = given[url_name]
     return EndpointJudge(model, url, given[key_name], EndpointSettings(**settings), meter=_meter_of(url, model))
-
-
-def _message(completion: Completion) -> str:
-    # JSON, so that no answer can close the quotation it stands in and speak to the judge.
-    material = {"request": completion.query, "answer": completion.text}
-    if completion.system:
-        material = {"system": completion.system, **material}
-    # A decoder's half of a surrogate pair is no character, and an endpoint may refuse the whole request for it.
-    return json.dumps(material, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
 
 
 def read_reply(reply: str, threshold: float = 0.5) -> Verdict:
