@@ -151,9 +151,7 @@ class PhraseJudge:
         return first is not None and first[0] < len(text)
 
     def _first_phrase(self, text: str) -> tuple[int, str] | None:
-        """End and words of the phrase that ends first, so that an answer cut off there names the same; of two that end
-        at one place the longer.
-        """
+        """End and words of the phrase that ends first, as in an answer cut off there; of two at one end the longer."""
         matches = _phrase_pattern(self.phrases).finditer(text)
         first = min(matches, key=lambda match: (match.end(1), match.start(1)), default=None)
         return None if first is None else (first.end(1), first[1])
