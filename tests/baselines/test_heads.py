@@ -1,4 +1,4 @@
-"""Methods that name heads: which heads, for which prompts, and what the organism answers without them."""
+"""Methods that name heads: which heads, for which prompts; and what heads write against explicit slices of W_O."""
 
 from __future__ import annotations
 
@@ -6,13 +6,60 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from baseline_samples import NEW_TOKENS, drawn, engine_on, inputs_of, made_up_material, material, organism
+import torch
+from baseline_samples import (
+    NEW_TOKENS,
+    close,
+    drawn,
+    engine_on,
+    inputs_of,
+    made_up_material,
+    material,
+    organism,
+    state_of,
+)
+from families import FAMILIES, built, proved
+from tiny_models import engine_of, prompts_of, tokenizer
+from torch import nn
 
-from safetyheads import SCALING_CONTRIBUTION, Head, InputError, KeywordJudge
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Engine,
+    Head,
+    InputError,
+    KeywordJudge,
+    SafetyheadsError,
+    UnsupportedModelError,
+)
 from safetyheads.baselines import METHODS
 from safetyheads.baselines import heads as methods
 from safetyheads.baselines.direction import select_direction
+from safetyheads.baselines.heads import (
+    final_norm,
+    logit_attributions,
+    output_weight,
+    projections,
+    refusal_projections,
+)
 from safetyheads.heads import parse_heads
+
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2))
+OPENERS = (17, 30)
+# Where a layer's attention and its last projection are, by the family's own names; the engine's facts are not asked.
+PLACES = {
+    "gpt2": ("transformer.h.{}.attn", "c_proj"),
+    "gpt_neox": ("gpt_neox.layers.{}.attention", "dense"),
+    "opt": ("model.decoder.layers.{}.self_attn", "out_proj"),
+    "phi": ("model.layers.{}.self_attn", "dense"),
+    "lfm2": ("model.layers.{}.self_attn", "out_proj"),
+}
+NAMES = (
+    "llama2", "llama3", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "gpt_oss", "gemma4", "deepseek_v3", "qwen3_next",
+    "granite_hybrid", "lfm2",
+)  # fmt: skip
+"""MHA, GQA, wide heads, Conv1D, fused, biases on W_O, layers of other widths, another value width, hybrids."""
+N_HEADS = 4
 
 
 def test_saharas_first_three_heads_are_the_plants_and_free_the_prompts():
@@ -89,3 +136,106 @@ def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
     # A size that is asked for by itself is not left out in silence.
     with pytest.raises(InputError, match="size 20 is out of range: a group has 1 to 12 heads"):
         METHODS["rdsha"].interventions(learned, (1, 20))
+
+
+# Attributions
+
+
+def written(name):
+    """The slow twin, by slices of W_O: what each head writes at the last token, and what its block does, less bias."""
+    model, (path, projection) = built(name), PLACES.get(name, ("model.layers.{}.self_attn", "o_proj"))
+    blocks = torch.full((len(PROMPTS), model.config.num_hidden_layers, 32), torch.nan, dtype=torch.float64)
+    outputs = blocks[:, :, None].repeat(1, 1, N_HEADS, 1)  # [n_prompts, n_layers, n_heads, d_model]
+    for layer in set(range(blocks.shape[1])) - set(FAMILIES[name].without_heads):
+        attention = model.get_submodule(path.format(layer))
+        module, whole = attention.get_submodule(projection), []
+        weight = module.weight.detach().double()
+        by_input = weight.T if isinstance(module, nn.Linear) else weight
+        for prompt, ids in enumerate(PROMPTS):
+            handle = attention.register_forward_hook(lambda _, __, output, whole=whole: whole.append(output))
+            z = inputs_of(model, [module], ids)[module][-1].double()
+            handle.remove()
+            block = (whole[-1][0] if isinstance(whole[-1], tuple) else whole[-1]).flatten(0, -2)[-1]
+            blocks[prompt, layer] = block - (0 if module.bias is None else module.bias.detach())
+            for head, (part, rows) in enumerate(zip(z.chunk(N_HEADS), by_input.chunk(N_HEADS), strict=True)):
+                outputs[prompt, layer, head] = part @ rows
+    return outputs, blocks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_heads_write_is_what_slices_of_their_projection_give_and_sums_to_their_block(name):
+    (outputs, blocks), direction = written(name), drawn()
+    found = projections(proved(name), prompts_of(*PROMPTS), direction)
+    close(found, outputs @ direction)
+    errors = (found.nansum(dim=-1) - (blocks @ direction).nan_to_num()).abs()
+    assert (errors <= 4e-5 * found.nan_to_num().abs().amax(dim=-1)).all()
+
+
+def test_a_projection_that_is_no_plain_layer_is_asked_by_unit_vectors():
+    class Other(nn.Linear):
+        """As quantised layers are: of another class."""
+
+    engine = engine_of("llama_gqa")
+    plain, attention = output_weight(engine, 1), engine.model.model.layers[1].self_attn
+    other = Other(32, 32)
+    other.weight = attention.o_proj.weight
+    attention.o_proj = other
+    again = Engine(engine.model, tokenizer())
+    torch.testing.assert_close(output_weight(again, 1), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_refusal_projections_are_ranked_by_prompt_as_by_hand():
+    engine, direction = proved("llama3"), drawn()
+    scores = refusal_projections(engine, prompts_of(*PROMPTS), direction)
+    by_hand = (written("llama3")[0] @ direction).abs() / direction.norm()
+    close(scores.values, by_hand)
+    for prompt, values in enumerate(by_hand):
+        order = values.flatten().argsort(descending=True).tolist()
+        assert scores.top_of_prompt(prompt, 12) == tuple(Head(at // N_HEADS, at % N_HEADS) for at in order)
+    # The direction's length and sign are no part of it.
+    close(refusal_projections(engine, prompts_of(*PROMPTS), -5 * direction).values, scores.values, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma", "gpt2", "cohere2", "olmo2"])
+def test_the_frozen_norm_is_the_norm(name):
+    engine, states = proved(name), torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) * 3
+    (gain, offset, centres), normed = final_norm(engine), engine.normed(states).double()
+    given = states.double() - (states.double().mean(dim=-1, keepdim=True) if centres else 0)
+    close(gain * given / given.square().mean(dim=-1, keepdim=True).sqrt() + offset, normed, 2e-6)
+    assert centres == (name in ("gpt2", "cohere2"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_logit_attribution_by_hand(name):
+    outputs, model = written(name)[0], built(name)
+    norm = model.get_submodule(FAMILIES[name].norm)
+    states = torch.stack([inputs_of(model, [norm], ids)[norm][-1].double() for ids in PROMPTS])
+    if name == "gpt2":
+        outputs = outputs - outputs.mean(dim=-1, keepdim=True)
+        scales = (states.var(dim=-1, unbiased=False) + norm.eps).rsqrt()
+    else:
+        scales = (states.square().mean(dim=-1) + norm.variance_epsilon).rsqrt()
+    logits = (norm.weight * outputs * scales[:, None, None, None]) @ model.get_output_embeddings().weight.double().T
+    wanted = logits[..., list(OPENERS)].mean(dim=-1) - logits.mean(dim=-1)
+    close(logit_attributions(proved(name), prompts_of(*PROMPTS), OPENERS).values, wanted)
+
+
+def test_what_cannot_be_attributed_is_refused_and_the_model_left_as_it_was():
+    prompts, engine = prompts_of(*PROMPTS), engine_of("llama_mha")
+    before = state_of(engine)
+    with pytest.raises(InputError, match="first tokens"):
+        logit_attributions(engine, prompts, ())
+    for attribute, told in ((logit_attributions, OPENERS), (refusal_projections, drawn())):
+        with pytest.raises(UnsupportedModelError, match="several residual streams"):
+            attribute(engine_on("gemma3n"), prompts, told)
+    with (
+        engine.ablated((Head(0, 0),), UNDIFFERENTIATED_ATTENTION),
+        pytest.raises(SafetyheadsError, match="already ablated"),
+    ):
+        projections(engine, prompts, drawn())
+    logit_attributions(engine, prompts, OPENERS)
+    assert state_of(engine) == before
+    facts = replace(engine.architecture, output_projections=(None, None, None))
+    with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
+        projections(Engine(engine.model, engine.tokenizer, architecture=facts), prompts, drawn())

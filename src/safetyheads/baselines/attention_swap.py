@@ -84,12 +84,10 @@ def _take_over(tensors: dict[str, Any], donated: dict[str, Any]) -> None:
     """Replace a module's tensors by the donor's, or by copies on the device where the module's are."""
     for name, tensor in donated.items():
         replaced: Tensor | None = tensors.get(name)
-        if tensor is None or replaced is None or tensor.device == replaced.device:
-            tensors[name] = tensor
-        elif isinstance(tensor, nn.Parameter):
-            tensors[name] = nn.Parameter(tensor.detach().to(replaced.device), requires_grad=False)
-        else:
-            tensors[name] = tensor.to(replaced.device)
+        tensors[name] = tensor
+        if tensor is not None and replaced is not None and tensor.device != replaced.device:
+            moved = tensor.detach().to(replaced.device)
+            tensors[name] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _modules(ours: Architecture, theirs: Architecture, layer: int) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -133,7 +131,10 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel, theirs: PreT
         _refuse_other_settings("the attention", around)
         for modules in _modules(*facts, layer):
             where, read = f"the attention of layer {layer}", _read_when_run(type(modules[0]))  # type: ignore[arg-type]
-            _refuse_other_settings(where, [_config_settings(config, read) for config in configs])
+            given = [{name: getattr(config, name, None) for name in read} for config in configs]
+            # A method of that name is no setting.
+            plain = [{k: v for k, v in each.items() if isinstance(v, (*_PLAIN, list, dict))} for each in given]
+            _refuse_other_settings(where, plain)
             _refuse_other_settings(where, [_settings(module) for module in modules])
     if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
         raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
@@ -154,12 +155,6 @@ def _rope_depends_on_length(config: Any) -> bool:
     rope: Any = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for part in parts)
-
-
-def _config_settings(config: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The config's values of these names; a method of that name is no setting."""
-    values = {name: getattr(config, name, None) for name in names}
-    return {name: value for name, value in values.items() if isinstance(value, (*_PLAIN, list, dict))}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

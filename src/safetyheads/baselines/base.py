@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
-from safetyheads.answers.decoding import GREEDY, Sampling
 from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group, Head
@@ -94,7 +93,6 @@ class Intervention:
         prompts: PromptSet,
         judge: Judge | Sequence[Judge],
         max_new_tokens: int = 128,
-        sampling: Sampling = GREEDY,
         on_rows: Callable[[int], None] | None = None,
     ) -> AttackSuccess:
         """The model's judged answers with the method at work."""
@@ -103,7 +101,7 @@ class Intervention:
         groups = ((),) * len(prompts) if self.groups is None else self.groups(prompts)
         with self.at_work():
             return query_level_attack_success_rate(
-                engine, prompts, groups, self.ablation, judge, max_new_tokens, sampling, on_rows
+                engine, prompts, groups, self.ablation, judge, max_new_tokens, on_rows=on_rows
             )
 
 
@@ -140,10 +138,8 @@ def refuse_shares(what: str, shares: Sequence[float], above_0: bool = False, bel
 def refuse_streams(engine: Engine) -> None:
     """Raise :class:`UnsupportedModelError` for families with several residual streams, which have no one direction."""
     if engine.architecture.batch_dimension != 0:
-        raise UnsupportedModelError(
-            f"{engine.architecture.family}: it keeps several residual streams, so there is no one stream for a "
-            "direction to be in"
-        )
+        family = engine.architecture.family
+        raise UnsupportedModelError(f"{family}: it keeps several residual streams, so there is no one for a direction")
 
 
 # Plain forward passes over packed prompts, and hooks in them. The model runs its own forward.
@@ -181,11 +177,11 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Remov
 def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
     """Within, calls ``see`` with a module's number and its input whenever the module runs."""
 
-    def hook(number: int, module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        see(number, first_input(module, positional, keywords).detach())
+    def seen(number: int, given: Tensor) -> Tensor:
+        see(number, given.detach())
+        return given
 
-    numbered = enumerate(modules)
-    return hooked(*(module.register_forward_pre_hook(partial(hook, at), with_kwargs=True) for at, module in numbered))
+    return hooked(*(change_input(module, partial(seen, number)) for number, module in enumerate(modules)))
 
 
 @torch.inference_mode()

@@ -62,13 +62,11 @@ class RefusalDirection:
     """i, counted from the prompt's end: -1 is the last token."""
     layer: int
     """l: the direction is of the residual stream that enters this block."""
-    dropped: str = ""
+    dropped: str
     """Which filter dropped it, in words; empty for none."""
-    bypass: float = float("nan")
+    bypass: float
     """Mean refusal score of harmful prompts with it removed, nats; less is better."""
-    induce: float = float("nan")
-    """Mean refusal score of harmless prompts with it added at its layer, nats."""
-    divergence: float = float("nan")
+    divergence: float
     """Mean KL( unablated || removed ) of the next token of harmless prompts, nats."""
 
     @property
@@ -122,27 +120,25 @@ def candidate_directions(material: Material) -> list[RefusalDirection]:
     unablated, candidates = log_probabilities(), []
     for layer in range(engine.n_layers):
         for at, direction in enumerate(directions[:, layer]):
-            candidate = partial(RefusalDirection, direction, at - tokens, layer)
+            dropped, bypass, divergence = "", float("nan"), float("nan")
             if not 0 < float(direction.norm()) < float("inf"):
-                candidates.append(candidate("no difference of means (0 or not finite)"))
-                continue
-            if layer >= LATEST * engine.n_layers:
-                candidates.append(candidate(f"a layer at {LATEST:.0%} of the depth or later"))
-                continue
-            with direction_removed(engine, direction):
-                removed = log_probabilities()
-                bypass = float(refusal_log_odds(engine, harmful, openers).mean())
-            divergence = float((unablated.exp() * (unablated - removed)).sum(dim=-1).mean())
-            with direction_added(engine, direction, layer):
-                induce = float(refusal_log_odds(engine, benign, openers).mean())
-            dropped = ""
-            if any(value != value for value in (divergence, induce, bypass)):
-                dropped = "a score that is no number"
-            elif divergence > MOST_DIVERGENCE:
-                dropped = f"KL above {MOST_DIVERGENCE:g} nats on harmless prompts"
-            elif induce < LEAST_INDUCED:
-                dropped = f"a refusal score below {LEAST_INDUCED:g} nats when added on harmless prompts"
-            candidates.append(candidate(dropped, bypass, induce, divergence))
+                dropped = "no difference of means (0 or not finite)"
+            elif layer >= LATEST * engine.n_layers:
+                dropped = f"a layer at {LATEST:.0%} of the depth or later"
+            else:
+                with direction_removed(engine, direction):
+                    removed = log_probabilities()
+                    bypass = float(refusal_log_odds(engine, harmful, openers).mean())
+                divergence = float((unablated.exp() * (unablated - removed)).sum(dim=-1).mean())
+                with direction_added(engine, direction, layer):
+                    induced = float(refusal_log_odds(engine, benign, openers).mean())
+                if any(value != value for value in (divergence, induced, bypass)):
+                    dropped = "a score that is no number"
+                elif divergence > MOST_DIVERGENCE:
+                    dropped = f"KL above {MOST_DIVERGENCE:g} nats on harmless prompts"
+                elif induced < LEAST_INDUCED:
+                    dropped = f"a refusal score below {LEAST_INDUCED:g} nats when added on harmless prompts"
+            candidates.append(RefusalDirection(direction, at - tokens, layer, dropped, bypass, divergence))
     return candidates
 
 
@@ -151,9 +147,9 @@ def _halves(material: Material, refused: bool) -> list[PromptSet]:
 
     Raises :class:`SafetyheadsError` where none is left.
     """
-    prompts, kind, side = (material.harmful, "harmful", "above") if refused else (material.benign, "harmless", "below")
+    kind, side = ("harmful", "above") if refused else ("harmless", "below")
     kept = []
-    train, validation = prompts.split(1 - VALIDATION_SHARE, material.seed)
+    train, validation = (material.harmful if refused else material.benign).split(1 - VALIDATION_SHARE, material.seed)
     for half in (train[:_N_TRAIN], validation[:_N_VALIDATION]):
         scores = refusal_log_odds(material.engine, half, material.openers)
         right = [at for at, score in enumerate(scores.tolist()) if (score > 0 if refused else score < 0)]

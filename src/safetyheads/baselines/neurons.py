@@ -57,12 +57,10 @@ def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
 
 def _outside_attention(engine: Engine) -> list[list[LinearLayer]]:
     """Each decoder layer's linear layers that are not part of its attention."""
-    outside: list[list[LinearLayer]] = []
-    linears = linear_layers(engine)
-    for layer, attention in enumerate(engine.architecture.attentions):
-        inside = set() if attention is None else set(attention.modules())
-        outside.append([linear for linear in linears if linear.layer == layer and linear.module not in inside])
-    return outside
+    attentions = engine.architecture.attentions
+    inside = {module for attention in attentions if attention is not None for module in attention.modules()}
+    outside = [linear for linear in linear_layers(engine) if linear.module not in inside]
+    return [[linear for linear in outside if linear.layer == layer] for layer in range(engine.n_layers)]
 
 
 def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) -> Tensor:
