@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,16 +20,16 @@ from safetyheads import Engine
 
 @dataclass(frozen=True)
 class Family:
-    """A family that is proved."""
+    """A family that is proved, or refused by name."""
 
     config: str
     """transformers' config class."""
-    shows: str
-    """How it differs from a plain Llama."""
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Over :data:`tiny_models.COMMON`."""
     around: Mapping[str, Any] | None = None
     """Settings of a config that holds this one as its ``text_config``: a model of images too, asked in text alone."""
+    shows: str = ""
+    """How it differs from a plain Llama."""
     norm: str = "model.norm"
     """Where its final norm is; for the oracle, which must not know the engine's facts."""
     chunks: Mapping[str, int] = field(default_factory=dict)
@@ -39,37 +40,24 @@ class Family:
     """Why they are not."""
     without_heads: tuple[int, ...] = ()
     """Layers that mix tokens in another way than by attention."""
+    why: str = ""
+    """Why it is refused, for the table of families."""
+    said: str = ""
+    """A pattern of the refusal."""
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A family that is refused by name."""
-
-    config: str
-    """transformers' config class."""
-    why: str
-    """For the table of families."""
-    said: str
-    """A pattern of the error."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Over :data:`tiny_models.COMMON`."""
-
-
-def _read(kind: type, rows: Mapping[str, Any]) -> dict[str, Any]:
+def _read(kind: str) -> dict[str, Family]:
     """The rows of a table, each with the settings that it shares with others."""
     made = {}
-    for name, row in rows.items():
-        settings = {}
-        for shared in row.pop("shared", ()):
-            settings |= _TABLES["shared"][shared]
-        lists = {key: tuple(value) for key, value in row.items() if isinstance(value, list)}
-        made[name] = kind(**{**row, **lists, "settings": {**settings, **row.get("settings", {})}})
+    for name, row in _TABLES[kind].items():
+        tables = [*(_TABLES["shared"][shared] for shared in row.pop("shared", ())), row.get("settings", {})]
+        row["settings"] = dict(ChainMap(*reversed(tables)))
+        made[name] = Family(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
     return made
 
 
 _TABLES = tomllib.loads((Path(__file__).parent / "families.toml").read_text(encoding="utf-8"))
-FAMILIES: dict[str, Family] = _read(Family, _TABLES["families"])
-REFUSED: dict[str, Refused] = _read(Refused, _TABLES["refused"])
+FAMILIES, REFUSED = _read("families"), _read("refused")
 
 
 @cache
@@ -77,8 +65,7 @@ def built(name: str) -> Any:
     """A family's random model, under eager attention; copy it before it is changed."""
     family = FAMILIES.get(name) or REFUSED[name]
     config, settings = getattr(transformers, family.config), {**COMMON, **family.settings}
-    around = getattr(family, "around", None)
-    return build(config(**settings) if around is None else config(text_config=settings, **around))
+    return build(config(**settings) if family.around is None else config(text_config=settings, **family.around))
 
 
 @cache

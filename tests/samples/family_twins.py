@@ -7,9 +7,9 @@ second kind that answers are made under.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from families import FAMILIES, oracle_of, proved
@@ -33,29 +33,6 @@ KINDS = [Ablation(name, 0.01) for name in ABLATION_KINDS]
 """At an epsilon large enough that a forgotten factor would show."""
 SLOW = Capabilities(**{each.name: each.name in ("plain_head", "caches") for each in fields(Capabilities)})
 """A prompt a row, every layer run again, nothing left out."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One family, against its slow twin."""
-
-    states: Mapping[str, float]
-    """Kind of ablation -> largest difference of last hidden states over groups, prompts and paths, of the largest."""
-    captured: float
-    """Likewise, of groups with a head that was ablated in the captured run; one kind a family."""
-    least_change: Mapping[str, float]
-    """Kind of ablation -> how far the group that changes least moves them, likewise: or no difference could be seen."""
-    ships: float
-    """Largest difference of Ships under the paper's epsilon, nats."""
-    limit: float
-    """The same, from Ships under exactly even weights over the keys that the mask allows."""
-    largest_ships: float
-    """Of the oracle, nats."""
-    answers: bool
-    """Whether greedy answers of uneven prompts under mixed groups in one batch are the oracle's: for the key's scale,
-    and for the query's or the output's."""
-    drafts: bool
-    """Whether answers by drafts are those."""
 
 
 def starts_of(name):
@@ -132,7 +109,18 @@ def slow_answer(name, prompt, group, ablation):
 
 @cache
 def measured(name):
-    """Every kind of ablation by the quick paths and the plain one; Ships; answers."""
+    """One family, against its slow twin, by the quick paths and the plain one.
+
+    states: kind of ablation -> largest difference of last hidden states over groups, prompts and paths, of the largest.
+    captured: likewise, of groups with a head that was ablated in the captured run; one kind a family.
+    least_change: kind -> how far the group that changes least moves them, likewise: or no difference could be seen.
+    ships: largest difference of Ships under the paper's epsilon, nats.
+    limit: the same, from Ships under exactly even weights over the keys that the mask allows.
+    largest_ships: of the oracle, nats.
+    answers: whether greedy answers of uneven prompts under mixed groups in one batch are the oracle's: for the key's
+    scale, and for the query's or the output's.
+    drafts: whether answers by drafts are those.
+    """
     quickly, groups = proved(name).capabilities, groups_of(name)
     singles, several = slice(0, 3), slice(3, 5)
     unablated = slow_states(name, [()], None)
@@ -146,7 +134,9 @@ def measured(name):
             change = (reference - unablated[:, -len(prompts) :]).abs().amax(dim=(1, 2))
             moved.append(float(change.min() / reference.abs().max()))
         differences[ablation.name], changes[ablation.name] = max(found), min(moved)
-    return Measured(differences, _captured(name), changes, *_ships(name), *_answers(name))
+    return SimpleNamespace(
+        states=differences, captured=_captured(name), least_change=changes, **_ships(name), **_answers(name)
+    )
 
 
 def _captured(name):
@@ -169,7 +159,7 @@ def _ships(name):
             found.append(kl(before, seen(name, prompt, (head,), UNDIFFERENTIATED_ATTENTION).logits))
             exact.append(abs(one - found[-1]))
             limit.append(abs(one - kl(before, seen(name, prompt, (head,), UNDIFFERENTIATED_ATTENTION, True).logits)))
-    return max(exact), max(limit), max(found)
+    return {"ships": max(exact), "limit": max(limit), "largest_ships": max(found)}
 
 
 def _answers(name):
@@ -183,7 +173,7 @@ def _answers(name):
     requests = [Request(prompt, group) for group in groups for prompt in encoded]
     plainly = answer(engine, requests, Decoding(N_TOKENS), ablation)
     drafted = [one.token_ids for row in table for one in row]
-    return all(equal), drafted == [one.token_ids for one in plainly]
+    return {"answers": all(equal), "drafts": drafted == [one.token_ids for one in plainly]}
 
 
 def _as_the_oracles(name, ablation, asked):
