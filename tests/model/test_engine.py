@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 
 import pytest
 import torch
-from oracle import Oracle
-from tiny_models import END, engine_of, model_of, prompts_of
+from families import proved
+from family_twins import PROMPTS as PACKED
+from family_twins import relative, seen
+from tiny_models import END, engine_of, prompts_of
 from transformers import StaticCache
 
 from safetyheads import Ablation, Head, InputError, SafetyheadsError, ships
@@ -16,22 +17,8 @@ from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTIO
 from safetyheads.model.planning import Plan, TokenSequence, left_padded
 
 FLOAT32 = 1e-5
-PROMPTS = (
-    (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2),
-    (5, 9, 12, 40, 41, 8, 3, 60, 11),
-    (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6),
-)
+PROMPTS = (PACKED[0], (5, 9, 12, 40, 41, 8, 3, 60, 11), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6))
 GROUP = (Head(0, 1), Head(2, 2))
-WINDOW = "mistral_window"
-
-
-@cache
-def oracle_of(family):
-    return Oracle(model_of(family))
-
-
-def relative(ours, reference):
-    return float((ours - reference).abs().max() / reference.abs().max())
 
 
 @torch.no_grad()
@@ -89,7 +76,7 @@ def test_a_group_that_the_model_does_not_have_is_an_input_error(group, said):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["undifferentiated_attention", "undifferentiated_attention_key", "mean_key"])
 def test_generate_with_left_padding_and_any_cache_follows_the_oracle(name, cache):
-    ablation, prompts, engine = Ablation(name, 0.01), (PROMPTS[0], PROMPTS[1][:6]), engine_of(WINDOW)
+    ablation, prompts, engine = Ablation(name, 0.01), (PROMPTS[0], PROMPTS[1][:6]), proved("mistral")
     batch = left_padded(prompts, 0, engine.device)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
     if cache == "static":
@@ -99,23 +86,23 @@ def test_generate_with_left_padding_and_any_cache_follows_the_oracle(name, cache
     for row, prompt in zip(generated[:, batch["input_ids"].shape[1] :].tolist(), prompts, strict=True):
         expected = list(prompt)
         while len(expected) < len(prompt) + 6 and END not in expected[len(prompt) :]:
-            expected.append(int(oracle_of(WINDOW).run(expected, GROUP, ablation).logits.argmax()))
+            expected.append(int(seen("mistral", tuple(expected), GROUP, ablation).logits.argmax()))
         assert row[: len(expected) - len(prompt)] == expected[len(prompt) :]
 
 
 def test_right_padding_does_not_reach_the_tokens_before_it():
     prompt, padding = PROMPTS[1], (0, 0, 0)
     mask = torch.tensor([[1] * len(prompt) + [0] * len(padding)])
-    with torch.no_grad(), engine_of(WINDOW).ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
+    with torch.no_grad(), proved("mistral").ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
         logits = model(input_ids=torch.tensor([prompt + padding]), attention_mask=mask).logits[0, len(prompt) - 1]
-    assert relative(logits, oracle_of(WINDOW).run(prompt, GROUP, UNDIFFERENTIATED_ATTENTION).logits) < FLOAT32
+    assert relative(logits, seen("mistral", prompt, GROUP, UNDIFFERENTIATED_ATTENTION).logits) < FLOAT32
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", WINDOW])
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
 def test_without_a_mask_and_with_a_cache_in_pieces_the_ablation_is_the_same(family):
     ids = torch.tensor([PROMPTS[2]])
-    reference = oracle_of(family).run(PROMPTS[2], GROUP, UNDIFFERENTIATED_ATTENTION).logits
-    with torch.no_grad(), engine_of(family).ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
+    reference = seen(family, PROMPTS[2], GROUP, UNDIFFERENTIATED_ATTENTION).logits
+    with torch.no_grad(), proved(family).ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
         whole = model(input_ids=ids).logits[0, -1]
         cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
         for piece in (ids[:, 4:9], ids[:, 9:12], ids[:, 12:]):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
+import copy
 
 import pytest
 import torch
+from families import built, proved
+from family_twins import PROMPTS, engine_by, groups_of, relative, slow_states, states
 from oracle import Oracle
-from tiny_models import engine_of, model_of
+from tiny_models import engine_of, tokenizer
 
-from safetyheads import Ablation, Head
+from safetyheads import Ablation, Engine, Head
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.architecture import Capabilities
+from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence
 
 # Two float32 sums of a few dozen terms in another order; measured: 2e-6 on states of size 5. A wrong head, mask
@@ -21,66 +24,35 @@ FLOAT32 = 1e-5
 # bfloat16 keeps 8 bits, and three layers of residual sums lose some: measured 0.025 of the largest state.
 BFLOAT16 = 5e-2
 
-# Of unequal lengths, longer than every window, the first three with a common beginning.
-PROMPTS = (
-    (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2),
-    (5, 9, 12, 40, 41, 8, 3, 60, 11),
-    (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6),
-)
-GROUPS = (
-    (Head(0, 0),),
-    (Head(0, 2), Head(0, 3)),  # share a key and value head where there are two
-    (Head(1, 1),),
-    (Head(0, 1), Head(1, 3), Head(2, 2)),
-    (Head(2, 0),),
-)
-ALL_ROWS = ((0, 1, 2),)
+ALL_ROWS = ((0, 1),)
 SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]
-
-
-def hidden_of(engine, groups, ablation, rows=ALL_ROWS, prompts=PROMPTS):
-    """The engine's states of each group, batched by first layer, over prompts laid out as ``rows``."""
-    layout, sequences = Plan(rows, 4, 1), [TokenSequence(ids) for ids in prompts]
-    states = {}
-    for indices, start in engine.batches(groups, layout):
-        captures = engine.captured(sequences, (), ablation, layout, start)
-        hidden = engine.replayed(captures, [groups[index] for index in indices], ablation, start)
-        states |= dict(zip(indices, hidden, strict=True))
-    return torch.stack([states[index] for index in range(len(groups))])
-
-
-def relative(ours, reference):
-    return float((ours.float() - reference).abs().max() / reference.abs().max())
-
-
-@cache
-def oracle_of(family, dtype=torch.float32):
-    return Oracle(model_of(family, dtype))
-
-
-def assert_equal_to_the_oracle(engine, rows=ALL_ROWS, prompts=PROMPTS, tolerance=FLOAT32):
-    reference = oracle_of(engine.name, engine.dtype).hidden(prompts, GROUPS, UNDIFFERENTIATED_ATTENTION)
-    assert relative(hidden_of(engine, GROUPS, UNDIFFERENTIATED_ATTENTION, rows, prompts), reference) < tolerance
 
 
 @pytest.mark.parametrize("slow", ["packs", "segments", "replays", "prunes", "starts_late"])
 def test_each_slow_path_equals_the_oracle(slow):
-    engine = engine_of("gemma2_softcap", capabilities=Capabilities(**{slow: False}))
-    assert_equal_to_the_oracle(engine, ((0,), (1,), (2,)) if slow == "packs" else ALL_ROWS)
+    engine, groups = engine_by("gemma2", **{slow: False}), groups_of("gemma2")
+    reference = slow_states("gemma2", groups, UNDIFFERENTIATED_ATTENTION)
+    assert relative(states(engine, groups, UNDIFFERENTIATED_ATTENTION), reference) < FLOAT32
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "mistral_window"])
-def test_prompts_without_a_common_beginning_and_bfloat16_meet_the_oracle(family):
-    assert_equal_to_the_oracle(engine_of(family), ((0, 1),), ((1, 2, 3, 4, 5, 6, 7, 8), (20, 21, 22)))
-    assert_equal_to_the_oracle(engine_of(family, torch.bfloat16), tolerance=BFLOAT16)
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_prompts_without_a_common_beginning_and_bfloat16_meet_the_oracle(name):
+    groups, apart = groups_of(name), ((1, 2, 3, 4, 5, 6, 7, 8), (20, 21, 22))
+    reference = slow_states(name, groups, UNDIFFERENTIATED_ATTENTION, apart)
+    assert relative(states(proved(name), groups, UNDIFFERENTIATED_ATTENTION, apart), reference) < FLOAT32
+    model = copy.deepcopy(built(name)).bfloat16()
+    slow = Oracle(model).hidden(PROMPTS, groups, UNDIFFERENTIATED_ATTENTION)
+    use_our_attention(model)
+    ours = states(Engine(model, tokenizer()), groups, UNDIFFERENTIATED_ATTENTION)
+    assert relative(ours.float(), slow) < BFLOAT16
 
 
-@pytest.mark.parametrize("name", ["undifferentiated_attention", "undifferentiated_attention_key"])
-def test_epsilon_0_is_exactly_even_attention_and_epsilon_1_changes_nothing(name):
-    engine, oracle = engine_of("mistral_window"), oracle_of("mistral_window")
-    even = oracle.hidden(PROMPTS, GROUPS, UNDIFFERENTIATED_ATTENTION, uniform=True)
-    for epsilon, expected in ((0.0, even), (1.0, oracle.hidden(PROMPTS, [()]).expand_as(even))):
-        assert relative(hidden_of(engine, GROUPS, Ablation(name, epsilon)), expected) < FLOAT32
+@pytest.mark.parametrize("kind", ["undifferentiated_attention", "undifferentiated_attention_key"])
+def test_epsilon_0_is_exactly_even_attention_and_epsilon_1_changes_nothing(kind):
+    groups = groups_of("mistral")
+    even = slow_states("mistral", groups, UNDIFFERENTIATED_ATTENTION, uniform=True)
+    for epsilon, expected in ((0.0, even), (1.0, slow_states("mistral", [()], None).expand_as(even))):
+        assert relative(states(proved("mistral"), groups, Ablation(kind, epsilon)), expected) < FLOAT32
 
 
 def test_the_ablated_layer_starts_from_its_heads_and_the_last_asks_only_wanted_tokens():
@@ -100,13 +72,12 @@ def test_the_ablated_layer_starts_from_its_heads_and_the_last_asks_only_wanted_t
 
 
 def test_more_wanted_tokens_are_the_states_of_the_last_tokens():
-    engine = engine_of("llama_gqa")
-    sequences = [TokenSequence(PROMPTS[0], n_wanted=3), TokenSequence(PROMPTS[2])]
-    captures = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, Plan(((0, 1),), 4, 1))
-    ours = engine.replayed(captures, [(Head(0, 1),)], UNDIFFERENTIATED_ATTENTION, 0)
-    prompts = [PROMPTS[0][:-2], PROMPTS[0][:-1], PROMPTS[0], PROMPTS[2]]
-    reference = oracle_of("llama_gqa").hidden(prompts, [(Head(0, 1),)], UNDIFFERENTIATED_ATTENTION)
-    assert relative(ours, reference) < FLOAT32
+    engine, group = proved("llama3"), (Head(0, 1),)
+    sequences = [TokenSequence(PROMPTS[0], n_wanted=3), TokenSequence(PROMPTS[1])]
+    captures = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, Plan(ALL_ROWS, 4, 1))
+    ours = engine.replayed(captures, [group], UNDIFFERENTIATED_ATTENTION, 0)
+    prompts = [PROMPTS[0][:-2], PROMPTS[0][:-1], *PROMPTS]
+    assert relative(ours, slow_states("llama3", [group], UNDIFFERENTIATED_ATTENTION, prompts)) < FLOAT32
 
 
 # A batch that runs out of memory

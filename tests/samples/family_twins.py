@@ -7,7 +7,7 @@ second kind that answers are made under.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2), (5, 9, 12, 40, 7, 7, 19, 33)
 SHORT = (21, 50, 13)
 KINDS = [Ablation(name, 0.01) for name in ABLATION_KINDS]
 """At an epsilon large enough that a forgotten factor would show."""
-SLOW = Capabilities(**{each.name: each.name in ("plain_head", "caches") for each in fields(Capabilities)})
+SLOW = {each.name: False for each in fields(Capabilities) if each.name not in ("plain_head", "caches")}
 """A prompt a row, every layer run again, nothing left out."""
 
 
@@ -64,18 +64,21 @@ def seen(name, prompt, group=(), ablation=None, uniform=False):
     return oracle_of(name).run(prompt, group, ablation, uniform)
 
 
-def slow_states(name, groups, ablation, prompts=PROMPTS):
+def slow_states(name, groups, ablation, prompts=PROMPTS, uniform=False):
     """[n_groups, n_prompts, d_model] of the oracle."""
-    return torch.stack(
-        [torch.stack([seen(name, prompt, group, ablation).last_hidden for prompt in prompts]) for group in groups]
-    )
+    found = [seen(name, prompt, group, ablation, uniform).last_hidden for group in groups for prompt in prompts]
+    return torch.stack(found).unflatten(0, (len(groups), len(prompts)))
 
 
-def states(name, groups, ablation, capabilities, prompts=PROMPTS, common=()):
-    """The same of the engine, by the quick paths given; ``common`` heads, in all groups, are captured once."""
-    engine = Engine(proved(name).model, tokenizer(), capabilities=capabilities)
+def engine_by(name, **capabilities):
+    """The family's model by these quick paths."""
+    return Engine(proved(name).model, tokenizer(), capabilities=replace(proved(name).capabilities, **capabilities))
+
+
+def states(engine, groups, ablation, prompts=PROMPTS, common=()):
+    """The same of an engine; ``common`` heads, in all groups, are captured once."""
     sequences, numbers = [TokenSequence(prompt) for prompt in prompts], range(len(prompts))
-    layout = Plan((tuple(numbers),) if capabilities.packs else tuple((number,) for number in numbers), 4, 1)
+    layout = Plan((tuple(numbers),) if engine.capabilities.packs else tuple((number,) for number in numbers), 4, 1)
     found = {}
     for indices, start in engine.batches(groups, layout):
         captures = engine.captured(sequences, common, ablation, layout, start)
@@ -121,15 +124,15 @@ def measured(name):
     scale, and for the query's or the output's.
     drafts: whether answers by drafts are those.
     """
-    quickly, groups = proved(name).capabilities, groups_of(name)
+    groups = groups_of(name)
     singles, several = slice(0, 3), slice(3, 5)
     unablated = slow_states(name, [()], None)
     differences, changes = {}, {}
     for ablation in KINDS:
-        quick, found, moved = states(name, groups, ablation, quickly), [], []
+        quick, found, moved = states(proved(name), groups, ablation), [], []
         for some, prompts in ((singles, PROMPTS[1:]), (several, PROMPTS)):
             reference = slow_states(name, groups[some], ablation, prompts)
-            plain = states(name, groups[some], ablation, SLOW, prompts)
+            plain = states(engine_by(name, **SLOW), groups[some], ablation, prompts)
             found += [relative(ours, reference) for ours in (quick[some, -len(prompts) :], plain)]
             change = (reference - unablated[:, -len(prompts) :]).abs().amax(dim=(1, 2))
             moved.append(float(change.min() / reference.abs().max()))
@@ -144,7 +147,7 @@ def _captured(name):
     (first, middle, last), ablation = starts_of(name), turn_of(name, KINDS)
     common = (Head(first, 1),)
     groups = [(*common, Head(middle, 0)), (*common, Head(last, 3))]
-    ours = states(name, groups, ablation, proved(name).capabilities, common=common)
+    ours = states(proved(name), groups, ablation, common=common)
     return relative(ours[:, 1:], slow_states(name, groups, ablation, PROMPTS[1:]))
 
 
