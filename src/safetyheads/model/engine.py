@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from safetyheads.prompts.sets import PromptSet
 
 _exclusive = threading.Lock()
+_MEMORY_SHARE = 0.5
 # Prompt sets whose tokens are kept.
 _SETS_KEPT = 16
 # Characters of a prompt that an error shows.
@@ -296,7 +297,12 @@ class Engine:
 
     def tokens_that_fit(self, bytes_per_token: int) -> int:
         """Tokens of a batch, at so many bytes each."""
-        return self._token_budget or planning.token_budget(self.device, bytes_per_token, self.memory_budget)
+        if self._token_budget:
+            return self._token_budget
+        most = planning.CUDA_TOKENS if self.device.type == "cuda" else planning.CPU_TOKENS
+        return max(
+            1, min(most, planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE) // bytes_per_token)
+        )
 
     @property
     def logits_at_once(self) -> int:

@@ -27,11 +27,10 @@ Result = TypeVar("Result")
 # Measured on two cores at widths 128 to 512: 20 to 60; the plan is flat around it.
 _OVERHEAD_TOKENS = 48
 # A CPU batch beyond this many tokens leaves the caches and gains nothing (bench/LOG.md, 2026-11-24).
-_CPU_TOKENS = 4096
-_CUDA_TOKENS = 65536
+CPU_TOKENS = 4096
+CUDA_TOKENS = 65536
 # The mask of a row has this number squared of entries.
 _LONGEST_ROW = 4096
-_MEMORY_SHARE = 0.5
 # Logits in flight together while next tokens are read: 176 MiB.
 _LOGITS_AT_ONCE = 1 << 22
 # Bytes of each of them: in float32, and in float64 itself, its logarithm, what it is compared with and their product.
@@ -207,12 +206,6 @@ def longest_row(sequences: Sequence[TokenSequence], plan: Plan) -> int:
 
 
 # Memory
-
-
-def token_budget(device: torch.device, bytes_per_token: int, memory_budget: int | None = None) -> int:
-    """Tokens that fit a batch: in the budget or half of the free memory, and no more than the device profits from."""
-    most = _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
-    return max(1, min(most, allowed_memory(device, memory_budget, _MEMORY_SHARE) // bytes_per_token))
 
 
 def allowed_memory(device: torch.device, memory_budget: int | None, share: float) -> int:

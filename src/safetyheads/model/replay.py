@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -275,7 +275,15 @@ class _Replay:
         ((ablation, rows),) = call.ablations
         key = (layer, ablation)
         if key not in self.captured.compared:
-            self.captured.compared[key] = self._head_outputs(layer, hidden, arguments, call)
+            # Taken at the projection and not at the attention function: some families gate heads' outputs in between.
+            both = torch.tensor([[False], [True]], device=rows.device).expand(-1, rows.shape[1])
+
+            def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+                raise LeftLayer(given[0])
+
+            with projection.register_forward_pre_hook(leave):
+                compared = replace(call, ablations=((ablation, both),))
+                self.captured.compared[key], *_ = self._left(layer, of_rows(facts, hidden, 2), arguments, compared)
         outputs = self.captured.compared[key]
         plain, ablated = outputs.view(*outputs.shape[:-1], shape.n_heads, -1)
         selected = rows.to(plain.device)[:, None, :, None]
@@ -288,28 +296,6 @@ class _Replay:
             self.copies.complete(self.captured.arguments[layer + 1])
         return hidden
 
-    def _head_outputs(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall) -> Tensor:
-        """What the output projection gets [2, n_tokens, n_heads * d_value]: unablated, and with every head ablated.
-
-        Taken there and not at the attention function, because some families gate heads' outputs in between.
-        """
-        ((ablation, selected),) = call.ablations
-        both = torch.tensor([[False], [True]], device=selected.device).expand(-1, selected.shape[1])
-
-        def leave(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            raise LeftLayer(given[0])
-
-        projection = self.architecture.output_projections[layer]
-        assert projection is not None  # starts_late was proved
-        calls = {layer: replace(call, ablations=((ablation, both),))}
-        try:
-            with projection.register_forward_pre_hook(leave), attention_calls(self.architecture.attentions, calls):
-                rows = of_rows(self.architecture, hidden, 2)
-                self.architecture.layers[layer](rows, **self.copies.fork().of(arguments))
-        except LeftLayer as left:
-            return left.args[0]
-        raise LookupError(f"layer {layer} ended without projecting its heads' outputs")
-
     def finish(self, hidden: Tensor, call: AttentionCall, late: bool, prunes: bool) -> Tensor:
         """The last layer, for the wanted tokens; with ``prunes``, only these get past attention."""
         last, row = self.architecture.n_layers - 1, self.captured.row
@@ -319,29 +305,27 @@ class _Replay:
             return states.index_select(tokens, row.wanted.to(states.device))
         if self.architecture.attentions[last] is None:
             raise LookupError("the last layer has no heads")
-        call = replace(call, keys_and_values=self._keys_and_values(hidden, call), segments=None)
-        wanted = narrowed(arguments, row.wanted, row.n_tokens)
-        return self.layer(last, hidden.index_select(tokens, row.wanted.to(hidden.device)), wanted, call, late)
-
-    def _keys_and_values(self, hidden: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """All tokens' keys and values in the last layer, which is left as soon as they are there."""
-        last = self.architecture.n_layers - 1
+        # All tokens' keys and values. Queries are one token's, expanded to the right shape: nothing reads them.
         projection = self.architecture.query_projections[last]
         width = getattr(projection, "out_features", 0)
 
         def no_queries(hidden: Tensor) -> Tensor:
-            """One token's, expanded to the right shape; nothing reads them."""
             return hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
 
+        with instead(projection, no_queries) if projection is not None and width else nullcontext():
+            key, value = self._left(last, hidden, arguments, replace(call, leave=True))
+        call = replace(call, keys_and_values=(key, value), segments=None)
+        wanted = narrowed(arguments, row.wanted, row.n_tokens)
+        return self.layer(last, hidden.index_select(tokens, row.wanted.to(hidden.device)), wanted, call, late)
+
+    def _left(self, layer: int, hidden: Tensor, arguments: Arguments, call: AttentionCall) -> tuple[Tensor, ...]:
+        """What a layer is left with as soon as it is there; what it wrote into its containers is not seen."""
         try:
-            with ExitStack() as stack:
-                stack.enter_context(attention_calls(self.architecture.attentions, {last: replace(call, leave=True)}))
-                if projection is not None and width:
-                    stack.enter_context(instead(projection, no_queries))
-                self.architecture.layers[last](hidden, **self.copies.fork().of(self.captured.arguments[last]))
+            with attention_calls(self.architecture.attentions, {layer: call}):
+                self.architecture.layers[layer](hidden, **self.copies.fork().of(arguments))
         except LeftLayer as left:
             return left.args
-        raise LookupError("the last layer ended without calling its attention function")
+        raise LookupError(f"layer {layer} ended without what was wanted of it")
 
 
 # The plain path
