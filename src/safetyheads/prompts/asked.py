@@ -153,9 +153,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     Truncation and padding are left out: a tokenizer only remembers them from its last call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Any = sorted(tokenizer.get_vocab().items())
-    else:
+    rules: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
         rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     adds = [getattr(tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")]

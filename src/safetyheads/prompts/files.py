@@ -69,11 +69,7 @@ KNOWN_BENCHMARKS: dict[str, Benchmark] = {
 
 
 def read_rows(path: Path, column: str | None = None) -> PromptFile:
-    """Read a prompt file; its suffix gives the format (``.csv``, ``.jsonl``, ``.txt``; none means TXT).
-
-    Raises:
-        InputError: unreadable, not UTF-8, of another suffix, malformed, without the column, or without a prompt.
-    """
+    """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read."""
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise InputError(f"{path}: prompt files end in .csv, .jsonl or .txt")
@@ -178,10 +174,8 @@ def cache_directory() -> Path:
 def download(name: str, column: str | None = None) -> tuple[PromptFile, str | None]:
     """A known benchmark, with a sentence on how it differs from what its authors published when we looked, if it does.
 
-    It is downloaded once, under a temporary name that is renamed when complete; after that no network is needed.
-
-    Raises:
-        InputError: there is no network, or the server sent something else.
+    It is downloaded once, under a temporary name that is renamed when complete. An InputError tells that there is no
+    network, or that the server sent something else.
     """
     import logging
 

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import overload
+from typing import TypeAlias, overload
 
 from safetyheads.errors import InputError
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, download, read_rows
 from safetyheads.prompts.templates import Template
+
+AnyTemplate: TypeAlias = str | Template | None
+"""A template, its name or a text with ``{query}``; None means the model's default (``Engine.default_template``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     """At least one."""
     template: Template | None = None
-    """None means the model's default (``Engine.default_template``)."""
+    """None means the model's default."""
     name: str = "prompts"
     """A known name, or the file's name without suffix."""
     source: str = "given in memory"
@@ -63,7 +66,7 @@ class PromptSet:
     def from_queries(
         cls,
         queries: Iterable[str | Prompt],
-        template: str | Template | None = None,
+        template: AnyTemplate = None,
         *,
         system: str | None = None,
         name: str = "prompts",
@@ -76,7 +79,7 @@ class PromptSet:
     def read(
         cls,
         path_or_known_name: str | Path,
-        template: str | Template | None = None,
+        template: AnyTemplate = None,
         *,
         column: str | None = None,
         system: str | None = None,
@@ -86,7 +89,7 @@ class PromptSet:
 
         Args:
             path_or_known_name: a path, ``benign`` (built in) or a key of ``KNOWN_BENCHMARKS``.
-            template: a template, its name or a text with ``{query}``; None means the model's default.
+            template: what the prompts are asked under.
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
             system: system prompt; without a template it means ``chat``.
             limit: use only the first so many prompts.
@@ -125,9 +128,7 @@ class PromptSet:
     def __getitem__(self, index: slice) -> PromptSet: ...
 
     def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
-        if isinstance(index, slice):
-            return replace(self, prompts=self.prompts[index])
-        return self.prompts[index]
+        return replace(self, prompts=self.prompts[index]) if isinstance(index, slice) else self.prompts[index]
 
     def select(self, indices: Iterable[int]) -> PromptSet:
         """The prompts at these positions, in this order; an InputError for none, or one that is out of range."""
@@ -154,10 +155,7 @@ class PromptSet:
         """Divide into a search part and a test part, drawn by ``seed``, each in the order of this set.
 
         ``fraction`` is the search part's share of distinct queries. Equal queries go to the same part, so that the
-        search sees no query of the test part.
-
-        Raises:
-            InputError: the fraction is out of range, or there are fewer than two distinct queries.
+        search sees no query of the test part; an InputError where there are fewer than two distinct ones.
         """
         if not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")
@@ -177,7 +175,7 @@ class PromptSet:
         return half("search", True), half("test", False)
 
 
-def _as_template(template: str | Template | None, system: str | None) -> Template | None:
+def _as_template(template: AnyTemplate, system: str | None) -> Template | None:
     if isinstance(template, Template):
         return template if system is None else replace(template, system=system)
     if template is None and system is None:
@@ -185,7 +183,7 @@ def _as_template(template: str | Template | None, system: str | None) -> Templat
     return Template.parse("chat" if template is None else template, system)
 
 
-def builtin_benign(template: str | Template | None = None) -> PromptSet:
+def builtin_benign(template: AnyTemplate = None) -> PromptSet:
     """100 everyday requests that any chat model answers; they show what an ablation breaks besides refusals."""
     text = resources.files("safetyheads").joinpath("data/benign.txt").read_text(encoding="utf-8")
     return replace(PromptSet.from_queries(text.splitlines(), template, name="benign"), source="built into safetyheads")

@@ -240,8 +240,7 @@ class BoundTemplate:
     def render(self, query: str) -> str:
         """The text of one prompt, with the beginning of the answer where that is prefilled.
 
-        Raises:
-            InputError: the chat template rejects the prompt or the system prompt, or leaves one of them out.
+        An InputError tells that the chat template rejects the prompt or the system prompt, or leaves one of them out.
         """
         text, prefill = self.up_to_answer(query), self.template.prefill
         if not prefill or prefill[0].isspace():
@@ -268,10 +267,7 @@ class BoundTemplate:
         """The token ids of one prompt.
 
         A format string gets the special tokens that the tokenizer adds by itself, without an end token, since the
-        answer follows. A rendered chat template holds its own. No prompt begins with two BOS tokens.
-
-        Raises:
-            InputError: as :meth:`render`, or the prompt has no token.
+        answer follows. A rendered chat template holds its own. No prompt begins with two BOS tokens, and none is empty.
         """
         return self.tokens(self.render(query))
 
