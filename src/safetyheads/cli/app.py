@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
+from safetyheads.cli import show
 from safetyheads.cli.options import (
     PANELS,
     DirectoryOptions,
@@ -23,7 +24,6 @@ from safetyheads.cli.options import (
     ReportOptions,
     options_from_dataclasses,
 )
-from safetyheads.cli.show import print_error, progress_for, stdout, warnings_as_lines
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
@@ -44,7 +44,6 @@ from safetyheads.runs.config import (
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
     from safetyheads.runs.progress import Progress
-    from safetyheads.runs.run import Prompts
 
 Config = TypeVar("Config", bound=ModelOptions)
 Data = TypeVar("Data")
@@ -100,27 +99,23 @@ def demo(
 @command
 def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    from safetyheads.cli.show import show_audit
     from safetyheads.runs.audit import read_prompts, run_audit
 
-    _refuse_completions(config.store_completions, report)
     config, out = _with_own_benign(config), where.out or _default_out(config)
-    prompts, progress = _prepared(config, out, output, read_prompts)
+    prompts, progress = _prepared(config, out, output, read_prompts, report)
     results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _finish(results, out, report, output, show_audit)
+    _finish(results, out, report, output, show.show_audit)
 
 
 @command
 def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
-    from safetyheads.cli.show import show_scan
     from safetyheads.runs.scan import read_prompts, run_scan
 
-    _refuse_completions(config.store_completions, report)
     config, out = _with_own_benign(config), where.out or Path(f"{_default_out(config)}-scan")
-    prompts, progress = _prepared(config, out, output, read_prompts)
+    prompts, progress = _prepared(config, out, output, read_prompts, report)
     results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _finish(results, out, report, output, show_scan)
+    _finish(results, out, report, output, show.show_scan)
 
 
 @command
@@ -132,49 +127,40 @@ def ships(
     top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
 ) -> None:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
-    from safetyheads.cli.show import show_ranking
-    from safetyheads.runs.single_steps import run_ships
+    from safetyheads.runs.single_steps import read_prompts, run_ships
 
     at_least(1, top=top)
     out = where.out or _own_out(config, "ships")
-    prompts, progress = _prepared(config, out, output, _harmful)
+    prompts, progress = _prepared(config, out, output, read_prompts)
     results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _show(results, output, lambda: show_ranking(results, top))
+    _show(results, output, lambda: show.show_ranking(results, top))
 
 
 @command
 def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
-    from safetyheads.cli.show import show_steps
-    from safetyheads.runs.single_steps import run_sahara, score_of
-
-    def read(config: SaharaConfig) -> Prompts:
-        prompts = _harmful(config)
-        score_of(config).refuse_too_few(len(prompts["harmful"]))
-        return prompts
+    from safetyheads.runs.single_steps import read_prompts, run_sahara
 
     out = where.out or _own_out(config, "sahara")
-    prompts, progress = _prepared(config, out, output, read)
+    prompts, progress = _prepared(config, out, output, read_prompts)
     results = run_sahara(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _show(results, output, lambda: show_steps(results))
+    _show(results, output, lambda: show.show_steps(results))
 
 
 @command
 def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
-    from safetyheads.cli.show import show_rates
-    from safetyheads.runs.single_steps import run_asr
+    from safetyheads.runs.single_steps import read_prompts, run_asr
 
     out = where.out or _own_out(config, "asr")
-    prompts, progress = _prepared(config, out, output, _harmful)
+    prompts, progress = _prepared(config, out, output, read_prompts)
     results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _show(results, output, lambda: show_rates(results))
+    _show(results, output, lambda: show.show_rates(results))
 
 
 @command
 def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) -> None:
     """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
-    from safetyheads.cli.show import show_evaluation
     from safetyheads.integrations.lm_eval import load_tasks
     from safetyheads.integrations.utility import run_evaluation
 
@@ -183,19 +169,23 @@ def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) ->
     out = where.out or _own_out(config, "eval")
     tasks, progress = _prepared(config, out, output, load_tasks)
     results = run_evaluation(load_engine(config, progress), config, tasks, out, progress, sys.argv)
-    _show(results, output, lambda: show_evaluation(results, out))
+    _show(results, output, lambda: show.show_evaluation(results, out))
 
 
 def _prepared(
-    config: Config, out: Path, output: OutputOptions, read: Callable[[Config], Data]
+    config: Config,
+    out: Path,
+    output: OutputOptions,
+    read: Callable[[Config], Data],
+    report: ReportOptions | None = None,
 ) -> tuple[Data, Progress]:
     """The prompts or tasks; all that can be refused without the model is refused."""
-    _refuse_unusable(out)
+    _refuse(out, report, getattr(config, "store_completions", True))
     if isinstance(config, JudgeOptions):
         from safetyheads.judges.named import judges_named
 
         judges_named(config.judges, config.judge_device)
-    progress = progress_for(output.quiet)
+    progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         return read(config), progress
 
@@ -215,45 +205,36 @@ def reproduce(
     threads: Annotated[int | None, Parameter(help="CPU threads to use.", group=PANELS["Settings"])] = None,
 ) -> None:
     """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
-    from safetyheads.experiments.catalogue import ALL, chosen
+    from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen
+    from safetyheads.experiments.run import missing
+    from safetyheads.experiments.run import reproduce as run_experiments
+    from safetyheads.files import read_json
 
     start = ReproductionConfig.for_models(models) if config is None else ReproductionConfig.read(config, models)
     lab = replace(start, **settings)
     if experiment == "list":
-        _list_experiments(lab, output)
+        lacking = {name: missing(entry, lab) for name, entry in EXPERIMENTS.items()}
+        found = {
+            name: {"title": entry.title, "costs": entry.costs, "needs": entry.needs}
+            for name, entry in EXPERIMENTS.items()
+        }
+        _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
         return
     experiments = chosen(experiment)
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
     out = where.out or Path("runs") / f"reproduce-{names}"
-    _refuse_completions(lab.store_completions, report)
-    _refuse_unusable(out)
+    _refuse(out, report, lab.store_completions)
     for model in (*lab.models, lab.base, lab.related, *lab.templated, *lab.base_models):
         if model:
             _model_path(model)
-    from safetyheads.cli.show import show_outcomes
-    from safetyheads.experiments.run import reproduce as run_experiments
-    from safetyheads.files import read_json
-
-    progress = progress_for(output.quiet)
+    progress = show.progress_for(output.quiet)
 
     def load(name: str) -> Engine:
         return load_engine(ModelOptions(name, device=lab.device, dtype=lab.dtype, threads=threads), progress)
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
     chosen_names, timed = [item.name for item in experiments], read_json(out / "timings.json")["timed"]
-    _finish(results, out, report, output, lambda found, path: show_outcomes(found, chosen_names, path, timed))
-
-
-def _list_experiments(config: ReproductionConfig, output: OutputOptions) -> None:
-    from safetyheads.cli.show import show_experiments
-    from safetyheads.experiments.catalogue import EXPERIMENTS
-    from safetyheads.experiments.run import missing
-
-    found = {
-        name: {"title": entry.title, "costs": entry.costs, "needs": entry.needs} for name, entry in EXPERIMENTS.items()
-    }
-    lacking = {name: missing(entry, config) for name, entry in EXPERIMENTS.items()}
-    _show(found, output, lambda: show_experiments(EXPERIMENTS, lacking))
+    _finish(results, out, report, output, lambda found, path: show.show_outcomes(found, chosen_names, path, timed))
 
 
 @command
@@ -262,14 +243,14 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
 
     A model where they are not is refused by name.
     """
-    from safetyheads.cli.show import show_check
+    from safetyheads.runs.data import read_whole
     from safetyheads.runs.model_check import describe
 
-    prompts = _harmful(config)["harmful"] if config.prompts != "benign" else None
-    progress = progress_for(output.quiet)
+    prompts = read_whole("harmful", config.prompts, config) if config.prompts != "benign" else None
+    progress = show.progress_for(output.quiet)
     engine = load_engine(config, progress, proved=False)
     found = describe(engine, config, prompts, progress)
-    _show(found, output, lambda: show_check(found))
+    _show(found, output, lambda: show.show_check(found))
 
 
 # Finished runs
@@ -289,7 +270,7 @@ def report(
 
     opened = RunDirectory.open(run)
     path = write_report(opened, show_completions=shown.show_completions)
-    _show(opened.read_results(), output, lambda: stdout().print(f"Report: {path}", soft_wrap=True))
+    _show(opened.read_results(), output, lambda: show.stdout().print(f"Report: {path}", soft_wrap=True))
 
 
 @command
@@ -301,7 +282,6 @@ def judge(
     output: OutputOptions,
 ) -> None:
     """Judge a run's stored answers again; the verdicts go beside those that are there."""
-    from safetyheads.cli.show import show_rejudged
     from safetyheads.judges.named import judges_named
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
@@ -309,11 +289,11 @@ def judge(
     from safetyheads.runs.rejudge import rejudge
 
     judges = judges_named(config.judges, config.judge_device)
-    progress = progress_for(output.quiet)
+    progress = show.progress_for(output.quiet)
     found = [rejudge(run, judge, progress, provenance(sys.argv)) for judge in judges]
     path = write_report(RunDirectory.open(run))
     results = asdict(found[0]) if len(found) == 1 else {"judges": [asdict(rejudged) for rejudged in found]}
-    _show(results, output, lambda: show_rejudged(found, path))
+    _show(results, output, lambda: show.show_rejudged(found, path))
 
 
 @command
@@ -335,7 +315,6 @@ def compare(
     ] = (),
 ) -> int:
     """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
-    from safetyheads.cli.show import gate_text, show_comparison
     from safetyheads.runs.compare import check_gate, compare_runs, parse_condition, quantities
     from safetyheads.runs.reader import RunReader
 
@@ -345,10 +324,10 @@ def compare(
     gates = [check_gate(condition, known) for condition in conditions]
     numbers = {name: asdict(quantity) for name, quantity in known.items()}
     found = asdict(compared) | {"quantities": numbers, "gates": gates}
-    _show(found, output, lambda: show_comparison(compared, gates))
+    _show(found, output, lambda: show.show_comparison(compared, gates))
     shut = [gate for gate in gates if gate["holds"]]
     for gate in shut * output.json:
-        print_error(f"failed: {gate_text(gate)}")
+        show.print_error(f"failed: {show.gate_text(gate)}")
     return 1 if shut else 0
 
 
@@ -357,13 +336,12 @@ def history(
     folder: Annotated[Path, Parameter(help="Folder that holds run directories.")], /, *, output: OutputOptions
 ) -> None:
     """List every finished run below a folder, oldest first, and write history.html there."""
-    from safetyheads.cli.show import show_history
     from safetyheads.reports.write import write_history
     from safetyheads.runs.history import read_history
 
     found = read_history(folder)
     path = write_history(found)
-    _show(found.as_dict() | {"page": str(path)}, output, lambda: show_history(found, path))
+    _show(found.as_dict() | {"page": str(path)}, output, lambda: show.show_history(found, path))
 
 
 # What commands share
@@ -427,20 +405,10 @@ def _with_own_benign(config: RunSettings) -> RunSettings:
     return replace(config, benign="demo") if (config.prompts, config.benign) == ("demo", "benign") else config
 
 
-def _harmful(config: CheckConfig | ShipsConfig | SaharaConfig | AsrConfig) -> Prompts:
-    """The harmful prompts; ``demo`` is the organism's held-out split."""
-    from safetyheads.runs.data import read_whole
-
-    return {"harmful": read_whole("harmful", config.prompts, config)}
-
-
-def _refuse_completions(stored: bool, report: ReportOptions) -> None:
-    if report.show_completions and not stored:
+def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:
+    """Refuse options that exclude each other, and an output directory that cannot be made or written."""
+    if report is not None and report.show_completions and not stores_completions:
         raise InputError("--show-completions and --no-completions exclude each other")
-
-
-def _refuse_unusable(out: Path) -> None:
-    """Refuse an output directory that cannot be made or written."""
     # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
     existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
     if not existing.is_dir():
@@ -454,21 +422,21 @@ def _finish(
     out: Path,
     report: ReportOptions,
     output: OutputOptions,
-    show: Callable[[Mapping[str, Any], Path], None],
+    display: Callable[[Mapping[str, Any], Path], None],
 ) -> None:
     """Write the report of a finished run, and print what it came to."""
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
     path = write_report(RunDirectory.open(out), show_completions=report.show_completions)
-    _show(results, output, lambda: show(results, path))
+    _show(results, output, lambda: display(results, path))
 
 
-def _show(found: Mapping[str, Any], output: OutputOptions, show: Callable[[], None]) -> None:
+def _show(found: Mapping[str, Any], output: OutputOptions, display: Callable[[], None]) -> None:
     if output.json:
         sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:
-        show()
+        display()
 
 
 # Errors
@@ -477,29 +445,29 @@ def _show(found: Mapping[str, Any], output: OutputOptions, show: Callable[[], No
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error becomes one line and an exit code."""
     try:
-        with warnings_as_lines():
+        with show.warnings_as_lines():
             run = app(arguments, exit_on_error=False, print_error=False)
             code = (run() if callable(run) else None) or 0
             sys.stdout.flush()
     except CycloptsError as error:
-        print_error(f"error: {_usage(error)}")
+        show.print_error(f"error: {_usage(error)}")
         code = 2
     except SafetyheadsError as error:
-        print_error(f"error: {error}")
+        show.print_error(f"error: {error}")
         code = 2 if isinstance(error, InputError) else 1
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
-        print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
+        show.print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
         code = 2 if error.errno in MENDABLE_ERRORS else 1
     except (RuntimeError, MemoryError) as error:
         from safetyheads.model.planning import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        print_error("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help")
+        show.print_error("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help")
         code = 1
     except KeyboardInterrupt:
-        print_error("interrupted; start it again with the same command to continue")
+        show.print_error("interrupted; start it again with the same command to continue")
         code = 130
     sys.exit(code)
 

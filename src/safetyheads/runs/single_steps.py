@@ -45,8 +45,12 @@ _PAIRED = 8
 _PAIRS = 5
 
 
-def _read(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, PromptSet]:
-    return {"harmful": read_whole("harmful", config.prompts, config)}
+def read_prompts(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, PromptSet]:
+    """The harmful prompts that the config names; too few for the score of a search are refused."""
+    prompts = read_whole("harmful", config.prompts, config)
+    if isinstance(config, SaharaConfig):
+        score_of(config).refuse_too_few(len(prompts))
+    return {"harmful": prompts}
 
 
 def _extent(options: ScreenOptions) -> Extent:
@@ -180,8 +184,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", _read, _announce, _ships_results, _refuse_too_large)
-_SAHARA = Kind("sahara", _read, _announce, _sahara_results, _refuse_sahara)
+_SHIPS = Kind("ships", read_prompts, _announce, _ships_results, _refuse_too_large)
+_SAHARA = Kind("sahara", read_prompts, _announce, _sahara_results, _refuse_sahara)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)
@@ -240,6 +244,6 @@ def _rates(label: str, answers: GroupAnswers, vanilla: GroupAnswers) -> dict[str
     }
 
 
-_ASR = Kind("asr", _read, _announce_asr, _asr_results, _refuse_asr)
+_ASR = Kind("asr", read_prompts, _announce_asr, _asr_results, _refuse_asr)
 run_asr = partial(carry_out, _ASR)
 """Measures rates into a run directory, likewise."""
