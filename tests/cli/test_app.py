@@ -12,50 +12,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safetyheads import __version__, demo
-from safetyheads.cli.app import main
+from safetyheads import InputError, __version__, demo
+from safetyheads.cli import show
+from safetyheads.cli.app import _default_out, _own_out
 from safetyheads.model.engine import Engine
+from safetyheads.runs.config import AsrConfig, AuditConfig
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 DEMO = "demo:aligned_a --prompts demo"
-SMALL = ["--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32"]
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    copy = tmp_path / "model"
-    shutil.copytree(demo.checkpoint_path("aligned_a"), copy)
-    return copy
+SMALL = ("--limit", "8", "--size", "2", "--n-random", "2", "--max-new-tokens", "32")
+PLANTED = {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A small finished audit."""
+def audited(call, tmp_path_factory):
+    """The directory of a small audit, and what was printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.raises(SystemExit) as ended:
-        main(["demo", *SMALL, "--out", str(out), "--quiet"])
-    assert ended.value.code == 0
-    return out
+    return out, *call("demo", *SMALL, "--out", out)
 
 
-def _changed_config(checkpoint, **changes):
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def found_by(run, command):
+    """What a command gives as JSON, and what it says on stderr."""
+    code, out, err = run(*command.replace("DEMO", DEMO).split(), "--json")
+    assert code == 0, err
+    return json.loads(out), err
 
 
 # What it does.
-
-
-def test_help_is_light_and_needs_no_torch():
-    code = (
-        "import sys; from safetyheads.cli.app import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    assert "sahara" in made.stdout
 
 
 def test_version_and_no_arguments(run):
@@ -66,129 +49,122 @@ def test_version_and_no_arguments(run):
         assert "Usage" in out
 
 
-def test_demo_ends_with_a_summary_and_a_report(run):
-    code, out, err = run("demo", *SMALL)
+def test_demo_ends_with_a_summary_and_a_report(audited):
+    folder, code, out, err = audited
     assert code == 0
-    assert Path("runs/demo-aligned_a/report/index.html").is_file()
-    assert "runs/demo-aligned_a/report/index.html" in out
-    assert "validates the code, not the method" in out
-    assert "Top heads" in out
+    assert (folder / "report/index.html").is_file()
+    for said in (f"Report: {folder}/report/index.html", "validates the code, not the method", "Top heads"):
+        assert said in out
     assert "heads x 8 prompts" in err  # the estimate
-    results = json.loads(Path("runs/demo-aligned_a/results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     assert " ".join(results["verdict"]["sentence"].split())[:40] in " ".join(out.replace("│", " ").split())
 
 
-def test_json_is_alone_on_stdout_and_is_the_results(run, finished):
-    code, out, _ = run("demo", *SMALL, "--out", finished, "--json")
+def test_json_is_alone_on_stdout_and_is_the_results(run, audited):
+    code, out, _ = run("demo", *SMALL, "--out", audited[0], "--json")
     assert code == 0
-    assert json.loads(out) == json.loads((finished / "results.json").read_text())
+    assert json.loads(out) == json.loads((audited[0] / "results.json").read_text())
 
 
-def test_report_is_written_again(run, finished):
-    page = finished / "report" / "index.html"
+def test_report_is_written_again(run, audited):
+    page = audited[0] / "report" / "index.html"
     page.unlink()
-    code, out, _ = run("report", finished)
+    code, out, _ = run("report", audited[0])
     assert code == 0
     assert str(page) in out
     without = page.stat().st_size
-    assert run("report", finished, "--show-completions")[0] == 0
+    assert run("report", audited[0], "--show-completions")[0] == 0
     assert page.stat().st_size > without
 
 
-def test_ships_ranks_the_planted_heads_first(run):
-    code, out, _ = run("ships", "demo:aligned_a", "--prompts", "demo", "--json")
-    found = json.loads(out)
-    planted = {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
+def test_an_audit_is_judged_again(run, audited, tmp_path):
+    copy = shutil.copytree(audited[0], tmp_path / "copy")
+    code, printed, _ = run("judge", copy, "--judge", "released", "--json")
     assert code == 0
-    assert {head["head"] for head in found["heads"][: len(planted)]} == planted
-    assert all(head["n"] == found["n"] == 96 and len(head["interval"]) == 2 for head in found["heads"])
+    assert json.loads(printed)["n_unscored"] == 0
+    rejudged = json.loads((copy / "results.json").read_text())["rejudged"]
+    assert rejudged["released"]["rates"]["harmful_test, nothing ablated"]["n"] == 8
 
 
-def test_a_screened_ranking_is_exact_where_it_speaks_and_bounds_the_rest(run):
-    arguments = ("ships", "demo:aligned_a", "--prompts", "demo", "--limit", "24")
-    whole = {head["head"]: head for head in json.loads(run(*arguments, "--json")[1])["heads"]}
-    screened = (*arguments, "--screen", "--candidates", "6", "--sample", "5")
-    found = json.loads(run(*screened, "--json")[1])
-    about = found["screening"]
-    assert {head["head"] for head in found["heads"]} == {*about["candidates"], *about["sampled"]}
+def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds_the_rest(run, capsys):
+    whole = found_by(run, "ships DEMO --limit 24")[0]
+    means = {head["head"]: head["mean"] for head in whole["heads"]}
+    assert set(list(means)[: len(PLANTED)]) == PLANTED
+    assert all(head["n"] == whole["n"] == 24 and len(head["interval"]) == 2 for head in whole["heads"])
+    found, err = found_by(run, "ships DEMO --limit 24 --screen --candidates 6 --sample 5")
+    screening = found["screening"]
+    assert {head["head"] for head in found["heads"]} == {*screening["candidates"], *screening["sampled"]}
     assert len(found["heads"]) == 11
     # Other heads in a batch move the last bits.
-    assert all(head["mean"] == pytest.approx(whole[head["head"]]["mean"], rel=1e-4) for head in found["heads"])
-    assert set(about["candidates"][:3]) == {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
-    assert (about["missed"]["n_others"], about["missed"]["n_sampled"]) == (26, 5)
-    assert list(about["costs"].values()) == sorted(about["costs"].values())
-    for pair in about["pairs"]:
-        assert pair["alone"] == pytest.approx([whole[head]["mean"] for head in pair["heads"]], rel=1e-4)
-    code, out, err = run(*screened)
-    assert code == 0
-    assert about["missed"]["sentence"] in out
-    assert "beyond the sum" in out
+    assert all(head["mean"] == pytest.approx(means[head["head"]], rel=1e-4) for head in found["heads"])
+    assert set(screening["candidates"][:3]) == PLANTED
+    assert (screening["missed"]["n_others"], screening["missed"]["n_sampled"]) == (26, 5)
+    assert list(screening["costs"].values()) == sorted(screening["costs"].values())
+    for pair in screening["pairs"]:
+        assert pair["alone"] == pytest.approx([means[head] for head in pair["heads"]], rel=1e-4)
     assert "11 of 32 heads are scored exactly" in err
-
-
-@pytest.mark.parametrize("score", ["mean_ships", "refusal_score", "generalized_ships_representation"])
-def test_a_screened_search_finds_the_planted_heads(run, score):
-    arguments = ("sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "32", "--score", score)
-    screened = (*arguments, "--screen", "--candidates", "8", "--sample", "4")
-    found = json.loads(run(*screened, "--json")[1])
-    assert set(found["group"]) == {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
-    assert found["forecast"] == ("refusal_score" if score == "refusal_score" else "mean_ships")
-    assert [step["missed"]["top"] for step in found["screening"]] == [1, 1, 1]
-    assert [step["missed"]["n_others"] for step in found["screening"]] == [24, 23, 22]
-    if score == "mean_ships":
-        code, out, err = run(*screened)
-        assert code == 0
-        assert "Step 3, screened: " in out
-        assert "each step: screening " in err
+    show.show_ranking(found, 10)
+    printed = capsys.readouterr().out
+    assert screening["missed"]["sentence"] in printed
+    assert "beyond the sum" in printed
 
 
 @pytest.mark.parametrize(
     ("score", "options"),
     [
-        ("mean_ships", []),
-        ("refusal_score", []),
-        ("generalized_ships_prompt", ["--rank", "2", "--centred"]),
-        ("generalized_ships_representation", ["--state", "before_norm"]),
+        ("mean_ships", ""),
+        ("refusal_score", ""),
+        ("generalized_ships_prompt", "--rank 2 --centred"),
+        ("generalized_ships_representation", "--state before_norm"),
+        ("mean_ships", "--screen --candidates 8 --sample 4"),
+        ("refusal_score", "--screen --candidates 8 --sample 4"),
+        ("generalized_ships_representation", "--screen --candidates 8 --sample 4"),
     ],
 )
-def test_sahara_shows_its_steps(run, score, options):
-    arguments = ["sahara", "demo:aligned_a", "--prompts", "demo", "--limit", "12", "--size", "2", "--score", score]
-    found = json.loads(run(*arguments, *options, "--json")[1])
-    assert len(found["steps"]) == 2
-    assert bool(found["openers"]) == (score == "refusal_score")
-    if found["openers"]:
-        code, out, _ = run(*arguments)
-        assert code == 0
-        assert "Group: " in out
-        assert "Openers" in out
+def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, score, options):
+    screened = "--screen" in options
+    found, err = found_by(run, f"sahara DEMO --limit {32 if screened else 12} --score {score} {options}")
+    assert len(found["steps"]) == 3
+    show.show_steps(found)
+    printed = capsys.readouterr().out
+    assert f"Group: {','.join(found['group'])}" in printed
+    assert bool(found["openers"]) == ("Openers" in printed) == (score == "refusal_score")
+    if screened:
+        assert set(found["group"]) == PLANTED
+        assert found["forecast"] == ("refusal_score" if score == "refusal_score" else "mean_ships")
+        missed = [step["missed"] for step in found["screening"]]
+        assert [(step["top"], step["n_others"]) for step in missed] == [(1, 24), (1, 23), (1, 22)]
+        assert "Step 3, screened: " in printed
+        assert "each step: screening " in err
 
 
-def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run):
-    heads = ",".join(str(head) for head in demo.PLANTED_HEADS["aligned_a"])
-    arguments = ["asr", "demo:aligned_a", "--prompts", "demo", "--limit", "24", "--heads", heads]
-    code, out, _ = run(*arguments, "--json")
-    vanilla, ablated = json.loads(out)["rates"]
-    assert code == 0
+def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
+    found, _ = found_by(run, f"asr DEMO --limit 24 --heads {','.join(PLANTED)}")
+    vanilla, ablated = found["rates"]
     assert (vanilla["asr"]["rate"], vanilla["asr"]["n"]) == (0.0, 24)
     assert ablated["asr"]["rate"] >= 0.9
     assert ablated["change"]["gained"] == ablated["asr"]["count"]
-    assert '"text"' not in out
-    assert "keyword: I cannot" in run(*arguments)[1]
+    assert '"text"' not in json.dumps(found)
+    show.show_rates(found)
+    assert "keyword: I cannot" in capsys.readouterr().out
 
 
-def test_asr_without_heads_and_by_prompt(run):
-    arguments = ["asr", "demo:aligned_a", "--prompts", "demo", "--limit", "6", "--max-new-tokens", "32", "--json"]
-    assert len(json.loads(run(*arguments)[1])["rates"]) == 1
-    rates = json.loads(run(*arguments, "--query-level", "2")[1])["rates"]
-    assert [row["heads"] for row in rates] == ["none", "each prompt's top 1", "each prompt's top 2"]
+def test_asr_by_prompt_and_again_gives_the_same_bytes_and_warnings(run):
+    # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
+    command = "asr DEMO --limit 3 --max-new-tokens 500 --query-level 2 --out again"
+    found, _ = found_by(run, command)
+    assert [rates["heads"] for rates in found["rates"]] == ["none", "each prompt's top 1", "each prompt's top 2"]
+    assert any("answers to such prompts are cut short" in line for line in found["warnings"])
+    first = Path("again/results.json").read_bytes()
+    assert found_by(run, command)[0] == found
+    assert Path("again/results.json").read_bytes() == first
 
 
-def test_an_audit_of_a_directory_and_a_file(run, checkpoint):
-    queries = [prompt.text for prompt in demo.harmful_prompts("test")[:12]]
-    Path("asked.txt").write_text("\n".join(queries))
-    code, out, _ = run("audit", checkpoint, "--prompts", "asked.txt", "--benign", "demo", *SMALL)
-    assert code == 0, out
-    assert Path("runs/model-asked-undifferentiated_attention/report/index.html").is_file()
+def test_directories_are_named_for_what_they_hold():
+    audit, asr = AuditConfig("some/model", "asked.txt"), AsrConfig("demo:aligned_a", "demo")
+    assert _default_out(audit) == Path("runs/model-asked-undifferentiated_attention")
+    assert str(_own_out(asr, "asr")).startswith("runs/demo-aligned_a-asr-")
+    assert _own_out(asr, "asr") != _own_out(AsrConfig("demo:aligned_a", "demo", limit=3), "asr")
 
 
 def test_an_interrupt_is_one_line(run, monkeypatch):
@@ -196,9 +172,8 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "load", interrupted)
-    code, out, err = run("check", "demo:aligned_a")
-    assert (code, out) == (130, "")
-    assert err == "interrupted; start it again with the same command to continue\n"
+    line = "interrupted; start it again with the same command to continue\n"
+    assert run("check", "demo:aligned_a", "--quiet") == (130, "", line)
 
 
 # Bad input: what can be known without the model.
@@ -224,6 +199,15 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ("audit DEMO --limit 0", "limit"),
         ("audit DEMO --template no_placeholder", "{query}"),
         ("audit demo:aligned_a --prompts no.csv", "no prompt file"),
+        ("audit demo:aligned_a --prompts latin.txt", "UTF-8"),
+        ("scan DEMO --n-seeds 2", "several seeds need --top-k above 1"),
+        ("scan DEMO --pairs 1", "pairs need at least two heads"),
+        ("scan DEMO --n-random 2", "give --prefixes"),
+        ("scan DEMO --heads nonsense", "nonsense"),
+        ("scan DEMO --further-epsilon 1e-5", "each epsilon is given once"),
+        ("scan DEMO --max-new-tokens 0", "max new tokens must be at least 1"),
+        ("scan DEMO --benign nowhere.txt", "nowhere.txt"),
+        ("scan DEMO --show-completions --no-completions", "exclude each other"),
         ("ships ./nowhere --prompts demo", "no such model directory"),
         ("ships /no/where --prompts demo", "no such model directory"),
         ("ships a/b/c --prompts demo", "no such model directory"),
@@ -244,25 +228,19 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ("asr DEMO --query-level -1", "query level"),
         ("asr DEMO --judge paper --judge paper", "more often"),
         ("report nowhere", "not a run directory"),
+        ("judge . --judge paper", "not a run directory"),
+        *((f"{command} --thinking maybe", "closed or open") for command in ("check demo:aligned_a", "ships DEMO")),
+        ("check demo:aligned_a --thinking closed --template direct", "no think block"),
+        ("check demo:aligned_a --thinking open --prefill Sure", "thinking must be closed"),
+        ("check demo:aligned_a --fold-system", "--fold-system needs"),
+        ("ships DEMO --fold-system --system x --template llama2", "--fold-system needs"),
+        ("ships DEMO --system x --template direct", "no place for it"),
     ],
 )
 def test_refused_before_a_model_is_read(refused, no_model, command, words):
+    Path("latin.txt").write_bytes(b"Gr\xfc\xdfe\n")
     assert words in refused(*command.replace("DEMO", DEMO).split())
     assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.txt", b"", "empty"),
-        ("blank.txt", b"\n  \n\t\n", "blank"),
-        ("latin.txt", b"Gr\xfc\xdfe\n", "UTF-8"),
-        ("other.csv", b"a,b\n1,2\n", "column"),
-    ],
-)
-def test_a_bad_prompt_file(refused, name, content, words):
-    Path(name).write_bytes(content)
-    assert words in refused("audit", "demo:aligned_a", "--prompts", name)
 
 
 # Bad input: what the model tells.
@@ -272,18 +250,26 @@ def test_a_bad_prompt_file(refused, name, content, words):
     ("command", "words"),
     [
         ("demo --limit 4 --size 1000", "size 1000"),
+        ("demo --limit 1", "at least two"),
         ("sahara DEMO --size 1000", "size 1000"),
         ("asr DEMO --heads 99-0", "out of range"),
         ("asr DEMO --query-level 1000", "query level 1000"),
-        ("demo --limit 1", "at least two"),
+        ("scan DEMO --heads 9-9", "9-9"),
+        ("scan DEMO --pairs 33", "pairs 33 is more than the model's 32 heads"),
+        ("audit demo:aligned_a --prompts long.txt", "context"),
+        ("ships DEMO --limit 4 --out mine", "thesis.txt"),
         *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta", "xpu")),
         ("check demo:aligned_a --dtype int3", "unknown dtype"),
         *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "sahara", "audit", "scan")),
     ],
 )
 def test_refused_with_the_model(refused, command, words):
+    Path("long.txt").write_text("fix the door " * 2000 + "\nfix the lamp\nfix the roof\nfix the car\n")
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("mine")
     assert words in refused(*command.replace("DEMO", DEMO).split())
     assert not Path("runs").exists()
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -291,20 +277,14 @@ def test_cuda_that_is_not_there(refused):
     assert "CUDA" in refused("check", "demo:aligned_a", "--device", "cuda")
 
 
-def test_a_prompt_longer_than_the_context(refused):
-    Path("long.txt").write_text("fix the door " * 2000 + "\nfix the lamp\nfix the roof\nfix the car\n")
-    assert "context" in refused("audit", "demo:aligned_a", "--prompts", "long.txt")
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(demo.checkpoint_path("aligned_a"), tmp_path / "model"))
 
 
-def test_pickled_weights_need_the_flag(refused, run, checkpoint):
-    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
-    (checkpoint / "model.safetensors").unlink()
-    assert "--allow-pickle" in refused("check", checkpoint)
-    assert run("check", checkpoint, "--allow-pickle")[0] == 0
-
-
-def _cut(weights):
-    weights.write_bytes(weights.read_bytes()[:5000])
+def _pickled(weights):
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
 
 
 def _with_nan(weights):
@@ -313,31 +293,31 @@ def _with_nan(weights):
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
+def _config(**changes):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 @pytest.mark.parametrize(
     ("file", "harm", "words"),
     [
         ("config.json", Path.unlink, "config.json"),
-        ("config.json", lambda path: _changed_config(path.parent, model_type="nobody"), "error: "),
-        ("config.json", lambda path: _changed_config(path.parent, hidden_size=64, head_dim=8), "do not fit its config"),
-        (
-            "config.json",
-            lambda path: _changed_config(path.parent, model_type="own", auto_map={"AutoModelForCausalLM": "own.M"}),
-            "--trust-remote-code",
-        ),
+        ("config.json", _config(model_type="nobody"), "nobody"),
+        ("config.json", _config(hidden_size=64, head_dim=8), "do not fit its config"),
+        ("config.json", _config(model_type="own", auto_map={"AutoModelForCausalLM": "own.M"}), "--trust-remote-code"),
         ("model.safetensors", Path.unlink, "no weights"),
-        ("model.safetensors", _cut, "cannot load"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot load"),
         ("model.safetensors", _with_nan, "NaN"),
+        ("model.safetensors", _pickled, "--allow-pickle"),
         ("tokenizer.json", lambda path: [file.unlink() for file in path.parent.glob("tokenizer*")], "has no tokenizer"),
     ],
 )
-def test_a_broken_checkpoint_is_one_line(refused, checkpoint, file, harm, words):
+def test_a_broken_checkpoint_is_one_line(checkpoint, file, harm, words):
     harm(checkpoint / file)
-    assert words in refused("check", checkpoint)
-
-
-def test_a_tokenizer_without_chat_template(refused, checkpoint):
-    (checkpoint / "chat_template.jinja").unlink()
-    assert "chat template" in refused("audit", checkpoint, "--prompts", "demo", "--template", "chat")
+    with pytest.raises(InputError, match=words) as error:
+        Engine.load(str(checkpoint))
+    assert "\n" not in str(error.value)
+    if harm is _pickled:
+        assert Engine.load(str(checkpoint), allow_pickle=True, check=False).n_layers == 4
 
 
 def test_a_hub_id_without_network(refused, monkeypatch):
@@ -349,21 +329,13 @@ def test_a_hub_id_without_network(refused, monkeypatch):
 # The run directory.
 
 
-def test_the_directory_of_another_run_says_which_fields(run, finished):
-    before = (finished / "results.json").read_bytes()
-    code, out, err = run("demo", *SMALL, "--epsilon", "0.5", "--out", finished)
+def test_the_directory_of_another_run_says_which_fields(run, audited):
+    results = audited[0] / "results.json"
+    before = results.read_bytes()
+    code, out, err = run("demo", *SMALL, "--epsilon", "0.5", "--out", audited[0])
     assert (code, out) == (2, "")
     assert "epsilon (1e-05 -> 0.5)" in err
-    assert (finished / "results.json").read_bytes() == before
-
-
-def test_the_directory_of_someone_else(run):
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("mine")
-    code, _, err = run("demo", *SMALL, "--out", "mine")
-    assert code == 2
-    assert "thesis.txt" in err
-    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+    assert results.read_bytes() == before
 
 
 def test_a_full_disk(run, monkeypatch):
@@ -377,20 +349,10 @@ def test_a_full_disk(run, monkeypatch):
     assert not Path("full").exists()
 
 
-def test_a_finished_audit_started_again_gives_the_same_bytes_and_warnings(run):
-    # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
-    arguments = ["demo", "--limit", "4", "--size", "1", "--n-random", "1", "--max-new-tokens", "500", "--out", "again"]
-    assert run(*arguments)[0] == 0
-    first = Path("again/results.json").read_bytes()
-    assert any("answers to such prompts are cut short" in line for line in json.loads(first)["warnings"])
-    assert run(*arguments)[0] == 0
-    assert Path("again/results.json").read_bytes() == first
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_a_full_disk_under_stdout_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "safetyheads.cli.app", "check", "demo:aligned_a", "--json", "--quiet"]
+def test_a_full_disk_under_stdout_is_one_line():
     with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "safetyheads.cli.app", "--help"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[0] == "error: the output cannot be written: No space left on device"

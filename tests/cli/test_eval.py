@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from safetyheads.cli import app
-from safetyheads.cli.show import show_evaluation, stdout
+from safetyheads.cli.show import show_evaluation
 from safetyheads.demo import checkpoint_path
 from safetyheads.integrations import lm_eval, utility
 from safetyheads.runs.directory import RunDirectory
@@ -17,6 +17,7 @@ MODEL = "demo:aligned_a"
 SMALL = (MODEL, "--limit", "10", "--quiet")
 # Words of lm-eval, its libraries and Python that belong on no user's screen.
 NOISE = ("it/s]", "WARNING", "INFO", "UserWarning", "Traceback", "lm_eval.", "Passed an already-initialized")
+MULTIPLE_CHOICE = "dataset_kwargs: {data_files: {test: own.jsonl}}\noutput_type: multiple_choice\ndataset_path: json\n"
 
 
 @pytest.fixture
@@ -43,18 +44,12 @@ def test_a_new_user_reads_vanilla_beside_each_group(run):
     assert not any(word in out for word in NOISE)
 
 
-def test_notes_go_to_stderr_and_nothing_else_does(run):
-    code, out, err = run("eval", MODEL, "--limit", "2", "--json")
-    assert code == 0
-    assert json.loads(out)["kind"] == "eval"
-    assert err == "8 requests to the model: tasks 1, groups 0 and vanilla\n"
-
-
-def test_json_has_every_number_with_n_and_interval(run):
-    code, out, _ = run("eval", *SMALL, "--heads", "1-3", "--epsilon", "0", "--json")
+def test_json_has_every_number_with_n_and_interval_and_notes_go_to_stderr(run):
+    code, out, err = run("eval", MODEL, "--limit", "10", "--heads", "1-3", "--epsilon", "0", "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["ablation"]["epsilon"] == 0
+    assert err == "80 requests to the model: tasks 1, groups 1 and vanilla\n"
+    assert (found["kind"], found["ablation"]["epsilon"]) == ("eval", 0)
     vanilla, ablated = found["metrics"]
     assert (vanilla["variant"], vanilla["unit"], vanilla["n"], vanilla["difference"]) == ("none", "share", 10, None)
     assert ablated["difference"]["n"] == 10
@@ -91,9 +86,7 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
     assert manifest["config"]["groups"] == ["1-3", "2-5"]
     assert manifest["config"]["versions"]["lm_eval"]
     assert len(manifest["provenance"]) == 3
-    code, _, err = run("eval", *SMALL, "--heads", "1-3", "--out", out)
-    assert code == 2
-    assert "holds a run with another config: groups" in err
+    assert "holds a run with another config: groups" in run("eval", *SMALL, "--heads", "1-3", "--out", out)[2]
     for command in (("report", out), ("compare", out, out)):
         code, _, err = run(*command)
         assert (code, err.count("\n")) == (2, 1)
@@ -104,7 +97,6 @@ def test_another_chat_template_or_tokenizer_is_another_run(run, tmp_path):
     model, out = tmp_path / "model", tmp_path / "run"
     shutil.copytree(checkpoint_path("aligned_a"), model)
     arguments = ("eval", model, "--limit", "2", "--quiet", "--chat-template", "--out", out)
-    assert run(*arguments)[0] == 0
     assert run(*arguments)[0] == 0
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("message['content']", "message['content'] + '!'"))
@@ -120,10 +112,6 @@ def test_a_missing_extra_is_named(refused, monkeypatch):
     assert "pip install 'safetyheads[lm-eval]'" in refused("eval", *SMALL)
 
 
-def test_an_unknown_task_is_refused_with_what_is_near(refused, own_tasks_alone):
-    assert "no task 'organsm'; there are organism" in refused("eval", *SMALL, "--tasks", "organsm")
-
-
 def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
     """Reads lm-eval's whole list, once."""
     message = refused("eval", *SMALL, "--tasks", "boolq", "--offline")
@@ -134,33 +122,23 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("dataset_path: nobody/nothing\ntest_split: test", "the data of task own are not on this machine"),
-        ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test", "cannot be run"),
+        ("dataset_path: nobody/nothing", "the data of task own are not on this machine"),
+        ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}", "cannot be run"),
         ("output_type: nonesuch", "cannot be run"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
+        ("task: other", "no task 'own'; there are"),
     ],
 )
-def test_tasks_that_cannot_be_run_are_refused_in_one_line(refused, tmp_path, own_tasks_alone, config, said):
-    text = f"task: own\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
-    (tmp_path / "own.yaml").write_text(text)
-    assert said in refused("eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ("doc_to_choice: '{{ gone.x }}'", "task own cannot be run: UndefinedError"),
-        ("doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
-        ("doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
-    ],
-)
-def test_tasks_are_refused_before_the_model_is_read(refused, tmp_path, own_tasks_alone, monkeypatch, config, said):
+def test_tasks_are_refused_in_one_line_before_the_model_is_read(
+    refused, tmp_path, own_tasks_alone, monkeypatch, config, said
+):
     monkeypatch.setattr(app, "load_engine", lambda *_, **__: pytest.fail("the model was read"))
-    data = tmp_path / "own.jsonl"
-    data.write_text('{"question": "1", "answer": 0}\n')
-    (tmp_path / "own.yaml").write_text(
-        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-        f"output_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
-    )
+    (tmp_path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
+    name = "" if config.startswith("task") else "task: own\n"
+    text = f"{name}test_split: test\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
+    (tmp_path / "own.yaml").write_text(text)
     assert said in refused("eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
 
 
@@ -169,16 +147,12 @@ def test_tasks_are_refused_before_the_model_is_read(refused, tmp_path, own_tasks
     [
         (("--heads", "4-0"), "head 4-0 is out of range: the model has layers 0-3"),
         (("--heads", ""), "a group needs heads"),
-        (("--heads", "1-3,1-3"), "head 1-3 is given twice"),
         (("--heads", "1-3,2-5", "--heads", "2-5,1-3"), "group 1-3,2-5 is given twice"),
-        (("--heads", "one"), "not of the form"),
         (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
-        (("--limit", "0"), "limit must be at least 1"),
         (("--batch-size", "0"), "batch size must be at least 1"),
         (("--num-fewshot", "-1"), "n shots must be at least 0"),
         (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
-        (("--ablation", "nothing"), "unknown ablation"),
     ],
 )
 def test_bad_input_is_one_line(refused, options, said):
@@ -186,18 +160,11 @@ def test_bad_input_is_one_line(refused, options, said):
 
 
 def test_metrics_that_are_no_shares_are_shown_too(capsys):
-    settings = {"lm_eval": "0"}
-    one = {"task": "t", "metric": "perplexity", "variant": "none", "unit": "whole", "n": 3, "interval": None}
+    metric = {"task": "t", "metric": "perplexity", "variant": "none", "unit": "whole", "n": 3, "interval": None}
     whole = {"change": 2.0, **dict.fromkeys(("interval", "gained", "lost", "p_value", "p_holm", "test"))}
-    metrics = [
-        {**one, "value": 12345.678, "difference": None},
-        {**one, "variant": "1-3", "value": None, "difference": whole},
-    ]
-    results = {"metrics": metrics, "settings": settings, "caveats": [], "warnings": ["[odd]"]}
+    metrics = [metric | {"value": 12345.678, "difference": None}, metric | {"value": None, "difference": whole}]
+    results = {"metrics": metrics, "settings": {"lm_eval": "0"}, "caveats": [], "warnings": ["[odd]"]}
     show_evaluation({**results, "ablation": {"label": "sc"}}, None)
     printed = capsys.readouterr().out
-    assert "1.235e+04" in printed
-    assert "not finite" in printed
-    assert "+2.00" in printed
-    assert "warning: [odd]" in printed
-    assert stdout().width >= 80
+    for said in ("1.235e+04", "not finite", "+2.00", "warning: [odd]"):
+        assert said in printed

@@ -1,6 +1,6 @@
 """Options come from the configs: each has its sentence, and means the same wherever it is taken."""
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import pytest
@@ -45,15 +45,15 @@ def test_an_option_means_the_same_in_every_command():
     assert {"--judge", "--heads", "--template", "--seed", "--out", "--ablation", "--size", "--screen"} <= set(seen)
 
 
-@pytest.mark.parametrize("name", ["audit", "scan", "ships", "sahara", "asr", "eval", "demo", "reproduce"])
-def test_every_run_can_be_kept_where_the_user_says(name):
-    assert "--out" in options(name)
-
-
-@pytest.mark.parametrize("name", ["audit", "scan", "sahara", "asr", "demo", "reproduce", "judge"])
-def test_whatever_judges_takes_judges_and_their_device(name):
-    assert options(name)["--judge"].startswith("Judge of the answers: paper, ")
-    assert options(name)["--judge-device"] == "Device of judge models: cpu, cuda or cuda:N. [default: cpu]"
+def test_every_run_says_where_it_is_kept_and_whatever_judges_takes_judges_and_their_device():
+    judging, device = (
+        ["audit", "scan", "sahara", "asr", "demo", "reproduce"],
+        "Device of judge models: cpu, cuda or cuda:N.",
+    )
+    assert all("--out" in options(name) for name in (*judging, "ships", "eval"))
+    for name in (*judging, "judge"):
+        assert options(name)["--judge"].startswith("Judge of the answers: paper, ")
+        assert options(name)["--judge-device"] == f"{device} [default: cpu]"
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,14 @@ class Toy:
     """Store answers."""
 
 
-def called(*arguments, given=False):
+def called(annotation, *arguments):
+    """What a command of such a parameter is called with."""
     taken = []
-    if given:
 
-        def command(toy: Annotated[dict[str, Any], Given(Toy, ("size",))], output: OutputOptions) -> None:
-            taken.append(toy)
-    else:
+    def command(toy, output: OutputOptions) -> None:
+        taken.append(toy)
 
-        def command(toy: Toy, output: OutputOptions) -> None:
-            taken.append(toy)
-
+    command.__annotations__["toy"] = annotation
     toy_app = App(result_action="return_value")
     toy_app.default(options_from_dataclasses(command))
     toy_app(arguments, exit_on_error=False, print_error=False)()
@@ -86,15 +83,12 @@ def called(*arguments, given=False):
 
 
 def test_fields_are_taken_as_options():
-    assert called() == Toy()
-    assert called("--size", "5", "--judge", "a", "--judge", "b", "--no-completions") == Toy(5, ("a", "b"), False)
+    assert called(Toy) == Toy()
+    assert called(Toy, "--size", "5", "--judge", "a", "--judge", "b", "--no-completions") == Toy(5, ("a", "b"), False)
 
 
 def test_only_what_was_given_is_taken_where_that_is_asked():
-    assert called("--judge", "a", given=True) == {"judges": ("a",)}
+    given = Annotated[dict[str, Any], Given(Toy, ("size",))]
+    assert called(given, "--judge", "a") == {"judges": ("a",)}
     with pytest.raises(Exception, match="Unknown option"):
-        called("--size", "5", given=True)
-
-
-def test_required_fields_have_no_default():
-    assert [field.name for field in fields(config.AuditConfig) if field.default is MISSING] == ["model", "prompts"]
+        called(given, "--size", "5")

@@ -167,7 +167,9 @@ def cell(item: Any, column: Column) -> Cell:
     if isinstance(value, str | Text | Number):
         return value
     if isinstance(value, int | float):
-        return Number(format(value, form or ("d" if isinstance(value, int) else ".2f")))
+        return Number(
+            format(value, form) if form else str(value) if isinstance(value, int) else f"{_unsigned(value):.2f}"
+        )
     if form:
         return rate(value) if form == "rate" else signed(*(get(value, name) for name in (form, "interval", "n")))
     more = len(value) - _NAMES_SHOWN
@@ -184,8 +186,12 @@ def signed(value: float | None, bounds: Sequence[float] | None = None, n: int | 
     """``+0.31 [+0.18, +0.45] n 96``."""
     if value is None:
         return Number()
-    # Adding 0 takes the sign from what rounds to nothing: -0.00 would be read as a loss.
-    return Number(f"{round(value, 2) + 0.0:+.2f}", interval(bounds, "+.2f"), "" if n is None else f"n {n:,}")
+    return Number(f"{_unsigned(value):+.2f}", interval(bounds, "+.2f"), "" if n is None else f"n {n:,}")
+
+
+def _unsigned(value: float) -> float:
+    """Two decimals; what rounds to nothing has no sign, for -0.00 would be read as a loss."""
+    return round(value, 2) + 0.0
 
 
 def interval(bounds: Sequence[float] | None, form: str) -> str:
