@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
+import safetyheads
 from safetyheads.cli import show
 from safetyheads.cli.options import (
     PANELS,
@@ -50,16 +51,10 @@ Data = TypeVar("Data")
 RunSettings = TypeVar("RunSettings", AuditConfig, ScanConfig)
 
 
-def _version() -> str:
-    from safetyheads import __version__
-
-    return f"safetyheads {__version__}"
-
-
 app = App(
     name="safetyheads",
     help="Which attention heads a model's refusals depend on, how concentrated that is, and what ablating them does.",
-    version=_version,
+    version=lambda: f"safetyheads {safetyheads.__version__}",
     group_arguments=PANELS["Arguments"],
     help_format="plaintext",
     result_action="return_value",
@@ -418,21 +413,21 @@ def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -
 
 
 def _finish(
-    results: Mapping[str, Any],
+    found: show.Found,
     out: Path,
     report: ReportOptions,
     output: OutputOptions,
-    display: Callable[[Mapping[str, Any], Path], None],
+    display: Callable[[show.Found, Path], None],
 ) -> None:
     """Write the report of a finished run, and print what it came to."""
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
     path = write_report(RunDirectory.open(out), show_completions=report.show_completions)
-    _show(results, output, lambda: display(results, path))
+    _show(found, output, lambda: display(found, path))
 
 
-def _show(found: Mapping[str, Any], output: OutputOptions, display: Callable[[], None]) -> None:
+def _show(found: show.Found, output: OutputOptions, display: Callable[[], None]) -> None:
     if output.json:
         sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:

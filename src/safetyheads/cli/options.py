@@ -113,38 +113,27 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
     options = []
     for field in fields(config):
         part = next(base for base in config.__mro__ if field.name in inspect.get_annotations(base))
-        is_argument, name = field.name == "model", _name(part, field.name)
-        sentence, _, words = _sentences(part.__module__)[part.__name__].get(field.name, "").partition(" Default: ")
-        shown = words.rstrip(".") or _shown(field.default)
+        is_argument, default, hint = field.name == "model", field.default, hints[field.name]
+        name = _NAMES.get(f"{part.__name__}.{field.name}") or _NAMES.get(field.name)
+        name = name or f"--{field.name.replace('_', '-')}"
+        sentence, _, shown = _sentences(part.__module__)[part.__name__].get(field.name, "").partition(" Default: ")
+        if not shown and not any(default is nothing for nothing in (MISSING, None, False)):
+            values = default if isinstance(default, tuple) else ("yes" if default is True else default,)
+            shown = ", ".join(map(str, values))
         option = Parameter(
             name=None if is_argument else name,
-            negative=f"--no-{name[2:]}" if field.default is True else "",
-            help=sentence + (f" [default: {shown}]" if shown else ""),
+            negative=f"--no-{name[2:]}" if default is True else "",
+            help=sentence + (f" [default: {shown.rstrip('.')}]" if shown else ""),
             group=PANELS["Arguments" if is_argument else getattr(part, "PANEL", "Settings")],
             show_default=False,
         )
+        if str in get_args(hint) and get_origin(hint) is not tuple:
+            # What can be a text among other things is a text on the command line.
+            hint = str | None if type(None) in get_args(hint) else str
         kind = inspect.Parameter.POSITIONAL_ONLY if is_argument else inspect.Parameter.KEYWORD_ONLY
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        hint = _as_text(hints[field.name])
+        default = inspect.Parameter.empty if default is MISSING else default
         options.append(inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, option]))
     return tuple(options)
-
-
-def _as_text(hint: Any) -> Any:
-    """What can be a text among other things is a text on the command line."""
-    kinds = get_args(hint)
-    return (str | None if type(None) in kinds else str) if str in kinds and get_origin(hint) is not tuple else hint
-
-
-def _name(part: type, field: str) -> Any:
-    return _NAMES.get(f"{part.__name__}.{field}") or _NAMES.get(field) or f"--{field.replace('_', '-')}"
-
-
-def _shown(default: Any) -> str:
-    """A default as the help page has it; nothing where that says nothing."""
-    if default is MISSING or default is None or default is False:
-        return ""
-    return ", ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
 
 
 @cache

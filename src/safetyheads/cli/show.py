@@ -299,36 +299,17 @@ def print_cautions(results: Found) -> None:
 def show_audit(results: Found, report: Path) -> None:
     """Top heads, the lead's groups, and last, where the eye is, the verdict and the report."""
     verdict, behaviour, lead = results["verdict"], results["behaviour"], results["lead_score"]
-    print_items(
-        "Top heads by mean Ships, each ablated alone",
-        behaviour["heads"],
-        {
-            "head": "head",
-            "mean Ships": "mean_ships.mean .3g",
-            "on benign": "benign_ships.mean .3g",
-            "refusal score": "refusal_score.mean +.3g",
-            "ASR alone": "asr rate",
-            "change": "asr_change change",
-            "p (Holm)": "asr_change.p_holm .2g",
-        },
-    )
-    others = ", ".join(name for name in results["sahara"] if name != lead)
+    columns: dict[str, Column] = {"head": "head", "mean Ships": "mean_ships.mean .3g"}
+    columns |= {"on benign": "benign_ships.mean .3g", "refusal score": "refusal_score.mean +.3g"}
+    columns |= {"ASR alone": "asr rate", "change": "asr_change change", "p (Holm)": "asr_change.p_holm .2g"}
+    print_items("Top heads by mean Ships, each ablated alone", behaviour["heads"], columns)
     groups = [group for group in behaviour["groups"] if group["scorer"] == lead]
     groups = [{"size": 0, "heads": ["none"], **behaviour["vanilla"]}, *groups]
-    print_items(
-        f"Groups found by {lead}, on the test half ([95 % interval], (range); exact McNemar)",
-        groups,
-        {
-            "size": "size",
-            "heads": "heads",
-            "ASR": "asr rate",
-            "change": "asr_change change",
-            "p": "asr_change.p_value .2g",
-            "random groups": _random,
-            "benign kept": "benign_kept rate",
-        },
-        f"Found by {others}: in the report." if others else "",
-    )
+    title = f"Groups found by {lead}, on the test half ([95 % interval], (range); exact McNemar)"
+    columns = {"size": "size", "heads": "heads", "ASR": "asr rate", "change": "asr_change change"}
+    columns |= {"p": "asr_change.p_value .2g", "random groups": _random, "benign kept": "benign_kept rate"}
+    others = ", ".join(name for name in results["sahara"] if name != lead)
+    print_items(title, groups, columns, f"Found by {others}: in the report." if others else "")
     _show_by_judge(groups, results)
     print_cautions(results)
     border = {"concentrated": "yellow", "none_found": "green"}.get(verdict["label"], "blue")
@@ -359,20 +340,13 @@ def show_scan(results: Found, report: Path) -> None:
     ranked, n_differing = by_asr(results["heads"]), sum(head["change"]["differs"] for head in results["heads"])
     n_shown = max(_HEADS_SHOWN, min(n_differing, 3 * _HEADS_SHOWN))
     n_more = len(ranked) - n_shown
-    columns: dict[str, Column] = {
-        "head": lambda head: head["head"] + " *" * head["change"]["differs"],
-        "ASR alone": "asr rate",
-        "change": "change change",
-        "p (Holm)": "change.p_holm .2g",
-        "p (BH)": "change.p_bh .2g",
-    }
+    columns: dict[str, Column] = {"head": lambda head: head["head"] + " *" * head["change"]["differs"]}
+    columns |= {"ASR alone": "asr rate", "change": "change change"}
+    columns |= {"p (Holm)": "change.p_holm .2g", "p (BH)": "change.p_bh .2g"}
     if "benign" in results["vanilla"]:
-        columns |= {
-            "benign refused": "benign.refused.rate",
-            "benign changed": "benign.changed.rate",
-            "KL, nats": "benign.kl.mean .2g",
-            "so it": lambda head: ROLES[head["role"]][0] if head["role"] != "none" else "",
-        }
+        columns |= {"benign refused": "benign.refused.rate", "benign changed": "benign.changed.rate"}
+        columns |= {"KL, nats": "benign.kl.mean .2g"}
+        columns |= {"so it": lambda head: ROLES[head["role"]][0] if head["role"] != "none" else ""}
     title = f"Heads of highest ASR, each ablated alone: {results['ablation']['label']}, {results['sampling']['name']}"
     print_items(title, ranked[:n_shown], columns, f"{n_more} more heads in the report." if n_more > 0 else "")
     own = [{**group, "heads": [f"each prompt's top {group['size']}"]} for group in results["query_level"]]
@@ -413,13 +387,10 @@ def _show_scores_and_costs(results: Found) -> None:
             "Regret: ASR given away, on half of the prompts. Ceiling: the ASR of the other half as the score.",
         )
     if results["agreement"] is not None:
-        columns: dict[str, Column] = {
-            "judges": lambda pair: f"{pair['first']}, {pair['second']}",
-            "kappa, complied or not": lambda pair: _kappa(pair["compliance"]),
-            "kappa, three classes": lambda pair: _kappa(pair["classes"]),
-            "differ": "count ,",
-            "answers": "n ,",
-        }
+        columns: dict[str, Column] = {"judges": lambda pair: f"{pair['first']}, {pair['second']}"}
+        columns |= {"kappa, complied or not": lambda pair: _kappa(pair["compliance"])}
+        columns |= {"kappa, three classes": lambda pair: _kappa(pair["classes"])}
+        columns |= {"differ": "count ,", "answers": "n ,"}
         print_items("Agreement of judges", results["agreement"]["pairs"], columns)
     costs = {
         "answers": "n_rows ,",
@@ -443,29 +414,23 @@ def _kappa(found: Any) -> Number:
 def show_ranking(found: Found, top: int) -> None:
     """The ``top`` heads, best first, which of them tie, and what a screening left open."""
     tied = {head: [other for other in group if other != head] for group in found["ties"] for head in group}
-    print_items(
-        f"Mean Ships over {found['n']} prompts, in nats: {_ablation(found)}",
-        [{"rank": rank, **head} for rank, head in enumerate(found["heads"][:top], start=1)],
-        {
-            "rank": "rank",
-            "head": "head",
-            "mean [95 %, Student]": lambda head: Number(
-                f"{head['mean']:.6g}", interval(head["interval"], ".3g"), f"n {head['n']}"
-            ),
-            "ties with": lambda head: tied.get(head["head"]),
-        },
-    )
+    heads = [
+        {"rank": rank, **head, "ties": tied.get(head["head"])} for rank, head in enumerate(found["heads"], start=1)
+    ]
+    columns: dict[str, Column] = {
+        "rank": "rank",
+        "head": "head",
+        "mean [95 %, Student]": lambda head: Number(
+            f"{head['mean']:.6g}", interval(head["interval"], ".3g"), f"n {head['n']}"
+        ),
+        "ties with": "ties",
+    }
+    print_items(f"Mean Ships over {found['n']} prompts, in nats: {_ablation(found)}", heads[:top], columns)
     if "screening" in found:
-        print_items(
-            "Pairs that the screening proposed, in nats",
-            found["screening"]["pairs"],
-            {
-                "heads": "heads",
-                "together": "together .4g",
-                "alone": lambda pair: " + ".join(f"{score:.4g}" for score in pair["alone"]),
-                "beyond the sum": "synergy +.4g",
-            },
-        )
+        columns = {"heads": "heads", "together": "together .4g"}
+        columns |= {"alone": lambda pair: " + ".join(f"{score:.4g}" for score in pair["alone"])}
+        columns |= {"beyond the sum": "synergy +.4g"}
+        print_items("Pairs that the screening proposed, in nats", found["screening"]["pairs"], columns)
         print_lines([f"Screened: {found['screening']['missed']['sentence']}."])
     print_warnings(found)
 
@@ -475,17 +440,12 @@ def show_steps(found: Found) -> None:
     if found["openers"]:
         openers = ", ".join(f"{opener['text']!r} ({opener['count']})" for opener in found["openers"])
         print_lines([f"Openers of the model's own refusals: {openers}"])
-    print_items(
-        f"Sahara by {found['score']} over {found['n']} prompts: {_ablation(found)}",
-        [{"step": number, **step} for number, step in enumerate(found["steps"], start=1)],
-        {
-            "step": "step",
-            "head": "chosen",
-            f"score of the group, {found['unit']}": "score .6g",
-            "next best": lambda step: ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2]),
-            "ties with": "ties",
-        },
-    )
+    steps = [{"step": number, **step} for number, step in enumerate(found["steps"], start=1)]
+    columns: dict[str, Column] = {"step": "step", "head": "chosen"}
+    columns |= {f"score of the group, {found['unit']}": "score .6g"}
+    columns |= {"next best": lambda step: ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2])}
+    columns |= {"ties with": "ties"}
+    print_items(f"Sahara by {found['score']} over {found['n']} prompts: {_ablation(found)}", steps, columns)
     screened = enumerate(found.get("screening", ()), start=1)
     print_lines(f"Step {number}, screened: {step['missed']['sentence']}." for number, step in screened)
     print_warnings(found)
@@ -523,21 +483,18 @@ def show_evaluation(results: Found, out: Path) -> None:
         return None if gained is None else Number(f"{gained}, {lost}")
 
     tests = sorted({get(metric, "difference.test") for metric in results["metrics"]} - {None})
-    print_items(
-        f"Tasks of lm-eval {results['settings']['lm_eval']}: {results['ablation']['label']}",
-        results["metrics"],
-        {
-            "task": "task",
-            "metric": lambda metric: metric["metric"] + f", {metric['unit']}" * (metric["unit"] != "whole"),
-            "ablated": "variant",
-            "value": value,
-            "change": lambda metric: signed(get(metric, "difference.change"), get(metric, "difference.interval")),
-            "gained, lost": flips,
-            "p": "difference.p_value .2g",
-            "p (Holm)": "difference.p_holm .2g",
-        },
-        "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests) + ".",
-    )
+    columns: dict[str, Column] = {
+        "task": "task",
+        "metric": lambda metric: metric["metric"] + f", {metric['unit']}" * (metric["unit"] != "whole"),
+        "ablated": "variant",
+        "value": value,
+        "change": lambda metric: signed(get(metric, "difference.change"), get(metric, "difference.interval")),
+        "gained, lost": flips,
+    }
+    columns |= {"p": "difference.p_value .2g", "p (Holm)": "difference.p_holm .2g"}
+    title = f"Tasks of lm-eval {results['settings']['lm_eval']}: {results['ablation']['label']}"
+    caption = "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests)
+    print_items(title, results["metrics"], columns, f"{caption}.")
     print_cautions(results)
     print_lines([f"Run: {out}"])
 
@@ -641,16 +598,9 @@ def show_history(history: History, page: Path) -> None:
         lines += ["unpaired"] * (change.change is not None and not change.paired)
         return "\n".join([*lines, *([f"other {', '.join(settings)}"] if settings else [])])
 
-    columns: dict[str, Column] = {
-        "run": run,
-        "model": "model",
-        "ASR": "vanilla_asr rate",
-        "change": since,
-        "group's ASR": "group_asr rate",
-        "group": "group",
-        "concentration": "concentration value",
-        "top heads": lambda entry: ", ".join(entry.top_heads) or "tied",
-    }
+    columns: dict[str, Column] = {"run": run, "model": "model", "ASR": "vanilla_asr rate", "change": since}
+    columns |= {"group's ASR": "group_asr rate", "group": "group", "concentration": "concentration value"}
+    columns |= {"top heads": lambda entry: ", ".join(entry.top_heads) or "tied"}
     print_items(f"Runs below {history.folder}, oldest first ([95 % interval])", history.entries, columns)
     broken = [run for run in history.skipped if "results of kind" not in run["reason"]]
     print_lines((f"skipped {run['name']}: {one_line(run['reason'])}" for run in broken), "yellow")
@@ -799,32 +749,25 @@ def show_outcomes(
 
 
 def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:
+    """Its tables, with the cells of the report; what the row above begins with too is left out."""
+    from safetyheads.reports.reproduction import cells
+
     console = stdout()
     console.print(f"\n{outcome['name']}: {outcome['title']}", style="bold")
     print_lines((f"Not meaningful on this model. {reason}" for reason in outcome["not_meaningful"]), "yellow")
-    for table in outcome["tables"]:
-        _show_outcome_table(table)
-    if timed:
-        console.print("\nTimed on this machine", style="bold")
-    for table in timed:
-        _show_outcome_table(table)
+    for at, table in enumerate((*outcome["tables"], *timed)):
+        if at == len(outcome["tables"]):
+            console.print("\nTimed on this machine", style="bold")
+        columns, shown, rows = table["columns"], table["rows"][:_ROWS_SHOWN], list[list[Cell]]()
+        for row, above in zip(shown, [None, *shown], strict=False):
+            rows.append([])
+            for item in cells(row, columns, above):
+                number = Number(str(item.text), item.interval, item.n, item.p)
+                if item.quoted:
+                    number = Number(str(item.text), "quoted", style="italic")
+                rows[-1].append(("" if item.again else str(item.text)) if item.is_text and not item.quoted else number)
+        n_more = len(table["rows"]) - len(rows)
+        more = f"{n_more} more row{'s' * (n_more > 1)} in the report." if n_more else ""
+        caption = " ".join(filter(None, (table["caption"], more)))
+        print_table(table["title"], [column["title"] for column in columns], rows, caption)
     print_lines([""] * bool(outcome["notes"]) + [f"- {note}" for note in outcome["notes"]])
-
-
-def _show_outcome_table(table: Found) -> None:
-    """The first rows, with the cells of the report; what the row above begins with too is left out."""
-    from safetyheads.reports.reproduction import cells
-
-    shown: list[Found] = table["rows"][:_ROWS_SHOWN]
-    rows: list[list[Cell]] = []
-    for row, above in zip(shown, [None, *shown], strict=False):
-        rows.append([])
-        for item in cells(row, table["columns"], above):
-            number = Number(str(item.text), item.interval, item.n, item.p)
-            if item.quoted:
-                number = Number(str(item.text), "quoted", style="italic")
-            rows[-1].append(("" if item.again else str(item.text)) if item.is_text and not item.quoted else number)
-    n_more = len(table["rows"]) - len(rows)
-    more = f"{n_more} more row{'s' * (n_more > 1)} in the report." if n_more else ""
-    caption = " ".join(filter(None, (table["caption"], more)))
-    print_table(table["title"], [column["title"] for column in table["columns"]], rows, caption)
