@@ -128,7 +128,7 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
         (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
-        ("task: other", "no task 'own'; there are"),
+        ("task: owns", "no task 'own'; there are owns"),
     ],
 )
 def test_tasks_are_refused_in_one_line_before_the_model_is_read(
