@@ -10,7 +10,7 @@ import altair as alt
 
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import Cell, completions, p_value, render
+from safetyheads.reports.page import Cell, completions, p_value, render, under_headings
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 
@@ -48,28 +48,21 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         in_order = {name: named[name] for name in dict.fromkeys((*SCORE_ORDER, *named)) if name in named}
         results = {**results, field: in_order}
     verdict, behaviour, model = results["verdict"], results["behaviour"], results["model"]
-    n_heads = model["n_layers"] * model["n_heads"]
-    measured_groups = (
-        group
-        for group in behaviour["groups"]
-        if group["scorer"] == verdict["scorer"] and set(group["heads"]) == set(verdict["heads"])
-    )
-    group = next(measured_groups, None)
+    own = (group for group in behaviour["groups"] if group["scorer"] == verdict["scorer"])
+    group = next((group for group in own if set(group["heads"]) == set(verdict["heads"])), None)
+    randoms = [group["random"]["n_groups"] for group in behaviour["groups"] if group["random"]]
+    places = [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     content: dict[str, Any] = {
         "results": results,
         "badge": BADGES[verdict["label"]],
         "planted": results.get("planted_heads") or [],
         "difference": partial(_difference, alpha=(verdict.get("smallest_detectable_change") or {}).get("alpha", 0.05)),
-        "listed": [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
-        if n_heads <= MAX_TABLE_HEADS
-        else [],
+        "listed": places if len(places) <= MAX_TABLE_HEADS else [],
         "sahara": {scorer: _steps(results, scorer) for scorer in results["sahara"]},
         "label": partial(_label, results),
         "groups": _groups(results),
         "chosen": [] if group is None else [group],
-        "n_random": max(
-            (member["random"]["n_groups"] for member in behaviour["groups"] if member["random"]), default=0
-        ),
+        "n_random": max(randoms, default=0),
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
         "n_unranked": sum(value <= 0 for _, value in _ranked(results, _lead_score(results))),
@@ -124,14 +117,12 @@ def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
 
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
-    lead = results["verdict"]["scorer"]
     unmeasured = ("asr_change", "random", "benign_kept_change", "benign_kl", "search_asr")
     vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
-    by_scorer: dict[str, list[Any]] = {lead: []}
+    found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
     for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):
-        by_scorer.setdefault(group["scorer"], []).append(group)
-    parts = [[f"found by {_label(results, scorer)}", *groups] for scorer, groups in by_scorer.items() if groups]
-    return [vanilla, *(record for part in parts for record in part)]
+        found.setdefault(f"found by {_label(results, group['scorer'])}", []).append(group)
+    return under_headings(vanilla, found)
 
 
 def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -139,8 +130,8 @@ def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[st
     states = [("nothing ablated", results["behaviour"]["vanilla"])]
     states += [] if group is None else [(f"{', '.join(group['heads'])} ablated", group)]
     for words, state in states:
-        parts = [("complied", "complied", state["asr"]), ("refused", "refused", state["refused"])]
-        parts.append(("incoherent", "incoherent", state["incoherent"]))
+        rates = {"complied": state["asr"], "refused": state["refused"], "incoherent": state["incoherent"]}
+        parts = [(name, name, rate) for name, rate in rates.items()]
         yield {"label": f"Harmful prompts, {words}", "n": state["asr"]["n"], "parts": parts}
     for words, state in states:
         kept = state["benign_kept"]
@@ -158,11 +149,10 @@ def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict
     for title, field in (("Harmful prompts", "reasons"), ("Benign prompts", "benign_reasons")):
         states = {"nothing ablated": results["behaviour"]["vanilla"], "group ablated": group or {}}
         counts = {state: found[field] for state, found in states.items() if found.get(field) is not None}
-        rows = {
-            reason: [state.get(reason, 0) for state in counts.values()] for found in counts.values() for reason in found
-        }
+        reasons = {reason for found in counts.values() for reason in found}
+        rows = [(reason, [state.get(reason, 0) for state in counts.values()]) for reason in reasons]
         if rows:
-            in_order = sorted(rows.items(), key=lambda row: (-sum(row[1]), row[0]))
+            in_order = sorted(rows, key=lambda row: (-sum(row[1]), row[0]))
             yield {"title": title, "states": list(counts), "rows": in_order}
 
 
@@ -282,10 +272,9 @@ def head_columns(results: Results) -> dict[str, Any]:
     verdict, scores = results["verdict"], results["scores"]
     best_first = [head for head, _ in _ranked(results, _lead_score(results))]
     group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
-    values = {name: [v for layer in score["values"] for v in layer] for name, score in scores.items()}
     return {
         "n_heads": results["model"]["n_heads"],
-        "scores": {name: [charts.rounded(value, 6) for value in column] for name, column in values.items()},
+        "scores": charts.score_columns(scores),
         "best_first": best_first,
         "group": group,
         "planted": planted,

@@ -120,6 +120,12 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
+def score_columns(scores: Mapping[str, Row]) -> dict[str, list[float | None]]:
+    """Each score of all heads, head after head."""
+    rows = {name: score["values"] for name, score in scores.items()}
+    return {name: [rounded(value, 6) for layer in layers for value in layer] for name, layers in rows.items()}
+
+
 def numbers_along(title: str, values: Iterable[float], logarithmic: bool = False) -> alt.X:
     """The axis of the field ``x``; 0 stands at the left end of a logarithmic one."""
     known = sorted(set(values))
@@ -420,11 +426,14 @@ def head_map(
     n_layers, n_heads = shape
     cell = max(9, min(40, 340 // n_layers))
     mark: dict[str, Any] = {"aria": False} | ({"cursor": "pointer"} if clickable else {})
-    base = alt.Chart().encode(
-        x=alt.X("index:O", title="head", axis=_tile_axis(n_heads), scale=alt.Scale(domain=list(range(n_heads)))),
-        y=alt.Y("layer:O", title="layer", axis=_tile_axis(n_layers), scale=alt.Scale(domain=list(range(n_layers)))),
-        tooltip=[*tooltips],
-    )
+    sides: dict[str, Any] = {}
+    for title, count in (("head", n_heads), ("layer", n_layers)):
+        # Numbers are thinned out where there are many.
+        shown = list(range(0, count, 1 if count <= 12 else 4 if count <= 48 else 8))
+        axis = alt.Axis(values=shown, labelAngle=0, ticks=False, domain=False, labelOverlap=False, grid=False)
+        sides[title] = {"title": title, "axis": axis, "scale": alt.Scale(domain=list(range(count)))}
+    x, y = alt.X("index:O", **sides["head"]), alt.Y("layer:O", **sides["layer"])
+    base = alt.Chart().encode(x=x, y=y, tooltip=[*tooltips])
     layers = _tiles_on_ground(base, color, stroke="--paper", strokeWidth=0.75, **mark)
     for name, look in (outlines or {}).items():
         framed = {"fill": "transparent", "stroke": "--ink", "strokeWidth": 2, "cornerRadius": 1, **mark, **look}
@@ -434,13 +443,6 @@ def head_map(
         diamond |= {"stroke": "--paper", "strokeWidth": 1, **mark}
         layers.append(base.transform_filter("datum.planted").mark_point(**diamond))
     return spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
-
-
-def _tile_axis(count: int) -> alt.Axis:
-    """Numbers of layers or heads, thinned out where there are many."""
-    step = 1 if count <= 12 else 4 if count <= 48 else 8
-    shown = list(range(0, count, step))
-    return alt.Axis(values=shown, labelAngle=0, ticks=False, domain=False, labelOverlap=False, grid=False)
 
 
 def tiles(

@@ -109,11 +109,10 @@ def _states(results: Record, timings: Record) -> Iterator[dict[str, Any]]:
 def headline_words(outcome: Record) -> list[str]:
     """The first numbers of an experiment, each with its name, interval and n; a lone model is not named."""
     rows = outcome.get("headline") or ()
-    alone = len({row["model"] for row in rows}) < 2
-    found = []
+    alone, found = len({row["model"] for row in rows}) < 2, []
     for row in rows:
         cell = number_cell(row["value"], row["kind"])
-        of = ", ".join(part for part in (cell.interval, cell.n, cell.p) if part)
+        of = ", ".join(filter(None, (cell.interval, cell.n, cell.p)))
         name = row["label"] if alone else f"{row['model']}, {row['label']}"
         found.append(f"{name}: {cell.text}{f' ({of})' if of else ''}")
     return found
@@ -254,8 +253,12 @@ def _standing(figure: Record, points: Sequence[Row]) -> Sequence[Row]:
     return [point for point in points if point["x"] >= 0] if figure["logarithmic"] else points
 
 
-def _rows(figure: Record, points: Sequence[Row]) -> list[dict[str, Any]]:
-    """Points with short numbers, and a panel only where its name is not the figure's."""
+def _described(figure: Record) -> str:
+    return f"{figure['value'] or figure['y']} by {figure['x']}"
+
+
+def _along_axes(figure: Record, points: Sequence[Row], draws: Callable[..., Spec]) -> Spec:
+    """Bars, lines or points, with short numbers."""
     rows = []
     for point in _standing(figure, points):
         row = {"series": str(point.get("series") or ""), "x": point.get("x"), "panel": str(point.get("panel") or "")}
@@ -264,19 +267,7 @@ def _rows(figure: Record, points: Sequence[Row]) -> list[dict[str, Any]]:
         if isinstance(row["x"], float):
             row["x"] = charts.rounded(row["x"])
         rows.append(row)
-    return rows
-
-
-def _described(figure: Record) -> str:
-    return f"{figure['value'] or figure['y']} by {figure['x']}"
-
-
-def _bars(figure: Record, points: Sequence[Row]) -> Spec:
-    return charts.bars(_rows(figure, points), figure["x"], figure["y"], _described(figure), share=figure["share"])
-
-
-def _along_numbers(figure: Record, points: Sequence[Row], draws: Callable[..., Spec]) -> Spec:
-    rows, options = _rows(figure, points), {name: figure[name] for name in ("logarithmic", "share")}
+    options = {"share": figure["share"]} | ({} if draws is charts.bars else {"logarithmic": figure["logarithmic"]})
     return draws(rows, figure["x"], figure["y"], _described(figure), **options)
 
 
@@ -303,13 +294,8 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
         value = point.get("value")
         text = re.sub(r"(?<!\w)-(?=[\d.])", "−", str(point.get("text") or number(value, digits=2)))
         first, bracket, ends = text.partition(" [")
-        row: dict[str, Any] = {"x": str(point["x"]), "y": str(point["y"]), "text": first}
-        row |= {
-            "interval": f"[{ends}" if bracket else "",
-            "panel": str(point.get("panel") or ""),
-            "written": text,
-            "n": point.get("n"),
-        }
+        row: dict[str, Any] = {"x": str(point["x"]), "y": str(point["y"]), "panel": str(point.get("panel") or "")}
+        row |= {"text": first, "interval": f"[{ends}" if bracket else "", "written": text, "n": point.get("n")}
         rows.append(row | {name: charts.rounded(point.get(name)) for name in ("value", "low", "high")})
     values = [row["value"] for row in rows if row["value"] is not None]
     share = figure["share"] and max(values, default=0) <= 1
@@ -330,33 +316,25 @@ def _attention(figure: Record, points: Sequence[Row]) -> Spec:
     n = 1 + max(max(point["query"], point["key"]) for point in points)
     named = n <= charts.MOST_LABELS
     panels = list(dict.fromkeys(point.get("panel") for point in points))
-    rows: list[dict[str, Any]] = [
-        {
-            "x": _token(point, "key") if named else str(point["key"]),
-            "y": _token(point, "query") if named else str(point["query"]),
-            "value": charts.rounded(point["value"], 3),
-            "panel": str(point.get("panel") or ""),
-        }
-        for point in sorted(points, key=lambda point: (panels.index(point.get("panel")), point["query"], point["key"]))
-    ]
+    rows: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda point: (panels.index(point.get("panel")), point["query"], point["key"])):
+        row = {"x": str(point["key"]), "y": str(point["query"]), "panel": str(point.get("panel") or "")}
+        for axis, side in (("x", "key"), ("y", "query")) if named else ():
+            # The position tells a token from its like.
+            token = str(point.get(f"{side}_token", "")).replace("\n", "↵").replace("Ġ", "␣").strip() or "␣"
+            row[axis] += f" {token if len(token) <= _TOKEN_LETTERS else token[: _TOKEN_LETTERS - 1] + '…'}"
+        rows.append({**row, "value": charts.rounded(point["value"], 3)})
     color = charts.heat("value", [row["value"] for row in rows], figure["value"] or "attention", share=True)
     tooltips = charts.tooltip(rows, {"y": "query", "x": "key", "value": figure["value"] or "attention"})
     cell = max(6, min(22, 420 // n))
     return charts.tiles(rows, color, figure["x"], figure["y"], tooltips, _described(figure), cell=cell, most=cell * n)
 
 
-def _token(point: Row, side: str) -> str:
-    """The token with its position, which tells it from its like."""
-    text = str(point.get(f"{side}_token", "")).replace("\n", "↵").replace("Ġ", "␣").strip() or "␣"
-    text = text if len(text) <= _TOKEN_LETTERS else text[: _TOKEN_LETTERS - 1] + "…"
-    return f"{point[side]} {text}"
-
-
 FIGURES: dict[str, Callable[[Record, Sequence[Row]], Spec]] = {
-    "bars": _bars,
-    "lines": partial(_along_numbers, draws=charts.lines),
-    "curves": partial(_along_numbers, draws=partial(charts.lines, points=False)),
-    "scatter": partial(_along_numbers, draws=charts.scatter),
+    "bars": partial(_along_axes, draws=charts.bars),
+    "lines": partial(_along_axes, draws=charts.lines),
+    "curves": partial(_along_axes, draws=partial(charts.lines, points=False)),
+    "scatter": partial(_along_axes, draws=charts.scatter),
     "heads": _heads,
     "matrix": _matrix,
     "attention": _attention,

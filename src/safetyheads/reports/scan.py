@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -12,7 +13,7 @@ from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two
+from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two, under_headings
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers
 from safetyheads.runs.rejudge import with_later_verdicts
@@ -63,7 +64,11 @@ def render_scan(
     results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], timings: Mapping[str, Any], show_texts: bool
 ) -> str:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
-    table, strongest, differ = AnswerTable.of(rows, results["lead_judge"]), _strongest(results), differing(results)
+    table, differ, benign = (
+        AnswerTable.of(rows, results["lead_judge"]),
+        differing(results),
+        results["vanilla"].get("benign"),
+    )
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
     drill, planted = drill_data(results, table, judges), results.get("planted_heads") or []
@@ -71,6 +76,12 @@ def render_scan(
     if not differ:
         has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
         badge = "No head changes the ASR" if has_rate else "Nothing to measure"
+    judged, reasons = _judge_tables(results, table, judges)
+    # No judge of words says "safe", whose column would be empty.
+    has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
+    vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
+    vanilla |= {"benign_kept": benign and benign["kept"], "benign_kept_change": None}
+    parts = {words: [group for group in results["groups"] if group["part"] == part] for part, words in PARTS.items()}
     listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
     content: dict[str, Any] = {
         "results": results,
@@ -80,16 +91,16 @@ def render_scan(
         "n_bh": sum(head["change"]["p_bh"] < results["statistics"]["alpha"] for head in results["heads"]),
         "n_unscored": sum(head["asr"]["unscored"] for head in (results["vanilla"]["harmful"], *results["heads"])),
         "n_planted_found": sum(head["head"] in planted for head in differ),
-        "outcomes": _outcomes(results),
+        "outcomes": [name for name in RATES if name != "asr" and (name != "safe" or has_safe)],
         "first_heads": [*differ, *[head for head in by_asr(results["heads"]) if head not in differ][:TOP_HEADS]],
         "n_differing": len(differ),
         "all_heads": listed,
         "roles": ROLES,
         "n_at_origin": sum(head["change"]["change"] == 0 and benign_lost(head) == 0 for head in results["heads"]),
-        "groups": _groups(results),
+        "groups": under_headings(vanilla, parts) if any(parts.values()) else [],
         "followed": _followed(results),
-        "judged": list(_judge_tables(results, table, judges, strongest)),
-        "reasons": list(_reason_tables(results, table, judges, strongest)),
+        "judged": judged,
+        "reasons": reasons,
         "seconds": timings,
         "drill": drill,
         "completions": None,
@@ -183,21 +194,6 @@ def _strongest(results: Results) -> Head | None:
     return found[0] if found else None
 
 
-def _outcomes(results: Results) -> list[str]:
-    """Rates beside the ASR that tables show; no judge of words says ``safe``, whose column would be empty."""
-    has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
-    return [name for name in RATES if name != "asr" and (name != "safe" or has_safe)]
-
-
-def _groups(results: Results) -> list[Any]:
-    """Nothing ablated, then the groups under a heading for each part of the scan."""
-    vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
-    vanilla |= {"benign_kept": results["vanilla"].get("benign", {}).get("kept"), "benign_kept_change": None}
-    parts = {words: [group for group in results["groups"] if group["part"] == part] for part, words in PARTS.items()}
-    found = [record for words, groups in parts.items() if groups for record in (words, *groups)]
-    return [vanilla, *found] if found else []
-
-
 def _followed(results: Results) -> list[dict[str, Any]]:
     """ASR at each strength of the heads that differ, or of the one of highest ASR; nothing with one strength."""
     if len(results["epsilons"]) < 2:
@@ -215,57 +211,41 @@ def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupA
     return table.part("heads", name, epsilon).get(head) if head else table.vanilla(name)
 
 
-def _states(results: Results, table: AnswerTable, name: str, head: Head | None, judge: str) -> dict[str, GroupAnswers]:
-    """The unablated answers to a set and those under a head, where the judge judged them all."""
-    found = {}
-    for group in dict.fromkeys(["", head["head"] if head else ""]):
-        answers = _answers(table, name, group, results["ablation"]["epsilon"])
-        if answers is not None and _judged_by(answers, judge):
-            found[_ablated(group)] = answers
-    return found
-
-
 def _judged_by(answers: GroupAnswers, judge: str) -> bool:
     return all(judge in row["verdicts"] for row in answers.flat())
 
 
 def _judge_tables(
-    results: Results, table: AnswerTable, judges: Sequence[str], strongest: Head | None
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every rate by every judge, unablated and under the strongest head, set by set."""
-    for name in SETS:
-        rows = [
-            {
-                "judge": judge,
-                "state": words,
-                "rates": answers.rates(judge),
-                "unscored": f"{answers.labels(judge)['unscored']}/{len(answers.flat())}",
-            }
-            for judge in judges
-            for words, answers in _states(results, table, name, strongest, judge).items()
-        ]
-        if rows:
-            yield f"{name.capitalize()} prompts", rows
+    results: Results, table: AnswerTable, judges: Sequence[str]
+) -> tuple[list[tuple[str, list[dict[str, Any]]]], list[dict[str, Any]]]:
+    """Set by set every rate by every judge, and each reason of each judge with its label and how often it was given.
 
-
-def _reason_tables(
-    results: Results, table: AnswerTable, judges: Sequence[str], strongest: Head | None
-) -> Iterator[dict[str, Any]]:
-    """Each reason of each judge with its label and how often it was given."""
+    Both unablated and under the strongest head, where the judge judged all answers.
+    """
+    rated, reasons, strongest = [], [], _strongest(results)
     for name in SETS:
+        heads = dict.fromkeys(["", strongest["head"] if strongest else ""])
+        answered = {_ablated(head): _answers(table, name, head, results["ablation"]["epsilon"]) for head in heads}
+        rows: list[dict[str, Any]] = []
         for judge in judges:
-            states = _states(results, table, name, strongest, judge)
-            counts: dict[tuple[str, str], list[int]] = {}
-            for at, answers in enumerate(states.values()):
-                for row in answers.flat():
-                    verdict = row["verdicts"][judge]
-                    counts.setdefault((verdict["label"], verdict["reason"]), [0] * len(states))[at] += 1
-            order = sorted(counts, key=lambda key: (LABELS.index(key[0]), -sum(counts[key]), key[1]))
-            most = set(sorted(order, key=lambda key: -sum(counts[key]))[:MAX_REASONS])
-            rows = [(f"{label}: {reason}", counts[label, reason]) for label, reason in order if (label, reason) in most]
-            if rows:
-                title, n_more = f"{name.capitalize()} prompts, by {judge}", len(counts) - len(rows)
-                yield {"title": title, "states": list(states), "rows": rows, "n_more": n_more}
+            states = {
+                words: found for words, found in answered.items() if found is not None and _judged_by(found, judge)
+            }
+            for words, answers in states.items():
+                unscored = f"{answers.labels(judge)['unscored']}/{len(answers.flat())}"
+                rows.append({"judge": judge, "state": words, "rates": answers.rates(judge), "unscored": unscored})
+            given = [[row["verdicts"][judge] for row in answers.flat()] for answers in states.values()]
+            counts = [Counter((verdict["label"], verdict["reason"]) for verdict in verdicts) for verdicts in given]
+            total = sum(counts, Counter[tuple[str, str]]())
+            most = sorted(total, key=lambda pair: (-total[pair], LABELS.index(pair[0]), pair[1]))[:MAX_REASONS]
+            most.sort(key=lambda pair: LABELS.index(pair[0]))
+            if most:
+                shown = [(": ".join(pair), [count[pair] for count in counts]) for pair in most]
+                named = {"title": f"{name.capitalize()} prompts, by {judge}", "states": list(states)}
+                reasons.append(named | {"rows": shown, "n_more": len(total) - len(most)})
+        if rows:
+            rated.append((f"{name.capitalize()} prompts", rows))
+    return rated, reasons
 
 
 def drill_data(
@@ -298,20 +278,22 @@ def drill_data(
         answers = _answers(table, name, head, results["ablation"]["epsilon"])
         return [] if answers is None else answers.flat()
 
-    vanilla = {name: answers_of(name, "") for name in SETS}
-    places = {name: [[row["id"], row["seed"]] for row in rows] for name, rows in vanilla.items() if rows}
-    base = {name: [state(row) for row in vanilla[name]] for name in places}
+    def places_of(rows: Sequence[Record]) -> list[list[Any]]:
+        return [[row["id"], row["seed"]] for row in rows]
+
+    vanilla = {name: rows for name in SETS if (rows := answers_of(name, ""))}
+    places = {name: places_of(rows) for name, rows in vanilla.items()}
+    base = {name: list(map(state, rows)) for name, rows in vanilla.items()}
     other: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
-    shown: list[str] = []
-    used = 0
+    shown, used = list[str](), 0
     for head in heads:
-        found = {name: answers_of(name, head) for name in places}
-        # A broken file may have taken some of a head's answers: without its place one would be another's.
-        whole = {name: rows for name, rows in found.items() if [[r["id"], r["seed"]] for r in rows] == places[name]}
-        differ = {
-            name: [[at, number] for at, number in enumerate(map(state, rows)) if number != base[name][at]]
-            for name, rows in whole.items()
-        }
+        differ = {}
+        for name in places:
+            rows = answers_of(name, head)
+            # A broken file may have taken some of a head's answers: without its place one would be another's.
+            if places_of(rows) == places[name]:
+                numbers = enumerate(map(state, rows))
+                differ[name] = [[at, number] for at, number in numbers if number != base[name][at]]
         used += sum(20 + 9 * len(pairs) for pairs in differ.values())
         size = used + sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
         if size > room and shown:
@@ -338,16 +320,19 @@ def drill_data(
 
 def _figures(results: Results) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
-    vanilla = results["vanilla"]["harmful"]["asr"]
-    prefixes, query_level = _sized(results["groups"], "prefixes"), _sized(results["query_level"])
-    series = {OWN_HEADS: query_level} | ({ONE_GROUP: prefixes} if prefixes else {})
+    vanilla, n_heads = results["vanilla"]["harmful"]["asr"], results["model"]["n_heads"]
     kept = results["vanilla"].get("benign", {}).get("kept")
+    sized = [group | {"size": len(group["heads"])} for group in results["groups"] if group["part"] == "prefixes"]
+    # Every prompt has heads of its own.
+    series = {OWN_HEADS: _by_size({**group, "heads": ["of each prompt"]} for group in results["query_level"])}
+    prefixes = _by_size(sized)
+    series |= {ONE_GROUP: prefixes} if prefixes else {}
     rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
     found = {
         # Fig 4b.
         "asr_alone": charts.head_map(
             charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
-            (results["model"]["n_layers"], results["model"]["n_heads"]),
+            (results["model"]["n_layers"], n_heads),
             _head_tooltip(results),
             "ASR of every head ablated alone, layer by head",
             outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}},
@@ -355,7 +340,7 @@ def _figures(results: Results) -> dict[str, Spec]:
         ),
         "harmful_and_benign": _harmful_and_benign(results),
         "prefixes": group_curve(prefixes, vanilla, kept, _OF_PROMPTS) if prefixes else None,
-        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if query_level else None,
+        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if results["query_level"] else None,
         "synergy": _synergy(results),
         "epsilons": _epsilons(results),
     }
@@ -364,16 +349,15 @@ def _figures(results: Results) -> dict[str, Spec]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _sized(groups: Sequence[Row], part: str | None = None) -> list[dict[str, Any]]:
-    """The groups of one part by size; those of query level have heads of each prompt's own."""
-    found = [{"heads": ["of each prompt"], **group} for group in groups if part is None or group["part"] == part]
-    sized = [group if part is None else group | {"size": len(group["heads"])} for group in found]
-    return sorted(sized, key=lambda group: int(group["size"]))
+def _by_size(groups: Iterable[Row]) -> list[Row]:
+    return sorted(groups, key=lambda group: int(group["size"]))
 
 
-def _head_tooltip(results: Results) -> list[alt.Tooltip]:
-    facts = {
+def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Tooltip]:
+    """What a head tells; ``first``: fields that come before its ASR, each with title and format."""
+    facts = first | {
         "asr": ("ASR alone", ".3f"),
+        "answers": ("answers that comply", ""),
         "low": (f"95 % from ({results['statistics']['interval']})", ".3f"),
         "high": ("95 % to", ".3f"),
         "change": ("change of ASR", "+.3f"),
@@ -384,8 +368,11 @@ def _head_tooltip(results: Results) -> list[alt.Tooltip]:
         facts["lost"] = ("benign answers lost, share", ".3f")
         facts["changed"] = ("benign answers changed, share", ".3f")
         facts["kl"] = ("KL on benign prompts, nats", ".3~g")
-    numbers = [alt.Tooltip(f"{field}:Q", title=title, format=form) for field, (title, form) in facts.items()]
-    return [alt.Tooltip("head:N"), numbers[0], alt.Tooltip("answers:N", title="answers that comply"), *numbers[1:]]
+    told = [
+        alt.Tooltip(f"{field}:Q", title=title, format=form) if form else alt.Tooltip(f"{field}:N", title=title)
+        for field, (title, form) in facts.items()
+    ]
+    return [alt.Tooltip("head:N"), *told]
 
 
 def _harmful_and_benign(results: Results) -> Spec | None:
@@ -403,9 +390,18 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     x_title, scale = "change of ASR, share of harmful prompts", alt.Scale(padding=30)
     x = alt.X("change:Q", title=x_title, axis=axis, scale=scale)
     y = alt.Y("lost:Q", title="benign answers lost, share of prompts", axis=axis)
+    named, intervals = set(named_heads(results)), list[Look]()
+    for head in results["heads"]:
+        lost = benign_lost(head)
+        if head["head"] in named and head["change"]["change"] is not None and lost is not None:
+            (low, high), (kept_low, kept_high) = head["change"]["interval"], head["benign"]["kept_change"]["interval"]
+            ends = {"change": low, "change_high": high, "middle": head["change"]["change"], "lost": lost}
+            ends |= {"lost_low": -kept_high, "lost_high": -kept_low}
+            numbers: Look = {name: charts.rounded(end) for name, end in ends.items()}
+            intervals.append(numbers | {"head": head["head"], "word": ROLES[head["role"]][0]})
     valid = "isValid(datum.change) && isValid(datum.lost)"
     base = alt.Chart().transform_filter(valid).transform_calculate(word=words).encode(x=x, y=y)
-    crosses = alt.Chart(alt.InlineData(values=list(_crosses(results)))).encode(color=color)
+    crosses = alt.Chart(alt.InlineData(values=intervals)).encode(color=color)
     thin: Look = {"strokeWidth": 1, "opacity": 0.55}
     names = base.transform_filter("datum.named")
     layers = [
@@ -419,19 +415,6 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     return charts.spec(layers, (), 300, "Change of ASR against benign answers lost, head by head")
 
 
-def _crosses(results: Results) -> Iterator[dict[str, Any]]:
-    """Both intervals of the heads that are named."""
-    named = set(named_heads(results))
-    for head in results["heads"]:
-        lost = benign_lost(head)
-        if head["head"] in named and head["change"]["change"] is not None and lost is not None:
-            (low, high), (kept_low, kept_high) = head["change"]["interval"], head["benign"]["kept_change"]["interval"]
-            ends = {"change": low, "change_high": high, "middle": head["change"]["change"], "lost": lost}
-            ends |= {"lost_low": -kept_high, "lost_high": -kept_low}
-            numbers: Look = {name: charts.rounded(end) for name, end in ends.items()}
-            yield numbers | {"head": head["head"], "word": ROLES[head["role"]][0]}
-
-
 def _proxy(results: Results, name: str) -> Spec:
     """One score of every head against its ASR alone."""
     score, field = results["scores"][name], f"score_{name}"
@@ -439,8 +422,7 @@ def _proxy(results: Results, name: str) -> Spec:
     skewed = score["unit"] == "nats"
     scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
     rate: Look = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
-    head, *facts = _head_tooltip(results)
-    tooltips = [head, alt.Tooltip(f"{field}:Q", title=f"{score['label']} ({score['unit']})", format=".4~g"), *facts]
+    tooltips = _head_tooltip(results, **{field: (f"{score['label']} ({score['unit']})", ".4~g")})
     x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
     x = alt.X(f"{field}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~r", tickCount=4))
     y_title = "ASR, head ablated alone"
@@ -466,14 +448,17 @@ def _synergy(results: Results) -> Spec | None:
     """What each pair frees beyond the sum of its heads, as a symmetric map."""
     if not results["synergy"]:
         return None
-    rows: list[Look] = []
+    rows, order = list[Look](), {head: at for at, head in enumerate(results["synergy"]["heads"])}
     for pair in results["synergy"]["pairs"]:
         low, high = map(charts.rounded, pair["interval"])
-        row: Look = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high}
-        row |= {"together": _counted(pair["together"]), "alone": " and ".join(map(_counted, pair["alone"]))}
+        together, *alone = (
+            "not scored" if rate["rate"] is None else f"{two(rate['rate'])} ({rate['count']} of {rate['n']})"
+            for rate in (pair["together"], *pair["alone"])
+        )
+        row: Look = {"value": charts.rounded(pair["synergy"]), "low": low, "high": high, "together": together}
+        row |= {"alone": " and ".join(alone)}
         rows += [row | {"x": first, "y": second} for first, second in (pair["heads"], pair["heads"][::-1])]
     values = [row["value"] for row in rows]
-    order = {head: at for at, head in enumerate(results["synergy"]["heads"])}
     rows += [{"x": head, "y": head, "value": None} for head in order]
     rows.sort(key=lambda row: (order[row["x"]], order[row["y"]]))
     # Two-sided, for both signs have a meaning; and of some strength, for differences of one answer would look strong.
@@ -484,43 +469,35 @@ def _synergy(results: Results) -> Spec | None:
     return charts.tiles(rows, color, "head", "head", tooltips, "Synergy of pairs of heads", cell=cell)
 
 
-def _counted(rate: Mapping[str, Any]) -> str:
-    return "not scored" if rate["rate"] is None else f"{two(rate['rate'])} ({rate['count']} of {rate['n']})"
-
-
 def _epsilons(results: Results) -> Spec | None:
     """ASR against the strength of the ablation, a line a head; None with one strength."""
-    rows = []
+    rows, title = list[Look](), "ε, strength of the ablation (log scale)"
     for head in _followed(results):
         for strength, rate in zip(results["epsilons"], head["rates"], strict=True):
             rows += rate_rows(strength["epsilon"], head["head"], rate, [head["head"]])
-    vanilla, title = results["vanilla"]["harmful"]["asr"]["rate"], "ε, strength of the ablation (log scale)"
+    options: Look = {"logarithmic": True, "reference": results["vanilla"]["harmful"]["asr"]["rate"]}
     described = "ASR of single heads against epsilon"
-    if not rows:
-        return None
-    return charts.lines(rows, title, _OF_PROMPTS, described, logarithmic=True, reference=vanilla)
+    return charts.lines(rows, title, _OF_PROMPTS, described, **options) if rows else None
 
 
 def head_columns(results: Results) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     heads, model, alpha = results["heads"], results["model"], results["statistics"]["alpha"]
-    facts: list[Look] = []
+    has_benign, facts = any(head["benign"] for head in heads), dict[str, Look]()
     for head in heads:
         benign, change = head["benign"] or {}, head["change"]
         low, high = head["asr"]["interval"] or (None, None)
-        numbers = {"asr": head["asr"]["rate"], "low": low, "high": high, "lost": benign_lost(head)}
+        numbers = {"asr": head["asr"]["rate"], "low": low, "high": high}
         numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
-        numbers |= {"changed": (benign.get("changed") or {}).get("rate"), "kl": (benign.get("kl") or {}).get("mean")}
+        if has_benign:
+            numbers |= {"lost": benign_lost(head), "changed": (benign.get("changed") or {}).get("rate")}
+            numbers |= {"kl": (benign.get("kl") or {}).get("mean")}
         known = {"answers": f"{head['asr']['count']} of {head['asr']['n']}", "role": head["role"]}
-        facts.append({name: charts.rounded(value, 4) for name, value in numbers.items()} | known)
-    columns = {}
-    for name in facts[0]:
-        if any(head["benign"] for head in heads) or name not in ("lost", "changed", "kl"):
-            found = {head["head"]: values[name] for head, values in zip(heads, facts, strict=True)}
-            # A layer without attention has no heads.
-            columns[name] = [found.get(f"{i}-{j}") for i in range(model["n_layers"]) for j in range(model["n_heads"])]
-    for name, score in results["scores"].items():
-        columns[f"score_{name}"] = [charts.rounded(value, 6) for layer in score["values"] for value in layer]
+        facts[head["head"]] = {name: charts.rounded(value, 4) for name, value in numbers.items()} | known
+    # A layer without attention has no heads.
+    places = [facts.get(f"{i}-{j}", {}) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
+    columns = {name: [found.get(name) for found in places] for name in facts[heads[0]["head"]]}
+    columns |= {f"score_{name}": values for name, values in charts.score_columns(results["scores"]).items()}
     named = named_heads(results)
     return {
         "n_heads": model["n_heads"],
