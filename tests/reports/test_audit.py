@@ -53,8 +53,7 @@ def test_every_sample_makes_a_whole_page(name: str) -> None:
     ("name", "badge"), [("none_found", "No concentrated heads found"), ("no_refusals", "Nothing to measure")]
 )
 def test_the_page_opens_with_the_verdict(name: str, badge: str) -> None:
-    results, words = SAMPLES[name](), sample_page(name).words
-    sentence = " ".join(results["verdict"]["sentence"].split())
+    words, sentence = sample_page(name).words, " ".join(SAMPLES[name]()["verdict"]["sentence"].split())
     assert words.index(badge) < words.index(sentence) < words.index("What this does not show")
 
 
@@ -97,28 +96,32 @@ def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert "<details open" not in shown
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"change": 0.3, "p_holm": 0.01}, "complies more"),
-        ({"change": -0.3, "p_holm": 0.01}, "complies less"),
-        ({"change": 0.3, "p_holm": 0.06}, "no clear change"),
-        (None, "not measured"),
-    ],
-)
-def test_the_top_heads_say_in_words_what_their_change_means(change: dict[str, float] | None, words: str) -> None:
+def test_the_top_heads_say_in_words_what_their_change_means() -> None:
     results = audit_samples.audit()
-    head = results["behaviour"]["heads"][0]
-    head["asr_change"] = change and head["asr_change"] | change
-    results["behaviour"]["heads"] = [head]
-    assert words in page(results).words
+    changes = ((0.3, 0.01, "complies more"), (-0.3, 0.01, "complies less"), (0.3, 0.06, "no clear change"))
+    heads = results["behaviour"]["heads"] = results["behaviour"]["heads"][:4]
+    for head, (change, p_holm, _) in zip(heads, changes, strict=False):
+        head["asr_change"] = head["asr_change"] | {"change": change, "p_holm": p_holm}
+    heads[3]["asr_change"] = None
+    said = page(results).words
+    order = [said.index(words) for words in (*(words for *_, words in changes), "not measured")]
+    assert order == sorted(order)
 
 
 def test_every_figure_fits_the_schema_and_titles_its_axes() -> None:
-    for spec in figures(audit_samples.audit()).values():
+    made = figures(audit_samples.audit())
+    for spec in made.values():
         alt.Chart.from_dict(spec, validate=True)
         for layer in spec["layer"]:
             assert all(layer["encoding"][axis]["title"] for axis in ("x", "y") if axis in layer["encoding"])
+    # Ships on harmful and on benign prompts share their colours.
+    colours = {
+        name: made[f"heatmap_{name}"]["layer"][1]["encoding"]["color"]["scale"]["domain"]
+        for name in ("mean_ships", "benign_ships", "refusal_score")
+    }
+    assert colours["mean_ships"] == colours["benign_ships"]
+    assert colours["mean_ships"][-1] == 2.26
+    assert colours["refusal_score"][0] == -colours["refusal_score"][-1]
 
 
 def test_the_random_band_is_drawn_where_there_is_one() -> None:
@@ -132,18 +135,6 @@ def test_the_random_band_is_drawn_where_there_is_one() -> None:
     for group in none["behaviour"]["groups"]:
         group["random"] = None
     assert "tick" not in marks(none)
-
-
-def test_ships_on_harmful_and_benign_prompts_share_their_colours() -> None:
-    made = figures(audit_samples.audit())
-
-    def domain(name: str) -> list[float]:
-        found: list[float] = made[f"heatmap_{name}"]["layer"][1]["encoding"]["color"]["scale"]["domain"]
-        return found
-
-    assert domain("mean_ships") == domain("benign_ships")
-    assert domain("mean_ships")[-1] == 2.26
-    assert domain("refusal_score")[0] == -domain("refusal_score")[-1]
 
 
 def test_heads_carry_their_scores_and_marks() -> None:

@@ -37,6 +37,13 @@ def layers_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        names = ("datasets", "domain", "sort", "values", "title", "description")
+        return {key: without_names(inner) for key, inner in value.items() if key not in names}
+    return [without_names(inner) for inner in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("figure", DRAWN)
 def test_every_figure_fits_the_schema_and_has_its_points_and_titles(figure: dict[str, Any]) -> None:
     spec = draw(figure)
@@ -50,18 +57,8 @@ def test_every_figure_fits_the_schema_and_has_its_points_and_titles(figure: dict
         assert all(titles)
     short = spec | {"datasets": {name: rows[:20] for name, rows in spec["datasets"].items()}}
     alt.Chart.from_dict(short, validate=True)
-
-
-@pytest.mark.parametrize("figure", DRAWN)
-def test_what_a_figure_names_stands_where_no_colour_is_looked_for(figure: dict[str, Any]) -> None:
-    # The page's script takes a string that begins with two hyphens for a colour, but under these keys.
-    def rest(value: Any) -> Any:
-        if isinstance(value, dict):
-            names = ("datasets", "domain", "sort", "values", "title", "description")
-            return {key: rest(inner) for key, inner in value.items() if key not in names}
-        return [rest(inner) for inner in value] if isinstance(value, list) else value
-
-    text = json.dumps(rest(draw(figure)))
+    # The page's script takes a string that begins with two hyphens for a colour, but under the keys of names.
+    text = json.dumps(without_names(spec))
     assert "fetch(" not in text
     assert "--paper" not in re.sub(r'"stroke": "--paper"', "", text)
 
@@ -78,13 +75,10 @@ def test_every_kind_is_drawn_from_one_point(kind: str) -> None:
     assert draw(figure_of(kind, [])) is None
 
 
-def test_shares_run_from_0_to_1_and_changes_do_not() -> None:
-    def domain(y: float) -> Any:
-        return charts.measured_axis("y", [{"y": y, "low": y, "high": y}], True)["scale"].to_dict().get("domain")
-
-    assert domain(0.2) == [0, 1]
-    assert domain(-0.2) is None
-    assert charts.measured_axis("y", [], True)["scale"].to_dict()["domain"] == [0, 1]
+@pytest.mark.parametrize(("ends", "domain"), [([0.2], [0, 1]), ([-0.2], None), ([], [0, 1])])
+def test_shares_run_from_0_to_1_and_changes_do_not(ends: list[float], domain: list[int] | None) -> None:
+    axis = charts.measured_axis("y", [{"y": y, "low": y, "high": y} for y in ends], True)
+    assert axis["scale"].to_dict().get("domain") == domain
 
 
 def test_zero_stands_at_the_left_end_of_a_logarithmic_axis() -> None:
@@ -98,13 +92,12 @@ def test_zero_stands_at_the_left_end_of_a_logarithmic_axis() -> None:
 
 
 def test_series_look_alike_on_every_page_and_differ_on_each() -> None:
-    known = dict(
-        zip(["SC", "other", "vanilla", "UA"], charts.series_colours(["SC", "other", "vanilla", "UA"]), strict=True)
-    )
+    series = ["SC", "other", "vanilla", "UA"]
+    known = dict(zip(series, charts.series_colours(series), strict=True))
     assert (known["UA"][0], known["SC"][0], known["other"][0]) == ("--attack", "--kept", "--random")
     assert len({colour for colour, _ in known.values()}) == 4
     names = [f"s{number}" for number in range(14)]
-    look = charts.series_look(names, "shape", "dash")
+    look = charts.series_look(names, "shape", "strokeDash")
     ranges = [look[channel].to_dict()["scale"]["range"] for channel in ("color", "shape", "strokeDash")]
     assert len({json.dumps(one) for one in zip(*ranges, strict=True)}) == 14
     bars = charts.series_colours(["vanilla", *names[:8]])

@@ -241,27 +241,20 @@ def _long_tail(results: Results) -> Spec | None:
     last = results["model"]["n_layers"] * results["model"]["n_heads"]
     ticks = [digit * 10**power for power in range(5) for digit in (1, 2, 5) if digit * 10**power <= last]
     scale = alt.Scale(type="log", domain=[0.9, last * 1.15], nice=False)
-    base = alt.Chart().encode(
-        x=alt.X("rank:Q", title="rank of the head (log scale)", scale=scale).axis(format="d", values=ticks, grid=False),
-        tooltip=[alt.Tooltip("rank:Q"), *_head_tooltip(results, name)],
-    )
+    rank = alt.X("rank:Q", title="rank of the head (log scale)", scale=scale).axis(format="d", values=ticks, grid=False)
+    base = alt.Chart().encode(x=rank, tooltip=[alt.Tooltip("rank:Q"), *_head_tooltip(results, name)])
     kinds = {HARMFUL: name} | ({BENIGN: "benign_ships"} if name == "mean_ships" and "benign_ships" in scores else {})
     look = alt.Scale(domain=list(kinds), range=["--attack", "--kept"][: len(kinds)])
-    title = charts.titled(f"{scores[name]['label']}, {scores[name]['unit']} (log scale)")
-
-    def points(field: str) -> alt.Chart:
+    legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
+    title, layers = charts.titled(f"{scores[name]['label']}, {scores[name]['unit']} (log scale)"), []
+    for kind, field in reversed(kinds.items()):
         y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log")).axis(format="~g", tickCount=5)
-        chart: alt.Chart = base.transform_filter(f"datum['{field}'] > 0").encode(y=y)
-        return chart
-
-    named = points(name).transform_filter("datum.named")
-    layers = [
-        points(field)
-        .transform_calculate(kind=f"'{kind}'")
-        .mark_point(filled=True, size=26, aria=False, opacity=0.85 if kind == HARMFUL else 0.4)
-        .encode(color=alt.Color("kind:N", legend=alt.Legend(orient="top", title=None, symbolOpacity=1), scale=look))
-        for kind, field in reversed(kinds.items())
-    ]
+        points = base.transform_filter(f"datum['{field}'] > 0").encode(y=y)
+        mark: dict[str, Any] = {"size": 26, "aria": False, "opacity": 0.85 if kind == HARMFUL else 0.4}
+        marks = points.transform_calculate(kind=f"'{kind}'").mark_point(filled=True, **mark)
+        layers.append(marks.encode(color=alt.Color("kind:N", legend=legend, scale=look)))
+    # The last points are those of the score itself.
+    named = points.transform_filter("datum.named")
     layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
     text = named.mark_text(align="left", dx=10, dy=-6, **charts.NAME)
     return charts.spec([*layers, text.encode(text="head:N")], (), 280, f"{scores[name]['label']} of all heads by rank")

@@ -173,28 +173,27 @@ def series_colours(names: Sequence[str]) -> list[tuple[str, int]]:
     return [looks[name] for name in names]
 
 
-def series_look(names: Sequence[str], *channels: Literal["shape", "dash", "opacity"]) -> dict[str, Any]:
+def series_look(names: Sequence[str], *channels: Literal["shape", "strokeDash", "opacity"]) -> dict[str, Any]:
     """Encodings that tell the series apart, with one legend; a lone series without a name has none."""
-    looks = series_colours(names)
-    shapes = [SHAPES[(at + turn) % len(SHAPES)] for at, (_, turn) in enumerate(looks)]
-    shapes = ["stroke" if name == RANDOM_GROUPS else shape for name, shape in zip(names, shapes, strict=True)]
+    colours, turns = zip(*series_colours(names), strict=True) if names else ((), ())
+    shapes = [SHAPES[(at + turn) % len(SHAPES)] for at, turn in enumerate(turns)]
     ranges: dict[str, tuple[Any, list[Any]]] = {
-        "color": (alt.Color, [colour for colour, _ in looks]),
-        "shape": (alt.Shape, shapes),
-        "dash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for _, turn in looks]),
-        "opacity": (alt.Opacity, [OPACITIES[turn % len(OPACITIES)] for _, turn in looks]),
+        "color": (alt.Color, [*colours]),
+        "shape": (
+            alt.Shape,
+            ["stroke" if name == RANDOM_GROUPS else look for name, look in zip(names, shapes, strict=True)],
+        ),
+        "strokeDash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for turn in turns]),
+        "opacity": (alt.Opacity, [OPACITIES[turn % len(OPACITIES)] for turn in turns]),
     }
     square = {"symbolType": "square"} if "opacity" in channels else {"symbolOpacity": 1}
-    legend = None if list(names) == [""] else alt.Legend(orient="top", title=None, **square)
-    found = {}
+    legend, found = None if list(names) == [""] else alt.Legend(orient="top", title=None, **square), {}
     for channel in ("color", *channels):
-        if channel == "opacity" and not any(turn for _, turn in looks):
-            continue
-        kind, held = ranges[channel]
-        # Without its type a scale of opacities would lie evenly between the ends of its range.
-        scale = alt.Scale(type="ordinal", domain=[*names], range=held)
-        field = "series:O" if channel == "opacity" else "series:N"
-        found["strokeDash" if channel == "dash" else channel] = kind(field, legend=legend, scale=scale)
+        if channel != "opacity" or any(turns):
+            kind, held = ranges[channel]
+            # Without its type a scale of opacities would lie evenly between the ends of its range.
+            scale = alt.Scale(type="ordinal", domain=[*names], range=held)
+            found[channel] = kind("series:O" if channel == "opacity" else "series:N", legend=legend, scale=scale)
     return found
 
 
@@ -224,10 +223,9 @@ def rows_tooltip(rows: Sequence[Row], x: str, y: str) -> list[alt.Tooltip]:
 
 def rule_at(axis: Literal["x", "y"], value: float, scale: Mapping[str, Any], **mark: Any) -> alt.Chart:
     """A thin line across the panel."""
-    encoding = alt.Y("at:Q", **scale) if axis == "y" else alt.X("at:Q", **scale)
     drawn: dict[str, Any] = {"strokeWidth": 1, "strokeDash": [1, 2], "color": "--ink-soft"} | mark
-    chart: alt.Chart = alt.Chart(alt.InlineData(values=[{"at": rounded(value)}])).mark_rule(**drawn).encode(encoding)
-    return chart
+    chart: alt.Chart = alt.Chart(alt.InlineData(values=[{"at": rounded(value)}])).mark_rule(**drawn)
+    return chart.encode({"x": alt.X, "y": alt.Y}[axis]("at:Q", **scale))
 
 
 # Kinds of figures.
@@ -257,18 +255,26 @@ def lines(
     shifts = {name: 5 * (at - (len(names) - 1) / 2) if beside else 0 for at, name in enumerate(names)}
     rows = [row if row.get("kind") else {**row, "shift": shifts[row["series"]]} for row in rows]
     along, measured = numbers_along(x, (row["x"] for row in rows), logarithmic), measured_axis(y, rows, share)
-    look = series_look(series_of(rows), *(("shape", "dash") if points else ("dash",)))
+    look = series_look(series_of(rows), *(("shape", "strokeDash") if points else ("strokeDash",)))
     tooltips = rows_tooltip(rows, x, y)
     base = alt.Chart().encode(x=along, color=look["color"])
     single = base.transform_filter("!datum.kind")
-    up = alt.Y("y:Q", **measured)
+    up, ends = alt.Y("y:Q", **measured), {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}
     off: dict[str, Any] = {"xOffset": alt.ExprRef("datum.shift")} if beside else {}
     layers = [rule_at("y", reference, measured)] if reference is not None else []
     if any((row.get("low") or 0) < 0 or (row.get("y") or 0) < 0 for row in rows):
         layers.append(rule_at("y", 0, measured, strokeDash=[1, 0], opacity=0.6))
-    layers += _random_layers(base, rows, measured, tooltips)
+    if sizes := {row["x"] for row in rows if row.get("kind") == "band"}:
+        # From the lowest random group to the highest, their mean, and a tick for each of them.
+        band, tick = base.transform_filter("datum.kind == 'band'"), base.transform_filter("datum.kind == 'random'")
+        if len(sizes) == 1:
+            layers.append(band.mark_rule(strokeWidth=26, opacity=0.22).encode(**ends))
+        else:
+            layers.append(band.mark_area(opacity=0.22, line=False).encode(**ends))
+            layers.append(band.mark_line(strokeWidth=1.5, strokeDash=[2, 3]).encode(y=up))
+        look_of_tick: dict[str, Any] = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
+        layers.append(tick.mark_tick(**look_of_tick).encode(y=up, tooltip=[*tooltips]))
     if points:
-        ends = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}
         held = single.transform_filter("isValid(datum.low)")
         layers.append(held.mark_rule(strokeWidth=1.5, opacity=0.55, **off).encode(**ends))
     line = single.mark_line(strokeWidth=2, **off).encode(y=up, strokeDash=look["strokeDash"])
@@ -277,25 +283,6 @@ def lines(
         marks = single.transform_filter("isValid(datum.y)").mark_point(filled=True, size=62, opacity=1, **off)
         layers.append(marks.encode(y=up, shape=look["shape"], tooltip=tooltips))
     return spec(layers, rows, height, description, most=MOST_WIDTH)
-
-
-def _random_layers(
-    base: alt.Chart, rows: Sequence[Row], measured: Mapping[str, Any], tooltips: Sequence[alt.Tooltip]
-) -> list[alt.Chart]:
-    """Band from the lowest random group to the highest, their mean, and a tick for each of them."""
-    sizes = {row["x"] for row in rows if row.get("kind") == "band"}
-    if not sizes:
-        return []
-    band = base.transform_filter("datum.kind == 'band'")
-    ends, mean = {"y": alt.Y("low:Q", **measured), "y2": "high:Q"}, alt.Y("y:Q", **measured)
-    tick: dict[str, Any] = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
-    ticks = base.transform_filter("datum.kind == 'random'").mark_tick(**tick)
-    if len(sizes) == 1:
-        layers = [band.mark_rule(strokeWidth=26, opacity=0.22).encode(**ends)]
-    else:
-        line = band.mark_line(strokeWidth=1.5, strokeDash=[2, 3])
-        layers = [band.mark_area(opacity=0.22, line=False).encode(**ends), line.encode(y=mean)]
-    return [*layers, ticks.encode(y=mean, tooltip=[*tooltips])]
 
 
 def scatter(
@@ -384,15 +371,14 @@ def heat(
     are at equal steps of the square root: where most numbers are near 0, they would else look alike.
     """
     known = list(values)
-    largest = max([*map(abs, known), LEAST_SHARE if share else 0.0], default=0.0) or 1.0
+    largest = max([*map(abs, known), LEAST_SHARE if share else 0.0]) or 1.0
     # A divergence that rounds to just below 0 does not make numbers signed.
     signed = min(known, default=0.0) < -0.01 * largest
     colours = (PALE_SIGNED_HEAT if pale else SIGNED_HEAT) if signed else (PALE_HEAT if pale else HEAT)
     steps = [2 * at / (len(colours) - 1) - 1 if signed else at / (len(colours) - 1) for at in range(len(colours))]
     domain = [math.copysign(abs(step) ** 2 if roots else abs(step), step) * largest for step in steps]
     top = float(f"{largest:.2g}")
-    if top > largest:
-        top = float(f"{largest * 0.95:.1g}")
+    top = top if top <= largest else float(f"{largest * 0.95:.1g}")
     labels = [-top, 0, top] if signed else [0, top / 4 if roots else top / 2, top]
     kind: Literal["sqrt", "linear"] = "sqrt" if roots else "linear"
     scale = alt.Scale(type=kind, domain=domain, range=[*colours], clamp=True, interpolate="lab")
