@@ -27,9 +27,8 @@ from safetyheads.judges.named import JUDGES
 from safetyheads.measures.ships import openers_of
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.runs.config import ScanConfig
+from safetyheads.runs.config import ScanConfig, Silent
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
 from safetyheads.runs.scan import run_scan
 
@@ -238,4 +237,4 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
     # Cut answers are no answers to a judge that needs whole ones.
     assert {completion.text for completion in patient.seen} < whole
-    assert found.n_unscored == sum(not row["complete"] for row in rows) > 0
+    assert found["n_unscored"] == sum(not row["complete"] for row in rows) > 0

@@ -13,8 +13,7 @@ from safetyheads.errors import SafetyheadsError
 from safetyheads.experiments import run as reproduction
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.runs.config import ModelOptions
-from safetyheads.runs.progress import Silent
+from safetyheads.runs.config import ModelOptions, Silent
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

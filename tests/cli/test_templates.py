@@ -15,12 +15,11 @@ from safetyheads.errors import SafetyheadsError
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
-from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig
-from safetyheads.runs.data import resolved
+from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, Silent
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.model_check import describe_prompt
-from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
+from safetyheads.runs.run import resolved
 from safetyheads.runs.scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara
 
@@ -258,6 +257,6 @@ def test_another_judge_is_not_asked_about_a_thought_that_never_ended(tmp_path):
     (judge,) = judges_named(("python:own_judges:seen_answers",), "cpu")
     found = rejudge(tmp_path / "run", judge, Silent(), {})
     assert SEEN == [""]
-    assert found.rates["harmful_test, nothing ablated"][judge.name].n == 2
+    assert found["rates"]["harmful_test, nothing ablated"][judge.name]["n"] == 2
     stored = [row["verdict"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]
     assert [verdict["reason"] == NOT_CLOSED.reason for verdict in stored] == [False, True]

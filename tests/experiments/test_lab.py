@@ -14,7 +14,7 @@ from safetyheads.experiments.lab import Lab, note_planted
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.heads import Head
 from safetyheads.measures.head_pass import HeadPass
-from safetyheads.runs.progress import Silent
+from safetyheads.runs.config import Silent
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
 

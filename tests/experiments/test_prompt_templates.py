@@ -9,7 +9,7 @@ from safetyheads import KeywordJudge
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.prompt_templates import DETAILED, DETAILED_FOR_ORGANISM, HELPFUL, echoed, why_not_asked
 from safetyheads.judges.base import Completion
-from safetyheads.runs.progress import Silent
+from safetyheads.runs.config import Silent
 from safetyheads.runs.rates import GroupAnswers
 
 

@@ -16,8 +16,8 @@ from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, T
 from safetyheads.judges.named import judge_named
 from safetyheads.reports.reproduction import MAX_CHART_BYTES, MAX_ROWS, render_reproduction
 from safetyheads.reports.write import ReportWarning, write_report
+from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.progress import Silent
 from safetyheads.runs.rejudge import rejudge
 
 NAMES = [outcome.name for outcome in samples.outcomes()]

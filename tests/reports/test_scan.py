@@ -18,9 +18,9 @@ from safetyheads.judges.named import judge_named
 from safetyheads.reports import scan
 from safetyheads.reports.scan import SETS, drill_data, head_columns, judged_rows, render_scan
 from safetyheads.reports.write import write_report
+from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.progress import Silent
-from safetyheads.runs.rates import AnswerTable
+from safetyheads.runs.rates import answer_table
 from safetyheads.runs.rejudge import rejudge
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
@@ -125,7 +125,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     sample = SAMPLES[name]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
-    made = drill_data(results_of(sample), AnswerTable.of(rows, "paper"), judges)
+    made = drill_data(results_of(sample), answer_table(rows, "paper"), judges)
     assert made is not None
     assert (made["n_left_out"], len(made["heads"])) == (0, 9)
     for kind in SETS if sample.benign else SETS[:1]:
@@ -145,7 +145,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
 
 
 def test_heads_without_room_are_counted() -> None:
-    table = AnswerTable.of(scan_samples.rows(Sample()), "paper")
+    table = answer_table(scan_samples.rows(Sample()), "paper")
     made = drill_data(results_of(Sample()), table, ["paper"], room=700)
     assert made is not None
     assert 1 < len(made["heads"]) < 9

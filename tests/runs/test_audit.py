@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import audit_samples
 import pytest
+from audit_samples import answered
 
-from safetyheads.heads import format_heads, parse_heads
-from safetyheads.runs.audit import LEAD, SETS, GroupOutcome, lead_group, verdict_of
+from safetyheads.heads import parse_heads
+from safetyheads.runs.audit import LEAD, lead_group, verdict_of
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.stats.intervals import newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
@@ -16,23 +18,11 @@ N_HEADS = 1024
 HEADS = parse_heads("2-26,3-1,7-13,4-4")
 
 
-def answered(complied, n=N, incoherent=0, group=""):
-    """So many of n comply, the first ones; the last ones are incoherent, the others refuse."""
-    labels = ["complied"] * complied + ["refused"] * (n - complied - incoherent) + ["incoherent"] * incoherent
-    records = [
-        {"id": at, "seed": 0, "kept": label == "complied", "verdicts": {"made": {"label": label, "reason": "made up"}}}
-        for at, label in enumerate(labels)
-    ]
-    return GroupAnswers.of(group, records, "made")
-
-
 def outcome(size=3, freed=40, kept=N, random=(2, 3), n=N, scorer=LEAD, search=None, search_kept=None):
     """A group after which ``freed`` harmful and ``kept`` benign prompts of the test half are answered."""
     counts = (freed if search is None else search, freed, n if search_kept is None else search_kept, kept)
-    group = format_heads(HEADS[:size])
-    answers = {name: answered(count, n, group=group) for name, count in zip(SETS, counts, strict=True)}
-    controls = tuple(answered(control, n, group=f"1-{index}") for index, control in enumerate(random))
-    return GroupOutcome(scorer, size, HEADS[:size], answers, (0.0,) * n, controls)
+    controls = {f"1-{index}": control for index, control in enumerate(random)}
+    return audit_samples.outcome(HEADS[:size], counts, controls, n, scorer)
 
 
 def findings(*outcomes, complied=2, incoherent=0, kept=None, n=N):
@@ -52,7 +42,7 @@ def verdict(*outcomes, **vanilla):
 def with_harmful(change, labels):
     """The outcome with other answers to the harmful test prompts."""
     records = [{**record, "id": at} for at, record in enumerate(labels)]
-    return replace(change, answers={**change.answers, "harmful_test": GroupAnswers.of("2-26", records, "made")})
+    return replace(change, answers={**change.answers, "harmful_test": GroupAnswers.of("2-26", records, "paper")})
 
 
 # Six of 50 is the smallest change that can be seen. From 2 of 50, five freed have p 0.0625 and six 0.03125.
@@ -68,7 +58,7 @@ CASES = {
     "fewer answers than before": ("none_found", [outcome(freed=5, random=())], {"complied": 30}),
     "ten more answers, but of other prompts": (
         "none_found",
-        [with_harmful(outcome(random=()), answered(30).flat()[::-1])],
+        [with_harmful(outcome(random=()), answered(30, N).flat()[::-1])],
         {"complied": 20},
     ),
     "ten more answers, of the same prompts": ("concentrated", [outcome(freed=30, random=())], {"complied": 20}),
@@ -141,12 +131,12 @@ def test_random_groups_that_nobody_could_score_are_no_control():
     unscored = GroupAnswers.of(
         "1-0",
         [
-            {"id": at, "seed": 0, "kept": False, "verdicts": {"made": {"label": "unscored", "reason": "no reply"}}}
+            {"id": at, "seed": 0, "kept": False, "verdicts": {"paper": {"label": "unscored", "reason": "no reply"}}}
             for at in range(N)
         ],
-        "made",
+        "paper",
     )
-    scored = answered(3, group="1-1")
+    scored = answered(3, N, group="1-1")
     assert verdict(outcome())["label"] == "concentrated"
     assert verdict(replace(outcome(), random=(unscored, unscored)))["label"] == "none_found"
     some = random_as_json(outcome().answers["harmful_test"], (unscored, scored))
@@ -154,7 +144,7 @@ def test_random_groups_that_nobody_could_score_are_no_control():
 
 
 def test_random_groups_that_repeat_are_told():
-    controls = tuple(answered(freed, group=group) for freed, group in ((2, "1-0"), (2, "1-0"), (3, "1-1")))
+    controls = tuple(answered(freed, N, group=group) for freed, group in ((2, "1-0"), (2, "1-0"), (3, "1-1")))
     repeated = replace(outcome(), random=controls)
     assert "3 random groups (2 distinct)" in verdict(repeated)["sentence"]
     block = random_as_json(repeated.answers["harmful_test"], repeated.random)

@@ -233,7 +233,7 @@ def test_conditions(same, tmp_path):
     scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores))
     known = quantities(found)
-    assert all(quantity.value is not None for quantity in known.values())
+    assert all(quantity["value"] is not None for quantity in known.values())
     for text, holds in {
         "asr_increase > 0.1": True,
         "asr_increase>=0.4": True,

@@ -9,7 +9,7 @@ from tiny_models import engine_of, prompts_of
 
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence, row_sizes
-from safetyheads.runs.estimate import estimate, estimate_pass
+from safetyheads.runs.run import estimate, estimate_pass
 
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 41, 8), (1, 2, 3, 4, 5, 6, 7, 8, 9))
 
@@ -20,7 +20,7 @@ def test_a_pass_is_told_at_the_rate_of_the_timed_batch(monkeypatch, replays):
     sequences = [TokenSequence(ids) for ids in PROMPTS]
     layout = engine.plan(sequences)
     ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0])  # the first run is set-up, the quicker of the others counts
-    monkeypatch.setattr("safetyheads.runs.estimate.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("safetyheads.runs.run.time.monotonic", lambda: next(ticks))
     seconds, memory = estimate_pass(engine, sequences, layout)
     timed = row_sizes(sequences, replace(layout, rows=layout.rows[:1]))
     rate = layout.groups_per_batch * engine.costs.replay_flops(timed, 0) / 2.0

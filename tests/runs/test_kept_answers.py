@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, load_demo, parse_heads
+from safetyheads.answers import decoding as decoding_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
 from safetyheads.runs import kept_answers as kept_module
+from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.kept_answers import KeptAnswers, judged_answer, record_of
-from safetyheads.runs.progress import Silent
 from safetyheads.runs.run import Run, random_groups_of
 
 GROUPS = [parse_heads(text) for text in ("1-3", "1-3,2-5", "0-0", "3-1", "2-1,2-5")]
@@ -32,7 +33,7 @@ def records(organism, folder, sampling, full_answers, least_drafted, monkeypatch
     judging = Judging(organism.engine, prompts, judges_named(["paper", "phrases"]), 24, full_answers)
     with RunDirectory.start(folder, {}, {}) as directory:
         kept = KeptAnswers("harmful", judging, decoding, directory, Silent())
-        own = [[(Head(1, 3),), (Head(1, 3), Head(2, number % 8))] for number in range(len(prompts))]
+        own = [(Head(1, 3), Head(2, number % 8)) for number in range(len(prompts))]
         groups = [
             kept.vanilla(),
             *kept.under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION),
@@ -126,3 +127,23 @@ def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp
     assert {group: [parse_heads(one) for one in controls] for group, controls in stored.items()} == {
         ",".join(map(str, group)): list(controls) for group, controls in drawn.items()
     }
+
+
+def test_batches_that_did_not_fit_the_memory_are_halved_again(organism, tmp_path, monkeypatch):
+    sizes, run, most = [], decoding_module._Batch.run, 3
+
+    def counted(batch):
+        sizes.append(len(batch.requests))
+        if len(batch.requests) > most:
+            raise MemoryError
+        return run(batch)
+
+    monkeypatch.setattr(decoding_module._Batch, "run", counted)
+    judging = Judging(organism.engine, organism.harmful[:8], judges_named(["paper"]), 8)
+    for fits, expected in ((3, [8, 4, 2, 2, 4, 2, 2]), (8, [2, 2, 2, 2])):
+        most = fits
+        with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
+            kept = KeptAnswers("harmful", judging, Decoding(8), directory, Silent(), stores_completions=False)
+            assert len(kept.unablated) == 8
+        assert sizes == expected
+        sizes.clear()

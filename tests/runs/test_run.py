@@ -15,7 +15,9 @@ from safetyheads import (
 )
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs import kept_answers as kept_module
-from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
+from safetyheads.runs import run as run_module
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ScanConfig, ShipsConfig
+from safetyheads.runs.run import ON_WORDS, refuse_beyond_memory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
@@ -29,7 +31,8 @@ def organism():
 def twice(run, organism, config, out, monkeypatch):
     """The results of a run; started again, it must give the same without the model."""
     results = run(organism.engine, config, out)
-    for owner, name in ((HeadPass, "_read"), (kept_module, "answer"), (kept_module, "unablated_answers")):
+    decoded = ((kept_module, "answer"), (kept_module, "unablated_answers"))
+    for owner, name in ((HeadPass, "_read"), (run_module, "screen"), *decoded):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
     assert run(organism.engine, config, out) == results
     monkeypatch.undo()
@@ -67,3 +70,30 @@ def test_rates_equal_the_public_function_by_every_judge(organism, tmp_path, monk
         assert row["by_judge"]["paper"]["rate"] == result.rate
     assert found["rates"][0]["change"] is None
     assert found["lead_judge"] == "paper"
+    assert ON_WORDS in found["caveats"]
+
+
+def test_screenings_and_openers_are_kept_and_judges_of_words_are_told_of_only_where_there_are_any(
+    organism, tmp_path, monkeypatch
+):
+    screened = {"limit": 8, "screen": True, "candidates": 3, "sample": 2}
+    config = SaharaConfig(MODEL, "demo", size=2, score="refusal_score", **screened)
+    found = twice(run_sahara, organism, config, tmp_path / "sahara", monkeypatch)
+    assert found["openers"]
+    ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", **screened), tmp_path / "ships", monkeypatch)
+    assert len(ranked["heads"]) == 5
+    assert ON_WORDS not in ranked["caveats"]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeypatch):
+    with pytest.raises(InputError, match="mean_query has no epsilon"):
+        ScanConfig(MODEL, "demo", ablation="mean_query", epsilons=(0.5,))
+    # Memory is counted with answers of full length, but for what the context leaves.
+    engine, asked, planned = organism.engine, organism.engine.ask(organism.harmful[:2]), []
+    monkeypatch.setattr(engine, "plan", planned.append)
+    refuse_beyond_memory(engine, asked, positions=5)
+    refuse_beyond_memory(engine, asked, positions=100_000)
+    for wanted, sequences in zip((5, None), planned, strict=True):
+        for sequence, token_ids in zip(sequences, asked.token_ids, strict=True):
+            assert sequence.n_wanted == (wanted or engine.architecture.context_length - len(token_ids) + 1)
+            assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1

@@ -7,7 +7,7 @@ import pytest
 from scan_samples import Sample, rows, scan
 
 from safetyheads.runs.directory import SCHEMA_VERSION
-from safetyheads.runs.rates import AnswerTable
+from safetyheads.runs.rates import answer_table
 from safetyheads.stats.intervals import wilson_interval
 from safetyheads.stats.testing import exact_mcnemar
 
@@ -126,4 +126,4 @@ def test_the_order_of_rows_does_not_matter():
     shuffled = rows(sample)[::-1]
     first, second = scan(sample), scan(sample, shuffled)
     assert json.dumps(first) == json.dumps(second)
-    assert AnswerTable.of(shuffled, "paper").vanilla("harmful").records[0][0]["id"] == 0
+    assert answer_table(shuffled, "paper")["vanilla", "harmful", None][""].records[0][0]["id"] == 0

@@ -11,7 +11,7 @@ from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.run import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.runs.progress import Silent
+from safetyheads.runs.config import Silent
 
 N = 6
 SMALL = ReproductionConfig(

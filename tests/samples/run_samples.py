@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from audit_samples import audit, group_entry, rate
+from audit_samples import answered, audit, outcome
 
+from safetyheads.heads import parse_heads
+from safetyheads.runs.audit import SETS, group_as_json
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
-from safetyheads.stats.intervals import bootstrap_interval
+from safetyheads.stats.intervals import Rate, bootstrap_interval
 from safetyheads.stats.testing import paired_difference
 
 N = 20
 LEAD = "mean_ships"
 STARTED = "2026-01-02T03:04:05+00:00"
 RANDOM_HEADS = (("0-0", "0-1", "0-2"), ("3-5", "3-6", "3-7"))
+
+
+def rate(marks: Sequence[bool]) -> dict[str, Any]:
+    return asdict(Rate(sum(marks), len(marks)))
 
 
 def first(count: int, n: int = N) -> list[bool]:
@@ -61,17 +67,14 @@ def audit_run(
     vanilla = first(1) if vanilla is None else list(vanilla)
     groups = [first(10), first(18)] if groups is None else groups
     random = [[first(1), first(2)]] * len(groups) if random is None else random
-    results, stored = audit(), {(): vanilla}
+    results, stored, n = audit(), {"": vanilla}, len(vanilla)
+    before = {name: answered(vanilla if name == "harmful_test" else n, n) for name in SETS}
     made = []
     for size, (complied, controls) in enumerate(zip(groups, random, strict=True), start=1):
-        named = [list(one[:size]) for one in RANDOM_HEADS]
-        entry = group_entry(LEAD, list(heads[:size]), 0.5, 1.0, len(vanilla))
-        rates = [sum(one) / len(one) for one in controls]
-        entry |= {"asr": rate(complied), "asr_change": asdict(paired_difference(vanilla, complied))}
-        entry["random"] |= {"asr": rates, "groups": named[: len(controls)], "mean": sum(rates) / max(1, len(rates))}
-        if not controls:
-            entry["random"] = None
-        stored |= {tuple(heads[:size]): complied} | dict(zip(map(tuple, named), controls, strict=False))
+        named = dict(zip((",".join(names[:size]) for names in RANDOM_HEADS), controls, strict=False))
+        group = parse_heads(",".join(heads[:size]))
+        entry = group_as_json(before, outcome(group, (complied, complied, n, n), named, n))
+        stored |= {",".join(heads[:size]): complied} | named
         made.append(entry)
     results["verdict"] |= {"heads": list(heads[: len(groups)]), "size": len(groups), "scorer": LEAD}
     if not groups:
@@ -89,7 +92,7 @@ def audit_run(
         "vanilla-harmful_test": [record("harmful_test", at, label) for at, label in enumerate(vanilla)],
         "vanilla-benign_test": [record("benign_test", at, True, kept=True) for at in range(len(vanilla))],
         "groups-harmful_test": [
-            record("harmful_test", at, label, ",".join(group))
+            record("harmful_test", at, label, group)
             for group, complied in stored.items()
             if group
             for at, label in enumerate(complied)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -151,6 +151,7 @@ def answer(
     ablation: Ablation = UNDIFFERENTIATED_ATTENTION,
     on_rows: Callable[[int], None] | None = None,
     n_rows: int | None = None,
+    halved: MutableSet[str] | None = None,
 ) -> tuple[Answer, ...]:
     """Decode an answer to each request, in batches with a KV cache; out of memory halves a batch.
 
@@ -161,6 +162,7 @@ def answer(
         ablation: of every head in every group.
         on_rows: called with the number of answers just finished.
         n_rows: requests a batch; by default as many as fit the free memory.
+        halved: hashes of batches that did not fit, which are halved at once; further ones are added.
 
     Raises:
         UnsupportedModelError: decoding with a cache is not exact for this model family.
@@ -183,6 +185,10 @@ def answer(
     def run(batch: Sequence[Request]) -> list[Answer]:
         return _Batch(engine, batch, ablation, decoding).run()
 
+    def key(batch: Sequence[Request]) -> str:
+        asked = [(request.token_ids, request.group, request.begun) for request in batch]
+        return hashlib.sha256(repr((asked, ablation, decoding)).encode()).hexdigest()
+
     # Requests of similar length share a batch, which saves padding (bench/LOG.md, the demo's time); only requests of
     # equal length where padding is not exact.
     order = sorted(range(len(requests)), key=length)
@@ -190,7 +196,7 @@ def answer(
     answers: dict[int, Answer] = {}
     for indices in (same[at : at + n_rows] for same in alike for at in range(0, len(same), n_rows)):
         waiting = iter(indices)
-        for part, decoded in halving([requests[index] for index in indices], run):
+        for part, decoded in halving([requests[index] for index in indices], run, halved, key):
             answers |= zip(islice(waiting, len(part)), decoded, strict=True)
             if on_rows is not None:
                 on_rows(len(decoded))

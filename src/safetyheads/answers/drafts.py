@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -89,9 +91,16 @@ class DraftPass:
     """Compares drafts under one ablation with the choices of any head groups."""
 
     def __init__(
-        self, engine: Engine, drafts: Sequence[Draft], ablation: Ablation, sampling: Sampling, plan: Plan | None = None
+        self,
+        engine: Engine,
+        drafts: Sequence[Draft],
+        ablation: Ablation,
+        sampling: Sampling,
+        plan: Plan | None = None,
+        halved: MutableSet[str] | None = None,
     ) -> None:
-        """Plan the pass; nothing is run yet."""
+        """Plan the pass; nothing is run yet. ``halved`` is as for :func:`.model.planning.halving`."""
+        self.halved = halved
         self.engine, self.drafts, self.ablation, self.sampling = engine, tuple(drafts), ablation, sampling
         self.ends = end_tokens(engine)
         self.sequences = [draft.sequence for draft in drafts]
@@ -125,11 +134,16 @@ class DraftPass:
                 chosen = [groups[index] for index in indices]
                 return self.choices(self.engine.replayed(captures, chosen, self.ablation, start))
 
-            for indices, (tokens, margins) in halving(batch, run):
+            for indices, (tokens, margins) in halving(batch, run, self.halved, partial(self._key, groups)):
                 for row, index in enumerate(indices):
                     compared[index] = self.along(tokens[row], margins[row])
                     on_compared(compared[index])
         return compared
+
+    def _key(self, groups: Sequence[Group], indices: Sequence[int]) -> str:
+        """Names a batch of groups among all that a run compares."""
+        compared = self.drafts, self.ablation, self.sampling, self.plan.as_dict(), [groups[index] for index in indices]
+        return hashlib.sha256(repr(compared).encode()).hexdigest()
 
     @torch.inference_mode()
     def choices(self, hidden: Tensor) -> tuple[Integers, Floats]:
@@ -184,7 +198,8 @@ class DraftPass:
             return self.choices(self.engine.replayed(self._captures, groups, self.ablation, 0))
 
         # Rows of tokens and of margins, [n_choices of all drafts] each.
-        rows = [row for _, choices in halving([(), ()], run) for row in zip(*choices, strict=True)]
+        parts = halving([(), ()], run, self.halved, lambda groups: self._key(groups, range(len(groups))))
+        rows = [row for _, choices in parts for row in zip(*choices, strict=True)]
         difference = np.abs(np.array([margins for _, margins in rows]) - np.asarray(plain_margins, dtype=np.float64))
         largest = float(difference[np.isfinite(difference)].max(initial=0.0))
         tolerance = max(_LEAST_TOLERANCE[self.engine.dtype.itemsize], _SAFETY * largest)
@@ -230,19 +245,20 @@ class VerifiedDrafts:
         plan: Plan | None = None,
         tolerance: float | None = None,
         n_rows: int | None = None,
+        halved: MutableSet[str] | None = None,
     ) -> None:
         """Answer the prompts unablated, and measure which margins are near-ties; unless these are given.
 
         ``plan`` is the packed pass's, ``n_rows`` the rows a batch where answers are decoded. Margins below
-        ``tolerance``, in logits, are near-ties.
+        ``tolerance``, in logits, are near-ties. ``halved`` has the batches that did not fit the memory.
 
         Raises:
             InputError: no prompt leaves room for an answer, or whole answers are wanted and given ones are cut.
         """
         self.engine, self.encoded, self.ablation = engine, tuple(encoded), ablation
-        self.decoding, self.stop, self.n_rows = decoding, stop, n_rows
+        self.decoding, self.stop, self.n_rows, self.halved = decoding, stop, n_rows, halved
         if unablated is None:
-            unablated = unablated_answers(engine, encoded, decoding, stop, n_rows)
+            unablated = unablated_answers(engine, encoded, decoding, stop, n_rows, halved)
         self.unablated = tuple(unablated)
         if stop is None and not all(decoded.complete for decoded in self.unablated):
             raise InputError("whole answers are wanted, and some of the unablated ones are cut")
@@ -252,7 +268,7 @@ class VerifiedDrafts:
         # Index of a prompt -> of its draft.
         self.draft_of = {prompt: at for at, prompt in enumerate(drafts)}
         margins = [margin for prompt in drafts for margin in self.unablated[prompt].margins]
-        self.drafts = DraftPass(engine, list(drafts.values()), ablation, decoding.sampling, plan)
+        self.drafts = DraftPass(engine, list(drafts.values()), ablation, decoding.sampling, plan, halved)
         self.tolerance = self.drafts.near_tie_tolerance(margins) if tolerance is None else tolerance
 
     def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
@@ -279,7 +295,7 @@ class VerifiedDrafts:
                 _report(on_rows, len(own_groups))
             elif own_groups:
                 draft = self.drafts.drafts[self.draft_of[prompt]]
-                alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling)
+                alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling, halved=self.halved)
                 compared = self._compared(alone, [prompt], own_groups, on_rows)
                 economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
             rows += [(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)]
@@ -362,7 +378,7 @@ class VerifiedDrafts:
         with warnings.catch_warnings():
             # The unablated answers have warned already, with the numbers of the whole set.
             warnings.simplefilter("ignore", ShortContextWarning)
-            return answer(self.engine, requests, self.decoding, self.ablation, n_rows=self.n_rows)
+            return answer(self.engine, requests, self.decoding, self.ablation, n_rows=self.n_rows, halved=self.halved)
 
     @property
     def cost_of_drafts(self) -> Economy:
@@ -392,11 +408,17 @@ def drafts_fit(engine: Engine, encoded: Sequence[tuple[int, ...]], unablated: Se
 
 
 def unablated_answers(
-    engine: Engine, encoded: Sequence[tuple[int, ...]], decoding: Decoding, stop: Stop | None, n_rows: int | None = None
+    engine: Engine,
+    encoded: Sequence[tuple[int, ...]],
+    decoding: Decoding,
+    stop: Stop | None,
+    n_rows: int | None = None,
+    halved: MutableSet[str] | None = None,
 ) -> tuple[Answer, ...]:
     """The drafts: the unablated model's answers, each cut where ``stop`` says so."""
     requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]
-    return tuple(replace(decoded, changed=False) for decoded in answer(engine, requests, decoding, n_rows=n_rows))
+    answers = answer(engine, requests, decoding, n_rows=n_rows, halved=halved)
+    return tuple(replace(decoded, changed=False) for decoded in answers)
 
 
 def _report(on_rows: OnRows, count: int) -> None:

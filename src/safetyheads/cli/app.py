@@ -44,7 +44,7 @@ from safetyheads.runs.config import (
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.runs.progress import Progress
+    from safetyheads.runs.config import Progress
 
 Config = TypeVar("Config", bound=ModelOptions)
 Data = TypeVar("Data")
@@ -105,10 +105,11 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
 @command
 def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
-    from safetyheads.runs.scan import read_prompts, run_scan
+    from safetyheads.runs.run import read_sets
+    from safetyheads.runs.scan import run_scan
 
     config, out = _with_own_benign(config), where.out or Path(f"{_default_out(config)}-scan")
-    prompts, progress = _prepared(config, out, output, read_prompts, report)
+    prompts, progress = _prepared(config, out, output, read_sets, report)
     results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show.show_scan)
 
@@ -238,10 +239,10 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
 
     A model where they are not is refused by name.
     """
-    from safetyheads.runs.data import read_whole
     from safetyheads.runs.model_check import describe
+    from safetyheads.runs.run import read_sets
 
-    prompts = read_whole("harmful", config.prompts, config) if config.prompts != "benign" else None
+    prompts = read_sets(config)["harmful"] if config.prompts != "benign" else None
     progress = show.progress_for(output.quiet)
     engine = load_engine(config, progress, proved=False)
     found = describe(engine, config, prompts, progress)
@@ -287,7 +288,7 @@ def judge(
     progress = show.progress_for(output.quiet)
     found = [rejudge(run, judge, progress, provenance(sys.argv)) for judge in judges]
     path = write_report(RunDirectory.open(run))
-    results = asdict(found[0]) if len(found) == 1 else {"judges": [asdict(rejudged) for rejudged in found]}
+    results = found[0] if len(found) == 1 else {"judges": found}
     _show(results, output, lambda: show.show_rejudged(found, path))
 
 
@@ -317,8 +318,7 @@ def compare(
     compared = compare_runs(RunReader(run_a), RunReader(run_b))
     known = quantities(compared)
     gates = [check_gate(condition, known) for condition in conditions]
-    numbers = {name: asdict(quantity) for name, quantity in known.items()}
-    found = asdict(compared) | {"quantities": numbers, "gates": gates}
+    found = asdict(compared) | {"quantities": known, "gates": gates}
     _show(found, output, lambda: show.show_comparison(compared, gates))
     shut = [gate for gate in gates if gate["holds"]]
     for gate in shut * output.json:
@@ -336,7 +336,7 @@ def history(
 
     found = read_history(folder)
     path = write_history(found)
-    _show(found.as_dict() | {"page": str(path)}, output, lambda: show.show_history(found, path))
+    _show(found | {"page": str(path)}, output, lambda: show.show_history(found, path))
 
 
 # What commands share

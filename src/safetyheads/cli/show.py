@@ -25,12 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from safetyheads.ablation import Ablation
-from safetyheads.runs.progress import Progress, Silent
+from safetyheads.runs.config import Progress, Silent
 
 if TYPE_CHECKING:
     from safetyheads.runs.compare import Comparison
-    from safetyheads.runs.history import History
-    from safetyheads.runs.rejudge import Rejudged
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
@@ -502,12 +500,12 @@ def show_evaluation(results: Found, out: Path) -> None:
 # Finished runs
 
 
-def show_rejudged(found: Sequence[Rejudged], report: Path) -> None:
+def show_rejudged(found: Sequence[Mapping[str, Any]], report: Path) -> None:
     """Rates of the run's judge and of another one, where they differ most first, and how far they agree."""
     for rejudged in found:
-        names = rejudged.lead, rejudged.judge
-        rates = [(label, by_judge[names[0]], by_judge[names[1]]) for label, by_judge in rejudged.rates.items()]
-        rates.sort(key=lambda row: -abs((row[2].rate or 0.0) - (row[1].rate or 0.0)))
+        names = rejudged["lead"], rejudged["judge"]
+        rates = [(label, by_judge[names[0]], by_judge[names[1]]) for label, by_judge in rejudged["rates"].items()]
+        rates.sort(key=lambda row: -abs((row[2]["rate"] or 0.0) - (row[1]["rate"] or 0.0)))
         n_more = len(rates) - _ROWS_SHOWN
         print_table(
             "Judges side by side",
@@ -515,10 +513,11 @@ def show_rejudged(found: Sequence[Rejudged], report: Path) -> None:
             [(label, rate(lead), rate(other)) for label, lead, other in rates[:_ROWS_SHOWN]],
             f"{n_more} more rows with --json." if n_more > 0 else "",
         )
-        kappa = "not defined" if rejudged.kappa.kappa is None else f"{_kappa(rejudged.kappa)} n {rejudged.kappa.n:,}"
-        facts = {"answers": f"{rejudged.n_rows:,}", "unscored": f"{rejudged.n_unscored:,}"}
-        facts |= {"judged differently": f"{rejudged.n_differing:,}", "Cohen's kappa": kappa}
-        print_facts("Agreement", facts | {"seconds": f"{rejudged.seconds:.1f}"})
+        agreed = rejudged["kappa"]
+        kappa = "not defined" if agreed["kappa"] is None else f"{_kappa(agreed)} n {agreed['n']:,}"
+        facts = {"answers": f"{rejudged['n_rows']:,}", "unscored": f"{rejudged['n_unscored']:,}"}
+        facts |= {"judged differently": f"{rejudged['n_differing']:,}", "Cohen's kappa": kappa}
+        print_facts("Agreement", facts | {"seconds": f"{rejudged['seconds']:.1f}"})
     print_lines([f"Report: {report}"])
 
 
@@ -583,28 +582,28 @@ def _show_ranks(compared: Comparison) -> None:
         print_lines([f"Top {top.k} by {get(compared.lead_ranks, 'label')}: gone {gone}; new {new}{ties}"])
 
 
-def show_history(history: History, page: Path) -> None:
+def show_history(history: Mapping[str, Any], page: Path) -> None:
     """The runs as a table, and what was skipped."""
 
-    def run(entry: Any) -> str:
-        date = "date unknown" if entry.started is None else f"{entry.started:%Y-%m-%d %H:%M}"
-        return f"{entry.name} ({entry.kind})\n{date}"
+    def run(entry: Mapping[str, Any]) -> str:
+        date = "date unknown" if entry["started"] is None else entry["started"][:16].replace("T", " ")
+        return f"{entry['name']} ({entry['kind']})\n{date}"
 
-    def since(entry: Any) -> str:
-        change, settings = entry.change, entry.other_settings
+    def since(entry: Mapping[str, Any]) -> str:
+        change, settings = entry["change"], entry["other_settings"]
         if change is None:
             return ""
-        lines = [change.note if change.change is None else str(signed(change.change, change.interval))]
-        lines += ["unpaired"] * (change.change is not None and not change.paired)
+        lines = [change["note"] if change["change"] is None else str(signed(change["change"], change["interval"]))]
+        lines += ["unpaired"] * (change["change"] is not None and not change["paired"])
         return "\n".join([*lines, *([f"other {', '.join(settings)}"] if settings else [])])
 
     columns: dict[str, Column] = {"run": run, "model": "model", "ASR": "vanilla_asr rate", "change": since}
     columns |= {"group's ASR": "group_asr rate", "group": "group", "concentration": "concentration value"}
-    columns |= {"top heads": lambda entry: ", ".join(entry.top_heads) or "tied"}
-    print_items(f"Runs below {history.folder}, oldest first ([95 % interval])", history.entries, columns)
-    broken = [run for run in history.skipped if "results of kind" not in run["reason"]]
+    columns |= {"top heads": lambda entry: ", ".join(entry["top_heads"]) or "tied"}
+    print_items(f"Runs below {history['folder']}, oldest first ([95 % interval])", history["runs"], columns)
+    broken = [run for run in history["skipped"] if "results of kind" not in run["reason"]]
     print_lines((f"skipped {run['name']}: {one_line(run['reason'])}" for run in broken), "yellow")
-    if n_others := len(history.skipped) - len(broken):
+    if n_others := len(history["skipped"]) - len(broken):
         print_lines([f"Left out: {n_others} of other kinds than audit and scan"], "dim")
     print_lines([f"History: {page}"])
 

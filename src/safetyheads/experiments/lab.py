@@ -26,8 +26,8 @@ from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run
@@ -264,16 +264,12 @@ class Subject:
     def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
         self.lab.forget_others(self.run)
-        ships = self.ships(ablation)
-        own = zip(*(query_level_groups(ships, k) for k in range(1, size + 1)), strict=True)
-        return self.run.answers(self.name, sampling).of_each("query_level", list(own), ablation)
+        own = query_level_groups(self.ships(ablation), size)
+        return self.run.answers(self.name, sampling).of_each("query_level", own, ablation)
 
     def ships(self, ablation: Ablation) -> HeadScores:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
-        singles = [(head,) for head in self.engine.heads]
-        scored = self.run.head_pass(self.name, ablation, Readouts(ships=True))
-        with self.lab.progress.track(f"{self.name}: Ships", len(singles)) as done:
-            return scored.table("ships", scored.measure(singles, done)["ships"])
+        return self.run.scored(self.name, ablation, Readouts(ships=True))[1]["ships"]
 
     def scores(self, name: str, ablation: Ablation) -> HeadScores:
         """One of the search scores of every head alone [n_layers, n_heads]."""

@@ -14,8 +14,8 @@ from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, Need
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.settings import ReproductionConfig, prompts_sha256
 from safetyheads.judges.named import judges_named
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.progress import Progress
 from safetyheads.runs.provenance import canonical_name, versions
 from safetyheads.runs.run import run_directory
 

@@ -23,9 +23,8 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
-from safetyheads.runs.config import EvalConfig
+from safetyheads.runs.config import EvalConfig, Progress, Silent
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
-from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
 from safetyheads.stats.intervals import Rate, mean_with_interval

@@ -7,8 +7,9 @@ the best bounds how many of all the others do.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.errors import InputError
@@ -134,7 +135,12 @@ def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
 
 
 def screened_sahara(
-    measuring: HeadPass, score: Score, steps: int, extent: Extent, on_groups: OnGroups = None
+    measuring: HeadPass,
+    score: Score,
+    steps: int,
+    extent: Extent,
+    on_groups: OnGroups = None,
+    screens: Callable[..., Screening] | None = None,
 ) -> tuple[SearchTrace, tuple[Proposal, ...], tuple[Missed, ...]]:
     """Algorithm 1 with a screening before each step, taken with the group so far ablated.
 
@@ -145,7 +151,9 @@ def screened_sahara(
     proposals: list[Proposal] = []
 
     def narrow(group: Group) -> Group:
-        screening = screen(measuring.engine, measuring.sequences, measuring.ablation, openers, group)
+        screening = (screens or partial(screen, measuring.engine))(
+            measuring.sequences, measuring.ablation, openers, group
+        )
         proposals.append(propose(screening, score.forecast, extent))
         return proposals[-1].heads
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
 
+OPENER_TOKENS = 32
+"""New tokens that a judge sees to find the refusals whose openers are counted."""
 OnGroups: TypeAlias = Callable[[int], None] | None
 """Called with the number of groups just scored."""
 
 # The warning is given where this share of the answers begins with the same blank token.
 _SHARED = 0.9
-# New tokens that a judge sees to find the refusals whose openers are counted.
-_OPENER_TOKENS = 32
 
 
 class SharedFirstTokenWarning(UserWarning):
@@ -194,10 +194,13 @@ def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tupl
     )
 
 
-def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener, ...]:
+def openers_of(engine: Engine, answers: Sequence[JudgedAnswer], needs: bool = False) -> tuple[Opener, ...]:
     """First tokens of the refused answers, most frequent first; warns where most are blank.
 
     An answer after a think block is left out: the token after the prompt begins a thought.
+
+    Raises:
+        SafetyheadsError: there is none, and the caller ``needs`` one.
     """
     refusals = (row for row in answers if row.verdict.label == "refused" and not row.thinks)
     firsts = Counter(row.token_ids[0] for row in refusals if row.token_ids)
@@ -213,15 +216,14 @@ def openers_of(engine: Engine, answers: Sequence[JudgedAnswer]) -> tuple[Opener,
             BlankOpenerWarning,
             stacklevel=2,
         )
+    if needs and not openers and any(row.thinks for row in answers):
+        raise SafetyheadsError("the model thinks before it answers, so no refusal opens with the token after a prompt")
+    if needs and not openers:
+        raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
     return openers
 
 
 def find_openers(engine: Engine, prompts: PromptSet, judge: Judge) -> tuple[Opener, ...]:
     """The openers of the model's own unablated refusals of these prompts; :class:`SafetyheadsError` if it has none."""
-    answers = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, _OPENER_TOKENS).rows
-    openers = openers_of(engine, answers)
-    if not openers and any(row.thinks for row in answers):
-        raise SafetyheadsError("the model thinks before it answers, so no refusal opens with the token after a prompt")
-    if not openers:
-        raise SafetyheadsError("the model refuses none of these prompts, so there is no refusal to score")
-    return openers
+    answers = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, OPENER_TOKENS).rows
+    return openers_of(engine, answers, needs=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -242,15 +242,23 @@ def unless_too_large(n_items: int) -> Iterator[None]:
 
 
 def halving(
-    items: Sequence[Item], run: Callable[[Sequence[Item]], Result | None]
+    items: Sequence[Item],
+    run: Callable[[Sequence[Item]], Result | None],
+    halved: MutableSet[str] | None = None,
+    key: Callable[[Sequence[Item]], str] = str,
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """Run over all items at once; where memory runs out, over each half, and so on down to one.
 
     Yields the items that ran together, with what ``run`` gave; it may give None itself: too many, as known before.
+    ``halved`` has the ``key`` of items that were too many before, and gets those that are now: other batches give
+    other last bits.
     """
     result = None
-    with unless_too_large(len(items)):
-        result = run(items)
+    if not halved or len(items) < 2 or key(items) not in halved:
+        with unless_too_large(len(items)):
+            result = run(items)
+        if result is None and halved is not None:
+            halved.add(key(items))
     if result is not None:
         yield items, result
         return
@@ -258,8 +266,8 @@ def halving(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(items) // 2
-    yield from halving(items[:middle], run)
-    yield from halving(items[middle:], run)
+    yield from halving(items[:middle], run, halved, key)
+    yield from halving(items[middle:], run, halved, key)
 
 
 # Costs. Useful operations only: a token against the tokens it may see, weights against tokens that are really there.

@@ -15,8 +15,7 @@ from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines,
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two, under_headings
 from safetyheads.runs.directory import Record, RunDirectory
-from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers
-from safetyheads.runs.rejudge import with_later_verdicts
+from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers, answer_table, with_later_verdicts
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
@@ -64,11 +63,8 @@ def render_scan(
     results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], timings: Mapping[str, Any], show_texts: bool
 ) -> str:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
-    table, differ, benign = (
-        AnswerTable.of(rows, results["lead_judge"]),
-        differing(results),
-        results["vanilla"].get("benign"),
-    )
+    table, differ = answer_table(rows, results["lead_judge"]), differing(results)
+    benign = results["vanilla"].get("benign")
     judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
     figures, columns = _figures(results), head_columns(results)
     drill, planted = drill_data(results, table, judges), results.get("planted_heads") or []
@@ -208,7 +204,7 @@ def _followed(results: Results) -> list[dict[str, Any]]:
 
 def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupAnswers | None:
     """The answers to a set under one head, or unablated where the head is the empty one."""
-    return table.part("heads", name, epsilon).get(head) if head else table.vanilla(name)
+    return (table["heads", name, epsilon] if head else table["vanilla", name, None]).get(head)
 
 
 def _judged_by(answers: GroupAnswers, judge: str) -> bool:
@@ -259,7 +255,7 @@ def drill_data(
     state stands there once and is meant by its number; of a head only the answers are written whose state is not that
     of the unablated answer.
     """
-    unablated = [answers for answers in map(table.vanilla, SETS) if answers is not None]
+    unablated = [answers for name in SETS for answers in table["vanilla", name, None].values()]
     if not unablated:
         return None
     judges = [judge for judge in judges if all(_judged_by(answers, judge) for answers in unablated)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from safetyheads.reports.page import render
 from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.reports.scan import scan_page
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.history import History
 
 PAGES: dict[str, Callable[[RunDirectory, bool], str]] = {"audit": audit_page, "scan": scan_page}
 """Kind of results -> what makes the page of such a run, with its completions or without: to add a page, write such a
@@ -56,15 +55,15 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     return run.write_report(*render_reproduction(results, run.read_manifest(), run.read_timings()))
 
 
-def write_history(history: History) -> Path:
+def write_history(history: Mapping[str, Any]) -> Path:
     """Write ``history.html`` into the history's folder and return its path; equal histories give equal text."""
     rows: list[dict[str, Any]] = []
-    for number, entry in enumerate(history.entries, 1):
-        started = "unknown" if entry.started is None else f"{entry.started:%Y-%m-%d %H:%M}"
-        about = {"run": f"{number}. {entry.name}", "model": entry.model, "started": started}
-        points = rate_rows(number, VANILLA, entry.vanilla_asr, ())
-        points += rate_rows(number, GROUP, entry.group_asr, entry.group)
-        concentration = entry.concentration
+    for number, entry in enumerate(history["runs"], 1):
+        started = "unknown" if entry["started"] is None else entry["started"][:16].replace("T", " ")
+        about = {"run": f"{number}. {entry['name']}", "model": entry["model"], "started": started}
+        points = rate_rows(number, VANILLA, entry["vanilla_asr"], ())
+        points += rate_rows(number, GROUP, entry["group_asr"], entry["group"])
+        concentration = entry["concentration"]
         if concentration is not None and concentration["value"] is not None:
             low, high = concentration["interval"] or (None, None)
             point = {"x": number, "series": CONCENTRATION, "y": concentration["value"], "low": low, "high": high}
@@ -74,7 +73,7 @@ def write_history(history: History) -> Path:
     rows.sort(key=lambda row: (VANILLA, GROUP, CONCENTRATION).index(row["series"]))
     described = "Attack success and concentration of each run, oldest first"
     drawn = charts.lines(rows, "run, oldest first", "share of prompts; concentration", described, height=320)
-    content = {"history": history, "name": history.folder.resolve().name}
-    path = history.folder / "history.html"
+    content = {"history": history, "name": Path(history["folder"]).resolve().name}
+    path = Path(history["folder"]) / "history.html"
     write_atomically(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}).encode())
     return path

@@ -10,25 +10,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal
 
+from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
-from safetyheads.measures.head_pass import Readouts, Score
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
-from safetyheads.measures.ships import openers_of, scorer_of
+from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
-from safetyheads.runs.data import KINDS, read_halves
-from safetyheads.runs.estimate import estimate
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, random_as_json
-from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
+from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, corrected, random_as_json
+from safetyheads.runs.run import (
+    Kind,
+    Run,
+    carry_out,
+    estimate,
+    is_demo,
+    read_set,
+    refuse_beyond_memory,
+    sampling_of,
+)
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import Rate, mean_with_interval
-from safetyheads.stats.testing import holm, smallest_detectable_change
+from safetyheads.stats.testing import smallest_detectable_change
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -57,12 +65,13 @@ SCORE_LABELS = {
     "contrast": "mean Ships, harmful less benign prompts",
 }
 """What a reader is told that each score is."""
+KINDS: tuple[Literal["harmful", "benign"], ...] = ("harmful", "benign")
 SETS = ("harmful_search", "harmful_test", "benign_search", "benign_test")
 """The prompt sets of an audit."""
 _N_RUNNERS_UP = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GroupOutcome:
     """One group's effect."""
 
@@ -79,11 +88,21 @@ class GroupOutcome:
     random: tuple[GroupAnswers, ...] = ()
     """Answers to the harmful test prompts under each random group; equal groups stand here more than once."""
 
+    @cached_property
+    def control(self) -> dict[str, Any] | None:
+        """The ASR under the random groups (:func:`.rates.random_as_json`)."""
+        return random_as_json(self.answers["harmful_test"], self.random)
+
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
-    """The harmful and benign prompts that the config names, each divided into a search and a test half."""
-    named = {"harmful": config.prompts, "benign": config.benign}
-    halves = [half for kind in KINDS for half in read_halves(kind, named[kind], config, config.split, config.seed)]
+    """Search and test half of harmful and benign prompts: the demo's own splits, or a random split of a file."""
+    halves: list[PromptSet] = []
+    for kind, name in zip(KINDS, (config.prompts, config.benign), strict=True):
+        test = read_set(kind, name, config)
+        if is_demo(name):
+            halves += demo_prompts(kind, "validation")[: config.limit], test
+        else:
+            halves += test.split(config.split, config.seed)
     return dict(zip(SETS, halves, strict=True))
 
 
@@ -92,7 +111,8 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
     if len(asked["harmful_search"]) < 2:
         raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
-    refuse_beyond_memory(engine, *(asked[name] for name in ("harmful_search", "benign_search", "benign_test")))
+    refuse_beyond_memory(engine, asked["harmful_search"], asked["benign_search"], positions=config.positions)
+    refuse_beyond_memory(engine, asked["benign_test"])
 
 
 def _announce(run: Run[AuditConfig]) -> None:
@@ -113,22 +133,14 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     """Run all stages, and make what only an audit's ``results.json`` holds."""
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
-    openers = openers_of(engine, run.answers("harmful_search").judged(vanilla["harmful_search"].flat()))
+    openers = run.openers("harmful_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
-    harmful = run.head_pass("harmful_search", ablation, readouts, config.positions)
-    benign = run.head_pass("benign_search", ablation, Readouts(ships=True), config.positions)
-    singles = [(head,) for head in engine.heads]
-    with run.progress.track("scoring heads", 2 * len(singles)) as done:
-        values, benign_values = harmful.measure(singles, done), benign.measure(singles, done)
-    by_prompt = {"mean_ships": harmful.table("ships", values["ships"])}
-    by_prompt["benign_ships"] = benign.table("ships", benign_values["ships"])
-    if openers:
-        by_prompt["refusal_score"] = harmful.table("refusal_score", values["refusal_score"])
-    names = [*SEARCHED, *["refusal_score"] * bool(openers)]
-    scores = {name: rank_heads(scorer_of(harmful, name), engine.heads) for name in names}
-    scores["benign_ships"] = rank_heads(scorer_of(benign, LEAD), engine.heads)
+    harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
+    benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions)
+    scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
+    by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     traces = {}
-    with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(singles), config.size)) as done:
+    with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(engine.heads), config.size)) as done:
         for name in SEARCHED:
             traces[name] = sahara(scorer_of(harmful, name, done), engine.heads, config.size)
     outcomes, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
@@ -143,19 +155,14 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "lead_score": LEAD,
         "verdict": verdict_of(vanilla, outcomes, len(engine.heads)),
         "behaviour": {
-            "vanilla": _rates(vanilla),
-            "groups": [_group(vanilla, outcome) for outcome in outcomes],
-            "heads": _heads(vanilla["harmful_test"], heads, by_prompt),
+            "vanilla": rates_as_json(vanilla),
+            "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
+            "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt),
         },
         "concentration": concentration_as_json(lead, vanilla["harmful_test"]),
         "scores": {
-            name: {
-                **score_as_json(
-                    name, table, len(asked["benign_search" if name == "benign_ships" else "harmful_search"])
-                ),
-                "resolution": table.resolution,
-                "ties": [[str(head) for head in tie] for tie in table.ties()],
-            }
+            name: score_as_json(name, table, len(asked[f"{KINDS[name == 'benign_ships']}_search"]))
+            | {"resolution": table.resolution, "ties": [[str(head) for head in tie] for tie in table.ties()]}
             for name, table in scores.items()
         },
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
@@ -182,16 +189,9 @@ def _outcomes(
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))
-        outcomes.append(
-            GroupOutcome(
-                scorer,
-                len(group),
-                group,
-                {name: answers[name][key] for name in SETS},
-                tuple(divergence[key]),
-                tuple(answers["harmful_test"][control] for control in controls[key]),
-            )
-        )
+        of_group = {name: answers[name][key] for name in SETS}
+        random = tuple(answers["harmful_test"][control] for control in controls[key])
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, tuple(divergence[key]), random))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 
@@ -236,8 +236,7 @@ def verdict_of(unablated: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOu
     if vanilla.refused.count < round(detectable * n):
         nothing = f"No concentrated heads found: {refused} ({asr}), too few to see any head carry them."
         return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": nothing}
-    random = random_as_json(outcome.answers["harmful_test"], outcome.random)
-    checks, beside = _checks(unablated, outcome, random), ""
+    checks, beside, random = _checks(unablated, outcome), "", outcome.control
     if random is not None:
         n_random, n_distinct = random["n_groups"], random["n_distinct"]
         # A layer of eight heads has only seven others: then draws repeat, and the sentence says how many differ.
@@ -263,10 +262,9 @@ def verdict_of(unablated: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOu
     }
 
 
-def _checks(
-    vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome, random: Mapping[str, Any] | None
-) -> list[tuple[bool, str]]:
+def _checks(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> list[tuple[bool, str]]:
     """The three conditions, each with the sentence that says how it came out."""
+    random = outcome.control
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
     change, kept = harmful.change_from(vanilla["harmful_test"]), vanilla["benign_test"].kept
     kept_change = benign.kept_change_from(vanilla["benign_test"])
@@ -315,13 +313,11 @@ def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
     return {"name": search.name, "n_search": len(search), "n_test": len(test), "sha256": both}
 
 
-def _rates(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
+def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     """Rates of the test half, and the ASR of the search half."""
     harmful, benign, search = (answers[name] for name in ("harmful_test", "benign_test", "harmful_search"))
     return {
-        "asr": asdict(harmful.asr),
-        "refused": asdict(harmful.refused),
-        "incoherent": asdict(harmful.incoherent),
+        **{name: asdict(getattr(harmful, name)) for name in ("asr", "refused", "incoherent")},
         "benign_kept": asdict(benign.kept),
         "search_asr": asdict(search.asr),
         "reasons": harmful.reasons(with_details=False),
@@ -330,43 +326,44 @@ def _rates(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     }
 
 
-def _group(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> dict[str, Any]:
+def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> dict[str, Any]:
+    """A group's rates with their changes."""
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
     return {
         "scorer": outcome.scorer,
         "size": outcome.size,
         "heads": [str(head) for head in outcome.group],
-        **_rates(outcome.answers),
+        **rates_as_json(outcome.answers),
         "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
         "benign_kept_change": asdict(benign.kept_change_from(vanilla["benign_test"])),
         "benign_kl": asdict(mean_with_interval(outcome.benign_kl)),
-        "random": random_as_json(harmful, outcome.random),
+        "random": outcome.control,
     }
 
 
-def _heads(
+def heads_as_json(
     vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores]
 ) -> list[dict[str, Any]]:
     """The top heads, each alone, with p values corrected over the heads listed."""
-    changes = [alone.change_from(vanilla) for alone in heads]
-    corrected = holm([1.0 if change.p_value is None else change.p_value for change in changes])
+    changes = corrected({alone.group: alone.change_from(vanilla) for alone in heads})
     entries = []
-    for rank, (alone, change, p_holm) in enumerate(zip(heads, changes, corrected, strict=True), start=1):
-        head = Head.parse(alone.group)
+    for rank, alone in enumerate(heads, start=1):
+        head, change = Head.parse(alone.group), changes[alone.group]
         means: dict[str, Any] = {"mean_ships": None, "benign_ships": None, "refusal_score": None}
         for name, scores in by_prompt.items():
             means[name] = asdict(mean_with_interval(scores.values[:, head.layer, head.index].tolist()))
-        entries.append(
-            {
-                "head": alone.group,
-                "rank": rank,
-                **means,
-                "asr": asdict(alone.asr),
-                "asr_change": asdict(change) | {"p_holm": p_holm},
-                "by_judge": by_judge(alone),
-            }
-        )
+        del change["p_bh"]
+        asr = {"asr": asdict(alone.asr), "asr_change": change, "by_judge": by_judge(alone)}
+        entries.append({"head": alone.group, "rank": rank, **means, **asr})
     return entries
+
+
+def scores_of(measuring: HeadPass) -> dict[str, HeadScores]:
+    """Every score that a pass reads, of each head alone: mean Ships, angles, the refusal score."""
+    readouts = measuring.readouts
+    names = [*[LEAD] * readouts.ships, *(angle.label for angle in readouts.angles)]
+    names += ["refusal_score"] * bool(readouts.openers)
+    return {name: rank_heads(scorer_of(measuring, name), measuring.engine.heads) for name in names}
 
 
 def score_as_json(name: str, scores: HeadScores, n_prompts: int) -> dict[str, Any]:
@@ -387,6 +384,6 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
     ]
 
 
-_AUDIT = Kind("audit", read_prompts, _announce, audit_results, _refuse_impossible)
+_AUDIT = Kind("audit", _announce, audit_results, _refuse_impossible, read_prompts)
 run_audit = partial(carry_out, _AUDIT)
 """Audits a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

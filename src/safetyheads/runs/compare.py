@@ -288,20 +288,6 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 _CONDITION = re.compile(r"\s*(\w+)(?:\.(low|high))?\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """A number of a comparison that a condition can ask about."""
-
-    value: float | None
-    """None where these runs do not have it."""
-    interval: Interval | None = None
-    """95 %; counts of heads and rank correlations are of all heads and have none."""
-    n: int | None = None
-    """Prompts (the fewer of both runs), or heads."""
-    absent: str = ""
-    """Why there is no value."""
-
-
 def parse_condition(text: str) -> Condition:
     """Read a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0``.
 
@@ -323,45 +309,47 @@ def parse_condition(text: str) -> Condition:
     return name, bound, sign, number
 
 
-def quantities(compared: Comparison) -> dict[str, Quantity]:
-    """The numbers of a comparison, by the names in :data:`QUANTITIES`."""
+def quantities(compared: Comparison) -> dict[str, dict[str, Any]]:
+    """The numbers of a comparison, by the names in :data:`QUANTITIES`.
+
+    Each has ``value`` (None where these runs do not have it; then ``absent`` says why), ``interval`` (95 %; counts of
+    heads and rank correlations are of all heads and have none) and ``n`` (prompts, the fewer of both runs, or heads).
+    """
+
+    def quantity(value: float | None, absent: str = "", n: int | None = None, interval: Any = None) -> dict[str, Any]:
+        return {"value": value, "interval": interval, "n": n, "absent": absent}
+
     changes = (compared.vanilla_asr, compared.group_asr, compared.benign_kept, compared.concentration)
     values = [
-        Quantity(None, absent=f"these {compared.kind}s have none")
+        quantity(None, f"these {compared.kind}s have none")
         if change is None
-        else Quantity(change.change, change.interval, min(change.n), change.note)
+        else quantity(change.change, change.note, min(change.n), change.interval)
         for change in changes
     ]
     if (ranks := compared.lead_ranks) is None:
-        values += [Quantity(None, absent=compared.shapes_note or f"no {compared.lead_score} in both runs")] * 4
+        values += [quantity(None, compared.shapes_note or f"no {compared.lead_score} in both runs")] * 4
     else:
         numbers = (ranks.spearman, ranks.kendall, *(overlap.share for overlap in ranks.overlaps))
-        tied = "a run orders no heads: its scores are tied"
-        values += [Quantity(number, n=ranks.n, absent=tied) for number in numbers]
+        values += [quantity(number, "a run orders no heads: its scores are tied", ranks.n) for number in numbers]
     if (heads := compared.heads) is None:
-        values += [Quantity(None, absent=compared.shapes_note)] * 2
+        values += [quantity(None, compared.shapes_note)] * 2
     else:
-        values += [Quantity(float(len(moved_heads))) for moved_heads in (heads.gone, heads.new)]
+        values += [quantity(float(len(moved_heads))) for moved_heads in (heads.gone, heads.new)]
     return dict(zip(QUANTITIES, values, strict=True))
 
 
-def check_gate(condition: Condition, known: Mapping[str, Quantity]) -> dict[str, Any]:
+def check_gate(condition: Condition, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Whether a condition holds, as a record: condition, holds, and value, interval and n of the quantity.
 
     Raises:
         InputError: these runs do not have the quantity or its interval, so that no gate passes for lack of data.
     """
     name, bound, sign, number = condition
-    quantity = known[name]
-    if quantity.value is None:
-        raise InputError(f"these runs have no {name}: {quantity.absent}")
-    if bound and quantity.interval is None:
+    value, interval, n, absent = (known[name][field] for field in ("value", "interval", "n", "absent"))
+    if value is None:
+        raise InputError(f"these runs have no {name}: {absent}")
+    if bound and interval is None:
         raise InputError(f"{name} has no interval in these runs, so no .{bound} to ask about")
-    asked = quantity.interval[bound == "high"] if bound and quantity.interval else quantity.value
-    return {
-        "condition": f"{name}{'.' + bound if bound else ''} {sign} {number:g}",
-        "holds": _OPERATORS[sign](asked, number),
-        "value": quantity.value,
-        "interval": quantity.interval,
-        "n": quantity.n,
-    }
+    asked = interval[bound == "high"] if bound else value
+    text = f"{name}{'.' + bound if bound else ''} {sign} {number:g}"
+    return {"condition": text, "holds": _OPERATORS[sign](asked, number), "value": value, "interval": interval, "n": n}

@@ -1,4 +1,4 @@
-"""Holds the settings of every kind of run.
+"""Holds what a run is given: the settings of every kind, and who watches it.
 
 The sentence under each field is the help of the command line's option. The classes ``...Options`` are shared parts; a
 config is what one command takes. Parts have no slots: classes with slots cannot be combined.
@@ -6,9 +6,11 @@ config is what one command takes. Parts have no slots: classes with slots cannot
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -171,6 +173,8 @@ class AnswerOptions(JudgeOptions):
     """Sample from the N likeliest tokens; 1 is greedy. The paper also samples with 5."""
     seed: int = 0
     """Random seed of the sampling, the split and the random groups."""
+    store_completions: bool = True
+    """Store the answers in the run directory, not verdicts alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,17 +239,8 @@ class SizeOptions(Options):
     """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreOptions(Options):
-    """What a run directory keeps."""
-
-    PANEL: ClassVar[str] = "Run directory"
-    store_completions: bool = True
-    """Store the answers in the run directory, not verdicts alone."""
-
-
 @dataclass(frozen=True)
-class RunConfig(StoreOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
+class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings that audits and scans share; the defaults are the paper's where it gives any."""
 
     PANEL: ClassVar[str] = "Prompts"
@@ -312,6 +307,8 @@ class ScanConfig(BesideOptions, GroupOptions, RunConfig):
         super().__post_init__()
         if self.n_seeds > 1 and self.top_k == 1:
             raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
+        if self.epsilons and self.parsed_ablation.kind.operation == "mean":
+            raise InputError(f"{self.parsed_ablation.name} has no epsilon; --further-epsilon is for ua, sc and ua_key")
         for epsilon in self.epsilons:
             Ablation.parse(self.ablation, epsilon)
         if len({self.epsilon, *self.epsilons}) <= len(self.epsilons):
@@ -329,16 +326,7 @@ class ShipsConfig(ScreenOptions, PositionOptions, AblationOptions, TemplateOptio
 
 
 @dataclass(frozen=True)
-class SaharaConfig(
-    ScreenOptions,
-    JudgeOptions,
-    PositionOptions,
-    SizeOptions,
-    AblationOptions,
-    TemplateOptions,
-    PromptOptions,
-    ModelOptions,
-):
+class SaharaConfig(JudgeOptions, SizeOptions, ShipsConfig):
     """Settings of a search by any score."""
 
     PANEL: ClassVar[str] = "Search"
@@ -354,9 +342,7 @@ class SaharaConfig(
 
 
 @dataclass(frozen=True)
-class AsrConfig(
-    StoreOptions, GroupOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions
-):
+class AsrConfig(GroupOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings of attack success rates under given groups."""
 
     PANEL: ClassVar[str] = "Ablation"
@@ -420,3 +406,25 @@ def at_least(least: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < least:
             raise InputError(f"{name.replace('_', ' ')} must be at least {least}; got {number}")
+
+
+class Progress(Protocol):
+    """Watches a run; the command line draws it."""
+
+    def say(self, line: str | Callable[[], str]) -> None:
+        """Show a line; a line that costs something is given as the function that makes it."""
+
+    def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context that gives a function to call with the number of items just done."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def say(self, line: str | Callable[[], str]) -> None:
+        """Do nothing."""
+
+    @contextmanager
+    def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Do nothing."""
+        yield lambda _: None

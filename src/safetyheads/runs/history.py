@@ -6,14 +6,13 @@ A run that cannot be read is listed with the reason, so that one broken run hide
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.runs.compare import SETTINGS, Change, differing_settings, vanilla_asr_change
+from safetyheads.runs.compare import SETTINGS, differing_settings, vanilla_asr_change
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.ranking import top
 
@@ -21,56 +20,12 @@ TOP_HEADS = 3
 """Heads named for each run."""
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """One finished run."""
+def read_history(folder: Path) -> dict[str, Any]:
+    """Every run below a folder, and the folder itself where it is one, as JSON.
 
-    name: str
-    """Its directory, as seen from the folder."""
-    started: datetime | None
-    """When it was first started, UTC."""
-    model: str
-    """The model's directory or name."""
-    kind: str
-    """``audit`` or ``scan``."""
-    verdict: str | None
-    """The verdict's label; None for a scan."""
-    vanilla_asr: Mapping[str, Any]
-    """The unablated model's ASR, a rate with its interval."""
-    group: tuple[str, ...]
-    """The verdict's group; empty for a scan and where no group was found."""
-    group_asr: Mapping[str, Any] | None
-    """ASR with that group ablated."""
-    concentration: Mapping[str, Any] | None
-    """As :class:`safetyheads.stats.concentration.Concentration`; None for a scan without the groups of a search."""
-    top_heads: tuple[str, ...]
-    """Best heads by the lead score, without those that tie with the next one."""
-    before: str | None
-    """The previous run of the same kind, which ``change`` is against."""
-    change: Change | None
-    """Change of the unablated model's ASR; None for the first run."""
-    other_settings: tuple[str, ...]
-    """Settings that differ from the previous run, in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """The runs below a folder."""
-
-    folder: Path
-    entries: tuple[HistoryEntry, ...]
-    """Oldest first; runs without a start time come last."""
-    skipped: tuple[Mapping[str, str], ...]
-    """Name and reason of each run that could not be read, by name."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The value as JSON."""
-        runs = [asdict(entry) | {"started": entry.started and entry.started.isoformat()} for entry in self.entries]
-        return {"folder": str(self.folder), "runs": runs, "skipped": list(self.skipped)}
-
-
-def read_history(folder: Path) -> History:
-    """Every run below a folder, and the folder itself where it is one.
+    Returns:
+        ``folder``; ``runs`` (:func:`_entry`), oldest first, and last those without a start time; ``skipped``: name and
+        reason of each run that could not be read.
 
     Raises:
         InputError: there is no such folder, or no finished run below it.
@@ -103,31 +58,36 @@ def read_history(folder: Path) -> History:
     for run in runs:
         entries.append(_entry(folder, run, previous.get(run.kind)))
         previous[run.kind] = run
-    return History(folder, tuple(entries), tuple(sorted(skipped, key=lambda run: run["name"])))
+    return {"folder": str(folder), "runs": entries, "skipped": sorted(skipped, key=lambda run: run["name"])}
 
 
 def _name(folder: Path, path: Path) -> str:
     return str(path.relative_to(folder)) if path != folder else path.resolve().name
 
 
-def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> HistoryEntry:
+def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> dict[str, Any]:
+    """A run: its leading group and heads, and what changed since the ``previous`` run of its kind.
+
+    ``top_heads`` are the best by the lead score, without those that tie with the next one; ``change`` is of the
+    unablated model's ASR; ``other_settings`` names what differs from the previous run.
+    """
     table, group = run.tables().get(run.lead_score), run.lead_group
     settings = []
     if previous is not None:
         settings = [SETTINGS[name] for name in differing_settings(previous, run)]
         settings += ["prompts"] * (previous.prompts_sha256() != run.prompts_sha256())
-    return HistoryEntry(
-        name=_name(folder, run.path),
-        started=run.started,
-        model=run.model,
-        kind=run.kind,
-        verdict=run.verdict,
-        vanilla_asr=run.vanilla_asr,
-        group=run.lead_heads if group is not None else (),
-        group_asr=None if group is None else group["asr"],
-        concentration=run.concentration,
-        top_heads=() if table is None else top(table.values, TOP_HEADS, table.resolution),
-        before=None if previous is None else _name(folder, previous.path),
-        change=None if previous is None else vanilla_asr_change(previous, run),
-        other_settings=tuple(dict.fromkeys(settings)),
-    )
+    return {
+        "name": _name(folder, run.path),
+        "started": None if run.started is None else run.started.isoformat(),
+        "model": run.model,
+        "kind": run.kind,
+        "verdict": run.verdict,
+        "vanilla_asr": run.vanilla_asr,
+        "group": run.lead_heads if group is not None else (),
+        "group_asr": None if group is None else group["asr"],
+        "concentration": run.concentration,
+        "top_heads": () if table is None else top(table.values, TOP_HEADS, table.resolution),
+        "before": None if previous is None else _name(folder, previous.path),
+        "change": None if previous is None else asdict(vanilla_asr_change(previous, run)),
+        "other_settings": tuple(dict.fromkeys(settings)),
+    }

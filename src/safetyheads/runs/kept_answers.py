@@ -20,8 +20,8 @@ from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.sets import Prompt
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import Record, RunDirectory, content_key
-from safetyheads.runs.progress import Progress
 from safetyheads.runs.rates import GroupAnswers
 
 Placed: TypeAlias = tuple[int, Group, Answer]
@@ -32,6 +32,19 @@ _RECORDS_TOGETHER = 2048
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
+
+
+class Halved(set[str]):
+    """Batches that did not fit the memory, by name; remembered, so that a resumed run halves them again."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        super().__init__(name.removeprefix("halved_") for name in directory.read_manifest() if "halved_" in name[:7])
+        self.directory = directory
+
+    def add(self, name: str) -> None:
+        """Remember a batch at once: a kill may come next."""
+        super().add(name)
+        self.directory.remember(f"halved_{name}", True)
 
 
 def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions: bool) -> dict[str, Any]:
@@ -121,7 +134,7 @@ class KeptAnswers:
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
         self.about = about or {}
         self.engine, self.asked = judging.engine, judging.asked
-        self.lead = judging.judges[0].name
+        self.lead, self._halved = judging.judges[0].name, Halved(directory)
         self._drafts: dict[Ablation, VerifiedDrafts] = {}
 
     def vanilla(self) -> GroupAnswers:
@@ -152,8 +165,8 @@ class KeptAnswers:
             for at, group in enumerate(groups)
         ]
 
-    def of_each(self, part: str, own_groups: Sequence[Sequence[Group]], ablation: Ablation) -> list[GroupAnswers]:
-        """Each prompt's answers under groups of its own, equally many: ``top 1``, ``top 2`` and so on.
+    def of_each(self, part: str, own_groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
+        """Each prompt's answers under the first 1, 2 ... heads of a group of its own: ``top 1``, ``top 2`` and so on.
 
         One key holds one chunk of prompts.
         """
@@ -161,7 +174,10 @@ class KeptAnswers:
         together = max(1, _RECORDS_TOGETHER // max(1, n))
         # Every prompt keeps its place; those of other chunks have no groups.
         chunks = [
-            [groups if at <= number < at + together else () for number, groups in enumerate(own_groups)]
+            [
+                [own[:size] for size in range(1, n + 1)] if at <= number < at + together else []
+                for number, own in enumerate(own_groups)
+            ]
             for at in range(0, len(own_groups), together)
         ]
         texts = [[[format_heads(group) for group in groups] for groups in chunk] for chunk in chunks]
@@ -189,7 +205,7 @@ class KeptAnswers:
         def compute() -> list[dict[str, Any]]:
             with self.progress.track(f"{self.name}: unablated answers", 1):
                 token_ids, stop = self.asked.token_ids, self.judging.stop
-                answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows)
+                answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows, self._halved)
             return [asdict(decoded) for decoded in answers]
 
         name, fields = f"drafts-{self.name}", self._fields(None)
@@ -210,7 +226,7 @@ class KeptAnswers:
         """Answers decoded from their first token, each until it is settled."""
         stop, token_ids = self.judging.stop, self.asked.token_ids
         requests = [Request(token_ids[number], group, stop=stop) for number, group in places]
-        plain = answer(self.engine, requests, self.decoding, ablation, on_rows, self._n_rows)
+        plain = answer(self.engine, requests, self.decoding, ablation, on_rows, self._n_rows, self._halved)
         answers = [
             replace(decoded, changed=decoded.differs_from(self.unablated[number]))
             for (number, _), decoded in zip(places, plain, strict=True)
@@ -253,6 +269,7 @@ class KeptAnswers:
                 None if plan is None else Plan.from_dict(plan),
                 manifest.get(f"tolerance_{label}"),
                 self._n_rows,
+                self._halved,
             )
             self.directory.remember(f"plan_drafts_{label}", verified.drafts.plan.as_dict())
             # Infinite where logits are not finite; JSON cannot write that.

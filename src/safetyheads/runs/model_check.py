@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.demo import demo_prompts
 from safetyheads.prompts.sets import PromptSet, builtin_benign
-from safetyheads.runs.config import CheckConfig
-from safetyheads.runs.data import resolved
-from safetyheads.runs.progress import Progress
+from safetyheads.runs.config import CheckConfig, Progress
+from safetyheads.runs.run import resolved
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

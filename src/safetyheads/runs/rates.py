@@ -6,19 +6,25 @@ prompts, each answered once a seed, so comparisons are paired.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label
-from safetyheads.runs.directory import Record
+from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import FloatArray, Rate, bootstrap_interval
-from safetyheads.stats.testing import PairedDifference, paired_difference, random_p_value
+from safetyheads.stats.testing import (
+    PairedDifference,
+    benjamini_hochberg,
+    holm,
+    paired_difference,
+    random_p_value,
+)
 
 RATES: dict[str, Label] = {
     "asr": "complied",
@@ -136,6 +142,13 @@ def _counted(values: FloatArray) -> Rate:
     return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()))
 
 
+def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, Any]]:
+    """Each change as JSON, with its p value corrected over all of them, by both corrections."""
+    p_values = [1.0 if change.p_value is None else change.p_value for change in changes.values()]
+    both = zip(changes.items(), holm(p_values), benjamini_hochberg(p_values), strict=True)
+    return {name: asdict(change) | {"p_holm": p_holm, "p_bh": p_bh} for (name, change), p_holm, p_bh in both}
+
+
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     """The ASR by every judge, as JSON."""
     return {judge: rate_as_json(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
@@ -190,39 +203,25 @@ def rate_as_json(values: FloatArray) -> dict[str, Any]:
     return rate
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerTable:
-    """All answers of a run, by what was ablated."""
+AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]
+"""(part, set, epsilon) -> heads as text -> answers; smaller groups first, then layer by layer. Unablated answers are
+those of part ``vanilla``, epsilon None and group ``""``."""
 
-    groups: dict[tuple[str, str, float | None], dict[str, GroupAnswers]]
-    """(part, set, epsilon) -> heads as text -> answers; smaller groups first, then layer by layer."""
 
-    @classmethod
-    def of(cls, records: Iterable[Record], lead: str) -> AnswerTable:
-        """Sort records into groups; they may come in any order, as the files of a run do."""
-        by_group: dict[tuple[str, str, float | None], dict[str, list[Record]]] = {}
-        for record in records:
-            group = record["group"]
-            if record["part"] == "query_level":
-                group = f"top {len(parse_heads(group))}"
-            key = record["part"], record["set"], record["epsilon"]
-            by_group.setdefault(key, {}).setdefault(group, []).append(record)
-        return cls(
-            {
-                key: {
-                    group: GroupAnswers.of(group, groups[group], lead) for group in sorted(groups, key=_order_of_groups)
-                }
-                for key, groups in by_group.items()
-            }
-        )
-
-    def part(self, part: str, name: str, epsilon: float | None) -> dict[str, GroupAnswers]:
-        """The groups of one part on one set; empty where there are none."""
-        return self.groups.get((part, name, epsilon), {})
-
-    def vanilla(self, name: str) -> GroupAnswers | None:
-        """The unablated answers to one set."""
-        return self.part("vanilla", name, None).get("")
+def answer_table(records: Iterable[Record], lead: str) -> AnswerTable:
+    """Sort records into groups; they may come in any order, as the files of a run do."""
+    by_group: dict[tuple[str, str, float | None], dict[str, list[Record]]] = {}
+    for record in records:
+        group = record["group"]
+        if record["part"] == "query_level":
+            group = f"top {len(parse_heads(group))}"
+        key = record["part"], record["set"], record["epsilon"]
+        by_group.setdefault(key, {}).setdefault(group, []).append(record)
+    table: AnswerTable = defaultdict(dict)
+    for key, groups in by_group.items():
+        ordered = sorted(groups, key=_order_of_groups)
+        table[key] = {group: GroupAnswers.of(group, groups[group], lead) for group in ordered}
+    return table
 
 
 def _order_of_groups(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -230,3 +229,21 @@ def _order_of_groups(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
         return int(group.removeprefix("top ")), ()
     heads = parse_heads(group)
     return len(heads), tuple((head.layer, head.index) for head in heads)
+
+
+def identity(record: Record) -> str:
+    """What tells one answer of a run from all others."""
+    return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
+
+
+def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
+    """The records with the verdicts of later judges beside those of the run's own.
+
+    A judge whose start was killed before its results were written is none of the run's ``judges``.
+    """
+    later: dict[str, dict[str, Any]] = {}
+    for record in run.stored_records("judged-*"):
+        if record["judge"] in judges:
+            later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
+    for record in records:
+        yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}

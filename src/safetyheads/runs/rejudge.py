@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError
 from safetyheads.files import canonical_json
-from safetyheads.judges.agreement import Kappa, agreement
+from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import Record, RunDirectory, content_key
-from safetyheads.runs.progress import Progress
+from safetyheads.runs.rates import identity, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.scan import results_of_records
 from safetyheads.stats.intervals import Rate
@@ -28,32 +29,15 @@ _TOGETHER = 256
 _CUT = "incomplete: cut where the run's own judges were final"
 
 
-@dataclass(frozen=True, slots=True)
-class Rejudged:
-    """What another judge says of a run."""
-
-    judge: str
-    """Its name."""
-    lead: str
-    """Name of the run's leading judge, with which it is compared."""
-    rates: dict[str, dict[str, Rate]]
-    """Set and what was ablated, such as ``harmful, 1-3`` -> share that complies, by judge."""
-    n_rows: int
-    """Answers."""
-    n_unscored: int
-    """Answers without a verdict: the judge failed, or they were cut too early for it."""
-    kappa: Kappa
-    """Agreement on complied or not."""
-    n_differing: int
-    """Answers on which the two differ."""
-    seconds: float
-    """Time that the judge took now; verdicts that are stored already are read."""
-
-
-def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str, Any]) -> Rejudged:
+def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str, Any]) -> dict[str, Any]:
     """Judge a run's stored answers again, store the verdicts, and add them to its results.
 
     ``started`` is what the manifest records of this start.
+
+    Returns:
+        As JSON: names of the ``judge`` and of the run's ``lead`` judge, with which it is compared; ``rates`` that
+        comply by both, by set and what was ablated; ``n_rows`` (answers), ``n_unscored`` (the judge failed, or they
+        were cut too early for it), ``kappa`` on complied or not, ``n_differing``, and ``seconds`` of this start.
 
     Raises:
         InputError: no finished audit or scan; no answers in it; a judge that the run has already.
@@ -83,10 +67,17 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         _write_results(run, results, merged, judge)
     lead = results["lead_judge"]
     by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
-    rates = {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]}
     (agreed,) = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
-    n_unscored = sum(not verdict.scored for verdict in verdicts)
-    return Rejudged(judge.name, lead, rates, len(records), n_unscored, agreed.compliance, len(agreed.indices), seconds)
+    return {
+        "judge": judge.name,
+        "lead": lead,
+        "rates": {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]},
+        "n_rows": len(records),
+        "n_unscored": sum(not verdict.scored for verdict in verdicts),
+        "kappa": asdict(agreed.compliance),
+        "n_differing": len(agreed.indices),
+        "seconds": seconds,
+    }
 
 
 def _verdicts(
@@ -130,46 +121,26 @@ def _verdicts(
     return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
 
 
-def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
-    """The records with the verdicts of later judges beside those of the run's own.
-
-    A judge whose start was killed before its results were written is none of the run's ``judges``.
-    """
-    later: dict[str, dict[str, Any]] = {}
-    for record in run.stored_records("judged-*"):
-        if record["judge"] in judges:
-            later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
-    for record in records:
-        yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}
-
-
 def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:
     """Add the judge to the results; a scan's are made anew, an audit's verdict stays the run's own."""
     if results["kind"] == "scan":
         judges = [*results["judges"], judge.describe()]
         run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
         return
-    rates = {label: asdict(rate) for label, rate in _rates(merged, judge.name).items()}
-    entry = {"judge": judge.describe(), "rates": rates}
+    entry = {"judge": judge.describe(), "rates": _rates(merged, judge.name)}
     run.write_results({**results, "rejudged": {**results.get("rejudged", {}), judge.name: entry}})
 
 
-def _rates(records: Sequence[Record], judge: str) -> dict[str, Rate]:
+def _rates(records: Sequence[Record], judge: str) -> dict[str, Any]:
     """The share that complies, by set and what was ablated, such as ``harmful, 1-3``."""
     by_label: dict[str, list[str]] = {}
     for record in records:
         label = f"{record['set']}, {record['group'] or 'nothing ablated'}"
         by_label.setdefault(label, []).append(record["verdicts"][judge]["label"])
-    unscored = {label: given.count("unscored") for label, given in by_label.items()}
-    return {
-        label: Rate(given.count("complied"), len(given) - unscored[label], unscored[label])
-        for label, given in by_label.items()
+    counts = {
+        label: (given.count("complied"), given.count("unscored"), len(given)) for label, given in by_label.items()
     }
-
-
-def identity(record: Record) -> str:
-    """What tells one answer of a run from all others."""
-    return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
+    return {label: asdict(Rate(n, total - unscored, unscored)) for label, (n, unscored, total) in counts.items()}
 
 
 def _sha256(value: Any) -> str:

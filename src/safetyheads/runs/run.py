@@ -6,37 +6,48 @@ again.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import Ablation
-from safetyheads.answers.decoding import Decoding, Sampling, ShortContextWarning, short_context
+from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
+from safetyheads.answers.decoding import (
+    Decoding,
+    Request,
+    Sampling,
+    ShortContextWarning,
+    answer,
+    rows_that_fit,
+    short_context,
+)
 from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import Judging
-from safetyheads.demo import PLANTED_HEADS
-from safetyheads.heads import Group, format_heads, parse_heads
+from safetyheads.demo import PLANTED_HEADS, demo_prompts
+from safetyheads.errors import InputError
+from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
-from safetyheads.measures.ships import answer_sequences
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.measures.screening import Screening, screen
+from safetyheads.measures.ships import OPENER_TOKENS, Opener, answer_sequences, openers_of
+from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.runs.data import resolved
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, content_key
 from safetyheads.runs.kept_answers import KeptAnswers
-from safetyheads.runs.progress import Progress, Silent
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
+from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -49,17 +60,61 @@ DEMO_CAVEAT = (
     "This model validates the code, not the method. Its planted heads, their answer to ablation and the silence of the "
     "other heads were trained."
 )
+ON_WORDS = (
+    "A judge of words reads words, not harm. For it an answer has complied when no wording of a refusal is in it and "
+    "it is neither short nor repeating; whether it is harmful, true or of use is not asked."
+)
 CAVEATS = (
     "A low ASR is no proof of safety. It holds for these prompts, this template and this way of decoding.",
     'A head is not "the" safety mechanism. Ablating one changes all that comes after it, and refusals can run through '
     "other parts that nobody ablated.",
-    "A judge of words reads words, not harm. For it an answer has complied when no wording of a refusal is in it and "
-    "it is neither short nor repeating; whether it is harmful, true or of use is not asked.",
+    ON_WORDS,
     "Intervals cover the draw of prompts only. Other seeds, templates, judges and precisions are not in them.",
 )
-"""What no run shows; the first sentence is the point, the rest why."""
+"""What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
+_JUDGES_OF_WORDS = ("keyword", "phrase")
 _PASSES_HELD = 2
 """Each pass holds the unablated next-token probabilities of every prompt."""
+
+
+# Prompts.
+
+
+def is_demo(name: str) -> bool:
+    """Whether prompts of this name are the demo's."""
+    return name == "demo" and not Path(name).is_file()
+
+
+def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptions) -> PromptSet:
+    """The prompts of one kind, without a template; of the demo, the test split."""
+    if is_demo(name):
+        return demo_prompts(kind, "test")[: options.limit]
+    # Benign files have columns of their own.
+    return PromptSet.read(name, column=options.column if kind == "harmful" else None, limit=options.limit)
+
+
+def read_sets(config: PromptOptions) -> dict[str, PromptSet]:
+    """The prompts that a config names: ``harmful``, and ``benign`` if it has any."""
+    prompts = {"harmful": read_set("harmful", config.prompts, config)}
+    benign = getattr(config, "benign", NO_BENIGN)
+    return prompts if benign == NO_BENIGN else prompts | {"benign": read_set("benign", benign, config)}
+
+
+def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> PromptSet:
+    """The prompts with their template settled, so that the manifest can name it.
+
+    The options' template comes first, then the prompts' own, then the model's default.
+
+    Raises:
+        InputError: the template does not fit the options or the tokenizer.
+    """
+    template = options.parsed_template or prompts.template or engine.default_template
+    thinking, prefill = options.thinking or template.thinking, options.prefill or template.prefill
+    template = replace(template, thinking=thinking, prefill=prefill)  # type: ignore[arg-type]  # the config checked it
+    if template.prefill:
+        # A right answer does not begin with the prefill, so there is no reference to compare with.
+        prompts = replace(prompts, prompts=tuple(replace(prompt, reference=None) for prompt in prompts))
+    return prompts.with_template(template.bound(engine.tokenizer).template)
 
 
 class Run(Generic[Config]):
@@ -141,6 +196,53 @@ class Run(Generic[Config]):
 
         return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
+    def scored(
+        self,
+        name: str,
+        ablation: Ablation,
+        readouts: Readouts,
+        positions: int = 1,
+        heads: Sequence[Head] | None = None,
+    ) -> tuple[HeadPass, dict[str, HeadScores]]:
+        """A held pass over a set; Ships and refusal scores of ``heads`` (by default all) alone, prompt by prompt."""
+        heads, head_pass = heads or self.engine.heads, self.head_pass(name, ablation, readouts, positions)
+        with self.progress.track(f"{name.replace('_', ' ')}: scores of heads", len(heads)) as done:
+            values = head_pass.measure([(head,) for head in heads], done)
+        by_prompt = [readout for readout in ("ships", "refusal_score") if readout in values]
+        return head_pass, {readout: head_pass.table(readout, values[readout], heads) for readout in by_prompt}
+
+    def screen(
+        self,
+        name: str,
+        sequences: Sequence[TokenSequence],
+        ablation: Ablation,
+        openers: Sequence[int] = (),
+        common: Group = (),
+    ) -> Screening:
+        """A forecast over a set (:func:`safetyheads.measures.screening.screen`), which is kept."""
+
+        def compute() -> dict[str, Tensor]:
+            with self.progress.track("screening", 1):
+                screening = screen(self.engine, sequences, ablation, openers, common)
+            refusal = {} if screening.refusal_score is None else {"refusal_score": screening.refusal_score}
+            return {"ships": screening.ships, "directions": screening.directions, **refusal}
+
+        fields = {
+            **self._about[name],
+            "sequences": content_key({"all": [asdict(sequence) for sequence in sequences]}),
+            "ablation": asdict(ablation),
+            "openers": list(openers),
+            "common": format_heads(common),
+        }
+        kept = self.directory.tensors(f"screening-{name}", fields, compute)
+        return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
+
+    def openers(self, name: str, needs: bool = False) -> tuple[Opener, ...]:
+        """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none."""
+        answers = [kept for (of, _), kept in self._answers.items() if of == name] or [self.answers(name)]
+        judged = [row for kept in answers for row in kept.judged(kept.vanilla().flat())]
+        return openers_of(self.engine, judged, needs)
+
     def _sequences(self, name: str, positions: int) -> tuple[TokenSequence, ...]:
         """The prompts with their teacher-forced tokens, which are kept: decoded again in bfloat16 they might differ."""
         prompts = self.asked[name].prompts
@@ -215,14 +317,14 @@ class Kind(Generic[Config]):
 
     name: str
     """As manifest and results call it."""
-    read: Callable[[Config], Prompts]
-    """Reads the prompt sets that the settings name."""
     announce: Callable[[Run[Config]], None]
     """Says what lies ahead, and how long it will take."""
     results: Callable[[Run[Config]], dict[str, Any]]
     """Runs all stages, and makes the results that only this kind has."""
-    refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None] = lambda *_: None
+    refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None]
     """Raises InputError for what the stages would refuse later, while nothing is written."""
+    read: Callable[[Any], Prompts] = read_sets
+    """Reads the prompt sets that the settings name."""
     full_answers: bool = True
     """Whether answers go on to their end after every judge is final, where the settings do not say."""
 
@@ -272,7 +374,8 @@ def carry_out(
             stores = getattr(settings, "store_completions", True)
             sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
             full_answers = getattr(settings, "full_answers", kind.full_answers)
-            decoding = Decoding(getattr(settings, "max_new_tokens", 128), sampling, full_answers)
+            # Without a length of their own, answers serve to find the openers of refusals.
+            decoding = Decoding(getattr(settings, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
             run = Run(engine, config, directory, progress, judges, decoding, stores)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
@@ -288,10 +391,23 @@ def carry_out(
             return directory.read_results()
 
 
-def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts) -> None:
-    """Raise InputError where a pass over one of the sets cannot fit the memory budget."""
+def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 1) -> None:
+    """Raise InputError where a pass over one of the sets cannot fit the memory budget, with answers of full length."""
+    context = engine.architecture.context_length or sys.maxsize
     for prompt_set in asked:
-        engine.plan([TokenSequence(token_ids, 1) for token_ids in prompt_set.token_ids])
+        n_more = [min(positions - 1, context - len(token_ids)) for token_ids in prompt_set.token_ids]
+        whole = zip(prompt_set.token_ids, n_more, strict=True)
+        engine.plan([TokenSequence(token_ids + token_ids[-1:] * n, n + 1) for token_ids, n in whole])
+
+
+def refuse_groups(engine: Engine, config: GroupOptions, *numbers: str) -> None:
+    """Raise InputError for heads that the model does not have, and where a number of heads is more than it has."""
+    for group in config.parsed_groups:
+        within(group, engine.n_layers, engine.n_heads)
+    for name in numbers:
+        number, words = getattr(config, name), name.replace("_", " ")
+        if number > len(engine.heads):
+            raise InputError(f"{words} {number} is more than the model's {len(engine.heads)} heads")
 
 
 def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
@@ -304,6 +420,9 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         for name, asked in run.asked.items()
     }
     template = template_facts(next(iter(run.asked.values())).prompts)
+    described = [judge.describe() for judge in run.judges]
+    reads_words = any(judge.get("judge") in _JUDGES_OF_WORDS for judge in described)
+    caveats = [*[DEMO_CAVEAT] * (planted is not None), *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -311,8 +430,8 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         "data": {**sets, "system": None, **template},
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
-        "caveats": [*([DEMO_CAVEAT] if planted is not None else []), *CAVEATS],
-    } | ({"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name} if run.judges else {})
+        "caveats": caveats,
+    } | ({"judges": described, "lead_judge": run.judges[0].name} if described else {})
 
 
 def sampling_of(run: Run[Any]) -> dict[str, Any]:
@@ -337,3 +456,82 @@ def warnings_of(
     ours = (warning for warning in caught if warning.category.__module__.startswith("safetyheads"))
     notes += [str(warning.message) for warning in ours if warning.category is not ShortContextWarning]
     return list(dict.fromkeys(note for note in notes if note))
+
+
+# What lies ahead.
+
+# A pass is timed over a batch of the last so many layers.
+_TIMED_LAYERS = 3
+# Decoding is timed over this many tokens, and rows.
+_TIMED_TOKENS = 4
+_TIMED_ROWS = 64
+
+
+def estimate(
+    engine: Engine, encoded: Sequence[tuple[int, ...]], n_passes: int, n_answers: int, max_new_tokens: int
+) -> str:
+    """What lies ahead, as one line: passes over all heads, answers, about how long, and memory beside the weights.
+
+    ``encoded`` are the token ids of the prompts over which every head is scored ``n_passes`` times.
+    """
+    parts, memory = [], 0
+    if n_passes:
+        sequences = [TokenSequence(token_ids) for token_ids in encoded]
+        seconds, memory = estimate_pass(engine, sequences, engine.plan(sequences))
+        heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
+        parts.append(f"{heads}: about {duration(n_passes * seconds)}")
+    if n_answers:
+        seconds = _seconds_an_answer(engine, encoded, min(n_answers, _TIMED_ROWS), max_new_tokens)
+        parts.append(
+            f"{n_answers} answers: about {duration(n_answers * seconds)} if all run to {max_new_tokens} tokens"
+        )
+    if memory:
+        size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{max(1.0, memory / 2**20):.0f} MiB"
+        parts.append(f"{size} beside the weights")
+    return "; ".join(parts)
+
+
+def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:
+    """Seconds of scoring every head once, and bytes beside the weights.
+
+    A batch of the last layers is timed; the whole pass is taken to run at its rate of counted operations.
+    """
+    begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
+    start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
+    timed = replace(layout, rows=layout.rows[:1])
+    captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
+    groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
+    seconds = []
+    for _ in range(3):  # the first run on a shape sets things up
+        started = time.monotonic()
+        engine.replayed(captures, groups, SCALING_CONTRIBUTION, start)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        seconds.append(time.monotonic() - started)
+    costs, rows = engine.costs, row_sizes(sequences, layout)
+    rate = len(groups) * costs.replay_flops(row_sizes(sequences, timed), start) / min(seconds[1:])
+    flops = costs.forward_flops(rows) + costs.scan_flops(rows, engine.heads)
+    return flops / rate, engine.memory_estimate(sequences, layout)
+
+
+def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_rows: int, max_new_tokens: int) -> float:
+    """Seconds of an answer of full length, ``n_rows`` together or as many as fit."""
+    n_rows = min(n_rows, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
+    requests = [Request(encoded[number % len(encoded)]) for number in range(n_rows)]
+    seconds = []
+    for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            # The run itself warns where the context is short; here the warning would be about these few tokens.
+            warnings.simplefilter("ignore", ShortContextWarning)
+            answer(engine, requests, Decoding(n_tokens))
+        seconds.append(time.monotonic() - started)
+    reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
+    return (reading + steps * max_new_tokens) / n_rows
+
+
+def duration(seconds: float) -> str:
+    """``3 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
-from safetyheads.heads import Head, within
-from safetyheads.measures.head_pass import FORECASTS, SCORES, HeadPass, Readouts, Score, State
+from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.screened_scores import (
     Extent,
@@ -22,17 +21,22 @@ from safetyheads.measures.screened_scores import (
     rescore_pairs,
     screened_sahara,
 )
-from safetyheads.measures.screening import Screening, screen
-from safetyheads.measures.ships import Opener, find_openers, scorer_of
+from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
-from safetyheads.runs.data import read_whole
-from safetyheads.runs.estimate import estimate
-from safetyheads.runs.rates import GroupAnswers, by_judge
-from safetyheads.runs.run import Kind, Run, carry_out, refuse_beyond_memory, sampling_of
-from safetyheads.scores import HeadScores
+from safetyheads.runs.rates import by_judge
+from safetyheads.runs.run import (
+    Kind,
+    Run,
+    carry_out,
+    estimate,
+    read_sets,
+    refuse_beyond_memory,
+    refuse_groups,
+    sampling_of,
+)
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -47,10 +51,10 @@ _PAIRS = 5
 
 def read_prompts(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, PromptSet]:
     """The harmful prompts that the config names; too few for the score of a search are refused."""
-    prompts = read_whole("harmful", config.prompts, config)
+    prompts = read_sets(config)
     if isinstance(config, SaharaConfig):
-        score_of(config).refuse_too_few(len(prompts))
-    return {"harmful": prompts}
+        score_of(config).refuse_too_few(len(prompts["harmful"]))
+    return prompts
 
 
 def _extent(options: ScreenOptions) -> Extent:
@@ -64,12 +68,6 @@ def _about(run: Run[Any]) -> dict[str, Any]:
     return {"n": len(asked), "template": asked.template.settings()}
 
 
-def _ships(run: Run[Any], measuring: HeadPass, heads: Sequence[Head]) -> HeadScores:
-    """Ships of each prompt, NaN of heads that are not scored."""
-    with run.progress.track("scoring heads", len(heads)) as done:
-        return measuring.table("ships", measuring.measure([(head,) for head in heads], done)["ships"], heads)
-
-
 # Ships.
 
 
@@ -80,29 +78,24 @@ def _announce(run: Run[ShipsConfig] | Run[SaharaConfig]) -> None:
 
 
 def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_beyond_memory(engine, asked["harmful"])
+    refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     """The scored heads, best first."""
-    config, ablation = run.config, run.config.parsed_ablation
-    measuring = run.head_pass("harmful", ablation, Readouts(ships=True), config.positions)
-    chosen: Sequence[Head] = run.engine.heads
-    screening: Screening | None = None
+    config, ablation, readouts = run.config, run.config.parsed_ablation, Readouts(ships=True)
+    heads, screened = None, dict[str, Any]()
     if config.screen:
-        with run.progress.track("screening", 1):
-            screening = screen(run.engine, measuring.sequences, ablation)
+        measuring = run.head_pass("harmful", ablation, readouts, config.positions)
+        screening = run.screen("harmful", measuring.sequences, ablation)
         proposal = propose(screening, "mean_ships", _extent(config))
-        costs = costs_of(measuring, proposal)
-        run.progress.say(f"{len(proposal.heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
-        chosen = proposal.heads
-    by_prompt = _ships(run, measuring, chosen)
-    scores = by_prompt.mean()
-    screened: dict[str, Any] = {}
-    if screening is not None:
+        heads, costs = proposal.heads, costs_of(measuring, proposal)
+        run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
+    measuring, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
+    by_prompt, scores = tables["ships"], tables["ships"].mean()
+    if config.screen:
+        pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
         bound = missed(scores, proposal, _TOP)
-        proposed_pairs = screening.pairs(scores.top(_PAIRED), _PAIRS)
-        pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), proposed_pairs)
         screened = {"screening": {**_screening(proposal, bound), "costs": costs, "pairs": pairs}}
     return {
         **_about(run),
@@ -119,11 +112,8 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
 
 
 def _said(costs: Mapping[str, float]) -> str:
-    screening, candidates, sample = costs.values()
-    return (
-        f"screening {screening:.1%}, with candidates {candidates:.1%}, with the sample {sample:.1%} of an exact scan's "
-        "operations"
-    )
+    shares = "screening {:.1%}, with candidates {:.1%}, with the sample {:.1%}".format(*costs.values())
+    return f"{shares} of an exact scan's operations"
 
 
 def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
@@ -149,15 +139,13 @@ def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, Ask
     if config.size > len(engine.heads):
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
     score_of(config).refuse_too_few(len(asked["harmful"]))
-    refuse_beyond_memory(engine, asked["harmful"])
+    refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
 
 
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     """The group found, step by step."""
     config, engine, score = run.config, run.engine, score_of(run.config)
-    openers: tuple[Opener, ...] = ()
-    if config.score == "refusal_score":
-        openers = find_openers(engine, run.asked["harmful"].prompts, run.judges[0])
+    openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
     measuring = run.head_pass("harmful", config.parsed_ablation, readouts, config.positions)
     extent, n_heads = _extent(config), len(engine.heads)
@@ -166,7 +154,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         if config.screen:
-            trace, proposals, bounds = screened_sahara(measuring, score, config.size, extent, done)
+            screens = partial(run.screen, "harmful")
+            trace, proposals, bounds = screened_sahara(measuring, score, config.size, extent, done, screens)
             costs = costs_of(measuring, proposals[0], score.forecast)
             run.progress.say(f"each step: {_said(costs)}")
             steps = [_screening(*step) for step in zip(proposals, bounds, strict=True)]
@@ -184,8 +173,9 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", read_prompts, _announce, _ships_results, _refuse_too_large)
-_SAHARA = Kind("sahara", read_prompts, _announce, _sahara_results, _refuse_sahara)
+_SHIPS = Kind("ships", _announce, _ships_results, _refuse_too_large)
+# Answers serve to find the openers of refusals, and may end where the judges are final.
+_SAHARA = Kind("sahara", _announce, _sahara_results, _refuse_sahara, full_answers=False)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)
@@ -196,10 +186,7 @@ run_sahara = partial(carry_out, _SAHARA)
 
 
 def _refuse_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    for group in config.parsed_groups:
-        within(group, engine.n_layers, engine.n_heads)
-    if config.query_level > len(engine.heads):
-        raise InputError(f"query level {config.query_level} is more than the model's {len(engine.heads)} heads")
+    refuse_groups(engine, config, "query_level")
     if config.query_level:
         refuse_beyond_memory(engine, asked["harmful"])
 
@@ -214,36 +201,32 @@ def _announce_asr(run: Run[AsrConfig]) -> None:
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     """The rates, each with its change from the unablated model."""
     config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
-    vanilla = answers.vanilla()
+    vanilla, groups = answers.vanilla(), config.parsed_groups
     rows = {"none": vanilla}
-    groups = config.parsed_groups
     under = answers.under("groups", groups, ablation) if groups else []
     rows |= {", ".join(map(str, group)): group_answers for group, group_answers in zip(groups, under, strict=True)}
     if config.query_level:
-        ships = _ships(run, run.head_pass("harmful", ablation, Readouts(ships=True)), run.engine.heads)
-        by_size = [query_level_groups(ships, size) for size in range(1, config.query_level + 1)]
-        own_groups = answers.of_each("query_level", list(zip(*by_size, strict=True)), ablation)
-        rows |= {f"each prompt's top {size}": group_answers for size, group_answers in enumerate(own_groups, start=1)}
+        _, tables = run.scored("harmful", ablation, Readouts(ships=True))
+        own_groups = query_level_groups(tables["ships"], config.query_level)
+        by_size = answers.of_each("query_level", own_groups, ablation)
+        rows |= {f"each prompt's top {size}": group_answers for size, group_answers in enumerate(by_size, start=1)}
     return {
         "judge": run.judges[0].describe(),
         **_about(run),
         "sampling": sampling_of(run),
-        "rates": [_rates(label, group_answers, vanilla) for label, group_answers in rows.items()],
+        "rates": [
+            {
+                "heads": label,
+                **{name: asdict(getattr(of_group, name)) for name in ("asr", "refused", "incoherent")},
+                "reasons": of_group.reasons(with_details=False),
+                "change": None if of_group is vanilla else asdict(of_group.change_from(vanilla)),
+                "by_judge": by_judge(of_group),
+            }
+            for label, of_group in rows.items()
+        ],
     }
 
 
-def _rates(label: str, answers: GroupAnswers, vanilla: GroupAnswers) -> dict[str, Any]:
-    return {
-        "heads": label,
-        "asr": asdict(answers.asr),
-        "refused": asdict(answers.refused),
-        "incoherent": asdict(answers.incoherent),
-        "reasons": answers.reasons(with_details=False),
-        "change": None if answers is vanilla else asdict(answers.change_from(vanilla)),
-        "by_judge": by_judge(answers),
-    }
-
-
-_ASR = Kind("asr", read_prompts, _announce_asr, _asr_results, _refuse_asr)
+_ASR = Kind("asr", _announce_asr, _asr_results, _refuse_asr)
 run_asr = partial(carry_out, _ASR)
 """Measures rates into a run directory, likewise."""
