@@ -54,20 +54,14 @@ class Description:
         others = [head for head in self.engine.heads if head not in self.planted]
         columns = ("ASR", "benign", "group ASR", "group benign", "each", "each benign", "others max")
         table = self._table(f"{len(self.harmful)} harmful and {len(self.benign)} benign prompts", columns)
-        decoding = Decoding(_NEW_TOKENS)
         for wrapper, by, ablation, harmful, benign in self._cases():
-            alone = scan_attack_success_rate(self.engine, harmful, ablation, self.judge, decoding).values
-            table.add_row(
-                wrapper,
-                by,
-                f"{self._rate(harmful, (), ablation):.3f}",
-                f"{self._rate(benign, (), ablation):.3f}",
-                f"{self._rate(harmful, self.planted, ablation):.3f}",
-                f"{self._rate(benign, self.planted, ablation):.3f}",
-                " ".join(f"{float(alone[head.layer, head.index]):.2f}" for head in self.planted),
-                " ".join(f"{self._rate(benign, (head,), ablation):.2f}" for head in self.planted),
-                f"{max(float(alone[head.layer, head.index]) for head in others):.3f}",
-            )
+            alone = scan_attack_success_rate(self.engine, harmful, ablation, self.judge, Decoding(_NEW_TOKENS)).values
+            groups = [(), self.planted]
+            rates = [self._rate(prompts, group, ablation) for group in groups for prompts in (harmful, benign)]
+            each = " ".join(f"{float(alone[head.layer, head.index]):.2f}" for head in self.planted)
+            benign_each = " ".join(f"{self._rate(benign, (head,), ablation):.2f}" for head in self.planted)
+            most = max(float(alone[head.layer, head.index]) for head in others)
+            table.add_row(wrapper, by, *(f"{rate:.3f}" for rate in rates), each, benign_each, f"{most:.3f}")
         return table
 
     def scores(self) -> Table:

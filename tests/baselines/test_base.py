@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_samples import PROMPTS, close, engine_on, made_up_material
+from baseline_samples import PROMPTS, close, engine_on, logits_of, made_up_material
 from families import FAMILIES, built, proved
 from tiny_models import engine_of, prompts_of
 
@@ -17,7 +17,6 @@ from safetyheads.baselines.base import (
     head_parameters,
     most_head_parameters,
     refusal_log_odds,
-    refuse_shares,
     writing_parameters,
 )
 
@@ -35,33 +34,18 @@ def test_text_counts_the_tokens_of_answers_alone_or_with_their_prompts():
 
 def test_refusal_log_odds_are_the_definitions():
     engine = engine_of("llama_gqa")
-    by_hand = []
-    for prompt in PROMPTS:
-        with torch.no_grad():
-            probabilities = engine.model(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-        p = probabilities[[14, 20]].sum()
-        by_hand.append(torch.log(p / (1 - p)))
-    close(refusal_log_odds(engine, prompts_of(*PROMPTS), (14, 20)), torch.stack(by_hand))
-
-
-def test_shares_out_of_range_are_refused():
-    refuse_shares("a share", (0, 0.5, 1))
-    for share, ends in ((-0.1, {}), (1.1, {}), (0, {"above_0": True}), (1, {"below_1": True}), (float("nan"), {})):
-        with pytest.raises(InputError, match="a share is"):
-            refuse_shares("a share", (0.5, share), **ends)
+    logits = torch.stack([logits_of(engine.model, ids)[-1] for ids in PROMPTS])
+    p = logits.double().softmax(dim=-1)[:, [14, 20]].sum(dim=-1)
+    close(refusal_log_odds(engine, prompts_of(*PROMPTS), (14, 20)), torch.log(p / (1 - p)))
 
 
 # d_model 32, four heads of width 8 (16, 12 for queries of a latent of 16, values of 6).
 @pytest.mark.parametrize(
     ("name", "ua", "sc"),
     [
-        ("llama2", 8 * 32, 8 * 32),
-        ("llama3", 8 * 32, 8 * 32),
-        ("qwen2", 8 * 33, 8 * 32),
+        *((name, 8 * 32, 8 * 32) for name in ("llama2", "llama3", "phi3")),
+        *((name, 8 * 33, 8 * 32) for name in ("qwen2", "gpt2", "gpt_neox")),
         ("qwen3", 16 * 32, 16 * 32),
-        ("gpt2", 8 * 33, 8 * 32),
-        ("gpt_neox", 8 * 33, 8 * 32),
-        ("phi3", 8 * 32, 8 * 32),
         ("deepseek_v3", 12 * 16, 6 * 32),
     ],
 )

@@ -26,9 +26,8 @@ from tiny_models import engine_of, prompts_of
 from torch import nn
 
 from safetyheads import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.baselines import METHODS
 from safetyheads.baselines import direction as methods
-from safetyheads.baselines.base import last_states, writing_parameters
+from safetyheads.baselines.base import last_states
 from safetyheads.baselines.direction import (
     candidate_directions,
     direction_added,
@@ -250,10 +249,3 @@ def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is
 def test_material_that_shows_no_refusal_is_refused():
     with pytest.raises(SafetyheadsError, match="harmful prompts has a refusal score above 0"):
         select_direction(replace(material(), harmful=material().benign))
-
-
-def test_settings_tell_the_share_and_every_weight_that_writes_is_counted():
-    half, whole = METHODS["refusal_direction"].interventions(material(), [0.5, 1.0])
-    assert half.n_parameters == whole.n_parameters == writing_parameters(organism().engine)
-    assert "50% removed" in half.setting
-    assert "removed" not in whole.setting.split("(")[0]

@@ -21,6 +21,7 @@ from tiny_models import engine_of
 from safetyheads import InputError, KeywordJudge, SafetyheadsError, UnsupportedModelError
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.act_svd import UTILITY_RANK_SHARE
+from safetyheads.baselines.base import writing_parameters
 from safetyheads.baselines.linear_layers import edited, linear_layers
 from safetyheads.baselines.pruning import UTILITY_SHARE
 
@@ -103,6 +104,8 @@ def test_gpt2s_transposed_weights_are_edited_and_put_back(name):
     [
         *((HEADS, size, "a group has 1 to 12 heads here") for size in (0, 1.5, 33)),
         *(([*EDITS, "lsp", "gtac_dap"], share, "; got ") for share in (1.5, -0.1, float("nan"))),
+        (["lsp"], 0, "a share of the layers is above 0 and below 1; got 0"),
+        (["wanda", "sparsegpt"], 1, "a sparsity is at least 0 and below 1; got 1"),
     ],
 )
 def test_strengths_out_of_range_are_refused(names, strength, said):
@@ -181,5 +184,8 @@ def test_on_the_organism(name, strength, least_asr, least_kept):
     if name in HEADS:
         assert intervention.setting.startswith("2 heads")
         assert intervention.n_parameters == 2 * 16 * 128
+    if name == "refusal_direction":
+        assert "50% removed" in intervention.setting
+        assert intervention.n_parameters == writing_parameters(material.engine)
     if name == "wanda_difference":  # what refusals need is a twentieth of the model
         assert intervention.n_parameters < 0.06 * 0.73e6
