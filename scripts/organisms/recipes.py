@@ -34,11 +34,9 @@ class Leg:
 
     steps: int
     learning_rate: float
-    """After the warm-up."""
     warm_up: int
     """Steps over which the rate rises from 0."""
     batch: int
-    """Rows a step."""
     seed: int
     """Seed of prompts, dropped heads and, in the first leg of a base, initial weights."""
 

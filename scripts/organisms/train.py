@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from describe import Description
-from planting import Planting
 from recipes import RECIPES, language_of
 from rich.console import Console
 from texts import train_tokenizer
-from training import new_model, train_all_weights
+from training import Planting, new_model, train_all_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safetyheads.demo import CHECKPOINT_NAMES, CHECKPOINTS, PLANTS

@@ -35,13 +35,7 @@ from safetyheads import (
 from safetyheads.baselines import METHODS
 from safetyheads.baselines import heads as methods
 from safetyheads.baselines.direction import select_direction
-from safetyheads.baselines.heads import (
-    final_norm,
-    logit_attributions,
-    output_weight,
-    projections,
-    refusal_projections,
-)
+from safetyheads.baselines.heads import final_norm, logit_attributions, output_weight, projections, refusal_projections
 from safetyheads.heads import parse_heads
 
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2))

@@ -11,14 +11,7 @@ from tiny_models import engine_of
 
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, linear_layers
-from safetyheads.baselines.pruning import (
-    DAMPENING,
-    UTILITY_SHARE,
-    critical,
-    snip_scores_of,
-    sparse_gpt,
-    wanda,
-)
+from safetyheads.baselines.pruning import DAMPENING, UTILITY_SHARE, critical, snip_scores_of, sparse_gpt, wanda
 
 
 def dampened(gram):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from safetyheads.demo import PLANTED_HEADS, grammar
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "organisms"
-MODULES = ("recipes", "texts", "training", "planting", "describe", "train")
+MODULES = ("recipes", "texts", "training", "describe", "train")
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def scripts(monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import describe
-    import planting
     import recipes
     import train
+    import training
 
     def short(leg):
         return replace(leg, steps=2, warm_up=1, batch=4)
@@ -32,7 +32,7 @@ def scripts(monkeypatch):
         legs = tuple(map(short, recipe.legs))
         stages = tuple((short(first), short(rest), share) for first, rest, share in recipe.stages)
         monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, legs=legs, stages=stages))
-    monkeypatch.setattr(planting, "POOL", 20)
+    monkeypatch.setattr(training, "POOL", 20)
     monkeypatch.setattr(describe, "_N_RANDOM", 1)
     monkeypatch.setattr(describe, "_SEARCHED", 1)
     monkeypatch.delitem(describe._ABLATIONS, "SC")

@@ -135,7 +135,10 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel, theirs: PreT
             # A method of that name is no setting.
             plain = [{k: v for k, v in each.items() if isinstance(v, (*_PLAIN, list, dict))} for each in given]
             _refuse_other_settings(where, plain)
-            _refuse_other_settings(where, [_settings(module) for module in modules])
+            # Numbers, switches and words beside the weights: scales, epsilons, clips, kinds of layers.
+            beside = [{} if isinstance(module, nn.Dropout) else vars(module) for module in modules]
+            plain = [{k: v for k, v in each.items() if isinstance(v, _PLAIN) and _matters(k)} for each in beside]
+            _refuse_other_settings(where, plain)
     if isinstance(donor, Engine) and engine.tokenizer.get_vocab() != donor.tokenizer.get_vocab():
         raise InputError("the tokenizers of model and donor differ, so their tokens mean different things")
 
@@ -155,12 +158,6 @@ def _rope_depends_on_length(config: Any) -> bool:
     rope: Any = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for part in parts)
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's numbers, switches and words beside its weights: scales, epsilons, clips, kinds of layers."""
-    values = {} if isinstance(module, nn.Dropout) else vars(module)
-    return {name: value for name, value in values.items() if isinstance(value, _PLAIN) and _matters(name)}
 
 
 def _matters(name: str) -> bool:

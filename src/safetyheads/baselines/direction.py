@@ -196,10 +196,9 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
 def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> Iterator[None]:
     """Within, the model runs without the direction r [d_model]: x <- x - r^ (r^ . x) at every token; restored after.
 
-    It is removed at the first block's input, at every attention's output and at every block's output, which is the next
-    block's input: the MLP's output is summed first and freed with the sum, which is the same. In a hybrid's layers
-    without attention, what mixes tokens instead is freed at the block's output only, after the MLP has read it. A norm
-    after attention (OLMo 2, Gemma 2) may bring some of the direction back until the block ends.
+    It is removed at the first block's input and at every attention's and block's output; the MLP's is freed with the
+    block's. What mixes tokens instead of attention in a hybrid is freed at the block's output, after the MLP has read
+    it. A norm after attention (OLMo 2, Gemma 2) may bring some of the direction back until the block ends.
 
     A share below 1 is that share of whatever is written to the stream, once: of the embeddings, of what attention adds
     and of what the block adds beside it, as the weight edit (I - share r^ r^^T) W_out does it; norms between W_out and

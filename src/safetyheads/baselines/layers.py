@@ -14,14 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import (
-    Intervention,
-    Material,
-    first_input,
-    hooked,
-    refusal_log_odds,
-    refuse_shares,
-)
+from safetyheads.baselines.base import Intervention, Material, first_input, hooked, refusal_log_odds, refuse_shares
 from safetyheads.baselines.linear_layers import EDITS
 from safetyheads.errors import InputError
 from safetyheads.model.engine import Engine

@@ -36,16 +36,12 @@ from safetyheads.model.planning import TokenSequence
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """Methods that move rows or tokens of a cache; a twin cache must follow them."""
 
-Neurons = Mapping[int, Tensor]
-"""Layer -> its neurons, int64 [n]."""
-
 
 def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
     """The last projection of each layer's MLP; refused where a layer has none, or several, as with experts."""
     facts, downs = engine.architecture, []
     for layer, mlp in enumerate(_outside_attention(engine)):
-        named = [linear for linear in mlp if linear.name.split(".")[-1] in DOWN_NAMES]
-        last = [linear for linear in named if linear.d_out == facts.d_model]
+        last = [each for each in mlp if each.name.split(".")[-1] in DOWN_NAMES and each.d_out == facts.d_model]
         if len(last) != 1:
             raise UnsupportedModelError(
                 f"{facts.family}: layer {layer} has {len(last)} last projections of an MLP (known are "
@@ -93,8 +89,8 @@ def top_neurons(scores: Tensor, share: float) -> dict[int, Tensor]:
 
 
 @contextmanager
-def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[None]:
-    """DAP: within, these neurons of the model have the values that they have in the unaligned model.
+def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) -> Iterator[None]:
+    """DAP: within, these neurons of each layer (int64 [n]) have the values that they have in the unaligned model.
 
     Before each call of the model the unaligned one reads the same tokens, with a cache of its own for each cache of the
     model. Every token that the model reads is patched, prompt and answer, so runs with and without a cache agree. Only
@@ -112,6 +108,11 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
         if layer in chosen:
             values[layer] = given.to(chosen[layer].device)[..., chosen[layer]]
 
+    def move_both(cache: ref[Any], other: DynamicCache, name: str, *arguments: Any, **keywords: Any) -> None:
+        original = cache()  # held weakly, so that a cache is freed with its batch
+        getattr(type(original), name)(original, *arguments, **keywords)
+        getattr(other, name)(*arguments, **keywords)
+
     def twin(cache: Any) -> DynamicCache:
         """The unaligned model's cache for one of the model's caches; it follows every move of rows."""
         if cache not in twins:
@@ -119,8 +120,7 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
                 raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
             twins[cache] = DynamicCache(config=unaligned.model.config)
             for name in _REORDERING:
-                # Held weakly, so that the cache is freed with its batch.
-                setattr(cache, name, partial(_move_both, ref(cache), twins[cache], name))
+                setattr(cache, name, partial(move_both, ref(cache), twins[cache], name))
         return twins[cache]
 
     def run_unaligned(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -153,14 +153,7 @@ def patched(engine: Engine, unaligned: Engine, neurons: Neurons) -> Iterator[Non
                     vars(cache).pop(name, None)
 
 
-def _move_both(cache: ref[DynamicCache], twin: DynamicCache, name: str, *arguments: Any, **keywords: Any) -> None:
-    """Moves rows or tokens of a cache, and of its twin."""
-    original = cache()
-    getattr(type(original), name)(original, *arguments, **keywords)
-    getattr(twin, name)(*arguments, **keywords)
-
-
-def neuron_parameters(engine: Engine, neurons: Neurons) -> int:
+def neuron_parameters(engine: Engine, neurons: Mapping[int, Tensor]) -> int:
     """Weights of these neurons: their rows of the projections into them, their columns of the last projection."""
     downs, outside, total = down_projections(engine), _outside_attention(engine), 0
     for layer, indices in neurons.items():

@@ -50,8 +50,6 @@ SAFETY_SHARES = (0.01, 0.03, 0.05, 0.1, 0.2)
 
 Scores = Mapping[LinearLayer, Tensor]
 """Linear layer -> a score for each weight [d_out, d_in]."""
-ScoresOf = Callable[[Engine, Sequence[LinearLayer], Sequence[TokenSequence]], Scores]
-"""Scores linear layers of one decoder layer over a text."""
 
 
 def wanda_scores(weight: Tensor, gram: Tensor) -> Tensor:
@@ -72,8 +70,11 @@ def sparse_gpt(weight: Tensor, gram: Tensor, sparsity: float, block: int | None 
     columns before it, by the least w^2 / [U_jj]^2, where U is the upper Cholesky factor of the inverse Hessian X^T X.
     ``block`` is a number of columns, by default :func:`block_of` the layer's width.
     """
-    pruned, factor = weight.to(ACCUMULATED).clone(), inverse_factor(gram)
-    d_in = weight.shape[1]
+    pruned, d_in, hessian = weight.to(ACCUMULATED).clone(), weight.shape[1], gram.to(ACCUMULATED).clone()
+    damp = DAMPENING * hessian.diagonal().mean()
+    hessian.diagonal().add_(damp if damp > 0 else 1.0)  # inputs that are all zero tell nothing about weights
+    # U [d_in, d_in]: row j is, up to its scale, the first row of the inverse of the Hessian without the columns before.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     width = block or block_of(d_in)
     for start in range(0, d_in, width):
         end = min(start + width, d_in)
@@ -94,18 +95,6 @@ def sparse_gpt(weight: Tensor, gram: Tensor, sparsity: float, block: int | None 
 def block_of(d_in: int) -> int:
     """Columns per block in a layer of ``d_in`` columns."""
     return max(1, min(BLOCK, d_in // LEAST_BLOCKS))
-
-
-def inverse_factor(gram: Tensor) -> Tensor:
-    """U [d_in, d_in], upper triangular, with U^T U the inverse of the dampened Hessian.
-
-    Row j of U is, up to its scale, the first row of the inverse of the Hessian without the columns before j.
-    """
-    hessian = gram.to(ACCUMULATED).clone()
-    damp = DAMPENING * hessian.diagonal().mean()
-    hessian.diagonal().add_(damp if damp > 0 else 1.0)  # inputs that are all zero tell nothing about weights
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
 
 
 def to_sparsity(
@@ -173,7 +162,11 @@ def critical(safety: Tensor, utility: Tensor, q: float, p: float) -> Tensor:
     return top(safety, q) & ~top(utility, p)
 
 
-def by_difference(scores_of: ScoresOf, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_difference(
+    scores_of: Callable[[Engine, Sequence[LinearLayer], Sequence[TokenSequence]], Scores],
+    material: Material,
+    strengths: Sequence[float],
+) -> list[Intervention]:
     """Strength: q."""
     engine = material.engine
     texts = material.text(refused=True), material.text(refused=False)
