@@ -168,12 +168,13 @@ def look_at_hub(name: str) -> None:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{name}: no such directory, and no such model on the hub that you may read") from None
-    except HfHubHTTPError as error:
-        raise InputError(f"{name}: no such directory, and the hub answers: {first_line(error)}") from error
     except (client_error, OSError) as error:
-        raise InputError(f"{name}: no such directory, and the hub cannot be reached ({first_line(error)})") from error
+        why = f"the hub cannot be reached ({first_line(error)})"
+        if isinstance(error, RepositoryNotFoundError):
+            why = "no such model on the hub that you may read"
+        elif isinstance(error, HfHubHTTPError):
+            why = f"the hub answers: {first_line(error)}"
+        raise InputError(f"{name}: no such directory, and {why}") from error
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrainedModel:
