@@ -202,36 +202,33 @@ def deeper():
     return build(config)
 
 
-OF_ANOTHER_MODEL = {
-    "another family": (lambda: copy.deepcopy(built("gpt_neox")), lambda: lora("query_key_value")),
-    "another shape": (lambda: model_of("llama_mha"), lora),
-    "more layers": (deeper, lora),
-    "virtual tokens": (
-        lambda: model_of("llama_gqa"),
-        lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ),
-    "shared weights": (lambda: model_of("llama_gqa"), lambda: peft.VeraConfig(r=4, target_modules=["q_proj"])),
-}
-
-
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("model", "config", "said"),
     [
-        ("another family", "the adapter A is not for B: Target modules {'query_key_value'} not found"),
-        ("another shape", "the adapter A is not for B: tensors have other shapes"),
-        ("more layers", "the adapter A is not for B: it holds, where the base has none, 8 tensors, "),
-        ("virtual tokens", "the adapter A is a PROMPT_TUNING: it adds virtual tokens"),
         (
-            "shared weights",
-            "the adapter A is a VERA: its modules share weights that stand in none of them, so it cannot be put on a "
-            "base module by module; merge it into its base and give the merged model",
+            lambda: copy.deepcopy(built("gpt_neox")),
+            lambda: lora("query_key_value"),
+            "is not for B: Target modules {'query_key_value'} not found",
+        ),
+        (lambda: model_of("llama_mha"), lora, "is not for B: tensors have other shapes"),
+        (deeper, lora, "is not for B: it holds, where the base has none, 8 tensors, "),
+        (
+            lambda: model_of("llama_gqa"),
+            lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "is a PROMPT_TUNING: it adds virtual tokens",
+        ),
+        (
+            lambda: model_of("llama_gqa"),
+            lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
+            "is a VERA: its modules share weights that stand in none of them, so it cannot be put on a base module by "
+            "module; merge it into its base and give the merged model",
         ),
     ],
+    ids=["another family", "another shape", "more layers", "virtual tokens", "shared weights"],
 )
-def test_an_adapter_of_another_base_or_without_a_module_is_refused(case, said, plain, tmp_path):
-    model, config = OF_ANOTHER_MODEL[case]
+def test_an_adapter_of_another_base_or_without_a_module_is_refused(model, config, said, plain, tmp_path):
     save_adapter(model(), tmp_path, config())
-    assert refusal(plain[0], tmp_path).startswith(said)
+    assert refusal(plain[0], tmp_path).startswith(f"the adapter A {said}")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -12,9 +13,8 @@ import pytest
 import torch
 from families import built
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, build, prompts_of, saved
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast
+from tiny_models import COMMON, build, prompts_of, saved, tokenizer
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
 from safetyheads.model.architecture import Capabilities
@@ -113,15 +113,8 @@ def test_a_family_that_transformers_ships_is_loaded_by_its_code_whatever_the_che
 # Tokens
 
 
-def bigger(end):
-    words = {f"w{number}": number for number in range(80)}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token=end)
-
-
 def test_a_token_that_the_model_has_no_embedding_for_is_refused():
-    engine = Engine(built("llama3"), bigger("w63"))
+    engine = Engine(built("llama3"), tokenizer(80))
     assert len(engine.ask(prompts_of((5, 63, 3))).token_ids[0]) == 3
     said = (
         "has the token 70, but the model knows only 64 tokens; does the tokenizer belong to another model? "
@@ -135,14 +128,14 @@ def test_an_end_token_without_an_embedding_pads_nothing(place):
     engine, prompts = Engine.load(str(place), check=False), prompts_of((5, 7, 3), (4,))
     expected = generate(engine, prompts, 4)
     engine.model.generation_config.eos_token_id = None
-    found = generate(Engine(engine.model, bigger("w75")), prompts, 4)
+    found = generate(Engine(engine.model, tokenizer(80, end=75)), prompts, 4)
     # Another end, so an answer may be longer by what the model would have ended at.
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.token_ids[: len(theirs.token_ids)] == theirs.token_ids
 
 
 def test_a_template_that_writes_the_date_is_told_in_every_run(place):
-    dated = bigger("w63")
+    dated = copy.copy(tokenizer(80))
     dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
     engine = Engine(Engine.load(str(place), check=False).model, dated)
     prompts = PromptSet.from_queries(["w5 w7"], "chat")

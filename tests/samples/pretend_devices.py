@@ -42,10 +42,8 @@ class PretendDevices(TorchFunctionMode):
         if keywords.get("device") is not None:
             place = torch.device(keywords.pop("device"))
             return self._marked(function(*arguments, **keywords), place)
-        place = self._common(
-            function, [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
-        )
-        return self._marked(function(*arguments, **keywords), place)
+        tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+        return self._marked(function(*arguments, **keywords), self._common(function, tensors))
 
     def _common(self, function, tensors):
         """The one device of these tensors; numbers, and indices on the CPU, may be used anywhere."""
@@ -61,7 +59,7 @@ class PretendDevices(TorchFunctionMode):
 
     def _moved(self, tensor, *arguments, **keywords):
         place, rest = place_of(tensor), []
-        for argument in arguments:
+        for argument in (*arguments, keywords.pop("device", None)):
             if isinstance(argument, Tensor):
                 place = place_of(argument)
                 rest.append(argument.dtype)
@@ -69,8 +67,6 @@ class PretendDevices(TorchFunctionMode):
                 rest.append(argument)
             elif argument is not None and not isinstance(argument, bool):
                 place = torch.device(argument)
-        if keywords.get("device") is not None:
-            place = torch.device(keywords.pop("device"))
         keywords.pop("non_blocking", None)
         moved = tensor.to(*rest, **keywords)
         return moved if place == place_of(moved) else self._marked(moved.view_as(moved), place)

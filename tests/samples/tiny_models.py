@@ -75,11 +75,11 @@ def model_of(family, dtype=torch.float32):
 
 
 @cache
-def tokenizer():
-    words = {f"w{number}": number for number in range(VOCABULARY)}
+def tokenizer(n_words=VOCABULARY, end=END):
+    words = {f"w{number}": number for number in range(n_words)}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token=f"w{END}")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token=f"w{end}")
 
 
 def engine_of(family, dtype=torch.float32, **options):

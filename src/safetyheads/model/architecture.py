@@ -184,8 +184,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         None if attention is None else _shape(attention, config, layer) for layer, attention in enumerate(attentions)
     )
     d_mlp = getattr(of_layer(config, 0), "intermediate_size", None)  # a list where layers differ
-    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    n_experts = next((count for count in counts if count), None)
+    n_experts = _number(config, ("num_experts", "num_local_experts", "n_routed_experts"))
     return Architecture(
         family=family,
         decoder=decoder,
@@ -259,7 +258,7 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
     elif hasattr(attention, WINDOW_NAMES[0]):
         window = _number(attention, WINDOW_NAMES[:1])
     else:
-        window = next(iter(_positive(getattr(config, name, None) for name in WINDOW_NAMES)), None)
+        window = min(_positive(getattr(config, name, None) for name in WINDOW_NAMES), default=None)
     return HeadShape(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
@@ -269,9 +268,9 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
     )
 
 
-def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of a module's attributes of these names that is a positive number."""
-    values = (getattr(module, name, None) for name in names)
+def _number(owner: Any, names: tuple[str, ...]) -> int | None:
+    """The first of a module's or config's attributes of these names that is a positive number."""
+    values = (getattr(owner, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
