@@ -36,12 +36,8 @@ def test_one_json_line_on_which_the_ways_agree(monkeypatch, capsys, tmp_path):
 
 
 def test_the_command_runs_a_way_in_a_process_of_its_own():
-    made = subprocess.run(
-        [sys.executable, scan.__file__, *SMALL, "--peers", "ours"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, scan.__file__, *SMALL, "--peers", "ours"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
     line = json.loads(made.stdout)
     assert set(line["seconds"]) == {"ours"}
     assert len(line["seconds"]["ours"]) == 1
@@ -72,16 +68,14 @@ def test_the_plain_loop_leaves_float32_on_big_shapes_only(size, dtype):
     assert passes.ours(work).dtype == "bfloat16"
 
 
-def test_prompts_share_the_prefix_and_the_template_and_have_the_lengths():
+def test_prompts_share_prefix_and_template_and_heads_are_sampled_evenly():
     shape = shapes.SHAPES["tiny"]
     rows = shapes.prompts(shape, 20, prefix=60)
     assert [len(row) - 60 for row in rows] == [*shapes.LENGTHS, *shapes.LENGTHS[:4]]
     assert len({tuple(row[:64]) for row in rows}) == 1
     assert len({row[64] for row in rows}) > 1
     assert max(map(max, rows)) < shape.vocabulary_size
-
-
-def test_heads_are_sampled_evenly_over_the_layers():
+    # Heads are sampled evenly over the layers.
     shape = shapes.SHAPES["58M"]
     assert [layer for layer, _ in shape.sample(8)] == list(range(8))
     assert [layer for layer, _ in shape.sample(2)] == [2, 6]

@@ -88,11 +88,8 @@ def test_refusals_carry_the_mark_and_answers_do_not():
     assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))
 
 
-def test_the_package_holds_every_checkpoint_that_it_names():
+def test_the_package_holds_every_checkpoint_that_it_names_and_no_other():
     assert {path.name for path in demo.CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
-
-
-def test_an_unknown_checkpoint_is_an_input_error_that_names_the_known_ones():
     with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are base, aligned_a"):
         demo.checkpoint_path("aligned_c")
 

@@ -129,15 +129,13 @@ def check_tables(page: Page) -> None:
     """Headers have a scope, frames that scroll can be reached and have a name, ids are unique, places have figures."""
     assert all(attributes.get("scope") in {"row", "col", "rowgroup"} for attributes in page.tags("th"))
     frames = [attributes for _, attributes in page.elements if (attributes.get("class") or "").startswith("scroll")]
-    assert all(
-        frame.get("tabindex") == "0" and (frame.get("aria-label") or frame.get("aria-labelledby")) for frame in frames
+    assert all(frame["tabindex"] == "0" and {"aria-label", "aria-labelledby"} & set(frame) for frame in frames)
+    ids, labels, places = (
+        [attributes[name] for _, attributes in page.elements if attributes.get(name)]
+        for name in ("id", "aria-labelledby", "data-chart")
     )
-    ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
     assert len(ids) == len(set(ids))
-    assert {
-        attributes["aria-labelledby"] for _, attributes in page.elements if attributes.get("aria-labelledby")
-    } <= set(ids)
-    places = [attributes["data-chart"] for _, attributes in page.elements if attributes.get("data-chart")]
+    assert set(labels) <= set(ids)
     assert sorted(map(str, places)) == sorted(page.charts)
 
 

@@ -204,8 +204,7 @@ def completions(
         if "text" in row:
             group = frozenset(filter(None, str(row.get("group") or "").split(",")))
             found.setdefault((row["set"], group), []).append(row)
-    shown: list[dict[str, Any]] = []
-    left_out = 0
+    shown, left_out = list[dict[str, Any]](), 0
     for name in sets:
         for group, words in groups.items():
             texts = []

@@ -14,18 +14,7 @@ from typing import Any, TypeAlias
 from safetyheads.errors import InputError
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import (
-    REMEMBERED,
-    Cell,
-    facts,
-    interval,
-    number,
-    p_value,
-    render,
-    sentence_case,
-    signed,
-    two,
-)
+from safetyheads.reports.page import REMEMBERED, Cell, facts, interval, number, p_value, render, signed, two
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -55,7 +44,7 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     Raises:
         InputError: an experiment has a name that no file can have.
     """
-    outcomes = results["experiments"]
+    outcomes, judge = results["experiments"], results["judge"]
     for outcome in outcomes:
         if not outcome["name"].isalnum():
             raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which no file can have")
@@ -65,16 +54,16 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     pages = {}
     for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
         content = _experiment(outcome, timings) | {"before": before, "after": after}
-        measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": results["judge"]}
+        measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": judge}
         page = render("experiment.html.j2", content, measured, facts_of_page, content["charts"])
         pages[f"{outcome['name']}.html"] = page
     states = list(_states(results, timings))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
     index: dict[str, Any] = {"states": states, "models": models, "sentence": _sentence(states, models)}
-    index |= {"config": manifest["config"], "judge": results["judge"], "no_evidence": NO_EVIDENCE}
+    index |= {"config": manifest["config"], "judge": judge, "no_evidence": NO_EVIDENCE}
     index |= {"embedded": EMBEDDED, "has_embedded": any(model.startswith(EMBEDDED) for model in models)}
-    measured = {"experiments": [state["name"] for state in ran], "judge": results["judge"]}
+    measured = {"experiments": [state["name"] for state in ran], "judge": judge}
     return render("experiments.html.j2", index, measured, manifest), pages
 
 
@@ -87,23 +76,19 @@ def _states(results: Record, timings: Record) -> Iterator[dict[str, Any]]:
     left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
     catalogue = {entry["name"]: entry for entry in results["catalogue"]}
     for name in dict.fromkeys((*catalogue, *outcomes, *left_out)):
-        entry, outcome = catalogue.get(name, {"title": name, "missing": ()}), outcomes.get(name)
-        state = {"name": name, "title": entry["title"], "models": (), "seconds": None, "tone": "soft", "headline": ()}
-        if outcome is not None:
+        entry, label, said, tone = catalogue.get(name, {"title": name, "missing": ()}), "not run", "", "soft"
+        state = {"name": name, "title": entry["title"], "models": (), "seconds": None, "headline": ()}
+        if name in outcomes:
+            outcome = outcomes[name]
             reasons, headline = outcome["not_meaningful"], headline_words(outcome)
             has_numbers = bool(outcome["tables"] or outcome["figures"])
             label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
-            state |= {key: outcome[key] for key in ("title", "models")}
-            state |= {"label": label, "headline": headline, "said": "" if headline else next(iter(reasons), "")}
-            state |= {"tone": "yes" if label == "not meaningful" else ""}
-            state |= {"seconds": timings.get("seconds", {}).get(name)}
-        elif name in left_out:
-            state |= {"label": "left out", "said": left_out[name]}
-        elif entry["missing"]:
-            state |= {"label": "left out", "said": f"needs {'; '.join(entry['missing'])}"}
-        else:
-            state |= {"label": "not run", "said": ""}
-        yield state
+            said, tone = "" if headline else next(iter(reasons), ""), "yes" if label == "not meaningful" else ""
+            state |= {"title": outcome["title"], "models": outcome["models"], "headline": headline}
+            state["seconds"] = timings.get("seconds", {}).get(name)
+        elif name in left_out or entry["missing"]:
+            label, said = "left out", left_out.get(name) or f"needs {'; '.join(entry['missing'])}"
+        yield state | {"label": label, "said": said, "tone": tone}
 
 
 def headline_words(outcome: Record) -> list[str]:
@@ -123,9 +108,8 @@ def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
     ran = [state for state in states if state["models"]]
     if not ran:
         return f"None of {len(states)} experiments was run."
-    named = " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
-    if len(models) > _MOST_NAMED:
-        named = f"{len(models)} models"
+    few = " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
+    named = few if len(models) <= _MOST_NAMED else f"{len(models)} models"
     lost = sum(state["label"] == "not meaningful" for state in ran)
     rest = "; none is meaningful there" if lost == len(ran) else f"; {lost} not meaningful there" if lost else ""
     return f"{len(ran)} of {len(states)} experiments of the paper on {named}{rest}."
@@ -144,20 +128,19 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
             left_out.append(figure["title"])
         else:
             shown.append((figure, drawn))
-    name, has_numbers = outcome["name"], bool(outcome["tables"] or outcome["figures"])
-    badge = ""
+    name, has_numbers, badge = outcome["name"], bool(outcome["tables"] or outcome["figures"]), ""
+    rates = [(row, row["asr"], row["kept"]) for row in outcome.get("asked") or ()]
+    asked = [(row, number_cell(asr, "rate"), number_cell(kept, "rate")) for row, asr, kept in rates]
     if outcome["not_meaningful"]:
         badge = "Meaningful in part only" if has_numbers else "Not meaningful on this model"
     elif any(NO_EVIDENCE in note.lower() for note in outcome["notes"]):
-        badge = sentence_case(NO_EVIDENCE)
+        badge = NO_EVIDENCE.capitalize()
     return {
         "outcome": outcome,
         "badge": badge,
         "has_numbers": has_numbers,
         "headline": [(row, number_cell(row["value"], row["kind"])) for row in outcome.get("headline") or ()],
-        "asked": [
-            (row, *(number_cell(row[key], "rate") for key in ("asr", "kept"))) for row in outcome.get("asked") or ()
-        ],
+        "asked": asked,
         "settings": list(facts(outcome.get("settings") or {})),
         "figures": [(figure, list(_figure_notes(figure))) for figure, _ in shown],
         "figures_left_out": left_out,
@@ -170,9 +153,8 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
 
 def table_shown(table: Record) -> dict[str, Any]:
     """An outcome's table with its cells as the page shows them, and how many rows are left out."""
-    rows, held = [], table["rows"][:MAX_ROWS]
-    for above, row in zip([None, *held], held, strict=False):
-        rows.append(list(cells(row, table["columns"], above)))
+    held = table["rows"][:MAX_ROWS]
+    rows = [list(cells(row, table["columns"], above)) for above, row in zip([None, *held], held, strict=False)]
     return {
         "title": table["title"],
         "caption": table["caption"],

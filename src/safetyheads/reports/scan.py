@@ -249,11 +249,9 @@ def drill_data(
 ) -> dict[str, Any] | None:
     """The answers under each head for the page's script; None where the run holds no answers.
 
-    Heads of interest come first, then those of highest ASR, as many as ``room`` has bytes for.
-
-    A state is what an answer is beside its place: label and reason of each judge, changed, complete. Each distinct
-    state stands there once and is meant by its number; of a head only the answers are written whose state is not that
-    of the unablated answer.
+    Heads of interest come first, then those of highest ASR, as many as ``room`` has bytes for. A state is what an
+    answer is beside its place: label and reason of each judge, changed, complete. Each distinct state stands there
+    once and is meant by its number; of a head only the answers are written whose state is not that of the unablated.
     """
     unablated = [answers for name in SETS for answers in table["vanilla", name, None].values()]
     if not unablated:
@@ -376,8 +374,7 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     if not any(head["benign"] for head in results["heads"]):
         return None
     shown = [look for role, look in ROLES.items() if any(head["role"] == role for head in results["heads"])]
-    legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
-    labels = [words for words, *_ in shown]
+    legend, labels = alt.Legend(orient="top", title=None, symbolOpacity=1), [words for words, *_ in shown]
     color = alt.Color("word:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[2] for look in shown]))
     shape = alt.Shape("word:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[3] for look in shown]))
     words = " : ".join(f"datum.role == '{role}' ? '{look[0]}'" for role, look in ROLES.items()) + " : ''"
@@ -400,12 +397,11 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     crosses = alt.Chart(alt.InlineData(values=intervals)).encode(color=color)
     thin: Look = {"strokeWidth": 1, "opacity": 0.55}
     names = base.transform_filter("datum.named")
+    points = base.mark_point(filled=True, size=70, opacity=0.75, aria=False, cursor="pointer")
     layers = [
         crosses.mark_rule(**thin).encode(x=x, x2="change_high:Q", y=y),
         crosses.mark_rule(**thin).encode(x=alt.X("middle:Q", title=x_title), y="lost_low:Q", y2="lost_high:Q"),
-        base.mark_point(filled=True, size=70, opacity=0.75, aria=False, cursor="pointer").encode(
-            color=color, shape=shape, tooltip=_head_tooltip(results)
-        ),
+        points.encode(color=color, shape=shape, tooltip=_head_tooltip(results)),
         names.mark_text(align="left", baseline="bottom", dx=8, dy=-4, **charts.NAME).encode(text="head:N"),
     ]
     return charts.spec(layers, (), 300, "Change of ASR against benign answers lost, head by head")
