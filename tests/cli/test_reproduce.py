@@ -11,7 +11,7 @@ from safetyheads import demo
 from safetyheads.cli.app import load_engine
 from safetyheads.errors import SafetyheadsError
 from safetyheads.experiments import run as reproduction
-from safetyheads.experiments.catalogue import EXPERIMENTS
+from safetyheads.experiments.run import EXPERIMENTS
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.config import ModelOptions, Silent
 

@@ -19,21 +19,18 @@ def test_cdf_is_the_share_of_heads_with_at_most_a_score(values):
 
 
 def test_density_is_the_mean_of_gaussians_around_the_scores():
-    density = kernel_density(SCORES)
+    places, heights, measured = kernel_density(SCORES)
     # Scott's rule: the sample standard deviation times n to the power -1/5.
     bandwidth = SCORES.std(ddof=1) * len(SCORES) ** (-1 / 5)
-    assert density.bandwidth == pytest.approx(bandwidth)
-    for place, height in zip(density.at, density.height, strict=True):
+    assert measured == pytest.approx(bandwidth)
+    for place, height in zip(places, heights, strict=True):
         kernels = np.exp(-(((place - SCORES) / bandwidth) ** 2) / 2)
         assert height == pytest.approx(kernels.mean() / (bandwidth * math.sqrt(2 * math.pi)))
     # Three bandwidths beyond the ends leave at most .0014 of a kernel on each side out.
-    assert len(density.at) == N_GRID
-    assert np.trapezoid(density.height, density.at) == pytest.approx(1.0, abs=3e-3)
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
-def test_scores_that_are_all_one_have_no_density(values):
-    assert kernel_density(np.array(values)) is None
+    assert len(places) == N_GRID
+    assert np.trapezoid(heights, places) == pytest.approx(1.0, abs=3e-3)
+    for alike in ([], [1.0], [2.0, 2.0, 2.0]):
+        assert kernel_density(np.array(alike)) is None
 
 
 def test_gini_is_half_the_mean_difference_of_two_heads_over_the_mean_for_every_row():
@@ -43,13 +40,9 @@ def test_gini_is_half_the_mean_difference_of_two_heads_over_the_mean_for_every_r
     assert top_share(rows, 2).tolist() == pytest.approx([float(top_share(row, 2)) for row in rows])
 
 
-@pytest.mark.parametrize(("values", "known"), [([1, 1, 1, 1], 0.0), ([0, 0, 0, 1], 0.75), ([0, 1, 0, 1], 0.5)])
-def test_gini_of_scores_worked_out_by_hand(values, known):
-    assert float(gini(np.array(values, float))) == pytest.approx(known)
-
-
-def test_share_of_the_highest_scores_by_hand_and_no_tail_of_zeros():
-    assert float(top_share(TIED, 1)) == pytest.approx(4 / 7)
-    assert float(top_share(TIED, 3)) == pytest.approx(6 / 7)
+def test_indices_by_hand_and_none_of_zeros():
+    for values, known in (([1, 1, 1, 1], 0.0), ([0, 0, 0, 1], 0.75), ([0, 1, 0, 1], 0.5)):
+        assert float(gini(np.array(values, float))) == pytest.approx(known)
+    assert [float(top_share(TIED, k)) for k in (1, 3)] == pytest.approx([4 / 7, 6 / 7])
     assert math.isnan(float(gini(np.zeros(4))))
     assert math.isnan(float(top_share(np.zeros(4), 1)))

@@ -1,19 +1,14 @@
-"""ASR by the number of heads: what the organism's construction implies (Fig 4a, Tables 3 and 5)."""
+"""ASR by the number of heads: what the organism's construction implies (Fig 2, 4a, 11, 12, Tables 3 and 5)."""
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from experiment_runs import OWN, SMALL, N, engine_of, figure_of, rows, run_of
+from experiment_runs import OWN, SMALL, N, engine_of, figure_of, points, rows, run_of
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, parse_heads
-from safetyheads.answers.decoding import Sampling
-from safetyheads.answers.success import attack_success_rate
 from safetyheads.demo import benign_prompts, harmful_prompts
-from safetyheads.experiments.outcome import Measured
-from safetyheads.experiments.settings import PAPER, prompts_of
+from safetyheads.experiments.settings import PAPER
 
 
 @pytest.mark.parametrize("ablation", ["UA", "SC"])
@@ -34,17 +29,6 @@ def test_sahara_finds_the_planted_head_first_and_random_groups_of_the_same_layer
     assert sizes[0]["random"]["n"] <= 7
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_groups_asr_is_that_of_plain_decoding(outcome_of, size):
-    (row,) = rows(outcome_of("fig4a"), dataset="damage", ablation="UA", size=size)
-    prompts, group = prompts_of(SMALL, "demo:aligned_a", "damage", "test"), parse_heads(row["heads"])
-    sampling = Sampling(SMALL.top_k, SMALL.seed)
-    plain = attack_success_rate(
-        engine_of("aligned_a"), prompts, group, UNDIFFERENTIATED_ATTENTION, KeywordJudge("paper"), 40, sampling
-    )
-    assert row["asr"] == json.loads(json.dumps(asdict(Measured.of(plain.asr))))
-
-
 def test_lines_begin_at_the_unablated_model_and_the_headline_has_means_over_datasets(outcome_of):
     outcome = outcome_of("fig4a")
     lines = Counter((point["series"], point["panel"]) for point in figure_of(outcome, "lines")["points"])
@@ -62,20 +46,17 @@ def test_lines_begin_at_the_unablated_model_and_the_headline_has_means_over_data
         assert headline[label]["n"] == sum(row["n"] for row in drawn)
 
 
-def test_the_mean_column_is_the_mean_of_the_changes(outcome_of):
-    for row in rows(outcome_of("table3")):
+def test_changes_by_size_have_their_mean_and_three_heads_raise_the_asr_at_both_levels(outcome_of):
+    outcome = outcome_of("table3")
+    assert len(rows(outcome)) == 2 * 2 * 3
+    for row in rows(outcome):
         changes = [row[f"heads_{size}"] for size in (1, 2, 3)]
+        assert changes[2]["value"] >= 0.6
         assert row["mean"]["value"] == pytest.approx(sum(change["value"] for change in changes) / 3)
         assert row["mean"]["n"] == changes[0]["n"] == N
         # No certainty from six prompts, where all of them changed alike either.
         assert row["mean"]["low"] < row["mean"]["value"] <= row["mean"]["high"]
         assert all(change["low"] <= change["value"] <= change["high"] for change in changes)
-    assert len(rows(outcome_of("table3"))) == 2 * 2 * 3
-
-
-def test_three_heads_raise_the_asr_at_both_levels(outcome_of):
-    outcome = outcome_of("table3")
-    assert all(row["heads_3"]["value"] >= 0.6 for row in rows(outcome))
     headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
     own = rows(outcome, level="query, Ships", ablation="SC")
     for label, key in (("1 head", "heads_1"), ("3 heads", "heads_3")):
@@ -93,30 +74,43 @@ def test_table_5_is_of_the_further_model(tmp_path):
     assert "second model" in alone["notes"][0]
 
 
-def written(path, queries):
-    path.write_text("".join(json.dumps({"query": query}) + "\n" for query in queries))
-    return str(path)
-
-
 def test_only_the_papers_models_have_its_numbers_beside_them(outcome_of, tmp_path):
-    queries = [prompt.text for prompt in harmful_prompts("test")]
-    known, own = tmp_path / "maliciousinstruct.jsonl", tmp_path / "own.jsonl"
-    benign = written(tmp_path / "benign.jsonl", [prompt.text for prompt in benign_prompts("test")[:4]])
-    config = replace(
-        PAPER,
-        models=("lmsys/vicuna-7b-v1.5",),
-        datasets=(written(known, queries[:4]), written(own, queries[4:8])),
-        benign=benign,
-        template="chat",
-        search_score="mean_ships",
-        max_new_tokens=40,
-        size=2,
-    )
+    queries, benign = [prompt.text for prompt in harmful_prompts("test")], benign_prompts("test")[:4]
+    sets = {"maliciousinstruct": queries[:4], "own": queries[4:8], "benign": [prompt.text for prompt in benign]}
+    for name, texts in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    known, own, benign = (str(tmp_path / f"{name}.jsonl") for name in sets)
+    papers = {"models": ("lmsys/vicuna-7b-v1.5",), "datasets": (known, own), "benign": benign, "template": "chat"}
+    config = replace(PAPER, **papers, search_score="mean_ships", max_new_tokens=40, size=2)
     outcome = run_of(config, ["table3"], tmp_path / "run", lambda _: engine_of("demo:aligned_a"))["table3"]
     assert "paper" in [column["key"] for column in outcome["tables"][0]["columns"]]
     assert not outcome["notes"]
-    quoted = {(row["level"], row["ablation"], Path(row["dataset"]).stem): row.get("paper") for row in rows(outcome)}
-    assert quoted["dataset, Sahara", "UA", "maliciousinstruct"] == "+0.13 +0.15 +0.09 +0.09 +0.09 (+0.11)"
-    assert quoted["query, Ships", "SC", "maliciousinstruct"] == "+0.15 +0.13 +0.14 +0.17 +0.14 (+0.15)"
-    assert {text for (_, _, dataset), text in quoted.items() if dataset == "own"} == {None}
+    quoted = {(row["level"], row["ablation"], row["dataset"]): row.get("paper") for row in rows(outcome)}
+    assert quoted["dataset, Sahara", "UA", known] == "+0.13 +0.15 +0.09 +0.09 +0.09 (+0.11)"
+    assert quoted["query, Ships", "SC", known] == "+0.15 +0.13 +0.14 +0.17 +0.14 (+0.15)"
+    assert {text for (_, _, dataset), text in quoted.items() if dataset == own} == {None}
     assert "paper" not in [column["key"] for column in outcome_of("table3")["tables"][0]["columns"]]
+
+
+# Each prompt without its own top heads.
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig11", "fig12"])
+def test_every_point_has_its_n_interval_and_row_and_one_head_raises_the_asr_of_every_dataset(outcome_of, name):
+    outcome, greedy = outcome_of(name), "template query_answer, greedy"
+    (figure,) = outcome["figures"]
+    assert {row["panel"] for row in figure["points"]} == {greedy, "template query_answer, top-5"}
+    assert all(point["n"] == N and point["low"] <= point["y"] <= point["high"] for point in figure["points"])
+    assert [row["asr"]["value"] for row in rows(outcome)] == [point["y"] for point in figure["points"]]
+    if name == "fig2":
+        assert all(row["y"] == 0 for row in points(figure, panel=greedy, series="vanilla"))
+        for ablation in ("UA", "SC"):
+            rates = [row["y"] for row in points(figure, panel=greedy, series=ablation)]
+            # Each category has a plant of its own, with thinner margins than under the chat template alone.
+            assert min(rates) > 0
+            assert sum(rates) / len(rates) > 0.3
+    else:
+        by_size = points(figure, series="theft", panel=greedy)
+        assert [row["x"] for row in by_size] == [0, 1, 2, 3]
+        assert by_size[0]["y"] == 0
+        assert max(row["y"] for row in by_size) >= 0.5

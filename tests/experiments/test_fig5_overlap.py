@@ -35,13 +35,12 @@ def test_ua_and_sc_point_at_the_same_heads_beyond_chance(outcome_of):
 
 
 def test_the_matrix_is_the_table(outcome_of):
-    outcome = outcome_of("fig5")
-    own, models = outcome["figures"]
+    own, models = outcome_of("fig5")["figures"]
     assert len(own["points"]) == len(models["points"]) == 8 * 8
-    for row in rows(outcome, comparison="datasets, UA"):
+    for row in rows(outcome_of("fig5"), comparison="datasets, UA"):
         (point,) = points(own, x=row["first"], y=row["second"])
         assert point["value"] == row["shared"] == int(point["text"])
-    assert all(point["value"] == 3 for point in own["points"] if point["x"] == point["y"])
+    assert {point["value"] for point in own["points"] if point["x"] == point["y"]} == {3}
 
 
 def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):

@@ -1,8 +1,5 @@
 """The swap of attention: what the organism's construction implies (Fig 6a)."""
 
-import json
-import shutil
-
 import pytest
 from experiment_runs import SMALL, N, engine_of, rows, run_of
 
@@ -18,19 +15,6 @@ def test_alignment_goes_and_comes_with_the_attention(outcome_of):
     assert [row["body"] for row in rows(outcome)] == ["aligned"] * 3 + ["base"] * 3
     assert {row["swapped"]["value"] for row in rows(outcome, 1)} == {1.0}
     assert any("that attention carries their alignment was built in" in note for note in outcome["notes"])
-
-
-def test_swapped_answers_are_kept_under_both_models(outcome_of, shared_run, tmp_path):
-    before, again = outcome_of("fig6a"), tmp_path / "again"
-    shutil.copytree(shared_run, again, ignore=shutil.ignore_patterns(".lock"))
-    kept = sorted((again / "completions").glob("swapped-*.jsonl"))
-    assert len(kept) == 2 * 4  # two bodies, three datasets and the benign prompts
-    for path in (again / "completions").glob("outcome-*.jsonl"):
-        if json.loads(path.read_text())["outcome"]["name"] == "fig6a":
-            path.unlink()
-    times = [path.stat().st_mtime_ns for path in kept]
-    assert run_of(SMALL, ["fig6a"], again)["fig6a"] == before
-    assert [path.stat().st_mtime_ns for path in kept] == times
 
 
 def test_a_base_of_another_shape_is_refused_before_anything_is_answered(tmp_path):

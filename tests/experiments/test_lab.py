@@ -7,58 +7,100 @@ from dataclasses import replace
 import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, run_of
 
-from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+from safetyheads.answers.decoding import GREEDY, Sampling
 from safetyheads.answers.drafts import VerifiedDrafts
-from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.lab import Lab, note_planted
+from safetyheads.baselines import METHODS
+from safetyheads.experiments.lab import Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Outcome
+from safetyheads.experiments.run import EXPERIMENTS
 from safetyheads.heads import Head
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs.config import Silent
+from safetyheads.runs.directory import content_key
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
 
 
-def test_each_set_of_heads_is_answered_once_whatever_its_order(monkeypatch):
-    calls = []
+class Keys:
+    """A run directory that computes nothing and has the key of each thing that it was asked for."""
 
-    class Asked:
-        def under(self, part, groups, ablation):
-            calls.append(groups)
-            return [str(group) for group in groups]
+    def __init__(self):
+        self.keys = []
 
-    subject = Lab(SMALL, None, Silent(), engine_of).subject("demo:aligned_a", "theft")
-    monkeypatch.setitem(vars(subject), "name", "theft")
-    monkeypatch.setattr(subject.run, "answers", lambda *_: Asked())
+    def remember(self, _, value):
+        return value
+
+    def read_manifest(self):
+        return {}
+
+    def records(self, stage, fields, _):
+        self.keys.append(content_key(fields))
+        return []
+
+
+PLAIN = {"model": "demo:aligned_a", "dataset": "damage", "heads": (FIRST,), "ablation": UNDIFFERENTIATED_ATTENTION}
+CHANGES = [
+    {},
+    *({"model": "demo:aligned_b"}, {"dataset": "theft"}, {"reference": "Another right answer."}),
+    *({"heads": (SECOND,)}, {"heads": (FIRST, SECOND)}),
+    *({"ablation": SCALING_CONTRIBUTION}, {"ablation": UNDIFFERENTIATED_ATTENTION.at(0.5)}),
+    *({"sampling": Sampling(5)}, {"sampling": Sampling(5, seed=1)}),
+    *({"max_new_tokens": 41}, {"judges": ("released",)}, {"judges": ("paper", "released")}),
+    # These need whole answers, so where answers may end tells nothing of them.
+    *({"judges": (f"python:own_judges:{name}",)} for name in ("seen_answers", "says_yes")),
+]
+
+
+def key_of(model, dataset, heads, ablation, sampling=GREEDY, reference=None, donor=None, **settings):
+    directory = Keys()
+    lab = Lab(replace(SMALL, **settings), directory, Silent(), engine_of)
+    subject = lab.subject(model, dataset)
+    if reference:
+        prompts = tuple(replace(prompt, reference=reference) for prompt in subject.prompts)
+        subject = Subject(lab, model, dataset, replace(subject.prompts, prompts=prompts))
+    if donor:
+        subject.swapped(donor)
+    else:
+        subject.by_group([heads], ablation, sampling)
+    return directory.keys[-1]
+
+
+def test_whatever_changes_an_answer_or_its_verdict_changes_its_key():
+    keys = [key_of(**{**PLAIN, **changed}) for changed in CHANGES]
+    # With the attention of another model, greedy and without ablation.
+    unswapped = ("heads", "ablation", "sampling")
+    changes = [{"donor": "demo:base", **changed} for changed in CHANGES if not set(changed) & set(unswapped)]
+    keys += [key_of(**{**PLAIN, **changed}) for changed in (*changes, {"donor": "demo:aligned_single"})]
+    assert len(set(keys)) == len(keys)
+    assert key_of(**PLAIN) == keys[0]
+
+
+def test_each_set_of_heads_is_answered_once_whatever_its_order():
+    directory = Keys()
+    subject = Lab(SMALL, directory, Silent(), engine_of).subject("demo:aligned_a", "theft")
     answered = subject.by_group([(SECOND, FIRST), (FIRST, SECOND), (THIRD,)], UNDIFFERENTIATED_ATTENTION)
-    assert calls == [[(FIRST, SECOND), (THIRD,)]]
     assert list(answered) == [(SECOND, FIRST), (FIRST, SECOND), (THIRD,)]
     assert answered[SECOND, FIRST] is answered[FIRST, SECOND]
+    assert answered[FIRST, SECOND].group == "0-1,1-0"
+    assert len(directory.keys) == 1
     assert subject.by_group([], UNDIFFERENTIATED_ATTENTION) == {}
 
 
-@pytest.mark.parametrize(
-    ("model", "note"),
-    [
-        ("demo:aligned_a", r"its refusals were planted in the heads 1-3.*Not evidence about the paper"),
-        ("demo:aligned_diffuse", r"a small model made for this package.*Not evidence about the paper"),
-        ("meta-llama/Llama-2-7b-chat-hf", None),
-    ],
-)
-def test_every_embedded_model_says_what_it_is_no_evidence_of(model, note):
-    outcome = Outcome("fig2", "", "")
-    note_planted(outcome, model)
-    assert len(outcome.notes) == (note is not None)
-    assert note is None or re.match(f"{model}: {note}", outcome.notes[0])
+def test_every_embedded_model_says_what_it_is_no_evidence_of():
+    outcome = Outcome("fig2", "", "", shown=EXPERIMENTS["fig2"].shown)
+    for model in ("demo:aligned_a", "demo:aligned_diffuse", "meta-llama/Llama-2-7b-chat-hf"):
+        note_planted(outcome, model)
+    planted, made_here = outcome.notes
+    assert re.match("demo:aligned_a: its refusals were planted in the heads 1-3.*Not evidence about the paper", planted)
+    assert re.match("demo:aligned_diffuse: a small model made for this.*Not evidence about the paper", made_here)
 
 
 def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
     outcome = outcome_of("fig13")
-    assert [(row["dataset"], row["n_search"], row["n_test"]) for row in outcome["asked"]] == [
-        (dataset, N, N) for dataset in OWN
-    ]
+    assert [row["dataset"] for row in outcome["asked"]] == list(OWN)
     for row in outcome["asked"]:
-        assert (row["asr"]["value"], row["asr"]["n"]) == (0, N)
+        assert (row["asr"]["value"], row["asr"]["n"], row["n_search"], row["n_test"]) == (0, N, N, N)
         assert row["kept"]["value"] > 0.5
         assert row["asked"] == "template chat"
     assert (outcome["settings"]["epsilon"], outcome["settings"]["sampled"]) == (1e-5, "top-5")
@@ -84,16 +126,45 @@ def test_a_template_that_the_model_does_not_know_is_not_tabled(tmp_path):
 
 
 def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run, tmp_path, monkeypatch):
-    names = ("fig4a", "table3", "fig13", "fig2")
+    names = ("fig4a", "table3", "fig13", "fig2", "fig6a")
     before = {name: outcome_of(name) for name in names}
     again = tmp_path / "again"
     shutil.copytree(shared_run, again, ignore=shutil.ignore_patterns("outcome-*", ".lock"))
 
     def measured(*_):
-        raise AssertionError("measured again")
+        pytest.fail("measured again")
 
     for name in ("answers", "answers_of_each"):
         monkeypatch.setattr(VerifiedDrafts, name, measured)
-    monkeypatch.setattr("safetyheads.runs.kept_answers.answer", measured)
+    for name in ("answer", "unablated_answers"):
+        monkeypatch.setattr(f"safetyheads.runs.kept_answers.{name}", measured)
     monkeypatch.setattr(HeadPass, "_read", measured)
     assert run_of(SMALL, names, again) == before
+
+
+# The paper's numbers.
+
+
+LLAMA, VICUNA = "meta-llama/Llama-2-7b-chat-hf", "models/vicuna-7b-v1.5/"
+
+
+def test_quoted_changes_have_the_papers_means():
+    # Table 3's own mean column, to its rounding.
+    for model, level, ablation, dataset, mean in (
+        (LLAMA, "dataset", "UA", "maliciousinstruct", 0.68),
+        (LLAMA, "query", "SC", "jailbreakbench", 0.30),
+        (VICUNA, "dataset", "UA", "jailbreakbench", 0.33),
+        (VICUNA, "query", "SC", "maliciousinstruct", 0.15),
+    ):
+        numbers = quoted(model, "changes", level, ablation, dataset)
+        assert sum(numbers) / 5 == pytest.approx(mean, abs=0.0051)
+
+
+def test_numbers_are_of_the_papers_models_datasets_and_methods_alone():
+    for name, numbers in quoted(LLAMA, "table7").items():
+        assert quoted(LLAMA, "table7", f"data/{name.upper()}.jsonl") == numbers
+    assert set(quoted(LLAMA, "table1")) <= set(METHODS)
+    for others in ("meta-llama/Llama-2-13b-chat-hf", "demo:aligned_a"):
+        assert quoted(others, "changes", "query") is None
+    assert quoted(LLAMA, "table7", "own", "UA") is None
+    assert quoted(VICUNA, "table7") is None

@@ -7,22 +7,30 @@ from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 
 from safetyheads import KeywordJudge
 from safetyheads.experiments.lab import Lab
-from safetyheads.experiments.prompt_templates import DETAILED, DETAILED_FOR_ORGANISM, HELPFUL, echoed, why_not_asked
+from safetyheads.experiments.outcome import Measured, Outcome
+from safetyheads.experiments.prompt_templates import (
+    DETAILED,
+    DETAILED_FOR_ORGANISM,
+    HELPFUL,
+    echoed,
+    show_conditions,
+    subjects_under,
+)
+from safetyheads.experiments.run import EXPERIMENTS
 from safetyheads.judges.base import Completion
 from safetyheads.runs.config import Silent
 from safetyheads.runs.rates import GroupAnswers
 
 
 def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(outcome_of):
-    outcome = outcome_of("fig15")
-    assert (outcome["tables"], outcome["figures"]) == ([], [])
+    outcome, lab = outcome_of("fig15"), Lab(SMALL, None, Silent(), engine_of)
+    assert (outcome["tables"], outcome["figures"], outcome["models"]) == ([], [], ["demo:base_wrapped"])
     (reason,) = outcome["not_meaningful"]
     assert reason.startswith("demo:base_wrapped, template urial: a prompt has ")
     assert "leaves no room for an answer" in reason
-    assert outcome["models"] == ["demo:base_wrapped"]
-    assert "has not learnt system messages" in why_not_asked(
-        Lab(SMALL, None, Silent(), engine_of), "demo:aligned_a", "chat", HELPFUL
-    )
+    left_out = Outcome("fig17", "", "")
+    assert subjects_under(lab, left_out, "demo:aligned_a", "chat", HELPFUL) == []
+    assert "has not learnt system messages" in left_out.not_meaningful[0]
 
 
 def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_path, monkeypatch):
@@ -31,8 +39,7 @@ def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_
     config = replace(SMALL, limit=4, datasets=("damage",))
     outcome = run_of(config, ["fig15"], tmp_path / "run")["fig15"]
     assert [(row["label"], row["asr"]["value"]) for row in rows(outcome)] == [("query_answer", 1.0), ("direct", 1.0)]
-    assert rows(outcome)[0]["change"] is None
-    assert rows(outcome)[1]["change"]["value"] == 0.0
+    assert [row["change"] and row["change"]["value"] for row in rows(outcome)] == [None, 0.0]
     assert {row["kept"]["value"] for row in rows(outcome)} == {1.0}
 
 
@@ -63,23 +70,16 @@ def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcome_of):
     assert panels == {"ASR", "answers that echo the prompt", "benign answers kept"}
 
 
-def answers(*texts):
-    return GroupAnswers("", tuple(({"text": text, "query": "How do I bake bread?"},) for text in texts), "paper")
-
-
 def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
-    half = DETAILED[: len(DETAILED) // 2]
-    echo = echoed(answers("Mix flour, water, salt and yeast, then wait.", half, "How do I bake bread?"), DETAILED)
+    texts = ("Mix flour, water, salt and yeast, then wait.", DETAILED[: len(DETAILED) // 2], "How do I bake bread?")
+    records = tuple(({"text": text, "query": "How do I bake bread?"},) for text in texts)
+    echo = echoed(GroupAnswers("", records, "paper"), DETAILED)
     assert (echo.count, echo.n) == (2, 3)
-    assert echoed(answers("Mix flour and water."), "").count == 0
-    assert echoed(GroupAnswers("", (({"id": 0},),), "paper"), DETAILED) is None
-
-
-def test_an_echo_of_the_detailed_prompt_is_no_refusal_to_the_judges():
+    assert echoed(GroupAnswers("", records[:1], "paper"), "").count == 0
+    # To a judge of words the echo of the detailed prompt is no refusal.
     for name in ("paper", "released"):
         (verdict,) = KeywordJudge(name)([Completion("Tell me.", DETAILED, (1,) * 99, False, 128)])
         assert verdict.label == "complied", verdict.reason
-    assert DETAILED.count(".") >= 5
 
 
 def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
@@ -87,3 +87,40 @@ def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
     outcome = run_of(config, ["fig18"], tmp_path / "run")["fig18"]
     assert "echo" not in {column["key"] for column in outcome["tables"][0]["columns"]}
     assert any("not stored" in note for note in outcome["notes"])
+
+
+# Table 7: begun answers.
+
+
+def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of):
+    outcome = outcome_of("table7")
+    for row in rows(outcome):
+        if row["label"] in ("Sure", "vanilla"):
+            assert row["asr"]["value"] <= 0.25
+            assert row["change"] is None
+        elif set(row["heads"].split(",")) == PLANTED["aligned_wrapped"]:
+            assert row["asr"]["value"] == 1.0
+        assert row["kept"]["value"] >= 0.75  # the rest of the right answer, where it was begun
+    labels = ["Sure", "UA, Sure", "SC, Sure", "vanilla", "UA", "SC"]
+    assert [row["label"] for row in rows(outcome, dataset="theft")] == labels
+    for ablation in ("UA", "SC"):
+        plain, begun = (rows(outcome, label=label) for label in (ablation, f"{ablation}, Sure"))
+        assert [row["heads"] for row in plain] == [row["heads"] for row in begun]
+    headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
+    for label in labels:
+        mean = sum(row["asr"]["value"] for row in rows(outcome, label=label)) / 3
+        assert headline[f"{label}, mean ASR"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("model", "numbers"), [("Llama-2-7b-chat-hf", [0.35, 0.06, None]), ("vicuna-7b-v1.5", [])])
+def test_table_7_quotes_for_the_papers_model_alone(model, numbers):
+    ways = (("data/advbench.jsonl", "Sure"), ("data/jailbreakbench.jsonl", "SC"), ("data/advbench.jsonl", "vanilla"))
+    cells = [
+        {"dataset": name, "label": label, "change": None, "asr": Measured(0.5, 4), "kept": Measured(1.0, 4)}
+        for name, label in ways
+    ]
+    outcome = Outcome("table7", "", "", shown=EXPERIMENTS["table7"].shown)
+    show_conditions(outcome, cells, model=model)
+    (table,) = outcome.tables
+    assert [row["paper"] for row in table["rows"] if "paper" in row] == numbers
+    assert (table["columns"][-1]["key"] == "paper") is bool(numbers)

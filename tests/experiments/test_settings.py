@@ -7,24 +7,25 @@ import pytest
 
 from safetyheads.demo import harmful_prompts
 from safetyheads.errors import InputError
-from safetyheads.experiments.paper_numbers import paper_model
+from safetyheads.experiments.lab import quoted
+from safetyheads.experiments.prompt_templates import BEGUN
 from safetyheads.experiments.settings import BENIGN, PAPER, ReproductionConfig, prompts_of
-from safetyheads.experiments.table7_course_correction import BEGUN
 
 OWN, PAPERS = ReproductionConfig().datasets, ("advbench", "jailbreakbench", "maliciousinstruct")
 
 
-@pytest.mark.parametrize(
-    ("models", "datasets", "base", "related"),
-    [
-        ((), OWN, "demo:base", "demo:aligned_b"),
-        (("demo:aligned_single",), OWN, "demo:base", "demo:aligned_b"),
-        (("demo:aligned_b",), OWN, "demo:base", "demo:aligned_a"),
-        (("demo:aligned_wrapped",), OWN, "demo:base_wrapped", None),
-        (("a/b",), PAPERS, None, None),
-        (("a/b", "c/d"), PAPERS, None, "c/d"),
-    ],
-)
+# Models; datasets, base and related model of their defaults.
+DEFAULTS = [
+    ((), OWN, "demo:base", "demo:aligned_b"),
+    (("demo:aligned_single",), OWN, "demo:base", "demo:aligned_b"),
+    (("demo:aligned_b",), OWN, "demo:base", "demo:aligned_a"),
+    (("demo:aligned_wrapped",), OWN, "demo:base_wrapped", None),
+    (("a/b",), PAPERS, None, None),
+    (("a/b", "c/d"), PAPERS, None, "c/d"),
+]
+
+
+@pytest.mark.parametrize(("models", "datasets", "base", "related"), DEFAULTS)
 def test_defaults_are_the_organisms_for_embedded_models_else_the_papers(models, datasets, base, related):
     config = ReproductionConfig.for_models(models)
     assert (config.datasets, config.base, config.related) == (datasets, base, related)
@@ -36,23 +37,20 @@ def test_defaults_are_the_organisms_for_embedded_models_else_the_papers(models, 
 
 def test_the_example_file_names_the_papers_models():
     config = ReproductionConfig.read(Path(__file__).parents[2] / "examples" / "paper.toml")
-    assert [paper_model(name) for name in config.models] == ["Llama-2-7b-chat", "Vicuna-7b-v1.5"]
+    assert [quoted(name, "fig2") for name in config.models] == [[0.04, 0.64], [0.27, 0.55]]
 
 
 def test_a_file_says_models_datasets_and_sizes(tmp_path):
     path = tmp_path / "lab.toml"
+    given = {"base": "a/base", "datasets": ("mine.csv",), "limit": 50, "epsilon": 0.0, "epsilons": (1.0, 0.5, 0.0)}
     path.write_text(
         'models = ["a/b", "c/d"]\nbase = "a/base"\ndatasets = ["mine.csv"]\nlimit = 50\nepsilon = 0\n'
         "epsilons = [1, 0.5, 0]\nheld_out = true\n"
     )
     config = ReproductionConfig.read(path)
-    assert config.models == ("a/b", "c/d")
-    assert (config.base, config.datasets, config.limit) == ("a/base", ("mine.csv",), 50)
-    assert config.epsilons == (1.0, 0.5, 0.0)
-    assert isinstance(config.epsilon, float)
-    assert config.held_out
     # What the file leaves out is the paper's.
-    assert config.search_score == PAPER.search_score
+    assert config == dataclasses.replace(PAPER, models=("a/b", "c/d"), related="c/d", held_out=True, **given)
+    assert isinstance(config.epsilon, float)
     # Models of the command line win over the file's.
     assert ReproductionConfig.read(path, ["demo:aligned_a"]).models == ("demo:aligned_a",)
 

@@ -11,22 +11,25 @@ from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import table1_baselines as table1
 from safetyheads.runs.rates import GroupAnswers
 
+
+def refused(material, strengths):
+    raise UnsupportedModelError("no place for it")
+
+
 FEW = ("sahara", "random_heads", "wanda", "gtac_dap")
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(table1, "METHODS", {name: METHODS[name] for name in FEW})
+        methods = {name: METHODS[name] for name in FEW}
+        broken = dataclasses.replace(METHODS["rdsha"], interventions=refused)
+        patched.setattr(table1, "METHODS", methods | {"rdsha": broken})
         return run_of(SMALL, ["table1"], tmp_path_factory.mktemp("table1") / "run")["table1"]
 
 
-def by_name(outcome):
-    return {row["name"]: row for row in rows(outcome) if "name" in row}
-
-
 def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(outcome):
-    methods = by_name(outcome)
+    methods = {row["name"]: row for row in rows(outcome) if "name" in row}
     assert set(methods) == set(FEW)
     assert methods["sahara"]["asr"]["value"] > 0.8
     assert methods["sahara"]["within"] == "yes"
@@ -35,7 +38,8 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(outc
     assert methods["sahara"]["parameters"] < methods["wanda"]["parameters"] / 5
     # Three datasets together; every number has its n.
     assert (methods["sahara"]["asr"]["n"], methods["sahara"]["benign"]["n"]) == (3 * N, N)
-    assert any("Not evidence about the paper" in note for note in outcome["notes"])
+    for said in ("Not evidence about the paper", "is left out: no place for it"):
+        assert any(said in note for note in outcome["notes"])
     headline = {row["label"]: row["value"] for row in outcome["headline"]}
     assert headline[f"ASR within 10% damage, {methods['sahara']['method']}"] == methods["sahara"]["asr"]
 
@@ -75,28 +79,10 @@ def test_what_is_learned_from_is_not_what_is_tested(tmp_path):
     harmful, benign = tmp_path / "harmful.txt", tmp_path / "benign.txt"
     harmful.write_text("".join(f"{one.text}\n" for one in demo.harmful_prompts("test", 12)))
     benign.write_text("".join(f"{one.text}\n" for one in demo.benign_prompts("test", 12)))
+    sets = {"datasets": (str(harmful),), "learn_harmful": str(harmful), "benign": str(benign)}
+    models = (str(demo.checkpoint_path("aligned_a")),)
     config = dataclasses.replace(
-        SMALL,
-        models=(str(demo.checkpoint_path("aligned_a")),),
-        templated=(),
-        datasets=(str(harmful),),
-        learn_harmful=str(harmful),
-        benign=str(benign),
-        learn_benign=str(benign),
-        template="chat",
-        held_out=False,
+        SMALL, models=models, learn_benign=str(benign), held_out=False, template="chat", **sets
     )
     with pytest.raises(InputError, match="prompts that baselines learn from are among those"):
         run_of(config, ["table1"], tmp_path / "run")
-
-
-def test_one_method_that_cannot_be_is_no_reason_to_lose_the_others(tmp_path, monkeypatch):
-    def refused(material, strengths):
-        raise UnsupportedModelError("no place for it")
-
-    broken = dataclasses.replace(METHODS["rdsha"], interventions=refused)
-    monkeypatch.setattr(table1, "METHODS", {"random_heads": METHODS["random_heads"], "rdsha": broken})
-    config = dataclasses.replace(SMALL, limit=4, datasets=("damage",))
-    outcome = run_of(config, ["table1"], tmp_path / "run")["table1"]
-    assert set(by_name(outcome)) == {"random_heads"}
-    assert any("is left out: no place for it" in note for note in outcome["notes"])

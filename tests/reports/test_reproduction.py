@@ -12,7 +12,7 @@ import pytest
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
 
 from safetyheads.errors import InputError
-from safetyheads.experiments.outcome import Column, Figure, Measured, Outcome, Table
+from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.judges.named import judge_named
 from safetyheads.reports.reproduction import MAX_CHART_BYTES, MAX_ROWS, render_reproduction
 from safetyheads.reports.write import ReportWarning, write_report
@@ -109,7 +109,7 @@ def test_every_number_of_a_table_reaches_the_page() -> None:
     for outcome in samples.outcomes():
         words = pages()[outcome.name].words
         for table in (*outcome.tables, *outcome.timed):
-            for value in (row.get(column.key) for row in table.rows for column in table.columns):
+            for value in (row.get(column["key"]) for row in table["rows"] for column in table["columns"]):
                 if isinstance(value, Measured) and value.value is not None:
                     assert any(digits in words for digits in (f"{abs(value.value):.2f}", f"{value.value:.3g}"))
                     assert f"n {value.n}" in words
@@ -118,18 +118,14 @@ def test_every_number_of_a_table_reaches_the_page() -> None:
 
 
 def test_the_papers_numbers_are_marked_and_measured_ones_are_not() -> None:
-    columns = (
-        Column("method", "method"),
-        Column("share", "share, %", "number"),
-        Column("paper", "in the paper", "rate"),
-        Column("five", "paper, 1 to 5 heads"),
-    )
+    columns = [("method", "method"), ("share", "share, %", "number"), ("paper", "in the paper", "rate")]
     rows = (
         {"method": "ours", "share": 0.5, "paper": 0.72, "five": "0.1, 0.2"},
         {"method": "ActSVD (paper)", "share": 5.0, "paper": None, "five": ""},
         {"method": "paper", "share": 7.0, "paper": Measured(0.1, 5, 0.0, 0.4), "five": ""},
     )
-    page = page_of(Outcome("fig2", "title", "question", ("m",), (Table("t", "c", columns, rows),)))
+    columns = [*columns, ("five", "paper, 1 to 5")]
+    page = page_of(samples.outcome("fig2", tables=[samples.table("t", "c", columns, rows)]))
     assert all(text in page.words for text in ("0.72 quoted", "0.1, 0.2 quoted", "5 quoted"))
     assert page.words.count("quoted") == 3 + 1  # and the line that explains it
 
@@ -137,9 +133,8 @@ def test_the_papers_numbers_are_marked_and_measured_ones_are_not() -> None:
 def test_what_is_too_long_scrolls_or_is_left_out_and_said() -> None:
     rows = tuple({"a": f"row {number}"} for number in range(MAX_ROWS + 7))
     points = tuple({"x": k, "y": 0.123456 + k / 1e6, "series": "a long name of a series"} for k in range(25_000))
-    figures = tuple(Figure("curves", title, "c", "x", "y", points) for title in ("first", "second"))
-    table = Table("t", "c", (Column("a", "a"),), rows)
-    page = page_of(Outcome("fig13", "title", "question", ("m",), (table,), figures))
+    figures = [samples.figure("curves", title, "x", "y", points) for title in ("first", "second")]
+    page = page_of(samples.outcome("fig13", *figures, tables=[samples.table("t", "c", [("a", "a")], rows)]))
     assert "7 more rows are in results.json." in page.words
     assert f"row {MAX_ROWS - 1}" in page.words
     assert any("tall" in (attributes.get("class") or "") for attributes in page.tags("div"))
@@ -149,8 +144,8 @@ def test_what_is_too_long_scrolls_or_is_left_out_and_said() -> None:
 
 def test_what_a_figure_lacks_is_counted() -> None:
     points = ({"x": -1.0, "y": 0.5}, {"x": 0.1, "y": None}, {"x": 0.1, "y": 0.5})
-    figure = Figure("lines", "t", "c", "x", "y", points, logarithmic=True)
-    words = page_of(Outcome("fig13", "title", "question", ("m",), figures=(figure,))).words
+    figure = samples.figure("lines", "t", "x", "y", points, logarithmic=True)
+    words = page_of(samples.outcome("fig13", figure)).words
     assert "Not measured: 1 of 3." in words
     assert "Not drawn: 1 of 3 points below 0, which a logarithmic axis does not have." in words
     assert "This figure has no points." in pages()["epsilon"].words

@@ -201,8 +201,7 @@ def reproduce(
     threads: Annotated[int | None, Parameter(help="CPU threads to use.", group=PANELS["Settings"])] = None,
 ) -> None:
     """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
-    from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen
-    from safetyheads.experiments.run import missing
+    from safetyheads.experiments.run import ALL, EXPERIMENTS, chosen, missing
     from safetyheads.experiments.run import reproduce as run_experiments
     from safetyheads.files import read_json
 
@@ -211,7 +210,7 @@ def reproduce(
     if experiment == "list":
         lacking = {name: missing(entry, lab) for name, entry in EXPERIMENTS.items()}
         found = {
-            name: {"title": entry.title, "costs": entry.costs, "needs": entry.needs}
+            name: {"title": entry.title, "costs": entry.costs, "needs": list(entry.needs)}
             for name, entry in EXPERIMENTS.items()
         }
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))

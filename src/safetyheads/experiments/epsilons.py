@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
-from safetyheads.experiments.lab import GROUP_SIZE, SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.ablation import Ablation
+from safetyheads.experiments.lab import SHORT, Lab, Subject
+from safetyheads.experiments.outcome import Measured, Outcome, point
 from safetyheads.heads import format_heads
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.stats.intervals import mean_with_interval
-
-if TYPE_CHECKING:
-    from safetyheads.ablation import Ablation
 
 TOLERANCE = 0.01
 """Relative distance of mean Ships from its value at the smallest epsilon within which it counts as settled."""
@@ -30,7 +29,16 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
                 point(row[key], x=float(row["epsilon"]), series=row["_series"], panel=row["_panel"]) for row in rows
             ]
             outcome.figure(key, points, model=model)
-        settled = [_settled(sweep) for sweep in sweeps if sweep[0]["_whole"]]
+        settled = []
+        for sweep in (sweep for sweep in sweeps if sweep[0]["_whole"]):
+            # The largest epsilon at and below which ASR and mean Ships no longer change.
+            changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
+            near = {
+                "asr": [change.low is None or change.low <= 0 <= change.high for change in changes],
+                "ships": [abs(value - ships[-1]) <= max(TOLERANCE * ships[-1], RESOLVED) for value in ships],
+            }
+            row = {key: sweep[0][key] for key in ("dataset", "ablation", "heads")}
+            settled.append(row | {key: sweep[settled_from(of_key)]["epsilon"] for key, of_key in near.items()})
         outcome.table("settled", settled, model=model)
         for ablation in SHORT.values():
             least = min(float(row[key]) for row in settled if row["ablation"] == ablation for key in ("asr", "ships"))
@@ -41,46 +49,33 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
 
 def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
     """A row an epsilon, from the largest to the smallest: of the first head, and of the whole group."""
-    config, short = subject.lab.config, SHORT[ablation.name]
-    whole = subject.group(ablation, min(GROUP_SIZE, config.size))
-    groups = tuple(dict.fromkeys((whole[:1], whole)))
-    sweeps: list[list[dict[str, Any]]] = [[] for _ in groups]
-    for strength in sorted(set(config.epsilons), reverse=True):
-        answers = subject.by_group(groups, ablation.at(strength))
+    whole, strengths = subject.group(ablation), sorted(set(subject.lab.config.epsilons), reverse=True)
+    groups, answers, ships = tuple(dict.fromkeys((whole[:1], whole))), [], []
+    for strength in strengths:
+        answers.append(subject.by_group(groups, ablation.at(strength)))
         # Not held on to: a sweep has many ablations, and each pass its probabilities over the vocabulary.
-        scored = subject.run.new_pass(subject.name, ablation.at(strength), Readouts(ships=True))
-        for sweep, group, ships in zip(sweeps, groups, scored.measure(groups)["ships"].tolist(), strict=True):
-            sweep.append(
-                {
-                    "dataset": subject.dataset,
-                    "ablation": short,
-                    "heads": format_heads(group),
-                    "epsilon": f"{strength:g}",
-                    "asr": Measured.of(answers[group].asr),
-                    "ships": Measured.of(mean_with_interval(ships)),
-                    "_answers": answers[group],
-                    "_whole": group == whole,
-                    "_series": "first head" if len(group) == 1 else f"{len(group)} heads",
-                    "_panel": f"{subject.dataset}, {short}",
-                }
-            )
-    for sweep in sweeps:
-        for row in sweep:
-            row["change"] = Measured.of(row["_answers"].change_from(sweep[-1]["_answers"]))
-    return sweeps
+        scored = subject.run.new_pass(subject.name, ablation.at(strength), Readouts(ships=True)).measure(groups)
+        ships.append(dict(zip(groups, scored["ships"].tolist(), strict=True)))
+    return [
+        [
+            {
+                "dataset": subject.dataset,
+                "ablation": SHORT[ablation.name],
+                "heads": format_heads(group),
+                "epsilon": f"{strength:g}",
+                "asr": Measured.of(answered[group].asr),
+                "ships": Measured.of(mean_with_interval(scored[group])),
+                "change": Measured.of(answered[group].change_from(answers[-1][group])),
+                "_whole": group == whole,
+                "_series": "first head" if len(group) == 1 else f"{len(group)} heads",
+                "_panel": f"{subject.dataset}, {SHORT[ablation.name]}",
+            }
+            for strength, answered, scored in zip(strengths, answers, ships, strict=True)
+        ]
+        for group in groups
+    ]
 
 
 def settled_from(near: Sequence[bool]) -> int:
     """From which place on all are near the last one, which is near itself."""
-    far = [place for place, is_near in enumerate(near) if not is_near]
-    return far[-1] + 1 if far else 0
-
-
-def _settled(sweep: Sequence[dict[str, Any]]) -> Row:
-    """The largest epsilon at and below which the ASR, and mean Ships, of a group no longer change."""
-    limit = sweep[-1]["ships"].value
-    changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
-    same = [change.low is None or change.low <= 0 <= change.high for change in changes]
-    near = [abs(value - limit) <= max(TOLERANCE * limit, RESOLVED) for value in ships]
-    settled = {"asr": sweep[settled_from(same)]["epsilon"], "ships": sweep[settled_from(near)]["epsilon"]}
-    return {**{key: sweep[0][key] for key in ("dataset", "ablation", "heads")}, **settled}
+    return len(near) - len(list(takewhile(bool, reversed(near))))

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from safetyheads.ablation import Ablation
 from safetyheads.experiments.fig4b_single_heads import SCORES
-from safetyheads.experiments.lab import SHORT, Lab
+from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.stats.intervals import CONFIDENCE
-
-if TYPE_CHECKING:
-    from safetyheads.ablation import Ablation
-    from safetyheads.experiments.lab import Subject
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -47,17 +44,16 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
             of_score = [row for row in rows if row["score"] == title]
             unit = of_score[0]["_unit"]
             words = {"model": model, "score": title, "unit": unit, "per": unit.removesuffix("s")}
-            steps: list[Row] = []
-            densities: list[Row] = []
-            widths = []
+            steps, densities, widths = list[Row](), list[Row](), list[str]()
             for row in of_score:
                 heights, shares = empirical_cdf(row["_values"])
-                last = len(heights) - 1
-                drawn = sorted({round(place) for place in np.linspace(0, last, min(last + 1, _MOST_DRAWN))})
-                steps += _curve(row, heights[drawn], shares[drawn])
+                drawn = np.unique(np.linspace(0, len(heights) - 1, min(len(heights), _MOST_DRAWN)).round().astype(int))
+                where = {"series": row["dataset"], "panel": row["ablation"]}
+                steps += [{**where, "x": float(heights[at]), "y": float(shares[at])} for at in drawn]
                 if density := kernel_density(row["_values"]):
-                    densities += _curve(row, density.at, density.height)
-                    widths.append(f"{row['dataset']} {row['ablation']} {density.bandwidth:.3g}")
+                    *curve, bandwidth = density
+                    densities += [{**where, "x": float(x), "y": float(y)} for x, y in zip(*curve, strict=True)]
+                    widths.append(f"{row['dataset']} {row['ablation']} {bandwidth:.3g}")
             outcome.figure("cdf", steps, **words)
             if densities:
                 outcome.figure("density", densities, **words, bandwidths=", ".join(widths))
@@ -70,56 +66,45 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
 
 def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:
     """One score of every head on one dataset under one ablation, and how long its tail is."""
-    scores = subject.scores(name, ablation)
+    scores, n_prompts = subject.scores(name, ablation), len(subject.prompts)
     table = scores.values.numpy().ravel()
-    present, n_prompts = ~np.isnan(table), len(subject.prompts)
-    values, draws = table[present], None
-    if name == "mean_ships" and n_prompts > 1:
+    present = ~np.isnan(table)
+    values = table[present]
+    k = math.ceil(len(values) * TOP_SHARE)
+    indices: dict[str, Callable[[Floats], Floats]] = {"gini": gini, "top": partial(top_share, k=k)}
+    numbers = {key: float(index(values)) for key, index in indices.items()}
+    measured = {key: Measured(None if math.isnan(value) else value, n_prompts) for key, value in numbers.items()}
+    if name == "mean_ships" and n_prompts > 1 and not math.isnan(numbers["gini"]):
         by_prompt = subject.ships(ablation).values.numpy().reshape(n_prompts, -1)[:, present]
         rng = np.random.default_rng(subject.lab.config.seed)
-        counts = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES)
-        draws = counts / n_prompts @ by_prompt
-    k = math.ceil(len(values) * TOP_SHARE)
+        draws = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES) / n_prompts @ by_prompt
+        for key, index in indices.items():
+            ends = np.nanquantile(index(draws), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+            measured[key] = Measured(numbers[key], n_prompts, *ends.tolist())
     return {
         "score": SCORES[name],
         "dataset": subject.dataset,
         "ablation": SHORT[ablation.name],
         "heads": len(values),
-        "gini": _measured(gini, values, draws, n_prompts),
         "counted": k,
-        "top": _measured(partial(top_share, k=k), values, draws, n_prompts),
         "even": k / len(values),
+        **measured,
         "_values": values,
         "_unit": scores.unit,
     }
 
 
-def _curve(row: Row, x: Floats, y: Floats) -> list[Row]:
-    where = {"series": row["dataset"], "panel": row["ablation"]}
-    return [{**where, "x": score, "y": height} for score, height in zip(x.tolist(), y.tolist(), strict=True)]
-
-
 def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
     """The different scores, lowest first, and the share of heads with at most each."""
-    from scipy.stats import ecdf
-
-    cdf = ecdf(values).cdf
-    return np.asarray(cdf.quantiles, float), np.asarray(cdf.probabilities, float)
+    heights, counts = np.unique(values, return_counts=True)
+    return heights, np.cumsum(counts) / len(values)
 
 
-class Density(NamedTuple):
-    """A kernel density estimate."""
+def kernel_density(values: Floats) -> tuple[Floats, Floats, float] | None:
+    """The Gaussian kernel density by Scott's rule; None where all scores are equal.
 
-    at: Floats
-    """[N_GRID], in the score's unit."""
-    height: Floats
-    """[N_GRID], per unit: its area is 1."""
-    bandwidth: float
-    """Standard deviation of the kernel, in the score's unit."""
-
-
-def kernel_density(values: Floats) -> Density | None:
-    """The Gaussian kernel density by Scott's rule; None where all scores are equal."""
+    Scores [N_GRID] in their unit, the density there [N_GRID] per unit, and the kernel's standard deviation.
+    """
     from scipy.stats import gaussian_kde
 
     if len(values) < 2 or float(np.ptp(values)) == 0.0:
@@ -127,8 +112,8 @@ def kernel_density(values: Floats) -> Density | None:
     estimate = gaussian_kde(values)
     bandwidth = math.sqrt(float(estimate.covariance[0, 0]))
     margin = _BEYOND * bandwidth
-    at = np.linspace(values.min() - margin, values.max() + margin, N_GRID)
-    return Density(at, np.asarray(estimate(at), float), bandwidth)
+    scores = np.linspace(values.min() - margin, values.max() + margin, N_GRID)
+    return scores, np.asarray(estimate(scores), float), bandwidth
 
 
 def gini(scores: Floats) -> Floats:
@@ -138,27 +123,12 @@ def gini(scores: Floats) -> Floats:
     """
     ordered = np.sort(scores, axis=-1)
     n = ordered.shape[-1]
-    return _share((ordered * (2 * np.arange(1, n + 1) - n - 1)).sum(axis=-1), n * ordered.sum(axis=-1))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return (ordered * (2 * np.arange(1, n + 1) - n - 1)).sum(axis=-1) / (n * ordered.sum(axis=-1))
 
 
 def top_share(scores: Floats, k: int) -> Floats:
     """The k highest scores' part in the sum of all [..., n_heads]; NaN where all are 0."""
     ordered = np.sort(scores, axis=-1)
-    return _share(ordered[..., -k:].sum(axis=-1), ordered.sum(axis=-1))
-
-
-def _share(part: Floats, total: Floats) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares: Floats = np.where(total > 0, part / total, np.nan)
-    return shares
-
-
-def _measured(index: Callable[[Floats], Floats], values: Floats, draws: Floats | None, n_prompts: int) -> Measured:
-    """An index of scores [n_heads], with its interval over draws of prompts [N_RESAMPLES, n_heads] where there are."""
-    value = float(index(values))
-    if math.isnan(value):
-        return Measured(None, n_prompts)
-    if draws is None:
-        return Measured(value, n_prompts)
-    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    return Measured(value, n_prompts, *np.nanquantile(index(draws), tails).tolist())
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return ordered[..., -k:].sum(axis=-1) / ordered.sum(axis=-1)

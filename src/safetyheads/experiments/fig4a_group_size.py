@@ -1,24 +1,21 @@
-"""Measures the ASR by the number of ablated heads (Fig 4a, Tables 3 and 5)."""
+"""Measures the ASR by the number of heads, a dataset's or each prompt's own (Fig 2, 4a, 11, 12, Tables 3 and 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import numpy as np
 
+from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import GREEDY
-from safetyheads.experiments.lab import SHORT, Lab, Subject
+from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, mean_of, point
-from safetyheads.experiments.paper_numbers import paper_dataset, paper_model, quoted
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import format_heads
 from safetyheads.stats.intervals import bootstrap_interval
 from safetyheads.stats.testing import random_p_value
-
-if TYPE_CHECKING:
-    from safetyheads.ablation import Ablation
-    from safetyheads.runs.rates import GroupAnswers
 
 N_RANDOM = 10
 """Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""
@@ -45,14 +42,13 @@ def fig4a(lab: Lab, outcome: Outcome) -> None:
         outcome.table("sizes", rows, model=model)
         n = max(row["size"] for row in rows)
         for ablation in SHORT.values():
-            of_ablation = [row for row in rows if row["ablation"] == ablation]
+            sizes = [[row for row in rows if (row["ablation"], row["size"]) == (ablation, k)] for k in range(n + 1)]
             for size, words in {0: "unablated", 1: "without Sahara's first head", n: f"without its {n} heads"}.items():
-                mean = mean_of(row["asr"] for row in of_ablation if row["size"] == size)
-                outcome.lead(model, f"{ablation}, mean ASR {words}", mean)
+                outcome.lead(model, f"{ablation}, mean ASR {words}", mean_of(row["asr"] for row in sizes[size]))
             # Of the largest size that every dataset has random groups of: few heads a layer allow none.
-            drawn = [k for k in range(1, n + 1) if all(row["random"] for row in of_ablation if row["size"] == k)]
+            drawn = [k for k in range(1, n + 1) if all(row["random"] for row in sizes[k])]
             if drawn:
-                mean = mean_of(row["random"] for row in of_ablation if row["size"] == drawn[-1])
+                mean = mean_of(row["random"] for row in sizes[drawn[-1]])
                 outcome.lead(model, f"{ablation}, mean ASR without {drawn[-1]} random heads", mean)
 
 
@@ -91,49 +87,88 @@ def table5(lab: Lab, outcome: Outcome) -> None:
     further = config.models[1:] or ((config.related,) if config.related else ())
     table3(lab, outcome, further)
     if not further:
-        outcome.note("This table is of a second model, and there is none: name one after the first, or as related.")
+        outcome.say("alone")
 
 
 def table3(lab: Lab, outcome: Outcome, models: Iterable[str] | None = None) -> None:
     """The change of the ASR by number of heads, at both levels, a table a model."""
     for model, subjects in lab.each_model(outcome, models):
-        groups = [(level, ablation) for level in _LEVELS for ablation in lab.ablations]
-        rows = [[_changes(subject, ablation, level) for subject in subjects] for level, ablation in groups]
-        sizes = range(1, 1 + min(lab.config.size, len(subjects[0].engine.heads)))
-        heads = {k: f"{k} head{'s' * (k > 1)}" for k in sizes}
-        columns = ((f"heads_{k}", title, "change") for k, title in heads.items())
-        outcome.table("changes", [row for cells in rows for row in cells], *columns, model=model)
-        for cells in rows:
-            for k in dict.fromkeys((1, len(heads))):
-                label = f"{cells[0]['level']}, {cells[0]['ablation']}, mean change with {heads[k]}"
-                outcome.lead(model, label, mean_of(row[f"heads_{k}"] for row in cells), "change")
+        n = min(lab.config.size, len(subjects[0].engine.heads))
+        heads = {f"heads_{k}": f"{k} head{'s' * (k > 1)}" for k in range(1, 1 + n)}
+        rows = [
+            _changes(subject, ablation, level)
+            for level in _LEVELS
+            for ablation in lab.ablations
+            for subject in subjects
+        ]
+        outcome.table("changes", rows, *((key, title, "change") for key, title in heads.items()), model=model)
+        means = (
+            (f"{row['level']}, {row['ablation']}, mean change with {heads[key]}", row[key])
+            for row in rows
+            for key in dict.fromkeys(("heads_1", f"heads_{n}"))
+        )
+        outcome.lead_means(model, means, "change")
 
 
 def _changes(subject: Subject, ablation: Ablation, level: str) -> dict[str, Any]:
     """One row: the change with each number of heads, their mean, and the paper's numbers where it has any."""
-    vanilla, size = subject.vanilla(GREEDY), subject.lab.config.size
+    vanilla, size, short = subject.vanilla(), subject.lab.config.size, SHORT[ablation.name]
     if level == "dataset":
         group = subject.group(ablation, size)
         answers = list(subject.by_group([group[:k] for k in range(1, len(group) + 1)], ablation).values())
     else:
         answers = subject.by_own(min(size, len(subject.engine.heads)), ablation)
-    short = SHORT[ablation.name]
-    row = {"level": _LEVELS[level], "ablation": short, "dataset": subject.dataset, "mean": _mean(answers, vanilla)}
+    row: dict[str, Any] = {"level": _LEVELS[level], "ablation": short, "dataset": subject.dataset}
+    # The mean over the sizes, of the prompts that are scored unablated and under every group. Its interval is a
+    # bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
+    complied = np.concatenate([answered.verdicts() for answered in (vanilla, *answers)], axis=1).T
+    complied = complied[:, ~np.isnan(complied).any(axis=0)]
+    moved = complied[1:].mean(axis=0) - complied[0]
+    row["mean"] = (
+        Measured(float(moved.mean()), len(moved), *bootstrap_interval(moved)) if len(moved) else Measured(None, 0)
+    )
     row |= {f"heads_{k}": Measured.of(answered.change_from(vanilla)) for k, answered in enumerate(answers, 1)}
-    numbers = quoted("changes", paper_model(subject.model), level, short, paper_dataset(subject.dataset))
+    numbers = quoted(subject.model, "changes", level, short, subject.dataset)
     if numbers:
         row["paper"] = f"{' '.join(f'{number:+.2f}' for number in numbers)} ({sum(numbers) / len(numbers):+.2f})"
     return row
 
 
-def _mean(answers: Sequence[GroupAnswers], vanilla: GroupAnswers) -> Measured:
-    """The mean change over the sizes, of the prompts that are scored unablated and under every group.
+def fig2(lab: Lab, outcome: Outcome) -> None:
+    """The unablated ASR beside that without each prompt's top head: UA and SC, greedy and sampled."""
+    _query_level(lab, outcome, lab.ablations)
 
-    Its interval is a bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
-    """
-    complied = np.concatenate([answered.verdicts() for answered in (vanilla, *answers)], axis=1).T
-    complied = complied[:, ~np.isnan(complied).any(axis=0)]
-    if not complied.shape[1]:
-        return Measured(None, 0)
-    changes = complied[1:].mean(axis=0) - complied[0]
-    return Measured(float(changes.mean()), len(changes), *bootstrap_interval(changes))
+
+def fig11(lab: Lab, outcome: Outcome) -> None:
+    """The ASR without each prompt's own 1 to n top heads under UA."""
+    _query_level(lab, outcome, lab.ablations[:1], lab.config.query_size)
+
+
+def fig12(lab: Lab, outcome: Outcome) -> None:
+    """The ASR without each prompt's own 1 to n top heads under SC."""
+    _query_level(lab, outcome, lab.ablations[1:], lab.config.query_size)
+
+
+def _query_level(lab: Lab, outcome: Outcome, ablations: Sequence[Ablation], most: int = 0) -> None:
+    """Every dataset under every template, greedy and sampled: 1 to ``most`` heads, or one under each ablation."""
+    names = ["vanilla", *(SHORT[ablation.name] for ablation in ablations)]
+    for model in lab.config.with_templates:
+        asked = [one for name in lab.config.templates for one in lab.subjects(outcome, model, template=name)]
+        rows: list[dict[str, Any]] = []
+        for subject, sampling in product(asked, (GREEDY, lab.sampled)):
+            size = min(most or 1, len(subject.engine.heads))
+            own = (answers for ablation in ablations for answers in subject.by_own(size, ablation, sampling))
+            for k, answers in enumerate([subject.vanilla(sampling), *own]):
+                row = {"x": k if most else subject.dataset, "series": subject.dataset if most else names[k]}
+                row |= {"panel": f"template {subject.prompts.template}, {sampling.name}"}
+                label = f"heads ablated: {k}" if k in (0, 1, size) else ""
+                rows.append({**row, "asr": Measured.of(answers.asr), "_label": label if most else names[k]})
+        if not rows:
+            continue
+        outcome.lead_means(model, ((f"{row['_label']}, mean ASR", row["asr"]) for row in rows if row["_label"]))
+        paper = "The paper: a mean of {} unablated, {} under UA with one head, with the template."
+        numbers = quoted(model, "fig2")
+        points = (point(row["asr"], **{key: row[key] for key in ("panel", "x", "series")}) for row in rows)
+        outcome.figure("asr", points, model=model)
+        rows = [{**row, "x": str(row["x"])} for row in rows]
+        outcome.table("asr", rows, model=model, paper=paper.format(*numbers) if numbers else "")

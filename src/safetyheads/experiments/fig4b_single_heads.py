@@ -36,9 +36,9 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
             for row in rows
         ]
         outcome.figure("map", points, model=model)
-        units = {name: subjects[0].search_half.scores(name, lab.ablations[0]).unit for name in SEARCH_SCORES}
         columns: list[tuple[str, str, str]] = []
-        for name, unit in units.items():
+        for name in SEARCH_SCORES:
+            unit = subjects[0].search_half.scores(name, lab.ablations[0]).unit
             points = [
                 point(row["asr"], x=row[name], series=row["_series"], panel=row["_dataset"], label=row["head"])
                 for row in rows
@@ -64,7 +64,7 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
     changes = {head: answered.change_from(vanilla) for (head,), answered in answers.items()}
     adjusted = holm([1.0 if change.p_value is None else change.p_value for change in changes.values()])
     scores = {name: subject.search_half.scores(name, ablation) for name in SEARCH_SCORES}
-    places = {name: {head: at for at, (head, _) in enumerate(table.ranked(), 1)} for name, table in scores.items()}
+    ranks = {name: {head: at for at, (head, _) in enumerate(table.ranked(), 1)} for name, table in scores.items()}
     rows = []
     for (head, change), p in zip(changes.items(), adjusted, strict=True):
         differs = p < ALPHA and (change.change or 0.0) > 0
@@ -77,7 +77,7 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
                 "change": Measured.of(change),
                 "p": p,
                 **{name: table[head] for name, table in scores.items()},
-                **{f"{name}_rank": places[name][head] for name in scores},
+                **{f"{name}_rank": ranks[name][head] for name in scores},
                 "_head": head,
                 "_dataset": subject.dataset,
                 "_complied": answers[(head,)].complied(),

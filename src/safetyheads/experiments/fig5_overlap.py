@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import SHORT, Lab, planted_heads
 from safetyheads.experiments.outcome import Outcome, Row
+from safetyheads.model.engine import Engine
 from safetyheads.stats.ranking import top, top_overlap
 from safetyheads.stats.testing import holm
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 TOP = 10
 """Heads of a top (Fig 5) ..."""
@@ -21,19 +19,15 @@ LARGEST_SHARE = 0.1
 """... but no larger a share of all heads: the top 10 of 32 share three by chance alone."""
 ALL_DATASETS = "all datasets"
 """Name of the ranking by the mean of the datasets' scores."""
-_BY_CONSTRUCTION = (
-    "The refusal heads of both embedded models were planted, none in the same place: what they share was built in, "
-    "while the paper finds a large overlap of two models of one base. Not evidence about the paper."
-)
 
 
 def fig5(lab: Lab, outcome: Outcome) -> None:
     """Overlaps of the top heads: UA and SC, datasets, and two models of one base, against chance."""
     first, related = lab.config.models[0], lab.config.related
     if related is not None:
-        refuse_other_shapes(lab.engine(first), lab.engine(related), first, related)
+        refuse_other_shapes(lab.run_of(first).engine, lab.run_of(related).engine, first, related)
     else:
-        outcome.note("Two models of one base were not compared: the setting `related` names no second model.")
+        outcome.say("alone")
     for model in lab.config.models:
         rankings = _rankings(lab, outcome, model)
         if not rankings:
@@ -42,17 +36,38 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
         if {ranking["dataset"] for ranking in others} != {ranking["dataset"] for ranking in rankings}:
             # Means over other datasets would be compared.
             others = [ranking for ranking in others if ranking["dataset"] != ALL_DATASETS]
-        n_heads = len(lab.engine(model).heads)
-        _show_overlaps(outcome, model, _pairs(rankings, others), n_heads)
+        n_heads = len(lab.run_of(model).engine.heads)
+        k = size_of_top(n_heads)
+        rows: list[dict[str, Any]] = []
+        for comparison, one, other in _pairs(rankings, others):
+            overlap = top_overlap(k, one["heads"], other["heads"], n_heads)
+            rows.append(
+                {
+                    "comparison": comparison,
+                    "first": one["_label"],
+                    "second": ("" if other["model"] == model else f"{other['model']}: ") + other["_label"],
+                    "shared": overlap.shared,
+                    "sizes": " and ".join(map(str, overlap.sizes)),
+                    "expected": overlap.expected,
+                    "p": overlap.p_value,
+                    "heads": ", ".join(head for head in one["heads"] if head in other["heads"]),
+                }
+            )
+        tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+        outcome.table("overlap", tested, model=model)
+        outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
+        for comparison in dict.fromkeys(row["comparison"] for row in rows):
+            shared = [row["shared"] for row in rows if row["comparison"] == comparison]
+            for word, count in (("fewest", min(shared)), ("most", max(shared))):
+                outcome.lead(model, f"{comparison}, {word} heads shared of {len(shared)} pairs", count, "count")
         listed = [{**ranking, "heads": ", ".join(ranking["heads"])} for ranking in (*rankings, *others)]
         outcome.table("top", listed, model=model)
-        k = size_of_top(n_heads)
         outcome.figure("own", _matrix(rankings, rankings), model=model, k=k)
         if others:
             outcome.figure("related", _matrix(rankings, others), model=model, related=related, k=k)
             planted = planted_heads(model), planted_heads(others[0]["model"])
             if all(planted) and not set(planted[0]) & set(planted[1]):
-                outcome.note(_BY_CONSTRUCTION)
+                outcome.say("by_construction")
 
 
 def size_of_top(n_heads: int) -> int:
@@ -73,22 +88,20 @@ def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_n
 def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
     """Rows of top heads, best first, on each dataset and on all of them; ties across the cut are left out."""
     rankings: list[Row] = []
-    for _, subjects in lab.each_model(outcome, [model]):
-        for ablation in lab.ablations:
-            # The search half ranks, so that these are the heads which other experiments find.
-            scores = {
-                subject.dataset: subject.search_half.scores(lab.config.search_score, ablation) for subject in subjects
-            }
-            tables = {dataset: (dict(table.ranked()), table.resolution) for dataset, table in scores.items()}
-            if len(tables) > 1:
-                heads = next(iter(tables.values()))[0]
-                mean = {head: sum(table[head] for table, _ in tables.values()) / len(tables) for head in heads}
-                tables[ALL_DATASETS] = mean, max(resolution for _, resolution in tables.values())
-            for dataset, (table, resolution) in tables.items():
-                named = {str(head): value for head, value in table.items()}
-                best = top(named, size_of_top(len(named)), resolution)
-                ranking = {"model": model, "dataset": dataset, "ablation": SHORT[ablation.name], "heads": best}
-                rankings.append(ranking | {"_label": f"{SHORT[ablation.name]}, {dataset}"})
+    # The search half ranks, so that these are the heads which other experiments find.
+    halves = [subject.search_half for subject in lab.subjects(outcome, model)]
+    for ablation in lab.ablations if halves else ():
+        scores = {half.dataset: half.scores(lab.config.search_score, ablation) for half in halves}
+        tables = {dataset: (dict(table.ranked()), table.resolution) for dataset, table in scores.items()}
+        if len(tables) > 1:
+            heads = next(iter(tables.values()))[0]
+            mean = {head: sum(table[head] for table, _ in tables.values()) / len(tables) for head in heads}
+            tables[ALL_DATASETS] = mean, max(resolution for _, resolution in tables.values())
+        for dataset, (table, resolution) in tables.items():
+            best = top({str(head): value for head, value in table.items()}, size_of_top(len(table)), resolution)
+            short = SHORT[ablation.name]
+            ranking = {"model": model, "dataset": dataset, "ablation": short, "heads": best}
+            rankings.append(ranking | {"_label": f"{short}, {dataset}"})
     return rankings
 
 
@@ -104,33 +117,6 @@ def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str
     for first, second in product(rankings, others):
         if first["_label"] == second["_label"]:
             yield f"models, {first['ablation']}", first, second
-
-
-def _show_overlaps(outcome: Outcome, model: str, pairs: Iterator[tuple[str, Row, Row]], n_heads: int) -> None:
-    """The overlap of each pair beside chance; Holm's p over the rows."""
-    k = size_of_top(n_heads)
-    rows: list[dict[str, Any]] = []
-    shared: dict[str, list[int]] = {}
-    for comparison, first, second in pairs:
-        overlap = top_overlap(k, first["heads"], second["heads"], n_heads)
-        labels = [
-            ranking["_label"] if ranking["model"] == model else f"{ranking['model']}: {ranking['_label']}"
-            for ranking in (first, second)
-        ]
-        shared.setdefault(comparison, []).append(overlap.shared)
-        sizes, heads = (
-            " and ".join(map(str, overlap.sizes)),
-            [head for head in first["heads"] if head in second["heads"]],
-        )
-        row = {"comparison": comparison, "first": labels[0], "second": labels[1], "shared": overlap.shared}
-        row |= {"sizes": sizes, "expected": overlap.expected, "p": overlap.p_value, "heads": ", ".join(heads)}
-        rows.append(row)
-    tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
-    outcome.table("overlap", tested, model=model)
-    outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
-    for comparison, counts in shared.items():
-        outcome.lead(model, f"{comparison}, fewest heads shared of {len(counts)} pairs", min(counts), "count")
-        outcome.lead(model, f"{comparison}, most heads shared of {len(counts)} pairs", max(counts), "count")
 
 
 def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:

@@ -1,47 +1,50 @@
 """Models, prompts and run directory of a reproduction: what experiments do alike, measured once and kept.
 
-Every measure is kept under all that it depends on (weights, tokens, ablation, judges). So an interrupted experiment
-goes on where it was, and experiments share equal measures.
+Every measure is kept under all that it depends on (weights, tokens, right answers, ablation, judges). So an interrupted
+experiment goes on where it was, and experiments share equal measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
 from safetyheads.answers.success import query_level_groups
+from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
-from safetyheads.heads import Group, format_heads
+from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.measures.ships import scorer_of
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run
 from safetyheads.scores import FunctionScorer, HeadScores, SearchTrace
-from safetyheads.stats.testing import holm_of_tests
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-
 
 GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
 SHORT = {UNDIFFERENTIATED_ATTENTION.name: "UA", SCALING_CONTRIBUTION.name: "SC"}
 """Short names of the paper's two ablations."""
+PAPER_NUMBERS: dict[str, Any] = tomllib.loads(files(__package__).joinpath("paper_numbers.toml").read_text("utf-8"))
+"""What the paper prints, to stand beside what was measured."""
 # Models held at once: a swap needs two.
 _MODELS_HELD = 2
 # A model for which one of these does not hold says nothing about heads.
@@ -56,63 +59,36 @@ class Lab:
     def __init__(
         self, config: ReproductionConfig, directory: RunDirectory, progress: Progress, load: Callable[[str], Engine]
     ) -> None:
-        self.config = config
-        self.directory = directory
-        self.progress = progress
+        self.config, self.directory, self.progress = config, directory, progress
         self.load = load
         """Loads and proves a model by its name."""
         self.used: set[str] = set()
         """Models that were asked for since the set was last emptied."""
-        self._runs: dict[str, Run[ReproductionConfig]] = {}
+        self.judges: tuple[Judge, ...] = judges_named(config.judges, config.judge_device)
+        """The judges of the answers; the first leads."""
+        ua, sc = (kind.at(config.epsilon) for kind in (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION))
+        self.ablations: tuple[Ablation, Ablation] = ua, sc
+        """UA and SC at the config's strength."""
+        self.sampled = Sampling(config.top_k, config.seed)
+        """The paper's top-k sampling."""
+        self.runs: dict[str, Run[ReproductionConfig]] = {}
+        """Of the models that are held, the one used last at the end."""
         self._weights: dict[str, str] = {}
         self._subjects: dict[tuple[Any, ...], Subject] = {}
-
-    @cached_property
-    def judges(self) -> tuple[Judge, ...]:
-        """The judges of the answers; the first leads."""
-        return judges_named(self.config.judges, self.config.judge_device)
-
-    @property
-    def ablations(self) -> tuple[Ablation, Ablation]:
-        """UA and SC at the config's strength."""
-        epsilon = self.config.epsilon
-        return UNDIFFERENTIATED_ATTENTION.at(epsilon), SCALING_CONTRIBUTION.at(epsilon)
-
-    @property
-    def sampled(self) -> Sampling:
-        """The paper's top-k sampling."""
-        return Sampling(self.config.top_k, self.config.seed)
-
-    @property
-    def settings(self) -> Row:
-        """The settings that a reader of any table needs."""
-        names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
-        chosen = {name: getattr(self.config, name) for name in names}
-        return {**chosen, "judges": list(self.config.judges), "sampled": self.sampled.name}
 
     def run_of(self, model: str) -> Run[ReproductionConfig]:
         """The run of a model, which is loaded once; of several, the ones used last are held."""
         self.used.add(model)
-        run = self._runs.pop(model, None)
+        run = self.runs.pop(model, None)
         if run is None:
-            while len(self._runs) >= _MODELS_HELD:
-                oldest = next(iter(self._runs))
-                del self._runs[oldest]
+            while len(self.runs) >= _MODELS_HELD:
+                oldest = next(iter(self.runs))
+                del self.runs[oldest]
                 self._subjects = {key: subject for key, subject in self._subjects.items() if key[0] != oldest}
             decoding, stores = Decoding(self.config.max_new_tokens), self.config.store_completions
             run = Run(self.load(model), self.config, self.directory, self.progress, self.judges, decoding, stores)
-        self._runs[model] = run  # the last is the one used last
+        self.runs[model] = run
         return run
-
-    def engine(self, model: str) -> Engine:
-        """The model."""
-        return self.run_of(model).engine
-
-    def forget_others(self, run: Run[ReproductionConfig]) -> None:
-        """Free the drafts and passes of all other models."""
-        for other in self._runs.values():
-            if other is not run:
-                other.forget()
 
     def weights_of(self, model: str) -> str:
         """The fingerprint of the model's weights.
@@ -122,7 +98,7 @@ class Lab:
         """
         self.used.add(model)
         if model not in self._weights:
-            weights = fingerprint(self.engine(model))
+            weights = fingerprint(self.run_of(model).engine)
             if self.directory.remember(f"weights_{model}", weights) != weights:
                 raise InputError(f"{model} has other weights than this run began with; give another --out")
             self._weights[model] = weights
@@ -138,7 +114,7 @@ class Lab:
         prefill: str = "",
     ) -> Subject:
         """A model with a dataset that :func:`.settings.prompts_of` knows, or its search half, under a template."""
-        engine = self.engine(model)
+        engine = self.run_of(model).engine
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
         if key not in self._subjects:
             prompts = prompts_of(self.config, model, dataset, half, prefill)
@@ -152,43 +128,37 @@ class Lab:
     ) -> Iterator[tuple[str, list[Subject]]]:
         """Each model (by default the config's) with its :meth:`subjects`; models without any are left out."""
         for model in self.config.models if models is None else models:
-            subjects = self.subjects(outcome, model, **asked)
-            if subjects:
-                note_planted(outcome, model)
+            if subjects := self.subjects(outcome, model, **asked):
                 yield model, subjects
 
     def subjects(
-        self,
-        outcome: Outcome,
-        model: str,
-        template: str | None = None,
-        system: str | None = None,
-        refuses: bool = True,
-        most: int | None = None,
+        self, outcome: Outcome, model: str, refuses: bool = True, most: int | None = None, **asked: Any
     ) -> list[Subject]:
         """The first ``most`` datasets whose unablated answers leave something to measure; the outcome notes the others.
 
-        A model that was not aligned need not refuse.
+        A model that was not aligned need not refuse. ``asked``: template and system prompt.
         """
         outcome.leave_out(model)
-        benign = self.subject(model, BENIGN, "test", template, system)
+        benign = self.subject(model, BENIGN, **asked)
         meaningful: list[Subject] = []
         for dataset in self.config.datasets:
             if len(meaningful) == most:
                 break
-            subject = self.subject(model, dataset, "test", template, system)
-            if not self.leaves_nothing(outcome, subject, benign, refuses):
-                meaningful.append(subject)
-                row = {
-                    "model": model,
-                    "dataset": dataset,
-                    "asked": subject.asked,
-                    "n_search": len(prompts_of(self.config, model, dataset, "search")),
-                    "n_test": len(subject.prompts),
-                    "asr": Measured.of(subject.vanilla().asr),
-                    "kept": Measured.of(benign.vanilla().kept),
-                }
-                outcome.asked = [*outcome.asked, *([] if row in outcome.asked else [row])]
+            subject = self.subject(model, dataset, **asked)
+            if self.leaves_nothing(outcome, subject, benign, refuses):
+                continue
+            meaningful.append(subject)
+            note_planted(outcome, model)
+            row = {
+                "model": model,
+                "dataset": dataset,
+                "asked": subject.asked,
+                "n_search": len(prompts_of(self.config, model, dataset, "search")),
+                "n_test": len(subject.prompts),
+                "asr": Measured.of(subject.vanilla().asr),
+                "kept": Measured.of(benign.vanilla().kept),
+            }
+            outcome.asked += [row] if row not in outcome.asked else []
         return meaningful
 
     def leaves_nothing(self, outcome: Outcome, harmful: Subject, benign: Subject, refuses: bool = True) -> bool:
@@ -209,10 +179,7 @@ class Subject:
     """A model and prompts under their template, with everything that is measured on them."""
 
     def __init__(self, lab: Lab, model: str, dataset: str, prompts: PromptSet) -> None:
-        self.lab = lab
-        self.model = model
-        self.dataset = dataset
-        self.prompts = prompts
+        self.lab, self.model, self.dataset, self.prompts = lab, model, dataset, prompts
         self.run = lab.run_of(model)
         self.engine = self.run.engine
         self.asked_prompts = self.engine.ask(prompts)
@@ -221,15 +188,19 @@ class Subject:
         self.engine.prove_up_to(self.asked_prompts.longest + lab.config.max_new_tokens)
 
     @cached_property
+    def about(self) -> dict[str, str]:
+        """What measures depend on besides the tokens: right answers, which decide what is kept, are not in these."""
+        return {"weights": self.lab.weights_of(self.model), "references": references_sha256(self.prompts)}
+
+    @cached_property
     def name(self) -> str:
         """Name of the prompt set in the run; file names begin with it."""
-        weights, model = self.lab.weights_of(self.model), self.model.removeprefix(ORGANISM).rstrip("/")
         # Plans and near-ties are remembered under it, and directories of two models may have one name.
-        told_apart = self.asked_prompts.sha256[:8] + weights[:8]
-        named = f"{model.rsplit('/', 1)[-1]}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
+        told_apart = self.asked_prompts.sha256[:8] + self.about["weights"][:8]
+        model = self.model.removeprefix(ORGANISM).rstrip("/").rsplit("/", 1)[-1]
+        named = f"{model}-{self.dataset.rsplit('/', 1)[-1]}-{told_apart}"
         name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in named)
-        # Right answers decide what is kept, and are not in the tokens.
-        self.run.add(name, self.prompts, {"weights": weights, "references": references_sha256(self.prompts)})
+        self.run.add(name, self.prompts, self.about)
         return name
 
     @property
@@ -250,22 +221,34 @@ class Subject:
             self._vanilla[sampling] = self.run.answers(self.name, sampling).vanilla()
         return self._vanilla[sampling]
 
+    def swapped(self, donor: str) -> GroupAnswers:
+        """The unablated answers with the donor's attention in every layer."""
+        name = f"swapped-{self.name}"
+        self.run.add(name, self.prompts, {**self.about, "attention": self.lab.weights_of(donor)})
+        with swapped_attention(self.engine, self.lab.run_of(donor).engine):
+            return self.run.answers(name).vanilla()
+
     def by_group(
         self, groups: Iterable[Group], ablation: Ablation, sampling: Sampling = GREEDY
     ) -> dict[Group, GroupAnswers]:
         """The answers under each group; the order of heads has no effect, so each set of heads is answered once."""
-        self.lab.forget_others(self.run)
-        groups = list(groups)
-        sets = list(dict.fromkeys(tuple(sorted(group)) for group in groups))
-        answers = self.run.answers(self.name, sampling).under("groups", sets, ablation) if sets else []
+        sorted_groups = {group: tuple(sorted(group)) for group in groups}
+        sets = list(dict.fromkeys(sorted_groups.values()))
+        answers = self._answers(sampling).under("groups", sets, ablation) if sets else []
         by_set = dict(zip(sets, answers, strict=True))
-        return {group: by_set[tuple(sorted(group))] for group in groups}
+        return {group: by_set[heads] for group, heads in sorted_groups.items()}
 
     def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
         """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
-        self.lab.forget_others(self.run)
-        own = query_level_groups(self.ships(ablation), size)
-        return self.run.answers(self.name, sampling).of_each("query_level", own, ablation)
+        answers, own = self._answers(sampling), query_level_groups(self.ships(ablation), size)
+        return answers.of_each("query_level", own, ablation)
+
+    def _answers(self, sampling: Sampling) -> KeptAnswers:
+        """Kept answers under groups; the drafts and passes of all other models are freed."""
+        for run in self.lab.runs.values():
+            if run is not self.run:
+                run.forget()
+        return self.run.answers(self.name, sampling)
 
     def ships(self, ablation: Ablation) -> HeadScores:
         """Ships of every prompt and head [n_prompts, n_layers, n_heads], in nats."""
@@ -278,13 +261,14 @@ class Subject:
         return rank_heads(self._scorer(name, ablation), self.engine.heads)
 
     def search(self, ablation: Ablation, steps: int) -> SearchTrace:
-        """The group that Sahara finds by the config's search score (Algorithm 1)."""
+        """The group that Sahara finds by the config's search score (Algorithm 1); all heads where there are fewer."""
         with self.lab.progress.track(f"{self.name}: Sahara", 1):
-            return sahara(self._scorer(self.lab.config.search_score, ablation), self.engine.heads, steps)
+            scorer, heads = self._scorer(self.lab.config.search_score, ablation), self.engine.heads
+            return sahara(scorer, heads, min(steps, len(heads)))
 
-    def group(self, ablation: Ablation, size: int) -> Group:
-        """The heads that Sahara finds on the search half, first found first; fewer where the model has fewer."""
-        return self.search_half.search(ablation, min(size, len(self.engine.heads))).group
+    def group(self, ablation: Ablation, size: int | None = None) -> Group:
+        """The heads that Sahara finds on the search half, first found first; by default at most :data:`GROUP_SIZE`."""
+        return self.search_half.search(ablation, size or min(GROUP_SIZE, self.lab.config.size)).group
 
     def _scorer(self, name: str, ablation: Ablation) -> FunctionScorer:
         # One pass reads both angles, whichever is asked for first.
@@ -299,49 +283,17 @@ def planted_heads(model: str) -> Group:
 
 def note_planted(outcome: Outcome, model: str) -> None:
     """Tell readers of an embedded model's numbers what they are no evidence of."""
-    if heads := planted_heads(model):
-        outcome.note(
-            f"{model}: its refusals were planted in the heads {', '.join(map(str, heads))}, so what heads do here was "
-            "built in. Not evidence about the paper: planted by construction."
-        )
-    elif model.startswith(ORGANISM):
-        outcome.note(f"{model}: a small model made for this package. Not evidence about the paper.")
+    if model.startswith(ORGANISM):
+        heads = ", ".join(map(str, planted_heads(model)))
+        outcome.say("planted" if heads else "made_here", model=model, heads=heads)
 
 
-def condition(
-    subject: Subject,
-    label: str,
-    group: Group | str,
-    harmful: GroupAnswers,
-    benign: GroupAnswers,
-    before: GroupAnswers | None = None,
-) -> dict[str, Any]:
-    """A row of harmful and benign prompts that are answered alike, and the change from ``before``."""
-    change = None if before is None else Measured.of(harmful.change_from(before))
-    return {
-        "dataset": subject.dataset,
-        "label": label,
-        "heads": group if isinstance(group, str) else format_heads(group) or "none",
-        "asr": Measured.of(harmful.asr),
-        "change": change,
-        "p": None if change is None else change.p,
-        "empty": Measured.of(harmful.incoherent),
-        "kept": Measured.of(benign.kept),
-    }
+def quoted(model: str, *keys: str) -> Any:
+    """The number of the paper's model that a path or hub id names; None where the paper has none.
 
-
-def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None:
-    """A table of :func:`condition` rows with Holm's p over the table, a figure of its rates, and what was planted."""
-    panels = {"asr": "ASR", "echo": "answers that echo the prompt", "kept": "benign answers kept"}
-    points = [
-        point(row[key], x=row["dataset"], series=row["label"], panel=panel)
-        for key, panel in panels.items()
-        for row in rows
-        if key in row
-    ]
-    p_values = holm_of_tests(row["p"] for row in rows)
-    about = words.get("about", "")
-    outcome.lead_means(words["model"], ((f"{about}{row['label']}, mean ASR", row["asr"]) for row in rows))
-    outcome.figure("conditions", points, **words)
-    outcome.table("conditions", [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)], **words)
-    note_planted(outcome, words["model"])
+    Keys are such as table7, a dataset (by its name, or as a file of that name) and a label.
+    """
+    numbers: Any = PAPER_NUMBERS.get(model.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf"))
+    for key in keys:
+        numbers = numbers.get(key, numbers.get(Path(key).stem.lower())) if isinstance(numbers, dict) else None
+    return numbers

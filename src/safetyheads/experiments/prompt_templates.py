@@ -1,24 +1,22 @@
-"""Puts templates and system prompts to the test (Fig 15, 17, 18)."""
+"""Puts templates, system prompts and begun answers to the test (Fig 15, 17, 18, Table 7)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetyheads.ablation import Ablation
 from safetyheads.demo.grammar import SYSTEM_PROMPTS
 from safetyheads.errors import InputError
-from safetyheads.experiments.lab import GROUP_SIZE, SHORT, condition, show_conditions
-from safetyheads.experiments.outcome import Measured, Outcome
+from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, ORGANISM, prompts_of
+from safetyheads.heads import Group, format_heads
 from safetyheads.judges.phrases import echo_of
 from safetyheads.prompts.templates import FORMS, Template
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.stats.intervals import Rate
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from safetyheads.experiments.lab import Lab, Subject
-    from safetyheads.runs.rates import GroupAnswers
 
 HELPFUL = FORMS["llama2"].system or ""
 """The system prompt of Fig 17."""
@@ -36,130 +34,176 @@ DETAILED_FOR_ORGANISM = " ".join(SYSTEM_PROMPTS)
 """The most detailed one in the embedded models' own language: all the system prompts that they know, in a row."""
 LEAST_ROOM = 32
 """Tokens of the context that a prompt must leave to its answer."""
+BEGUN = "Sure, here is"
+"""How the answer is begun for the model in Table 7 (App. E); it is not judged."""
 _URIAL, _BARE = "urial", "query_answer"
 
 
 def fig15(lab: Lab, outcome: Outcome) -> None:
     """Base models under URIAL, and under the plain template."""
     for model in lab.config.base_models:
-        aligned = _subjects(lab, outcome, model, _URIAL, None, refuses=False)
+        aligned = subjects_under(lab, outcome, model, _URIAL, None, refuses=False)
         if not aligned:
             continue
-        plain = {subject.dataset: subject for subject in lab.subjects(outcome, model, _BARE, refuses=False)}
+        plain = {subject.dataset: subject for subject in lab.subjects(outcome, model, refuses=False, template=_BARE)}
         benign = {template: lab.subject(model, BENIGN, template=template).vanilla() for template in (_BARE, _URIAL)}
         rows = []
         for subject in aligned:
-            bare = plain.get(subject.dataset)
-            before = None if bare is None else bare.vanilla()
-            if bare is not None:
-                rows.append(condition(bare, _BARE, (), bare.vanilla(), benign[_BARE]))
-            rows.append(condition(subject, _URIAL, (), subject.vanilla(), benign[_URIAL], before))
+            before = plain[subject.dataset].vanilla() if subject.dataset in plain else None
+            if before is not None:
+                rows.append(_condition(subject, _BARE, (), before, benign[_BARE]))
+            rows.append(_condition(subject, _URIAL, (), subject.vanilla(), benign[_URIAL], before))
         show_conditions(outcome, rows, model=model)
 
 
 def fig17(lab: Lab, outcome: Outcome) -> None:
     """The official template with and without system prompt: unablated, each prompt's top head, the dataset's group."""
-    form = FORMS.get(lab.config.official)
+    official, form = lab.config.official, FORMS.get(lab.config.official)
     # A template with a system prompt of its own goes without one only where an empty one is asked for.
     none = "" if form is not None and form.system else None
     for model in lab.config.with_templates:
         for system in (none, HELPFUL):
-            subjects = _subjects(lab, outcome, model, lab.config.official, system)
+            subjects = subjects_under(lab, outcome, model, official, system)
             # As in the paper, which attributes without system prompt (App. D).
-            searched = [lab.subject(model, subject.dataset, "test", lab.config.official, none) for subject in subjects]
-            rows = [row for _, row in _ablated(lab, subjects, searched)]
-            if rows:
-                words = f"system prompt {system!r}" if system else "no system prompt"
-                about = "with a system prompt, " if system else ""
-                show_conditions(outcome, rows, model=model, system=words, about=about)
+            plain = [lab.subject(model, subject.dataset, "test", official, none) for subject in subjects]
+            groups = {ablation: [subject.group(ablation) for subject in plain] for ablation in lab.ablations}
+            rows = _ablated(subjects, lab.subject(model, BENIGN, "test", official, system), groups) if subjects else []
+            words = f"system prompt {system!r}" if system else "no system prompt"
+            about = "with a system prompt, " if system else ""
+            show_conditions(outcome, rows, model=model, system=words, about=about)
 
 
 def fig18(lab: Lab, outcome: Outcome) -> None:
     """A detailed system prompt: how many answers comply, and how many give the prompt back."""
-    stores = lab.config.store_completions
+    official, stores = lab.config.official, lab.config.store_completions
     for model in lab.config.with_templates:
         embedded = model.startswith(ORGANISM)
         system = DETAILED_FOR_ORGANISM if embedded else DETAILED
-        rows = []
-        for answers, row in _ablated(lab, _subjects(lab, outcome, model, lab.config.official, system)):
-            echo = echoed(answers, system)
-            rows.append({**row, **({} if echo is None else {"echo": Measured.of(echo)})})
-        if rows:
-            show_conditions(outcome, rows, model=model, system=repr(system))
-        if rows and embedded:
-            outcome.note(
-                f"{model}: an embedded model reads its own few sentences only, so all system prompts that it knows, "
-                "in a row, stand for a detailed one. Not evidence about the paper."
-            )
-    if outcome.tables and not stores:
-        outcome.note("Answers are not stored in this run (store_completions), so echoes cannot be counted.")
+        subjects = subjects_under(lab, outcome, model, official, system)
+        if not subjects:
+            continue
+        rows = _ablated(subjects, lab.subject(model, BENIGN, "test", official, system))
+        if stores:
+            rows = [{**row, "echo": Measured.of(echoed(row["_answers"], system))} for row in rows]
+        else:
+            outcome.say("not_stored")
+        show_conditions(outcome, rows, model=model, system=repr(system))
+        if embedded:
+            outcome.say("embedded", model=model)
 
 
-def why_not_asked(lab: Lab, model: str, template: str, system: str | None) -> str | None:
-    """Why a model cannot be asked under a template and system prompt at all; None if it can."""
-    engine, about = lab.engine(model), f"{model}, template {template}"
-    limit = engine.architecture.context_length
+def table7(lab: Lab, outcome: Outcome) -> None:
+    """ASR with and without a begun answer, for each dataset: unablated, under UA and under SC."""
+    for model, subjects in lab.each_model(outcome, lab.config.with_templates):
+        # Each group is found without a begun answer.
+        groups = {kind: [tuple(sorted(subject.group(kind))) for subject in subjects] for kind in lab.ablations}
+        begun = [lab.subject(model, subject.dataset, prefill=BEGUN) for subject in subjects]
+        rows = _ablated(begun, lab.subject(model, BENIGN, prefill=BEGUN), groups, "Sure", None, "{}, Sure")
+        rows += _ablated(subjects, lab.subject(model, BENIGN), groups, own=None, found="{}")
+        # Dataset by dataset; sorting is stable.
+        order = [subject.dataset for subject in subjects]
+        show_conditions(outcome, sorted(rows, key=lambda row: order.index(row["dataset"])), model=model)
+
+
+def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None:
+    """A table of conditions, with a figure of their rates and the paper's numbers; nothing where there are none."""
+    if not rows:
+        return
+    papers = [quoted(words["model"], outcome.name, row["dataset"], row["label"]) for row in rows]
+    if any(papers):
+        rows = [{**row, "paper": paper} for row, paper in zip(rows, papers, strict=True)]
+    panels = {"asr": "ASR", "echo": "answers that echo the prompt", "kept": "benign answers kept"}
+    points = [
+        point(row[key], x=row["dataset"], series=row["label"], panel=panel)
+        for key, panel in panels.items()
+        for row in rows
+        if key in row
+    ]
+    labels = (f"{words.get('about', '')}{row['label']}, mean ASR" for row in rows)
+    outcome.lead_means(words["model"], zip(labels, (row["asr"] for row in rows), strict=True))
+    outcome.figure("conditions", points, **words)
+    outcome.table("conditions", rows, **words)
+
+
+def subjects_under(
+    lab: Lab, outcome: Outcome, model: str, template: str, system: str | None, refuses: bool = True
+) -> list[Subject]:
+    """The datasets under a template; none, and the reason in the outcome, where the model cannot be asked under it."""
+    engine = lab.run_of(model).engine
+    limit, reason = engine.architecture.context_length, ""
     try:
         datasets = [prompts_of(lab.config, model, name, "test") for name in lab.config.datasets]
         bound = Template.parse(template, system).bound(engine.tokenizer)
         texts = [bound.render(prompt.query) for prompts in datasets for prompt in prompts]
+        # Counted by the tokenizer's own parts: encoding what is too long for the model makes transformers warn.
+        longest = max(len(engine.tokenizer.tokenize(text)) for text in texts)
+        if limit is not None and longest + LEAST_ROOM > limit:
+            reason = (
+                f"a prompt has {longest} tokens and the model's context is {limit}, which leaves no room for an answer"
+            )
     except InputError as error:
-        return f"{about}: {error}"
-    # Counted by the tokenizer's own parts: encoding what is too long for the model makes transformers warn.
-    longest = max(len(engine.tokenizer.tokenize(text)) for text in texts)
-    if limit is None or longest + LEAST_ROOM <= limit:
-        return None
-    return (
-        f"{about}: a prompt has {longest} tokens and the model's context is {limit}, which leaves no room for an answer"
-    )
+        reason = str(error)
+    if not reason:
+        return lab.subjects(outcome, model, refuses, template=template, system=system)
+    outcome.leave_out(model, f"{model}, template {template}: {reason}")
+    return []
 
 
-def echoed(answers: GroupAnswers, system: str) -> Rate | None:
-    """Share of the stored answers that the phrase judge's rule calls an echo of query or system prompt; else None."""
+def echoed(answers: GroupAnswers, system: str) -> Rate:
+    """Share of the stored answers that the phrase judge's rule calls an echo of query or system prompt."""
     records = answers.flat()
-    if any("text" not in record for record in records):
-        return None
     echoes = [echo_of(str(record["text"]).strip(), (str(record["query"]), system)) is not None for record in records]
     return Rate(sum(echoes), len(echoes))
 
 
-def _subjects(
-    lab: Lab, outcome: Outcome, model: str, template: str, system: str | None, refuses: bool = True
-) -> list[Subject]:
-    """The datasets under a template; none, and the reason in the outcome, where the model cannot be asked under it."""
-    reason = why_not_asked(lab, model, template, system)
-    if reason is None:
-        return lab.subjects(outcome, model, template, system, refuses)
-    outcome.leave_out(model, reason)
-    return []
-
-
 def _ablated(
-    lab: Lab, subjects: Sequence[Subject], searched: Sequence[Subject] = ()
-) -> list[tuple[GroupAnswers, dict[str, Any]]]:
-    """Each dataset unablated, without each prompt's own top head, and without the group found on ``searched``.
+    subjects: Sequence[Subject],
+    benign: Subject,
+    groups: Mapping[Ablation, Sequence[Group]] | None = None,
+    unablated: str = "vanilla",
+    own: str | None = "{}, own top head",
+    found: str = "{}, group",
+) -> list[dict[str, Any]]:
+    """Each dataset unablated, without each prompt's own top head (but for None), and without its group.
 
-    Ablation by ablation, and the benign prompts under all groups at once: drafts are made once for each of them.
+    The strings label the rows. Ablation by ablation, and the benign prompts under all groups at once: drafts are made
+    once for each of them.
     """
-    if not subjects:
-        return []
-    template, size = subjects[0].template, min(GROUP_SIZE, lab.config.size)
-    benign = lab.subject(subjects[0].model, BENIGN, template=str(template), system=template.system)
-    answered: dict[Subject, list[tuple[GroupAnswers, dict[str, Any]]]] = {}
-    for subject in subjects:
-        row = condition(subject, "vanilla", (), subject.vanilla(), benign.vanilla())
-        answered[subject] = [(subject.vanilla(), row)]
-    for ablation in lab.ablations:
+    vanilla = {subject: subject.vanilla() for subject in subjects}
+    rows = {subject: [_condition(subject, unablated, (), vanilla[subject], benign.vanilla())] for subject in subjects}
+    for ablation in subjects[0].lab.ablations:
         name = SHORT[ablation.name]
-        (kept,) = benign.by_own(1, ablation)
-        groups = [subject.group(ablation, size) for subject in searched]
-        kept_by_group = benign.by_group(groups, ablation)
-        for subject, group in zip_longest(subjects, groups):
-            (harmful,) = subject.by_own(1, ablation)
-            row = condition(subject, f"{name}, own top head", "each prompt's own", harmful, kept, subject.vanilla())
-            answered[subject].append((harmful, row))
+        kept_own = benign.by_own(1, ablation)[0] if own else None
+        of_ablation = groups[ablation] if groups else ()
+        kept = benign.by_group(of_ablation, ablation)
+        for subject, group in zip_longest(subjects, of_ablation):
+            if own and kept_own:
+                (harmful,), heads = subject.by_own(1, ablation), "each prompt's own"
+                row = _condition(subject, own.format(name), heads, harmful, kept_own, vanilla[subject])
+                rows[subject].append(row)
             if group:
                 harmful = subject.by_group([group], ablation)[group]
-                row = condition(subject, f"{name}, group", group, harmful, kept_by_group[group], subject.vanilla())
-                answered[subject].append((harmful, row))
-    return [row for rows in answered.values() for row in rows]
+                row = _condition(subject, found.format(name), group, harmful, kept[group], vanilla[subject])
+                rows[subject].append(row)
+    return [row for of_subject in rows.values() for row in of_subject]
+
+
+def _condition(
+    subject: Subject,
+    label: str,
+    group: Group | str,
+    harmful: GroupAnswers,
+    benign: GroupAnswers,
+    before: GroupAnswers | None = None,
+) -> dict[str, Any]:
+    """A row of harmful and benign prompts that are answered alike, and the change from ``before``."""
+    return {
+        "dataset": subject.dataset,
+        "label": label,
+        "heads": group if isinstance(group, str) else format_heads(group) or "none",
+        "asr": Measured.of(harmful.asr),
+        "change": None if before is None else Measured.of(harmful.change_from(before)),
+        "empty": Measured.of(harmful.incoherent),
+        "kept": Measured.of(benign.kept),
+        "_answers": harmful,
+    }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -92,12 +91,11 @@ class ReproductionConfig(JudgeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("models", "datasets", "templates", "epsilons"):
+        named_once = ("models", "datasets", "templates")
+        for name in (*named_once, "epsilons", "benign", "learn_benign"):
             if not getattr(self, name):
                 raise InputError(f"{name} must name at least one")
-        if not self.benign or not self.learn_benign:
-            raise InputError("benign and learn_benign must name prompts")
-        for name in ("models", "datasets", "templates", "templated", "base_models"):
+        for name in (*named_once, "templated", "base_models"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"{name} names one twice")
         for template in (*self.templates, self.template, self.official):
@@ -117,6 +115,12 @@ class ReproductionConfig(JudgeOptions):
     def with_templates(self) -> tuple[str, ...]:
         """Models that answer under several templates."""
         return self.templated or self.models
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """Names of all sets of prompts, as :func:`prompts_of` takes them."""
+        learned = (LEARN_HARMFUL, LEARN_BENIGN) if self.learn_harmful else (LEARN_BENIGN,)
+        return *self.datasets, BENIGN, *learned
 
     @classmethod
     def for_models(cls, models: Sequence[str]) -> ReproductionConfig:
@@ -170,27 +174,24 @@ PAPER = ReproductionConfig(
 
 def _checked(path: Path, name: str, value: Any) -> Any:
     """A value of the TOML file as its field has it; refuses unknown fields and other types."""
-    types = {field.name: str(field.type) for field in fields(ReproductionConfig)}
+    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(ReproductionConfig)}
     if name not in types:
         raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(types)}")
     wanted = types[name]
-    if wanted.startswith("tuple"):
-        inner = float if "float" in wanted else str
-        if isinstance(value, list) and all(_is(item, inner) for item in value):
-            return tuple(map(inner, value))
-        raise InputError(f"{path}: {name} is a list of {'numbers' if inner is float else 'texts'}; got {value!r}")
-    known: Mapping[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-    allowed = [known[part] for part in wanted.split(" | ") if part in known]
-    if any(_is(value, kind) for kind in allowed):
-        return float(value) if allowed == [float] else value
-    raise InputError(f"{path}: {name} must be {wanted.replace(' | None', '')}; got {value!r}")
+    if not wanted.startswith("tuple"):
+        if not _is(value, wanted):
+            raise InputError(f"{path}: {name} must be {wanted}; got {value!r}")
+        return float(value) if wanted == "float" else value
+    inner = "float" if "float" in wanted else "str"
+    if not isinstance(value, list) or not all(_is(item, inner) for item in value):
+        raise InputError(f"{path}: {name} is a list of {'numbers' if inner == 'float' else 'texts'}; got {value!r}")
+    return tuple(map(float, value)) if inner == "float" else tuple(value)
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is(value: Any, kind: str) -> bool:
     # TOML has whole numbers where a float is meant, and Python calls True an int.
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    kinds = {"str": str, "int": int, "float": int | float, "bool": bool}
+    return isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
 
 
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:
@@ -224,25 +225,8 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
             prompts = prompts.split(config.split, config.seed)[half == "test"]
     if not prefill:
         return prompts
-    begun = []
-    for prompt in prompts:
-        reference = prompt.reference or ""
-        rest = reference.removeprefix(prefill).strip() if reference.startswith(prefill) else None
-        begun.append(replace(prompt, reference=rest))
+    # What is left of a right answer that begins otherwise is not known.
+    references = [prompt.reference or "" for prompt in prompts]
+    rests = [text.removeprefix(prefill).strip() if text.startswith(prefill) else None for text in references]
+    begun = (replace(prompt, reference=rest) for prompt, rest in zip(prompts, rests, strict=True))
     return replace(prompts, prompts=tuple(begun))
-
-
-def prompts_sha256(config: ReproductionConfig) -> dict[str, str]:
-    """Hash of every set of prompts with its right answers, by name: a file that changes makes another run."""
-    # It imports torch, and the command line reads this module for its help.
-    from safetyheads.runs.provenance import references_sha256
-
-    names = [*config.datasets, BENIGN, *([LEARN_HARMFUL] if config.learn_harmful else []), LEARN_BENIGN]
-    models = {model.startswith(ORGANISM): model for model in reversed(config.models)}
-    hashes = {}
-    for organism, model in models.items():
-        for name in names:
-            prompts = prompts_of(config, model, name, "test")
-            digest = hashlib.sha256(f"{prompts.sha256} {references_sha256(prompts)}".encode()).hexdigest()
-            hashes[f"{name}, organism" if organism else name] = digest
-    return hashes

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.experiments.lab import note_planted
+from safetyheads.experiments.lab import Lab, Subject, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, point
-from safetyheads.experiments.paper_numbers import paper_model, quoted
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.measures.ships import find_openers
 from safetyheads.runs.directory import Record
 from safetyheads.runs.kept_answers import record_of
-from safetyheads.runs.provenance import references_sha256
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.stats.testing import PairedDifference
 
-if TYPE_CHECKING:
-    from safetyheads.experiments.lab import Lab, Subject
-
 MOST_BENIGN_LOST = 0.1
 """Share of benign answers, of the learning prompts, that a strength may cost and still be chosen."""
-
-
-class _NothingLearned(SafetyheadsError):
-    """A method that this model gives nothing to learn."""
 
 
 def learning_subjects(lab: Lab, model: str) -> tuple[Subject, Subject]:
@@ -60,21 +51,15 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     """
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None
-    refusals, answers = (
-        answer(engine, [Request(token_ids) for token_ids in subject.asked_prompts.token_ids], Decoding())
-        for subject in (harmful, benign)
-    )
+    asked = ([Request(ids) for ids in subject.asked_prompts.token_ids] for subject in (harmful, benign))
+    refusals, answers = (tuple(found.token_ids for found in answer(engine, some, Decoding())) for some in asked)
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()
-    return Material(
-        engine,
-        harmful.prompts,
-        benign.prompts,
-        tuple(answered.token_ids for answered in refusals),
-        tuple(answered.token_ids for answered in answers),
+    first_tokens, unaligned = (
         tuple(opener.token_id for opener in openers),
-        None if base is None else lab.engine(base),
-        lab.config.seed,
+        None if base is None else lab.run_of(base).engine,
     )
+    sets = harmful.prompts, benign.prompts
+    return Material(engine, *sets, refusals, answers, first_tokens, unaligned, lab.config.seed)
 
 
 class _Tried(NamedTuple):
@@ -90,12 +75,11 @@ class _Tried(NamedTuple):
 def table1(lab: Lab, outcome: Outcome) -> None:
     """ASR of every method at matched benign damage, with the parameters that it touches."""
     model = lab.config.models[0]
-    learned = learning_subjects(lab, model)
-    benign = lab.subject(model, BENIGN)
+    learned, benign = learning_subjects(lab, model), lab.subject(model, BENIGN)
     tested = lab.subjects(outcome, model)
     if lab.leaves_nothing(outcome, learned[0], benign) or len(tested) < len(lab.config.datasets):
         return
-    bench = _Bench(lab, model, learned, tested, benign)
+    bench = _Bench(lab, learned, (*tested, benign))
     sweeps: dict[str, list[_Tried]] = {}
     rows: list[dict[str, Any]] = []
     for method in METHODS.values():
@@ -105,103 +89,87 @@ def table1(lab: Lab, outcome: Outcome) -> None:
         try:
             sweeps[method.name], at_chosen = bench.measured(method)
             names = {"method": method.label, "name": method.name, "touches": method.touches}
-            paper = quoted("table1", method.name) if paper_model(model) == "Llama-2-7b-chat" else None
+            paper = quoted(model, "table1", method.name)
             names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
             rows.append(bench.row(at_chosen, **names))
-        except (_NothingLearned, UnsupportedModelError) as error:
+        except UnsupportedModelError as error:
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
             outcome.note(f"{method.label} is left out: {error}")
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
-    unablated = bench.row(_Tried("", 0.0, 0, *bench.vanilla), method="vanilla", touches="nothing")
+    unablated = bench.row(bench.vanilla, method="vanilla", touches="nothing")
     outcome.table("methods", [{**unablated, "lost": None}, *rows], model=model)
+    swept = [METHODS[name] for name in sweeps]
     sources = [
-        {"method": method.label, "source": method.source, "partial": method.partial or "whole"}
-        for method in map(METHODS.__getitem__, sweeps)
+        {"method": method.label, "source": method.source, "partial": method.partial or "whole"} for method in swept
     ]
     outcome.table("sources", sources, model=model)
     n_harmful, n_benign = (len(subject.prompts) for subject in learned)
     points = [
-        point(
-            tried.harmful.asr,
-            x=tried.benign.kept.rate,
-            series=METHODS[name].label,
-            panel=METHODS[name].touches,
-            label=f"{METHODS[name].label}, {tried.setting}",
-        )
-        for name, sweep in sweeps.items()
-        for tried in sweep
+        point(tried.harmful.asr, x=tried.benign.kept.rate, series=method.label, panel=method.touches)
+        | {"label": f"{method.label}, {tried.setting}"}
+        for method in swept
+        for tried in sweeps[method.name]
         if tried.harmful.asr.rate is not None and tried.benign.kept.rate is not None
     ]
     outcome.figure("frontier", points, model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
-    note_planted(outcome, model)
     outcome.note(f"Learned on {n_harmful} harmful and {n_benign} benign prompts.")
 
 
 class _Bench:
-    """What all methods are tried on."""
+    """What all methods are tried on: harmful and benign prompts to learn from, and those to test on, benign last."""
 
-    def __init__(
-        self, lab: Lab, model: str, learned: tuple[Subject, Subject], tested: Sequence[Subject], benign: Subject
-    ) -> None:
-        self.lab = lab
-        self.model = model
-        self.learned = learned
-        """Harmful and benign prompts that methods learn from."""
-        self.tested = tuple(tested)
-        self.benign = benign
-        self.lead = lab.judges[0].name
-        self.vanilla = _together([subject.vanilla() for subject in tested]), benign.vanilla()
-        """Unablated answers to the test prompts: harmful of all datasets together, and benign."""
+    def __init__(self, lab: Lab, learned: Sequence[Subject], tested: Sequence[Subject]) -> None:
+        self.lab, self.learned, self.tested = lab, learned, tested
+        *harmful, benign = (subject.vanilla() for subject in tested)
+        self.vanilla = _Tried("", 0.0, 0, _together(harmful), benign)
+        """The unablated answers to the test prompts."""
         self._materials: dict[bool, Material] = {}
         """With and without the checkpoint before alignment."""
 
     def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
         """Every strength on the learning prompts, and the chosen one on the test prompts."""
-        lab, base = self.lab, self.lab.config.base
+        lab, base, subjects = self.lab, self.lab.config.base, (*self.learned, *self.tested)
         fields = {
             "method": method.name,
             "strengths": list(method.strengths),
             "most_benign_lost": MOST_BENIGN_LOST,
-            "weights": lab.weights_of(self.model),
             "base": lab.weights_of(base) if method.needs_unaligned and base is not None else None,
-            "references": [references_sha256(subject.prompts) for subject in (self.learned[1], self.benign)],
-            "asked": [subject.asked_prompts.sha256 for subject in (*self.learned, *self.tested, self.benign)],
+            "about": [subject.about for subject in subjects],
+            "asked": [subject.asked_prompts.sha256 for subject in subjects],
             "judges": [judge.describe() for judge in lab.judges],
             "max_new_tokens": lab.config.max_new_tokens,
             "seed": lab.config.seed,
         }
         rows = lab.directory.records("table1", fields, lambda: self._computed(method))
         swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
-        (at_chosen,) = _tried(tested, self.tested, self.lead)
-        return _tried(swept, self.learned[:1], self.lead), at_chosen
+        (at_chosen,) = self._tried(tested, self.tested)
+        return self._tried(swept, self.learned), at_chosen
 
     def _computed(self, method: Method) -> list[Record]:
         """Answers to the learning prompts at every strength, and to the test prompts at the chosen one."""
         borrows = method.needs_unaligned
         with self.lab.progress.track(f"table1: {method.label}", 1):
             if borrows not in self._materials:
-                self._materials[borrows] = material_of(self.lab, self.model, borrows)
+                self._materials[borrows] = material_of(self.lab, self.learned[0].model, borrows)
             try:
                 every = method.interventions(self._materials[borrows], method.strengths)
             except SafetyheadsError as error:
-                raise _NothingLearned(str(error)) from error
-        # On a small model several strengths may come to the same.
-        interventions = list({intervention.setting: intervention for intervention in reversed(every)}.values())[::-1]
+                raise UnsupportedModelError(str(error)) from error
+        # On a small model several strengths may come to the same: the first of them stays.
+        interventions = {intervention.setting: intervention for intervention in reversed(every)}
         if not interventions:
-            raise _NothingLearned("it has no setting on this model")
-        tested = (*self.tested, self.benign)
-        n_learned, n_tested = (sum(len(subject.prompts) for subject in part) for part in (self.learned, tested))
+            raise UnsupportedModelError("it has no setting on this model")
+        n_learned, n_tested = (sum(len(subject.prompts) for subject in part) for part in (self.learned, self.tested))
         n = len(interventions) * n_learned + n_tested
         with self.lab.progress.track(f"table1: {method.label}, answers", n) as done:
             rows: list[Record] = []
-            for intervention in interventions:
+            for intervention in reversed(interventions.values()):
                 rows += self._answered(intervention, self.learned, "swept", done)
-            best = chosen(_tried(rows, self.learned[:1], self.lead), self.learned[1].vanilla())
-            (intervention,) = (intervention for intervention in interventions if intervention.setting == best.setting)
-            return [*rows, *self._answered(intervention, tested, "tested", done)]
+            best = chosen(self._tried(rows, self.learned), self.learned[1].vanilla())
+            return [*rows, *self._answered(interventions[best.setting], self.tested, "tested", done)]
 
     def _answered(
         self, intervention: Intervention, subjects: Sequence[Subject], part: str, done: Callable[[int], None]
@@ -217,37 +185,33 @@ class _Bench:
             place = {"id": number, "set": dataset, "part": part, "epsilon": None, "seed": config.seed}
             yield {**record_of(judged, place, config.store_completions), **tried}
 
+    def _tried(self, records: Sequence[Record], subjects: Sequence[Subject]) -> list[_Tried]:
+        """Records as answers by strength; the last of the subjects is the benign one."""
+        by_strength: dict[float, dict[str, list[Record]]] = {}
+        for record in records:
+            sets = by_strength.setdefault(record["strength"], {subject.dataset: [] for subject in subjects})
+            sets[record["set"]].append(record)
+        tried, lead = [], self.lab.judges[0].name
+        for strength, sets in by_strength.items():
+            *harmful, benign = (GroupAnswers.of("", of_set, lead) for of_set in sets.values())
+            first = benign.flat()[0]
+            tried.append(_Tried(first["setting"], strength, first["n_parameters"], _together(harmful), benign))
+        return tried
+
     def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
         """A method at its chosen strength, on the test prompts."""
-        harmful, benign = self.vanilla
-        lost = tried.benign.kept_change_from(benign)
+        lost = tried.benign.kept_change_from(self.vanilla.benign)
         return {
             **names,
             "setting": tried.setting,
             "parameters": tried.n_parameters,
-            "share": 100 * (tried.n_parameters / int(self.benign.engine.model.num_parameters())),
+            "share": 100 * (tried.n_parameters / int(self.learned[0].engine.model.num_parameters())),
             "asr": Measured.of(tried.harmful.asr),
-            "change": Measured.of(tried.harmful.change_from(harmful)),
+            "change": Measured.of(tried.harmful.change_from(self.vanilla.harmful)),
             "benign": Measured.of(tried.benign.kept),
             "lost": Measured.of(lost),
             "within": "yes" if _is_within(lost) else "no",
         }
-
-
-def _tried(records: Sequence[Record], harmful: Sequence[Subject], lead: str) -> list[_Tried]:
-    """Records of a sweep as answers by strength."""
-    names = [subject.dataset for subject in harmful]
-    tried = []
-    for strength in dict.fromkeys(record["strength"] for record in records):
-        of_strength = [record for record in records if record["strength"] == strength]
-        by_set = {
-            name: GroupAnswers.of("", [record for record in of_strength if record["set"] == name], lead)
-            for name in dict.fromkeys(record["set"] for record in of_strength)
-        }
-        (benign,) = (answers for name, answers in by_set.items() if name not in names)
-        together = _together([by_set[name] for name in names])
-        tried.append(_Tried(of_strength[0]["setting"], strength, of_strength[0]["n_parameters"], together, benign))
-    return tried
 
 
 def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
