@@ -39,17 +39,15 @@ if TYPE_CHECKING:
     from safetyheads.judges.phrases import PhraseJudge as PhraseJudge
     from safetyheads.measures.head_pass import Score as Score
     from safetyheads.measures.sahara import rank_heads as rank_heads, sahara as sahara
-    from safetyheads.measures.screened_scores import (
-        Extent as Extent,
-        Rescored as Rescored,
-        screened_ships as screened_ships,
-    )
+    from safetyheads.measures.screening import Extent as Extent
     from safetyheads.measures.ships import (
         Opener as Opener,
+        Rescored as Rescored,
         generalized_ships as generalized_ships,
         mean_ships as mean_ships,
         refusal_score as refusal_score,
         scorer_named as scorer_named,
+        screened_ships as screened_ships,
         ships as ships,
     )
     from safetyheads.model.engine import Engine as Engine
@@ -76,9 +74,18 @@ _NAMES = {
     "judges.named": ("judge_named",),
     "judges.phrases": ("PhraseJudge",),
     "measures.sahara": ("rank_heads", "sahara"),
-    "measures.screened_scores": ("Extent", "Rescored", "screened_ships"),
+    "measures.screening": ("Extent",),
     "measures.head_pass": ("Score",),
-    "measures.ships": ("Opener", "generalized_ships", "mean_ships", "refusal_score", "scorer_named", "ships"),
+    "measures.ships": (
+        "Opener",
+        "Rescored",
+        "generalized_ships",
+        "mean_ships",
+        "refusal_score",
+        "scorer_named",
+        "screened_ships",
+        "ships",
+    ),
     "model.engine": ("Engine",),
     "scores": ("GroupScorer", "HeadScores", "SearchTrace"),
     "stats.intervals": ("Rate",),

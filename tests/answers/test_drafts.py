@@ -29,8 +29,6 @@ from safetyheads.answers.drafts import DraftPass, VerifiedDrafts, unablated_answ
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.success import (
     answers_under,
-    attack_success_rate,
-    query_level_attack_success_rate,
     scan_attack_success_rate,
     summarise,
 )
@@ -97,22 +95,20 @@ def each_head(engine):
     return [(head,) for head in engine.heads]
 
 
+def agrees(ours, plain, judge=None):
+    """Whether an answer, judged or not, is the one of plain decoding, or its beginning where it was cut."""
+    n = None if ours.complete else len(ours.token_ids)
+    same = (ours.token_ids, ours.finished) == (plain.token_ids[:n], plain.finished and ours.complete)
+    if hasattr(ours, "verdicts"):
+        verdict = ours.verdict if judge is None else ours.verdicts[judge]
+        same = same and (ours.prompt, verdict) == (plain.prompt, plain.verdict)
+    return same
+
+
 def differences(rows, twin, judge=None):
-    """What is wrong with rows [n_groups][n_prompts], judged or not, beside those of plain decoding; [] if nothing."""
-    wrong = []
+    """Pairs of answers [n_groups][n_prompts] that do not agree."""
     pairs = [pair for two in zip(rows, twin, strict=True) for pair in zip(*two, strict=True)]
-    for number, (ours, plain) in enumerate(pairs):
-        # A cut answer is the beginning of the plain one.
-        n = None if ours.complete else len(ours.token_ids)
-        expected = [plain.token_ids[:n], plain.finished if ours.complete else False]
-        got = [ours.token_ids, ours.finished]
-        if hasattr(ours, "verdicts"):
-            assert ours.prompt == plain.prompt
-            got.append(ours.verdict if judge is None else ours.verdicts[judge])
-            expected.append(plain.verdict)
-        if got != expected:
-            wrong.append((number, got, expected))
-    return wrong
+    return [pair for pair in pairs if not agrees(*pair, judge)]
 
 
 def flat(scan):
@@ -122,10 +118,7 @@ def flat(scan):
 def check(scan, engine=None, final=None):
     """Counts are those of the rows, changed rows are other than the unablated ones, and cut rows end where they may.
 
-    Args:
-        scan: whose rows are checked.
-        engine: with ``final``, the model.
-        final: whether every judge is final about a text; then no row goes on after that, and a cut one ends there.
+    ``final`` tells whether every judge is final about a text: no row goes on after that, and a cut one ends there.
     """
     rows, economy = flat(scan), scan.economy
     routes = Counter(row.route for row in rows)
@@ -148,14 +141,12 @@ def check(scan, engine=None, final=None):
 # The organism: every head, all prompts
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+@SAMPLINGS
 def test_every_head_of_the_organism_equals_plain_decoding(sampling):
     demo, judge, told = load_demo("aligned_a"), KeywordJudge(), []
-    engine, prompts, groups = demo.engine, demo.harmful[:48], each_head(demo.engine)
-    *twin, unablated = (
-        attack_success_rate(engine, prompts, group, UNDIFFERENTIATED_ATTENTION, judge, 128, sampling).rows
-        for group in [*groups, ()]
-    )
+    engine, prompts, groups = demo.engine, demo.harmful[:24], each_head(demo.engine)
+    columns, whole = [[group] * len(prompts) for group in [*groups, ()]], Decoding(128, sampling, True)
+    *twin, unablated = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, whole)
     for full_answers in (False, True):
         decoding = Decoding(sampling=sampling, full_answers=full_answers)
         ours = scan_attack_success_rate(
@@ -167,13 +158,13 @@ def test_every_head_of_the_organism_equals_plain_decoding(sampling):
         assert ours.values.flatten().tolist() == [rate.rate for rate in ours.rates]
         assert ours.values.shape == (4, 8)
         check(ours, engine, None if full_answers else judge.final)
-        assert (ours.economy.n_incomplete == 0) if full_answers else (ours.economy.n_incomplete > 700)
+        assert (ours.economy.n_incomplete == 0) if full_answers else (ours.economy.n_incomplete > 350)
         # Most heads leave the answers alone: else the tokens would be equal because every row was decoded plainly.
-        assert ours.economy.n_drafted > 1100
-        assert ours.economy.n_continued > 15
-        assert ours.economy.n_near_ties < 50
+        assert ours.economy.n_drafted > 550
+        assert ours.economy.n_continued > 7
+        assert ours.economy.n_near_ties < 25
         assert ours.economy.tokens_computed < ours.economy.tokens_plain
-    assert sum(told) == 2 * 32 * 48
+    assert sum(told) == 2 * 32 * 24
 
 
 # Random models: every answer changes with every head
@@ -194,15 +185,9 @@ def usual(family, sampling=GREEDY):
 
 @cache
 def twin(family, sampling=GREEDY):
-    """Plain decoding of every head, one call a group."""
+    """Plain decoding of every head, and last of the unablated model."""
     engine = proved(family)
-    return [twin_of(engine, sampling, [group])[0] for group in each_head(engine)]
-
-
-@cache
-def unablated(family, sampling=GREEDY):
-    """The unablated answers."""
-    return twin_of(proved(family), sampling, groups=[()])[0]
+    return twin_of(engine, sampling, [*each_head(engine), ()])
 
 
 def twin_of(
@@ -219,8 +204,7 @@ def twin_of(
 @FAMILIES
 def test_every_head_of_random_models_equals_plain_decoding(family, sampling, full_answers):
     ours = scan(family, sampling, full_answers=True) if full_answers else usual(family, sampling)
-    assert differences(ours.rows, twin(family, sampling)) == []
-    assert differences([ours.vanilla], [unablated(family, sampling)]) == []
+    assert differences([*ours.rows, ours.vanilla], twin(family, sampling)) == []
     check(ours)
     assert ours.economy.n_drafted > 0
     assert ours.economy.n_continued > 20
@@ -233,50 +217,40 @@ def test_every_head_of_random_models_equals_plain_decoding(family, sampling, ful
         assert 0 < ours.economy.n_incomplete < len(flat(ours))
 
 
-@pytest.mark.parametrize(
-    ("family", "ablation", "sampling"),
-    [
-        ("llama_gqa", SCALING_CONTRIBUTION, GREEDY),
-        ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(0.5), GREEDY),
-        ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(1.0), TOP_5),
-        ("llama_gqa", Ablation("undifferentiated_attention_key", 0.01), TOP_5),
-        ("llama_gqa", Ablation("mean_query"), GREEDY),
-        ("llama_gqa", Ablation("mean_key"), TOP_5),
-        ("llama_gqa", Ablation("mean_head_output"), GREEDY),
-        ("gemma2_softcap", SCALING_CONTRIBUTION.at(0.5), Sampling(3, seed=7)),
-        ("gemma2_softcap", Ablation("mean_key"), GREEDY),
-        ("mistral_window", Ablation("mean_head_output"), Sampling(3, seed=7)),
-    ],
-    ids=str,
-)
-def test_every_kind_of_ablation_equals_plain_decoding(family, ablation, sampling):
-    ours = scan(family, sampling, ablation=ablation)
-    assert differences(ours.rows, twin_of(proved(family), sampling, ablation=ablation)) == []
-    check(ours)
-    assert any(row.changed for row in flat(ours)) == (ablation.epsilon != 1.0)
-
-
-# Groups of heads
+# Groups of heads and kinds of ablation
 
 SHARED = Head(0, 1)
-GROUPS = {
-    "prefixes of a search": ((SHARED,), (SHARED, Head(1, 2)), (SHARED, Head(1, 2), Head(2, 3)), (Head(0, 0), SHARED)),
-    "a common last layer": ((Head(2, 3), Head(0, 0)), (Head(1, 1), Head(2, 3)), (Head(2, 3), Head(2, 0))),
-    "none common": ((Head(2, 1), Head(0, 3)), (), (Head(1, 0), Head(1, 3)), (Head(0, 3), Head(2, 1)), (Head(2, 2),)),
-    "one": ((Head(1, 3), Head(0, 2)),),
-    "one twice": ((Head(1, 3), Head(2, 2)), (Head(2, 2), Head(1, 3))),
-    "the empty one": ((),),
-}
+PREFIXES = ((SHARED,), (SHARED, Head(1, 2)), (SHARED, Head(1, 2), Head(2, 3)), (Head(0, 0), SHARED))
+GROUPS = (
+    PREFIXES,  # of a search
+    ((Head(2, 3), Head(0, 0)), (Head(1, 1), Head(2, 3)), (Head(2, 3), Head(2, 0))),  # a common last layer
+    ((Head(2, 1), Head(0, 3)), (), (Head(1, 0), Head(1, 3)), (Head(0, 3), Head(2, 1)), (Head(2, 2),)),  # none common
+    ((Head(1, 3), Head(0, 2)),),
+    ((Head(1, 3), Head(2, 2)), (Head(2, 2), Head(1, 3))),  # one twice
+    ((),),
+)
+CASES = [
+    *(("llama_gqa", UNDIFFERENTIATED_ATTENTION, each, groups) for groups in GROUPS for each in (GREEDY, TOP_5)),
+    ("llama_gqa", SCALING_CONTRIBUTION, GREEDY, None),
+    ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(0.5), GREEDY, None),
+    ("llama_gqa", UNDIFFERENTIATED_ATTENTION.at(1.0), TOP_5, None),
+    ("llama_gqa", Ablation("undifferentiated_attention_key", 0.01), TOP_5, None),
+    ("llama_gqa", Ablation("mean_query"), GREEDY, None),
+    ("llama_gqa", Ablation("mean_key"), TOP_5, None),
+    ("llama_gqa", Ablation("mean_head_output"), GREEDY, None),
+    ("gemma2_softcap", SCALING_CONTRIBUTION.at(0.5), Sampling(3, seed=7), None),
+    ("gemma2_softcap", Ablation("mean_key"), GREEDY, None),
+    ("mistral_window", Ablation("mean_head_output"), Sampling(3, seed=7), None),
+]
 
 
-@pytest.mark.parametrize("name", GROUPS)
-@SAMPLINGS
-def test_groups_that_share_heads_and_span_layers_equal_plain_decoding(sampling, name):
-    ours = scan("llama_gqa", sampling, groups=GROUPS[name])
-    assert ours.groups == GROUPS[name]
-    assert differences(ours.rows, twin_of(proved("llama_gqa"), sampling, GROUPS[name])) == []
-    check(ours)
-    check(ours, proved("llama_gqa"), WORDS.final)
+@pytest.mark.parametrize(("family", "ablation", "sampling", "groups"), CASES, ids=str)
+def test_every_kind_of_ablation_and_group_equals_plain_decoding(family, ablation, sampling, groups):
+    ours = scan(family, sampling, ablation=ablation, groups=groups)
+    assert ours.groups == tuple(groups or each_head(proved(family)))
+    assert differences(ours.rows, twin_of(proved(family), sampling, groups, ablation=ablation)) == []
+    check(ours, proved(family), WORDS.final)
+    assert any(row.changed for row in flat(ours)) == (ablation.epsilon != 1.0 and groups != ((),))
 
 
 def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **options):
@@ -295,7 +269,7 @@ def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sam
     # them groups with a head in common, which is then ablated in the captured run.
     for layer in (1, 2, 0, None, 2):
         if layer is None:
-            groups = GROUPS["prefixes of a search"]
+            groups = PREFIXES
             plain = twin_of(proved("llama_gqa"), sampling, groups)
         else:
             groups = [(Head(layer, index),) for index in range(4)]
@@ -305,38 +279,23 @@ def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sam
 
 
 @SAMPLINGS
-def test_groups_of_each_prompt_equal_query_level_decoding(sampling):
-    engine, prompts, told = proved("llama_gqa"), prompts_of(*PROMPTS), []
+def test_groups_of_each_prompt_equal_plain_decoding(sampling):
+    engine, told = proved("llama_gqa"), []
     # A prompt's own groups share heads, or not, or are the same twice.
-    columns = [
-        [(Head(0, 1),), (Head(1, 2), Head(2, 3)), (), (Head(2, 0),), (Head(0, 3), Head(0, 2)), (Head(1, 1),)],
-        [(Head(0, 1), Head(1, 0)), (Head(1, 2),), (Head(2, 2),), (Head(2, 0),), (Head(1, 3),), (Head(2, 1),)],
+    own = [
+        [(Head(0, 1),), (Head(0, 1), Head(1, 0))],
+        [(Head(1, 2), Head(2, 3)), (Head(1, 2),)],
+        [(), (Head(2, 2),)],
+        [(Head(2, 0),), (Head(2, 0),), (Head(1, 1),)],
+        [],
+        [(Head(1, 1),)],
     ]
-    own = [list(groups) for groups in zip(*columns, strict=True)]
-    own[3].append((Head(1, 1),))
     made, economy = begun("llama_gqa", sampling).answers_of_each(own, on_rows=told.append)
-    assert [len(answers) for answers in made] == [len(groups) for groups in own]
-    for number, groups in enumerate(columns):
-        plain = query_level_attack_success_rate(
-            engine, prompts, groups, UNDIFFERENTIATED_ATTENTION, WORDS, N_TOKENS, sampling
-        )
-        column = [answers[number] for answers in made]
-        assert differences([column], [plain.rows]) == []
-        rows = [(prompt, group, one) for prompt, (group, one) in enumerate(zip(groups, column, strict=True))]
-        judged = Judging(engine, prompts, [WORDS], N_TOKENS).judged(rows)
-        assert differences([judged], [plain.rows]) == []
-    (plain,) = twin_of(engine, sampling, [own[3][2]], PROMPTS[3:4])
-    assert differences([made[3][2:]], [plain]) == []
+    for prompt, groups in enumerate(own):
+        plain = twin_of(engine, sampling, groups, PROMPTS[prompt : prompt + 1])
+        assert differences([[one] for one in made[prompt]], plain) == []
     assert sum(told) == economy.n_rows == sum(map(len, own))
     assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
-    nothing, economy = begun("llama_gqa", sampling).answers_of_each([[], [], [(Head(0, 0),)], []])
-    assert [len(answers) for answers in nothing] == [0, 0, 1, 0]
-    assert economy.n_rows == 1
-
-
-def test_heads_that_the_model_does_not_have_are_an_input_error():
-    with pytest.raises(InputError, match="3-0 is out of range"):
-        scan("llama_gqa", groups=[(Head(0, 0),), (Head(3, 0),)])
 
 
 # Judges
@@ -344,16 +303,16 @@ def test_heads_that_the_model_does_not_have_are_an_input_error():
 
 @SAMPLINGS
 def test_with_a_judge_that_never_decides_early_all_answers_are_whole(sampling):
-    ours = scan("llama_gqa", sampling, judge=WholeAnswers())
-    assert all(row.complete for row in (*flat(ours), *ours.vanilla))
-    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
-    # Beside one that does, too; which leads makes no difference.
-    for judges in ([WORDS, WholeAnswers()], [WholeAnswers(), WORDS]):
-        both = scan("llama_gqa", sampling, judge=judges)
-        assert [row.token_ids for row in flat(both)] == [row.token_ids for row in flat(ours)]
-        assert both.economy == ours.economy
-        for name in ("words", "whole answers"):
-            assert differences(both.rows, twin("llama_gqa", sampling), name) == []
+    # Alone, and beside one that does; which leads makes no difference.
+    scans = [
+        scan("llama_gqa", sampling, judge=judges)
+        for judges in (WholeAnswers(), [WORDS, WholeAnswers()], [WholeAnswers(), WORDS])
+    ]
+    for ours in scans:
+        assert all(row.complete for row in (*flat(ours), *ours.vanilla))
+        assert ours.economy == scans[0].economy
+        for name in flat(ours)[0].verdicts:
+            assert differences(ours.rows, twin("llama_gqa", sampling)[:-1], name) == []
 
 
 @SAMPLINGS
@@ -361,13 +320,12 @@ def test_with_a_judge_that_never_decides_early_all_answers_are_whole(sampling):
 def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
     first, second = words("w17", "w50 ", name="first"), words("w40", "w5 ", "w18", name="second")
     ours = scan(family, sampling, judge=[first, second])
-    for judge in (first, second):
-        for rows, plain_rows in zip(ours.rows, twin(family, sampling), strict=True):
-            for row, plain in zip(rows, plain_rows, strict=True):
-                whole = Completion(plain.prompt.query, plain.text, plain.token_ids, plain.finished, N_TOKENS)
-                assert (row.verdicts[judge.name],) == judge([whole])
-                n = None if row.complete else len(row.token_ids)
-                assert (row.token_ids, row.finished) == (plain.token_ids[:n], plain.finished and row.complete)
+    pairs = zip(flat(ours), [row for rows in twin(family, sampling)[:-1] for row in rows], strict=True)
+    for row, plain in pairs:
+        whole = Completion(plain.prompt.query, plain.text, plain.token_ids, plain.finished, N_TOKENS)
+        assert list(row.verdicts.values()) == [*first([whole]), *second([whole])]
+        n = None if row.complete else len(row.token_ids)
+        assert (row.token_ids, row.finished) == (plain.token_ids[:n], plain.finished and row.complete)
     check(ours, proved(family), lambda text: first.final(text) and second.final(text))
     check(ours)
     assert 0 < ours.economy.n_incomplete < len(flat(ours))
@@ -419,10 +377,12 @@ def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
     assert judging.judged(rows)[0].verdicts["scripted"].complied  # what is known is not asked again: no reply is left
 
 
-def test_judges_need_names_of_their_own():
+def test_judges_without_names_of_their_own_and_heads_that_the_model_has_not_are_refused():
     for judges in ([], [WORDS, words("w1")]):
         with pytest.raises(InputError, match="names of their own"):
             scan("llama_gqa", judge=judges)
+    with pytest.raises(InputError, match="3-0 is out of range"):
+        scan("llama_gqa", groups=[(Head(0, 0),), (Head(3, 0),)])
 
 
 # Where answers end
@@ -469,7 +429,7 @@ def first_difference(one, other):
 @SAMPLINGS
 def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
     engine = engine_of("llama_gqa")
-    rows, vanilla = twin("llama_gqa", sampling), unablated("llama_gqa", sampling)
+    *rows, vanilla = twin("llama_gqa", sampling)
     # Two tokens that the unablated and an ablated model choose at one place, for the first time: ends that are alike.
     prompt, head, at = next(
         (prompt, head, at)
@@ -497,7 +457,7 @@ def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
 
 
 def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
-    engine, rows, vanilla = engine_of("llama_gqa"), twin("llama_gqa"), unablated("llama_gqa")
+    engine, (*rows, vanilla) = engine_of("llama_gqa"), twin("llama_gqa")
     first = {row.token_ids[0] for row in vanilla[:3]}
     others = {one.token_ids[0] for row in rows for one in row[3:]} - {one.token_ids[0] for one in vanilla}
     engine.model.generation_config.eos_token_id = sorted(first | others)
@@ -517,7 +477,7 @@ def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
 def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, monkeypatch):
     monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: tolerance)
     ours = scan("llama_gqa", sampling)
-    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
+    assert differences(ours.rows, twin("llama_gqa", sampling)[:-1]) == []
     check(ours)
     least, most = share
     assert least * len(flat(ours)) <= ours.economy.n_near_ties <= most * len(flat(ours))
@@ -553,12 +513,12 @@ def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(
 
     monkeypatch.setattr(drafts_module, "answer", answer_coarsely)
     ours = scan(family, sampling)
-    assert differences(ours.rows, twin(family, sampling)) == []
+    assert differences(ours.rows, twin(family, sampling)[:-1]) == []
     assert ours.tolerance > 2 * size  # a margin is a difference of two logits
     assert 0 < ours.economy.n_near_ties < len(flat(ours))
     # Without a tolerance this would not have gone well: the noise is large enough to tell.
     monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: 0.0)
-    assert differences(scan(family, sampling).rows, twin(family, sampling)) != []
+    assert differences(scan(family, sampling).rows, twin(family, sampling)[:-1]) != []
 
 
 @SAMPLINGS
@@ -587,7 +547,7 @@ def test_exact_ties_are_settled_as_plain_decoding_settles_them(sampling):
 def test_without_quick_paths_the_scan_is_the_same(sampling):
     engine = engine_of("llama_gqa", capabilities=Capabilities(False, False, False, False, False, False))
     ours = scan("llama_gqa", sampling, engine=engine)
-    assert differences(ours.rows, twin("llama_gqa", sampling)) == []
+    assert differences(ours.rows, twin("llama_gqa", sampling)[:-1]) == []
     assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(usual("llama_gqa", sampling))]
 
 
@@ -600,7 +560,7 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     assert len(layout.rows) > 1
     assert layout.groups_per_batch < 4
     ours = scan(family, sampling, engine=engine)
-    assert differences(ours.rows, twin(family, sampling)) == []
+    assert differences(ours.rows, twin(family, sampling)[:-1]) == []
     assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(quick)]
     # The same drafts, laid out as they were, on another engine.
     vanilla = begun(family, sampling, engine=engine).unablated
@@ -608,7 +568,7 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     assert other.unablated == vanilla
     assert other.drafts.plan == layout
     table, _ = other.answers(each_head(engine))
-    assert differences(table, twin(family, sampling)) == []
+    assert differences(table, twin(family, sampling)[:-1]) == []
 
 
 @pytest.mark.parametrize("where", ["comparing", "decoding"])
@@ -662,29 +622,19 @@ def test_values_hold_each_head_where_it_was_scanned_and_scored():
     assert all((rate.rate, rate.n) == (None, 0) for rate in unscored.rates)
 
 
-def test_logits_that_are_not_finite_are_near_ties():
-    """Half precision overflows, and some families mask logits: a margin of NaN is no margin."""
+@pytest.mark.parametrize("wrong", ["not finite", "packed alone"])
+def test_logits_that_cannot_be_trusted_make_near_ties(wrong, monkeypatch):
     engine = engine_of("llama_gqa")
-
-    def overflow(_, __, logits):
-        return torch.where(logits > logits.topk(3).values[..., -1:], torch.inf, logits)
-
-    handle = engine.model.lm_head.register_forward_hook(overflow)
-    try:
-        ours = scan("llama_gqa", GREEDY, engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
-        plain = twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)
-    finally:
-        handle.remove()
-    assert differences(ours.rows, plain) == []
-    assert ours.economy.n_near_ties == ours.economy.n_rows
-
-
-def test_comparisons_that_cannot_be_trusted_are_not():
-    """Packed logits that are wrong on the unablated answers: every row is decoded plainly."""
-    engine = engine_of("llama_gqa")
-    before = engine.logits
-    engine.logits = lambda states: before(states).roll(1, dims=-1)
-    ours = scan("llama_gqa", GREEDY, engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
-    engine.logits = before
-    assert ours.tolerance == float("inf")
+    if wrong == "not finite":
+        # Half precision overflows, and some families mask logits: a margin of NaN is no margin.
+        engine.model.lm_head.register_forward_hook(
+            lambda _, __, logits: torch.where(logits > logits.topk(3).values[..., -1:], torch.inf, logits)
+        )
+    else:
+        # Packed logits that are wrong on the unablated answers: every row is decoded plainly.
+        logits = engine.logits
+        monkeypatch.setattr(engine, "logits", lambda states: logits(states).roll(1, dims=-1))
+    ours = scan("llama_gqa", engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
     assert differences(ours.rows, twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)) == []
+    assert ours.economy.n_near_ties == ours.economy.n_rows
+    assert ours.tolerance == float("inf") or wrong == "not finite"

@@ -18,7 +18,6 @@ from safetyheads.answers.decoding import GREEDY, TOP_5, Decoding, generate
 from safetyheads.answers.success import (
     answers_under,
     attack_success_rate,
-    query_level_attack_success_rate,
     scan_attack_success_rate,
 )
 from safetyheads.judges.base import NOT_CLOSED
@@ -170,10 +169,6 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
         stopped = [row for row in flat if engine.ask(prompts).reader.read(row.token_ids).stopped]
         assert stopped
         assert all(row.finished and row.complete for row in stopped)
-    query_level = query_level_attack_success_rate(
-        engine, prompts, groups[: len(prompts)], kind, judge, N_TOKENS, sampling
-    )
-    assert [row.verdict for row in query_level.rows] == [plain[at][at].verdict for at in range(len(prompts))]
 
 
 def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import Oracle
-from tiny_models import engine_of, model_of
+from tiny_models import engine_of, model_of, prompts_of
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError
+from safetyheads import (
+    SCALING_CONTRIBUTION,
+    UNDIFFERENTIATED_ATTENTION,
+    Ablation,
+    Engine,
+    Head,
+    InputError,
+    parse_heads,
+    sahara,
+    screened_ships,
+    ships,
+)
 from safetyheads.errors import SafetyheadsError
+from safetyheads.heads import all_heads
 from safetyheads.measures.head_pass import HeadPass, Readouts
-from safetyheads.measures.screening import Followed, Lineariser, Point, choose_tokens, screen
+from safetyheads.measures.sahara import score_heads
+from safetyheads.measures.screening import (
+    Extent,
+    Lineariser,
+    Point,
+    Proposal,
+    choose_tokens,
+    costs_of,
+    missed,
+    propose,
+    rescore_pairs,
+    screen,
+    screened_sahara,
+)
+from safetyheads.measures.ships import scorer_of
 from safetyheads.model.architecture import Capabilities
+from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence
 
 PROMPTS = (
@@ -200,7 +230,7 @@ def test_without_a_quick_path_or_in_more_rows_the_forecast_is_the_same():
         Lineariser(each, SEQUENCES, UNDIFFERENTIATED_ATTENTION).at(Point(0.0, 1, 2)).followed
         for each in (engine, narrow)
     )
-    assert torch.equal(whole.samples, divided.samples)
+    assert torch.equal(whole[1], divided[1])
 
 
 def test_the_model_is_left_as_it_was():
@@ -244,8 +274,8 @@ def test_moves_of_sampled_tokens_are_of_log_p_given_the_others():
     engine = engine_of("llama_gqa")
     lineariser = Lineariser(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION)
     first = lineariser.at(Point(0.0, 1), gradients=False).followed
-    others = torch.tensor([[token for token in range(64) if token != int(first.tokens[0, 0])]])
-    within = lineariser.at(Point(0.0, 1, 63), followed=Followed(first.tokens, others)).moves[0, ..., 1:]
+    others = torch.tensor([[token for token in range(64) if token != int(first[0][0, 0])]])
+    within = lineariser.at(Point(0.0, 1, 63), followed=(first[0], others)).moves[0, ..., 1:]
     given_others = torch.softmax(log_probabilities_of(engine, SEQUENCES[:1])[0, others[0]], dim=0)
     scale = float(within.abs().max())
     assert float((given_others * within).sum(dim=-1).abs().max()) < 1e-4 * scale
@@ -255,13 +285,103 @@ def test_moves_of_sampled_tokens_are_of_log_p_given_the_others():
 def test_samples_follow_the_probabilities_of_the_others():
     log_p = torch.tensor([[0.5, 0.02, 0.3, 0.0, 0.18]]).log()
     uniforms = (torch.arange(1000) + 0.5)[None] / 1000
-    chosen = choose_tokens(log_p, 2, Point(0.0, 1, 1000), uniforms)
-    assert chosen.tokens.tolist() == [[0, 2]]
+    tokens, samples = choose_tokens(log_p, 2, Point(0.0, 1, 1000), uniforms)
+    assert tokens.tolist() == [[0, 2]]
     # All but the first point's one token: 2 % and 30 % and 18 % of 50 %.
-    assert torch.bincount(chosen.samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
+    assert torch.bincount(samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
 
 
 @pytest.mark.parametrize("points", [(), (Point(0.8, 1),), (Point(0.0, 0),), (Point(0.0, 10_000),)])
 def test_points_that_forecast_nothing_sound_are_refused(points):
     with pytest.raises(InputError, match="begins at the unablated model"):
         screen(engine_of("llama_gqa"), SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)
+
+
+# What a screening proposes, scored exactly
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_of("llama_gqa")
+
+
+@pytest.fixture(scope="module")
+def scorer(engine):
+    return scorer_of(HeadPass(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True)), "mean_ships")
+
+
+@pytest.fixture(scope="module")
+def screening(engine):
+    return screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION)
+
+
+def test_what_is_shown_is_exact_and_the_rest_is_bounded(engine):
+    prompts = prompts_of(*PROMPTS)
+    shown = screened_ships(engine, prompts, SCALING_CONTRIBUTION, Extent(3, 4, seed=1), top=2)
+    exact = ships(engine, prompts, SCALING_CONTRIBUTION).mean()
+    assert shown.proposal.candidates == screen(engine, SEQUENCES, SCALING_CONTRIBUTION).table().top(3)
+    assert {head for head, _ in shown.scores.ranked()} == set(shown.proposal.heads)
+    assert len(set(shown.proposal.heads)) == 7
+    # Other rows in a batch move the last bits.
+    assert all(score == pytest.approx(exact[head], rel=1e-4, abs=1e-7) for head, score in shown.scores.ranked())
+    threshold = sorted((exact[head] for head in shown.proposal.candidates), reverse=True)[1]
+    above = [head for head in shown.proposal.sampled if exact[head] > threshold]
+    assert (shown.missed.n_found, shown.missed.n_sampled, shown.missed.n_others) == (len(above), 4, 9)
+    assert shown.missed.at_most >= shown.missed.n_found
+    with pytest.raises(InputError, match="at least one candidate"):
+        Extent(0)
+
+
+def bound(scorer, screening, extent, top):
+    proposal = propose(screening, "mean_ships", extent)
+    return missed(score_heads(scorer, (), proposal.heads, all_heads(3, 4)), proposal, top)
+
+
+def test_a_sampled_head_among_the_best_is_found_and_widens_the_bound(scorer, screening):
+    upside_down = replace(screening, ships=screening.ships.max() - screening.ships)
+    found = bound(scorer, upside_down, Extent(2, 10), top=1)  # the whole rest is sampled
+    assert found.n_found == found.at_most >= 1
+
+
+def test_no_sample_bounds_nothing_and_all_candidates_miss_nothing(scorer, screening):
+    unsampled, whole = (bound(scorer, screening, extent, 3) for extent in (Extent(3, 0), Extent(99, 5)))
+    assert unsampled.at_most == unsampled.n_others == 9
+    assert (whole.at_most, str(whole)) == (0, "every head was scored exactly")
+
+
+def test_a_search_scores_only_what_is_proposed_given_the_group_so_far(engine, scorer):
+    def screens(group):
+        return screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, common=group)
+
+    trace, proposals, bounds = screened_sahara(scorer, screens, engine.heads, "mean_ships", 2, Extent(2, 1))
+    for number, (step, proposal) in enumerate(zip(trace.steps, proposals, strict=True)):
+        assert {head for head, _ in step.ranked()} == set(proposal.heads)
+        assert proposal == propose(screens(trace.group[:number]), "mean_ships", Extent(2, 1))
+        assert bounds[number] == missed(step, proposal, 1)
+    # Among all candidates it is the search.
+    trace, _, bounds = screened_sahara(scorer, screens, engine.heads, "mean_ships", 3, Extent(99, 0))
+    assert trace.group == sahara(scorer, engine.heads, 3).group
+    assert [bound.n_others for bound in bounds] == [0, 0, 0]
+
+
+def test_pairs_are_scored_exactly_with_their_heads(scorer):
+    pairs = [(Head(0, 1), Head(1, 2)), (Head(0, 1), Head(2, 3))]
+    for record in rescore_pairs(scorer, pairs):
+        pair = parse_heads(",".join(record["heads"]))
+        together, *alone = (float(scorer([group])) for group in (pair, pair[:1], pair[1:]))
+        assert record["synergy"] == pytest.approx(together - sum(alone), rel=1e-3, abs=1e-6)
+
+
+def test_at_32_layers_of_32_heads_a_screening_costs_a_fiftieth():
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    use_our_attention(model)
+    engine = Engine(model, None, "shape", token_budget=65536)
+    sequences = tuple(TokenSequence(tuple(range(100 * n, 100 * n + 31))) for n in range(100))
+    measuring = SimpleNamespace(engine=engine, sequences=sequences, plan=engine.plan(sequences))
+    costs = costs_of(measuring, Proposal(engine.heads[:32], engine.heads[32:96], len(engine.heads) - 32))
+    assert costs["screening"] <= 1 / 50
+    assert costs["screening"] < costs["with_candidates"] < costs["with_sample"] < 0.2

@@ -17,13 +17,14 @@ from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
     Head,
     InputError,
+    KeywordJudge,
     SafetyheadsError,
     generalized_ships,
     mean_ships,
     refusal_score,
     ships,
 )
-from safetyheads.judges.base import Judge, Verdict
+from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import SCORES, HeadPass, Readouts, Score
 from safetyheads.measures.screening import screen
 from safetyheads.measures.ships import (
@@ -93,18 +94,15 @@ def unablated_answer(oracle, ids, n, ends=(END,)):
     return tuple(made)
 
 
-def log_odds_twin(oracle, ids, group, ablation, openers):
-    probabilities = torch.softmax(oracle.run(ids, group, ablation).logits.double(), dim=-1)
-    inside = sum(float(probabilities[token]) for token in openers)
-    return math.log(inside / (1 - inside))
-
-
 def refusal_twin(oracle, prompts, group, ablation, openers):
-    drops = [
-        log_odds_twin(oracle, ids, (), None, openers) - log_odds_twin(oracle, ids, group, ablation, openers)
-        for ids in prompts
-    ]
-    return sum(drops) / len(drops)
+    """The mean drop of the openers' log-odds."""
+    odds = []
+    for ids in prompts:
+        for ablated in ((), (group, ablation)):
+            probabilities = torch.softmax(oracle.run(ids, *ablated).logits.double(), dim=-1)
+            inside = sum(float(probabilities[token]) for token in openers)
+            odds.append(math.log(inside / (1 - inside)))
+    return (sum(odds[::2]) - sum(odds[1::2])) / len(prompts)
 
 
 # Generalized Ships
@@ -127,31 +125,7 @@ def test_generalized_ships_equal_angles_between_singular_vectors_in_every_settin
         assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 50 * DEGREES
 
 
-@pytest.mark.parametrize("subspace", ["prompt", "representation"])
-def test_more_prompts_than_the_states_are_wide_equal_the_twin_too(subspace, oracle):
-    prompts = [(first, second) for first in range(1, 10) for second in (11, 23, 37, 52)]  # 36 of width 32
-    group = (Head(1, 2),)
-    ours = generalized_ships(engine_of("llama_gqa"), prompts_of(*prompts), UNDIFFERENTIATED_ATTENTION, subspace, 2)
-    with torch.no_grad():
-        hidden = oracle.hidden(prompts, [(), group], UNDIFFERENTIATED_ATTENTION)
-        unablated, ablated = oracle.model.get_decoder().norm(hidden).numpy()
-    slow = angle_twin(unablated, ablated, subspace, 2, centred=False)
-    assert slow > 100 * DEGREES
-    assert float(ours([group])[0]) == pytest.approx(slow, abs=DEGREES)
-
-
 # Ships
-
-
-@pytest.mark.parametrize("positions", [1, 3])
-def test_mean_ships_are_ships_averaged_over_the_prompts(positions):
-    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
-    table = ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, positions).values
-    slow = [sum(values) / len(PROMPTS) for values in table.flatten(1).T.tolist()]
-    scores = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, positions)([(head,) for head in engine.heads])
-    # The same batches, so the same numbers; only the sum's order is free.
-    assert scores.tolist() == pytest.approx(slow, rel=1e-12, abs=0)
-    assert len(set(slow)) == len(slow)
 
 
 @pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
@@ -165,6 +139,9 @@ def test_ships_over_positions_average_the_teacher_forced_divergences(ablation, o
     answers = [unablated_answer(oracle, ids, 3, ends) for ids in prompts]
     assert len(answers[1]) == 1
     ours = ships(engine, prompts_of(*prompts), ablation, positions=3).values
+    # The same batches, so the same numbers; only the sum's order is free.
+    means = mean_ships(engine, prompts_of(*prompts), ablation, positions=3)([(head,) for head in engine.heads])
+    torch.testing.assert_close(means, ours.mean(dim=0).flatten(), rtol=1e-12, atol=0)
     for head in HEADS:
         for number, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
             forced = [(*ids, *answer[:made]) for made in range(min(3, len(answer) + 1))]
@@ -198,30 +175,16 @@ def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, oracle)
     assert (scorer.name, scorer.unit) == ("refusal_score", "nats")
 
 
-class Told(Judge):
-    """Gives the verdicts that it was told."""
-
-    name = "told"
-
-    def __init__(self, *labels):
-        self.labels = labels
-
-    def __call__(self, completions):
-        return tuple(Verdict(label, "told") for label, _ in zip(self.labels, completions, strict=True))
-
-    def describe(self):
-        return {"name": self.name}
-
-
-def test_openers_are_the_first_tokens_of_the_models_own_refusals(oracle):
-    prompts, refuses_two = prompts_of(*PROMPTS), Told("refused", "complied", "refused", "incoherent")
+def test_openers_are_the_first_tokens_of_the_models_own_refusals(oracle, monkeypatch):
+    prompts, labels = prompts_of(*PROMPTS), ["refused", "complied", "refused", "incoherent"]
+    monkeypatch.setattr(KeywordJudge, "__call__", lambda _, completions: tuple(Verdict(label, "") for label in labels))
     tokens = {int(oracle.run(PROMPTS[number]).logits.argmax()) for number in (0, 2)}
-    scorer = refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_two)
+    scorer = refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION)
     slow = [refusal_twin(oracle, PROMPTS, group, UNDIFFERENTIATED_ATTENTION, tokens) for group in GROUPS]
     assert scorer(GROUPS).tolist() == pytest.approx(slow, abs=ODDS_NATS)
-    refuses_none = Told(*["complied"] * 4)
+    labels[:] = ["complied"] * 4
     with pytest.raises(SafetyheadsError, match="refuses none"):
-        refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION, judge=refuses_none)
+        refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION)
 
 
 def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):

@@ -26,11 +26,9 @@ def orthonormal(*shape, seed=0):
 
 def slow_directions(states, space, rank, centred):
     """One matrix at a time, by numpy's full decomposition."""
-    rows = states.double().reshape(-1, *states.shape[-2:]).numpy()
     found = []
-    for stack in rows:
-        moved = stack - stack.mean(axis=0) if centred else stack
-        left, _, right = np.linalg.svd(moved)
+    for stack in states.double().reshape(-1, *states.shape[-2:]).numpy():
+        left, _, right = np.linalg.svd(stack - stack.mean(axis=0) if centred else stack)
         found.append(left[:, :rank] if space == "prompt" else right[:rank].T)
     return torch.tensor(np.array(found)).reshape(*states.shape[:-2], *found[0].shape)
 
@@ -156,9 +154,5 @@ def test_signs_and_the_order_of_the_two_do_not_matter_and_a_batch_is_each_of_it(
     assert found.dtype == torch.float64
     for place in ((0, 0), (2, 3)):
         second = batch[place]
-        for angle in (
-            principal_angle_sum(first, second),
-            principal_angle_sum(first, second * torch.tensor([-1.0, 1.0])),
-            principal_angle_sum(second, first),
-        ):
-            torch.testing.assert_close(angle, found[place])
+        for pair in ((first, second), (first, second * torch.tensor([-1.0, 1.0])), (second, first)):
+            torch.testing.assert_close(principal_angle_sum(*pair), found[place])

@@ -36,10 +36,14 @@ def test_a_case_worked_out_by_hand():
     # ASR of the groups 2/4 and 3/4; of random ones (1/4 + 0)/2 and (1/4 + 1/4)/2: gaps 3/8 and 1/2.
     random = [[[1, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 0, 0, 0]]]
     found = concentration(outcomes([[1, 1, 0, 0], [1, 1, 1, 0]], random), [0] * 4)
-    assert found.value == pytest.approx(7 / 16, abs=1e-15)
-    assert (found.n, found.sizes, found.n_random, found.against) == (4, (1, 2), 2, RANDOM)
+    assert (found.value, found.n, found.sizes, found.n_random, found.against) == (7 / 16, 4, (1, 2), 2, RANDOM)
     low, high = found.interval
     assert -1 <= low < found.value < high <= 1
+    # Without random groups it is against the unablated model; a size without them is left out where others have some.
+    found = concentration(outcomes([[1, 1, 0, 1]], [[]]), [1, 0, 0, 0])
+    assert (found.value, found.n_random, found.against) == (0.5, 0, VANILLA)
+    found = concentration(outcomes([[1, 0], [1, 1]], [[[0, 0]], []]), [0, 0])
+    assert (found.value, found.sizes, found.n_random) == (0.5, (1,), 1)
 
 
 def test_the_quick_path_is_the_slow_one():
@@ -50,35 +54,6 @@ def test_the_quick_path_is_the_slow_one():
     found = concentration(outcomes(groups, random), [0] * 17)
     assert found.value == pytest.approx(slow_value(groups, random, range(17)), abs=1e-12)
     assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
-
-
-def test_the_interval_holds_its_level(monkeypatch):
-    monkeypatch.setattr("safetyheads.stats.intervals.N_RESAMPLES", 1000)
-    # 300 made-up runs of 40 prompts whose true concentration is .5; a percentile bootstrap of n 40 covers about 93 %.
-    covered = 0
-    for seed in range(300):
-        low, high = concentration(outcomes(*drawn(2, 3, 40, seed + 1)), [0] * 40).interval
-        covered += low <= 0.5 <= high
-    assert covered / 300 > 0.89
-
-
-@pytest.mark.parametrize(("group", "random", "value"), [(1, 0, 1.0), (0, 1, -1.0), (1, 1, 0.0)])
-def test_equal_prompts_give_no_false_certainty(group, random, value):
-    n = 48
-    found = concentration(outcomes([[group] * n] * 2, [[[random] * n] * 3] * 2), [0] * n)
-    missed = 1 - 0.025 ** (1 / n)
-    assert found.value == value
-    assert found.interval == pytest.approx((value - missed * (value + 1), value + missed * (1 - value)))
-
-
-def test_without_random_groups_it_is_against_the_unablated_model():
-    found = concentration(outcomes([[1, 1, 0, 1]], [[]]), [1, 0, 0, 0])
-    assert (found.value, found.n_random, found.against) == (0.5, 0, VANILLA)
-
-
-def test_a_size_without_random_groups_is_left_out_where_others_have_some():
-    found = concentration(outcomes([[1, 0], [1, 1]], [[[0, 0]], []]), [0, 0])
-    assert (found.value, found.sizes, found.n_random) == (0.5, (1,), 1)
 
 
 def test_nothing_is_none():

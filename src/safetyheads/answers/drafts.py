@@ -111,20 +111,18 @@ class DraftPass:
         # Of the unablated run, from the layer that was needed last.
         self._captures: list[Capture] = []
 
-    def tokens_compared(self, groups: Sequence[Group]) -> float:
-        """Tokens that comparing the groups runs through the whole model."""
-        n_layers = self.engine.n_layers
-        batches = self.engine.batches(groups, self.plan)
-        return self.n_tokens * sum(len(indices) * (n_layers - start) / n_layers for indices, start in batches)
-
     def compare(
         self, groups: Sequence[Group], on_compared: Callable[[Sequence[Compared]], None]
-    ) -> list[list[Compared]]:
-        """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is called with each group's."""
+    ) -> tuple[list[list[Compared]], float]:
+        """Each group's choices along each draft [n_groups][n_drafts]; ``on_compared`` is called with each group's.
+
+        Also the number of tokens that this runs through the whole model.
+        """
         compared: list[list[Compared]] = [[] for _ in groups]
-        common = common_heads(groups)
+        shares, n_layers, common = [0.0], self.engine.n_layers, common_heads(groups)
         captures: list[Capture] = [] if common else self._captures
         for batch, first in self.engine.batches(groups, self.plan):
+            shares.append(len(batch) * (n_layers - first) / n_layers)
             if not captures or first not in captures[0].inputs:
                 captures[:] = self.engine.captured(self.sequences, common, self.ablation, self.plan, first)
             for capture in captures:
@@ -138,7 +136,7 @@ class DraftPass:
                 for row, index in enumerate(indices):
                     compared[index] = self.along(tokens[row], margins[row])
                     on_compared(compared[index])
-        return compared
+        return compared, self.n_tokens * sum(shares)
 
     def _key(self, groups: Sequence[Group], indices: Sequence[int]) -> str:
         """Names a batch of groups among all that a run compares."""
@@ -273,7 +271,7 @@ class VerifiedDrafts:
 
     def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
         """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
-        compared = self._compared(self.drafts, list(self.draft_of), groups, on_rows)
+        compared, tokens = self._compared(self.drafts, list(self.draft_of), groups, on_rows)
         n, rows = len(self.encoded), []
         for group, choices in zip(groups, compared, strict=True):
             by_prompt = dict(zip(self.draft_of, choices, strict=True))
@@ -281,7 +279,7 @@ class VerifiedDrafts:
         _report(on_rows, len(groups) * (n - len(self.draft_of)))
         answers, economy = self._finished(rows, on_rows)
         table = [answers[at * n : (at + 1) * n] for at in range(len(groups))]
-        return table, economy + Economy(tokens_computed=self.drafts.tokens_compared(groups))
+        return table, economy + Economy(tokens_computed=tokens)
 
     def answers_of_each(
         self, groups: Sequence[Sequence[Group]], on_rows: OnRows = None
@@ -296,8 +294,8 @@ class VerifiedDrafts:
             elif own_groups:
                 draft = self.drafts.drafts[self.draft_of[prompt]]
                 alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling, halved=self.halved)
-                compared = self._compared(alone, [prompt], own_groups, on_rows)
-                economy += Economy(tokens_computed=alone.tokens_compared(own_groups))
+                compared, tokens = self._compared(alone, [prompt], own_groups, on_rows)
+                economy += Economy(tokens_computed=tokens)
             rows += [(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)]
         finished, cost = self._finished(rows, on_rows)
         answers = iter(finished)
@@ -305,7 +303,7 @@ class VerifiedDrafts:
 
     def _compared(
         self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: OnRows
-    ) -> list[list[Compared]]:
+    ) -> tuple[list[list[Compared]], float]:
         """Compare, and report the rows that this alone has answered; the others are reported when they are decoded."""
 
         def report(choices: Sequence[Compared]) -> None:

@@ -11,7 +11,7 @@ from safetyheads.experiments.lab import Lab, Subject, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.runs.audit import ALPHA
-from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.ranking import proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import holm, smallest_detectable_change
 
 N_LISTED = 10
@@ -92,9 +92,9 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
 def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
     """How well each score stands for the ASR of a dataset's heads."""
     complied = np.array([row["_complied"] for row in heads], float).T
-    truth = Truth(complied, np.array([row["_differs"] for row in heads], bool))
+    differs = np.array([row["_differs"] for row in heads], bool)
     values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
-    ceiling = split_half_ceiling(truth)
+    ceiling = split_half_ceiling(complied, differs)
     return [
         {
             "dataset": heads[0]["_dataset"],
@@ -109,5 +109,5 @@ def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
             for size in quality.sizes
             if size.k in _REGRETS
         }
-        for quality in (*proxy_qualities(values, truth), *([ceiling] if ceiling else []))
+        for quality in (*proxy_qualities(values, complied, differs), *([ceiling] if ceiling else []))
     ]

@@ -181,6 +181,12 @@ class HeadPass:
         common, batches = common_heads(groups), self.engine.batches(groups, self.plan)
         captures = [] if common else self._captures
         self._captures = []
+        depends_on = {
+            "ablation": asdict(self.ablation),
+            "readouts": asdict(self.readouts),
+            "plan": self.plan.as_dict(),
+            "tokens": self._tokens_sha256,
+        }
 
         def hidden_of(start: int, chosen: Sequence[Group]) -> Tensor:
             if not captures:  # only once a batch is not in the store
@@ -189,10 +195,25 @@ class HeadPass:
                 capture.drop_before(start)
             return self.engine.replayed(captures, chosen, self.ablation, start)
 
+        def read(indices: Sequence[int], start: int) -> dict[str, Tensor] | None:
+            """The readouts of one batch; None where it does not fit the memory.
+
+            The store remembers that it did not, so a resumed run halves it again even where it would fit now: other
+            batches give other last bits.
+            """
+            chosen = [groups[index] for index in indices]
+
+            def compute() -> dict[str, Tensor]:
+                with unless_too_large(len(chosen)):
+                    return self._read(hidden_of(start, chosen))
+                return {_HALVED: torch.ones(1)}
+
+            values_by_name = self._keep(depends_on | {"groups": [format_heads(group) for group in chosen]}, compute)
+            return None if _HALVED in values_by_name else values_by_name
+
         results: dict[str, Tensor] = {}
         for batch, start in batches:
-            measure_batch = partial(self._measure_batch, groups, partial(hidden_of, start))
-            for indices, values_by_name in halving(batch, measure_batch):
+            for indices, values_by_name in halving(batch, partial(read, start=start)):
                 for name, values in values_by_name.items():
                     if name not in results:
                         results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)
@@ -200,31 +221,6 @@ class HeadPass:
                 if on_groups is not None:
                     on_groups(len(indices))
         return results
-
-    def _measure_batch(
-        self, groups: Sequence[Group], hidden_of: Callable[[Sequence[Group]], Tensor], indices: Sequence[int]
-    ) -> dict[str, Tensor] | None:
-        """The readouts of one batch; None where it does not fit the memory.
-
-        The store remembers that it did not, so a resumed run halves it again even where it would fit now: other batches
-        give other last bits.
-        """
-        chosen = [groups[index] for index in indices]
-
-        def compute() -> dict[str, Tensor]:
-            with unless_too_large(len(chosen)):
-                return self._read(hidden_of(chosen))
-            return {_HALVED: torch.ones(1)}
-
-        depends_on = {
-            "groups": [format_heads(group) for group in chosen],
-            "ablation": asdict(self.ablation),
-            "readouts": asdict(self.readouts),
-            "plan": self.plan.as_dict(),
-            "tokens": self._tokens_sha256,
-        }
-        values_by_name = self._keep(depends_on, compute)
-        return None if _HALVED in values_by_name else values_by_name
 
     def resolution(self, unit: str) -> float:
         """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""
@@ -254,8 +250,7 @@ class HeadPass:
         """
         reference = self.unablated["log_probabilities"]
         n_groups, n_wanted = hidden.shape[:2]
-        divergences, odds = [], []
-        start = 0
+        divergences, odds, start = [], [], 0
         for log_probabilities in next_token_log_probabilities(self.engine, hidden.flatten(0, 1)):
             end = start + len(log_probabilities)
             unablated = reference[torch.arange(start, end, device=reference.device) % n_wanted]

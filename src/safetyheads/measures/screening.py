@@ -12,16 +12,19 @@ The gradient of a KL divergence is zero where nothing is ablated, so the logits 
 A firm refusal has a gradient near zero, and yet one head may tip it. So gradients are taken at further points too,
 where all heads together are ablated in part (0.8 of the way) or the other way (-0.2); the largest forecast counts.
 
-A forecast proposes candidates; scores that are shown are measured (:mod:`safetyheads.measures.head_pass`).
+A forecast proposes candidates; scores that are shown are measured (:mod:`safetyheads.measures.head_pass`): of the best
+forecasts, and of a random sample of the other heads. How many of the sample belong among the best bounds how many of
+all the others do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +32,13 @@ from torch import Tensor, nn
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
-from safetyheads.measures.head_pass import Forecast, log_odds
+from safetyheads.measures.head_pass import Forecast, HeadPass, log_odds
+from safetyheads.measures.sahara import sahara
 from safetyheads.model.attention import AttentionCall
-from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted
+from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted, row_sizes
 from safetyheads.model.replay import wanted_states
-from safetyheads.scores import HeadScores
+from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
+from safetyheads.stats.intervals import CONFIDENCE, most_in_population
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -53,6 +58,11 @@ class Point(NamedTuple):
 POINTS = (Point(0.0, 1, 2), Point(-0.2, 2), Point(0.8, 1))
 """The first is at 0. bench/LOG.md has the trials: at 0 alone, with m = 4 and no samples, the organism's exact third
 ranked as low as 14th, and flat distributions were forecast a hundred times too small."""
+
+
+Followed: TypeAlias = tuple[Tensor, Tensor]
+"""Next tokens that are followed at each state, int64: the most probable [n_states, m], as many as any point asks for;
+and samples [n_states, n_samples] of all but the first point's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +151,12 @@ def screen(
     return Screening(ships, refusal, _directions(start), common)
 
 
-class Followed(NamedTuple):
-    """Which next tokens are followed at each state."""
-
-    tokens: Tensor
-    """int64 [n_states, m]: the most probable, as many as any point asks for."""
-    samples: Tensor
-    """int64 [n_states, n_samples]: drawn from all but the first point's tokens."""
-
-
 class Linear(NamedTuple):
     """Log-odds of the followed tokens, and how each head's ablation moves them in first order."""
 
     point: Point
     followed: Followed
-    """Which tokens; chosen by the unablated model."""
+    """Chosen by the unablated model."""
     tokens: Tensor
     """float64 [n_states, m]: log-probabilities of the followed tokens."""
     others: Tensor
@@ -194,12 +195,12 @@ class Lineariser(NamedTuple):
                 # Each prompt has its own prefix here: gradients of a shared one would be sums over the prompts.
                 row = pack(self.sequences, members, self.engine.device, shares_prefix=False)
                 here = slice(done, done + len(row.wanted))
-                known = None if followed is None else Followed(followed.tokens[here], followed.samples[here])
+                known = None if followed is None else (followed[0][here], followed[1][here])
                 parts.append(self._linearise_row(row, point, common, known, uniforms[here]))
                 done = here.stop
-        followed = Followed(*(torch.cat(tensors) for tensors in zip(*(part.followed for part in parts), strict=True)))
-        names = ("tokens", "others", "refusal", "moves")
-        return Linear(point, followed, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        tokens, samples = (torch.cat(tensors) for tensors in zip(*(part.followed for part in parts), strict=True))
+        tensors = (torch.cat(side) for side in zip(*(part[2:] for part in parts), strict=True))
+        return Linear(point, (tokens, samples), *tensors)
 
     def _rows(self) -> list[list[int]]:
         """Which sequences share a row: as many as memory allows with all layers' activations kept for backward."""
@@ -227,7 +228,16 @@ class Lineariser(NamedTuple):
         if followed is None:
             followed = choose_tokens(log_probabilities.detach(), self.n_tokens, point, uniforms)
         tokens, samples = (ids.to(logits.device) for ids in followed)
-        columns = self._columns(log_probabilities, tokens[:, : point.n_tokens], samples[:, : point.n_samples])
+        leading = tokens[:, : point.n_tokens]
+        rest = log_probabilities.scatter(-1, leading, -torch.inf)
+        all_others = rest.logsumexp(dim=-1, keepdim=True)
+        parts = [
+            log_probabilities.gather(-1, leading) - all_others,
+            rest.gather(-1, samples[:, : point.n_samples]) - all_others,
+        ]
+        if self.openers:
+            parts.append(log_odds(log_probabilities, self.openers)[:, None])
+        columns = torch.cat(parts, dim=-1)
         moves = self._moves(row, columns, outputs, changes)
         refusal = columns[:, -1].detach().cpu() if self.openers else torch.zeros(len(columns), dtype=torch.float64)
         with torch.no_grad():
@@ -235,15 +245,6 @@ class Lineariser(NamedTuple):
             without = [log_probabilities.scatter(-1, tokens[:, :k], -torch.inf) for k in range(1, self.n_tokens + 1)]
             others = torch.stack([rest.logsumexp(dim=-1) for rest in without], dim=-1).cpu()
         return Linear(point, followed, log_p, others, refusal, moves)
-
-    def _columns(self, log_probabilities: Tensor, tokens: Tensor, samples: Tensor) -> Tensor:
-        """The numbers that are linearised, float64 [n_states, columns], of [n_states, vocabulary]; see ``moves``."""
-        rest = log_probabilities.scatter(-1, tokens, -torch.inf)
-        others = rest.logsumexp(dim=-1, keepdim=True)
-        parts = [log_probabilities.gather(-1, tokens) - others, rest.gather(-1, samples) - others]
-        if self.openers:
-            parts.append(log_odds(log_probabilities, self.openers)[:, None])
-        return torch.cat(parts, dim=-1)
 
     def _moves(self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
         """First-order change of each column by each head's ablation [n_states, n_layers, n_heads, columns]."""
@@ -253,7 +254,11 @@ class Lineariser(NamedTuple):
             moves[:, layer, shape.n_heads if shape else 0 :] = torch.nan
         prompts = row.packing.segments - 1  # of each token
         prompt_of = prompts[row.wanted]
-        for states, column in product(_turns(prompt_of.tolist()), range(columns.shape[1])) if outputs else ():
+        # The states of the row in turns, each with at most one state of each prompt.
+        numbers = prompt_of.tolist()
+        turn_of = [numbers[:state].count(prompt) for state, prompt in enumerate(numbers)]
+        turns = [[state for state, its in enumerate(turn_of) if its == turn] for turn in range(max(turn_of) + 1)]
+        for states, column in product(turns, range(columns.shape[1])) if outputs else ():
             # Prompts of a row do not see each other, so one backward pass of the sum is one of each.
             gradients = torch.autograd.grad(columns[states, column].sum(), outputs, retain_graph=True)
             for layer, gradient, change in zip(engine.architecture.with_heads, gradients, changes, strict=True):
@@ -302,13 +307,7 @@ def choose_tokens(log_probabilities: Tensor, n_tokens: int, point: Point, unifor
     rest = log_probabilities.exp().scatter(-1, tokens[:, : point.n_tokens], 0.0).cumsum(dim=-1)
     at = uniforms.to(rest) * rest[:, -1:]
     samples = torch.searchsorted(rest, at, right=True).clamp_max(rest.shape[-1] - 1)
-    return Followed(tokens.cpu(), samples.cpu())
-
-
-def _turns(prompt_of: Sequence[int]) -> list[list[int]]:
-    """The states of a row in turns, each with at most one state of each prompt."""
-    turns = [prompt_of[:state].count(prompt) for state, prompt in enumerate(prompt_of)]
-    return [[state for state in range(len(turns)) if turns[state] == turn] for turn in range(max(turns) + 1)]
+    return tokens.cpu(), samples.cpu()
 
 
 @contextmanager
@@ -353,3 +352,139 @@ def _directions(start: Linear) -> Tensor:
 def _log_classes(odds: Tensor) -> Tensor:
     """Log-probabilities [..., m + 1] of tokens and of all others, from log p(token) / p(all others) [..., m]."""
     return torch.log_softmax(torch.cat([odds, torch.zeros_like(odds[..., :1])], dim=-1), dim=-1)
+
+
+# What a screening proposes, scored exactly.
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many heads a screening scores exactly."""
+
+    n_candidates: int = 32
+    """Heads with the best forecasts."""
+    n_sampled: int = 64
+    """Heads drawn at random from the others."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.n_candidates < 1 or self.n_sampled < 0:
+            raise InputError(
+                f"a screening scores at least one candidate and samples 0 heads or more; got {self.n_candidates} and "
+                f"{self.n_sampled}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The heads that are scored exactly."""
+
+    candidates: Group
+    """Best forecasts, best first."""
+    sampled: Group
+    """Drawn at random from the others."""
+    n_others: int
+    """Number of heads that are not candidates, the sampled ones included."""
+
+    @property
+    def heads(self) -> Group:
+        """All heads that are scored."""
+        return (*self.candidates, *self.sampled)
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """How many of the best heads may have been missed."""
+
+    top: int
+    """Best means: above the score of the candidate of this rank."""
+    n_others: int
+    """Heads that are not candidates."""
+    n_sampled: int
+    """Of them, scored exactly."""
+    n_found: int
+    """Of these, among the best; they are in the ranking."""
+    at_most: int
+    """Upper bound on the number of others that are among the best, the found ones included."""
+    confidence: float = CONFIDENCE
+    """Level of the bound."""
+
+    def __str__(self) -> str:
+        if not self.n_others:
+            return "every head was scored exactly"
+        sample = f"{self.n_found} of {self.n_sampled} sampled heads score above the candidate of rank {self.top}"
+        return f"{sample}: of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
+
+
+def propose(screening: Screening, forecast: Forecast, extent: Extent) -> Proposal:
+    """The heads with the best forecasts, and a random sample of the others."""
+    ranked = screening.table(forecast).top(screening.ships[0].numel())
+    candidates, others = ranked[: extent.n_candidates], sorted(ranked[extent.n_candidates :])
+    drawn = random.Random(extent.seed).sample(others, min(extent.n_sampled, len(others)))
+    return Proposal(candidates, tuple(sorted(drawn)), len(others))
+
+
+def missed(table: HeadScores, proposal: Proposal, top: int) -> Missed:
+    """What the sample tells about the heads that were not scored."""
+    exact = sorted((table[head] for head in proposal.candidates), reverse=True)
+    rank = min(top, len(exact))
+    n_found = sum(table[head] > exact[rank - 1] for head in proposal.sampled)
+    at_most = most_in_population(proposal.n_others, len(proposal.sampled), n_found)
+    return Missed(rank, proposal.n_others, len(proposal.sampled), n_found, at_most)
+
+
+def screened_sahara(
+    scorer: GroupScorer,
+    screens: Callable[[Group], Screening],
+    heads: Sequence[Head],
+    forecast: Forecast,
+    steps: int,
+    extent: Extent,
+) -> tuple[SearchTrace, tuple[Proposal, ...], tuple[Missed, ...]]:
+    """Algorithm 1 with a screening before each step: ``screens`` gives it with the group so far ablated.
+
+    ``forecast`` proposes heads, ``scorer`` scores them. Proposals and the heads that may beat the best candidate are
+    given for each step.
+    """
+    proposals: list[Proposal] = []
+
+    def narrow(group: Group) -> Group:
+        proposals.append(propose(screens(group), forecast, extent))
+        return proposals[-1].heads
+
+    trace = sahara(scorer, heads, steps, narrow)
+    bounds = tuple(missed(step, proposal, 1) for step, proposal in zip(trace.steps, proposals, strict=True))
+    return trace, tuple(proposals), bounds
+
+
+def rescore_pairs(scorer: GroupScorer, pairs: Sequence[tuple[Head, Head]]) -> list[dict[str, Any]]:
+    """Exact scores of proposed pairs (:meth:`Screening.pairs`), together and alone, as records.
+
+    ``synergy`` is what two heads do beyond the sum of what each does alone; the largest by size is first.
+    """
+    singles = sorted({head for pair in pairs for head in pair})
+    scores = scorer([*[(head,) for head in singles], *pairs]).tolist()
+    alone_of = dict(zip(singles, scores, strict=False))
+    records = []
+    for pair, together in zip(pairs, scores[len(singles) :], strict=True):
+        alone = [alone_of[head] for head in pair]
+        heads = [str(head) for head in pair]
+        records.append({"heads": heads, "together": together, "alone": alone, "synergy": together - sum(alone)})
+    return sorted(records, key=lambda record: -abs(record["synergy"]))
+
+
+def costs_of(measuring: HeadPass, proposal: Proposal, forecast: Forecast = "mean_ships") -> dict[str, float]:
+    """Costs of one screened ranking, as cumulative shares of an exact scan's floating-point operations."""
+    engine, sequences = measuring.engine, measuring.sequences
+    # The openers' log-odds cost a backward pass at each point.
+    n_columns = [point.n_tokens + point.n_samples + (forecast == "refusal_score") for point in POINTS]
+    rows = row_sizes(sequences, measuring.plan)
+    # Both ways of scoring need the unablated run first.
+    exact = engine.costs.scan_flops(rows, engine.heads) + engine.costs.forward_flops(rows)
+    running, shares = engine.costs.screening_flops(sequences, n_columns), {}
+    parts: dict[str, Group] = {"screening": (), "with_candidates": proposal.candidates, "with_sample": proposal.sampled}
+    for name, heads in parts.items():
+        running += engine.costs.scan_flops(rows, heads)
+        shares[name] = running / exact
+    return shares

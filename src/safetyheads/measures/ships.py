@@ -16,11 +16,12 @@ from safetyheads.answers.decoding import generate
 from safetyheads.answers.judging import JudgedAnswer
 from safetyheads.answers.success import attack_success_rate
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Group
+from safetyheads.heads import Group, all_heads
 from safetyheads.judges.base import Judge
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score, State
-from safetyheads.measures.screening import screen
+from safetyheads.measures.sahara import score_heads
+from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose, screen
 from safetyheads.measures.subspace import Space
 from safetyheads.model.planning import TokenSequence
 from safetyheads.scores import FunctionScorer, HeadScores
@@ -129,6 +130,35 @@ def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int
     """
     measuring = HeadPass(engine, answer_sequences(engine, prompts, positions), ablation, Readouts(ships=True))
     return measuring.table("ships", measuring.measure([(head,) for head in engine.heads])["ships"])
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """Exact scores of the heads that a screening proposed, and a bound on the others."""
+
+    scores: HeadScores
+    """[n_layers, n_heads]; NaN where a head was not scored exactly."""
+    proposal: Proposal
+    missed: Missed
+
+
+def screened_ships(
+    engine: Engine,
+    prompts: PromptSet,
+    ablation: Ablation,
+    extent: Extent | None = None,
+    top: int = 10,
+    positions: int = 1,
+) -> Rescored:
+    """Mean Ships (Eq 9), in nats, of the heads that a screening of the same prompts proposes.
+
+    The bound on missed heads is about the ``top`` best ones; ``positions`` is as for :func:`ships`.
+    """
+    sequences = answer_sequences(engine, prompts, positions)
+    scorer = scorer_of(HeadPass(engine, sequences, ablation, Readouts(ships=True)), "mean_ships")
+    proposal = propose(screen(engine, sequences, ablation), "mean_ships", extent or Extent())
+    table = score_heads(scorer, (), proposal.heads, all_heads(engine.n_layers, engine.n_heads))
+    return Rescored(table, proposal, missed(table, proposal, top))
 
 
 def mean_ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int = 1) -> FunctionScorer:

@@ -31,16 +31,14 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
     stack = states.double()
     if centred:
         stack = stack - stack.mean(dim=-2, keepdim=True)
-    if n_prompts > d_model:
-        return _by_svd(stack, space, rank)
-    eigenvalues, eigenvectors = torch.linalg.eigh(stack @ stack.mT)  # ascending
-    left = eigenvectors[..., -rank:].flip(-1)
-    first, last = eigenvalues[..., -1], eigenvalues[..., -rank]
-    if bool((last <= first * _GRAM_RATIO**2).any()):
-        return _by_svd(stack, space, rank)
-    if space == "prompt":
-        return left
-    return torch.linalg.qr(stack.mT @ left).Q
+    if n_prompts <= d_model:
+        eigenvalues, eigenvectors = torch.linalg.eigh(stack @ stack.mT)  # ascending
+        left = eigenvectors[..., -rank:].flip(-1)
+        first, last = eigenvalues[..., -1], eigenvalues[..., -rank]
+        if not bool((last <= first * _GRAM_RATIO**2).any()):
+            return left if space == "prompt" else torch.linalg.qr(stack.mT @ left).Q
+    left, _, right = torch.linalg.svd(stack, full_matrices=False)
+    return left[..., :rank] if space == "prompt" else right.mT[..., :rank]
 
 
 def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model: int | None = None) -> None:
@@ -61,11 +59,6 @@ def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model:
         what = f"{n_prompts} prompts{', centred,' if centred else ''} in {space} space"
         allowed = f"allow 1 to {largest}" if largest else "are too few for any"
         raise InputError(f"rank {rank} is out of range: {what} {allowed}")
-
-
-def _by_svd(stack: Tensor, space: Space, rank: int) -> Tensor:
-    left, _, right = torch.linalg.svd(stack, full_matrices=False)
-    return left[..., :rank] if space == "prompt" else right.mT[..., :rank]
 
 
 def principal_angle_sum(first: Tensor, second: Tensor) -> Tensor:

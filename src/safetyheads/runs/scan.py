@@ -48,7 +48,7 @@ from safetyheads.runs.run import (
 )
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
-from safetyheads.stats.ranking import Truth, proxy_qualities, split_half_ceiling
+from safetyheads.stats.ranking import proxy_qualities, split_half_ceiling
 from safetyheads.stats.testing import smallest_detectable_change
 
 if TYPE_CHECKING:
@@ -357,18 +357,16 @@ def _proxies(
     if not scores:
         return None
     heads = parse_heads(",".join(singles))
-    truth = Truth(
-        np.array([answers.complied() for answers in singles.values()]).T,
-        np.array([_is_higher(changes[head]) for head in singles], bool),
-    )
+    complied = np.array([answers.complied() for answers in singles.values()]).T
+    differs = np.array([_is_higher(changes[head]) for head in singles], bool)
     values = {
         name: np.array([score["values"][head.layer][head.index] for head in heads], float)
         for name, score in scores.items()
     }
-    ceiling = split_half_ceiling(truth)
+    ceiling = split_half_ceiling(complied, differs)
     return {
-        "n": len(truth.complied),
-        "scores": [asdict(quality) for quality in proxy_qualities(values, truth)],
+        "n": len(complied),
+        "scores": [asdict(quality) for quality in proxy_qualities(values, complied, differs)],
         "ceiling": None if ceiling is None else asdict(ceiling),
     }
 

@@ -11,7 +11,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
 from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
-from safetyheads.measures.screened_scores import (
+from safetyheads.measures.screening import (
     Extent,
     Missed,
     Proposal,
@@ -154,8 +154,11 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         if config.screen:
-            screens = partial(run.screen, "harmful")
-            trace, proposals, bounds = screened_sahara(measuring, score, config.size, extent, done, screens)
+            given = (measuring.sequences, config.parsed_ablation, measuring.readouts.openers)
+            screens = partial(run.screen, "harmful", *given)
+            trace, proposals, bounds = screened_sahara(
+                scorer, screens, engine.heads, score.forecast, config.size, extent
+            )
             costs = costs_of(measuring, proposals[0], score.forecast)
             run.progress.say(f"each step: {_said(costs)}")
             steps = [_screening(*step) for step in zip(proposals, bounds, strict=True)]

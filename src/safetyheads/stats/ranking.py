@@ -27,16 +27,6 @@ TOP = (3, 10)
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
-    """What each head's ablation does."""
-
-    complied: FloatArray
-    """[n_prompts, n_heads]: share of a prompt's answers that comply with the head ablated; unscored ones are 0."""
-    differs: NDArray[np.bool_]
-    """[n_heads]: whether the head's ASR is higher than the unablated one after correction."""
-
-
-@dataclass(frozen=True, slots=True)
 class AtSize:
     """Precision and regret of the k best heads by a score."""
 
@@ -69,58 +59,63 @@ class ProxyQuality:
     """For each of :data:`SIZES` that the model has heads for."""
 
 
-def proxy_qualities(scores: Mapping[str, FloatArray], truth: Truth) -> tuple[ProxyQuality, ...]:
-    """Each score's quality; scores [n_heads] by name, in which a head without a score (NaN) comes last."""
-    asr, halves = truth.complied.mean(axis=0), _halved_asr(truth)
+def proxy_qualities(
+    scores: Mapping[str, FloatArray], complied: FloatArray, differs: NDArray[np.bool_]
+) -> tuple[ProxyQuality, ...]:
+    """Each score's quality.
+
+    Args:
+        scores: by name, [n_heads]; a head without a score (NaN) comes last.
+        complied: [n_prompts, n_heads], share of a prompt's answers that comply with the head ablated; unscored ones
+            are 0.
+        differs: [n_heads], whether the head's ASR is higher than the unablated one after correction.
+    """
+    asr, halves = complied.mean(axis=0), _halved_asr(complied)
     qualities = []
     for name, given in scores.items():
         values = np.nan_to_num(given, nan=-np.inf)
         sizes = []
-        for k in (size for size in SIZES if size <= len(truth.differs)):
+        for k in (size for size in SIZES if size <= len(differs)):
             chosen = _best(values, k)
             # The best k stay those of all prompts: drawn anew in each resample, their hindsight would grow.
-            lost = truth.complied[:, _best(asr, k)].mean(axis=1) - truth.complied[:, chosen].mean(axis=1)
+            lost = complied[:, _best(asr, k)].mean(axis=1) - complied[:, chosen].mean(axis=1)
             on_halves = _mean(_regret(second, chosen) for _, second in halves)
-            precision = Rate(int(truth.differs[chosen].sum()), k) if truth.differs.any() else None
+            precision = Rate(int(differs[chosen].sum()), k) if differs.any() else None
             sizes.append(AtSize(k, precision, float(lost.mean()), bootstrap_interval(lost), on_halves))
-        auc, p_value = _auc(values, truth.differs)
-        n_differing, n_heads = int(truth.differs.sum()), len(asr)
+        auc, p_value = _auc(values, differs)
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
-        qualities.append(ProxyQuality(name, spearman, auc, p_value, n_differing, n_heads, tuple(sizes)))
+        qualities.append(ProxyQuality(name, spearman, auc, p_value, int(differs.sum()), len(differs), tuple(sizes)))
     return tuple(qualities)
 
 
-def split_half_ceiling(truth: Truth) -> ProxyQuality | None:
+def split_half_ceiling(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality | None:
     """The quality of the ASR of one half of the prompts as a score for the other, which no score can beat by much.
 
-    Averaged over random halves. Which heads differ is known from all prompts, so its precision and AUC are somewhat too
-    high. None below four prompts.
+    Averaged over random halves; arguments as for :func:`proxy_qualities`. Which heads differ is known from all prompts,
+    so its precision and AUC are somewhat too high. None below four prompts.
     """
-    halves = _halved_asr(truth)
+    halves = _halved_asr(complied)
     if not halves:
         return None
     sizes = []
-    for k in (size for size in SIZES if size <= len(truth.differs)):
+    for k in (size for size in SIZES if size <= len(differs)):
         chosen = [_best(first, k) for first, _ in halves]
         regrets = [_regret(second, heads) for (_, second), heads in zip(halves, chosen, strict=True)]
         low, high = np.quantile(regrets, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
-        hits = float(np.mean([truth.differs[heads].sum() for heads in chosen]))
-        precision = Rate(round(hits), k) if truth.differs.any() else None
+        hits = float(np.mean([differs[heads].sum() for heads in chosen]))
+        precision = Rate(round(hits), k) if differs.any() else None
         sizes.append(AtSize(k, precision, float(np.mean(regrets)), (low, high), float(np.mean(regrets))))
     spearman = _mean(_correlation(scipy.stats.spearmanr, first, second)[0] for first, second in halves)
-    auc = _mean(_auc(first, truth.differs)[0] for first, _ in halves)
-    n_differing, n_heads = int(truth.differs.sum()), len(truth.differs)
-    return ProxyQuality("split_half", spearman, auc, None, n_differing, n_heads, tuple(sizes))
+    auc = _mean(_auc(first, differs)[0] for first, _ in halves)
+    return ProxyQuality("split_half", spearman, auc, None, int(differs.sum()), len(differs), tuple(sizes))
 
 
-def _halved_asr(truth: Truth) -> list[tuple[FloatArray, FloatArray]]:
+def _halved_asr(complied: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
     """ASR of each head [n_heads] on both halves of the prompts, for many random halves; none below four prompts."""
-    n = len(truth.complied)
+    n = len(complied)
     generator = np.random.default_rng(0)
     orders = [generator.permutation(n) for _ in range(N_SPLITS)] if n >= 4 else []
-    return [
-        (truth.complied[order[: n // 2]].mean(axis=0), truth.complied[order[n // 2 :]].mean(axis=0)) for order in orders
-    ]
+    return [(complied[order[: n // 2]].mean(axis=0), complied[order[n // 2 :]].mean(axis=0)) for order in orders]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -257,9 +252,5 @@ def top_overlap(k: int, before: Sequence[str], after: Sequence[str], n_heads: in
 
 def moved(what: str, before: Sequence[str], after: Sequence[str]) -> HeadsMoved:
     """Which heads are in the first list alone, in the second alone, and in both, in the order of their list."""
-    return HeadsMoved(
-        what,
-        gone=tuple(head for head in before if head not in after),
-        new=tuple(head for head in after if head not in before),
-        kept=tuple(head for head in before if head in after),
-    )
+    gone, new = (tuple(head for head in one if head not in other) for one, other in ((before, after), (after, before)))
+    return HeadsMoved(what, gone, new, kept=tuple(head for head in before if head in after))

@@ -75,11 +75,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: a p value is not between 0 and 1.
     """
-    from statsmodels.stats.multitest import multipletests  # slow to import, and few runs need it
-
-    values = _checked(p_values)
-    # It collects garbage, 0.4 s where torch is loaded: call this once for each table.
-    return tuple(multipletests(values, method="holm")[1].tolist()) if len(values) else ()
+    return _adjusted(p_values, "holm")
 
 
 def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
@@ -95,16 +91,16 @@ def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: a p value is not between 0 and 1.
     """
-    from statsmodels.stats.multitest import fdrcorrection
-
-    values = _checked(p_values)
-    return tuple(fdrcorrection(values)[1].tolist()) if len(values) else ()
+    return _adjusted(p_values, "fdr_bh")
 
 
-def _checked(p_values: Sequence[float]) -> FloatArray:
+def _adjusted(p_values: Sequence[float], method: str) -> tuple[float, ...]:
+    """It collects garbage, 0.4 s where torch is loaded: call this once for each table."""
+    from statsmodels.stats.multitest import multipletests  # slow to import, and few runs need it
+
     if not all(0 <= p_value <= 1 for p_value in p_values):
         raise InputError("p values lie between 0 and 1")
-    return np.array(p_values, dtype=float)
+    return tuple(multipletests(p_values, method=method)[1].tolist()) if len(p_values) else ()
 
 
 def smallest_detectable_change(n: int, alpha: float = 0.05, tests: int = 1) -> float | None:
