@@ -139,7 +139,9 @@ def refuse_streams(engine: Engine) -> None:
     """Raise :class:`UnsupportedModelError` for families with several residual streams, which have no one direction."""
     if engine.architecture.batch_dimension != 0:
         family = engine.architecture.family
-        raise UnsupportedModelError(f"{family}: it keeps several residual streams, so there is no one for a direction")
+        raise UnsupportedModelError(
+            f"{family}: it keeps several residual streams, and a direction is in no one of them"
+        )
 
 
 # Plain forward passes over packed prompts, and hooks in them. The model runs its own forward.

@@ -49,9 +49,6 @@ LEAST_INDUCED = 0.0
 """Smallest mean refusal score, in nats, that adding the direction must reach on harmless prompts."""
 
 
-# Selection.
-
-
 @dataclass(frozen=True, slots=True)
 class RefusalDirection:
     """One r_{i,l}, and its effect on the validation prompts; NaN where it was not measured."""
@@ -187,9 +184,6 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
 
     last_states(engine, prompts, n_tokens, facts.layers, see)
     return sums / len(prompts)
-
-
-# Removing and adding.
 
 
 @contextmanager

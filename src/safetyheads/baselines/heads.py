@@ -139,9 +139,6 @@ def by_logit_attribution(material: Material, strengths: Sequence[float]) -> list
     return [_one_for_all(engine, scores.top(size), ZEROED) for size in sizes]
 
 
-# Attributions.
-
-
 def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> HeadScores:
     """RDSHA's score |O_h . r| / |r| [n_prompts, n_layers, n_heads], for r [d_model] of any length above 0."""
     refuse_streams(engine)

@@ -101,9 +101,6 @@ def by_layer(linears: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     return [list(members) for _, members in groupby(linears, key=lambda linear: linear.layer)]
 
 
-# Editing.
-
-
 @contextmanager
 def edited(engine: Engine, weights: Weights) -> Iterator[None]:
     """Within, these linear layers have other weights; after it, the same tensor objects as before."""
@@ -174,9 +171,6 @@ def editing_interventions(
         Intervention(setting.format(strength=strength), strength, n_parameters(strength), partial(at_work, strength))
         for strength in strengths
     ]
-
-
-# Calibration.
 
 
 def batches(engine: Engine, text: Sequence[TokenSequence]) -> Iterator[TextBatch]:
