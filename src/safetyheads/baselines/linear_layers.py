@@ -195,22 +195,21 @@ class _LastLayerRan(Exception):
 
 
 @torch.no_grad()
-def counted_inputs(engine: Engine, linears: Sequence[LinearLayer], batch: TextBatch) -> dict[LinearLayer, Tensor]:
-    """Inputs of linear layers at the counted tokens [n_counted, d_in], without those that no token passed."""
+def see_counted(
+    engine: Engine, linears: Sequence[LinearLayer], batch: TextBatch, see: Callable[[LinearLayer, Tensor], None]
+) -> None:
+    """Runs the batch; calls ``see`` with each linear layer and its inputs at the counted tokens [n_counted, d_in]."""
     arguments, counted = batch
-    inputs: dict[LinearLayer, Tensor] = {}
 
-    def see(number: int, given: Tensor) -> None:
-        linear, seen = linears[number], given.reshape(*counted.shape, -1)[counted.to(given.device)]
-        inputs[linear] = torch.cat((inputs[linear], seen)) if linear in inputs else seen  # a module may run twice
+    def see_all(number: int, given: Tensor) -> None:
+        see(linears[number], given.reshape(*counted.shape, -1)[counted.to(given.device)])
 
     def stop(*_: Any) -> None:
         raise _LastLayerRan
 
     last = engine.architecture.layers[max(linear.layer for linear in linears)].register_forward_hook(stop)
-    with hooked(last), inputs_seen([linear.module for linear in linears], see), suppress(_LastLayerRan):
+    with hooked(last), inputs_seen([linear.module for linear in linears], see_all), suppress(_LastLayerRan):
         engine.architecture.decoder(**on_device(engine, arguments))
-    return inputs
 
 
 def on_device(engine: Engine, arguments: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -226,9 +225,12 @@ def gram_matrices(
     Layers that no token passed are left out.
     """
     sums: dict[LinearLayer, Tensor] = {}
+
+    def add(linear: LinearLayer, given: Tensor) -> None:
+        inputs = given.to(ACCUMULATED)
+        product = inputs.T @ inputs  # [d_in, d_in]
+        sums[linear] = sums[linear].add_(product) if linear in sums else product
+
     for batch in batches(engine, text):
-        for linear, given in counted_inputs(engine, linears, batch).items():
-            inputs = given.to(ACCUMULATED)
-            product = inputs.T @ inputs  # [d_in, d_in]
-            sums[linear] = sums[linear].add_(product) if linear in sums else product
+        see_counted(engine, linears, batch, add)
     return sums

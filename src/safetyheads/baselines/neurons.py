@@ -27,7 +27,7 @@ from safetyheads.baselines.base import (
     inputs_seen,
     refuse_shares,
 )
-from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, counted_inputs, linear_layers, on_device
+from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, linear_layers, on_device, see_counted
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
@@ -68,7 +68,9 @@ def contrasts(engine: Engine, unaligned: Engine, text: Sequence[TokenSequence]) 
     sums = torch.zeros(len(ours), max(linear.d_in for linear in ours), dtype=torch.float64)
     n_tokens = 0
     for batch in batches(engine, text):
-        values = counted_inputs(engine, ours, batch), counted_inputs(unaligned, theirs, batch)
+        values: tuple[dict[LinearLayer, Tensor], dict[LinearLayer, Tensor]] = {}, {}
+        see_counted(engine, ours, batch, values[0].__setitem__)
+        see_counted(unaligned, theirs, batch, values[1].__setitem__)
         for layer, (aligned, other) in enumerate(zip(*(seen.values() for seen in values), strict=True)):
             squares = (aligned.double() - other.to(aligned.device).double()).square()
             sums[layer, : aligned.shape[1]] += squares.sum(dim=0).cpu()
