@@ -31,31 +31,25 @@ def own_tasks_alone(monkeypatch):
     monkeypatch.setattr(lm_eval, "_manager", manager)
 
 
-def test_a_new_user_reads_vanilla_beside_each_group(run):
-    code, out, err = run("eval", *SMALL, "--heads", "1-3,2-5,2-1", "--heads", "1-3")
-    assert (code, err) == (0, "")
-    lines = [line.split() for line in out.splitlines() if line.startswith("organism")]
-    assert [line[:4] for line in lines] == [
-        ["organism", "acc,", "share", name] for name in ("none", "1-3,2-5,2-1", "1-3")
-    ]
-    assert lines[0][4:] == ["1.000", "[0.722,", "1.000]"]
-    assert lines[1][7:9] == ["+0.00", "[-0.28,"]
-    assert "on the same samples, [95 % interval]; p: exact McNemar" in out
-    assert not any(word in out for word in NOISE)
-
-
-def test_json_has_every_number_with_n_and_interval_and_notes_go_to_stderr(run):
-    code, out, err = run("eval", MODEL, "--limit", "10", "--heads", "1-3", "--epsilon", "0", "--json")
+def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run, capsys):
+    code, out, err = run("eval", MODEL, "--limit", "10", "--heads", "1-3,2-5,2-1", "--heads", "1-3", "--json")
     found = json.loads(out)
-    assert code == 0
-    assert err == "80 requests to the model: tasks 1, groups 1 and vanilla\n"
-    assert (found["kind"], found["ablation"]["epsilon"]) == ("eval", 0)
-    vanilla, ablated = found["metrics"]
+    assert (code, err) == (0, "120 requests to the model: tasks 1, groups 2 and vanilla\n")
+    vanilla, ablated, _ = found["metrics"]
     assert (vanilla["variant"], vanilla["unit"], vanilla["n"], vanilla["difference"]) == ("none", "share", 10, None)
     assert ablated["difference"]["n"] == 10
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
     assert found["caveats"][0].startswith("This model validates the code")
+    show_evaluation(found, None)
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines() if line.startswith("organism")]
+    assert [line[:4] for line in lines] == [
+        ["organism", "acc,", "share", name] for name in ("none", "1-3,2-5,2-1", "1-3")
+    ]
+    assert lines[0][4:] == ["1.000", "[0.722,", "1.000]"]
+    assert lines[1][7:9] == ["+0.00", "[-0.28,"]
+    assert "on the same samples, [95 % interval]; p: exact McNemar" in printed
 
 
 def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeypatch):
@@ -73,8 +67,8 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
     assert len(list((out / "completions").iterdir())) == 2
     assert not (out / "results.json").exists()
     computed.clear()
-    assert run(*arguments)[0] == 0
-    assert len(computed) == 1
+    code, _, err = run(*arguments)
+    assert (code, err, len(computed)) == (0, "", 1)
     first = (out / "results.json").read_bytes()
     computed.clear()
     code, printed, _ = run(*arguments)

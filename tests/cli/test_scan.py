@@ -33,18 +33,15 @@ def rows(out):
     return [row for row in RunDirectory.open(out).stored_records() if "verdicts" in row]
 
 
-def test_every_head_is_answered_on_every_prompt(scanned):
-    found, stored = results(scanned[0]), rows(scanned[0])
+def test_every_head_is_answered_on_every_prompt_and_a_new_user_reads_what_that_means(scanned):
+    folder, code, out, err = scanned
+    found = results(folder)
+    heads = [row for row in rows(folder) if row["part"] == "heads"]
     assert [head["head"] for head in found["heads"]] == [f"{layer}-{head}" for layer in range(4) for head in range(8)]
-    heads = [row for row in stored if row["part"] == "heads"]
     assert len(heads) == found["economy"]["n_rows"] == 2 * 32 * 8
     assert {head["asr"]["n"] for head in found["heads"]} == {8}
     assert found["vanilla"]["harmful"]["asr"]["rate"] == 0.0
     assert found["proxies"] is None
-
-
-def test_a_new_user_reads_heads_economy_and_sentence(scanned):
-    folder, code, out, err = scanned
     assert (code, err) == (0, "")
     for said in ("Heads of highest ASR", "decoded from the first difference on", "heads that change the ASR (Holm)"):
         assert said in out

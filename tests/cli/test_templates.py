@@ -141,25 +141,6 @@ def test_a_token_that_terminals_obey_is_spelt_out(engine_with, organism, capsys)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert "\\u001b" in printed
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "words"),
-    [
-        (None, {"system": "x"}, "rejects the system prompt: this demo checkpoint has not learnt system messages"),
-        (None, {"thinking": "closed"}, "has no think block to close"),
-        (BEGINS, {"thinking": "closed", "template": "{query}"}, "no think block"),
-        ("{{ messages[-1].content }}", {"system": "x"}, "drops the system prompt"),
-    ],
-)
-def test_what_a_chat_template_cannot_do_is_refused(engine_with, organism, text, options, words):
-    engine = organism.engine if text is None else engine_with(text)
-    with pytest.raises(InputError, match=re.escape(words)) as error:
-        shown(engine, organism.benign, **{"template": "chat"} | options)
-    assert "\n" not in str(error.value)
-
-
-def test_a_chat_template_that_is_not_there_is_not_offered(engine_with, organism):
     assert not shown(engine_with(None), organism.benign, template="direct")["has_chat_template"]
 
 
