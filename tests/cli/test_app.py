@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from safetyheads import InputError, __version__, demo
 from safetyheads.cli import show
-from safetyheads.cli.app import _default_out, _own_out
+from safetyheads.cli.app import _own_out, _settled
+from safetyheads.cli.options import DirectoryOptions
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import AsrConfig, AuditConfig
 
@@ -162,7 +163,9 @@ def test_asr_by_prompt_and_again_gives_the_same_bytes_and_warnings(run):
 
 def test_directories_are_named_for_what_they_hold():
     audit, asr = AuditConfig("some/model", "asked.txt"), AsrConfig("demo:aligned_a", "demo")
-    assert _default_out(audit) == Path("runs/model-asked-undifferentiated_attention")
+    assert _settled(audit, DirectoryOptions()) == (audit, Path("runs/model-asked-undifferentiated_attention"))
+    settled, out = _settled(AuditConfig("demo:aligned_a", "demo"), DirectoryOptions(out=Path("here")))
+    assert (settled.benign, out) == ("demo", Path("here"))
     assert str(_own_out(asr, "asr")).startswith("runs/demo-aligned_a-asr-")
     assert _own_out(asr, "asr") != _own_out(AsrConfig("demo:aligned_a", "demo", limit=3), "asr")
 

@@ -35,7 +35,6 @@ from safetyheads.runs.config import (
     EvalConfig,
     JudgeOptions,
     ModelOptions,
-    RunConfig,
     SaharaConfig,
     ScanConfig,
     ShipsConfig,
@@ -96,7 +95,7 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
     """Score every head, find the safety group, show what its ablation does, and write a report."""
     from safetyheads.runs.audit import read_prompts, run_audit
 
-    config, out = _with_own_benign(config), where.out or _default_out(config)
+    config, out = _settled(config, where)
     prompts, progress = _prepared(config, out, output, read_prompts, report)
     results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show.show_audit)
@@ -108,7 +107,7 @@ def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, out
     from safetyheads.runs.run import read_sets
     from safetyheads.runs.scan import run_scan
 
-    config, out = _with_own_benign(config), where.out or Path(f"{_default_out(config)}-scan")
+    config, out = _settled(config, where, "-scan")
     prompts, progress = _prepared(config, out, output, read_sets, report)
     results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show.show_scan)
@@ -382,11 +381,6 @@ def _model_name(config: ModelOptions) -> str:
     return name if config.adapter is None else f"{name}+{Path(config.adapter).resolve().name}"
 
 
-def _default_out(config: RunConfig) -> Path:
-    """``runs/MODEL-PROMPTS-ABLATION``."""
-    return Path("runs") / f"{_model_name(config)}-{Path(config.prompts).stem}-{config.parsed_ablation.name}"
-
-
 def _own_out(config: ShipsConfig | SaharaConfig | AsrConfig | EvalConfig, kind: str) -> Path:
     """``runs/MODEL-KIND-KEY``: such runs are tried one after another, so other settings get another directory."""
     from safetyheads.runs.directory import content_key
@@ -394,9 +388,13 @@ def _own_out(config: ShipsConfig | SaharaConfig | AsrConfig | EvalConfig, kind: 
     return Path("runs") / f"{_model_name(config)}-{kind}-{content_key(config.as_dict())[:8]}"
 
 
-def _with_own_benign(config: RunSettings) -> RunSettings:
-    """The organism knows no other language than its own: its harmful prompts go with its benign ones."""
-    return replace(config, benign="demo") if (config.prompts, config.benign) == ("demo", "benign") else config
+def _settled(config: RunSettings, where: DirectoryOptions, ending: str = "") -> tuple[RunSettings, Path]:
+    """The config, and the run directory: by default ``runs/MODEL-PROMPTS-ABLATION``."""
+    name = f"{_model_name(config)}-{Path(config.prompts).stem}-{config.parsed_ablation.name}{ending}"
+    if (config.prompts, config.benign) == ("demo", "benign"):
+        # The organism knows no other language than its own: its harmful prompts go with its benign ones.
+        config = replace(config, benign="demo")
+    return config, where.out or Path("runs") / name
 
 
 def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:
@@ -444,7 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = (run() if callable(run) else None) or 0
             sys.stdout.flush()
     except CycloptsError as error:
-        show.print_error(f"error: {_usage(error)}")
+        line = str(error)
+        if isinstance(error, MissingArgumentError) and error.argument is not None and not error.argument.tokens:
+            line = f"{error.argument.name} is missing; see safetyheads {' '.join(error.command_chain or ())} --help"
+        show.print_error(f"error: {line}")
         code = 2
     except SafetyheadsError as error:
         show.print_error(f"error: {error}")
@@ -464,13 +465,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show.print_error("interrupted; start it again with the same command to continue")
         code = 130
     sys.exit(code)
-
-
-def _usage(error: CycloptsError) -> str:
-    """A usage error as one line; what is missing is named plainly."""
-    if isinstance(error, MissingArgumentError) and error.argument is not None and not error.argument.tokens:
-        return f"{error.argument.name} is missing; see safetyheads {' '.join(error.command_chain or ())} --help"
-    return str(error)
 
 
 if __name__ == "__main__":
