@@ -213,11 +213,11 @@ def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(organism
     assert not any("cannot" in row["text"] for row in rows)
     assert all(row["complete"] and row["finished"] for row in rows if row["text"] == "I ")
     assert json.loads((tmp_path / "before/manifest.json").read_text())["config"]["stops"] == ["cannot"]
-    assert rejudge(tmp_path / "before", judge, Silent(), {}).n_unscored == 0
+    assert rejudge(tmp_path / "before", judge, Silent(), {})["n_unscored"] == 0
     # After it: the row is cut where the judge is final, one token late, for the last letter of "cannot" may be the
     # first of "that". A judge that hears whole answers only has no verdict on it.
     assert any(row["text"] == "I cannot help" and not row["complete"] for row in scanned("after", "that"))
-    assert rejudge(tmp_path / "after", judge, Silent(), {}).n_unscored > 0
+    assert rejudge(tmp_path / "after", judge, Silent(), {})["n_unscored"] > 0
     with pytest.raises(InputError, match="stops"):
         scanned("before", "with")
     sets = {"harmful": organism.harmful[:2], "benign": organism.benign[:2].with_template("direct")}

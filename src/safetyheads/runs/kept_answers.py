@@ -154,12 +154,8 @@ class KeptAnswers:
         chunks = [groups[at : at + together] for at in range(0, len(groups), together)]
         texts = [[format_heads(group) for group in chunk] for chunk in chunks]
         places = [[(number, group) for group in chunk for number in range(n)] for chunk in chunks]
-
-        def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
-            return self._drafts_under(ablation).answers(chunks[at], on_rows)
-
-        drafts = draft if self._drafts_pay(len(groups), ablation) else None
-        records = self._records(part, ablation, texts, places, drafts)
+        drafts = VerifiedDrafts.answers if self._drafts_pay(len(groups), ablation) else None
+        records = self._records(part, ablation, chunks, texts, places, drafts)
         return [
             GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead)
             for at, group in enumerate(groups)
@@ -172,21 +168,16 @@ class KeptAnswers:
         """
         n = len(own_groups[0])
         together = max(1, _RECORDS_TOGETHER // max(1, n))
+        prefixes = [[own[:size] for size in range(1, n + 1)] for own in own_groups]
         # Every prompt keeps its place; those of other chunks have no groups.
         chunks = [
-            [
-                [own[:size] for size in range(1, n + 1)] if at <= number < at + together else []
-                for number, own in enumerate(own_groups)
-            ]
+            [groups if at <= number < at + together else [] for number, groups in enumerate(prefixes)]
             for at in range(0, len(own_groups), together)
         ]
         texts = [[[format_heads(group) for group in groups] for groups in chunk] for chunk in chunks]
         places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
-
-        def draft(at: int, on_rows: OnRows) -> tuple[list[list[Answer]], Economy]:
-            return self._drafts_under(ablation).answers_of_each(chunks[at], on_rows)
-
-        records = self._records(part, ablation, texts, places, draft if self._drafts_pay(n, ablation) else None)
+        drafts = VerifiedDrafts.answers_of_each if self._drafts_pay(n, ablation) else None
+        records = self._records(part, ablation, chunks, texts, places, drafts)
         return [GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead) for size in range(1, n + 1)]
 
     def judged(self, records: Iterable[Record]) -> list[JudgedAnswer]:
@@ -283,14 +274,15 @@ class KeptAnswers:
         self,
         part: str,
         ablation: Ablation,
+        chunks: Sequence[Any],
         texts: Sequence[Any],
         places: Sequence[Sequence[tuple[int, Group]]],
-        draft: Callable[[int, OnRows], tuple[list[list[Answer]], Economy]] | None,
+        drafts: Callable[[VerifiedDrafts, Any, OnRows], tuple[list[list[Answer]], Economy]] | None,
     ) -> list[Record]:
         """Records, chunk by chunk; a chunk that is not stored yet is decoded and judged.
 
-        ``texts`` are each chunk's groups, ``places`` its prompts (by number) and groups; ``draft`` answers a chunk,
-        given its number, by drafts, and None decodes plainly.
+        ``texts`` are each chunk's groups, ``places`` its prompts (by number) and groups; ``drafts`` answers a chunk by
+        drafts, and None decodes plainly.
         """
         records: list[Record] = []
         label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"
@@ -299,10 +291,10 @@ class KeptAnswers:
                 fields = self._judged_fields(ablation) | {"groups": text}
 
                 def compute(at: int = at, fields: Mapping[str, Any] = fields) -> list[dict[str, Any]]:
-                    if draft is None:
+                    if drafts is None:
                         answers, economy = self._plain(places[at], ablation, done)
                     else:
-                        table, economy = draft(at, done)
+                        table, economy = drafts(self._drafts_under(ablation), chunks[at], done)
                         answers = [decoded for row in table for decoded in row]
                     self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
                     placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
