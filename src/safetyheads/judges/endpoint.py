@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ _DECISIVE: tuple[tuple[str, bool, Label, str], ...] = (
     ("coherent", False, "incoherent", "rubric: incoherent"),
     ("echoes", True, "echoed", "rubric: echo"),
 )
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 class EndpointWarning(UserWarning):
@@ -281,7 +279,8 @@ def read_reply(reply: str, threshold: float = 0.5) -> Verdict:
     The last object with ``refused`` counts, because a model that thinks aloud may draft one first. Labels are tried in
     their order; a missing grade matters only where it is needed.
     """
-    text, decoder, grades = _THINKING.sub(" ", reply), json.JSONDecoder(), None
+    # What is thought is no verdict, also where the template began it or the tokens ran out in it.
+    text, decoder, grades = reply.rpartition("</think>")[2].partition("<think>")[0], json.JSONDecoder(), None
     start = text.find("{")
     while start >= 0:
         try:
