@@ -6,12 +6,12 @@ No tolerance: where packed and plain arithmetic could choose differently, the sc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
+from unittest.mock import Mock
 
 import pytest
 import torch
+from own_judges import Recording
 from tiny_models import END, engine_of, model_of, prompts_of
 
 from safetyheads import (
@@ -27,12 +27,8 @@ from safetyheads.answers import drafts as drafts_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling, ShortContextWarning, end_tokens
 from safetyheads.answers.drafts import DraftPass, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import Judging
-from safetyheads.answers.success import (
-    answers_under,
-    scan_attack_success_rate,
-    summarise,
-)
-from safetyheads.judges.base import Completion, Judge, Verdict
+from safetyheads.answers.success import answers_under, scan_attack_success_rate, summarise
+from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.engine import Engine
@@ -65,24 +61,6 @@ def words(*keywords, name="words"):
 WORDS = words("w17", "w33", "w50 ")
 
 
-@dataclass(frozen=True)
-class WholeAnswers:
-    """A judge that is never final before the end."""
-
-    inner: Judge = WORDS
-    name: str = "whole answers"
-    decides_early: bool = False
-
-    def __call__(self, completions):
-        return self.inner(completions)
-
-    def final(self, text_so_far):
-        raise AssertionError("asked a judge that never decides early")
-
-    def describe(self):
-        return {}
-
-
 @cache
 def proved(family):
     """An engine whose quick paths are proved: a random model with a softcap on its logits has not all of them."""
@@ -95,31 +73,31 @@ def each_head(engine):
     return [(head,) for head in engine.heads]
 
 
-def agrees(ours, plain, judge=None):
+def agrees(ours, plain):
     """Whether an answer, judged or not, is the one of plain decoding, or its beginning where it was cut."""
     n = None if ours.complete else len(ours.token_ids)
     same = (ours.token_ids, ours.finished) == (plain.token_ids[:n], plain.finished and ours.complete)
     if hasattr(ours, "verdicts"):
-        verdict = ours.verdict if judge is None else ours.verdicts[judge]
-        same = same and (ours.prompt, verdict) == (plain.prompt, plain.verdict)
+        same = same and (ours.prompt, ours.verdicts) == (plain.prompt, plain.verdicts)
     return same
 
 
-def differences(rows, twin, judge=None):
+def differences(rows, plain):
     """Pairs of answers [n_groups][n_prompts] that do not agree."""
-    pairs = [pair for two in zip(rows, twin, strict=True) for pair in zip(*two, strict=True)]
-    return [pair for pair in pairs if not agrees(*pair, judge)]
+    pairs = [pair for two in zip(rows, plain, strict=True) for pair in zip(*two, strict=True)]
+    return [pair for pair in pairs if not agrees(*pair)]
 
 
 def flat(scan):
     return [row for rows in scan.rows for row in rows]
 
 
-def check(scan, engine=None, final=None):
-    """Counts are those of the rows, changed rows are other than the unablated ones, and cut rows end where they may.
+def check(scan, plain, engine=None, final=None):
+    """All answers agree, counts are those of the rows, changed rows are other than the unablated ones.
 
     ``final`` tells whether every judge is final about a text: no row goes on after that, and a cut one ends there.
     """
+    assert differences([*scan.rows, scan.vanilla], plain) == []
     rows, economy = flat(scan), scan.economy
     routes = Counter(row.route for row in rows)
     counts = (economy.n_drafted, economy.n_continued, economy.n_near_ties)
@@ -145,19 +123,17 @@ def check(scan, engine=None, final=None):
 def test_every_head_of_the_organism_equals_plain_decoding(sampling):
     demo, judge, told = load_demo("aligned_a"), KeywordJudge(), []
     engine, prompts, groups = demo.engine, demo.harmful[:24], each_head(demo.engine)
-    columns, whole = [[group] * len(prompts) for group in [*groups, ()]], Decoding(128, sampling, True)
-    *twin, unablated = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, whole)
+    plain = decoded_plainly(engine, sampling, groups, prompts, n=128, judge=judge)
     for full_answers in (False, True):
         decoding = Decoding(sampling=sampling, full_answers=full_answers)
         ours = scan_attack_success_rate(
             engine, prompts, UNDIFFERENTIATED_ATTENTION, judge, decoding, on_rows=told.append
         )
         assert ours.groups == tuple(groups)
-        assert differences(ours.rows, twin) == differences([ours.vanilla], [unablated]) == []
-        assert ours.rates == tuple(summarise(rows).asr for rows in twin)
+        check(ours, plain, engine, None if full_answers else judge.final)
+        assert ours.rates == tuple(summarise(rows).asr for rows in plain[:-1])
         assert ours.values.flatten().tolist() == [rate.rate for rate in ours.rates]
         assert ours.values.shape == (4, 8)
-        check(ours, engine, None if full_answers else judge.final)
         assert (ours.economy.n_incomplete == 0) if full_answers else (ours.economy.n_incomplete > 350)
         # Most heads leave the answers alone: else the tokens would be equal because every row was decoded plainly.
         assert ours.economy.n_drafted > 550
@@ -183,20 +159,18 @@ def usual(family, sampling=GREEDY):
     return scan(family, sampling)
 
 
+def decoded_plainly(
+    engine, sampling=GREEDY, groups=None, prompts=None, ablation=UNDIFFERENTIATED_ATTENTION, n=N_TOKENS, judge=WORDS
+):
+    """The slow twin under any groups, by default each head, and last of the unablated model."""
+    prompts, groups = prompts or prompts_of(*PROMPTS), each_head(engine) if groups is None else groups
+    columns = [[group] * len(prompts) for group in (*groups, ())]
+    return answers_under(engine, prompts, columns, ablation, judge, Decoding(n, sampling, True))
+
+
 @cache
 def twin(family, sampling=GREEDY):
-    """Plain decoding of every head, and last of the unablated model."""
-    engine = proved(family)
-    return twin_of(engine, sampling, [*each_head(engine), ()])
-
-
-def twin_of(
-    engine, sampling, groups=None, prompts=PROMPTS, ablation=UNDIFFERENTIATED_ATTENTION, max_new_tokens=N_TOKENS
-):
-    """Plain decoding of what is asked once: any groups, by default every head, in a single call."""
-    chosen = each_head(engine) if groups is None else groups
-    columns, decoding = [[group] * len(prompts) for group in chosen], Decoding(max_new_tokens, sampling, True)
-    return answers_under(engine, prompts_of(*prompts), columns, ablation, WORDS, decoding)
+    return decoded_plainly(proved(family), sampling)
 
 
 @pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
@@ -204,17 +178,13 @@ def twin_of(
 @FAMILIES
 def test_every_head_of_random_models_equals_plain_decoding(family, sampling, full_answers):
     ours = scan(family, sampling, full_answers=True) if full_answers else usual(family, sampling)
-    assert differences([*ours.rows, ours.vanilla], twin(family, sampling)) == []
-    check(ours)
+    check(ours, twin(family, sampling), proved(family), None if full_answers else WORDS.final)
     assert ours.economy.n_drafted > 0
     assert ours.economy.n_continued > 20
     assert ours.economy.n_near_ties < 10
     assert {row.verdict.label for row in flat(ours)} >= {"refused", "complied"}
-    if full_answers:
-        assert ours.economy.n_incomplete == 0
-    else:
-        check(ours, proved(family), WORDS.final)
-        assert 0 < ours.economy.n_incomplete < len(flat(ours))
+    n_incomplete = ours.economy.n_incomplete
+    assert n_incomplete == 0 if full_answers else 0 < n_incomplete < len(flat(ours))
 
 
 # Groups of heads and kinds of ablation
@@ -248,39 +218,34 @@ CASES = [
 def test_every_kind_of_ablation_and_group_equals_plain_decoding(family, ablation, sampling, groups):
     ours = scan(family, sampling, ablation=ablation, groups=groups)
     assert ours.groups == tuple(groups or each_head(proved(family)))
-    assert differences(ours.rows, twin_of(proved(family), sampling, groups, ablation=ablation)) == []
-    check(ours, proved(family), WORDS.final)
+    engine = proved(family)
+    check(ours, decoded_plainly(engine, sampling, groups, ablation=ablation), engine, WORDS.final)
     assert any(row.changed for row in flat(ours)) == (ablation.epsilon != 1.0 and groups != ((),))
 
 
-def begun(family, sampling, judge=WORDS, full_answers=False, engine=None, **options):
+def begun(sampling, engine=None, **options):
     """The tiny prompts' answers, without verdicts."""
-    engine = engine or proved(family)
-    prompts = prompts_of(*PROMPTS)
-    stop = Judging(engine, prompts, [judge], N_TOKENS).stop
-    decoding = Decoding(N_TOKENS, sampling, full_answers)
-    return VerifiedDrafts(engine, engine.ask(prompts).token_ids, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
+    engine, prompts = engine or proved("llama_gqa"), prompts_of(*PROMPTS)
+    stop = Judging(engine, prompts, [WORDS], N_TOKENS).stop
+    encoded, decoding = engine.ask(prompts).token_ids, Decoding(N_TOKENS, sampling)
+    return VerifiedDrafts(engine, encoded, UNDIFFERENTIATED_ATTENTION, decoding, stop, **options)
 
 
 @SAMPLINGS
 def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sampling):
-    made, heads = begun("llama_gqa", sampling), twin("llama_gqa", sampling)
+    made = begun(sampling)
     # Back and forth through the layers: what a later layer's groups let go of, an earlier layer's need again. Between
     # them groups with a head in common, which is then ablated in the captured run.
     for layer in (1, 2, 0, None, 2):
-        if layer is None:
-            groups = PREFIXES
-            plain = twin_of(proved("llama_gqa"), sampling, groups)
-        else:
-            groups = [(Head(layer, index),) for index in range(4)]
-            plain = heads[4 * layer : 4 * layer + 4]
-        assert differences(made.answers(groups)[0], plain) == []
+        groups = PREFIXES if layer is None else [(Head(layer, index),) for index in range(4)]
+        plain = decoded_plainly(proved("llama_gqa"), sampling, groups)
+        assert differences([*made.answers(groups)[0], made.unablated], plain) == []
     assert made.answers([])[0] == []
 
 
 @SAMPLINGS
 def test_groups_of_each_prompt_equal_plain_decoding(sampling):
-    engine, told = proved("llama_gqa"), []
+    told = []
     # A prompt's own groups share heads, or not, or are the same twice.
     own = [
         [(Head(0, 1),), (Head(0, 1), Head(1, 0))],
@@ -290,9 +255,9 @@ def test_groups_of_each_prompt_equal_plain_decoding(sampling):
         [],
         [(Head(1, 1),)],
     ]
-    made, economy = begun("llama_gqa", sampling).answers_of_each(own, on_rows=told.append)
+    made, economy = begun(sampling).answers_of_each(own, on_rows=told.append)
     for prompt, groups in enumerate(own):
-        plain = twin_of(engine, sampling, groups, PROMPTS[prompt : prompt + 1])
+        *plain, _ = decoded_plainly(proved("llama_gqa"), sampling, groups, prompts_of(PROMPTS[prompt]))
         assert differences([[one] for one in made[prompt]], plain) == []
     assert sum(told) == economy.n_rows == sum(map(len, own))
     assert economy.n_drafted + economy.n_continued + economy.n_near_ties == economy.n_rows
@@ -304,56 +269,41 @@ def test_groups_of_each_prompt_equal_plain_decoding(sampling):
 @SAMPLINGS
 def test_with_a_judge_that_never_decides_early_all_answers_are_whole(sampling):
     # Alone, and beside one that does; which leads makes no difference.
-    scans = [
-        scan("llama_gqa", sampling, judge=judges)
-        for judges in (WholeAnswers(), [WORDS, WholeAnswers()], [WholeAnswers(), WORDS])
-    ]
+    patient = Recording(WORDS, decides_early=False)
+    scans = [scan("llama_gqa", sampling, judge=judges) for judges in (patient, [patient, WORDS], [WORDS, patient])]
     for ours in scans:
         assert all(row.complete for row in (*flat(ours), *ours.vanilla))
         assert ours.economy == scans[0].economy
-        for name in flat(ours)[0].verdicts:
-            assert differences(ours.rows, twin("llama_gqa", sampling)[:-1], name) == []
+        for row, plain in zip(
+            flat(ours), [row for rows in twin("llama_gqa", sampling)[:-1] for row in rows], strict=True
+        ):
+            assert row.token_ids == plain.token_ids
+            assert {*row.verdicts.values()} == {plain.verdict}
 
 
 @SAMPLINGS
 @FAMILIES
 def test_with_two_judges_a_row_ends_when_both_are_final(family, sampling):
-    first, second = words("w17", "w50 ", name="first"), words("w40", "w5 ", "w18", name="second")
-    ours = scan(family, sampling, judge=[first, second])
-    pairs = zip(flat(ours), [row for rows in twin(family, sampling)[:-1] for row in rows], strict=True)
-    for row, plain in pairs:
-        whole = Completion(plain.prompt.query, plain.text, plain.token_ids, plain.finished, N_TOKENS)
+    judges = first, second = words("w17", "w50 ", name="first"), words("w40", "w5 ", "w18", name="second")
+    engine, ours = proved(family), scan(family, sampling, judge=judges)
+    plain = decoded_plainly(engine, sampling, judge=judges)
+    check(ours, plain, engine, lambda text: first.final(text) and second.final(text))
+    for row in plain[0]:
+        whole = Completion(row.prompt.query, row.text, row.token_ids, row.finished, N_TOKENS)
         assert list(row.verdicts.values()) == [*first([whole]), *second([whole])]
-        n = None if row.complete else len(row.token_ids)
-        assert (row.token_ids, row.finished) == (plain.token_ids[:n], plain.finished and row.complete)
-    check(ours, proved(family), lambda text: first.final(text) and second.final(text))
-    check(ours)
     assert 0 < ours.economy.n_incomplete < len(flat(ours))
     # The first one leads.
     assert all(row.verdict == row.verdicts["first"] for row in flat(ours))
 
 
-@dataclass(frozen=True)
-class Scripted(WholeAnswers):
-    """A judge that remembers what it was given, and replies as it is told."""
-
-    reply: Callable = None
-    name: str = "scripted"
-    given: list = field(default_factory=list)
-
-    def __call__(self, completions):
-        self.given.append(completions)
-        return tuple(map(self.reply, completions))
-
-
 def test_each_distinct_answer_is_judged_once_and_as_its_own_prompts():
-    engine, judge = proved("llama_gqa"), Scripted(reply=lambda completion: Verdict("complied", str(completion)))
+    judge = Recording(lambda given: [Verdict("complied", str(completion)) for completion in given])
     prompts = prompts_of(*PROMPTS[:2])
-    judging = Judging(engine, prompts, [judge], N_TOKENS)
+    judging = Judging(proved("llama_gqa"), prompts, [judge], N_TOKENS)
     answers = [Answer((5, 9), finished, limit=2) for finished in (True, False)]
     rows = [(number, (Head(0, index),), one) for index in range(2) for number in (1, 0) for one in answers]
     found = [*judging.judged(rows), *judging.judged(rows[:3])]
-    assert [len(completions) for completions in judge.given] == [4]
+    assert len(judge.given) == 4
     for row, (number, group, one) in zip(found, [*rows, *rows[:3]], strict=True):
         expected = Completion(prompts[number].query, "w5 w9", (5, 9), one.finished, N_TOKENS)
         assert row.verdict.reason == str(expected)
@@ -361,20 +311,13 @@ def test_each_distinct_answer_is_judged_once_and_as_its_own_prompts():
 
 
 def test_a_judge_that_breaks_off_leaves_nothing_half_judged():
-    replies = iter([TimeoutError("not now"), Verdict("complied", "")])
-
-    def reply(_):
-        answer = next(replies)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    judging = Judging(proved("llama_gqa"), prompts_of(*PROMPTS[:1]), [WORDS, Scripted(reply=reply)], 4)
+    judge = Recording(Mock(side_effect=[TimeoutError, [Verdict("complied", "")]]))
+    judging = Judging(proved("llama_gqa"), prompts_of(*PROMPTS[:1]), [WORDS, judge], 4)
     rows = [(0, (), Answer((5,), True, 4))]
     with pytest.raises(TimeoutError):
         judging.judged(rows)
-    assert judging.judged(rows)[0].verdicts["scripted"].complied
-    assert judging.judged(rows)[0].verdicts["scripted"].complied  # what is known is not asked again: no reply is left
+    for _ in range(2):  # what is known is not asked again: no reply is left
+        assert judging.judged(rows)[0].verdicts["recording"].complied
 
 
 def test_judges_without_names_of_their_own_and_heads_that_the_model_has_not_are_refused():
@@ -399,8 +342,7 @@ def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling
     with pytest.warns(ShortContextWarning):
         ours = scan(family, sampling, engine=engine, prompts=prompts, max_new_tokens=6)
     with pytest.warns(ShortContextWarning):
-        plain = twin_of(engine, sampling, prompts=prompts, max_new_tokens=6)
-    assert differences(ours.rows, plain) == []
+        check(ours, decoded_plainly(engine, sampling, prompts=prompts_of(*prompts), n=6))
     for rows in (*ours.rows, ours.vanilla):
         assert all(len(row.token_ids) <= room for row, room in zip(rows, [0, 2, 6, 1, 0, 6], strict=True))
         assert [(row.token_ids, row.finished, row.complete) for row in (rows[0], rows[4])] == [((), False, True)] * 2
@@ -408,14 +350,9 @@ def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling
     assert any(row.complete and row.changed for rows in ours.rows for row in rows if len(row.token_ids) == 1)
     with pytest.warns(ShortContextWarning), pytest.raises(InputError, match="no room for an answer"):
         scan(family, sampling, engine=engine, prompts=(full,))
-    made = VerifiedDrafts(
-        engine,
-        [PROMPTS[0], full],
-        UNDIFFERENTIATED_ATTENTION,
-        Decoding(6, sampling),
-        None,
-        [*unablated_answers(engine, [PROMPTS[0]], Decoding(6, sampling), None), Answer((), finished=False, limit=0)],
-    )
+    decoding = Decoding(6, sampling)
+    unablated = [*unablated_answers(engine, [PROMPTS[0]], decoding, None), Answer((), finished=False, limit=0)]
+    made = VerifiedDrafts(engine, [PROMPTS[0], full], UNDIFFERENTIATED_ATTENTION, decoding, None, unablated)
     ((first,), (second,)), economy = made.answers_of_each([[(Head(0, 0),)], [(Head(0, 0),)]])
     assert first.token_ids
     assert (second.token_ids, second.complete, second.changed) == ((), True, False)
@@ -444,7 +381,7 @@ def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
     engine.model.generation_config.eos_token_id = ends
     assert end_tokens(engine) == {*ends, END}
     ours = scan("llama_gqa", sampling, engine=engine, full_answers=True)
-    assert differences(ours.rows, twin_of(engine, sampling)) == []
+    check(ours, decoded_plainly(engine, sampling))
     alike = ours.rows[head][prompt]
     assert (alike.token_ids, alike.finished) == (vanilla[prompt].token_ids[:at], True)
     assert (alike.changed, alike.route) == (False, "drafted")
@@ -453,7 +390,6 @@ def test_with_several_end_tokens_answers_equal_plain_decoding(sampling):
     ended = [(row, vanilla) for row, vanilla in pairs if row.finished and vanilla.finished]
     lengths = {len(row.token_ids) - len(vanilla.token_ids) for row, vanilla in ended}
     assert min(lengths) < 0 < max(lengths)
-    check(ours)
 
 
 def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
@@ -462,7 +398,7 @@ def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
     others = {one.token_ids[0] for row in rows for one in row[3:]} - {one.token_ids[0] for one in vanilla}
     engine.model.generation_config.eos_token_id = sorted(first | others)
     ours = scan("llama_gqa", engine=engine)
-    assert differences(ours.rows, twin_of(engine, GREEDY)) == []
+    check(ours, decoded_plainly(engine))
     assert all(row.token_ids == () and row.finished for row in ours.vanilla[:3])
     # Ablated answers that go on, and empty ones of prompts whose unablated answer does.
     assert any(row.token_ids for rows in ours.rows for row in rows[:3])
@@ -477,8 +413,7 @@ def test_answers_that_end_at_once_are_empty_and_equal_plain_decoding():
 def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, monkeypatch):
     monkeypatch.setattr(DraftPass, "near_tie_tolerance", lambda *_: tolerance)
     ours = scan("llama_gqa", sampling)
-    assert differences(ours.rows, twin("llama_gqa", sampling)[:-1]) == []
-    check(ours)
+    check(ours, twin("llama_gqa", sampling))
     least, most = share
     assert least * len(flat(ours)) <= ours.economy.n_near_ties <= most * len(flat(ours))
     assert ours.tolerance == tolerance
@@ -487,33 +422,38 @@ def test_near_ties_are_decoded_plainly_and_counted(sampling, tolerance, share, m
         assert {row.changed for row in flat(ours)} == {True, False}
 
 
-def noisy(size, seed=0):
-    """Adds up to ``size`` to each logit, another number each time."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda logits: logits + size * (2 * torch.rand(logits.shape, generator=generator) - 1)
+def while_continuing(monkeypatch, hook):
+    """``hook`` gives a handle of a hook that is in force while answers are continued; plain decoding goes without."""
+    answer = drafts_module.answer
+
+    def hooked(engine, requests, *arguments, **keywords):
+        if not any(request.begun for request in requests):
+            return answer(engine, requests, *arguments, **keywords)
+        handle = hook(engine)
+        try:
+            return answer(engine, requests, *arguments, **keywords)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(drafts_module, "answer", hooked)
 
 
 @SAMPLINGS
 @FAMILIES
 def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(family, sampling, monkeypatch):
     # The comparison and the continuation are moved by as much as bfloat16 would move them; plain decoding is not.
-    engine, size = proved(family), 0.02
-    logits, move = engine.logits, noisy(size)
+    engine, size, generator = proved(family), 0.02, torch.Generator().manual_seed(0)
+
+    def move(logits):
+        return logits + size * (2 * torch.rand(logits.shape, generator=generator) - 1)
+
+    logits = engine.logits
     monkeypatch.setattr(engine, "logits", lambda states: move(logits(states)))
-    answer = drafts_module.answer
-
-    def answer_coarsely(engine, requests, *arguments, **keywords):
-        if not any(request.begun for request in requests):
-            return answer(engine, requests, *arguments, **keywords)
-        handle = engine.model.lm_head.register_forward_hook(lambda _, __, output: move(output))
-        try:
-            return answer(engine, requests, *arguments, **keywords)
-        finally:
-            handle.remove()
-
-    monkeypatch.setattr(drafts_module, "answer", answer_coarsely)
+    while_continuing(
+        monkeypatch, lambda engine: engine.model.lm_head.register_forward_hook(lambda _, __, output: move(output))
+    )
     ours = scan(family, sampling)
-    assert differences(ours.rows, twin(family, sampling)[:-1]) == []
+    check(ours, twin(family, sampling))
     assert ours.tolerance > 2 * size  # a margin is a difference of two logits
     assert 0 < ours.economy.n_near_ties < len(flat(ours))
     # Without a tolerance this would not have gone well: the noise is large enough to tell.
@@ -530,8 +470,7 @@ def test_exact_ties_are_settled_as_plain_decoding_settles_them(sampling):
     use_our_attention(model)
     engine = Engine(model, proved("llama_gqa").tokenizer, "ties")
     ours = scan("llama_gqa", sampling, engine=engine)
-    assert differences(ours.rows, twin_of(engine, sampling)) == []
-    check(ours)
+    check(ours, decoded_plainly(engine, sampling))
     if sampling is GREEDY:
         tied = [row for row in flat(ours) if {*range(16), *range(32, 48)} & {*row.token_ids}]
         assert len(tied) > 10
@@ -555,56 +494,46 @@ def test_without_quick_paths_the_scan_is_the_same(sampling):
 def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     family = "gemma2_softcap"
     engine = engine_of(family, token_budget=40, capabilities=proved(family).capabilities)
-    quick = usual(family, sampling)
-    layout = begun(family, sampling, engine=engine).drafts.plan
+    small = begun(sampling, engine)
+    layout = small.drafts.plan
     assert len(layout.rows) > 1
     assert layout.groups_per_batch < 4
-    ours = scan(family, sampling, engine=engine)
-    assert differences(ours.rows, twin(family, sampling)[:-1]) == []
+    ours, quick = scan(family, sampling, engine=engine), usual(family, sampling)
+    check(ours, twin(family, sampling))
     assert [row.token_ids for row in flat(ours)] == [row.token_ids for row in flat(quick)]
     # The same drafts, laid out as they were, on another engine.
-    vanilla = begun(family, sampling, engine=engine).unablated
-    other = begun(family, sampling, unablated=vanilla, plan=layout)
-    assert other.unablated == vanilla
-    assert other.drafts.plan == layout
-    table, _ = other.answers(each_head(engine))
-    assert differences(table, twin(family, sampling)[:-1]) == []
+    other = begun(sampling, proved(family), unablated=small.unablated, plan=layout)
+    assert (other.unablated, other.drafts.plan) == (small.unablated, layout)
+    assert differences(other.answers(each_head(engine))[0], twin(family, sampling)[:-1]) == []
 
 
 @pytest.mark.parametrize("where", ["comparing", "decoding"])
 @SAMPLINGS
 def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch):
     engine, undisturbed, failed = engine_of("llama_gqa"), usual("llama_gqa", sampling), []
-    owner, name = (engine, "replayed") if where == "comparing" else (drafts_module, "answer")
-    before = getattr(owner, name)
+    before = engine.replayed
 
-    def out_of_memory(size):
-        failed.append(size)
-        raise torch.OutOfMemoryError("made up")
+    def fail_once(size):
+        if not failed and size > 1:
+            failed.append(size)
+            raise torch.OutOfMemoryError("made up")
 
     def replayed(captures, groups, *arguments):
-        if not failed and len(groups) > 1 and any(groups):
-            out_of_memory(len(groups))
+        fail_once(len(groups) * any(groups))
         return before(captures, groups, *arguments)
 
-    def forward(_, __, keywords):
-        if not failed and len(keywords["input_ids"]) > 1:
-            out_of_memory(len(keywords["input_ids"]))
+    def hook(engine):
+        return engine.architecture.decoder.register_forward_pre_hook(
+            lambda _, __, keywords: fail_once(len(keywords["input_ids"])), with_kwargs=True
+        )
 
-    def answer(engine, requests, *arguments, **keywords):
-        if not any(request.begun for request in requests):
-            return before(engine, requests, *arguments, **keywords)
-        handle = engine.architecture.decoder.register_forward_pre_hook(forward, with_kwargs=True)
-        try:
-            return before(engine, requests, *arguments, **keywords)
-        finally:
-            handle.remove()
-
-    monkeypatch.setattr(owner, name, replayed if where == "comparing" else answer)
+    if where == "comparing":
+        monkeypatch.setattr(engine, "replayed", replayed)
+    else:
+        while_continuing(monkeypatch, hook)
     ours = scan("llama_gqa", sampling, engine=engine)
     assert len(failed) == 1
-    assert ours.rows == undisturbed.rows
-    assert ours.economy == undisturbed.economy
+    assert (ours.rows, ours.economy) == (undisturbed.rows, undisturbed.economy)
 
 
 # The table of rates
@@ -617,7 +546,8 @@ def test_values_hold_each_head_where_it_was_scanned_and_scored():
     for at, (layer, index) in ((0, (2, 1)), (2, (1, 0))):
         assert ours.values[layer, index] == sum(row.verdict.complied for row in ours.rows[at]) / len(PROMPTS)
     assert int(ours.values.isfinite().sum()) == 2
-    unscored = scan("llama_gqa", judge=Scripted(reply=lambda _: Verdict("unscored", "made up")), groups=groups)
+    mute = Recording(lambda given: [Verdict("unscored", "made up")] * len(given), decides_early=False)
+    unscored = scan("llama_gqa", judge=mute, groups=groups)
     assert unscored.values.isnan().all()
     assert all((rate.rate, rate.n) == (None, 0) for rate in unscored.rates)
 
@@ -635,6 +565,6 @@ def test_logits_that_cannot_be_trusted_make_near_ties(wrong, monkeypatch):
         logits = engine.logits
         monkeypatch.setattr(engine, "logits", lambda states: logits(states).roll(1, dims=-1))
     ours = scan("llama_gqa", engine=engine, prompts=PROMPTS[:2], max_new_tokens=4)
-    assert differences(ours.rows, twin_of(engine, GREEDY, prompts=PROMPTS[:2], max_new_tokens=4)) == []
+    check(ours, decoded_plainly(engine, prompts=prompts_of(*PROMPTS[:2]), n=4))
     assert ours.economy.n_near_ties == ours.economy.n_rows
     assert ours.tolerance == float("inf") or wrong == "not finite"

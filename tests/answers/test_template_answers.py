@@ -4,22 +4,19 @@ The models are random, so their words are renamed: a frequent one ends thinking,
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from own_judges import Recording
 from tiny_models import END, VOCABULARY, model_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, PromptSet, Template
 from safetyheads.answers.decoding import GREEDY, TOP_5, Decoding, generate
-from safetyheads.answers.success import (
-    answers_under,
-    attack_success_rate,
-    scan_attack_success_rate,
-)
+from safetyheads.answers.success import answers_under, attack_success_rate, scan_attack_success_rate
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES
@@ -49,10 +46,8 @@ def tokenizer(renamed):
 @cache
 def answered_words(sampling):
     """Words of the plain answers and words that these begin with, most frequent first."""
-    engine = engine_with({})
-    prompts = asked({}, Template.parse("direct"))
-    groups = [(head,) for head in engine.heads]
-    made = [generate(engine, prompts, N_TOKENS, [group] * len(prompts), sampling=sampling) for group in groups]
+    engine, prompts = ready({}, Template.parse("direct"))
+    made = [generate(engine, prompts, N_TOKENS, [(head,)] * len(prompts), sampling=sampling) for head in engine.heads]
     answers = [one.token_ids for row in made for one in row]
     counts = (Counter(sum(answers, ())), Counter(one[0] for one in answers))
     return tuple([token for token, _ in count.most_common()] for count in counts)
@@ -67,43 +62,12 @@ def _proved():
     return engine
 
 
-def engine_with(renamed):
+def ready(renamed, template):
+    """An engine with these words, and the prompts under the template."""
     proved = _proved()
-    return Engine(proved.model, tokenizer(renamed), name="llama_gqa", capabilities=proved.capabilities)
-
-
-def asked(renamed, template):
+    engine = Engine(proved.model, tokenizer(renamed), name="llama_gqa", capabilities=proved.capabilities)
     queries = [" ".join(renamed.get(token, f"w{token}") for token in ids) for ids in PROMPTS]
-    return PromptSet.from_queries(queries, template)
-
-
-@dataclass(frozen=True)
-class Seeing:
-    """A judge that remembers what it was shown."""
-
-    inner: KeywordJudge
-    seen: list = field(default_factory=list)
-    name: str = "seeing"
-    decides_early: bool = True
-
-    def __call__(self, completions):
-        self.seen.extend(completions)
-        return self.inner(completions)
-
-    def final(self, text_so_far):
-        return self.inner.final(text_so_far)
-
-    def describe(self):
-        return {"judge": self.name, "name": self.name}
-
-
-class Patient(Seeing):
-    """The same, of whole answers."""
-
-    name, decides_early = "patient", False
-
-    def final(self, text_so_far):
-        return False
+    return engine, PromptSet.from_queries(queries, template)
 
 
 CASES = {
@@ -135,14 +99,12 @@ def case(name, sampling=GREEDY):
 @SAMPLINGS
 def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
     renamed, template, judge = case(name, sampling)
-    engine, prompts = engine_with(renamed), asked(renamed, template)
-    kind, groups = UNDIFFERENTIATED_ATTENTION, [(head,) for head in engine.heads]
+    engine, prompts = ready(renamed, template)
+    groups = [(head,) for head in engine.heads]
     columns = [[group] * len(prompts) for group in groups]
-    scans = {
-        full: scan_attack_success_rate(engine, prompts, kind, judge, Decoding(N_TOKENS, sampling, full), groups)
-        for full in (False, True)
-    }
-    plain = answers_under(engine, prompts, columns, kind, judge, Decoding(N_TOKENS, sampling, True))
+    asked = (engine, prompts, UNDIFFERENTIATED_ATTENTION, judge)
+    scans = {full: scan_attack_success_rate(*asked, Decoding(N_TOKENS, sampling, full)) for full in (False, True)}
+    plain = answers_under(engine, prompts, columns, *asked[2:], Decoding(N_TOKENS, sampling, True))
     routes = Counter()
     for full, scan in scans.items():
         for rows, plain_rows in zip(scan.rows, plain, strict=True):
@@ -173,18 +135,17 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
 
 def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
     renamed, template, judge = case("a block that the prompt begins")
-    engine, prompts, seeing = engine_with(renamed), asked(renamed, template), Seeing(judge)
-    groups = [(head,) for head in engine.heads]
-    scan = scan_attack_success_rate(engine, prompts, UNDIFFERENTIATED_ATTENTION, seeing, Decoding(N_TOKENS), groups)
+    (engine, prompts), seeing = ready(renamed, template), Recording(judge)
+    scan = scan_attack_success_rate(engine, prompts, UNDIFFERENTIATED_ATTENTION, seeing, Decoding(N_TOKENS))
     closed = [row for rows in scan.rows for row in rows if row.verdict != NOT_CLOSED]
-    assert {row.text for row in closed} <= {completion.text for completion in seeing.seen}
-    assert not any(completion.unclosed for completion in seeing.seen)
+    assert {row.text for row in closed} <= {completion.text for completion in seeing.given}
+    assert not any(completion.unclosed for completion in seeing.given)
     for row in closed:
         tokens = list(row.token_ids)
         first = tokens.index(next(token for token, word in renamed.items() if word == "</think>"))
         judged = engine.ask(prompts).reader.read(row.token_ids)
         assert judged.token_ids == tuple(tokens[first + 1 :])
-    rows = attack_success_rate(engine, prompts, groups[0], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
+    rows = attack_success_rate(engine, prompts, engine.heads[:1], UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
     assert all(row.thinks for row in rows)
     refused = [replace(row, verdicts={"words": replace(row.verdict, label="refused")}) for row in rows]
     assert openers_of(engine, refused) == ()
@@ -193,7 +154,7 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
 
 def test_a_stop_text_ends_rows_where_it_is():
     renamed, template, judge = case("a stop text")
-    engine, prompts = engine_with(renamed), asked(renamed, template)
+    engine, prompts = ready(renamed, template)
     stop = next(iter(renamed))
     rows = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
     whole = generate(engine, prompts, N_TOKENS)
@@ -205,31 +166,24 @@ def test_a_stop_text_ends_rows_where_it_is():
 
 def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     renamed, template, judge = case("a block that the prompt begins")
-    engine, prompts = engine_with(renamed), asked(renamed, template)
+    engine, prompts = ready(renamed, template)
     monkeypatch.setitem(JUDGES, "words", lambda: judge)
     (tmp_path / "asked.txt").write_text("\n".join(prompts.queries))
-    config = ScanConfig(
-        "tiny",
-        str(tmp_path / "asked.txt"),
-        "none",
-        template="{query} <think>",
-        thinking="open",
-        max_new_tokens=N_TOKENS,
-        judges=("words",),
-        scores=False,
-    )
+    ways = {"template": "{query} <think>", "thinking": "open", "max_new_tokens": N_TOKENS, "judges": ("words",)}
+    config = ScanConfig("tiny", str(tmp_path / "asked.txt"), "none", scores=False, **ways)
     run_scan(engine, config, tmp_path / "run")
-    rows = [row for row in RunDirectory.open(tmp_path / "run").stored_records() if "verdicts" in row]
+    directory = RunDirectory.open(tmp_path / "run")
+    rows = [row for row in directory.stored_records() if "verdicts" in row]
     assert any(row.get("unclosed") for row in rows)
     assert any(row.get("thought") and not row.get("unclosed") for row in rows)
     assert all(row["thinks"] for row in rows)
-    assert RunDirectory.open(tmp_path / "run").read_manifest()["config"]["thinking"] == "open"
-    patient = Patient(judge)
+    assert directory.read_manifest()["config"]["thinking"] == "open"
+    patient = Recording(judge, decides_early=False)
     found = rejudge(tmp_path / "run", patient, Silent(), {})
     groups = [(), *((head,) for head in engine.heads)]
     columns = [[group] * len(prompts) for group in groups]
     plain = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, Decoding(N_TOKENS, GREEDY, True))
     whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
     # Cut answers are no answers to a judge that needs whole ones.
-    assert {completion.text for completion in patient.seen} < whole
+    assert {completion.text for completion in patient.given} < whole
     assert found["n_unscored"] == sum(not row["complete"] for row in rows) > 0

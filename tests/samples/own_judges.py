@@ -1,6 +1,29 @@
-"""Judges of a user's own, for ``--judge python:own_judges:NAME``."""
+"""Judges of a user's own, for ``--judge python:own_judges:NAME``, and one that remembers what it is given."""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 SEEN = []
+
+
+@dataclass
+class Recording:
+    """Asks another judge and keeps the completions; where it does not decide early, it is never final."""
+
+    inner: Any
+    decides_early: bool = True
+    name: str = "recording"
+    given: list = field(default_factory=list)
+
+    def __call__(self, completions):
+        self.given.extend(completions)
+        return self.inner(completions)
+
+    def final(self, text_so_far):
+        return self.decides_early and self.inner.final(text_so_far)
+
+    def describe(self):
+        return {"judge": self.name, "name": self.name}
 
 
 def seen_answers(queries, answers):
