@@ -92,7 +92,7 @@ def test_offloaded_by_cpu_offload_everything_is_the_same_and_the_hooks_stay():
             name: module.__dict__["forward"] for name, module in model.named_modules() if "_hf_hook" in vars(module)
         }
 
-    model = accelerate.cpu_offload(model_of("llama_gqa").requires_grad_(False), execution_device=torch.device("cpu"))
+    model = accelerate.cpu_offload(model_of("llama_gqa"), execution_device=torch.device("cpu"))
     before, engine = hooked(), Engine(model, tokenizer())
     engine.check()
     assert_same(all_of(engine), all_of(engine_of("llama_gqa")))

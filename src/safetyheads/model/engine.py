@@ -75,6 +75,9 @@ class Engine:
         All quick paths are taken until :meth:`check` proves them. ``token_budget`` is the most tokens in a batch; by
         default what fits the memory.
         """
+        if any(parameter.is_meta for parameter in model.parameters()):
+            # accelerate makes offloaded parameters anew under inference mode, where they cannot ask for gradients.
+            model.requires_grad_(False)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path

@@ -92,9 +92,6 @@ def load_model(
     refuse_broken_weights(model, path)
     if options.device_map is None and not is_quantised(model):
         model = model.to(place)
-    if options.device_map is not None:
-        # accelerate makes offloaded parameters anew under inference mode, where they cannot ask for gradients again.
-        model.requires_grad_(False)
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{model.config.model_type}: {type(model).__name__} computes attention without transformers' attention "
