@@ -131,38 +131,33 @@ def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest,
     assert batch_tokens(lay_out(chosen, costs(n_heads=n_heads), budget), chosen) <= max(budget, prefix + rest)
 
 
-def test_a_batch_of_unequally_long_sequences_is_within_the_budget():
-    # The three long ones come first and may share a row: 320 tokens, where a row of average ones has 136.
-    chosen = [sequence(*[0] * 20, *[1 + at] * rest) for at, rest in enumerate([100] * 3 + [2] * 5)]
-    assert batch_tokens(lay_out(chosen, costs(), 550), chosen) <= 550
-
-
-def test_packing_pays_where_much_is_shared_and_not_where_rows_grow_long_or_nothing_packs():
+def test_packing_pays_where_much_is_shared_and_rows_stay_within_the_budget():
     shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
     assert len(lay_out(shared, costs(), 4096).rows) == 1
     assert len(lay_out([sequence(*[at] * 500) for at in range(1, 9)], costs(token=1, pair=1), 4096).rows) == 8
     made = lay_out(shared, costs(packs=False), 4096)
     assert (made.rows, made.groups_per_batch) == (tuple((at,) for at in range(8)), 32)
     assert lay_out(shared, costs(packs=False), 51 * 5 + 50).groups_per_batch == 5
+    # Three long ones come first and may share a row: 320 tokens, where a row of average ones has 136.
+    uneven = [sequence(*[0] * 20, *[1 + at] * rest) for at, rest in enumerate([100] * 3 + [2] * 5)]
+    assert batch_tokens(lay_out(uneven, costs(), 550), uneven) <= 550
 
 
-class Device:
-    """Memory for so many items at once; keeps what was done."""
+def on_small_device(fits, error):
+    """A run over items on a device with memory for so many at once; what it tried, and what it did."""
+    tried, done = [], []
 
-    def __init__(self, fits, error=None):
-        self.fits, self.error = fits, error or torch.OutOfMemoryError("out of memory")
-        self.done, self.tried = [], []
-
-    def run(self, items):
-        self.tried.append(len(items))
-        if len(items) > self.fits:
-            raise self.error
-        self.done += items
+    def run(items):
+        tried.append(len(items))
+        if len(items) > fits:
+            raise error
+        done.extend(items)
         return [10 * item for item in items]
 
+    return run, tried, done
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 33])
-@pytest.mark.parametrize("fits", [1, 3, 100])
+
+@pytest.mark.parametrize(("n", "fits"), [(1, 1), (2, 1), (7, 3), (33, 3), (33, 100)])
 @pytest.mark.parametrize(
     "error",
     [
@@ -172,13 +167,15 @@ class Device:
     ],
 )
 def test_where_memory_runs_out_every_item_is_done_once_and_in_order(n, fits, error):
-    device, items = Device(fits, error), list(range(n))
-    yielded = list(halving(items, device.run))
-    assert device.done == items
-    assert [item for part, _ in yielded for item in part] == items
-    assert all(result == [10 * item for item in part] for part, result in yielded)
-    assert all(len(part) <= fits for part, _ in yielded)
-    assert fits < n or device.tried == [n]
+    run, tried, done = on_small_device(fits, error)
+    yielded = list(halving(range(n), run))
+    assert done == [item for part, _ in yielded for item in part] == list(range(n))
+    assert all(result == [10 * item for item in part] and len(part) <= fits for part, result in yielded)
+    assert fits < n or tried == [n]
+    # What was too much before is halved without another try.
+    tried.clear()
+    list(halving(range(n), lambda items: None if len(items) > fits else run(items)))
+    assert max(tried) <= fits
 
 
 @pytest.mark.parametrize(
@@ -190,18 +187,11 @@ def test_where_memory_runs_out_every_item_is_done_once_and_in_order(n, fits, err
     ],
 )
 def test_other_errors_pass_and_nothing_is_tried_again(error, fits, tried):
-    device = Device(fits, error)
+    run, *found = on_small_device(fits, error)
     with pytest.raises(type(error)) as caught:
-        list(halving(range(8), device.run))
+        list(halving(range(8), run))
     assert caught.value is error
-    assert (device.tried, device.done) == (tried, [])
-
-
-def test_what_was_too_much_before_is_halved_without_another_try():
-    device = Device(fits=2)
-    parts = list(halving(range(4), lambda items: None if len(items) == 4 else device.run(items)))
-    assert [list(part) for part, _ in parts] == [[0, 1], [2, 3]]
-    assert device.tried == [2, 2]
+    assert found == [tried, []]
 
 
 # Operations, against torch's own counter
@@ -209,6 +199,7 @@ def test_what_was_too_much_before_is_halved_without_another_try():
 PROMPTS = ((5, 9, 12, 40, 41, 8), (5, 9, 12, 7, 7, 19, 33, 50), (5, 9, 12, 1))
 SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]
 LAYOUT = Plan(((0, 1), (2,)), 1, 1)
+SIZES = [replace(size, n_pairs=0, n_wanted_pairs=0) for size in row_sizes(SEQUENCES, LAYOUT)]
 
 
 def weights_only(run):
@@ -219,19 +210,13 @@ def weights_only(run):
     return sum(count for operation, count in counts.items() if "mm" in str(operation) and "bmm" not in str(operation))
 
 
-def without_pairs(rows):
-    return [replace(row, n_pairs=0, n_wanted_pairs=0) for row in rows]
-
-
 @pytest.mark.parametrize("family", ["llama_mha", "llama_gqa", "qwen3_norm"])
 def test_a_forward_counts_what_runs(family):
-    engine = engine_of(family)
-    rows = [pack(SEQUENCES, members) for members in LAYOUT.rows]
-    sizes = without_pairs(row_sizes(SEQUENCES, LAYOUT))
-    assert [size.n_tokens for size in sizes] == [row.n_tokens for row in rows]
+    engine, rows = engine_of(family), [pack(SEQUENCES, members) for members in LAYOUT.rows]
+    assert [size.n_tokens for size in row_sizes(SEQUENCES, LAYOUT)] == [row.n_tokens for row in rows]
     with torch.inference_mode():
         counted = weights_only(lambda: [decode(engine.architecture, row, 1) for row in rows])
-    assert engine.costs.forward_flops(sizes) == counted
+    assert engine.costs.forward_flops(SIZES) == counted
 
 
 @pytest.mark.parametrize("quick", [Capabilities(), Capabilities(prunes=False), Capabilities(starts_late=False)])
@@ -239,7 +224,6 @@ def test_a_forward_counts_what_runs(family):
 def test_a_replay_counts_what_runs(start, quick):
     engine = engine_of("llama_gqa", capabilities=quick)
     captures = engine.captured(SEQUENCES, (), UNDIFFERENTIATED_ATTENTION, LAYOUT, start)
-    sizes = without_pairs(row_sizes(SEQUENCES, LAYOUT))
 
     def run(n_rows):
         groups = [(Head(start, index),) for index in range(n_rows)]
@@ -251,8 +235,8 @@ def test_a_replay_counts_what_runs(start, quick):
     if quick.prunes and not (start == 2 and quick.starts_late):
         # The last layer makes the wanted tokens' keys and values a second time, to throw them away.
         useful -= engine.costs.key_value * len(PROMPTS)
-    assert engine.costs.replay_flops(sizes, start) == useful
-    assert engine.costs.scan_flops(sizes, [Head(start, 0), Head(start, 1)]) == 2 * useful
+    assert engine.costs.replay_flops(SIZES, start) == useful
+    assert engine.costs.scan_flops(SIZES, [Head(start, 0), Head(start, 1)]) == 2 * useful
 
 
 def test_pairs_are_those_that_a_causal_mask_allows_within_each_prompt():
@@ -294,14 +278,10 @@ LAYOUTS = {
 
 
 @cache
-def wide_model(name):
+def wide(name, **options):
     model = build(CONFIGS[name]())
     use_our_attention(model)
-    return model
-
-
-def wide(name, **options):
-    return Engine(wide_model(name), tokenizer(), name=name, **options)
+    return Engine(model, tokenizer(), name=name, **options)
 
 
 def sequences_of(n, length, n_prefix):
@@ -344,8 +324,6 @@ def test_a_pass_stays_within_any_budget(name, share):
     groups, readouts = [(Head(1, 3),), (Head(2, 0),)], Readouts(ships=True)
     tight, loose = (HeadPass(each, sequences, UNDIFFERENTIATED_ATTENTION, readouts) for each in (engine, free))
     assert torch.allclose(tight.measure(groups)["ships"], loose.measure(groups)["ships"], rtol=1e-3, atol=1e-7)
-
-
-def test_a_budget_that_nothing_fits_is_refused():
+    # And one that nothing fits is refused.
     with pytest.raises(InputError, match=r"memory budget is 0\.00095 MiB"):
         wide("mha", memory_budget=1000).plan(sequences_of(2, 24, 0))
