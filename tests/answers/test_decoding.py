@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,14 +78,6 @@ def slow_answer(oracle, prompt, group, ablation, n, sampling=None, ends=(END,)):
     return tuple(made), False
 
 
-def cut(token_ids, ends):
-    """The answer that the same tokens make where more tokens end one."""
-    for number, token in enumerate(token_ids):
-        if token in ends:
-            return token_ids[:number], True
-    return token_ids, False
-
-
 def as_pairs(answers):
     return [(one.token_ids, one.finished) for one in answers]
 
@@ -129,13 +122,16 @@ def test_mixed_groups_and_uneven_prompts_in_one_batch_equal_the_oracle(family, s
     assert slow[family][0] != slow[family][2]  # the same prompt under another group
 
 
-def test_generate_gives_each_prompt_its_own_group(slow):
+def test_generate_gives_each_prompt_its_own_group_and_at_least_one_token(slow):
     groups = [group for _, group in MIXED]
     prompts = prompts_of(*(prompt for prompt, _ in MIXED))
     engine, ablation = engine_of("llama_gqa"), FAMILIES["llama_gqa"]
     assert as_pairs(generate(engine, prompts, N_TOKENS, groups, ablation)) == slow["llama_gqa"]
     with pytest.raises(InputError, match="3 groups for 4 prompts"):
         generate(engine, prompts, N_TOKENS, groups[:3], ablation)
+    with pytest.raises(InputError, match="at least one new token"):
+        generate(engine, prompts, 0)
+    assert answered(engine, []) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +141,8 @@ def test_rows_that_end_early_leave_the_others_as_they_were(family, slow):
     keeps, *others = (tokens for tokens, _ in slow[family])
     ends = sorted(set().union(*others) - set(keeps))
     engine.model.generation_config.eos_token_id = ends
-    expected = [cut(tokens, ends) for tokens, _ in slow[family]]
+    lengths = [next((at for at, token in enumerate(tokens) if token in ends), N_TOKENS) for tokens, _ in slow[family]]
+    expected = [(tokens[:n], n < N_TOKENS) for (tokens, _), n in zip(slow[family], lengths, strict=True)]
     assert expected[0] == (keeps, False)
     assert all(finished and len(tokens) < N_TOKENS - 1 for tokens, finished in expected[1:])
     rows, done = batch_rows(engine), []
@@ -196,19 +193,11 @@ def test_a_row_stops_at_the_context_and_the_others_do_not(family, slow):
         assert answered(engine, asked[1:2], ablation, 3) == [(tuple(made), False)]
 
 
-def test_an_answer_has_at_least_one_token():
-    with pytest.raises(InputError, match="at least one new token"):
-        generate(engine_of("llama_gqa"), prompts_of(PROMPTS[0]), 0)
-    assert answered(engine_of("llama_gqa"), []) == []
-
-
 # Sampled answers
 
 
 @pytest.mark.parametrize(
-    ("family", "sampling"),
-    [("llama_gqa", Sampling(5, seed=3)), ("mistral_window", Sampling(3, seed=(1 << 64) - 1))],
-    ids=["llama_gqa", "mistral_window"],
+    ("family", "sampling"), [("llama_gqa", Sampling(5, seed=3)), ("mistral_window", Sampling(3, seed=(1 << 64) - 1))]
 )
 def test_samples_are_the_best_of_the_top_k_with_the_documented_noise(family, sampling, oracles, slow):
     ablation = FAMILIES[family]
@@ -249,27 +238,25 @@ def test_equal_distributions_give_equal_samples_under_every_ablation(name):
 def test_query_level_success_is_each_prompts_own():
     engine, ablation, done = engine_of("llama_gqa"), UNDIFFERENTIATED_ATTENTION, []
     prompts = (*PROMPTS, (7, 7), (1, 2, 3))
+    asked = prompts_of(*prompts)
     groups = ((Head(0, 1),), (), (Head(2, 0), Head(1, 1)), (Head(0, 3),), (Head(1, 2),))
-    decoded = generate(engine, prompts_of(*prompts), 6, groups, ablation)
+    decoded = generate(engine, asked, 6, groups, ablation)
     # The words that the first two answers begin with are refusals.
     words = tuple(decode_text(engine.tokenizer, one.token_ids).split()[0] for one in decoded[:2])
     rules = KeywordRules(keywords=words, short_characters=0, short_from_tokens=0, repetition=None)
     judge = KeywordJudge("first words", rules)
-    ours = query_level_attack_success_rate(
-        engine, prompts_of(*prompts), groups, ablation, judge, 6, on_rows=done.append
-    )
+    ours = query_level_attack_success_rate(engine, asked, groups, ablation, judge, 6, on_rows=done.append)
     singles = [
         attack_success_rate(engine, prompts_of(prompt), group, ablation, judge, 6).rows[0]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    for row, group, single in zip(ours.rows, groups, singles, strict=True):
-        assert (row.token_ids, row.text, row.finished) == (single.token_ids, single.text, single.finished)
-        assert (row.verdict, row.group, row.prompt.query) == (single.verdict, group, single.prompt.query)
+    assert [replace(row, prompt=single.prompt) for row, single in zip(ours.rows, singles, strict=True)] == singles
+    assert [row.prompt for row in ours.rows] == list(asked)
     assert ours.rate == sum(single.verdict.complied for single in singles) / len(prompts)
     assert 0 < ours.rate < 1
     assert (ours.n, sum(done)) == (len(prompts), len(prompts))
     with pytest.raises(InputError, match="4 groups for 5 prompts"):
-        query_level_attack_success_rate(engine, prompts_of(*prompts), groups[:4], ablation, judge)
+        query_level_attack_success_rate(engine, asked, groups[:4], ablation, judge)
 
 
 def test_query_level_groups_are_each_prompts_own_best_heads():

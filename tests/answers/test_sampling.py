@@ -44,53 +44,30 @@ def one(logits, place, sampling):
     return int(token), float(margin)
 
 
-class Slow:
-    """One choice among the top k, with plain lists: what is drawn, and what it takes to draw another token."""
+def slow_choice(logits, place, sampling):
+    """One choice among the top k, with plain lists.
 
-    def __init__(self, logits, place, sampling):
-        self.logits, self.k = logits, min(sampling.top_k, len(logits))
-        noise = [0.0] * len(logits) if place is None else fresh_noise(place, sampling.seed, len(logits))
-        self.scores = [value + added for value, added in zip(logits, noise, strict=True)]
-        ranked = sorted(range(len(logits)), key=lambda token: -logits[token])
-        self.inside = ranked[: self.k]
-        self.descending = [logits[token] for token in ranked]
-        self.drawn = max(self.inside, key=lambda token: self.scores[token])
-
-    @property
-    def clear(self):
-        """Whether no tie hangs on the order of equal logits."""
-        inside = {self.scores[token] for token in self.inside}
-        return len(inside) == self.k and (self.k == len(self.logits) or self._gap(self.k - 1, self.k) > 0)
-
-    def _gap(self, rank, other):
-        return self.descending[rank] - self.descending[other]
-
-    @property
-    def margin(self):
-        """The least change of differences that draws another token: the drawn one is pushed out, or another beats it.
-
-        To beat it, a token needs as high a score, and a place among the top k.
-        """
-        beats = [
-            max(
-                self.scores[self.drawn] - self.scores[token],
-                0.0 if token in self.inside else self.descending[self.k - 1] - self.logits[token],
-            )
-            for token in range(len(self.logits))
-            if token != self.drawn
-        ]
-        if self.k < len(self.logits):
-            beats.append(self.logits[self.drawn] - self.descending[self.k])
-        return min(beats)
-
-    @property
-    def bound(self):
-        """What is known of the tokens that are not looked at."""
-        return self._gap(self.k - 1, min(self.k + LOOKED_AT, len(self.logits)) - 1)
+    The token, the least change of differences that draws another one, what is known of the tokens that are not looked
+    at, and whether no tie hangs on the order of equal logits.
+    """
+    n, k = len(logits), min(sampling.top_k, len(logits))
+    noise = [0.0] * n if place is None else fresh_noise(place, sampling.seed, n)
+    scores = [value + added for value, added in zip(logits, noise, strict=True)]
+    inside, descending = sorted(range(n), key=lambda token: -logits[token])[:k], sorted(logits, reverse=True)
+    drawn, last = max(inside, key=lambda token: scores[token]), descending[k - 1]
+    # To beat the drawn token, another needs as high a score, and a place among the top k; or the drawn is pushed out.
+    changes = [
+        max(scores[drawn] - scores[token], 0.0 if token in inside else last - logits[token])
+        for token in range(n)
+        if token != drawn
+    ]
+    changes += [logits[drawn] - descending[k]] if k < n else []
+    clear = len({scores[token] for token in inside}) == k and (k == n or last > descending[k])
+    return drawn, min(changes), last - descending[min(k + LOOKED_AT, n) - 1], clear
 
 
-def moved(logits, chosen, by, seed=0):
-    """Copies of the logits [n, vocabulary] in which no two move apart or together by more than ``by``.
+def tokens_of_moved(logits, chosen, by, place, sampling):
+    """What is chosen where no two of the logits move apart or together by more than ``by``.
 
     The others against the chosen one, each rival against all others, each rival against the chosen one alone, and
     twenty ways at random.
@@ -102,13 +79,8 @@ def moved(logits, chosen, by, seed=0):
     rivals.fill_diagonal_(1)
     alone = torch.eye(n, dtype=torch.float64)
     alone[:, chosen] = -1
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.rand(20, n, generator=generator, dtype=torch.float64) * 2 - 1
-    return values + by / 2 * torch.cat([others[None], rivals, alone, random, random.sign()])
-
-
-def tokens_of_moved(logits, chosen, by, place, sampling):
-    rows = moved(logits, chosen, by)
+    random = torch.rand(20, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    rows = values + by / 2 * torch.cat([others[None], rivals, alone, random, random.sign()])
     return set(choose(rows, [place] * len(rows), sampling)[0].tolist())
 
 
@@ -141,16 +113,13 @@ def test_among_equals_greedy_takes_the_first_as_argmax_does(n):
 @example([1.0, 0.0], ((1 << 64) - 1, 0), Sampling(2, (1 << 64) - 1))
 @quick
 def test_a_sample_and_its_margin_equal_those_of_lists_and_a_fresh_draw(logits, place, sampling):
-    slow = Slow(logits, place, sampling)
+    drawn, least, bound, clear = slow_choice(logits, place, sampling)
     token, margin = one(logits, place, sampling)
-    if slow.clear:
-        assert token == slow.drawn
-    else:
-        assert logits[token] >= slow.descending[slow.k - 1]
-    assert margin <= slow.margin + ROUNDING
+    assert token == drawn if clear else logits[token] >= sorted(logits)[-min(sampling.top_k, len(logits))]
+    assert margin <= least + ROUNDING
     # Too small a margin would cost time, no answer: it may only come from the tokens that are not looked at.
-    if margin < slow.margin - ROUNDING:
-        assert margin == pytest.approx(slow.bound, abs=ROUNDING)
+    if margin < least - ROUNDING:
+        assert margin == pytest.approx(bound, abs=ROUNDING)
 
 
 @given(logits=vocabularies, place=places, sampling=st.one_of(st.just(GREEDY), samplings))
@@ -162,7 +131,11 @@ def test_a_token_stays_while_differences_change_by_less_than_its_margin_and_chan
     token, margin = one(logits, place, sampling)
     if margin > 0:
         assert tokens_of_moved(logits, token, margin * 0.99, place, sampling) == {token}
-    if sampling is GREEDY or sampling.top_k >= len(logits) or margin < Slow(logits, place, sampling).bound - ROUNDING:
+    if (
+        sampling is GREEDY
+        or sampling.top_k >= len(logits)
+        or margin < slow_choice(logits, place, sampling)[2] - ROUNDING
+    ):
         assert tokens_of_moved(logits, token, margin * 1.01 + 1e-6, place, sampling) > {token}
 
 
@@ -172,10 +145,10 @@ def test_margins_hold_over_a_large_vocabulary_too(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(300, generator=generator, dtype=torch.float64) * (1 + seed % 4)).tolist()
     place, sampling = (seed, seed), Sampling(2 + seed % 6, seed)
-    slow = Slow(logits, place, sampling)
+    drawn, least, bound, _ = slow_choice(logits, place, sampling)
     token, margin = one(logits, place, sampling)
-    assert token == slow.drawn
-    assert margin == pytest.approx(min(slow.margin, slow.bound), abs=ROUNDING)
+    assert token == drawn
+    assert margin == pytest.approx(min(least, bound), abs=ROUNDING)
     assert tokens_of_moved(logits, token, margin * 0.99, place, sampling) == {token}
 
 
@@ -191,7 +164,7 @@ def test_a_row_is_chosen_as_if_it_were_alone():
     together = zip(*choose(logits, rows, TOP_5), strict=True)
     for number, (place, (token, margin)) in enumerate(zip(rows, together, strict=True)):
         assert (token, margin) == tuple(side[0] for side in choose(logits[number : number + 1], [place], TOP_5))
-        assert token == Slow(logits[number].tolist(), place, TOP_5).drawn
+        assert token == slow_choice(logits[number].tolist(), place, TOP_5)[0]
     # A negative seed is the unsigned one of the same bits.
     assert choose(logits[:1], rows[:1], Sampling(5, -1)) == choose(logits[:1], rows[:1], Sampling(5, (1 << 64) - 1))
 
