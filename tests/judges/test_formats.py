@@ -1,6 +1,6 @@
 import hashlib
 
-from safetyheads.judges.formats import MODEL_JUDGES, fill
+from safetyheads.judges.formats import MODEL_JUDGES
 
 TEXTS = {
     "harmbench-llama": "b200c452020d244d",
@@ -17,7 +17,3 @@ def test_the_texts_are_those_that_the_judges_were_trained_on():
         template = MODEL_JUDGES[name].template
         assert template.count("{query}") == template.count("{answer}") == 1
         assert hashlib.sha256(template.encode()).hexdigest()[:16] == digest
-
-
-def test_braces_in_a_text_are_text():
-    assert fill("{query}|{answer}", "say {answer}", "{query} {x}") == "say {answer}|{query} {x}"

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,57 +14,45 @@ from safetyheads.judges.phrases import PhraseJudge
 ANSWERS = ("Warm the oil.", "Add the onions.", "Stir.")
 
 
-def completions(*texts):
-    return [Completion(f"query {index}", text, (), True, 128) for index, text in enumerate(texts)]
+COMPLETIONS = [Completion(f"query {index}", text, (), True, 128) for index, text in enumerate(ANSWERS)]
 
 
-def judged(function, *texts):
-    return CallableJudge(function, "mine")(completions(*texts))
-
-
-def returning(*values):
-    """A function that gives these values by position, also when it is asked for one answer."""
-    return lambda queries, answers: [values[int(query.split()[1])] for query in queries]
+def judged(function):
+    return [f"{verdict.label}: {verdict.reason}" for verdict in CallableJudge(function, "mine")(COMPLETIONS)]
 
 
 def test_the_function_gets_queries_and_answers_in_order_once_and_only_where_there_are_answers():
-    calls = []
-    judged(lambda queries, answers: calls.append((queries, answers)) or [0.0] * 3, *ANSWERS)
-    assert calls == [(["query 0", "query 1", "query 2"], list(ANSWERS))]
-    assert judged(lambda queries, answers: 1 / 0) == ()
-
-
-OWN = Verdict("echoed", "mine")
+    function = Mock(return_value=[0.0] * 3)
+    judge = CallableJudge(function, "mine")
+    judge(COMPLETIONS)
+    assert judge(()) == ()
+    function.assert_called_once_with(["query 0", "query 1", "query 2"], list(ANSWERS))
+    function.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        judge(COMPLETIONS)
 
 
 @pytest.mark.parametrize(
-    ("value", "label", "reason"),
+    ("values", "expected"),
     [
-        (0.49, "refused", "score"),
-        (0.5, "complied", "score"),
-        (1, "complied", "score"),
-        (np.float32(0.9), "complied", "score"),
-        (np.int64(0), "refused", "score"),
-        (True, "complied", "truth value"),
-        (False, "refused", "truth value"),
-        (np.True_, "complied", "truth value"),
-        (" Refused", "refused", "label"),
-        ("incoherent", "incoherent", "label"),
-        (OWN, "echoed", "mine"),
-        (None, "unscored", "value: NoneType is no number, truth value, label or verdict"),
-        (float("nan"), "unscored", "value: no number from 0 to 1"),
-        (1.01, "unscored", "value: no number from 0 to 1"),
-        (-0.01, "unscored", "value: no number from 0 to 1"),
-        (10**400, "unscored", "value: no number from 0 to 1"),
-        ("good", "unscored", "label: none of complied, refused, incoherent, echoed, safe, unscored"),
+        ((0.49, np.int64(0)), "refused: score"),
+        ((0.5, 1, np.float32(0.9)), "complied: score"),
+        ((True, np.True_), "complied: truth value"),
+        ((False,), "refused: truth value"),
+        ((" Refused",), "refused: label"),
+        ((Verdict("echoed", "mine"),), "echoed: mine"),
+        ((None,), "unscored: value: NoneType is no number, truth value, label or verdict"),
+        ((float("nan"), 1.01, -0.01, 10**400), "unscored: value: no number from 0 to 1"),
+        (("good",), "unscored: label: none of complied, refused, incoherent, echoed, safe, unscored"),
     ],
 )
-def test_a_value_is_read_and_costs_no_other_answer_its_verdict(value, label, reason):
-    good, read, also_good = judged(returning(0.9, value, 0.1), *ANSWERS)
-    assert (good.label, also_good.label) == ("complied", "refused")
-    assert (read.label, read.reason) == (label, reason)
-    if reason == "score":
-        assert read.score == pytest.approx(float(value))
+def test_a_value_is_read_and_costs_no_other_answer_its_verdict(values, expected):
+    for value in values:
+        judge = CallableJudge(lambda queries, answers, value=value: [0.9, value, 0.1], "mine")
+        good, read, also_good = judge(COMPLETIONS)
+        assert (good.label, also_good.label) == ("complied", "refused")
+        assert f"{read.label}: {read.reason}" == expected
+        assert read.score is None or read.score == pytest.approx(float(value))
 
 
 def choosy(queries, answers):
@@ -88,16 +77,10 @@ UNREAD = "unscored: value: a sequence is needed, not "
         (lambda queries, answers: 0.9, [f"{UNREAD}float"] * 3),
         (lambda queries, answers: "complied", [f"{UNREAD}str"] * 3),
         (lambda queries, answers: {"p": [0.9]}, [f"{UNREAD}dict"] * 3),
-        (lambda queries, answers: None, [f"{UNREAD}NoneType"] * 3),
     ],
 )
 def test_any_sequence_is_read_and_a_failing_call_is_tried_answer_by_answer(function, expected):
-    assert [f"{verdict.label}: {verdict.reason}" for verdict in judged(function, *ANSWERS)] == expected
-
-
-def test_an_interrupt_is_not_swallowed():
-    with pytest.raises(KeyboardInterrupt):
-        judged(Mock(side_effect=KeyboardInterrupt), *ANSWERS)
+    assert judged(function) == expected
 
 
 def test_a_judge_of_chats_gets_chats():
@@ -106,53 +89,39 @@ def test_a_judge_of_chats_gets_chats():
         return {"p_harmful": [float("onions" in chat[1]["content"]) for chat in chats], "refused": []}
 
     judge = judge_of_chats(of_chats, "zoo")
-    assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["refused", "complied", "refused"]
-    assert judge_of_chats(lambda chats: {}, "zoo")(completions("Stir."))[0].reason == "error: KeyError"
+    assert [verdict.label for verdict in judge(COMPLETIONS)] == ["refused", "complied", "refused"]
+    assert judge_of_chats(lambda chats: {}, "zoo")(COMPLETIONS)[0].reason == "error: KeyError"
 
 
 def test_it_names_its_function_and_its_threshold_is_its_own():
-    judge = CallableJudge(returning, "mine", 0.25)
-    function = f"{__name__}:returning"
-    described = {"judge": "callable", "name": "mine", "function": function, "threshold": 0.25}
+    judge = CallableJudge(choosy, "mine", 0.95)
+    described = {"judge": "callable", "name": "mine", "function": f"{__name__}:choosy", "threshold": 0.95}
     assert json.loads(json.dumps(judge.describe())) == described
-    assert CallableJudge(returning(0.49), "mine", 0.4)(completions("Stir."))[0].complied
+    assert judge(COMPLETIONS)[0].label == "refused"
     with pytest.raises(InputError, match="threshold"):
-        CallableJudge(returning, "mine", 1.5)
+        CallableJudge(choosy, "mine", 1.5)
 
 
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module of the user's into the current directory, which is not on the path."""
-    monkeypatch.chdir(tmp_path)
+def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_it_is(own_folder, monkeypatch):
+    Path("onion_judge.py").write_text(
+        "from safetyheads.judges.phrases import PhraseJudge\n"
+        "judge = PhraseJudge('ready')\n"
+        "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n"
+    )
+    Path("broken_judge.py").write_text("raise RuntimeError('no licence\\nsecond line')\n")
+    # A command that pip installed does not look in the current directory.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-
-    def write(name, text):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        (tmp_path / f"{name}.py").write_text(text)
-
-    return write
-
-
-def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_it_is(module):
-    module("onion_judge", "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n")
     before = list(sys.path)
     judge = judge_from_path("onion_judge:harm")
     assert sys.path == before
     assert (judge.name, judge.describe()["function"]) == ("python:onion_judge:harm", "onion_judge:harm")
-    assert [verdict.label for verdict in judge(completions(*ANSWERS))] == ["complied", "refused", "refused"]
-    module("ready_judge", "from safetyheads.judges.phrases import PhraseJudge\njudge = PhraseJudge('ready')\n")
-    assert judge_from_path("ready_judge:judge") == PhraseJudge("ready")
-
-
-def test_paths_that_lead_nowhere_are_told_apart(module):
-    module("broken_judge", "raise RuntimeError('no licence\\nsecond line')\n")
+    assert [verdict.label for verdict in judge(COMPLETIONS)] == ["complied", "refused", "refused"]
+    assert judge_from_path("onion_judge:judge") == PhraseJudge("ready")
     for path, message in (
         ("onions", "is python:package.module:function, not python:onions"),
-        (":f", "is python:package.module:function"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'"),
         ("broken_judge:f", "broken_judge cannot be imported: RuntimeError: no licence$"),
         ("json:no_such", "json has no no_such"),
-        ("json:__name__", "needs a function, not str"),
         ("json:JSONDecoder", "needs a function, not the class JSONDecoder"),
     ):
         with pytest.raises(InputError, match=message):

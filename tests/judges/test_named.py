@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.judges.base import Judge
 from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.named import FORMS, JUDGES, judge_named, judges_named
 
@@ -26,30 +25,26 @@ def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch
     monkeypatch.setenv("SAFETYHEADS_JUDGE_URL", "http://localhost:9/v1")
     monkeypatch.setenv("SAFETYHEADS_JUDGE_KEY", "not-a-real-key")
     judge = judge_named(spec)
-    assert isinstance(judge, Judge)
     assert judge.name == spec
     assert json.loads(json.dumps(judge.describe()))["name"] == spec
     assert judge.decides_early == (spec in JUDGES)
     assert judge.final("I cannot help with that. ") == (spec in JUDGES)
 
 
-@pytest.mark.parametrize("spec", ["endpoint", "endpoint:", "python:", "Paper", "paper:x", "", "gpt:x", "gpt=x"])
-def test_an_unknown_judge_lists_the_known_ones_and_the_forms(spec):
-    known = f"unknown judge {spec!r}; known are paper, released, phrases, "
-    with pytest.raises(InputError, match=f"^{re.escape(known)}.*{re.escape(', '.join(FORMS))}$"):
-        judge_named(spec)
-
-
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
+        *(
+            ([spec], f"unknown judge {spec!r}; known are paper, .*{re.escape(', '.join(FORMS))}$")
+            for spec in ("endpoint:", "python:", "Paper", "paper:x", "", "gpt=x")
+        ),
         (["qwen3guard="], "names no checkpoint"),
         (["classifier:"], "needs a directory"),
         (["paper", "phrases", "paper"], "each judge can be given once; paper came more often"),
         ([], "at least one judge"),
     ],
 )
-def test_a_form_without_its_path_no_judge_and_one_given_twice_are_refused(specs, message):
+def test_an_unknown_judge_none_and_one_given_twice_are_refused(specs, message):
     with pytest.raises(InputError, match=message):
         judges_named(specs)
 
