@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from safetyheads.cli import show
-from safetyheads.experiments.run import EXPERIMENTS
+from safetyheads.experiments.catalogue import EXPERIMENTS
 
 REPORT = Path("report/index.html")
 

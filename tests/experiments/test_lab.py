@@ -11,9 +11,9 @@ from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTIO
 from safetyheads.answers.decoding import GREEDY, Sampling
 from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.baselines import METHODS
+from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Outcome
-from safetyheads.experiments.run import EXPERIMENTS
 from safetyheads.heads import Head
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs.config import Silent

@@ -6,6 +6,7 @@ import pytest
 from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 
 from safetyheads import KeywordJudge
+from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.prompt_templates import (
@@ -16,7 +17,6 @@ from safetyheads.experiments.prompt_templates import (
     show_conditions,
     subjects_under,
 )
-from safetyheads.experiments.run import EXPERIMENTS
 from safetyheads.judges.base import Completion
 from safetyheads.runs.config import Silent
 from safetyheads.runs.rates import GroupAnswers

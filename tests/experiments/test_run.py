@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import get_args
 
+from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen, missing
 from safetyheads.experiments.outcome import FigureKind, Kind, Measured, Outcome, mean_of
-from safetyheads.experiments.run import ALL, EXPERIMENTS, chosen, missing
 from safetyheads.experiments.settings import PAPER, ReproductionConfig
 from safetyheads.stats.intervals import Rate
 
@@ -35,7 +35,7 @@ def test_what_an_experiment_lacks_is_named(monkeypatch):
         "base: the checkpoint that the first model was aligned from (--base)"
     ]
     assert missing(EXPERIMENTS["fig6a"], ReproductionConfig()) == []
-    monkeypatch.setattr("safetyheads.experiments.run.find_spec", lambda name: None)
+    monkeypatch.setattr("safetyheads.experiments.catalogue.find_spec", lambda name: None)
     assert missing(EXPERIMENTS["fig6b"], ReproductionConfig()) == ["lm-eval: pip install 'safetyheads[lm-eval]'"]
 
 

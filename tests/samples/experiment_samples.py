@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from safetyheads.experiments.catalogue import EXPERIMENTS, listed
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
-from safetyheads.experiments.run import EXPERIMENTS, listed
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate

@@ -200,9 +200,7 @@ def reproduce(
     threads: Annotated[int | None, Parameter(help="CPU threads to use.", group=PANELS["Settings"])] = None,
 ) -> None:
     """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
-    from safetyheads.experiments.run import ALL, EXPERIMENTS, chosen, missing
-    from safetyheads.experiments.run import reproduce as run_experiments
-    from safetyheads.files import read_json
+    from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen, missing
 
     start = ReproductionConfig.for_models(models) if config is None else ReproductionConfig.read(config, models)
     lab = replace(start, **settings)
@@ -214,6 +212,9 @@ def reproduce(
         }
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
         return
+    from safetyheads.experiments.run import reproduce as run_experiments
+    from safetyheads.files import read_json
+
     experiments = chosen(experiment)
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
     out = where.out or Path("runs") / f"reproduce-{names}"

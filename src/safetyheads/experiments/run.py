@@ -1,21 +1,17 @@
-"""The experiments of the paper by name, and how they are run one after the other into one run directory."""
+"""Runs experiments of the paper one after the other into one run directory."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.resources import files
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.lab import Lab
-from safetyheads.experiments.outcome import Outcome
 from safetyheads.experiments.settings import ORGANISM, ReproductionConfig, prompts_of
 from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
@@ -26,87 +22,6 @@ from safetyheads.runs.run import run_directory
 
 KIND = "reproduction"
 """Kind of the run, in manifest and results."""
-ALL = "all"
-"""Every experiment, one after the other."""
-
-
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """One experiment of the paper: an entry of ``catalogue.toml``."""
-
-    name: str
-    """Name on the command line, and of the function ``name(lab, outcome)`` that runs it."""
-    title: str
-    question: str
-    """Question that the experiment asks."""
-    module: str
-    """Module of its function, in this folder."""
-    costs: str
-    """Cost in words, with H for heads, D for datasets of n prompts, T for templates."""
-    caption: str
-    """What holds for all of its tables and figures."""
-    shown: Mapping[str, Mapping[str, Any]]
-    """How its tables and figures are shown, and its notes."""
-    needs: Mapping[str, str]
-    """Settings or extras without which it cannot be run, with what they are in words."""
-
-    def run(self, lab: Lab) -> Outcome:
-        """Run it; what the run directory holds is not measured again."""
-        function = getattr(import_module(f"safetyheads.experiments.{self.module}"), self.name)
-        outcome = Outcome(self.name, self.title, self.question, caption=self.caption, shown=self.shown)
-        names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
-        outcome.settings = {name: getattr(lab.config, name) for name in names}
-        outcome.settings |= {"judges": list(lab.config.judges), "sampled": lab.sampled.name}
-        function(lab, outcome)
-        return outcome
-
-
-def _experiments() -> Iterator[Experiment]:
-    entries = tomllib.loads(files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8"))
-    words, known, notes, needs = (entries.pop(part) for part in ("words", "columns", "notes", "needs"))
-    for entry in entries.values():
-        for table in entry.get("tables", {}).values():
-            # A column of a text may be its key alone, which is its title; one that many tables have stands apart.
-            table["columns"] = [
-                given if given == "..." or isinstance(given, list) else [given, *known.get(given, [given])]
-                for given in table["columns"]
-            ]
-    for name, entry in entries.items():
-        like = entries.get(entry.get("like"), {})
-        shown = {kind: entry.get(kind, like.get(kind, {})) for kind in ("tables", "figures", "notes")}
-        shown["notes"] = {**notes, **shown["notes"]}
-        fields = {field: text for field, text in entry.items() if field not in ("like", *shown)}
-        fields |= {
-            "caption": entry["caption"].format_map(words),
-            "needs": {need: needs[need] for need in entry.get("needs", ())},
-        }
-        yield Experiment(name, shown=shown, **fields)
-
-
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _experiments()}
-"""Every experiment by its name, in the paper's order."""
-
-
-def chosen(name: str) -> tuple[Experiment, ...]:
-    """The experiment of that name, or all of them; refuses unknown names."""
-    if name == ALL:
-        return tuple(EXPERIMENTS.values())
-    if name not in EXPERIMENTS:
-        raise InputError(f"unknown experiment {name!r}; known are {', '.join(EXPERIMENTS)} and {ALL}")
-    return (EXPERIMENTS[name],)
-
-
-def missing(experiment: Experiment, config: ReproductionConfig) -> list[str]:
-    """What the experiment needs and the settings do not have, in words."""
-    there = {need: find_spec("lm_eval") if need == "lm-eval" else getattr(config, need) for need in experiment.needs}
-    return [experiment.needs[need] for need, value in there.items() if not value]
-
-
-def listed(config: ReproductionConfig) -> list[dict[str, Any]]:
-    """Every experiment in the paper's order, with what it would lack under these settings."""
-    return [
-        {"name": name, "title": entry.title, "missing": missing(entry, config)} for name, entry in EXPERIMENTS.items()
-    ]
 
 
 def reproduce(
