@@ -25,26 +25,17 @@ def head(results, name):
     return next(one for one in results["heads"] if one["head"] == name)
 
 
-def test_results_are_valid_json_and_name_their_kind(results):
+def test_rates_and_tests_of_each_head(results):
     assert json.loads(json.dumps(results, allow_nan=False)).keys() == results.keys()
     assert (results["kind"], results["lead_judge"], results["schema_version"]) == ("scan", "paper", SCHEMA_VERSION)
-
-
-def test_rates_and_tests_of_each_head(results):
-    one = head(results, "0-1")
+    one, change = head(results, "0-1"), head(results, "0-1")["change"]
     assert one["asr"] == {"count": 11, "n": 12, "unscored": 0, "rate": 11 / 12, "interval": wilson_interval(11, 12)}
-    assert (one["change"]["gained"], one["change"]["lost"], one["change"]["n"]) == (11, 0, 12)
-    assert one["change"]["p_value"] == exact_mcnemar(11, 0)
+    assert (change["gained"], change["lost"], change["n"]) == (11, 0, 12)
+    assert change["p_value"] == exact_mcnemar(11, 0)
     # Holm over eight heads: the smallest p is multiplied by eight.
-    assert one["change"]["p_holm"] == pytest.approx(8 * exact_mcnemar(11, 0))
-    assert one["change"]["p_bh"] == pytest.approx(8 * exact_mcnemar(11, 0))
-    assert [name for name in (one["head"] for one in results["heads"]) if head(results, name)["change"]["differs"]] == [
-        "0-1"
-    ]
+    assert change["p_holm"] == change["p_bh"] == pytest.approx(8 * exact_mcnemar(11, 0))
+    assert [one["head"] for one in results["heads"] if one["change"]["differs"]] == ["0-1"]
     assert head(results, "1-2")["asr"]["count"] == 4
-
-
-def test_the_smallest_change_that_could_be_seen(results):
     # 2 * 0.5**k <= 0.05 / 8 from k = 9 on.
     assert results["statistics"]["smallest_detectable_change"] == {"change": 9 / 12, "flips": 9, "n": 12, "tests": 8}
     assert made(n=6)["statistics"]["smallest_detectable_change"]["change"] is None
@@ -61,7 +52,7 @@ def test_roles_tell_refusal_from_damage(results):
     assert made(benign=False)["heads"][1]["benign"] is None
 
 
-def test_pairs_beyond_the_sum(results):
+def test_pairs_groups_and_their_random_ones(results):
     pairs = {tuple(pair["heads"]): pair for pair in results["synergy"]["pairs"]}
     # 0-1 frees 11, 1-2 frees 4, together 12: 12 - 11 - 4 of 12.
     assert pairs["0-1", "1-2"]["synergy"] == pytest.approx(-3 / 12)
@@ -69,32 +60,26 @@ def test_pairs_beyond_the_sum(results):
     low, high = pairs["0-1", "1-2"]["interval"]
     assert low < -3 / 12 < high
     assert results["synergy"]["heads"] == ["0-1", "1-2", "1-3"]
-
-
-def test_groups_prefixes_and_their_random_ones(results):
-    parts = [(group["part"], tuple(group["heads"])) for group in results["groups"]]
-    assert parts[0] == ("groups", ("0-0", "1-1"))
-    assert ("prefixes", ("0-1", "1-2")) in parts
-    prefix = next(group for group in results["groups"] if group["part"] == "prefixes")
-    assert prefix["random"]["n_groups"] == 2
-    assert prefix["random"]["p_value"] == pytest.approx(1 / 3)  # none of two does as well
-    assert [len(group) for group in prefix["random"]["groups"]] == [1, 1]
+    groups = {(group["part"], *group["heads"]): group for group in results["groups"]}
+    assert next(iter(groups)) == ("groups", "0-0", "1-1")
+    random = groups["prefixes", "0-1"]["random"]
+    assert [len(group) for group in random["groups"]] == [1, 1]
+    assert (random["n_groups"], random["p_value"]) == (2, pytest.approx(1 / 3))  # none of two does as well
+    assert groups["prefixes", "0-1", "1-2"]["random"]["n_groups"] == 2
     assert results["concentration"]["sizes"] == (1, 2)
     assert results["concentration"]["value"] > 0.5
 
 
 def test_query_level_and_epsilons(results):
     assert [(one["size"], one["asr"]["count"]) for one in results["query_level"]] == [(1, 11), (2, 12)]
-    weak = next(one for one in results["epsilons"] if one["epsilon"] == 0.5)
-    assert all(one["count"] == 0 for one in weak["heads"].values())
-    strong = next(one for one in results["epsilons"] if one["epsilon"] == 1e-5)
-    assert strong["heads"]["0-1"] == head(results, "0-1")["asr"]
+    strong, weak = (entry["heads"] for entry in results["epsilons"])
+    assert strong["0-1"] == head(results, "0-1")["asr"]
+    assert all(one["count"] == 0 for one in weak.values())
 
 
 def test_judges_side_by_side(results):
-    (pair,) = results["agreement"]["pairs"]
+    ((pair,), (row,)) = results["agreement"]["pairs"], results["agreement"]["disagreeing"]
     assert (pair["first"], pair["second"], pair["count"]) == ("paper", "phrases", 1)
-    (row,) = results["agreement"]["disagreeing"]
     assert (row["group"], row["id"], row["labels"]) == ("0-1", 0, {"paper": "complied", "phrases": "incoherent"})
     assert head(results, "0-1")["by_judge"]["phrases"]["count"] == 10
     assert made(n_judges=1)["agreement"] is None
@@ -114,8 +99,7 @@ def test_several_seeds_draw_prompts():
     found = made(n_seeds=2)
     assert found["statistics"]["interval"] == "bootstrap over prompts"
     own = head(found, "1-2")
-    assert own["asr"]["n"] == 24
-    assert own["change"]["n"] == 12
+    assert (own["asr"]["n"], own["change"]["n"]) == (24, 12)
     low, high = own["asr"]["interval"]
     assert low < own["asr"]["rate"] < high
     assert high - low > np.ptp(wilson_interval(own["asr"]["count"], 24))  # two answers are not two prompts
