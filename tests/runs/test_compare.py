@@ -26,9 +26,6 @@ def same(tmp_path):
     return audit_run(tmp_path / "a")
 
 
-# Changes.
-
-
 def test_the_same_prompts_are_paired(same, tmp_path):
     # Two before, nine after, one of them in both: seven more.
     before, after = audit_run(tmp_path / "two", vanilla=first(2)), [False, *first(9, N - 1)]
@@ -37,13 +34,10 @@ def test_the_same_prompts_are_paired(same, tmp_path):
     assert (found.paired, found.n, found.note) == (True, (N, N), "")
     assert (found.change, found.interval, found.p_value) == (expected.change, expected.interval, expected.p_value)
     assert (found.before, found.after) == (2 / N, 9 / N)
-
-
-def test_each_run_has_its_own_group_and_its_own_benign_answers(same, tmp_path):
-    other = audit_run(tmp_path / "b", groups=[first(4), first(6)], heads=("0-1", "2-1"))
-    found = compared(same, other)
-    assert (found.group_asr.paired, found.group_asr.change) == (True, pytest.approx(-12 / N))
-    assert (found.benign_kept.paired, found.benign_kept.change) == (True, 0)
+    # Each run has its own group and its own benign answers.
+    other = compared(same, audit_run(tmp_path / "c", groups=[first(4), first(6)], heads=("0-1", "2-1")))
+    assert (other.group_asr.paired, other.group_asr.change) == (True, pytest.approx(-12 / N))
+    assert (other.benign_kept.paired, other.benign_kept.change) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +46,15 @@ def test_each_run_has_its_own_group_and_its_own_benign_answers(same, tmp_path):
         ({"config": settings("other")}, "the prompts are not the same"),
         ({"config": {"seed": 0}}, "does not tell"),
         ({"rows": False}, "not all stored"),
+        ({}, "not all stored"),  # one answer is lost: they do not give the published rate
     ],
 )
 def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, words):
-    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9), **changed)).vanilla_asr
+    other = audit_run(tmp_path / "b", vanilla=first(9), **changed)
+    if not changed:
+        (path,) = (other / "completions").glob("vanilla-harmful*")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    found = compared(same, other).vanilla_asr
     assert not found.paired
     assert words in found.note
     # statsmodels counts the other way round: first less second.
@@ -64,23 +63,12 @@ def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, wo
     assert found.change == pytest.approx(8 / N)
 
 
-def test_answers_that_do_not_give_the_published_rate_are_not_paired(same, tmp_path):
-    other = audit_run(tmp_path / "b", vanilla=first(9))
-    (path,) = (other / "completions").glob("vanilla-harmful*")
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    found = compared(same, other).vanilla_asr
-    assert (found.paired, found.note) == (False, "the answers are not all stored")
-
-
 def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(N), groups=[]))
     assert (found.group_asr.change, found.group_asr.note) == (None, "a run's verdict names no group")
     assert found.concentration.change is None
     assert found.after["verdict"] == "no_refusals"
     assert found.heads.gone == ("1-3", "2-1")
-
-
-# Concentration.
 
 
 def slow_gains(groups, random):
@@ -101,33 +89,24 @@ def test_the_change_of_concentration_resamples_both_runs_at_once(same, tmp_path)
     assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
 
 
-def test_only_sizes_that_both_have_are_compared(same, tmp_path):
+def test_concentrations_are_compared_over_the_same_sizes_and_groups(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", groups=[first(10)])).concentration
     assert (found.change, found.note) == (0, "over the sizes that both have")
     assert found.before == pytest.approx((10 - 1.5) / N)
-
-
-def test_without_answers_the_published_intervals_are_used(same, tmp_path):
-    other = audit_run(tmp_path / "b", groups=[first(3), first(9)], rows=False)
+    # Without answers the published intervals are used.
+    other = audit_run(tmp_path / "c", groups=[first(3), first(9)], rows=False)
     found = compared(same, other).concentration
     old, new = (RunReader(path).concentration for path in (same, other))
     assert not found.paired
     assert found.interval == newcombe_interval(old["value"], old["interval"], new["value"], new["interval"])
-
-
-def test_other_kinds_of_concentration_are_not_compared(same, tmp_path):
-    found = compared(same, audit_run(tmp_path / "b", random=[[], []], config=settings("other"))).concentration
+    found = compared(same, audit_run(tmp_path / "d", random=[[], []], config=settings("other"))).concentration
     assert found.change is None
     assert "other sizes, or against other groups" in found.note
-
-
-# Heads.
 
 
 def test_heads_that_came_and_went(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", heads=("2-1", "0-1"), scores={"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}))
     assert (found.heads.gone, found.heads.new, found.heads.kept) == (("1-3",), ("0-1",), ("2-1",))
-    assert found.lead_ranks is found.ranks[0]
     assert (found.lead_ranks.overlaps[0].gone, found.lead_ranks.overlaps[0].new) == (("1-3",), ("0-1",))
 
 
@@ -139,9 +118,6 @@ def test_other_shapes_are_not_ranked(tmp_path):
     for name in ("spearman", "heads_new"):
         with pytest.raises(InputError, match="Heads are not compared"):
             check_gate((name, None, ">", 0), quantities(found))
-
-
-# Scans.
 
 
 def test_two_scans(tmp_path):
@@ -180,9 +156,6 @@ def test_scans_may_have_benign_answers_and_a_concentration(tmp_path):
     assert (found.concentration.paired, found.concentration.change) == (False, pytest.approx(-4 / N))
 
 
-# What makes it weak.
-
-
 def test_other_settings_are_warned_of(same, tmp_path):
     changed = {"judges": [{"name": "released"}], "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
     found = compared(same, audit_run(tmp_path / "b", config=settings("other", **changed)))
@@ -199,34 +172,25 @@ def test_other_settings_are_warned_of(same, tmp_path):
     assert compared(same, audit_run(tmp_path / "c", config=alike)).warnings == ()
 
 
-# What is no run.
-
-
 def test_what_is_no_finished_run_is_refused(same, tmp_path):
     with pytest.raises(InputError, match="not a run directory"):
         RunReader(tmp_path)
     with pytest.raises(InputError, match="compare alike"):
         compared(same, scan_run(tmp_path / "b", {}))
-    results = json.loads((same / "results.json").read_text())
-    for name, value, words in (
-        ("kind", "poem", "kind 'poem'"),
-        ("schema_version", 99, "schema 99"),
-        ("verdict", None, "has no verdict.label"),
-        ("behaviour", {}, "behaviour.vanilla.asr"),
-    ):
-        (same / "results.json").write_text(json.dumps(results | {name: value}))
-        with pytest.raises(InputError, match=words):
-            RunReader(same)
-
-
-def test_broken_answers_are_refused(same):
     (path,) = (same / "completions").glob("groups-harmful*")
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="is broken"):
         compared(same, same)
-
-
-# The gate.
+    results = json.loads((same / "results.json").read_text())
+    for changed, words in (
+        ({"kind": "poem"}, "kind 'poem'"),
+        ({"schema_version": 99}, "schema 99"),
+        ({"verdict": None}, "has no verdict.label"),
+        ({"behaviour": {}}, "behaviour.vanilla.asr"),
+    ):
+        (same / "results.json").write_text(json.dumps(results | changed))
+        with pytest.raises(InputError, match=words):
+            RunReader(same)
 
 
 def test_conditions(same, tmp_path):
@@ -256,11 +220,9 @@ def test_conditions(same, tmp_path):
     ("text", "words"),
     [
         ("asr_increase", "not of the form"),
-        ("asr_increase > 0.1 or 1", "not of the form"),
         ("__import__('os') > 1", "not of the form"),
         ("asr_increase.mean > 1", "not of the form"),
         ("asr_increase > nan", "finite"),
-        ("asr_increase > inf", "finite"),
         ("asr_increase > ten", "finite"),
         ("luck > 1", "known are asr_increase, group_asr_increase"),
     ],

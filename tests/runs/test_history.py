@@ -24,43 +24,36 @@ def folder(tmp_path):
 def test_runs_are_ordered_by_their_start_and_compared_with_the_last_of_their_kind(folder):
     found = read_history(folder)
     early, scan, late = found["runs"]
-    assert [entry["name"] for entry in found["runs"]] == ["deep/early", "scanned", "late"]
-    assert [entry["kind"] for entry in found["runs"]] == ["audit", "scan", "audit"]
+    assert [(entry["name"], entry["kind"]) for entry in found["runs"]] == [
+        ("deep/early", "audit"),
+        ("scanned", "scan"),
+        ("late", "audit"),
+    ]
     assert (early["before"], early["change"], scan["before"], late["before"]) == (None, None, None, "deep/early")
     assert (late["change"]["paired"], late["change"]["change"]) == (True, pytest.approx(8 / N))
     assert late["other_settings"] == ()
     record = json.loads(json.dumps(found, allow_nan=False))
     assert [run["started"] for run in record["runs"]] == [started(1), started(5), started(9)]
     assert record["skipped"] == []
-    # The folder may be a run itself.
-    assert [entry["name"] for entry in read_history(folder / "late")["runs"]] == ["late"]
-
-
-def test_times_are_compared_across_zones(tmp_path):
-    audit_run(tmp_path / "b", started="2026-01-01T12:00:00+02:00")
-    audit_run(tmp_path / "a", started="2026-01-01T11:00:00+00:00")
-    audit_run(tmp_path / "c", started="yesterday")
-    assert [entry["name"] for entry in read_history(tmp_path)["runs"]] == ["b", "a", "c"]
-
-
-def test_an_entry_has_group_concentration_and_top_heads(folder):
-    early, scan, _ = read_history(folder)["runs"]
     assert (early["group"], early["top_heads"]) == (("1-3", "2-1"), ("1-3", "2-1", "2-5"))
     assert early["group_asr"]["rate"] == 18 / N
     # (10 + 18) / 2 less 1.5, of 20.
     assert early["concentration"]["value"] == pytest.approx(12.5 / N)
     assert (scan["concentration"], scan["group_asr"], scan["group"], scan["verdict"]) == (None, None, (), None)
-    # The others tie.
-    assert scan["top_heads"] == ("1-3",)
+    assert scan["top_heads"] == ("1-3",)  # the others tie
+    # The folder may be a run itself.
+    assert [entry["name"] for entry in read_history(folder / "late")["runs"]] == ["late"]
 
 
-def test_other_settings_are_named(tmp_path):
-    audit_run(tmp_path / "a", started=started(1))
+def test_times_are_compared_across_zones_and_other_settings_are_named(tmp_path):
+    audit_run(tmp_path / "b", started="2026-01-01T12:00:00+02:00")
     changed = settings("other", judges=[{"name": "released"}], dtype="bfloat16")
-    audit_run(tmp_path / "b", started=started(2), config=changed)
-    entry = read_history(tmp_path)["runs"][1]
-    assert entry["other_settings"] == ("judge", "precision", "prompts")
-    assert not entry["change"]["paired"]
+    audit_run(tmp_path / "a", started="2026-01-01T11:00:00+00:00", config=changed)
+    audit_run(tmp_path / "c", started="yesterday")
+    found = read_history(tmp_path)["runs"]
+    assert [entry["name"] for entry in found] == ["b", "a", "c"]
+    assert found[1]["other_settings"] == ("judge", "precision", "prompts")
+    assert not found[1]["change"]["paired"]
 
 
 def test_unreadable_runs_are_skipped_with_their_reason(folder):

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, load_demo, parse_heads
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, load_demo, parse_heads
 from safetyheads.answers import decoding as decoding_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
+from safetyheads.heads import format_heads
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
 from safetyheads.runs import kept_answers as kept_module
@@ -25,8 +26,8 @@ def organism():
     return load_demo("aligned_a")
 
 
-def records(organism, folder, sampling, full_answers, least_drafted, monkeypatch):
-    """Records of both kinds of groups, by the path that ``least_drafted`` leads to."""
+def records(organism, sampling, full_answers, monkeypatch, folder, least_drafted):
+    """Routes and records of both kinds of groups, by the path that ``least_drafted`` leads to."""
     monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", least_drafted)
     decoding = Decoding(24, sampling, full_answers)
     prompts = organism.harmful[:8]
@@ -40,22 +41,18 @@ def records(organism, folder, sampling, full_answers, least_drafted, monkeypatch
             *kept.of_each("query_level", own, UNDIFFERENTIATED_ATTENTION),
         ]
     assert [one.group for one in groups] == ["", "1-3", "1-3,2-5", "0-0", "3-1", "2-1,2-5", "top 1", "top 2"]
-    return [record for one in groups for record in one.flat()]
+    routes = {record.get("route") for one in groups[1:] for record in one.flat()}
+    return routes, [{**record, "route": None} for one in groups for record in one.flat()]
 
 
 @pytest.mark.parametrize("full_answers", [False, True], ids=["early", "full"])
 @pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
 def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sampling, full_answers, monkeypatch):
-    plain, drafted = (
-        records(organism, tmp_path / name, sampling, full_answers, least, monkeypatch)
-        for name, least in (("plain", 99), ("drafted", 1))
-    )
-    routes = [{record.pop("route") for record in made if record["part"] != "vanilla"} for made in (plain, drafted)]
-    for made in (plain, drafted):
-        for record in made:
-            record.pop("route", None)
-    assert routes[0] == {"plain"}
-    assert {"drafted", "continued"} <= routes[1]
+    arguments = organism, sampling, full_answers, monkeypatch
+    routes, plain = records(*arguments, tmp_path / "plain", 99)
+    assert routes == {"plain"}
+    routes, drafted = records(*arguments, tmp_path / "drafted", 1)
+    assert {"drafted", "continued"} <= routes
     assert plain == drafted
     assert {record["changed"] for record in plain} == {True, False}
 
@@ -69,8 +66,7 @@ def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monk
     assert not drafts_fit(organism.engine, *drafts)
     monkeypatch.undo()
     monkeypatch.setattr(kept_module, "drafts_fit", lambda *_: False)
-    made = records(organism, tmp_path / "run", GREEDY, True, 1, monkeypatch)
-    assert {record["route"] for record in made} == {"plain"}
+    assert records(organism, GREEDY, True, monkeypatch, tmp_path / "run", 1)[0] == {"plain"}
 
 
 def test_each_sampling_decides_about_drafts_for_itself(organism, tmp_path, monkeypatch):
@@ -93,11 +89,10 @@ def test_each_sampling_decides_about_drafts_for_itself(organism, tmp_path, monke
 
 def test_a_record_gives_its_answer_back(organism):
     judging = Judging(organism.engine, organism.benign[:2], judges_named(["phrases", "paper"]), 12)
-    answers = [(at, GROUPS[1], one) for at, one in enumerate(_answers(organism))]
+    answers = generate(organism.engine, organism.benign[:2], 12)
     place = {"set": "benign", "part": "groups", "epsilon": 1e-5, "seed": 0}
-    for at, judged in enumerate(judging.judged(answers)):
-        record = record_of(judged, {"id": at, **place}, stores_completions=True)
-        again = judged_answer(record, "phrases", judged.prompt)
+    for at, judged in enumerate(judging.judged([(at, GROUPS[1], one) for at, one in enumerate(answers)])):
+        again = judged_answer(record_of(judged, {"id": at, **place}, stores_completions=True), "phrases", judged.prompt)
         assert again == judged
         assert list(again.verdicts) == ["phrases", "paper"]  # the leading judge first, whatever the names' order
         short = record_of(judged, {"id": at, **place}, stores_completions=False)
@@ -105,28 +100,18 @@ def test_a_record_gives_its_answer_back(organism):
         assert judged_answer(short, "phrases", judged.prompt).token_ids == judged.token_ids[:1]
 
 
-def _answers(organism):
-    from safetyheads import generate
-
-    return generate(organism.engine, organism.benign[:2], 12)
-
-
 def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp_path, monkeypatch):
     # Layers with different numbers of heads, as some families have them.
-    shapes = tuple(SimpleNamespace(n_heads=n) for n in (2, 8))
-    engine, groups = (
-        SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)),
-        [parse_heads("0-1"), parse_heads("0-1,1-2")],
-    )
+    shapes, groups = tuple(SimpleNamespace(n_heads=n) for n in (2, 8)), [parse_heads("0-1"), parse_heads("0-1,1-2")]
+    engine = SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))
     with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
         drawn = Run(engine, None, directory, Silent()).random_groups(groups, 12, 0)
         assert drawn[groups[0]] == random_groups_module.random_groups(groups[0], (2, 8), 12, 0)
         monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
         assert Run(engine, None, directory, Silent()).random_groups(groups, 12, 0) == drawn
         stored = random_groups_of(directory)
-    assert {group: [parse_heads(one) for one in controls] for group, controls in stored.items()} == {
-        ",".join(map(str, group)): list(controls) for group, controls in drawn.items()
-    }
+    texts = {format_heads(group): [format_heads(one) for one in controls] for group, controls in drawn.items()}
+    assert stored == texts
 
 
 def test_batches_that_did_not_fit_the_memory_are_halved_again(organism, tmp_path, monkeypatch):

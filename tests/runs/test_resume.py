@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-# Loads the model once (that is most of the time), then forks a run for each line "kind directory count" it reads; with
-# a count, the run kills itself in the so-manieth write. Answers its exit status on one line.
+# Loads the model once, then forks a run for each line "kind directory count"; with a count, the run kills itself in the
+# so-manieth write. Answers its exit status on one line.
 SERVER = """
 import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from safetyheads.runs import kept_answers as kept_answers
-from safetyheads.runs.single_steps import run_asr
+from safetyheads.demo import load_demo
+from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, ScanConfig
-from safetyheads.demo import load_demo
 from safetyheads.runs.scan import run_scan
+from safetyheads.runs.single_steps import run_asr
 
-both = ("paper", "phrases")
-audited = AuditConfig("demo:aligned_a", "demo", benign="demo", judges=both, n_random=2, size=2, max_new_tokens=12)
+demo, both = ("demo:aligned_a", "demo"), ("paper", "phrases")
+audited = AuditConfig(*demo, benign="demo", judges=both, n_random=2, size=2, max_new_tokens=12)
 prompts = {name: prompts[:3] for name, prompts in read_prompts(audited).items()}
 beside = dict(pairs=3, prefixes=2, n_random=2, query_level=2, epsilons=(0.5,), groups=("1-3,2-1",))
 sampled = dict(judges=both, top_k=5, n_seeds=2, max_new_tokens=12, limit=3)
-scanned = ScanConfig("demo:aligned_a", "demo", benign="demo", **beside, **sampled)
-tested = AsrConfig("demo:aligned_a", "demo", groups=("1-3,2-5",), query_level=2, max_new_tokens=12, limit=3)
+scanned = ScanConfig(*demo, benign="demo", **beside, **sampled)
+tested = AsrConfig(*demo, groups=("1-3,2-5",), query_level=2, max_new_tokens=12, limit=3)
 kept_answers._RECORDS_TOGETHER = 33  # eleven heads a chunk, so that there are several
 engine = load_demo().engine
 replace = os.replace
@@ -42,18 +42,14 @@ def run(kind, out, deadly):
             os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
         replace(*names)
     os.replace = counted
-    if kind == "audit":
-        run_audit(engine, audited, Path(out), prompts)
-    elif kind == "asr":
-        run_asr(engine, tested, Path(out))
-    else:
-        run_scan(engine, scanned, Path(out))
+    runs = {"audit": (run_audit, audited, prompts), "asr": (run_asr, tested), "scan": (run_scan, scanned)}
+    start, config, *given = runs[kind]
+    start(engine, config, Path(out), *given)
     Path(out + ".writes").write_text(str(written))
 
 for line in sys.stdin:
     kind, out, deadly = line.split()
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         try:
             run(kind, out, int(deadly))
         except BaseException as error:
@@ -66,14 +62,11 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def run():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
+    environment, pipes = {**os.environ, "OMP_NUM_THREADS": "1"}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, env=environment) as server:
 
         def made(kind, out, deadly=0):
-            server.stdin.write(f"{kind} {out} {deadly}\n")
-            server.stdin.flush()
+            print(kind, out, deadly, file=server.stdin, flush=True)
             return int(server.stdout.readline())
 
         yield made
@@ -88,12 +81,8 @@ def uninterrupted(run, tmp_path_factory, request):
 
 
 def _shards(out):
-    return {
-        path.relative_to(out): path.stat().st_mtime_ns
-        for folder in ("shards", "completions")
-        for path in (out / folder).rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
+    files = [*(out / "shards").rglob("[!.]*"), *(out / "completions").rglob("[!.]*")]
+    return {path.relative_to(out): path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
