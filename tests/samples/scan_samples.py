@@ -6,9 +6,9 @@ makes benign prompts refused, and the others do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ N_LAYERS, N_HEADS = 2, 4
 HEADS = [f"{layer}-{index}" for layer in range(N_LAYERS) for index in range(N_HEADS)]
 EPSILON = 1e-5
 JUDGES = ({"name": "paper", "judge": "keyword"}, {"name": "phrases", "judge": "phrase"})
-REFUSAL, ANSWER, GIBBERISH = "I cannot help with that.", "Sure, first take the lamp.", "lamp lamp lamp lamp"
-FREED = {"0-1": 11, "1-2": 4, "1-3": 1}
-"""Head -> how many of 12 harmful prompts it frees."""
+TEXTS = {
+    "refused": "I cannot help with that.",
+    "complied": "Sure, first take the lamp.",
+    "incoherent": "lamp lamp lamp lamp",
+}
 REASONS = {
     "refused": ("keyword: I cannot", "phrase: i cannot"),
     "complied": ("no keyword, neither short nor repeating", "no refusal, no fault"),
@@ -51,69 +53,67 @@ class Sample:
     texts: bool = True
     text: str = ""
     """In every answer."""
-    freed: tuple[tuple[str, int], ...] = tuple(FREED.items())
+    freed: tuple[tuple[str, int], ...] = (("0-1", 11), ("1-2", 4), ("1-3", 1))
+    """How many harmful prompts a head frees."""
     all_unscored: bool = False
     """Whether the leading judge gives no verdict at all."""
 
 
-def row(sample: Sample, place: Mapping[str, Any], label: str, vanilla: str) -> dict[str, Any]:
-    """An answer as a scan stores it."""
-    text = {"refused": REFUSAL, "complied": ANSWER, "incoherent": GIBBERISH}[label] + sample.text
-    labels = [label] * sample.n_judges
-    # One answer on which the judges differ.
-    if (place["part"], place["group"], place["set"], place["id"]) == ("heads", "0-1", "harmful", 0):
-        labels[-1] = "incoherent"
-    if place["set"] == "harmful" and place["group"] == "0-0" and place["id"] < sample.unscored:
-        labels[-1] = "unscored"
-    if sample.all_unscored:
-        labels[0] = "unscored"
-    made = {
-        **place,
-        "first_token": [7],
-        "n_tokens": 5,
-        "finished": label != "refused",
-        "complete": label != "refused",
-        "route": "drafted" if label == vanilla else "continued",
-        "changed": label != vanilla,
-        "kept": label == "complied",
-        "verdicts": {
-            judge["name"]: {"label": own, "reason": REASONS[own][at]}
-            for at, (judge, own) in enumerate(zip(JUDGES, labels, strict=False))
-        },
-    }
-    if sample.texts:
-        made |= {"query": f"Explain how to smash a lamp, take {place['id']}.", "text": text, "token_ids": [7] * 5}
-    return made
-
-
 def rows(sample: Sample) -> list[dict[str, Any]]:
-    """Every answer of the scan."""
+    """Every answer of the scan, as it is stored."""
     return [
-        row(sample, place, *labels)
-        for part, name, group, epsilon, own in _groups(sample)
+        _row(sample, {"id": at, "set": name, "part": part, "group": group, "epsilon": epsilon, "seed": seed})
+        for part, sets, groups, epsilon in _parts(sample)
+        for name in sets
+        for group in groups
         for at in range(sample.n)
         for seed in range(sample.n_seeds)
-        for place, labels in [_answer(sample, (part, name, group[at] if own else group, epsilon), at, seed)]
     ]
 
 
-def _groups(sample: Sample) -> Iterator[tuple[str, str, Any, float | None, bool]]:
-    """Part, set, group, epsilon, and whether each prompt has a group of its own."""
+def _parts(sample: Sample) -> Iterator[tuple[str, tuple[str, ...], list[str], float | None]]:
+    """Each part with its sets, groups and epsilon."""
     sets = ("harmful", "benign") if sample.benign else ("harmful",)
-    for name in sets:
-        yield "vanilla", name, "", None, False
-        for head in HEADS:
-            yield "heads", name, head, EPSILON, False
-    if not sample.optional:
-        return
-    for head in HEADS:
-        yield "heads", "harmful", head, 0.5, False
-    for part, groups in _more_groups(sample).items():
-        for name in sets if part != "random" else ("harmful",):
-            for group in groups:
-                yield part, name, group, EPSILON, False
-    for size in (1, 2):
-        yield "query_level", "harmful", [("0-1,1-2" if size == 2 else "0-1") for _ in range(sample.n)], EPSILON, True
+    yield "vanilla", sets, [""], None
+    yield "heads", sets, HEADS, EPSILON
+    if sample.optional:
+        random = random_of(sample)
+        yield "heads", sets[:1], HEADS, 0.5
+        yield "groups", sets, ["0-0,1-1"], EPSILON
+        yield "pairs", sets, [",".join(pair) for pair in combinations(("0-1", "1-2", "1-3"), 2)], EPSILON
+        yield "prefixes", sets, list(random), EPSILON
+        yield "random", sets[:1], list(dict.fromkeys(chain(*random.values()))), EPSILON
+        yield "query_level", sets[:1], ["0-1", "0-1,1-2"], EPSILON
+
+
+def _row(sample: Sample, place: dict[str, Any]) -> dict[str, Any]:
+    at, heads, harmful = place["id"], place["group"].split(","), place["set"] == "harmful"
+    vanilla = label = "refused" if harmful else "complied"
+    if harmful:
+        freed = 0 if place["epsilon"] == 0.5 else sum(dict(sample.freed).get(head, 0) for head in heads)
+        if at < freed - (place["seed"] and freed > 1):
+            label = "complied"
+    elif at < 10 and {"1-2", "1-0"} & {*heads}:
+        label = "incoherent" if "1-2" in heads else "refused"
+    labels = [label] * sample.n_judges
+    # One answer on which the judges differ.
+    if harmful and (place["part"], place["group"], at) == ("heads", "0-1", 0):
+        labels[-1] = "incoherent"
+    if harmful and place["group"] == "0-0" and at < sample.unscored:
+        labels[-1] = "unscored"
+    if sample.all_unscored:
+        labels[0] = "unscored"
+    verdicts = {
+        judge["name"]: {"label": own, "reason": REASONS[own][number]}
+        for number, (judge, own) in enumerate(zip(JUDGES, labels, strict=False))
+    }
+    marks = {"finished": label != "refused", "complete": label != "refused", "kept": label == "complied"}
+    marks |= {"route": "drafted" if label == vanilla else "continued", "changed": label != vanilla}
+    made = {**place, "first_token": [7], "n_tokens": 5, **marks, "verdicts": verdicts}
+    if sample.texts:
+        text = TEXTS[label] + sample.text
+        made |= {"query": f"Explain how to smash a lamp, take {at}.", "text": text, "token_ids": [7] * 5}
+    return made
 
 
 def random_of(sample: Sample) -> dict[str, list[str]]:
@@ -122,104 +122,54 @@ def random_of(sample: Sample) -> dict[str, list[str]]:
     return {one: [format_heads(group) for group in random_groups(parse_heads(one), N_HEADS, 2, 0)] for one in prefixes}
 
 
-def _more_groups(sample: Sample) -> dict[str, list[str]]:
-    random = random_of(sample)
-    drawn = dict.fromkeys(group for groups in random.values() for group in groups)
-    pairs = [",".join(pair) for pair in combinations(("0-1", "1-2", "1-3"), 2)]
-    return {"groups": ["0-0,1-1"], "pairs": pairs, "prefixes": list(random), "random": list(drawn)}
-
-
-def _answer(
-    sample: Sample, place: tuple[str, str, str, float | None], at: int, seed: int
-) -> tuple[dict[str, Any], tuple[str, str]]:
-    """Where a row stands, its label, and the unablated one."""
-    part, name, group, epsilon = place
-    heads = group.split(",") if group else []
-    if name == "harmful":
-        freed = 0 if epsilon == 0.5 else sum(dict(sample.freed).get(head, 0) for head in heads)
-        label, vanilla = ("complied" if at < min(sample.n, freed - (seed and freed > 1)) else "refused"), "refused"
-    else:
-        lost = 10 if "1-2" in heads or "1-0" in heads else 0
-        broken = "incoherent" if "1-2" in heads else "refused"
-        label, vanilla = (broken if at < lost else "complied"), "complied"
-    return {"id": at, "set": name, "part": part, "group": group, "epsilon": epsilon, "seed": seed}, (label, vanilla)
-
-
 def about(sample: Sample) -> dict[str, Any]:
     """All of the results that does not come from rows."""
     sets = ("harmful", "benign") if sample.benign else ("harmful",)
     names = ("mean_ships", "generalized_ships_prompt", "refusal_score") if sample.optional else ()
     values = [[0.01 + 0.1 * dict(sample.freed).get(f"{i}-{j}", 0) for j in range(N_HEADS)] for i in range(N_LAYERS)]
+    model = {"name": "made-up", "family": "llama", "n_layers": N_LAYERS, "n_heads": N_HEADS, "n_parameters": 1000}
+    divergence = asdict(mean_with_interval([0.01 * (at % 3) for at in range(sample.n)]))
+    counts = {"n_rows": 400, "n_drafted": 350, "n_continued": 48, "n_near_ties": 2, "n_incomplete": 300}
+    tokens = {"tokens_computed": 1000.5, "tokens_plain": 5000, "tolerances": {"tolerance_harmful_1e-05_0": 1e-4}}
+    seeds = {"name": "greedy" if sample.n_seeds == 1 else "top-5", "seeds": list(range(sample.n_seeds))}
+    units = {name: "degrees" if name.startswith("gen") else "nats" for name in names}
     return {
-        "model": {
-            "name": "made-up",
-            "family": "llama",
-            "n_layers": N_LAYERS,
-            "n_heads": N_HEADS,
-            "n_parameters": 1000,
-            "head_parameters": {"query": 10, "all": 40},
-        },
+        "model": model | {"head_parameters": {"query": 10, "all": 40}},
         "data": {
             **{name: {"name": f"made-up, {name}", "n": sample.n, "sha256": "5f" * 32} for name in sets},
             "template": "chat",
         },
         "ablation": {"name": "undifferentiated_attention", "epsilon": EPSILON, "label": "undifferentiated attention"},
-        "sampling": {
-            "name": "greedy" if sample.n_seeds == 1 else "top-5",
-            "seeds": list(range(sample.n_seeds)),
-            "max_new_tokens": 128,
-            "full_answers": False,
-        },
+        "sampling": seeds | {"max_new_tokens": 128, "full_answers": False},
         "settings": {"n_random": 2, "seed": 0},
         "scores": {
-            name: {
-                "label": SCORE_LABELS[name],
-                "unit": "degrees" if name.startswith("gen") else "nats",
-                "n": sample.n,
-                "values": values,
-            }
-            for name in names
+            name: {"label": SCORE_LABELS[name], "unit": units[name], "n": sample.n, "values": values} for name in names
         },
-        "benign_kl": [asdict(mean_with_interval([0.01 * (at % 3) for at in range(sample.n)])) for _ in HEADS]
-        if sample.benign
-        else None,
+        "benign_kl": [divergence] * len(HEADS) if sample.benign else None,
         "openers": [],
-        "economy": {
-            "n_rows": 400,
-            "n_drafted": 350,
-            "n_continued": 48,
-            "n_near_ties": 2,
-            "n_incomplete": 300,
-            "tokens_computed": 1000.5,
-            "tokens_plain": 5000,
-            "tolerances": {"tolerance_harmful_1e-05_0": 1e-4},
-        },
+        "economy": counts | tokens,
         "planted_heads": ["0-1", "1-2"],
         "caveats": [DEMO_CAVEAT, *CAVEATS],
         "warnings": ["2 prompts are longer than the shared row and were packed alone."],
     }
 
 
-def scan(sample: Sample | None = None, made: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+def scan(sample: Sample, made: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
     """The results of the sample's scan."""
-    sample = Sample() if sample is None else sample
     judges, described = JUDGES[: sample.n_judges], about(sample)
-    records = rows(sample) if made is None else made
-    return described | results_of_records(records, described, judges, random_of(sample))
+    return described | results_of_records(made or rows(sample), described, judges, random_of(sample))
 
 
-def finished_run(path: Path, sample: Sample | None = None) -> RunDirectory:
+def finished_run(path: Path, sample: Sample) -> RunDirectory:
     """The scan in a run directory, as a finished one leaves it."""
-    sample = Sample() if sample is None else sample
-    made = rows(sample)
     provenance = {"command": "safetyheads scan MODEL --prompts P", "date": "2025-01-02T03:04:05Z"}
     config = {"kind": "scan", "model": "made-up", "judges": list(ScanConfig("m", "p", "b").judges)}
     with RunDirectory.start(path, config, provenance) as run:
         run.remember("tolerance_harmful_1e-05_0", 1e-4)
         run.records("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
-        run.records("heads-harmful", {"all": True}, lambda: made)
+        run.records("heads-harmful", {"all": True}, lambda: rows(sample))
         random = [{"group": group, "random": controls} for group, controls in random_of(sample).items()]
         run.records("random-groups", {}, lambda: random)
-        run.write_results(scan(sample, made))
+        run.write_results(scan(sample))
         run.write_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
     return RunDirectory.open(path)
