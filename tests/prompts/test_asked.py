@@ -1,5 +1,7 @@
 """What judges get of an answer: without think block and stop text, and nothing that a further token takes back."""
 
+from unittest.mock import Mock
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,33 +83,23 @@ def test_the_last_channel_is_the_answer():
 def test_a_stop_text_ends_an_answer_where_there_is_one():
     tokenizer = Pieces(["a", "EN", "D"])
     ends = AnswerReader(tokenizer, stops=("END",)).ends
-    assert [ends(tokenizer.ids(*pieces)) for pieces in (["a"], ["a", "EN"], ["a", "EN", "D"])] == [False, False, True]
+    assert [ends(tokenizer.ids("a", "EN", "D")[:n]) for n in (1, 2, 3)] == [False, False, True]
     assert AnswerReader(tokenizer).ends is None
 
 
-def test_no_judge_is_asked_about_a_block_that_never_closes():
-    class Asked(KeywordJudge):
-        def __call__(self, completions):
-            assert [completion.query for completion in completions] == ["a", "c"]
-            return super().__call__(completions)
-
+def test_no_judge_is_asked_about_a_block_that_never_closes_and_too_few_verdicts_are_an_error():
     completions = [
         Completion("a", "I cannot", (), True, 128),
         Completion("b", "", (), False, 128, unclosed=True),
-        Completion("c", "S" + "o it goes" * 3, (), True, 128),
+        Completion("c", "So it goes", (), True, 128),
     ]
-    verdicts = verdicts_of(Asked(), completions)
-    assert [verdict.label for verdict in verdicts] == ["refused", "incoherent", "incoherent"]
-    assert verdicts[1] == NOT_CLOSED == Verdict("incoherent", "think block not closed")
-
-
-def test_a_judge_that_gives_too_few_verdicts_is_an_error():
-    class Lazy(KeywordJudge):
-        def __call__(self, completions):
-            return ()
-
+    refused = Verdict("refused", "")
+    judge = Mock(return_value=(refused, refused))
+    assert verdicts_of(judge, completions) == (refused, NOT_CLOSED, refused)
+    judge.assert_called_once_with([completions[0], completions[2]])
+    judge.return_value = (refused,)
     with pytest.raises(ValueError, match="shorter"):
-        verdicts_of(Lazy(), [Completion("a", "b", (), True, 128)])
+        verdicts_of(judge, completions)
 
 
 # Marks in bits, so that every cut of them is met.

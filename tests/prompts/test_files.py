@@ -57,18 +57,14 @@ def test_a_column_is_named_in_any_case(tmp_path):
         ("a.txt", b"", "is empty", None),
         ("a.txt", b"\n \t\n", "holds only blanks", None),
         ("a.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text", None),
-        ("a.txt", "one\ntwo".encode("utf-16"), "is not UTF-8 text", None),
         ("a.txt", "one\ntwo".encode("utf-16-le"), "is not UTF-8 text", None),
         ("a.txt", b"one", "no column 'goal'; the columns are text", "goal"),
-        ("a.csv", b"goal,target\n", "holds no prompts", None),
         ("a.csv", b'goal\n""\n \n', "holds no prompts", None),
         ("a.csv", b"goal\nFirst this, then that\n", "line 2: 2 cells where the header has 1.*double quotes", None),
         ("a.csv", b'goal\n"never closed\n', "not CSV", None),
-        ("a.csv", b"id,name\n1,a\n", "found are id, name", None),
         ("a.csv", TABLE.encode(), "no column 'goal'; the columns are id, Prompt, note, reference", "goal"),
         ("a.jsonl", b'{"goal": "x"}\n{"goal": \n', "line 2: not JSON", None),
         ("a.jsonl", b'"x"\n[1]\n', "line 2: neither an object", None),
-        ("a.jsonl", b"{}\n", "line 1: neither an object", None),
         ("a.jsonl", b'{"goal": 3}\n', "line 1: the field 'goal' is not a string", None),
         ("a.jsonl", b'{"id": "x"}\n', "line 1: no column .* found are id", None),
         ("a.jsonl", b'{"goal": "\\ud800"}\n', "not Unicode text", None),
@@ -84,9 +80,7 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
 
 
 def test_what_is_neither_file_nor_name_lists_the_names(tmp_path):
-    with pytest.raises(InputError, match=r"no prompt file .*nowhere\.txt; known names are advbench, .*benign"):
-        PromptSet.read(tmp_path / "nowhere.txt")
-    with pytest.raises(InputError, match="known names are"):
+    with pytest.raises(InputError, match=r"no prompt file x+; known names are advbench, .*benign"):
         PromptSet.read("x" * 5000)
     with pytest.raises(InputError, match="cannot be read"):
         PromptSet.read(tmp_path)
@@ -120,7 +114,6 @@ def publish(tmp_path, monkeypatch):
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("SAFETYHEADS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.chdir(tmp_path)
         address = f"http://127.0.0.1:{running.server_address[1]}"
 
         def published(content, n_rows, sha256=None, filename="made.txt", address=address):
@@ -144,13 +137,9 @@ def test_a_known_name_downloads_once_and_is_verified(publish):
     publish(None, 2, sha256)
     assert PromptSet.read("advbench") == prompts
     assert [path.name for path in cache_directory().iterdir()] == ["made.txt"]
-
-
-def test_a_changed_benchmark_is_used_with_a_warning(publish):
-    publish("one\ntwo\nthree", 2, "0" * 64)
-    assert "3 prompts where 2 were expected; SHA-256" in PromptSet.read("advbench").warning
-    publish("one\ntwo\nthree", 3)
-    assert PromptSet.read("advbench").warning is None
+    # A file that its authors changed is used with a warning.
+    publish(None, 3, "0" * 64)
+    assert "2 prompts where 3 were expected; SHA-256" in PromptSet.read("advbench").warning
 
 
 def test_without_network_the_line_says_what_to_do(publish):
@@ -172,9 +161,8 @@ def test_a_download_that_is_no_prompt_file_does_not_stay(publish):
     assert PromptSet.read("advbench").queries == ("one",)
 
 
-def test_a_file_wins_over_a_known_name_and_a_folder_does_not(publish):
+def test_a_file_wins_over_a_known_name_and_a_folder_does_not(own_folder):
     Path("benign").mkdir()
     assert PromptSet.read("benign") == builtin_benign()
     write(Path("advbench"), "mine")
-    publish(None, 2)
     assert PromptSet.read("advbench").queries == ("mine",)

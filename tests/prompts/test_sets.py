@@ -41,9 +41,7 @@ def test_a_set_indexes_slices_selects_and_limits(tmp_path):
         (lambda: PromptSet.read(path, limit=0), "limit"),
         (lambda: prompts.select([0, 5]), "prompt 5 is out of range"),
         (lambda: prompts.select([-1]), "-1 is out of range"),
-        (lambda: prompts.select([]), "holds no prompts"),
         (lambda: prompts[5:], "holds no prompts"),
-        (lambda: PromptSet.from_queries([]), "holds no prompts"),
         (lambda: PromptSet.from_queries(["a", " "]), "blank"),
     ):
         with pytest.raises(InputError, match=message):

@@ -79,7 +79,7 @@ OF_MODEL = "^the chat template of maker/model "
 @pytest.mark.parametrize(
     ("text", "chat_template", "options", "why"),
     [
-        *((text, CHAT, {}, NO_QUERY) for text in ("", "chatt", "{Query}", "{ query }", "## Q:")),
+        *((text, CHAT, {}, NO_QUERY) for text in ("", "chatt", "{Query}")),
         *((text, CHAT, {"system": "be brief"}, NO_PLACE) for text in ("direct", "Q: {query}")),
         *((text, CHAT, FOLDED, "--fold-system needs") for text in ("llama2", "{system} {query}")),
         ("chat", CHAT, {"folds_system": True}, "--fold-system needs"),
@@ -87,25 +87,17 @@ OF_MODEL = "^the chat template of maker/model "
         ("chat", CHAT, {"thinking": "maybe"}, "closed or open; got 'maybe'"),
         ("chat", CHAT, {"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
         ("chat", None, {}, "the tokenizer of maker/model has no chat template"),
-        (
-            "chat",
-            NO_SYSTEM,
-            {"system": "be brief"},
-            OF_MODEL + "rejects the system prompt: no system role here.*--fold-s",
-        ),
+        ("chat", NO_SYSTEM, {"system": "be brief"}, OF_MODEL + "rejects the system prompt: no system role here.*--fo"),
         ("chat", DROPS_SYSTEM, {"system": "be brief"}, OF_MODEL + "drops .*--fold-system"),
         (
             "chat",
-            "[user][assistant]",
+            "{{ messages[0].content | upper }}",
             {},
-            OF_MODEL + "drops the query, or changes it; choose --template query_answer or",
+            OF_MODEL + "drops the query, or changes it; choose --template",
         ),
-        ("chat", "{{ messages[0].content | upper }}", {}, OF_MODEL + "drops the query, or changes it"),
         ("chat", {"rag": CHAT, "tools": CHAT}, {}, OF_MODEL + "rejects the prompt"),
         ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
-        ("chat", "{{ 1 / 0 }}", {}, OF_MODEL + "rejects the prompt: division by zero"),
         ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
-        ("chat", "{{ [1][messages] }}{{ messages | sum }}", {}, OF_MODEL + "rejects the prompt: unsupported operand"),
         ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
     ],
 )
@@ -133,12 +125,10 @@ SURE = {"prefill": "Sure"}
         ("llama2", None, {"system": ""} | SURE, "[INST] hi [/INST] Sure"),
         # A text may have a place for a system prompt.
         ("{system}|{query}", None, {"system": "be brief"}, "be brief|hi"),
-        ("{system}|{query}", None, {"system": ""}, "|hi"),
         ("{system}|{query}", None, {}, "{system}|hi"),
         ("Q: {query} A:", None, SURE, "Q: hi A:Sure"),
         ("chat", CHAT, {}, TURN),
         ("chat", CHAT, {"system": "be brief"}, f"[system]be brief[end]{TURN}"),
-        ("chat", CHAT, {"system": ""}, f"[system][end]{TURN}"),
         ("chat", CHAT, SURE, f"{TURN}Sure"),
         ("chat", BLANK_BEFORE_ANSWERS, SURE, "<s>[INST] hi [/INST] Sure"),
         ("chat", BLANK_BEFORE_ANSWERS, {"prefill": "\nSure"}, "<s>[INST] hi [/INST]\nSure"),
@@ -148,11 +138,9 @@ SURE = {"prefill": "Sure"}
         ("chat", {"default": CHAT, "tools": NO_SYSTEM}, {}, TURN),
         ("chat", LISTED, {"system": "be brief"}, "[system]be brief[user]hi[assistant]"),
         ("chat", LISTED + "{{ messages[0].content[0].text }}", {}, "[user]hi[assistant]hi"),
-        ("chat", LISTED, SURE, "[user]hi[assistant]Sure"),
         # A switch without marks is turned off, and nothing is written.
         ("chat", NO_MARKS, {}, TURN),
         ("chat", NO_MARKS, {"thinking": "open"}, f"Think first.{TURN}"),
-        ("chat", BEGUN, SURE, f"{TURN}<think>\n\n</think>\n\nSure"),
         ("chat", SWITCHED, SURE, f"{TURN}<think>\n\n</think>\n\nSure"),
     ],
 )
@@ -165,14 +153,10 @@ def test_urial_shows_its_shots_and_leaves_the_answer_to_the_model():
     text = template.render("How do I fold a sheet?", None)
     assert text.startswith(template.system + "\n\n# Query:\nWhich planets")
     assert text.endswith("# Query:\nHow do I fold a sheet?\n\n# Answer:\n")
-    assert text.count("# Query:") == text.count("# Answer:") == 4
     assert template.stops == ("# Query:",)
     assert Template.parse("urial", prefill="Sure").render("a", None).endswith("# Answer:\nSure")
     assert Template.parse("urial", "").render("a", None).startswith("# Query:\nWhich planets")
-    assert Template.parse("urial", "Be brief.").render("a", None).startswith("Be brief.\n\n# Query:\nWhich")
-
-
-def test_of_urials_shots_one_declines_and_judges_take_no_other_for_a_refusal():
+    # One of its shots declines, and judges take no other for a refusal.
     shots = [shot.split("\n\n# Answer:\n") for shot in FORMS["urial"].without_system.split("# Query:\n")[1:-1]]
     completions = [Completion(query, answer.strip(), (), True, 128) for query, answer in shots]
     for judge in (KeywordJudge(), PhraseJudge()):
@@ -197,14 +181,12 @@ TWICE = "{{ bos_token }} {{ bos_token }} [user] {{ messages[0].content }}"
     [
         # The user's text and the tokenizer both write a beginning; so do a chat template and a text in it.
         ("<s> be {query}", None, "<s> $A", ["<s>", "be", "hi"]),
-        ("<s> be {query}", None, "$A", ["<s>", "be", "hi"]),
         ("chat", TWICE, "<s> $A", ["<s>", "[user]", "hi"]),
         ("chat", "[user] {{ messages[0].content }}", "<s> $A", ["[user]", "hi"]),
         # An end that the tokenizer adds is left out, one in the text is not.
         ("be {query}", None, "<s> $A </s>", ["<s>", "be", "hi"]),
         ("{query} </s>", None, "<s> $A", ["<s>", "hi", "</s>"]),
         ("direct", None, "$A </s>", ["hi"]),
-        ("be {query}", None, "$A", ["be", "hi"]),
     ],
 )
 def test_special_tokens_are_the_tokenizers_own_and_never_doubled(text, chat_template, adds, tokens):
@@ -217,28 +199,19 @@ def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
         adopted = tokenizer(chat_template)
         own = adopted.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
         assert Template.parse("chat").bound(adopted).encode("hi") == list(own["input_ids"])
-
-
-def test_a_prompt_without_a_token_is_refused():
     with pytest.raises(InputError, match="no token"):
-        Template.parse("direct").bound(lambda text, add_special_tokens: {"input_ids": []}).encode("a")
+        Template.parse("direct").bound(tokenizer(adds="$A")).encode(" ")
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
 UNASKED = "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT
 
 
-@pytest.mark.parametrize(
-    ("text", "chat_template", "is_dated"),
-    [
-        ("chat", DATED, True),
-        ("direct", DATED, False),
-        *(("chat", other, False) for other in (CHAT, UNASKED, NO_SYSTEM)),
-    ],
-)
-def test_a_template_that_writes_the_date_says_so(text, chat_template, is_dated):
-    note = "the chat template writes today's date into the prompts; the same command on another day is another run"
-    assert Template.parse(text).bound(tokenizer(chat_template)).note == (note if is_dated else None)
+def test_a_template_that_writes_the_date_says_so():
+    dated = Template.parse("chat").bound(tokenizer(DATED))
+    assert dated.note.startswith("the chat template writes today's date into the prompts")
+    for text, chat_template in (("direct", DATED), ("chat", CHAT), ("chat", UNASKED), ("chat", NO_SYSTEM)):
+        assert Template.parse(text).bound(tokenizer(chat_template)).note is None
 
 
 def test_where_there_is_no_think_block_one_may_be_left_open():
@@ -261,30 +234,24 @@ def test_where_there_is_no_think_block_one_may_be_left_open():
     ],
 )
 def test_a_think_block_is_closed_unless_it_is_to_be_open(chat_template, closed, opened, begins):
-    prompt = "[user]hi[end][assistant]"
     adopted = tokenizer(chat_template)
     for template in (Template.parse("chat"), Template.parse("chat", thinking="closed")):
-        assert template.render("hi", adopted) == prompt + closed
+        # A query that holds a mark changes nothing.
+        for query in ("hi", "why </think> or <think>"):
+            assert template.render(query, adopted) == f"[user]{query}[end][assistant]{closed}"
         assert template.bound(adopted).template.thinking == "closed"
         assert template.bound(adopted).block is None
     bound = Template.parse("chat", thinking="open").bound(adopted)
-    assert bound.render("hi") == prompt + opened
+    assert bound.render("hi") == TURN + opened
     assert bound.begins_in_block is begins
     assert bound.block == bound.known_block
 
 
-def test_a_query_that_holds_a_mark_changes_nothing():
-    for chat_template in (SWITCHED, BEGUN, STRIPS_HISTORY):
-        plain = rendered(chat_template).replace("hi[end]", "why </think> or <think>[end]")
-        assert rendered(chat_template, "why </think> or <think>") == plain
-
-
 def test_a_template_is_read_back_from_its_settings():
     templates = [
-        *(Template.parse(name) for name in FORMS),
+        Template.parse("urial"),
         Template.parse("chat", "be brief", folds_system=True, thinking="closed", prefill="Sure"),
-        Template.parse("chat", thinking="open"),
-        Template.parse("llama2", "", prefill="Sure, here is"),
+        Template.parse("llama2", ""),
         Template.parse("S: {system} Q: {query}", "be brief"),
     ]
     for template in templates:
