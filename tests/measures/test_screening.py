@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -66,28 +67,23 @@ class Differences:
         self.model = model_of(family)
         if family != "gpt_oss_sinks":  # its experts have no float64
             self.model = self.model.double()
-        self.n_heads = self.model.config.num_attention_heads
 
     @torch.no_grad()
-    def columns(self, ids, tokens, nudges=()):
-        """log p(token) / p(all others), with (head, change [n_tokens, d_value]) added to the heads' outputs."""
+    def columns(self, ids, tokens, nudged=None, change=None):
+        """log p(token) / p(all others), with a change [n_tokens, d_value] added to the nudged head's output."""
 
-        def hook_of(layer):
-            def hook(_, arguments):
-                output = arguments[0].clone()
-                by_head = output.view(*output.shape[:-1], self.n_heads, -1)
-                for head in self.common:
-                    if head.layer == layer:
-                        by_head[..., head.index, :] *= self.ablation.epsilon
-                for head, change in nudges:
-                    if head.layer == layer:
-                        by_head[0, :, head.index] += change.to(output.dtype)
-                return (output,)
-
-            return hook
+        def hook(module, arguments, layer):
+            output = arguments[0].clone()
+            by_head = output.view(*output.shape[:-1], self.model.config.num_attention_heads, -1)
+            for head in self.common:
+                if head.layer == layer:
+                    by_head[..., head.index, :] *= self.ablation.epsilon
+            if nudged is not None and nudged.layer == layer:
+                by_head[0, :, nudged.index] += change.to(output.dtype)
+            return (output,)
 
         handles = [
-            layer.self_attn.o_proj.register_forward_pre_hook(hook_of(number))
+            layer.self_attn.o_proj.register_forward_pre_hook(partial(hook, layer=number))
             for number, layer in enumerate(self.model.model.layers)
         ]
         logits = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
@@ -96,18 +92,14 @@ class Differences:
         others = [token for token in range(len(logits)) if token not in tokens]
         return logits[list(tokens)] - logits[others].logsumexp(dim=0)
 
-    def change(self, ids, head):
-        """By how much its ablation changes the head's output, everything before it unablated."""
+    def move(self, ids, head, tokens, of=lambda columns: columns):
+        """By how much the head's ablation moves the columns, or what is made of them, in first order."""
         plain, ablated = (
             self.oracle.run(ids, group, self.ablation).outputs[head.layer][:, head.index]
             for group in (self.common, (*self.common, head))
         )
-        return (ablated - plain).double()
-
-    def move(self, ids, head, tokens):
-        """By how much the head's ablation moves the columns, in first order."""
-        change = self.change(ids, head)
-        up, down = (self.columns(ids, tokens, [(head, sign * STEP * change)]) for sign in (1.0, -1.0))
+        change = STEP * (ablated - plain).double()
+        up, down = (of(self.columns(ids, tokens, head, sign * change)) for sign in (1.0, -1.0))
         return (up - down) / (2 * STEP)
 
 
@@ -117,14 +109,19 @@ def divergence(before, after):
     return float((p * (p / q).log()).sum())
 
 
-def log_probabilities_of(engine, sequences=SEQUENCES):
-    begun = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
-    return begun.unablated["log_probabilities"]
+def log_probabilities_of(engine):
+    measuring = HeadPass(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True))
+    return measuring.unablated["log_probabilities"]
 
 
 def tokens_of(engine, n):
     """The n most probable next tokens of each prompt."""
     return log_probabilities_of(engine).topk(n, dim=-1).indices.tolist()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_of("llama_gqa")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +150,10 @@ def test_moves_equal_central_differences_of_plain_forwards(family, name):
     assert max(largest) > 10 * tolerance  # or the comparison could not fail
 
 
-def test_the_forecast_is_the_kl_of_the_moved_odds_and_the_largest_point_counts():
+def test_the_forecast_is_the_kl_of_the_moved_odds_and_the_largest_point_counts(engine):
     ablation = SCALING_CONTRIBUTION.at(0.1)
-    engine, slow = engine_of("llama_gqa"), Differences("llama_gqa", ablation)
+    slow, tokens = Differences("llama_gqa", ablation), tokens_of(engine, 3)
     found = screen(engine, SEQUENCES, ablation, points=(Point(0.0, 3),))
-    tokens = tokens_of(engine, 3)
     for number, head in itertools.product((0, 1), HEADS):
         start = slow.columns(PROMPTS[number], tokens[number])
         expected = divergence(start, start + slow.move(PROMPTS[number], head, tokens[number]))
@@ -177,23 +173,22 @@ def test_weak_ablations_are_forecast_as_they_are():
     assert torch.allclose(found.ships.flatten(1).T, exact["ships"], rtol=2e-2, atol=1e-12)
 
 
-def test_forecasts_with_heads_ablated_already_start_from_there():
-    ablation, common = SCALING_CONTRIBUTION.at(0.1), (Head(0, 2), Head(1, 0))
-    engine, slow = engine_of("llama_gqa"), Differences("llama_gqa", ablation, common)
-    found, unablated = screen(engine, SEQUENCES, ablation, common=common, points=(Point(0.0, 2),)), tokens_of(engine, 2)
-    plain = Differences("llama_gqa", ablation)
+def test_forecasts_with_heads_ablated_already_start_from_there(engine):
+    ablation, common, tokens = SCALING_CONTRIBUTION.at(0.1), (Head(0, 2), Head(1, 0)), tokens_of(engine, 2)
+    found = screen(engine, SEQUENCES, ablation, common=common, points=(Point(0.0, 2),))
+    slow, plain = (Differences("llama_gqa", ablation, heads) for heads in (common, ()))
     for number, head in itertools.product((0, 2), HEADS):
-        ids, tokens = PROMPTS[number], unablated[number]
-        expected = divergence(plain.columns(ids, tokens), slow.columns(ids, tokens) + slow.move(ids, head, tokens))
+        asked = PROMPTS[number], tokens[number]
+        moved = slow.columns(*asked) + slow.move(PROMPTS[number], head, tokens[number])
+        expected = divergence(plain.columns(*asked), moved)
         assert float(found.ships[number, head.layer, head.index]) == pytest.approx(expected, rel=5e-3, abs=1e-5)
-    for head in common:
-        assert bool(found.ships[:, head.layer, head.index].isnan().all())
+    assert all(bool(found.ships[:, head.layer, head.index].isnan().all()) for head in common)
     assert int(found.ships.isnan().sum()) == 2 * len(PROMPTS)
     assert not set(common) & set(found.table().top(99))
 
 
-def test_several_answer_positions_are_forecast_each_and_averaged():
-    engine, points = engine_of("llama_gqa"), (Point(0.0, 2), Point(-0.2, 1))
+def test_several_answer_positions_are_forecast_each_and_averaged(engine):
+    points = (Point(0.0, 2), Point(-0.2, 1))
     whole = [(*ids, 7, 8) for ids in PROMPTS[:2]]
     forced = [TokenSequence(ids, n_wanted=3) for ids in whole]
     together = screen(engine, forced, UNDIFFERENTIATED_ATTENTION, points=points).ships
@@ -203,24 +198,19 @@ def test_several_answer_positions_are_forecast_each_and_averaged():
         assert torch.allclose(together[number], torch.stack(each).mean(dim=0), rtol=1e-3, atol=1e-5)
 
 
-def test_the_refusals_log_odds_are_forecast_signed():
-    engine, openers = engine_of("llama_gqa"), (4, 9)
-    slow = Differences("llama_gqa", UNDIFFERENTIATED_ATTENTION)
+def test_the_refusals_log_odds_are_forecast_signed(engine):
+    openers, slow = (4, 9), Differences("llama_gqa", UNDIFFERENTIATED_ATTENTION)
     found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, openers, points=(Point(0.0, 2),))
     for number, head in itertools.product((0, 1), HEADS):
-        change = slow.change(PROMPTS[number], head)
         # p(R) / (1 - p(R)): the columns share their denominator.
-        up, down = (
-            slow.columns(PROMPTS[number], openers, [(head, sign * STEP * change)]).logsumexp(dim=0) for sign in (1, -1)
-        )
-        expected = -float(up - down) / (2 * STEP)
+        expected = -float(slow.move(PROMPTS[number], head, openers, of=lambda columns: columns.logsumexp(dim=0)))
         assert float(found.refusal_score[number, head.layer, head.index]) == pytest.approx(expected, abs=SLOPE)
     with pytest.raises(InputError, match="no openers"):
         screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).table("refusal_score")
 
 
-def test_without_a_quick_path_or_in_more_rows_the_forecast_is_the_same():
-    engine, narrow = engine_of("llama_gqa"), engine_of("llama_gqa", token_budget=12)
+def test_without_a_quick_path_or_in_more_rows_the_forecast_is_the_same(engine):
+    narrow = engine_of("llama_gqa", token_budget=12)
     quick = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).ships
     slow_paths = [Capabilities(**{path: False}) for path in ("packs", "segments", "plain_head")]
     for other in (narrow, *(engine_of("llama_gqa", capabilities=slow) for slow in slow_paths)):
@@ -246,8 +236,7 @@ def test_the_model_is_left_as_it_was():
         assert screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION).table().top(3)
 
 
-def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
-    engine = engine_of("llama_gqa")
+def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term(engine):
     found = screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=(Point(0.0, 3),))
     linear = Lineariser(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, n_tokens=3).at(Point(0.0, 3))
     heads = found.table().top(5)
@@ -269,14 +258,13 @@ def test_pairs_are_those_whose_second_order_kl_has_the_largest_cross_term():
     assert found.pairs(heads, 3) == tuple(sorted(cross, key=lambda pair: -cross[pair])[:3])
 
 
-def test_moves_of_sampled_tokens_are_of_log_p_given_the_others():
+def test_moves_of_sampled_tokens_are_of_log_p_given_the_others(engine):
     """With every other token sampled once, their moves have the mean 0 under p(token | others)."""
-    engine = engine_of("llama_gqa")
     lineariser = Lineariser(engine, SEQUENCES[:1], UNDIFFERENTIATED_ATTENTION)
     first = lineariser.at(Point(0.0, 1), gradients=False).followed
     others = torch.tensor([[token for token in range(64) if token != int(first[0][0, 0])]])
     within = lineariser.at(Point(0.0, 1, 63), followed=(first[0], others)).moves[0, ..., 1:]
-    given_others = torch.softmax(log_probabilities_of(engine, SEQUENCES[:1])[0, others[0]], dim=0)
+    given_others = torch.softmax(log_probabilities_of(engine)[0, others[0]], dim=0)
     scale = float(within.abs().max())
     assert float((given_others * within).sum(dim=-1).abs().max()) < 1e-4 * scale
     assert scale > 0.01
@@ -292,17 +280,12 @@ def test_samples_follow_the_probabilities_of_the_others():
 
 
 @pytest.mark.parametrize("points", [(), (Point(0.8, 1),), (Point(0.0, 0),), (Point(0.0, 10_000),)])
-def test_points_that_forecast_nothing_sound_are_refused(points):
+def test_points_that_forecast_nothing_sound_are_refused(engine, points):
     with pytest.raises(InputError, match="begins at the unablated model"):
-        screen(engine_of("llama_gqa"), SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)
+        screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)
 
 
 # What a screening proposes, scored exactly
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return engine_of("llama_gqa")
 
 
 @pytest.fixture(scope="module")

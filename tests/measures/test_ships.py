@@ -27,13 +27,7 @@ from safetyheads import (
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import SCORES, HeadPass, Readouts, Score
 from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import (
-    Opener,
-    SharedFirstTokenWarning,
-    answer_sequences,
-    scorer_named,
-    scorer_of,
-)
+from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences, scorer_named, scorer_of
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 
@@ -46,6 +40,7 @@ PROMPTS = (
     (5, 9, 12, 40, 7, 19, 33, 50, 21),
     (30, 2, 11),
 )
+ASKED = prompts_of(*PROMPTS)
 GROUPS = ((Head(0, 1),), (Head(0, 2), Head(1, 3)), (Head(2, 0),))
 HEADS = (Head(0, 1), Head(1, 2), Head(2, 3))
 
@@ -63,6 +58,11 @@ LAYOUT_NATS = 1e-5
 @pytest.fixture(scope="module")
 def oracle():
     return Oracle(model_of("llama_gqa"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_of("llama_gqa")
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +108,17 @@ def refusal_twin(oracle, prompts, group, ablation, openers):
 # Generalized Ships
 
 
-def test_generalized_ships_equal_angles_between_singular_vectors_in_every_setting(states):
+def test_generalized_ships_equal_angles_between_singular_vectors_in_every_setting(engine, states):
     settings = itertools.product(("prompt", "representation"), (1, 2), ("after_norm", "before_norm"), (False, True))
-    engine, prompts, by_setting = engine_of("llama_gqa"), prompts_of(*PROMPTS), []
+    by_setting = []
     for subspace, rank, state, centred in settings:
-        scorer = generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred)
+        scorer = generalized_ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred)
         ours = scorer(GROUPS)
         unablated, *ablated = states[state]
         by_setting.append([angle_twin(unablated, stack, subspace, rank, centred) for stack in ablated])
-        assert ours.dtype == torch.float64
+        assert (ours.dtype, scorer.unit) == (torch.float64, "degrees")
         assert ours.tolist() == pytest.approx(by_setting[-1], abs=DEGREES), scorer.name
         assert min(by_setting[-1]) > 100 * DEGREES
-        assert scorer.unit == "degrees"
     # Each setting is another angle, so the comparison can tell them apart.
     for first, second in itertools.combinations(by_setting, 2):
         assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 50 * DEGREES
@@ -131,25 +130,22 @@ def test_generalized_ships_equal_angles_between_singular_vectors_in_every_settin
 @pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
 def test_ships_over_positions_average_the_teacher_forced_divergences(ablation, oracle):
     engine, prompts = engine_of("llama_gqa"), PROMPTS[:3]
-    answers = [unablated_answer(oracle, ids, 3) for ids in prompts]
-    assert [len(answer) for answer in answers] == [3, 3, 3]
     # The second token of the second answer ends answers: it is predicted (position 2), and nothing after it.
-    engine.model.generation_config.eos_token_id = [END, answers[1][1]]
-    ends = {END, answers[1][1]}
+    ends = {END, unablated_answer(oracle, prompts[1], 3)[1]}
+    engine.model.generation_config.eos_token_id = list(ends)
     answers = [unablated_answer(oracle, ids, 3, ends) for ids in prompts]
-    assert len(answers[1]) == 1
+    assert [len(answer) for answer in answers] == [1, 1, 3]
     ours = ships(engine, prompts_of(*prompts), ablation, positions=3).values
     # The same batches, so the same numbers; only the sum's order is free.
     means = mean_ships(engine, prompts_of(*prompts), ablation, positions=3)([(head,) for head in engine.heads])
     torch.testing.assert_close(means, ours.mean(dim=0).flatten(), rtol=1e-12, atol=0)
-    for head in HEADS:
-        for number, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
-            forced = [(*ids, *answer[:made]) for made in range(min(3, len(answer) + 1))]
-            divergences = [oracle.ships(tokens, (head,), ablation) for tokens in forced]
-            slow = sum(divergences) / len(divergences)
-            assert slow > 100 * KL_NATS
-            assert float(ours[number, head.layer, head.index]) == pytest.approx(slow, abs=KL_NATS, rel=1e-5)
-            assert abs(slow - divergences[0]) > 10 * KL_NATS  # the first position alone would be seen
+    for head, (number, answer) in itertools.product(HEADS, enumerate(answers)):
+        forced = [(*prompts[number], *answer[:made]) for made in range(min(3, len(answer) + 1))]
+        divergences = [oracle.ships(tokens, (head,), ablation) for tokens in forced]
+        slow = sum(divergences) / len(divergences)
+        assert slow > 100 * KL_NATS
+        assert float(ours[number, head.layer, head.index]) == pytest.approx(slow, abs=KL_NATS, rel=1e-5)
+        assert abs(slow - divergences[0]) > 10 * KL_NATS  # the first position alone would be seen
 
 
 # The refusal score
@@ -160,10 +156,9 @@ def openers_of_tokens(*tokens):
 
 
 @pytest.mark.parametrize("ablation", [UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION], ids=lambda one: one.name)
-def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, oracle):
-    engine = engine_of("llama_gqa")
+def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, engine, oracle):
     tokens = tuple(int(token) for token in oracle.run(PROMPTS[0]).logits.topk(2).indices)
-    scorer = refusal_score(engine, prompts_of(*PROMPTS), ablation, openers_of_tokens(*tokens))
+    scorer = refusal_score(engine, ASKED, ablation, openers_of_tokens(*tokens))
     groups = [(head,) for head in engine.heads]
     ours = scorer(groups).tolist()
     checked = sorted({ours.index(max(ours)), ours.index(min(ours)), 0, 6})
@@ -175,28 +170,27 @@ def test_the_refusal_score_is_the_drop_of_the_openers_log_odds(ablation, oracle)
     assert (scorer.name, scorer.unit) == ("refusal_score", "nats")
 
 
-def test_openers_are_the_first_tokens_of_the_models_own_refusals(oracle, monkeypatch):
-    prompts, labels = prompts_of(*PROMPTS), ["refused", "complied", "refused", "incoherent"]
+def test_openers_are_the_first_tokens_of_the_models_own_refusals(engine, oracle, monkeypatch):
+    labels = ["refused", "complied", "refused", "incoherent"]
     monkeypatch.setattr(KeywordJudge, "__call__", lambda _, completions: tuple(Verdict(label, "") for label in labels))
     tokens = {int(oracle.run(PROMPTS[number]).logits.argmax()) for number in (0, 2)}
-    scorer = refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION)
     slow = [refusal_twin(oracle, PROMPTS, group, UNDIFFERENTIATED_ATTENTION, tokens) for group in GROUPS]
-    assert scorer(GROUPS).tolist() == pytest.approx(slow, abs=ODDS_NATS)
+    assert refusal_score(engine, ASKED, UNDIFFERENTIATED_ATTENTION)(GROUPS).tolist() == pytest.approx(
+        slow, abs=ODDS_NATS
+    )
     labels[:] = ["complied"] * 4
     with pytest.raises(SafetyheadsError, match="refuses none"):
-        refusal_score(engine_of("llama_gqa"), prompts, UNDIFFERENTIATED_ATTENTION)
+        refusal_score(engine, ASKED, UNDIFFERENTIATED_ATTENTION)
 
 
-def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):
-    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
+def test_openers_are_first_tokens_however_many_positions_a_pass_has(engine, oracle):
     tokens = tuple(int(token) for token in oracle.run(PROMPTS[0]).logits.topk(2).indices)
-    groups = [(head,) for head in engine.heads]
-    scores = {}
+    readouts, scores = Readouts(ships=True, openers=tokens), {}
     for positions in (1, 4):
-        sequences = answer_sequences(engine, prompts, positions)
+        sequences = answer_sequences(engine, ASKED, positions)
         assert [one.n_wanted for one in sequences] == [positions] * len(PROMPTS)
-        measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True, openers=tokens))
-        scores[positions] = measuring.measure(groups)
+        measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts)
+        scores[positions] = measuring.measure([(head,) for head in engine.heads])
     assert float((scores[4]["refusal_score"] - scores[1]["refusal_score"]).abs().max()) < LAYOUT_NATS
     assert float((scores[4]["ships"] - scores[1]["ships"]).abs().max()) > 100 * LAYOUT_NATS  # these do average
 
@@ -204,8 +198,8 @@ def test_openers_are_first_tokens_however_many_positions_a_pass_has(oracle):
 # The blank first token
 
 
-def test_a_blank_first_token_of_every_answer_is_warned_of(monkeypatch, oracle, recwarn):
-    engine, same = engine_of("llama_gqa"), prompts_of(*[PROMPTS[0]] * 2)
+def test_a_blank_first_token_of_every_answer_is_warned_of(engine, monkeypatch, oracle, recwarn):
+    same = prompts_of(*[PROMPTS[0]] * 2)
     answer_sequences(engine, same, positions=1)
     monkeypatch.setattr(engine.tokenizer, "decode", lambda *_, **__: "\n")
     # Not with more positions, or where answers begin with different tokens.
@@ -221,39 +215,37 @@ def test_a_blank_first_token_of_every_answer_is_warned_of(monkeypatch, oracle, r
 # Scorers by name
 
 
-def test_scorers_by_name_are_the_functions_of_that_name():
-    engine, prompts, openers = engine_of("llama_gqa"), prompts_of(*PROMPTS), openers_of_tokens(8, 39)
-    done = []
+def test_scorers_by_name_are_the_functions_of_that_name(engine):
+    asked, openers, done = (engine, ASKED, UNDIFFERENTIATED_ATTENTION), openers_of_tokens(8, 39), []
 
     def named(score):
-        return scorer_named(engine, prompts, UNDIFFERENTIATED_ATTENTION, score, openers, on_groups=done.append)
+        return scorer_named(*asked, score, openers, on_groups=done.append)
 
     wanted = {
-        "mean_ships": mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION),
-        "refusal_score": refusal_score(engine, prompts, UNDIFFERENTIATED_ATTENTION, openers),
-        "generalized_ships_prompt": generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION),
-        "generalized_ships_representation": generalized_ships(
-            engine, prompts, UNDIFFERENTIATED_ATTENTION, "representation"
-        ),
+        "mean_ships": mean_ships(*asked),
+        "refusal_score": refusal_score(*asked, openers),
+        "generalized_ships_prompt": generalized_ships(*asked),
+        "generalized_ships_representation": generalized_ships(*asked, "representation"),
     }
     assert set(wanted) == set(SCORES)
     for name, scorer in wanted.items():
-        found = named(name)
-        assert (found.name, found.unit) == (scorer.name, scorer.unit) == (name, scorer.unit)
-        assert torch.equal(found(GROUPS), scorer(GROUPS))
+        assert (named(name).name, named(name).unit) == (scorer.name, scorer.unit) == (name, scorer.unit)
+        assert torch.equal(named(name)(GROUPS), scorer(GROUPS))
     assert sum(done) == 4 * len(GROUPS)
     assert named(Score("generalized_ships_prompt", rank=2, centred=True)).name == "generalized_ships_prompt_r2_centred"
     # A forecast of the last head, beside the others.
-    sequences = answer_sequences(engine, prompts, 1)
+    sequences = answer_sequences(engine, ASKED, 1)
     alone, beside = (
         screen(engine, sequences, UNDIFFERENTIATED_ATTENTION, (8, 39), common) for common in ((), GROUPS[1][:1])
     )
     forecast = named("screened_refusal_score")(GROUPS[:2]).tolist()
     assert forecast == [alone.table("refusal_score")[GROUPS[0][0]], beside.table("refusal_score")[GROUPS[1][1]]]
-    assert float(named("screened_mean_ships")(GROUPS[:1])) == alone.table()[GROUPS[0][0]]
+    assert named("screened_mean_ships")([(), GROUPS[0]]).tolist() == [0.0, alone.table()[GROUPS[0][0]]]
+    with pytest.raises(InputError, match="forecast from prompts"):
+        scorer_of(None, "screened_mean_ships")
 
 
-def test_scores_and_settings_that_do_not_exist_are_refused():
+def test_scores_and_settings_that_do_not_exist_are_refused(engine):
     for name, settings, named in (
         ("ships", {}, "unknown score 'ships'; known are mean_ships"),
         ("generalized_ships_prompt", {"state": "early"}, "unknown state 'early'"),
@@ -265,11 +257,10 @@ def test_scores_and_settings_that_do_not_exist_are_refused():
     Score("mean_ships").refuse_too_few(1)
     with pytest.raises(InputError, match="at least two prompts"):
         Score("generalized_ships_prompt").refuse_too_few(1)
-    engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
     with pytest.raises(InputError, match="rank 5 is out of range"):
-        generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, rank=5)
+        generalized_ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, rank=5)
     with pytest.raises(InputError, match="at least 1; got 0"):
-        ships(engine, prompts, UNDIFFERENTIATED_ATTENTION, positions=0)
+        ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, positions=0)
 
 
 # One pass
@@ -302,19 +293,6 @@ def test_all_readouts_at_once_cost_the_layer_calls_of_one():
 
 
 def test_scores_of_the_prompts_last_token_need_no_answers():
-    engine = engine_of("llama_gqa", capabilities=Capabilities(caches=False))
-    prompts = prompts_of(*PROMPTS)
-    assert generalized_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)(GROUPS).shape == (len(GROUPS),)
-    opener = [Opener(7, "x", 1)]
-    assert refusal_score(engine, prompts, UNDIFFERENTIATED_ATTENTION, openers=opener)(GROUPS).shape == (len(GROUPS),)
-
-
-def test_a_forecast_is_not_read_from_a_pass_and_the_empty_group_changes_nothing():
-    engine = engine_of("llama_gqa")
-    measuring = HeadPass(
-        engine, answer_sequences(engine, prompts_of(*PROMPTS), 1), UNDIFFERENTIATED_ATTENTION, Readouts(ships=True)
-    )
-    with pytest.raises(InputError, match="forecast from prompts"):
-        scorer_of(measuring, "screened_mean_ships")
-    scorer = scorer_named(engine, prompts_of(*PROMPTS), UNDIFFERENTIATED_ATTENTION, "screened_mean_ships")
-    assert scorer([(), (Head(0, 1),)])[0] == 0.0
+    asked = engine_of("llama_gqa", capabilities=Capabilities(caches=False)), ASKED, UNDIFFERENTIATED_ATTENTION
+    for scorer in (generalized_ships(*asked), refusal_score(*asked, openers_of_tokens(7))):
+        assert scorer(GROUPS).shape == (len(GROUPS),)
