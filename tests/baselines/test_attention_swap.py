@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
-from baseline_samples import close, engine_on, logits_of, state_of
+from baseline_samples import assert_undone, close, engine_on, logits_of
 from oracle import Oracle
 from tiny_models import COMMON, CONFIGS, build, model_of, prompts_of
 from transformers import AutoConfig
@@ -21,7 +22,6 @@ from safetyheads import (
     attack_success_rate,
     load_demo,
     mean_ships,
-    ships,
     swapped_attention,
 )
 from safetyheads.runs.provenance import fingerprint
@@ -34,10 +34,9 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "phi3")
 
 def by_hand(model, donor, layers=range(3)):
     """The slow twin: a copy of the model into which the donor's attention weights are written."""
-    mixed = copy.deepcopy(model)
     marks = [f"layers.{layer}.{name}." for layer in layers for name in ("self_attn", "attention")]
     given = {name: tensor for name, tensor in donor.state_dict().items() if any(mark in name for mark in marks)}
-    assert given
+    mixed = copy.deepcopy(model)
     mixed.load_state_dict({**model.state_dict(), **given})
     return mixed
 
@@ -71,47 +70,36 @@ def test_heads_are_ablated_within_a_swap_and_swapped_within_an_ablation(pair):
         close(logits_of(model, PROMPT)[-1], expected)
 
 
-def test_scores_within_a_swap_are_those_of_the_mixed_model(pair):
+def test_scores_within_a_swap_are_the_mixed_models_and_a_scorer_belongs_to_the_weights_it_was_made_on(pair):
     engine, donor = pair
-    mixed = engine_on(by_hand(engine.model, donor.model))
+    groups, mixed = [(head,) for head in engine.heads], engine_on(by_hand(engine.model, donor.model))
 
-    def scores(scored):
-        return ships(scored, prompts_of(PROMPT, PROMPT[:7]), UNDIFFERENTIATED_ATTENTION).values
+    def scorer(scored):
+        return mean_ships(scored, prompts_of(PROMPT, PROMPT[:7]), UNDIFFERENTIATED_ATTENTION)
 
-    before = scores(engine)
+    outer = scorer(engine)
+    before = outer(groups)
     with swapped_attention(engine, donor):
-        within = scores(engine)
-    assert torch.equal(within, scores(mixed))
-    assert torch.equal(scores(engine), before)
+        with pytest.raises(SafetyheadsError, match="other weights than when this scorer was made"):
+            outer(groups)
+        inner = scorer(engine)
+        within = inner(groups)
+    with pytest.raises(SafetyheadsError, match="other weights"):
+        inner(groups)
+    assert torch.equal(within, scorer(mixed)(groups))
+    assert torch.equal(outer(groups), before)
     assert float((within - before).abs().max()) > 1e-2
 
 
-def test_a_scorer_belongs_to_the_weights_it_was_made_on(pair):
-    engine, donor = pair
-    prompts = prompts_of(PROMPT)
-    outer = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
-    with swapped_attention(engine, donor):
-        with pytest.raises(SafetyheadsError, match="other weights than when this scorer was made"):
-            outer([GROUP])
-        inner = mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)
-        inner([GROUP])
-    with pytest.raises(SafetyheadsError, match="other weights"):
-        inner([GROUP])
-    assert torch.equal(outer([GROUP]), mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION)([GROUP]))
-
-
-def test_a_plain_model_can_be_the_donor_and_the_very_tensors_come_back_also_after_an_error(pair):
+def test_a_plain_model_can_be_the_donor_and_the_very_tensors_come_back(pair):
     engine, donor = pair
     projection = "model.layers.1.self_attn.o_proj.weight"
-    before = state_of(engine)
+    with swapped_attention(engine, copy.deepcopy(donor.model)) as model:
+        expected = logits_of(model)
     with swapped_attention(engine, donor) as model:
         assert model.get_parameter(projection) is donor.model.get_parameter(projection)
-        expected = logits_of(model)
-    with swapped_attention(engine, copy.deepcopy(donor.model)) as model:
         assert torch.equal(logits_of(model), expected)
-    with pytest.raises(KeyError), swapped_attention(engine, donor):
-        raise KeyError
-    assert state_of(engine) == before
+    assert_undone(partial(swapped_attention, engine, donor), engine, donor)
 
 
 def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
@@ -162,34 +150,25 @@ def test_donors_of_another_kind_are_refused_by_what_differs(pair, said):
     assert re.search(said, refusal(pair[0], OTHERS[said]()))
 
 
-LLAMA4 = {
-    "num_key_value_heads": 2, "head_dim": 8, "attention_chunk_size": 64, "num_local_experts": 2,
-    "intermediate_size_mlp": 48, "no_rope_layers": [1, 0, 1], "floor_scale": 4,
-}  # fmt: skip
-IN_THE_MODULES = {
-    "clip_qkv": ("olmo", {}, {"clip_qkv": 0.3}),
-    "scale_attn_by_inverse_layer_idx": ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}),
-    "variance_epsilon": ("qwen3", {"head_dim": 16}, {"rms_norm_eps": 1e-2}),
-    "attn_scale": ("llama4_text", LLAMA4, {"attn_scale": 0.9}),
-    "scaling": ("granite", {}, {"attention_multiplier": 0.5}),
-}
-"""Setting -> a family whose attention holds it beside its weights, what makes it small, and the donor's value."""
-
-
-@pytest.mark.parametrize("setting", IN_THE_MODULES)
-def test_settings_that_live_in_the_attention_itself_are_refused_by_name(setting):
-    family, common, donors = IN_THE_MODULES[setting]
-    models = [build(AutoConfig.for_model(family, **COMMON, **{**common, **own})) for own in ({}, donors)]
+@pytest.mark.parametrize(
+    ("setting", "family", "donors"),
+    [  # read from the config while it runs, on a module within the attention, on the attention
+        ("clip_qkv", "olmo", {"clip_qkv": 0.3}),
+        ("variance_epsilon", "qwen3", {"rms_norm_eps": 1e-2}),
+        ("scaling", "granite", {"attention_multiplier": 0.5}),
+        ("scale_attn_by_inverse_layer_idx", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ],
+)
+def test_settings_that_live_in_the_attention_itself_are_refused_by_name(setting, family, donors):
+    models = [build(AutoConfig.for_model(family, **COMMON, **own)) for own in ({}, donors)]
     said = refusal(engine_on(models[0]), models[1])
     assert re.match(rf"{setting} of the attention of layer \d is \S+ in the model, \S+ in the donor$", said)
 
 
 def test_settings_outside_attention_are_no_reason_to_refuse(pair):
     """Norms of the residual stream, dropouts and the length of the context: attention is the same whatever they are."""
-    engine, _ = pair
-    idle = {"attention_dropout": 0.3, "max_position_embeddings": 256, "eos_token_id": 5, "pad_token_id": 0}
-    donor = changed(rms_norm_eps=1e-3, **idle)
-    with swapped_attention(engine, donor):
+    idle = {"rms_norm_eps": 1e-3, "attention_dropout": 0.3, "max_position_embeddings": 256, "eos_token_id": 5}
+    with swapped_attention(pair[0], changed(**idle)):
         pass
     for rope in ({"rope_type": "yarn", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
         both = {"rope_parameters": {**rope, "rope_theta": 1e4}}
@@ -200,7 +179,6 @@ def test_settings_outside_attention_are_no_reason_to_refuse(pair):
 def test_other_layers_and_tokenizers_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
     engine, donor = pair
     assert refusal(engine, donor, layers=[3]).endswith("the model's layers with heads are 0-2")
-    assert refusal(engine, engine).startswith("the donor is the model itself")
     assert refusal(engine, engine.model).startswith("the donor is the model itself")
     with swapped_attention(donor, copy.deepcopy(engine.model)):
         assert "another model's attention" in refusal(engine, donor, kind=SafetyheadsError)

@@ -31,12 +31,12 @@ from safetyheads import (
     KeywordJudge,
     SafetyheadsError,
     UnsupportedModelError,
+    ships,
 )
 from safetyheads.baselines import METHODS
 from safetyheads.baselines import heads as methods
 from safetyheads.baselines.direction import select_direction
 from safetyheads.baselines.heads import final_norm, logit_attributions, output_weight, projections, refusal_projections
-from safetyheads.heads import parse_heads
 
 PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 7, 19), (33, 2))
 OPENERS = (17, 30)
@@ -69,57 +69,36 @@ def test_saharas_first_three_heads_are_the_plants_and_free_the_prompts():
     assert {row.group for row in result.rows} == {three.groups(harmful)[0]}
 
 
-def random_group(group, seed, monkeypatch):
-    monkeypatch.setattr(methods, "found_group", lambda *_: group)
-    (one,) = METHODS["random_heads"].interventions(replace(material(), seed=seed), (len(group),))
-    return one.groups(organism().harmful)[0]
-
-
 def test_random_heads_are_of_the_same_layers_and_drawn_by_the_seed(monkeypatch):
     planted = organism().planted_heads
-    groups = {random_group(planted, seed, monkeypatch) for seed in range(4)}
+
+    def drawn_groups(group, seed=0):
+        monkeypatch.setattr(methods, "found_group", lambda *_: group)
+        drawn = METHODS["random_heads"].interventions(replace(material(), seed=seed), (len(group),))
+        return drawn[0].groups(organism().harmful)[0]
+
+    groups = {drawn_groups(planted, seed) for seed in range(4)}
     assert len(groups) > 1
     for group in groups:
         assert sorted(head.layer for head in group) == [1, 2, 2]
         assert not set(group) & set(planted)
     with pytest.raises(InputError, match="no others to draw"):
-        random_group(tuple(Head(1, index) for index in range(8)), 0, monkeypatch)
+        drawn_groups(tuple(Head(1, index) for index in range(8)))
 
 
-def test_random_heads_where_layers_have_other_numbers_of_heads(monkeypatch):
-    engine = material().engine
-    first, *others = engine.architecture.shapes
-    fewer = replace(engine.architecture, shapes=(replace(first, n_heads=2), *others))
-    monkeypatch.setattr(engine, "architecture", fewer)
-    heads = {head for seed in range(12) for head in random_group(parse_heads("0-1,1-0"), seed, monkeypatch)}
-    assert {head for head in heads if head.layer == 0} == {Head(0, 0)}
-    # The larger layer is drawn from whole, not from as many heads as the smaller one has.
-    assert max(head.index for head in heads) > 2
-
-
-def test_ships_gives_each_prompt_its_own_heads():
-    (one,) = METHODS["ships_query"].interventions(material(), (1,))
-    groups = one.groups(organism().harmful[:12])
-    assert [len(group) for group in groups] == [1] * 12
-    # Each plant is for one of three kinds of harm, so no one head is every prompt's first.
-    assert len(set(groups)) > 1
-
-
-def test_rdsha_zeroes_the_heads_that_stand_first_on_each_prompt():
-    engine, prompts = organism().engine, organism().harmful[:6]
-    direction = select_direction(material()).vector
-    (two,) = METHODS["rdsha"].interventions(material(), (2,))
-    assert two.setting.startswith("2 heads of each prompt")
-    assert two.ablation == SCALING_CONTRIBUTION.at(0.0)
-    for ids, group in zip(engine.ask(prompts).token_ids, two.groups(prompts), strict=True):
-        by_hand = {}
-        for layer in range(4):
-            projection = engine.model.model.layers[layer].self_attn.o_proj
-            z, weight = inputs_of(engine.model, [projection], ids)[projection][-1], projection.weight.detach()
-            for head in range(8):
-                part = slice(head * 16, head * 16 + 16)
-                by_hand[Head(layer, head)] = abs(float(z[part].double() @ weight[:, part].T.double() @ direction))
-        assert group == tuple(sorted(by_hand, key=lambda head: -by_hand[head])[:2])
+def test_ships_and_rdsha_rank_each_prompts_own_heads():
+    engine, prompts = organism().engine, organism().harmful[:12]
+    by_projection = refusal_projections(engine, prompts, select_direction(material()).vector)
+    for name, scores, ablation in (
+        ("ships_query", ships(engine, prompts, UNDIFFERENTIATED_ATTENTION), UNDIFFERENTIATED_ATTENTION),
+        ("rdsha", by_projection, SCALING_CONTRIBUTION.at(0.0)),
+    ):
+        (two,) = METHODS[name].interventions(material(), (2,))
+        assert (two.setting[:22], two.ablation) == ("2 heads of each prompt", ablation)
+        groups = two.groups(prompts)
+        assert groups == tuple(scores.top_of_prompt(prompt, 2) for prompt in range(12))
+        # Each plant is for one of three kinds of harm, so no heads are every prompt's first.
+        assert len(set(groups)) > 1
 
 
 def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
@@ -161,6 +140,9 @@ def test_what_heads_write_is_what_slices_of_their_projection_give_and_sums_to_th
     (outputs, blocks), direction = written(name), drawn()
     found = projections(proved(name), prompts_of(*PROMPTS), direction)
     close(found, outputs @ direction)
+    # The direction's length and sign are no part of RDSHA's score.
+    scores = refusal_projections(proved(name), prompts_of(*PROMPTS), -5 * direction)
+    close(scores.values, (outputs @ direction).abs() / direction.norm())
     errors = (found.nansum(dim=-1) - (blocks @ direction).nan_to_num()).abs()
     assert (errors <= 4e-5 * found.nan_to_num().abs().amax(dim=-1)).all()
 
@@ -176,18 +158,6 @@ def test_a_projection_that_is_no_plain_layer_is_asked_by_unit_vectors():
     attention.o_proj = other
     again = Engine(engine.model, tokenizer())
     torch.testing.assert_close(output_weight(again, 1), plain, rtol=1e-6, atol=1e-6)
-
-
-def test_refusal_projections_are_ranked_by_prompt_as_by_hand():
-    engine, direction = proved("llama3"), drawn()
-    scores = refusal_projections(engine, prompts_of(*PROMPTS), direction)
-    by_hand = (written("llama3")[0] @ direction).abs() / direction.norm()
-    close(scores.values, by_hand)
-    for prompt, values in enumerate(by_hand):
-        order = values.flatten().argsort(descending=True).tolist()
-        assert scores.top_of_prompt(prompt, 12) == tuple(Head(at // N_HEADS, at % N_HEADS) for at in order)
-    # The direction's length and sign are no part of it.
-    close(refusal_projections(engine, prompts_of(*PROMPTS), -5 * direction).values, scores.values, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma", "gpt2", "cohere2", "olmo2"])

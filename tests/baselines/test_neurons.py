@@ -29,8 +29,8 @@ from safetyheads.model.architecture import Capabilities
 
 
 def neuron_values(engine, ids):
-    """The slow twin: one sequence alone; layer -> [n_tokens, d_mlp]."""
-    return dict(enumerate(inputs_of(engine.model, [down.module for down in down_projections(engine)], ids).values()))
+    """The slow twin: one sequence alone; [n_tokens, d_mlp] of each layer."""
+    return list(inputs_of(engine.model, [down.module for down in down_projections(engine)], ids).values())
 
 
 def patched_logits(engine, unaligned, neurons, ids):
@@ -53,16 +53,13 @@ def pair():
     return engine_on("llama3"), engine_on("llama3", changed=0.1)
 
 
-# GTAC
-
-
 def test_scores_are_the_rms_over_the_tokens_of_answers(pair):
     engine, other = pair
     material = made_up_material(engine, other)
-    differences = [[] for _ in range(engine.n_layers)]
+    differences = [[], [], []]
     for prompt, said in zip(engine.ask(material.harmful).token_ids, ANSWERS, strict=True):
         ours, theirs = (neuron_values(each, (*prompt, *said)) for each in pair)
-        for layer, values in ours.items():
+        for layer, values in enumerate(ours):
             differences[layer].append((values - theirs[layer])[len(prompt) :].double())
     by_hand = torch.stack([torch.cat(parts).square().mean(dim=0).sqrt() for parts in differences])
     scores = contrasts(engine, other, material.text(refused=True))
@@ -86,37 +83,18 @@ def test_a_neurons_weights_are_counted(family, a_neuron):
     assert neuron_parameters(engine, {0: torch.tensor([1, 2]), 1: torch.tensor([0])}) == 3 * a_neuron
 
 
-# DAP
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_values_are_the_other_models_and_answers_those_of_runs_without_cache(family):
     engine, other = engine_on(family), engine_on(family, changed=0.1)
     neurons = {0: torch.tensor([0, 3, 7]), 1: torch.arange(30)}
-    ids = PROMPTS[0]
-    ours, theirs = neuron_values(engine, ids), neuron_values(other, ids)
     if family in ("lfm2", "qwen3_5"):  # as their proofs at load find
         engine = Engine(engine.model, engine.tokenizer, capabilities=Capabilities(pads=False))
-
     by_hand = partial(patched_logits, engine, other, neurons)
     with patched(engine, other, neurons):
-        seen = neuron_values(engine, ids)  # its hooks came last, so they see what was patched
         logits, answers = logits_of(engine.model), answers_of(engine)
-    for layer, these in neurons.items():
-        assert torch.equal(seen[layer][:, these], theirs[layer][:, these])
-    rest = torch.tensor([number for number in range(ours[0].shape[1]) if number not in (0, 3, 7)])
-    assert torch.equal(seen[0][:, rest], ours[0][:, rest])  # before any patch has reached them
-    assert torch.equal(logits[-1], by_hand(ids)[-1])
+    assert torch.equal(logits[-1], by_hand(PROMPTS[0])[-1])
     assert answers == slow_answers(by_hand)
     assert answers != answers_of(engine)
-
-
-def test_every_neuron_patched_from_an_equal_model_changes_no_bit():
-    engine, equal = engine_on("llama3"), engine_on("llama3")
-    with patched(engine, equal, {layer: torch.arange(48) for layer in range(engine.n_layers)}):
-        logits, answers = logits_of(engine.model), answers_of(engine)
-    assert torch.equal(logits, logits_of(engine.model))
-    assert answers == answers_of(engine)
 
 
 def test_the_models_own_generate_is_patched_and_layers_that_run_alone_are_not(pair):
@@ -131,20 +109,14 @@ def test_the_models_own_generate_is_patched_and_layers_that_run_alone_are_not(pa
     assert tuple(token for token in made.tolist() if token != END) == slow
 
 
-def test_a_cache_that_was_filled_outside_is_refused(pair):
+def test_caches_begin_within_move_alone_again_after_and_are_not_kept(pair):
     engine, other = pair
-    ids = torch.tensor([[1, 2, 3]])
-    cache = engine.model(input_ids=ids, use_cache=True).past_key_values
-    with patched(engine, other, {0: torch.arange(3)}), pytest.raises(SafetyheadsError, match="begin the answer anew"):
-        engine.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-
-
-def test_caches_move_alone_again_after_and_are_not_kept(pair):
-    engine, other = pair
-    cache, short_lived = (DynamicCache(config=engine.model.config) for _ in range(2))
+    cache, short_lived, filled = (DynamicCache(config=engine.model.config) for _ in range(3))
+    engine.model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=filled, use_cache=True)
     with patched(engine, other, {0: torch.arange(3)}):
         engine.model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), past_key_values=cache, use_cache=True)
-        assert "reorder_cache" in vars(cache)
+        with pytest.raises(SafetyheadsError, match="begin the answer anew"):
+            engine.model(input_ids=torch.tensor([[1]]), past_key_values=filled, use_cache=True)
         gc.disable()
         try:
             engine.model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=short_lived, use_cache=True)

@@ -11,7 +11,7 @@ from tiny_models import engine_of
 
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, linear_layers
-from safetyheads.baselines.pruning import DAMPENING, UTILITY_SHARE, critical, snip_scores_of, sparse_gpt, wanda
+from safetyheads.baselines.pruning import DAMPENING, critical, snip_scores_of, sparse_gpt, wanda
 
 
 def dampened(gram):
@@ -53,8 +53,7 @@ def test_one_pruned_column_is_compensated_as_obs_solves_it(column):
     assert (ours - weight).abs().max() > 100 * SOLVED
 
 
-@pytest.mark.parametrize("block", [128, 4])
-@pytest.mark.parametrize("sparsity", [0.25, 0.75])
+@pytest.mark.parametrize(("sparsity", "block"), [(0.25, 128), (0.75, 4)])
 def test_sparsegpt_lies_between_the_exact_solution_of_its_mask_and_its_mask_alone(sparsity, block):
     weight, inputs = layer_and_inputs()
     hessian = dampened(inputs.T @ inputs)
@@ -69,11 +68,10 @@ def test_sparsegpt_lies_between_the_exact_solution_of_its_mask_and_its_mask_alon
     assert loss(exact - weight, hessian) <= loss(ours - weight, hessian) < 0.9 * alone
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-def test_sparsegpt_loses_less_than_wanda_and_magnitude(sparsity, seed):
+@pytest.mark.parametrize("sparsity", [0.25, 0.75])
+def test_sparsegpt_loses_less_than_wanda_and_magnitude(sparsity):
     """On layers of some width: its mask, chosen greedily, may be worse on a dozen columns. Measured: .52 to .77."""
-    weight, inputs = layer_and_inputs(32, 64, 400, seed)
+    weight, inputs = layer_and_inputs(32, 64, 400)
     gram = inputs.T @ inputs
     order = weight.abs().flatten().argsort()[: int(sparsity * weight.numel())]
     by_magnitude = weight.flatten().index_fill(0, order, 0.0).view_as(weight)
@@ -108,18 +106,21 @@ def test_inputs_that_are_always_zero_break_nothing():
     assert sparse_gpt(weight, torch.zeros(12, 12, dtype=torch.float64), 0.5).isfinite().all()
 
 
-def test_wanda_counts_what_it_zeroes_and_sparsegpt_all_that_it_changes():
+@pytest.mark.parametrize(("method", "most"), [("wanda", 0.5), ("snip_difference", 0.2), ("wanda_difference", 0.2)])
+def test_as_many_weights_are_zeroed_as_counted(method, most):
     engine = engine_of("llama_gqa")
-    sizes = [linear.weight.numel() for linear in linear_layers(engine)]
-    assert len(sizes) == 21
-    count = {
-        name: METHODS[name].interventions(made_up_material(engine), [0.5])[0].n_parameters
-        for name in ("wanda", "sparsegpt")
-    }
-    assert count == {"wanda": sum(size // 2 for size in sizes), "sparsegpt": sum(sizes)}
+    (taken,) = METHODS[method].interventions(made_up_material(engine), [most])
+    linears = linear_layers(engine)
+    whole = sum(round(most * linear.d_in) * linear.d_out for linear in linears)
+    assert taken.n_parameters == whole if method == "wanda" else 0 < taken.n_parameters < whole
+    with taken.at_work():
+        assert sum(int((linear.weight == 0).sum()) for linear in linears) == taken.n_parameters
 
 
-# Differences of scores on refusals and on benign answers.
+def test_sparsegpt_counts_all_that_it_changes():
+    engine = engine_of("llama_gqa")
+    (half,) = METHODS["sparsegpt"].interventions(made_up_material(engine), [0.5])
+    assert half.n_parameters == sum(linear.weight.numel() for linear in linear_layers(engine))
 
 
 def test_critical_weights_are_the_top_by_safety_less_the_top_by_utility():
@@ -169,15 +170,3 @@ def test_a_matrix_that_no_token_passes_scores_zero():
         assert torch.equal(of_linear, before.get(name, torch.zeros(16, 32))), name
     (idle,) = (linear for linear in linear_layers(engine) if linear.name == "idle")
     assert torch.equal(snip_scores_of(engine, [idle], text)[idle], torch.zeros(16, 32))
-
-
-@pytest.mark.parametrize("method", ["snip_difference", "wanda_difference"])
-def test_as_many_weights_are_zeroed_as_counted(method):
-    engine = engine_of("llama_gqa")
-    (taken,) = METHODS[method].interventions(made_up_material(engine), [0.2])
-    linears = linear_layers(engine)
-    assert all((linear.weight != 0).all() for linear in linears)
-    with taken.at_work():
-        assert sum(int((linear.weight == 0).sum()) for linear in linears) == taken.n_parameters > 0
-    assert UTILITY_SHARE < 0.2
-    assert taken.n_parameters < sum(round(0.2 * linear.d_in) * linear.d_out for linear in linears)
