@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -44,9 +43,6 @@ UNIT = drawn() / drawn().norm()
 
 def outputs(model):
     return torch.cat([logits_of(model, ids) for ids in PROMPTS])
-
-
-# Candidates
 
 
 @torch.no_grad()
@@ -95,20 +91,9 @@ def test_the_numbers_of_the_selected_direction_are_those_of_edited_weights():
     assert chosen.divergence == pytest.approx(float((before.exp() * (before - after)).sum(dim=-1).mean()), abs=1e-4)
 
 
-# Removal
-
-
-AFTER = {
-    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
-}
-"""Family -> the norms whose outputs are added to the stream."""
-
-
 # Ends of names of what writes to the stream: [d_model, n] (Linear), and [n, d_model] (embeddings, GPT-2).
 WRITE = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight",
-         "self_attn.dense.weight", "fc2.weight")  # fmt: skip
+         "self_attn.dense.weight", "fc2.weight", "self_attn.out_proj.weight", "w2.weight")  # fmt: skip
 WRITE_TRANSPOSED = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "wpe.weight", "c_proj.weight")
 BIASES = tuple(name.replace(".weight", ".bias") for name in WRITE + WRITE_TRANSPOSED)
 
@@ -130,13 +115,14 @@ def by_weights(model, direction, share=1.0):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2", "gpt_neox", "phi", "granite", "falcon_h1", "lfm2"])
 def test_removal_by_hooks_is_removal_by_weights(name, share):
     """Blocks one after the other and side by side, with biases, and with factors of what is added."""
     engine = engine_on(name)
-    if name == "falcon_h1":  # the MLP reads its state space before anything is freed of that
-        for layer in engine.architecture.layers:
-            nn.init.zeros_(layer.mamba.out_proj.weight)
+    for part, parameter in engine.model.named_parameters():
+        if part.endswith(("mamba.out_proj.weight", "conv.out_proj.weight")):  # the MLP reads it before it is freed
+            nn.init.zeros_(parameter)
+    assert_undone(partial(direction_removed, engine, drawn(), share), engine)
     with direction_removed(engine, drawn(), share):
         removed = outputs(engine.model)
     close(removed, outputs(by_weights(engine.model, drawn(), share)))
@@ -154,47 +140,28 @@ def test_no_block_is_given_and_none_leaves_any_of_the_direction(name):
         assert (states @ UNIT).abs().max() < FLOAT32 * states.abs().max()
 
 
-@pytest.mark.parametrize("name", ["llama3", "phi", "gemma2", "olmo2", "lfm2"])
-def test_where_blocks_write_nothing_a_share_does_not_compound(name):
-    engine = engine_on(name)
-    with torch.no_grad():
-        for part, parameter in engine.model.named_parameters():
-            if part.endswith(WRITE) or part.endswith(("out_proj.weight", "w2.weight", *BIASES)):
-                parameter.zero_()
-    before = mean_states(engine, prompts_of(PROMPTS[0]))[0, 0] @ UNIT
-    with direction_removed(engine, drawn(), 0.25):
-        leaving = last_states(engine, prompts_of(PROMPTS[0]))[0].double() @ UNIT
-    assert float(leaving) == pytest.approx(0.75 * float(before), rel=1e-4)
-
-
-@pytest.mark.parametrize("name", AFTER)
-def test_a_share_under_norms_after_attention_is_of_what_they_add(name):
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        ("gemma2", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("olmo2", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("glm4", ("post_self_attn_layernorm", "post_mlp_layernorm")),
+    ],
+)
+def test_a_share_under_norms_after_attention_is_of_what_they_add(name, norms):
     engine, seen = engine_on(name), {}
     layer = engine.architecture.layers[0]
 
-    def seeing(where):
-        def hook(_, given, output=None):
-            states = given[0] if output is None else output[0] if isinstance(output, tuple) else output
-            seen[where] = states @ UNIT.float()
+    def see(part, states):
+        seen[part] = (states[0] if isinstance(states, tuple) else states) @ UNIT.float()
 
-        return hook
-
-    with ExitStack() as stack:
-        for part in AFTER[name]:  # before ours, so they see what is not yet parted
-            stack.callback(layer.get_submodule(part).register_forward_hook(seeing(part)).remove)
-        stack.enter_context(direction_removed(engine, drawn(), 0.5))
-        stack.callback(layer.register_forward_pre_hook(seeing("given")).remove)
-        stack.callback(layer.register_forward_hook(seeing("left")).remove)
+    for part in norms:  # before ours, so they see what is not yet parted
+        layer.get_submodule(part).register_forward_hook(lambda _, __, output, part=part: see(part, output))
+    with direction_removed(engine, drawn(), 0.5):
+        layer.register_forward_pre_hook(lambda _, given: see("given", given))
+        layer.register_forward_hook(lambda _, __, output: see("left", output))
         logits_of(engine.model, PROMPTS[0])
-    close(seen["left"] - seen["given"], 0.5 * sum(seen[part] for part in AFTER[name]))
-
-
-@pytest.mark.parametrize(
-    "put", [direction_removed, partial(direction_removed, share=0.5), partial(direction_added, layer=1)]
-)
-def test_nothing_is_left_behind(put):
-    engine = engine_of("llama_gqa")
-    assert_undone(partial(put, engine, drawn()), engine)
+    close(seen["left"] - seen["given"], 0.5 * sum(seen[part] for part in norms))
 
 
 def test_adding_moves_the_input_of_one_block_by_the_direction():
@@ -204,6 +171,7 @@ def test_adding_moves_the_input_of_one_block_by_the_direction():
         moved = mean_states(engine, prompts_of(*PROMPTS), 2) - before
     assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
     close(moved[:, 1], drawn().expand(2, -1))
+    assert_undone(partial(direction_added, engine, drawn(), 1), engine)
 
 
 def test_answers_with_a_cache_are_those_of_edited_weights():
@@ -212,26 +180,18 @@ def test_answers_with_a_cache_are_those_of_edited_weights():
         assert answers_of(engine) == slow_answers(partial(logits_of, by_weights(engine.model, drawn())))
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("direction", "shown"), [(torch.zeros(32), "length 0"), (torch.ones(8), r"\[8\]"), (torch.ones(32) / 0, "inf")]
-)
-def test_directions_that_are_none_are_refused(direction, shown):
-    with pytest.raises(InputError, match=shown), direction_removed(engine_on("llama3"), direction):
-        pass
-
-
-def test_several_residual_streams_are_refused():
-    engine = engine_on("gemma3n")
-    with pytest.raises(UnsupportedModelError, match="several residual streams"), direction_removed(engine, drawn()):
+def test_directions_that_are_none_and_several_residual_streams_are_refused():
+    several = engine_on("gemma3n")
+    for direction, shown in ((torch.zeros(32), "length 0"), (torch.ones(8), r"\[8\]"), (torch.ones(32) / 0, "inf")):
+        with pytest.raises(InputError, match=shown), direction_removed(engine_of("llama_gqa"), direction):
+            pass
+    with pytest.raises(UnsupportedModelError, match="several residual streams"), direction_removed(several, drawn()):
         pass
     with pytest.raises(UnsupportedModelError, match="several residual streams"):
-        select_direction(replace(material(), engine=engine))
+        select_direction(replace(material(), engine=several))
 
 
-def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is_an_error(monkeypatch):
+def test_a_direction_that_the_filters_drop_is_told_and_where_none_is_measured_is_an_error(monkeypatch):
     def with_filters(**limits):
         for name, limit in limits.items():
             monkeypatch.setattr(methods, name, limit)
@@ -244,8 +204,5 @@ def test_a_direction_that_the_filters_drop_is_told_and_one_that_none_measured_is
     assert dropped.bypass == min(bypass for bypass in bypasses if bypass == bypass)
     with pytest.raises(SafetyheadsError, match=r"all 4 .*3 for a layer at 0% of the depth .*; 1 for no difference"):
         with_filters(LATEST=0.0)
-
-
-def test_material_that_shows_no_refusal_is_refused():
     with pytest.raises(SafetyheadsError, match="harmful prompts has a refusal score above 0"):
         select_direction(replace(material(), harmful=material().benign))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -52,13 +51,6 @@ def material():
     new_tokens = [tuple(row.token_ids for row in rows) for rows in (refused, answered)]
     openers = tuple(opener.token_id for opener in openers_of(engine, refused))
     return Material(engine, *prompts, *new_tokens, openers, organism("base").engine)
-
-
-@cache
-def short(n=12):
-    """The first ``n`` prompts of each kind, for tests in which the numbers do not matter."""
-    names = ("harmful", "benign", "refusals", "answers")
-    return replace(material(), **{name: getattr(material(), name)[:n] for name in names})
 
 
 def engine_on(model, changed=0.0):
@@ -145,21 +137,19 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def hooks_of(model):
-    """Hooks on the model, but for transformers' own, which stay once attention maps were asked for by any test."""
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
-    return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
-
-
 def state_of(*engines):
     """All that a method may change for a while, and must put back: weights, the very tensors, and hooks."""
     models = [engine.model for engine in engines]
     tensors = [{name: id(tensor) for name, tensor in model.named_parameters()} for model in models]
-    return [(weights_hash(model), hooks_of(model)) for model in models], tensors, engines[0].weights_version
+    hooks = [
+        hook
+        for model in models
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # Transformers' own stay once attention maps were asked for by any test.
+        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    ]
+    return list(map(weights_hash, models)), tensors, hooks, engines[0].weights_version
 
 
 def assert_undone(at_work, *engines):
