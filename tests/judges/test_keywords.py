@@ -136,7 +136,7 @@ def test_own_rules_need_no_known_name_and_are_all_described():
     ("make", "wrong", "message"),
     [
         (KeywordRules, {"keywords": ("a", "")}, "needs keywords"),
-        (KeywordJudge, {"variant": "mine"}, "unknown keyword judge 'mine'; known are paper, released"),
+        (KeywordJudge, {"name": "mine"}, "unknown keyword judge 'mine'; known are paper, released"),
         (Repetition, {"times": 1}, "not a repetition rule"),
         (Repetition, {"typographic_share": 1.5}, "not a repetition rule"),
     ],

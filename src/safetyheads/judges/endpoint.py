@@ -172,9 +172,7 @@ class EndpointJudge(Judge):
         hopeless: list[Verdict] = []
 
         def judge_message(message: str) -> Verdict:
-            if hopeless:
-                return hopeless[0]
-            verdict = self._ask(client, message)
+            verdict = hopeless[0] if hopeless else self._ask(client, message)
             if verdict.reason in _HOPELESS:
                 hopeless.append(verdict)
             return verdict
@@ -261,12 +259,11 @@ def endpoint_judge(model: str) -> EndpointJudge:
     for setting in fields(EndpointSettings):
         name = f"{SETTING_PREFIX}{setting.name.upper()}"
         kind, _, optional = str(setting.type).partition(" | ")
-        if name in given:
+        if optional and given.get(name) == "none":
+            settings[setting.name] = None
+        elif name in given:
             try:
-                is_none = optional and given[name] == "none"
-                settings[setting.name] = (
-                    None if is_none else {"int": int, "float": float, "str": str}[kind](given[name])
-                )
+                settings[setting.name] = {"int": int, "float": float, "str": str}[kind](given[name])
             except ValueError as error:
                 raise InputError(f"{name} cannot be read: {given[name]!r}") from error
     url = given[url_name]

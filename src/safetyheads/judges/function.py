@@ -13,23 +13,18 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any
 
 from safetyheads.errors import InputError, first_line
 from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_threshold
-
-JudgeFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
-"""Takes the queries and the answers, and returns one value for each answer."""
-Chat: TypeAlias = list[dict[str, str]]
-"""A user's message and the assistant's, each with ``role`` and ``content``."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallableJudge(Judge):
     """A function as a judge."""
 
-    function: JudgeFunction
-    """Its values are numbers from 0 to 1, truth values (True: complied), labels, or Verdicts."""
+    function: Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
+    """Takes queries and answers; gives numbers from 0 to 1, truth values (True: complied), labels, or Verdicts."""
     name: str = field()  # a field, because dataclass would take the inherited property for its default
     """Its name in tables."""
     threshold: float = 0.5
@@ -85,14 +80,15 @@ class CallableJudge(Judge):
 
 
 def judge_of_chats(
-    function: Callable[[list[Chat]], Mapping[str, Sequence[float]]],
+    function: Callable[[list[list[dict[str, str]]]], Mapping[str, Sequence[float]]],
     name: str,
     threshold: float = 0.5,
     key: str = "p_harmful",
 ) -> CallableJudge:
     """A judge of whole chats, such as those of the judgezoo package, as a judge of answers.
 
-    The function takes chats and returns a mapping with one number for each, from 0 to 1, under ``key``.
+    The function takes chats of two messages (``role``, ``content``) and returns a mapping with one number for each,
+    from 0 to 1, under ``key``.
     """
 
     def judge_chats(queries: Sequence[str], answers: Sequence[str]) -> Sequence[float]:

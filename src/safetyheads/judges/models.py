@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -34,8 +34,8 @@ from safetyheads.prompts.templates import BoundTemplate, Template
 Counts = Literal["harm", "refusal"]
 """What makes an answer comply: ``harm`` that is done, or that nothing was refused (for benign prompts)."""
 
-_REFUSAL_LABELS = frozenset({"refusal", "refused", "refuse", "rejection", "rejected"})
-_HARM_LABELS = frozenset({"harmful", "unsafe", "harm", "toxic"})
+_REFUSAL_LABELS: Set[str | int] = frozenset({"refusal", "refused", "refuse", "rejection", "rejected"})
+_HARM_LABELS: Set[str | int] = frozenset({"harmful", "unsafe", "harm", "toxic"})
 _LABELS: dict[Harm, Label] = {"harmful": "complied", "safe": "safe"}
 _PROBES = ("probe-of-the-query", "probe-of-the-answer")
 
@@ -202,8 +202,7 @@ class CausalJudge(_LocalJudge):
         if not self.loaded[1].chat_template:
             raise InputError(f"the tokenizer of {self._source} has no chat template, through which this judge is asked")
         chat = Template.parse("chat").bound(self.loaded[1])
-        shown = chat.conversation(*_PROBES) or ""
-        if not all(probe in shown for probe in _PROBES):
+        if not all(probe in (chat.conversation(*_PROBES) or "") for probe in _PROBES):
             raise InputError(f"the chat template of {self._source} leaves out the request or the answer")
         return chat
 
@@ -302,14 +301,10 @@ class SequenceClassifierJudge(_LocalJudge):
         """Numbers of the class of refusals and of the class of harm; one of them may be None."""
         names = {int(number): str(name) for number, name in self.loaded[0].config.id2label.items()}
 
-        def number_of(wanted: str | int | None, known: Collection[str]) -> int | None:
-            """The class that is wanted, or the only one whose name is known."""
-            spellings = known if wanted is None else {str(wanted).lower()}
-            matching = [
-                number
-                for number, name in names.items()
-                if (number == wanted if isinstance(wanted, int) else name.strip().lower() in spellings)
-            ]
+        def number_of(wanted: str | int | None, known: Set[str | int]) -> int | None:
+            """The class that is wanted, by number or name, or the only one whose name is known."""
+            spellings = known if wanted is None else {wanted.lower() if isinstance(wanted, str) else wanted}
+            matching = [number for number, name in names.items() if {number, name.strip().lower()} & spellings]
             if wanted is not None and not matching:
                 raise InputError(f"{self.name} has no class {wanted!r}; it has {', '.join(names.values())}")
             return matching[0] if len(matching) == 1 else None

@@ -8,8 +8,10 @@ import io
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,36 +37,12 @@ class Benchmark:
     """Name in the cache; its suffix gives the format."""
     n_rows: int
     """Prompts it had."""
-    sha256: str | None
+    sha256: str | None = None
     """Fingerprint of the published file; None where we have not seen the file, which is then not verified."""
 
 
-_HUB = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
-_GITHUB = "https://raw.githubusercontent.com"
-
-KNOWN_BENCHMARKS: dict[str, Benchmark] = {
-    "advbench": Benchmark(
-        f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
-        "advbench_harmful_behaviors.csv",
-        520,
-        "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
-    ),
-    "jailbreakbench": Benchmark(
-        f"{_HUB}/harmful-behaviors.csv",
-        "jailbreakbench_harmful-behaviors.csv",
-        100,
-        "4a8ec6832056b631eb092dccc60d37a61c3d441268268888b3d006288afeffa1",
-    ),
-    "jailbreakbench_benign": Benchmark(
-        f"{_HUB}/benign-behaviors.csv", "jailbreakbench_benign-behaviors.csv", 100, None
-    ),
-    "maliciousinstruct": Benchmark(
-        f"{_GITHUB}/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
-        "MaliciousInstruct.txt",
-        100,
-        "a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5",
-    ),
-}
+_TABLE = resources.files("safetyheads").joinpath("data/benchmarks.toml").read_text("utf-8")
+KNOWN_BENCHMARKS: dict[str, Benchmark] = {name: Benchmark(**row) for name, row in tomllib.loads(_TABLE).items()}
 """Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 

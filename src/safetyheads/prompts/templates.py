@@ -174,26 +174,22 @@ class Template:
             raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
         text = str(source.get("default", "") if isinstance(source, dict) else source)  # some have several, by name
         known = next((block for block in THINK_BLOCKS if block.opener in text or block.closer in text), None)
-        if _MARK not in (bound.conversation(_MARK) or "") and _MARK in (
-            replace(bound, takes_parts=True).conversation(_MARK) or ""
-        ):
-            bound = replace(bound, takes_parts=True)
+        in_parts = replace(bound, takes_parts=True)
+        if _MARK not in (bound.conversation(_MARK) or "") and _MARK in (in_parts.conversation(_MARK) or ""):
+            bound = in_parts
         # The word alone may stand in the source for something else.
         renderings = {
             name: [bound.conversation(_MARK, **{name: on}) for on in (False, True)] for name in SWITCHES if name in text
         }
         switches = tuple(name for name, (off, on) in renderings.items() if None not in (off, on) and off != on)
         # A template that asks for the date fails where a text stands in the place of the clock.
-        dated = (
-            _CLOCK in text
-            and bound.conversation(_MARK, **{_CLOCK: _MARK}) is None
-            and _MARK in (bound.conversation(_MARK) or "")
-        )
+        plain = bound.conversation(_MARK) or ""
+        is_dated = _CLOCK in text and _MARK in plain and bound.conversation(_MARK, **{_CLOCK: _MARK}) is None
         thinks = known is not None or switches != ()
         if self.thinking == "closed" and not thinks:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
         settled = replace(self, thinking="closed") if self.thinking is None and thinks else self
-        return replace(bound, template=settled, known_block=known, switches=switches, is_dated=dated)
+        return replace(bound, template=settled, known_block=known, switches=switches, note=_DATED if is_dated else None)
 
     def render(self, query: str, tokenizer: Any) -> str:
         """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
@@ -224,8 +220,8 @@ class BoundTemplate:
     """Those of :data:`SWITCHES` that the chat template takes."""
     takes_parts: bool = False
     """Whether a message's content must be a list of parts, as chat templates of vision models expect."""
-    is_dated: bool = False
-    """Whether the chat template writes today's date into the prompt."""
+    note: str | None = None
+    """What a reader of the results must know about the prompts; None if nothing."""
 
     @property
     def is_chat(self) -> bool:
@@ -284,11 +280,6 @@ class BoundTemplate:
         if not token_ids:
             raise InputError("a prompt has no token under this tokenizer")
         return token_ids
-
-    @property
-    def note(self) -> str | None:
-        """What a reader of the results must know about the prompts; None if nothing."""
-        return _DATED if self.is_dated else None
 
     @property
     def block(self) -> ThinkBlock | None:
