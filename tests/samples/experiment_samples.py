@@ -17,7 +17,6 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.stats.intervals import Rate
-from safetyheads.stats.testing import paired_difference
 
 HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 N = 24
@@ -79,12 +78,9 @@ def fig2() -> Outcome:
 
 def fig11() -> Outcome:
     """Lines in twelve panels, eleven series in one, and a lone point."""
-    panels = enumerate(f"template number {number}, {way}" for number in range(6) for way in ("greedy", "top-5"))
-    points = [
-        at(min(N, k * (2 + number)), x=k, series=series, panel=panel)
-        for (_, panel), (number, series), k in product(panels, enumerate(DATASETS), range(11))
-    ]
-    many = [at(min(N, k + n), x=k, series=f"method number {n}", panel="") for n, k in product(range(11), (0, 5))]
+    panels = [f"template number {number}, {way}" for number, way in product(range(6), ("greedy", "top-5"))]
+    points = [at(2 * x, x=x, series=series, panel=panel) for panel, series, x in product(panels, DATASETS, range(11))]
+    many = [at(x + n, x=x, series=f"method number {n}", panel="") for n, x in product(range(11), (0, 5))]
     return outcome(
         "fig11",
         figure("lines", MODEL, "heads ablated in each prompt", "ASR", points),
@@ -95,17 +91,14 @@ def fig11() -> Outcome:
 
 
 def fig4b() -> Outcome:
-    """Maps of 32 x 32 heads, and 1,024 of them against a score."""
-    rng = np.random.default_rng(0)
+    """Maps of 32 x 32 heads, one of them unscored, and 1,024 of them against a score."""
     heads, scatter = [], []
-    for dataset in DATASETS:
-        for layer, head in np.ndindex(32, 32):
-            planted = (layer, head) in ((2, 26), (3, 1))
-            freed = int(rng.binomial(N, 0.02)) + 20 * planted
-            heads.append(at(min(freed, N), layer=layer, head=head, panel=dataset, marked=freed >= 20))
-            score = float(rng.lognormal(-6, 2)) * (50 if freed >= 20 else 1)
-            if dataset == "damage":
-                scatter.append(at(min(freed, N), x=score, label=f"{layer}-{head}", panel="", series="all heads"))
+    for dataset, (layer, head) in product(DATASETS, np.ndindex(32, 32)):
+        freed = 20 * ((layer, head) in ((2, 26), (3, 1))) + (layer + head) % 4
+        heads.append(at(freed, layer=layer, head=head, panel=dataset, marked=freed >= 20))
+        if dataset == "damage":
+            score = 10.0 ** (head / 8 - 6)
+            scatter.append(at(freed, x=score, label=f"{layer}-{head}", panel="", series="all heads"))
     heads[5] |= {"y": None, "low": None, "high": None, "n": 0}
     small = [
         {"layer": layer, "head": head, "y": (layer - head) / 40, "marked": (layer, head) == (3, 0), "panel": ""}
@@ -121,19 +114,13 @@ def fig4b() -> Outcome:
 
 
 def transfer() -> Outcome:
-    """A signed matrix of changes, in two panels, and one of counts with ten columns."""
-    points: list[Row] = []
-    panels = ("found by UA, ablated by UA", "found by SC, ablated by UA")
-    for panel, (number, source), tested in product(panels, enumerate(DATASETS), DATASETS):
-        freed = 20 if source == tested else 6 * number
-        change = paired_difference([False] * N, [i < freed for i in range(N)])
-        if (source, tested) == ("damage", "fraud"):
-            change = paired_difference([True] * N, [i > 3 for i in range(N)])
-        value, (low, high) = change.change, change.interval
-        text = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-        where = {"x": tested, "y": source, "panel": panel, "n": N}
-        points.append({**where, "text": text, "value": value, "low": low, "high": high})
-    points.append({"x": "fraud", "y": "random heads", "panel": panels[-1], "value": None, "n": 0})
+    """A signed matrix of changes, in two panels with a row of nothing, and one of counts with ten columns."""
+    panels, sources = ("found by UA, ablated by UA", "found by SC, ablated by UA"), (*DATASETS, "random heads")
+    points = [
+        {"x": x, "y": y, "panel": panel, "value": value, "n": N, "text": "" if value is None else f"{value:+.2f}"}
+        for panel, y, (column, x) in product(panels, sources, enumerate(DATASETS))
+        for value in (None if y == "random heads" else 0.8 if x == y else 0.2 - 0.3 * column,)
+    ]
     names = enumerate(f"{one}, {short}" for one in (*DATASETS, "advbench", "jailbreakbench") for short in ("UA", "SC"))
     shared = [
         {"x": x, "y": y, "value": 10 - abs(i - j), "text": str(10 - abs(i - j)), "low": None, "high": None}
@@ -149,47 +136,45 @@ def transfer() -> Outcome:
 def fig6b() -> Outcome:
     """Bars of changes below 0, with long names."""
     methods = ("vanilla", "UA, 1 head", "UA, 3 heads", "mean, 1 head", "mean, 3 heads", "Wanda 50 %", "SparseGPT 50 %")
-    lost = [
-        {"x": method, "y": -0.08 * j, "low": -0.08 * j - 0.07, "high": -0.08 * j + 0.06, "n": 100}
-        | {"series": "", "panel": ""}
-        for j, method in enumerate(methods)
-    ]
+    lost = [{"x": method, "y": -0.08 * j, "low": -0.6, "high": 0.06, "n": 100} for j, method in enumerate(methods)]
     y = "change of the mean accuracy, paired over samples of all five zero-shot tasks"
-    return outcome("fig6b", figure("bars", "Change of the mean", "method", y, lost, share=False))
+    points = [{**row, "series": "", "panel": ""} for row in lost]
+    return outcome("fig6b", figure("bars", "Change of the mean", "method", y, points, share=False))
 
 
 def fig7() -> Outcome:
     """Attention of 14 tokens in six panels, and of 40 in one."""
     tokens = ["<s>", "how", "do", "i", "smash", "a", "lamp", "?", "\n", "Ġans", "wer", ":", "", "internationalisation"]
     panels = ("unablated", "UA on query, 1e-05", "UA on key, 1e-05", "SC, 1e-05", "UA on query, 0.1", "mean")
-    points = [row for number, panel in enumerate(panels) for row in _attention(tokens, panel, sharp=3.0 / (1 + number))]
-    long = _attention([f"tok{number}" for number in range(40)], "", 1.0)
+    maps = [(tokens, panels), ([f"tok{number}" for number in range(40)], ("",))]
+    titles = ("Head 1-3", "A long prompt")
     return outcome(
         "fig7",
-        figure("attention", "Head 1-3", "key", "query", points, value="attention"),
-        figure("attention", "A long prompt", "key", "query", long, value="attention"),
+        *(
+            figure("attention", title, "key", "query", _attention(*shown), value="attention")
+            for title, shown in zip(titles, maps, strict=True)
+        ),
     )
 
 
-def _attention(tokens: Sequence[str], panel: str, sharp: float) -> Iterable[Row]:
-    for query in range(len(tokens)):
-        weights = [math.exp(sharp * math.cos(3 * query + 5 * key)) for key in range(query + 1)]
-        for key, weight in enumerate(weights):
+def _attention(tokens: Sequence[str], panels: Sequence[str]) -> Iterable[Row]:
+    for panel, query in product(panels, range(len(tokens))):
+        for key in range(query + 1):
+            value = 2 * (key + 1) / (query + 1) / (query + 2)
             names = {"query_token": tokens[query], "key_token": tokens[key]}
-            yield {"query": query, "key": key, **names, "value": weight / sum(weights), "panel": panel}
+            yield {"query": query, "key": key, **names, "value": value, "panel": panel}
 
 
 def fig13() -> Outcome:
     """Curves over a logarithmic axis that has 0 on it, and a density without upper end."""
     scores = [0.0, *(10 ** (-6 + 7 * step / 40) for step in range(41))]
-    curves, panels = list(enumerate(DATASETS)), ("Ships, UA", "Ships, SC")
     cdf = [
-        {"x": x, "y": (number / 41) ** (1 + curve / 2), "series": dataset, "panel": panel}
-        for panel, (curve, dataset), (number, x) in product(panels, curves, enumerate(scores))
+        {"x": x, "y": number / 41, "series": dataset, "panel": panel}
+        for panel, dataset, (number, x) in product(("Ships, UA", "Ships, SC"), DATASETS, enumerate(scores))
     ]
     kde = [
-        {"x": x / 10, "y": 3.9 * math.exp(-((x / 10 + curve) ** 2)), "series": dataset, "panel": ""}
-        for (curve, dataset), x in product(curves[:2], range(-30, 31))
+        {"x": x / 10, "y": 3.9 * math.exp(-((x / 10 + curve) ** 2)), "series": DATASETS[curve], "panel": ""}
+        for curve, x in product(range(2), range(-30, 31))
     ]
     return outcome(
         "fig13",
