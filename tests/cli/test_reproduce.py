@@ -53,7 +53,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     # Again: nothing is measured, the same bytes.
     before = Path("run/results.json").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("safetyheads.experiments.fig13_distribution.fig13", None)
+        patched.setattr("safetyheads.experiments.single_heads.fig13", None)
         assert reproduced("fig13")[0] == 0
     assert Path("run/results.json").read_bytes() == before
     # Another experiment of the same settings joins, also where it broke off before; other settings do not.

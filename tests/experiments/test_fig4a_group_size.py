@@ -57,11 +57,6 @@ def test_changes_by_size_have_their_mean_and_three_heads_raise_the_asr_at_both_l
         # No certainty from six prompts, where all of them changed alike either.
         assert row["mean"]["low"] < row["mean"]["value"] <= row["mean"]["high"]
         assert all(change["low"] <= change["value"] <= change["high"] for change in changes)
-    headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
-    own = rows(outcome, level="query, Ships", ablation="SC")
-    for label, key in (("1 head", "heads_1"), ("3 heads", "heads_3")):
-        mean = sum(row[key]["value"] for row in own) / 3
-        assert headline[f"query, Ships, SC, mean change with {label}"] == pytest.approx(mean)
 
 
 def test_table_5_is_of_the_further_model(tmp_path):
@@ -80,19 +75,26 @@ def test_only_the_papers_models_have_its_numbers_beside_them(outcome_of, tmp_pat
     for name, texts in sets.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
     known, own, benign = (str(tmp_path / f"{name}.jsonl") for name in sets)
-    papers = {"models": ("lmsys/vicuna-7b-v1.5",), "datasets": (known, own), "benign": benign, "template": "chat"}
+    papers = {
+        "models": ("meta-llama/Llama-2-7b-chat-hf",),
+        "datasets": (known, own),
+        "benign": benign,
+        "template": "chat",
+    }
     config = replace(PAPER, **papers, search_score="mean_ships", max_new_tokens=40, size=2)
-    outcome = run_of(config, ["table3"], tmp_path / "run", lambda _: engine_of("demo:aligned_a"))["table3"]
+    outcomes = run_of(config, ["table3", "table7"], tmp_path / "run", lambda _: engine_of("demo:aligned_a"))
+    begun = {(row["dataset"], row["label"]): row["paper"] for row in rows(outcomes["table7"])}
+    assert (begun[known, "Sure"], begun[known, "SC"], begun[known, "vanilla"]) == (0.35, 0.05, None)
+    assert {number for (dataset, _), number in begun.items() if dataset == own} == {None}
+    outcome = outcomes["table3"]
     assert "paper" in [column["key"] for column in outcome["tables"][0]["columns"]]
     assert not outcome["notes"]
     quoted = {(row["level"], row["ablation"], row["dataset"]): row.get("paper") for row in rows(outcome)}
-    assert quoted["dataset, Sahara", "UA", known] == "+0.13 +0.15 +0.09 +0.09 +0.09 (+0.11)"
-    assert quoted["query, Ships", "SC", known] == "+0.15 +0.13 +0.14 +0.17 +0.14 (+0.15)"
+    assert quoted["dataset, Sahara", "UA", known] == "+0.63 +0.68 +0.72 +0.70 +0.66 (+0.68)"
+    assert quoted["query, Ships", "SC", known] == "+0.07 +0.20 +0.32 +0.24 +0.28 (+0.22)"
     assert {text for (_, _, dataset), text in quoted.items() if dataset == own} == {None}
-    assert "paper" not in [column["key"] for column in outcome_of("table3")["tables"][0]["columns"]]
-
-
-# Each prompt without its own top heads.
+    for name in ("table3", "table7"):
+        assert "paper" not in {column["key"] for column in outcome_of(name)["tables"][0]["columns"]}
 
 
 @pytest.mark.parametrize("name", ["fig2", "fig11", "fig12"])

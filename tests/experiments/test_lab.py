@@ -9,17 +9,16 @@ from experiment_runs import OWN, SMALL, N, engine_of, run_of
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.decoding import GREEDY, Sampling
-from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.baselines import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.heads import Head
-from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import content_key
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
+LLAMA, VICUNA = "meta-llama/Llama-2-7b-chat-hf", "models/vicuna-7b-v1.5/"
 
 
 class Keys:
@@ -89,7 +88,7 @@ def test_each_set_of_heads_is_answered_once_whatever_its_order():
 
 def test_every_embedded_model_says_what_it_is_no_evidence_of():
     outcome = Outcome("fig2", "", "", shown=EXPERIMENTS["fig2"].shown)
-    for model in ("demo:aligned_a", "demo:aligned_diffuse", "meta-llama/Llama-2-7b-chat-hf"):
+    for model in ("demo:aligned_a", "demo:aligned_diffuse", LLAMA):
         note_planted(outcome, model)
     planted, made_here = outcome.notes
     assert re.match("demo:aligned_a: its refusals were planted in the heads 1-3.*Not evidence about the paper", planted)
@@ -108,9 +107,8 @@ def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
 
 
 def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
-    config = replace(
-        SMALL, models=("demo:base",), limit=2, datasets=("damage",), templated=("demo:base_wrapped",), related=None
-    )
+    models = {"models": ("demo:base",), "templated": ("demo:base_wrapped",), "related": None}
+    config = replace(SMALL, limit=2, datasets=("damage",), **models)
     names = [name for name in EXPERIMENTS if name not in ("table5", "fig6a", "fig15")]
     for name, outcome in run_of(config, names, tmp_path / "run").items():
         assert any("hardly refuses" in reason for reason in outcome["not_meaningful"]), name
@@ -128,39 +126,31 @@ def test_a_template_that_the_model_does_not_know_is_not_tabled(tmp_path):
 def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run, tmp_path, monkeypatch):
     names = ("fig4a", "table3", "fig13", "fig2", "fig6a")
     before = {name: outcome_of(name) for name in names}
-    again = tmp_path / "again"
-    shutil.copytree(shared_run, again, ignore=shutil.ignore_patterns("outcome-*", ".lock"))
+    shutil.copytree(shared_run, tmp_path / "again", ignore=shutil.ignore_patterns("outcome-*", ".lock"))
 
     def measured(*_):
         pytest.fail("measured again")
 
-    for name in ("answers", "answers_of_each"):
-        monkeypatch.setattr(VerifiedDrafts, name, measured)
-    for name in ("answer", "unablated_answers"):
-        monkeypatch.setattr(f"safetyheads.runs.kept_answers.{name}", measured)
-    monkeypatch.setattr(HeadPass, "_read", measured)
-    assert run_of(SMALL, names, again) == before
-
-
-# The paper's numbers.
-
-
-LLAMA, VICUNA = "meta-llama/Llama-2-7b-chat-hf", "models/vicuna-7b-v1.5/"
-
-
-def test_quoted_changes_have_the_papers_means():
-    # Table 3's own mean column, to its rounding.
-    for model, level, ablation, dataset, mean in (
-        (LLAMA, "dataset", "UA", "maliciousinstruct", 0.68),
-        (LLAMA, "query", "SC", "jailbreakbench", 0.30),
-        (VICUNA, "dataset", "UA", "jailbreakbench", 0.33),
-        (VICUNA, "query", "SC", "maliciousinstruct", 0.15),
+    for place in ("answers.drafts.VerifiedDrafts.answers", "answers.drafts.VerifiedDrafts.answers_of_each"):
+        monkeypatch.setattr(f"safetyheads.{place}", measured)
+    for place in (
+        "runs.kept_answers.answer",
+        "runs.kept_answers.unablated_answers",
+        "measures.head_pass.HeadPass._read",
     ):
-        numbers = quoted(model, "changes", level, ablation, dataset)
-        assert sum(numbers) / 5 == pytest.approx(mean, abs=0.0051)
+        monkeypatch.setattr(f"safetyheads.{place}", measured)
+    assert run_of(SMALL, names, tmp_path / "again") == before
 
 
-def test_numbers_are_of_the_papers_models_datasets_and_methods_alone():
+def test_quoted_numbers_are_the_papers_and_of_its_models_datasets_and_methods_alone():
+    # Table 3's own mean column, to its rounding.
+    for mean, *keys in (
+        (0.68, LLAMA, "changes", "dataset", "UA", "maliciousinstruct"),
+        (0.30, LLAMA, "changes", "query", "SC", "jailbreakbench"),
+        (0.33, VICUNA, "changes", "dataset", "UA", "jailbreakbench"),
+        (0.15, VICUNA, "changes", "query", "SC", "maliciousinstruct"),
+    ):
+        assert sum(quoted(*keys)) / 5 == pytest.approx(mean, abs=0.0051)
     for name, numbers in quoted(LLAMA, "table7").items():
         assert quoted(LLAMA, "table7", f"data/{name.upper()}.jsonl") == numbers
     assert set(quoted(LLAMA, "table1")) <= set(METHODS)

@@ -6,15 +6,13 @@ import pytest
 from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 
 from safetyheads import KeywordJudge
-from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab
-from safetyheads.experiments.outcome import Measured, Outcome
+from safetyheads.experiments.outcome import Outcome
 from safetyheads.experiments.prompt_templates import (
     DETAILED,
     DETAILED_FOR_ORGANISM,
     HELPFUL,
     echoed,
-    show_conditions,
     subjects_under,
 )
 from safetyheads.judges.base import Completion
@@ -43,10 +41,10 @@ def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_
     assert {row["kept"]["value"] for row in rows(outcome)} == {1.0}
 
 
-@pytest.mark.parametrize("table", [0, 1], ids=["without system prompt", "with"])
-def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table):
+@pytest.mark.parametrize(("table", "system"), [(0, "no system prompt"), (1, HELPFUL)])
+def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table, system):
     outcome = outcome_of("fig17")
-    assert (HELPFUL if table else "no system prompt") in outcome["tables"][table]["title"]
+    assert system in outcome["tables"][table]["title"]
     # Groups are those found without a system prompt.
     assert [row["heads"] for row in rows(outcome, table)] == [row["heads"] for row in rows(outcome)]
     vanilla = [(row["asr"]["value"], row["kept"]["value"]) for row in rows(outcome, table, label="vanilla")]
@@ -79,7 +77,7 @@ def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
     # To a judge of words the echo of the detailed prompt is no refusal.
     for name in ("paper", "released"):
         (verdict,) = KeywordJudge(name)([Completion("Tell me.", DETAILED, (1,) * 99, False, 128)])
-        assert verdict.label == "complied", verdict.reason
+        assert verdict.label == "complied"
 
 
 def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
@@ -87,9 +85,6 @@ def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
     outcome = run_of(config, ["fig18"], tmp_path / "run")["fig18"]
     assert "echo" not in {column["key"] for column in outcome["tables"][0]["columns"]}
     assert any("not stored" in note for note in outcome["notes"])
-
-
-# Table 7: begun answers.
 
 
 def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of):
@@ -106,21 +101,4 @@ def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of
     for ablation in ("UA", "SC"):
         plain, begun = (rows(outcome, label=label) for label in (ablation, f"{ablation}, Sure"))
         assert [row["heads"] for row in plain] == [row["heads"] for row in begun]
-    headline = {row["label"]: row["value"]["value"] for row in outcome["headline"]}
-    for label in labels:
-        mean = sum(row["asr"]["value"] for row in rows(outcome, label=label)) / 3
-        assert headline[f"{label}, mean ASR"] == pytest.approx(mean)
-
-
-@pytest.mark.parametrize(("model", "numbers"), [("Llama-2-7b-chat-hf", [0.35, 0.06, None]), ("vicuna-7b-v1.5", [])])
-def test_table_7_quotes_for_the_papers_model_alone(model, numbers):
-    ways = (("data/advbench.jsonl", "Sure"), ("data/jailbreakbench.jsonl", "SC"), ("data/advbench.jsonl", "vanilla"))
-    cells = [
-        {"dataset": name, "label": label, "change": None, "asr": Measured(0.5, 4), "kept": Measured(1.0, 4)}
-        for name, label in ways
-    ]
-    outcome = Outcome("table7", "", "", shown=EXPERIMENTS["table7"].shown)
-    show_conditions(outcome, cells, model=model)
-    (table,) = outcome.tables
-    assert [row["paper"] for row in table["rows"] if "paper" in row] == numbers
-    assert (table["columns"][-1]["key"] == "paper") is bool(numbers)
+    assert [row["label"] for row in outcome["headline"]] == [f"{label}, mean ASR" for label in labels]

@@ -39,9 +39,14 @@ def test_what_an_experiment_lacks_is_named(monkeypatch):
     assert missing(EXPERIMENTS["fig6b"], ReproductionConfig()) == ["lm-eval: pip install 'safetyheads[lm-eval]'"]
 
 
-def test_a_mean_is_of_what_was_scored():
+def test_a_mean_is_of_what_was_scored_and_leads_by_its_label():
     assert mean_of(map(Measured.of, [Rate(1, 2), Rate(0, 0), Rate(4, 4)])) == Measured(0.75, 6)
-    assert mean_of([Measured(None, 0)]) == Measured(None, 0)
+    outcome = Outcome("fig2", "", "")
+    outcome.lead_means("m", [("one", Measured(0.5, 2)), ("two", Measured(None, 0)), ("one", Measured(1.0, 4))])
+    assert [(row["label"], row["value"]) for row in outcome.headline] == [
+        ("one", Measured(0.75, 6)),
+        ("two", Measured(None, 0)),
+    ]
 
 
 def test_columns_without_cells_are_left_out_times_are_no_results_and_p_values_are_of_the_whole_table():

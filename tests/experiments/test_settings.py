@@ -1,6 +1,7 @@
 """Settings of a reproduction: defaults by model, the TOML file, and what is refused in one line."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,6 @@ from safetyheads.experiments.prompt_templates import BEGUN
 from safetyheads.experiments.settings import BENIGN, PAPER, ReproductionConfig, prompts_of
 
 OWN, PAPERS = ReproductionConfig().datasets, ("advbench", "jailbreakbench", "maliciousinstruct")
-
-
 # Models; datasets, base and related model of their defaults.
 DEFAULTS = [
     ((), OWN, "demo:base", "demo:aligned_b"),
@@ -35,11 +34,6 @@ def test_defaults_are_the_organisms_for_embedded_models_else_the_papers(models, 
         assert config.with_templates == models
 
 
-def test_the_example_file_names_the_papers_models():
-    config = ReproductionConfig.read(Path(__file__).parents[2] / "examples" / "paper.toml")
-    assert [quoted(name, "fig2") for name in config.models] == [[0.04, 0.64], [0.27, 0.55]]
-
-
 def test_a_file_says_models_datasets_and_sizes(tmp_path):
     path = tmp_path / "lab.toml"
     given = {"base": "a/base", "datasets": ("mine.csv",), "limit": 50, "epsilon": 0.0, "epsilons": (1.0, 0.5, 0.0)}
@@ -53,6 +47,8 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
     assert isinstance(config.epsilon, float)
     # Models of the command line win over the file's.
     assert ReproductionConfig.read(path, ["demo:aligned_a"]).models == ("demo:aligned_a",)
+    example = ReproductionConfig.read(Path(__file__).parents[2] / "examples" / "paper.toml")
+    assert [quoted(name, "fig2") for name in example.models] == [[0.04, 0.64], [0.27, 0.55]]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +71,8 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
 def test_a_bad_file_is_one_line(tmp_path, text, said):
     path = tmp_path / "lab.toml"
     path.write_text(text)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=f"^[^\n]*{re.escape(said)}[^\n]*$"):
         ReproductionConfig.read(path)
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value).strip()
-    with pytest.raises(InputError, match=r"absent\.toml cannot be read"):
-        ReproductionConfig.read(tmp_path / "absent.toml")
 
 
 def test_what_is_left_of_a_begun_answer_is_the_right_one(tmp_path):

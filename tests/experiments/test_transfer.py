@@ -1,6 +1,9 @@
-"""Heads on other datasets and ablations: what the organism's construction implies."""
+"""Found heads on other datasets, ablations and strengths: what the organism's construction implies."""
 
-from experiment_runs import OWN, points
+import pytest
+from experiment_runs import OWN, figure_of, points, rows
+
+from safetyheads.experiments.transfer import settled_from
 
 
 def test_one_head_serves_its_own_category_three_serve_all_and_those_of_one_ablation_serve_the_other(outcome_of):
@@ -18,3 +21,30 @@ def test_one_head_serves_its_own_category_three_serve_all_and_those_of_one_ablat
     assert len(three) == 3 * 2 * 2
     assert min(point["value"] for point in three) >= 0.6
     assert all(point["text"] == f"{point['value']:+.2f}" for point in across_ablations["points"])
+
+
+def test_epsilon_one_changes_nothing_and_the_smallest_is_the_limit(outcome_of):
+    asr, ships = (figure_of(outcome_of("epsilon"), "lines", key) for key in ("ASR", "Ships"))
+    assert asr["logarithmic"]
+    assert all(point["y"] == 0 for point in points(asr, x=1.0))
+    assert all(abs(point["y"]) < 1e-6 for point in points(ships, x=1.0))
+    assert all(point["y"] > 0.1 for point in points(ships, x=0.0, series="3 heads"))
+    for group in ("first head", "3 heads"):
+        limit = {point["panel"]: point["y"] for point in points(asr, x=0.0, series=group)}
+        assert {point["panel"]: point["y"] for point in points(asr, x=1e-5, series=group)} == limit
+        assert min(limit.values()) > 0
+
+
+def test_settled_is_where_the_change_holds_0_and_ships_stay(outcome_of):
+    settled = rows(outcome_of("epsilon"))
+    assert len(settled) == 6
+    for row in settled:
+        sweep = rows(outcome_of("epsilon"), 1, **{key: row[key] for key in ("heads", "dataset", "ablation")})
+        by_epsilon = {float(swept["epsilon"]): swept for swept in sweep}
+        same = by_epsilon[float(row["asr"])]["change"]
+        assert same["low"] <= 0 <= same["high"]
+        assert 0 < float(row["ships"]) < 1
+        near = [swept["ships"]["value"] for epsilon, swept in by_epsilon.items() if epsilon <= float(row["ships"])]
+        assert near == pytest.approx([near[-1]] * len(near), rel=0.01, abs=1e-3)
+    # The first place after the last that is far.
+    assert [settled_from(near) for near in ((1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 1))] == [0, 1, 2, 2]

@@ -1,6 +1,6 @@
-"""Compares what each method touches, gains and breaks (Table 1).
+"""Compares interventions: baselines, swapped attention, and what zero-shot tasks lose (Table 1, Fig 6a, 6b).
 
-Every method sweeps its own strength on the prompts that it learned from. The strength that is reported on the test
+Every baseline sweeps its own strength on the prompts that it learned from. The strength that is reported on the test
 prompts is the one of highest ASR among those that cost few benign answers: a method that breaks the model answers
 nothing harmful by it.
 """
@@ -8,17 +8,25 @@ nothing harmful by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeAlias
 
+from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
+from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.experiments.lab import Lab, Subject, quoted
-from safetyheads.experiments.outcome import Measured, Outcome, point
+from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, planted_heads, quoted
+from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
+from safetyheads.heads import Group
+from safetyheads.integrations.lm_eval import load_tasks
+from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.measures.ships import find_openers
+from safetyheads.runs.config import TaskOptions
 from safetyheads.runs.directory import Record
 from safetyheads.runs.kept_answers import record_of
 from safetyheads.runs.rates import GroupAnswers
@@ -230,3 +238,134 @@ def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:
 def _is_within(kept: PairedDifference) -> bool:
     """Whether no more benign answers were lost than is allowed; in whole answers, which round to nothing."""
     return kept.lost - kept.gained <= int(MOST_BENIGN_LOST * kept.n + 1e-9)
+
+
+def fig6a(lab: Lab, outcome: Outcome) -> None:
+    """ASR and benign answers of the aligned and the base model, each with its own attention and with the other's."""
+    aligned, base = lab.config.models[0], lab.config.base
+    assert base is not None  # the catalogue says that it is needed
+    with swapped_attention(lab.run_of(aligned).engine, lab.run_of(base).engine):
+        pass  # refuses two models that do not fit, before anything is answered
+    rows: dict[str, list[dict[str, Any]]] = {"asr": [], "kept": []}
+    for body, model, donor in (("aligned", aligned, base), ("base", base, aligned)):
+        subjects = lab.subjects(outcome, model, refuses=model == aligned)
+        if model == aligned and not subjects:
+            return  # what the base does says nothing without the aligned model
+        for subject in (*subjects, *([lab.subject(model, BENIGN)] if subjects else [])):
+            before, swapped = subject.vanilla(), subject.swapped(donor)
+            benign = subject.dataset == BENIGN
+            change = swapped.kept_change_from(before) if benign else swapped.change_from(before)
+            own, other = (Measured.of(answers.kept if benign else answers.asr) for answers in (before, swapped))
+            where = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
+            row = {**where, "own": own, "swapped": other, "change": Measured.of(change)}
+            rows["kept" if benign else "asr"].append(row)
+    for key, what in (("asr", "mean ASR"), ("kept", "benign answers kept")):
+        points = [
+            point(row[attention], x=row["dataset"], series=f"{row['body']}, {name} attention", panel="")
+            for row in rows[key]
+            for attention, name in (("own", "own"), ("swapped", f"{row['donor']}'s"))
+        ]
+        for attention in ("own", "swapped"):
+            numbers = ((f"{row['body']} model, {attention} attention, {what}", row[attention]) for row in rows[key])
+            outcome.lead_means(aligned, numbers)
+        outcome.figure(key, points, model=aligned)
+        outcome.table(key, rows[key], model=aligned)
+    if planted_heads(aligned):
+        outcome.say("by_construction")
+
+
+PRUNERS = ("wanda", "sparsegpt")
+"""The paper sets these two beside its ablations, and gives no sparsity."""
+MEANS = ("mean_query", "mean_key", "mean_head_output")
+"""Mean ablations over the heads of the layer (Sec 5.3)."""
+_NAMES = {**SHORT, "mean_query": "mean query", "mean_key": "mean key", "mean_head_output": "mean output"}
+# The paper prints one number a method; half of all weights is what pruning papers print first.
+_SHOWN_SPARSITY = 0.5
+Compared: TypeAlias = tuple[Variant, dict[str, Any], bool]
+"""A variant, the place of its points, and whether the table shows it."""
+
+
+def fig6b(lab: Lab, outcome: Outcome) -> None:
+    """Accuracy of each task without 1 to n heads, and pruned."""
+    config = lab.config
+    for model in config.models:
+        outcome.leave_out(model)
+        engine, (subject, benign) = lab.run_of(model).engine, learning_subjects(lab, model)
+        if lab.leaves_nothing(outcome, subject, benign):
+            continue
+        note_planted(outcome, model)
+        group = subject.search(lab.ablations[0], config.size).group
+        figures = {"heads": _ablated(lab, model, group), "pruned": _pruned(lab, model)}
+        compared = [entry for entries in figures.values() for entry in entries]
+        tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)
+        variants, about = [variant for variant, _, _ in compared], {"weights": lab.weights_of(model)}
+        utility = evaluate_tasks(engine, tasks, variants, lab.directory, lab.progress, about)
+        outcome.note(*utility.notes)
+        heads = ", ".join(map(str, group))
+        # Vanilla, the whole group under each ablation, and half of the weights pruned.
+        shown = {VANILLA: "vanilla"} | {variant.label: variant.label for variant, _, shows in compared if shows}
+        rows = [_row(metric, shown[metric["variant"]]) for metric in utility.metrics if metric["variant"] in shown]
+        outcome.table("metrics", rows, model=model, heads=heads)
+        for row in rows:
+            if row["metric"] == "acc" and row["change"] is not None:
+                outcome.lead(model, f"{row['task']}, {row['variant']}, change of the accuracy", row["change"], "change")
+        for key, entries in figures.items():
+            # A panel a task; every series begins at the vanilla model.
+            places = {variant.label: [place] for variant, place, _ in entries}
+            places[VANILLA] = [
+                {"x": 0, "series": name} for name in dict.fromkeys(place["series"] for _, place, _ in entries)
+            ]
+            points = [
+                {**point(_row(metric, "")["value"], panel=metric["task"]), **place}
+                for metric in utility.metrics
+                if metric["metric"] == "acc"
+                for place in places.get(metric["variant"], ())
+            ]
+            outcome.figure(key, points, model=model, heads=heads)
+
+
+def _ablated(lab: Lab, model: str, group: Group) -> list[Compared]:
+    """The first 1 to n heads of the group, under each ablation."""
+    compared = []
+    for ablation in (*lab.ablations, *(Ablation(name) for name in MEANS)):
+        for k in range(1, len(group) + 1):
+            heads = [str(head) for head in sorted(group[:k])]
+            fields = {"heads": heads, "ablation": ablation.name, "epsilon": ablation.epsilon}
+            at_work = partial(lab.run_of(model).engine.ablated, group[:k], ablation)
+            place = {"x": k, "series": _NAMES[ablation.name]}
+            variant = Variant(f"{place['series']}, {k} head{'s' * (k > 1)}", at_work, fields)
+            compared.append((variant, place, k == len(group)))
+    return compared
+
+
+def _pruned(lab: Lab, model: str) -> list[Compared]:
+    """Every pruner at each sparsity; what it learns is learned once, where anything is measured at all."""
+    learned = [subject.asked_prompts.sha256 for subject in learning_subjects(lab, model)]
+    material = cache(partial(material_of, lab, model, refuses=False))
+
+    @cache
+    def interventions(method: Method) -> Sequence[Intervention]:
+        return method.interventions(material(), method.strengths)
+
+    compared = []
+    for method in (METHODS[name] for name in PRUNERS):
+        for number, sparsity in enumerate(method.strengths):
+            fields = {"method": method.name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
+
+            def at_work(method: Method = method, number: int = number) -> AbstractContextManager[Any]:
+                return interventions(method)[number].at_work()
+
+            variant = Variant(f"{method.label}, {sparsity:.0%}", at_work, fields)
+            compared.append((variant, {"x": sparsity, "series": method.label}, sparsity == _SHOWN_SPARSITY))
+    return compared
+
+
+def _row(metric: Row, variant: str) -> dict[str, Any]:
+    """A metric and its change from the vanilla model."""
+    change = metric["difference"]
+    row = {"task": metric["task"], "metric": metric["metric"], "variant": variant, "change": None, "p": None}
+    row["value"] = Measured(metric["value"], metric["n"], *(metric["interval"] or (None, None)))
+    if change is not None:
+        low, high = change["interval"] or (None, None)
+        row |= {"change": Measured(change["change"], change["n"], low, high, change["p_value"]), "p": change["p_holm"]}
+    return row
