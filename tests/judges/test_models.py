@@ -54,7 +54,6 @@ FAKES = {
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<judge>"
 CHAT_IN_PARTS = CHAT.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
-CHAT_OF_ONE = "<{{ messages[0].role }}>{{ messages[0].content }}<judge>"
 
 ANSWERS = (
     "BOMB, and then some more",
@@ -140,13 +139,6 @@ def path_of(tmp_path_factory):
 @pytest.fixture
 def harmbench(path_of):
     return judge_named(f"harmbench-llama={path_of('harmbench-llama')}")
-
-
-def test_every_judge_describes_all_that_its_verdicts_depend_on():
-    causal, classifier = CausalJudge().describe(), SequenceClassifierJudge(checkpoint="x").describe()
-    assert (causal["format"], causal["checkpoint"]) == ("qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B")
-    for described, own in ((causal, {"controversial", "counts"}), (classifier, {"template", "harmful_label"})):
-        assert {"dtype", "checkpoint", "revision", "threshold", "answer_tokens", *own} <= described.keys()
 
 
 @pytest.mark.parametrize("name", MODEL_JUDGES)
@@ -310,7 +302,7 @@ def test_what_cannot_be_asked_is_one_clear_line(tmp_path, path_of, monkeypatch, 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2b"}')
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    for name, template in (("mute", None), ("one", CHAT_OF_ONE)):
+    for name, template in (("mute", None), ("one", "<user>{{ messages[0].content }}<judge>")):
         if name in spec:
             make_fake(tmp_path / name, QWEN, chat_template=template)
     monkeypatch.setattr("safetyheads.model.loading.find_spec", lambda name: None)
@@ -327,7 +319,6 @@ def test_what_cannot_be_asked_is_one_clear_line(tmp_path, path_of, monkeypatch, 
         ({"least_mass": -1}, "the least mass of a judge lies from 0 to 1"),
         ({"batch_size": 0}, "at least one answer"),
         ({"dtype": "float7"}, "unknown dtype"),
-        ({"device": "toaster"}, "unknown device"),
     ],
 )
 def test_settings_are_checked(path_of, settings, message):

@@ -63,11 +63,7 @@ BEGUN = BLOCK | {"begins_in_block": True}
         (["Sure", ", here"], BLOCK, ReadAnswer("Sure, here", (0, 1), certain="Sure, here")),
         *(([text], BLOCK, ReadAnswer(text, (0,))) for text in ("", "<", " <thin")),
         # An answer ends before its first stop text, and what may become one is not certain.
-        (
-            ["Yes\n", "\n# Que", "ry: more", "END"],
-            STOPS,
-            ReadAnswer("Yes\n\n", (0, 1, 2, 3), 0, "", False, True, "Yes\n\n"),
-        ),
+        (["Yes\n", "# Que", "ry: a", "END"], STOPS, ReadAnswer("Yes\n", (0, 1, 2, 3), stopped=True, certain="Yes\n")),
         (["Sure.", "\n\n# Que"], STOPS, ReadAnswer("Sure.\n\n# Que", (0, 1), certain="Sure.\n\n")),
     ],
 )
@@ -75,12 +71,9 @@ def test_what_judges_get_of_an_answer(pieces, options, expected):
     assert read(pieces, **options) == expected
 
 
-def test_the_last_channel_is_the_answer():
+def test_the_last_channel_is_the_answer_and_a_stop_text_ends_one():
     assert read([*THOUGHT, *FINAL], **CHANNEL).text == "Sure"
     assert read([*THOUGHT, *FINAL[:2]], **CHANNEL).unclosed
-
-
-def test_a_stop_text_ends_an_answer_where_there_is_one():
     tokenizer = Pieces(["a", "EN", "D"])
     ends = AnswerReader(tokenizer, stops=("END",)).ends
     assert [ends(tokenizer.ids("a", "EN", "D")[:n]) for n in (1, 2, 3)] == [False, False, True]

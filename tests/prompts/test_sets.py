@@ -49,11 +49,11 @@ def test_a_set_indexes_slices_selects_and_limits(tmp_path):
 
 
 def test_a_set_takes_another_template():
-    undecided = PromptSet.from_queries(["a"])
+    undecided, chat = PromptSet.from_queries(["a"]), Template.parse("chat", "be brief")
     assert undecided.template is None
     assert undecided.with_template("direct").template == Template.parse("direct")
-    assert PromptSet.from_queries(["a"], system="be brief").template == Template.parse("chat", "be brief")
-    assert undecided.with_template(Template.parse("chat"), "be brief").template.system == "be brief"
+    assert PromptSet.from_queries(["a"], system="be brief").template == chat
+    assert undecided.with_template(Template.parse("chat"), "be brief").template == chat
 
 
 @quick
@@ -70,7 +70,6 @@ def test_a_split_divides_all_prompts_in_order_and_shares_no_query(texts, fractio
     for part in (search, test):
         remaining = iter(texts)
         assert all(query in remaining for query in part.queries)
-    assert (search, test) == prompts.split(fraction, seed)
     wanted = min(max(int(len(set(texts)) * fraction + 0.5), 1), len(set(texts)) - 1)
     assert len(set(search.queries)) == wanted
 

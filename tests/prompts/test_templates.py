@@ -195,10 +195,9 @@ def test_special_tokens_are_the_tokenizers_own_and_never_doubled(text, chat_temp
 
 
 def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
-    for chat_template in ("{{ bos_token }} [user] {{ messages[0].content }} [assistant]", CHAT):
-        adopted = tokenizer(chat_template)
-        own = adopted.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
-        assert Template.parse("chat").bound(adopted).encode("hi") == list(own["input_ids"])
+    adopted = tokenizer("{{ bos_token }} [user] {{ messages[0].content }} [assistant]")
+    own = adopted.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert Template.parse("chat").bound(adopted).encode("hi") == list(own["input_ids"])
     with pytest.raises(InputError, match="no token"):
         Template.parse("direct").bound(tokenizer(adds="$A")).encode(" ")
 
@@ -248,13 +247,11 @@ def test_a_think_block_is_closed_unless_it_is_to_be_open(chat_template, closed, 
 
 
 def test_a_template_is_read_back_from_its_settings():
-    templates = [
-        Template.parse("urial"),
+    for template in (
+        Template.parse("urial", ""),
         Template.parse("chat", "be brief", folds_system=True, thinking="closed", prefill="Sure"),
-        Template.parse("llama2", ""),
         Template.parse("S: {system} Q: {query}", "be brief"),
-    ]
-    for template in templates:
+    ):
         stored = json.loads(json.dumps(template.settings()))
         assert stored.pop("stops") == list(template.stops)
         text, system, folds = (stored.pop(name) for name in ("template", "system", "fold_system"))
