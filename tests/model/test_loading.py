@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -116,11 +115,8 @@ def test_a_family_that_transformers_ships_is_loaded_by_its_code_whatever_the_che
 def test_a_token_that_the_model_has_no_embedding_for_is_refused():
     engine = Engine(built("llama3"), tokenizer(80))
     assert len(engine.ask(prompts_of((5, 63, 3))).token_ids[0]) == 3
-    said = (
-        "has the token 70, but the model knows only 64 tokens; does the tokenizer belong to another model? "
-        "It begins: 'w5 w70 w3'"
-    )
-    with pytest.raises(InputError, match=re.escape(said)):
+    said = r"has the token 70, but the model knows only 64 tokens; .* It begins: 'w5 w70 w3'"
+    with pytest.raises(InputError, match=said):
         engine.ask(prompts_of((1, 2), (5, 70, 3)))
 
 
@@ -150,17 +146,14 @@ def test_a_template_that_writes_the_date_is_told_in_every_run(place):
 # Files that say nonsense
 
 
-def test_a_loaded_checkpoint_is_proved_and_named(place):
+def test_a_loaded_checkpoint_is_proved_and_named_and_a_config_that_is_no_object_is_refused(place):
     engine = Engine.load(str(place))
     assert (engine.n_layers, engine.n_heads, len(engine.heads)) == (3, 4, 12)
     assert (engine.capabilities, engine.name) == (Capabilities(), str(place))
-
-
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_config_that_is_no_object_is_refused(place, file):
-    for text in ("null", "5", "[]"):
-        (place / file).write_text(text)
-        assert refusal(place) == f"M/{file} does not hold a JSON object"
+    for file in ("generation_config.json", "config.json"):
+        for text in ("null", "5", "[]"):
+            (place / file).write_text(text)
+            assert refusal(place) == f"M/{file} does not hold a JSON object"
 
 
 @pytest.mark.parametrize(
