@@ -8,7 +8,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import subspace_angles
 
 from safetyheads.errors import InputError
 from safetyheads.measures.subspace import dominant_directions, principal_angle_sum
@@ -71,15 +70,11 @@ def test_directions_of_a_nearly_rank_deficient_stack_are_right(space, spare):
 BOUNDS = [
     ("prompt", False, (4, 9), 3),
     ("prompt", True, (4, 9), 2),
-    ("prompt", False, (2, 9), 1),
-    ("prompt", True, (3, 9), 1),
     ("prompt", False, (9, 4), 4),
     ("prompt", True, (5, 4), 3),
     ("representation", False, (4, 9), 4),
-    ("representation", True, (4, 9), 3),
     ("representation", True, (2, 9), 1),
     ("representation", False, (9, 4), 3),
-    ("representation", True, (9, 4), 3),
     ("representation", True, (4, 4), 3),
 ]
 
@@ -109,8 +104,6 @@ def test_angles_are_the_arccosines_of_the_definition(rank, apart):
     found = float(principal_angle_sum(first, second))
     # Entries are rounded at 1e-16, so angles are known to about 1e-14 degrees.
     assert found == pytest.approx(slow_angle_sum(first, second), rel=1e-12, abs=1e-13)
-    by_scipy = np.degrees(subspace_angles(first.numpy(), second.numpy())).sum()
-    assert found == pytest.approx(float(by_scipy), rel=1e-12, abs=1e-13)
 
 
 def turned_by(*degrees):
@@ -131,16 +124,12 @@ def test_a_known_turn_is_the_angle(degrees):
     assert float(principal_angle_sum(*turned_by(*degrees))) == pytest.approx(sum(degrees), rel=1e-13)
 
 
-def test_a_tiny_angle_is_resolved_beside_a_large_one_and_in_any_basis():
+def test_tiny_and_right_angles_in_any_basis():
     # 30 degrees are rounded at 4e-15.
     assert float(principal_angle_sum(*turned_by(30, 1e-7))) - 30 == pytest.approx(1e-7, abs=1e-13)
-    rotation = orthonormal(4, 4, seed=3)
-    first, second = turned_by(1e-7, 1e-7)
+    rotation, (first, second) = orthonormal(4, 4, seed=3), turned_by(1e-7, 1e-7)
     # Rounding of the entries moves each angle by about 1e-16, that is 6e-15 degrees.
     assert float(principal_angle_sum(rotation @ first, rotation @ second)) == pytest.approx(2e-7, abs=1e-13)
-
-
-def test_equal_subspaces_have_no_angle_and_orthogonal_ones_a_right_one_each():
     basis = orthonormal(6, 6)
     mixed = basis[:, :2] @ orthonormal(2, 2, seed=1)  # other vectors, the same plane
     assert float(principal_angle_sum(basis[:, :2], mixed)) == pytest.approx(0, abs=1e-13)
@@ -150,8 +139,7 @@ def test_equal_subspaces_have_no_angle_and_orthogonal_ones_a_right_one_each():
 def test_signs_and_the_order_of_the_two_do_not_matter_and_a_batch_is_each_of_it():
     first, batch = orthonormal(6, 2), orthonormal(3, 4, 6, 2, seed=1)
     found = principal_angle_sum(first, batch)
-    assert found.shape == (3, 4)
-    assert found.dtype == torch.float64
+    assert (found.shape, found.dtype) == ((3, 4), torch.float64)
     for place in ((0, 0), (2, 3)):
         second = batch[place]
         for pair in ((first, second), (first, second * torch.tensor([-1.0, 1.0])), (second, first)):

@@ -26,7 +26,7 @@ from safetyheads.stats.testing import paired_difference
 # No deadline: a slow machine is no failure.
 quick = settings(deadline=None, max_examples=50)
 
-counts = st.integers(0, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 tables = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
 
 
@@ -34,21 +34,17 @@ tables = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
 @given(counts)
 def test_a_rate_lies_in_its_interval_and_the_interval_in_the_unit_interval(pair):
     count, n = pair
-    rate = Rate(count, n)
-    if n == 0:
-        assert rate.rate is None
-        assert rate.interval is None
-        return
+    rate, mirrored = Rate(count, n), Rate(n - count, n)
     low, high = rate.interval
     assert 0 <= low <= rate.rate <= high <= 1
     assert low < high
-    mirrored = Rate(n - count, n).interval
-    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+    assert (low, high) == pytest.approx((1 - mirrored.interval[1], 1 - mirrored.interval[0]))
 
 
 def test_results_are_valid_json_with_the_interval_in_them():
     written = json.loads(json.dumps(asdict(Rate(1, 2, 3)), allow_nan=False))
     assert (written["rate"], written["unscored"], len(written["interval"])) == (0.5, 3, 2)
+    assert (Rate(0, 0).rate, Rate(0, 0).interval) == (None, None)
     for empty in (Rate(0, 0), paired_difference([], []), mean_with_interval([]), mean_with_interval([2.0])):
         json.dumps(asdict(empty), allow_nan=False)
 
@@ -168,8 +164,7 @@ def test_the_bound_on_a_population_is_the_last_that_the_sample_does_not_refute(n
 
 
 def test_bounds_known_by_hand():
-    assert most_in_population(100, 0, 0) == 100
-    assert most_in_population(10, 10, 3) == 3
-    assert most_in_population(992, 64, 0) == 43  # 44 would hide from the sample with a chance of 4.97 %
+    # 44 of 992 would hide from the sample with a chance of 4.97 %.
+    assert [most_in_population(*of) for of in ((100, 0, 0), (10, 10, 3), (992, 64, 0))] == [100, 3, 43]
     with pytest.raises(InputError, match="cannot be"):
         most_in_population(5, 6, 0)

@@ -125,12 +125,11 @@ def test_an_overlap_worked_out_by_hand():
     assert found.p_value == pytest.approx(5 / 6)
 
 
-def test_heads_that_tie_across_the_cut_are_in_no_top():
-    values = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 0.0}
-    assert top(values, 3, 0.0) == ("a",)
-    assert top(values, 4, 0.0) == ("a", "b", "c", "d")
-    assert top(values, 1, 5.0) == ()
-    assert top(values, 9, 0.0) == ("a", "b", "c", "d", "e")
+@pytest.mark.parametrize(
+    ("k", "resolution", "expected"), [(3, 0.0, "a"), (4, 0.0, "abcd"), (1, 5.0, ""), (9, 0.0, "abcde")]
+)
+def test_heads_that_tie_across_the_cut_are_in_no_top(k, resolution, expected):
+    assert top({"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 0.0}, k, resolution) == tuple(expected)
 
 
 def test_all_ties_agree_on_nothing_and_heads_without_a_score_are_left_out():
