@@ -112,15 +112,11 @@ def test_a_swap_within_a_swap_replaces_its_layers_until_it_ends(pair):
         close(logits_of(model), logits_of(first))
 
 
-# What is refused, each with nothing changed
-
-
 def refusal(engine, donor, layers=None, kind=InputError):
     before = fingerprint(engine)
     with pytest.raises(kind) as refused, swapped_attention(engine, donor, layers):
         pass
     assert fingerprint(engine) == before
-    assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
@@ -137,7 +133,6 @@ OTHERS = {
     "^the model has 64 tokens, the donor 70$": lambda: changed(vocab_size=70),
     "^the heads of layer 0 differ: ": lambda: engine_on(model_of("llama_mha")),
     r"^k_proj.bias of layer 0 is absent in the model, \[16\] in the donor$": lambda: changed(attention_bias=True),
-    r"^k_proj.weight of layer 0 is \[16, 32\] in the model, \[16, 48\] in the donor$": lambda: changed(hidden_size=48),
     "^rope_parameters of the attention is ": lambda: changed(
         rope_parameters={"rope_type": "default", "rope_theta": 5e5}
     ),

@@ -82,9 +82,9 @@ def test_the_numbers_of_the_selected_direction_are_those_of_edited_weights():
         scores = sign * log_odds(log_probabilities(engine.model, prompts), openers)
         return prompts.select((scores > 0).nonzero()[:, 0].tolist())
 
-    halves = [(prompts.split(1 - methods.VALIDATION_SHARE, 0), sign) for prompts, sign in
-              ((material().harmful, 1), (material().benign, -1))]  # fmt: skip
-    (train, harmful), (benign_train, benign) = ([kept(half, sign) for half in pair] for pair, sign in halves)
+    share = 1 - methods.VALIDATION_SHARE
+    train, harmful = (kept(half, 1) for half in material().harmful.split(share, 0))
+    benign_train, benign = (kept(half, -1) for half in material().benign.split(share, 0))
     close(chosen.vector, (mean_states(engine, train) - mean_states(engine, benign_train))[0, chosen.layer])
     assert chosen.bypass == pytest.approx(float(log_odds(log_probabilities(edited, harmful), openers).mean()), abs=1e-4)
     before, after = (log_probabilities(model, benign) for model in (engine.model, edited))

@@ -16,10 +16,9 @@ from baseline_samples import (
     made_up_material,
     material,
     organism,
-    state_of,
 )
 from families import FAMILIES, built, proved
-from tiny_models import engine_of, prompts_of, tokenizer
+from tiny_models import engine_of, prompts_of
 from torch import nn
 
 from safetyheads import (
@@ -61,11 +60,8 @@ def test_saharas_first_three_heads_are_the_plants_and_free_the_prompts():
     one, two, three = METHODS["sahara"].interventions(material(), (1, 2, 3))
     assert set(three.groups(harmful)[0]) == planted
     assert set(one.groups(harmful)[0]) < set(two.groups(harmful)[0]) < planted
-    assert three.setting == "3 heads"
-    assert three.n_parameters == 3 * 16 * 128
     result = three.answers(organism().engine, harmful[:16], KeywordJudge(), NEW_TOKENS)
     assert result.rate >= 0.9
-    # The group that is named is the one that is ablated.
     assert {row.group for row in result.rows} == {three.groups(harmful)[0]}
 
 
@@ -111,9 +107,6 @@ def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
         METHODS["rdsha"].interventions(learned, (1, 20))
 
 
-# Attributions
-
-
 def written(name):
     """The slow twin, by slices of W_O: what each head writes at the last token, and what its block does, less bias."""
     model, (path, projection) = built(name), PLACES.get(name, ("model.layers.{}.self_attn", "o_proj"))
@@ -148,16 +141,10 @@ def test_what_heads_write_is_what_slices_of_their_projection_give_and_sums_to_th
 
 
 def test_a_projection_that_is_no_plain_layer_is_asked_by_unit_vectors():
-    class Other(nn.Linear):
-        """As quantised layers are: of another class."""
-
-    engine = engine_of("llama_gqa")
-    plain, attention = output_weight(engine, 1), engine.model.model.layers[1].self_attn
-    other = Other(32, 32)
-    other.weight = attention.o_proj.weight
-    attention.o_proj = other
-    again = Engine(engine.model, tokenizer())
-    torch.testing.assert_close(output_weight(again, 1), plain, rtol=1e-6, atol=1e-6)
+    engine = engine_on("llama3")
+    plain, projection = output_weight(engine, 1), engine.model.model.layers[1].self_attn.o_proj
+    projection.__class__ = type("Quantised", (nn.Linear,), {})
+    torch.testing.assert_close(output_weight(engine, 1), plain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma", "gpt2", "cohere2", "olmo2"])
@@ -176,18 +163,16 @@ def test_logit_attribution_by_hand(name):
     norm = model.get_submodule(FAMILIES[name].norm)
     states = torch.stack([inputs_of(model, [norm], ids)[norm][-1].double() for ids in PROMPTS])
     if name == "gpt2":
-        outputs = outputs - outputs.mean(dim=-1, keepdim=True)
-        scales = (states.var(dim=-1, unbiased=False) + norm.eps).rsqrt()
-    else:
-        scales = (states.square().mean(dim=-1) + norm.variance_epsilon).rsqrt()
+        outputs, states = (each - each.mean(dim=-1, keepdim=True) for each in (outputs, states))
+    epsilon = norm.eps if name == "gpt2" else norm.variance_epsilon
+    scales = (states.square().mean(dim=-1) + epsilon).rsqrt()
     logits = (norm.weight * outputs * scales[:, None, None, None]) @ model.get_output_embeddings().weight.double().T
     wanted = logits[..., list(OPENERS)].mean(dim=-1) - logits.mean(dim=-1)
     close(logit_attributions(proved(name), prompts_of(*PROMPTS), OPENERS).values, wanted)
 
 
-def test_what_cannot_be_attributed_is_refused_and_the_model_left_as_it_was():
+def test_what_cannot_be_attributed_is_refused():
     prompts, engine = prompts_of(*PROMPTS), engine_of("llama_mha")
-    before = state_of(engine)
     with pytest.raises(InputError, match="first tokens"):
         logit_attributions(engine, prompts, ())
     for attribute, told in ((logit_attributions, OPENERS), (refusal_projections, drawn())):
@@ -198,8 +183,6 @@ def test_what_cannot_be_attributed_is_refused_and_the_model_left_as_it_was():
         pytest.raises(SafetyheadsError, match="already ablated"),
     ):
         projections(engine, prompts, drawn())
-    logit_attributions(engine, prompts, OPENERS)
-    assert state_of(engine) == before
     facts = replace(engine.architecture, output_projections=(None, None, None))
     with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
         projections(Engine(engine.model, engine.tokenizer, architecture=facts), prompts, drawn())

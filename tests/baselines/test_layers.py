@@ -41,7 +41,6 @@ def test_runs_are_scaled_to_the_depth():
     assert lengths == [{3}, {4}, {6}, {8}]
     assert [run[0] for run in candidate_runs(32, 0.25)] == [1, 2, 3, 4, 5, 6]
     assert candidate_runs(4, 0.1) == (range(1, 2), range(2, 3))
-    assert candidate_runs(4, 0.5) == (range(1, 3),)
     assert candidate_runs(3, 0.9) == (range(1, 2),)
     assert all(run[-1] < 31 for run in candidate_runs(32, 0.99))
 

@@ -131,10 +131,8 @@ def slow_answers(logits, prompts=PROMPTS):
 
 def weights_hash(model):
     """Of every byte of the model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    tensors = (tensor.contiguous().view(torch.uint8) for tensor in model.state_dict().values())
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def state_of(*engines):
