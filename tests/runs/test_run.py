@@ -1,6 +1,9 @@
-"""Runs of asr, ships and sahara give what the public functions give, and a second start computes nothing."""
+"""Runs of asr, ships and sahara give what public functions give; a second start computes nothing; estimates of time."""
+
+from dataclasses import replace
 
 import pytest
+from tiny_models import engine_of, prompts_of
 
 from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
@@ -14,13 +17,16 @@ from safetyheads import (
     sahara,
 )
 from safetyheads.measures.head_pass import HeadPass
+from safetyheads.model.architecture import Capabilities
+from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ScanConfig, ShipsConfig
-from safetyheads.runs.run import ON_WORDS, refuse_beyond_memory
+from safetyheads.runs.run import ON_WORDS, estimate, estimate_pass, refuse_beyond_memory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 41, 8), (1, 2, 3, 4, 5, 6, 7, 8, 9))
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +103,23 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeyp
         for sequence, token_ids in zip(sequences, asked.token_ids, strict=True):
             assert sequence.n_wanted == (wanted or engine.architecture.context_length - len(token_ids) + 1)
             assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_pass_is_told_at_the_rate_of_the_timed_batch(monkeypatch, replays):
+    engine = engine_of("llama_gqa", capabilities=Capabilities(replays=replays))
+    sequences = [TokenSequence(ids) for ids in PROMPTS]
+    layout = engine.plan(sequences)
+    # The first run is set-up, the quicker of the others counts.
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0, *range(99)])
+    monkeypatch.setattr("safetyheads.runs.run.time.monotonic", lambda: next(ticks))
+    seconds, memory = estimate_pass(engine, sequences, layout)
+    timed = row_sizes(sequences, replace(layout, rows=layout.rows[:1]))
+    rate = layout.groups_per_batch * engine.costs.replay_flops(timed, 0) / 2.0
+    rows = row_sizes(sequences, layout)
+    flops = engine.costs.forward_flops(rows) + engine.costs.scan_flops(rows, engine.heads)
+    assert seconds == pytest.approx(flops / rate)
+    assert memory == engine.memory_estimate(sequences, layout)
+    line = estimate(engine, engine.ask(prompts_of(*PROMPTS)).token_ids, 2, 0, 1)
+    assert line.startswith("12 heads x 3 prompts, 2 passes: about ")
+    assert "MiB beside the weights" in line

@@ -93,26 +93,18 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
     by_prompt = {
         name: HeadScores(spread * tables[name].values, name) for name in ("mean_ships", "benign_ships", "refusal_score")
     }
-    organism = layers == 4
+    organism, sizes = layers == 4, {"n_search": n, "n_test": n, "sha256": "5f" * 32}
+    model = {"name": "meta-llama/Llama-2-7b-chat-hf", "n_parameters": 6_738_415_616}
+    model |= {"head_parameters": {"query": 524_288, "all": 2_097_152}}
+    if organism:
+        model = {"name": "aligned_a (demo organism)", "n_parameters": 732_800}
+        model |= {"head_parameters": {"query": 2048, "all": 8192}}
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "audit",
         "verdict": verdict_of(vanilla, outcomes, layers * heads),
-        "model": {
-            "name": "aligned_a (demo organism)" if organism else "meta-llama/Llama-2-7b-chat-hf",
-            "family": "llama",
-            "n_layers": layers,
-            "n_heads": heads,
-            "n_parameters": 732_800 if organism else 6_738_415_616,
-            "head_parameters": {"query": 2048, "all": 8192} if organism else {"query": 524_288, "all": 2_097_152},
-        },
-        "data": {
-            **{
-                kind: {"name": f"organism, {kind}", "n_search": n, "n_test": n, "sha256": "5f" * 32}
-                for kind in ("harmful", "benign")
-            },
-            "template": "chat",
-        },
+        "model": {**model, "family": "llama", "n_layers": layers, "n_heads": heads},
+        "data": {kind: {"name": f"organism, {kind}", **sizes} for kind in ("harmful", "benign")} | {"template": "chat"},
         "ablation": {"name": "undifferentiated_attention", "label": "undifferentiated attention", "epsilon": 1e-5},
         "sampling": {"name": "greedy", "max_new_tokens": 128},
         "judge": JUDGE,

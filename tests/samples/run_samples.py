@@ -34,17 +34,15 @@ def first(count: int, n: int = N) -> list[bool]:
 
 def settings(prompts: str = "same", **changed: Any) -> dict[str, Any]:
     """A config; ``prompts`` stands for their fingerprint."""
-    names = [f"{kind}_{half}" for kind in ("harmful", "benign") for half in ("search", "test")]
-    shas = {name: f"{prompts} {name}" for name in (*names, "harmful", "benign")}
-    base = {"ablation": "undifferentiated_attention", "epsilon": 1e-5, "template": "chat"}
-    base |= {
+    names = [f"{kind}{half}" for kind in ("harmful", "benign") for half in ("_search", "_test", "")]
+    shas = {name: f"{prompts} {name}" for name in names}
+    base = {
+        "ablation": "undifferentiated_attention",
+        "epsilon": 1e-5,
+        "template": "chat",
         "judges": [{"name": "paper"}],
-        "top_k": 1,
-        "seed": 0,
-        "max_new_tokens": 128,
-        "dtype": "float32",
-        "weights_sha256": f"{changed}",
     }
+    base |= {"top_k": 1, "seed": 0, "max_new_tokens": 128, "dtype": "float32", "weights_sha256": f"{changed}"}
     return base | {"prompts_sha256": shas, "references_sha256": shas} | changed
 
 
@@ -72,32 +70,29 @@ def audit_run(
     made = []
     for size, (complied, controls) in enumerate(zip(groups, random, strict=True), start=1):
         named = dict(zip((",".join(names[:size]) for names in RANDOM_HEADS), controls, strict=False))
-        group = parse_heads(",".join(heads[:size]))
-        entry = group_as_json(before, outcome(group, (complied, complied, n, n), named, n))
-        stored |= {",".join(heads[:size]): complied} | named
-        made.append(entry)
+        group = ",".join(heads[:size])
+        made.append(group_as_json(before, outcome(parse_heads(group), (complied, complied, n, n), named, n)))
+        stored |= {group: complied} | named
     results["verdict"] |= {"heads": list(heads[: len(groups)]), "size": len(groups), "scorer": LEAD}
     if not groups:
         results["verdict"] |= {"label": "no_refusals"}
     results["behaviour"]["groups"] = made
-    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_kept": rate([True] * len(vanilla))}
-    best = dict(zip(("1-3", "2-1", "2-5"), (3.0, 2.0, 1.0), strict=True)) if scores is None else scores
-    results["scores"][LEAD]["values"] = [
-        [best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)
-    ]
+    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_kept": rate([True] * n)}
+    best = {"1-3": 3.0, "2-1": 2.0, "2-5": 1.0} if scores is None else scores
+    values = [[best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)]
+    results["scores"][LEAD]["values"] = values
     outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
     results["concentration"] = asdict(concentration(outcomes, vanilla))
-    results["lead_judge"] = "paper"
     stages = {
         "vanilla-harmful_test": [record("harmful_test", at, label) for at, label in enumerate(vanilla)],
-        "vanilla-benign_test": [record("benign_test", at, True, kept=True) for at in range(len(vanilla))],
-        "groups-harmful_test": [
-            record("harmful_test", at, label, group)
-            for group, complied in stored.items()
-            if group
-            for at, label in enumerate(complied)
-        ],
+        "vanilla-benign_test": [record("benign_test", at, True, kept=True) for at in range(n)],
     }
+    del stored[""]
+    stages["groups-harmful_test"] = [
+        record("harmful_test", at, label, group)
+        for group, complied in stored.items()
+        for at, label in enumerate(complied)
+    ]
     return _written(path, config, started, results, stages if rows else {})
 
 

@@ -173,9 +173,8 @@ class Comparison:
     kind: str
     """``audit`` or ``scan``."""
     before: Mapping[str, Any]
-    """Run A: path, model, started (ISO, UTC), verdict (None for a scan), and its leading heads."""
     after: Mapping[str, Any]
-    """Run B, alike."""
+    """Each run: path, model, started (ISO, UTC), verdict (None for a scan), and its leading heads."""
     vanilla_asr: Change
     """ASR of the unablated models."""
     group_asr: Change | None

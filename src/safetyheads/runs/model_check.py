@@ -57,9 +57,16 @@ def describe_prompt(engine: Engine, asked: PromptSet) -> dict[str, Any]:
         {"id": token, "text": _text(tokenizer, token), "special": token in special, "part": part}
         for token, part in zip(token_ids, parts, strict=True)
     ]
+    think_block = None
+    if bound.template.thinking == "open":
+        begun = "the prompt begins it" if bound.begins_in_block else "the model may begin it"
+        marks = f"{bound.block.opener} to {bound.block.closer}" if bound.block else ""
+        think_block = f"open ({marks}): {begun}, and what stands in it is not judged"
+    elif bound.template.thinking:
+        think_block = f"closed, {f'by {bound.switches[0]}=False' if bound.switches else 'by an empty block'}"
     return {
         **bound.template.settings(),
-        "think_block": _about_thinking(bound),
+        "think_block": think_block,
         "note": bound.note,
         "query": asked[0].query,
         "n_tokens": len(token_ids),
@@ -75,20 +82,18 @@ def _parts(bound: BoundTemplate, token_ids: Sequence[int], query: str) -> list[s
     """The part of each token: what differs from the prompt of another query is the query."""
     alone = bound.tokens(bound.up_to_answer(query))
 
+    def n_same(one: Sequence[int], other: Sequence[int]) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
     def around(other: Sequence[int]) -> tuple[int, int]:
-        before = _n_same(alone, other)
-        most = min(len(alone), len(other)) - before
-        return before, min(most, _n_same(alone[::-1], other[::-1]))
+        before = n_same(alone, other)
+        return before, min(len(alone) - before, len(other) - before, n_same(alone[::-1], other[::-1]))
 
     before, after = min((around(bound.tokens(bound.up_to_answer(other))) for other in _OTHERS), key=sum)
-    n_prefilled = len(token_ids) - _n_same(alone, token_ids) if bound.template.prefill else 0
+    n_prefilled = len(token_ids) - n_same(alone, token_ids) if bound.template.prefill else 0
     n_query = len(alone) - before - after
     rest = len(token_ids) - before - n_query - n_prefilled
     return [part for part, n in zip(_PARTS, (before, n_query, rest, n_prefilled), strict=True) for _ in range(n)]
-
-
-def _n_same(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _text(tokenizer: Any, token: int) -> str:
@@ -98,18 +103,6 @@ def _text(tokenizer: Any, token: int) -> str:
         return piece
     # Some tokenizers leave out the blank before a text's first word.
     return f" {text}" if piece.startswith(_WORD_STARTS) and not text[0].isspace() else text
-
-
-def _about_thinking(bound: BoundTemplate) -> str | None:
-    """How the think block is dealt with; None where there is none."""
-    if bound.template.thinking is None:
-        return None
-    if bound.template.thinking == "open":
-        begun = "the prompt begins it" if bound.begins_in_block else "the model may begin it"
-        marks = f"{bound.block.opener} to {bound.block.closer}" if bound.block else ""
-        return f"open ({marks}): {begun}, and what stands in it is not judged"
-    switch = f"by {bound.switches[0]}=False" if bound.switches else "by an empty block"
-    return f"closed, {switch}"
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:

@@ -36,32 +36,21 @@ _ANSWER_FILES = {"audit": "*_test-*.jsonl", "scan": "vanilla-*.jsonl"}
 
 
 class RunReader:
-    """A finished audit or scan."""
+    """A finished audit or scan.
 
-    kind: str
-    """``audit`` or ``scan``."""
-    model: str
-    """The model's directory or name."""
-    shape: tuple[int, int]
-    """Layers, and heads in each."""
-    started: datetime | None
-    """When it was first started, UTC; None where the manifest does not say."""
-    verdict: str | None
-    """The verdict's label; a scan has none."""
-    lead_score: str
-    """The score that the run leads with."""
-    lead_heads: tuple[str, ...]
-    """Heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm)."""
-    lead_group: Mapping[str, Any] | None
-    """The audit's entry of the verdict's group; None for a scan and where no group was found."""
-    vanilla_asr: RateRecord
-    """The unablated model's ASR."""
-    benign_kept: RateRecord | None
-    """Share of benign answers that the unablated model keeps; None where no benign prompt was asked."""
-    concentration: Mapping[str, Any] | None
-    """The concentration as the run wrote it; None for a scan without the groups of a search."""
-    n_seeds: int
-    """Answers to each prompt."""
+    Attributes:
+        kind: ``audit`` or ``scan``.
+        shape: layers, and heads in each.
+        started: when it was first started, UTC; None where the manifest does not say.
+        verdict: the verdict's label; a scan has none.
+        lead_score: the score that the run leads with.
+        lead_heads: heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm).
+        lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
+        vanilla_asr: the unablated model's ASR.
+        benign_kept: share of benign answers that the unablated model keeps; None where no benign prompt was asked.
+        concentration: as the run wrote it; None for a scan without the groups of a search.
+        n_seeds: answers to each prompt.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the manifest and the results.
@@ -81,15 +70,19 @@ class RunReader:
         for name in _REQUIRED[kind]:
             if _value_at(results, name) is None:
                 raise InputError(f"{path}: its results.json has no {name}")
-        self.started = _start_time(manifest)
-        self.model = str(results["model"]["name"])
-        self.shape = results["model"]["n_layers"], results["model"]["n_heads"]
-        self.vanilla_asr, self.benign_kept = (_value_at(results, paths[kind]) for paths in (_ASR, _KEPT))
-        self.concentration, self.n_seeds = results.get("concentration"), _value_at(results, "statistics.n_seeds") or 1
-        self.verdict, self.lead_score, self.lead_group = None, ASR_ALONE, None
+        self.started, self.model = _start_time(manifest), str(results["model"]["name"])
+        self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
+        self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
+        self.benign_kept: RateRecord | None = _value_at(results, _KEPT[kind])
+        self.concentration: Mapping[str, Any] | None = results.get("concentration")
+        self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
+        self.verdict: str | None = None
+        self.lead_score: str = ASR_ALONE
+        self.lead_group: Mapping[str, Any] | None = None
         if kind == "audit":
             verdict = results["verdict"]
-            self.verdict, self.lead_score, self.lead_heads = verdict["label"], verdict["scorer"], (*verdict["heads"],)
+            self.verdict, self.lead_score = verdict["label"], verdict["scorer"]
+            self.lead_heads: tuple[str, ...] = (*verdict["heads"],)
             named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
             self.lead_group = next(named, None)
         else:
