@@ -4,7 +4,11 @@ import os
 
 # Before torch is imported: models here are tiny, and two busy processes of two threads each stall each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist tells its workers the terminal's width, by which tables would be laid out.
+os.environ.pop("COLUMNS", None)
 
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,20 +16,16 @@ import pytest
 SAMPLES = Path(__file__).parent / "samples"
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
+@pytest.fixture(scope="session")
+def run():
     """Calls the command line; gives its exit code, stdout and stderr."""
     from safetyheads.cli.app import main
 
-    # pytest-xdist tells its workers the terminal's width, by which tables would be laid out.
-    monkeypatch.delenv("COLUMNS", raising=False)
-
     def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
+        return ended.value.code, out.getvalue(), err.getvalue()
 
     return called
 

@@ -184,6 +184,8 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     columns = [[group] * len(prompts) for group in groups]
     plain = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, Decoding(N_TOKENS, GREEDY, True))
     whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
+    stored = [row["verdict"]["reason"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]
+    assert stored.count(NOT_CLOSED.reason) == sum(row.get("unclosed", False) for row in rows if row["complete"])
     # Cut answers are no answers to a judge that needs whole ones.
     assert {completion.text for completion in patient.given} < whole
     assert found["n_unscored"] == sum(not row["complete"] for row in rows) > 0

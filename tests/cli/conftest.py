@@ -1,28 +1,8 @@
-"""What tests of the command line share: calls of it; a refusal is exit 2 and one line."""
-
-import os
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+"""What tests of the command line share: a refusal is exit 2 and one line; it needs no model."""
 
 import pytest
 
-from safetyheads.cli.app import main
 from safetyheads.model.engine import Engine
-
-
-@pytest.fixture(scope="session")
-def call():
-    """As ``run``, for fixtures that tests share."""
-
-    def called(*arguments):
-        out, err = StringIO(), StringIO()
-        with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
-            patched.delitem(os.environ, "COLUMNS", raising=False)
-            with pytest.raises(SystemExit) as ended:
-                main([str(argument) for argument in arguments])
-        return ended.value.code, out.getvalue(), err.getvalue()
-
-    return called
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The command line on the organism: every bad input is one line and exit 2, results go to stdout alone."""
 
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,10 +24,10 @@ PLANTED = {str(head) for head in demo.PLANTED_HEADS["aligned_a"]}
 
 
 @pytest.fixture(scope="module")
-def audited(call, tmp_path_factory):
+def audited(run, tmp_path_factory):
     """The directory of a small audit, and what was printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, *call("demo", *SMALL, "--out", out)
+    return out, *run("demo", *SMALL, "--out", out)
 
 
 def found_by(run, command):
@@ -50,7 +48,7 @@ def test_version_and_no_arguments(run):
         assert "Usage" in out
 
 
-def test_demo_ends_with_a_summary_and_a_report(audited):
+def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, audited):
     folder, code, out, err = audited
     assert code == 0
     assert (folder / "report/index.html").is_file()
@@ -59,12 +57,8 @@ def test_demo_ends_with_a_summary_and_a_report(audited):
     assert "heads x 8 prompts" in err  # the estimate
     results = json.loads((folder / "results.json").read_text())
     assert " ".join(results["verdict"]["sentence"].split())[:40] in " ".join(out.replace("│", " ").split())
-
-
-def test_json_is_alone_on_stdout_and_is_the_results(run, audited):
-    code, out, _ = run("demo", *SMALL, "--out", audited[0], "--json")
-    assert code == 0
-    assert json.loads(out) == json.loads((audited[0] / "results.json").read_text())
+    code, out, _ = run("demo", *SMALL, "--out", folder, "--json")
+    assert (code, json.loads(out)) == (0, results)
 
 
 def test_report_is_written_again(run, audited):
@@ -113,13 +107,10 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
 @pytest.mark.parametrize(
     ("score", "options"),
     [
-        ("mean_ships", ""),
-        ("refusal_score", ""),
-        ("generalized_ships_prompt", "--rank 2 --centred"),
-        ("generalized_ships_representation", "--state before_norm"),
         ("mean_ships", "--screen --candidates 8 --sample 4"),
         ("refusal_score", "--screen --candidates 8 --sample 4"),
-        ("generalized_ships_representation", "--screen --candidates 8 --sample 4"),
+        ("generalized_ships_prompt", "--rank 2 --centred"),
+        ("generalized_ships_representation", "--state before_norm"),
     ],
 )
 def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, score, options):
@@ -140,25 +131,16 @@ def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, 
 
 
 def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
-    found, _ = found_by(run, f"asr DEMO --limit 24 --heads {','.join(PLANTED)}")
+    # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
+    found, _ = found_by(run, f"asr DEMO --limit 24 --max-new-tokens 500 --heads {','.join(PLANTED)}")
     vanilla, ablated = found["rates"]
     assert (vanilla["asr"]["rate"], vanilla["asr"]["n"]) == (0.0, 24)
     assert ablated["asr"]["rate"] >= 0.9
     assert ablated["change"]["gained"] == ablated["asr"]["count"]
+    assert any("answers to such prompts are cut short" in line for line in found["warnings"])
     assert '"text"' not in json.dumps(found)
     show.show_rates(found)
     assert "keyword: I cannot" in capsys.readouterr().out
-
-
-def test_asr_by_prompt_and_again_gives_the_same_bytes_and_warnings(run):
-    # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
-    command = "asr DEMO --limit 3 --max-new-tokens 500 --query-level 2 --out again"
-    found, _ = found_by(run, command)
-    assert [rates["heads"] for rates in found["rates"]] == ["none", "each prompt's top 1", "each prompt's top 2"]
-    assert any("answers to such prompts are cut short" in line for line in found["warnings"])
-    first = Path("again/results.json").read_bytes()
-    assert found_by(run, command)[0] == found
-    assert Path("again/results.json").read_bytes() == first
 
 
 def test_directories_are_named_for_what_they_hold():
@@ -190,10 +172,8 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ("demo --foo", "Unknown option"),
         ("demo --size many", "--size"),
         ("demo nobody", "no demo checkpoint"),
-        ("demo --epsilon -1", "epsilon"),
         ("demo --epsilon nan", "epsilon"),
         ("demo --ablation lobotomy", "unknown ablation"),
-        ("demo --size 0", "size"),
         ("demo --judge dredd", "unknown judge"),
         ("demo --out /dev/null/x", "/dev/null is not a directory"),
         ("demo --show-completions --no-completions", "exclude"),
@@ -201,38 +181,28 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
         ("audit DEMO --limit 0", "limit"),
         ("audit DEMO --template no_placeholder", "{query}"),
         ("audit demo:aligned_a --prompts no.csv", "no prompt file"),
-        ("audit demo:aligned_a --prompts latin.txt", "UTF-8"),
         ("scan DEMO --n-seeds 2", "several seeds need --top-k above 1"),
         ("scan DEMO --pairs 1", "pairs need at least two heads"),
         ("scan DEMO --n-random 2", "give --prefixes"),
-        ("scan DEMO --heads nonsense", "nonsense"),
         ("scan DEMO --further-epsilon 1e-5", "each epsilon is given once"),
         ("scan DEMO --benign nowhere.txt", "nowhere.txt"),
         ("ships ./nowhere --prompts demo", "no such model directory"),
-        ("ships a/b/c --prompts demo", "no such model directory"),
         ("ships DEMO --top 0", "top must be"),
-        ("ships DEMO --memory 0", "--memory"),
         ("ships DEMO --memory nan", "--memory"),
         ("ships DEMO --sample 8", "--sample belongs to --screen"),
         ("ships DEMO --screen --candidates 0", "--candidates must be"),
-        ("sahara DEMO --screen --sample -1", "--sample must be"),
         ("sahara DEMO --score luck", "unknown score"),
-        ("sahara DEMO --score screened_mean_ships", "unknown score"),
         ("sahara DEMO --rank 2", "Generalized Ships"),
         ("sahara DEMO --limit 4 --score generalized_ships_prompt --rank 5", "rank 5"),
-        ("sahara DEMO --limit 1 --score generalized_ships_prompt", "at least two prompts"),
         ("asr DEMO --heads 2:6", "layer-head"),
-        ("asr DEMO --heads 2-6,2.6", "twice"),
         ("asr DEMO --heads 2-6 --heads 2.6", "given twice"),
-        ("asr DEMO --query-level -1", "query level"),
         ("asr DEMO --judge paper --judge paper", "more often"),
         ("report nowhere", "not a run directory"),
         ("judge . --judge paper", "not a run directory"),
-        *((f"{command} --thinking maybe", "closed or open") for command in ("check demo:aligned_a", "ships DEMO")),
+        ("check demo:aligned_a --thinking maybe", "closed or open"),
     ],
 )
 def test_refused_before_a_model_is_read(refused, no_model, command, words):
-    Path("latin.txt").write_bytes(b"Gr\xfc\xdfe\n")
     assert words in refused(*command.replace("DEMO", DEMO).split())
     assert not Path("runs").exists()
 
@@ -243,20 +213,19 @@ def test_refused_before_a_model_is_read(refused, no_model, command, words):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("demo --limit 4 --size 1000", "size 1000"),
         ("demo --limit 1", "at least two"),
         ("sahara DEMO --size 1000", "size 1000"),
         ("asr DEMO --heads 99-0", "out of range"),
         ("asr DEMO --query-level 1000", "query level 1000"),
-        ("scan DEMO --heads 9-9", "9-9"),
         ("scan DEMO --pairs 33", "pairs 33 is more than the model's 32 heads"),
         ("audit demo:aligned_a --prompts long.txt", "context"),
         ("ships DEMO --limit 4 --out mine", "thesis.txt"),
-        *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta", "xpu")),
+        *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta")),
+        ("check demo:aligned_a --device cuda:99", "device cuda:99 is not there"),
         ("check demo:aligned_a --dtype int3", "unknown dtype"),
         ("check demo:aligned_a --thinking closed", "has no think block to close"),
         ("check demo:aligned_a --system x", "rejects the system prompt: this demo checkpoint has not learnt system"),
-        *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "sahara", "audit", "scan")),
+        *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "audit", "scan")),
     ],
 )
 def test_refused_with_the_model(refused, command, words):
@@ -266,11 +235,6 @@ def test_refused_with_the_model(refused, command, words):
     assert words in refused(*command.replace("DEMO", DEMO).split())
     assert not Path("runs").exists()
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_that_is_not_there(refused):
-    assert "CUDA" in refused("check", "demo:aligned_a", "--device", "cuda")
 
 
 @pytest.fixture
@@ -320,29 +284,6 @@ def test_a_hub_id_without_network(refused, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hub" in refused("check", "nobody-at-all/no-model")
-
-
-# The run directory.
-
-
-def test_the_directory_of_another_run_says_which_fields(run, audited):
-    results = audited[0] / "results.json"
-    before = results.read_bytes()
-    code, out, err = run("demo", *SMALL, "--epsilon", "0.5", "--out", audited[0])
-    assert (code, out) == (2, "")
-    assert "epsilon (1e-05 -> 0.5)" in err
-    assert results.read_bytes() == before
-
-
-def test_a_full_disk(run, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    code, out, err = run("demo", *SMALL, "--out", "full")
-    assert (code, out) == (2, "")
-    assert "No space left" in err
-    assert not Path("full").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")

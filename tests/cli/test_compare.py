@@ -33,8 +33,7 @@ INCREASE = ("--fail-if", "asr_increase > 0.1")
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("runs/a", "runs/b"), 0, ("ASR, nothing ablated", "+0.40 [", "paired", "concentration", "Spearman")),
-        (("runs/a", "runs/b"), 0, ("gone 1-3; new 0-1; kept 2-1",)),
+        (("runs/a", "runs/b"), 0, ("ASR, nothing ablated", "+0.40 [", "paired", "gone 1-3; new 0-1; kept 2-1")),
         (("scans/a", "scans/b"), 0, ("gone 1-3",)),
         (("runs/a", "runs/b", *INCREASE), 1, ("FAILED: fail if asr_increase > 0.1: +0.40 [+0.1",)),
         (("runs/a", "runs/b", "--fail-if", "heads_new > 3"), 0, ("passed: fail if heads_new > 3: 1",)),
@@ -62,16 +61,9 @@ def test_json_is_one_object(run):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("compare", "runs/a", "nowhere"), "not a run directory"),
         (("compare", "runs/a", "runs"), "not a run directory"),
-        (("compare", "runs/a", "scans/a"), "compare alike"),
         (("compare", "runs/a"), "RUN_B"),
-        (("compare", "runs/a", "runs/b", "--fail-if", "luck > 1"), "known are asr_increase"),
         (("compare", "nowhere", "nowhere", "--fail-if", "asr_increase"), "NAME OP NUMBER"),
-        (
-            ("compare", "scans/a", "scans/b", "--fail-if", "concentration_increase < 0"),
-            "have no concentration_increase",
-        ),
         (("compare", "unfinished/a", "unfinished/b"), "unfinished/b: this run has not finished; start it again"),
         (("history", "empty"), "no finished run below empty"),
     ],
@@ -86,15 +78,9 @@ def test_history_is_printed_and_written(run):
     assert out.index("runs/a") < out.index("runs/b")
     assert "History: history.html" in out
     assert Path("history.html").stat().st_mode & 0o077 == 0
-
-
-def test_history_as_json(run):
-    code, out, _ = run("history", "unfinished", "--json")
-    found = json.loads(out)
-    assert code == 0
-    assert [entry["name"] for entry in found["runs"]] == ["a"]
-    assert found["skipped"][0]["name"] == "b"
-    assert found["page"] == "unfinished/history.html"
+    found = json.loads(run("history", "unfinished", "--json")[1])
+    names = [[entry["name"] for entry in found[part]] for part in ("runs", "skipped")]
+    assert (names, found["page"]) == ([["a"], ["b"]], "unfinished/history.html")
 
 
 def test_help_lists_and_finished_runs_load_no_model_library():

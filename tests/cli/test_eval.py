@@ -1,34 +1,19 @@
 """``eval`` as a user meets it, on the organism: what is printed, kept, continued and refused."""
 
 import json
-import shutil
 import sys
 
 import pytest
+from lm_eval.tasks import TaskManager
 
-from safetyheads.cli import app
 from safetyheads.cli.show import show_evaluation
-from safetyheads.demo import checkpoint_path
 from safetyheads.integrations import lm_eval, utility
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 MODEL = "demo:aligned_a"
 SMALL = (MODEL, "--limit", "10", "--quiet")
-# Words of lm-eval, its libraries and Python that belong on no user's screen.
-NOISE = ("it/s]", "WARNING", "INFO", "UserWarning", "Traceback", "lm_eval.", "Passed an already-initialized")
 MULTIPLE_CHOICE = "dataset_kwargs: {data_files: {test: own.jsonl}}\noutput_type: multiple_choice\ndataset_path: json\n"
-
-
-@pytest.fixture
-def own_tasks_alone(monkeypatch):
-    """lm-eval's own list is not read, which takes a quarter of a minute."""
-    from lm_eval.tasks import TaskManager
-
-    def manager(options):
-        return TaskManager(include_path=list(options.include_paths) or None, include_defaults=False)
-
-    monkeypatch.setattr(lm_eval, "_manager", manager)
 
 
 def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run, capsys):
@@ -44,15 +29,13 @@ def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_wi
     show_evaluation(found, None)
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if line.startswith("organism")]
-    assert [line[:4] for line in lines] == [
-        ["organism", "acc,", "share", name] for name in ("none", "1-3,2-5,2-1", "1-3")
-    ]
-    assert lines[0][4:] == ["1.000", "[0.722,", "1.000]"]
+    assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
+    assert lines[0] == ["organism", "acc,", "share", "none", "1.000", "[0.722,", "1.000]"]
     assert lines[1][7:9] == ["+0.00", "[-0.28,"]
     assert "on the same samples, [95 % interval]; p: exact McNemar" in printed
 
 
-def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeypatch):
+def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path, monkeypatch):
     out, computed, put = tmp_path / "run", [], utility.run_task
 
     def counted(engine, task, *given):
@@ -67,36 +50,20 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, tmp_path, monkeyp
     assert len(list((out / "completions").iterdir())) == 2
     assert not (out / "results.json").exists()
     computed.clear()
-    code, _, err = run(*arguments)
+    code, printed, err = run(*arguments)
     assert (code, err, len(computed)) == (0, "", 1)
+    assert f"Run: {out}" in printed
     first = (out / "results.json").read_bytes()
     computed.clear()
-    code, printed, _ = run(*arguments)
-    assert (code, computed) == (0, [])
-    assert f"Run: {out}" in printed
+    assert (run(*arguments)[0], computed) == (0, [])
     assert (out / "results.json").read_bytes() == first
     assert len([row for row in RunDirectory.open(out).stored_records() if "responses" in row]) == 30
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["config"]["groups"] == ["1-3", "2-5"]
-    assert manifest["config"]["versions"]["lm_eval"]
-    assert len(manifest["provenance"]) == 3
-    assert "holds a run with another config: groups" in run("eval", *SMALL, "--heads", "1-3", "--out", out)[2]
+    config = json.loads((out / "manifest.json").read_text())["config"]
+    assert config["groups"] == ["1-3", "2-5"]
+    assert config["versions"]["lm_eval"]
+    assert config["tokenizer_sha256"]  # which the chat template is part of
     for command in (("report", out), ("compare", out, out)):
-        code, _, err = run(*command)
-        assert (code, err.count("\n")) == (2, 1)
-        assert "kind 'eval'" in err
-
-
-def test_another_chat_template_or_tokenizer_is_another_run(run, tmp_path):
-    model, out = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(checkpoint_path("aligned_a"), model)
-    arguments = ("eval", model, "--limit", "2", "--quiet", "--chat-template", "--out", out)
-    assert run(*arguments)[0] == 0
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text().replace("message['content']", "message['content'] + '!'"))
-    code, _, err = run(*arguments)
-    assert code == 2
-    assert "holds a run with another config: tokenizer_sha256" in err
+        assert "kind 'eval'" in refused(*command)
 
 
 def test_a_missing_extra_is_named(refused, monkeypatch):
@@ -110,7 +77,6 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
     """Reads lm-eval's whole list, once."""
     message = refused("eval", *SMALL, "--tasks", "boolq", "--offline")
     assert "the data of task boolq are not on this machine" in message
-    assert not any(word in message for word in NOISE)
 
 
 @pytest.mark.parametrize(
@@ -118,17 +84,17 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
     [
         ("dataset_path: nobody/nothing", "the data of task own are not on this machine"),
         ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}", "cannot be run"),
-        ("output_type: nonesuch", "cannot be run"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
         ("task: owns", "no task 'own'; there are owns"),
     ],
 )
-def test_tasks_are_refused_in_one_line_before_the_model_is_read(
-    refused, tmp_path, own_tasks_alone, monkeypatch, config, said
-):
-    monkeypatch.setattr(app, "load_engine", lambda *_, **__: pytest.fail("the model was read"))
+def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_path, no_model, monkeypatch, config, said):
+    # lm-eval's own list is not read, which takes a quarter of a minute.
+    monkeypatch.setattr(
+        lm_eval, "_manager", lambda options: TaskManager(include_path=[*options.include_paths], include_defaults=False)
+    )
     (tmp_path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
     name = "" if config.startswith("task") else "task: own\n"
     text = f"{name}test_split: test\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
@@ -140,12 +106,9 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(
     ("options", "said"),
     [
         (("--heads", "4-0"), "head 4-0 is out of range: the model has layers 0-3"),
-        (("--heads", ""), "a group needs heads"),
         (("--heads", "1-3,2-5", "--heads", "2-5,1-3"), "group 1-3,2-5 is given twice"),
         (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
-        (("--batch-size", "0"), "batch size must be at least 1"),
-        (("--num-fewshot", "-1"), "n shots must be at least 0"),
         (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
     ],
 )

@@ -1,6 +1,6 @@
 """Options come from the configs: each has its sentence, and means the same wherever it is taken."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Annotated, Any
 
 import pytest
@@ -10,6 +10,7 @@ from safetyheads.cli.app import app
 from safetyheads.cli.options import Given, OutputOptions, _sentences, options_from_dataclasses
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs import config
+from safetyheads.runs.config import AnswerOptions
 
 CONFIGS = [kind for kind in vars(config).values() if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")]
 COMMANDS = [name for name in app if not name.startswith("-")]
@@ -56,39 +57,26 @@ def test_every_run_says_where_it_is_kept_and_whatever_judges_takes_judges_and_th
         assert options(name)["--judge-device"] == f"{device} [default: cpu]"
 
 
-@dataclass(frozen=True)
-class Toy:
-    """Two settings."""
-
-    size: int = 3
-    """Most heads."""
-    judges: tuple[str, ...] = ("paper",)
-    """Who judges. Default: paper."""
-    store_completions: bool = True
-    """Store answers."""
-
-
 def called(annotation, *arguments):
     """What a command of such a parameter is called with."""
     taken = []
 
-    def command(toy, output: OutputOptions) -> None:
-        taken.append(toy)
+    def command(part, output: OutputOptions) -> None:
+        taken.append(part)
 
-    command.__annotations__["toy"] = annotation
-    toy_app = App(result_action="return_value")
-    toy_app.default(options_from_dataclasses(command))
-    toy_app(arguments, exit_on_error=False, print_error=False)()
+    command.__annotations__["part"] = annotation
+    own = App(result_action="return_value")
+    own.default(options_from_dataclasses(command))
+    own(arguments, exit_on_error=False, print_error=False)()
     return taken[0]
 
 
-def test_fields_are_taken_as_options():
-    assert called(Toy) == Toy()
-    assert called(Toy, "--size", "5", "--judge", "a", "--judge", "b", "--no-completions") == Toy(5, ("a", "b"), False)
-
-
-def test_only_what_was_given_is_taken_where_that_is_asked():
-    given = Annotated[dict[str, Any], Given(Toy, ("size",))]
-    assert called(given, "--judge", "a") == {"judges": ("a",)}
+def test_fields_are_taken_as_options_and_only_those_that_were_given_where_that_is_asked():
+    options = ("--max-new-tokens", "5", "--judge", "a", "--judge", "b", "--no-completions")
+    taken = {"max_new_tokens": 5, "judges": ("a", "b"), "store_completions": False}
+    assert called(AnswerOptions) == AnswerOptions()
+    assert called(AnswerOptions, *options) == AnswerOptions(**taken)
+    given = Annotated[dict[str, Any], Given(AnswerOptions, ("seed",))]
+    assert called(given, *options) == taken
     with pytest.raises(Exception, match="Unknown option"):
-        called(given, "--size", "5")
+        called(given, "--seed", "5")

@@ -13,10 +13,10 @@ SMALL = ("scan", "demo:aligned_a", "--prompts", "demo", "--max-new-tokens", "24"
 
 
 @pytest.fixture(scope="module")
-def scanned(call, tmp_path_factory):
+def scanned(run, tmp_path_factory):
     """A small scan, judged by the paper's judge, and what was printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, *call(*SMALL, "--limit", "8", "--no-scores", "--out", out)
+    return out, *run(*SMALL, "--limit", "8", "--no-scores", "--out", out)
 
 
 @pytest.fixture
@@ -70,19 +70,24 @@ def test_all_parts_at_once(run, tmp_path):
     assert first["asr"] == singles[first["heads"][0]]  # Sahara's first head, answered in another batch
 
 
-def test_another_judge_hears_only_whole_answers(run, copied):
+def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_loses_nothing(run, copied):
     SEEN.clear()
-    code, out, _ = run("judge", copied, "--judge", "python:own_judges:seen_answers", "--json")
-    found, stored = json.loads(out), rows(copied)
+    before = results(copied)
+    judges = [f"--judge=python:own_judges:{name}" for name in ("seen_answers", "failing")]
+    code, out, _ = run("judge", copied, *judges, "--json")
+    (whole, failed), stored = json.loads(out)["judges"], rows(copied)
     cut = [row for row in stored if not row["complete"]]
     assert code == 0
     assert cut  # the paper's judge ended refusals early
-    assert found["n_unscored"] == len(cut)
+    assert whole["n_unscored"] == len(cut)
+    assert failed["n_unscored"] == failed["n_rows"]
     assert sorted(set(SEEN)) == sorted({row["text"] for row in stored if row["complete"]})
-    judged = {head["head"]: head["by_judge"] for head in results(copied)["heads"]}
-    name = next(name for name in judged["1-3"] if name != "paper")
-    assert sum(by_judge[name]["unscored"] for by_judge in judged.values()) > 0
-    assert results(copied)["lead_judge"] == "paper"
+    after = results(copied)
+    _, seeing, failing = (judge["name"] for judge in after["judges"])
+    assert sum(head["by_judge"][seeing]["unscored"] for head in after["heads"]) > 0
+    assert all(head["by_judge"][failing]["n"] == 0 for head in after["heads"])
+    assert after["lead_judge"] == "paper"
+    assert [head["asr"] for head in after["heads"]] == [head["asr"] for head in before["heads"]]
 
 
 def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its_results(run, copied):
@@ -100,17 +105,6 @@ def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its
     code, _, err = run("judge", copied, "--judge", "phrases")
     assert code == 2
     assert "has verdicts of phrases already" in err
-
-
-def test_a_judge_that_fails_scores_nothing_and_loses_nothing(run, copied):
-    before = results(copied)
-    code, out, _ = run("judge", copied, "--judge", "python:own_judges:failing", "--json")
-    assert code == 0
-    assert json.loads(out)["n_unscored"] == json.loads(out)["n_rows"]
-    after = results(copied)
-    name = after["judges"][1]["name"]
-    assert all(head["by_judge"][name]["n"] == 0 for head in after["heads"])
-    assert [head["asr"] for head in after["heads"]] == [head["asr"] for head in before["heads"]]
 
 
 def test_no_completions_stores_no_words_and_leaves_nothing_to_judge(run, refused, tmp_path):

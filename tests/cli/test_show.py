@@ -96,3 +96,12 @@ def test_what_rounds_to_nothing_has_no_sign():
     records = {"of": numbers}
     assert str(show.cell(records, "of change")) == "+0.00 [-0.20, +0.10] n 5"
     assert str(show.cell(records, "of rate")) == "not measured [-0.20, 0.10] n 5"
+
+
+def test_a_judge_with_a_dot_in_its_name_has_its_column(terminal):
+    judges = ("paper", "endpoint:gpt-4.1")
+    rates = {name: {"rate": share, "interval": [0, 1], "n": 4} for name, share in zip(judges, (0.25, 0.5), strict=True)}
+    results = {"judges": [{"name": name} for name in judges]}
+    lines = terminal(100, show._show_by_judge, [{"heads": ["1-3"], "by_judge": rates}], results)
+    (row,) = (line for line in lines if "1-3" in line)
+    assert " ".join(row.split()) == "1-3 0.25 [0.00, 1.00] 0.50 [0.00, 1.00]"

@@ -6,13 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from audit_samples import audit, finished_run
-from own_judges import SEEN
 
 from safetyheads import InputError, Template, load_demo
 from safetyheads.cli import show
 from safetyheads.errors import SafetyheadsError
-from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, Silent
@@ -101,42 +98,33 @@ def test_check_tells_facts_and_the_parts_of_a_prompt(run, capsys):
     assert not any("\x1b" in line for line in lines)
 
 
-@pytest.mark.parametrize("template", ["llama2", "query_answer", "direct", "urial", "Q: {query}\nA:"])
-def test_check_splits_every_template_around_the_query(organism, capsys, template):
-    prompt = shown(organism.engine, organism.benign, template=template)
-    found = parts(prompt)
-    # A blank before the query may share a token with its first word.
-    assert found["the query"].strip() == prompt["query"]
-    assert "".join(found.values()).count(prompt["query"]) == 1
-    show._show_prompt(prompt, 512)
-    printed = capsys.readouterr().out
-    assert "has a chat template too" in printed
-    assert ("do not fit the model's context of 512" in printed) == (template == "urial")
-    if template == "llama2":
-        assert found["before the query"] == "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n"
-        assert found["after the query"] == " [/INST]"
-        assert "[ I N S T ] · < < S Y S > > ↵" in printed
+def test_check_splits_every_template_around_the_query(organism, capsys):
+    for template in ("query_answer", "direct", "urial", "Q: {query}\nA:", "llama2"):
+        prompt = shown(organism.engine, organism.benign, template=template)
+        found = parts(prompt)
+        # A blank before the query may share a token with its first word.
+        assert found["the query"].strip() == prompt["query"]
+        assert "".join(found.values()).count(prompt["query"]) == 1
+        show._show_prompt(prompt, 512)
+        printed = capsys.readouterr().out
+        assert "has a chat template too" in printed
+        assert ("do not fit the model's context of 512" in printed) == (template == "urial")
+    assert found["before the query"] == "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n"
+    assert found["after the query"] == " [/INST]"
+    assert "[ I N S T ] · < < S Y S > > ↵" in printed
 
 
-@pytest.mark.parametrize(
-    ("text", "thinking", "said"),
-    [
-        (THINKS, None, "closed, by enable_thinking=False"),
-        (THINKS, "open", "open (<think> to </think>): the model may begin it"),
-        (BEGINS, "closed", "closed, by an empty block"),
-        (BEGINS, "open", "open (<think> to </think>): the prompt begins it"),
-    ],
-)
-def test_check_says_how_thinking_is_dealt_with(engine_with, organism, capsys, text, thinking, said):
-    prompt = shown(engine_with(text), organism.benign, thinking=thinking)
-    show._show_prompt(prompt, None)
-    assert f"think block {said}" in capsys.readouterr().out
-    ends = parts(prompt)["after the query"]
-    assert ends.endswith("</think>\n\n" if (text, thinking) == (BEGINS, "closed") else ends)
-    assert ends.count("<think>") == (0 if (text, thinking) == (THINKS, "open") else 1)
-
-
-def test_a_token_that_terminals_obey_is_spelt_out(engine_with, organism, capsys):
+def test_check_says_how_thinking_is_dealt_with_and_spells_out_what_terminals_obey(engine_with, organism, capsys):
+    for text, thinking, end, said in (
+        (THINKS, None, "<think></think>", "closed, by enable_thinking=False"),
+        (THINKS, "open", "<|assistant|>", "open (<think> to </think>): the model may begin it"),
+        (BEGINS, "closed", "<think>\n\n</think>\n\n", "closed, by an empty block"),
+        (BEGINS, "open", "<|assistant|><think>", "open (<think> to </think>): the prompt begins it"),
+    ):
+        prompt = shown(engine_with(text), organism.benign, thinking=thinking)
+        show._show_prompt(prompt, None)
+        assert f"think block {said}" in capsys.readouterr().out
+        assert parts(prompt)["after the query"].endswith(end)
     show._show_prompt(shown(engine_with("{{ '\x1b[2J' }}{{ messages[0].content }}"), organism.benign), None)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
@@ -153,16 +141,21 @@ def rates_of(engine, out, **options):
     return results, json.loads((out / "manifest.json").read_text())["config"]
 
 
-def test_a_prefill_is_another_run_and_is_recorded(organism, tmp_path):
-    results, config = rates_of(organism.engine, tmp_path, prefill="Sure, here is")
-    assert config["prefill"] == results["data"]["prefill"] == "Sure, here is"
-    assert config["template"] == "chat"
-    with pytest.raises(InputError, match=r"prefill \("):
-        rates_of(organism.engine, tmp_path)
+def test_prefill_and_thinking_are_recorded_and_make_another_run(organism, engine_with, tmp_path):
+    results, config = rates_of(organism.engine, tmp_path / "begun", prefill="Sure, here is")
+    assert (config["prefill"], results["data"]["prefill"], config["template"]) == (*["Sure, here is"] * 2, "chat")
     # What was written for the model stands in no answer.
-    texts = [row["text"] for row in RunDirectory.open(tmp_path).stored_records() if "text" in row]
+    texts = [row["text"] for row in RunDirectory.open(tmp_path / "begun").stored_records() if "text" in row]
     assert texts
     assert not any(text.startswith("Sure, here is") for text in texts)
+    # Thinking changes nothing where nobody thinks.
+    plain, _ = rates_of(organism.engine, tmp_path / "plain")
+    opened, config = rates_of(engine_with(THINKS), tmp_path / "open", thinking="open")
+    assert (config["thinking"], opened["rates"]) == ("open", plain["rates"])
+    assert opened["data"] == plain["data"] | {"thinking": "open"}
+    for folder, words in (("begun", 'prefill ("Sure, here is" -> "")'), ("open", 'thinking ("open" -> "closed")')):
+        with pytest.raises(InputError, match=re.escape(words)):
+            rates_of(engine_with(THINKS), tmp_path / folder)
 
 
 def test_a_prefilled_answer_is_not_held_against_how_a_right_one_begins(organism):
@@ -173,18 +166,6 @@ def test_a_prefilled_answer_is_not_held_against_how_a_right_one_begins(organism)
         assert all((prompt.reference is None) == bool(prefill) for prompt in asked)
         assert asked.queries == organism.benign.queries
         assert resolved(organism.engine, asked, config) == asked
-
-
-def test_thinking_is_settled_and_recorded_and_changes_nothing_where_nobody_thinks(organism, engine_with, tmp_path):
-    engine = engine_with(THINKS)
-    opened, config = rates_of(engine, tmp_path / "open", thinking="open")
-    plain, _ = rates_of(organism.engine, tmp_path / "plain")
-    assert (config["thinking"], config["template"]) == ("open", "chat")
-    assert opened["rates"] == plain["rates"]
-    assert opened["data"] == plain["data"] | {"thinking": "open"}
-    assert rates_of(engine, tmp_path / "closed")[1]["thinking"] == "closed"
-    with pytest.raises(InputError, match=re.escape('thinking ("closed" -> "open")')):
-        rates_of(engine, tmp_path / "closed", thinking="open")
 
 
 def test_a_block_that_the_prompt_begins_and_nobody_closes_leaves_no_answers(engine_with, tmp_path):
@@ -200,44 +181,22 @@ def test_a_block_that_the_prompt_begins_and_nobody_closes_leaves_no_answers(engi
 
 def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(organism, tmp_path):
     config = ScanConfig(MODEL, "demo", "none", limit=3, max_new_tokens=24, scores=False)
-    (judge,) = judges_named(("python:own_judges:says_yes",), "cpu")
 
-    def scanned(out, *stops):
-        asked = organism.harmful[:3].with_template(replace(Template.parse("chat"), stops=stops))
-        run_scan(organism.engine, config, tmp_path / out, {"harmful": asked})
-        return [row for row in RunDirectory.open(tmp_path / out).stored_records() if "verdicts" in row]
+    def scanned(stop):
+        asked = organism.harmful[:3].with_template(replace(Template.parse("chat"), stops=(stop,)))
+        run_scan(organism.engine, config, tmp_path / "run", {"harmful": asked})
+        return [row for row in RunDirectory.open(tmp_path / "run").stored_records() if "verdicts" in row]
 
     # "I cannot help with that.": the stop text comes before the judge's keyword, so the answer is whole.
-    rows = scanned("before", "cannot")
+    rows = scanned("cannot")
     assert {"I "} < {row["text"] for row in rows}
     assert not any("cannot" in row["text"] for row in rows)
     assert all(row["complete"] and row["finished"] for row in rows if row["text"] == "I ")
-    assert json.loads((tmp_path / "before/manifest.json").read_text())["config"]["stops"] == ["cannot"]
-    assert rejudge(tmp_path / "before", judge, Silent(), {})["n_unscored"] == 0
-    # After it: the row is cut where the judge is final, one token late, for the last letter of "cannot" may be the
-    # first of "that". A judge that hears whole answers only has no verdict on it.
-    assert any(row["text"] == "I cannot help" and not row["complete"] for row in scanned("after", "that"))
-    assert rejudge(tmp_path / "after", judge, Silent(), {})["n_unscored"] > 0
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["config"]["stops"] == ["cannot"]
+    (judge,) = judges_named(("python:own_judges:says_yes",), "cpu")
+    assert rejudge(tmp_path / "run", judge, Silent(), {})["n_unscored"] == 0
     with pytest.raises(InputError, match="stops"):
-        scanned("before", "with")
+        scanned("with")
     sets = {"harmful": organism.harmful[:2], "benign": organism.benign[:2].with_template("direct")}
     with pytest.raises(InputError, match="one template"):
         run_scan(organism.engine, replace(config, benign="benign"), tmp_path / "two", sets)
-
-
-def test_another_judge_is_not_asked_about_a_thought_that_never_ended(tmp_path):
-    row = {"set": "harmful_test", "group": "", "query": "q", "text": "", "token_ids": [1], "finished": False}
-    row |= {"kept": False, "complete": True}
-    rows = [
-        row | {"id": at, "verdicts": {"paper": {"label": "incoherent", "reason": reason}}} | about
-        for at, (reason, about) in enumerate((("x", {}), (NOT_CLOSED.reason, {"unclosed": True})))
-    ]
-    results = audit() | {"sampling": {"name": "greedy", "max_new_tokens": 128}}
-    finished_run(tmp_path / "run", results, rows)
-    SEEN.clear()
-    (judge,) = judges_named(("python:own_judges:seen_answers",), "cpu")
-    found = rejudge(tmp_path / "run", judge, Silent(), {})
-    assert SEEN == [""]
-    assert found["rates"]["harmful_test, nothing ablated"][judge.name]["n"] == 2
-    stored = [row["verdict"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]
-    assert [verdict["reason"] == NOT_CLOSED.reason for verdict in stored] == [False, True]
