@@ -88,15 +88,11 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
     assert all(head["n"] == whole["n"] == 24 and len(head["interval"]) == 2 for head in whole["heads"])
     found, err = found_by(run, "ships DEMO --limit 24 --screen --candidates 6 --sample 5")
     screening = found["screening"]
+    assert set(screening["candidates"][:3]) == PLANTED
     assert {head["head"] for head in found["heads"]} == {*screening["candidates"], *screening["sampled"]}
-    assert len(found["heads"]) == 11
+    assert (screening["missed"]["n_others"], screening["missed"]["n_sampled"]) == (26, 5)
     # Other heads in a batch move the last bits.
     assert all(head["mean"] == pytest.approx(means[head["head"]], rel=1e-4) for head in found["heads"])
-    assert set(screening["candidates"][:3]) == PLANTED
-    assert (screening["missed"]["n_others"], screening["missed"]["n_sampled"]) == (26, 5)
-    assert list(screening["costs"].values()) == sorted(screening["costs"].values())
-    for pair in screening["pairs"]:
-        assert pair["alone"] == pytest.approx([means[head] for head in pair["heads"]], rel=1e-4)
     assert "11 of 32 heads are scored exactly" in err
     show.show_ranking(found, 10)
     printed = capsys.readouterr().out
@@ -105,28 +101,24 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
 
 
 @pytest.mark.parametrize(
-    ("score", "options"),
+    "options",
     [
-        ("mean_ships", "--screen --candidates 8 --sample 4"),
-        ("refusal_score", "--screen --candidates 8 --sample 4"),
-        ("generalized_ships_prompt", "--rank 2 --centred"),
-        ("generalized_ships_representation", "--state before_norm"),
+        "--limit 32 --score refusal_score --screen --candidates 8 --sample 4",
+        "--limit 12 --score generalized_ships_prompt --rank 2 --centred --state before_norm",
     ],
 )
-def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, score, options):
-    screened = "--screen" in options
-    found, err = found_by(run, f"sahara DEMO --limit {32 if screened else 12} --score {score} {options}")
+def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, options):
+    found, err = found_by(run, f"sahara DEMO {options}")
     assert len(found["steps"]) == 3
     show.show_steps(found)
     printed = capsys.readouterr().out
     assert f"Group: {','.join(found['group'])}" in printed
-    assert bool(found["openers"]) == ("Openers" in printed) == (score == "refusal_score")
+    screened = "--screen" in options
+    assert bool(found["openers"]) == ("Openers" in printed) == ("Step 3, screened: " in printed) == screened
     if screened:
-        assert set(found["group"]) == PLANTED
-        assert found["forecast"] == ("refusal_score" if score == "refusal_score" else "mean_ships")
+        assert (set(found["group"]), found["forecast"]) == (PLANTED, "refusal_score")
         missed = [step["missed"] for step in found["screening"]]
         assert [(step["top"], step["n_others"]) for step in missed] == [(1, 24), (1, 23), (1, 22)]
-        assert "Step 3, screened: " in printed
         assert "each step: screening " in err
 
 
@@ -150,15 +142,6 @@ def test_directories_are_named_for_what_they_hold():
     assert (settled.benign, out) == ("demo", Path("here"))
     assert str(_own_out(asr, "asr")).startswith("runs/demo-aligned_a-asr-")
     assert _own_out(asr, "asr") != _own_out(AsrConfig("demo:aligned_a", "demo", limit=3), "asr")
-
-
-def test_an_interrupt_is_one_line(run, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Engine, "load", interrupted)
-    line = "interrupted; start it again with the same command to continue\n"
-    assert run("check", "demo:aligned_a", "--quiet") == (130, "", line)
 
 
 # Bad input: what can be known without the model.

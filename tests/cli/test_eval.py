@@ -46,7 +46,8 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path
 
     monkeypatch.setattr(utility, "run_task", counted)
     arguments = ("eval", *SMALL, "--heads", "1-3", "--heads", "2-5", "--out", out)
-    assert run(*arguments)[0] == 130
+    line = "interrupted; start it again with the same command to continue\n"
+    assert run(*arguments) == (130, "", line)
     assert len(list((out / "completions").iterdir())) == 2
     assert not (out / "results.json").exists()
     computed.clear()

@@ -59,14 +59,9 @@ def test_all_parts_at_once(run, tmp_path):
     for title in ("Groups", "Scores against the ASR", "Agreement of judges", "Concentration: ", "each prompt's top 2"):
         assert title in printed
     assert [group["part"] for group in found["groups"]] == ["groups", "pairs", "prefixes", "prefixes"]
-    assert [level["size"] for level in found["query_level"]] == [1, 2]
     assert [strength["epsilon"] for strength in found["epsilons"]] == [1e-5, 0.5]
-    assert found["synergy"]["pairs"][0]["n"] == 6
-    assert found["concentration"]["n_random"] == 2
     assert {score["score"] for score in found["proxies"]["scores"]} == set(found["scores"])
-    assert found["agreement"]["judges"] == ["paper", "phrases"]
-    singles = {head["head"]: head["asr"] for head in found["heads"]}
-    first = found["groups"][2]
+    singles, first = {head["head"]: head["asr"] for head in found["heads"]}, found["groups"][2]
     assert first["asr"] == singles[first["heads"][0]]  # Sahara's first head, answered in another batch
 
 

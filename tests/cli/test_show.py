@@ -52,21 +52,17 @@ def test_tables_break_no_number(terminal, width):
 
 
 def test_one_experiment_has_its_tables_and_several_a_line_each(terminal):
-    results = samples.results()
+    left_out = {"fig6a": "It needs base:\nthe checkpoint.", "fig9": "Not asked for."}
+    results = samples.results() | {"left_out": left_out}
     asr = {"model": "m", "label": "ASR, UA", "kind": "rate", "value": samples.at(13) | {"value": 13 / 24, "p": None}}
     next(outcome for outcome in results["experiments"] if outcome["name"] == "fig2")["headline"] = [asr]
-    lines = terminal(120, show.show_outcomes, results, ["fig2", "fig15", "table1"], REPORT)
-    assert len(lines) < 14
+    lines = terminal(120, show.show_outcomes, results, ["fig2", "fig15", "table1", "fig6a"], REPORT)
+    assert len(lines) < 15
     text = "\n".join(lines)
     assert "0.54" in text
     assert "Not meaningful on this model. demo:aligned_a on theft" in text
-    assert lines[-1] == f"Report: {REPORT}"
-
-
-def test_what_was_left_out_has_a_line_each(terminal):
-    left_out = {"left_out": {"fig6a": "It needs base:\nthe checkpoint.", "fig9": "Not asked for."}}
-    lines = terminal(60, show.show_outcomes, samples.results([]) | left_out, ["fig6a", "fig8"], REPORT)
-    assert [line for line in lines if line] == ["fig6a left out: It needs base: the checkpoint.", f"Report: {REPORT}"]
+    assert lines[-3:] == ["fig6a left out: It needs base: the checkpoint.", "", f"Report: {REPORT}"]
+    assert "Not asked for" not in text
 
 
 def test_what_was_timed_is_shown_where_it_is_given(terminal):

@@ -10,12 +10,10 @@ import pytest
 from safetyheads import InputError, Template, load_demo
 from safetyheads.cli import show
 from safetyheads.errors import SafetyheadsError
-from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
-from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, Silent
+from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.model_check import describe_prompt
-from safetyheads.runs.rejudge import rejudge
 from safetyheads.runs.run import resolved
 from safetyheads.runs.scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara
@@ -77,8 +75,7 @@ def test_check_tells_facts_and_the_parts_of_a_prompt(run, capsys):
     special = [token["text"] for token in prompt["tokens"] if token["special"]]
     assert special == ["<|system|>", "<|user|>", "<|assistant|>"]
     assert (prompt["template"], prompt["system"], prompt["prefill"]) == ("chat", "Be brief.", "Sure, here is")
-    assert (prompt["n_bos"], prompt["bos_token"]) == (0, None)
-    assert prompt["n_tokens"] == len(prompt["tokens"])
+    assert (prompt["n_bos"], prompt["bos_token"], prompt["n_tokens"]) == (0, None, len(prompt["tokens"]))
     assert prompt["n_shared"] == sum(token["part"] == "before the query" for token in prompt["tokens"])
     assert (facts["n_layers"], facts["d_model"]) == (4, 128)
     assert facts["heads"] == [{"n_heads": 8, "n_kv_heads": 8, "d_head": 16, "d_value": 16, "window": None}] * 4
@@ -179,22 +176,17 @@ def test_a_block_that_the_prompt_begins_and_nobody_closes_leaves_no_answers(engi
         run_sahara(engine_with(BEGINS), config, tmp_path / "sahara")
 
 
-def test_rows_of_a_scan_end_at_a_stop_text_and_are_whole_to_every_judge(organism, tmp_path):
+def test_stop_texts_make_another_scan_and_its_sets_have_one_template(organism, tmp_path):
     config = ScanConfig(MODEL, "demo", "none", limit=3, max_new_tokens=24, scores=False)
 
     def scanned(stop):
         asked = organism.harmful[:3].with_template(replace(Template.parse("chat"), stops=(stop,)))
         run_scan(organism.engine, config, tmp_path / "run", {"harmful": asked})
-        return [row for row in RunDirectory.open(tmp_path / "run").stored_records() if "verdicts" in row]
 
+    scanned("cannot")
+    rows = [row for row in RunDirectory.open(tmp_path / "run").stored_records() if "verdicts" in row]
     # "I cannot help with that.": the stop text comes before the judge's keyword, so the answer is whole.
-    rows = scanned("cannot")
-    assert {"I "} < {row["text"] for row in rows}
-    assert not any("cannot" in row["text"] for row in rows)
-    assert all(row["complete"] and row["finished"] for row in rows if row["text"] == "I ")
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["config"]["stops"] == ["cannot"]
-    (judge,) = judges_named(("python:own_judges:says_yes",), "cpu")
-    assert rejudge(tmp_path / "run", judge, Silent(), {})["n_unscored"] == 0
+    assert {row["complete"] and row["finished"] for row in rows if row["text"] == "I "} == {True}
     with pytest.raises(InputError, match="stops"):
         scanned("with")
     sets = {"harmful": organism.harmful[:2], "benign": organism.benign[:2].with_template("direct")}

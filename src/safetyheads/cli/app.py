@@ -69,9 +69,6 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     return function
 
 
-# Runs
-
-
 @command
 def demo(
     name: Annotated[
@@ -248,9 +245,6 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
     _show(found, output, lambda: show.show_check(found))
 
 
-# Finished runs
-
-
 @command
 def report(
     run: Annotated[Path, Parameter(help="Directory of a finished audit, scan or reproduction.")],
@@ -338,9 +332,6 @@ def history(
     _show(found | {"page": str(path)}, output, lambda: show.show_history(found, path))
 
 
-# What commands share
-
-
 def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> Engine:
     """Load a model with transformers' own bars and remarks silenced."""
     path = _model_path(config.model)
@@ -362,11 +353,7 @@ def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -
 
 
 def _model_path(named: str) -> str:
-    """Where a model is, or its hub id.
-
-    Raises:
-        InputError: no such directory, or no embedded checkpoint of that name.
-    """
+    """Where a model is, or its hub id; refuses directories and embedded checkpoints that are not there."""
     if named.startswith("demo:"):
         from safetyheads import demo as organism
 
@@ -430,9 +417,6 @@ def _show(found: show.Found, output: OutputOptions, display: Callable[[], None])
         sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:
         display()
-
-
-# Errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -669,8 +669,14 @@ def _show_prompt(prompt: Found, context: int | None) -> None:
     n_tokens, shared, bos = prompt["n_tokens"], prompt["n_shared"], prompt["bos_token"]
     rows = []
     for part, found in groupby(prompt["tokens"], lambda token: token["part"]):
-        tokens = list(found)
-        rows.append((part, Number(str(len(tokens))), _line_by_line(tokens)))
+        tokens, shown, between = list(found), Text(), ""
+        for token in tokens:
+            text = str(token["text"]).translate(_VISIBLE)
+            # A checkpoint's tokens are anybody's text, and may hold what terminals obey.
+            printable = "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+            shown.append(between).append(*((f"⟦{printable}⟧", "bold magenta") if token["special"] else (printable,)))
+            between = "\n" if "\n" in token["text"] else " "
+        rows.append((part, Number(str(len(tokens))), shown))
     with_system = "" if prompt["system"] is None else ", with a system prompt"
     title = f"A prompt under the template {one_line(str(prompt['template']))}{with_system}: {n_tokens} tokens"
     print_table(title, ("part", "tokens", "blanks as · and ↵, special tokens in ⟦ ⟧"), rows, lines=True)
@@ -687,18 +693,6 @@ def _show_prompt(prompt: Found, context: int | None) -> None:
     if prompt["has_chat_template"] and prompt["template"] != "chat":
         lines.append("the tokenizer has a chat template too: --template chat")
     print_lines(f"- {line}" for line in lines)
-
-
-def _line_by_line(tokens: Sequence[Found]) -> Text:
-    """The tokens with blanks between them, and a new line where the prompt has one."""
-    shown, between = Text(), ""
-    for token in tokens:
-        text = str(token["text"]).translate(_VISIBLE)
-        # A checkpoint's tokens are anybody's text, and may hold what terminals obey.
-        printable = "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
-        shown.append(between).append(*((f"⟦{printable}⟧", "bold magenta") if token["special"] else (printable,)))
-        between = "\n" if "\n" in token["text"] else " "
-    return shown
 
 
 # Reproductions
@@ -719,13 +713,9 @@ def show_experiments(experiments: Mapping[str, Any], lacking: Mapping[str, Seque
 def show_outcomes(
     results: Found, names: Sequence[str], report: Path, timed: Mapping[str, Sequence[Found]] | None = None
 ) -> None:
-    """The tables of one experiment, or a line each where there are more; then the report.
+    """The tables of one experiment, or a line each where ``names`` has more; then the report.
 
-    Args:
-        results: of the run directory.
-        names: the experiments that were asked for.
-        report: where its pages are.
-        timed: tables of what was timed, by experiment, which results leave out.
+    ``timed`` holds tables of what was timed, by experiment, which results leave out.
     """
     from safetyheads.reports.reproduction import headline_words
 
