@@ -101,62 +101,41 @@ def test_the_published_files_are_read_whole(filename, name, n_rows):
     assert all((prompt.category is not None) == (name == "jailbreakbench") for prompt in prompts)
 
 
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    """Puts a benchmark on a web server of this machine, with an empty cache; gives its address."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+def test_a_known_name_downloads_once_is_verified_and_its_faults_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFETYHEADS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv("SAFETYHEADS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        address = f"http://127.0.0.1:{running.server_address[1]}"
 
-        def published(content, n_rows, sha256=None, filename="made.txt", address=address):
-            (folder / filename).unlink(missing_ok=True)
-            if content is not None:
-                write(folder / filename, content)
-            url = f"{address}/{filename}"
-            monkeypatch.setitem(KNOWN_BENCHMARKS, "advbench", Benchmark(url, filename, n_rows, sha256))
-            return url
+    def known(filename, n_rows, sha256=None):
+        monkeypatch.setitem(KNOWN_BENCHMARKS, "advbench", Benchmark(f"{address}/{filename}", filename, n_rows, sha256))
 
-        yield published
-        running.shutdown()
+    def refused(message):
+        with pytest.raises(InputError, match=message) as error:
+            PromptSet.read("advbench")
+        assert "\n" not in str(error.value)
+        assert not [path for path in cache_directory().glob("*") if path.is_file()]
 
-
-def test_a_known_name_downloads_once_and_is_verified(publish):
-    sha256 = hashlib.sha256(b"one\ntwo").hexdigest()
-    url = publish("one\ntwo", 2, sha256)
-    prompts = PromptSet.read("advbench")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        known("made.csv", 2)
+        refused(rf"cannot be downloaded; download {address}/made.csv by hand and pass the path")
+        page = write(tmp_path / "made.csv", "<html>\n<a, b>\n")
+        refused("is no prompt file; download")
+        write(page, "goal\none\ntwo")
+        known("made.csv", 2, hashlib.sha256(page.read_bytes()).hexdigest())
+        prompts = PromptSet.read("advbench")
+        server.shutdown()
     assert (prompts.queries, prompts.name, prompts.warning) == (("one", "two"), "advbench", None)
-    assert prompts.source == url
-    publish(None, 2, sha256)
+    assert prompts.source == f"{address}/made.csv"
     assert PromptSet.read("advbench") == prompts
-    assert [path.name for path in cache_directory().iterdir()] == ["made.txt"]
+    assert [path.name for path in cache_directory().iterdir()] == ["made.csv"]
     # A file that its authors changed is used with a warning.
-    publish(None, 3, "0" * 64)
+    known("made.csv", 3, "0" * 64)
     assert "2 prompts where 3 were expected; SHA-256" in PromptSet.read("advbench").warning
-
-
-def test_without_network_the_line_says_what_to_do(publish):
-    url = publish(None, 2)
-    with pytest.raises(InputError, match=rf"download {url} by hand and pass the path") as error:
-        PromptSet.read("advbench")
-    assert "\n" not in str(error.value)
-    publish(None, 2, address="http://127.0.0.1:9")
-    with pytest.raises(InputError, match="cannot be downloaded"):
-        PromptSet.read("advbench")
-    assert not [path for path in cache_directory().glob("*") if path.is_file()]
-
-
-def test_a_download_that_is_no_prompt_file_does_not_stay(publish):
-    publish("<html>\n<a, b>\n", 2, filename="made.csv")
-    with pytest.raises(InputError, match="is no prompt file; download"):
-        PromptSet.read("advbench")
-    publish("goal\none\n", 2, filename="made.csv")
-    assert PromptSet.read("advbench").queries == ("one",)
+    (cache_directory() / "made.csv").unlink()
+    refused("cannot be downloaded")  # the server is gone
 
 
 def test_a_file_wins_over_a_known_name_and_a_folder_does_not(own_folder):

@@ -29,8 +29,6 @@ class Kappa:
     interval: Interval | None
     """95 %, asymptotic, cut at -1 and 1; too narrow below some 30 answers. None where its standard error is 0, as under
     full agreement: an interval of no width would claim what no sample shows."""
-    n: int
-    """Answers that both judges scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> tuple[PairAgreement,
     if len({len(answers) for answers in verdicts.values()}) > 1:
         given = ", ".join(f"{name} {len(answers)}" for name, answers in verdicts.items())
         raise InputError(f"judges that are compared need the same rows, not {given}")
-    return tuple(_compare(*names, *(verdicts[name] for name in names)) for names in combinations(verdicts, 2))
+    return tuple(_compare(*pair) for pair in combinations(verdicts.items(), 2))
 
 
 def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion]) -> tuple[PairAgreement, ...]:
@@ -71,26 +69,26 @@ def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion])
     return agreement({judge.name: verdicts_of(judge, completions) for judge in judges})
 
 
-def _compare(first: str, second: str, firsts: Sequence[Verdict], seconds: Sequence[Verdict]) -> PairAgreement:
-    pairs = {i: pair for i, pair in enumerate(zip(firsts, seconds, strict=True)) if pair[0].scored and pair[1].scored}
+def _compare(first: tuple[str, Sequence[Verdict]], second: tuple[str, Sequence[Verdict]]) -> PairAgreement:
+    pairs = {i: pair for i, pair in enumerate(zip(first[1], second[1], strict=True)) if all(v.scored for v in pair)}
     differing = tuple(index for index, (a, b) in pairs.items() if a.complied != b.complied)
     classes = [[v.label if v.label in CLASSES else "neither" for v in pair] for pair in pairs.values()]
     return PairAgreement(
-        first=first,
-        second=second,
+        first=first[0],
+        second=second[0],
         n=len(pairs),
-        unscored=len(firsts) - len(pairs),
+        unscored=len(first[1]) - len(pairs),
         compliance=_cohens_kappa([[c if c == "complied" else "neither" for c in pair] for pair in classes]),
         classes=_cohens_kappa(classes),
         indices=differing,
-        first_only=sum(firsts[index].complied for index in differing),
+        first_only=sum(pairs[index][0].complied for index in differing),
     )
 
 
 def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
     # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
     if len({name for pair in pairs for name in pair}) < 2:
-        return Kappa(None, None, len(pairs))
+        return Kappa(None, None)
     from statsmodels.stats import inter_rater  # slow to import
 
     counts = Counter(map(tuple, pairs))
@@ -100,4 +98,4 @@ def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
     # Rounding leaves a variance of 0 a little above or below it.
     has_width = result.var_kappa >= 1e-12
     interval = (max(float(result.kappa_low), -1.0), min(float(result.kappa_upp), 1.0)) if has_width else None
-    return Kappa(float(result.kappa), interval, len(pairs))
+    return Kappa(float(result.kappa), interval)

@@ -208,10 +208,10 @@ class CausalJudge(_LocalJudge):
 
     @torch.inference_mode()
     def _judge(self, rows: Sequence[list[int]]) -> list[Verdict]:
-        (model, tokenizer), written = self.loaded, self.format.parse is not None
+        model, tokenizer = self.loaded
         # Rows are padded at the left where the judge writes on at the right, else where no attention can see it.
-        ids, mask = self.batch(rows, "left" if written else "right")
-        if written:
+        ids, mask = self.batch(rows, "left" if self.format.parse else "right")
+        if self.format.parse:
             tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.format.max_new_tokens)
             texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
             return [self.verdict_of_text(text) for text in texts]
@@ -350,7 +350,10 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
     place = loading.choose_device(device)
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    _refuse_no_checkpoint(checkpoint)
+    if os.path.isfile(checkpoint):
+        raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
+    if not os.path.exists(checkpoint):
+        loading.look_at_hub(checkpoint)
     base, tokenizer_source, adapter = checkpoint, checkpoint, None
     if transformers.utils.find_adapter_config_file(checkpoint, revision=revision) is not None:
         adapter = loading.find_adapter(checkpoint, revision=revision)
@@ -358,7 +361,8 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
             raise InputError(f"the adapter {checkpoint} names no base model (base_model_name_or_path)")
         base, revision = adapter.base, None
         tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
-        _refuse_no_checkpoint(base)
+        if not os.path.exists(base):
+            loading.look_at_hub(base)
     options = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     try:
         model, report = getattr(transformers, kind).from_pretrained(base, output_loading_info=True, **options)
@@ -391,14 +395,6 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
         # A classifier must look for the token that we pad with, whatever its config says.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.to(place).eval(), tokenizer
-
-
-def _refuse_no_checkpoint(checkpoint: str) -> None:
-    """Refuse at once what cannot be a judge."""
-    if os.path.isfile(checkpoint):
-        raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
-    if not os.path.exists(checkpoint):
-        loading.look_at_hub(checkpoint)
 
 
 def _verdict(
