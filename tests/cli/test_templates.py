@@ -57,9 +57,6 @@ def parts(prompt):
     return found
 
 
-# What check shows.
-
-
 def test_check_tells_facts_and_the_parts_of_a_prompt(run, capsys):
     command = ("check", "demo:aligned_wrapped", "--system", "Be brief.", "--prefill", "Sure, here is")
     code, out, err = run(*command, "--json", "--quiet")
@@ -127,9 +124,6 @@ def test_check_says_how_thinking_is_dealt_with_and_spells_out_what_terminals_obe
     assert "\x1b" not in printed
     assert "\\u001b" in printed
     assert not shown(engine_with(None), organism.benign, template="direct")["has_chat_template"]
-
-
-# What manifests say.
 
 
 def rates_of(engine, out, **options):
