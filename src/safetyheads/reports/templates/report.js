@@ -43,6 +43,22 @@
     return Math.max(0, ...own.map((name) => String(name).length), ...Object.values(value).map(longestName));
   };
 
+  // Titles below the plots, in as many lines as the room beside the labels takes in the page's own font.
+  const pen = document.createElement("canvas").getContext("2d");
+  const wrapTitles = (layers, panel) => {
+    pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    const labels = Math.max(40, ...layers.map(({ encoding }) => encoding.y?.axis?.labelLimit ?? 0));
+    for (const { x } of layers.map(({ encoding }) => encoding).filter(({ x }) => x?.title)) {
+      const [first, ...words] = [x.title].flat().join(" ").split(" ");
+      x.title = [first];
+      for (const word of words) {
+        const longer = `${x.title.at(-1)} ${word}`;
+        if (pen.measureText(longer).width > panel - labels - 30) x.title.push(word);
+        else x.title[x.title.length - 1] = longer;
+      }
+    }
+  };
+
   const config = (spec, width, panel) => {
     const font = getComputedStyle(document.body).fontFamily;
     const text = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 400 };
@@ -78,6 +94,7 @@
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
+    wrapTitles((full.spec ?? full).layer, width / across);
     try {
       const result = await window.vegaEmbed(place, full, options);
       if (panels > 1) {
