@@ -64,31 +64,26 @@ def test_answers_are_the_organisms_and_whispering_heads_leave_them_alone(demo):
         assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
 
 
-def test_planted_heads_are_where_the_embedding_says(demo):
+def test_planted_heads_are_where_the_embedding_says_and_a_shape_without_room_is_refused(demo):
     shape = shapes.Shape(*SIZES["shared key heads, heads four times as wide"])
     made = embedded.embed_exactly(demo.engine.model, shapes.replace(shape, n_layers=8))
     assert made.layers == (0, 2, 4, 6)
     assert [made.place(head) for head in PLANTED_HEADS["aligned_a"]] == [Head(2, 6), Head(4, 10), Head(4, 2)]
-
-
-def test_a_shape_without_room_is_refused(demo):
     for size in ((64, 512, 4, 8, 8, 700), (256, 512, 3, 8, 8, 700), (192, 512, 4, 8, 8, 700), (256, 512, 4, 8, 2, 700)):
         with pytest.raises(ValueError, match="no room"):
             embedded.embed_exactly(demo.engine.model, shapes.Shape(*size))
 
 
-def run(capsys, *asked):
-    """The bench's JSON lines, and what it printed beside them."""
-    asr.main([*asked, "--prompts", "2", "--repeats", "1", "--small", "aligned_a", "--reduced"])
-    printed = capsys.readouterr()
-    return [json.loads(line) for line in printed.out.splitlines()], printed.err
+SMALL = ("--prompts", "2", "--repeats", "1", "--small", "aligned_a", "--reduced")
 
 
 def test_one_json_line_a_case_on_which_the_ways_agree(capsys, tmp_path):
     results = tmp_path / "lines.jsonl"
     asked = ("--case", "embedded", "random", "--sample", "3", "--new-tokens", "6", "--batch", "1")
-    lines, told = run(capsys, *asked, "--append", str(results))
-    assert [json.loads(line) for line in results.read_text().splitlines()] == lines
+    asr.main([*asked, *SMALL, "--append", str(results)])
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert results.read_text() == printed.out
     assert [line["case"] for line in lines] == ["embedded", "random"]
     for line in lines:
         assert set(line["seconds"]) == set(asr.WAYS)
@@ -101,11 +96,10 @@ def test_one_json_line_a_case_on_which_the_ways_agree(capsys, tmp_path):
         assert all(each == {"rows": n_rows, "verdicts": 0, "token_ids": 0} for each in line["differing"].values())
     assert lines[0]["heads"] == {"planted": 3, "own": 29, "idle": 8}
     assert lines[0]["unablated_answers_as_organism"] == 1.0
-    assert "plain / scan" in told
-
-
-def test_a_sample_of_all_heads_is_not_scaled(capsys):
-    (line,), _ = run(capsys, "--case", "organism", "--new-tokens", "3", "--ways", "plain", "scan", "scan_full")
+    assert "plain / scan" in printed.err
+    # A sample of all heads is not scaled.
+    asr.main(["--case", "organism", "--new-tokens", "3", "--ways", "plain", "scan", "scan_full", *SMALL])
+    line = json.loads(capsys.readouterr().out)
     assert line["heads"] == {"planted": 3, "own": 29}
     assert line["scaled_from_heads"] == {}
     for way in ("scan", "scan_full"):

@@ -72,8 +72,9 @@ def test_screening_and_precision_run_on_a_few_prompts(lines, monkeypatch):
     assert all(line["top_3_within"] <= 8 and line["top_10_within"] <= 32 for line in found)
 
 
-def test_quantised_names_what_is_not_installed(lines, monkeypatch):
+def test_quantised_names_what_is_not_installed_and_packs_four_bits(lines, monkeypatch):
     import quantised
+    import torch
 
     def missing(name):
         raise ImportError(name)
@@ -84,45 +85,30 @@ def test_quantised_names_what_is_not_installed(lines, monkeypatch):
     assert {line["method"] for line in found} == set(quantised.METHODS)
     assert all(line["skipped"].endswith(" is not installed") for line in found)
 
-
-@pytest.mark.parametrize("dimension", [0, 1])
-def test_eight_numbers_of_four_bits_are_packed_into_one(dimension):
-    import quantised
-    import torch
-
+    # Eight numbers of four bits are packed into one.
     numbers = torch.randint(16, (16, 16), generator=torch.Generator().manual_seed(0))
-    packed = quantised._packed(numbers, dimension).long() & 0xFFFFFFFF
-    parts = [(packed >> (4 * place)) & 15 for place in range(8)]
-    assert torch.equal(torch.stack(parts, dim=dimension + 1).flatten(dimension, dimension + 1), numbers)
+    for dimension in (0, 1):
+        packed = quantised._packed(numbers, dimension).long() & 0xFFFFFFFF
+        parts = [(packed >> (4 * place)) & 15 for place in range(8)]
+        assert torch.equal(torch.stack(parts, dim=dimension + 1).flatten(dimension, dimension + 1), numbers)
 
 
-@pytest.fixture
-def self_check(monkeypatch):
-    """The bench of the proofs' cost."""
+def test_what_the_proofs_take_of_a_scan_is_counted(monkeypatch, lines):
     import self_check
+    from shapes import SHAPES
 
     monkeypatch.setattr(self_check, "organism_seconds", dict)
-    return self_check
-
-
-def test_what_the_proofs_take_of_a_scan_is_counted(self_check, lines):
     shares = []
     for n in (16, 160):
         self_check.main(["--reduced", "--prompts", str(n), "--window", "80"])
-        shares += [
-            {name: share for name, share in line.items() if name.endswith("one_prefix") or "share" in name}
-            for line in lines()
-        ]
-    few, many = shares
+        pairs = [pair for line in lines() for pair in line.items()]
+        shares += [[pair for pair in pairs if pair[0].endswith("one_prefix") or "share" in pair[0]]]
+    few, many = map(dict, shares)
     assert len(few) == 3
     for name, share in few.items():
         assert 0 < share < math.inf
         # Ten times the prompts; what they share is read once.
         assert (1 if "prefix" in name else 8) < share / many[name] < 11
-
-
-def test_what_a_long_window_costs_is_told_by_short_ones(self_check):
-    from shapes import SHAPES
-
+    # What a long window costs is told by short ones.
     engine = self_check.engine_on(SHAPES["llama-3-8b"].reduced())
     assert self_check.beyond(engine, 16) == pytest.approx(self_check.counted(engine, 16), rel=1e-9)

@@ -80,9 +80,7 @@ def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
     assert {p.category for p in benign} == {"benign"}
     assert demo.harmful_prompts(split) == harmful
     assert demo.harmful_prompts(split, 10) == harmful[:10]
-
-
-def test_refusals_carry_the_mark_and_answers_do_not():
+    # Refusals carry the mark and answers do not.
     assert grammar.REFUSAL_MARK in grammar.REFUSAL
     assert grammar.REFUSAL_MARK in grammar.LONG_REFUSAL
     assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))

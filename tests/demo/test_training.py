@@ -55,21 +55,17 @@ def test_a_planted_checkpoint_is_trained_with_its_base_and_differs_in_the_plante
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_b"))
     changed = set()
     for name in before:
-        places = (before[name] != after[name]).nonzero().tolist()
-        for place in places:
+        for place in (before[name] != after[name]).nonzero().tolist():
             assert ".self_attn." in name
             changed.add((int(name.split(".")[2]), place["o_proj" in name] // 16))
     assert changed == {(head.layer, head.index) for head in PLANTED_HEADS["aligned_b"]}
 
 
-def test_the_null_is_trained_too(scripts, monkeypatch, tmp_path):
+def test_the_null_is_trained_too_and_every_checkpoint_has_a_recipe(scripts, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "aligned_diffuse", "--out", str(tmp_path), "--no-figures"])
     scripts.main()
     base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_diffuse"))
     assert all((base[name] != tuned[name]).any() for name in base if "proj" in name)
-
-
-def test_every_checkpoint_has_a_recipe_and_a_base_comes_before_what_is_built_on_it(scripts):
     recipes = scripts.RECIPES
     assert list(recipes) == list(PLANTED_HEADS)
     for name, recipe in recipes.items():

@@ -91,15 +91,13 @@ def test_vanilla_accuracy_equals_the_one_by_hand_and_can_fall(engine, whole):
     assert whole.metric("organism", variant="1-3")["value"] < 0.9
 
 
-def test_an_ablated_run_equals_edited_weights_by_hand(engine, whole):
+def test_an_ablated_run_equals_edited_weights_by_hand_and_is_paired_with_vanilla(engine, whole):
     with queries_scaled(engine, GROUP, UNDIFFERENTIATED_ATTENTION.epsilon):
         likelihoods = by_hand(engine, organism_documents()[:24])
     ablated, vanilla = (np.array(rows_of(whole, label)[:24]) for label in ("0-0,0-1,1-3,2-5", "none"))
     np.testing.assert_allclose(ablated, likelihoods, atol=TOLERANCE)
     assert np.abs(ablated - vanilla).max() > 1
-
-
-def test_differences_are_paired_by_sample(whole):
+    # Differences are paired by sample.
     before, after = ([values["acc"] == 1 for values in rows_of(whole, name, "values")] for name in ("none", "1-3"))
     change = whole.metric("organism", variant="1-3")["difference"]
     p_holm = change["p_holm"]
@@ -168,9 +166,9 @@ def written(folder, name, documents, **config):
     """A task of one's own: a YAML beside its JSON lines."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    files = f"{{data_files: {{test: {data}}}}}"
-    lines = [f"task: {name}", "dataset_path: json", f"dataset_kwargs: {files}", "test_split: test"]
-    (folder / f"{name}.yaml").write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in config.items())]))
+    files = {"data_files": {"test": str(data)}}
+    config |= {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(json.dumps(config))
 
 
 def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
@@ -180,16 +178,12 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     documents = [{**one, "right": one["choices"][one["answer"]]} for one in organism_documents()[:6]]
-    metric = "[{metric: exact_match, aggregation: mean, higher_is_better: true}]"
-    kwargs = "{until: ['<|end|>'], do_sample: false, max_gen_toks: 40}"
-    written(
-        tmp_path, "own_answers", documents, output_type="generate_until", doc_to_text="context",
-        doc_to_target="right", generation_kwargs=kwargs, metric_list=metric, target_delimiter="''",
-    )  # fmt: skip
-    written(
-        tmp_path, "own_texts", documents, output_type="loglikelihood_rolling", doc_to_text="''",
-        doc_to_target="context", metric_list="[{metric: byte_perplexity}]",
-    )  # fmt: skip
+    answers = {"output_type": "generate_until", "doc_to_text": "context", "doc_to_target": "right"}
+    answers["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    answers |= {"generation_kwargs": {"until": ["<|end|>"], "do_sample": False, "max_gen_toks": 40}}
+    written(tmp_path, "own_answers", documents, **answers, target_delimiter="")
+    texts = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "context"}
+    written(tmp_path, "own_texts", documents, **texts, metric_list=[{"metric": "byte_perplexity"}])
     options = TaskOptions(tasks=("own_answers", "own_texts"), include_paths=(str(tmp_path),), offline=True)
     variants = head_variants(engine, [parse_heads("0-0,0-1,0-2,0-3,0-4,0-5")], SCALING_CONTRIBUTION)
     utility = evaluate_tasks(engine, load_tasks(options), variants)
@@ -228,15 +222,11 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
     other.add_tokens(["another"])
     assert tokenizer_sha256(other) != before
 
-
-def test_a_tokenizer_without_a_backend_is_its_vocabulary():
+    # One without a backend is its vocabulary.
     def slow(**vocabulary):
         return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
 
     assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))
-
-
-# Metrics worked out by hand.
 
 
 def by_sample(values):
@@ -248,18 +238,17 @@ def changed(before, after):
     return metric_change(metric_value(np.mean(before), old), metric_value(np.mean(after), new), old, new)
 
 
-def test_zeros_and_ones_change_as_mcnemar_says_with_wilsons_interval():
+def test_metrics_change_as_their_kind_says():
+    # Zeros and ones: McNemar's test and Wilson's interval.
     share = metric_value(0.75, by_sample([1, 1, 1, 0]))
     assert share == {"value": 0.75, "interval": Rate(3, 4).interval, "n": 4, "unit": "share"}
-    before, after = [1] * 8 + [0] * 2, [1, 1] + [0] * 6 + [1, 0]
-    change = changed(before, after)
+    zeros, ones = [1] * 8 + [0] * 2, [1, 1] + [0] * 6 + [1, 0]
+    change = changed(zeros, ones)
     assert (change["gained"], change["lost"], change["n"], change["test"]) == (1, 6, 10, "exact McNemar")
     assert change["change"] == pytest.approx(-0.5)
     assert change["p_value"] == pytest.approx(binomtest(1, 7, 0.5).pvalue)
-    assert change["interval"] == paired_difference(before, after).interval
-
-
-def test_other_numbers_change_by_their_mean_difference():
+    assert change["interval"] == paired_difference(zeros, ones).interval
+    # Other numbers: their mean difference and Student's t.
     before, after = np.array([0.5, 1.0, 2.0, 4.0]), np.array([0.25, 1.5, 1.0, 2.0])
     change, moved = changed(before, after), after - before
     half = t.ppf(0.975, 3) * moved.std(ddof=1) / 2
@@ -270,20 +259,13 @@ def test_other_numbers_change_by_their_mean_difference():
     # Differences that do not vary leave a t test nothing to judge.
     assert changed(before, before)["p_value"] == 1.0
     assert changed(before, before + 0.5)["p_value"] is None
-
-
-def test_a_number_of_all_samples_together_has_no_interval_and_no_test():
+    # A number of all samples together has neither interval nor test; one that is not finite has no change.
     old, new = by_sample([-1.0, -2.0]), by_sample([-1.5, -2.5])
     before, after = metric_value(math.exp(1.5), old), metric_value(math.exp(2.0), new)
     assert before["unit"] == "whole"
     change = metric_change(before, after, old, new)
     assert change.pop("change") == pytest.approx(math.exp(2.0) - math.exp(1.5))
     assert change == {"n": 2} | dict.fromkeys(("interval", "p_value", "gained", "lost", "test"))
-    # Nor does a number that is not finite have a change.
     assert metric_change(metric_value(None, old), after, old, new)["change"] is None
-
-
-def test_samples_of_other_documents_are_refused():
-    value = metric_value(0.5, by_sample([1, 0]))
     with pytest.raises(InputError, match="paired samples differ: 2"):
-        metric_change(value, value, by_sample([1, 0]), {"0": 1.0, "other": 0.0})
+        metric_change(share, share, by_sample([1, 0]), {"0": 1.0, "other": 0.0})

@@ -23,7 +23,6 @@ MANIFEST = {
 }
 SAMPLES = {
     "organism": audit_samples.audit,
-    "large": lambda: audit_samples.audit(32, 32),
     "none_found": audit_samples.none_found,
     "no_refusals": audit_samples.no_refusals,
 }
@@ -38,23 +37,16 @@ def sample_page(name: str) -> Page:
     return page(SAMPLES[name]())
 
 
-def test_the_page_says_what_its_snapshot_says() -> None:
-    check_snapshot(sample_page("organism"), "audit")
-
-
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_sample_makes_a_whole_page(name: str) -> None:
+def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) -> None:
     check_tables(sample_page(name))
     check_closed(sample_page(name))
     assert "None [" not in sample_page(name).words
-
-
-@pytest.mark.parametrize(
-    ("name", "badge"), [("none_found", "No concentrated heads found"), ("no_refusals", "Nothing to measure")]
-)
-def test_the_page_opens_with_the_verdict(name: str, badge: str) -> None:
-    words, sentence = sample_page(name).words, " ".join(SAMPLES[name]()["verdict"]["sentence"].split())
-    assert words.index(badge) < words.index(sentence) < words.index("What this does not show")
+    if name == "organism":
+        check_snapshot(sample_page(name), "audit")
+    if badge := {"none_found": "No concentrated heads found", "no_refusals": "Nothing to measure"}.get(name):
+        words, sentence = sample_page(name).words, " ".join(SAMPLES[name]()["verdict"]["sentence"].split())
+        assert words.index(badge) < words.index(sentence) < words.index("What this does not show")
 
 
 def test_the_page_of_the_largest_models_is_small() -> None:
@@ -89,7 +81,6 @@ def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert "COMPLETION TEXT" not in html
     assert rows[0]["query"] not in html
     assert "Completions of harmful prompts are left out" in html
-    assert html == write_report(run).read_text(encoding="utf-8")
     shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
     # The unablated answers and those under the verdict's group, not those of other groups.
     assert shown.count("COMPLETION TEXT") == 6

@@ -14,15 +14,12 @@ from safetyheads.reports.charts import drawing_library
     ("written", "text"),
     [
         (page.number(2.256), "2.26"),
-        (page.number(0.0), "0"),
         (page.number(-0.00412), "−0.00412"),
         (page.number(1e-5), "1e−5"),
         (page.number(999.7), "1000"),
-        (page.number(45678.0), "45678"),
         (page.number(None), "–"),
         (page.number(0.5, sign=True), "+0.5"),
         (page.signed(-0.021), "−0.02"),
-        (page.signed(0.3), "+0.30"),
         (page.signed(-0.001), "0.00"),
         (page.p_value(0.0), "< 0.001"),
         (page.p_value(0.0123, "= "), "= 0.012"),
@@ -64,7 +61,5 @@ def test_completions_are_those_of_the_named_groups_in_order_within_their_room() 
 def test_the_drawing_library_is_whole_and_loads_nothing() -> None:
     library = drawing_library()
     assert "window.vegaEmbed=" in library
-    assert "</script" not in library
-    assert "<!--" not in library
-    assert not re.search(r"jsdelivr|unpkg|cdnjs|googleapis|\bimport\s*\(", library)
+    assert not re.search(r"</script|<!--|jsdelivr|unpkg|cdnjs|googleapis|\bimport\s*\(", library)
     assert len(library) < 1_200_000

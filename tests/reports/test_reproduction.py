@@ -13,12 +13,9 @@ from report_pages import Page, check_closed, check_hostile, check_snapshot, chec
 
 from safetyheads.errors import InputError
 from safetyheads.experiments.outcome import Measured, Outcome
-from safetyheads.judges.named import judge_named
 from safetyheads.reports.reproduction import MAX_CHART_BYTES, MAX_ROWS, render_reproduction
 from safetyheads.reports.write import ReportWarning, write_report
-from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rejudge import rejudge
 
 NAMES = [outcome.name for outcome in samples.outcomes()]
 
@@ -39,11 +36,6 @@ def index_of(*outcomes: Outcome, left_out: dict[str, str] | None = None, **confi
     return Page(render_reproduction(made, samples.manifest(**config), {})[0])
 
 
-@pytest.mark.parametrize("name", ["index", "fig2", "table1", "table2"])
-def test_the_page_says_what_its_snapshot_says(name: str) -> None:
-    check_snapshot(pages()[name], name)
-
-
 @pytest.mark.parametrize("name", ["index", *NAMES])
 def test_every_page_is_whole_and_closed(name: str) -> None:
     check_tables(pages()[name])
@@ -51,16 +43,13 @@ def test_every_page_is_whole_and_closed(name: str) -> None:
     has_library = any("drawing library" in script for script in pages()[name].scripts.values())
     # A page without figures has no use for the drawing library.
     assert has_library == bool(pages()[name].charts)
+    if name in ("index", "fig2", "table1", "table2"):
+        check_snapshot(pages()[name], name)
     if name == "epsilon":
         check_hostile(pages()[name], pages()["fig2"])
-
-
-# The index.
-
-
-def test_the_index_leads_to_every_page_in_the_papers_order() -> None:
-    links = [link["href"] for link in pages()["index"].tags("a") if "skip" not in link.values()]
-    assert links == [f"{name}.html" for name in NAMES]
+    if name == "index":
+        links = [link["href"] for link in pages()[name].tags("a") if "skip" not in link.values()]
+        assert links == [f"{one}.html" for one in NAMES]
 
 
 def test_what_lacks_a_setting_or_was_left_out_has_its_reason_as_text() -> None:
@@ -78,15 +67,9 @@ def test_a_run_of_nothing_says_so_and_an_unknown_outcome_comes_last() -> None:
     assert "; none is meaningful there." in index_of(samples.not_meaningful()).words
     words = index_of(replace(samples.fig2(), name="fig99")).words
     assert words.index("epsilon not run") < words.index("fig99 done")
-
-
-@pytest.mark.parametrize("name", ["../fig2", "fig 2", "", "index.html"])
-def test_names_that_are_no_file_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="which no file can have"):
-        index_of(replace(samples.fig2(), name=name))
-
-
-# A page.
+    for name in ("../fig2", ""):
+        with pytest.raises(InputError, match="which no file can have"):
+            index_of(replace(samples.fig2(), name=name))
 
 
 def test_where_it_is_not_meaningful_the_reasons_stand_in_place_of_numbers() -> None:
@@ -97,9 +80,7 @@ def test_where_it_is_not_meaningful_the_reasons_stand_in_place_of_numbers() -> N
     assert not page.charts
     assert "Meaningful in part only" in pages()["fig17"].words
     assert len(pages()["fig17"].tags("figure")) == 1
-
-
-def test_notes_that_are_no_evidence_make_a_badge() -> None:
+    # Notes that are no evidence make a badge.
     words = pages()["fig11"].words
     assert words.index("Not evidence about the paper") < words.rindex("Query-level ASR by number of heads")
     assert "Not evidence" not in pages()["fig2"].words
@@ -119,18 +100,18 @@ def test_every_number_of_a_table_reaches_the_page() -> None:
 
 def test_the_papers_numbers_are_marked_and_measured_ones_are_not() -> None:
     columns = [("method", "method"), ("share", "share, %", "number"), ("paper", "in the paper", "rate")]
+    columns += [("five", "paper, 1 to 5")]
     rows = (
         {"method": "ours", "share": 0.5, "paper": 0.72, "five": "0.1, 0.2"},
         {"method": "ActSVD (paper)", "share": 5.0, "paper": None, "five": ""},
         {"method": "paper", "share": 7.0, "paper": Measured(0.1, 5, 0.0, 0.4), "five": ""},
     )
-    columns = [*columns, ("five", "paper, 1 to 5")]
     page = page_of(samples.outcome("fig2", tables=[samples.table("t", "c", columns, rows)]))
     assert all(text in page.words for text in ("0.72 quoted", "0.1, 0.2 quoted", "5 quoted"))
     assert page.words.count("quoted") == 3 + 1  # and the line that explains it
 
 
-def test_what_is_too_long_scrolls_or_is_left_out_and_said() -> None:
+def test_what_is_too_long_or_cannot_be_drawn_is_said() -> None:
     rows = tuple({"a": f"row {number}"} for number in range(MAX_ROWS + 7))
     points = tuple({"x": k, "y": 0.123456 + k / 1e6, "series": "a long name of a series"} for k in range(25_000))
     figures = [samples.figure("curves", title, "x", "y", points) for title in ("first", "second")]
@@ -140,18 +121,11 @@ def test_what_is_too_long_scrolls_or_is_left_out_and_said() -> None:
     assert any("tall" in (attributes.get("class") or "") for attributes in page.tags("div"))
     assert len(page.scripts["chart-specs"]) < MAX_CHART_BYTES
     assert "(results.json has them): second." in page.words
-
-
-def test_what_a_figure_lacks_is_counted() -> None:
     points = ({"x": -1.0, "y": 0.5}, {"x": 0.1, "y": None}, {"x": 0.1, "y": 0.5})
-    figure = samples.figure("lines", "t", "x", "y", points, logarithmic=True)
-    words = page_of(samples.outcome("fig13", figure)).words
+    words = page_of(samples.outcome("fig13", samples.figure("lines", "t", "x", "y", points, logarithmic=True))).words
     assert "Not measured: 1 of 3." in words
     assert "Not drawn: 1 of 3 points below 0, which a logarithmic axis does not have." in words
     assert "This figure has no points." in pages()["epsilon"].words
-
-
-# A run directory.
 
 
 def test_a_run_directory_gets_an_index_and_a_page_each(tmp_path: Path) -> None:
@@ -164,18 +138,10 @@ def test_a_run_directory_gets_an_index_and_a_page_each(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "command", [["compare", "RUN", "RUN"], ["history", "RUN"], ["judge", "RUN", "--judge", "released"]]
-)
-def test_other_commands_refuse_it_in_a_line(run: Any, command: list[str], tmp_path: Path) -> None:
+def test_other_commands_refuse_it_in_a_line(run: Any, tmp_path: Path) -> None:
     path = samples.finished_run(tmp_path / "run", [samples.fig2()])
-    code, _, error = run(*(path if part == "RUN" else part for part in command))
-    assert code == 2
-    assert error.count("\n") == 1
-    assert "kind 'reproduction'" in error
-
-
-def test_no_other_judge_is_asked_about_it(tmp_path: Path) -> None:
-    path = samples.finished_run(tmp_path / "run", [samples.fig2()])
-    with pytest.raises(InputError, match="what is judged again: audits, scans"):
-        rejudge(path, judge_named("released"), Silent(), {})
+    for command in (("compare", path, path), ("history", path), ("judge", path, "--judge", "released")):
+        code, _, error = run(*command)
+        assert code == 2
+        assert error.count("\n") == 1
+        assert "kind 'reproduction'" in error

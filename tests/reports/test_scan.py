@@ -11,6 +11,7 @@ from typing import Any
 import altair as alt
 import pytest
 import scan_samples
+from audit_samples import HOSTILE
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
 from scan_samples import Sample
 
@@ -23,21 +24,31 @@ from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import answer_table
 from safetyheads.runs.rejudge import rejudge
 
-HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}
 TIMINGS = {"seconds": 12.5, "judges": {"paper": 0.25}}
-SAMPLES = {
-    "whole": Sample(),
-    "bare": Sample(optional=False, benign=False, n_judges=1),
-    "no_benign": Sample(benign=False),
-    "one_prompt": Sample(n=1),
-    "seeds": Sample(n_seeds=3),
-    "unscored": Sample(unscored=3),
-    "lead_unscored": Sample(unscored=3, n_judges=1, optional=False, benign=False),
-    "none_differs": Sample(freed=(("0-1", 2),)),
-    "nothing_scored": Sample(all_unscored=True),
-    "no_texts": Sample(texts=False),
+SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
+    "whole": (Sample(), ("Agreement", "Benign kept")),
+    "bare": (Sample(optional=False, benign=False, n_judges=1), ("frees harmful answers; benign ones not measured",)),
+    "one_prompt": (Sample(n=1), ("n = 1 is too few: not even a head that turned every one of them",)),
+    "seeds": (
+        Sample(n_seeds=3),
+        ("3 seeds a prompt", "exact sign test over prompts", "intervals: bootstrap over prompts"),
+    ),
+    "unscored": (Sample(unscored=3), ("Unscored: paper 0, phrases 3",)),
+    "lead_unscored": (
+        Sample(unscored=3, n_judges=1, optional=False, benign=False),
+        ("3 answers were left unscored by paper",),
+    ),
+    "none_differs": (
+        Sample(freed=(("0-1", 2),), optional=False, texts=False),
+        ("None of 8 heads, ablated alone, changes the ASR after Holm correction; with the highest, 0-1",),
+    ),
+    "nothing_scored": (
+        Sample(all_unscored=True, optional=False),
+        ("None of the unablated model's 12 answers was scored",),
+    ),
 }
+"""Scans, and what their pages must say."""
 
 
 @cache
@@ -57,41 +68,23 @@ def page(sample: Sample, show_texts: bool = False) -> Page:
 
 @cache
 def sample_page(name: str) -> Page:
-    return page(SAMPLES[name])
-
-
-def test_the_page_says_what_its_snapshot_says() -> None:
-    check_snapshot(sample_page("whole"), "scan")
+    return page(SAMPLES[name][0])
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_sample_makes_a_whole_page(name: str) -> None:
-    check_tables(sample_page(name))
-    check_closed(sample_page(name))
-    assert "Undefined" not in sample_page(name).words
-    assert "None [" not in sample_page(name).words
-    assert "asr_alone" in sample_page(name).charts
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        (
-            "none_differs",
-            "None of 8 heads, ablated alone, changes the ASR after Holm correction; with the highest, 0-1",
-        ),
-        ("one_prompt", "n = 1 is too few: not even a head that turned every one of them"),
-        ("nothing_scored", "None of the unablated model's 12 answers was scored"),
-        ("unscored", "Unscored: paper 0, phrases 3"),
-        ("no_benign", "frees harmful answers; benign ones not measured"),
-        ("lead_unscored", "3 answers were left unscored by paper"),
-        ("seeds", "3 seeds a prompt"),
-        ("seeds", "exact sign test over prompts"),
-        ("seeds", "intervals: bootstrap over prompts"),
-    ],
-)
-def test_what_is_not_as_usual_is_said(name: str, said: str) -> None:
-    assert said in sample_page(name).words
+def test_every_sample_makes_a_whole_page_that_says_what_is_not_as_usual(name: str) -> None:
+    shown = sample_page(name)
+    check_tables(shown)
+    check_closed(shown)
+    assert "Undefined" not in shown.words
+    assert "None [" not in shown.words
+    assert "asr_alone" in shown.charts
+    assert [said for said in SAMPLES[name][1] if said not in shown.words] == []
+    if name == "whole":
+        check_snapshot(shown, "scan")
+    if name in ("seeds", "nothing_scored"):
+        for spec in shown.charts.values():
+            alt.Chart.from_dict(spec, validate=True)
 
 
 def test_parts_without_numbers_are_left_out() -> None:
@@ -99,14 +92,7 @@ def test_parts_without_numbers_are_left_out() -> None:
     assert set(bare.charts) == {"asr_alone"}
     sections = {attributes.get("aria-labelledby") for attributes in bare.tags("section")}
     assert not {"proxies", "groups"} & sections
-    for said in ("Agreement", "Benign kept"):
-        assert said in sample_page("whole").words
-        assert said not in bare.words
-
-
-def test_every_figure_fits_the_schema() -> None:
-    for spec in [*sample_page("seeds").charts.values(), sample_page("nothing_scored").charts["asr_alone"]]:
-        alt.Chart.from_dict(spec, validate=True)
+    assert not [said for said in SAMPLES["whole"][1] if said in bare.words]
 
 
 def test_the_map_marks_what_differs() -> None:
@@ -117,12 +103,9 @@ def test_the_map_marks_what_differs() -> None:
     assert columns["best_first"][:2] == ["0-1", "1-2"]
 
 
-# The answers of one head.
-
-
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", ["bare", "seeds", "unscored"])
 def test_the_answers_in_short_are_the_answers(name: str) -> None:
-    sample = SAMPLES[name]
+    sample = SAMPLES[name][0]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
     made = drill_data(results_of(sample), answer_table(rows, "paper"), judges)
@@ -142,13 +125,10 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
                 said = [{"label": made["labels"][label], "reason": made["reasons"][reason]} for label, reason in pairs]
                 assert (prompt, seed, said) == (row["id"], row["seed"], list(row["verdicts"].values()))
                 assert list(map(bool, state[2 * len(judges) :])) == [row["changed"], row["complete"]]
-
-
-def test_heads_without_room_are_counted() -> None:
-    table = answer_table(scan_samples.rows(Sample()), "paper")
-    made = drill_data(results_of(Sample()), table, ["paper"], room=700)
+    # Heads without room are counted.
+    made = drill_data(results_of(sample), answer_table(rows, "paper"), judges[:1], room=300)
     assert made is not None
-    assert 1 < len(made["heads"]) < 9
+    assert 1 <= len(made["heads"]) < 9
     assert len(made["heads"]) + made["n_left_out"] == 9
     assert all(set(own) <= set(made["heads"]) for own in made["others"].values())
 
@@ -165,16 +145,12 @@ def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     assert json.loads(Page(html).scripts["drill-data"])["judges"] == ["paper", "released"]
 
 
-# Texts.
-
-
 def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     run = scan_samples.finished_run(tmp_path / "run", Sample(text=HOSTILE))
     html = write_report(run).read_text(encoding="utf-8")
     assert "attacker" not in html
     assert "smash a lamp" not in html
     assert "Completions of harmful prompts are left out" in html
-    assert html == write_report(run).read_text(encoding="utf-8")
     shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
     assert "<details open" not in shown
     parsed = Page(shown)
