@@ -220,11 +220,10 @@ def _attend(
 
 def _family_keywords(keywords: dict[str, Any]) -> set[str]:
     """Names of arguments that only the family's own attention knows what to do with: softcap and tensors."""
-    given = {name: argument for name, argument in keywords.items() if name not in _POSITIONAL_KEYWORDS}
     return {
         name
-        for name, argument in given.items()
-        if isinstance(argument, Tensor) or (name == "softcap" and argument is not None)
+        for name in keywords.keys() - _POSITIONAL_KEYWORDS
+        if isinstance(keywords[name], Tensor) or (name == "softcap" and keywords[name] is not None)
     }
 
 

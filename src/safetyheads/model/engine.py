@@ -303,9 +303,8 @@ class Engine:
         if self._token_budget:
             return self._token_budget
         most = planning.CUDA_TOKENS if self.device.type == "cuda" else planning.CPU_TOKENS
-        return max(
-            1, min(most, planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE) // bytes_per_token)
-        )
+        allowed = planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE)
+        return max(1, min(most, allowed // bytes_per_token))
 
     @property
     def logits_at_once(self) -> int:

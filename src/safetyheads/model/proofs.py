@@ -262,11 +262,8 @@ def _observed(engine: Engine, captured: Capture, layer: int, *ablations: RowAbla
 
     Refuses a layer that does not call the function, or gives it other heads than were read of the model.
     """
-    facts, attention, shape = (
-        engine.architecture,
-        engine.architecture.attentions[layer],
-        engine.architecture.shapes[layer],
-    )
+    facts = engine.architecture
+    attention, shape = facts.attentions[layer], facts.shapes[layer]
     assert attention is not None  # the layer has heads
     assert shape is not None
     seen: dict[str, Any] = {}

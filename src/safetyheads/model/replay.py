@@ -140,20 +140,15 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
 
 
 class Capture:
-    """One run over a packed row. It shrinks as replays move on.
-
-    Attributes:
-        row: the packed prompts.
-        inputs: layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them.
-        arguments: layer -> its other arguments.
-        compared: (layer, ablation) -> what a first ablated layer's heads, unablated and ablated, give its output
-            projection, for all of its batches [2, n_tokens, n_heads * d_value].
-    """
+    """One run over a packed row. It shrinks as replays move on."""
 
     def __init__(self, row: PackedRow) -> None:
         self.row = row
+        # Layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them.
         self.inputs: dict[int, Tensor] = {}
         self.arguments: dict[int, Arguments] = {}
+        # What a first ablated layer's heads, unablated and ablated, give its output projection, for all of its batches
+        # [2, n_tokens, n_heads * d_value].
         self.compared: dict[tuple[int, Ablation], Tensor] = {}
 
     def drop_before(self, layer: int) -> None:
