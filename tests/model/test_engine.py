@@ -90,25 +90,19 @@ def test_generate_with_left_padding_and_any_cache_follows_the_oracle(name, cache
         assert row[: len(expected) - len(prompt)] == expected[len(prompt) :]
 
 
-def test_right_padding_does_not_reach_the_tokens_before_it():
-    prompt, padding = PROMPTS[1], (0, 0, 0)
-    mask = torch.tensor([[1] * len(prompt) + [0] * len(padding)])
-    with torch.no_grad(), proved("mistral").ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
-        logits = model(input_ids=torch.tensor([prompt + padding]), attention_mask=mask).logits[0, len(prompt) - 1]
-    assert relative(logits, seen("mistral", prompt, GROUP, UNDIFFERENTIATED_ATTENTION).logits) < FLOAT32
-
-
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
-def test_without_a_mask_and_with_a_cache_in_pieces_the_ablation_is_the_same(family):
-    ids = torch.tensor([PROMPTS[2]])
+def test_without_a_mask_with_right_padding_and_with_a_cache_in_pieces_the_ablation_is_the_same(family):
+    ids, n = torch.tensor([PROMPTS[2]]), len(PROMPTS[2])
+    padded = torch.cat([ids, torch.zeros(1, 3, dtype=ids.dtype)], dim=1)
     reference = seen(family, PROMPTS[2], GROUP, UNDIFFERENTIATED_ATTENTION).logits
     with torch.no_grad(), proved(family).ablated(GROUP, UNDIFFERENTIATED_ATTENTION) as model:
         whole = model(input_ids=ids).logits[0, -1]
+        before_padding = model(input_ids=padded, attention_mask=(torch.arange(n + 3) < n)[None].long()).logits[0, n - 1]
         cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
         for piece in (ids[:, 4:9], ids[:, 9:12], ids[:, 12:]):
             output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-    assert relative(whole, reference) < FLOAT32
-    assert relative(output.logits[0, -1], reference) < FLOAT32
+    for logits in (whole, before_padding, output.logits[0, -1]):
+        assert relative(logits, reference) < FLOAT32
 
 
 # Plans and prompts
@@ -135,18 +129,13 @@ def test_heads_common_to_all_groups_start_no_batch():
     assert batches == [((2,), 0), ((0,), 1), ((1,), 2)]
 
 
-def test_prompts_are_asked_once_and_an_asked_set_is_itself():
+def test_prompts_are_asked_once_and_those_beyond_the_context_are_an_input_error():
     engine, prompts = engine_of("llama_gqa"), prompts_of(*PROMPTS)
     asked = engine.ask(prompts)
     assert asked.token_ids == PROMPTS
-    assert engine.ask(prompts) is asked
-    assert engine.ask(asked) is asked
+    assert engine.ask(prompts) is engine.ask(asked) is asked
     assert (len(asked), asked.longest, asked.system, list(asked)) == (3, 13, "", list(prompts))
     assert engine.ask(prompts_of(*PROMPTS[:2])).sha256 != asked.sha256
-
-
-def test_a_prompt_beyond_the_context_is_an_input_error():
-    engine = engine_of("llama_gqa")
+    assert engine.ask(prompts_of([1] * 128)).longest == 128
     with pytest.raises(InputError, match="129 tokens; the model's context is 128"):
         engine.ask(prompts_of([1] * 129))
-    assert engine.ask(prompts_of([1] * 128)).longest == 128

@@ -47,7 +47,7 @@ def test_the_proofs_leave_the_quick_paths_that_are_exact_and_say_what_is_left_ou
 
 
 @each_family
-def test_every_kind_of_ablation_equals_the_oracle_on_the_quick_and_the_plain_path(name):
+def test_ablations_on_the_quick_and_the_plain_path_ships_and_answers_equal_the_oracles(name):
     found = measured(name)
     assert set(found.states) == set(ABLATION_KINDS)
     assert found.captured < STATES
@@ -57,13 +57,8 @@ def test_every_kind_of_ablation_equals_the_oracle_on_the_quick_and_the_plain_pat
             assert found.least_change[kind] == 0  # the mean of one
         else:
             assert found.least_change[kind] > 50 * STATES, kind  # or no difference could be seen
-
-
-@each_family
-def test_ships_the_limit_of_even_weights_and_answers_equal_the_oracles(name):
-    """The limit is over the keys that the mask allows: window, chunk; a sink keeps its share."""
-    found = measured(name)
     assert found.ships < SHIPS_NATS
+    # Even weights over the keys that the mask allows: window, chunk; a sink keeps its share.
     assert found.limit < LIMIT_NATS
     assert found.largest_ships > 10 * LIMIT_NATS
     assert (found.answers, found.drafts) == (True, True)  # of uneven prompts in one batch; by drafts
