@@ -56,9 +56,9 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
     [
         ("models = [", "is no TOML"),
         ('model = "a/b"', "unknown setting 'model'"),
-        ('models = "a/b"', "models is a list of texts"),
+        ('models = "a/b"', "models must be a list of str"),
         ("limit = true", "limit must be int"),
-        ('epsilons = ["a"]', "epsilons is a list of numbers"),
+        ('epsilons = ["a"]', "epsilons must be a list of float"),
         ("held_out = 1", "held_out must be bool"),
         ("limit = 0", "limit must be at least 1"),
         ('judge = "paper"', "unknown setting 'judge'"),

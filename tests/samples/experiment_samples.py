@@ -136,9 +136,9 @@ def transfer() -> Outcome:
 def fig6b() -> Outcome:
     """Bars of changes below 0, with long names."""
     methods = ("vanilla", "UA, 1 head", "UA, 3 heads", "mean, 1 head", "mean, 3 heads", "Wanda 50 %", "SparseGPT 50 %")
-    lost = [{"x": method, "y": -0.08 * j, "low": -0.6, "high": 0.06, "n": 100} for j, method in enumerate(methods)]
+    place = {"low": -0.6, "high": 0.06, "n": 100, "series": "", "panel": ""}
+    points = [{**place, "x": method, "y": -0.08 * number} for number, method in enumerate(methods)]
     y = "change of the mean accuracy, paired over samples of all five zero-shot tasks"
-    points = [{**row, "series": "", "panel": ""} for row in lost]
     return outcome("fig6b", figure("bars", "Change of the mean", "method", y, points, share=False))
 
 
@@ -146,14 +146,11 @@ def fig7() -> Outcome:
     """Attention of 14 tokens in six panels, and of 40 in one."""
     tokens = ["<s>", "how", "do", "i", "smash", "a", "lamp", "?", "\n", "Ġans", "wer", ":", "", "internationalisation"]
     panels = ("unablated", "UA on query, 1e-05", "UA on key, 1e-05", "SC, 1e-05", "UA on query, 0.1", "mean")
-    maps = [(tokens, panels), ([f"tok{number}" for number in range(40)], ("",))]
-    titles = ("Head 1-3", "A long prompt")
+    long = _attention([f"tok{number}" for number in range(40)], ("",))
     return outcome(
         "fig7",
-        *(
-            figure("attention", title, "key", "query", _attention(*shown), value="attention")
-            for title, shown in zip(titles, maps, strict=True)
-        ),
+        figure("attention", "Head 1-3", "key", "query", _attention(tokens, panels), value="attention"),
+        figure("attention", "A long prompt", "key", "query", long, value="attention"),
     )
 
 

@@ -96,10 +96,7 @@ def table3(lab: Lab, outcome: Outcome, models: Iterable[str] | None = None) -> N
         n = min(lab.config.size, len(subjects[0].engine.heads))
         heads = {f"heads_{k}": f"{k} head{'s' * (k > 1)}" for k in range(1, 1 + n)}
         rows = [
-            _changes(subject, ablation, level)
-            for level in _LEVELS
-            for ablation in lab.ablations
-            for subject in subjects
+            _changes(subject, ablation, level) for level, ablation, subject in product(_LEVELS, lab.ablations, subjects)
         ]
         outcome.table("changes", rows, *((key, title, "change") for key, title in heads.items()), model=model)
         means = (

@@ -62,10 +62,8 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     asked = ([Request(ids) for ids in subject.asked_prompts.token_ids] for subject in (harmful, benign))
     refusals, answers = (tuple(found.token_ids for found in answer(engine, some, Decoding())) for some in asked)
     openers = find_openers(engine, harmful.prompts, lab.judges[0]) if refuses else ()
-    first_tokens, unaligned = (
-        tuple(opener.token_id for opener in openers),
-        None if base is None else lab.run_of(base).engine,
-    )
+    first_tokens = tuple(opener.token_id for opener in openers)
+    unaligned = None if base is None else lab.run_of(base).engine
     sets = harmful.prompts, benign.prompts
     return Material(engine, *sets, refusals, answers, first_tokens, unaligned, lab.config.seed)
 
@@ -107,10 +105,8 @@ def table1(lab: Lab, outcome: Outcome) -> None:
     unablated = bench.row(bench.vanilla, method="vanilla", touches="nothing")
     outcome.table("methods", [{**unablated, "lost": None}, *rows], model=model)
     swept = [METHODS[name] for name in sweeps]
-    sources = [
-        {"method": method.label, "source": method.source, "partial": method.partial or "whole"} for method in swept
-    ]
-    outcome.table("sources", sources, model=model)
+    sources = ({"method": one.label, "source": one.source, "partial": one.partial or "whole"} for one in swept)
+    outcome.table("sources", list(sources), model=model)
     n_harmful, n_benign = (len(subject.prompts) for subject in learned)
     points = [
         point(tried.harmful.asr, x=tried.benign.kept.rate, series=method.label, panel=method.touches)
@@ -294,7 +290,7 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
         if lab.leaves_nothing(outcome, subject, benign):
             continue
         note_planted(outcome, model)
-        group = subject.search(lab.ablations[0], config.size).group
+        group = subject.group(lab.ablations[0], config.size)
         figures = {"heads": _ablated(lab, model, group), "pruned": _pruned(lab, model)}
         compared = [entry for entries in figures.values() for entry in entries]
         tasks = load_tasks(TaskOptions(tasks=config.tasks, limit=config.task_limit), config.seed)

@@ -37,7 +37,7 @@ from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import fingerprint, references_sha256
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run
-from safetyheads.scores import FunctionScorer, HeadScores, SearchTrace
+from safetyheads.scores import FunctionScorer, HeadScores
 
 GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
@@ -260,15 +260,15 @@ class Subject:
             return self.ships(ablation).mean()
         return rank_heads(self._scorer(name, ablation), self.engine.heads)
 
-    def search(self, ablation: Ablation, steps: int) -> SearchTrace:
-        """The group that Sahara finds by the config's search score (Algorithm 1); all heads where there are fewer."""
-        with self.lab.progress.track(f"{self.name}: Sahara", 1):
-            scorer, heads = self._scorer(self.lab.config.search_score, ablation), self.engine.heads
-            return sahara(scorer, heads, min(steps, len(heads)))
-
     def group(self, ablation: Ablation, size: int | None = None) -> Group:
-        """The heads that Sahara finds on the search half, first found first; by default at most :data:`GROUP_SIZE`."""
-        return self.search_half.search(ablation, size or min(GROUP_SIZE, self.lab.config.size)).group
+        """The heads that Sahara finds on the search half by the config's search score, first found first.
+
+        By default at most :data:`GROUP_SIZE`; all heads where there are fewer.
+        """
+        config, half, heads = self.lab.config, self.search_half, self.engine.heads
+        with self.lab.progress.track(f"{half.name}: Sahara", 1):
+            steps = min(size or min(GROUP_SIZE, config.size), len(heads))
+            return sahara(half._scorer(config.search_score, ablation), heads, steps).group
 
     def _scorer(self, name: str, ablation: Ablation) -> FunctionScorer:
         # One pass reads both angles, whichever is asked for first.

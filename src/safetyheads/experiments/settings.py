@@ -178,20 +178,16 @@ def _checked(path: Path, name: str, value: Any) -> Any:
     if name not in types:
         raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(types)}")
     wanted = types[name]
-    if not wanted.startswith("tuple"):
-        if not _is(value, wanted):
-            raise InputError(f"{path}: {name} must be {wanted}; got {value!r}")
-        return float(value) if wanted == "float" else value
-    inner = "float" if "float" in wanted else "str"
-    if not isinstance(value, list) or not all(_is(item, inner) for item in value):
-        raise InputError(f"{path}: {name} is a list of {'numbers' if inner == 'float' else 'texts'}; got {value!r}")
-    return tuple(map(float, value)) if inner == "float" else tuple(value)
-
-
-def _is(value: Any, kind: str) -> bool:
+    is_list, kind = wanted.startswith("tuple"), wanted.removeprefix("tuple[").removesuffix(", ...]")
+    right = {"str": str, "int": int, "float": int | float, "bool": bool}[kind]
     # TOML has whole numbers where a float is meant, and Python calls True an int.
-    kinds = {"str": str, "int": int, "float": int | float, "bool": bool}
-    return isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
+    items = value if isinstance(value, list) else [value]
+    fits = all(isinstance(item, right) and isinstance(item, bool) == (kind == "bool") for item in items)
+    if not fits or isinstance(value, list) != is_list:
+        raise InputError(f"{path}: {name} must be {'a list of ' * is_list}{kind}; got {value!r}")
+    if kind == "float":
+        items = [float(item) for item in items]
+    return tuple(items) if is_list else items[0]
 
 
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:

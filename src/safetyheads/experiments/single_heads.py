@@ -138,12 +138,8 @@ _BEYOND = 3
 def fig13(lab: Lab, outcome: Outcome) -> None:
     """CDF and density of the scores of all heads, by score, dataset and ablation, and how long the tail is."""
     for model, subjects in lab.each_model(outcome):
-        rows = [
-            _scored(subject.search_half, ablation, name)
-            for subject in subjects
-            for ablation in lab.ablations
-            for name in SEARCH_SCORES
-        ]
+        every = product(subjects, lab.ablations, SEARCH_SCORES)
+        rows = [_scored(subject.search_half, ablation, name) for subject, ablation, name in every]
         for title in SCORES.values():
             of_score = [row for row in rows if row["score"] == title]
             unit = of_score[0]["_unit"]
