@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -64,7 +65,6 @@ def new_model(tokenizer: Any, seed: int) -> Any:
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=8,
-        num_key_value_heads=8,
         max_position_embeddings=512,
         initializer_range=0.05,
         tie_word_embeddings=True,
@@ -111,8 +111,7 @@ def optimise(parameters: Iterable[nn.Parameter], leg: Leg, weight_decay: float, 
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))
-    last = losses[-max(1, leg.steps // 20) :]
-    return sum(last) / len(last)
+    return fmean(losses[-max(1, leg.steps // 20) :])
 
 
 def train_completions(

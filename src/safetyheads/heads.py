@@ -54,11 +54,8 @@ def parse_heads(text: str) -> Group:
 def distinct(heads: Iterable[Head]) -> Group:
     """The heads as a group; an InputError where one is given twice."""
     group = tuple(heads)
-    seen: set[Head] = set()
-    for head in group:
-        if head in seen:
-            raise InputError(f"head {head} is given twice")
-        seen.add(head)
+    if len(set(group)) < len(group):
+        raise InputError(f"head {next(head for head in group if group.count(head) > 1)} is given twice")
     return group
 
 

@@ -37,9 +37,8 @@ def test_with_a_cache_skipping_gives_what_it_gives_without(family):
 
 def test_runs_are_scaled_to_the_depth():
     # 32 layers: starts 1 to 6, lengths 3 to 8, as in the original.
-    lengths = [{len(run) for run in candidate_runs(32, share)} for share in METHODS["lsp"].strengths]
-    assert lengths == [{3}, {4}, {6}, {8}]
-    assert [run[0] for run in candidate_runs(32, 0.25)] == [1, 2, 3, 4, 5, 6]
+    for share, length in zip(METHODS["lsp"].strengths, (3, 4, 6, 8), strict=True):
+        assert candidate_runs(32, share) == tuple(range(start, start + length) for start in range(1, 7))
     assert candidate_runs(4, 0.1) == (range(1, 2), range(2, 3))
     assert candidate_runs(3, 0.9) == (range(1, 2),)
     assert all(run[-1] < 31 for run in candidate_runs(32, 0.99))
