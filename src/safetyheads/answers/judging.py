@@ -137,11 +137,8 @@ class Judging:
     def _judged(
         self, number: int, group: Group, answer: Answer, read: ReadAnswer, verdicts: Mapping[str, Verdict]
     ) -> JudgedAnswer:
-        prompt, finished, complete = (
-            self.prompts[number],
-            answer.finished or read.stopped,
-            answer.complete or read.stopped,
-        )
+        prompt = self.prompts[number]
+        finished, complete = answer.finished or read.stopped, answer.complete or read.stopped
         # Of a cut answer only the certain part: another judge may be asked later whether it is final about that.
         text = read.text if complete or read.certain is None else read.certain
         answered = verdicts[self.judges[0].name].answered
