@@ -40,8 +40,6 @@ LM_EVAL_SEED = 1234
 """lm-eval's own seed of examples and of sampled answers."""
 _OWN_KEYS = ("name", "alias", "sample_len")
 _DEED = re.compile(r"how to (\w+) a (\w+)")
-# Spellings of a task's name that are worth offering.
-_OFFERED = 3
 # Modules that draw bars of their own.
 _DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -72,11 +70,6 @@ class LoadedTask(NamedTuple):
         """The settings that its numbers depend on."""
         names = ("limit", "batch_size", "n_shots", "chat_template")
         return {name: getattr(self.options, name) for name in names} | {"seed": self.seed}
-
-    @property
-    def is_organisms(self) -> bool:
-        """Whether it is in the demo organism's language."""
-        return self.name == ORGANISM
 
 
 def require_lm_eval() -> str:
@@ -110,7 +103,7 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
         manager = _manager(options) if foreign else TaskManager(include_defaults=False)
         for name in options.tasks:
             if not _is_known(name, manager):
-                near = get_close_matches(name, [ORGANISM, *manager.all_tasks], _OFFERED)
+                near = get_close_matches(name, [ORGANISM, *manager.all_tasks], 3)
                 offer = f"; there are {', '.join(near)}" if near else ""
                 raise InputError(f"lm-eval has no task {name!r}{offer}")
             with _as_input_error(name):
@@ -131,7 +124,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
     from lm_eval import evaluate
 
     options = loaded.options
-    with _alone(loaded.seed, options.offline or loaded.is_organisms), _as_input_error(loaded.name):
+    with _alone(loaded.seed, options.offline or loaded.name == ORGANISM), _as_input_error(loaded.name):
         model = harness_model(engine, options.batch_size)
         # In the place of lm-eval's cache of answers, which is told of each one.
         model.set_cache_hook(SimpleNamespace(add_partial=lambda *_: on_requests(1)))
@@ -183,15 +176,11 @@ def harness_model(engine: Engine, batch_size: int) -> Any:
     training = [module for module in model.modules() if module.training]
     # HFLM ties weights anew: weights that an edit has untied would be lost, and stay lost.
     model.tie_weights = lambda *_, **__: None
+    # It gives the tokenizer a padding token.
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    options = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
     try:
-        wrapped = _model_class()(
-            pretrained=model,
-            # It gives the tokenizer a padding token.
-            tokenizer=copy.deepcopy(engine.tokenizer),
-            backend="causal",
-            batch_size=batch_size,
-            softmax_dtype="float32",
-        )
+        wrapped = _model_class()(pretrained=model, tokenizer=tokenizer, **options)
     finally:
         del model.tie_weights
         for module in training:
@@ -240,8 +229,7 @@ def _manager(options: TaskOptions) -> Any:
         # Folders of lm-eval in whose files a name stands: of one name in two of them it takes the first one's task; of
         # two lists, the last one's.
         folders = {path.relative_to(root).parts[0] for path in root.rglob("*.yaml") if named.search(path.read_bytes())}
-        last_first = sorted(folders, key=lambda name: f"{name}/", reverse=True)
-        yield [*(str(root / folder) for folder in last_first), *include]
+        yield [*(str(root / name) for name in sorted(folders, key=lambda name: f"{name}/", reverse=True)), *include]
 
     for paths in lists():
         manager = TaskManager(include_path=paths or None, include_defaults=False)
@@ -386,17 +374,8 @@ def _organism_config() -> dict[str, Any]:
 
         return {"test": Dataset.from_list(organism_documents())}
 
-    return {
-        "task": ORGANISM,
-        "custom_dataset": dataset,
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        # The template ends where the answer begins.
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+    config = {"task": ORGANISM, "custom_dataset": dataset, "output_type": "multiple_choice", "test_split": "test"}
+    config |= {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    # The template ends where the answer begins.
+    config |= {"target_delimiter": "", "num_fewshot": 0, "metadata": {"version": 1.0}}
+    return config | {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}

@@ -21,7 +21,7 @@ import scipy  # its modules load on first use
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
-from safetyheads.integrations.lm_eval import LoadedTask, require_lm_eval, run_task
+from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress, Silent
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
@@ -70,11 +70,7 @@ def metric_value(aggregate: float | None, values: Values, n: int | None = None) 
 def metric_change(before: Record, after: Record, old: Values, new: Values) -> dict[str, Any]:
     """The change of a metric between two models, sample by sample where it is a mean over samples.
 
-    Args:
-        before: from :func:`metric_value`.
-        after: the same metric of the other model.
-        old: values of the samples behind ``before``.
-        new: those behind ``after``.
+    ``before`` and ``after`` are from :func:`metric_value`, ``old`` and ``new`` the values of the samples behind them.
 
     Returns:
         ``change`` (after minus before, in the metric's unit), ``interval`` (95 %: Newcombe's for zeros and ones, else
@@ -166,13 +162,7 @@ def evaluate_tasks(
 ) -> Utility:
     """Put tasks to the vanilla model and to each variant, and compare sample by sample.
 
-    Args:
-        engine: the model.
-        tasks: from :func:`safetyheads.integrations.lm_eval.load_tasks`.
-        variants: from :func:`head_variants`, or any named contexts.
-        run: keeps the samples, so that a run can be continued.
-        progress: who watches.
-        about: what the samples depend on besides, in a run of several models.
+    ``run`` keeps the samples, so that a run can be continued; they may depend on more: ``about``.
 
     Raises:
         InputError: a task that cannot be run, the extra ``lm-eval`` missing, a label given twice.
@@ -184,8 +174,7 @@ def evaluate_tasks(
     progress, records = progress or Silent(), dict[tuple[str, str], list[Record]]()
 
     def put(task: LoadedTask, variant: Variant) -> list[Record]:
-        label = f"{task.name}, {variant.label} ablated"
-        with progress.track(label, task.n_requests) as done, variant.at_work():
+        with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
             return run_task(engine, task, done)
 
     for task in tasks:
@@ -217,7 +206,7 @@ def evaluate_tasks(
 
 def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
     """Refuse the organism's task for any other model: it would be in a language that nobody taught it."""
-    if any(task.is_organisms for task in tasks) and not getattr(engine.model.config, "safetyheads_organism", False):
+    if any(task.name == ORGANISM for task in tasks) and not getattr(engine.model.config, "safetyheads_organism", False):
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
 
 
@@ -287,7 +276,7 @@ def run_evaluation(
 def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], utility: Utility) -> dict[str, Any]:
     """Everything that ``results.json`` holds."""
     ablation = config.parsed_ablation
-    organism = any(task.is_organisms for task in tasks)
+    organism = any(task.name == ORGANISM for task in tasks)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "eval",

@@ -65,7 +65,7 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         "n_random": max(randoms, default=0),
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
-        "n_unranked": sum(value <= 0 for _, value in _ranked(results, _lead_score(results))),
+        "n_unranked": sum(value <= 0 for _, value in _ranked(results)),
         "completions": None,
     }
     if rows is not None:
@@ -81,15 +81,13 @@ def _label(results: Results, name: str) -> str:
     return str(results["scores"].get(name, {}).get("label", name))
 
 
-def _lead_score(results: Results) -> str:
-    """The verdict's score, or the first where heads were found by another."""
+def _ranked(results: Results) -> list[tuple[str, float]]:
+    """Every head with the verdict's score, or the first where heads were found by another, best first.
+
+    Ties go to the lower layer, then the lower index.
+    """
     name = results["verdict"]["scorer"]
-    return name if name in results["scores"] else next(iter(results["scores"]))
-
-
-def _ranked(results: Results, name: str) -> list[tuple[str, float]]:
-    """Every head with its score, best first; ties go to the lower layer, then the lower index."""
-    values = results["scores"][name]["values"]
+    values = results["scores"][name if name in results["scores"] else next(iter(results["scores"]))]["values"]
     # A layer without attention has no heads.
     named = [(f"{i}-{j}", v) for i, layer in enumerate(values) for j, v in enumerate(layer) if v is not None]
     return sorted(named, key=lambda pair: -pair[1])
@@ -263,7 +261,7 @@ def _long_tail(results: Results) -> Spec | None:
 def head_columns(results: Results) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     verdict, scores = results["verdict"], results["scores"]
-    best_first = [head for head, _ in _ranked(results, _lead_score(results))]
+    best_first = [head for head, _ in _ranked(results)]
     group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
     return {
         "n_heads": results["model"]["n_heads"],

@@ -66,15 +66,9 @@ def spec(
     most: int | None = None,
     independent: Mapping[str, Any] | None = None,
 ) -> Spec:
-    """The layers over the rows as a specification, one panel for each ``panel`` that the rows name.
+    """The layers over the rows, or over the page's heads without any, one panel for each ``panel`` that the rows name.
 
-    Args:
-        layers: charts; those without data of their own have the rows.
-        rows: what is drawn; empty where the layers draw the page's heads.
-        height: of a panel, in pixels.
-        description: for readers who do not see the figure.
-        most: pixels that a panel has across at most.
-        independent: scales that each panel has of its own.
+    ``height`` and ``most``, the width at most, are pixels of a panel; each has scales of its own for ``independent``.
     """
     panels = list(dict.fromkeys(str(row["panel"]) for row in rows if row.get("panel")))
     chart: Any = alt.layer(*layers, data=alt.NamedData(ROWS if rows else HEADS))
@@ -177,12 +171,10 @@ def series_look(names: Sequence[str], *channels: Literal["shape", "strokeDash", 
     """Encodings that tell the series apart, with one legend; a lone series without a name has none."""
     colours, turns = zip(*series_colours(names), strict=True) if names else ((), ())
     shapes = [SHAPES[(at + turn) % len(SHAPES)] for at, turn in enumerate(turns)]
+    shapes = ["stroke" if name == RANDOM_GROUPS else look for name, look in zip(names, shapes, strict=True)]
     ranges: dict[str, tuple[Any, list[Any]]] = {
         "color": (alt.Color, [*colours]),
-        "shape": (
-            alt.Shape,
-            ["stroke" if name == RANDOM_GROUPS else look for name, look in zip(names, shapes, strict=True)],
-        ),
+        "shape": (alt.Shape, shapes),
         "strokeDash": (alt.StrokeDash, [DASHES[turn % len(DASHES)] for turn in turns]),
         "opacity": (alt.Opacity, [OPACITIES[turn % len(OPACITIES)] for turn in turns]),
     }

@@ -142,9 +142,6 @@ def random_cell(random: Facts | None) -> Cell:
     return Cell(two(random["mean"]), found, p=f"p {p_value(random['p_value'], '= ')}")
 
 
-# What every page has.
-
-
 REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
 """What a run's manifest remembers beside its settings, by the beginning of the name: a long run has hundreds."""
 
@@ -227,28 +224,16 @@ def completions(
 @cache
 def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
-    environment = Environment(
-        loader=PackageLoader("safetyheads.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "two": two,
-        "signed": signed,
-        "interval": interval,
-        "p_value": p_value,
-        "percent": lambda share: f"{number(100 * share, digits=2)} %",
-        "rate_words": rate_words,
-        "sentence": _sentence,
-        "sentence_case": sentence_case,
-        "thousands": lambda count: f"{count:,}",
-        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
-    }
-    environment.globals |= {"signed": signed, "rate_cell": rate_cell, "mean_cell": mean_cell}
-    environment.globals |= {"change_cell": change_cell, "random_cell": random_cell}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = PackageLoader("safetyheads.reports", "templates")
+    for write in (number, two, signed, interval, p_value, rate_words, sentence_case):
+        environment.filters[write.__name__] = write
+    for cell in (signed, rate_cell, mean_cell, change_cell, random_cell):
+        environment.globals[cell.__name__] = cell
+    environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"
+    environment.filters["sentence"] = _sentence
+    environment.filters["thousands"] = lambda count: f"{count:,}"
+    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment
 
 
@@ -262,13 +247,8 @@ def render(
 ) -> str:
     """A page from its template, which extends ``base.html.j2``; equal arguments give equal text.
 
-    Args:
-        template: file name.
-        content: what the page shows.
-        measured: what the numbers are of, for the provenance.
-        manifest: of the run; empty where a page is of no single run.
-        charts: each figure by the name of its place.
-        head_columns: what the figures know of all heads, a column a fact: rows of 16,128 heads would be too large.
+    ``measured`` is what the numbers are of; ``manifest`` is empty where a page is of no single run; ``charts`` has each
+    figure by the name of its place; ``head_columns`` what the figures know of all heads, a column a fact.
     """
     folder = files("safetyheads") / "reports/templates"
     scripts = {"css": "report.css", "javascript": "report.js", "drill_javascript": "drill.js"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -12,7 +12,7 @@ import altair as alt
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
-from safetyheads.reports.charts import Row, Spec
+from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two, under_headings
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers, answer_table, with_later_verdicts
@@ -130,9 +130,6 @@ def _ablated(head: str) -> str:
     return f"{head} ablated" if head else "nothing ablated"
 
 
-# The first screen.
-
-
 def _sentence(results: Results) -> str:
     """How many heads change the ASR, and the strongest of them."""
     n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["asr"]
@@ -197,9 +194,6 @@ def _followed(results: Results) -> list[dict[str, Any]]:
     found = (differing(results) or by_asr(results["heads"])[:1])[: len(charts.COLOURS)]
     names = [head["head"] for head in found]
     return [{"head": name, "rates": [strength["heads"][name] for strength in results["epsilons"]]} for name in names]
-
-
-# Judges.
 
 
 def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupAnswers | None:
@@ -272,11 +266,8 @@ def drill_data(
         answers = _answers(table, name, head, results["ablation"]["epsilon"])
         return [] if answers is None else answers.flat()
 
-    def places_of(rows: Sequence[Record]) -> list[list[Any]]:
-        return [[row["id"], row["seed"]] for row in rows]
-
     vanilla = {name: rows for name in SETS if (rows := answers_of(name, ""))}
-    places = {name: places_of(rows) for name, rows in vanilla.items()}
+    places = {name: [[row["id"], row["seed"]] for row in rows] for name, rows in vanilla.items()}
     base = {name: list(map(state, rows)) for name, rows in vanilla.items()}
     other: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
     shown, used = list[str](), 0
@@ -285,7 +276,7 @@ def drill_data(
         for name in places:
             rows = answers_of(name, head)
             # A broken file may have taken some of a head's answers: without its place one would be another's.
-            if places_of(rows) == places[name]:
+            if [[row["id"], row["seed"]] for row in rows] == places[name]:
                 numbers = enumerate(map(state, rows))
                 differ[name] = [[at, number] for at, number in numbers if number != base[name][at]]
         used += sum(20 + 9 * len(pairs) for pairs in differ.values())
@@ -316,11 +307,12 @@ def _figures(results: Results) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
     vanilla, n_heads = results["vanilla"]["harmful"]["asr"], results["model"]["n_heads"]
     kept = results["vanilla"].get("benign", {}).get("kept")
-    sized = [group | {"size": len(group["heads"])} for group in results["groups"] if group["part"] == "prefixes"]
+    prefixes = [group | {"size": len(group["heads"])} for group in results["groups"] if group["part"] == "prefixes"]
     # Every prompt has heads of its own.
-    series = {OWN_HEADS: _by_size({**group, "heads": ["of each prompt"]} for group in results["query_level"])}
-    prefixes = _by_size(sized)
-    series |= {ONE_GROUP: prefixes} if prefixes else {}
+    own = [group | {"heads": ["of each prompt"]} for group in results["query_level"]]
+    for groups in (prefixes, own):
+        groups.sort(key=lambda group: int(group["size"]))
+    series = {OWN_HEADS: own} | ({ONE_GROUP: prefixes} if prefixes else {})
     rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
     found = {
         # Fig 4b.
@@ -341,10 +333,6 @@ def _figures(results: Results) -> dict[str, Spec]:
     if results["proxies"]:
         found |= {f"proxy_{name}": _proxy(results, name) for name in results["scores"]}
     return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def _by_size(groups: Iterable[Row]) -> list[Row]:
-    return sorted(groups, key=lambda group: int(group["size"]))
 
 
 def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Tooltip]:
