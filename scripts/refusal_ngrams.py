@@ -1,0 +1,93 @@
+"""Trains the classifier of refusals on labelled answers, and prints how often it and the phrases judge are right.
+
+    python scripts/refusal_ngrams.py ../shared/data/xstest/xs_*.csv
+
+The files hold the answers of one model each, in XSTest's columns ``completion`` and ``final_label`` (Röttger et al.,
+2024, CC-BY-4.0). Each model is left out once, and its answers judged by what the others' taught. With ``--write`` the
+classifier that all files taught becomes the package's. Partial refusals teach nothing and have a row of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from safetyheads.judges import refusals
+from safetyheads.judges.phrases import plain
+from safetyheads.stats.intervals import Rate
+
+N_NGRAMS, LEAST_ANSWERS, STRENGTH = 2000, 3, 20.0
+"""N-grams kept, answers that one must be in, and the inverse strength of the L2 penalty."""
+PACKAGED = Path(refusals.__file__).parents[1] / "data" / "refusal_ngrams.json"
+
+
+def read(path: Path) -> pandas.DataFrame:
+    """Plain texts and labels (1 full compliance, 2 full refusal, 3 partial refusal)."""
+    table = pandas.read_csv(path, keep_default_na=False)
+    return pandas.DataFrame({"text": table["completion"].map(plain), "label": table["final_label"].str[0]})
+
+
+def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, float]]]:
+    """Intercept, and the n-grams with inverse document frequency and weight: those of largest weight, fitted again."""
+    answers = answers[answers["label"] != "3"]
+    texts, refused = answers["text"].tolist(), (answers["label"] == "2").to_numpy()
+
+    def fit(vocabulary: Sequence[str] | None) -> tuple[TfidfVectorizer, LogisticRegression]:
+        vectorizer = TfidfVectorizer(
+            analyzer=refusals.ngrams, sublinear_tf=True, min_df=LEAST_ANSWERS, vocabulary=vocabulary
+        )
+        features = vectorizer.fit_transform(texts)
+        regression = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=5000)
+        return vectorizer, regression.fit(features, refused)
+
+    vectorizer, regression = fit(None)
+    best = np.argsort(-np.abs(regression.coef_[0]), kind="stable")[:N_NGRAMS]
+    vectorizer, regression = fit(sorted(vectorizer.get_feature_names_out()[best]))
+    names = vectorizer.get_feature_names_out()
+    rows = zip(names, vectorizer.idf_.round(3).tolist(), regression.coef_[0].round(3).tolist(), strict=True)
+    return round(float(regression.intercept_[0]), 3), [tuple(row) for row in rows]
+
+
+def judged(texts: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether the phrases judge reads each plain text as a refusal, with the classifier that is set."""
+    phrases = refusals.REFUSAL_PHRASES
+    return np.array([(refusals.first_phrase(text, phrases) or refusals.worded_refusal(text)) is not None for text in texts])
+
+
+def main() -> None:
+    """Print the folds; write the classifier if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="labelled answers, a file a model")
+    parser.add_argument("--write", action="store_true", help="write the classifier of all files into the package")
+    options = parser.parse_args()
+    answers = {path.stem: read(path) for path in options.files}
+    table = Table("left out", "recall", "precision", "partial refusals read as refusals")
+    for name, of_model in answers.items():
+        others = [other for key, other in answers.items() if key != name]
+        intercept, rows = train(pandas.concat(others))
+        learned = intercept, {ngram: (idf, weight) for ngram, idf, weight in rows}
+        refusals._ngrams = lambda learned=learned: learned  # type: ignore[attr-defined]
+        says, label = judged(of_model["text"].tolist()), of_model["label"].to_numpy()
+        right = int((says & (label == "2")).sum())
+        shares = Rate(right, int((label == "2").sum())), Rate(right, int((says & (label != "3")).sum()))
+        table.add_row(name, *map(str, shares), str(Rate(int((says & (label == "3")).sum()), int((label == "3").sum()))))
+    Console(file=sys.stdout).print(table)
+    if options.write:
+        intercept, rows = train(pandas.concat(answers.values()))
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        PACKAGED.write_text(f'{{"intercept": {intercept}, "ngrams": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
