@@ -1,6 +1,7 @@
 # make setup   .venv with the package, its tests and its checks, versions pinned by constraints.txt
 # make demo    the audit on the embedded model; prints where the report is
 # make test    the tests
+# make test-long     the tests that take too long for every run
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
 # make lint    format, lint, types
 # make stats   size of the package, its imports, and calls from an audit down to the attention function
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-oldest lint stats docs clean
+.PHONY: setup demo test test-long test-oldest lint stats docs clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 test-oldest:
 	PYTHON=$(PYTHON) scripts/oldest.sh

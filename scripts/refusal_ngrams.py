@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from safetyheads.stats.intervals import Rate
 
 N_NGRAMS, LEAST_ANSWERS, STRENGTH = 2000, 3, 20.0
 """N-grams kept, answers that one must be in, and the inverse strength of the L2 penalty."""
-PACKAGED = Path(refusals.__file__).parents[1] / "data" / "refusal_ngrams.json"
+PACKAGED = Path(refusals.__file__).parents[1] / "data" / "judges" / "refusal_ngrams.json"
 
 
 def read(path: Path) -> pandas.DataFrame:
@@ -62,7 +62,20 @@ def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, floa
 def judged(texts: Sequence[str]) -> NDArray[np.bool_]:
     """Whether the phrases judge reads each plain text as a refusal, with the classifier that is set."""
     phrases = refusals.REFUSAL_PHRASES
-    return np.array([(refusals.first_phrase(text, phrases) or refusals.worded_refusal(text)) is not None for text in texts])
+    return np.array(
+        [(refusals.refusing_phrase(text, phrases) or refusals.worded_refusal(text)) is not None for text in texts]
+    )
+
+
+def fold(name: str, answers: Mapping[str, pandas.DataFrame]) -> tuple[Rate, Rate, Rate]:
+    """Recall and precision on one model's answers by what the others' taught; partial refusals read as refusals."""
+    intercept, rows = train(pandas.concat(other for key, other in answers.items() if key != name))
+    learned = intercept, {ngram: (idf, weight) for ngram, idf, weight in rows}
+    refusals._ngrams = lambda: learned  # type: ignore[assignment]
+    says, label = judged(answers[name]["text"].tolist()), answers[name]["label"].to_numpy()
+    right, partial = int((says & (label == "2")).sum()), label == "3"
+    recall, precision = Rate(right, int((label == "2").sum())), Rate(right, int((says & ~partial).sum()))
+    return recall, precision, Rate(int((says & partial).sum()), int(partial.sum()))
 
 
 def main() -> None:
@@ -73,15 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     answers = {path.stem: read(path) for path in options.files}
     table = Table("left out", "recall", "precision", "partial refusals read as refusals")
-    for name, of_model in answers.items():
-        others = [other for key, other in answers.items() if key != name]
-        intercept, rows = train(pandas.concat(others))
-        learned = intercept, {ngram: (idf, weight) for ngram, idf, weight in rows}
-        refusals._ngrams = lambda learned=learned: learned  # type: ignore[attr-defined]
-        says, label = judged(of_model["text"].tolist()), of_model["label"].to_numpy()
-        right = int((says & (label == "2")).sum())
-        shares = Rate(right, int((label == "2").sum())), Rate(right, int((says & (label != "3")).sum()))
-        table.add_row(name, *map(str, shares), str(Rate(int((says & (label == "3")).sum()), int((label == "3").sum()))))
+    for name in answers:
+        table.add_row(name, *map(str, fold(name, answers)))
     Console(file=sys.stdout).print(table)
     if options.write:
         intercept, rows = train(pandas.concat(answers.values()))
