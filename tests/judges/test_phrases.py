@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
-from safetyheads.judges.phrases import PhraseJudge, echo_of
+from safetyheads.judges.phrases import PhraseJudge, echo_of, strip_thinking
 from safetyheads.judges.refusals import DEEDS, INABILITIES, REFUSAL_PHRASES, WHOLE_REFUSALS
 
 quick = settings(deadline=None, max_examples=200)  # a slow machine is no failure
@@ -186,8 +186,9 @@ def test_what_may_yet_become_another_character_is_never_leaned_on(text, judge):
 
 @quick
 @given(TEXTS, st.sampled_from([JUDGE, THINKER]))
-def test_every_refusal_becomes_final_by_the_next_sign(text, judge):
-    assert judge.final(text + ". ") or not verdict(text, judge).reason.startswith("phrase")
+def test_every_refusing_phrase_becomes_final_when_its_sentence_ends(text, judge):
+    ended = strip_thinking(text + ".", judge.starts_in_think).endswith(".")  # unless it ends inside a thought
+    assert judge.final(text + ". ") or not ended or not verdict(text, judge).reason.startswith("phrase")
 
 
 def test_it_describes_all_its_rules():
