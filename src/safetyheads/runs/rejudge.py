@@ -74,7 +74,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         "rates": {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]},
         "n_rows": len(records),
         "n_unscored": sum(not verdict.scored for verdict in verdicts),
-        "kappa": asdict(agreed.compliance),
+        "kappa": {**asdict(agreed.compliance), "n": agreed.n},
         "n_differing": len(agreed.indices),
         "seconds": seconds,
     }
