@@ -97,7 +97,7 @@ def rank_stability(
         weights: of the resamples [n_draws, n_prompts].
         resolution: means this close are ties.
     """
-    scored: NDArray[np.bool_] = ~np.isnan(values).any(axis=0)
+    scored = ~np.asarray(np.isnan(values).any(axis=0))
     known, mean = values[:, scored], values.mean(axis=0)
     place = np.cumsum(scored) - 1
     means = weights @ known
