@@ -11,7 +11,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from safetyheads.errors import InputError
 from safetyheads.runs.compare import check_gate, compare_runs, parse_condition, quantities
 from safetyheads.runs.reader import RunReader
-from safetyheads.stats.intervals import N_RESAMPLES, bootstrap_interval, newcombe_interval
+from safetyheads.stats.intervals import N_RESAMPLES, clustered_paired_interval, newcombe_interval
 from safetyheads.stats.testing import paired_difference
 
 
@@ -140,8 +140,8 @@ def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
     alike = [scan_run(tmp_path / name, {}, vanilla=first(k), n_seeds=2) for name, k in (("a", 2), ("b", 9))]
     found = compared(*alike).vanilla_asr
     assert (found.paired, found.n, found.change) == (True, (N, N), pytest.approx(7 / N))
-    moved = np.array(first(9), float) - np.array(first(2), float)
-    assert found.interval == pytest.approx(bootstrap_interval(moved))
+    both = (np.array([first(k)] * 2, float).T for k in (2, 9))
+    assert found.interval == pytest.approx(clustered_paired_interval(*both))
     assert found.p_value == paired_difference(first(2), first(9)).p_value
     one = scan_run(tmp_path / "c", {}, vanilla=first(2))
     assert compared(one, alike[1]).vanilla_asr == found

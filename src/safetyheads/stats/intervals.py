@@ -59,13 +59,74 @@ class Rate:
 
 
 @lru_cache(4096)
-def wilson_interval(count: int, n: int) -> Interval:
+def wilson_interval(count: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's score interval of a proportion; ``n`` is at least 1.
 
-    It keeps its level near 0 and 1, where rates of refusal lie and the normal interval shrinks to a point.
+    It keeps its level near 0 and 1, where rates of refusal lie and the normal interval shrinks to a point. Its coverage
+    is .95 on average over rates, and .91 at the least over rates from .01 to .99 and n from 24 to 200.
     """
-    interval = scipy.stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    interval = scipy.stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def one_sided_upper(count: int, n: int) -> float:
+    """Upper bound, 95 % one-sided, of a proportion (Wilson); 1 where ``n`` is 0."""
+    return wilson_interval(count, n, 2 * CONFIDENCE - 1)[1] if n else 1.0
+
+
+def one_sided_lower(count: int, n: int) -> float:
+    """Lower bound, 95 % one-sided, of a proportion (Wilson); 0 where ``n`` is 0."""
+    return wilson_interval(count, n, 2 * CONFIDENCE - 1)[0] if n else 0.0
+
+
+def clustered_rate(
+    outcomes: Sequence[Sequence[float]] | FloatArray,
+    clusters: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """95 % interval of the share of answers that are 1, where answers to one prompt are not independent.
+
+    E. L. Korn and B. I. Graubard, Confidence intervals for proportions with small expected number of positive counts
+    estimated from survey data, Survey Methodology 24 (1998) 193-201: the variance between prompts gives an effective
+    number of answers, from the number of prompts up to that of answers, and Clopper and Pearson's exact interval is of
+    that many. Where all answers or none are 1 it is the exact interval of as many answers as there are prompts.
+
+    Args:
+        outcomes: [n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict.
+        clusters: [n_prompts], which prompts belong together, such as near-duplicates; by default each stands alone.
+        confidence: two-sided level.
+
+    Raises:
+        InputError: no answer has a verdict.
+    """
+    values = np.asarray(outcomes, dtype=float)
+    values = values.reshape(len(values), -1)
+    scored = ~np.isnan(values)
+    ones, sizes = np.nansum(values, axis=1), scored.sum(axis=1).astype(float)
+    if clusters is not None:
+        _, places = np.unique(np.asarray(clusters), return_inverse=True)
+        ones, sizes = (np.bincount(places, weights=each) for each in (ones, sizes))
+    ones, sizes = ones[sizes > 0], sizes[sizes > 0]
+    n_clusters, n_answers = len(sizes), float(sizes.sum())
+    if n_clusters == 0:
+        raise InputError("a rate needs an answer with a verdict")
+    rate, effective = float(ones.sum()) / n_answers, float(n_clusters)
+    if n_clusters > 1 and 0 < rate < 1:
+        # Of a ratio, linearised: the sizes differ where answers are unscored.
+        spread = float(((ones - rate * sizes) ** 2).sum()) * n_clusters / (n_clusters - 1) / n_answers**2
+        tail = (1 + confidence) / 2
+        freedom = (scipy.special.ndtri(tail) / scipy.special.stdtrit(n_clusters - 1, tail)) ** 2
+        effective = rate * (1 - rate) / spread * freedom if spread > 0 else n_answers
+        effective = min(max(effective, n_clusters), n_answers)
+    return _clopper_pearson(rate * effective, effective, confidence)
+
+
+def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
+    """The exact interval of a proportion; count and n need not be whole."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if count < 1e-9 else float(scipy.special.betaincinv(count, n - count + 1, tail))
+    high = 1.0 if n - count < 1e-9 else float(scipy.special.betaincinv(count + 1, n - count, 1 - tail))
+    return low, high
 
 
 def newcombe_interval(before: float, old: Interval, after: float, new: Interval) -> Interval:
@@ -79,8 +140,10 @@ def newcombe_interval(before: float, old: Interval, after: float, new: Interval)
     return change - math.hypot(after - new[0], old[1] - before), change + math.hypot(new[1] - after, before - old[0])
 
 
-def newcombe_paired_interval(both: int, first: int, second: int, neither: int) -> Interval:
-    """95 % interval of the rate of the first outcome minus that of the second, over the same pairs.
+def newcombe_paired_interval(
+    both: int, first: int, second: int, neither: int, confidence: float = CONFIDENCE
+) -> Interval:
+    """Interval, 95 % by default, of the rate of the first outcome minus that of the second, over the same pairs.
 
     Method 10 of R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on
     paired data, Statistics in Medicine 17 (1998) 2635-2650. It squares and adds the distances to the Wilson bounds,
@@ -88,23 +151,43 @@ def newcombe_paired_interval(both: int, first: int, second: int, neither: int) -
     statsmodels has it. The arguments count pairs: with both outcomes, the first or second alone, neither.
     """
     n = both + first + second + neither
-    rate_1, rate_2 = (both + first) / n, (both + second) / n
-    low_1, high_1 = wilson_interval(both + first, n)
-    low_2, high_2 = wilson_interval(both + second, n)
     numerator: float = both * neither - first * second
     if numerator > 0:
         numerator = max(numerator - n / 2, 0.0)
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
     # A margin of 0 (an outcome that never or always came) leaves phi undefined; the paper takes 0.
     phi = numerator / math.sqrt(margins) if margins else 0.0
-    change = rate_1 - rate_2
+    first_bounds, second_bounds = (wilson_interval(both + alone, n, confidence) for alone in (first, second))
+    return _square_and_add((both + first) / n, first_bounds, (both + second) / n, second_bounds, phi)
 
-    def square_and_add(distance_1: float, distance_2: float) -> float:
+
+def clustered_paired_interval(before: FloatArray, after: FloatArray, confidence: float = CONFIDENCE) -> Interval:
+    """Interval of the rate after minus that before, over the same prompts with several answers each.
+
+    :func:`newcombe_paired_interval` with the interval of :func:`clustered_rate` for each side and the correlation of
+    the prompts' own rates for phi. ``before`` and ``after`` are [n_prompts, n_answers], NaN where there is no verdict;
+    every prompt has a verdict on both sides.
+    """
+    old, new = np.nanmean(before, axis=1), np.nanmean(after, axis=1)
+    deviation = float(old.std() * new.std())
+    covariance = float(((old - old.mean()) * (new - new.mean())).mean())
+    if covariance > 0:
+        covariance = max(covariance - 1 / (2 * len(old)), 0.0)
+    phi = covariance / deviation if deviation > 0 else 0.0
+    new_bounds, old_bounds = (clustered_rate(side, confidence=confidence) for side in (after, before))
+    # The change is of the prompts' own rates, which differ from the answers' where some are unscored.
+    return _square_and_add(float(new.mean()), new_bounds, float(old.mean()), old_bounds, phi)
+
+
+def _square_and_add(rate_1: float, bounds_1: Interval, rate_2: float, bounds_2: Interval, phi: float) -> Interval:
+    """Newcombe's interval of ``rate_1 - rate_2``, from each one's own and the correlation of their estimates."""
+
+    def combined(distance_1: float, distance_2: float) -> float:
         # The form is positive for |phi| <= 1; rounding can leave it below 0 where it is 0 exactly.
         return math.sqrt(max(distance_1**2 - 2 * phi * distance_1 * distance_2 + distance_2**2, 0.0))
 
-    low = change - square_and_add(rate_1 - low_1, high_2 - rate_2)
-    high = change + square_and_add(high_1 - rate_1, rate_2 - low_2)
+    low = rate_1 - rate_2 - combined(rate_1 - bounds_1[0], bounds_2[1] - rate_2)
+    high = rate_1 - rate_2 + combined(bounds_1[1] - rate_1, rate_2 - bounds_2[0])
     return max(low, -1.0), min(high, 1.0)
 
 

@@ -110,6 +110,15 @@ def split_half_ceiling(complied: FloatArray, differs: NDArray[np.bool_]) -> Prox
     return ProxyQuality("split_half", spearman, auc, None, int(differs.sum()), len(differs), tuple(sizes))
 
 
+def spearman_brown(correlation: float | None) -> float | None:
+    """Reliability of all prompts from the correlation of two halves: 2 r / (1 + r) (Spearman 1910, Brown 1910).
+
+    The correlation of a score with the ASR of all prompts is at most the root of it (attenuation), on average; None
+    where the halves agree no better than chance, for then nothing bounds it.
+    """
+    return None if correlation is None or correlation <= 0 else 2 * correlation / (1 + correlation)
+
+
 def _halved_asr(complied: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
     """ASR of each head [n_heads] on both halves of the prompts, for many random halves; none below four prompts."""
     n = len(complied)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import scipy  # its modules load on first use
+from numpy.typing import NDArray
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import FloatArray, Interval, bootstrap_interval, newcombe_paired_interval
+from safetyheads.stats.intervals import (
+    CONFIDENCE,
+    FloatArray,
+    Interval,
+    clustered_paired_interval,
+    newcombe_paired_interval,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,8 @@ class PairedDifference:
     change: float | None
     """Rate after minus rate before, from -1 to 1."""
     interval: Interval | None
-    """95 % interval of the change: Newcombe (1998), method 10; a bootstrap over prompts with several answers each."""
+    """95 % interval of the change: Newcombe (1998), method 10; with several answers a prompt
+    :func:`.intervals.clustered_paired_interval`."""
     n: int
     """Pairs."""
     gained: int
@@ -28,7 +37,13 @@ class PairedDifference:
     lost: int
     """Pairs that were true before and are not after; with several answers a prompt, prompts whose rate fell."""
     p_value: float | None
-    """Two-sided exact McNemar test (a sign test) of gained against lost; 1 where no pair changed."""
+    """Two-sided exact test that the change is 0: McNemar's with one answer a prompt, and the sign-flip test of the mean
+    change with several, of which McNemar's is a case. 1 where no pair changed."""
+
+    @property
+    def least_p(self) -> float:
+        """The least p value that as many changed pairs can give: all changed the same way."""
+        return least_attainable_p(self.gained + self.lost)
 
 
 def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray) -> PairedDifference:
@@ -42,11 +57,7 @@ def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[floa
     Raises:
         InputError: the outcomes are of different numbers of prompts.
     """
-    if len(before) != len(after):
-        raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
-    old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
-    scored = ~(np.isnan(old).all(axis=1) | np.isnan(new).all(axis=1))
-    old, new = old[scored], new[scored]
+    old, new = _scored_pairs(before, after)
     n = len(old)
     if n == 0:
         return PairedDifference(None, None, 0, 0, 0, None)
@@ -55,11 +66,66 @@ def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[floa
         gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
         both = int((first & second).sum())
         change, interval = (gained - lost) / n, newcombe_paired_interval(both, gained, lost, n - both - gained - lost)
-    else:
-        moved = np.nanmean(new, axis=1) - np.nanmean(old, axis=1)
-        gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
-        change, interval = float(moved.mean()), bootstrap_interval(moved)
-    return PairedDifference(change, interval, n, gained, lost, exact_mcnemar(gained, lost))
+        return PairedDifference(change, interval, n, gained, lost, exact_mcnemar(gained, lost))
+    moved = _whole_steps(old, new)
+    gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
+    change = float((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)).mean())
+    return PairedDifference(change, clustered_paired_interval(old, new), n, gained, lost, sign_flip_p(moved.tolist()))
+
+
+def _scored_pairs(
+    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Both sides [n_pairs, n_answers], without the prompts that have no verdict at all on one side."""
+    if len(before) != len(after):
+        raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
+    old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
+    scored = ~(np.isnan(old).all(axis=1) | np.isnan(new).all(axis=1))
+    return old[scored], new[scored]
+
+
+def _whole_steps(old: FloatArray, new: FloatArray) -> NDArray[np.int64]:
+    """Each prompt's change as a whole number of equal steps [n_prompts], so that equal changes are equal."""
+    sizes = [(~np.isnan(side)).sum(axis=1) for side in (old, new)]
+    steps = math.lcm(*(int(size) for size in np.unique(np.concatenate(sizes))))
+    ones = [np.nansum(side, axis=1).astype(np.int64) for side in (old, new)]
+    before, after = (count * (steps // size) for count, size in zip(ones, sizes, strict=True))
+    moved: NDArray[np.int64] = after - before
+    return moved
+
+
+def sign_flip_p(moved: Sequence[int]) -> float:
+    """Two-sided exact test that a sum of paired changes is 0: each change might as well have gone the other way.
+
+    The p value is the share of all 2**n choices of signs whose sum is as far from 0. Where all changes are of one size
+    it is McNemar's. Its statistic is the mean change itself, so it cannot point against it.
+    """
+    sizes = [abs(move) for move in moved if move]
+    common = math.gcd(*sizes) if sizes else 1
+    return _sign_flips(tuple(sorted(size // common for size in sizes)), abs(sum(moved)) // common)
+
+
+@lru_cache(4096)
+def _sign_flips(sizes: tuple[int, ...], observed: int) -> float:
+    if not sizes or observed == 0:
+        return 1.0
+    if len(set(sizes)) == 1:
+        return exact_mcnemar((len(sizes) + observed) // 2, (len(sizes) - observed) // 2)
+    reach = sum(sizes)
+    # The chance of each sum from -reach to reach. Only additions of what is positive, so that small ones stay exact.
+    chances = np.zeros(2 * reach + 1)
+    chances[reach] = 1.0
+    for size in sizes:
+        moved = np.zeros_like(chances)
+        moved[size:] += chances[:-size] / 2
+        moved[:-size] += chances[size:] / 2
+        chances = moved
+    return min(1.0, 2 * float(chances[reach + observed :].sum()))
+
+
+def least_attainable_p(changed: int) -> float:
+    """The least p value of an exact two-sided test of ``changed`` pairs: all of them changed the same way."""
+    return min(1.0, 2 * 0.5**changed)
 
 
 @lru_cache(4096)
@@ -83,6 +149,33 @@ def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
     p_values = list(p_values)
     adjusted = iter(holm([p for p in p_values if p is not None]))
     return [None if p is None else next(adjusted) for p in p_values]
+
+
+def tarone(p_values: Sequence[float], least: Sequence[float]) -> tuple[float, ...]:
+    """P values adjusted for testing all of them, where discrete tests cannot all be significant.
+
+    Tarone (Biometrics 46, 1990) left out of Bonferroni's count the tests whose least attainable p value lies above the
+    level; G. Hommel and F. Krummenauer (Biometrics 54, 1998) made it a step-down for every level. A p value is
+    multiplied by the number of tests not yet rejected that could have given one as small; the family-wise error rate
+    holds as Holm's does, and nothing is rejected less often.
+
+    Args:
+        p_values: of all tests, in any order.
+        least: the least p value that each test can give, by what it conditions on; 2 * .5**d for McNemar's of d changed
+            pairs (:attr:`PairedDifference.least_p`).
+
+    Raises:
+        InputError: a p value is not between 0 and 1, or lies below the least that its test can give.
+    """
+    p, floor = np.asarray(p_values, float), np.asarray(least, float)
+    if p.shape != floor.shape or not ((p >= 0) & (p <= 1)).all() or (p < floor * (1 - 1e-9)).any():
+        raise InputError("p values lie between 0 and 1, and none below the least that its test can give")
+    adjusted, left, running = np.empty(len(p)), np.ones(len(p), bool), 0.0
+    for at in np.argsort(p, kind="stable"):
+        could = int((left & (floor <= p[at] * (1 + 1e-9))).sum())
+        running = max(running, min(1.0, could * float(p[at])))
+        adjusted[at], left[at] = running, False
+    return tuple(adjusted.tolist())
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -128,3 +221,68 @@ def random_p_value(observed: float, random_values: Sequence[float]) -> float:
     """
     reached = sum(value >= observed for value in random_values)
     return (1 + reached) / (1 + len(random_values))
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """Whether a change is shown to stay within a margin."""
+
+    change: float | None
+    """The mean change; None without a pair."""
+    interval: Interval | None
+    """90 %: each of its bounds is a one-sided bound of 95 %."""
+    n: int
+    """Pairs."""
+    margin: float
+    """The largest change that is allowed, in the unit of the change."""
+    shown: bool
+    """Whether the bound that counts lies within the margin. False also means that n is too small to show it."""
+
+
+def non_inferior(
+    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float, rise: bool = True
+) -> Margin:
+    """Whether a rate is shown to rise by less than the margin; with ``rise`` False: to fall by less.
+
+    A point estimate within the margin shows nothing: the one-sided 95 % bound has to be. Arguments as for
+    :func:`paired_difference`.
+    """
+    change, interval, n = _change_90(before, after)
+    bound = None if interval is None else (interval[1] if rise else -interval[0])
+    return Margin(change, interval, n, margin, bound is not None and bound < margin)
+
+
+def equivalent(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float) -> Margin:
+    """Whether a rate is shown to change by less than the margin either way: two one-sided tests at 5 %.
+
+    An interval that includes 0 shows no equality; a narrow one round 0 does. Arguments as for
+    :func:`paired_difference`.
+    """
+    change, interval, n = _change_90(before, after)
+    return Margin(change, interval, n, margin, interval is not None and -margin < interval[0] <= interval[1] < margin)
+
+
+def equivalent_means(changes: Sequence[float], margin: float) -> Margin:
+    """Whether the mean of paired changes is shown to lie within the margin: two one-sided t tests at 5 %."""
+    n = len(changes)
+    if n < 2:
+        return Margin(float(changes[0]) if n else None, None, n, margin, False)
+    values = np.asarray(changes, float)
+    half_width = float(scipy.stats.t.ppf(CONFIDENCE, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    mean = float(values.mean())
+    return Margin(mean, (mean - half_width, mean + half_width), n, margin, abs(mean) + half_width < margin)
+
+
+def _change_90(
+    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray
+) -> tuple[float | None, Interval | None, int]:
+    """The change with its 90 % interval, and the pairs."""
+    old, new = _scored_pairs(before, after)
+    found, level = paired_difference(old, new), 2 * CONFIDENCE - 1
+    if found.n == 0:
+        return None, None, 0
+    if old.shape[1] == new.shape[1] == 1:
+        both = int((old[:, 0] * new[:, 0]).sum())
+        counts = both, found.gained, found.lost, found.n - both - found.gained - found.lost
+        return found.change, newcombe_paired_interval(*counts, confidence=level), found.n
+    return found.change, clustered_paired_interval(old, new, level), found.n

@@ -1,0 +1,140 @@
+"""How many prompts a test needs, and how small a change it would have shown."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import scipy  # its modules load on first use
+
+from safetyheads.errors import InputError
+from safetyheads.stats.intervals import one_sided_upper
+from safetyheads.stats.testing import least_attainable_p
+
+POWER = 0.8
+"""How often a change of the smallest size that is named would be found."""
+_LARGEST_N = 100_000
+
+
+def smallest_change_with_power(
+    n: int,
+    p0: float = 0.0,
+    alpha: float = 0.05,
+    tests: int = 1,
+    power: float = POWER,
+    n_seeds: int = 1,
+) -> float | None:
+    """The smallest rise of a rate that ``n`` prompts show with this power; None where none can be.
+
+    A rise is shown where the exact two-sided test is at most ``alpha / tests`` (Bonferroni, which is the first step of
+    Holm's and never easier than Tarone's). Assumed: no prompt is lost, so that the changed pairs are binomial. With
+    several answers a prompt, those to one prompt are taken to change together, which is the worst case; and where the
+    rate before is not 0, answers are drawn anew, so that some are lost by chance: the larger of both changes is given.
+
+    Args:
+        n: prompts.
+        p0: the rate before; a rise is at most ``1 - p0``.
+        alpha: level of the test.
+        tests: tests that the level is shared by.
+        power: how often a change of this size is found.
+        n_seeds: answers a prompt.
+
+    Raises:
+        InputError: ``n`` below 0, ``alpha``, ``power`` or ``p0`` outside their ranges, or ``tests`` below 1.
+    """
+    _refuse(n, p0, alpha, tests, power)
+    most = 1 - p0
+    if _power(n, most, p0, alpha / tests, n_seeds) < power:
+        return None
+    low, high = 0.0, most
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if _power(n, middle, p0, alpha / tests, n_seeds) < power:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def prompts_needed(
+    change: float,
+    p0: float = 0.0,
+    alpha: float = 0.05,
+    tests: int = 1,
+    power: float = POWER,
+    n_seeds: int = 1,
+) -> int | None:
+    """The fewest prompts that show a rise of this size with this power; None where 100,000 do not.
+
+    Arguments as for :func:`smallest_change_with_power`.
+    """
+    _refuse(0, p0, alpha, tests, power)
+    if not 0 < change <= 1 - p0 + 1e-12:
+        return None
+    low, high = 0, 8
+    while _power(high, change, p0, alpha / tests, n_seeds) < power:
+        low, high = high, 2 * high
+        if high > _LARGEST_N:
+            return None
+    # The power rises with n but for steps of a discrete test, so the last few are walked.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _power(middle, change, p0, alpha / tests, n_seeds) < power else (low, middle)
+    while high > 1 and _power(high - 1, change, p0, alpha / tests, n_seeds) >= power:
+        high -= 1
+    return high
+
+
+def prompts_line(
+    n: int, change: float = 0.2, heads: int = 1, p0: float = 0.0, alpha: float = 0.05, n_seeds: int = 1
+) -> str:
+    """What n prompts can show of one head of ``heads``, and how many would show ``change``, in one sentence."""
+    of = f"one head of {heads}" if heads > 1 else "one group"
+    needed = prompts_needed(change, p0, alpha, heads, n_seeds=n_seeds)
+    least = smallest_change_with_power(n, p0, alpha, heads, n_seeds=n_seeds)
+    shown = "no change at all" if least is None else f"a rise of ASR of {least:.2f}"
+    enough = "no number of prompts shows" if needed is None else f"{needed} prompts show"
+    return (
+        f"{n} prompts show {shown} for {of} in 80 % of runs (level {alpha:g}, corrected); {enough} one of {change:.2f}"
+    )
+
+
+def needed_for_bound(losses: int, bound: float) -> int:
+    """The fewest prompts at which the one-sided 95 % upper bound (Wilson) of so many losses lies below ``bound``."""
+    if losses < 0 or not 0 < bound < 1:
+        raise InputError(f"no number of prompts bounds {losses} losses below {bound}")
+    low, high = max(losses, 1) - 1, max(losses, 1)
+    while one_sided_upper(losses, high) >= bound:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one_sided_upper(losses, middle) >= bound else (low, middle)
+    return high
+
+
+def _refuse(n: int, p0: float, alpha: float, tests: int, power: float) -> None:
+    if n < 0 or tests < 1 or not 0 < alpha < 1 or not 0 < power < 1 or not 0 <= p0 <= 1:
+        raise InputError(f"no power for n={n}, p0={p0}, alpha={alpha}, tests={tests}, power={power}")
+
+
+@lru_cache(4096)
+def _power(n: int, change: float, p0: float, alpha: float, n_seeds: int) -> float:
+    """How often the exact test of n pairs finds a rise of ``change`` from ``p0``, at the less favourable model."""
+    changed = 1
+    while least_attainable_p(changed) > alpha:
+        changed += 1
+    together = float(scipy.stats.binom.sf(changed - 1, n, change))
+    if n_seeds == 1 or p0 == 0:
+        return together
+    return min(together, _power_drawn_anew(n, change, p0, alpha))
+
+
+def _power_drawn_anew(n: int, change: float, p0: float, alpha: float) -> float:
+    """The power where before and after are independent draws of one answer: the noisiest that answers can be."""
+    gain, loss = (1 - p0) * (p0 + change), p0 * (1 - p0 - change)
+    moved = np.arange(n + 1)
+    # The most losses at which the two-sided test of so many moved pairs is at most alpha: below 0 where none is.
+    most = scipy.stats.binom.ppf(alpha / 2, moved, 0.5)
+    most = np.where(2 * scipy.stats.binom.cdf(most, moved, 0.5) <= alpha, most, most - 1)
+    found = scipy.stats.binom.cdf(most, moved, loss / (gain + loss))
+    return float((scipy.stats.binom.pmf(moved, n, gain + loss) * found).sum())
