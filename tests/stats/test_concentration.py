@@ -1,14 +1,14 @@
-"""The concentration: a case by hand, the slow twin, and where there is nothing to measure."""
+"""The concentration: a case by hand, the slow twin, the coverage of its interval, and where nothing is measured."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import scipy
 
 from safetyheads.errors import InputError
-from safetyheads.stats.concentration import RANDOM, VANILLA, SizeOutcome, concentration
-from safetyheads.stats.intervals import N_RESAMPLES
+from safetyheads.stats.concentration import RANDOM, VANILLA, SizeOutcome, concentration, prompt_gains
 
 
 def outcomes(groups, random):
@@ -46,14 +46,76 @@ def test_a_case_worked_out_by_hand():
     assert (found.value, found.sizes, found.n_random) == (0.5, (1,), 1)
 
 
-def test_the_quick_path_is_the_slow_one():
-    # The same draws of prompts, so all that may differ is the order of sums of some dozens of terms.
+def test_the_value_is_the_definition_in_loops():
+    # All that may differ is the order of sums of some dozens of terms.
     groups, random = drawn(3, 4, 17)
-    counts = np.random.default_rng(0).multinomial(17, np.full(17, 1 / 17), size=N_RESAMPLES)
-    means = [slow_value(groups, random, np.repeat(range(17), row).tolist()) for row in counts]
     found = concentration(outcomes(groups, random), [0] * 17)
     assert found.value == pytest.approx(slow_value(groups, random, range(17)), abs=1e-12)
-    assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+    gains, sizes, n_random = prompt_gains(outcomes(groups, random), [0] * 17)
+    assert (gains.mean(), sizes, n_random) == (pytest.approx(found.value), (1, 2, 3), 4)
+
+
+def test_sizes_may_have_other_numbers_of_random_groups():
+    # Gaps 1 - 1/4 and 1 - 1/2: where few distinct groups exist, a size has fewer.
+    random = [[[1, 0], [0, 0]], [[1, 0], [0, 1], [1, 0]]]
+    found = concentration(outcomes([[1, 1], [1, 1]], random), [0, 0])
+    assert (found.value, found.sizes, found.n_random) == ((3 / 4 + 1 / 2) / 2, (1, 2), 2)
+
+
+def random_effects(generator, n, n_groups, n_sizes, base, gain, between):
+    """Outcomes with effects of prompts (sd .7) and of random groups (sd ``between``), and the true concentration."""
+    prompt, truth, found = 0.7 * generator.normal(size=n), [], []
+    limit = scipy.special.ndtri
+    for size in range(1, n_sizes + 1):
+        share = base + (1 - base) * gain * size / n_sizes
+        complied = generator.normal(size=n) < np.sqrt(1.49) * limit(share) + prompt
+        group = between * generator.normal(size=(n_groups, 1))
+        noise = generator.normal(size=(n_groups, n))
+        random = noise < np.sqrt(1.49 + between**2) * limit(base) + prompt + group
+        found.append(SizeOutcome(size, complied.astype(float), random.astype(float)))
+        truth.append(share - base)
+    return found, float(np.mean(truth))
+
+
+@pytest.mark.parametrize(
+    ("n", "n_groups", "base", "gain", "between", "old"),
+    [
+        (24, 20, 0.02, 0.0, 0.7, 0.49),
+        (24, 20, 0.5, 0.95, 1.5, 0.65),
+        (24, 39, 0.15, 0.5, 0.7, 0.91),
+        (100, 7, 0.15, 0.95, 1.5, 0.6),
+    ],
+)
+def test_the_interval_covers_over_prompts_and_random_groups(n, n_groups, base, gain, between, old):
+    # 200 samples each; bench/LOG.md has 300 each of 135 settings, the lowest coverage .94. A bootstrap over prompts
+    # alone, ``old``, leaves the random groups out.
+    generator, covered, n_sizes = np.random.default_rng(0), 0, 1 if n_groups == 20 else 2
+    for _ in range(200):
+        found, truth = random_effects(generator, n, n_groups, n_sizes, base, gain, between)
+        low, high = concentration(found, [0] * n).interval
+        covered += low - 1e-9 <= truth <= high + 1e-9
+    assert covered / 200 >= 0.93 > old
+
+
+def test_what_the_interval_is_made_of():
+    generator = np.random.default_rng(1)
+    found, _ = random_effects(generator, 60, 30, 1, 0.3, 0.5, 1.5)
+
+    def width(outcome, **given):
+        low, high = concentration([outcome], [0] * 60, **given).interval
+        return high - low
+
+    # Where the random groups are all that exist, only other prompts could move it.
+    whole = replace(found[0], n_possible=30)
+    assert width(whole) < width(replace(found[0], n_possible=60)) < width(found[0])
+    # Each prompt three times is no more than each once: the interval is that of the clusters.
+    thrice = SizeOutcome(1, np.repeat(found[0].complied, 3), np.repeat(found[0].random, 3, axis=1))
+    clusters = np.repeat(np.arange(60), 3).tolist()
+    low, high = concentration([thrice], [0] * 180, clusters=clusters).interval
+    assert (low, high) == pytest.approx(concentration(found, [0] * 60).interval, abs=1e-9)
+    # All freed, none at random: exact bounds of 24 prompts for each curve, .1425, squared and added.
+    sure = concentration(outcomes([[1] * 24], [[[0] * 24] * 20]), [0] * 24)
+    assert (sure.value, sure.interval) == (1.0, (pytest.approx(1 - np.sqrt(2) * (1 - 0.025 ** (1 / 24))), 1.0))
 
 
 def test_nothing_is_none():
@@ -62,6 +124,8 @@ def test_nothing_is_none():
         json.dumps(asdict(nothing), allow_nan=False)
     one = concentration(outcomes([[1]], [[[0]]]), [0])
     assert (one.value, one.interval, one.n) == (1.0, None, 1)
+    # One random group tells nothing of how others differ.
+    assert concentration(outcomes([[1, 0]], [[[0, 0]]]), [0, 0]).interval is None
 
 
 def test_outcomes_of_other_prompts_are_refused():

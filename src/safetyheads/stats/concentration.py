@@ -4,17 +4,21 @@ The concentration is the mean over group sizes 1 to S of (ASR with the group of 
 random groups of that size): the area between the two curves of ASR against size, divided by S. It is 1 where the first
 head frees every prompt and no random head frees any, 0 where chosen heads do as random ones do, negative where they do
 worse. An answer without a verdict counts as not complied, so that every prompt is in every curve.
+
+Its interval is crossed over the prompts and the random groups: others of both would move it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import FloatArray, Interval, bootstrap_interval
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval
 
 RANDOM, VANILLA = "random groups", "the unablated model"
 """What the curve of the chosen groups is compared with; the latter where no size has random groups."""
@@ -27,13 +31,13 @@ class Concentration:
     value: float | None
     """Mean gap between the two curves, from -1 to 1; None where there is no prompt or no size."""
     interval: Interval | None
-    """95 % percentile bootstrap over prompts; None below two prompts."""
+    """95 %, over prompts and random groups; None below two prompts, or with one random group."""
     n: int
     """Prompts."""
     sizes: tuple[int, ...]
     """Group sizes that the mean is over."""
     n_random: int
-    """Random groups of each size."""
+    """Random groups of each size, at least."""
     against: str
     """``RANDOM`` or ``VANILLA``."""
 
@@ -48,45 +52,126 @@ class SizeOutcome:
     """[n_prompts]: 0 or 1, or the share of several answers."""
     random: Sequence[Sequence[float]]
     """[n_random][n_prompts]; empty where a group has no random counterpart."""
+    n_possible: int | None = None
+    """Distinct groups that the random ones are drawn from; where they are all of them, they are no sample."""
 
 
-def concentration(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> Concentration:
-    """The concentration over the sizes that :func:`prompt_gains` keeps, with its bootstrap interval.
+def concentration(
+    outcomes: Sequence[SizeOutcome], vanilla: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> Concentration:
+    """The concentration over the sizes that have random groups, or over all where none has.
 
     Args:
         outcomes: one a size, of the same prompts in the same order.
         vanilla: which prompts comply unablated [n_prompts].
+        clusters: which prompts belong together [n_prompts], such as near-duplicates; by default each stands alone.
 
     Raises:
         InputError: the outcomes are not of the same number of prompts.
     """
-    gains, sizes, n_random = prompt_gains(outcomes, vanilla)
-    n = len(gains)
-    return Concentration(
-        value=float(gains.mean()) if sizes and n else None,
-        # One resample of prompts serves both curves: they are of the same prompts.
-        interval=bootstrap_interval(gains) if sizes and n > 1 else None,
-        n=n,
-        sizes=sizes,
-        n_random=n_random,
-        against=RANDOM if n_random else VANILLA,
-    )
+    kept, n_random = _comparable(outcomes, vanilla)
+    n, sizes = len(vanilla), tuple(outcome.size for outcome in kept)
+    against = RANDOM if n_random else VANILLA
+    if not kept or n == 0:
+        return Concentration(None, None, n, sizes, n_random, against)
+    found, random = _areas(kept, vanilla)
+    names = list(range(n)) if clusters is None else list(clusters)
+    several = len(set(names)) > 1 and n_random != 1
+    interval = _crossed_interval(kept, found, random, names) if several else None
+    return Concentration(float((found - random).mean()), interval, n, sizes, n_random, against)
 
 
 def prompt_gains(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[FloatArray, tuple[int, ...], int]:
     """Each prompt's part of the concentration [n_prompts], the sizes it is over, and the random groups of each.
 
-    A size whose group fills its layers has no random group, and is left out where other sizes have some. The
-    concentration is linear in the prompts, so a bootstrap over prompts need only resample these parts.
+    The concentration is linear in the prompts: it is the mean of these parts.
     """
-    n_random = max((len(outcome.random) for outcome in outcomes), default=0)
-    kept = [outcome for outcome in outcomes if len(outcome.random) == n_random]
-    n = len(vanilla)
+    kept, n_random = _comparable(outcomes, vanilla)
+    sizes = tuple(outcome.size for outcome in kept)
+    if not kept or not len(vanilla):
+        return np.zeros(len(vanilla)), sizes, n_random
+    found, random = _areas(kept, vanilla)
+    return found - random, sizes, n_random
+
+
+def _comparable(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[list[SizeOutcome], int]:
+    """The sizes that the concentration is over, and the fewest random groups that one of them has.
+
+    A size whose group fills its layers has no random group, and is left out where other sizes have some.
+    """
+    controlled = [outcome for outcome in outcomes if len(outcome.random)]
+    kept, n = controlled or list(outcomes), len(vanilla)
     if any(len(complied) != n for outcome in kept for complied in (outcome.complied, *outcome.random)):
         raise InputError(f"the outcomes of the groups are not of the {n} prompts of the unablated model")
-    sizes = tuple(outcome.size for outcome in kept)
-    if not kept or n == 0:
-        return np.zeros(n), sizes, n_random
-    groups = np.array([outcome.complied for outcome in kept], dtype=float)
-    random = np.array([outcome.random or [vanilla] for outcome in kept], dtype=float)
-    return (groups - random.mean(axis=1)).mean(axis=0), sizes, n_random
+    return kept, min((len(outcome.random) for outcome in controlled), default=0)
+
+
+def _areas(kept: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """Each prompt's part of the area under the searched groups' curve, and under the random ones' [n_prompts]."""
+    found = np.mean([np.asarray(outcome.complied, dtype=float) for outcome in kept], axis=0)
+    controls = (outcome.random if len(outcome.random) else [vanilla] for outcome in kept)
+    return found, np.mean([np.asarray(control, dtype=float).mean(axis=0) for control in controls], axis=0)
+
+
+def _crossed_interval(
+    kept: Sequence[SizeOutcome], found: FloatArray, random: FloatArray, clusters: Sequence[Hashable]
+) -> Interval:
+    """The two areas' own intervals, combined by squaring and adding with the correlation that their prompts give them.
+
+    An area is a share, so its interval is Clopper and Pearson's of as many answers as its variance is worth (Korn and
+    Graubard, 1998). The variance of the random area has a part of the prompts and a part of the groups. Both contain
+    that of a prompt's outcome under a group, so it is taken off the latter once (A. Owen, The pigeonhole bootstrap,
+    Annals of Applied Statistics 1 (2007) 386-411). The combination is Newcombe's; a bootstrap over prompts alone covers
+    .49 to .93 of the true values (docs/statistics.md).
+    """
+    _, place = np.unique([*map(str, clusters)], return_inverse=True)
+    n, n_clusters = len(found), int(place.max()) + 1
+
+    def by_cluster(values: FloatArray) -> FloatArray:
+        return np.array([np.bincount(place, row, n_clusters) for row in np.atleast_2d(values)])
+
+    spread = n_clusters / (n_clusters - 1) / n**2
+    sides = by_cluster(np.array([found - found.mean(), random - random.mean()]))
+    of_found, covariance, of_prompts = (float(sides[i] @ sides[j]) * spread for i, j in ((0, 0), (0, 1), (1, 1)))
+    of_groups, least_groups = 0.0, n_clusters
+    for outcome in kept:
+        if len(outcome.random) < 2:
+            continue
+        values = np.asarray(outcome.random, dtype=float)
+        n_groups, means = len(values), values.mean(axis=1)
+        residual = by_cluster(values - means[:, None] - values.mean(axis=0) + values.mean())
+        own = float((residual**2).sum()) * spread / (n_groups - 1) / n_groups
+        drawn = 1 - n_groups / outcome.n_possible if outcome.n_possible else 1.0
+        between = float(means.var(ddof=1)) / n_groups
+        of_groups += max(0.0, drawn) * max(0.0, between - own) / len(kept) ** 2
+        least_groups = min(least_groups, n_groups)
+    whole = of_prompts + of_groups
+    # Satterthwaite's degrees of freedom of the sum.
+    parts = of_prompts**2 / (n_clusters - 1) + of_groups**2 / max(1, least_groups - 1)
+    freedom = whole**2 / parts if parts > 0 else n_clusters - 1
+    area, control = float(found.mean()), float(random.mean())
+    low, high = _share_interval(area, of_found, n_clusters - 1, n_clusters)
+    low_random, high_random = _share_interval(control, whole, freedom, n_clusters)
+    scale = math.sqrt(of_found * whole)
+    correlation = covariance / scale if scale > 0 else 0.0
+
+    def combined(first: float, second: float) -> float:
+        return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
+
+    down, up = combined(area - low, high_random - control), combined(high - area, control - low_random)
+    return max(-1.0, area - control - down), min(1.0, area - control + up)
+
+
+def _share_interval(share: float, variance: float, freedom: float, n: int) -> Interval:
+    """Clopper and Pearson's interval of a share with that variance; of ``n`` answers where it has none."""
+    tail = (1 - CONFIDENCE) / 2
+    effective = float(n)
+    if variance > 1e-15 and 0 < share < 1:
+        student = float(scipy.special.ndtri(1 - tail) / scipy.special.stdtrit(max(1.0, freedom), 1 - tail))
+        effective = max(2.0, share * (1 - share) / variance * student**2)
+    count = share * effective
+    low = float(scipy.special.betaincinv(count, effective - count + 1, tail)) if count > 1e-9 else 0.0
+    high = 1.0
+    if effective - count > 1e-9:
+        high = float(scipy.special.betaincinv(count + 1, effective - count, 1 - tail))
+    return low, high
