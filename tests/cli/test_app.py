@@ -124,7 +124,7 @@ def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
     assert any("answers to such prompts are cut short" in line for line in found["warnings"])
     assert '"text"' not in json.dumps(found)
     show.show_rates(found)
-    assert "keyword: I cannot" in capsys.readouterr().out
+    assert "phrase: i cannot" in capsys.readouterr().out
 
 
 def test_directories_are_named_for_what_they_hold():

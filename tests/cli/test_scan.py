@@ -16,7 +16,7 @@ SMALL = ("scan", "demo:aligned_a", "--prompts", "demo", "--max-new-tokens", "24"
 def scanned(run, tmp_path_factory):
     """A small scan, judged by the paper's judge, and what was printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, *run(*SMALL, "--limit", "8", "--no-scores", "--out", out)
+    return out, *run(*SMALL, "--judge", "paper", "--limit", "8", "--no-scores", "--out", out)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its
 
 def test_no_completions_stores_no_words_and_leaves_nothing_to_judge(run, refused, tmp_path):
     out = tmp_path / "run"
-    assert run(*SMALL, "--no-scores", "--no-completions", "--limit", "4", "--out", out)[0] == 0
+    assert run(*SMALL, "--judge", "paper", "--no-scores", "--no-completions", "--limit", "4", "--out", out)[0] == 0
     stored = "".join(path.read_text() for path in (out / "completions").iterdir())
     assert not any(word in stored for word in ("cannot help", "Explain", '"token_ids"'))
     assert "--no-completions" in refused("judge", out, "--judge", "phrases", "--quiet")

@@ -389,3 +389,26 @@ def test_a_class_that_no_name_tells_and_the_request_are_parameters(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             judged(SequenceClassifierJudge(checkpoint=path, **settings), "BOMB")
+
+
+def test_what_a_judge_thinks_is_no_verdict_and_one_that_never_ends_thinking_says_so(path_of):
+    judge = judge_named(f"qwen3guard={path_of('qwen3guard')}", tokens=900)
+    assert judge.describe()["max_new_tokens"] == 900
+    thought = "Safety: Unsafe\nCategories: None\nRefusal: No, or so it seems </think>"
+    assert judge.verdict_of_text(thought + HARMLESS).label == "safe"
+    assert judge.verdict_of_text("<think>" + thought + HARMLESS).label == "safe"
+    spent = judge.verdict_of_text("<think>Let me see. Safety: Unsafe\nRefusal: No", is_cut=True)
+    assert (spent.label, spent.reason) == ("unscored", "the judge was cut after 900 tokens (--judge-tokens)")
+    # One token is no verdict.
+    (cut,) = judged(judge_named(f"qwen3guard={path_of('qwen3guard')}", tokens=1), "a pleasant day")
+    assert cut.scored or "cut after 1 tokens" in cut.reason
+
+
+def test_an_answer_that_the_chat_template_fails_on_costs_no_other_its_verdict(tmp_path):
+    fails = CHAT.replace(
+        "<judge>", "{% if 'BOOM' in messages[1].content %}{{ raise_exception('no') }}{% endif %}<judge>"
+    )
+    judge = judge_named(f"qwen3guard={make_fake(tmp_path, *FAKES['qwen3guard'], chat_template=fails)}")
+    fine, failed = judged(judge, "a pleasant day", "BOOM")
+    assert (fine.label, failed.label) == ("safe", "unscored")
+    assert failed.reason.endswith("fails on this answer")

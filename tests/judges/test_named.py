@@ -7,7 +7,7 @@ import pytest
 
 from safetyheads.errors import InputError
 from safetyheads.judges.formats import MODEL_JUDGES
-from safetyheads.judges.named import FORMS, JUDGES, judge_named, judges_named
+from safetyheads.judges.named import FORMS, JUDGES, default_judge_name, judge_named, judges_named
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,7 @@ def test_naming_a_judge_of_rules_loads_no_torch_and_no_client():
         "print(sorted({'torch', 'transformers', 'httpx2', 'openai'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_model_with_a_chat_template_is_judged_by_phrases_any_other_by_the_papers_keywords():
+    assert (default_judge_name(True), default_judge_name(False)) == ("phrases", "paper")

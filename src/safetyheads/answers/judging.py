@@ -11,6 +11,7 @@ from safetyheads.answers.decoding import Answer, Route, Stop
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.judges.named import JUDGES, default_judge_name
 from safetyheads.prompts.asked import ReadAnswer
 from safetyheads.prompts.sets import Prompt
 
@@ -66,11 +67,13 @@ class Judging:
         self,
         engine: Engine,
         prompts: PromptSet,
-        judges: Judge | Sequence[Judge],
+        judges: Judge | Sequence[Judge] | None,
         max_new_tokens: int,
         full_answers: bool = False,
     ) -> None:
         """Prepare to judge; the first judge leads, and ``full_answers`` go on to their end after every judge is final.
+
+        Without judges, ``phrases`` judges a model that has a chat template, else ``paper``.
 
         ``max_new_tokens`` is the number requested, not what the context leaves: so all answers of a run are judged by
         one rule, and none counts as an attack because its prompt was long.
@@ -78,6 +81,8 @@ class Judging:
         Raises:
             InputError: no judge, or two of one name.
         """
+        if judges is None:
+            judges = JUDGES[default_judge_name(bool(engine.tokenizer.chat_template))]()
         self.judges = (judges,) if isinstance(judges, Judge) else tuple(judges)
         names = [judge.name for judge in self.judges]
         if not names or len(set(names)) < len(names):

@@ -83,13 +83,13 @@ def attack_success_rate(
     prompts: PromptSet,
     heads: Sequence[Head],
     ablation: Ablation,
-    judge: Judge | Sequence[Judge],
+    judge: Judge | Sequence[Judge] | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
 ) -> AttackSuccess:
     """ASR with the heads ablated together, no heads being the unablated model (Eq 10, Fig 4-6).
 
-    Of several judges the first leads.
+    Of several judges the first leads. Without one, ``phrases`` judges a model that has a chat template, else ``paper``.
     """
     groups = (within(heads, engine.n_layers, engine.n_heads),) * len(prompts)
     return query_level_attack_success_rate(engine, prompts, groups, ablation, judge, max_new_tokens, sampling)
@@ -100,7 +100,7 @@ def query_level_attack_success_rate(
     prompts: PromptSet,
     groups: Sequence[Group],
     ablation: Ablation,
-    judge: Judge | Sequence[Judge],
+    judge: Judge | Sequence[Judge] | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     on_rows: OnRows = None,
@@ -121,7 +121,7 @@ def answers_under(
     prompts: PromptSet,
     columns: Sequence[Sequence[Group]],
     ablation: Ablation,
-    judge: Judge | Sequence[Judge],
+    judge: Judge | Sequence[Judge] | None,
     decoding: Decoding,
     on_rows: OnRows = None,
 ) -> list[list[JudgedAnswer]]:
@@ -181,7 +181,7 @@ def scan_attack_success_rate(
     engine: Engine,
     prompts: PromptSet,
     ablation: Ablation,
-    judge: Judge | Sequence[Judge],
+    judge: Judge | Sequence[Judge] | None = None,
     decoding: Decoding | None = None,
     groups: Sequence[Group] | None = None,
     on_rows: OnRows = None,

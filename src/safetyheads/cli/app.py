@@ -176,7 +176,8 @@ def _prepared(
     if isinstance(config, JudgeOptions):
         from safetyheads.judges.named import judges_named
 
-        judges_named(config.judges, config.judge_device)
+        if config.judges:
+            judges_named(config.judges, config.judge_device, config.judge_tokens)
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         return read(config), progress

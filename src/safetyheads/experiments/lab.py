@@ -20,7 +20,7 @@ from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
 from safetyheads.experiments.outcome import Measured, Outcome
-from safetyheads.experiments.settings import BENIGN, ORGANISM, Half, ReproductionConfig, prompts_of
+from safetyheads.experiments.settings import BENIGN, ORGANISM, PAPER_TEMPLATE, Half, ReproductionConfig, prompts_of
 from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
@@ -64,7 +64,7 @@ class Lab:
         """Loads and proves a model by its name."""
         self.used: set[str] = set()
         """Models that were asked for since the set was last emptied."""
-        self.judges: tuple[Judge, ...] = judges_named(config.judges, config.judge_device)
+        self.judges: tuple[Judge, ...] = judges_named(config.judges, config.judge_device, config.judge_tokens)
         """The judges of the answers; the first leads."""
         ua, sc = (kind.at(config.epsilon) for kind in (UNDIFFERENTIATED_ATTENTION, SCALING_CONTRIBUTION))
         self.ablations: tuple[Ablation, Ablation] = ua, sc
@@ -118,7 +118,8 @@ class Lab:
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
         if key not in self._subjects:
             prompts = prompts_of(self.config, model, dataset, half, prefill)
-            name = template or self.config.template or (prompts.template or engine.default_template).name
+            # Not the model's own chat template: the paper's is query_answer.
+            name = template or self.config.template or (prompts.template.name if prompts.template else PAPER_TEMPLATE)
             bound = Template.parse(name, system, prefill=prefill).bound(engine.tokenizer)
             self._subjects[key] = Subject(self, model, dataset, prompts.with_template(bound.template))
         return self._subjects[key]

@@ -12,7 +12,7 @@ from typing import Any
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.lab import Lab
-from safetyheads.experiments.settings import ORGANISM, ReproductionConfig, prompts_of
+from safetyheads.experiments.settings import ORGANISM, PAPER_TEMPLATE, ReproductionConfig, prompts_of
 from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import Progress
@@ -41,6 +41,13 @@ def reproduce(
     Raises:
         InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
     """
+    given = config.template is not None
+    template = config.template or f"the organism's chat, {PAPER_TEMPLATE} for other models"
+    judges = "the paper's" if config.judges == ("paper",) else "as asked"
+    progress.say(
+        f"template {template} ({'as asked' if given else 'as in the paper'}), "
+        f"judge{'s' * (len(config.judges) > 1)} {', '.join(config.judges)} ({judges})"
+    )
     lacking = {experiment.name: "; ".join(missing(experiment, config)) for experiment in experiments}
     left_out = {name: f"It needs {needs}." for name, needs in lacking.items() if needs}
     for name in left_out:
@@ -79,7 +86,7 @@ def _settings(config: ReproductionConfig) -> dict[str, Any]:
             prompts = prompts_of(config, model, name, "test")
             digest = hashlib.sha256(f"{prompts.sha256} {references_sha256(prompts)}".encode()).hexdigest()
             hashes[f"{name}, organism" if organism else name] = digest
-    judges = [judge.describe() for judge in judges_named(config.judges, config.judge_device)]
+    judges = [judge.describe() for judge in judges_named(config.judges, config.judge_device, config.judge_tokens)]
     return {"kind": KIND, **settings, "prompts_sha256": hashes, "described_judges": judges, "versions": versions()}
 
 

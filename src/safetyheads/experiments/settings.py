@@ -19,6 +19,8 @@ from safetyheads.runs.config import JudgeOptions, at_least
 
 ORGANISM = "demo:"
 """Prefix of the names of embedded checkpoints."""
+PAPER_TEMPLATE = "query_answer"
+"""Template of models that are no organism, where none is given."""
 SEARCH_SCORES = ("mean_ships", "generalized_ships_prompt", "generalized_ships_representation")
 """Scores that Sahara may search by."""
 BENIGN = "benign"
@@ -32,6 +34,9 @@ Half = Literal["search", "test"]
 class ReproductionConfig(JudgeOptions):
     """Everything that the numbers of a reproduction depend on; the defaults are the organism's."""
 
+    judges: tuple[str, ...] = ("paper",)
+    """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
+    given several times; the first one leads."""
     models: tuple[str, ...] = ("demo:aligned_a",)
     """Aligned models."""
     base: str | None = "demo:base"

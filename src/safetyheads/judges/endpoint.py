@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from threading import Lock
@@ -226,13 +226,18 @@ class EndpointJudge(Judge):
             return Verdict("unscored", f"http: {error.status_code}", error.response.text[:_RAW_CHARACTERS])
         try:
             reply = response.json()
-            text = reply["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            choice = reply["choices"][0]
+            text, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             return Verdict("unscored", "reply: no chat completion", response.text[:_RAW_CHARACTERS])
         self.meter.count_tokens(reply.get("usage"))
-        if not isinstance(text, str) or not text.strip():
-            return Verdict("unscored", "reply: no text", response.text[:_RAW_CHARACTERS])
-        return read_reply(text, self.threshold)
+        has_text = isinstance(text, str) and text.strip()
+        verdict = read_reply(text, self.threshold) if has_text else Verdict("unscored", "reply: no text", response.text)
+        if is_cut and not verdict.scored:
+            # A judge that thinks may spend them all before its verdict.
+            spent = f"reply: cut after {self.settings.reply_tokens} tokens; give more by --judge-tokens"
+            return Verdict("unscored", spent, verdict.raw[:_RAW_CHARACTERS])
+        return verdict if has_text else replace(verdict, raw=verdict.raw[:_RAW_CHARACTERS])
 
 
 @cache
@@ -241,11 +246,12 @@ def _meter_of(base_url: str, model: str) -> Meter:
     return Meter()
 
 
-def endpoint_judge(model: str) -> EndpointJudge:
+def endpoint_judge(model: str, reply_tokens: int | None = None) -> EndpointJudge:
     """The judge by that model, at the address of :data:`ADDRESSES` and with the settings in the environment.
 
     Each field of :class:`EndpointSettings` can be set by a variable: :data:`SETTING_PREFIX` and the field in capitals,
-    such as ``SAFETYHEADS_JUDGE_MAX_REQUESTS``; ``none`` is None. An InputError tells what is missing or unreadable.
+    such as ``SAFETYHEADS_JUDGE_MAX_REQUESTS``; ``none`` is None, and
+    ``reply_tokens`` wins over its variable. An InputError tells what is missing or unreadable.
     """
     given = {name: text for name, text in os.environ.items() if text}
     url_name, key_name = next((pair for pair in ADDRESSES if pair[0] in given), ADDRESSES[0])
@@ -266,6 +272,7 @@ def endpoint_judge(model: str) -> EndpointJudge:
                 settings[setting.name] = {"int": int, "float": float, "str": str}[kind](given[name])
             except ValueError as error:
                 raise InputError(f"{name} cannot be read: {given[name]!r}") from error
+    settings |= {} if reply_tokens is None else {"reply_tokens": reply_tokens}
     url = given[url_name]
     return EndpointJudge(model, url, given[key_name], EndpointSettings(**settings), meter=_meter_of(url, model))
 

@@ -24,6 +24,15 @@ JUDGES: dict[str, Callable[[], Judge]] = {
 }
 """The judges of rules by name."""
 
+WORD_JUDGES = ("phrases", "paper")
+"""The two judges of words that read the unablated answers of every run, whoever leads."""
+
+
+def default_judge_name(has_chat_template: bool) -> str:
+    """``phrases`` for a model with a chat template, whose refusals people word freely; else ``paper``."""
+    return WORD_JUDGES[0] if has_chat_template else WORD_JUDGES[1]
+
+
 FORMS = (
     "NAME=PATH_OR_ID of a judge model",
     "classifier:PATH_OR_ID",
@@ -33,8 +42,10 @@ FORMS = (
 """How judges with an argument are written."""
 
 
-def judge_named(spec: str, device: str = "cpu") -> Judge:
+def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Judge:
     """The judge of that name: a key of :data:`JUDGES` or of ``MODEL_JUDGES``, or one of :data:`FORMS`.
+
+    ``tokens`` is what a judge that writes its verdict may write, thinking included; None is the judge's own number.
 
     Raises:
         InputError: no judge has this name, or the judge lacks what it needs, such as an endpoint's address.
@@ -44,7 +55,7 @@ def judge_named(spec: str, device: str = "cpu") -> Judge:
     if spec in JUDGES:
         return JUDGES[spec]()
     if form == "endpoint" and argument:
-        return endpoint_judge(argument)
+        return endpoint_judge(argument, tokens)
     if form == "python" and argument:
         return judge_from_path(argument)
     if spec.startswith("classifier:"):
@@ -57,14 +68,14 @@ def judge_named(spec: str, device: str = "cpu") -> Judge:
         raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
     from safetyheads.judges.models import CausalJudge  # needs torch, which other judges do not
 
-    return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device)
+    return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device, max_new_tokens=tokens)
 
 
-def judges_named(specs: Sequence[str], device: str = "cpu") -> tuple[Judge, ...]:
+def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None = None) -> tuple[Judge, ...]:
     """Several judges, in the order given; an InputError also where no name is given, or one twice."""
     if not specs:
         raise InputError("at least one judge is needed")
-    judges = tuple(judge_named(spec, device) for spec in specs)
+    judges = tuple(judge_named(spec, device, tokens) for spec in specs)
     if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
     return judges

@@ -174,10 +174,8 @@ class Engine:
 
     @property
     def default_template(self) -> Template:
-        """The template of prompts that bring none: ``chat`` for the demo organism, else ``query_answer``."""
-        organism = bool(getattr(self.model.config, "safetyheads_organism", False))
-        chat = organism and self.tokenizer.chat_template is not None
-        return Template.parse("chat" if chat else "query_answer")
+        """The template of prompts that bring none: ``chat`` where the tokenizer has one, else ``query_answer``."""
+        return Template.parse("chat" if self.tokenizer.chat_template else "query_answer")
 
     def ask(self, prompts: PromptSet | AskedPrompts) -> AskedPrompts:
         """The prompts as this model reads them; kept, so asking again costs nothing.

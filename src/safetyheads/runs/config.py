@@ -23,7 +23,9 @@ NO_BENIGN = "none"
 # Settings that cannot change a number.
 _NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle", "offline")
 _LEAST = {
-    **dict.fromkeys(("threads", "limit", "max_new_tokens", "top_k", "positions", "size", "n_seeds", "longest"), 1),
+    **dict.fromkeys(
+        ("threads", "limit", "max_new_tokens", "top_k", "positions", "size", "n_seeds", "longest", "judge_tokens"), 1
+    ),
     **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots"), 0),
     "batch_size": 1,
 }
@@ -90,7 +92,7 @@ class TemplateOptions(Options):
     PANEL: ClassVar[str] = "Prompts"
     template: str | None = None
     """Template: direct, query_answer, query_answer_space, chat, llama2, urial, or a text with {query}. Default: chat
-    for the demo's models, else query_answer."""
+    where the tokenizer has a chat template, else query_answer."""
     system: str | None = None
     """System prompt for chat, llama2, urial or a text with {system}. llama2 and urial have their own by default."""
     fold_system: bool = False
@@ -147,16 +149,16 @@ class JudgeOptions(Options):
     """Who judges answers."""
 
     PANEL: ClassVar[str] = "Answers"
-    judges: tuple[str, ...] = ("paper",)
+    judges: tuple[str, ...] = ()
     """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
-    given several times; the first one leads."""
+    given several times; the first one leads. Default: phrases where the tokenizer has a chat template, else paper."""
     judge_device: str = "cpu"
     """Device of judge models: cpu, cuda or cuda:N."""
+    judge_tokens: int | None = None
+    """Tokens that a judge which writes its verdict may write, thinking included. Default: the judge's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.judges:
-            raise InputError("at least one judge is needed")
         twice = [name for name in dict.fromkeys(self.judges) if self.judges.count(name) > 1]
         if twice:
             raise InputError(f"each judge can be given once; {', '.join(twice)} came more often")

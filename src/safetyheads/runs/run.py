@@ -35,7 +35,7 @@ from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.base import Judge
-from safetyheads.judges.named import judges_named
+from safetyheads.judges.named import default_judge_name, judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.measures.screening import Screening, screen
@@ -115,6 +115,33 @@ def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> Pr
         # A right answer does not begin with the prefill, so there is no reference to compare with.
         prompts = replace(prompts, prompts=tuple(replace(prompt, reference=None) for prompt in prompts))
     return prompts.with_template(template.bound(engine.tokenizer).template)
+
+
+def with_default_judge(engine: Engine, settings: Any) -> tuple[Any, str]:
+    """The settings with a judge, where they take one, and why it is that one."""
+    if not hasattr(settings, "judges"):
+        return settings, ""
+    if settings.judges:
+        return settings, "as asked"
+    has_chat = bool(engine.tokenizer.chat_template)
+    why = f"the tokenizer has {'a' if has_chat else 'no'} chat template"
+    return replace(settings, judges=(default_judge_name(has_chat),)), why
+
+
+def chosen_line(engine: Engine, settings: Any, why_judge: str, *prompts: PromptSet) -> str:
+    """A run's first line: its template and its judges, and why."""
+    template = prompts[0].template
+    why = f"the tokenizer has {'a' if engine.tokenizer.chat_template else 'no'} chat template"
+    if settings.parsed_template is not None:
+        why = "as asked"
+    elif is_demo(settings.prompts):
+        why = "the demo's own"
+    parts = [f"template {template} ({why})"]
+    judges = getattr(settings, "judges", ())
+    if judges:
+        leads = "; the first leads" * (len(judges) > 1)
+        parts.append(f"judge{'s' * (len(judges) > 1)} {', '.join(judges)} ({why_judge}{leads})")
+    return ", ".join(parts)
 
 
 class Run(Generic[Config]):
@@ -352,14 +379,18 @@ def carry_out(
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
     """
+    config, why_judge = with_default_judge(engine, config)
     settings: Any = config
     progress = progress or Silent()
-    judges = judges_named(settings.judges, settings.judge_device) if hasattr(settings, "judges") else ()
+    judges: tuple[Judge, ...] = ()
+    if hasattr(settings, "judges"):
+        judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         prompts = {
             name: resolved(engine, prompt_set, settings) for name, prompt_set in (prompts or kind.read(config)).items()
         }
+        chosen = chosen_line(engine, settings, why_judge, *prompts.values())
         asked = {name: engine.ask(prompt_set) for name, prompt_set in prompts.items()}
         # Before anything is planned: the proof may cost a quick path.
         longest = max(prompt_set.longest for prompt_set in asked.values())
@@ -370,6 +401,7 @@ def carry_out(
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
             recorded |= {"judges": [judge.describe() for judge in judges]} if judges else {}
         with run_directory(out, recorded, progress, command) as directory:
+            progress.say(chosen)
             started = time.monotonic()
             stores = getattr(settings, "store_completions", True)
             sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
@@ -382,6 +414,7 @@ def carry_out(
             kind.announce(run)
             results = {
                 **common_results(kind.name, run),
+                "chosen": chosen,
                 **kind.results(run),
                 "warnings": warnings_of(engine, list(asked.values()), n_new, caught),
             }
