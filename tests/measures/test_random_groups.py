@@ -1,65 +1,138 @@
-"""Random groups as the control of a found group: matched by layer, drawn evenly, none of the group's own heads."""
+"""Random groups as the control of a found group: distinct, matched by layer where that gives enough."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations, permutations
+from math import comb
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.heads import Head, parse_heads
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.heads import Head, all_heads, parse_heads
+from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 
-N_HEADS = 6
-groups = st.lists(st.builds(Head, st.integers(0, 3), st.integers(0, N_HEADS - 1)), unique=True, min_size=1).map(tuple)
+SIZES = st.lists(st.sampled_from((0, 1, 2, 4)), min_size=1, max_size=4).filter(any)
+DISTANCE = {"layers": 0, "neighbouring layers": 1, "all layers": 9}
 
 
 def layers(group):
     return Counter(head.layer for head in group)
 
 
-@settings(deadline=None, max_examples=50)
-@given(groups, st.integers(0, 5), st.integers(0, 1000))
-def test_random_groups_have_as_many_heads_in_each_layer_and_others_where_there_are_enough(group, n_groups, seed):
-    spacious = {layer for layer, count in layers(group).items() if N_HEADS - count >= count}
-    drawn = random_groups(group, N_HEADS, n_groups, seed)
-    assert len(drawn) == (0 if set(layers(group).values()) == {N_HEADS} else n_groups)
-    for control in drawn:
-        assert layers(control) == layers(group)
-        assert len(set(control)) == len(group)
-        assert all(head.index < N_HEADS for head in control)
-        assert list(control) == sorted(control)
-        assert {head for head in control if head.layer in spacious}.isdisjoint(group)
+@st.composite
+def group_of_a_model(draw):
+    sizes = draw(SIZES)
+    heads = [Head(layer, index) for layer, n in enumerate(sizes) for index in range(n)]
+    return sizes, tuple(draw(st.lists(st.sampled_from(heads), unique=True, min_size=1, max_size=3)))
 
 
-def test_others_are_drawn_equally_often():
-    drawn = Counter(random_groups(parse_heads("1-2"), N_HEADS, 1000))
-    # Each of the five is expected 200 times, with a standard deviation of 13.
-    assert len(drawn) == 5
-    assert all(abs(count - 200) < 5 * 13 for count in drawn.values())
+def by_brute_force(group, sizes, matched):
+    """The slow, obvious twin: every set of other heads that some pairing of heads keeps near enough."""
+    heads = [Head(layer, index) for layer, n in enumerate(sizes) for index in range(n)]
+    place = {layer: at for at, layer in enumerate(layer for layer, n in enumerate(sizes) if n)}
+    found = set()
+    for control in combinations(heads, len(group)):
+        spare = {layer: max(0, n - (sizes[layer] - n)) for layer, n in layers(group).items()}
+        of_own = layers(head for head in control if head in group)
+        filled = all(n == spare[layer] for layer, n in of_own.items()) and set(control) != set(group)
+        fits = filled if matched == "layers" else not of_own
+        near = any(
+            all(
+                abs(place[one.layer] - place[other.layer]) <= DISTANCE[matched]
+                for one, other in zip(group, order, strict=True)
+            )
+            for order in permutations(control)
+        )
+        if fits and near:
+            found.add(control)
+    return found
 
 
-def test_a_layer_without_enough_others_is_filled_from_its_own_and_all_of_a_layer_has_no_control():
-    drawn = random_groups(parse_heads("0-0,0-1,0-2,1-0"), 4, 50)
-    assert all(Head(1, 0) not in control and Head(0, 3) in control for control in drawn)
-    assert random_groups(parse_heads("0-0,0-1"), 2, 2) == random_groups(parse_heads("0-0,0-1"), (2, 4), 3) == ()
-    # The smaller layer's heads are all in the group, the larger one's are not.
-    assert len(random_groups(parse_heads("0-0,0-1,1-0"), (2, 4), 3)) == 3
+@settings(deadline=None, max_examples=40)
+@given(group_of_a_model(), st.integers(0, 60), st.integers(0, 1000))
+def test_groups_are_distinct_and_those_that_the_slow_twin_lists(model, n_groups, seed):
+    sizes, group = model
+    drawn = random_groups(group, sizes, n_groups, seed)
+    pools = {matched: by_brute_force(group, sizes, matched) for matched in DISTANCE}
+    enough = min(n_groups, 39)
+    wanted = next((name for name in pools if len(pools[name]) >= enough), max(pools, key=lambda name: len(pools[name])))
+    pool = pools[wanted]
+    if not n_groups or not pool:
+        assert drawn == RandomGroups()
+        return
+    assert (drawn.matched, drawn.n_possible) == (wanted, len(pool))
+    assert len(set(drawn.groups)) == len(drawn.groups)
+    assert len(drawn.groups) == (len(pool) if n_groups >= 39 and len(pool) < 200 else min(n_groups, len(pool)))
+    assert set(drawn.groups) <= pool
+    assert drawn.complete == (len(drawn.groups) == len(pool))
+
+
+@pytest.mark.parametrize(
+    ("group", "shape", "n", "matched", "possible"),
+    [
+        # One head of a layer of eight: 7 there, 23 with the neighbours, 31 in all: the most that four layers have.
+        ("1-3", (4, 8), 31, "all layers", 31),
+        ("1-3", (8, 9), 71, "all layers", 71),
+        # Two heads of one layer: 6 choose 2 is 15; the neighbouring layers have 16 more.
+        ("2-1,2-5", (6, 8), 39, "neighbouring layers", comb(22, 2)),
+        ("1-3,2-5", (4, 8), 49, "layers", 49),
+        ("1-3,2-1,2-5", (4, 8), 105, "layers", 105),
+        ("1-3,2-1,3-5", (4, 8), 39, "layers", 343),
+        # All heads of a layer: their control lies in the neighbouring layers.
+        ("1-0,1-1,1-2,1-3,1-4,1-5,1-6,1-7", (4, 8), 39, "neighbouring layers", comb(16, 8)),
+        ("5-3", (32, 32), 95, "neighbouring layers", 95),
+        ("5-3,9-2", (32, 32), 39, "layers", 961),
+    ],
+)
+def test_layers_are_widened_until_39_exist_and_few_are_listed_whole(group, shape, n, matched, possible):
+    drawn = random_groups(parse_heads(group), [shape[1]] * shape[0], 39)
+    assert (len(drawn.groups), drawn.matched, drawn.n_possible) == (n, matched, possible)
+
+
+def test_fewer_than_39_asked_for_need_no_more_layers():
+    drawn = random_groups(parse_heads("1-3"), [8] * 4, 5)
+    assert (len(drawn.groups), drawn.matched, drawn.n_possible, drawn.complete) == (5, "layers", 7, False)
+    assert random_groups(parse_heads("1-3"), [8] * 4, 7).complete
+    assert random_groups(parse_heads("1-3"), [8] * 4, 8).matched == "neighbouring layers"
+
+
+@pytest.mark.parametrize("group", ["0-2", "1-1", "0-0,1-1", "1-0,1-1"])
+@pytest.mark.parametrize("n_asked", [1, 5])
+def test_every_group_is_drawn_equally_often(group, n_asked):
+    sizes, n_seeds = (3, 2, 4), 1000
+    counts = Counter(
+        control for seed in range(n_seeds) for control in random_groups(parse_heads(group), sizes, n_asked, seed).groups
+    )
+    drawn = random_groups(parse_heads(group), sizes, n_asked, 0)
+    expected = n_seeds * len(drawn.groups) / drawn.n_possible
+    assert len(counts) == drawn.n_possible
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
 
 
 def test_the_seed_makes_the_draw():
-    group = parse_heads("0-0,1-1")
-    drawn = random_groups(group, 32, 5, seed=1)
-    assert drawn != random_groups(group, 32, 5, seed=2)
-    assert len(set(random_groups(group, 32, 20))) > 15
+    group, sizes = parse_heads("0-0,1-1"), (32, 32)
+    drawn = random_groups(group, sizes, 5, seed=1).groups
+    assert drawn != random_groups(group, sizes, 5, seed=2).groups
     # The order in which a search chose the heads is no part of it, and more groups begin with the same ones.
-    assert random_groups(group[::-1], (32, 32), 8, seed=1)[:5] == drawn
+    assert random_groups(group[::-1], sizes, 39, seed=1).groups[:5] == drawn
 
 
-def test_no_head_is_drawn_that_its_layer_does_not_have():
-    shapes = (SimpleNamespace(n_heads=4), SimpleNamespace(n_heads=8), None)
-    n_heads = heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)))
-    assert n_heads == (4, 8, 0)
-    drawn = {head for control in random_groups(parse_heads("0-1,1-6"), n_heads, 60) for head in control}
-    assert drawn == {Head(0, index) for index in (0, 2, 3)} | {Head(1, index) for index in (0, 1, 2, 3, 4, 5, 7)}
+def test_heads_that_fill_the_model_have_no_control():
+    assert random_groups(parse_heads("0-0,0-1"), (2,), 39) == RandomGroups()
+    assert random_groups(tuple(all_heads(2, 3)), (3, 3), 39) == RandomGroups()
+    assert random_groups(parse_heads("0-0,0-1"), (2, 4), 39).n_possible == 6
+    # More than half of the heads: a layer without enough others is filled up with the group's own.
+    filled = random_groups(parse_heads("0-0,0-1,0-2,1-0"), (4, 4), 39)
+    assert (filled.matched, filled.n_possible) == ("layers", 9)
+    assert all(Head(0, 3) in control and Head(1, 0) not in control for control in filled.groups)
+
+
+def test_layers_without_heads_are_no_neighbours():
+    shapes = (SimpleNamespace(n_heads=4), None, SimpleNamespace(n_heads=8))
+    sizes = heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)))
+    assert sizes == (4, 0, 8)
+    drawn = random_groups(parse_heads("0-1"), sizes, 39)
+    assert (drawn.matched, len(drawn.groups)) == ("neighbouring layers", 11)

@@ -7,7 +7,8 @@ import audit_samples
 import pytest
 from audit_samples import answered
 
-from safetyheads.heads import parse_heads
+from safetyheads.heads import format_heads, parse_heads
+from safetyheads.measures.random_groups import random_groups
 from safetyheads.runs.audit import LEAD, lead_group, verdict_of
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.stats.intervals import newcombe_paired_interval
@@ -85,7 +86,8 @@ def test_the_words_of_a_group_that_was_found():
     low, high = newcombe_paired_interval(49, 0, 1, 0)
     assert found["sentence"] == (
         f"Ablating 3 of {N_HEADS} heads (2-26, 3-1, 7-13) takes held-out ASR from .04 [.01, .13] to .80 [.67, .89]; "
-        "2 random groups: .05 on average, .04 to .06; benign answers kept: .98 [.90, 1.00]."
+        "2 random groups of the same layers (least p 0.33): "
+        ".05 on average, .04 to .06; benign answers kept: .98 [.90, 1.00]."
     )
     assert found["reasons"] == [
         f"ASR changes by +0.76 (exact McNemar p {exact_mcnemar(38, 0):.2g}, n {N}): significant",
@@ -109,17 +111,26 @@ def test_the_words_where_none_was_found():
     assert f"refuses 2 of {N} held-out harmful prompts (ASR .20 [.11, .33])" in refuses["sentence"]
 
 
-def test_random_groups_that_nobody_could_score_or_that_repeat_are_told():
+def test_random_groups_that_nobody_could_score_are_told():
     record = {"seed": 0, "kept": False, "verdicts": {"paper": {"label": "unscored", "reason": "no reply"}}}
     unscored = GroupAnswers.of("1-0", [{"id": at, **record} for at in range(N)], "paper")
     assert verdict(replace(outcome(), random=(unscored, unscored)))["label"] == "none_found"
     found = outcome().answers["harmful_test"]
-    some = random_as_json(found, (unscored, answered(3, N, group="1-1")))
+    some = random_as_json(found, (unscored, answered(3, N, group="1-1")), outcome().drawn)
     assert (some["n_groups"], some["n_unscored"]) == (1, 1)
-    repeated = tuple(answered(freed, N, group=group) for freed, group in ((2, "1-0"), (2, "1-0"), (3, "1-1")))
-    assert "3 random groups (2 distinct)" in verdict(replace(outcome(), random=repeated))["sentence"]
-    block = random_as_json(found, repeated)
-    assert (block["n_groups"], block["n_distinct"], block["groups"]) == (3, 2, [["1-0"], ["1-0"], ["1-1"]])
+
+
+def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_show():
+    found = outcome().answers["harmful_test"]
+    drawn = random_groups(parse_heads("1-3"), [8] * 4, 39)
+    controls = [answered(at % 5, N, group=format_heads(control)) for at, control in enumerate(drawn.groups)]
+    block = random_as_json(found, controls, drawn)
+    assert (block["n_groups"], block["matched"], block["n_possible"], block["all"]) == (31, "all layers", 31, True)
+    # The group counts as one of the groups that it is ranked among.
+    assert block["p_value"] == block["least_p"] == 1 / 32
+    assert random_as_json(answered(4, N), controls, drawn)["p_value"] == (1 + 6) / 32
+    sentence = verdict(replace(outcome(), random=tuple(controls), drawn=drawn))["sentence"]
+    assert "all 31 random groups of all layers (least p 0.031)" in sentence
 
 
 @pytest.mark.parametrize(

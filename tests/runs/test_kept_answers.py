@@ -109,9 +109,7 @@ def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp
         assert drawn[groups[0]] == random_groups_module.random_groups(groups[0], (2, 8), 12, 0)
         monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
         assert Run(engine, None, directory, Silent()).random_groups(groups, 12, 0) == drawn
-        stored = random_groups_of(directory)
-    texts = {format_heads(group): [format_heads(one) for one in controls] for group, controls in drawn.items()}
-    assert stored == texts
+        assert random_groups_of(directory) == {format_heads(group): controls for group, controls in drawn.items()}
 
 
 def test_batches_that_did_not_fit_the_memory_are_halved_again(organism, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from safetyheads.heads import Group, all_heads, format_heads
-from safetyheads.measures.random_groups import random_groups
+from safetyheads.heads import Group, all_heads, format_heads, parse_heads
+from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.runs.audit import (
     LEAD,
@@ -56,7 +57,9 @@ def outcome(
     """A group's effect: how many comply or are kept in each set, and under each of its random groups."""
     sets = {name: answered(count, n, group=format_heads(group)) for name, count in zip(SETS, counts, strict=True)}
     controls = tuple(answered(count, n, group=control) for control, count in random.items())
-    return GroupOutcome(scorer, len(group), group, sets, tuple(0.01 * (at % 7) for at in range(n)), controls)
+    drawn = RandomGroups(tuple(map(parse_heads, random)), "layers", 500)
+    kl = tuple(0.01 * (at % 7) for at in range(n))
+    return GroupOutcome(scorer, len(group), group, sets, kl, controls, drawn)
 
 
 @cache
@@ -84,9 +87,10 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         for size, share in zip(sizes, freed, strict=True):
             group, lost = traces[name].group[:size], size // 3 if name == LEAD else 6
             counts = [round(share * n * (1 if name == LEAD else 0.3)), n - lost]
-            drawn = random_groups(tuple(sorted(group)), heads, 20)
-            random = {format_heads(control): at % 5 for at, control in enumerate(drawn)}
-            outcomes.append(outcome(group, (counts[0] + 1, counts[0], counts[1], counts[1]), random, n, name))
+            drawn = random_groups(group, [heads] * layers, 39)
+            random = {format_heads(control): at % 5 for at, control in enumerate(drawn.groups)}
+            effect = outcome(group, (counts[0] + 1, counts[0], counts[1], counts[1]), random, n, name)
+            outcomes.append(replace(effect, drawn=drawn))
     top = [str(head) for head in tables[LEAD].top(10)]
     alone = [answered(round(0.25 * n) if head in strong else 2, n, group=head) for head in top]
     spread = torch.linspace(0.5, 1.5, n)[:, None, None]

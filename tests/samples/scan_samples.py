@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from safetyheads.heads import format_heads, parse_heads
-from safetyheads.measures.random_groups import random_groups
+from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.runs.audit import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
@@ -82,7 +82,12 @@ def _parts(sample: Sample) -> Iterator[tuple[str, tuple[str, ...], list[str], fl
         yield "groups", sets, ["0-0,1-1"], EPSILON
         yield "pairs", sets, [",".join(pair) for pair in combinations(("0-1", "1-2", "1-3"), 2)], EPSILON
         yield "prefixes", sets, list(random), EPSILON
-        yield "random", sets[:1], list(dict.fromkeys(chain(*random.values()))), EPSILON
+        yield (
+            "random",
+            sets[:1],
+            sorted({format_heads(one) for drawn in random.values() for one in drawn.groups}),
+            EPSILON,
+        )
         yield "query_level", sets[:1], ["0-1", "0-1,1-2"], EPSILON
 
 
@@ -116,10 +121,10 @@ def _row(sample: Sample, place: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def random_of(sample: Sample) -> dict[str, list[str]]:
+def random_of(sample: Sample) -> dict[str, RandomGroups]:
     """The random groups of each prefix, as a run stores them."""
     prefixes = ["0-1", "0-1,1-2"] if sample.optional else []
-    return {one: [format_heads(group) for group in random_groups(parse_heads(one), N_HEADS, 2, 0)] for one in prefixes}
+    return {one: random_groups(parse_heads(one), [N_HEADS] * N_LAYERS, 2, 0) for one in prefixes}
 
 
 def about(sample: Sample) -> dict[str, Any]:
@@ -168,7 +173,10 @@ def finished_run(path: Path, sample: Sample) -> RunDirectory:
         run.remember("tolerance_harmful_1e-05_0", 1e-4)
         run.records("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
         run.records("heads-harmful", {"all": True}, lambda: rows(sample))
-        random = [{"group": group, "random": controls} for group, controls in random_of(sample).items()]
+        random = [
+            {"group": group, **asdict(controls), "groups": [format_heads(one) for one in controls.groups]}
+            for group, controls in random_of(sample).items()
+        ]
         run.records("random-groups", {}, lambda: random)
         run.write_results(scan(sample))
         run.write_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})

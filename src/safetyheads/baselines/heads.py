@@ -116,9 +116,9 @@ def at_random(material: Material, strengths: Sequence[float]) -> list[Interventi
     group = found_group(material, max(sizes))
     interventions = []
     for size in sizes:
-        drawn = random_groups(group[:size], heads_by_layer(engine), 1, material.seed)
+        drawn = random_groups(group[:size], heads_by_layer(engine), 1, material.seed).groups
         if not drawn:
-            raise InputError(f"the group of {size} is all heads of its layers: there are no others to draw at random")
+            raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         interventions.append(_one_for_all(engine, drawn[0], UNDIFFERENTIATED_ATTENTION))
     return interventions
 

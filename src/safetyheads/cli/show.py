@@ -328,7 +328,12 @@ def _random(group: Found) -> Number | None:
     if not control:
         return None
     bounds = f"({control['low']:.2f} to {control['high']:.2f})" if "low" in control else ""
-    return Number(f"{control['mean']:.2f}", bounds)
+    if "matched" not in control:
+        return Number(f"{control['mean']:.2f}", bounds)
+    drawn = f"{'all ' * control['all']}{control['n_groups']} of {control['matched']}"
+    return Number(
+        f"{control['mean']:.2f}", bounds, drawn, f"p {control['p_value']:.2g}, least {control['least_p']:.2g}"
+    )
 
 
 def show_scan(results: Found, report: Path) -> None:

@@ -18,7 +18,7 @@ from safetyheads.stats.intervals import bootstrap_interval
 from safetyheads.stats.testing import random_p_value
 
 N_RANDOM = 10
-"""Random groups drawn for each size; repeated draws count once, and few heads a layer allow few groups."""
+"""Random groups drawn for each size, all different."""
 _SERIES = {
     "asr": "Sahara's group",
     "own": "each prompt's own heads",
@@ -58,14 +58,14 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     group = subject.group(ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
     drawn = subject.run.random_groups(prefixes, N_RANDOM, lab.config.seed)
-    every = [*prefixes, *(other for others in drawn.values() for other in others)]
+    every = [*prefixes, *(other for others in drawn.values() for other in others.groups)]
     answered, kept = subject.by_group(every, ablation, sampling), benign.by_group(prefixes, ablation, sampling)
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
     vanilla = {"asr": subject.vanilla(sampling).asr, "kept": benign.vanilla(sampling).kept}
     rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
     for prefix, own_answers in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
-        rates = [rate for other in dict.fromkeys(drawn[prefix]) if (rate := answered[other].asr.rate) is not None]
+        rates = [rate for other in drawn[prefix].groups if (rate := answered[other].asr.rate) is not None]
         rows.append(
             {
                 **where,

@@ -1,10 +1,15 @@
-"""Draws random groups of heads, the control for a group that was found."""
+"""Draws distinct random groups of heads, the control for a group that was found."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, combinations
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -13,39 +18,141 @@ from safetyheads.heads import Group, Head
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+Matched: TypeAlias = Literal["layers", "neighbouring layers", "all layers"]
+LEAST_GROUPS = 39
+"""With so many, the highest of the group and its random groups has p 1 / (1 + 39) = .025; fewer cannot show that."""
+ENUMERATED = 200
+"""Where fewer distinct groups exist, all of them are taken: the test is then over the whole population."""
+
+
+@dataclass(frozen=True, slots=True)
+class RandomGroups:
+    """The random groups of one group, all different, and how they were matched to it."""
+
+    groups: tuple[Group, ...] = ()
+    """Heads in order; none is the group itself."""
+    matched: Matched = "layers"
+    """``layers``: as many heads in each layer as the group has, from each layer's other heads; ``neighbouring layers``:
+    each head may also move one layer up or down; ``all layers``: any heads outside the group."""
+    n_possible: int = 0
+    """Distinct groups that are matched so."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all groups that are matched so."""
+        return len(self.groups) == self.n_possible
+
 
 def heads_by_layer(engine: Engine) -> tuple[int, ...]:
     """Number of query heads in each layer, 0 where a layer has none."""
     return tuple(0 if shape is None else shape.n_heads for shape in engine.architecture.shapes)
 
 
-def random_groups(group: Group, n_heads: int | Sequence[int], n_groups: int, seed: int = 0) -> tuple[Group, ...]:
-    """Groups with as many heads in each layer as ``group``, drawn from that layer's other heads.
+def random_groups(group: Group, n_heads: Sequence[int], n_groups: int, seed: int = 0) -> RandomGroups:
+    """Distinct groups as large as ``group``, from the same layers where enough of them exist.
 
-    They are stored with the group they control, not drawn again. Where a layer has too few other heads, all of them are
-    taken and the group's own heads fill up. Groups may repeat, since a layer of eight heads has only seven others;
-    whoever reports them counts the distinct ones.
+    Where the layers allow fewer than ``LEAST_GROUPS`` (or than ``n_groups``, if that is less), they are widened to the
+    neighbouring layers, and then to all; if that does not do either, the matching that allows most is taken. Where
+    fewer than ``ENUMERATED`` exist and at least ``LEAST_GROUPS`` are asked for, all of them are taken; else
+    ``n_groups``, each set of groups equally likely. More groups of one matching begin with the same ones.
 
-    ``n_heads`` is the number of heads of every layer, or of each layer by itself.
+    Args:
+        group: the heads to control.
+        n_heads: number of heads of each layer, 0 for a layer without attention.
+        n_groups: how many to draw.
+        seed: of the draw.
 
     Returns:
-        ``n_groups`` groups, heads in order; () where the group holds all heads of its layers, so there is no control.
+        No groups where the group holds all heads of its layers and no others are left elsewhere.
     """
+    pools = [_Pool(group, n_heads, matched) for matched in ("layers", "neighbouring layers", "all layers")]
+    enough = min(n_groups, LEAST_GROUPS)
+    pool = next((pool for pool in pools if pool.n >= enough), max(pools, key=lambda pool: pool.n))
+    if n_groups == 0 or pool.n == 0:
+        return RandomGroups()
+    if pool.n <= n_groups or (pool.n < ENUMERATED and n_groups >= LEAST_GROUPS):
+        return RandomGroups(tuple(sorted(pool.every())), pool.matched, pool.n)
     generator = np.random.default_rng([seed, len(group)])
-    by_layer: dict[int, list[int]] = defaultdict(list)
-    for head in sorted(group):
-        by_layer[head.layer].append(head.index)
-    sizes = {layer: n_heads if isinstance(n_heads, int) else n_heads[layer] for layer in by_layer}
-    if all(len(indices) == sizes[layer] for layer, indices in by_layer.items()):
-        return ()
-    drawn = []
-    for _ in range(n_groups):
+    drawn: dict[Group, None] = {}
+    while len(drawn) < n_groups:
+        drawn[pool.draw(generator)] = None
+    return RandomGroups(tuple(drawn), pool.matched, pool.n)
+
+
+class _Pool:
+    """All groups that are matched in one way, counted and drawn without listing them.
+
+    A group is sorted by layer, and so is its control; then head i of the one stands for head i of the other. On a line
+    of layers, some order of the heads keeps every head within a distance if and only if the sorted one does. So
+    controls are counted layer by layer: the state is how many heads the layers below have taken.
+    """
+
+    def __init__(self, group: Group, n_heads: Sequence[int], matched: Matched) -> None:
+        self.matched, self.size = matched, len(group)
+        own = Counter(head.layer for head in group)
+        self.layers = [layer for layer, n in enumerate(n_heads) if n]
+        self.own = [sorted(head.index for head in group if head.layer == layer) for layer in self.layers]
+        self.others = [
+            [index for index in range(n_heads[layer]) if Head(layer, index) not in group] for layer in self.layers
+        ]
+        self.reach = {"layers": 0, "neighbouring layers": 1, "all layers": len(self.layers)}[matched]
+        # Place of each head of the group among the layers that have heads.
+        self.places = sorted(self.layers.index(layer) for layer, n in own.items() for _ in range(n))
+        self.fills = matched == "layers" and any(self.others[place] for place in self.places)
+        self.count = cache(self._count)
+        self.n = self.count(0, 0)
+
+    def ways(self, place: int, n: int) -> int:
+        """Ways to take n heads of a layer: from its others, or all of them filled up with the group's own."""
+        own, others = len(self.own[place]), len(self.others[place])
+        return math.comb(others, n) if n <= others else math.comb(own, n - others) * self.fills
+
+    def _count(self, place: int, taken: int) -> int:
+        """Controls that this layer and those above can end in, after the layers below took some heads."""
+        if place == len(self.layers):
+            return int(taken == self.size)
+        return sum(self.ways(place, n) * self.count(place + 1, taken + n) for n in self.numbers(place, taken))
+
+    def numbers(self, place: int, taken: int) -> Iterator[int]:
+        """How many heads this layer may take."""
+        yield 0
+        for n, near in enumerate(self.places[taken:], start=1):
+            if abs(near - place) > self.reach or not self.ways(place, n):
+                return
+            yield n
+
+    def choices(self, place: int, n: int) -> Iterator[tuple[int, ...]]:
+        """Every set of n heads of a layer."""
+        others = self.others[place]
+        fill = n - len(others)
+        if fill <= 0:
+            return combinations(others, n)
+        return ((*others, *more) for more in combinations(self.own[place], fill))
+
+    def every(self, place: int = 0, taken: int = 0) -> Iterator[Group]:
+        """All controls."""
+        if place == len(self.layers):
+            yield ()
+            return
+        for n in self.numbers(place, taken):
+            if self.count(place + 1, taken + n):
+                for rest in self.every(place + 1, taken + n):
+                    for indices in self.choices(place, n):
+                        yield tuple(Head(self.layers[place], index) for index in sorted(indices)) + rest
+
+    def draw(self, generator: np.random.Generator) -> Group:
+        """One of all controls, each equally likely."""
         heads: list[Head] = []
-        for layer, indices in by_layer.items():
-            others = [index for index in range(sizes[layer]) if index not in indices]
-            n_others = min(len(indices), len(others))
-            chosen = [*generator.choice(others, n_others, replace=False)] if others else []
-            chosen += [*generator.choice(indices, len(indices) - n_others, replace=False)]
-            heads += [Head(layer, int(index)) for index in chosen]
-        drawn.append(tuple(sorted(heads)))
-    return tuple(drawn)
+        for place, layer in enumerate(self.layers):
+            counts = {
+                n: self.ways(place, n) * self.count(place + 1, len(heads) + n) for n in self.numbers(place, len(heads))
+            }
+            numbers = [n for n, count in counts.items() if count]
+            # Whole numbers may exceed a float, so they are scaled first.
+            ends = list(accumulate(counts[n] / sum(counts.values()) for n in numbers[:-1]))
+            n = numbers[bisect_right(ends, generator.random())]
+            n_others = min(n, len(self.others[place]))
+            chosen = [*generator.choice(self.others[place], n_others, replace=False)] if n_others else []
+            chosen += [*generator.choice(self.own[place], n - n_others, replace=False)] if n > n_others else []
+            heads += [Head(layer, int(index)) for index in sorted(chosen)]
+        return tuple(heads)

@@ -50,7 +50,6 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
     verdict, behaviour, model = results["verdict"], results["behaviour"], results["model"]
     own = (group for group in behaviour["groups"] if group["scorer"] == verdict["scorer"])
     group = next((group for group in own if set(group["heads"]) == set(verdict["heads"])), None)
-    randoms = [group["random"]["n_groups"] for group in behaviour["groups"] if group["random"]]
     places = [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     content: dict[str, Any] = {
         "results": results,
@@ -62,7 +61,6 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         "label": partial(_label, results),
         "groups": _groups(results),
         "chosen": [] if group is None else [group],
-        "n_random": max(randoms, default=0),
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
         "n_unranked": sum(value <= 0 for _, value in _ranked(results)),

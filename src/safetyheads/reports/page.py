@@ -135,11 +135,13 @@ def change_cell(change: Facts | None, with_p: bool = True) -> Cell:
 
 
 def random_cell(random: Facts | None) -> Cell:
-    """Mean and range of the random groups, and p: the share of them that do as well."""
+    """Mean and range of the random groups, how many of which layers, p, and the least p that so many can show."""
     if not random:
         return NOTHING
     found = f"{two(min(random['asr']))} to {two(max(random['asr']))}" if random["asr"] else ""
-    return Cell(two(random["mean"]), found, p=f"p {p_value(random['p_value'], '= ')}")
+    drawn = f"{'all ' * random['all']}{random['n_groups']} of {random['matched']}"
+    p = f"p {p_value(random['p_value'], '= ')}, least {p_value(random['least_p'])}"
+    return Cell(two(random["mean"]), found, drawn, p)
 
 
 REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
+from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
 from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
@@ -86,12 +87,14 @@ class GroupOutcome:
     benign_kl: tuple[float, ...]
     """Ships of the group on each benign test prompt, in nats."""
     random: tuple[GroupAnswers, ...] = ()
-    """Answers to the harmful test prompts under each random group; equal groups stand here more than once."""
+    """Answers to the harmful test prompts under each random group."""
+    drawn: RandomGroups = field(default_factory=RandomGroups)
+    """How the random groups were matched to the group."""
 
     @cached_property
     def control(self) -> dict[str, Any] | None:
         """The ASR under the random groups (:func:`.rates.random_as_json`)."""
-        return random_as_json(self.answers["harmful_test"], self.random)
+        return random_as_json(self.answers["harmful_test"], self.random, self.drawn)
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
@@ -119,9 +122,13 @@ def _announce(run: Run[AuditConfig]) -> None:
     config, n = run.config, {name: len(asked) for name, asked in run.asked.items()}
     # One pass over single heads on two sets, then the later steps of each search.
     n_passes = 2 + len(SEARCHED) * (config.size - 1)
-    # At most: searches that agree share their groups, and a group is answered once.
-    n_groups = len(SEARCHED) * config.size
-    n_answers = sum(n.values()) * (1 + n_groups) + n["harmful_test"] * (N_LISTED + config.n_random * n_groups)
+    # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
+    # in different layers.
+    n_groups, sizes = len(SEARCHED) * config.size, heads_by_layer(run.engine)
+    layers = [layer for layer, n_heads in enumerate(sizes) if n_heads]
+    spread = [tuple(Head(layer, 0) for layer in layers[-size:]) for size in range(1, config.size + 1)]
+    n_random = sum(len(random_groups(group, sizes, config.n_random, config.seed).groups) for group in spread)
+    n_answers = sum(n.values()) * (1 + n_groups) + n["harmful_test"] * (N_LISTED + len(SEARCHED) * n_random)
     token_ids = run.asked["harmful_search"].token_ids
     run.progress.say(lambda: estimate(run.engine, token_ids, n_passes, n_answers, config.max_new_tokens))
 
@@ -179,7 +186,7 @@ def _outcomes(
     # By layer and index: the order of heads has no effect.
     unique = list(dict.fromkeys(tuple(sorted(group)) for _, group in listed))
     controls = run.random_groups(unique, config.n_random, config.seed)
-    on_test = [*unique, *alone, *(control for group in unique for control in controls[group])]
+    on_test = [*unique, *alone, *(control for group in unique for control in controls[group].groups)]
     answers: dict[str, dict[Group, GroupAnswers]] = {}
     for name in SETS:
         groups = list(dict.fromkeys(on_test)) if name == "harmful_test" else unique
@@ -190,8 +197,9 @@ def _outcomes(
     for scorer, group in listed:
         key = tuple(sorted(group))
         of_group = {name: answers[name][key] for name in SETS}
-        random = tuple(answers["harmful_test"][control] for control in controls[key])
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, tuple(divergence[key]), random))
+        random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
+        kl = tuple(divergence[key])
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, kl, random, controls[key]))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 
@@ -238,11 +246,8 @@ def verdict_of(unablated: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOu
         return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": nothing}
     checks, beside, random = _checks(unablated, outcome), "", outcome.control
     if random is not None:
-        n_random, n_distinct = random["n_groups"], random["n_distinct"]
-        # A layer of eight heads has only seven others: then draws repeat, and the sentence says how many differ.
-        distinct = "" if n_distinct == n_random else f" ({n_distinct} distinct)"
         spread = f"{_short(random['low'])} to {_short(random['high'])}"
-        beside = f"; {n_random} random groups{distinct}: {_short(random['mean'])} on average, {spread}"
+        beside = f"; {random_in_words(random)}: {_short(random['mean'])} on average, {spread}"
     bound = f"a change of ASR below {_short(detectable)}"
     kept = unablated["benign_test"].kept
     # Stated only where it is not 1: then the ablated rate says nothing without it.
@@ -298,6 +303,14 @@ def _with_interval(rate: Rate) -> str:
     if rate.rate is None or rate.interval is None:
         return "not measured"
     return f"{_short(rate.rate)} [{_short(rate.interval[0])}, {_short(rate.interval[1])}]"
+
+
+def random_in_words(random: Mapping[str, Any]) -> str:
+    """How many random groups, from where, and the least p that so many can show."""
+    every = "all " if random["all"] else ""
+    where = {"layers": "of the same layers", "neighbouring layers": "of these and neighbouring layers"}
+    from_where = where.get(random["matched"], "of all layers")
+    return f"{every}{random['n_groups']} random groups {from_where} (least p {random['least_p']:.2g})"
 
 
 def _short(value: float) -> str:

@@ -257,8 +257,9 @@ class AuditConfig(RunConfig, PositionOptions, SizeOptions):
 
     PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
-    n_random: int = 20
-    """Random groups of the same size and layers to compare each group with."""
+    n_random: int = 39
+    """Random groups to compare each group with, all different: of the same layers, or of more layers where these have
+    fewer than 39. From 39 on, all of them where fewer than 200 exist."""
     split: float = 0.5
     """Share of the prompts that the search sees; rates are measured on the others."""
 
@@ -280,7 +281,7 @@ class BesideOptions(Options):
     prefixes: int = 0
     """Scan Sahara's groups of 1 to N heads, found by mean Ships."""
     n_random: int = 0
-    """Random groups of the same size and layers to compare each of these groups with."""
+    """Random groups to compare each of these groups with, as in an audit; 39 or more for a test."""
     query_level: int = 0
     """Let each prompt ablate its own 1 to N top heads by Ships."""
     scores: bool = True

@@ -15,6 +15,7 @@ import numpy as np
 
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label
+from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
 from safetyheads.stats.intervals import FloatArray, Rate, bootstrap_interval
@@ -154,10 +155,13 @@ def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     return {judge: rate_as_json(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
 
 
-def random_as_json(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> dict[str, Any] | None:
+def random_as_json(
+    answers: GroupAnswers, controls: Sequence[GroupAnswers], drawn: RandomGroups
+) -> dict[str, Any] | None:
     """The ASR under a group's random groups, as JSON; None without any, and where the group's own is not scored.
 
-    Equal random groups are counted as often as they were drawn.
+    All groups differ. The p value is the group's rank among them and itself; where ``all`` is true they are all groups
+    that are ``matched`` so, and the p value is exact over that population. ``least_p`` is the least that it could be.
     """
     scored = [(control, rate) for control in controls if (rate := control.asr.rate) is not None]
     if answers.asr.rate is None or not scored:
@@ -165,14 +169,17 @@ def random_as_json(answers: GroupAnswers, controls: Sequence[GroupAnswers]) -> d
     rates = [rate for _, rate in scored]
     return {
         "n_groups": len(rates),
-        "n_distinct": len({control.group for control, _ in scored}),
         "n_unscored": len(controls) - len(scored),
+        "matched": drawn.matched,
+        "n_possible": drawn.n_possible,
+        "all": drawn.complete,
         "asr": rates,
         "groups": [control.heads for control, _ in scored],
         "mean": sum(rates) / len(rates),
         "low": min(rates),
         "high": max(rates),
         "p_value": random_p_value(answers.asr.rate, rates),
+        "least_p": 1 / (1 + len(rates)),
         "n": scored[0][0].asr.n,
     }
 

@@ -37,14 +37,14 @@ from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.base import Judge
 from safetyheads.judges.named import default_judge_name, judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.screening import Screening, screen
 from safetyheads.measures.ships import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, content_key
+from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory, content_key
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.scores import HeadScores
@@ -283,7 +283,7 @@ class Run(Generic[Config]):
         records = self.directory.records(f"sequences-{name}", fields, compute)
         return tuple(TokenSequence(tuple(record["token_ids"]), record["n_wanted"]) for record in records)
 
-    def random_groups(self, groups: Sequence[Group], n_groups: int, seed: int) -> dict[Group, tuple[Group, ...]]:
+    def random_groups(self, groups: Sequence[Group], n_groups: int, seed: int) -> dict[Group, RandomGroups]:
         """Random groups for each group, drawn once and stored with the group that they control."""
         texts = [format_heads(group) for group in groups]
 
@@ -291,13 +291,13 @@ class Run(Generic[Config]):
             sizes = heads_by_layer(self.engine)
             drawn = [random_groups(group, sizes, n_groups, seed) for group in groups]
             return [
-                {"group": text, "random": [format_heads(control) for control in controls]}
+                {"group": text, **asdict(controls), "groups": [format_heads(control) for control in controls.groups]}
                 for text, controls in zip(texts, drawn, strict=True)
             ]
 
         fields = {"groups": texts, "n_groups": n_groups, "seed": seed, "n_heads": list(heads_by_layer(self.engine))}
-        stored = {record["group"]: record["random"] for record in self.directory.records(_RANDOM, fields, compute)}
-        return {group: tuple(map(parse_heads, stored[text])) for group, text in zip(groups, texts, strict=True)}
+        stored = _random_of_records(self.directory.records(_RANDOM, fields, compute))
+        return {group: stored[text] for group, text in zip(groups, texts, strict=True)}
 
     @property
     def judge_seconds(self) -> dict[str, float]:
@@ -316,9 +316,18 @@ class Run(Generic[Config]):
 _RANDOM = "random-groups"
 
 
-def random_groups_of(directory: RunDirectory) -> dict[str, list[str]]:
-    """The random groups that a run stored, by the group that they control; all as text."""
-    return {record["group"]: record["random"] for record in directory.stored_records(_RANDOM)}
+def random_groups_of(directory: RunDirectory) -> dict[str, RandomGroups]:
+    """The random groups that a run stored, by the group that they control, as text."""
+    return _random_of_records(directory.stored_records(_RANDOM))
+
+
+def _random_of_records(records: Iterable[Record]) -> dict[str, RandomGroups]:
+    return {
+        record["group"]: RandomGroups(
+            tuple(map(parse_heads, record["groups"])), record["matched"], record["n_possible"]
+        )
+        for record in records
+    }
 
 
 @contextmanager

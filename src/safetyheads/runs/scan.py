@@ -17,10 +17,11 @@ import numpy as np
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Sampling
 from safetyheads.answers.success import query_level_groups
-from safetyheads.heads import Group, Head, parse_heads
+from safetyheads.heads import Group, Head, format_heads, parse_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import Readouts
+from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.ships import answer_sequences, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
@@ -173,7 +174,7 @@ def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Seque
         if config.n_random:
             controls = run.random_groups(prefixes, config.n_random, config.seed)
             # A group that controls several prefixes is scanned once.
-            groups["random"] = list(dict.fromkeys(group for prefix in prefixes for group in controls[prefix]))
+            groups["random"] = list(dict.fromkeys(group for prefix in prefixes for group in controls[prefix].groups))
     return groups
 
 
@@ -184,7 +185,7 @@ def results_of_records(
     records: Sequence[Record],
     about: Mapping[str, Any],
     judges: Sequence[Mapping[str, Any]],
-    random_groups: Mapping[str, Sequence[str]],
+    random_groups: Mapping[str, RandomGroups],
 ) -> dict[str, Any]:
     """The fields of a scan's ``results.json`` that come from answers.
 
@@ -193,14 +194,18 @@ def results_of_records(
         about: the results' other fields; ``ablation``, ``scores`` and ``benign_kl`` (mean Ships on benign prompts, head
             by head) are used.
         judges: each judge's description, the leading one first; each needs its verdict in every record.
-        random_groups: by the group that they control, all as text.
+        random_groups: by the group that they control, as text.
     """
     names = [judge["name"] for judge in judges]
     table, epsilon = answer_table(records, names[0]), about["ablation"]["epsilon"]
     singles, vanilla = table["heads", "harmful", epsilon], table["vanilla", "harmful", None][""]
     changes = corrected({head: answers.change_from(vanilla) for head, answers in singles.items()})
     scanned = table["random", "harmful", epsilon]
-    random = {group: [scanned[control] for control in controls] for group, controls in random_groups.items() if scanned}
+    random = {
+        group: [scanned[format_heads(control)] for control in controls.groups]
+        for group, controls in random_groups.items()
+        if scanned
+    }
     prefixes = [(answers, random.get(group, ())) for group, answers in table["prefixes", "harmful", epsilon].items()]
     n, n_seeds = len(vanilla.records), len(vanilla.records[0])
     detectable = smallest_detectable_change(n, ALPHA, len(singles))
@@ -238,7 +243,7 @@ def results_of_records(
                 if (part, name) == ("heads", "harmful")
             )
         ],
-        "groups": _scanned_groups(table, vanilla, epsilon, random),
+        "groups": _scanned_groups(table, vanilla, epsilon, random, random_groups),
         "synergy": _synergy(table, vanilla, epsilon),
         "query_level": [
             {"size": int(size.removeprefix("top ")), **own.rates(), "change": asdict(own.change_from(vanilla))}
@@ -302,7 +307,11 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
 
 
 def _scanned_groups(
-    table: AnswerTable, vanilla: GroupAnswers, epsilon: float, random: Mapping[str, Sequence[GroupAnswers]]
+    table: AnswerTable,
+    vanilla: GroupAnswers,
+    epsilon: float,
+    random: Mapping[str, Sequence[GroupAnswers]],
+    drawn: Mapping[str, RandomGroups],
 ) -> list[dict[str, Any]]:
     """Each group of heads that was scanned beside the single heads."""
     before, groups = table["vanilla", "benign", None].get(""), []
@@ -318,7 +327,9 @@ def _scanned_groups(
                     "reasons": answers.reasons(),
                     "benign_kept": rate_as_json(benign.flags("kept")) if before and benign else None,
                     "benign_kept_change": asdict(benign.kept_change_from(before)) if before and benign else None,
-                    "random": random_as_json(answers, random.get(heads, ()) if part == "prefixes" else ()),
+                    "random": random_as_json(answers, random[heads], drawn[heads])
+                    if part == "prefixes" and heads in random
+                    else None,
                 }
             )
     return groups
