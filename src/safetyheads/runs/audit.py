@@ -151,7 +151,11 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         for name in SEARCHED:
             traces[name] = sahara(scorer_of(harmful, name, done), engine.heads, config.size)
     outcomes, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
-    lead = [(outcome.answers["harmful_test"], outcome.random) for outcome in outcomes if outcome.scorer == LEAD]
+    lead = [
+        (outcome.answers["harmful_test"], outcome.random, outcome.drawn)
+        for outcome in outcomes
+        if outcome.scorer == LEAD
+    ]
     return {
         "data": {
             **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},

@@ -185,15 +185,20 @@ def random_as_json(
 
 
 def concentration_as_json(
-    groups: Sequence[tuple[GroupAnswers, Sequence[GroupAnswers]]], vanilla: GroupAnswers
+    groups: Sequence[tuple[GroupAnswers, Sequence[GroupAnswers], RandomGroups]], vanilla: GroupAnswers
 ) -> dict[str, Any]:
     """How much faster ASR rises with the heads of a search than with random ones, as JSON.
 
-    ``groups`` are the answers under the group of each size, and under its random groups.
+    ``groups`` are the answers under the group of each size, and under its random groups, with how these were matched.
     """
     outcomes = [
-        SizeOutcome(len(answers.heads), answers.complied(), [control.complied() for control in controls])
-        for answers, controls in groups
+        SizeOutcome(
+            len(answers.heads),
+            answers.complied(),
+            [control.complied() for control in controls],
+            drawn.n_possible or None,
+        )
+        for answers, controls, drawn in groups
     ]
     return asdict(concentration(outcomes, vanilla.complied()))
 

@@ -153,7 +153,9 @@ class RunReader:
             prompts = sorted(self.stored_outcomes["harmful", frozenset()])
             for group in lead_groups(self.results):
                 random = group["random"]["groups"] if group["random"] else ()
-                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), [*map(complied, random)]))
+                n_possible = group["random"]["n_possible"] if random else None
+                controls = [*map(complied, random)]
+                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), controls, n_possible))
             return (sizes, complied(())) if sizes else None
         except KeyError:  # a group or a prompt whose answers are not stored
             return None

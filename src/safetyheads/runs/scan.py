@@ -206,7 +206,10 @@ def results_of_records(
         for group, controls in random_groups.items()
         if scanned
     }
-    prefixes = [(answers, random.get(group, ())) for group, answers in table["prefixes", "harmful", epsilon].items()]
+    prefixes = [
+        (answers, random.get(group, ()), random_groups.get(group, RandomGroups()))
+        for group, answers in table["prefixes", "harmful", epsilon].items()
+    ]
     n, n_seeds = len(vanilla.records), len(vanilla.records[0])
     detectable = smallest_detectable_change(n, ALPHA, len(singles))
     flips = None if detectable is None else round(detectable * n)
