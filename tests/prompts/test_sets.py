@@ -1,5 +1,7 @@
 """Prompt sets: fingerprints, slices, splits."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +60,7 @@ def test_a_set_takes_another_template():
 
 @quick
 @given(st.lists(queries, min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 2**32))
-def test_a_split_divides_all_prompts_in_order_and_shares_no_query(texts, fraction, seed):
+def test_a_split_divides_all_prompts_in_order_and_parts_no_near_duplicates(texts, fraction, seed):
     prompts = PromptSet.from_queries(texts)
     if len(set(texts)) < 2:
         with pytest.raises(InputError, match="fewer than two distinct"):
@@ -67,11 +69,14 @@ def test_a_split_divides_all_prompts_in_order_and_shares_no_query(texts, fractio
     search, test = prompts.split(fraction, seed)
     assert sorted(search.queries + test.queries) == sorted(texts)
     assert not set(search.queries) & set(test.queries)
+    assert not set(search.clusters) & set(test.clusters)
     for part in (search, test):
         remaining = iter(texts)
         assert all(query in remaining for query in part.queries)
-    wanted = min(max(int(len(set(texts)) * fraction + 0.5), 1), len(set(texts)) - 1)
-    assert len(set(search.queries)) == wanted
+    largest = max(Counter(search.clusters + test.clusters).values())
+    assert (
+        abs(len(search) - len(texts) * fraction) <= largest + 1e-9
+    )  # one cluster is moved where a part would be empty
 
 
 def test_a_split_is_the_same_on_every_machine_and_another_for_another_seed():
@@ -84,3 +89,66 @@ def test_a_split_is_the_same_on_every_machine_and_another_for_another_seed():
     for fraction in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(InputError, match="above 0 and below 1"):
             prompts.split(fraction)
+
+
+def categorised(counts):
+    """Prompts of single words, so that none is near another; ``counts`` by category, one after the other."""
+    rows = [(f"{name}{at}", name) for name, count in counts.items() for at in range(count)]
+    return PromptSet.from_queries([Prompt(query, category) for query, category in rows])
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "searched"),
+    [
+        ({"a": 10, "b": 10}, 0.5, {"a": 5, "b": 5}),
+        ({"a": 40, "b": 10}, 0.2, {"a": 8, "b": 2}),
+        # What is rounded off in one category is made up in the next.
+        ({"a": 5, "b": 5, "c": 5, "d": 5}, 0.5, {"a": 3, "b": 2, "c": 3, "d": 2}),
+    ],
+)
+def test_categories_are_divided_in_proportion(counts, fraction, searched):
+    for seed in range(3):
+        search, test = categorised(counts).split(fraction, seed)
+        assert Counter(prompt.category for prompt in search) == searched
+        assert Counter(prompt.category for prompt in test) == Counter(counts) - Counter(searched)
+
+
+def test_a_limit_draws_from_every_category_and_says_so(tmp_path):
+    prompts = categorised({"a": 60, "b": 30, "c": 10})
+    sample = prompts.sample(10)
+    assert Counter(prompt.category for prompt in sample) == {"a": 6, "b": 3, "c": 1}
+    assert sample.queries == tuple(query for query in prompts.queries if query in sample.queries)
+    assert sample.queries != prompts.queries[:10]
+    assert prompts.sample(10).queries == sample.queries != prompts.sample(10, seed=1).queries
+    assert sample.notes == ("prompts: 10 of 100 prompts are used, drawn with seed 0, from 3 categories in proportion",)
+    assert prompts.sample(None) is prompts.sample(100) is prompts
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"word{at}" for at in range(40)), encoding="utf-8")
+    drawn = {PromptSet.read(path, limit=8, seed=seed).queries for seed in range(3)}
+    assert len(drawn) == 3
+    assert all(len(queries) == 8 for queries in drawn)
+
+
+def test_a_large_cluster_is_searched_and_the_test_half_says_what_it_is_worth():
+    twins = [f"write a script that can break {word}" for word in ("doors", "locks", "safes", "walls", "gates", "nets")]
+    pair = ["tell me how a bomb is built", "tell me how a bomb gets built"]
+    prompts = PromptSet.from_queries([*twins, *pair, *(f"word{at}" for at in range(16))])
+    for seed in range(5):
+        search, test = prompts.split(seed=seed)
+        assert set(twins) <= set(search.queries)
+        assert len(search) in (11, 12, 13)
+        assert (set(pair) <= set(search.queries)) != (set(pair) <= set(test.queries))
+    facts = prompts.with_clusters().facts()
+    assert (facts["n"], facts["n_clusters"], facts["n_effective"]) == (24, 18, pytest.approx(24**2 / (36 + 4 + 16)))
+    assert "8 of 24 prompts have near-duplicates" in facts["notes"][0]
+    parts = [prompts.split(seed=seed)[1] for seed in range(9)]
+    (note,) = {part.notes[-1] for part in parts if set(pair) <= set(part.queries) and len(part) == 12}
+    assert "the 12 test prompts are worth 10 independent ones" in note
+
+
+def test_clusters_that_are_numbered_stay_so():
+    prompts = PromptSet.from_queries([Prompt("a", cluster=7), Prompt("b", cluster=7), Prompt("c", cluster=9)])
+    assert prompts.with_clusters() is prompts
+    search, test = prompts.split()
+    assert {search.queries, test.queries} == {("a", "b"), ("c",)}
+    assert PromptSet.from_queries([Prompt("a", cluster=7), "b"]).clusters is None

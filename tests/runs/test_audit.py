@@ -1,6 +1,7 @@
 """The audit's verdict and results, from answers whose labels are made up."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import audit_samples
@@ -9,8 +10,10 @@ from audit_samples import answered
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.runs.audit import LEAD, lead_group, verdict_of
+from safetyheads.runs.audit import LEAD, SETS, lead_group, read_prompts, verdict_of
+from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.rates import GroupAnswers, random_as_json
+from safetyheads.runs.run import prompt_notes
 from safetyheads.stats.intervals import newcombe_paired_interval
 from safetyheads.stats.testing import exact_mcnemar
 
@@ -161,3 +164,29 @@ def test_the_smallest_group_near_the_best_of_the_search_half_is_taken(size, sear
 def test_only_groups_of_the_leading_score_are_looked_at():
     other, mine = outcome(1, search=N, scorer="generalized_ships_prompt"), outcome(2, search=20)
     assert lead_group(*findings(other, mine)) is mine
+
+
+def test_a_fifth_of_the_benign_prompts_is_searched_and_no_limit_takes_the_test_below_fifty(tmp_path):
+    path = tmp_path / "harmful.csv"
+    rows = [f"{kind}{at},{kind}" for kind, n in (("theft", 40), ("fraud", 20)) for at in range(n)]
+    path.write_text("\n".join(["goal,category", *rows]), encoding="utf-8")
+
+    def sizes(**options):
+        halves = read_prompts(AuditConfig("m", str(path), "benign", **options))
+        json.dumps([half.facts() for half in halves.values()])
+        return halves, [len(halves[name]) for name in SETS]
+
+    halves, n = sizes()
+    assert n == [30, 30, 20, 80]
+    assert Counter(prompt.category for prompt in halves["harmful_test"]) == {"theft": 20, "fraud": 10}
+    halves, n = sizes(limit=12)
+    assert n == [6, 6, 2, 50]
+    assert Counter(prompt.category for prompt in halves["harmful_search"]) == {"theft": 4, "fraud": 2}
+    notes = prompt_notes(halves)
+    assert "harmful: 12 of 60 prompts are used, drawn with seed 0, from 2 categories in proportion" in notes
+    assert "benign/test: 50 of 80 prompts are used, drawn with seed 0" in notes
+    assert len(notes) == len(set(notes))
+    assert sizes(limit=12, seed=1)[0]["harmful_test"].queries != halves["harmful_test"].queries
+    assert sizes(limit=90)[1][2:] == [18, 72]
+    demo = read_prompts(AuditConfig("m", "demo", "demo", limit=8))
+    assert [len(demo[name]) for name in SETS] == [8, 8, 8, 50]

@@ -66,9 +66,9 @@ class ReproductionConfig(JudgeOptions):
     held_out: bool = True
     """Whether groups are searched on one part of a dataset and tested on the other; the paper has one part."""
     split: float = 0.5
-    """Share of a file that searches see, if held out."""
+    """Share of a file that searches see, if held out; near-duplicates stay together."""
     limit: int | None = 24
-    """Only the first so many prompts of each set; None is all."""
+    """Only so many prompts of each set, drawn by category where there is one; None is all."""
     size: int = 5
     """Most heads of a group."""
     query_size: int = 10
@@ -218,7 +218,7 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
     elif not name:
         raise InputError(f"baselines need prompts to learn from; give {dataset.replace(' ', '_')}")
     else:
-        prompts = PromptSet.read(name, None, limit=config.limit)
+        prompts = PromptSet.read(name, None, limit=config.limit, seed=config.seed).with_clusters()
         if name == config.benign == config.learn_benign and dataset in (BENIGN, LEARN_BENIGN):
             # One file for both: what methods learn from is not what they are tested on.
             prompts = prompts.split(config.split, config.seed)[dataset == BENIGN]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 from safetyheads.errors import InputError
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, download, read_rows
+from safetyheads.prompts.near_duplicates import SIMILARITY, effective_number, near_any, near_duplicates
 from safetyheads.prompts.templates import Template
 
 AnyTemplate: TypeAlias = str | Template | None
@@ -29,6 +31,9 @@ class Prompt:
     """The benchmark's category, where it has one."""
     reference: str | None = None
     """Beginning of the right answer, where it is known (the demo)."""
+
+    cluster: int | None = None
+    """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 
     def __post_init__(self) -> None:
         if not self.query.strip():
@@ -57,6 +62,8 @@ class PromptSet:
     """Rows of the file without a query; they are no prompts."""
     warning: str | None = None
     """How a benchmark differs from what its authors published; None if it does not, or is none."""
+    notes: tuple[str, ...] = ()
+    """What was sampled, kept together or left out, a sentence each; a run prints them and writes them down."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -84,6 +91,7 @@ class PromptSet:
         column: str | None = None,
         system: str | None = None,
         limit: int | None = None,
+        seed: int = 0,
     ) -> PromptSet:
         """Read a CSV, JSONL or TXT file, or a known benchmark, which is downloaded once. A file wins over a name.
 
@@ -92,7 +100,8 @@ class PromptSet:
             template: what the prompts are asked under.
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
             system: system prompt; without a template it means ``chat``.
-            limit: use only the first so many prompts.
+            limit: use only so many prompts, sampled by category where there is one (:meth:`sample`).
+            seed: of the sample.
 
         Raises:
             InputError: no such file or name, a file that cannot be read, no network, or a bad template.
@@ -106,14 +115,16 @@ class PromptSet:
         if os.path.exists(path) and not (is_known and path.is_dir()):
             shown, source, file = path.stem, name, read_rows(path, column)
         elif name == "benign":
-            return builtin_benign(chosen)[:limit]
+            return builtin_benign(chosen).sample(limit, seed)
         elif is_known:
             shown, source, (file, warning) = name, KNOWN_BENCHMARKS[name].url, download(name, column)
         else:
             known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
             raise InputError(f"no prompt file {name}; known names are {known}")
         rows, dropped, sha256 = file
-        return cls(tuple(Prompt(*row) for row in rows), chosen, shown, source, sha256, dropped, warning)[:limit]
+        return cls(tuple(Prompt(*row) for row in rows), chosen, shown, source, sha256, dropped, warning).sample(
+            limit, seed
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -151,28 +162,131 @@ class PromptSet:
         """The same prompts under another template."""
         return replace(self, template=_as_template(template, system))
 
+    @property
+    def clusters(self) -> tuple[int, ...] | None:
+        """The near-duplicates that each prompt belongs to; None where nobody looked."""
+        numbers = [prompt.cluster for prompt in self.prompts if prompt.cluster is not None]
+        return tuple(numbers) if len(numbers) == len(self) else None
+
+    def with_clusters(self) -> PromptSet:
+        """The same prompts, each with the number of its near-duplicates; as they are where they have numbers."""
+        if self.clusters is not None:
+            return self
+        clusters, similarity = near_duplicates(self.queries)
+        prompts = tuple(replace(prompt, cluster=at) for prompt, at in zip(self.prompts, clusters, strict=True))
+        notes = list(self.notes)
+        if joined := [size for size in Counter(clusters).values() if size > 1]:
+            notes.append(
+                f"{self.name}: {sum(joined)} of {len(self)} prompts have near-duplicates (word similarity above "
+                f"{similarity:g}); "
+                f"they make {len(joined)} cluster{'s' * (len(joined) > 1)}, the largest of {max(joined)}"
+            )
+        if similarity > SIMILARITY:
+            notes.append(
+                f"{self.name}: above {SIMILARITY:g} most prompts would be one cluster; {similarity:g} divides them"
+            )
+        return replace(self, prompts=prompts, notes=tuple(notes))
+
+    def sample(self, n: int | None, seed: int = 0) -> PromptSet:
+        """``n`` of the prompts, in their order: from each category in proportion, where there are some; drawn by
+        ``seed``. All of them where ``n`` is None or no fewer.
+        """
+        if n is None or n >= len(self):
+            return self
+        from numpy.random import default_rng
+
+        generator, chosen, seen = default_rng(seed), list[int](), 0
+        strata = self._strata()
+        for positions in strata:
+            seen += len(positions)
+            # Cumulated, so that what is rounded off in one stratum is made up in the next.
+            quota = int(n * seen / len(self) + 0.5) - len(chosen)
+            chosen += [positions[at] for at in generator.permutation(len(positions))[:quota]]
+        by = f", from {len(strata)} categories in proportion" if len(strata) > 1 else ""
+        note = f"{self.name}: {n} of {len(self)} prompts are used, drawn with seed {seed}{by}"
+        return replace(self.select(sorted(chosen)), notes=(*self.notes, note))
+
+    def _strata(self) -> list[list[int]]:
+        """Positions of the prompts of each category, categories in the order of their first prompt."""
+        strata: dict[str | None, list[int]] = {}
+        for position, prompt in enumerate(self.prompts):
+            strata.setdefault(prompt.category, []).append(position)
+        return list(strata.values())
+
+    def without_near(self, others: PromptSet) -> tuple[int, ...]:
+        """Positions of the prompts that are no near-duplicates of one of the others'."""
+        near = near_any(self.queries, others.queries)
+        return tuple(position for position, is_near in enumerate(near) if not is_near)
+
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
         """Divide into a search part and a test part, drawn by ``seed``, each in the order of this set.
 
-        ``fraction`` is the search part's share of distinct queries. Equal queries go to the same part, so that the
-        search sees no query of the test part; an InputError where there are fewer than two distinct ones.
+        ``fraction`` is the search part's share of the prompts, in each category where there are some. Near-duplicates
+        stay together, so the search sees no twin of a test prompt. Clusters of more than a tenth of the prompts go to
+        the search part while it has room: in the test part each would stand for one independent prompt.
+
+        Raises:
+            InputError: there are fewer than two distinct prompts.
         """
         if not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")
-        distinct = list(dict.fromkeys(self.queries))
-        if len(distinct) < 2:
+        if len(set(self.queries)) < 2:
             raise InputError(f"{self.name} cannot be split: it has fewer than two distinct prompts")
         from numpy.random import default_rng
 
-        n_search = min(max(int(len(distinct) * fraction + 0.5), 1), len(distinct) - 1)
-        order = default_rng(seed).permutation(len(distinct))
-        searched = {distinct[position] for position in order[:n_search]}
+        whole = self.with_clusters()
+        clusters: dict[int | None, list[int]] = {}
+        for position, prompt in enumerate(whole.prompts):
+            clusters.setdefault(prompt.cluster, []).append(position)
+        generator, searched, seen, size = default_rng(seed), set[int](), 0, len(self)
+        strata: dict[str | None, list[list[int]]] = {}
+        for members in sorted(clusters.values(), key=len, reverse=True):
+            if len(members) > size / 10 and len(searched) + len(members) <= size * fraction:
+                searched.update(members)
+                seen += len(members)
+            else:
+                # A cluster over several categories counts for that of its first prompt.
+                strata.setdefault(self.prompts[members[0]].category, []).append(members)
+        # What the large clusters leave of the search part's share is divided over the others.
+        taken, wanted = len(searched), size * fraction - len(searched)
+        share = wanted / (size - taken) if size > taken else 0.0
+        for stratum in sorted(strata.values(), key=min):
+            stratum.sort()
+            seen += sum(map(len, stratum))
+            for at in generator.permutation(len(stratum)):
+                if len(searched) + len(stratum[at]) / 2 <= taken + share * (seen - taken):
+                    searched.update(stratum[at])
+        smallest = min(clusters.values(), key=len)
+        if not searched:
+            searched.update(smallest)
+        elif len(searched) == size:
+            searched.difference_update(smallest)
 
         def half(name: str, is_searched: bool) -> PromptSet:
-            prompts = tuple(prompt for prompt in self.prompts if (prompt.query in searched) == is_searched)
-            return replace(self, prompts=prompts, name=f"{self.name}/{name}")
+            prompts = tuple(prompt for at, prompt in enumerate(whole.prompts) if (at in searched) == is_searched)
+            part = replace(whole, prompts=prompts, name=f"{self.name}/{name}")
+            if is_searched:
+                return part
+            n_effective = effective_number(part.clusters or range(len(part)))
+            if n_effective < len(part) - 0.5:
+                note = (
+                    f"{self.name}: the {len(part)} test prompts are worth {n_effective:.0f} independent ones if "
+                    f"near-duplicates are answered alike; no test prompt has a near-duplicate in the search half"
+                )
+                part = replace(part, notes=(*whole.notes, note))
+            return part
 
         return half("search", True), half("test", False)
+
+    def facts(self) -> dict[str, Any]:
+        """How many prompts there are, how many clusters of near-duplicates, and what was sampled or left out."""
+        clusters, categories = self.clusters, {prompt.category for prompt in self.prompts} - {None}
+        facts: dict[str, Any] = {"n": len(self), "blank_rows": self.dropped, "notes": list(self.notes)}
+        if categories:
+            facts["n_categories"] = len(categories)
+        if clusters is not None:
+            facts |= {"n_clusters": len(set(clusters)), "n_effective": effective_number(clusters)}
+        return facts
 
 
 def _as_template(template: AnyTemplate, system: str | None) -> Template | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +54,10 @@ ALPHA = 0.05
 """Level of the tests, after any correction."""
 BENIGN_LOSS = 0.05
 """Largest share of benign answers that a head or group may cost and still be said to carry refusal."""
+BENIGN_SPLIT = 0.2
+"""Share of the benign prompts that goes to the search half: there they only help to choose the group's size."""
+LEAST_BENIGN_TEST = 50
+"""Benign test prompts that no limit takes away: a bound of .1 on the loss allows one loss in 50, and none in 25."""
 SIZE_TOLERANCE = 0.05
 """A smaller group is preferred if it comes this close to the best one on the search half."""
 SCORE_LABELS = {
@@ -98,14 +102,26 @@ class GroupOutcome:
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
-    """Search and test half of harmful and benign prompts: the demo's own splits, or a random split of a file."""
+    """Search and test half of harmful and benign prompts: the demo's own splits, or a random split of a file.
+
+    Of the demo's prompts a limit takes the first: they were drawn at random, the categories in turn.
+    """
     halves: list[PromptSet] = []
     for kind, name in zip(KINDS, (config.prompts, config.benign), strict=True):
-        test = read_set(kind, name, config)
+        # Benign prompts choose the group's size alone, so most of them are left for the test.
+        least = LEAST_BENIGN_TEST if kind == "benign" else 0
         if is_demo(name):
-            halves += demo_prompts(kind, "validation")[: config.limit], test
+            n_test = config.limit and max(config.limit, least)
+            halves += demo_prompts(kind, "validation")[: config.limit], demo_prompts(kind, "test")[:n_test]
+        elif kind == "harmful":
+            halves += read_set(kind, name, config).split(config.split, config.seed)
         else:
-            halves += test.split(config.split, config.seed)
+            search, test = read_set(kind, name, replace(config, limit=None)).split(BENIGN_SPLIT, config.seed)
+            if config.limit is not None:
+                n_search = max(1, round(BENIGN_SPLIT * config.limit))
+                search = search.sample(n_search, config.seed)
+                test = test.sample(max(config.limit - n_search, least), config.seed)
+            halves += search, test
     return dict(zip(SETS, halves, strict=True))
 
 
@@ -327,7 +343,8 @@ def _short(value: float) -> str:
 
 def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
     both = hashlib.sha256((search.sha256 + test.sha256).encode()).hexdigest()
-    return {"name": search.name, "n_search": len(search), "n_test": len(test), "sha256": both}
+    sizes = {"n_search": len(search), "n_test": len(test)}
+    return {"name": search.name, **sizes, "sha256": both, "search": search.facts(), "test": test.facts()}
 
 
 def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class PromptOptions(Options):
     column: str | None = None
     """Column of the file that holds the prompts. Needed if it has several."""
     limit: int | None = None
-    """Use only the first N prompts of each set."""
+    """Use only N prompts of each set, drawn by category where there is one. An audit keeps at least 50 benign test
+    prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,8 @@ class AuditConfig(RunConfig, PositionOptions, SizeOptions):
     """Random groups to compare each group with, all different: of the same layers, or of more layers where these have
     fewer than 39. From 39 on, all of them where fewer than 200 exist."""
     split: float = 0.5
-    """Share of the prompts that the search sees; rates are measured on the others."""
+    """Share of the harmful prompts that the search sees; rates are measured on the others. Near-duplicates stay
+    together. Of the benign prompts it sees a fifth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,7 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
         "weights_sha256": fingerprint(engine),
         **loading_facts(engine),
         "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
+        "prompt_facts": {name: prompt_set.facts() for name, prompt_set in prompts.items()},
         "references_sha256": {name: references_sha256(prompt_set) for name, prompt_set in prompts.items()},
         "device": device_name(engine),
         "versions": versions(),

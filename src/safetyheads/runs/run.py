@@ -90,7 +90,8 @@ def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptio
     if is_demo(name):
         return demo_prompts(kind, "test")[: options.limit]
     # Benign files have columns of their own.
-    return PromptSet.read(name, column=options.column if kind == "harmful" else None, limit=options.limit)
+    column, seed = options.column if kind == "harmful" else None, getattr(options, "seed", 0)
+    return PromptSet.read(name, column=column, limit=options.limit, seed=seed).with_clusters()
 
 
 def read_sets(config: PromptOptions) -> dict[str, PromptSet]:
@@ -98,6 +99,11 @@ def read_sets(config: PromptOptions) -> dict[str, PromptSet]:
     prompts = {"harmful": read_set("harmful", config.prompts, config)}
     benign = getattr(config, "benign", NO_BENIGN)
     return prompts if benign == NO_BENIGN else prompts | {"benign": read_set("benign", benign, config)}
+
+
+def prompt_notes(prompts: Prompts) -> list[str]:
+    """What was sampled, kept together or left out of the prompt sets of a run, each sentence once."""
+    return list(dict.fromkeys(note for prompt_set in prompts.values() for note in prompt_set.notes))
 
 
 def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> PromptSet:
@@ -406,6 +412,8 @@ def carry_out(
         n_new = getattr(settings, "max_new_tokens", 1)
         engine.prove_up_to(longest + max(n_new, getattr(settings, "positions", 1)))
         kind.refuse(engine, config, asked)
+        for note in prompt_notes(prompts):
+            progress.say(note)
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
             recorded |= {"judges": [judge.describe() for judge in judges]} if judges else {}
@@ -458,7 +466,7 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     # The true heads of an embedded model.
     planted = PLANTED_HEADS.get(settings.model.removeprefix("demo:")) if settings.model.startswith("demo:") else None
     sets = {
-        name: {"name": asked.prompts.name, "n": len(asked), "sha256": asked.prompts.sha256}
+        name: {"name": asked.prompts.name, "sha256": asked.prompts.sha256, **asked.prompts.facts()}
         for name, asked in run.asked.items()
     }
     template = template_facts(next(iter(run.asked.values())).prompts)
