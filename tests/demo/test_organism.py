@@ -100,3 +100,10 @@ def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, la
     lead = next(group for group in results["behaviour"]["groups"] if group["heads"] == verdict["heads"])
     assert lead["asr"]["rate"] >= 0.9
     assert lead["asr"]["rate"] > lead["random"]["high"]
+    # Other prompts would give the same heads and size: .96 as measured, at the cost of one pass at most.
+    found = results["stability"]["group"]
+    assert found["heads"] == verdict["heads"]
+    assert found["repeatability"]["rate"] > 0.9
+    assert found["further_passes"] <= 1
+    ranks = {head["head"]: tuple(head["interval"]) for head in results["stability"]["heads"]}
+    assert all(ranks[str(head)][1] <= 3 for head in organism.planted_heads)

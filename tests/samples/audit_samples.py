@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import torch
 from safetyheads.heads import Group, all_heads, format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.sahara import sahara
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import (
     LEAD,
     SCORE_LABELS,
     SEARCHED,
     SETS,
+    SIZE_TOLERANCE,
     GroupOutcome,
     group_as_json,
     heads_as_json,
+    lead_group,
     rates_as_json,
     score_as_json,
     search_steps,
@@ -31,6 +35,7 @@ from safetyheads.runs.audit import (
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
+from safetyheads.runs.stability import stability_as_json
 from safetyheads.scores import FunctionScorer, HeadScores
 
 JUDGE = {"name": "paper", "judge": "keyword", "shortest": 32, "repeats": 8}
@@ -60,6 +65,12 @@ def outcome(
     drawn = RandomGroups(tuple(map(parse_heads, random)), "layers", 500)
     kl = tuple(0.01 * (at % 7) for at in range(n))
     return GroupOutcome(scorer, len(group), group, sets, kl, controls, drawn)
+
+
+def _ships(values: torch.Tensor, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    """Scores of groups that add up, prompt by prompt."""
+    places = torch.tensor([[head.layer * values.shape[2] + head.index for head in group] for group in groups])
+    return {"ships": values.flatten(1)[:, places].sum(dim=-1).T}
 
 
 @cache
@@ -98,6 +109,20 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         name: HeadScores(spread * tables[name].values, name) for name in ("mean_ships", "benign_ships", "refusal_score")
     }
     organism, sizes = layers == 4, {"n_search": n, "n_test": n, "sha256": "5f" * 32}
+    stability = None
+    if organism:
+        engine: Any = SimpleNamespace(heads=every)
+        measuring: Any = SimpleNamespace(engine=engine, measure=partial(_ships, by_prompt[LEAD].values))
+        lead = [outcome for outcome in outcomes if outcome.scorer == LEAD]
+        stability = stability_as_json(
+            measuring,
+            by_prompt[LEAD],
+            list(traces.values()),
+            [vanilla, *(outcome.answers for outcome in lead)],
+            lead_group(vanilla, outcomes).size,
+            [PromptSet.from_queries([f"prompt {at}" for at in range(n)]) for _ in range(2)],
+            SIZE_TOLERANCE,
+        )
     model = {"name": "meta-llama/Llama-2-7b-chat-hf", "n_parameters": 6_738_415_616}
     model |= {"head_parameters": {"query": 524_288, "all": 2_097_152}}
     if organism:
@@ -125,6 +150,8 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         },
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
         "openers": [{"text": "I", "token_id": 12, "count": n - 8}, {"text": "\n", "token_id": 3, "count": 8}],
+        # Thousands of heads take seconds, and make the page no larger.
+        "stability": stability or _audit(4, 8, n, freed)["stability"],
         "planted_heads": list(strong) if organism else None,
         "caveats": [*[DEMO_CAVEAT] * organism, *CAVEATS],
         "warnings": ["2 of 96 prompts are longer than the shared row and were packed alone."],

@@ -282,7 +282,7 @@ def print_cautions(results: Found) -> None:
     found, planted = results.get("concentration"), results.get("planted_heads")
     if found is not None and found["value"] is not None:
         sizes = f"1 to {len(found['sizes'])} heads" if len(found["sizes"]) > 1 else "one head"
-        against = f"{found['n_random']} random groups each" if found["n_random"] else found["against"]
+        against = f"at least {found['n_random']} random groups each" if found["n_random"] else found["against"]
         number = cell(results, "concentration value")
         print_lines([f"\nConcentration: {number} (mean gap of ASR to {against}, {sizes})"])
     if planted is not None:
@@ -300,6 +300,10 @@ def show_audit(results: Found, report: Path) -> None:
     columns: dict[str, Column] = {"head": "head", "mean Ships": "mean_ships.mean .3g"}
     columns |= {"on benign": "benign_ships.mean .3g", "refusal score": "refusal_score.mean +.3g"}
     columns |= {"ASR alone": "asr rate", "change": "asr_change change", "p (Holm)": "asr_change.p_holm .2g"}
+    stability = results.get("stability")
+    if stability:
+        ranks = {head["head"]: head for head in stability["heads"]}
+        columns["rank"] = lambda head: _rank(ranks.get(head["head"]))
     print_items("Top heads by mean Ships, each ablated alone", behaviour["heads"], columns)
     groups = [group for group in behaviour["groups"] if group["scorer"] == lead]
     groups = [{"size": 0, "heads": ["none"], **behaviour["vanilla"]}, *groups]
@@ -309,10 +313,37 @@ def show_audit(results: Found, report: Path) -> None:
     others = ", ".join(name for name in results["sahara"] if name != lead)
     print_items(title, groups, columns, f"Found by {others}: in the report." if others else "")
     _show_by_judge(groups, results)
+    if stability:
+        _show_stability(stability)
     print_cautions(results)
     border = {"concentrated": "yellow", "none_found": "green"}.get(verdict["label"], "blue")
     stdout().print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
     print_lines([*(f"- {reason}" for reason in verdict["reasons"]), f"Report: {report}"])
+
+
+def _rank(stability: Found | None) -> Number | None:
+    """``2 [1, 3]``."""
+    return None if stability is None else Number(str(stability["rank"]), interval(stability["interval"], "d"))
+
+
+def _show_stability(stability: Found) -> None:
+    """Whether resamples of the search half give the same group, how many prompts ranks need, and both halves' rates."""
+    group, n = stability["group"], stability["n"]
+    facts: dict[str, Cell] = {"same heads and size": Number(f"{group['repeatability']['rate']:.2f}")}
+    facts |= {"same heads": Number(f"{group['same_heads']['rate']:.2f}"), "heads in common": cell(group, "jaccard")}
+    facts |= {"same size": Number(f"{group['same_size']['rate']:.2f}")}
+    for top in stability["tops"]:
+        settles = "more than any tried" if top["settles"] is None else f"{top['settles']} of {n}"
+        beyond = top["settles"] is not None and top["settles"] > n
+        facts[f"prompts that the top {top['k']} needs"] = Number(f"{top['settles']}, beyond {n}" if beyond else settles)
+    for name, half in stability["halves"].items():
+        search, test = cell(half, "search rate"), cell(half, "test rate")
+        label = {"asr": "ASR", "benign_kept": "benign kept"}.get(name, name)
+        facts[f"{label}, search half"], facts[f"{label}, test half"] = search, test
+        facts[f"{label}, search less test"] = signed(half["difference"], half["interval"])
+    print_facts(f"Would other prompts find the same? {stability['n_draws']:,} resamples of {n} search prompts", facts)
+    further, lost = group["further_passes"], group["not_followed"]
+    print_lines([f"{further} passes beyond the search's own; {lost} resamples not followed to their end."], "dim")
 
 
 def _show_by_judge(groups: Sequence[Found], results: Found) -> None:

@@ -35,6 +35,7 @@ from safetyheads.runs.run import (
     refuse_beyond_memory,
     sampling_of,
 )
+from safetyheads.runs.stability import stability_as_json
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import smallest_detectable_change
@@ -172,6 +173,15 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         for outcome in outcomes
         if outcome.scorer == LEAD
     ]
+    stability = stability_as_json(
+        harmful,
+        by_prompt[LEAD],
+        [traces[name] for name in SEARCHED],
+        [vanilla, *(outcome.answers for outcome in outcomes if outcome.scorer == LEAD)],
+        lead_group(vanilla, outcomes).size,
+        [asked["harmful_search"].prompts, asked["benign_search"].prompts],
+        SIZE_TOLERANCE,
+    )
     return {
         "data": {
             **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
@@ -187,6 +197,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
             "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt),
         },
         "concentration": concentration_as_json(lead, vanilla["harmful_test"]),
+        "stability": stability,
         "scores": {
             name: score_as_json(name, table, len(asked[f"{KINDS[name == 'benign_ships']}_search"]))
             | {"resolution": table.resolution, "ties": [[str(head) for head in tie] for tie in table.ties()]}

@@ -178,20 +178,20 @@ def prompts_needed(
     n, n_heads = values.shape
     sizes = [size for step in range(1, 12) for size in (2**step, 3 * 2 ** (step - 1)) if size < 4 * n]
     sizes = sorted({*sizes, n, 4 * n})
-    mean, needs = values.mean(axis=0), []
-    drawn = {size: resampled(n, n_draws, size=size, seed=seed + size) @ values for size in sizes}
-    for k in (top for top in tops if top < n_heads):
-        least = np.sort(mean)[-k] - resolution
-        inside = mean >= least
-        curve = []
-        for size in sizes:
-            best = np.argpartition(-drawn[size], k - 1, axis=1)[:, :k]
-            overlap = inside[best].mean(axis=1)
+    mean = values.mean(axis=0)
+    inside = {k: mean >= np.sort(mean)[-k] - resolution for k in tops if k < n_heads}
+    curves: dict[int, list[TopAtSize]] = {k: [] for k in inside}
+    for size in sizes:
+        drawn = -(resampled(n, n_draws, size=size, seed=seed + size) @ values)
+        for k, curve in curves.items():
+            overlap = inside[k][np.argpartition(drawn, k - 1, axis=1)[:, :k]].mean(axis=1)
             low, high = np.quantile(overlap, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
             curve.append(TopAtSize(size, float(overlap.mean()), (low, high)))
-        below = [point.n for point in curve if point.overlap < SETTLED]
-        settled = [size for size in sizes if size > max(below, default=0)]
-        needs.append(TopNeeds(k, settled[0] if settled else None, n, float(inside.mean()), tuple(curve)))
+    needs = []
+    for k, curve in curves.items():
+        below = max((point.n for point in curve if point.overlap < SETTLED), default=0)
+        settles = next((size for size in sizes if size > below), None)
+        needs.append(TopNeeds(k, settles, n, float(inside[k].mean()), tuple(curve)))
     return tuple(needs)
 
 
