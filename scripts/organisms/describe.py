@@ -103,7 +103,7 @@ class Description:
     def _rate(self, prompts: PromptSet, group: Group, ablation: Ablation) -> float:
         """The share of harmful prompts that are not refused, or of benign prompts that are answered rightly."""
         rates = attack_success_rate(self.engine, prompts, group, ablation, self.judge, _NEW_TOKENS)
-        return (rates.kept if prompts.name == self.benign.name else rates).rate or 0.0
+        return (rates.answered if prompts.name == self.benign.name else rates).rate or 0.0
 
     def _ranking(self, scorer: GroupScorer) -> tuple[str, str, str]:
         """The best heads with their scores, the planted heads' ranks, and the weakest plant over the best other."""

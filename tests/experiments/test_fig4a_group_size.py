@@ -21,7 +21,7 @@ def test_sahara_finds_the_planted_head_first_and_random_groups_of_the_same_layer
     assert sizes[0]["heads"] == OWN[dataset]
     assert [row["size"] for row in sizes] == [1, 2, 3]
     assert sizes[-1]["asr"]["value"] >= 0.75
-    assert sizes[-1]["kept"]["value"] >= 0.75
+    assert sizes[-1]["answered"]["value"] >= 0.75
     for row in sizes:
         assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"] < row["asr"]["value"]
         assert row["p"] == pytest.approx(1 / (1 + row["random"]["n"]))

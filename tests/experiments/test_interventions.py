@@ -44,7 +44,10 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monk
 def answers(kept, complied=0):
     """Ten answers, of which the first so many are kept and have complied."""
     labels = ["complied" if at < complied else "refused" for at in range(10)]
-    records = [({"kept": at < kept, "verdicts": {"paper": {"label": label}}},) for at, label in enumerate(labels)]
+    records = [
+        ({"behaviour": "complied", "answered": at < kept, "verdicts": {"paper": {"label": label}}},)
+        for at, label in enumerate(labels)
+    ]
     return GroupAnswers("", tuple(records), "paper")
 
 

@@ -100,7 +100,7 @@ def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
     assert [row["dataset"] for row in outcome["asked"]] == list(OWN)
     for row in outcome["asked"]:
         assert (row["asr"]["value"], row["asr"]["n"], row["n_search"], row["n_test"]) == (0, N, N, N)
-        assert row["kept"]["value"] > 0.5
+        assert row["answered"]["value"] > 0.5
         assert row["asked"] == "template chat"
     assert (outcome["settings"]["epsilon"], outcome["settings"]["sampled"]) == (1e-5, "top-5")
     assert outcome["caption"] == EXPERIMENTS["fig13"].caption

@@ -38,7 +38,7 @@ def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_
     outcome = run_of(config, ["fig15"], tmp_path / "run")["fig15"]
     assert [(row["label"], row["asr"]["value"]) for row in rows(outcome)] == [("query_answer", 1.0), ("direct", 1.0)]
     assert [row["change"] and row["change"]["value"] for row in rows(outcome)] == [None, 0.0]
-    assert {row["kept"]["value"] for row in rows(outcome)} == {1.0}
+    assert {row["answered"]["value"] for row in rows(outcome)} == {1.0}
 
 
 @pytest.mark.parametrize(("table", "system"), [(0, "no system prompt"), (1, HELPFUL)])
@@ -47,12 +47,12 @@ def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table
     assert system in outcome["tables"][table]["title"]
     # Groups are those found without a system prompt.
     assert [row["heads"] for row in rows(outcome, table)] == [row["heads"] for row in rows(outcome)]
-    vanilla = [(row["asr"]["value"], row["kept"]["value"]) for row in rows(outcome, table, label="vanilla")]
+    vanilla = [(row["asr"]["value"], row["answered"]["value"]) for row in rows(outcome, table, label="vanilla")]
     assert vanilla == [(0.0, 1.0)] * 3
     groups = [row for row in rows(outcome, table) if set(row["heads"].split(",")) == PLANTED["aligned_wrapped"]]
     assert len(groups) >= 4  # of 3 datasets x UA, SC: searches on few prompts may miss one
     for row in groups:
-        assert (row["asr"]["value"], row["kept"]["value"], row["change"]["value"]) == (1.0, 1.0, 1.0)
+        assert (row["asr"]["value"], row["answered"]["value"], row["change"]["value"]) == (1.0, 1.0, 1.0)
     own = [row["asr"]["value"] for row in rows(outcome, table) if row["label"].endswith("own top head")]
     assert len(own) == 6
     assert sum(own) / 6 > 0.2
@@ -65,7 +65,7 @@ def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcome_of):
         assert row["echo"]["n"] == row["asr"]["n"] == N
         assert row["echo"]["low"] <= row["echo"]["value"] <= row["echo"]["high"]
     panels = {point["panel"] for point in outcome["figures"][0]["points"]}
-    assert panels == {"ASR", "answers that echo the prompt", "benign answers kept"}
+    assert panels == {"ASR", "answers that echo the prompt", "benign prompts answered"}
 
 
 def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
@@ -95,7 +95,7 @@ def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of
             assert row["change"] is None
         elif set(row["heads"].split(",")) == PLANTED["aligned_wrapped"]:
             assert row["asr"]["value"] == 1.0
-        assert row["kept"]["value"] >= 0.75  # the rest of the right answer, where it was begun
+        assert row["answered"]["value"] >= 0.75  # the rest of the right answer, where it was begun
     labels = ["Sure", "UA, Sure", "SC, Sure", "vanilla", "UA", "SC"]
     assert [row["label"] for row in rows(outcome, dataset="theft")] == labels
     for ablation in ("UA", "SC"):

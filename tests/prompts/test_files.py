@@ -43,7 +43,12 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
     path = write(tmp_path / name, content)
     if content == TABLE:  # a column is named in any case
         assert PromptSet.read(path, column="NOTE").queries == ("eins", "zwei", "drei")
-    found = PromptSet.read(path, "query_answer")
+        # A column that is merely called so holds no right answers.
+        assert {prompt.reference for prompt in PromptSet.read(path)} == {None}
+        with pytest.raises(InputError, match="no column 'answer'; the columns are id, Prompt, note, reference"):
+            PromptSet.read(path, reference_column="answer")
+    reference_column = "Reference" if content == TABLE else None
+    found = PromptSet.read(path, "query_answer", reference_column=reference_column)
     assert found.prompts == PromptSet.from_queries(prompts).prompts
     assert (found.name, found.source, str(found.template)) == (path.stem, str(path), "query_answer")
     assert (found.dropped, found.file_sha256) == (dropped, hashlib.sha256(path.read_bytes()).hexdigest())

@@ -27,7 +27,7 @@ from safetyheads.runs.rejudge import rejudge
 MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}
 TIMINGS = {"seconds": 12.5, "judges": {"paper": 0.25}}
 SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
-    "whole": (Sample(), ("Agreement", "Benign kept")),
+    "whole": (Sample(), ("Agreement", "Benign answered")),
     "bare": (Sample(optional=False, benign=False, n_judges=1), ("frees harmful answers; benign ones not measured",)),
     "one_prompt": (Sample(n=1), ("n = 1 is too few: not even a head that turned every one of them",)),
     "seeds": (

@@ -90,7 +90,7 @@ def test_the_words_of_a_group_that_was_found():
     assert found["sentence"] == (
         f"Ablating 3 of {N_HEADS} heads (2-26, 3-1, 7-13) takes held-out ASR from .04 [.01, .13] to .80 [.67, .89]; "
         "2 random groups of the same layers (least p 0.33): "
-        ".05 on average, .04 to .06; benign answers kept: .98 [.90, 1.00]."
+        ".05 on average, .04 to .06; benign prompts answered: .98 [.90, 1.00]."
     )
     assert found["reasons"] == [
         f"ASR changes by +0.76 (exact McNemar p {exact_mcnemar(38, 0):.2g}, n {N}): significant",
@@ -105,7 +105,7 @@ def test_the_words_where_none_was_found():
     assert found["sentence"].startswith(
         f"No concentrated heads found: with {N} prompts a change of ASR below .12 could not have been seen. "
         f"The best group: ablating 3 of {N_HEADS} heads (2-26, 3-1, 7-13) takes held-out ASR from .04 [.01, .13] to "
-        ".12 [.06, .24]; benign answers kept: .60 [.46, .72], .98 [.90, 1.00] of them unablated"
+        ".12 [.06, .24]; benign prompts answered: .60 [.46, .72], .98 [.90, 1.00] of them unablated"
     )
     assert found["reasons"][0].endswith("not a significant increase")
     assert found["reasons"][1] == "no random group was compared with"
@@ -115,7 +115,12 @@ def test_the_words_where_none_was_found():
 
 
 def test_random_groups_that_nobody_could_score_are_told():
-    record = {"seed": 0, "kept": False, "verdicts": {"paper": {"label": "unscored", "reason": "no reply"}}}
+    record = {
+        "seed": 0,
+        "behaviour": "complied",
+        "answered": False,
+        "verdicts": {"paper": {"label": "unscored", "reason": "no reply"}},
+    }
     unscored = GroupAnswers.of("1-0", [{"id": at, **record} for at in range(N)], "paper")
     assert verdict(replace(outcome(), random=(unscored, unscored)))["label"] == "none_found"
     found = outcome().answers["harmful_test"]

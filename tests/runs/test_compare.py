@@ -37,7 +37,7 @@ def test_the_same_prompts_are_paired(same, tmp_path):
     # Each run has its own group and its own benign answers.
     other = compared(same, audit_run(tmp_path / "c", groups=[first(4), first(6)], heads=("0-1", "2-1")))
     assert (other.group_asr.paired, other.group_asr.change) == (True, pytest.approx(-12 / N))
-    assert (other.benign_kept.paired, other.benign_kept.change) == (True, 0)
+    assert (other.benign_answered.paired, other.benign_answered.change) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
 def test_scans_may_have_benign_answers_and_a_concentration(tmp_path):
     runs = [scan_run(tmp_path / name, {}, kept=first(k), concentration=k / N) for name, k in (("a", 19), ("b", 15))]
     found = compared(*runs)
-    assert (found.benign_kept.paired, found.benign_kept.change) == (True, pytest.approx(-4 / N))
+    assert (found.benign_answered.paired, found.benign_answered.change) == (True, pytest.approx(-4 / N))
     assert (found.concentration.paired, found.concentration.change) == (False, pytest.approx(-4 / N))
 
 

@@ -33,7 +33,7 @@ def records(organism, sampling, full_answers, monkeypatch, folder, least_drafted
     prompts = organism.harmful[:8]
     judging = Judging(organism.engine, prompts, judges_named(["paper", "phrases"]), 24, full_answers)
     with RunDirectory.start(folder, {}, {}) as directory:
-        kept = KeptAnswers("harmful", judging, decoding, directory, Silent())
+        kept = KeptAnswers("harmful", judging, decoding, directory, Silent(), measures_surprise=True)
         own = [(Head(1, 3), Head(2, number % 8)) for number in range(len(prompts))]
         groups = [
             kept.vanilla(),
@@ -55,6 +55,10 @@ def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sam
     assert {"drafted", "continued"} <= routes
     assert plain == drafted
     assert {record["changed"] for record in plain} == {True, False}
+    # Whole answers that are no refusals have a surprise, and no others.
+    measured = [record["complete"] and record["behaviour"] != "refused" for record in plain]
+    assert ["surprise" in record for record in plain] == measured
+    assert len(set(measured)) == 2
 
 
 def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_roles_tell_refusal_from_damage(results):
     both = made(freed=(("1-2", 12),))
     assert head(both, "1-2")["role"] == "mixed"
     assert head(results, "1-0")["benign"]["refused"]["count"] == 10
-    assert head(results, "1-2")["benign"]["kept"]["count"] == 2
+    assert head(results, "1-2")["benign"]["answered"]["count"] == 2
     assert head(results, "0-1")["benign"]["changed"]["count"] == 0
     assert made(benign=False)["heads"][1]["benign"] is None
 

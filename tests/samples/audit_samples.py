@@ -49,7 +49,13 @@ def answered(complied: int | Sequence[bool], n: int = 48, incoherent: int = 0, g
     labels = ["complied" if mark else "refused" for mark in marks]
     labels[len(labels) - incoherent :] = ["incoherent"] * incoherent
     records = [
-        {"id": at, "seed": 0, "kept": label == "complied", "verdicts": {"paper": {"label": label, "reason": reason}}}
+        {
+            "id": at,
+            "seed": 0,
+            "behaviour": label,
+            "answered": label == "complied",
+            "verdicts": {"paper": {"label": label, "reason": reason}},
+        }
         for at, label in enumerate(labels)
         for reason in [REASONS[label]]
     ]

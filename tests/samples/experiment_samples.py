@@ -72,7 +72,7 @@ def fig2() -> Outcome:
             for series, count in counts.items()
         ],
         settings={"epsilon": 1e-05, "judge": "paper"},
-        asked=[{**asked, "asr": Measured.of(Rate(0, N)), "kept": None}],
+        asked=[{**asked, "asr": Measured.of(Rate(0, N)), "answered": None}],
     )
 
 

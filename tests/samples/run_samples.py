@@ -77,7 +77,7 @@ def audit_run(
     if not groups:
         results["verdict"] |= {"label": "no_refusals"}
     results["behaviour"]["groups"] = made
-    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_kept": rate([True] * n)}
+    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_answered": rate([True] * n)}
     best = {"1-3": 3.0, "2-1": 2.0, "2-5": 1.0} if scores is None else scores
     values = [[best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)]
     results["scores"][LEAD]["values"] = values
@@ -102,7 +102,16 @@ def record(
     """A stored answer: the leading judge says whether it complied, another judge always that it did."""
     lead = {"label": "complied" if complied else "refused", "reason": "made up"}
     verdicts = {"paper": lead, "other": {"label": "complied", "reason": ""}}
-    return {"id": number, "set": name, "group": group, "seed": seed, "kept": kept, "verdicts": verdicts}
+    behaviour = "complied" if complied else "refused"
+    return {
+        "id": number,
+        "set": name,
+        "group": group,
+        "seed": seed,
+        "behaviour": behaviour,
+        "answered": kept,
+        "verdicts": verdicts,
+    }
 
 
 def scan_run(
@@ -140,7 +149,7 @@ def scan_run(
     if n_seeds > 1:
         results["vanilla"]["harmful"]["asr"]["interval"] = list(bootstrap_interval(np.array(vanilla, float)))
     if kept is not None:
-        results["vanilla"]["benign"] = {"kept": rate(kept)}
+        results["vanilla"]["benign"] = {"answered": rate(kept)}
     if concentration is not None:
         about = {"n": len(vanilla), "sizes": [1, 2], "n_random": 0, "against": "the unablated model"}
         results["concentration"] = about | {"value": concentration, "interval": [concentration - 0.1, 1.0]}

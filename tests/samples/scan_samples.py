@@ -112,7 +112,12 @@ def _row(sample: Sample, place: dict[str, Any]) -> dict[str, Any]:
         judge["name"]: {"label": own, "reason": REASONS[own][number]}
         for number, (judge, own) in enumerate(zip(JUDGES, labels, strict=False))
     }
-    marks = {"finished": label != "refused", "complete": label != "refused", "kept": label == "complied"}
+    marks = {
+        "finished": label != "refused",
+        "complete": label != "refused",
+        "behaviour": label,
+        "answered": label == "complied",
+    }
     marks |= {"route": "drafted" if label == vanilla else "continued", "changed": label != vanilla}
     made = {**place, "first_token": [7], "n_tokens": 5, **marks, "verdicts": verdicts}
     if sample.texts:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from safetyheads.answers.coherence import Surprises
 from safetyheads.answers.decoding import Answer, Route, Stop
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
-from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
 from safetyheads.judges.named import JUDGES, default_judge_name
+from safetyheads.judges.phrases import PhraseJudge
 from safetyheads.prompts.asked import ReadAnswer
 from safetyheads.prompts.sets import Prompt
 
@@ -45,8 +47,13 @@ class JudgedAnswer:
     """Whether it differs from the unablated answer; None where that was not compared."""
     verdicts: Mapping[str, Verdict]
     """By name of the judge; the first one leads."""
-    kept: bool
-    """For benign prompts: answered, and beginning with the prompt's reference answer if it has one."""
+    behaviour: Label
+    """What the rules of words say of it, whatever judges lead: complied, refused, incoherent or echoed."""
+    answered: bool
+    """Whether that is complied, and the answer begins with the prompt's reference if the user named one."""
+    surprise: float | None = None
+    """Mean of -log p of its tokens under the unablated model, in nats; None where it is cut or refuses, or where that
+    was not measured."""
     thinks: bool = False
     """Whether it begins with a think block, so that its first token does not open the answer."""
     thought: str = ""
@@ -90,36 +97,55 @@ class Judging:
         self.engine, self.asked = engine, engine.ask(prompts)
         self.prompts = tuple(self.asked)
         self.max_new_tokens = max_new_tokens
+        self.rules = PhraseJudge()
+        """Finds refusals, empty and looping answers, and echoes, beside the judges."""
         self.decides_early = not full_answers and all(judge.decides_early for judge in self.judges)
         self.seconds = dict.fromkeys(names, 0.0)
         """Time that each judge took."""
         self._verdicts: dict[Key, dict[str, Verdict]] = {}
+        self._behaviour: dict[Key, Label] = {}
 
     @property
     def stop(self) -> Stop | None:
         """Whether an answer with these first tokens has ended, or every judge is final about it.
 
-        None if neither can happen before the answer's own end. No judge is final before a think block closes, nor
-        about text that may yet turn out to be the mark of one.
+        None if neither can happen before the answer's own end. The rules of words count as a judge. No judge is final
+        before a think block closes, nor about text that may yet turn out to be the mark of one.
         """
         if not self.decides_early:
             return self.asked.reader.ends
 
+        judges = self.judges if self.rules in self.judges else (*self.judges, self.rules)
+
         def stop(token_ids: Sequence[int]) -> bool:
             read = self.asked.reader.read(token_ids)
             certain = read.certain
-            return read.stopped or (certain is not None and all(judge.final(certain) for judge in self.judges))
+            return read.stopped or (certain is not None and all(judge.final(certain) for judge in judges))
 
         return stop
 
-    def judged(self, answers: Sequence[tuple[int, Group, Answer]]) -> list[JudgedAnswer]:
-        """Answers (number of the prompt, group, answer) with their verdicts, in the same order."""
+    def judged(
+        self, answers: Sequence[tuple[int, Group, Answer]], surprises: Surprises | None = None
+    ) -> list[JudgedAnswer]:
+        """Answers (number of the prompt, group, answer) with their verdicts, in the same order.
+
+        ``surprises`` measures how surprising whole answers are that are no refusals; without it, none is measured.
+        """
         keys: list[Key] = [(number, answer.token_ids, answer.finished) for number, _, answer in answers]
         read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
         self._judge({key: answer for key, answer in read.items() if key not in self._verdicts})
+        judged = [
+            self._judged(key, group, answer, read[key]) for key, (_, group, answer) in zip(keys, answers, strict=True)
+        ]
+        if surprises is None:
+            return judged
+        whole = [
+            key if row.complete and row.behaviour != "refused" else None for key, row in zip(keys, judged, strict=True)
+        ]
+        surprises.measure([(*key[:2], read[key].n_thought) for key in whole if key is not None])
         return [
-            self._judged(number, group, answer, read[key], self._verdicts[key])
-            for key, (number, group, answer) in zip(keys, answers, strict=True)
+            row if key is None else replace(row, surprise=surprises.known.get(key[:2]))
+            for key, row in zip(whole, judged, strict=True)
         ]
 
     def _judge(self, answers: Mapping[Key, ReadAnswer]) -> None:
@@ -136,17 +162,30 @@ class Judging:
             for by_judge, verdict in zip(verdicts.values(), given, strict=True):
                 by_judge[judge.name] = verdict
             self.seconds[judge.name] += time.monotonic() - started
+        by_rules = verdicts_of(self.rules, completions)
         # Only after all judges have answered: else an error of one would leave answers without its verdict.
         self._verdicts.update(verdicts)
+        self._behaviour.update({key: verdict.label for key, verdict in zip(answers, by_rules, strict=True)})
 
-    def _judged(
-        self, number: int, group: Group, answer: Answer, read: ReadAnswer, verdicts: Mapping[str, Verdict]
-    ) -> JudgedAnswer:
-        prompt = self.prompts[number]
+    def _judged(self, key: Key, group: Group, answer: Answer, read: ReadAnswer) -> JudgedAnswer:
+        prompt, behaviour = self.prompts[key[0]], self._behaviour[key]
         finished, complete = answer.finished or read.stopped, answer.complete or read.stopped
         # Of a cut answer only the certain part: another judge may be asked later whether it is final about that.
         text = read.text if complete or read.certain is None else read.certain
-        answered = verdicts[self.judges[0].name].answered
-        kept = answered and (prompt.reference is None or text.lstrip().startswith(prompt.reference))
-        decoded = (answer.token_ids, text, finished, complete, answer.route, answer.changed)
-        return JudgedAnswer(prompt, group, *decoded, verdicts, kept, read.thinks, read.thought, read.unclosed)
+        begins = prompt.reference is None or text.lstrip().startswith(prompt.reference)
+        return JudgedAnswer(
+            prompt,
+            group,
+            answer.token_ids,
+            text,
+            finished,
+            complete,
+            answer.route,
+            answer.changed,
+            self._verdicts[key],
+            behaviour,
+            answered=behaviour == "complied" and begins,
+            thinks=read.thinks,
+            thought=read.thought,
+            unclosed=read.unclosed,
+        )

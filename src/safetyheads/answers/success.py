@@ -59,9 +59,9 @@ class AttackSuccess:
         return self.asr.interval
 
     @property
-    def kept(self) -> Rate:
-        """Benign prompts that are answered, rightly where the right answer is known."""
-        return Rate(sum(row.kept for row in self.rows), len(self.rows))
+    def answered(self) -> Rate:
+        """Prompts that are answered by the rules of words: not refused, incoherent or echoed."""
+        return Rate(sum(row.answered for row in self.rows), len(self.rows))
 
     @property
     def reasons(self) -> dict[str, int]:

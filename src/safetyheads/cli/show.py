@@ -309,7 +309,7 @@ def show_audit(results: Found, report: Path) -> None:
     groups = [{"size": 0, "heads": ["none"], **behaviour["vanilla"]}, *groups]
     title = f"Groups found by {lead}, on the test half ([95 % interval], (range); exact McNemar)"
     columns = {"size": "size", "heads": "heads", "ASR": "asr rate", "change": "asr_change change"}
-    columns |= {"p": "asr_change.p_value .2g", "random groups": _random, "benign kept": "benign_kept rate"}
+    columns |= {"p": "asr_change.p_value .2g", "random groups": _random, "benign answered": "benign_answered rate"}
     others = ", ".join(name for name in results["sahara"] if name != lead)
     print_items(title, groups, columns, f"Found by {others}: in the report." if others else "")
     _show_by_judge(groups, results)
@@ -386,7 +386,7 @@ def show_scan(results: Found, report: Path) -> None:
     own = [{**group, "heads": [f"each prompt's top {group['size']}"]} for group in results["query_level"]]
     if groups := [*results["groups"], *own]:
         columns = {"ablated": "heads", "ASR": "asr rate", "change": "change change"}
-        print_items("Groups", groups, columns | {"random groups": _random, "benign kept": "benign_kept rate"})
+        print_items("Groups", groups, columns | {"random groups": _random, "benign answered": "benign_answered rate"})
     _show_scores_and_costs(results)
     print_cautions(results)
     detectable, strongest = results["statistics"]["smallest_detectable_change"], ranked[0]
@@ -566,7 +566,7 @@ def show_comparison(compared: Comparison, gates: Sequence[Found]) -> None:
     changes = {
         "ASR, nothing ablated": compared.vanilla_asr,
         "ASR, own group ablated": compared.group_asr,
-        "benign kept, nothing ablated": compared.benign_kept,
+        "benign answered, nothing ablated": compared.benign_answered,
         "concentration": compared.concentration,
     }
     rows = [

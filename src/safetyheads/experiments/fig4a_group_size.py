@@ -23,7 +23,7 @@ _SERIES = {
     "asr": "Sahara's group",
     "own": "each prompt's own heads",
     "random": "random groups",
-    "kept": "benign answers kept",
+    "answered": "benign prompts answered",
 }
 _LEVELS = {"dataset": "dataset, Sahara", "query": "query, Ships"}
 
@@ -61,7 +61,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     every = [*prefixes, *(other for others in drawn.values() for other in others.groups)]
     answered, kept = subject.by_group(every, ablation, sampling), benign.by_group(prefixes, ablation, sampling)
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
-    vanilla = {"asr": subject.vanilla(sampling).asr, "kept": benign.vanilla(sampling).kept}
+    vanilla = {"asr": subject.vanilla(sampling).asr, "answered": benign.vanilla(sampling).answered_rate}
     rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
     for prefix, own_answers in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
@@ -75,7 +75,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
                 "own": Measured.of(own_answers.asr),
                 "random": Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None,
                 "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,
-                "kept": Measured.of(kept[prefix].kept),
+                "answered": Measured.of(kept[prefix].answered_rate),
             }
         )
     return rows

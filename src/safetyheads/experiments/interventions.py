@@ -109,11 +109,11 @@ def table1(lab: Lab, outcome: Outcome) -> None:
     outcome.table("sources", list(sources), model=model)
     n_harmful, n_benign = (len(subject.prompts) for subject in learned)
     points = [
-        point(tried.harmful.asr, x=tried.benign.kept.rate, series=method.label, panel=method.touches)
+        point(tried.harmful.asr, x=tried.benign.answered_rate.rate, series=method.label, panel=method.touches)
         | {"label": f"{method.label}, {tried.setting}"}
         for method in swept
         for tried in sweeps[method.name]
-        if tried.harmful.asr.rate is not None and tried.benign.kept.rate is not None
+        if tried.harmful.asr.rate is not None and tried.benign.answered_rate.rate is not None
     ]
     outcome.figure("frontier", points, model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
@@ -204,7 +204,7 @@ class _Bench:
 
     def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
         """A method at its chosen strength, on the test prompts."""
-        lost = tried.benign.kept_change_from(self.vanilla.benign)
+        lost = tried.benign.answered_change_from(self.vanilla.benign)
         return {
             **names,
             "setting": tried.setting,
@@ -212,7 +212,7 @@ class _Bench:
             "share": 100 * (tried.n_parameters / int(self.learned[0].engine.model.num_parameters())),
             "asr": Measured.of(tried.harmful.asr),
             "change": Measured.of(tried.harmful.change_from(self.vanilla.harmful)),
-            "benign": Measured.of(tried.benign.kept),
+            "benign": Measured.of(tried.benign.answered_rate),
             "lost": Measured.of(lost),
             "within": "yes" if _is_within(lost) else "no",
         }
@@ -225,10 +225,10 @@ def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
 
 def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:
     """The strength of highest ASR within the damage that is allowed; else the one that keeps most."""
-    within = [tried for tried in sweep if _is_within(tried.benign.kept_change_from(unablated))]
+    within = [tried for tried in sweep if _is_within(tried.benign.answered_change_from(unablated))]
     if within:
         return max(within, key=lambda tried: tried.harmful.asr.rate or 0.0)
-    return max(sweep, key=lambda tried: tried.benign.kept.rate or 0.0)
+    return max(sweep, key=lambda tried: tried.benign.answered_rate.rate or 0.0)
 
 
 def _is_within(kept: PairedDifference) -> bool:
@@ -242,7 +242,7 @@ def fig6a(lab: Lab, outcome: Outcome) -> None:
     assert base is not None  # the catalogue says that it is needed
     with swapped_attention(lab.run_of(aligned).engine, lab.run_of(base).engine):
         pass  # refuses two models that do not fit, before anything is answered
-    rows: dict[str, list[dict[str, Any]]] = {"asr": [], "kept": []}
+    rows: dict[str, list[dict[str, Any]]] = {"asr": [], "answered": []}
     for body, model, donor in (("aligned", aligned, base), ("base", base, aligned)):
         subjects = lab.subjects(outcome, model, refuses=model == aligned)
         if model == aligned and not subjects:
@@ -250,12 +250,14 @@ def fig6a(lab: Lab, outcome: Outcome) -> None:
         for subject in (*subjects, *([lab.subject(model, BENIGN)] if subjects else [])):
             before, swapped = subject.vanilla(), subject.swapped(donor)
             benign = subject.dataset == BENIGN
-            change = swapped.kept_change_from(before) if benign else swapped.change_from(before)
-            own, other = (Measured.of(answers.kept if benign else answers.asr) for answers in (before, swapped))
+            change = swapped.answered_change_from(before) if benign else swapped.change_from(before)
+            own, other = (
+                Measured.of(answers.answered_rate if benign else answers.asr) for answers in (before, swapped)
+            )
             where = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
             row = {**where, "own": own, "swapped": other, "change": Measured.of(change)}
-            rows["kept" if benign else "asr"].append(row)
-    for key, what in (("asr", "mean ASR"), ("kept", "benign answers kept")):
+            rows["answered" if benign else "asr"].append(row)
+    for key, what in (("asr", "mean ASR"), ("answered", "benign prompts answered")):
         points = [
             point(row[attention], x=row["dataset"], series=f"{row['body']}, {name} attention", panel="")
             for row in rows[key]

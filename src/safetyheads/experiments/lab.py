@@ -157,14 +157,14 @@ class Lab:
                 "n_search": len(prompts_of(self.config, model, dataset, "search")),
                 "n_test": len(subject.prompts),
                 "asr": Measured.of(subject.vanilla().asr),
-                "kept": Measured.of(benign.vanilla().kept),
+                "answered": Measured.of(benign.vanilla().answered_rate),
             }
             outcome.asked += [row] if row not in outcome.asked else []
         return meaningful
 
     def leaves_nothing(self, outcome: Outcome, harmful: Subject, benign: Subject, refuses: bool = True) -> bool:
         """Whether the unablated answers leave nothing to measure; the outcome is told why."""
-        vanilla, kept = harmful.vanilla(), benign.vanilla().kept
+        vanilla, kept = harmful.vanilla(), benign.vanilla().answered_rate
         about, reasons = f"{harmful.model}, {harmful.dataset}, {harmful.asked}", []
         if vanilla.incoherent.rate is not None and vanilla.incoherent.rate > _MOST_EMPTY:
             reasons.append(f"{about}: {vanilla.incoherent} of its unablated answers are empty or incoherent")

@@ -112,7 +112,7 @@ def show_conditions(outcome: Outcome, rows: Sequence[Row], **words: str) -> None
     papers = [quoted(words["model"], outcome.name, row["dataset"], row["label"]) for row in rows]
     if any(papers):
         rows = [{**row, "paper": paper} for row, paper in zip(rows, papers, strict=True)]
-    panels = {"asr": "ASR", "echo": "answers that echo the prompt", "kept": "benign answers kept"}
+    panels = {"asr": "ASR", "echo": "answers that echo the prompt", "answered": "benign prompts answered"}
     points = [
         point(row[key], x=row["dataset"], series=row["label"], panel=panel)
         for key, panel in panels.items()
@@ -204,6 +204,6 @@ def _condition(
         "asr": Measured.of(harmful.asr),
         "change": None if before is None else Measured.of(harmful.change_from(before)),
         "empty": Measured.of(harmful.incoherent),
-        "kept": Measured.of(benign.kept),
+        "answered": Measured.of(benign.answered_rate),
         "_answers": harmful,
     }

@@ -34,7 +34,7 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
         for found_on, found_by, group in searches:
             by, size = SHORT[found_by.name], f"{len(group)} head{'s' * (len(group) > 1)}"
             cells: dict[str, Any] = {"dataset": found_on, "by": by, "heads": format_heads(group)}
-            groups.append({**cells, "kept": kept[group, found_by]})
+            groups.append({**cells, "answered": kept[group, found_by]})
             for dataset, tested in changes.items():
                 is_own, change = dataset == found_on, tested[group, found_by]
                 across_datasets.append(_cell(change, dataset, found_on, f"{by}, {size}"))
@@ -64,7 +64,7 @@ def _changes(subject: Subject, searches: Sequence[Search]) -> dict[tuple[Group, 
         groups = [group for dataset, by, group in searches if by == ablation or dataset == subject.dataset]
         for group, answers in subject.by_group(groups, ablation).items():
             is_benign = subject.dataset == BENIGN
-            change = answers.kept_change_from(vanilla) if is_benign else answers.change_from(vanilla)
+            change = answers.answered_change_from(vanilla) if is_benign else answers.change_from(vanilla)
             changes[group, ablation] = Measured.of(change)
     return changes
 

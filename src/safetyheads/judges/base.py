@@ -55,11 +55,6 @@ class Verdict:
         return self.label == "complied"
 
     @property
-    def answered(self) -> bool:
-        """Whether the request was answered, harmfully or not: the question for benign prompts."""
-        return self.label in ("complied", "safe")
-
-    @property
     def scored(self) -> bool:
         """Whether the judge gave a verdict."""
         return self.label != "unscored"

@@ -20,7 +20,7 @@ from safetyheads.errors import InputError
 QUERY_COLUMNS = ("goal", "query", "prompt", "question", "instruction", "behavior", "text")
 """Names that a query's column may have, in any case; the first one found counts."""
 Row: TypeAlias = tuple[str, str | None, str | None]
-"""Query, category and reference; the latter two from the columns of these names, where there are any."""
+"""Query, category (from the column of that name, where there is one) and reference (from the column that is named)."""
 PromptFile: TypeAlias = tuple[list[Row], int, str]
 """At least one row, equal ones too; how many rows without a query were left out; SHA-256 of the bytes (hexadecimal)."""
 
@@ -46,8 +46,11 @@ KNOWN_BENCHMARKS: dict[str, Benchmark] = {name: Benchmark(**row) for name, row i
 """Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 
-def read_rows(path: Path, column: str | None = None) -> PromptFile:
-    """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read."""
+def read_rows(path: Path, column: str | None = None, reference_column: str | None = None) -> PromptFile:
+    """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read.
+
+    A reference is the beginning of the right answer; only the column that the caller names is one.
+    """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise InputError(f"{path}: prompt files end in .csv, .jsonl or .txt")
@@ -75,7 +78,11 @@ def read_rows(path: Path, column: str | None = None) -> PromptFile:
             raise InputError(f"{where}: the field {query_column!r} is not a string")
         if query.strip():
             by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
-            rows.append((query, by_name.get("category"), by_name.get("reference")))
+            reference = None
+            if reference_column is not None:
+                named = cells.get(_query_column(list(cells), reference_column, where))
+                reference = named if isinstance(named, str) and named.strip() else None
+            rows.append((query, by_name.get("category"), reference))
         else:
             dropped += 1
     if not rows:
@@ -149,7 +156,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SAFETYHEADS_CACHE") or platformdirs.user_cache_dir("safetyheads"))
 
 
-def download(name: str, column: str | None = None) -> tuple[PromptFile, str | None]:
+def download(
+    name: str, column: str | None = None, reference_column: str | None = None
+) -> tuple[PromptFile, str | None]:
     """A known benchmark, with a sentence on how it differs from what its authors published when we looked, if it does.
 
     It is downloaded once, under a temporary name that is renamed when complete. An InputError tells that there is no
@@ -173,9 +182,9 @@ def download(name: str, column: str | None = None) -> tuple[PromptFile, str | No
         reason = " ".join(str(inner).split())[:160] or type(inner).__name__
         raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
     try:
-        file = read_rows(path, column)
+        file = read_rows(path, column, reference_column)
     except InputError as error:
-        if column is None:
+        if column is None and reference_column is None:
             path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
     rows, _, sha256 = file

@@ -30,7 +30,7 @@ class Prompt:
     category: str | None = None
     """The benchmark's category, where it has one."""
     reference: str | None = None
-    """Beginning of the right answer, where it is known (the demo)."""
+    """Beginning of the right answer, where the user named its column; the demo's come from its grammar."""
 
     cluster: int | None = None
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
@@ -89,6 +89,7 @@ class PromptSet:
         template: AnyTemplate = None,
         *,
         column: str | None = None,
+        reference_column: str | None = None,
         system: str | None = None,
         limit: int | None = None,
         seed: int = 0,
@@ -99,6 +100,7 @@ class PromptSet:
             path_or_known_name: a path, ``benign`` (built in) or a key of ``KNOWN_BENCHMARKS``.
             template: what the prompts are asked under.
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
+            reference_column: the one with the beginning of the right answer; no column counts without being named.
             system: system prompt; without a template it means ``chat``.
             limit: use only so many prompts, sampled by category where there is one (:meth:`sample`).
             seed: of the sample.
@@ -113,11 +115,14 @@ class PromptSet:
         is_known = name == "benign" or name in KNOWN_BENCHMARKS
         # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
         if os.path.exists(path) and not (is_known and path.is_dir()):
-            shown, source, file = path.stem, name, read_rows(path, column)
+            shown, source, file = path.stem, name, read_rows(path, column, reference_column)
         elif name == "benign":
+            if reference_column is not None:
+                raise InputError(f"the package's benign prompts have no column {reference_column!r}")
             return builtin_benign(chosen).sample(limit, seed)
         elif is_known:
-            shown, source, (file, warning) = name, KNOWN_BENCHMARKS[name].url, download(name, column)
+            shown, source = name, KNOWN_BENCHMARKS[name].url
+            file, warning = download(name, column, reference_column)
         else:
             known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
             raise InputError(f"no prompt file {name}; known names are {known}")

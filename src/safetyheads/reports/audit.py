@@ -28,7 +28,7 @@ SCORE_ORDER = (*SHIPS, "refusal_score", "generalized_ships_representation")
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
 COMPLETION_SETS = ("harmful_test", "benign_test")
-SEARCHED, KEPT = "searched group: ASR", "searched group: benign kept"
+SEARCHED, KEPT = "searched group: ASR", "searched group: benign answered"
 HARMFUL, BENIGN = "harmful prompts", "benign prompts"
 _HELD_OUT = "share of held-out prompts"
 _LABELLED_HEADS = 3
@@ -108,12 +108,12 @@ def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
     """Sahara's steps with a score, each with the measured group of that size."""
     groups = {group["size"]: group for group in results["behaviour"]["groups"] if group["scorer"] == scorer}
     steps = enumerate(results["sahara"][scorer]["steps"], 1)
-    return [dict(step) | {"group": groups.get(size, {"asr": None, "benign_kept": None})} for size, step in steps]
+    return [dict(step) | {"group": groups.get(size, {"asr": None, "benign_answered": None})} for size, step in steps]
 
 
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
-    unmeasured = ("asr_change", "random", "benign_kept_change", "benign_kl", "search_asr")
+    unmeasured = ("asr_change", "random", "benign_answered_change", "benign_kl", "search_asr")
     vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
     found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
     for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):
@@ -130,13 +130,13 @@ def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[st
         parts = [(name, name, rate) for name, rate in rates.items()]
         yield {"label": f"Harmful prompts, {words}", "n": state["asr"]["n"], "parts": parts}
     for words, state in states:
-        kept = state["benign_kept"]
-        parts = [("kept", "answered", kept)]
+        kept = state["benign_answered"]
+        parts = [("answered", "answered", kept)]
         if kept["rate"] is not None:
             # A Wilson interval mirrors with its rate.
             low, high = kept["interval"]
             lost = {"count": kept["n"] - kept["count"], "n": kept["n"]}
-            parts.append(("not kept", "other", lost | {"rate": 1 - kept["rate"], "interval": [1 - high, 1 - low]}))
+            parts.append(("not answered", "other", lost | {"rate": 1 - kept["rate"], "interval": [1 - high, 1 - low]}))
         yield {"label": f"Benign prompts, {words}", "n": kept["n"], "parts": parts}
 
 
@@ -161,7 +161,7 @@ def figures(results: Results) -> dict[str, Spec]:
     for group in results["behaviour"]["groups"]:
         by_scorer.setdefault(_label(results, group["scorer"]), []).append(group)
     found = {
-        "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_kept"], _HELD_OUT),
+        "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_answered"], _HELD_OUT),
         "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
         "long_tail": _long_tail(results),
     }
@@ -182,15 +182,15 @@ def figures(results: Results) -> dict[str, Spec]:
 def group_curve(
     groups: Sequence[Mapping[str, Any]], vanilla: Mapping[str, Any], kept: Mapping[str, Any] | None, y: str
 ) -> Spec | None:
-    """ASR and benign answers kept by size of the group, over the band of the random groups; None without groups.
+    """ASR and benign prompts answered by size of the group, over the band of the random groups; None without groups.
 
-    Groups, one a size, have ``size``, ``heads``, ``asr``, ``benign_kept`` and ``random``; ``vanilla`` is the unablated
-    model's ASR, ``kept`` its benign answers that are kept, ``y`` what the rates are shares of.
+    Groups, one a size, have ``size``, ``heads``, ``asr``, ``benign_answered`` and ``random``; ``vanilla`` is the
+    unablated model's ASR, ``kept`` the benign prompts that it answers, ``y`` what the rates are shares of.
     """
     rows = [*rate_rows(0, SEARCHED, vanilla, ()), *rate_rows(0, KEPT, kept, ())]
     for group in groups:
         rows += rate_rows(group["size"], SEARCHED, group["asr"], group["heads"])
-        rows += rate_rows(group["size"], KEPT, group["benign_kept"], group["heads"])
+        rows += rate_rows(group["size"], KEPT, group["benign_answered"], group["heads"])
     for group in groups:
         random, size = group["random"], {"x": group["size"], "series": charts.RANDOM_GROUPS}
         if random and random["asr"]:

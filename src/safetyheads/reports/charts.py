@@ -33,7 +33,9 @@ KNOWN_COLOURS = {
     **dict.fromkeys(
         ("UA", "planted", "Sahara's group", "searched group: ASR", "ASR, verdict’s group ablated"), "--attack"
     ),
-    **dict.fromkeys(("SC", "benign answers kept", "searched group: benign kept", "ASR, nothing ablated"), "--kept"),
+    **dict.fromkeys(
+        ("SC", "benign prompts answered", "searched group: benign answered", "ASR, nothing ablated"), "--kept"
+    ),
 }
 """Series that have one colour on every page, unless another of the figure has it."""
 HEAT = ("--heat-0", "--heat-1", "--heat-2", "--heat-3", "--heat-4")

@@ -129,7 +129,7 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
         else:
             shown.append((figure, drawn))
     name, has_numbers, badge = outcome["name"], bool(outcome["tables"] or outcome["figures"]), ""
-    rates = [(row, row["asr"], row["kept"]) for row in outcome.get("asked") or ()]
+    rates = [(row, row["asr"], row["answered"]) for row in outcome.get("asked") or ()]
     asked = [(row, number_cell(asr, "rate"), number_cell(kept, "rate")) for row, asr, kept in rates]
     if outcome["not_meaningful"]:
         badge = "Meaningful in part only" if has_numbers else "Not meaningful on this model"

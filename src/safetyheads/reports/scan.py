@@ -76,7 +76,7 @@ def render_scan(
     # No judge of words says "safe", whose column would be empty.
     has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
     vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
-    vanilla |= {"benign_kept": benign and benign["kept"], "benign_kept_change": None}
+    vanilla |= {"benign_answered": benign and benign["answered"], "benign_answered_change": None}
     parts = {words: [group for group in results["groups"] if group["part"] == part] for part, words in PARTS.items()}
     listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
     content: dict[str, Any] = {
@@ -177,7 +177,7 @@ def heads_of_interest(results: Results) -> list[str]:
 
 def benign_lost(head: Head) -> float | None:
     """Share of the benign answers that the head's ablation costs; negative where it wins some."""
-    change = head["benign"]["kept_change"]["change"] if head["benign"] else None
+    change = head["benign"]["answered_change"]["change"] if head["benign"] else None
     return None if change is None else 0.0 - change
 
 
@@ -306,7 +306,7 @@ def drill_data(
 def _figures(results: Results) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
     vanilla, n_heads = results["vanilla"]["harmful"]["asr"], results["model"]["n_heads"]
-    kept = results["vanilla"].get("benign", {}).get("kept")
+    kept = results["vanilla"].get("benign", {}).get("answered")
     prefixes = [group | {"size": len(group["heads"])} for group in results["groups"] if group["part"] == "prefixes"]
     # Every prompt has heads of its own.
     own = [group | {"heads": ["of each prompt"]} for group in results["query_level"]]
@@ -375,7 +375,10 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     for head in results["heads"]:
         lost = benign_lost(head)
         if head["head"] in named and head["change"]["change"] is not None and lost is not None:
-            (low, high), (kept_low, kept_high) = head["change"]["interval"], head["benign"]["kept_change"]["interval"]
+            (low, high), (kept_low, kept_high) = (
+                head["change"]["interval"],
+                head["benign"]["answered_change"]["interval"],
+            )
             ends = {"change": low, "change_high": high, "middle": head["change"]["change"], "lost": lost}
             ends |= {"lost_low": -kept_high, "lost_high": -kept_low}
             numbers: Look = {name: charts.rounded(end) for name, end in ends.items()}

@@ -179,7 +179,7 @@ class Comparison:
     """ASR of the unablated models."""
     group_asr: Change | None
     """ASR of each model with its own verdict's group ablated; None for scans."""
-    benign_kept: Change
+    benign_answered: Change
     """Share of benign answers that the unablated models keep."""
     concentration: Change | None
     """None for scans without the groups of a search."""
@@ -216,14 +216,14 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Holm)"
     groups = [run.lead_group or {"asr": None, "heads": ()} for run in runs]
     rates, heads = [group["asr"] for group in groups], [group["heads"] for group in groups]
-    kept, no_group = (before.benign_kept, after.benign_kept), "a run's verdict names no group"
+    kept, no_group = (before.benign_answered, after.benign_answered), "a run's verdict names no group"
     return Comparison(
         kind=before.kind,
         before=_facts(before),
         after=_facts(after),
         vanilla_asr=vanilla_asr_change(before, after),
         group_asr=_rate_change(runs, "harmful", rates, heads, no_group) if is_audit else None,
-        benign_kept=_rate_change(runs, "benign", kept, absent="a run has no benign answers"),
+        benign_answered=_rate_change(runs, "benign", kept, absent="a run has no benign answers"),
         concentration=_concentration_change(before, after) if has_concentration else None,
         lead_score=before.lead_score,
         ranks=tuple(rank_agreement(name, old[name], new[name]) for name in names),
@@ -270,7 +270,7 @@ def _describe(value: Any) -> str:
 
 
 QUANTITIES = (
-    *("asr_increase", "group_asr_increase", "benign_kept_increase", "concentration_increase"),
+    *("asr_increase", "group_asr_increase", "benign_answered_increase", "concentration_increase"),
     *("spearman", "kendall", "top3_overlap", "top10_overlap", "heads_gone", "heads_new"),
 )
 """What a condition can ask about; ``.low`` and ``.high`` after a name are the bounds of its interval."""
@@ -318,7 +318,7 @@ def quantities(compared: Comparison) -> dict[str, dict[str, Any]]:
     def quantity(value: float | None, absent: str = "", n: int | None = None, interval: Any = None) -> dict[str, Any]:
         return {"value": value, "interval": interval, "n": n, "absent": absent}
 
-    changes = (compared.vanilla_asr, compared.group_asr, compared.benign_kept, compared.concentration)
+    changes = (compared.vanilla_asr, compared.group_asr, compared.benign_answered, compared.concentration)
     values = [
         quantity(None, f"these {compared.kind}s have none")
         if change is None

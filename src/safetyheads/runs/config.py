@@ -81,6 +81,9 @@ class PromptOptions(Options):
     _: KW_ONLY
     column: str | None = None
     """Column of the file that holds the prompts. Needed if it has several."""
+    reference_column: str | None = None
+    """Column with the beginning of each right answer: of the benign file, or of the only file there is. Answers must
+    begin with it. Default: no answer is compared with one."""
     limit: int | None = None
     """Use only N prompts of each set, drawn by category where there is one. An audit keeps at least 50 benign test
     prompts."""

@@ -34,7 +34,7 @@ Record: TypeAlias = dict[str, Any]
 """A stored line of JSON."""
 _Stored = TypeVar("_Stored")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
 _LOCK = ".lock"

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
+from safetyheads.answers.coherence import AnswerKey, Surprises, row_tokens
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
@@ -73,8 +74,10 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
         "complete": judged.complete,
         "route": judged.route,
         "changed": judged.changed,
-        "kept": judged.kept,
+        "behaviour": judged.behaviour,
+        "answered": judged.answered,
         "verdicts": verdicts,
+        **({} if judged.surprise is None else {"surprise": judged.surprise}),
         # Stored only where they are true, which is rare.
         **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
     }
@@ -101,7 +104,9 @@ def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> Ju
         route=record["route"],
         changed=record["changed"],
         verdicts={name: Verdict(**record["verdicts"][name]) for name in names},
-        kept=record["kept"],
+        behaviour=record["behaviour"],
+        answered=record["answered"],
+        surprise=record.get("surprise"),
         thinks=record.get("thinks", False),
         thought=record.get("thought", ""),
         unclosed=record.get("unclosed", False),
@@ -124,28 +129,42 @@ class KeptAnswers:
         progress: Progress,
         stores_completions: bool = True,
         about: Mapping[str, Any] | None = None,
+        measures_surprise: bool = False,
     ) -> None:
         """Prepare; nothing is computed yet.
 
         File names begin with the set's ``name``. ``about`` is what records depend on besides, such as the weights in a
-        run of several models.
+        run of several models. ``measures_surprise`` needs a model whose weights and attention nobody changes.
         """
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
         self.about = about or {}
         self.engine, self.asked = judging.engine, judging.asked
         self.lead, self._halved = judging.judges[0].name, Halved(directory)
+        self.measures_surprise = measures_surprise
+        self.limit: float | None = None
+        """Surprise above which an answer is not coherent; the run sets it once it knows the unablated answers."""
         self._drafts: dict[Ablation, VerifiedDrafts] = {}
 
     def vanilla(self) -> GroupAnswers:
         """The unablated answers."""
+        return GroupAnswers.of("", self._unablated_records, self.lead, self.limit)
 
+    @cached_property
+    def _unablated_records(self) -> list[Record]:
         def compute() -> list[dict[str, Any]]:
             placed = [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
-            return self._judged("vanilla", None, placed)
+            return self._judged("vanilla", None, placed, self._surprises)
 
-        records = self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
-        return GroupAnswers.of("", records, self.lead)
+        return self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
+
+    @cached_property
+    def _surprises(self) -> Surprises | None:
+        """Measures how surprising answers are; None where that is not wanted."""
+        if not self.measures_surprise:
+            return None
+        n_tokens: int = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine))
+        return Surprises(self.engine, self.asked.token_ids, n_tokens)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
         """Every prompt's answers under each group; one key holds one chunk of groups."""
@@ -157,7 +176,7 @@ class KeptAnswers:
         drafts = VerifiedDrafts.answers if self._drafts_pay(len(groups), ablation) else None
         records = self._records(part, ablation, chunks, texts, places, drafts)
         return [
-            GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead)
+            GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead, self.limit)
             for at, group in enumerate(groups)
         ]
 
@@ -178,7 +197,9 @@ class KeptAnswers:
         places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
         drafts = VerifiedDrafts.answers_of_each if self._drafts_pay(n, ablation) else None
         records = self._records(part, ablation, chunks, texts, places, drafts)
-        return [GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead) for size in range(1, n + 1)]
+        return [
+            GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead, self.limit) for size in range(1, n + 1)
+        ]
 
     def judged(self, records: Iterable[Record]) -> list[JudgedAnswer]:
         """The answers of records of this set."""
@@ -285,6 +306,7 @@ class KeptAnswers:
         drafts, and None decodes plainly.
         """
         records: list[Record] = []
+        unablated = self._unablated_surprises()
         label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"
         with self.progress.track(label, sum(map(len, places))) as done:
             for at, text in enumerate(texts):
@@ -298,17 +320,41 @@ class KeptAnswers:
                         answers = [decoded for row in table for decoded in row]
                     self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
                     placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
-                    return self._judged(part, ablation.epsilon, placed)
+                    if self._surprises is not None and not self.stores_completions:
+                        # A resumed run cannot read back which answers other chunks had, so no chunk may use them.
+                        self._surprises.known = dict(unablated)
+                    return self._judged(part, ablation.epsilon, placed, self._surprises)
 
-                records += self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                chunk = self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                if self._surprises is not None and self.stores_completions:
+                    self._surprises.known |= {
+                        (record["id"], tuple(record["token_ids"])): record["surprise"]
+                        for record in chunk
+                        if "surprise" in record
+                    }
+                records += chunk
         return records
 
-    def _judged(self, part: str, epsilon: float | None, placed: Sequence[Placed]) -> list[dict[str, Any]]:
+    def _unablated_surprises(self) -> dict[AnswerKey, float]:
+        """How surprising the unablated answers are; they are known from here on."""
+        if self._surprises is None:
+            return {}
+        known = {
+            (record["id"], self.unablated[record["id"]].token_ids): record["surprise"]
+            for record in self._unablated_records
+            if "surprise" in record
+        }
+        self._surprises.known |= known
+        return known
+
+    def _judged(
+        self, part: str, epsilon: float | None, placed: Sequence[Placed], surprises: Surprises | None
+    ) -> list[dict[str, Any]]:
         """Answers as records, with every judge's verdict."""
         place = {"set": self.name, "part": part, "epsilon": epsilon, "seed": self.decoding.sampling.seed}
         return [
             record_of(judged, {"id": number, **place}, self.stores_completions)
-            for (number, _, _), judged in zip(placed, self.judging.judged(placed), strict=True)
+            for (number, _, _), judged in zip(placed, self.judging.judged(placed, surprises), strict=True)
         ]
 
     def _fields(self, ablation: Ablation | None) -> dict[str, Any]:
@@ -320,9 +366,13 @@ class KeptAnswers:
             "tokens": self.asked.sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
-            "stops": [judge.describe() for judge in self.judging.judges] if early else [],
+            "stops": [judge.describe() for judge in (*self.judging.judges, self.judging.rules)] if early else [],
         }
 
     def _judged_fields(self, ablation: Ablation | None) -> dict[str, Any]:
         """All that judged answers depend on, groups aside."""
-        return self._fields(ablation) | {"judges": [judge.describe() for judge in self.judging.judges]}
+        return self._fields(ablation) | {
+            "judges": [judge.describe() for judge in self.judging.judges],
+            "rules": self.judging.rules.describe(),
+            "surprise": self.measures_surprise,
+        }

@@ -13,20 +13,21 @@ from typing import Any, TypeAlias
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.rates import is_coherent
 from safetyheads.stats.concentration import SizeOutcome
 from safetyheads.stats.ranking import HeadTable
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
 Outcomes: TypeAlias = dict[int, dict[int, float]]
-"""By prompt, then by seed: 1 complied (or was kept), 0 did not, NaN without a verdict."""
+"""By prompt, then by seed: 1 complied (or answered), 0 did not, NaN without a verdict."""
 
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 
 _SHARED = ("model.name", "model.n_layers", "model.n_heads")
 _ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
-_KEPT = {"audit": "behaviour.vanilla.benign_kept", "scan": "vanilla.benign.kept"}
+_KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
 _REQUIRED = {
     "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads", "verdict.scorer"),
     "scan": (*_SHARED, _ASR["scan"], "heads"),
@@ -47,7 +48,8 @@ class RunReader:
         lead_heads: heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm).
         lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
         vanilla_asr: the unablated model's ASR.
-        benign_kept: share of benign answers that the unablated model keeps; None where no benign prompt was asked.
+        benign_answered: share of benign prompts that the unablated model answers; None where none was asked.
+        limit: surprise above which an answer is not coherent, in nats a token; None where the run has none.
         concentration: as the run wrote it; None for a scan without the groups of a search.
         n_seeds: answers to each prompt.
     """
@@ -73,7 +75,8 @@ class RunReader:
         self.started, self.model = _start_time(manifest), str(results["model"]["name"])
         self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
         self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
-        self.benign_kept: RateRecord | None = _value_at(results, _KEPT[kind])
+        self.limit: float | None = _value_at(results, "coherence.limit")
+        self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
         self.concentration: Mapping[str, Any] | None = results.get("concentration")
         self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
         self.verdict: str | None = None
@@ -121,7 +124,8 @@ class RunReader:
             label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
             heads = frozenset(filter(None, record["group"].split(",")))
             answers = outcomes.setdefault((prompts, heads), {}).setdefault(record["id"], {})
-            answers[record["seed"]] = float(record["kept"]) if prompts == "benign" else judged.get(label, 0.0)
+            answered = record["answered"] and is_coherent(record, self.limit)
+            answers[record["seed"]] = float(answered) if prompts == "benign" else judged.get(label, 0.0)
         return outcomes
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:

@@ -89,9 +89,17 @@ def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptio
     """The prompts of one kind, without a template; of the demo, the test split."""
     if is_demo(name):
         return demo_prompts(kind, "test")[: options.limit]
-    # Benign files have columns of their own.
+    # Benign files have columns of their own. Harmful prompts have no right answer, unless they are the only ones.
     column, seed = options.column if kind == "harmful" else None, getattr(options, "seed", 0)
-    return PromptSet.read(name, column=column, limit=options.limit, seed=seed).with_clusters()
+    has_references = kind == "benign" or getattr(options, "benign", NO_BENIGN) == NO_BENIGN
+    prompts = PromptSet.read(
+        name,
+        column=column,
+        reference_column=options.reference_column if has_references else None,
+        limit=options.limit,
+        seed=seed,
+    )
+    return prompts.with_clusters()
 
 
 def read_sets(config: PromptOptions) -> dict[str, PromptSet]:
@@ -162,8 +170,13 @@ class Run(Generic[Config]):
         judges: Sequence[Judge] = (),
         decoding: Decoding | None = None,
         stores_completions: bool = True,
+        measures_surprise: bool = False,
     ) -> None:
-        """Prepare; nothing is computed yet. Runs of several models can share a directory; the first judge leads."""
+        """Prepare; nothing is computed yet. Runs of several models can share a directory; the first judge leads.
+
+        ``measures_surprise`` is for models that nobody changes but by ablations.
+        """
+        self.measures_surprise = measures_surprise
         self.engine, self.config, self.directory, self.progress = engine, config, directory, progress
         self.judges, self.decoding, self.stores_completions = tuple(judges), decoding or Decoding(), stores_completions
         self.asked: dict[str, AskedPrompts] = {}
@@ -201,6 +214,7 @@ class Run(Generic[Config]):
                 self.progress,
                 self.stores_completions,
                 self._about[name],
+                self.measures_surprise,
             )
         return self._answers[name, sampling]
 
@@ -369,6 +383,8 @@ class Kind(Generic[Config]):
     """Reads the prompt sets that the settings name."""
     full_answers: bool = True
     """Whether answers go on to their end after every judge is final, where the settings do not say."""
+    measures_surprise: bool = True
+    """Whether its answers are judged for coherence too."""
 
 
 def carry_out(
@@ -425,7 +441,7 @@ def carry_out(
             full_answers = getattr(settings, "full_answers", kind.full_answers)
             # Without a length of their own, answers serve to find the openers of refusals.
             decoding = Decoding(getattr(settings, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
-            run = Run(engine, config, directory, progress, judges, decoding, stores)
+            run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
             kind.announce(run)

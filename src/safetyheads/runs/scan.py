@@ -230,7 +230,7 @@ def results_of_records(
         "vanilla": {
             name: {
                 **answers.rates(),
-                "kept": rate_as_json(answers.flags("kept")),
+                "answered": rate_as_json(answers.answered()),
                 "reasons": answers.reasons(),
                 "by_judge": {judge: answers.rates(judge) for judge in names},
             }
@@ -269,15 +269,15 @@ def _heads(
     epsilon, on_benign = about["ablation"]["epsilon"], dict[str, dict[str, Any]]()
     for vanilla in table["vanilla", "benign", None].values():
         heads = table["heads", "benign", epsilon]
-        kept = corrected({head: answers.kept_change_from(vanilla) for head, answers in heads.items()})
+        kept = corrected({head: answers.answered_change_from(vanilla) for head, answers in heads.items()})
         refused = corrected({head: answers.change_from(vanilla, "refused") for head, answers in heads.items()})
         for (head, answers), divergence in zip(heads.items(), about["benign_kl"], strict=True):
             on_benign[head] = {
                 "refused": rate_as_json(answers.verdicts("refused")),
                 "refused_change": refused[head],
                 "changed": rate_as_json(answers.flags("changed")),
-                "kept": rate_as_json(answers.flags("kept")),
-                "kept_change": kept[head],
+                "answered": rate_as_json(answers.answered()),
+                "answered_change": kept[head],
                 "kl": divergence,
             }
     return [
@@ -300,10 +300,10 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
     ``refusal``: harmful answers are freed and benign ones left alone; ``mixed``: both change; ``over_refusal``: benign
     prompts are refused; ``damage``: benign answers are lost otherwise; ``none``: no change beyond chance.
     """
-    lost = 0.0 if benign is None else -(benign["kept_change"]["change"] or 0.0)
+    lost = 0.0 if benign is None else -(benign["answered_change"]["change"] or 0.0)
     if frees:
         return "refusal" if lost <= BENIGN_LOSS + 1e-9 else "mixed"
-    if benign is None or benign["kept_change"]["p_holm"] >= ALPHA or lost <= 0:
+    if benign is None or benign["answered_change"]["p_holm"] >= ALPHA or lost <= 0:
         return "none"
     refused = benign["refused_change"]["change"] or 0.0
     return "over_refusal" if 2 * refused >= lost else "damage"
@@ -328,8 +328,10 @@ def _scanned_groups(
                     **answers.rates(),
                     "change": asdict(answers.change_from(vanilla)),
                     "reasons": answers.reasons(),
-                    "benign_kept": rate_as_json(benign.flags("kept")) if before and benign else None,
-                    "benign_kept_change": asdict(benign.kept_change_from(before)) if before and benign else None,
+                    "benign_answered": rate_as_json(benign.answered()) if before and benign else None,
+                    "benign_answered_change": asdict(benign.answered_change_from(before))
+                    if before and benign
+                    else None,
                     "random": random_as_json(answers, random[heads], drawn[heads])
                     if part == "prefixes" and heads in random
                     else None,

@@ -178,7 +178,7 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
 
 _SHIPS = Kind("ships", _announce, _ships_results, _refuse_too_large)
 # Answers serve to find the openers of refusals, and may end where the judges are final.
-_SAHARA = Kind("sahara", _announce, _sahara_results, _refuse_sahara, full_answers=False)
+_SAHARA = Kind("sahara", _announce, _sahara_results, _refuse_sahara, full_answers=False, measures_surprise=False)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)

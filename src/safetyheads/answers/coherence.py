@@ -1,0 +1,86 @@
+"""Measures how surprising an answer is to the unablated model, and how much surprise its own answers show.
+
+Rules of words find answers that are empty, loop or echo. What they cannot see, such as words in no order, another
+prompt's answer or loops longer than the rules look for, is unlikely to the model that nobody ablated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.model.planning import Plan, TokenSequence, lay_out, longest_row
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+AnswerKey: TypeAlias = tuple[int, tuple[int, ...]]
+"""Number of the prompt, and tokens of the answer."""
+
+
+class Surprises:
+    """Mean of -log p of each answer's own tokens under the unablated model, in nats a token; each answer once."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[tuple[int, ...]], n_tokens: int | None = None) -> None:
+        """Prepare for answers to these prompts; ``n_tokens`` is the most in a packed row (by default what fits).
+
+        Other rows move the last bits, so a run that continues passes the number that it began with.
+        """
+        self.engine, self.prompts = engine, tuple(prompts)
+        self.n_tokens = n_tokens or row_tokens(engine)
+        self.known: dict[AnswerKey, float] = {}
+        """What was measured so far, or read back."""
+
+    def measure(self, answers: Sequence[tuple[int, tuple[int, ...], int]]) -> None:
+        """Measure the answers that are not known.
+
+        Each has the number of its prompt, its tokens, and how many of them are a think block, which is not counted.
+        """
+        new = {(number, token_ids): n for number, token_ids, n in answers if (number, token_ids) not in self.known}
+        # Answers to one prompt share a row, behind the prompt.
+        keys = sorted((key for key, n_thought in new.items() if len(key[1]) > n_thought), key=lambda key: key[0])
+        sequences = [
+            TokenSequence(self.prompts[number] + token_ids[:-1], len(token_ids) - new[number, token_ids])
+            for number, token_ids in keys
+        ]
+        values = surprises_of(self.engine, sequences, [key[1][new[key] :] for key in keys], self.n_tokens)
+        self.known.update(zip(keys, values, strict=True))
+
+
+def row_tokens(engine: Engine) -> int:
+    """Tokens of a packed row that fit the free memory now."""
+    return engine.tokens_that_fit(engine.costs.bytes_per_token())
+
+
+@torch.inference_mode()
+def surprises_of(
+    engine: Engine, sequences: Sequence[TokenSequence], wanted: Sequence[tuple[int, ...]], n_tokens: int
+) -> list[float]:
+    """Mean of -log p of the tokens ``wanted`` after each sequence's last states, one a state, in float64."""
+    if not sequences:
+        return []
+    engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
+    plan = lay_out(sequences, engine.costs, n_tokens)
+    if engine.architecture.turns:
+        # These families take places in the row for positions, so the row's length has to be proved.
+        engine.prove_up_to(longest_row(sequences, plan))
+    step, last = max(1, engine.logits_at_once // engine.architecture.vocabulary_size), engine.n_layers - 1
+    means: list[float] = []
+    # Row by row: the answers of a chunk may be too many to hold the states of all.
+    for members in plan.rows:
+        row = Plan((members,), 1, plan.threads)
+        captures = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, row, last)
+        states = engine.replayed(captures, [()], UNDIFFERENTIATED_ATTENTION, last)[0]
+        tokens = torch.tensor([token for member in members for token in wanted[member]], device=states.device)
+        chosen = [
+            torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)
+            .gather(1, tokens[at : at + step, None])
+            .squeeze(1)
+            for at in range(0, len(states), step)
+        ]
+        parts = torch.split(torch.cat(chosen), [len(wanted[member]) for member in members])
+        means += [-float(part.mean()) for part in parts]
+    return means
