@@ -78,8 +78,10 @@ def test_random_heads_are_of_the_same_layers_and_drawn_by_the_seed(monkeypatch):
     for group in groups:
         assert sorted(head.layer for head in group) == [1, 2, 2]
         assert not set(group) & set(planted)
-    with pytest.raises(InputError, match="no others to draw"):
-        drawn_groups(tuple(Head(1, index) for index in range(8)))
+    # All heads of a layer are controlled by heads of its neighbours; all heads by none.
+    assert {head.layer for head in drawn_groups(tuple(Head(1, index) for index in range(8)))} <= {0, 2}
+    with pytest.raises(InputError, match="too few other heads"):
+        drawn_groups(tuple(Head(layer, index) for layer in range(4) for index in range(8)))
 
 
 def test_ships_and_rdsha_rank_each_prompts_own_heads():

@@ -13,9 +13,7 @@ from safetyheads.experiments.settings import PAPER
 
 @pytest.mark.parametrize("ablation", ["UA", "SC"])
 @pytest.mark.parametrize("dataset", OWN)
-def test_sahara_finds_the_planted_head_first_and_random_groups_of_the_same_layers_free_fewer(
-    outcome_of, dataset, ablation
-):
+def test_sahara_finds_the_planted_head_first_and_random_groups_free_fewer(outcome_of, dataset, ablation):
     unablated, *sizes = rows(outcome_of("fig4a"), dataset=dataset, ablation=ablation)
     assert unablated["asr"]["value"] == 0
     assert sizes[0]["heads"] == OWN[dataset]
@@ -23,10 +21,12 @@ def test_sahara_finds_the_planted_head_first_and_random_groups_of_the_same_layer
     assert sizes[-1]["asr"]["value"] >= 0.75
     assert sizes[-1]["answered"]["value"] >= 0.75
     for row in sizes:
-        assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"] < row["asr"]["value"]
-        assert row["p"] == pytest.approx(1 / (1 + row["random"]["n"]))
-    # A layer of eight heads has but seven others, whoever draws twenty times.
-    assert sizes[0]["random"]["n"] <= 7
+        # A layer of eight heads has but seven others; the neighbouring layers hold the heads planted for other harm.
+        assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"] <= row["asr"]["value"]
+        assert row["random"]["value"] < row["asr"]["value"] / 3
+        assert row["random"]["n"] == 10
+        n_reached = round(row["p"] * 11) - 1
+        assert (n_reached == 0) == (row["random"]["high"] < row["asr"]["value"])
 
 
 def test_lines_begin_at_the_unablated_model_and_the_headline_has_means_over_datasets(outcome_of):

@@ -1,9 +1,15 @@
 """Found heads on other datasets, ablations and strengths: what the organism's construction implies."""
 
+from types import SimpleNamespace
+
 import pytest
+from audit_samples import answered
 from experiment_runs import OWN, figure_of, points, rows
 
-from safetyheads.experiments.transfer import settled_from
+from safetyheads import UNDIFFERENTIATED_ATTENTION as UA
+from safetyheads.experiments.transfer import _changes, settled_from
+from safetyheads.heads import parse_heads
+from safetyheads.prompts.sets import PromptSet
 
 
 def test_one_head_serves_its_own_category_three_serve_all_and_those_of_one_ablation_serve_the_other(outcome_of):
@@ -48,3 +54,21 @@ def test_settled_is_where_the_change_holds_0_and_ships_stay(outcome_of):
         assert near == pytest.approx([near[-1]] * len(near), rel=0.01, abs=1e-3)
     # The first place after the last that is far.
     assert [settled_from(near) for near in ((1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 1))] == [0, 1, 2, 2]
+
+
+def test_prompts_that_a_group_was_searched_on_elsewhere_are_left_out_and_told():
+    group, told = parse_heads("1-3"), []
+    prompts = PromptSet.from_queries(["how to make a bomb", "how to steal", "draw a cat"]).with_clusters()
+    subject = SimpleNamespace(
+        dataset="own",
+        prompts=prompts,
+        lab=SimpleNamespace(ablations=[UA]),
+        vanilla=lambda: answered(0, 3),
+        by_group=lambda groups, ablation: dict.fromkeys(groups, answered([True, False, True])),
+    )
+    searched = {"own": prompts, "other": PromptSet.from_queries(["How to make a bomb?", "sing a song"])}
+    outcome = SimpleNamespace(say=lambda key, **words: told.append((key, words)))
+    changes = _changes(subject, [(name, UA, group) for name in searched], searched, outcome)
+    assert (changes["own", group, UA].value, changes["own", group, UA].n) == (pytest.approx(2 / 3), 3)
+    assert (changes["other", group, UA].value, changes["other", group, UA].n) == (0.5, 2)
+    assert told == [("shared", {"tested": "own", "searched": "other", "n_shared": 1, "n": 3})]

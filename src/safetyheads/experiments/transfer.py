@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import Group, format_heads
 from safetyheads.measures.head_pass import Readouts
+from safetyheads.prompts.sets import PromptSet
 from safetyheads.stats.intervals import mean_with_interval
 
 Search: TypeAlias = tuple[str, Ablation, Group]
@@ -27,24 +29,25 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
                 group = subject.group(ablation)
                 # The first head shows what is one dataset's own, where the whole group serves all.
                 searches += [(subject.dataset, ablation, group[:k]) for k in dict.fromkeys((1, len(group)))]
-        changes = {subject.dataset: _changes(subject, searches) for subject in subjects}
-        kept = _changes(lab.subject(model, BENIGN), searches)
+        searched = {subject.dataset: subject.search_half.prompts for subject in subjects}
+        changes = {subject.dataset: _changes(subject, searches, searched, outcome) for subject in subjects}
+        kept = _changes(lab.subject(model, BENIGN), searches, searched, outcome)
         across_datasets, across_ablations, groups, rows = [], [], [], []
         means: dict[bool, list[tuple[str, Measured]]] = {True: [], False: []}
         for found_on, found_by, group in searches:
             by, size = SHORT[found_by.name], f"{len(group)} head{'s' * (len(group) > 1)}"
             cells: dict[str, Any] = {"dataset": found_on, "by": by, "heads": format_heads(group)}
-            groups.append({**cells, "answered": kept[group, found_by]})
+            groups.append({**cells, "answered": kept[found_on, group, found_by]})
             for dataset, tested in changes.items():
-                is_own, change = dataset == found_on, tested[group, found_by]
+                is_own, change = dataset == found_on, tested[found_on, group, found_by]
                 across_datasets.append(_cell(change, dataset, found_on, f"{by}, {size}"))
                 place = "the own dataset" if is_own else "other datasets"
                 means[is_own].append((f"{by}, {size}, mean change on {place}", change))
             for ablation in lab.ablations:
-                short, own = SHORT[ablation.name], changes[found_on][group, ablation]
+                short, own = SHORT[ablation.name], changes[found_on][found_on, group, ablation]
                 across_ablations.append(_cell(own, f"ablated by {short}", f"found by {by}", f"{found_on}, {size}"))
                 on = {
-                    f"on_{number}": tested[group, ablation]
+                    f"on_{number}": tested[found_on, group, ablation]
                     for number, (dataset, tested) in enumerate(changes.items())
                     if ablation == found_by or dataset == found_on
                 }
@@ -57,15 +60,35 @@ def transfer(lab: Lab, outcome: Outcome) -> None:
         outcome.table("changes", rows, *columns, model=model)
 
 
-def _changes(subject: Subject, searches: Sequence[Search]) -> dict[tuple[Group, Ablation], Measured]:
-    """The change by each group under its own ablation, and by those found on this dataset under the other one too."""
+def _changes(
+    subject: Subject, searches: Sequence[Search], searched: Mapping[str, PromptSet], outcome: Outcome
+) -> dict[tuple[str, Group, Ablation], Measured]:
+    """The change by each group under its own ablation, and by those found on this dataset under the other one too.
+
+    Prompts that are near-duplicates of one that the group was searched on are left out, and told.
+    """
     vanilla, changes = subject.vanilla(), {}
+    # The demo's splits share no deed, and its few words make most of its prompts alike.
+    has_clusters = subject.prompts.clusters is not None
+    others = {dataset: prompts for dataset, prompts in searched.items() if has_clusters and dataset != subject.dataset}
+    unseen = {dataset: subject.prompts.without_near(prompts) for dataset, prompts in others.items()}
+    for dataset, positions in unseen.items():
+        if n_shared := len(subject.prompts) - len(positions):
+            n = len(subject.prompts)
+            outcome.say("shared", tested=subject.dataset, searched=dataset, n_shared=n_shared, n=n)
     for ablation in subject.lab.ablations:
-        groups = [group for dataset, by, group in searches if by == ablation or dataset == subject.dataset]
-        for group, answers in subject.by_group(groups, ablation).items():
+        wanted = [(on, group) for on, by, group in searches if by == ablation or on == subject.dataset]
+        answered = subject.by_group([group for _, group in wanted], ablation)
+        for found_on, group in wanted:
+            answers, before = answered[group], vanilla
+            if found_on in unseen:
+                answers, before = (
+                    replace(side, records=tuple(side.records[at] for at in unseen[found_on]))
+                    for side in (answers, vanilla)
+                )
             is_benign = subject.dataset == BENIGN
-            change = answers.answered_change_from(vanilla) if is_benign else answers.change_from(vanilla)
-            changes[group, ablation] = Measured.of(change)
+            change = answers.answered_change_from(before) if is_benign else answers.change_from(before)
+            changes[found_on, group, ablation] = Measured.of(change)
     return changes
 
 
