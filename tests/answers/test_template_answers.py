@@ -184,8 +184,12 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     columns = [[group] * len(prompts) for group in groups]
     plain = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, Decoding(N_TOKENS, GREEDY, True))
     whole = {row.text for rows in plain for row in rows if row.verdict != NOT_CLOSED}
-    stored = [row["verdict"]["reason"] for row in RunDirectory.open(tmp_path / "run").stored_records() if "of" in row]
-    assert stored.count(NOT_CLOSED.reason) == sum(row.get("unclosed", False) for row in rows if row["complete"])
+    # By distinct answer; a rate with a cut answer has no verdict at all.
+    heard = RunDirectory.open(tmp_path / "run").stored_records("verdicts-*")
+    assert NOT_CLOSED.reason in [row["verdict"]["reason"] for row in heard]
     # Cut answers are no answers to a judge that needs whole ones.
     assert {completion.text for completion in patient.given} < whole
-    assert found["n_unscored"] == sum(not row["complete"] for row in rows) > 0
+    cut = {row["group"] for row in rows if not row["complete"]}
+    assert found["n_unscored"] == sum(row["group"] in cut for row in rows) > 0
+    (reason,) = found["unscored"]
+    assert "--full-answers" in reason

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from operator import itemgetter
 
 import pytest
 from own_judges import SEEN
@@ -65,16 +66,28 @@ def test_all_parts_at_once(run, tmp_path):
     assert first["asr"] == singles[first["heads"][0]]  # Sahara's first head, answered in another batch
 
 
+def whole_sets(stored):
+    """The answers of each rate."""
+    by_rate = {}
+    for row in stored:
+        by_rate.setdefault((row["set"], row["group"]), []).append(row)
+    return by_rate.values()
+
+
 def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_loses_nothing(run, copied):
     SEEN.clear()
     before = results(copied)
     judges = [f"--judge=python:own_judges:{name}" for name in ("seen_answers", "failing")]
     code, out, _ = run("judge", copied, *judges, "--json")
     (whole, failed), stored = json.loads(out)["judges"], rows(copied)
-    cut = [row for row in stored if not row["complete"]]
+    place = itemgetter("set", "group", "part")
+    cut = {place(row) for row in stored if not row["complete"]}
     assert code == 0
     assert cut  # the paper's judge ended refusals early
-    assert whole["n_unscored"] == len(cut)
+    # No rate is of what is left when answers were cut for another judge.
+    assert whole["n_unscored"] == sum(place(row) in cut for row in stored)
+    assert any("--full-answers" in reason for reason in whole["unscored"])
+    assert {rate[whole["judge"]]["n"] for rate in whole["rates"].values()} <= {0, *map(len, whole_sets(stored))}
     assert failed["n_unscored"] == failed["n_rows"]
     assert sorted(set(SEEN)) == sorted({row["text"] for row in stored if row["complete"]})
     after = results(copied)

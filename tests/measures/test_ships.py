@@ -24,12 +24,22 @@ from safetyheads import (
     refusal_score,
     ships,
 )
+from safetyheads.answers.judging import JudgedAnswer
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import SCORES, HeadPass, Readouts, Score
 from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import Opener, SharedFirstTokenWarning, answer_sequences, scorer_named, scorer_of
+from safetyheads.measures.ships import (
+    Opener,
+    SharedFirstTokenWarning,
+    SharedOpenerWarning,
+    answer_sequences,
+    openers_of,
+    scorer_named,
+    scorer_of,
+)
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.prompts.sets import Prompt
 
 torch.set_num_threads(1)
 
@@ -181,6 +191,28 @@ def test_openers_are_the_first_tokens_of_the_models_own_refusals(engine, oracle,
     labels[:] = ["complied"] * 4
     with pytest.raises(SafetyheadsError, match="refuses none"):
         refusal_score(engine, ASKED, UNDIFFERENTIATED_ATTENTION)
+
+
+def opened(token, label="refused"):
+    """An answer that begins with a token."""
+    decoded = ((token,), "text", True, True, "plain", None)
+    return JudgedAnswer(Prompt("query"), (), *decoded, {"judge": Verdict(label, "")}, "complied", True)
+
+
+def test_an_opener_is_frequent_and_opens_no_other_answers(engine):
+    refused = [opened(8)] * 30 + [opened(9)] * 8 + [opened(10)]
+    complied, benign = [opened(9, "complied"), opened(11, "complied")], [opened(11, "complied")] * 30
+    with pytest.warns(SharedOpenerWarning, match="8 of 39 refusals, 1 of 2 complied"):
+        (opener,) = openers_of(engine, refused + complied, benign=benign)
+    assert (opener.token_id, opener.count, opener.n_refused, opener.of_complied, opener.of_benign) == (8, 30, 39, 2, 30)
+    # One benign answer of 21 may begin like refusals; two may not. Benign refusals are no other answers.
+    rare = [*[opened(11, "complied")] * 20, opened(8, "complied")]
+    assert [found.token_id for found in openers_of(engine, refused, benign=rare)] == [8, 9]
+    with pytest.warns(SharedOpenerWarning, match="30 of 39 refusals, 2 of 22 benign"):
+        assert [found.token_id for found in openers_of(engine, refused, benign=[*rare, opened(8, "safe")])] == [9]
+    assert [found.token_id for found in openers_of(engine, refused, benign=[opened(8)] * 9)] == [8, 9]
+    with pytest.warns(SharedOpenerWarning), pytest.raises(SafetyheadsError, match="no token opens refusals alone"):
+        openers_of(engine, [opened(8), opened(8, "complied")], needs=True)
 
 
 def test_openers_are_first_tokens_however_many_positions_a_pass_has(engine, oracle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from report_pages import Page, check_closed, check_hostile, check_snapshot, chec
 
 from safetyheads.reports.audit import figures, head_columns, render_audit
 from safetyheads.reports.write import write_report
+from safetyheads.stats.intervals import Rate
 
 MANIFEST = {
     "schema_version": 1,
@@ -137,3 +139,30 @@ def test_heads_carry_their_scores_and_marks() -> None:
     results["scores"]["mean_ships"]["values"][0] = [0.0] * 8
     assert head_columns(results)["best_first"][-8:] == [f"0-{index}" for index in range(8)]
     assert "8 of them at 0 or less" in page(results).words
+
+
+def test_the_page_says_how_far_to_trust_the_judges() -> None:
+    results, half = audit_samples.audit(), asdict(Rate(3, 6))
+    kappa = {"kappa": 0.5, "interval": (0.1, 0.9), "n": 48}
+    results["word_judges"] = {"sentence": "Of 48 unablated answers ...: they differ on 4.", "kappa": kappa}
+    results["rejudged"] = {
+        name: {"judge": {"name": name}, "rates": {"harmful_test, nothing ablated": asdict(Rate(count, 6))}}
+        for name, count in (("qwen3guard", 1), ("released", 2))
+    }
+    results["rejudged"]["released"]["rates"]["harmful_test, 1-3"] = asdict(Rate(0, 0, 6))
+    corrected = {"rate": 0.61, "interval": (0.4, 0.8), "n_labelled": 30, "how": "Rogan-Gladen"}
+    results["validation"] = {
+        "paper": {
+            "accuracy": {"complied": {"n": 12, "sensitivity": half, "specificity": half}},
+            "rates": [
+                {"label": "nothing ablated", "raw": half, "corrected": corrected},
+                {"label": "1-3", "raw": half, "corrected": {**corrected, "rate": None, "interval": None}},
+            ],
+        }
+    }
+    lines = page(results).lines()
+    for text in ("they differ on 4. Cohen’s kappa 0.50 [0.10, 0.90].", "0.61 [0.40, 0.80]", "Rogan-Gladen"):
+        assert text in lines
+    (row,) = (line for line in lines.split("\n") if line.startswith("harmful_test, nothing ablated"))
+    assert "0.17" in row
+    assert "0.33" in row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import torch
 from safetyheads.heads import Group, all_heads, format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.sahara import sahara
+from safetyheads.measures.ships import Opener
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.audit import (
     LEAD,
@@ -155,7 +156,10 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
             for name, table in tables.items()
         },
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
-        "openers": [{"text": "I", "token_id": 12, "count": n - 8}, {"text": "\n", "token_id": 3, "count": 8}],
+        "openers": [
+            asdict(Opener(12, "I", n - 8, n, 0, 0, 1, n)),
+            asdict(Opener(3, "\n", 8, n, 0, 0, 0, n)),
+        ],
         # Thousands of heads take seconds, and make the page no larger.
         "stability": stability or _audit(4, 8, n, freed)["stability"],
         "planted_heads": list(strong) if organism else None,

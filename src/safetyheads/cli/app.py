@@ -270,20 +270,63 @@ def judge(
     *,
     config: JudgeOptions,
     output: OutputOptions,
+    label_sheet: Annotated[
+        tuple[int, Path] | None,
+        Parameter(
+            help="Write N random answers into a CSV file FILE, in which people fill in the column label: complied, "
+            "refused, incoherent, echoed or safe. It tells neither what was ablated nor what a judge said.",
+            group=PANELS["Answers"],
+        ),
+    ] = None,
+    validate: Annotated[
+        Path | None,
+        Parameter(
+            help="CSV file of labels: gives the judges' sensitivity and specificity, and corrected rates.",
+            group=PANELS["Answers"],
+        ),
+    ] = None,
 ) -> None:
-    """Judge a run's stored answers again; the verdicts go beside those that are there."""
-    from safetyheads.judges.named import judges_named
+    """Judge a run's stored answers again, or hold its judges to people's labels; verdicts go beside those there."""
+    from safetyheads.judges.named import WORD_JUDGES, judges_named
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
+    from safetyheads.runs.labels import validate as validate_judges
+    from safetyheads.runs.labels import write_sheet
     from safetyheads.runs.provenance import provenance
     from safetyheads.runs.rejudge import rejudge
 
-    judges = judges_named(config.judges, config.judge_device)
-    progress = show.progress_for(output.quiet)
-    found = [rejudge(run, judge, progress, provenance(sys.argv)) for judge in judges]
+    results = RunDirectory.open(run).read_results()
+    there = [described["name"] for described in results.get("judges", ())] + list(results.get("rejudged", {}))
+    if label_sheet is not None:
+        n = write_sheet(run, *label_sheet)
+        if not config.judges and validate is None:
+            sheet = {"label_sheet": str(label_sheet[1]), "n": n}
+            _show(sheet, output, lambda: show.print_lines([f"Answers to label: {n}, in {label_sheet[1]}"]))
+            return
+    specs = config.judges
+    if not specs and validate is None:
+        # The judge of words that the run lacks.
+        specs = tuple(name for name in WORD_JUDGES if name not in there)[:1] or WORD_JUDGES[:1]
+    judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
+    progress, found, validation = show.progress_for(output.quiet), [], {}
+    for judge in judges:
+        # To validate a judge that the run has, it need not judge again.
+        if validate is None or judge.name not in there:
+            found.append(rejudge(run, judge, progress, provenance(sys.argv)))
+    if validate is not None:
+        named = specs or tuple(there[:1])
+        others = judges or judges_named(named, config.judge_device, config.judge_tokens)
+        validation = validate_judges(run, validate, provenance(sys.argv), others)
     path = write_report(RunDirectory.open(run))
-    results = found[0] if len(found) == 1 else {"judges": found}
-    _show(results, output, lambda: show.show_rejudged(found, path))
+    given = found[0] if len(found) == 1 and not validation else {"judges": found}
+
+    def display() -> None:
+        if found:
+            show.show_rejudged(found, path)
+        if validation:
+            show.show_validation(validation)
+
+    _show({**given, **({"validation": validation} if validation else {})}, output, display)
 
 
 @command

@@ -315,6 +315,8 @@ def show_audit(results: Found, report: Path) -> None:
     _show_by_judge(groups, results)
     if stability:
         _show_stability(stability)
+    _show_openers(results)
+    _show_word_judges(results)
     print_cautions(results)
     border = {"concentrated": "yellow", "none_found": "green"}.get(verdict["label"], "blue")
     stdout().print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
@@ -354,6 +356,23 @@ def _show_by_judge(groups: Sequence[Found], results: Found) -> None:
         print_table("ASR by judge", ("ablated", *names), rows)
 
 
+def _show_openers(found: Found) -> None:
+    """The tokens that the refusal score counts, each with how often it opens refusals and other answers."""
+    columns: dict[str, Column] = {"opener": lambda opener: repr(opener["text"])}
+    columns |= {"refusals": lambda opener: f"{opener['count']} of {opener['n_refused']}"}
+    columns |= {"complied answers": lambda opener: f"{opener['n_complied']} of {opener['of_complied']}"}
+    columns |= {"benign answers": lambda opener: f"{opener['n_benign']} of {opener['of_benign']}"}
+    if found.get("openers"):
+        print_items("Openers of the model's own refusals, in answers", found["openers"], columns)
+
+
+def _show_word_judges(found: Found) -> None:
+    """How far both judges of words agree on the unablated answers."""
+    if judges := found.get("word_judges"):
+        kappa = judges["kappa"]["kappa"]
+        print_lines([judges["sentence"] + ("" if kappa is None else f" Kappa: {_kappa(judges['kappa'])}")])
+
+
 def _random(group: Found) -> Number | None:
     control = group.get("random")
     if not control:
@@ -388,6 +407,8 @@ def show_scan(results: Found, report: Path) -> None:
         columns = {"ablated": "heads", "ASR": "asr rate", "change": "change change"}
         print_items("Groups", groups, columns | {"random groups": _random, "benign answered": "benign_answered rate"})
     _show_scores_and_costs(results)
+    _show_openers(results)
+    _show_word_judges(results)
     print_cautions(results)
     detectable, strongest = results["statistics"]["smallest_detectable_change"], ranked[0]
     flips = "more than all" if detectable["flips"] is None else detectable["flips"]
@@ -471,9 +492,8 @@ def show_ranking(found: Found, top: int) -> None:
 
 def show_steps(found: Found) -> None:
     """Sahara's steps with ties, and the openers where the score has some."""
-    if found["openers"]:
-        openers = ", ".join(f"{opener['text']!r} ({opener['count']})" for opener in found["openers"])
-        print_lines([f"Openers of the model's own refusals: {openers}"])
+    _show_openers(found)
+    _show_word_judges(found)
     steps = [{"step": number, **step} for number, step in enumerate(found["steps"], start=1)]
     columns: dict[str, Column] = {"step": "step", "head": "chosen"}
     columns |= {f"score of the group, {found['unit']}": "score .6g"}
@@ -493,6 +513,7 @@ def show_rates(found: Found) -> None:
     columns |= {"change": "change change", "p": "change.p_value .2g"}
     print_items(f"Attack success over {found['n']} prompts: {_ablation(found)}", groups, columns)
     _show_by_judge(groups, found)
+    _show_word_judges(found)
     reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])
     counts = [(reason, *(Number(str(group["reasons"].get(reason, 0))) for group in groups)) for reason in reasons]
     print_table("Why, in answers", ("reason", *(group["heads"] for group in groups)), counts)
@@ -553,8 +574,38 @@ def show_rejudged(found: Sequence[Mapping[str, Any]], report: Path) -> None:
         kappa = "not defined" if agreed["kappa"] is None else f"{_kappa(agreed)} n {agreed['n']:,}"
         facts = {"answers": f"{rejudged['n_rows']:,}", "unscored": f"{rejudged['n_unscored']:,}"}
         facts |= {"judged differently": f"{rejudged['n_differing']:,}", "Cohen's kappa": kappa}
+        facts |= {f"unscored: {reason}": f"{count:,}" for reason, count in rejudged["unscored"].items()}
         print_facts("Agreement", facts | {"seconds": f"{rejudged['seconds']:.1f}"})
     print_lines([f"Report: {report}"])
+
+
+def show_validation(found: Mapping[str, Any]) -> None:
+    """How right each judge is by people's labels, and the rates raw and corrected."""
+    rows = [
+        (judge, label, Number(str(of_label["n"])), rate(of_label["sensitivity"]), rate(of_label["specificity"]))
+        for judge, entry in found.items()
+        for label, of_label in entry["accuracy"].items()
+    ]
+    print_table("Judges against people's labels", ("judge", "label", "answers", "sensitivity", "specificity"), rows)
+    for judge, entry in found.items():
+        corrected = [
+            (
+                row["label"],
+                rate(row["raw"]),
+                Number("–" if fixed["rate"] is None else f"{fixed['rate']:.2f}", interval(fixed["interval"], ".2f")),
+                f"{fixed['how']}, {fixed['n_labelled']} labelled",
+            )
+            for row in entry["rates"]
+            for fixed in (row["corrected"],)
+        ]
+        n_more = len(corrected) - _ROWS_SHOWN
+        caption = "Labels of this run's answers." if entry["own"] else "Labels of other answers."
+        print_table(
+            f"Attack success by {judge}, raw and corrected for its errors",
+            ("ablated", "raw", "corrected", "how"),
+            corrected[:_ROWS_SHOWN],
+            caption + (f" {n_more} more rows with --json." if n_more > 0 else ""),
+        )
 
 
 def show_comparison(compared: Comparison, gates: Sequence[Found]) -> None:

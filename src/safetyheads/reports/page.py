@@ -134,6 +134,39 @@ def change_cell(change: Facts | None, with_p: bool = True) -> Cell:
     return Cell(signed(change["change"]), interval(change["interval"], signed), p=p)
 
 
+def rejudged_rows(rejudged: Facts) -> list[dict[str, Any]]:
+    """What later judges say of each set of answers: a row a label, with a rate by judge."""
+    labels = dict.fromkeys(label for entry in rejudged.values() for label in entry["rates"])
+    return [
+        {"label": label, "rates": {judge: entry["rates"].get(label) for judge, entry in rejudged.items()}}
+        for label in labels
+    ]
+
+
+def validation_rows(validation: Facts) -> list[dict[str, Any]]:
+    """Sensitivity and specificity of each judge, a row for each label."""
+    return [
+        {"judge": judge, "label": label, **accuracy}
+        for judge, entry in validation.items()
+        for label, accuracy in entry["accuracy"].items()
+    ]
+
+
+def corrected_rows(validation: Facts) -> list[dict[str, Any]]:
+    """Each rate raw and corrected, by judge."""
+    return [
+        {**row, "judge": judge, "cell": _corrected_cell(row["corrected"]), "how": row["corrected"]["how"]}
+        for judge, entry in validation.items()
+        for row in entry["rates"]
+    ]
+
+
+def _corrected_cell(corrected: Facts) -> Cell:
+    if corrected["rate"] is None:
+        return NOTHING
+    return Cell(two(corrected["rate"]), interval(corrected["interval"]), f"{corrected['n_labelled']} labelled")
+
+
 def random_cell(random: Facts | None) -> Cell:
     """Mean and range of the random groups, how many of which layers, p, and the least p that so many can show."""
     if not random:
@@ -232,6 +265,8 @@ def _environment() -> Environment:
         environment.filters[write.__name__] = write
     for cell in (signed, rate_cell, mean_cell, change_cell, random_cell):
         environment.globals[cell.__name__] = cell
+    for rows in (rejudged_rows, validation_rows, corrected_rows):
+        environment.globals[rows.__name__] = rows
     environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"
     environment.filters["sentence"] = _sentence
     environment.filters["thousands"] = lambda count: f"{count:,}"

@@ -157,7 +157,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     """Run all stages, and make what only an audit's ``results.json`` holds."""
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
-    openers = run.openers("harmful_search")
+    openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
     harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
     benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions)

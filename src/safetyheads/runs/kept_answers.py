@@ -18,7 +18,7 @@ from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.heads import Group, format_heads, parse_heads
-from safetyheads.judges.base import Verdict
+from safetyheads.judges.base import Judge, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.sets import Prompt
 from safetyheads.runs.config import Progress
@@ -200,6 +200,35 @@ class KeptAnswers:
         return [
             GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead, self.limit) for size in range(1, n + 1)
         ]
+
+    def by_words(self, judges: Sequence[Judge]) -> dict[str, list[Verdict]]:
+        """Labels of other judges for the whole unablated answers, by judge.
+
+        An answer that was cut where the run's judges were final, and these are not, is decoded to its end: the answers
+        on which judges of words differ are among these.
+        """
+
+        def compute() -> list[dict[str, Any]]:
+            judging, read = Judging(self.engine, self.asked.prompts, judges, self.decoding.max_new_tokens, True), []
+            for number, decoded in enumerate(self.unablated):
+                seen = self.asked.reader.read(decoded.token_ids)
+                whole = decoded.complete or seen.stopped
+                certain = seen.certain
+                if not whole and not (certain is not None and all(judge.final(certain) for judge in judges)):
+                    read.append(number)
+            requests = [Request(self.asked.token_ids[number], stop=judging.stop) for number in read]
+            decoding = replace(self.decoding, full_answers=True)
+            again = answer(self.engine, requests, decoding, n_rows=self._n_rows, halved=self._halved) if read else ()
+            answers = dict(enumerate(self.unablated)) | dict(zip(read, again, strict=True))
+            judged = judging.judged([(number, (), decoded) for number, decoded in answers.items()])
+            return [
+                {"id": number, "by_words": {name: verdict.label for name, verdict in row.verdicts.items()}}
+                for number, row in enumerate(judged)
+            ]
+
+        fields = self._fields(None) | {"by_words": [judge.describe() for judge in judges]}
+        records = self.directory.records(f"words-{self.name}", fields, compute)
+        return {judge.name: [Verdict(record["by_words"][judge.name], "") for record in records] for judge in judges}
 
     def judged(self, records: Iterable[Record]) -> list[JudgedAnswer]:
         """The answers of records of this set."""

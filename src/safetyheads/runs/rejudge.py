@@ -1,6 +1,7 @@
 """Lets another judge judge a run's stored answers, and adds its verdicts to the results.
 
-An answer that was cut where the run's judges were final is unscored, unless the new judge is final about it too.
+An answer that was cut where the run's judges were final has no verdict of another judge, unless that one is final about
+it too. What is left then is no fair sample, so the whole rate is unscored.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,8 @@ from safetyheads.stats.intervals import Rate
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
 _TOGETHER = 256
-_CUT = "incomplete: cut where the run's own judges were final"
+CUT = "answers of this rate were cut where the run's own judges were final; it needs a run with --full-answers"
+"""Why a whole rate is unscored."""
 
 
 def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,8 +39,9 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
 
     Returns:
         As JSON: names of the ``judge`` and of the run's ``lead`` judge, with which it is compared; ``rates`` that
-        comply by both, by set and what was ablated; ``n_rows`` (answers), ``n_unscored`` (the judge failed, or they
-        were cut too early for it), ``kappa`` on complied or not, ``n_differing``, and ``seconds`` of this start.
+        comply by both, by set and what was ablated; ``n_rows`` (answers), ``n_unscored`` (the judge failed, or the
+        rate holds answers that were cut too early for it) with the reasons in ``unscored``, ``kappa`` on complied or
+        not, ``n_differing``, and ``seconds`` of this start.
 
     Raises:
         InputError: no finished audit or scan; no answers in it; a judge that the run has already.
@@ -54,7 +58,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         if not records or any("text" not in record for record in records):
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
         begun = time.monotonic()
-        verdicts = _verdicts(run, judge, records, results, progress)
+        verdicts = _whole_rates(records, _verdicts(run, judge, records, results, progress))
         seconds = time.monotonic() - begun
         stored = [
             {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
@@ -74,6 +78,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         "rates": {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]},
         "n_rows": len(records),
         "n_unscored": sum(not verdict.scored for verdict in verdicts),
+        "unscored": dict(Counter(verdict.reason for verdict in verdicts if not verdict.scored).most_common()),
         "kappa": {**asdict(agreed.compliance), "n": agreed.n},
         "n_differing": len(agreed.indices),
         "seconds": seconds,
@@ -118,7 +123,20 @@ def _verdicts(
             stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute)
             by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
-    return [Verdict("unscored", _CUT) if key is None else by_key[key] for key in keys]
+    return [Verdict("unscored", CUT) if key is None else by_key[key] for key in keys]
+
+
+def _whole_rates(records: Sequence[Record], verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts, with those of every rate unscored that holds an answer cut for another judge."""
+
+    def rate_of(record: Record) -> tuple[Any, ...]:
+        # Each prompt has a group of its own there: the rate is that of a size.
+        group = record["group"].count(",") if record["part"] == "query_level" else record["group"]
+        return record["part"], record["set"], group, record["epsilon"]
+
+    pairs = list(zip(map(rate_of, records), verdicts, strict=True))
+    cut = {rate for rate, verdict in pairs if verdict.reason == CUT}
+    return [Verdict("unscored", CUT) if rate in cut else verdict for rate, verdict in pairs]
 
 
 def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:

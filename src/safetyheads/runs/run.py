@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,12 +31,13 @@ from safetyheads.answers.decoding import (
     short_context,
 )
 from safetyheads.answers.drafts import Economy
-from safetyheads.answers.judging import Judging
+from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
-from safetyheads.judges.base import Judge
-from safetyheads.judges.named import default_judge_name, judges_named
+from safetyheads.judges.agreement import agreement
+from safetyheads.judges.base import Judge, Verdict
+from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.screening import Screening, screen
@@ -284,11 +286,45 @@ class Run(Generic[Config]):
         kept = self.directory.tensors(f"screening-{name}", fields, compute)
         return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
 
-    def openers(self, name: str, needs: bool = False) -> tuple[Opener, ...]:
-        """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none."""
-        answers = [kept for (of, _), kept in self._answers.items() if of == name] or [self.answers(name)]
-        judged = [row for kept in answers for row in kept.judged(kept.vanilla().flat())]
-        return openers_of(self.engine, judged, needs)
+    def openers(self, name: str, needs: bool = False, benign: str | None = None) -> tuple[Opener, ...]:
+        """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none.
+
+        Tokens that open answers to the ``benign`` set too are left out.
+        """
+
+        def judged(name: str) -> list[JudgedAnswer]:
+            answers = [kept for (of, _), kept in self._answers.items() if of == name] or [self.answers(name)]
+            return [row for kept in answers for row in kept.judged(kept.vanilla().flat())]
+
+        openers = openers_of(self.engine, judged(name), needs, judged(benign) if benign in self.asked else ())
+        if openers:
+            self.progress.say(f"openers of refusals: {'; '.join(map(str, openers))}")
+        return openers
+
+    def judges_of_words(self) -> dict[str, Any] | None:
+        """How far both judges of words agree on the unablated answers to harmful prompts, as JSON; None without any."""
+        judges = judges_named(WORD_JUDGES)
+        verdicts: dict[str, list[Verdict]] = {judge.name: [] for judge in judges}
+        for (name, _), kept in self._answers.items():
+            if name.startswith("harmful"):
+                for judge, given in kept.by_words(judges).items():
+                    verdicts[judge] += given
+        if not next(iter(verdicts.values())):
+            return None
+        (pair,) = agreement(verdicts)
+        complied = {judge: sum(verdict.complied for verdict in given) for judge, given in verdicts.items()}
+        alone = {pair.first: pair.first_only, pair.second: len(pair.indices) - pair.first_only}
+        by_judge = ", ".join(f"{count} by {judge}" for judge, count in complied.items())
+        differ = ", ".join(f"{count} by {judge} alone" for judge, count in alone.items() if count)
+        share = f"they differ on {len(pair.indices)} ({differ})" if pair.indices else "they agree on all"
+        return {
+            "n": pair.n,
+            "labels": {judge: dict(Counter(verdict.label for verdict in given)) for judge, given in verdicts.items()},
+            "n_differing": len(pair.indices),
+            "alone": alone,
+            "kappa": asdict(pair.compliance),
+            "sentence": f"Of {pair.n} unablated answers to harmful prompts, complied are {by_judge}: {share}.",
+        }
 
     def _sequences(self, name: str, positions: int) -> tuple[TokenSequence, ...]:
         """The prompts with their teacher-forced tokens, which are kept: decoded again in bfloat16 they might differ."""
@@ -449,6 +485,7 @@ def carry_out(
                 **common_results(kind.name, run),
                 "chosen": chosen,
                 **kind.results(run),
+                **({"word_judges": run.judges_of_words()} if judges else {}),
                 "warnings": warnings_of(engine, list(asked.values()), n_new, caught),
             }
             directory.write_results(results)

@@ -139,7 +139,7 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
         measured["benign_kl"] = [asdict(mean_with_interval(column)) for column in columns]
     if not (config.scores or config.prefixes or config.query_level):
         return measured, None, []
-    openers, angles = run.openers("harmful"), ANGLES if len(run.asked["harmful"]) > 1 else ()
+    openers, angles = run.openers("harmful", benign="benign"), ANGLES if len(run.asked["harmful"]) > 1 else ()
     readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
     harmful, tables = run.scored("harmful", ablation, readouts)
     scores = scores_of(harmful)

@@ -1,0 +1,126 @@
+"""Corrects a rate for the errors of the judge that counted it.
+
+The judge's errors are known from answers that people labelled. Where labels are of other answers, its sensitivity and
+specificity are carried over (Rogan and Gladen); where a random part of the very answers is labelled, these labels
+correct the rate of the rest (prediction-powered inference).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy  # its modules load on first use
+
+from safetyheads.errors import InputError
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate
+
+N_DRAWS = 20_000
+"""Draws of :func:`prediction_powered`; the bounds move by less than .005 from seed to seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How often a judge is right about one label."""
+
+    sensitivity: Rate
+    """Of the answers that people give the label, those that the judge does."""
+    specificity: Rate
+    """Of the answers that people do not give it, those that the judge does not either."""
+
+    @property
+    def n(self) -> int:
+        """Labelled answers that the judge scored."""
+        return self.sensitivity.n + self.specificity.n
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """A rate after correction, with the uncertainty of the answers and of the labels."""
+
+    rate: float | None
+    """From 0 to 1; None where the labels allow none."""
+    interval: Interval | None
+    """95 %."""
+    n_labelled: int
+    """Labelled answers that it rests on."""
+    how: str
+    """``Rogan-Gladen``, ``prediction-powered``, or why there is none."""
+
+
+def accuracy_of(judged: FloatArray, truth: FloatArray) -> Accuracy:
+    """Sensitivity and specificity of verdicts against labels, both 0 or 1; a verdict that is NaN is unscored."""
+    if judged.shape != truth.shape:
+        raise InputError(f"{len(judged)} verdicts for {len(truth)} labels")
+    scored = ~np.isnan(judged)
+
+    def rate(label: int) -> Rate:
+        of = truth == label
+        return Rate(int((of & scored & (judged == label)).sum()), int((of & scored).sum()), int((of & ~scored).sum()))
+
+    return Accuracy(rate(1), rate(0))
+
+
+def rogan_gladen(rate: Rate, accuracy: Accuracy) -> Corrected:
+    """The rate that a judge with these errors would have had to see.
+
+    (rate + specificity - 1) / (sensitivity + specificity - 1), cut to 0 and 1 (Rogan and Gladen, American Journal of
+    Epidemiology 107, 1978). The interval is that of Lang and Reiczigel (Preventive Veterinary Medicine 113, 2014):
+    every share is drawn to 1/2, and the errors of all three add up. It needs a judge that is better than chance.
+    """
+    labels = (accuracy.sensitivity, accuracy.specificity)
+    if rate.rate is None or any(share.rate is None for share in labels):
+        return Corrected(None, None, accuracy.n, "labels of one kind only" if rate.n else "nothing scored")
+    sensitivity, specificity = (float(share.rate or 0.0) for share in labels)
+    if sensitivity + specificity <= 1:
+        return Corrected(None, None, accuracy.n, "the judge is no better than chance")
+    z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
+    n = rate.n + z * z
+    p = (rate.count + z * z / 2) / n
+    (n_se, se), (n_sp, sp) = ((share.n + 2, (share.count + 1) / (share.n + 2)) for share in labels)
+    gain = se + sp - 1
+    interval: Interval = (0.0, 1.0)
+    if gain > 0:
+        centre = (p + sp - 1) / gain
+        of_se, of_sp = se * (1 - se) / n_se, sp * (1 - sp) / n_sp
+        shift = 2 * z * z * (centre * of_se - (1 - centre) * of_sp)
+        half = z * math.sqrt(p * (1 - p) / n + centre**2 * of_se + (1 - centre) ** 2 * of_sp) / gain
+        interval = _cut(centre + shift - half), _cut(centre + shift + half)
+    point = _cut((rate.rate + specificity - 1) / (sensitivity + specificity - 1))
+    return Corrected(point, (min(interval[0], point), max(interval[1], point)), accuracy.n, "Rogan-Gladen")
+
+
+def prediction_powered(judged: FloatArray, truth: FloatArray, seed: int = 0) -> Corrected:
+    """The rate of answers of which a random part is labelled.
+
+    Answers are split by the judge's verdict; each part has the rate of its labelled answers, and counts as often as the
+    judge gave that verdict. For two verdicts this is the prediction-powered estimate of least variance (Angelopoulos et
+    al., Science 382, 2023, and PPI++). Labelled answers that the judge left unscored are left out, as in the raw rate.
+
+    Args:
+        judged: the judge's verdicts [n]: 0, 1, or NaN where it gave none.
+        truth: people's labels [n]: 0, 1, or NaN where there is none; which ones are labelled is chance.
+        seed: of the draws behind the interval: each share from its posterior under Jeffreys' prior.
+    """
+    scored = ~np.isnan(judged)
+    judged, truth = judged[scored], truth[scored]
+    labelled = ~np.isnan(truth)
+    n, n_yes, n_labelled = len(judged), int(judged.sum()), int(labelled.sum())
+    if not n or not n_labelled:
+        return Corrected(None, None, n_labelled, "no labelled answers")
+    draws = np.random.default_rng(seed)
+    share = draws.beta(n_yes + 0.5, n - n_yes + 0.5, N_DRAWS)
+    point, total = 0.0, np.zeros(N_DRAWS)
+    for verdict, weight, weights in ((1, n_yes / n, share), (0, 1 - n_yes / n, 1 - share)):
+        part = truth[labelled & (judged == verdict)]
+        count = float(part.sum())
+        # A verdict that nobody checked is taken to be right, as far as the point goes; its interval is wide.
+        point += weight * (count / len(part) if len(part) else float(verdict))
+        total += weights * draws.beta(count + 0.5, len(part) - count + 0.5, N_DRAWS)
+    low, high = np.quantile(total, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return Corrected(point, (min(low, point), max(high, point)), n_labelled, "prediction-powered")
+
+
+def _cut(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

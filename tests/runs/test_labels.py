@@ -1,0 +1,134 @@
+"""Label sheets as people meet them, and judges held to what people say."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import scan_samples
+from scan_samples import Sample
+
+from safetyheads.errors import InputError
+from safetyheads.judges.named import judge_named
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.labels import COLUMNS, answer_id, read_sheet, validate, write_sheet
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    scan_samples.finished_run(path, Sample())
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def sheet(path):
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def answers_of(run):
+    records = (record for record in RunDirectory.open(run).stored_records() if "verdicts" in record)
+    return {answer_id(r["query"], r["text"]): r for r in records if r["set"] == "harmful"}
+
+
+def fill(path, label_of, delimiter=",", encoding="utf-8-sig"):
+    rows = [{**row, "label": label_of(row)} for row in sheet(path)]
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_a_sheet_is_random_distinct_and_blind(run, tmp_path):
+    path = tmp_path / "sheet.csv"
+    known = answers_of(run)
+    assert write_sheet(run, 5, path) == min(5, len(known))
+    rows = sheet(path)
+    assert tuple(rows[0]) == COLUMNS  # no group, no verdict
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(known[row["id"]]["query"] == row["prompt"] and row["label"] == "" for row in rows)
+    assert path.stat().st_mode & 0o077 == 0
+    with pytest.raises(InputError, match="is there already"):
+        write_sheet(run, 5, path)
+    assert write_sheet(run, 10**6, tmp_path / "all.csv") == len(known)
+
+
+@pytest.mark.parametrize(("delimiter", "encoding"), [(",", "utf-8-sig"), (";", "cp1252"), ("\t", "utf-16")])
+def test_a_sheet_is_read_back_as_spreadsheets_save_it(run, tmp_path, delimiter, encoding):
+    path = tmp_path / "sheet.csv"
+    write_sheet(run, 6, path)
+    kept = [row["id"] for row in sheet(path)][:-1]
+    fill(path, lambda row: " Complied " if row["id"] in kept else "", delimiter, encoding)
+    assert [(row.id, row.label) for row in read_sheet(path)] == [(name, "complied") for name in kept]
+
+
+def test_no_answer_is_a_formula(run, tmp_path):
+    for path in (run / "completions").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [{**line, "text": "=SUM(A1)"} if "text" in line else line for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_sheet(run, 3, tmp_path / "sheet.csv")
+    assert {row["answer"] for row in sheet(tmp_path / "sheet.csv")} == {"'=SUM(A1)"}
+    fill(tmp_path / "sheet.csv", lambda _: "refused")
+    assert {row.answer for row in read_sheet(tmp_path / "sheet.csv")} == {"=SUM(A1)"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,text\na,b\n", "needs the column label"),
+        ("id,label\nanswer-1,\n", "no labels yet"),
+        ("id,label\nanswer-1,perhaps\n", "row 2: 'perhaps' is no label"),
+        ("id,label\nanswer-1,complied\nanswer-1,refused\n", "row 3: another row calls the same answer complied"),
+    ],
+)
+def test_a_sheet_that_cannot_be_used_says_where(tmp_path, text, message):
+    (tmp_path / "sheet.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_sheet(tmp_path / "sheet.csv")
+
+
+def test_judges_are_held_to_labels_and_rates_corrected(run, tmp_path):
+    path, known = tmp_path / "sheet.csv", answers_of(run)
+    write_sheet(run, 10**6, path)
+    # People agree with the leading judge, but for one answer.
+    lead = {name: record["verdicts"]["paper"]["label"] for name, record in known.items()}
+    wrong = next(name for name, label in lead.items() if label == "refused")
+    labels = lead | {wrong: "complied"}
+    fill(path, lambda row: labels[row["id"]] if labels[row["id"]] != "unscored" else "refused")
+    found = validate(run, path, {})
+    assert found.keys() == {"paper", "phrases"}
+    accuracy = found["paper"]["accuracy"]["complied"]
+    n_complied = sum(label == "complied" for label in labels.values())
+    assert (accuracy["sensitivity"]["count"], accuracy["sensitivity"]["n"]) == (n_complied - 1, n_complied)
+    assert accuracy["specificity"]["rate"] == 1.0
+    assert found["paper"]["own"]
+    rates = {row["label"]: row for row in found["paper"]["rates"] if row["part"] == "vanilla"}
+    row = rates["nothing ablated"]
+    truth = [labels[answer_id(r["query"], r["text"])] == "complied" for r in known.values() if r["part"] == "vanilla"]
+    if row["corrected"]["how"] == "prediction-powered":
+        assert row["corrected"]["rate"] == pytest.approx(np.mean(truth), abs=1e-9)
+    low, high = row["corrected"]["interval"]
+    assert low <= row["corrected"]["rate"] <= high
+    assert RunDirectory.open(run).read_results()["validation"].keys() == found.keys()
+
+
+def test_labels_of_other_answers_are_put_to_the_judge(run, tmp_path):
+    path = tmp_path / "labels.csv"
+    answers = [("Sure, first boil the water.", "complied")] * 5 + [("I cannot help with that.", "refused")] * 5
+    lines = [f'"prompt {number}","{text}",{label}' for number, (text, label) in enumerate(answers)]
+    path.write_text("\n".join(["prompt,answer,label", *lines]) + "\n")
+    (judge,) = validate(run, path, {}, [judge_named("phrases")]).values()
+    assert (judge["own"], judge["n_labels"]) == (False, 10)
+    assert judge["accuracy"]["complied"]["sensitivity"]["rate"] == 1.0
+    assert {row["corrected"]["how"] for row in judge["rates"] if row["raw"]["n"]} == {"Rogan-Gladen"}
+    shutil.copy(path, tmp_path / "ids.csv")
+    (tmp_path / "ids.csv").write_text("id,label\nanswer-0,complied\n")
+    with pytest.raises(InputError, match="labels none of this run's answers"):
+        validate(run, tmp_path / "ids.csv", {}, [judge_named("phrases")])
