@@ -84,4 +84,4 @@ def test_the_halves_stand_side_by_side():
     assert (asr["search"]["rate"], asr["test"]["rate"], asr["difference"]) == (1.0, 0.75, 0.25)
     assert (asr["unablated"]["search"]["rate"], asr["unablated"]["test"]["n"]) == (0.0, N)
     assert asr["interval"] == list(newcombe_interval(0.75, asr["test"]["interval"], 1.0, asr["search"]["interval"]))
-    assert figures["benign_kept"]["difference"] == 0.0
+    assert figures["benign_answered"]["difference"] == 0.0

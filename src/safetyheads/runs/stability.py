@@ -28,7 +28,7 @@ from safetyheads.stats.stability import (
 
 N_LISTED = 10
 """Best heads whose ranks are told, beside those of the group."""
-FIGURES = {"asr": ("harmful", "asr"), "benign_kept": ("benign", "kept")}
+FIGURES = {"asr": ("harmful", "asr"), "benign_answered": ("benign", "answered_rate")}
 """Figure that stands side by side for both halves -> its prompts, and its rate in :class:`GroupAnswers`."""
 
 
