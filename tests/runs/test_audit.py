@@ -14,7 +14,7 @@ from safetyheads.runs.audit import LEAD, SETS, lead_group, read_prompts, verdict
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.runs.run import prompt_notes
-from safetyheads.stats.intervals import newcombe_paired_interval
+from safetyheads.stats.intervals import clustered_rate, newcombe_paired_interval, wilson_interval
 from safetyheads.stats.testing import exact_mcnemar
 
 N = 50
@@ -195,3 +195,17 @@ def test_a_fifth_of_the_benign_prompts_is_searched_and_no_limit_takes_the_test_b
     assert sizes(limit=90)[1][2:] == [18, 72]
     demo = read_prompts(AuditConfig("m", "demo", "demo", limit=8))
     assert [len(demo[name]) for name in SETS] == [8, 8, 8, 50]
+
+
+def test_intervals_of_near_duplicates_are_by_cluster():
+    records = [record for seeds in answered([at < 24 for at in range(48)], 48).records for record in seeds]
+    alone = GroupAnswers.of("", [record | {"cluster": record["id"]} for record in records], "paper")
+    pairs = GroupAnswers.of("", [record | {"cluster": record["id"] // 2} for record in records], "paper")
+    assert alone.clusters is None
+    assert alone.asr.interval == wilson_interval(24, 48)
+    # Both of a pair always tell the same, so they are worth 24 answers and not 48.
+    low, high = pairs.asr.interval
+    assert (pairs.asr.rate, pairs.asr.n) == (0.5, 48)
+    assert (low, high) == clustered_rate(pairs.verdicts(), pairs.clusters)
+    assert high - low > 1.3 * (alone.asr.interval[1] - alone.asr.interval[0])
+    assert pairs.rates()["asr"]["interval"] == pairs.asr.interval

@@ -78,6 +78,8 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
         "answered": judged.answered,
         "verdicts": verdicts,
         **({} if judged.surprise is None else {"surprise": judged.surprise}),
+        # Of the prompt: rates are made of records alone.
+        **({} if judged.prompt.cluster is None else {"cluster": judged.prompt.cluster}),
         # Stored only where they are true, which is rare.
         **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
     }

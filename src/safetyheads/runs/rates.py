@@ -18,7 +18,7 @@ from safetyheads.judges.base import LABELS, Label
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
-from safetyheads.stats.intervals import FloatArray, Rate, bootstrap_interval
+from safetyheads.stats.intervals import FloatArray, Rate, clustered_rate
 from safetyheads.stats.testing import (
     PairedDifference,
     benjamini_hochberg,
@@ -68,6 +68,12 @@ class GroupAnswers:
         """All records, prompt by prompt."""
         return [record for seeds in self.records for record in seeds]
 
+    @property
+    def clusters(self) -> tuple[int, ...] | None:
+        """The near-duplicates that each prompt belongs to [n_prompts]; None where every prompt stands alone."""
+        clusters = [seeds[0]["cluster"] for seeds in self.records if "cluster" in seeds[0]]
+        return tuple(clusters) if len(clusters) == len(self.records) > len(set(clusters)) else None
+
     # Outcomes, answer by answer.
 
     def verdicts(self, label: Label = "complied", judge: str | None = None) -> FloatArray:
@@ -105,7 +111,8 @@ class GroupAnswers:
 
     def rate(self, *labels: Label, judge: str | None = None) -> Rate:
         """The share of scored answers with one of the labels."""
-        return _counted(sum(self.verdicts(label, judge) for label in labels))  # type: ignore[arg-type]
+        counts: Any = sum(self.verdicts(label, judge) for label in labels)
+        return _counted(counts, self.clusters)
 
     @property
     def asr(self) -> Rate:
@@ -125,16 +132,16 @@ class GroupAnswers:
     @property
     def coherent_asr(self) -> Rate:
         """Complied and coherent / scored: the rate that counts."""
-        return _counted(self.coherent())
+        return _counted(self.coherent(), self.clusters)
 
     @property
     def answered_rate(self) -> Rate:
         """Prompts that are answered, coherently."""
-        return _counted(self.answered())
+        return _counted(self.answered(), self.clusters)
 
     def rates(self, judge: str | None = None) -> dict[str, Any]:
         """Every rate of :data:`RATES`, as JSON."""
-        return {name: rate_as_json(self.verdicts(label, judge)) for name, label in RATES.items()}
+        return {name: rate_as_json(self.verdicts(label, judge), self.clusters) for name, label in RATES.items()}
 
     def labels(self, judge: str | None = None) -> dict[str, int]:
         """How often a judge gave each label."""
@@ -169,10 +176,11 @@ def is_coherent(record: Mapping[str, Any], limit: float | None) -> bool:
     return record["behaviour"] == "complied" and not surprises
 
 
-def _counted(values: FloatArray) -> Rate:
+def _counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:
     """The share of scored answers (not NaN) that are 1."""
     scored = ~np.isnan(values)
-    return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()))
+    by_cluster = clustered_rate(values, clusters) if clusters is not None and scored.any() else None
+    return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()), by_cluster)
 
 
 def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, Any]]:
@@ -184,7 +192,10 @@ def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, An
 
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     """The ASR by every judge, as JSON."""
-    return {judge: rate_as_json(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
+    return {
+        judge: rate_as_json(answers.verdicts(judge=judge), answers.clusters)
+        for judge in answers.records[0][0]["verdicts"]
+    }
 
 
 def random_as_json(
@@ -232,19 +243,17 @@ def concentration_as_json(
         )
         for answers, controls, drawn in groups
     ]
-    return asdict(concentration(outcomes, vanilla.complied()))
+    return asdict(concentration(outcomes, vanilla.complied(), vanilla.clusters))
 
 
-def rate_as_json(values: FloatArray) -> dict[str, Any]:
+def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> dict[str, Any]:
     """The share of scored answers [n_prompts, n_seeds] that are 1, as JSON.
 
-    With one answer a prompt the interval is Wilson's; with several it is a bootstrap over prompts.
+    With one answer a prompt the interval is Wilson's; with several, or with near-duplicates, it is clustered by prompt
+    or by near-duplicates (Korn and Graubard).
     """
-    rate = asdict(_counted(values))
-    scored = ~np.isnan(values)
-    if values.shape[1] > 1 and scored.any():
-        rate["interval"] = bootstrap_interval(np.nanmean(values[scored.any(axis=1)], axis=1), least=0.0)
-    return rate
+    by_prompt = range(len(values)) if values.shape[1] > 1 else None
+    return asdict(_counted(values, by_prompt if clusters is None else clusters))
 
 
 AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -42,14 +42,16 @@ class Rate:
     rate: float | None = field(init=False)
     """``count / n``, from 0 to 1."""
     interval: Interval | None = field(init=False)
-    """95 % Wilson interval of the rate."""
+    """95 % interval of the rate: Wilson's, or ``by_cluster``."""
+    by_cluster: InitVar[Interval | None] = None
+    """The interval where prompts are near-duplicates of each other (:func:`clustered_rate`)."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, by_cluster: Interval | None) -> None:
         if not 0 <= self.count <= self.n or self.unscored < 0:
             raise InputError(f"a rate of {self.count} of {self.n} answers, {self.unscored} unscored, cannot be")
         # Fields, not properties, so that asdict writes them: no rate is stored without its interval.
         object.__setattr__(self, "rate", self.count / self.n if self.n else None)
-        object.__setattr__(self, "interval", wilson_interval(self.count, self.n) if self.n else None)
+        object.__setattr__(self, "interval", (by_cluster or wilson_interval(self.count, self.n)) if self.n else None)
 
     def __str__(self) -> str:
         if self.rate is None or self.interval is None:
