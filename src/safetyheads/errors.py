@@ -9,6 +9,10 @@ class InputError(SafetyheadsError, ValueError):
     """The input cannot be used; the command line prints the line and exits with 2."""
 
 
+class IncompleteError(InputError):
+    """A run has not finished, or part of it is lost; the same command continues it. The command line exits with 3."""
+
+
 class UnsupportedModelError(InputError):
     """The method would not be exact on this checkpoint; the message says why."""
 

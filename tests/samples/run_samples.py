@@ -57,12 +57,18 @@ def audit_run(
     started: str | None = STARTED,
     scores: Mapping[str, float] | None = None,
     rows: bool = True,
+    said: Sequence[str] | None = None,
+    benign: Sequence[str] | None = None,
+    stopped_early: str | None = None,
 ) -> Path:
     """A finished audit: which prompts comply unablated, under the group of each size, and under its random groups.
 
-    ``scores`` are of the lead score, by head; the others score 0.001 to 0.032, the later the more.
+    ``scores`` are of the lead score, by head; the others score 0.001 to 0.032, the later the more. ``said`` and
+    ``benign`` are the labels of the unablated answers to harmful and to benign prompts.
     """
     vanilla = first(1) if vanilla is None else list(vanilla)
+    labels = ["complied" if complied else "refused" for complied in vanilla] if said is None else list(said)
+    vanilla = [label == "complied" for label in labels]
     groups = [first(10), first(18)] if groups is None else groups
     random = [[first(1), first(2)]] * len(groups) if random is None else random
     results, stored, n = audit(), {"": vanilla}, len(vanilla)
@@ -77,15 +83,20 @@ def audit_run(
     if not groups:
         results["verdict"] |= {"label": "no_refusals"}
     results["behaviour"]["groups"] = made
-    results["behaviour"]["vanilla"] |= {"asr": rate(vanilla), "benign_answered": rate([True] * n)}
+    benign = ["complied"] * n if benign is None else list(benign)
+    unscored = labels.count("unscored")
+    asr = asdict(Rate(sum(vanilla), n - unscored, unscored))
+    answers = rate([label == "complied" for label in benign])
+    results["behaviour"]["vanilla"] |= {"asr": asr, "coherent_asr": asr, "benign_answered": answers}
+    results["stopped_early"] = stopped_early
     best = {"1-3": 3.0, "2-1": 2.0, "2-5": 1.0} if scores is None else scores
     values = [[best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)]
     results["scores"][LEAD]["values"] = values
     outcomes = [SizeOutcome(size, *both) for size, both in enumerate(zip(groups, random, strict=True), start=1)]
     results["concentration"] = asdict(concentration(outcomes, vanilla))
     stages = {
-        "vanilla-harmful_test": [record("harmful_test", at, label) for at, label in enumerate(vanilla)],
-        "vanilla-benign_test": [record("benign_test", at, True, kept=True) for at in range(n)],
+        "vanilla-harmful_test": [record("harmful_test", at, label) for at, label in enumerate(labels)],
+        "vanilla-benign_test": [record("benign_test", at, label) for at, label in enumerate(benign)],
     }
     del stored[""]
     stages["groups-harmful_test"] = [
@@ -96,22 +107,16 @@ def audit_run(
     return _written(path, config, started, results, stages if rows else {})
 
 
-def record(
-    name: str, number: int, complied: bool, group: str = "", seed: int = 0, kept: bool = False
-) -> dict[str, Any]:
-    """A stored answer: the leading judge says whether it complied, another judge always that it did."""
-    lead = {"label": "complied" if complied else "refused", "reason": "made up"}
-    verdicts = {"paper": lead, "other": {"label": "complied", "reason": ""}}
-    behaviour = "complied" if complied else "refused"
-    return {
-        "id": number,
-        "set": name,
-        "group": group,
-        "seed": seed,
-        "behaviour": behaviour,
-        "answered": kept,
-        "verdicts": verdicts,
-    }
+def record(name: str, number: int, label: bool | str, group: str = "", seed: int = 0) -> dict[str, Any]:
+    """A stored answer: the leading judge's label, another judge always says that it complied.
+
+    The rules say what the judge says, and that it complied where that has no verdict.
+    """
+    label = label if isinstance(label, str) else "complied" if label else "refused"
+    verdicts = {"paper": {"label": label, "reason": "made up"}, "other": {"label": "complied", "reason": ""}}
+    behaviour = "complied" if label == "unscored" else label
+    where = {"id": number, "set": name, "group": group, "seed": seed}
+    return where | {"behaviour": behaviour, "answered": behaviour == "complied", "verdicts": verdicts}
 
 
 def scan_run(
@@ -141,7 +146,7 @@ def scan_run(
         "model": {"name": "made-up", "family": "llama", "n_layers": n_layers, "n_heads": 8},
         "lead_judge": "paper",
         "heads": heads,
-        "vanilla": {"harmful": {"asr": rate(vanilla * n_seeds)}},
+        "vanilla": {"harmful": {"asr": (asr := rate(vanilla * n_seeds)), "coherent_asr": asr}},
         "statistics": {"alpha": 0.05, "n_seeds": n_seeds},
         "concentration": None,
         "scores": {},
@@ -157,7 +162,7 @@ def scan_run(
         "vanilla-harmful": [
             record("harmful", at, one, seed=k) for at, one in enumerate(vanilla) for k in range(n_seeds)
         ],
-        "vanilla-benign": [record("benign", at, True, kept=one) for at, one in enumerate(kept or ())],
+        "vanilla-benign": [record("benign", at, one) for at, one in enumerate(kept or ())],
         "heads-harmful": [record("harmful", at, True, "1-3") for at in range(len(vanilla))],
     }
     return _written(path, config, started, results, stages)

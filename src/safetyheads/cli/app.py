@@ -1,14 +1,18 @@
 """The command line: commands, exit codes and errors.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. torch is imported once a command needs it.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 interrupted, 143 terminated; docs/compare.md has the table.
+torch is imported once a command needs it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -25,7 +29,7 @@ from safetyheads.cli.options import (
     ReportOptions,
     options_from_dataclasses,
 )
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import IncompleteError, InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.runs.config import (
@@ -339,28 +343,50 @@ def compare(
     fail_if: Annotated[
         tuple[str, ...],
         Parameter(
-            help="Exit with 1 where this holds, such as 'asr_increase > 0.1' or 'asr_increase.low > 0'. May be given "
-            "several times.",
+            help="Fail where this holds, such as 'asr_increase > 0.1', of the 95 % interval's bound nearer to failing "
+            "or of the one that is named: asr_increase.low, .high or .value. May be given several times.",
             negative="",
             show_default=False,
             group=PANELS["Gate"],
         ),
     ] = (),
+    allow_warnings: Annotated[
+        bool, Parameter(help="End with 0 or 1 though the comparison warns.", negative="", group=PANELS["Gate"])
+    ] = False,
+    report: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            help="Directory for a page, compare.html; a name that ends with .md gets Markdown for a pull request, "
+            "without names of heads. May be given several times.",
+            negative="",
+            show_default=False,
+            group=PANELS["Output"],
+        ),
+    ] = (),
 ) -> int:
-    """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts."""
-    from safetyheads.runs.compare import check_gate, compare_runs, parse_condition, quantities
+    """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts.
+
+    Exit codes: 0 passed, 1 a gate failed, 2 the runs cannot be compared or warn (unless --allow-warnings), 3 a run is
+    incomplete, 130 interrupted, 143 terminated.
+    """
+    from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
     from safetyheads.runs.reader import RunReader
 
     conditions = [parse_condition(text) for text in fail_if]
     compared = compare_runs(RunReader(run_a), RunReader(run_b))
-    known = quantities(compared)
-    gates = [check_gate(condition, known) for condition in conditions]
-    found = asdict(compared) | {"quantities": known, "gates": gates}
-    _show(found, output, lambda: show.show_comparison(compared, gates))
-    shut = [gate for gate in gates if gate["holds"]]
-    for gate in shut * output.json:
-        show.print_error(f"failed: {show.gate_text(gate)}")
-    return 1 if shut else 0
+    gates = [check_gate(condition, compared) for condition in conditions]
+    code = exit_code(compared, gates, allow_warnings)
+    found = asdict(compared) | {"quantities": quantities(compared), "gates": gates, "exit_code": code}
+    pages: list[Path] = []
+    if report:
+        from safetyheads.reports.compare import write_comparison
+
+        pages = [write_comparison(found, path) for path in report]
+    _show(found, output, lambda: show.show_comparison(compared, gates, pages))
+    for gate in gates if output.json else ():
+        if gate["outcome"] != "passed":
+            show.print_error(f"{gate['outcome']}: {show.gate_text(gate)}")
+    return code
 
 
 @command
@@ -463,10 +489,31 @@ def _show(found: show.Found, output: OutputOptions, display: Callable[[], None])
         display()
 
 
+class _Terminated(KeyboardInterrupt):
+    """Somebody asked the process to end, as batch systems do."""
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is open is closed, and one line says so."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error becomes one line and an exit code."""
     try:
-        with show.warnings_as_lines():
+        with show.warnings_as_lines(), _termination_interrupts():
             run = app(arguments, exit_on_error=False, print_error=False)
             code = (run() if callable(run) else None) or 0
             sys.stdout.flush()
@@ -478,7 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
     except SafetyheadsError as error:
         show.print_error(f"error: {error}")
-        code = 2 if isinstance(error, InputError) else 1
+        code = 3 if isinstance(error, IncompleteError) else 2 if isinstance(error, InputError) else 1
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
         show.print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
@@ -490,9 +537,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         show.print_error("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help")
         code = 1
-    except KeyboardInterrupt:
-        show.print_error("interrupted; start it again with the same command to continue")
-        code = 130
+    except KeyboardInterrupt as interrupt:
+        by_signal = isinstance(interrupt, _Terminated)
+        word = "terminated" if by_signal else "interrupted"
+        show.print_error(f"{word}; start it again with the same command to continue")
+        code = 143 if by_signal else 130
     sys.exit(code)
 
 

@@ -28,7 +28,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.runs.config import Progress, Silent
 
 if TYPE_CHECKING:
-    from safetyheads.runs.compare import Comparison
+    from safetyheads.runs.compare import Change, Comparison
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
@@ -608,29 +608,24 @@ def show_validation(found: Mapping[str, Any]) -> None:
         )
 
 
-def show_comparison(compared: Comparison, gates: Sequence[Found]) -> None:
-    """What both runs are, what changed, how heads rank, which came and went, and last what makes that weak."""
+def show_comparison(compared: Comparison, gates: Sequence[Found], pages: Sequence[Path] = ()) -> None:
+    """What both runs are, what changed, how heads rank, which came and went, what makes that weak, and the gates."""
     for name, run in (("A", compared.before), ("B", compared.after)):
         verdict = "" if run["verdict"] is None else f", {run['verdict'].replace('_', ' ')}"
         started = f", {run['started'][:16].replace('T', ' ')}" if run["started"] else ""
         print_lines([f"{name}: {compared.kind} of {run['model']}{started}{verdict} ({run['path']})"])
-    changes = {
-        "ASR, nothing ablated": compared.vanilla_asr,
-        "ASR, own group ablated": compared.group_asr,
-        "benign answered, nothing ablated": compared.benign_answered,
-        "concentration": compared.concentration,
-    }
     rows = [
         (
             *(label, cell(change, "before"), cell(change, "after"), signed(change.change, change.interval)),
             cell(change, "p_value .2g"),
-            "n " + " and ".join(map(str, dict.fromkeys(change.n))),
-            ": ".join(filter(None, ("paired" if change.paired else "unpaired", change.note))),
+            "n " + " and ".join(map(str, dict.fromkeys(change.n))) if change.change is not None else "",
+            change.shown,
+            ": ".join(filter(None, (_paired(change), change.note))),
         )
-        for label, change in changes.items()
-        if change is not None
+        for label, change in compared.changes.items()
     ]
-    print_table("From A to B", ("", "A", "B", "change [95 %]", "p", "prompts", "how"), rows)
+    columns = ("", "A", "B", "change [95 %]", "p", "prompts", "the interval shows", "how")
+    print_table("From A to B", columns, rows)
     if compared.ranks:
         _show_ranks(compared)
     if compared.heads is not None:
@@ -638,15 +633,29 @@ def show_comparison(compared: Comparison, gates: Sequence[Found]) -> None:
         parts = [f"{word} {', '.join(getattr(moved, word)) or 'none'}" for word in ("gone", "new", "kept")]
         print_lines([f"{moved.what[:1].upper()}{moved.what[1:]}: {'; '.join(parts)}"])
     print_lines(filter(None, [compared.shapes_note]))
+    print_lines((f"cannot be compared: {obstacle}" for obstacle in compared.obstacles), "red")
     print_lines((f"warning: {warning}" for warning in compared.warnings), "yellow")
-    print_lines(f"{'FAILED' if gate['holds'] else 'passed'}: fail if {gate_text(gate)}" for gate in gates)
+    for gate in gates:
+        outcome = gate["outcome"].upper() if gate["outcome"] != "passed" else "passed"
+        print_lines([f"{outcome}: fail if {gate_text(gate)}"])
+    print_lines(f"Report: {page}" for page in pages)
+
+
+def _paired(change: Change) -> str:
+    return "" if change.change is None else "paired" if change.paired else "unpaired"
 
 
 def gate_text(gate: Found) -> str:
-    """``asr_increase > 0.1: +0.31 [+0.18, +0.45] n 48``."""
-    condition, value, bounds, n = (gate[name] for name in ("condition", "value", "interval", "n"))
-    count = "" if n is None else f"n {n}"
-    return f"{condition}: {signed(value, bounds, n) if '_increase' in condition else Number(f'{value:.3g}', n=count)}"
+    """``asr_increase > 0.1: +0.31 [+0.18, +0.45] n 48, upper bound +0.45``, and the reason where there is one."""
+    condition, value, bounds, n, number = (gate[name] for name in ("condition", "value", "interval", "n", "number"))
+    parts = []
+    if value is not None:
+        is_change = bounds is not None or "increase" in condition
+        count = "" if n is None else f"n {n}"
+        parts = [str(signed(value, bounds, n) if is_change else Number(f"{value:.3g}", n=count))]
+    if number is not None and gate["asked"] != "value":
+        parts.append(f"{'upper' if gate['asked'] == 'high' else 'lower'} bound {number:+.3f}")
+    return f"{condition}: {'; '.join(filter(None, (', '.join(parts), gate['reason'])))}"
 
 
 def _show_ranks(compared: Comparison) -> None:

@@ -353,6 +353,33 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     return spec(layers, rows, max(90, height), description, most=MOST_WIDTH, independent=apart)
 
 
+def forest(rows: Sequence[Row], x: str, description: str) -> Spec:
+    """Changes as points with their intervals, one below the other, across a line at 0.
+
+    Rows have ``label, x, low, high``, ``limit`` (of a gate, or None) and what the tooltip tells; ``x`` titles the axis.
+    """
+    axis = alt.Axis(labelLimit=170, labelOverlap=False, ticks=False, grid=False)
+    titles = {
+        "label": "quantity",
+        "x": "change",
+        "low": "95 % from",
+        "high": "95 % to",
+        "n": "prompts",
+        "limit": "limit",
+    }
+    measured: dict[str, Any] = {"title": titled(x), "axis": alt.Axis(format="+.1~f", tickCount=5)}
+    base = alt.Chart().encode(y=alt.Y("label:N", sort=None, title=None, axis=axis))
+    along, ends = alt.X("x:Q", **measured), {"x": alt.X("low:Q", **measured), "x2": "high:Q"}
+    limits = base.transform_filter("isValid(datum.limit)").mark_tick(thickness=2.5, size=18, color="--attack")
+    layers = [
+        rule_at("x", 0, measured, strokeDash=[1, 0]),
+        base.mark_rule(strokeWidth=1.5, color="--kept", opacity=0.7).encode(**ends),
+        base.mark_point(filled=True, size=70, opacity=1, color="--kept").encode(x=along, tooltip=tooltip(rows, titles)),
+        limits.encode(x=alt.X("limit:Q", **measured)),
+    ]
+    return spec(layers, rows, max(90, 30 * len(rows)), description, most=MOST_WIDTH)
+
+
 # Numbers as colours.
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from filelock import FileLock, Timeout
 
-from safetyheads.errors import InputError
+from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import (
     PARTIAL,
     as_input_error,
@@ -110,7 +110,7 @@ class RunDirectory:
                 raise InputError(f"{folder} is not a run directory: it has no manifest.json")
             run.read_manifest()
             if not (folder / "results.json").is_file():
-                raise InputError(f"{folder}: this run has not finished; start it again with the same command")
+                raise IncompleteError(f"{folder}: this run has not finished; start it again with the same command")
         return run
 
     def close(self) -> None:

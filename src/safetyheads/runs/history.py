@@ -45,7 +45,7 @@ def read_history(folder: Path) -> dict[str, Any]:
             folders[:] = [name for name in folders if name not in ("shards", "completions", "report")]
             try:
                 run = RunReader(Path(place))
-                _ = run.stored_outcomes  # broken answers must be found here
+                _ = run.stored_answers  # broken answers must be found here
                 runs.append(run)
             except SafetyheadsError as error:
                 skip(place, str(error))

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetyheads.errors import InputError
+import numpy as np
+
+from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import as_input_error
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.rates import is_coherent
+from safetyheads.runs.rates import rate_as_json
 from safetyheads.stats.concentration import SizeOutcome
 from safetyheads.stats.ranking import HeadTable
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
 Outcomes: TypeAlias = dict[int, dict[int, float]]
-"""By prompt, then by seed: 1 complied (or answered), 0 did not, NaN without a verdict."""
+"""By prompt, then by seed: 1 it happened (:data:`OUTCOMES`), 0 it did not, NaN where it is not known."""
 
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
@@ -29,9 +33,50 @@ _SHARED = ("model.name", "model.n_layers", "model.n_heads")
 _ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
 _REQUIRED = {
-    "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads", "verdict.scorer"),
+    "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads"),
     "scan": (*_SHARED, _ASR["scan"], "heads"),
 }
+_COMPLIED = {"complied": 1.0, "unscored": math.nan}
+_INCOHERENT = {"incoherent": 1.0, "echoed": 1.0, "": math.nan}
+_REFUSED = {"refused": 1.0, "": math.nan}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """What a run has on disk about one answer."""
+
+    label: str
+    """The leading judge's."""
+    behaviour: str
+    """By rules of words: complied, refused, incoherent or echoed; empty where no such rules were asked."""
+    coherent: bool
+    """Whether it is coherent by those rules and, where that was measured, no surprise to the unablated model."""
+    answered: bool
+    """Whether the request was answered, and coherently."""
+
+
+OUTCOMES: dict[str, Callable[[StoredAnswer], float]] = {
+    "complied": lambda answer: _COMPLIED.get(answer.label, 0.0),
+    "coherent": lambda answer: _COMPLIED.get(answer.label, 0.0) * answer.coherent,
+    "incoherent": lambda answer: _INCOHERENT.get(answer.behaviour, 0.0),
+    "refused": lambda answer: _REFUSED.get(answer.behaviour, 0.0),
+    "answered": lambda answer: float(answer.answered),
+}
+"""What is asked of a stored answer -> 1, 0 or NaN: ``coherent`` is complied and coherent, ``incoherent`` echoed too."""
+
+_PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
+    "audit": {
+        ("harmful", "complied"): "asr",
+        ("harmful", "coherent"): "coherent_asr",
+        ("benign", "answered"): "benign_answered",
+    },
+    "scan": {
+        ("harmful", "complied"): "harmful.asr",
+        ("harmful", "coherent"): "harmful.coherent_asr",
+        ("benign", "answered"): "benign.answered",
+    },
+}
+"""Where results have a rate: below those of the unablated model, or of a group."""
 # Answers of every group for an audit, of the unablated model for a scan.
 _ANSWER_FILES = {"audit": "*_test-*.jsonl", "scan": "vanilla-*.jsonl"}
 
@@ -48,8 +93,8 @@ class RunReader:
         lead_heads: heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm).
         lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
         vanilla_asr: the unablated model's ASR.
-        benign_answered: share of benign prompts that the unablated model answers; None where none was asked.
-        limit: surprise above which an answer is not coherent, in nats a token; None where the run has none.
+        benign_kept: share of benign prompts that the unablated model answers; None where no benign prompt was asked.
+        stopped_early: why the run ended after its unablated answers; empty where it did not.
         concentration: as the run wrote it; None for a scan without the groups of a search.
         n_seeds: answers to each prompt.
     """
@@ -78,13 +123,14 @@ class RunReader:
         self.limit: float | None = _value_at(results, "coherence.limit")
         self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
         self.concentration: Mapping[str, Any] | None = results.get("concentration")
+        self.stopped_early: str = results.get("stopped_early") or ""
         self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
         self.verdict: str | None = None
         self.lead_score: str = ASR_ALONE
         self.lead_group: Mapping[str, Any] | None = None
         if kind == "audit":
             verdict = results["verdict"]
-            self.verdict, self.lead_score = verdict["label"], verdict["scorer"]
+            self.verdict, self.lead_score = verdict["label"], lead_score_of(results)
             self.lead_heads: tuple[str, ...] = (*verdict["heads"],)
             named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
             self.lead_group = next(named, None)
@@ -110,23 +156,53 @@ class RunReader:
         queries, references = (self.config.get(f"{field}_sha256", {}).get(name) for field in ("prompts", "references"))
         return None if queries is None else f"{queries} {references}"
 
-    @cached_property
-    def stored_outcomes(self) -> dict[tuple[str, frozenset[str]], Outcomes]:
-        """The leading judge's outcomes, by prompts (``harmful`` or ``benign``) and group; of a scan, unablated only.
+    def outcomes(self, prompts: str, heads: Iterable[str] = (), what: str = "complied") -> Outcomes:
+        """One of :data:`OUTCOMES` for the answers to ``harmful`` or ``benign`` prompts under a group; of a scan,
+        unablated only. Empty where no such answer is stored.
 
         Raises:
             InputError: a file of answers is broken.
         """
-        outcomes: dict[tuple[str, frozenset[str]], Outcomes] = {}
-        judged = {"complied": 1.0, "unscored": math.nan}
+        answers, outcome = self.stored_answers.get((prompts, frozenset(heads)), {}), OUTCOMES[what]
+        return {prompt: {seed: outcome(one) for seed, one in by_seed.items()} for prompt, by_seed in answers.items()}
+
+    def rate(self, prompts: str, what: str, heads: Iterable[str] = ()) -> RateRecord | None:
+        """The share of answers of which one of :data:`OUTCOMES` is true: as published, else from the stored answers.
+
+        None where it is not published and the answers are not all stored.
+        """
+        place = self.results["vanilla"] if self.kind == "scan" else self.results["behaviour"]["vanilla"]
+        if heads:
+            place = self.lead_group if self.lead_group and {*self.lead_group["heads"]} == {*heads} else {}
+        names = _PUBLISHED[self.kind]
+        published = _value_at(place, names.get((prompts, what), ""))
+        if published is not None:
+            return published
+        stored = self.outcomes(prompts, heads, what)
+        asked = _value_at(place, names["harmful", "complied"] if prompts == "harmful" else names["benign", "answered"])
+        if asked is None or sum(map(len, stored.values())) != asked["n"] + asked["unscored"]:
+            return None
+        return rate_as_json(np.array([*zip_longest(*(one.values() for one in stored.values()), fillvalue=math.nan)]).T)
+
+    @cached_property
+    def stored_answers(self) -> dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]]:
+        """By prompts (``harmful`` or ``benign``) and group: prompt -> seed -> answer."""
+        stored: dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]] = {}
         for record in self._answer_records():
             prompts = record["set"].removesuffix("_test")
-            label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
             heads = frozenset(filter(None, record["group"].split(",")))
-            answers = outcomes.setdefault((prompts, heads), {}).setdefault(record["id"], {})
-            answered = record["answered"] and is_coherent(record, self.limit)
-            answers[record["seed"]] = float(answered) if prompts == "benign" else judged.get(label, 0.0)
-        return outcomes
+            of_prompt = stored.setdefault((prompts, heads), {}).setdefault(record["id"], {})
+            of_prompt[record["seed"]] = self._answer(record)
+        return stored
+
+    def _answer(self, record: Mapping[str, Any]) -> StoredAnswer:
+        labels = {judge: verdict["label"] for judge, verdict in record["verdicts"].items()}
+        label = labels.get(self.results["lead_judge"], "unscored")
+        # "Safe" is a judge of harm's, which says nothing on refusals.
+        by_words = {"safe": "", "unscored": ""}.get(label, label)
+        behaviour = record.get("behaviour") or labels.get("phrases") or by_words
+        coherent, answered = behaviour == "complied", bool(record.get("answered", record.get("kept")))
+        return StoredAnswer(label, behaviour, coherent, answered)
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
         for path in sorted((self.path / "completions").glob(_ANSWER_FILES[self.kind])):
@@ -136,7 +212,7 @@ class RunReader:
                 records = [json.loads(line) for line in filter(None, lines)]
             except ValueError:
                 reason = f"{path} is broken; start the run again with the same command to mend it"
-                raise InputError(reason) from None
+                raise IncompleteError(reason) from None
             # Records of other stages, such as teacher-forced tokens, are no answers.
             yield from (record for record in records if "verdicts" in record)
 
@@ -149,18 +225,16 @@ class RunReader:
             return None
 
         def complied(heads: Iterable[str]) -> list[bool]:
-            outcomes = self.stored_outcomes["harmful", frozenset(heads)]
+            outcomes = self.outcomes("harmful", heads)
             return [1 in outcomes[prompt].values() for prompt in prompts]
 
         sizes = []
         try:
-            prompts = sorted(self.stored_outcomes["harmful", frozenset()])
+            prompts = sorted(self.outcomes("harmful"))
             for group in lead_groups(self.results):
                 random = group["random"]["groups"] if group["random"] else ()
-                n_possible = group["random"]["n_possible"] if random else None
-                controls = [*map(complied, random)]
-                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), controls, n_possible))
-            return (sizes, complied(())) if sizes else None
+                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), [*map(complied, random)]))
+            return (sizes, complied(())) if sizes and prompts else None
         except KeyError:  # a group or a prompt whose answers are not stored
             return None
 
@@ -169,9 +243,14 @@ def _scored(values: Mapping[str, float | None]) -> dict[str, float]:
     return {head: value for head, value in values.items() if value is not None}
 
 
+def lead_score_of(results: Mapping[str, Any]) -> str:
+    """The score that an audit's verdict is about; one that stopped early names no group, so no score that found it."""
+    return str(results["verdict"].get("scorer") or results.get("lead_score") or "mean_ships")
+
+
 def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """An audit's groups of the verdict's scorer, by size."""
-    groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == results["verdict"]["scorer"]]
+    groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == lead_score_of(results)]
     return sorted(groups, key=lambda group: int(group["size"]))
 
 

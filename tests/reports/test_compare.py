@@ -1,0 +1,90 @@
+"""The page of a comparison and its Markdown: every number, text from outside as text, no head in a pull request."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from audit_samples import HOSTILE
+from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
+from run_samples import audit_run, first, scan_run, settings
+
+from safetyheads.reports.compare import comparison_markdown, comparison_page
+from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
+from safetyheads.runs.reader import RunReader
+
+CONDITIONS = ("asr_increase > 0.1", "damage > 0.2", "concentration_increase.value < -2", "spearman < 0.9")
+
+
+def compared(before, after, conditions=CONDITIONS):
+    found = compare_runs(RunReader(Path(before)), RunReader(Path(after)))
+    gates = [check_gate(parse_condition(text), found) for text in conditions]
+    record = {"quantities": quantities(found), "gates": gates, "exit_code": exit_code(found, gates)}
+    return json.loads(json.dumps(asdict(found) | record))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages name the paths that were given
+    audit_run(Path("a"))
+    tuned = settings(weights_sha256="tuned", seed=3)
+    return audit_run(
+        Path("b"), vanilla=first(9), heads=("2-1", "0-1"), config=tuned, benign=["refused"] + ["complied"] * 19
+    )
+
+
+def test_the_page_has_every_number(runs):
+    found = compared("a", "b")
+    page = Page(comparison_page(found))
+    check_closed(page)
+    check_tables(page)
+    check_snapshot(page, "compare")
+    assert comparison_page(found) == comparison_page(found)
+
+
+def test_the_page_of_other_outcomes(runs, tmp_path):
+    early = audit_run(Path("early"), groups=[], stopped_early="it refuses none", config=settings(weights_sha256="x"))
+    other = audit_run(Path("other"), config=settings("other", weights_sha256="x"), rows=False)
+    scans = [scan_run(tmp_path / name, {}, n_layers=n) for name, n in (("s", 4), ("t", 3))]
+    for found, words in (
+        (compared("a", early), ["cannot", "be", "compared", "B", "stopped", "early"]),
+        (compared("a", other, ()), ["compared with warnings", "unpaired"]),
+        (compared(*scans, ("spearman < 0.9",)), ["a gate could not be judged", "Heads are not compared: 4 layers"]),
+    ):
+        page = Page(comparison_page(found))
+        check_closed(page)
+        check_tables(page)
+        assert all(word in page.words for word in words)
+        assert all(word in comparison_markdown(found) for word in words[:1])
+
+
+def test_markdown_counts_heads_and_names_none(runs):
+    text = comparison_markdown(compared("a", "b"))
+    for said in (
+        "### Safety comparison: a gate failed",
+        "| `asr_increase > 0.1` | failed | +0.40 [+0.14, +0.61] n 20 | +0.611 upper bound |",
+        "| benign prompts refused | 0.00 | 0.05 | +0.05 [",
+        "1 kept, 1 gone, 1 new",
+        "warning: The seed differs",
+    ):
+        assert said in text
+    assert not any(head in text for head in ("1-3", "2-1", "0-1", "2-5"))
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| `")}
+    assert len(widths) == 1
+
+
+def test_names_from_outside_are_text(runs):
+    pages = []
+    for name in ("clean", "mine | `x` @team <b>[y](https://attacker.example)" + HOSTILE):
+        path = Path("b", "results.json")
+        results = json.loads(path.read_text())
+        results["model"]["name"] = name
+        path.write_text(json.dumps(results))
+        found = compared("a", "b")
+        pages.append(Page(comparison_page(found)))
+        text = comparison_markdown(found)
+    check_hostile(pages[1], pages[0])
+    (line,) = [line for line in text.splitlines() if line.startswith("- B: ")]
+    # All of it stands in one span of code, and no bar of it ends a cell.
+    assert line.count("`") == 2
+    assert line.index("`") < line.index("mine \\|") < line.index("onerror") < line.rindex("`")
