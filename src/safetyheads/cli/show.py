@@ -690,6 +690,7 @@ def show_history(history: Mapping[str, Any], page: Path) -> None:
         if change is None:
             return ""
         lines = [change["note"] if change["change"] is None else str(signed(change["change"], change["interval"]))]
+        lines += [change["shown"]] * bool(change["shown"])
         lines += ["unpaired"] * (change["change"] is not None and not change["paired"])
         return "\n".join([*lines, *([f"other {', '.join(settings)}"] if settings else [])])
 

@@ -1,0 +1,51 @@
+"""Every command ends with 130 when it is interrupted and with 143 when it is terminated, in one line."""
+
+import os
+import signal
+
+import pytest
+from run_samples import audit_run
+
+from safetyheads.cli.app import app
+from safetyheads.model.engine import Engine
+from safetyheads.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+DEMO = "demo:aligned_a --prompts demo"
+COMMANDS = {
+    "demo": "demo",
+    "audit": f"audit {DEMO}",
+    "scan": f"scan {DEMO}",
+    "ships": f"ships {DEMO}",
+    "sahara": f"sahara {DEMO}",
+    "asr": f"asr {DEMO} --heads 2-6",
+    "eval": "eval demo:aligned_a --tasks organism --heads 2-6",
+    "reproduce": "reproduce fig2",
+    "check": "check demo:aligned_a",
+    "report": "report run",
+    "judge": "judge run --judge released",
+    "compare": "compare run run",
+    "history": "history .",
+}
+
+
+def test_every_command_is_here():
+    assert {name for name in app if not name.startswith("-")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "eval"])
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, command, sent, code, word):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), getattr(signal, sent))
+        raise AssertionError("the signal did not come")
+
+    audit_run(tmp_path / "run")
+    monkeypatch.setattr(Engine, "load", interrupt)
+    monkeypatch.setattr(RunDirectory, "open", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    ended, out, err = run(*COMMANDS[command].split(), *["--quiet"])
+    assert (ended, out) == (code, "")
+    assert err.splitlines()[-1] == f"{word}; start it again with the same command to continue"
+    assert "Traceback" not in err
+    assert signal.getsignal(signal.SIGTERM) == before
