@@ -11,8 +11,10 @@ import audit_samples
 import experiment_samples
 import pytest
 import scan_samples
+from run_samples import audit_run, compared_record, first, settings
 from scan_samples import Sample
 
+from safetyheads.reports.compare import write_comparison
 from safetyheads.reports.write import write_report
 from safetyheads.runs.directory import RunDirectory
 
@@ -21,7 +23,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="browser tests ne
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
 EXPERIMENTS = ("index", "fig2", "fig4b", "fig6b", "fig7", "table1", "transfer", "epsilon")
-NAMES = ("audit", "large", "no_refusals", "scan", "seeds", *EXPERIMENTS)
+NAMES = ("audit", "large", "no_refusals", "scan", "seeds", "compare", *EXPERIMENTS)
 MODES = (("light", 1400), ("dark", 390))
 FAULTS = Path(__file__).with_name("faults.js").read_text()
 
@@ -46,6 +48,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
     runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
     written = {name: write_report(run, show_completions=name == "scan") for name, run in runs.items()}
+    compared = compared_record(
+        audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
+    )
+    written["compare"] = write_comparison(compared, folder / "compared")
     index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
     return {name: index.with_name(f"{name}.html") for name in EXPERIMENTS} | written
 

@@ -1,26 +1,14 @@
 """The page of a comparison and its Markdown: every number, text from outside as text, no head in a pull request."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from audit_samples import HOSTILE
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
-from run_samples import audit_run, first, scan_run, settings
+from run_samples import audit_run, compared_record, first, scan_run, settings
 
 from safetyheads.reports.compare import comparison_markdown, comparison_page
-from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
-from safetyheads.runs.reader import RunReader
-
-CONDITIONS = ("asr_increase > 0.1", "damage > 0.2", "concentration_increase.value < -2", "spearman < 0.9")
-
-
-def compared(before, after, conditions=CONDITIONS):
-    found = compare_runs(RunReader(Path(before)), RunReader(Path(after)))
-    gates = [check_gate(parse_condition(text), found) for text in conditions]
-    record = {"quantities": quantities(found), "gates": gates, "exit_code": exit_code(found, gates)}
-    return json.loads(json.dumps(asdict(found) | record))
 
 
 @pytest.fixture
@@ -34,7 +22,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_the_page_has_every_number(runs):
-    found = compared("a", "b")
+    found = compared_record("a", "b")
     page = Page(comparison_page(found))
     check_closed(page)
     check_tables(page)
@@ -47,9 +35,12 @@ def test_the_page_of_other_outcomes(runs, tmp_path):
     other = audit_run(Path("other"), config=settings("other", weights_sha256="x"), rows=False)
     scans = [scan_run(tmp_path / name, {}, n_layers=n) for name, n in (("s", 4), ("t", 3))]
     for found, words in (
-        (compared("a", early), ["cannot", "be", "compared", "B", "stopped", "early"]),
-        (compared("a", other, ()), ["compared with warnings", "unpaired"]),
-        (compared(*scans, ("spearman < 0.9",)), ["a gate could not be judged", "Heads are not compared: 4 layers"]),
+        (compared_record("a", early), ["cannot", "be", "compared", "B", "stopped", "early"]),
+        (compared_record("a", other, ()), ["compared with warnings", "unpaired"]),
+        (
+            compared_record(*scans, ("spearman < 0.9",)),
+            ["a gate could not be judged", "Heads are not compared"],
+        ),
     ):
         page = Page(comparison_page(found))
         check_closed(page)
@@ -59,7 +50,7 @@ def test_the_page_of_other_outcomes(runs, tmp_path):
 
 
 def test_markdown_counts_heads_and_names_none(runs):
-    text = comparison_markdown(compared("a", "b"))
+    text = comparison_markdown(compared_record("a", "b"))
     for said in (
         "### Safety comparison: a gate failed",
         "| `asr_increase > 0.1` | failed | +0.40 [+0.14, +0.61] n 20 | +0.611 upper bound |",
@@ -80,7 +71,7 @@ def test_names_from_outside_are_text(runs):
         results = json.loads(path.read_text())
         results["model"]["name"] = name
         path.write_text(json.dumps(results))
-        found = compared("a", "b")
+        found = compared_record("a", "b")
         pages.append(Page(comparison_page(found)))
         text = comparison_markdown(found)
     check_hostile(pages[1], pages[0])
