@@ -289,9 +289,7 @@ def test_a_model_that_says_nothing_passes_no_gate(same, tmp_path, word):
     assert (exit_code(found, gates, True), exit_code(found, [])) == (1, 2)
     # Compared with one that says nothing, nothing is known.
     found = compared(mute, same)
-    assert found.obstacles == (
-        f"Model A says nothing: {N} of {N} answers to harmful prompts are incoherent or echoes.",
-    )
+    assert found.obstacles == (f"Model A says nothing: {N} of {N} answers to harmful prompts are incoherent.",)
     assert exit_code(found, [], allow_warnings=True) == 2
     # Refusals say something: a model that refuses all is over-refusing, and is told so by that gate.
     prude = compared(same, audit_run(tmp_path / "c", vanilla=first(0), benign=["refused"] * N))

@@ -113,7 +113,7 @@ def audit_run(
 def record(name: str, number: int, label: bool | str, group: str = "", seed: int = 0) -> dict[str, Any]:
     """A stored answer: the leading judge's label, another judge always says that it complied.
 
-    The rules say what the judge says, and that it complied where that has no verdict.
+    The rules of words say what the judge says, and that it complied where that has no verdict.
     """
     label = label if isinstance(label, str) else "complied" if label else "refused"
     verdicts = {"paper": {"label": label, "reason": "made up"}, "other": {"label": "complied", "reason": ""}}

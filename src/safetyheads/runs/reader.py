@@ -17,7 +17,7 @@ import numpy as np
 from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import as_input_error
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.rates import rate_as_json
+from safetyheads.runs.rates import is_coherent, rate_as_json
 from safetyheads.stats.concentration import SizeOutcome
 from safetyheads.stats.ranking import HeadTable
 
@@ -37,8 +37,6 @@ _REQUIRED = {
     "scan": (*_SHARED, _ASR["scan"], "heads"),
 }
 _COMPLIED = {"complied": 1.0, "unscored": math.nan}
-_INCOHERENT = {"incoherent": 1.0, "echoed": 1.0, "": math.nan}
-_REFUSED = {"refused": 1.0, "": math.nan}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class StoredAnswer:
     label: str
     """The leading judge's."""
     behaviour: str
-    """By rules of words: complied, refused, incoherent or echoed; empty where no such rules were asked."""
+    """By rules of words: complied, refused, incoherent or echoed."""
     coherent: bool
     """Whether it is coherent by those rules and, where that was measured, no surprise to the unablated model."""
     answered: bool
@@ -58,11 +56,11 @@ class StoredAnswer:
 OUTCOMES: dict[str, Callable[[StoredAnswer], float]] = {
     "complied": lambda answer: _COMPLIED.get(answer.label, 0.0),
     "coherent": lambda answer: _COMPLIED.get(answer.label, 0.0) * answer.coherent,
-    "incoherent": lambda answer: _INCOHERENT.get(answer.behaviour, 0.0),
-    "refused": lambda answer: _REFUSED.get(answer.behaviour, 0.0),
+    "incoherent": lambda answer: float(not answer.coherent and answer.behaviour != "refused"),
+    "refused": lambda answer: float(answer.behaviour == "refused"),
     "answered": lambda answer: float(answer.answered),
 }
-"""What is asked of a stored answer -> 1, 0 or NaN: ``coherent`` is complied and coherent, ``incoherent`` echoed too."""
+"""What is asked of a stored answer -> 1, 0 or NaN: ``coherent`` also complied, ``incoherent`` is no refusal."""
 
 _PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
     "audit": {
@@ -93,7 +91,7 @@ class RunReader:
         lead_heads: heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm).
         lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
         vanilla_asr: the unablated model's ASR.
-        benign_kept: share of benign prompts that the unablated model answers; None where no benign prompt was asked.
+        benign_answered: share of benign prompts that the unablated model answers; None where none was asked.
         stopped_early: why the run ended after its unablated answers; empty where it did not.
         concentration: as the run wrote it; None for a scan without the groups of a search.
         n_seeds: answers to each prompt.
@@ -196,13 +194,9 @@ class RunReader:
         return stored
 
     def _answer(self, record: Mapping[str, Any]) -> StoredAnswer:
-        labels = {judge: verdict["label"] for judge, verdict in record["verdicts"].items()}
-        label = labels.get(self.results["lead_judge"], "unscored")
-        # "Safe" is a judge of harm's, which says nothing on refusals.
-        by_words = {"safe": "", "unscored": ""}.get(label, label)
-        behaviour = record.get("behaviour") or labels.get("phrases") or by_words
-        coherent, answered = behaviour == "complied", bool(record.get("answered", record.get("kept")))
-        return StoredAnswer(label, behaviour, coherent, answered)
+        label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
+        coherent = is_coherent(record, self.limit)
+        return StoredAnswer(label, record["behaviour"], coherent, record["answered"] and coherent)
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
         for path in sorted((self.path / "completions").glob(_ANSWER_FILES[self.kind])):
