@@ -117,6 +117,23 @@ def test_every_figure_fits_the_schema_and_titles_its_axes() -> None:
     assert colours["refusal_score"][0] == -colours["refusal_score"][-1]
 
 
+def test_the_page_says_how_stable_the_group_is() -> None:
+    results = audit_samples.audit()
+    results["stability"]["group"]["repeatability"]["rate"] = 0.42
+    results["stability"]["tops"][0] |= {"settles": 96, "n": 48}
+    results["stability"]["tops"][1] |= {"settles": None, "n": 48}
+    said = page(results).words
+    assert "0.42 of them give the same heads and the same size" in said
+    assert "96 (there are 48)" in said
+    assert "more than 192" in said
+    rows = figures(results)["prompts_needed"]["datasets"]["rows"]
+    assert {row["series"] for row in rows} == {"top 1", "top 3", "top 10"}
+    assert all(row["low"] <= row["y"] <= row["high"] for row in rows)
+    # An audit that ended early has none.
+    del results["stability"]
+    assert "Would other prompts find the same?" not in page(results).words
+
+
 def test_the_random_band_is_drawn_where_there_is_one() -> None:
     def marks(results: dict[str, Any]) -> list[str]:
         return [layer["mark"]["type"] for layer in figures(results)["asr_by_size"]["layer"]]

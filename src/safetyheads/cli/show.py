@@ -340,7 +340,7 @@ def _show_stability(stability: Found) -> None:
         facts[f"prompts that the top {top['k']} needs"] = Number(f"{top['settles']}, beyond {n}" if beyond else settles)
     for name, half in stability["halves"].items():
         search, test = cell(half, "search rate"), cell(half, "test rate")
-        label = {"asr": "ASR", "benign_answered": "benign answered"}.get(name, name)
+        label = {"asr": "coherent ASR", "benign_answered": "benign answered"}.get(name, name)
         facts[f"{label}, search half"], facts[f"{label}, test half"] = search, test
         facts[f"{label}, search less test"] = signed(half["difference"], half["interval"])
     print_facts(f"Would other prompts find the same? {stability['n_draws']:,} resamples of {n} search prompts", facts)

@@ -10,7 +10,16 @@ import altair as alt
 
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import Cell, completions, p_value, render, under_headings
+from safetyheads.reports.page import (
+    Cell,
+    change_cell,
+    completions,
+    interval,
+    p_value,
+    render,
+    two,
+    under_headings,
+)
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 
@@ -64,6 +73,9 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
         "n_unranked": sum(value <= 0 for _, value in _ranked(results)),
+        "stability": results.get("stability"),
+        "stable_heads": _stable_heads(results),
+        "both_halves": _both_halves(results),
         "completions": None,
     }
     if rows is not None:
@@ -164,6 +176,7 @@ def figures(results: Results) -> dict[str, Spec]:
         "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_answered"], _HELD_OUT),
         "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
         "long_tail": _long_tail(results),
+        "prompts_needed": _prompts_needed(results),
     }
     for name, score in results["scores"].items():
         # Ships on harmful and on benign prompts share their colours.
@@ -227,6 +240,48 @@ def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
     scores = results["scores"]
     titles = {name: f"{scores[name]['label']} ({scores[name]['unit']})" for name in (first, *scores)}
     return [alt.Tooltip("head:N"), *(alt.Tooltip(f"{n}:Q", title=t, format=".6~g") for n, t in titles.items())]
+
+
+def _prompts_needed(results: Results) -> Spec | None:
+    """How much of each top list so many prompts give, against their number."""
+    rows: list[Row] = []
+    for top in (results.get("stability") or {"tops": ()})["tops"]:
+        for point in top["curve"]:
+            low, high = map(charts.rounded, point["interval"])
+            row = {"x": point["n"], "y": charts.rounded(point["overlap"]), "low": low, "high": high}
+            rows.append(row | {"series": f"top {top['k']}", "n": point["n"]})
+    if not rows:
+        return None
+    titles = "prompts drawn (log scale)", "share of the top heads found"
+    described = "Overlap of the top heads with those of all prompts, against the number of prompts"
+    return charts.lines(rows, *titles, described, logarithmic=True, points=False, reference=0.9)
+
+
+def _stable_heads(results: Results) -> list[dict[str, Any]]:
+    """Each listed head's rank and how often resamples find it."""
+    return [
+        {
+            "head": head["head"],
+            "rank": Cell(str(head["rank"]), interval(head["interval"], str)),
+            "frequency": Cell(two(head["frequency"])),
+            "in_group": Cell(two(head["in_group"])),
+        }
+        for head in (results.get("stability") or {"heads": ()})["heads"]
+    ]
+
+
+def _both_halves(results: Results) -> list[dict[str, Any]]:
+    """The group's figures on the search half and the test half."""
+    stability = results.get("stability")
+    names = {"asr": "Coherent ASR, group ablated", "benign_answered": "Benign answered, group ablated"}
+    return [
+        {
+            "name": names.get(name, name),
+            **half,
+            "less": change_cell({"change": half["difference"], "interval": half["interval"]}, with_p=False),
+        }
+        for name, half in (stability["halves"].items() if stability else ())
+    ]
 
 
 def _long_tail(results: Results) -> Spec | None:

@@ -28,7 +28,7 @@ from safetyheads.stats.stability import (
 
 N_LISTED = 10
 """Best heads whose ranks are told, beside those of the group."""
-FIGURES = {"asr": ("harmful", "asr"), "benign_answered": ("benign", "answered_rate")}
+FIGURES = {"asr": ("harmful", "coherent_asr"), "benign_answered": ("benign", "answered_rate")}
 """Figure that stands side by side for both halves -> its prompts, and its rate in :class:`GroupAnswers`."""
 
 
@@ -125,10 +125,10 @@ def _searched_again(
 
 
 def _gains(answers: Sequence[Mapping[str, GroupAnswers]], harmful: FloatArray, benign: FloatArray) -> FloatArray:
-    """Gain of each size on each resample [n_draws, n_sizes]: compliance less the benign answers lost."""
-    complied = np.array([under["harmful_search"].complied() for under in answers[1:]])
-    kept = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
-    shares = benign @ kept.T
+    """Gain of each size on each resample [n_draws, n_sizes]: coherent compliance less the benign answers lost."""
+    complied = np.array([np.nan_to_num(under["harmful_search"].coherent()).mean(axis=1) for under in answers[1:]])
+    answered = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
+    shares = benign @ answered.T
     gains: FloatArray = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
     return gains
 
