@@ -1,27 +1,29 @@
 """Proves at load, on the user's own weights, the claims on which every number rests.
 
 The claims: (i) our attention, unablated, equals the model's own; (ii) an unablated replay equals a plain run;
-(iii) packed prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) UA is uniform over
-allowed keys.
+(iii) packed prompts equal one by one; (iv) ablating a head leaves the others in its layer alone; (v) every kind of
+ablation does to its head what it says: UA, by query or by key, makes it uniform over allowed keys, the mean kinds give
+it the mean over its layer's heads.
 Where (i), (iv) or (v) fails, the model is refused by name. Where (ii) or (iii) fails, that quick path is not used, a
 note says so, and the model stays usable on the plain path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import UnsupportedModelError, first_line
 from safetyheads.heads import Head
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.attention import AttentionCall, RowAblation, attending, attention_calls
+from safetyheads.model.attention import AttentionCall, LeftLayer, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
 from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, left_padded, pack
 from safetyheads.model.replay import (
@@ -41,10 +43,10 @@ if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Largest difference allowed, relative to the largest value compared. A wrong mask or head is off by order 1."""
+"""Largest :func:`difference` allowed. A wrong mask or head is off by order 1."""
 ROUNDED = 1e-1
 """Least tolerance behind projections whose method rounds activations too, to 8 bits by the largest of a row or batch
-(measured in one layer: 8e-3 with integers, 3e-2 with FP8)."""
+(measured in one layer, relative to the largest value: 8e-3 with integers, 3e-2 with FP8)."""
 QUANTISED = 1e-2
 """Least tolerance elsewhere where weights are quantised: kernels compute in float16 (measured: 2e-3)."""
 # The same sums in the same order, so that only the last bits may differ.
@@ -55,6 +57,15 @@ _TRIPS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Asse
 _WINDOWS = "each layer's window is as wide as was read"
 # The only claim about single layers that looks behind the heads, where activations may be rounded.
 _PARTS = "a head changes its block's output by its own part alone"
+_BY_KEY = Ablation("undifferentiated_attention_key")
+_MEAN_QUERY, _MEAN_KEY, _MEAN_OUTPUT = map(Ablation, ("mean_query", "mean_key", "mean_head_output"))
+# What each head of a layer says is read over so many of the last tokens.
+_TOKENS_HEARD = 4
+# In half precision a token may go to other experts by rounding alone, which differs from draw to draw of the prompts; a
+# wrong path is wrong on all of them.
+_DRAWS_WITH_EXPERTS = 4
+# Claims that are of a quick path beside the one that bears its name.
+_PATH_OF = {"apart": "packs", "apart_by_segments": "segments"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +75,7 @@ class Proof:
     name: str
     """What was claimed."""
     error: float
-    """Largest difference over largest value, unitless."""
+    """As :func:`difference` measures it, unitless."""
     tolerance: float
     """Most that was allowed."""
     decisive: bool
@@ -104,7 +115,7 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         if decisive and not proofs[-1].passed:
             raise UnsupportedModelError(
                 f"{facts.family}: refused, because {name} does not hold on these weights "
-                f"(difference {measured:.2g} of the largest value, allowed {allowed:.2g})"
+                f"(off by {measured:.2g} of its size, allowed {allowed:.2g})"
             )
         return proofs[-1].passed
 
@@ -127,15 +138,16 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         with _refusing(facts.family, "ablating a head of each layer"):
             captured = capture(facts, rows[0], {}, 0)
             worst: dict[str, tuple[float, int]] = {}  # (iv), (v) claim -> its largest error and in which layer
+            loudest: dict[int, int] = {}  # layer -> the head whose ablation changes most there
             for layer in facts.with_heads:
-                for name, error in _errors_in_layer(engine, captured, layer):
+                for name, error in _errors_in_layer(engine, captured, layer, loudest):
                     # A NaN is the largest error, and no comparison says so.
                     if name not in worst or not error <= worst[name][0]:
                         worst[name] = error, layer
             for name, (error, layer) in worst.items():
                 sentence = f"{name} ({facts.n_layers} layers, most in layer {layer})"
                 claim(sentence, error, name != _WINDOWS, tolerance if name == _PARTS else exact)
-        capabilities, notes = _prove_quick_paths(engine, sequences, rows, claim)
+        capabilities, notes = _prove_quick_paths(engine, longest, loudest, claim)
     if facts.without_heads:
         layers = ", ".join(map(str, facts.without_heads))
         left_out = f"layers {layers} mix tokens in another way than by attention: they have no heads and are left out"
@@ -144,12 +156,29 @@ def prove(engine: Engine, longest: int) -> CheckReport:
 
 
 def difference(ours: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
-    """Largest difference relative to the largest value of the reference (or of ``scale``); shapes must agree."""
+    """The share by which the worst token is off: 1 is as wrong as it is large; shapes [..., n_channels] must agree.
+
+    It is a root mean square over channels, each in units of its own size over all tokens, or of the middle channel's
+    where that is larger. Tokens are measured in the same units, small ones by the middle token. So no channel and no
+    token of massive activations hides what happens to the others, as it does beside the largest value.
+
+    ``scale`` is what sizes are taken of, by default the reference.
+    """
     if ours.shape != reference.shape:
         return float("inf")
-    ours = ours.to(reference.device)  # states and logits of one model may be on different devices
-    largest = (reference if scale is None else scale).float().abs().max().clamp_min(1e-12)
-    return float((ours.float() - reference.float()).abs().max() / largest)
+    # States and logits of one model may be on different devices.
+    ours, reference = (tensor.to(reference.device).float().flatten(0, -2) for tensor in (ours, reference))
+    sized = reference if scale is None else scale.to(reference.device).float().flatten(0, -2)
+    channels = _at_least_middle(sized.square().mean(dim=0).sqrt())
+    tokens = _at_least_middle((sized / channels).square().mean(dim=-1).sqrt())
+    errors = ((ours - reference) / channels).square().mean(dim=-1).sqrt() / tokens
+    return float(errors.max())
+
+
+def _at_least_middle(sizes: Tensor) -> Tensor:
+    """The sizes, small ones raised to the median of those above 0."""
+    above = sizes[sizes > 0]
+    return sizes.clamp_min(max(float(above.median()), 1e-12) if len(above) else 1e-12)
 
 
 def largest(errors: Iterable[float]) -> float:
@@ -236,7 +265,7 @@ def _refusing(family: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
+def _probes(engine: Engine, longest: int, seed: int = 0) -> list[TokenSequence]:
     """Random prompts that share a beginning, two of them longer than every window that the run can reach.
 
     Where the run reaches lengths at which positions turn, a third one is shorter than these.
@@ -246,7 +275,7 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     length = max([24, *(width + 8 for width in reached)])
     if facts.context_length is not None:
         length = min(length, facts.context_length)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     size = min(facts.vocabulary_size, engine.n_embedded)
     ids = torch.randint(size, (2, length), generator=generator).tolist()
     shared = length // 3
@@ -257,27 +286,51 @@ def _probes(engine: Engine, longest: int) -> list[TokenSequence]:
     return [TokenSequence(probe, n_wanted=2) for probe in probes]
 
 
-def _observed(engine: Engine, captured: Capture, layer: int, *ablations: RowAblation) -> tuple[dict[str, Any], Tensor]:
-    """What a layer's attention function saw, and its block's output, a batch row for each row of selected heads.
+def _observed(
+    engine: Engine, captured: Capture, layer: int, *ablations: RowAblation
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """What a layer's attention function saw, a batch row for each row of selected heads.
 
-    Refuses a layer that does not call the function, or gives it other heads than were read of the model.
+    Refuses a layer that does not call the function.
+
+    Returns:
+        What was seen by name, the attention block's output, and what its output projection was given, where it has the
+        shape of the heads' outputs.
     """
     facts = engine.architecture
-    attention, shape = facts.attentions[layer], facts.shapes[layer]
+    attention, projection = facts.attentions[layer], facts.output_projections[layer]
     assert attention is not None  # the layer has heads
-    assert shape is not None
     seen: dict[str, Any] = {}
-    blocks: list[Tensor] = []
+    projected: list[Tensor] = []
     call = AttentionCall(ablations, observe=lambda **attended: seen.update(attended))
-    watched = attention.register_forward_hook(lambda _, __, output: blocks.append(first_of(output)))
-    with watched, attention_calls(facts.attentions, {layer: call}):
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        raise LeftLayer(first_of(output))  # what comes after attention is not compared
+
+    with ExitStack() as stack:
+        stack.enter_context(attention.register_forward_hook(leave))
+        if projection is not None:
+            stack.enter_context(projection.register_forward_pre_hook(lambda _, given: projected.append(given[0])))
+        stack.enter_context(attention_calls(facts.attentions, {layer: call}))
         rows = of_rows(facts, captured.inputs[layer], len(ablations[0][1]) if ablations else 1)
-        facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
+        try:
+            facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
+            block = rows
+        except LeftLayer as left:
+            (block,) = left.args
     if not seen:
         raise UnsupportedModelError(
             f"{facts.family}: refused, because layer {layer} does not call the attention registry, or does not "
             "hand its keywords on to it"
         )
+    fits = bool(projected) and projected[0].numel() == seen["output"].numel()
+    return seen, block, projected[0].view_as(seen["output"]) if fits else None
+
+
+def _refuse_other_heads(engine: Engine, layer: int, seen: dict[str, Any]) -> None:
+    """Refuse a layer whose attention function is given other heads than were read of the model."""
+    facts, shape = engine.architecture, engine.architecture.shapes[layer]
+    assert shape is not None  # the layer has heads
     query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
     names = ("heads", "key heads", "width", "width of keys", "width of values", "outputs")
     read = (shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_head, shape.d_value, [shape.n_heads, shape.d_value])
@@ -288,42 +341,69 @@ def _observed(engine: Engine, captured: Capture, layer: int, *ablations: RowAbla
         raise UnsupportedModelError(
             f"{facts.family}: refused, because layer {layer} attends with {'; '.join(differing)}"
         )
-    return seen, blocks[0]
 
 
-def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[tuple[str, float]]:
-    """What an ablation of one head does to its attention, and that the hook arrives: claim and error."""
+def _loudest(projection: nn.Module | None, outputs: Tensor, projected: Tensor | None) -> int:
+    """The head whose ablation changes its block's output most: with a silent one every claim would hold by itself.
+
+    Args:
+        projection: makes the block's output of its heads' outputs, where known.
+        outputs: of the heads, unablated and all of them ablated [2, n_tokens, n_heads, d_value].
+        projected: the same as the projection is given them, where that is known.
+    """
+    changes = (outputs[0] - outputs[1])[-_TOKENS_HEARD:].transpose(0, 1)  # [n_heads, n_tokens, d_value]
+    if projection is not None and projected is not None:
+        changed = (projected[0] - projected[1])[-_TOKENS_HEARD:]
+        if bool(changed.any()):  # else it is not the projection, which a proof of its own finds out
+            # A batch row for each head, with its own change alone.
+            alone = torch.eye(changed.shape[1], dtype=changed.dtype, device=changed.device)[:, None, :, None] * changed
+            blocks = projection(alone.flatten(2))
+            changes = blocks - projection(torch.zeros_like(alone[:1]).flatten(2))
+    changes = changes.float()
+    channels = _at_least_middle(changes.square().mean(dim=(0, 1)).sqrt())
+    return int((changes / channels).square().sum(dim=(1, 2)).argmax())
+
+
+def _errors_in_layer(
+    engine: Engine, captured: Capture, layer: int, loudest: dict[int, int]
+) -> Iterator[tuple[str, float]]:
+    """What an ablation of one head does to its attention, and that the hook arrives: claim and error.
+
+    Adds the head that is ablated to ``loudest``.
+    """
     facts, shape = engine.architecture, engine.architecture.shapes[layer]
     assert shape is not None  # the layer has heads
-    seen, _ = _observed(engine, captured, layer)
-    n_tokens, device = captured.row.n_tokens, seen["query"].device
+    none = torch.zeros(shape.n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
+    plain, *_ = _observed(engine, captured, layer)
+    _refuse_other_heads(engine, layer, plain)
+    n_tokens, device = captured.row.n_tokens, plain["query"].device
     # Tokens from the first key that a token sees to the token itself, at most.
-    first = _allowed(seen["mask"], n_tokens, device).int().argmax(dim=-1)
+    first = _allowed(plain["mask"], n_tokens, device).int().argmax(dim=-1)
     reached = int((torch.arange(n_tokens, device=device) - first).max()) + 1
-    if not seen["chosen"]:
+    if not plain["chosen"]:
         if reached < n_tokens and reached not in facts.windows:
             raise UnsupportedModelError(
                 f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window "
                 "says"
             )
         yield _WINDOWS, abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
-    # The head that says most: with a silent one every claim would hold by itself.
-    head = int(seen["output"][0].float().norm(dim=(0, 2)).argmax())
-    none = torch.zeros(shape.n_heads, dtype=torch.bool)  # on the CPU, since the layer may be on any device
+    ua = UNDIFFERENTIATED_ATTENTION.at(0.0)
+    seen, _, projected = _observed(engine, captured, layer, (ua, torch.stack([none, ~none])))
+    head = loudest[layer] = _loudest(facts.output_projections[layer], seen["output"], projected)
     one = none.clone()
     one[head] = True
 
     rows = torch.stack([none, one, ~one, ~none])
-    seen, block = _observed(engine, captured, layer, (SCALING_CONTRIBUTION.at(0.0), rows))
+    seen, block, _ = _observed(engine, captured, layer, (SCALING_CONTRIBUTION.at(0.0), rows))
     output = seen["output"]
     yield "scaling a head to 0 silences it", float(output[1, :, head].abs().max())
     yield "scaling a head leaves the other heads unchanged", difference(output[1][:, ~one], output[0][:, ~one])
     # The parts are differences of whole outputs, so the rounding of these is the measure, however small a part is.
     yield _PARTS, difference(block[0] - block[1], block[2] - block[3], scale=block[0])
 
-    at_zero = UNDIFFERENTIATED_ATTENTION.at(0.0), torch.stack([none, one, none])
-    at_half = UNDIFFERENTIATED_ATTENTION.at(0.5), torch.stack([none, none, one])
-    seen, _ = _observed(engine, captured, layer, at_zero, at_half)
+    at_zero = ua, torch.stack([none, one, none])
+    at_half = ua.at(0.5), torch.stack([none, none, one])
+    seen, *_ = _observed(engine, captured, layer, at_zero, at_half)
     output, query, value = seen["output"], seen["query"], seen["value"][1]
     others = difference(output[1][:, ~one], output[0][:, ~one])
     yield "undifferentiated attention leaves the other heads unchanged", others
@@ -343,6 +423,35 @@ def _errors_in_layer(engine: Engine, captured: Capture, layer: int) -> Iterator[
         mean = (part / mean.square().sum(-1, keepdim=True).clamp_min(1e-30)).clamp(0, 1) * mean
     yield evenness, difference(output[1][:, head], mean.to(value.dtype))
 
+    zero, half = torch.stack([none, one, none]), torch.stack([none, none, one])
+    by_key = _observed(engine, captured, layer, (_BY_KEY.at(0.0), zero), (_BY_KEY.at(0.5), half))[0]["output"]
+    yield f"{_BY_KEY.kind.label} leaves the other heads unchanged", difference(by_key[1:, :, ~one], output[1:, :, ~one])
+    yield f"{_BY_KEY.kind.label} does what it does by query", difference(by_key[:, :, head], output[:, :, head])
+    yield from _errors_of_means(engine, captured, layer, one)
+
+
+def _errors_of_means(engine: Engine, captured: Capture, layer: int, one: Tensor) -> Iterator[tuple[str, float]]:
+    """What the mean kinds do to one head and to all heads of a layer: claim and error."""
+    none = torch.zeros_like(one)
+    rows = torch.stack([none, one, ~none])
+    for ablation, name in ((_MEAN_QUERY, "query"), (_MEAN_KEY, "key"), (_MEAN_OUTPUT, "output")):
+        seen, *_ = _observed(engine, captured, layer, (ablation, rows))
+        output = seen["output"]
+        # By head [rows, n_heads, n_tokens, width]; shared keys are a copy for each query head by now.
+        tensor = output.transpose(1, 2) if name == "output" else seen[name]
+        if tensor.shape[1] != len(one):
+            yield f"{ablation.kind.label} reaches each head", float("inf")
+            continue
+        mean = tensor[0].double().mean(dim=0).to(tensor.dtype)
+        got = torch.cat([tensor[1, one], tensor[2]])
+        yield f"{ablation.kind.label} is the mean", difference(got, mean.expand_as(got))
+        untouched = largest(
+            difference(*pair)
+            for pair in ((output[1][:, ~one], output[0][:, ~one]), (tensor[1, ~one], tensor[0, ~one]))
+            if pair[0].numel()
+        )
+        yield f"{ablation.kind.label} leaves the other heads unchanged", untouched
+
 
 def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
     """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
@@ -352,51 +461,110 @@ def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor
     return given if given.dtype == torch.bool else given >= 0
 
 
+class _Probes:
+    """Prompts of the proofs of quick paths, each in a row by itself, and its states by the plain path."""
+
+    def __init__(self, engine: Engine, longest: int, seed: int) -> None:
+        self.sequences = _probes(engine, longest, seed)
+        members = range(len(self.sequences))
+        self.rows = [pack(self.sequences, (member,), engine.device) for member in members]
+        self.together = pack(self.sequences, members, engine.device)
+        self.plain = [rerun(engine.architecture, row, {}, 1) for row in self.rows]
+
+    def with_other_tokens(self, engine: Engine, changed: Collection[int]) -> PackedRow:
+        """All in one row as before, but for what these prompts say after what all share."""
+        layout, n_prefix = self.together.packing.segments, self.together.packing.n_prefix
+        size = min(engine.architecture.vocabulary_size, engine.n_embedded)
+        for offset in range(1, size):
+            others = [
+                replace(
+                    sequence,
+                    token_ids=(
+                        *sequence.token_ids[:n_prefix],
+                        *((token + offset) % size for token in sequence.token_ids[n_prefix:]),
+                    ),
+                )
+                if member in changed
+                else sequence
+                for member, sequence in enumerate(self.sequences)
+            ]
+            row = pack(others, range(len(others)), engine.device)
+            if torch.equal(row.packing.segments, layout):  # equal tokens would belong to what all share
+                return row
+        raise LookupError("no other tokens of the same layout")
+
+
 def _prove_quick_paths(
-    engine: Engine, sequences: list[TokenSequence], rows: list[PackedRow], claim: Callable[..., bool]
+    engine: Engine, longest: int, loudest: Mapping[int, int], claim: Callable[..., bool]
 ) -> tuple[Capabilities, tuple[str, ...]]:
-    """(ii), (iii) Each quick path against the plain one, also after an ablated replay; then all that hold together."""
+    """(ii), (iii) Each quick path against the plain one, also after an ablated replay; then all that hold together.
+
+    States are compared after the final norm, as logits read them.
+    """
     facts = engine.architecture
-    plain = [rerun(facts, row, {}, 1) for row in rows]
     slow = Capabilities(segments=False, prunes=False, starts_late=False)
     capabilities, notes = Capabilities(), []
+    probes_of = cache(partial(_Probes, engine, longest))
 
-    def replayed(**quick: bool) -> float:
-        errors = (_replay_errors(engine, *each, replace(slow, **quick)) for each in zip(rows, plain, strict=True))
+    def error_of(measure: Callable[[_Probes], float]) -> tuple[float, str]:
+        """The least error over the draws, of which there are several with experts only; and what it tripped over."""
+        errors: list[tuple[float, str]] = []
+        for seed in range(_DRAWS_WITH_EXPERTS if facts.active_experts < 1 else 1):
+            errors.append(_tried(partial(measure, probes_of(seed))))
+            if errors[-1][0] <= tolerances(engine)[1]:
+                return errors[-1]
+        return errors[0]
+
+    def replayed(probes: _Probes, **quick: bool) -> float:
+        rows = zip(probes.rows, probes.plain, strict=True)
+        errors = (_replay_errors(engine, *row, replace(slow, **quick), loudest) for row in rows)
         return largest(error for of_row in errors for error in of_row)
 
-    first, last = sequences[0].token_ids, sequences[-1].token_ids[: rows[0].n_tokens // 2]
-    attempts: dict[str, tuple[str, Callable[[], float]]] = {
+    def cached(probes: _Probes, pads: bool) -> float:
+        first, last = probes.sequences[0].token_ids, probes.sequences[-1].token_ids
+        return _cached_error(engine, [first, last[: len(first) // 2]] if pads else [first])
+
+    attempts: dict[str, tuple[str, Callable[[_Probes], float]]] = {
         "prunes": (
             "finishing the last layer for the wanted tokens equals finishing it whole",
-            lambda: replayed(prunes=True),
+            partial(replayed, prunes=True),
         ),
         "starts_late": (
             "starting the ablated layer from its heads' outputs equals running it whole",
-            lambda: replayed(prunes=capabilities.prunes, starts_late=True),
+            lambda probes: replayed(probes, prunes=capabilities.prunes, starts_late=True),
         ),
         "replays": ("replaying layers equals a plain forward", replayed),
-        "packs": ("packed prompts equal prompts one by one", lambda: _packed_error(engine, sequences, plain, None)),
+        "packs": ("packed prompts equal prompts one by one", partial(_packed_error, engine, quick=None)),
+        "apart": ("a packed prompt does not see the others", partial(_mixing_error, engine, quick=None)),
         "segments": (
             "attention prompt by prompt equals attention over the packed row",
-            lambda: _packed_error(engine, sequences, plain, replace(slow, segments=True)),
+            partial(_packed_error, engine, quick=replace(slow, segments=True)),
         ),
-        "plain_head": ("logits are the head of the normed state", lambda: _head_error(engine, rows, plain_head=True)),
-        "caches": ("decoding with a cache equals running over all tokens", lambda: _cached_error(engine, [first])),
-        "pads": ("a padded batch equals prompts one by one", lambda: _cached_error(engine, [first, last])),
+        "apart_by_segments": (
+            "prompt by prompt, a packed prompt does not see the others",
+            partial(_mixing_error, engine, quick=replace(slow, segments=True)),
+        ),
+        "plain_head": ("logits are the head of the normed state", partial(_head_error, engine, plain_head=True)),
+        "caches": ("decoding with a cache equals running over all tokens", partial(cached, pads=False)),
+        "pads": ("a padded batch equals prompts one by one", partial(cached, pads=True)),
     }
+    # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits. So has
+    # a prompt beside others, unless these move its last bits: by a scale of the whole row, or the size of an expert's
+    # batch.
+    moved = facts.active_experts < 1 or rounds_activations(engine.model)
+    exact = {"plain_head": _SAME_ARITHMETIC} | ({} if moved else {"apart": _SAME_ARITHMETIC})
     for name, (sentence, measure) in attempts.items():
-        error, why = _tried(measure)
-        # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits.
-        if not claim(sentence, error, False, *[_SAME_ARITHMETIC] * (name == "plain_head")):
-            capabilities = replace(capabilities, **{name: False})
-            then = "no answers are made" if name == "caches" else "the slower plain path is taken"
+        error, why = error_of(measure)
+        if not claim(sentence, error, False, *[exact[key] for key in (name, name.partition("_")[0]) if key in exact]):
+            path = _PATH_OF.get(name, name)
+            capabilities = replace(capabilities, **{path: False})
+            then = "no answers are made" if path == "caches" else "the slower plain path is taken"
             notes.append(f"{sentence}: not on this model{why}, so {then}")
     if not capabilities.plain_head:
-        claim("logits of given states equal the model's own", _head_error(engine, rows, plain_head=False), True)
+        claim("logits of given states equal the model's own", _head_error(engine, probes_of(0), plain_head=False), True)
     if capabilities.packs and capabilities.replays:
         together = "the quick paths together equal the plain one"
-        error, why = _tried(lambda: _together_error(engine, sequences, rows, capabilities))
+        error, why = error_of(partial(_together_error, engine, quick=capabilities, loudest=loudest))
         if not claim(together, error, False):
             lost = dict.fromkeys(("packs", "segments", "replays", "prunes", "starts_late"), False)
             capabilities = replace(capabilities, **lost)
@@ -415,7 +583,15 @@ def _tried(measure: Callable[[], float]) -> tuple[float, str]:
         return float("inf"), f" ({type(failure).__name__}{': ' * bool(line)}{line})"
 
 
-def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities) -> Iterator[float]:
+def _after_norm(engine: Engine, states: Tensor, plain: Tensor) -> float:
+    """The difference of last states, after the final norm."""
+    norm = engine.architecture.final_norm
+    return difference(norm(states), norm(plain))
+
+
+def _replay_errors(
+    engine: Engine, row: PackedRow, plain: Tensor, quick: Capabilities, loudest: Mapping[int, int]
+) -> Iterator[float]:
     """(ii) Replay from the first, a middle and the last layer with heads and the first of each kind of these.
 
     Unablated and ablated, and unablated once more after.
@@ -429,44 +605,57 @@ def _replay_errors(engine: Engine, row: PackedRow, plain: Tensor, quick: Capabil
         words.pop("training", None)
         kinds.setdefault((type(facts.layers[layer]), facts.shapes[layer], tuple(sorted(words.items()))), layer)
     for start in sorted({with_heads[0], with_heads[len(with_heads) // 2], with_heads[-1], *kinds.values()}):
-        yield difference(replay(facts, captured, {}, 1, start, quick), plain)
-        ablated = _ablated_from(engine, start)
-        yield difference(replay(facts, captured, ablated, 2, start, quick), rerun(facts, row, ablated, 2))
-    yield difference(replay(facts, captured, {}, 1, facts.with_heads[0], quick), plain)
+        yield _after_norm(engine, replay(facts, captured, {}, 1, start, quick), plain)
+        ablated = _ablated_from(engine, start, loudest)
+        states = replay(facts, captured, ablated, 2, start, quick)
+        yield _after_norm(engine, states, rerun(facts, row, ablated, 2))
+    yield _after_norm(engine, replay(facts, captured, {}, 1, facts.with_heads[0], quick), plain)
 
 
-def _ablated_from(engine: Engine, start: int) -> dict[int, AttentionCall]:
-    """Two rows: one with a head of layer ``start`` and one of the last layer ablated, and the unablated one."""
-    last = engine.architecture.with_heads[-1]
-    shape = engine.architecture.shapes[last]
-    heads = (Head(start, 0), Head(last, shape.n_heads - 1 if shape else 0))
-    return engine.ablation_calls((tuple(dict.fromkeys(heads)), ()), UNDIFFERENTIATED_ATTENTION)
+def _ablated_from(engine: Engine, start: int, loudest: Mapping[int, int]) -> dict[int, AttentionCall]:
+    """Two rows: the loudest head of layer ``start`` and of the last layer ablated, and all others of these layers."""
+    heads = {Head(layer, loudest[layer]) for layer in (start, engine.architecture.with_heads[-1])}
+    layers = {head.layer for head in heads}
+    others = tuple(head for head in engine.heads if head.layer in layers and head not in heads)
+    return engine.ablation_calls((tuple(sorted(heads)), others), UNDIFFERENTIATED_ATTENTION)
 
 
-def _together_error(
-    engine: Engine, sequences: list[TokenSequence], rows: list[PackedRow], quick: Capabilities
-) -> float:
+def _together_error(engine: Engine, probes: _Probes, quick: Capabilities, loudest: Mapping[int, int]) -> float:
     """All probes in one row, ablated in the first and in the last layer, by the quick paths that hold."""
-    facts, row = engine.architecture, pack(sequences, range(len(sequences)), engine.device)
-    captured, errors = capture(facts, row, {}, 0, quick.segments), []
+    facts, errors = engine.architecture, []
+    captured = capture(facts, probes.together, {}, 0, quick.segments)
     for start in sorted({facts.with_heads[0], facts.with_heads[-1]}):
-        ablated = _ablated_from(engine, start)
-        alone = torch.cat([rerun(facts, each, ablated, 2) for each in rows], dim=1)
-        errors.append(difference(replay(facts, captured, ablated, 2, start, quick), alone))
+        ablated = _ablated_from(engine, start, loudest)
+        alone = torch.cat([rerun(facts, row, ablated, 2) for row in probes.rows], dim=1)
+        errors.append(_after_norm(engine, replay(facts, captured, ablated, 2, start, quick), alone))
     return largest(errors)
 
 
-def _packed_error(
-    engine: Engine, sequences: list[TokenSequence], plain: list[Tensor], quick: Capabilities | None
-) -> float:
-    """(iii) All probes in one row against each alone; by the quick paths given, or the whole decoder without any."""
-    row, facts = pack(sequences, range(len(sequences)), engine.device), engine.architecture
+def _packed_states(engine: Engine, row: PackedRow, quick: Capabilities | None) -> Tensor:
+    """States of a packed row by the quick paths given, or by the whole decoder without any."""
+    facts = engine.architecture
     if quick is None:
-        together = rerun(facts, row, {}, 1)
-    else:
-        captured = capture(facts, row, {}, facts.n_layers - 1, quick.segments)
-        together = replay(facts, captured, {}, 1, facts.n_layers - 1, quick)
-    return difference(together, torch.cat(plain, dim=1))
+        return rerun(facts, row, {}, 1)
+    captured = capture(facts, row, {}, facts.n_layers - 1, quick.segments)
+    return replay(facts, captured, {}, 1, facts.n_layers - 1, quick)
+
+
+def _packed_error(engine: Engine, probes: _Probes, quick: Capabilities | None) -> float:
+    """(iii) All probes in one row against each alone."""
+    return _after_norm(engine, _packed_states(engine, probes.together, quick), torch.cat(probes.plain, dim=1))
+
+
+def _mixing_error(engine: Engine, probes: _Probes, quick: Capabilities | None) -> float:
+    """(iii) What changes about a prompt when the others in its row say something else.
+
+    It is the same arithmetic, so nothing may change at all; rounding, however much of a state it is, cannot hide it.
+    """
+    before, errors = _packed_states(engine, probes.together, quick), []
+    n_first, members = probes.sequences[0].n_wanted, range(len(probes.sequences))
+    for changed, kept in ((members[1:], slice(None, n_first)), (members[:1], slice(n_first, None))):
+        after = _packed_states(engine, probes.with_other_tokens(engine, changed), quick)
+        errors.append(_after_norm(engine, after[:, kept], before[:, kept]))
+    return largest(errors)
 
 
 def _cached_error(engine: Engine, prompts: list[tuple[int, ...]]) -> float:
@@ -474,21 +663,21 @@ def _cached_error(engine: Engine, prompts: list[tuple[int, ...]]) -> float:
     from transformers import DynamicCache
 
     facts, batch = engine.architecture, left_padded(prompts, 0, engine.device)
-    cache = DynamicCache(config=engine.model.config)
+    cache_of_batch = DynamicCache(config=engine.model.config)
     with given_to_norm(facts) as caught:
         for tokens in (slice(0, -1), slice(-1, None)):
             given = {name: tensor[:, tokens] for name, tensor in batch.items()}
             given["attention_mask"] = batch["attention_mask"][:, : tokens.stop]
-            engine.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            engine.model(**given, past_key_values=cache_of_batch, use_cache=True, logits_to_keep=1)
     rows = [pack([TokenSequence(prompt)], (0,), engine.device) for prompt in prompts]
     alone = [rerun(facts, row, {}, 1)[0] for row in rows]
-    return difference(caught[-1][:, -1], torch.cat(alone))
+    return _after_norm(engine, caught[-1][:, -1], torch.cat(alone))
 
 
-def _head_error(engine: Engine, rows: list[PackedRow], plain_head: bool) -> float:
+def _head_error(engine: Engine, probes: _Probes, plain_head: bool) -> float:
     """The engine's logits and norm against the model's own, of all tokens: the same shapes, so the same arithmetic."""
     facts, errors = engine.architecture, []
-    for row in rows:
+    for row in probes.rows:
         whole = replace(row, wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
         states = rerun(facts, whole, {}, 1)
         its_own = engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]
