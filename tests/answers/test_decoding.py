@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import Oracle
 from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
+from transformers import GenerationConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate
 from safetyheads.answers.decoding import (
@@ -23,6 +24,8 @@ from safetyheads.answers.decoding import (
     answer,
     end_tokens,
     generate,
+    not_followed_line,
+    settings_not_followed,
 )
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules
@@ -267,3 +270,58 @@ def test_query_level_groups_are_each_prompts_own_best_heads():
     assert len(set(expected)) == 3
     with pytest.raises(InputError, match="not per prompt"):
         query_level_groups(HeadScores(values[0]), 3)
+
+
+# Settings of a checkpoint that decoding does not follow
+
+NOT_FOLLOWED = {
+    "repetition_penalty": 1.1,
+    "suppress_tokens": [3, 4],
+    "begin_suppress_tokens": [5],
+    "min_length": 4,
+    "min_new_tokens": 2,
+    "no_repeat_ngram_size": 3,
+    "bad_words_ids": [[7]],
+    "forced_bos_token_id": 1,
+    "forced_eos_token_id": 2,
+    "num_beams": 4,
+    "stop_strings": ["END"],
+    "sequence_bias": [[[3], 1.0]],
+    "guidance_scale": 1.5,
+    "exponential_decay_length_penalty": [5, 1.1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_FOLLOWED.items())
+def test_a_setting_that_would_change_answers_is_listed(name, value):
+    model = model_of("llama_mha")
+    model.generation_config = GenerationConfig(**{name: value}, eos_token_id=END)
+    assert settings_not_followed(model) == {name: value}
+    assert name in not_followed_line(model)
+
+
+def test_sampling_is_listed_where_the_checkpoint_samples_and_what_has_no_effect_is_not():
+    model, how = model_of("llama_mha"), {"temperature": 0.6, "top_p": 0.9}
+    for samples, expected in ((True, {"do_sample": True, **how}), (False, {}), (None, {})):
+        model.generation_config = GenerationConfig(do_sample=samples, **how)
+        assert settings_not_followed(model) == expected
+    neutral = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "num_beams": 1,
+        "temperature": 1.0,
+    }
+    aside = {"max_length": 4096, "pad_token_id": 0, "bos_token_id": 1, "use_cache": True, "length_penalty": 1.2}
+    model.generation_config = GenerationConfig(eos_token_id=[1, 2], **neutral, **aside)
+    assert settings_not_followed(model) == {}
+    assert not_followed_line(model) is None
+    # What nobody classified is told.
+    model.generation_config = GenerationConfig(new_way_to_choose=2)
+    assert settings_not_followed(model) == {"new_way_to_choose": 2}
+
+
+def test_long_lists_are_counted_in_the_warning():
+    model = model_of("llama_mha")
+    model.generation_config = GenerationConfig(suppress_tokens=list(range(40)), repetition_penalty=1.3)
+    assert "repetition_penalty 1.3, suppress_tokens (40); its usual answers may differ" in not_followed_line(model)

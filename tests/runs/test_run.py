@@ -1,9 +1,11 @@
 """Runs of asr, ships and sahara give what public functions give; a second start computes nothing; estimates of time."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from tiny_models import engine_of, prompts_of
+from transformers import GenerationConfig
 
 from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
@@ -22,8 +24,9 @@ from safetyheads.measures.head_pass import HeadPass
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs import kept_answers as kept_module
+from safetyheads.runs import model_check
 from safetyheads.runs import run as run_module
-from safetyheads.runs.config import AsrConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
+from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.run import ON_WORDS, estimate, estimate_pass, refuse_beyond_memory
 from safetyheads.runs.scan import run_scan
@@ -98,6 +101,22 @@ def test_screenings_and_openers_are_kept_and_judges_of_words_are_told_of_only_wh
     ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", **screened), tmp_path / "ships", monkeypatch)
     assert len(ranked["heads"]) == 5
     assert ON_WORDS not in ranked["caveats"]
+
+
+def test_what_a_checkpoint_asks_of_generation_and_is_not_done_is_in_warnings_manifest_and_check(
+    organism, tmp_path, monkeypatch
+):
+    settings = {"repetition_penalty": 1.2, "suppress_tokens": [3, 4, 5]}
+    monkeypatch.setattr(organism.engine.model, "generation_config", GenerationConfig(**settings))
+    config = AsrConfig(MODEL, "demo", groups=("1-3",), limit=2, max_new_tokens=4)
+    results = run_asr(organism.engine, config, tmp_path / "run")
+    (line,) = (warning for warning in results["warnings"] if "generation config" in warning)
+    assert "repetition_penalty 1.2, suppress_tokens (3)" in line
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["config"]["generation_settings_not_followed"] == settings
+    found = model_check.describe(organism.engine, CheckConfig(MODEL), None, Silent())
+    assert found["generation_settings_not_followed"] == settings
+    assert line in found["notes"]
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeypatch):

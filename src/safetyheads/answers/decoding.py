@@ -8,12 +8,13 @@ prompt, position, token) only, so equal distributions give equal tokens under ev
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from safetyheads.heads import Group
 from safetyheads.model.planning import allowed_memory, halving, left_padded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.sets import PromptSet
 
@@ -219,6 +222,61 @@ def end_tokens(engine: Engine) -> frozenset[int]:
     configured = getattr(engine.model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return frozenset(int(end) for end in [*ends, engine.tokenizer.eos_token_id] if end is not None)
+
+
+_FOLLOWED = ("eos_token_id", "max_length", "max_new_tokens")
+"""Settings that decoding follows, or that a run has of its own."""
+_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings that matter only where the checkpoint samples."""
+# These change no token of a single answer, greedy or sampled: padding, outputs, caches, guesses that are verified, and
+# what only beams have.
+_WITHOUT_EFFECT = frozenset(
+    """
+    pad_token_id bos_token_id decoder_start_token_id use_cache max_time return_dict_in_generate low_memory is_assistant
+    transformers_version compile_config disable_compile continuous_batching_config prefill_chunk_size use_mtp
+    max_cache_len num_return_sequences early_stopping length_penalty diversity_penalty num_beam_groups
+    renormalize_logits remove_invalid_values prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens
+    num_assistant_tokens_schedule target_lookbehind speculation_type
+    """.split()  # noqa: SIM905
+)
+_WITHOUT_EFFECT_PREFIXES = ("_", "output_", "cache_", "assistant_")
+# Values with which a setting does nothing.
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "num_beams", "guidance_scale"), (1.0,)),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "top_h"), (1.0,)),
+}
+
+
+def settings_not_followed(model: PreTrainedModel) -> dict[str, Any]:
+    """What the checkpoint's generation config asks for and decoding does not do, by name, as JSON.
+
+    All that is neither followed nor without effect counts, so settings that are new to us count too. How to sample
+    (temperature, top p and the like) counts where the checkpoint says that it samples.
+    """
+    found: dict[str, Any] = {}
+    asked = model.generation_config.to_diff_dict()
+    for name, value in sorted(asked.items()):
+        aside = name in (*_FOLLOWED, *_WITHOUT_EFFECT) or name.startswith(_WITHOUT_EFFECT_PREFIXES)
+        if aside or not value or (name in _SAMPLING_SETTINGS and not asked.get("do_sample")):
+            continue
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and value in _NEUTRAL.get(name, ())):
+            found[name] = json.loads(json.dumps(value, default=str))
+    return found
+
+
+def not_followed_line(model: PreTrainedModel) -> str | None:
+    """:func:`settings_not_followed` as one warning; None where decoding follows all."""
+    found = settings_not_followed(model)
+    if not found:
+        return None
+    short = (
+        f"{name} ({len(value)})" if isinstance(value, list | dict) else f"{name} {value}"
+        for name, value in found.items()
+    )
+    return (
+        f"decoding does not follow these settings of the checkpoint's generation config: {', '.join(short)}; its usual "
+        "answers may differ from those here"
+    )
 
 
 def rows_that_fit(engine: Engine, longest: int) -> int:

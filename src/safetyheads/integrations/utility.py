@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import scipy  # its modules load on first use
 
 from safetyheads.ablation import Ablation
+from safetyheads.answers.decoding import not_followed_line
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, require_lm_eval, run_task
@@ -287,5 +288,5 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "groups": [format_heads(group) for group in config.parsed_groups],
         "metrics": list(utility.metrics),
         "caveats": [*([DEMO_CAVEAT] if organism else []), *CAVEATS],
-        "warnings": [*engine.notes, *utility.notes],
+        "warnings": [*engine.notes, *filter(None, [not_followed_line(engine.model)]), *utility.notes],
     }

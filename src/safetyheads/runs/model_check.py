@@ -8,6 +8,7 @@ from itertools import takewhile
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from safetyheads.answers.decoding import not_followed_line, settings_not_followed
 from safetyheads.demo import demo_prompts
 from safetyheads.prompts.sets import PromptSet, builtin_benign
 from safetyheads.runs.config import CheckConfig, Progress
@@ -43,7 +44,10 @@ def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, pro
         {**asdict(proof), "error": proof.error if isfinite(proof.error) else None, "passed": proof.passed}
         for proof in proved.proofs
     ]
-    found = {"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": list(proved.notes)}
+    not_followed = not_followed_line(engine.model)
+    notes = [*proved.notes, *[not_followed] * (not_followed is not None)]
+    found = {"proofs": proofs, "capabilities": asdict(proved.capabilities), "notes": notes}
+    found["generation_settings_not_followed"] = settings_not_followed(engine.model)
     return {"model": config.model, "facts": facts, "prompt": prompt, **found}
 
 

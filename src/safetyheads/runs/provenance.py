@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safetyheads.answers.decoding import settings_not_followed
 from safetyheads.errors import InputError
 from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
@@ -50,6 +51,7 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
         **template.settings(),
         "weights_sha256": fingerprint(engine),
         **loading_facts(engine),
+        **generation_facts(engine),
         "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
         "prompt_facts": {name: prompt_set.facts() for name, prompt_set in prompts.items()},
         "references_sha256": {name: references_sha256(prompt_set) for name, prompt_set in prompts.items()},
@@ -67,6 +69,12 @@ def loading_facts(engine: Engine) -> dict[str, Any]:
         name = canonical_name(adapter.name)
         facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
     return facts
+
+
+def generation_facts(engine: Engine) -> dict[str, Any]:
+    """Settings of the checkpoint's generation config that decoding does not follow; empty where it follows all."""
+    found = settings_not_followed(engine.model)
+    return {"generation_settings_not_followed": found} if found else {}
 
 
 def template_facts(prompts: PromptSet) -> dict[str, Any]:

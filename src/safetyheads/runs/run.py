@@ -27,6 +27,7 @@ from safetyheads.answers.decoding import (
     Sampling,
     ShortContextWarning,
     answer,
+    not_followed_line,
     rows_that_fit,
     short_context,
 )
@@ -547,7 +548,7 @@ def warnings_of(
     engine: Engine, asked: Sequence[AskedPrompts], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
 ) -> list[str]:
     """What happened that a reader of the results must know."""
-    notes: list[str | None] = list(engine.notes)
+    notes: list[str | None] = [*engine.notes, not_followed_line(engine.model)]
     for prompt_set in asked:
         notes.append(prompt_set.prompts.warning)
         if prompt_set.prompts.dropped:
