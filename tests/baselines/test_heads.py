@@ -84,6 +84,13 @@ def test_random_heads_are_of_the_same_layers_and_drawn_by_the_seed(monkeypatch):
         drawn_groups(tuple(Head(layer, index) for layer in range(4) for index in range(8)))
 
 
+def test_random_heads_are_many_draws_of_which_one_is_tried(monkeypatch):
+    monkeypatch.setattr(methods, "found_group", lambda *_: organism().planted_heads)
+    (drawn,) = METHODS["random_heads"].interventions(material(), (3,))
+    assert len(set(drawn.draws)) == len(drawn.draws) >= methods.RANDOM_DRAWS
+    assert drawn.groups(organism().harmful)[0] in drawn.draws
+
+
 def test_ships_and_rdsha_rank_each_prompts_own_heads():
     engine, prompts = organism().engine, organism().harmful[:12]
     by_projection = refusal_projections(engine, prompts, select_direction(material()).vector)
@@ -100,7 +107,9 @@ def test_ships_and_rdsha_rank_each_prompts_own_heads():
 
 
 def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
-    monkeypatch.setattr(methods, "select_direction", lambda *_: SimpleNamespace(vector=drawn(), caveat=""))
+    monkeypatch.setattr(
+        methods, "select_direction", lambda *_: SimpleNamespace(vector=drawn(), caveat="", not_applicable="")
+    )
     learned = made_up_material(engine_on("llama3"))  # 12 heads
     made = METHODS["rdsha"].interventions(learned, methods.RDSHA_SIZES)
     assert [one.strength for one in made] == [1, 2, 3, 5, 10]

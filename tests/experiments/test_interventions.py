@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from experiment_runs import SMALL, N, engine_of, rows, run_of
 
 from safetyheads import demo
-from safetyheads.baselines import METHODS
+from safetyheads.baselines import METHODS, heads
+from safetyheads.baselines.direction import RefusalDirection
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import interventions
 from safetyheads.runs.rates import GroupAnswers
@@ -21,9 +23,26 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monk
     few = {name: METHODS[name] for name in ("sahara", "random_heads", "wanda", "gtac_dap")}
     broken = replace(METHODS["rdsha"], interventions=refused)
     monkeypatch.setattr(interventions, "METHODS", few | {"rdsha": broken})
+    monkeypatch.setattr(heads, "RANDOM_DRAWS", 6)
     outcome = run_of(SMALL, ["table1"], tmp_path / "run")["table1"]
     methods = {row["name"]: row for row in rows(outcome) if "name" in row}
     assert set(methods) == set(few)
+    (not_applicable,) = (row for row in rows(outcome) if row["setting"].startswith("not applicable"))
+    assert not_applicable["setting"] == "not applicable: no place for it"
+    assert not {"asr", "benign", "change"} & not_applicable.keys()  # never a 0
+    # Random heads are many draws; others are compared with Sahara on the same prompts, over all methods.
+    drawn = methods["random_heads"]
+    assert drawn["setting"].endswith(", 6 draws")
+    assert drawn["asr"]["low"] <= drawn["asr"]["value"] <= drawn["asr"]["high"]
+    assert "against" not in methods["sahara"]
+    assert {name: row["against"]["n"] for name, row in methods.items() if "against" in row} == dict.fromkeys(
+        ("random_heads", "wanda", "gtac_dap"), 3 * N
+    )
+    for name, row in methods.items():
+        if name != "sahara":
+            assert row["p_against"] == pytest.approx(min(1, row["p_against"]))
+            assert row["p_against"] >= row["against"]["p"]
+    assert methods["wanda"]["p_against"] < 0.05
     assert methods["sahara"]["asr"]["value"] > 0.8
     assert methods["sahara"]["within"] == "yes"
     assert methods["random_heads"]["asr"]["value"] < 0.2
@@ -31,13 +50,12 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monk
     assert methods["sahara"]["parameters"] < methods["wanda"]["parameters"] / 5
     # Three datasets together; every number has its n.
     assert (methods["sahara"]["asr"]["n"], methods["sahara"]["benign"]["n"]) == (3 * N, N)
-    for said in ("Not evidence about the paper", "is left out: no place for it"):
-        assert any(said in note for note in outcome["notes"])
+    assert any("Not evidence about the paper" in note for note in outcome["notes"])
     headline = {row["label"]: row["value"] for row in outcome["headline"]}
     assert headline[f"ASR within 10% damage, {methods['sahara']['method']}"] == methods["sahara"]["asr"]
     # Methods within the damage come first, by ASR.
     assert rows(outcome)[0]["method"] == "vanilla"
-    ranked = [(row["within"] == "no", -row["asr"]["value"]) for row in rows(outcome)[1:]]
+    ranked = [(row["within"] == "no", -row["asr"]["value"]) for row in rows(outcome)[1:-1]]
     assert ranked == sorted(ranked)
 
 
@@ -49,6 +67,25 @@ def answers(kept, complied=0):
         for at, label in enumerate(labels)
     ]
     return GroupAnswers("", tuple(records), "paper")
+
+
+def test_methods_are_compared_with_one_by_an_exact_test_on_the_same_prompts():
+    """Ten prompts: Sahara undoes 9 refusals, the others 1, 9 and 0; by hand, 8 discordant pairs give 2 / 2**8."""
+    complied = {"sahara": 9, "weak": 1, "same": 9, "none": 0}
+    by_method = {name: tried(1, n, 10) for name, n in complied.items()}
+    found = interventions.compared_with(by_method, "sahara")
+    assert set(found) == {"weak", "same", "none"}
+    assert found["weak"]["against"].value == pytest.approx(-0.8)
+    assert (found["weak"]["against"].p, found["none"]["against"].p) == (2 / 2**8, 2 / 2**9)
+    assert [found[name]["p_against"] for name in ("none", "weak", "same")] == [3 * 2 / 2**9, 2 * 2 / 2**8, 1.0]
+    assert interventions.compared_with(by_method, "another") == {}
+
+
+def test_where_a_methods_own_filters_leave_nothing_it_is_not_applicable(monkeypatch):
+    """What dropped the best that was measured is the reason, and the setting still says so where it is tried."""
+    dropped = RefusalDirection(torch.ones(8), -1, 1, "KL above 0.1 nats on harmless prompts", 0.0, 0.2)
+    assert dropped.not_applicable.endswith("is dropped for KL above 0.1 nats on harmless prompts")
+    assert replace(dropped, dropped="").not_applicable == ""
 
 
 def tried(strength, asr, kept):

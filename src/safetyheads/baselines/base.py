@@ -86,6 +86,10 @@ class Intervention:
     """Heads to ablate for each prompt, for methods that name heads; None ablates none."""
     ablation: Ablation = SCALING_CONTRIBUTION
     """Ablation of those heads."""
+    draws: tuple[Group, ...] = ()
+    """Of a method that draws groups at random: all that were drawn; it is put to work with the first."""
+    not_applicable: str = ""
+    """Why the method by its own rules finds nothing here, so that what it does is not its own; empty where it does."""
 
     def answers(
         self,

@@ -71,6 +71,13 @@ class RefusalDirection:
         """Appended to settings where the filters left no candidate; else empty."""
         return f" (the filters drop it: {self.dropped})" if self.dropped else ""
 
+    @property
+    def not_applicable(self) -> str:
+        """Why the direction is not the method's own; empty where the filters keep it."""
+        if not self.dropped:
+            return ""
+        return f"its filters leave no direction, and the best that was measured is dropped for {self.dropped}"
+
 
 def select_direction(material: Material) -> RefusalDirection:
     """The direction whose removal leaves least of refusals, among those that pass the filters.
@@ -317,5 +324,6 @@ def interventions(material: Material, strengths: Sequence[float]) -> list[Interv
         removed = "" if share == 1.0 else f", {share:.0%} removed"
         setting = f"direction of layer {selected.layer}, token {selected.token}{removed}{selected.caveat}"
         at_work = partial(direction_removed, engine, selected.vector, share)
-        removals.append(Intervention(setting, share, touched, at_work))
+        intervention = Intervention(setting, share, touched, at_work, not_applicable=selected.not_applicable)
+        removals.append(intervention)
     return removals

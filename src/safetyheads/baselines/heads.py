@@ -33,7 +33,7 @@ from safetyheads.baselines.base import (
 from safetyheads.baselines.direction import select_direction
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.random_groups import LEAST_GROUPS, heads_by_layer, random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.ships import mean_ships, ships
 from safetyheads.model.engine import Engine
@@ -47,6 +47,8 @@ PAPERS_SIZES = (1.0, 2.0, 3.0, 4.0, 5.0)
 """Group sizes of the paper's Table 3."""
 RDSHA_SIZES = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
 """RDSHA sweeps to 200 heads and shows cases at 20 to 50; up to 20 here, since small models have few."""
+RANDOM_DRAWS = LEAST_GROUPS
+"""Random groups of a size; one alone says little, since it may hit or miss by chance."""
 # A norm is probed with numbers of this size, beside which its epsilon is negligible.
 _PROBE = 16.0
 # Scores closer than this share of the largest are ties, by bytes of the dtype: on the organism the layout of rows alone
@@ -111,15 +113,18 @@ def by_ships(material: Material, strengths: Sequence[float]) -> list[Interventio
 
 
 def at_random(material: Material, strengths: Sequence[float]) -> list[Intervention]:
-    """As many heads of each layer as Sahara's group has, drawn from the others."""
+    """As many heads of each layer as Sahara's group has, drawn from the others: many draws, of which one is tried."""
     engine, sizes = material.engine, _sizes(material.engine, strengths)
     group = found_group(material, max(sizes))
     interventions = []
     for size in sizes:
-        drawn = random_groups(group[:size], heads_by_layer(engine), 1, material.seed).groups
+        drawn = random_groups(group[:size], heads_by_layer(engine), RANDOM_DRAWS, material.seed).groups
         if not drawn:
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
-        interventions.append(_one_for_all(engine, drawn[0], UNDIFFERENTIATED_ATTENTION))
+        # The first of all that exist would be that of the lowest heads.
+        first = drawn[material.seed % len(drawn)]
+        intervention = _one_for_all(engine, first, UNDIFFERENTIATED_ATTENTION)
+        interventions.append(replace(intervention, draws=drawn))
     return interventions
 
 
@@ -129,7 +134,8 @@ def by_refusal_projection(material: Material, strengths: Sequence[float]) -> lis
     selected = select_direction(material)
     caveat = selected.caveat.replace("it:", "the direction:")
     by_size = _one_each(engine, sizes, lambda prompts: refusal_projections(engine, prompts, selected.vector), ZEROED)
-    return [replace(intervention, setting=intervention.setting + caveat) for intervention in by_size]
+    why = selected.not_applicable
+    return [replace(each, setting=each.setting + caveat, not_applicable=why) for each in by_size]
 
 
 def by_logit_attribution(material: Material, strengths: Sequence[float]) -> list[Intervention]:

@@ -7,7 +7,7 @@ nothing harmful by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
@@ -22,7 +22,7 @@ from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelErr
 from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, planted_heads, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
-from safetyheads.heads import Group
+from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.integrations.lm_eval import load_tasks
 from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.measures.ships import find_openers
@@ -30,10 +30,14 @@ from safetyheads.runs.config import TaskOptions
 from safetyheads.runs.directory import Record
 from safetyheads.runs.kept_answers import record_of
 from safetyheads.runs.rates import GroupAnswers
-from safetyheads.stats.testing import PairedDifference
+from safetyheads.stats.testing import PairedDifference, holm_of_tests
 
 MOST_BENIGN_LOST = 0.1
 """Share of benign answers, of the learning prompts, that a strength may cost and still be chosen."""
+REFERENCE = "sahara"
+"""The method that all others are compared with, on the same test prompts."""
+NOT_APPLICABLE = "not applicable"
+"""Begins the setting of a method that finds nothing by its own rules, or has no place on this model."""
 
 
 def learning_subjects(lab: Lab, model: str) -> tuple[Subject, Subject]:
@@ -87,23 +91,35 @@ def table1(lab: Lab, outcome: Outcome) -> None:
         return
     bench = _Bench(lab, learned, (*tested, benign))
     sweeps: dict[str, list[_Tried]] = {}
+    by_method: dict[str, _Tried] = {}
     rows: list[dict[str, Any]] = []
+    not_applicable: list[dict[str, Any]] = []
     for method in METHODS.values():
         if method.needs_unaligned and lab.config.base is None:
             outcome.note(f"{method.label} is left out: it needs base, the checkpoint before alignment.")
             continue
         try:
             sweeps[method.name], at_chosen = bench.measured(method)
-            names = {"method": method.label, "name": method.name, "touches": method.touches}
-            paper = quoted(model, "table1", method.name)
-            names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
-            rows.append(bench.row(at_chosen, **names))
         except UnsupportedModelError as error:
-            # One method that a family has no place for, or that finds nothing, is no reason to lose the others.
-            outcome.note(f"{method.label} is left out: {error}")
+            # One method that a family has no place for, or that finds nothing, is no reason to lose the others. What it
+            # would do is not measured, so there is no 0 either.
+            setting = f"{NOT_APPLICABLE}: {error}"
+            not_applicable.append({"method": method.label, "touches": method.touches, "setting": setting})
+            continue
+        names = {"method": method.label, "name": method.name, "touches": method.touches}
+        paper = quoted(model, "table1", method.name)
+        names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
+        by_method[method.name], row = at_chosen, bench.row(at_chosen, **names)
+        if method.name == "random_heads":
+            drawn = bench.drawn(method, at_chosen)
+            by_method[method.name] = drawn[0]._replace(harmful=_side_by_side(drawn))
+            row = bench.row_of_draws(row, drawn)
+        rows.append(row)
+    against = compared_with(by_method, REFERENCE)
+    rows = [{**row, **against.get(row["name"], {})} for row in rows]
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
     unablated = bench.row(bench.vanilla, method="vanilla", touches="nothing")
-    outcome.table("methods", [{**unablated, "lost": None}, *rows], model=model)
+    outcome.table("methods", [{**unablated, "lost": None}, *rows, *not_applicable], model=model)
     swept = [METHODS[name] for name in sweeps]
     sources = ({"method": one.label, "source": one.source, "partial": one.partial or "whole"} for one in swept)
     outcome.table("sources", list(sources), model=model)
@@ -162,6 +178,8 @@ class _Bench:
                 every = method.interventions(self._materials[borrows], method.strengths)
             except SafetyheadsError as error:
                 raise UnsupportedModelError(str(error)) from error
+        if reason := next((intervention.not_applicable for intervention in every), ""):
+            raise UnsupportedModelError(reason)
         # On a small model several strengths may come to the same: the first of them stays.
         interventions = {intervention.setting: intervention for intervention in reversed(every)}
         if not interventions:
@@ -202,6 +220,39 @@ class _Bench:
             tried.append(_Tried(first["setting"], strength, first["n_parameters"], _together(harmful), benign))
         return tried
 
+    def drawn(self, method: Method, chosen: _Tried) -> list[_Tried]:
+        """Every random group of the chosen size, on the test prompts."""
+
+        def compute() -> list[Record]:
+            if False not in self._materials:
+                self._materials[False] = material_of(self.lab, self.learned[0].model)
+            (intervention,) = method.interventions(self._materials[False], [chosen.strength])
+            return [{"group": format_heads(group)} for group in intervention.draws]
+
+        fields = {"size": chosen.strength, "seed": self.lab.config.seed, "weights": self.learned[0].about["weights"]}
+        fields |= {"asked": [subject.asked_prompts.sha256 for subject in self.learned]}
+        records = self.lab.directory.records("table1-random", fields, compute)
+        groups = [parse_heads(record["group"]) for record in records]
+        *harmful, benign = (subject.by_group(groups, self.lab.ablations[0]) for subject in self.tested)
+        return [
+            chosen._replace(harmful=_together([answers[group] for answers in harmful]), benign=benign[group])
+            for group in groups
+        ]
+
+    def row_of_draws(self, row: Mapping[str, Any], drawn: Sequence[_Tried]) -> dict[str, Any]:
+        """A row of several random groups: means, with the lowest and the highest of them for an interval."""
+        losses = [tried.benign.answered_change_from(self.vanilla.benign) for tried in drawn]
+        numbers = {
+            "asr": [tried.harmful.asr.rate for tried in drawn],
+            "change": [tried.harmful.change_from(self.vanilla.harmful).change for tried in drawn],
+            "benign": [tried.benign.answered_rate.rate for tried in drawn],
+            "lost": [lost.change for lost in losses],
+        }
+        measured = {name: _over_draws(values, row[name].n) for name, values in numbers.items()}
+        n_within = sum(map(_is_within, losses))
+        within = "yes" if n_within == len(drawn) else f"{n_within} of {len(drawn)} draws" if n_within else "no"
+        return {**row, **measured, "setting": f"{row['setting']}, {len(drawn)} draws", "within": within}
+
     def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
         """A method at its chosen strength, on the test prompts."""
         lost = tried.benign.answered_change_from(self.vanilla.benign)
@@ -216,6 +267,34 @@ class _Bench:
             "lost": Measured.of(lost),
             "within": "yes" if _is_within(lost) else "no",
         }
+
+
+def _over_draws(values: Sequence[float | None], n: int) -> Measured:
+    """The mean over random groups; in place of an interval, the lowest and the highest."""
+    known = [value for value in values if value is not None]
+    return Measured(sum(known) / len(known), n, min(known), max(known)) if known else Measured(None, n)
+
+
+def _side_by_side(drawn: Sequence[_Tried]) -> GroupAnswers:
+    """The answers to harmful prompts under all random groups, as several answers to each prompt."""
+    parts = zip(*(tried.harmful.records for tried in drawn), strict=True)
+    records = tuple(tuple(record for answers in prompt for record in answers) for prompt in parts)
+    return GroupAnswers("", records, drawn[0].harmful.lead)
+
+
+def compared_with(tried: Mapping[str, _Tried], reference: str) -> dict[str, dict[str, Any]]:
+    """Each method's ASR less that of the reference, on the same prompts, with p corrected over all methods (Holm).
+
+    The test is the exact McNemar test; of random heads, of each prompt's share over the draws, it is that of
+    :func:`paired_difference` for several answers.
+    """
+    if reference not in tried:
+        return {}
+    others = [name for name in tried if name != reference]
+    changes = [tried[name].harmful.change_from(tried[reference].harmful) for name in others]
+    p_values = holm_of_tests([change.p_value for change in changes])
+    rows = zip(others, changes, p_values, strict=True)
+    return {name: {"against": Measured.of(change), "p_against": p} for name, change, p in rows}
 
 
 def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:

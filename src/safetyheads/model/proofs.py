@@ -551,11 +551,12 @@ def _prove_quick_paths(
     # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits. So has
     # a prompt beside others, unless these move its last bits: by a scale of the whole row, or the size of an expert's
     # batch.
-    moved = facts.active_experts < 1 or rounds_activations(engine.model)
-    exact = {"plain_head": _SAME_ARITHMETIC} | ({} if moved else {"apart": _SAME_ARITHMETIC})
+    rounds = is_quantised(engine.model) and rounds_activations(engine.model)
+    moved = facts.active_experts < 1 or rounds
+    exact = ("plain_head",) if moved else ("plain_head", "apart", "apart_by_segments")
     for name, (sentence, measure) in attempts.items():
         error, why = error_of(measure)
-        if not claim(sentence, error, False, *[exact[key] for key in (name, name.partition("_")[0]) if key in exact]):
+        if not claim(sentence, error, False, *[_SAME_ARITHMETIC] * (name in exact)):
             path = _PATH_OF.get(name, name)
             capabilities = replace(capabilities, **{path: False})
             then = "no answers are made" if path == "caches" else "the slower plain path is taken"
