@@ -7,12 +7,14 @@ from itertools import combinations, permutations
 from math import comb
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.heads import Head, all_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
+from safetyheads.stats.testing import random_p_value
 
 SIZES = st.lists(st.sampled_from((0, 1, 2, 4)), min_size=1, max_size=4).filter(any)
 DISTANCE = {"layers": 0, "neighbouring layers": 1, "all layers": 9}
@@ -136,3 +138,15 @@ def test_layers_without_heads_are_no_neighbours():
     assert sizes == (4, 0, 8)
     drawn = random_groups(parse_heads("0-1"), sizes, 39)
     assert (drawn.matched, len(drawn.groups)) == ("neighbouring layers", 11)
+
+
+def test_a_head_drawn_at_random_is_called_special_in_a_twentieth_of_runs_at_most():
+    # Effects are skewed. For groups of several heads, whose controls share heads, see docs/statistics.md.
+    generator, n_runs, n_found = np.random.default_rng(0), 1000, 0
+    controls = {head: random_groups((head,), [8] * 4, 39).groups for head in all_heads(4, 8)}
+    for _ in range(n_runs):
+        effects = generator.exponential(size=(4, 8)) ** 2
+        head = Head(int(generator.integers(4)), int(generator.integers(8)))
+        others = [effects[other.layer, other.index] for (other,) in controls[head]]
+        n_found += random_p_value(effects[head.layer, head.index], others) <= 0.05
+    assert n_found / n_runs <= 0.05 + 3 * 0.007  # three standard errors
