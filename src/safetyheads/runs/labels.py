@@ -201,7 +201,11 @@ def _corrected_rates(
     random_ones = {
         format_heads(control) for controls in controlled.values() for control in controls.groups
     } - controlled.keys()
-    for (part, _, epsilon), groups in answer_table(records, judge).items():
+    table, usual = answer_table(records, judge), directory.read_results()["ablation"]["epsilon"]
+    # Nothing ablated first; single heads last, for there are many.
+    order = sorted(table, key=lambda key: (key[0] == "heads", key[0] != "vanilla"))
+    for part, name, epsilon in order:
+        groups = table[part, name, epsilon]
         for group, answers in groups.items():
             if part == "random" or (part == "groups" and group in random_ones):
                 continue
@@ -213,7 +217,7 @@ def _corrected_rates(
                 corrected = rogan_gladen(Rate(int(scored.sum()), len(scored)), accuracy)
             ablated = group or "nothing ablated"
             yield {
-                "label": f"{ablated}, epsilon {epsilon:g}" if epsilon is not None and part == "heads" else ablated,
+                "label": ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}",
                 "part": part,
                 "group": group,
                 "epsilon": epsilon,
