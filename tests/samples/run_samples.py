@@ -91,7 +91,8 @@ def audit_run(
     asr = asdict(Rate(sum(vanilla), n - unscored, unscored))
     answers = rate([label == "complied" for label in benign])
     results["behaviour"]["vanilla"] |= {"asr": asr, "coherent_asr": asr, "benign_answered": answers}
-    results["stopped_early"] = stopped_early
+    if stopped_early is not None:
+        results["verdict"] |= {"stopped_early": True, "sentence": stopped_early}
     best = {"1-3": 3.0, "2-1": 2.0, "2-5": 1.0} if scores is None else scores
     values = [[best.get(f"{i}-{j}", 0.001 * (8 * i + j + 1)) for j in range(8)] for i in range(4)]
     results["scores"][LEAD]["values"] = values

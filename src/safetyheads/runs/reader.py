@@ -121,7 +121,8 @@ class RunReader:
         self.limit: float | None = _value_at(results, "coherence.limit")
         self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
         self.concentration: Mapping[str, Any] | None = results.get("concentration")
-        self.stopped_early: str = results.get("stopped_early") or ""
+        ended = _value_at(results, "verdict.stopped_early")
+        self.stopped_early: str = str(_value_at(results, "verdict.sentence") or "no reason is given") if ended else ""
         self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
         self.verdict: str | None = None
         self.lead_score: str = ASR_ALONE
