@@ -13,14 +13,15 @@ from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.model.planning import TokenSequence
 
 PROMPTS = [(5, 9, 12, 40, 41, 8, 3), (5, 9, 2), (20,), (5, 9, 12, 1, 2, 60)]
-ANSWERS = [(0, (7, 7, 30, 2)), (1, (11,)), (0, (50, 3)), (2, (9, 9, 9, 9, 9, 9, 9)), (3, (33, 17))]
+ANSWERS = [(0, (7, 7, 30, 2)), (1, (11, 4)), (0, (50, 3)), (2, (9, 9, 9, 9, 9, 9, 9)), (3, (33, 17))]
 
 
 @torch.no_grad()
 def alone(engine, prompt, answer):
     """One answer through the whole model: the slow twin."""
     logits = engine.model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
-    return -sum(float(logits[len(prompt) + at - 1, token]) for at, token in enumerate(answer)) / len(answer)
+    values = [-float(logits[len(prompt) + at - 1, token]) for at, token in enumerate(answer)]
+    return sum(values[1:]) / (len(values) - 1)  # the first token is not counted
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gemma2_softcap", "mistral_window", "qwen3_norm"])
@@ -39,14 +40,14 @@ def test_each_answer_has_the_surprise_it_has_alone(family, n_tokens):
 def test_known_answers_are_not_measured_again_and_think_blocks_do_not_count(monkeypatch):
     engine = engine_of("llama_gqa")
     surprises = Surprises(engine, PROMPTS)
-    surprises.measure([(0, (7, 7, 30, 2), 2), (1, (11, 4), 2)])  # of the second nothing is left
+    surprises.measure([(0, (7, 7, 30, 2), 1), (1, (11, 4), 1)])  # of the second one token is left
     known = dict(surprises.known)
     expected = surprises_of(engine, [TokenSequence((*PROMPTS[0], 7, 7, 30), 2)], [(30, 2)], 4096)
     assert list(known) == [(0, (7, 7, 30, 2))]
     assert [*known.values()] == pytest.approx(expected, abs=1e-6)
     monkeypatch.setattr("safetyheads.answers.coherence.surprises_of", lambda *given: [1.0] * len(given[1]))
-    surprises.measure([(0, (7, 7, 30, 2), 2), (1, (11,), 0)])
-    assert surprises.known == known | {(1, (11,)): 1.0}
+    surprises.measure([(0, (7, 7, 30, 2), 1), (1, (11, 4, 2), 0)])
+    assert surprises.known == known | {(1, (11, 4, 2)): 1.0}
 
 
 class Harm:

@@ -71,7 +71,8 @@ def outcome(
     controls = tuple(answered(count, n, group=control) for control, count in random.items())
     drawn = RandomGroups(tuple(map(parse_heads, random)), "layers", 500)
     kl = tuple(0.01 * (at % 7) for at in range(n))
-    return GroupOutcome(scorer, len(group), group, sets, kl, controls, drawn)
+    damage = kl, tuple(2 * value for value in kl)
+    return GroupOutcome(scorer, len(group), group, sets, kl, controls, drawn, damage, (damage,) * len(controls))
 
 
 def _ships(values: torch.Tensor, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
@@ -144,6 +145,7 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         "ablation": {"name": "undifferentiated_attention", "label": "undifferentiated attention", "epsilon": 1e-5},
         "sampling": {"name": "greedy", "max_new_tokens": 128},
         "judge": JUDGE,
+        "coherence": {"limit": 0.75, "n": 2 * n, "own": 0.2},
         "judges": [JUDGE],
         "lead_judge": "paper",
         "behaviour": {

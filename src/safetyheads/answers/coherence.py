@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
@@ -21,8 +22,25 @@ AnswerKey: TypeAlias = tuple[int, tuple[int, ...]]
 """Number of the prompt, and tokens of the answer."""
 
 
+OWN_QUANTILE = 0.95
+"""The unablated answers' surprise is taken at this quantile."""
+
+
+def coherence_limit(own: Sequence[float], factor: float, allowance: float) -> float | None:
+    """Surprise above which an answer is not coherent, in nats a token; None where no own answer was measured.
+
+    It is ``factor`` times what few of the model's ``own`` unablated answers exceed, and an ``allowance``: answers that
+    it would have refused surprise it by more than their first token, however sound they are.
+    """
+    return factor * float(np.quantile(own, OWN_QUANTILE)) + allowance if len(own) else None
+
+
 class Surprises:
-    """Mean of -log p of each answer's own tokens under the unablated model, in nats a token; each answer once."""
+    """Mean of -log p of each answer's own tokens under the unablated model, in nats a token; each answer once.
+
+    The first token is not counted: there a model that refuses decides to, so that of a compliance it is a surprise of
+    4 to 6 nats, as much as a wrong word later. An answer of one token has none.
+    """
 
     def __init__(self, engine: Engine, prompts: Sequence[tuple[int, ...]], n_tokens: int | None = None) -> None:
         """Prepare for answers to these prompts; ``n_tokens`` is the most in a packed row (by default what fits).
@@ -41,12 +59,12 @@ class Surprises:
         """
         new = {(number, token_ids): n for number, token_ids, n in answers if (number, token_ids) not in self.known}
         # Answers to one prompt share a row, behind the prompt.
-        keys = sorted((key for key, n_thought in new.items() if len(key[1]) > n_thought), key=lambda key: key[0])
+        keys = sorted((key for key, n_thought in new.items() if len(key[1]) > n_thought + 1), key=lambda key: key[0])
         sequences = [
-            TokenSequence(self.prompts[number] + token_ids[:-1], len(token_ids) - new[number, token_ids])
+            TokenSequence(self.prompts[number] + token_ids[:-1], len(token_ids) - new[number, token_ids] - 1)
             for number, token_ids in keys
         ]
-        values = surprises_of(self.engine, sequences, [key[1][new[key] :] for key in keys], self.n_tokens)
+        values = surprises_of(self.engine, sequences, [key[1][new[key] + 1 :] for key in keys], self.n_tokens)
         self.known.update(zip(keys, values, strict=True))
 
 

@@ -52,8 +52,8 @@ class JudgedAnswer:
     answered: bool
     """Whether that is complied, and the answer begins with the prompt's reference if the user named one."""
     surprise: float | None = None
-    """Mean of -log p of its tokens under the unablated model, in nats; None where it is cut or refuses, or where that
-    was not measured."""
+    """Mean of -log p of its tokens after the first under the unablated model, in nats; None where it is cut, refuses or
+    has one token, and where that was not measured."""
     thinks: bool = False
     """Whether it begins with a think block, so that its first token does not open the answer."""
     thought: str = ""

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -308,10 +309,12 @@ def show_audit(results: Found, report: Path) -> None:
     groups = [group for group in behaviour["groups"] if group["scorer"] == lead]
     groups = [{"size": 0, "heads": ["none"], **behaviour["vanilla"]}, *groups]
     title = f"Groups found by {lead}, on the test half ([95 % interval], (range); exact McNemar)"
-    columns = {"size": "size", "heads": "heads", "ASR": "asr rate", "change": "asr_change change"}
+    columns = {"size": "size", "heads": "heads", "coherent ASR": "coherent_asr rate"}
+    columns |= {"ASR": "asr rate", "coherent of these": "coherent_of_complied rate", "change": "asr_change change"}
     columns |= {"p": "asr_change.p_value .2g", "random groups": _random, "benign answered": "benign_answered rate"}
     others = ", ".join(name for name in results["sahara"] if name != lead)
     print_items(title, groups, columns, f"Found by {others}: in the report." if others else "")
+    _show_damage(groups, results)
     _show_by_judge(groups, results)
     if stability:
         _show_stability(stability)
@@ -346,6 +349,33 @@ def _show_stability(stability: Found) -> None:
     print_facts(f"Would other prompts find the same? {stability['n_draws']:,} resamples of {n} search prompts", facts)
     further, lost = group["further_passes"], group["not_followed"]
     print_lines([f"{further} passes beyond the search's own; {lost} resamples not followed to their end."], "dim")
+
+
+def _show_damage(groups: Sequence[Found], results: Found) -> None:
+    """What each group does to benign answers, beside its random groups."""
+    limit = results["coherence"]["limit"]
+    columns: dict[str, Column] = {"ablated": "heads", "lost": _gross_loss}
+    for name, key in {"KL, nats": "kl", "drop of log p, nats": "log_probability_drop"}.items():
+        columns |= {name: f"damage.{key}.mean .3g", f"{name}: random groups": partial(_random_damage, key=key)}
+    coherent = (
+        "by the rules of words alone" if limit is None else f"if their surprise is at most {limit:.2f} nats a token"
+    )
+    measured = [group for group in groups if group.get("damage")]
+    if measured:
+        print_items("Damage: benign answers lost, and how far the model moves from its own", measured, columns)
+    print_lines([f"Answers are coherent {coherent}, and if no rule of words finds a fault."], "dim")
+
+
+def _gross_loss(group: Found) -> Number:
+    loss = group["gross_loss"]
+    return Number(f"{loss['count']} of {loss['n']}", f"at most {loss['upper']:.2f}")
+
+
+def _random_damage(group: Found, key: str) -> Number | None:
+    random = group["damage"][key]["random"]
+    if random is None:
+        return None
+    return Number(f"{random['mean']:.3g}", f"({random['low']:.3g} to {random['high']:.3g})", f"n {random['n_groups']}")
 
 
 def _show_by_judge(groups: Sequence[Found], results: Found) -> None:

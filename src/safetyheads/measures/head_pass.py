@@ -129,6 +129,8 @@ class Readouts:
     """First tokens of refusals, whose log-odds are read; empty reads none."""
     angles: tuple[Score, ...] = ()
     """Variants of Generalized Ships."""
+    targets: tuple[tuple[int, ...], ...] = ()
+    """The token that follows each wanted one of each sequence, whose log-probability is read; empty reads none."""
 
 
 class HeadPass:
@@ -158,7 +160,7 @@ class HeadPass:
         self._captures = list(engine.captured(sequences, (), ablation, self.plan))
         hidden = engine.replayed(self._captures, [()], ablation, engine.n_layers - 1)[0]
         self.unablated: dict[str, Tensor] = {}
-        if readouts.ships or readouts.openers:
+        if readouts.ships or readouts.openers or readouts.targets:
             log_probabilities = torch.cat(list(next_token_log_probabilities(engine, hidden)))
             self.unablated["log_probabilities"] = log_probabilities
             if readouts.openers:
@@ -170,8 +172,8 @@ class HeadPass:
         """Every readout of each group; calls ``on_groups`` with the number of groups just done.
 
         Returns:
-            ``ships`` and ``refusal_score`` [len(groups), n_prompts] (nats), and each angle's name [len(groups)]
-            (degrees); float64, on the CPU.
+            ``ships``, ``refusal_score`` and ``log_probability_drop`` [len(groups), n_prompts] (nats), and each angle's
+            name [len(groups)] (degrees); float64, on the CPU.
 
         Raises:
             SafetyheadsError: the model's weights have changed since the pass was made.
@@ -237,39 +239,49 @@ class HeadPass:
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
         """The readouts of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
-        reads_next = self.readouts.ships or self.readouts.openers
+        reads_next = self.readouts.ships or self.readouts.openers or self.readouts.targets
         values = self._read_next_token(hidden) if reads_next else {}
         for angle in self.readouts.angles:
             values[angle.label] = principal_angle_sum(self.unablated[angle.label], self._directions(hidden, angle))
         return {name: values_of_name.cpu() for name, values_of_name in values.items()}
 
     def _read_next_token(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Ships (Eq 9), averaged over each prompt's wanted tokens, and the drop of the log-odds at its last token.
+        """Ships (Eq 9) and drops of the targets' log-probability, averaged over each prompt's wanted tokens, and the
+        drop of the log-odds at its last token.
 
         Openers are first tokens of answers, so the log-odds at later, teacher-forced positions would mean nothing.
         """
         reference = self.unablated["log_probabilities"]
         n_groups, n_wanted = hidden.shape[:2]
-        divergences, odds, start = [], [], 0
+        divergences, drops, odds, start = [], [], [], 0
+        targets = torch.tensor([token for tokens in self.readouts.targets for token in tokens], device=hidden.device)
         for log_probabilities in next_token_log_probabilities(self.engine, hidden.flatten(0, 1)):
             end = start + len(log_probabilities)
-            unablated = reference[torch.arange(start, end, device=reference.device) % n_wanted]
+            wanted = torch.arange(start, end, device=reference.device) % n_wanted
+            unablated = reference[wanted]
             start = end
+            if len(targets):
+                drops.append((unablated - log_probabilities).gather(1, targets[wanted][:, None])[:, 0])
             divergences.append((unablated.exp() * (unablated - log_probabilities)).sum(dim=-1))
             if self.readouts.openers:
                 odds.append(log_odds(log_probabilities, self.readouts.openers))
         values = {}
         if self.readouts.ships:
             # KL is never negative; rounding can leave it below 0.
-            ships = torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted)
-            prompts = prompt_of_wanted(self.sequences).to(ships.device)
-            sums = ships.new_zeros(n_groups, len(self.sequences)).scatter_add_(1, prompts.expand_as(ships), ships)
-            values["ships"] = sums / torch.tensor([sequence.n_wanted for sequence in self.sequences]).to(sums)
+            values["ships"] = self._by_prompt(torch.cat(divergences).clamp_min(0.0).view(n_groups, n_wanted))
+        if drops:
+            values["log_probability_drop"] = self._by_prompt(torch.cat(drops).view(n_groups, n_wanted))
         if self.readouts.openers:
             ablated = torch.cat(odds).view(n_groups, n_wanted)
             last_of_prompts = first_wanted(self.sequences).to(ablated.device)
             values["refusal_score"] = self.unablated["log_odds"] - ablated[:, last_of_prompts]
         return values
+
+    def _by_prompt(self, values: Tensor) -> Tensor:
+        """Means [n_groups, n_prompts] over each prompt's wanted tokens, of values [n_groups, n_wanted]."""
+        prompts = prompt_of_wanted(self.sequences).to(values.device)
+        sums = values.new_zeros(len(values), len(self.sequences)).scatter_add_(1, prompts.expand_as(values), values)
+        return sums / torch.tensor([sequence.n_wanted for sequence in self.sequences]).to(sums)
 
     def _directions(self, hidden: Tensor, angle: Score) -> Tensor:
         """Dominant directions of each group's last-prompt-token states; ``hidden`` is [n_groups, n_wanted, d_model]."""

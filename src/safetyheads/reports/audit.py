@@ -125,7 +125,7 @@ def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
 
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
-    unmeasured = ("asr_change", "random", "benign_answered_change", "benign_kl", "search_asr")
+    unmeasured = ("asr_change", "random", "benign_answered_change", "benign_kl", "search_asr", "gross_loss", "damage")
     vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
     found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
     for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):

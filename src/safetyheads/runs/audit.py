@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
 
 from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
@@ -24,7 +26,14 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, corrected, random_as_json
+from safetyheads.runs.rates import (
+    GroupAnswers,
+    by_judge,
+    concentration_as_json,
+    corrected,
+    gross_loss,
+    random_as_json,
+)
 from safetyheads.runs.run import (
     Kind,
     Run,
@@ -77,6 +86,10 @@ SETS = ("harmful_search", "harmful_test", "benign_search", "benign_test")
 _N_RUNNERS_UP = 4
 
 
+Damage: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""KL divergence, and drop of the answer's own log-probability, each prompt by prompt, in nats a token."""
+
+
 @dataclass(frozen=True)
 class GroupOutcome:
     """One group's effect."""
@@ -95,6 +108,10 @@ class GroupOutcome:
     """Answers to the harmful test prompts under each random group."""
     drawn: RandomGroups = field(default_factory=RandomGroups)
     """How the random groups were matched to the group."""
+    damage: Damage = ((), ())
+    """KL divergence and drop of log-probability over the unablated benign test answers, prompt by prompt, in nats."""
+    random_damage: tuple[Damage, ...] = ()
+    """The same under each random group."""
 
     @cached_property
     def control(self) -> dict[str, Any] | None:
@@ -156,6 +173,7 @@ def _announce(run: Run[AuditConfig]) -> None:
 def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     """Run all stages, and make what only an audit's ``results.json`` holds."""
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
+    coherence = run.find_limit()
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
     openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
@@ -189,6 +207,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         },
         "sampling": sampling_of(run),
         "judge": run.judges[0].describe(),
+        "coherence": coherence,
         "lead_score": LEAD,
         "verdict": verdict_of(vanilla, outcomes, len(engine.heads)),
         "behaviour": {
@@ -224,13 +243,16 @@ def _outcomes(
         answers[name] = dict(zip(groups, run.answers(name).under("groups", groups, ablation), strict=True))
     benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
     divergence = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
+    harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
+    damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))
         of_group = {name: answers[name][key] for name in SETS}
         random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
         kl = tuple(divergence[key])
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, kl, random, controls[key]))
+        harm = damage[key], tuple(damage[control] for control in controls[key].groups)
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, kl, random, controls[key], *harm))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 
@@ -362,7 +384,8 @@ def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     """Rates of the test half, and the ASR of the search half."""
     harmful, benign, search = (answers[name] for name in ("harmful_test", "benign_test", "harmful_search"))
     return {
-        **{name: asdict(getattr(harmful, name)) for name in ("asr", "refused", "incoherent")},
+        **{name: asdict(getattr(harmful, name)) for name in ("asr", "coherent_asr", "refused", "incoherent")},
+        "coherent_of_complied": asdict(harmful.coherent_of_complied),
         "benign_answered": asdict(benign.answered_rate),
         "search_asr": asdict(search.asr),
         "reasons": harmful.reasons(with_details=False),
@@ -382,8 +405,23 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
         "benign_answered_change": asdict(benign.answered_change_from(vanilla["benign_test"])),
         "benign_kl": asdict(mean_with_interval(outcome.benign_kl)),
+        "gross_loss": gross_loss(vanilla["benign_test"], benign),
+        "damage": damage_as_json(outcome),
         "random": outcome.control,
     }
+
+
+def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
+    """How far a group moves the model on its own benign answers, beside what its random groups do; None unmeasured."""
+    found: dict[str, Any] = {}
+    for at, name in enumerate(("kl", "log_probability_drop")):
+        if outcome.damage[at]:
+            means = [float(np.mean(damage[at])) for damage in outcome.random_damage]
+            found[name] = asdict(mean_with_interval(outcome.damage[at])) | {"random": None}
+            if means:
+                spread = {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
+                found[name]["random"] = {"n_groups": len(means), **spread}
+    return found or None
 
 
 def heads_as_json(

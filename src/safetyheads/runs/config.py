@@ -28,6 +28,7 @@ _LEAST = {
     ),
     **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots"), 0),
     "batch_size": 1,
+    "damage_tokens": 1,
 }
 """Smallest value of each whole number, by the name of its field."""
 
@@ -179,6 +180,10 @@ class AnswerOptions(JudgeOptions):
     """Sample from the N likeliest tokens; 1 is greedy. The paper also samples with 5."""
     seed: int = 0
     """Random seed of the sampling, the split and the random groups."""
+    coherence_factor: float = 1.5
+    """An answer is not coherent if it surprises the unablated model more than so many times its own answers do ..."""
+    coherence_allowance: float = 0.4
+    """... and so many nats a token, since sound answers to what it refuses surprise it too."""
     store_completions: bool = True
     """Store the answers in the run directory, not verdicts alone."""
 
@@ -264,6 +269,8 @@ class AuditConfig(RunConfig, PositionOptions, SizeOptions):
     n_random: int = 39
     """Random groups to compare each group with, all different: of the same layers, or of more layers where these have
     fewer than 39. From 39 on, all of them where fewer than 200 exist."""
+    damage_tokens: int = 12
+    """First tokens of the unablated benign answers over which damage is measured."""
     split: float = 0.5
     """Share of the harmful prompts that the search sees; rates are measured on the others. Near-duplicates stay
     together. Of the benign prompts it sees a fifth."""

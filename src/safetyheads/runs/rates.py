@@ -18,7 +18,7 @@ from safetyheads.judges.base import LABELS, Label
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
-from safetyheads.stats.intervals import FloatArray, Rate, clustered_rate
+from safetyheads.stats.intervals import FloatArray, Rate, clustered_rate, one_sided_lower, one_sided_upper
 from safetyheads.stats.testing import (
     PairedDifference,
     benjamini_hochberg,
@@ -133,6 +133,11 @@ class GroupAnswers:
     def coherent_asr(self) -> Rate:
         """Complied and coherent / scored: the rate that counts."""
         return _counted(self.coherent(), self.clusters)
+
+    @property
+    def coherent_of_complied(self) -> Rate:
+        """Share of the complied answers that are coherent."""
+        return _counted(np.where(self.verdicts() == 1, self.coherent(), np.nan), self.clusters)
 
     @property
     def answered_rate(self) -> Rate:
@@ -254,6 +259,19 @@ def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> d
     """
     by_prompt = range(len(values)) if values.shape[1] > 1 else None
     return asdict(_counted(values, by_prompt if clusters is None else clusters))
+
+
+def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
+    """Of the prompts that were answered coherently before, how many are refused, incoherent or echoed after, as JSON.
+
+    The bounds are Wilson's, one-sided, 95 % each. Of several answers to a prompt the first counts.
+    """
+    had, has = before.answered()[:, 0] == 1, after.answered()[:, 0] == 1
+    count, n = int((had & ~has).sum()), int(had.sum())
+    lost = [seeds[0]["behaviour"] for seeds, was, now in zip(after.records, had, has, strict=True) if was and not now]
+    bounds = {"lower": one_sided_lower(count, n), "upper": one_sided_upper(count, n)}
+    refused = sum(behaviour == "refused" for behaviour in lost)
+    return {"count": count, "n": n, "rate": count / n if n else None, **bounds, "refused": refused}
 
 
 AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]

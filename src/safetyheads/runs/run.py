@@ -17,16 +17,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
+from safetyheads.answers.coherence import OWN_QUANTILE, coherence_limit
 from safetyheads.answers.decoding import (
     Decoding,
     Request,
     Sampling,
     ShortContextWarning,
     answer,
+    end_tokens,
     not_followed_line,
     rows_that_fit,
     short_context,
@@ -180,6 +183,8 @@ class Run(Generic[Config]):
         ``measures_surprise`` is for models that nobody changes but by ablations.
         """
         self.measures_surprise = measures_surprise
+        self.limit: float | None = None
+        """Surprise above which answers are not coherent, once :meth:`find_limit` found it."""
         self.engine, self.config, self.directory, self.progress = engine, config, directory, progress
         self.judges, self.decoding, self.stores_completions = tuple(judges), decoding or Decoding(), stores_completions
         self.asked: dict[str, AskedPrompts] = {}
@@ -219,6 +224,7 @@ class Run(Generic[Config]):
                 self._about[name],
                 self.measures_surprise,
             )
+            self._answers[name, sampling].limit = self.limit
         return self._answers[name, sampling]
 
     def forget(self) -> None:
@@ -286,6 +292,48 @@ class Run(Generic[Config]):
         }
         kept = self.directory.tensors(f"screening-{name}", fields, compute)
         return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
+
+    def damage(
+        self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int
+    ) -> dict[Group, tuple[tuple[float, ...], tuple[float, ...]]]:
+        """How far each group moves the model from its own unablated answers to a set, prompt by prompt, in nats.
+
+        Teacher-forced over the first ``n_tokens`` tokens of these answers, averaged over them: the KL divergence of the
+        next-token distributions, and the drop of the answer's own tokens' log-probability.
+        """
+        asked, end = self.asked[name], (min(end_tokens(self.engine), default=0),)
+        targets = tuple(answer.token_ids[:n_tokens] or end for answer in self.answers(name).unablated)
+        sequences = tuple(
+            TokenSequence(prompt + tokens[:-1], len(tokens))
+            for prompt, tokens in zip(asked.token_ids, targets, strict=True)
+        )
+        plan = self.directory.remember(f"plan_damage_{name}", self.engine.plan(sequences).as_dict())
+
+        def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return self.directory.tensors(f"damage-{name}", {**self._about[name], **fields}, compute)
+
+        readouts = Readouts(ships=True, targets=targets)
+        measuring = HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
+        with self.progress.track(f"{name.replace('_', ' ')}: damage", len(groups)) as done:
+            values = measuring.measure(groups, done)
+        both = zip(values["ships"].tolist(), values["log_probability_drop"].tolist(), strict=True)
+        return {group: (tuple(kl), tuple(drop)) for group, (kl, drop) in zip(groups, both, strict=True)}
+
+    def find_limit(self, samplings: Sequence[Sampling] = ()) -> dict[str, Any]:
+        """The surprise above which answers are not coherent, from all unablated ones; it holds from here on."""
+        own = [
+            record["surprise"]
+            for name in self.asked
+            for sampling in samplings or [self.decoding.sampling]
+            for record in self.answers(name, sampling).vanilla().flat()
+            if record["behaviour"] == "complied" and "surprise" in record
+        ]
+        settings: Any = self.config
+        self.limit = coherence_limit(own, settings.coherence_factor, settings.coherence_allowance)
+        for answers in self._answers.values():
+            answers.limit = self.limit
+        quantile = float(np.quantile(own, OWN_QUANTILE)) if own else None
+        return {"limit": self.limit, "n": len(own), "own": quantile}
 
     def openers(self, name: str, needs: bool = False, benign: str | None = None) -> tuple[Opener, ...]:
         """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none.

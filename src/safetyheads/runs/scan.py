@@ -95,6 +95,7 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
         records.extend(record for group_answers in answers for record in group_answers.flat())
         return answers
 
+    coherence = run.find_limit(samplings)
     alone = {}
     for name in run.asked:
         for sampling in samplings:
@@ -121,6 +122,7 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
             "seeds": list(config.seeds),
             "full_answers": config.full_answers,
         },
+        "coherence": coherence,
         "settings": {"n_random": config.n_random, "seed": config.seed},
         **measured,
         "economy": asdict(run.economy) | {"tolerances": tolerances},
@@ -197,7 +199,8 @@ def results_of_records(
         random_groups: by the group that they control, as text.
     """
     names = [judge["name"] for judge in judges]
-    table, epsilon = answer_table(records, names[0]), about["ablation"]["epsilon"]
+    limit = about.get("coherence", {}).get("limit")
+    table, epsilon = answer_table(records, names[0], limit), about["ablation"]["epsilon"]
     singles, vanilla = table["heads", "harmful", epsilon], table["vanilla", "harmful", None][""]
     changes = corrected({head: answers.change_from(vanilla) for head, answers in singles.items()})
     scanned = table["random", "harmful", epsilon]
@@ -230,6 +233,7 @@ def results_of_records(
         "vanilla": {
             name: {
                 **answers.rates(),
+                "coherent_asr": rate_as_json(answers.coherent()),
                 "answered": rate_as_json(answers.answered()),
                 "reasons": answers.reasons(),
                 "by_judge": {judge: answers.rates(judge) for judge in names},
@@ -284,6 +288,7 @@ def _heads(
         {
             "head": head,
             **answers.rates(),
+            "coherent_asr": rate_as_json(answers.coherent()),
             "change": {**changes[head], "differs": changes[head]["p_holm"] < ALPHA},
             "reasons": answers.reasons(),
             "by_judge": by_judge(answers),

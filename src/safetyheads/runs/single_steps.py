@@ -204,6 +204,7 @@ def _announce_asr(run: Run[AsrConfig]) -> None:
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     """The rates, each with its change from the unablated model."""
     config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
+    coherence = run.find_limit()
     vanilla, groups = answers.vanilla(), config.parsed_groups
     rows = {"none": vanilla}
     under = answers.under("groups", groups, ablation) if groups else []
@@ -217,10 +218,12 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
         "judge": run.judges[0].describe(),
         **_about(run),
         "sampling": sampling_of(run),
+        "coherence": coherence,
         "rates": [
             {
                 "heads": label,
-                **{name: asdict(getattr(of_group, name)) for name in ("asr", "refused", "incoherent")},
+                **{name: asdict(getattr(of_group, name)) for name in ("asr", "coherent_asr", "refused", "incoherent")},
+                "coherent_of_complied": asdict(of_group.coherent_of_complied),
                 "reasons": of_group.reasons(with_details=False),
                 "change": None if of_group is vanilla else asdict(of_group.change_from(vanilla)),
                 "by_judge": by_judge(of_group),
