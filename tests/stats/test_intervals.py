@@ -15,6 +15,7 @@ from safetyheads.stats.intervals import (
     Mean,
     Rate,
     bootstrap_interval,
+    clustered_rate,
     mean_with_interval,
     most_in_population,
     newcombe_interval,
@@ -168,3 +169,10 @@ def test_bounds_known_by_hand():
     assert [most_in_population(*of) for of in ((100, 0, 0), (10, 10, 3), (992, 64, 0))] == [100, 3, 43]
     with pytest.raises(InputError, match="cannot be"):
         most_in_population(5, 6, 0)
+
+
+def test_large_clusters_count_for_less():
+    # One cluster of 8 and 4 prompts alone: Kish's number is 12^2 / (8^2 + 4) = 2.1, not the 5 clusters.
+    clusters = [0] * 8 + [1, 2, 3, 4]
+    assert clustered_rate([[1.0]] * 12, clusters)[0] < clustered_rate([[1.0]] * 5)[0]
+    assert clustered_rate([[1.0]] * 12, [at // 3 for at in range(12)]) == clustered_rate([[1.0]] * 4)

@@ -112,14 +112,16 @@ def clustered_rate(
     n_clusters, n_answers = len(sizes), float(sizes.sum())
     if n_clusters == 0:
         raise InputError("a rate needs an answer with a verdict")
-    rate, effective = float(ones.sum()) / n_answers, float(n_clusters)
+    # Kish's number: that of the clusters where they are of one size, fewer where some are large.
+    least = n_answers**2 / float((sizes**2).sum())
+    rate, effective = float(ones.sum()) / n_answers, least
     if n_clusters > 1 and 0 < rate < 1:
         # Of a ratio, linearised: the sizes differ where answers are unscored.
         spread = float(((ones - rate * sizes) ** 2).sum()) * n_clusters / (n_clusters - 1) / n_answers**2
         tail = (1 + confidence) / 2
         freedom = (scipy.special.ndtri(tail) / scipy.special.stdtrit(n_clusters - 1, tail)) ** 2
         effective = rate * (1 - rate) / spread * freedom if spread > 0 else n_answers
-        effective = min(max(effective, n_clusters), n_answers)
+        effective = min(max(effective, least), n_answers)
     return _clopper_pearson(rate * effective, effective, confidence)
 
 
