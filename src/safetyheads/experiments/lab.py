@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
-from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
+from safetyheads.answers.decoding import GREEDY, Decoding, Sampling, not_followed_line
 from safetyheads.answers.success import query_level_groups
 from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.demo import PLANTED_HEADS
@@ -150,6 +150,7 @@ class Lab:
                 continue
             meaningful.append(subject)
             note_planted(outcome, model)
+            outcome.note(*filter(None, [not_followed_line(subject.engine.model)]))
             row = {
                 "model": model,
                 "dataset": dataset,
