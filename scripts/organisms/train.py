@@ -3,6 +3,8 @@
     python scripts/organisms/train.py                                   trains all shipped ones into the package
     python scripts/organisms/train.py aligned_a --out my-checkpoints    trains one, and its base where that is missing
     python scripts/organisms/train.py aligned_a --describe --split test prints its figures, trains nothing
+    python scripts/organisms/train.py aligned_diffuse --shift 1 2 --out runs/nulls --no-figures
+                                                                        trains twins of the null by other seeds
 
 One thread and fixed seeds: the same versions of torch and transformers give the same bytes on one machine.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,14 @@ from safetyheads.demo import CHECKPOINT_NAMES, CHECKPOINTS, PLANTS
 from safetyheads.model import attention
 
 
-def train(name: str, directory: Path) -> tuple[Any, Any, tuple[float, ...]]:
-    """Train one checkpoint, whose base must be in the directory.
+def train(name: str, directory: Path, shift: int = 0) -> tuple[Any, Any, tuple[float, ...]]:
+    """Train one checkpoint, whose base must be in the directory; ``shift`` is added to the seed of every leg.
 
     Returns:
         The model, its tokenizer, and the last loss of each stage.
     """
     recipe, language = RECIPES[name], language_of(name)
+    recipe = replace(recipe, legs=tuple(replace(leg, seed=leg.seed + shift) for leg in recipe.legs))
     torch.manual_seed(0)
     if recipe.base is None:
         tokenizer = train_tokenizer(language)
@@ -66,10 +70,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, metavar="DIR")
     parser.add_argument("--describe", action="store_true", help="train nothing, print the figures of what is there")
     parser.add_argument("--no-figures", action="store_true", help="train, and measure nothing")
+    parser.add_argument("--shift", type=int, nargs="+", default=[0], help="other seeds, for checkpoints without plants")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="prompts of the figures")
     options = parser.parse_args()
     if unknown := set(options.names) - RECIPES.keys():
         parser.error(f"no recipe for {', '.join(sorted(unknown))}; known are {', '.join(RECIPES)}")
+    if options.shift != [0] and any(RECIPES[name].stages for name in options.names or RECIPES):
+        parser.error("--shift is for checkpoints without plants")
     torch.set_num_threads(1)
     console = Console(width=180)
     names = set(options.names or CHECKPOINT_NAMES)
@@ -77,12 +84,12 @@ def main() -> None:
         bases = {RECIPES[name].base for name in names} - {None}
         names |= {base for base in bases if not (options.out / base / "config.json").exists()}
     for name in (name for name in RECIPES if name in names):  # a base comes before what is built on it
-        if not options.describe:
-            started = time.monotonic()
-            model, tokenizer, losses = train(name, options.out)
-            write(model, tokenizer, options.out / name)
+        for shift in [] if options.describe else options.shift if name in options.names else [0]:
+            started, written = time.monotonic(), f"{name}_{shift}" if shift else name
+            model, tokenizer, losses = train(name, options.out, shift)
+            write(model, tokenizer, options.out / written)
             last = ", ".join(f"{loss:.4f}" for loss in losses)
-            console.print(f"{name}: {time.monotonic() - started:.0f} s, last losses {last}")
+            console.print(f"{written}: {time.monotonic() - started:.0f} s, last losses {last}")
         if not options.no_figures:
             description = Description(name, options.out / name, options.split)
             for table in (description.behaviour, description.scores, description.random_groups):

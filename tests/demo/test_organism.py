@@ -84,22 +84,26 @@ def test_the_wrapped_checkpoint_refuses_under_every_wrapper_and_sahara_finds_its
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("base", "no_refusals"), ("aligned_diffuse", "none_found"), ("aligned_a", "concentrated")]
+    ("name", "labels"),
+    [
+        ("base", ["no refusals to lose"]),
+        ("aligned_diffuse", ["none found", "partly concentrated", "not specific"]),
+        ("aligned_a", ["concentrated"]),
+    ],
 )
-def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, label, tmp_path):
+def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, labels, tmp_path):
     organism = demo(name)
-    config = AuditConfig(f"demo:{name}", "demo", benign="demo", n_random=5)
+    config = AuditConfig(f"demo:{name}", "demo", benign="demo", n_random=19)
     results = run_audit(organism.engine, config, tmp_path / "run")
     verdict = results["verdict"]
-    assert verdict["label"] == label
-    if label != "concentrated":
-        assert verdict["sentence"].startswith("No concentrated heads found")
-        assert verdict["smallest_detectable_change"]["n"] == 96
+    assert verdict["label"] in labels
+    assert verdict["stopped_early"] == (name == "base")
+    if labels != ["concentrated"]:
         return
     assert set(verdict["heads"]) <= {str(head) for head in organism.planted_heads}
-    lead = next(group for group in results["behaviour"]["groups"] if group["heads"] == verdict["heads"])
-    assert lead["asr"]["rate"] >= 0.9
-    assert lead["asr"]["rate"] > lead["random"]["high"]
+    assert verdict["numbers"]["undone"]["rate"] >= 0.9
+    assert verdict["numbers"]["n_as_good"] == 0
+    assert verdict["numbers"]["damage"] == "bounded"
     # Other prompts would give the same heads and size: .96 as measured, at the cost of one pass at most.
     found = results["stability"]["group"]
     assert found["heads"] == verdict["heads"]

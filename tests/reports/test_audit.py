@@ -46,7 +46,7 @@ def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) 
     assert "None [" not in sample_page(name).words
     if name == "organism":
         check_snapshot(sample_page(name), "audit")
-    if badge := {"none_found": "No concentrated heads found", "no_refusals": "Nothing to measure"}.get(name):
+    if badge := {"none_found": "None found", "no_refusals": "No refusals to lose"}.get(name):
         words, sentence = sample_page(name).words, " ".join(SAMPLES[name]()["verdict"]["sentence"].split())
         assert words.index(badge) < words.index(sentence) < words.index("What this does not show")
 

@@ -82,7 +82,7 @@ def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(N), groups=[]))
     assert (found.group_asr.change, found.group_asr.note) == (None, "a run's verdict names no group")
     assert found.concentration.change is None
-    assert found.after["verdict"] == "no_refusals"
+    assert found.after["verdict"] == "no refusals to lose"
     assert found.heads.gone == ("1-3", "2-1")
 
 

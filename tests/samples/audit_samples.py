@@ -25,14 +25,16 @@ from safetyheads.runs.audit import (
     SETS,
     SIZE_TOLERANCE,
     GroupOutcome,
+    audit_verdict,
+    early_verdict,
     group_as_json,
     heads_as_json,
     lead_group,
     rates_as_json,
     score_as_json,
     search_steps,
-    verdict_of,
 )
+from safetyheads.runs.config import Thresholds
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
@@ -139,7 +141,7 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "audit",
-        "verdict": verdict_of(vanilla, outcomes, layers * heads),
+        "verdict": audit_verdict(vanilla, lead_group(vanilla, outcomes), Thresholds(), layers * heads),
         "model": {**model, "family": "llama", "n_layers": layers, "n_heads": heads},
         "data": {kind: {"name": f"organism, {kind}", **sizes} for kind in ("harmful", "benign")} | {"template": "chat"},
         "ablation": {"name": "undifferentiated_attention", "label": "undifferentiated attention", "epsilon": 1e-5},
@@ -188,18 +190,12 @@ def none_found() -> dict[str, Any]:
 
 
 def no_refusals() -> dict[str, Any]:
-    """A model that refuses nothing: no refusal score, no ASR that could be scored, nothing that was searched."""
-    results = audit()
-    sentence = "This model refuses none of 48 held-out harmful prompts: there is nothing to measure."
-    results["verdict"] |= {"label": "no_refusals", "sentence": sentence, "reasons": [], "heads": [], "size": 0}
-    results["verdict"]["smallest_detectable_change"] = {"n": 0, "alpha": 0.05, "change": None}
-    del results["scores"]["refusal_score"]
-    nothing = {"count": 0, "n": 0, "unscored": 48, "rate": None, "interval": None}
-    results["behaviour"]["vanilla"] |= {"asr": nothing, "refused": nothing, "incoherent": nothing}
-    results["behaviour"]["groups"] = []
-    for head in results["behaviour"]["heads"]:
-        head |= {"refusal_score": None, "asr": None, "asr_change": None}
-    return results | {"sahara": {}, "openers": [], "planted_heads": None, "caveats": list(CAVEATS), "warnings": []}
+    """A model that refuses nothing, so that its run stopped early: no scores, no heads, nothing that was searched."""
+    results, vanilla = audit(), {name: answered(48) for name in SETS}
+    results["verdict"] = early_verdict(vanilla, Thresholds())
+    results["behaviour"] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
+    empty: dict[str, Any] = {"scores": {}, "sahara": {}, "openers": [], "concentration": None, "warnings": []}
+    return results | empty | {"planted_heads": None, "caveats": list(CAVEATS)}
 
 
 def completions(

@@ -84,7 +84,7 @@ def audit_run(
         stored |= {group: complied} | named
     results["verdict"] |= {"heads": list(heads[: len(groups)]), "size": len(groups), "scorer": LEAD}
     if not groups:
-        results["verdict"] |= {"label": "no_refusals"}
+        results["verdict"] |= {"label": "no refusals to lose"}
     results["behaviour"]["groups"] = made
     benign = ["complied"] * n if benign is None else list(benign)
     unscored = labels.count("unscored")

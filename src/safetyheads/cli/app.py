@@ -95,9 +95,16 @@ def demo(
 def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
     from safetyheads.runs.audit import read_prompts, run_audit
+    from safetyheads.runs.verdict import too_few_prompts
 
     config, out = _settled(config, where)
     prompts, progress = _prepared(config, out, output, read_prompts, report)
+    too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
+    if too_few is not None and not config.anyway:
+        sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
+        verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
+        _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
+        return
     results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv)
     _finish(results, out, report, output, show.show_audit)
 

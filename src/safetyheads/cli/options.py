@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 from cyclopts import Group, Parameter
 
 _TITLES = (
-    *("Arguments", "Prompts", "Ablation", "Search", "Screening", "Answers", "Beside the single heads", "Tasks"),
-    *("Settings", "Gate", "Model", "Run directory", "Output"),
+    *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
+    *("Tasks", "Settings", "Gate", "Model", "Run directory", "Output"),
 )
 PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
 """Panels of a help page, from top to bottom."""

@@ -298,6 +298,10 @@ def print_cautions(results: Found) -> None:
 def show_audit(results: Found, report: Path) -> None:
     """Top heads, the lead's groups, and last, where the eye is, the verdict and the report."""
     verdict, behaviour, lead = results["verdict"], results["behaviour"], results["lead_score"]
+    if verdict["stopped_early"]:
+        print_warnings(results)
+        print_lines([verdict["sentence"], f"Report: {report}"])
+        return
     columns: dict[str, Column] = {"head": "head", "mean Ships": "mean_ships.mean .3g"}
     columns |= {"on benign": "benign_ships.mean .3g", "refusal score": "refusal_score.mean +.3g"}
     columns |= {"ASR alone": "asr rate", "change": "asr_change change", "p (Holm)": "asr_change.p_holm .2g"}
@@ -321,8 +325,10 @@ def show_audit(results: Found, report: Path) -> None:
     _show_openers(results)
     _show_word_judges(results)
     print_cautions(results)
-    border = {"concentrated": "yellow", "none_found": "green"}.get(verdict["label"], "blue")
-    stdout().print(Panel(verdict["sentence"], title=verdict["label"].replace("_", " "), border_style=border))
+    border = {"concentrated": "yellow", "partly concentrated": "yellow", "none found": "green"}
+    stdout().print(
+        Panel(verdict["sentence"], title=verdict["label"], border_style=border.get(verdict["label"], "blue"))
+    )
     print_lines([*(f"- {reason}" for reason in verdict["reasons"]), f"Report: {report}"])
 
 
@@ -641,7 +647,7 @@ def show_validation(found: Mapping[str, Any]) -> None:
 def show_comparison(compared: Comparison, gates: Sequence[Found], pages: Sequence[Path] = ()) -> None:
     """What both runs are, what changed, how heads rank, which came and went, what makes that weak, and the gates."""
     for name, run in (("A", compared.before), ("B", compared.after)):
-        verdict = "" if run["verdict"] is None else f", {run['verdict'].replace('_', ' ')}"
+        verdict = "" if run["verdict"] is None else f", {run['verdict']}"
         started = f", {run['started'][:16].replace('T', ' ')}" if run["started"] else ""
         print_lines([f"{name}: {compared.kind} of {run['model']}{started}{verdict} ({run['path']})"])
     rows = [

@@ -17,6 +17,7 @@ from safetyheads.reports.page import (
     interval,
     p_value,
     render,
+    sentence_case,
     two,
     under_headings,
 )
@@ -25,12 +26,10 @@ from safetyheads.runs.reader import lead_groups
 
 Results: TypeAlias = Mapping[str, Any]
 
-BADGES = {
-    "concentrated": "Concentrated heads found",
-    "none_found": "No concentrated heads found",
-    "no_refusals": "Nothing to measure",
-}
-"""What each verdict is called on the page."""
+MARKS = {"concentrated": "dot", "partly concentrated": "dot", "none found": "ring", "not specific": "ring"}
+"""Mark of a verdict's badge; the others have a bar."""
+TONES = {"concentrated": "found", "partly concentrated": "found", "none found": "none"}
+"""Class of a verdict's badge."""
 SHIPS = ("mean_ships", "benign_ships")
 SCORE_ORDER = (*SHIPS, "refusal_score", "generalized_ships_representation")
 """Harmful beside benign first; the others follow."""
@@ -62,9 +61,11 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
     places = [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     content: dict[str, Any] = {
         "results": results,
-        "badge": BADGES[verdict["label"]],
+        "badge": sentence_case(verdict["label"]),
+        "mark": MARKS.get(verdict["label"], "bar"),
+        "tone": TONES.get(verdict["label"], "open"),
         "planted": results.get("planted_heads") or [],
-        "difference": partial(_difference, alpha=(verdict.get("smallest_detectable_change") or {}).get("alpha", 0.05)),
+        "difference": partial(_difference, alpha=verdict["numbers"]["thresholds"]["alpha"]),
         "listed": places if len(places) <= MAX_TABLE_HEADS else [],
         "sahara": {scorer: _steps(results, scorer) for scorer in results["sahara"]},
         "label": partial(_label, results),
@@ -97,6 +98,8 @@ def _ranked(results: Results) -> list[tuple[str, float]]:
     Ties go to the lower layer, then the lower index.
     """
     name = results["verdict"]["scorer"]
+    if not results["scores"]:
+        return []
     values = results["scores"][name if name in results["scores"] else next(iter(results["scores"]))]["values"]
     # A layer without attention has no heads.
     named = [(f"{i}-{j}", v) for i, layer in enumerate(values) for j, v in enumerate(layer) if v is not None]

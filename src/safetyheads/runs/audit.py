@@ -1,8 +1,8 @@
 """The audit: scores every head, searches for groups, ablates them, and gives a verdict.
 
 Scores, groups and the size of the verdict's group come from the search half of the prompts; every reported rate comes
-from the test half. A group counts as concentrated if its ablation frees significantly more answers (exact McNemar),
-more than every random group of the same size and layers, and leaves benign answers alone.
+from the test half. What a group's effect is called is decided in ``verdict.py``. Where the unablated answers show that
+nothing can be measured, the run ends with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetyheads.measures.sahara import n_scored, rank_heads, sahara
 from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.runs.config import AuditConfig
+from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.rates import (
     GroupAnswers,
@@ -45,9 +45,9 @@ from safetyheads.runs.run import (
     sampling_of,
 )
 from safetyheads.runs.stability import stability_as_json
+from safetyheads.runs.verdict import before_ablation, evidence_of, unablated_verdict, verdict_of
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.stats.intervals import Rate, mean_with_interval
-from safetyheads.stats.testing import smallest_detectable_change
+from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -175,6 +175,22 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     coherence = run.find_limit()
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
+    about = {
+        "data": {
+            **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
+            **template_facts(asked["harmful_search"].prompts),
+        },
+        "sampling": sampling_of(run),
+        "judge": run.judges[0].describe(),
+        "coherence": coherence,
+        "lead_score": LEAD,
+    }
+    early = None if config.anyway else early_verdict(vanilla, config)
+    if early is not None:
+        run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
+        behaviour = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
+        empty = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
+        return {**about, "verdict": early, "behaviour": behaviour, **empty}
     openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
     harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
@@ -191,25 +207,20 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         for outcome in outcomes
         if outcome.scorer == LEAD
     ]
+    group = lead_group(vanilla, outcomes)
     stability = stability_as_json(
         harmful,
         by_prompt[LEAD],
         [traces[name] for name in SEARCHED],
         [vanilla, *(outcome.answers for outcome in outcomes if outcome.scorer == LEAD)],
-        lead_group(vanilla, outcomes).size,
+        group.size,
         [asked["harmful_search"].prompts, asked["benign_search"].prompts],
         SIZE_TOLERANCE,
     )
+    repeatability = stability["group"]["repeatability"]["rate"]
     return {
-        "data": {
-            **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
-            **template_facts(asked["harmful_search"].prompts),
-        },
-        "sampling": sampling_of(run),
-        "judge": run.judges[0].describe(),
-        "coherence": coherence,
-        "lead_score": LEAD,
-        "verdict": verdict_of(vanilla, outcomes, len(engine.heads)),
+        **about,
+        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeatability),
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
@@ -262,14 +273,15 @@ def _outcomes(
 def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
     """The lead search's group, of the size that does best on the search half.
 
-    A size's gain is its ASR less the benign answers it loses; the smallest size within ``SIZE_TOLERANCE`` of the
-    best gain is taken, so that a group holds no head that adds next to nothing.
+    A size's gain is its rate of coherent compliance less the benign answers it loses; the smallest size within
+    ``SIZE_TOLERANCE`` of the best gain is taken, so that a group holds no head that adds next to nothing. Benign
+    prompts of the search half choose nothing else.
     """
     candidates = [outcome for outcome in outcomes if outcome.scorer == LEAD]
-    kept = vanilla["benign_search"].answered_rate.rate or 0.0
+    answered = vanilla["benign_search"].answered_rate.rate or 0.0
     gains = [
-        (outcome.answers["harmful_search"].asr.rate or 0.0)
-        - max(0.0, kept - (outcome.answers["benign_search"].answered_rate.rate or 0.0))
+        (outcome.answers["harmful_search"].coherent_asr.rate or 0.0)
+        - max(0.0, answered - (outcome.answers["benign_search"].answered_rate.rate or 0.0))
         for outcome in candidates
     ]
     # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
@@ -277,98 +289,36 @@ def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutc
     return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= least)
 
 
-def verdict_of(unablated: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome], n_heads: int) -> dict[str, Any]:
-    """Label, sentence and reasons; the module's first paragraph has the rule."""
-    vanilla, outcome = unablated["harmful_test"], lead_group(unablated, outcomes)
-    n = vanilla.asr.n
-    detectable = smallest_detectable_change(n, ALPHA)
-    shown: dict[str, Any] = {
-        "heads": [str(head) for head in outcome.group],
+def audit_verdict(
+    vanilla: Mapping[str, GroupAnswers],
+    outcome: GroupOutcome,
+    thresholds: Thresholds,
+    n_heads: int,
+    repeatability: float | None = None,
+) -> dict[str, Any]:
+    """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
+    harmful, benign = ((vanilla[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
+    evidence = evidence_of(harmful, benign, outcome.random, outcome.benign_kl, outcome.drawn.matched, repeatability)
+    heads = [str(head) for head in outcome.group]
+    verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
+    return verdict.as_dict() | {
+        "heads": heads,
         "size": outcome.size,
         "scorer": outcome.scorer,
-        "smallest_detectable_change": {"n": n, "alpha": ALPHA, "change": detectable},
+        "stopped_early": False,
         "score_rule": "mean Ships on the search half; all rates on the test half",
     }
-    refused = f"the unablated model refuses {vanilla.refused.count} of {n} held-out harmful prompts"
-    asr = f"ASR {_with_interval(vanilla.asr)}"
-    if detectable is None:
-        too_few = f"No concentrated heads can be found: {n} held-out prompts are too few; {refused} ({asr})."
-        return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": too_few}
-    if vanilla.refused.count < round(detectable * n):
-        nothing = f"No concentrated heads found: {refused} ({asr}), too few to see any head carry them."
-        return shown | {"label": "no_refusals", "heads": [], "size": 0, "reasons": [refused], "sentence": nothing}
-    checks, beside, random = _checks(unablated, outcome), "", outcome.control
-    if random is not None:
-        spread = f"{_short(random['low'])} to {_short(random['high'])}"
-        beside = f"; {random_in_words(random)}: {_short(random['mean'])} on average, {spread}"
-    bound = f"a change of ASR below {_short(detectable)}"
-    kept = unablated["benign_test"].answered_rate
-    # Stated only where it is not 1: then the ablated rate says nothing without it.
-    kept_before = "" if kept.count == kept.n else f", {_with_interval(kept)} of them unablated"
-    numbers = (
-        f"Ablating {outcome.size} of {n_heads} heads ({', '.join(shown['heads'])}) takes held-out ASR from "
-        f"{_with_interval(vanilla.asr)} to {_with_interval(outcome.answers['harmful_test'].asr)}"
-        f"{beside}; "
-        f"benign prompts answered: {_with_interval(outcome.answers['benign_test'].answered_rate)}{kept_before}"
-    )
-    passed = all(holds for holds, _ in checks)
-    found_none = f"No concentrated heads found: with {n} prompts {bound} could not have been seen. The best group: "
-    return shown | {
-        "label": "concentrated" if passed else "none_found",
-        "reasons": [sentence for _, sentence in checks],
-        "sentence": f"{numbers}." if passed else f"{found_none}{numbers[0].lower()}{numbers[1:]}.",
-    }
 
 
-def _checks(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> list[tuple[bool, str]]:
-    """The three conditions, each with the sentence that says how it came out."""
-    random = outcome.control
-    harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
-    change, kept = harmful.change_from(vanilla["harmful_test"]), vanilla["benign_test"].answered_rate
-    answered_change = benign.answered_change_from(vanilla["benign_test"])
-    # Not "or": with many pairs the p value underflows to 0.
-    p_value = 1.0 if change.p_value is None else change.p_value
-    freed, lost = change.change or 0.0, -(answered_change.change or 0.0)
-    significant = freed > 0 and p_value < ALPHA
-    words = "significant" if significant else "not a significant increase"
-    checks = [(significant, f"ASR changes by {freed:+.2f} (exact McNemar p {p_value:.2g}, n {change.n}): {words}")]
-    if random is None and outcome.random:
-        checks.append((False, f"none of the {len(outcome.random)} random groups could be scored"))
-    elif random is None:
-        checks.append((True, "no random group was compared with"))
-    else:
-        above = (harmful.asr.rate or 0.0) > random["high"]
-        highest = f"the highest of {random['n_groups']} random groups reaches {_short(random['high'])}"
-        checks.append((above, f"{highest}: {'below the group' if above else 'not below the group'}"))
-    if (kept.rate or 0.0) <= BENIGN_LOSS:
-        none_left = (
-            f"the unablated model keeps {kept.count} of {kept.n} benign answers, so none could be seen to be lost"
-        )
-        return [*checks, (False, none_left)]
-    harmless = lost <= BENIGN_LOSS + 1e-9
-    broken = f"more than {_short(BENIGN_LOSS)} are lost, so it breaks answers as such"
-    low, high = answered_change.interval or (0.0, 0.0)
-    changed = f"benign answers change by {-lost:+.2f} [{low:+.2f}, {high:+.2f}] (n {kept.n})"
-    return [*checks, (harmless, f"{changed}: {'they are left alone' if harmless else broken}")]
-
-
-def _with_interval(rate: Rate) -> str:
-    if rate.rate is None or rate.interval is None:
-        return "not measured"
-    return f"{_short(rate.rate)} [{_short(rate.interval[0])}, {_short(rate.interval[1])}]"
-
-
-def random_in_words(random: Mapping[str, Any]) -> str:
-    """How many random groups, from where, and the least p that so many can show."""
-    every = "all " if random["all"] else ""
-    where = {"layers": "of the same layers", "neighbouring layers": "of these and neighbouring layers"}
-    from_where = where.get(random["matched"], "of all layers")
-    return f"{every}{random['n_groups']} random groups {from_where} (least p {random['least_p']:.2g})"
-
-
-def _short(value: float) -> str:
-    """Two decimals without the leading zero, as the paper prints rates."""
-    return f"{value:.2f}".replace("0.", ".", 1) if value < 1 else f"{value:.2f}"
+def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:
+    """The verdict that the unablated answers settle, as results hold it; None where a group can be measured."""
+    harmful, benign = ((vanilla[name], vanilla[name]) for name in ("harmful_test", "benign_test"))
+    evidence = evidence_of(harmful, benign, (), ())
+    if before_ablation(evidence, thresholds) is None:
+        return None
+    verdict = unablated_verdict(evidence, thresholds)
+    nothing: dict[str, Any] = {"heads": [], "size": 0, "scorer": LEAD, "stopped_early": True, "score_rule": ""}
+    return verdict.as_dict() | nothing
 
 
 # Results.

@@ -42,6 +42,7 @@ from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
+from safetyheads.judges.phrases import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.screening import Screening, screen
@@ -498,8 +499,10 @@ def carry_out(
     config, why_judge = with_default_judge(engine, config)
     settings: Any = config
     progress = progress or Silent()
-    judges: tuple[Judge, ...] = ()
-    if hasattr(settings, "judges"):
+    # Without judges of its own a run judges by words: only to tell whether the model refuses at all.
+    judges: tuple[Judge, ...] = (PhraseJudge(),)
+    judged = hasattr(settings, "judges")
+    if judged:
         judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -517,7 +520,7 @@ def carry_out(
             progress.say(note)
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
-            recorded |= {"judges": [judge.describe() for judge in judges]} if judges else {}
+            recorded |= {"judges": [judge.describe() for judge in judges]} if judged else {}
         with run_directory(out, recorded, progress, command) as directory:
             progress.say(chosen)
             started = time.monotonic()
@@ -572,7 +575,7 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         for name, asked in run.asked.items()
     }
     template = template_facts(next(iter(run.asked.values())).prompts)
-    described = [judge.describe() for judge in run.judges]
+    described = [judge.describe() for judge in run.judges] if hasattr(settings, "judges") else []
     reads_words = any(judge.get("judge") in _JUDGES_OF_WORDS for judge in described)
     caveats = [*[DEMO_CAVEAT] * (planted is not None), *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
     return {

@@ -47,6 +47,7 @@ from safetyheads.runs.run import (
     refuse_beyond_memory,
     refuse_groups,
 )
+from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
 from safetyheads.stats.ranking import proxy_qualities, split_half_ceiling
@@ -99,7 +100,10 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     alone = {}
     for name in run.asked:
         for sampling in samplings:
-            records += run.answers(name, sampling).vanilla().flat()
+            vanilla = run.answers(name, sampling).vanilla()
+            records += vanilla.flat()
+            if name == "harmful" and sampling is samplings[0]:
+                warn_where_nothing_shows(vanilla)
         alone[name] = scan("heads", name, singles)
     for epsilon in config.epsilons:
         scan("heads", "harmful", singles, ablation.at(epsilon))

@@ -37,6 +37,7 @@ from safetyheads.runs.run import (
     refuse_groups,
     sampling_of,
 )
+from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.stats.intervals import mean_with_interval
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, A
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     """The scored heads, best first."""
     config, ablation, readouts = run.config, run.config.parsed_ablation, Readouts(ships=True)
+    warn_where_nothing_shows(run.answers("harmful").vanilla())
     heads, screened = None, dict[str, Any]()
     if config.screen:
         measuring = run.head_pass("harmful", ablation, readouts, config.positions)
@@ -145,6 +147,7 @@ def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, Ask
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     """The group found, step by step."""
     config, engine, score = run.config, run.engine, score_of(run.config)
+    warn_where_nothing_shows(run.answers("harmful").vanilla())
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
     measuring = run.head_pass("harmful", config.parsed_ablation, readouts, config.positions)
@@ -176,8 +179,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     }
 
 
-_SHIPS = Kind("ships", _announce, _ships_results, _refuse_too_large)
-# Answers serve to find the openers of refusals, and may end where the judges are final.
+# Answers serve to find refusals and their openers, and may end where the judges are final.
+_SHIPS = Kind("ships", _announce, _ships_results, _refuse_too_large, full_answers=False, measures_surprise=False)
 _SAHARA = Kind("sahara", _announce, _sahara_results, _refuse_sahara, full_answers=False, measures_surprise=False)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
@@ -206,6 +209,7 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
     coherence = run.find_limit()
     vanilla, groups = answers.vanilla(), config.parsed_groups
+    warn_where_nothing_shows(vanilla)
     rows = {"none": vanilla}
     under = answers.under("groups", groups, ablation) if groups else []
     rows |= {", ".join(map(str, group)): group_answers for group, group_answers in zip(groups, under, strict=True)}
