@@ -175,7 +175,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     coherence = run.find_limit()
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
-    about = {
+    about: dict[str, Any] = {
         "data": {
             **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
             **template_facts(asked["harmful_search"].prompts),
@@ -188,8 +188,8 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     early = None if config.anyway else early_verdict(vanilla, config)
     if early is not None:
         run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
-        behaviour = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
-        empty = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
+        behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
+        empty: dict[str, Any] = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
         return {**about, "verdict": early, "behaviour": behaviour, **empty}
     openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)

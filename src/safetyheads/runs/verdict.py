@@ -368,9 +368,11 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
     control = "no valid control" if evidence.least_p_value > thresholds.alpha else control
     reasons.append(f"{mean}; {rank} ({least_p}): {control}")
     if evidence.broken is not None:
-        low, high = map(_short, evidence.broken)
+        at_least, at_most = map(_short, evidence.broken)
         counts = f"benign answers lost: {evidence.n_broken} of {evidence.n_answered} that were answered coherently"
-        reasons.append(f"{counts}, at least {low}, at most {high} (95 % each; limit {_short(thresholds.most_lost)})")
+        reasons.append(
+            f"{counts}, at least {at_least}, at most {at_most} (95 % each; limit {_short(thresholds.most_lost)})"
+        )
     if evidence.kl is not None:
         limit = f"limit {_short(thresholds.most_kl, 3)}"
         reasons.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats on average (n {evidence.n_kl}; {limit})")
