@@ -537,7 +537,7 @@ def carry_out(
                 **common_results(kind.name, run),
                 "chosen": chosen,
                 **kind.results(run),
-                **({"word_judges": run.judges_of_words()} if judges else {}),
+                **({"word_judges": run.judges_of_words()} if judged else {}),
                 "warnings": warnings_of(engine, list(asked.values()), n_new, caught),
             }
             directory.write_results(results)
