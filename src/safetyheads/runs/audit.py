@@ -190,7 +190,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
         behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
         empty: dict[str, Any] = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
-        return {**about, "verdict": early, "behaviour": behaviour, **empty}
+        return {**about, "stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour, **empty}
     openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
     harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
@@ -298,7 +298,7 @@ def audit_verdict(
 ) -> dict[str, Any]:
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
     harmful, benign = ((vanilla[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
-    evidence = evidence_of(harmful, benign, outcome.random, outcome.benign_kl, outcome.drawn.matched, repeatability)
+    evidence = evidence_of(harmful, benign, outcome.random, outcome.damage[0], outcome.drawn.matched, repeatability)
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
     return verdict.as_dict() | {
