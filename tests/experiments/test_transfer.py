@@ -41,7 +41,7 @@ def test_epsilon_one_changes_nothing_and_the_smallest_is_the_limit(outcome_of):
         assert min(limit.values()) > 0
 
 
-def test_settled_is_where_the_change_holds_0_and_ships_stay(outcome_of):
+def test_settled_is_where_equality_is_shown_and_ships_stay(outcome_of):
     settled = rows(outcome_of("epsilon"))
     assert len(settled) == 6
     for row in settled:

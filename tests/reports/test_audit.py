@@ -93,8 +93,8 @@ def test_the_top_heads_say_in_words_what_their_change_means() -> None:
     results = audit_samples.audit()
     changes = ((0.3, 0.01, "complies more"), (-0.3, 0.01, "complies less"), (0.3, 0.06, "no clear change"))
     heads = results["behaviour"]["heads"] = results["behaviour"]["heads"][:4]
-    for head, (change, p_holm, _) in zip(heads, changes, strict=False):
-        head["asr_change"] = head["asr_change"] | {"change": change, "p_holm": p_holm}
+    for head, (change, p_tarone, _) in zip(heads, changes, strict=False):
+        head["asr_change"] = head["asr_change"] | {"change": change, "p_tarone": p_tarone}
     heads[3]["asr_change"] = None
     said = page(results).words
     order = [said.index(words) for words in (*(words for *_, words in changes), "not measured")]

@@ -29,10 +29,10 @@ TIMINGS = {"seconds": 12.5, "judges": {"paper": 0.25}}
 SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
     "whole": (Sample(), ("Agreement", "Benign answered")),
     "bare": (Sample(optional=False, benign=False, n_judges=1), ("frees harmful answers; benign ones not measured",)),
-    "one_prompt": (Sample(n=1), ("n = 1 is too few: not even a head that turned every one of them",)),
+    "one_prompt": (Sample(n=1), ("n = 1 is too few: not even a head that frees every prompt",)),
     "seeds": (
         Sample(n_seeds=3),
-        ("3 seeds a prompt", "exact sign test over prompts", "intervals: bootstrap over prompts"),
+        ("3 seeds a prompt", "exact sign-flip test of the mean change", "intervals: Korn and Graubard"),
     ),
     "unscored": (Sample(unscored=3), ("Unscored: paper 0, phrases 3",)),
     "lead_unscored": (
@@ -41,7 +41,7 @@ SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
     ),
     "none_differs": (
         Sample(freed=(("0-1", 2),), optional=False, texts=False),
-        ("None of 8 heads, ablated alone, changes the ASR after Holm correction; with the highest, 0-1",),
+        ("None of 8 heads, ablated alone, changes the ASR after Tarone's correction; with the highest, 0-1",),
     ),
     "nothing_scored": (
         Sample(all_unscored=True, optional=False),
@@ -97,7 +97,7 @@ def test_parts_without_numbers_are_left_out() -> None:
 
 def test_the_map_marks_what_differs() -> None:
     columns = head_columns(results_of(Sample()))
-    assert (columns["holm"], columns["bh"], columns["planted"]) == (["0-1"], [], ["0-1", "1-2"])
+    assert (columns["differs"], columns["bh"], columns["planted"]) == (["0-1"], [], ["0-1", "1-2"])
     assert columns["scores"]["asr"][1] == pytest.approx(11 / 12, abs=1e-3)
     assert {len(values) for values in columns["scores"].values()} == {8}
     assert columns["best_first"][:2] == ["0-1", "1-2"]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scan_samples import Sample, rows, scan
+from scipy.stats import binom
 
 from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.rates import answer_table
@@ -34,11 +35,17 @@ def test_rates_and_tests_of_each_head(results):
     assert change["p_value"] == exact_mcnemar(11, 0)
     # Holm over eight heads: the smallest p is multiplied by eight.
     assert change["p_holm"] == change["p_bh"] == pytest.approx(8 * exact_mcnemar(11, 0))
+    # Only one other head changes anything that a test of this level could see: 1-2 in four prompts.
+    assert change["p_tarone"] == exact_mcnemar(11, 0)
     assert [one["head"] for one in results["heads"] if one["change"]["differs"]] == ["0-1"]
+    assert one["shrunken"]["n"] == 12
+    assert head(results, "0-0")["shrunken"]["rate"] < head(results, "1-2")["shrunken"]["rate"] < one["shrunken"]["rate"]
     assert head(results, "1-2")["asr"]["count"] == 4
-    # 2 * 0.5**k <= 0.05 / 8 from k = 9 on.
-    assert results["statistics"]["smallest_detectable_change"] == {"change": 9 / 12, "flips": 9, "n": 12, "tests": 8}
-    assert made(n=6)["statistics"]["smallest_detectable_change"]["change"] is None
+    # 2 * 0.5**k <= 0.05 / 8 from k = 9 on: nine of twelve have to move in 80 % of runs.
+    least = results["statistics"]["smallest_change"]
+    assert (least["n"], least["tests"], least["power"]) == (12, 8, 0.8)
+    assert binom.sf(8, 12, least["change"]) == pytest.approx(0.8, abs=1e-4)
+    assert made(n=6)["statistics"]["smallest_change"]["change"] is None
 
 
 def test_roles_tell_refusal_from_damage(results):
@@ -54,11 +61,16 @@ def test_roles_tell_refusal_from_damage(results):
 
 def test_pairs_groups_and_their_random_ones(results):
     pairs = {tuple(pair["heads"]): pair for pair in results["synergy"]["pairs"]}
-    # 0-1 frees 11, 1-2 frees 4, together 12: 12 - 11 - 4 of 12.
-    assert pairs["0-1", "1-2"]["synergy"] == pytest.approx(-3 / 12)
-    assert pairs["1-2", "1-3"]["synergy"] == pytest.approx(0.0)
-    low, high = pairs["0-1", "1-2"]["interval"]
-    assert low < -3 / 12 < high
+    pair = pairs["0-1", "1-2"]
+    # On the six prompts that did not choose the heads.
+    assert (pair["n"], pair["together"]["n"], results["synergy"]["n_choosing"]) == (6, 6, 6)
+    counts = [pair["together"]["count"], *(one["count"] for one in pair["alone"])]
+    both, first, second = (np.log((count + 0.5) / (6.5 - count)) for count in counts)
+    unablated = np.log(0.5 / 6.5)
+    assert pair["synergy"] == pytest.approx(both - first - second + unablated)
+    low, high = pair["interval"]
+    assert low < pair["synergy"] < high
+    assert pair["p_value"] <= pair["p_holm"] <= 1
     assert results["synergy"]["heads"] == ["0-1", "1-2", "1-3"]
     groups = {(group["part"], *group["heads"]): group for group in results["groups"]}
     assert next(iter(groups)) == ("groups", "0-0", "1-1")
@@ -97,7 +109,7 @@ def test_what_is_not_scored_is_counted_and_never_a_verdict():
 
 def test_several_seeds_draw_prompts():
     found = made(n_seeds=2)
-    assert found["statistics"]["interval"] == "bootstrap over prompts"
+    assert found["statistics"]["interval"] == "Korn and Graubard, clustered by prompt"
     own = head(found, "1-2")
     assert (own["asr"]["n"], own["change"]["n"]) == (24, 12)
     low, high = own["asr"]["interval"]

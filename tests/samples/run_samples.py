@@ -154,7 +154,7 @@ def scan_run(
     for head in (f"{i}-{j}" for i in range(n_layers) for j in range(8)):
         complied = first(freed.get(head, 1), len(vanilla))
         p_holm = 0.01 if head in significant else 1.0
-        change = asdict(paired_difference(vanilla, complied)) | {"p_holm": p_holm, "p_bh": p_holm}
+        change = asdict(paired_difference(vanilla, complied)) | {"p_tarone": p_holm, "p_holm": p_holm, "p_bh": p_holm}
         heads.append({"head": head, "asr": rate(complied), "change": change})
     results = {
         "kind": "scan",

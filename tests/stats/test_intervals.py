@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import (
@@ -20,6 +21,7 @@ from safetyheads.stats.intervals import (
     most_in_population,
     newcombe_interval,
     newcombe_paired_interval,
+    skewed_mean,
     wilson_interval,
 )
 from safetyheads.stats.testing import paired_difference
@@ -176,3 +178,42 @@ def test_large_clusters_count_for_less():
     clusters = [0] * 8 + [1, 2, 3, 4]
     assert clustered_rate([[1.0]] * 12, clusters)[0] < clustered_rate([[1.0]] * 5)[0]
     assert clustered_rate([[1.0]] * 12, [at // 3 for at in range(12)]) == clustered_rate([[1.0]] * 4)
+
+
+def test_a_rate_by_prompt_is_exact_at_0_and_n_and_between_that_of_prompts_and_of_answers():
+    for count in (0, 24):
+        outcomes = np.full((24, 5), count / 24)
+        exact = binomtest(count, 24).proportion_ci(0.95, method="exact")
+        assert clustered_rate(outcomes) == pytest.approx((exact.low, exact.high))
+    alike = np.repeat(np.arange(24)[:, None] < 6, 5, axis=1).astype(float)
+    exact = binomtest(6, 24).proportion_ci(0.95, method="exact")
+    # Five equal answers are one.
+    assert clustered_rate(alike) == pytest.approx((exact.low, exact.high))
+    even = np.zeros((24, 4))
+    even[:, 0] = 1
+    exact = binomtest(24, 96).proportion_ci(0.95, method="exact")
+    # The same rate in every prompt: as many as there are answers.
+    assert clustered_rate(even) == pytest.approx((exact.low, exact.high))
+
+
+def test_unscored_answers_and_clusters_of_prompts():
+    outcomes = np.array([[1.0, np.nan], [0, 0], [np.nan, np.nan], [1, 1]])
+    low, high = clustered_rate(outcomes)
+    assert low < 3 / 5 < high
+    assert clustered_rate(np.delete(outcomes, 2, axis=0)) == (low, high)
+    with pytest.raises(InputError, match="an answer with a verdict"):
+        clustered_rate(np.full((2, 2), np.nan))
+    single = (np.arange(40) < 10).astype(float)[:, None]
+    together = clustered_rate(single, clusters=[at // 2 for at in range(40)])
+    assert np.ptp(together) > np.ptp(clustered_rate(single))
+    assert clustered_rate(single, clusters=range(40)) == clustered_rate(single)
+
+
+def test_a_skewed_mean_has_no_interval_and_its_median_has_order_statistics():
+    found = skewed_mean([*range(1, 24), 1000.0])
+    assert (found.mean, found.n, found.interval) == (pytest.approx(1276 / 24), 24, None)
+    # Of 24, fewer than 7 lie on one side of the median with a chance of .0113, fewer than 8 with .032.
+    assert (found.median, found.median_interval) == (12.5, (7.0, 18.0))
+    assert skewed_mean([1.0] * 5).median_interval is None  # 2 * .5**5 is above .05
+    assert skewed_mean([2.0] * 6).median_interval == (2.0, 2.0)
+    assert skewed_mean([]) == Mean(None, 0, None, None)

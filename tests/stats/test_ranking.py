@@ -11,7 +11,8 @@ from safetyheads.stats.ranking import (
     HeadTable,
     proxy_qualities,
     rank_agreement,
-    split_half_ceiling,
+    spearman_brown,
+    split_half,
     top,
     top_overlap,
 )
@@ -37,7 +38,7 @@ def at(found, k):
 def test_a_perfect_score_gives_nothing_away():
     found = quality([9, 8, 3, 2, 1, 0])
     assert (found.auc, found.n_differing, found.n_heads) == (1.0, 2, 6)
-    assert (at(found, 1).precision.count, at(found, 3).precision.count) == (1, 2)
+    assert (at(found, 1).hits, at(found, 3).hits) == (1, 2)
     assert [size.k for size in found.sizes] == [k for k in SIZES if k <= 6]
     assert at(found, 1).regret == at(found, 3).regret == 0.0
     low, high = at(found, 1).regret_interval
@@ -49,7 +50,7 @@ def test_a_score_that_prefers_a_head_that_does_nothing():
     # The top 1 has ASR 0 where 6/8 was there; the top 3 has 0 + 6/8 + 4/8 where 6/8 + 4/8 + 1/8 was there.
     assert at(found, 1).regret == pytest.approx(6 / 8)
     assert at(found, 3).regret == pytest.approx(1 / 24)
-    assert at(found, 1).precision.rate == 0.0
+    assert at(found, 1).hits == 0
     # Of the 8 pairs of a head that differs and one that does not, head 5 wins two.
     assert found.auc == pytest.approx(6 / 8)
     low, high = at(found, 1).regret_interval
@@ -59,7 +60,7 @@ def test_a_score_that_prefers_a_head_that_does_nothing():
 def test_no_head_differs_or_nothing_varies_or_a_head_has_no_score():
     found = quality([1, 2, 3, 4, 5, 6], (np.zeros((8, 6)), np.zeros(6, bool)))
     assert (found.spearman, found.auc, found.auc_p_value) == (None, None, None)
-    assert all(size.precision is None and size.regret == 0 for size in found.sizes)
+    assert all(size.hits is None and size.regret == 0 for size in found.sizes)
     assert quality([1.0] * 6).spearman is None
     assert at(quality([np.nan, 8, 3, 2, 1, 0]), 1).regret == pytest.approx(2 / 8)  # it comes last
 
@@ -79,20 +80,54 @@ def test_auc_and_regret_are_what_loops_say(seed):
         chosen = sorted(range(7), key=lambda head: (-values[head], head))[: size.k]
         best = sorted(range(7), key=lambda head: -asr[head])[: size.k]
         assert size.regret == pytest.approx(np.mean(asr[best]) - np.mean(asr[chosen]))
-        assert size.precision.count == sum(differs[head] for head in chosen)
+        assert size.hits == sum(differs[head] for head in chosen)
 
 
-def test_the_ceiling_is_the_other_half_and_is_beaten_by_the_truth():
+STRENGTHS = np.array([0.9, 0.6, 0.5, 0.1, 0.1, 0.05, 0.0, 0.0])
+
+
+def test_the_split_half_line_is_the_other_half_and_is_compared_on_halves():
     generator = np.random.default_rng(0)
-    strengths = np.array([0.9, 0.6, 0.5, 0.1, 0.1, 0.05, 0.0, 0.0])
-    truth = (generator.random((60, 8)) < strengths).astype(float), strengths > 0.3
-    ceiling = split_half_ceiling(*truth)
-    perfect = quality(strengths, truth)
-    assert ceiling.auc == pytest.approx(1.0, abs=0.02)
-    assert at(ceiling, 1).regret == pytest.approx(0.0, abs=0.02)
-    assert at(ceiling, 3).regret_on_halves <= at(perfect, 3).regret_on_halves + 0.05
-    assert split_half_ceiling(*truth) == ceiling  # seeded
-    assert split_half_ceiling(truth[0][:3], truth[1]) is None
+    truth = (generator.random((60, 8)) < STRENGTHS).astype(float), STRENGTHS > 0.3
+    halves, perfect = split_half(*truth), quality(STRENGTHS, truth)
+    assert halves.auc == pytest.approx(1.0, abs=0.02)
+    assert at(halves, 1).regret_on_halves == pytest.approx(0.0, abs=0.02)
+    # The true strengths choose no worse than half of the prompts does, on the same halves and by the same measure.
+    assert at(perfect, 3).regret_on_halves <= at(halves, 3).regret_on_halves + 0.01
+    assert at(halves, 3).halves_interval[0] <= at(halves, 3).regret_on_halves <= at(halves, 3).halves_interval[1]
+    assert split_half(*truth) == halves  # seeded
+    assert split_half(truth[0][:3], truth[1]) is None
+
+
+def test_reliability_bounds_what_a_score_can_reach_where_the_split_half_line_does_not():
+    assert spearman_brown(0.5) == pytest.approx(2 / 3)
+    assert (spearman_brown(None), spearman_brown(-0.2), spearman_brown(0.0)) == (None, None, None)
+    generator = np.random.default_rng(1)
+    strengths = np.linspace(0.02, 0.2, 40)
+    reached, lines = [], []
+    for _ in range(8):
+        complied = (generator.random((60, 40)) < strengths).astype(float)
+        lines.append(split_half(complied, strengths > 1))
+        reached.append(quality(strengths, (complied, strengths > 1)).spearman)
+    # The true strengths correlate better with the measured ASR than halves do with each other, and about as the bound.
+    assert np.mean(reached) > np.mean([line.spearman for line in lines]) + 0.05
+    assert np.mean(reached) == pytest.approx(np.mean([line.bound for line in lines]), abs=0.06)
+
+
+def test_intervals_of_spearman_and_auc_cover_what_samples_of_this_size_give():
+    generator = np.random.default_rng(2)
+    strengths = np.where(np.arange(32) < 3, [0.9, 0.6, 0.4, *[0] * 29], 0.03)
+    score, found = strengths + generator.normal(0, 0.1, 32), []
+    for _ in range(40):
+        uniform = generator.random((48, 33))
+        complied, before = (uniform[:, :32] < strengths).astype(float), (uniform[:, 32] < 0.02).astype(float)
+        (one,) = proxy_qualities({"score": score}, complied, complied.mean(axis=0) > 0.3, before)
+        found.append(one)
+    centre = np.mean([one.spearman for one in found])
+    covered = [low <= centre <= high for low, high in (one.spearman_interval for one in found)]
+    assert np.mean(covered) >= 0.88  # .95 less two standard errors of 40 draws
+    assert all(one.auc_interval[0] <= one.auc <= one.auc_interval[1] for one in found)
+    assert quality([9, 8, 3, 2, 1, 0]).auc_interval is None  # without the unablated outcomes
 
 
 # Two runs.

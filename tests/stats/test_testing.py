@@ -13,12 +13,18 @@ from safetyheads.errors import InputError
 from safetyheads.stats.intervals import Rate, newcombe_paired_interval
 from safetyheads.stats.testing import (
     benjamini_hochberg,
+    equivalent,
+    equivalent_means,
     exact_mcnemar,
     holm,
     holm_of_tests,
+    least_attainable_p,
+    non_inferior,
     paired_difference,
     random_p_value,
+    sign_flip_p,
     smallest_detectable_change,
+    tarone,
 )
 
 # No deadline: a slow machine is no failure.
@@ -72,6 +78,83 @@ def test_unscored_answers_leave_the_pair():
     for empty in (paired_difference(np.full((2, 2), nan), np.zeros((2, 2))), paired_difference([], [])):
         assert (empty.change, empty.interval, empty.p_value, empty.n) == (None, None, None, 0)
     assert paired_difference([nan, 0.0], [1.0, 1]).n == 1
+
+
+def test_the_sign_flip_test_is_the_share_of_all_signs_and_follows_the_mean():
+    moved = [3, 2, 2, -1, 5, 0, 1]
+    sizes = [abs(move) for move in moved]
+    sums = [
+        abs(sum(sign * size for sign, size in zip(signs, sizes, strict=True))) for signs in product((1, -1), repeat=7)
+    ]
+    assert sign_flip_p(moved) == pytest.approx(np.mean([total >= sum(moved) for total in sums]))
+    assert sign_flip_p([2, 2, -2, 2, 2, 2, 0, 2]) == exact_mcnemar(6, 1)
+    assert sign_flip_p([]) == sign_flip_p([0, 0]) == sign_flip_p([1, -1]) == 1.0
+    assert sign_flip_p([1] * 2000) == exact_mcnemar(2000, 0)
+
+
+def test_the_test_and_the_mean_change_cannot_point_different_ways():
+    # Six prompts lose a fifth each, two gain all: the sign test saw six against two, the mean change is up.
+    before, after = np.zeros((8, 5)), np.zeros((8, 5))
+    before[:6, 0] = 1
+    after[6:] = 1
+    found = paired_difference(before, after)
+    assert (found.gained, found.lost) == (2, 6)
+    assert found.change == pytest.approx((2 - 6 / 5) / 8)
+    assert found.p_value > 0.5
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        sides = [(generator.random((12, 5)) < rate).astype(float) for rate in generator.random(2)]
+        sides[0][generator.random((12, 5)) < 0.1] = np.nan
+        found = paired_difference(*sides)
+        assert (found.p_value == 1.0) or found.change != 0
+        assert found.p_value >= found.least_p * (1 - 1e-9)
+
+
+def test_tarone_by_hand_and_against_holm():
+    # Three tests of 6, 2 and 1 changed pairs: only the first can be below .05, so it is not multiplied.
+    p_values, least = [exact_mcnemar(6, 0), exact_mcnemar(2, 0), 1.0], [least_attainable_p(d) for d in (6, 2, 1)]
+    assert tarone(p_values, least) == (p_values[0], 2 / 4 * 1, 1.0)
+    assert holm(p_values)[0] == 3 * p_values[0]
+    # Where every test can be as small, it is Holm's.
+    p_values = [0.03, 0.001, 0.02, 0.9]
+    assert tarone(p_values, [0.0] * 4) == pytest.approx(holm(p_values))
+    assert tarone([], []) == ()
+    for bad in (([0.5], [0.6]), ([1.5], [0.0]), ([0.5, 0.5], [0.0])):
+        with pytest.raises(InputError, match="p values lie"):
+            tarone(*bad)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30))
+def test_tarone_never_rejects_less_than_holm(changed):
+    p_values = [exact_mcnemar(*pair) for pair in changed]
+    adjusted = tarone(p_values, [least_attainable_p(sum(pair)) for pair in changed])
+    assert all(
+        p <= low + 1e-12 and low <= high + 1e-12
+        for p, low, high in zip(p_values, adjusted, holm(p_values), strict=True)
+    )
+
+
+def test_margins_need_bounds_and_not_estimates():
+    before = np.zeros(40)
+    after = np.arange(40) < 2
+    found = non_inferior(before, after, 0.1)
+    assert found.change == pytest.approx(0.05)
+    assert not found.shown  # within the margin, and not shown to be
+    many = non_inferior(np.zeros(400), np.arange(400) < 20, 0.1)
+    assert many.shown
+    assert many.interval[1] < 0.1
+    assert non_inferior(after, before, 0.1).shown
+    assert not non_inferior(np.ones(40), np.ones(40) - after, 0.1, rise=False).shown
+    assert equivalent(np.zeros(100), np.zeros(100), 0.1).shown
+    assert not equivalent(np.zeros(10), np.zeros(10), 0.1).shown
+    assert not equivalent(np.zeros(400), np.arange(400) < 80, 0.1).shown
+    seeds = equivalent(np.zeros((100, 3)), np.zeros((100, 3)), 0.1)
+    assert (seeds.shown, seeds.n, seeds.change) == (True, 100, 0.0)
+    assert (non_inferior([], [], 0.1).shown, non_inferior([], [], 0.1).interval) == (False, None)
+    assert equivalent_means([0.001, -0.001, 0.0005] * 5, 0.01).shown
+    assert not equivalent_means([0.1, -0.1] * 5, 0.01).shown
+    assert not equivalent_means([0.0], 0.01).shown
 
 
 @pytest.mark.parametrize("p_values", [[0.03, 0.001, 0.02, 0.9], [0.01, 0.01, 0.01], [1.0], [0.0, 0.6, 0.4, 0.6]])

@@ -304,7 +304,7 @@ def show_audit(results: Found, report: Path) -> None:
         return
     columns: dict[str, Column] = {"head": "head", "mean Ships": "mean_ships.mean .3g"}
     columns |= {"on benign": "benign_ships.mean .3g", "refusal score": "refusal_score.mean +.3g"}
-    columns |= {"ASR alone": "asr rate", "change": "asr_change change", "p (Holm)": "asr_change.p_holm .2g"}
+    columns |= {"ASR alone": "asr rate", "change": "asr_change change", "p (Tarone)": "asr_change.p_tarone .2g"}
     stability = results.get("stability")
     if stability:
         ranks = {head["head"]: head for head in stability["heads"]}
@@ -430,8 +430,8 @@ def show_scan(results: Found, report: Path) -> None:
     n_shown = max(_HEADS_SHOWN, min(n_differing, 3 * _HEADS_SHOWN))
     n_more = len(ranked) - n_shown
     columns: dict[str, Column] = {"head": lambda head: head["head"] + " *" * head["change"]["differs"]}
-    columns |= {"ASR alone": "asr rate", "change": "change change"}
-    columns |= {"p (Holm)": "change.p_holm .2g", "p (BH)": "change.p_bh .2g"}
+    columns |= {"ASR alone": "asr rate", "shrunken": "shrunken.rate", "change": "change change"}
+    columns |= {"p (Tarone)": "change.p_tarone .2g", "p (Holm)": "change.p_holm .2g"}
     if "benign" in results["vanilla"]:
         columns |= {"benign refused": "benign.refused.rate", "benign changed": "benign.changed.rate"}
         columns |= {"KL, nats": "benign.kl.mean .2g"}
@@ -446,13 +446,13 @@ def show_scan(results: Found, report: Path) -> None:
     _show_openers(results)
     _show_word_judges(results)
     print_cautions(results)
-    detectable, strongest = results["statistics"]["smallest_detectable_change"], ranked[0]
-    flips = "more than all" if detectable["flips"] is None else detectable["flips"]
+    least, strongest = results["statistics"]["smallest_change"], ranked[0]
+    shown = "none" if least["change"] is None else f"{least['change']:.2f}"
     print_facts(
         "Summary",
         {
-            "heads that change the ASR (Holm)": f"{n_differing} of {len(ranked)}",
-            "prompts that must change for that": f"{flips} of {detectable['n']}",
+            "heads that change the ASR (Tarone)": f"{n_differing} of {len(ranked)}",
+            "smallest rise found in 80 % of runs": f"{shown} (n {least['n']}, one head of {least['tests']})",
             "ASR, nothing ablated": cell(results, "vanilla.harmful.asr rate"),
             f"ASR, strongest head {strongest['head']}": cell(strongest, "asr rate"),
             "judge": results["lead_judge"],
@@ -464,21 +464,24 @@ def show_scan(results: Found, report: Path) -> None:
 def _show_scores_and_costs(results: Found) -> None:
     """Each score against the ASR, how far judges agree, and what the answers cost."""
     if proxies := results["proxies"]:
-        ceiling = [{**proxies["ceiling"], "score": "ceiling"}] if proxies["ceiling"] else []
+        halves = [{**proxies["split_half"], "score": "split half"}] if proxies["split_half"] else []
         scores = [
-            {**score, **{f"top_{top['k']}": top for top in score["sizes"]}} for score in (*proxies["scores"], *ceiling)
+            {**score, **{f"top_{top['k']}": top for top in score["sizes"]}} for score in (*proxies["scores"], *halves)
         ]
         sizes = [k for k in (3, 10) if f"top_{k}" in scores[0]]
+        columns: dict[str, Column] = {"score": "score", "Spearman": _between("spearman", "spearman_interval")}
+        columns["AUC"] = _between("auc", "auc_interval")
         print_items(
             f"Scores against the ASR of every head, {scores[0]['n_differing']} of which differ",
             scores,
-            {"score": "score", "Spearman": "spearman", "AUC": "auc"}
-            | {f"top {k} that differ": f"top_{k}.precision.count d" for k in sizes}
-            | {f"regret, top {k}": f"top_{k}.regret_on_halves" for k in sizes},
-            "Regret: ASR given away, on half of the prompts. Ceiling: the ASR of the other half as the score.",
+            columns
+            | {f"top {k} that differ": f"top_{k}.hits .3g" for k in sizes}
+            | {f"regret, top {k}": _between(f"top_{k}.regret_on_halves", f"top_{k}.halves_interval") for k in sizes},
+            f"Regret: ASR given away, on half of the prompts. Split half: the ASR of one half as the score for the "
+            f"other{_reliable(halves)}. Intervals: over prompts.",
         )
     if results["agreement"] is not None:
-        columns: dict[str, Column] = {"judges": lambda pair: f"{pair['first']}, {pair['second']}"}
+        columns = {"judges": lambda pair: f"{pair['first']}, {pair['second']}"}
         columns |= {"kappa, complied or not": lambda pair: _kappa(pair["compliance"])}
         columns |= {"kappa, three classes": lambda pair: _kappa(pair["classes"])}
         columns |= {"differ": "count ,", "answers": "n ,"}
@@ -493,6 +496,26 @@ def _show_scores_and_costs(results: Found) -> None:
         "tokens of plain decoding, at least": "tokens_plain ,",
     }
     print_facts("What the answers cost", {name: cell(results["economy"], column) for name, column in costs.items()})
+
+
+def _between(value: str, bounds: str) -> Column:
+    """A number with the interval that stands at another path."""
+
+    def number(item: Any) -> Number:
+        found = get(item, value)
+        return Number() if found is None else Number(f"{_unsigned(found):.2f}", interval(get(item, bounds), ".2f"))
+
+    return number
+
+
+def _reliable(halves: Sequence[Any]) -> str:
+    """What follows from the split-half correlation for the ASR of all prompts."""
+    if not halves or halves[0]["reliability"] is None:
+        return ""
+    return (
+        f"; reliability of the ASR of all prompts {halves[0]['reliability']:.2f} (Spearman-Brown), so that no score's "
+        f"Spearman is expected above {halves[0]['bound']:.2f}"
+    )
 
 
 def _kappa(found: Any) -> Number:
@@ -511,8 +534,9 @@ def show_ranking(found: Found, top: int) -> None:
     columns: dict[str, Column] = {
         "rank": "rank",
         "head": "head",
-        "mean [95 %, Student]": lambda head: Number(
-            f"{head['mean']:.6g}", interval(head["interval"], ".3g"), f"n {head['n']}"
+        "mean": "mean .6g",
+        "median [95 %]": lambda head: Number(
+            f"{head['median']:.3g}", interval(head["median_interval"], ".3g"), f"n {head['n']}"
         ),
         "ties with": "ties",
     }

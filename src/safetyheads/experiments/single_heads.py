@@ -19,8 +19,9 @@ from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.model.engine import Engine
 from safetyheads.runs.audit import ALPHA
 from safetyheads.stats.intervals import CONFIDENCE
-from safetyheads.stats.ranking import proxy_qualities, split_half_ceiling, top, top_overlap
-from safetyheads.stats.testing import holm, smallest_detectable_change
+from safetyheads.stats.power import smallest_change_with_power
+from safetyheads.stats.ranking import proxy_qualities, split_half, top, top_overlap
+from safetyheads.stats.testing import holm
 
 N_LISTED = 10
 """Heads of each dataset's table."""
@@ -57,7 +58,7 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
         for subject, heads in measured.items():
             best = sorted(heads, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
             n, n_heads = len(subject.prompts), len(heads)
-            least = smallest_detectable_change(n, ALPHA, n_heads)
+            least = smallest_change_with_power(n, 0.0, ALPHA, n_heads)
             words: dict[str, Any] = {"listed": len(best), "n_heads": n_heads, "n": n}
             words["least"] = "none" if least is None else f"{least:.2f}"
             outcome.lead(model, f"{subject.dataset}, highest ASR: head {best[0]['head']}", best[0]["asr"])
@@ -102,22 +103,24 @@ def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
     complied = np.array([row["_complied"] for row in heads], float).T
     differs = np.array([row["_differs"] for row in heads], bool)
     values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
-    ceiling = split_half_ceiling(complied, differs)
+    halves = split_half(complied, differs)
     return [
         {
             "dataset": heads[0]["_dataset"],
             "score": "split half" if quality.score == "split_half" else quality.score,
-            "spearman": None if quality.spearman is None else Measured(quality.spearman, quality.n_heads),
+            "spearman": None
+            if quality.spearman is None
+            else Measured(quality.spearman, len(complied), *(quality.spearman_interval or ())),
             "auc": None if quality.auc is None else Measured(quality.auc, quality.n_heads),
             "auc_p": quality.auc_p_value,
             "differing": quality.n_differing,
         }
         | {
-            f"regret_{size.k}": Measured(size.regret, len(complied), *size.regret_interval)
+            f"regret_{size.k}": Measured(size.regret_on_halves, len(complied), *(size.halves_interval or ()))
             for size in quality.sizes
             if size.k in _REGRETS
         }
-        for quality in (*proxy_qualities(values, complied, differs), *([ceiling] if ceiling else []))
+        for quality in (*proxy_qualities(values, complied, differs), *([halves] if halves else []))
     ]
 
 

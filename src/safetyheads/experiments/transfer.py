@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from safetyheads.ablation import Ablation
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
@@ -14,7 +16,8 @@ from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import Group, format_heads
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.prompts.sets import PromptSet
-from safetyheads.stats.intervals import mean_with_interval
+from safetyheads.stats.intervals import skewed_mean
+from safetyheads.stats.testing import equivalent, equivalent_means
 
 Search: TypeAlias = tuple[str, Ablation, Group]
 """Where a group was found, by which ablation, and the group."""
@@ -100,6 +103,8 @@ def _cell(change: Measured, x: str, y: str, panel: str) -> Row:
 
 TOLERANCE = 0.01
 """Relative distance of mean Ships from its value at the smallest epsilon within which it counts as settled."""
+ASR_MARGIN = 0.1
+"""Change of the ASR within which it counts as settled."""
 RESOLVED = 1e-3
 """In nats: smaller distances count as none, since half precisions do not resolve them."""
 
@@ -116,11 +121,13 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
             outcome.figure(key, points, model=model)
         settled = []
         for sweep in (sweep for sweep in sweeps if sweep[0]["_whole"]):
-            # The largest epsilon at and below which ASR and mean Ships no longer change.
-            changes, ships = [row["change"] for row in sweep], [row["ships"].value for row in sweep]
+            # The largest epsilon at and below which ASR and mean Ships are shown to be as at the smallest one: an
+            # interval that includes 0 would only say that no change was seen.
+            verdicts, ships = ([row[key] for row in sweep] for key in ("_verdicts", "_ships"))
+            margin = max(TOLERANCE * float(ships[-1].mean()), RESOLVED)
             near = {
-                "asr": [change.low is None or change.low <= 0 <= change.high for change in changes],
-                "ships": [abs(value - ships[-1]) <= max(TOLERANCE * ships[-1], RESOLVED) for value in ships],
+                "asr": [equivalent(verdicts[-1], values, ASR_MARGIN).shown for values in verdicts[:-1]] + [True],
+                "ships": [equivalent_means(values - ships[-1], margin).shown for values in ships[:-1]] + [True],
             }
             row = {key: sweep[0][key] for key in ("dataset", "ablation", "heads")}
             settled.append(row | {key: sweep[settled_from(of_key)]["epsilon"] for key, of_key in near.items()})
@@ -149,9 +156,11 @@ def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
                 "heads": format_heads(group),
                 "epsilon": f"{strength:g}",
                 "asr": Measured.of(answered[group].asr),
-                "ships": Measured.of(mean_with_interval(scored[group])),
+                "ships": Measured.of(skewed_mean(scored[group])),
                 "change": Measured.of(answered[group].change_from(answers[-1][group])),
                 "_whole": group == whole,
+                "_verdicts": answered[group].verdicts(),
+                "_ships": np.array(scored[group]),
                 "_series": "first head" if len(group) == 1 else f"{len(group)} heads",
                 "_panel": f"{subject.dataset}, {SHORT[ablation.name]}",
             }

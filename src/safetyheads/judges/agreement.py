@@ -5,12 +5,12 @@ An answer that a judge left unscored is left out of that judge's pairs and count
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
@@ -27,8 +27,9 @@ class Kappa:
     kappa: float | None
     """1 for full agreement, 0 for chance; None without answers or where both judges gave all answers one label."""
     interval: Interval | None
-    """95 %, asymptotic, cut at -1 and 1; too narrow below some 30 answers. None where its standard error is 0, as under
-    full agreement: an interval of no width would claim what no sample shows."""
+    """95 %, cut at -1 and 1: asymptotic, clustered where a prompt has several answers, and too narrow below some 30
+    prompts. None where its standard error is 0, as under full agreement: an interval of no width would claim what no
+    sample shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,18 @@ class PairAgreement:
     """How many of these complied for the first judge."""
 
 
-def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> tuple[PairAgreement, ...]:
-    """Compare every two judges by their verdicts of the same answers; an InputError where their numbers differ."""
+def agreement(
+    verdicts: Mapping[str, Sequence[Verdict]], prompts: Sequence[Hashable] | None = None
+) -> tuple[PairAgreement, ...]:
+    """Compare every two judges by their verdicts of the same answers; an InputError where their numbers differ.
+
+    ``prompts`` says which prompt each answer is to: answers to one, by several seeds or under several heads, are not
+    independent, and intervals are clustered by prompt. Without it each answer counts as one.
+    """
     if len({len(answers) for answers in verdicts.values()}) > 1:
         given = ", ".join(f"{name} {len(answers)}" for name, answers in verdicts.items())
         raise InputError(f"judges that are compared need the same rows, not {given}")
-    return tuple(_compare(*pair) for pair in combinations(verdicts.items(), 2))
+    return tuple(_compare(*pair, prompts) for pair in combinations(verdicts.items(), 2))
 
 
 def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion]) -> tuple[PairAgreement, ...]:
@@ -69,8 +76,13 @@ def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion])
     return agreement({judge.name: verdicts_of(judge, completions) for judge in judges})
 
 
-def _compare(first: tuple[str, Sequence[Verdict]], second: tuple[str, Sequence[Verdict]]) -> PairAgreement:
+def _compare(
+    first: tuple[str, Sequence[Verdict]],
+    second: tuple[str, Sequence[Verdict]],
+    prompts: Sequence[Hashable] | None,
+) -> PairAgreement:
     pairs = {i: pair for i, pair in enumerate(zip(first[1], second[1], strict=True)) if all(v.scored for v in pair)}
+    scored_prompts = None if prompts is None else [prompts[index] for index in pairs]
     differing = tuple(index for index, (a, b) in pairs.items() if a.complied != b.complied)
     classes = [[v.label if v.label in CLASSES else "neither" for v in pair] for pair in pairs.values()]
     return PairAgreement(
@@ -78,24 +90,36 @@ def _compare(first: tuple[str, Sequence[Verdict]], second: tuple[str, Sequence[V
         second=second[0],
         n=len(pairs),
         unscored=len(first[1]) - len(pairs),
-        compliance=_cohens_kappa([[c if c == "complied" else "neither" for c in pair] for pair in classes]),
-        classes=_cohens_kappa(classes),
+        compliance=_cohens_kappa(
+            [[c if c == "complied" else "neither" for c in pair] for pair in classes], scored_prompts
+        ),
+        classes=_cohens_kappa(classes, scored_prompts),
         indices=differing,
         first_only=sum(pairs[index][0].complied for index in differing),
     )
 
 
-def _cohens_kappa(pairs: Sequence[Sequence[str]]) -> Kappa:
+def _cohens_kappa(pairs: Sequence[Sequence[str]], prompts: Sequence[Hashable] | None) -> Kappa:
     # Without two classes in use, chance agreement is 1 and kappa is 0 / 0.
     if len({name for pair in pairs for name in pair}) < 2:
         return Kappa(None, None)
-    from statsmodels.stats import inter_rater  # slow to import
-
-    counts = Counter(map(tuple, pairs))
-    # statsmodels also tests kappa against 0, which divides by 0 where no error is left.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result = inter_rater.cohens_kappa([[counts[a, b] for b in CLASSES] for a in CLASSES])
-    # Rounding leaves a variance of 0 a little above or below it.
-    has_width = result.var_kappa >= 1e-12
-    interval = (max(float(result.kappa_low), -1.0), min(float(result.kappa_upp), 1.0)) if has_width else None
-    return Kappa(float(result.kappa), interval)
+    first, second = (np.array([CLASSES.index(pair[side]) for pair in pairs]) for side in (0, 1))
+    n = len(pairs)
+    shares = [np.bincount(side, minlength=len(CLASSES)) / n for side in (first, second)]
+    observed, chance = float((first == second).mean()), float(shares[0] @ shares[1])
+    kappa = (observed - chance) / (1 - chance)
+    # How much each answer moves kappa: its derivative by the observed and by the chance agreement.
+    moves = ((first == second) - observed) / (1 - chance)
+    moves -= (1 - observed) / (1 - chance) ** 2 * (shares[1][first] + shares[0][second] - 2 * chance)
+    asked = range(n) if prompts is None else prompts
+    order = {prompt: at for at, prompt in enumerate(dict.fromkeys(asked))}
+    sums = np.bincount([order[prompt] for prompt in asked], weights=moves)
+    n_prompts = len(sums)
+    if n_prompts == n:
+        error, quantile = float(np.sqrt((sums**2).sum())) / n, float(scipy.special.ndtri(0.975))
+    else:
+        between = (sums**2).sum() * n_prompts / max(n_prompts - 1, 1)
+        error, quantile = float(np.sqrt(between)) / n, float(scipy.special.stdtrit(max(n_prompts - 1, 1), 0.975))
+    # Rounding leaves an error of 0 a little above it.
+    interval = (max(kappa - quantile * error, -1.0), min(kappa + quantile * error, 1.0)) if error >= 1e-6 else None
+    return Kappa(kappa, interval)

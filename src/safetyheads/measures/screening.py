@@ -414,7 +414,8 @@ class Missed:
         if not self.n_others:
             return "every head was scored exactly"
         sample = f"{self.n_found} of {self.n_sampled} sampled heads score above the candidate of rank {self.top}"
-        return f"{sample}: of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
+        bound = f"of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
+        return f"{sample}: {bound}. That bounds how many, not which: an exact top needs another sample"
 
 
 def propose(screening: Screening, forecast: Forecast, extent: Extent) -> Proposal:

@@ -113,7 +113,7 @@ def _difference(change: Mapping[str, Any] | None, alpha: float) -> Cell:
     """What a change of ASR means, in words."""
     if not change or change["change"] is None:
         return Cell("not measured", tone="soft")
-    p, found, tone = change["p_holm"], "no clear change", "soft"
+    p, found, tone = change["p_tarone"], "no clear change", "soft"
     if p is not None and p < alpha:
         found, tone = ("complies more", "yes") if change["change"] > 0 else ("complies less", "less")
     return Cell(found, p=f"p {p_value(p, '= ')}", tone=tone)

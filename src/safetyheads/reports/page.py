@@ -120,9 +120,12 @@ def rate_cell(rate: Facts | None, with_interval: bool = True) -> Cell:
 
 
 def mean_cell(mean: Facts | None, sign: bool = False) -> Cell:
-    """A mean with its interval."""
+    """A mean with its interval; of a score, whose mean has none, the median with its own."""
     if not mean or mean["mean"] is None:
         return NOTHING
+    if mean.get("median") is not None:
+        around = interval(mean["median_interval"], lambda end: number(end, sign, 2))
+        return Cell(number(mean["mean"], sign), f"median {number(mean['median'], sign, 2)} {around}".strip())
     return Cell(number(mean["mean"], sign), interval(mean["interval"], lambda end: number(end, sign, 2)))
 
 

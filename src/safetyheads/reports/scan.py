@@ -138,7 +138,7 @@ def _sentence(results: Results) -> str:
     found = differing(results)
     lower = sum(head["change"]["change"] < 0 for head in found)
     verb = "changes" if len(found) < 2 else "change"
-    counted = f"{len(found) or 'None'} of {n_heads:,} heads, ablated alone, {verb} the ASR after Holm correction"
+    counted = f"{len(found) or 'None'} of {n_heads:,} heads, ablated alone, {verb} the ASR after Tarone's correction"
     if lower:
         counted += f" ({lower} of them for the lower)" if len(found) > 1 else ", for the lower"
     head = _strongest(results)
@@ -157,7 +157,7 @@ def by_asr(heads: Sequence[Head]) -> list[Head]:
 
 
 def differing(results: Results) -> list[Head]:
-    """Heads that differ from the unablated model after Holm, the largest change first."""
+    """Heads that differ from the unablated model after Tarone's correction, the largest change first."""
     found = [head for head in results["heads"] if head["change"]["differs"]]
     return sorted(found, key=lambda head: -abs(head["change"]["change"]))
 
@@ -321,7 +321,7 @@ def _figures(results: Results) -> dict[str, Spec]:
             (results["model"]["n_layers"], n_heads),
             _head_tooltip(results),
             "ASR of every head ablated alone, layer by head",
-            outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "holm": {"strokeWidth": 2.5}},
+            outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "differs": {"strokeWidth": 2.5}},
             clickable=True,
         ),
         "harmful_and_benign": _harmful_and_benign(results),
@@ -343,6 +343,8 @@ def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Toolti
         "low": (f"95 % from ({results['statistics']['interval']})", ".3f"),
         "high": ("95 % to", ".3f"),
         "change": ("change of ASR", "+.3f"),
+        "shrunken": ("ASR, shrunken", ".2~f"),
+        "p_tarone": ("p after Tarone", ".2~g"),
         "p_holm": ("p after Holm", ".2~g"),
         "p_bh": ("p after Benjamini-Hochberg", ".2~g"),
     }
@@ -416,8 +418,8 @@ def _proxy(results: Results, name: str) -> Spec:
     grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
     orange: Look = {"size": 110, "opacity": 1, "color": "--attack"}
     layers = [
-        base.transform_filter("!datum.holm").mark_point(filled=True, aria=False, **grey),
-        base.transform_filter("datum.holm").mark_point(filled=True, shape="diamond", aria=False, **orange),
+        base.transform_filter("!datum.differs").mark_point(filled=True, aria=False, **grey),
+        base.transform_filter("datum.differs").mark_point(filled=True, shape="diamond", aria=False, **orange),
         base.transform_filter(f"datum.named && !({below})").mark_text(dy=-10, **charts.NAME).encode(text="head:N"),
         base.transform_filter(below).mark_text(dy=14, **charts.NAME).encode(text="head:N"),
     ]
@@ -445,8 +447,8 @@ def _synergy(results: Results) -> Spec | None:
     rows += [{"x": head, "y": head, "value": None} for head in order]
     rows.sort(key=lambda row: (order[row["x"]], order[row["y"]]))
     # Two-sided, for both signs have a meaning; and of some strength, for differences of one answer would look strong.
-    color = charts.heat("value", [*values, -max(0.05, *map(abs, values))], "ASR together beyond the sum")
-    titles = {"x": "head", "y": "and", "value": "synergy", "low": "95 % from", "high": "95 % to"}
+    color = charts.heat("value", [*values, -max(1.0, *map(abs, values))], "synergy, log-odds")
+    titles = {"x": "head", "y": "and", "value": "synergy, log-odds", "low": "95 % from", "high": "95 % to"}
     tooltips = charts.tooltip(rows, titles | {"together": "ASR together", "alone": "ASR alone"})
     cell = max(28, min(46, 360 // len(order)))
     return charts.tiles(rows, color, "head", "head", tooltips, "Synergy of pairs of heads", cell=cell)
@@ -471,7 +473,8 @@ def head_columns(results: Results) -> dict[str, Any]:
         benign, change = head["benign"] or {}, head["change"]
         low, high = head["asr"]["interval"] or (None, None)
         numbers = {"asr": head["asr"]["rate"], "low": low, "high": high}
-        numbers |= {name: change[name] for name in ("change", "p_holm", "p_bh")}
+        numbers |= {name: change[name] for name in ("change", "p_tarone", "p_holm", "p_bh")}
+        numbers["shrunken"] = (head.get("shrunken") or {}).get("rate")
         if has_benign:
             numbers |= {"lost": benign_lost(head), "changed": (benign.get("changed") or {}).get("rate")}
             numbers |= {"kl": (benign.get("kl") or {}).get("mean")}
@@ -486,8 +489,8 @@ def head_columns(results: Results) -> dict[str, Any]:
         "n_heads": model["n_heads"],
         "scores": columns,
         "best_first": [head["head"] for head in by_asr(heads)],
-        "holm": [head["head"] for head in heads if head["change"]["p_holm"] < alpha],
-        "bh": [head["head"] for head in heads if head["change"]["p_bh"] < alpha <= head["change"]["p_holm"]],
+        "differs": [head["head"] for head in heads if head["change"]["p_tarone"] < alpha],
+        "bh": [head["head"] for head in heads if head["change"]["p_bh"] < alpha <= head["change"]["p_tarone"]],
         "planted": list(results.get("planted_heads") or ()),
         "named": named,
         "below": named[1::2],

@@ -47,7 +47,7 @@ from safetyheads.runs.run import (
 from safetyheads.runs.stability import stability_as_json
 from safetyheads.runs.verdict import before_ablation, evidence_of, unablated_verdict, verdict_of
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.stats.intervals import mean_with_interval
+from safetyheads.stats.intervals import skewed_mean
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -354,7 +354,7 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         **rates_as_json(outcome.answers),
         "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
         "benign_answered_change": asdict(benign.answered_change_from(vanilla["benign_test"])),
-        "benign_kl": asdict(mean_with_interval(outcome.benign_kl)),
+        "benign_kl": asdict(skewed_mean(outcome.benign_kl)),
         "gross_loss": gross_loss(vanilla["benign_test"], benign),
         "damage": damage_as_json(outcome),
         "random": outcome.control,
@@ -367,7 +367,7 @@ def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
     for at, name in enumerate(("kl", "log_probability_drop")):
         if outcome.damage[at]:
             means = [float(np.mean(damage[at])) for damage in outcome.random_damage]
-            found[name] = asdict(mean_with_interval(outcome.damage[at])) | {"random": None}
+            found[name] = asdict(skewed_mean(outcome.damage[at])) | {"random": None}
             if means:
                 spread = {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
                 found[name]["random"] = {"n_groups": len(means), **spread}
@@ -384,7 +384,7 @@ def heads_as_json(
         head, change = Head.parse(alone.group), changes[alone.group]
         means: dict[str, Any] = {"mean_ships": None, "benign_ships": None, "refusal_score": None}
         for name, scores in by_prompt.items():
-            means[name] = asdict(mean_with_interval(scores.values[:, head.layer, head.index].tolist()))
+            means[name] = asdict(skewed_mean(scores.values[:, head.layer, head.index].tolist()))
         del change["p_bh"]
         asr = {"asr": asdict(alone.asr), "asr_change": change, "by_judge": by_judge(alone)}
         entries.append({"head": alone.group, "rank": rank, **means, **asr})

@@ -18,13 +18,21 @@ from safetyheads.judges.base import LABELS, Label
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
-from safetyheads.stats.intervals import FloatArray, Rate, clustered_rate, one_sided_lower, one_sided_upper
+from safetyheads.stats.intervals import (
+    FloatArray,
+    Rate,
+    clustered_rate,
+    effective_count,
+    one_sided_lower,
+    one_sided_upper,
+)
 from safetyheads.stats.testing import (
     PairedDifference,
     benjamini_hochberg,
     holm,
     paired_difference,
     random_p_value,
+    tarone,
 )
 
 RATES: dict[str, Label] = {
@@ -106,6 +114,13 @@ class GroupAnswers:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
         shares: list[float] = np.nan_to_num(self.verdicts("complied", judge)).mean(axis=1).tolist()
         return shares
+
+    def effective_count(self) -> tuple[float, float]:
+        """Complied and all scored answers, counted as independent ones (:func:`.intervals.effective_count`)."""
+        values = self.verdicts()
+        if values.shape[1] == 1 or np.isnan(values).all():
+            return float(np.nansum(values)), float((~np.isnan(values)).sum())
+        return effective_count(values)
 
     # Rates.
 
@@ -189,10 +204,15 @@ def _counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:
 
 
 def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, Any]]:
-    """Each change as JSON, with its p value corrected over all of them, by both corrections."""
+    """Each change as JSON, with its p value corrected over all of them: Tarone, Holm, Benjamini-Hochberg."""
     p_values = [1.0 if change.p_value is None else change.p_value for change in changes.values()]
-    both = zip(changes.items(), holm(p_values), benjamini_hochberg(p_values), strict=True)
-    return {name: asdict(change) | {"p_holm": p_holm, "p_bh": p_bh} for (name, change), p_holm, p_bh in both}
+    least = [change.least_p for change in changes.values()]
+    adjusted = zip(tarone(p_values, least), holm(p_values), benjamini_hochberg(p_values), strict=True)
+    names = ("p_tarone", "p_holm", "p_bh")
+    return {
+        name: asdict(change) | dict(zip(names, of_change, strict=True))
+        for (name, change), of_change in zip(changes.items(), adjusted, strict=True)
+    }
 
 
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:

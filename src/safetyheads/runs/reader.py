@@ -88,7 +88,7 @@ class RunReader:
         started: when it was first started, UTC; None where the manifest does not say.
         verdict: the verdict's label; a scan has none.
         lead_score: the score that the run leads with.
-        lead_heads: heads of the verdict's group in the order of the search; of a scan, heads whose ASR differs (Holm).
+        lead_heads: heads of the verdict's group in the order of the search; of a scan, heads that differ (Tarone).
         lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
         vanilla_asr: the unablated model's ASR.
         benign_answered: share of benign prompts that the unablated model answers; None where none was asked.
@@ -135,7 +135,7 @@ class RunReader:
             self.lead_group = next(named, None)
         else:
             alpha = _value_at(results, "statistics.alpha") or 0.05
-            p_values = {entry["head"]: (entry.get("change") or {}).get("p_holm") for entry in results["heads"]}
+            p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
             self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
 
     def tables(self) -> dict[str, HeadTable]:

@@ -71,7 +71,8 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         _write_results(run, results, merged, judge)
     lead = results["lead_judge"]
     by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
-    (agreed,) = agreement({lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts})
+    both = {lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts}
+    (agreed,) = agreement(both, [(record["set"], record["id"]) for record in records])
     return {
         "judge": judge.name,
         "lead": lead,

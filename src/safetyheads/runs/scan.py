@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Sampling
@@ -49,9 +50,11 @@ from safetyheads.runs.run import (
 )
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
-from safetyheads.stats.intervals import bootstrap_interval, mean_with_interval
-from safetyheads.stats.ranking import proxy_qualities, split_half_ceiling
-from safetyheads.stats.testing import smallest_detectable_change
+from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
+from safetyheads.stats.intervals import skewed_mean
+from safetyheads.stats.power import POWER, smallest_change_with_power
+from safetyheads.stats.ranking import proxy_qualities, split_half
+from safetyheads.stats.testing import holm
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -142,7 +145,7 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
     if "benign" in run.asked:
         benign = run.scored("benign", ablation, Readouts(ships=True))[1]["ships"]
         columns = [benign.values[:, head.layer, head.index].tolist() for head in engine.heads]
-        measured["benign_kl"] = [asdict(mean_with_interval(column)) for column in columns]
+        measured["benign_kl"] = [asdict(skewed_mean(column)) for column in columns]
     if not (config.scores or config.prefixes or config.query_level):
         return measured, None, []
     openers, angles = run.openers("harmful", benign="benign"), ANGLES if len(run.asked["harmful"]) > 1 else ()
@@ -170,10 +173,11 @@ def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Seque
     if config.groups:
         groups["groups"] = list(config.parsed_groups)
     if config.pairs:
-        # The heads of highest ASR alone, over all seeds; ties go to the earlier head.
-        counts = Counter[str]()
+        # The heads of highest ASR alone on the half of the prompts that chooses, over all seeds; ties go to the earlier
+        # head. Their synergy is measured on the other half.
+        counts, chooses = Counter[str](), _chooses_pairs(len(run.asked["harmful"]), config.seed)
         for answers in alone:
-            counts[answers.group] += answers.asr.count
+            counts[answers.group] += int(np.nansum(answers.verdicts()[chooses]))
         groups["pairs"] = list(combinations([Head.parse(head) for head, _ in counts.most_common(config.pairs)], 2))
     if prefixes:
         groups["prefixes"] = list(prefixes)
@@ -218,8 +222,7 @@ def results_of_records(
         for group, answers in table["prefixes", "harmful", epsilon].items()
     ]
     n, n_seeds = len(vanilla.records), len(vanilla.records[0])
-    detectable = smallest_detectable_change(n, ALPHA, len(singles))
-    flips = None if detectable is None else round(detectable * n)
+    least = smallest_change_with_power(n, vanilla.asr.rate or 0.0, ALPHA, len(singles), n_seeds=n_seeds)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "scan",
@@ -230,9 +233,10 @@ def results_of_records(
             "n_seeds": n_seeds,
             "n_heads": len(singles),
             "alpha": ALPHA,
-            "interval": "Wilson" if n_seeds == 1 else "bootstrap over prompts",
-            "test": "exact McNemar" if n_seeds == 1 else "exact sign test over prompts",
-            "smallest_detectable_change": {"change": detectable, "flips": flips, "n": n, "tests": len(singles)},
+            "interval": "Wilson" if n_seeds == 1 else "Korn and Graubard, clustered by prompt",
+            "test": "exact McNemar" if n_seeds == 1 else "exact sign-flip test of the mean change",
+            "correction": "Tarone",
+            "smallest_change": {"change": least, "n": n, "tests": len(singles), "alpha": ALPHA, "power": POWER},
         },
         "vanilla": {
             name: {
@@ -255,19 +259,19 @@ def results_of_records(
             )
         ],
         "groups": _scanned_groups(table, vanilla, epsilon, random, random_groups),
-        "synergy": _synergy(table, vanilla, epsilon),
+        "synergy": _synergy(table, vanilla, epsilon, about["settings"]["seed"]),
         "query_level": [
             {"size": int(size.removeprefix("top ")), **own.rates(), "change": asdict(own.change_from(vanilla))}
             for size, own in table["query_level", "harmful", epsilon].items()
         ],
         "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
-        "proxies": _proxies(singles, changes, about["scores"]),
+        "proxies": _proxies(singles, vanilla, changes, about["scores"]),
         "agreement": _agreement(table, epsilon, names),
     }
 
 
 def _is_higher(change: Mapping[str, Any]) -> bool:
-    return change["p_holm"] < ALPHA and (change["change"] or 0.0) > 0
+    return change["p_tarone"] < ALPHA and (change["change"] or 0.0) > 0
 
 
 def _heads(
@@ -288,18 +292,23 @@ def _heads(
                 "answered_change": kept[head],
                 "kl": divergence,
             }
+    singles = table["heads", "harmful", epsilon]
+    # Several answers to a prompt count as many as their variance between prompts leaves.
+    counts = [answers.effective_count() for answers in singles.values()]
+    shrunken = shrunken_rates([count for count, _ in counts], [size for _, size in counts])
     return [
         {
             "head": head,
             **answers.rates(),
             "coherent_asr": rate_as_json(answers.coherent()),
-            "change": {**changes[head], "differs": changes[head]["p_holm"] < ALPHA},
+            "shrunken": asdict(rate) | {"n": answers.asr.n},
+            "change": {**changes[head], "differs": changes[head]["p_tarone"] < ALPHA},
             "reasons": answers.reasons(),
             "by_judge": by_judge(answers),
             "benign": on_benign.get(head),
             "role": _role(_is_higher(changes[head]), on_benign.get(head)),
         }
-        for head, answers in table["heads", "harmful", epsilon].items()
+        for (head, answers), rate in zip(singles.items(), shrunken, strict=True)
     ]
 
 
@@ -312,7 +321,7 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
     lost = 0.0 if benign is None else -(benign["answered_change"]["change"] or 0.0)
     if frees:
         return "refusal" if lost <= BENIGN_LOSS + 1e-9 else "mixed"
-    if benign is None or benign["answered_change"]["p_holm"] >= ALPHA or lost <= 0:
+    if benign is None or benign["answered_change"]["p_tarone"] >= ALPHA or lost <= 0:
         return "none"
     refused = benign["refused_change"]["change"] or 0.0
     return "over_refusal" if 2 * refused >= lost else "damage"
@@ -349,32 +358,46 @@ def _scanned_groups(
     return groups
 
 
-def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float) -> dict[str, Any] | None:
-    """Pairs among the strongest heads: what they free together beyond the sum of what each frees alone."""
+def _chooses_pairs(n: int, seed: int) -> NDArray[np.bool_]:
+    """Which prompts choose the heads whose pairs are scanned [n_prompts]: a random half."""
+    chooses = np.zeros(n, bool)
+    chooses[np.random.default_rng(seed).permutation(n)[: n // 2]] = True
+    return chooses
+
+
+def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: int) -> dict[str, Any] | None:
+    """Pairs among the strongest heads: what they free together beyond what their log-odds alone would give.
+
+    On the prompts that did not choose the heads: those that did favour heads that look strong there by luck.
+    """
     pairs, singles = table["pairs", "harmful", epsilon], table["heads", "harmful", epsilon]
     if not pairs:
         return None
     entries: list[dict[str, Any]] = []
+    tests = ~_chooses_pairs(len(vanilla.records), seed)
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
-        both, first, second, before = (np.array(each.complied()) for each in (together, *alone, vanilla))
-        beyond = both - first - second + before
+        synergy = log_odds_synergy(*(np.array(each.complied())[tests] for each in (together, *alone, vanilla)))
         entries.append(
             {
                 "heads": together.heads,
-                "together": rate_as_json(together.verdicts()),
-                "alone": [rate_as_json(answers.verdicts()) for answers in alone],
-                "synergy": float(beyond.mean()),
-                "interval": bootstrap_interval(beyond, least=-2.0, most=2.0),
-                "n": len(beyond),
+                "together": rate_as_json(together.verdicts()[tests]),
+                "alone": [rate_as_json(answers.verdicts()[tests]) for answers in alone],
+                "synergy": synergy.value,
+                "interval": synergy.interval,
+                "p_value": synergy.p_value,
+                "n": synergy.n,
             }
         )
+    for entry, p_holm in zip(entries, holm([entry["p_value"] for entry in entries]), strict=True):
+        entry["p_holm"] = p_holm
     order = list(dict.fromkeys(head for entry in entries for head in entry["heads"]))
-    return {"heads": order, "pairs": entries}
+    return {"heads": order, "unit": "log-odds", "n_choosing": int((~tests).sum()), "pairs": entries}
 
 
 def _proxies(
     singles: Mapping[str, GroupAnswers],
+    vanilla: GroupAnswers,
     changes: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any] | None:
@@ -382,17 +405,17 @@ def _proxies(
     if not scores:
         return None
     heads = parse_heads(",".join(singles))
-    complied = np.array([answers.complied() for answers in singles.values()]).T
+    complied, before = np.array([answers.complied() for answers in singles.values()]).T, np.array(vanilla.complied())
     differs = np.array([_is_higher(changes[head]) for head in singles], bool)
     values = {
         name: np.array([score["values"][head.layer][head.index] for head in heads], float)
         for name, score in scores.items()
     }
-    ceiling = split_half_ceiling(complied, differs)
+    halves = split_half(complied, differs)
     return {
         "n": len(complied),
-        "scores": [asdict(quality) for quality in proxy_qualities(values, complied, differs)],
-        "ceiling": None if ceiling is None else asdict(ceiling),
+        "scores": [asdict(quality) for quality in proxy_qualities(values, complied, differs, before)],
+        "split_half": None if halves is None else asdict(halves),
     }
 
 
@@ -403,7 +426,7 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     groups = [*table["vanilla", "harmful", None].values(), *table["heads", "harmful", epsilon].values()]
     records = [record for answers in groups for record in answers.flat()]
     verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
-    pairs = agreement(verdicts)
+    pairs = agreement(verdicts, [record["id"] for record in records])
     differing = sorted({index for pair in pairs for index in pair.indices})
     return {
         "judges": list(judges),

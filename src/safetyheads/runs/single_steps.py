@@ -38,7 +38,7 @@ from safetyheads.runs.run import (
     sampling_of,
 )
 from safetyheads.runs.verdict import warn_where_nothing_shows
-from safetyheads.stats.intervals import mean_with_interval
+from safetyheads.stats.intervals import skewed_mean
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -105,7 +105,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
         "unit": "nats",
         "positions": config.positions,
         "heads": [
-            {"head": str(head), **asdict(mean_with_interval(by_prompt.values[:, head.layer, head.index].tolist()))}
+            {"head": str(head), **asdict(skewed_mean(by_prompt.values[:, head.layer, head.index].tolist()))}
             for head, _ in scores.ranked()
         ],
         "ties": [[str(head) for head in tie] for tie in scores.ties()],

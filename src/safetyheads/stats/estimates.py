@@ -72,6 +72,10 @@ def shrunken_rates(counts: Sequence[float], sizes: Sequence[float]) -> tuple[Shr
     return tuple(ShrunkenRate(rate, interval) for rate, interval in zip(rates, bounds, strict=True))
 
 
+_FARTHEST = 20.0
+"""Log-odds that stand for no bound: a rate of 2e-9."""
+
+
 @dataclass(frozen=True, slots=True)
 class Synergy:
     """How much more two heads free together than their effects alone would give, in log-odds."""
@@ -118,6 +122,8 @@ def log_odds_synergy(both: FloatArray, first: FloatArray, second: FloatArray, be
     def interval(confidence: float) -> Interval:
         tail = (1 - confidence) / 2
         low, high = (np.vectorize(_beta_logit)(counts + 0.5, n - counts + 0.5, level) for level in (tail, 1 - tail))
+        # At 0 and n nothing bounds the log-odds on that side.
+        low, high = np.where(counts <= 0, -_FARTHEST, low), np.where(counts >= n, _FARTHEST, high)
         down, up = logits - low, high - logits
         falls = signs * np.where(signs > 0, down, up)
         rises = signs * np.where(signs > 0, up, down)

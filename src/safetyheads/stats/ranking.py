@@ -2,8 +2,8 @@
 
 Most heads change nothing, and tie. Precision and AUC therefore ask only whether a score puts the heads that change the
 ASR, after correction, before those that do not; regret asks how much ASR its choice gives away. The best k heads by the
-ASR itself are chosen with hindsight, so every score's regret is shown beside a ceiling: the ASR of one half of the
-prompts as a score for the other half.
+ASR itself are chosen with hindsight, so regrets are compared on halves of the prompts, beside the split-half line: the
+ASR of one half of the prompts as a score for the other half.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, bootstrap_interval
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, bootstrap_interval
 
 SIZES = (1, 3, 5, 10)
 """How many of the best heads precision and regret look at."""
 N_SPLITS = 200
-"""Random halves that the ceiling is averaged over."""
+"""Random halves that the split-half line is averaged over."""
+_N_RESAMPLES = 500
+"""Resamples of prompts for the standard error of AUC."""
+_N_JACKKNIFE_SPLITS = 10
+"""Splits of each step of the jackknife: their mean moves with the prompts, not with the splits."""
 TOP = (3, 10)
 """Sizes of the top lists whose overlap is counted between two runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class AtSize:
-    """Precision and regret of the k best heads by a score."""
+    """Hits and regret of the k best heads by a score."""
 
     k: int
-    precision: Rate | None
-    """Share of these heads that differ; None where no head differs."""
+    hits: float | None
+    """How many of these heads differ; over random halves their mean. None where no head differs. These k heads are all
+    there are, so nothing was sampled and there is no interval."""
     regret: float
     """Mean single-head ASR of the k best heads by the ASR itself minus that of these: what the score gives away."""
     regret_interval: Interval
     """95 %, bootstrap over prompts with the score fixed."""
     regret_on_halves: float | None
-    """Mean regret on random halves of the prompts, comparable with the ceiling's; None below four prompts."""
+    """Mean regret on random halves of the prompts: the one to compare between a score and the other half's ASR. None
+    below four prompts."""
+    halves_interval: Interval | None
+    """95 %, bootstrap over prompts of what each gives away on the halves that it is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,12 @@ class ProxyQuality:
     score: str
     spearman: float | None
     """Rank correlation over all heads; None where the ASR or the score is the same for all."""
+    spearman_interval: Interval | None
+    """95 %, over prompts, the score fixed: a jackknife's, cut at -1 and 1. Resamples would leave tied heads tied."""
     auc: float | None
     """Chance that a head that differs has a higher score than one that does not; None without both kinds."""
+    auc_interval: Interval | None
+    """95 %, the estimate and 1.96 standard errors of a bootstrap over prompts that finds the heads that differ anew."""
     auc_p_value: float | None
     """Two-sided Mann-Whitney test of that."""
     n_differing: int
@@ -57,10 +69,17 @@ class ProxyQuality:
     n_heads: int
     sizes: tuple[AtSize, ...]
     """For each of :data:`SIZES` that the model has heads for."""
+    reliability: float | None = None
+    """Of the ASR of all prompts (Spearman-Brown from the two halves); only of the split-half line."""
+    bound: float | None = None
+    """Spearman with the measured ASR of a score that knew the true one: the root of the reliability."""
 
 
 def proxy_qualities(
-    scores: Mapping[str, FloatArray], complied: FloatArray, differs: NDArray[np.bool_]
+    scores: Mapping[str, FloatArray],
+    complied: FloatArray,
+    differs: NDArray[np.bool_],
+    before: FloatArray | None = None,
 ) -> tuple[ProxyQuality, ...]:
     """Each score's quality.
 
@@ -69,8 +88,13 @@ def proxy_qualities(
         complied: [n_prompts, n_heads], share of a prompt's answers that comply with the head ablated; unscored ones
             are 0.
         differs: [n_heads], whether the head's ASR is higher than the unablated one after correction.
+        before: [n_prompts], the same unablated; without it AUC has no interval.
     """
-    asr, halves = complied.mean(axis=0), _halved_asr(complied)
+    asr, halves = complied.mean(axis=0), _halves(complied)
+    # [n_resamples, n_heads] each: the same resamples for all scores.
+    weights = _resamples(len(complied))
+    without = (complied.sum(axis=0) - complied) / max(len(complied) - 1, 1)
+    resampled_differs = None if before is None else _raised(weights, complied - before[:, None])
     qualities = []
     for name, given in scores.items():
         values = np.nan_to_num(given, nan=-np.inf)
@@ -79,35 +103,63 @@ def proxy_qualities(
             chosen = _best(values, k)
             # The best k stay those of all prompts: drawn anew in each resample, their hindsight would grow.
             lost = complied[:, _best(asr, k)].mean(axis=1) - complied[:, chosen].mean(axis=1)
-            on_halves = _mean(_regret(second, chosen) for _, second in halves)
-            precision = Rate(int(differs[chosen].sum()), k) if differs.any() else None
-            sizes.append(AtSize(k, precision, float(lost.mean()), bootstrap_interval(lost), on_halves))
+            hits = float(differs[chosen].sum()) if differs.any() else None
+            on_halves = _lost_on_halves(complied, halves, [chosen] * len(halves))
+            sizes.append(AtSize(k, hits, float(lost.mean()), bootstrap_interval(lost), *on_halves))
         auc, p_value = _auc(values, differs)
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
-        qualities.append(ProxyQuality(name, spearman, auc, p_value, int(differs.sum()), len(differs), tuple(sizes)))
+        qualities.append(
+            ProxyQuality(
+                name,
+                spearman,
+                _jackknifed(spearman, _spearmans(values, without), len(complied)),
+                auc,
+                None if resampled_differs is None else _about(auc, _aucs(values, resampled_differs)),
+                p_value,
+                int(differs.sum()),
+                len(differs),
+                tuple(sizes),
+            )
+        )
     return tuple(qualities)
 
 
-def split_half_ceiling(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality | None:
-    """The quality of the ASR of one half of the prompts as a score for the other, which no score can beat by much.
+def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality | None:
+    """The ASR of one half of the prompts as a score for the ASR of the other half.
 
-    Averaged over random halves; arguments as for :func:`proxy_qualities`. Which heads differ is known from all prompts,
-    so its precision and AUC are somewhat too high. None below four prompts.
+    Its correlation is of halves, so it lies below what all prompts would reach: it is no ceiling. The reliability of
+    all prompts follows from it (:func:`spearman_brown`), and the root of that bounds the correlation that any score can
+    be expected to reach. Averaged over random halves; arguments as for :func:`proxy_qualities`. Which heads differ is
+    known from all prompts, so its hits and AUC are somewhat too high. None below four prompts.
     """
-    halves = _halved_asr(complied)
+    halves = _halves(complied)
     if not halves:
         return None
+    both = [(complied[first].mean(axis=0), complied[second].mean(axis=0)) for first, second in halves]
     sizes = []
     for k in (size for size in SIZES if size <= len(differs)):
-        chosen = [_best(first, k) for first, _ in halves]
-        regrets = [_regret(second, heads) for (_, second), heads in zip(halves, chosen, strict=True)]
-        low, high = np.quantile(regrets, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
-        hits = float(np.mean([differs[heads].sum() for heads in chosen]))
-        precision = Rate(round(hits), k) if differs.any() else None
-        sizes.append(AtSize(k, precision, float(np.mean(regrets)), (low, high), float(np.mean(regrets))))
-    spearman = _mean(_correlation(scipy.stats.spearmanr, first, second)[0] for first, second in halves)
-    auc = _mean(_auc(first, differs)[0] for first, _ in halves)
-    return ProxyQuality("split_half", spearman, auc, None, int(differs.sum()), len(differs), tuple(sizes))
+        chosen = [_best(first, k) for first, _ in both]
+        regret, interval = _lost_on_halves(complied, halves, chosen)
+        assert regret is not None  # there are halves
+        assert interval is not None
+        hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
+        sizes.append(AtSize(k, hits, regret, interval, regret, interval))
+    spearman = _mean(_rank_correlation(first, second) for first, second in both)
+    auc = _mean(_auc(first, differs)[0] for first, _ in both)
+    reliability = spearman_brown(spearman)
+    return ProxyQuality(
+        "split_half",
+        spearman,
+        _over_prompts(complied, halves, spearman),
+        auc,
+        None,
+        None,
+        int(differs.sum()),
+        len(differs),
+        tuple(sizes),
+        reliability,
+        None if reliability is None else float(np.sqrt(reliability)),
+    )
 
 
 def spearman_brown(correlation: float | None) -> float | None:
@@ -119,12 +171,116 @@ def spearman_brown(correlation: float | None) -> float | None:
     return None if correlation is None or correlation <= 0 else 2 * correlation / (1 + correlation)
 
 
-def _halved_asr(complied: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-    """ASR of each head [n_heads] on both halves of the prompts, for many random halves; none below four prompts."""
+def _halves(complied: FloatArray) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Both halves of the prompts, as their places, for many random splits; none below four prompts."""
     n = len(complied)
     generator = np.random.default_rng(0)
     orders = [generator.permutation(n) for _ in range(N_SPLITS)] if n >= 4 else []
-    return [(complied[order[: n // 2]].mean(axis=0), complied[order[n // 2 :]].mean(axis=0)) for order in orders]
+    return [(order[: n // 2], order[n // 2 :]) for order in orders]
+
+
+def _lost_on_halves(
+    complied: FloatArray,
+    halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    chosen: Sequence[NDArray[np.int64]],
+) -> tuple[float | None, Interval | None]:
+    """Mean regret of the heads chosen for each split on its second half, and its interval over prompts."""
+    if not halves:
+        return None, None
+    total, times = np.zeros(len(complied)), np.zeros(len(complied))
+    regrets = []
+    for (_, second), heads in zip(halves, chosen, strict=True):
+        outcomes = complied[second]
+        best = _best(outcomes.mean(axis=0), len(heads))
+        lost = outcomes[:, best].mean(axis=1) - outcomes[:, heads].mean(axis=1)
+        regrets.append(float(lost.mean()))
+        total[second] += lost
+        times[second] += 1
+    mean, own = float(np.mean(regrets)), total / np.maximum(times, 1)
+    # Prompts are in about half of the splits each, so their own means average to nearly the mean of the splits.
+    low, high = bootstrap_interval(own - own.mean() + mean)
+    return mean, (low, high)
+
+
+def _resamples(n: int) -> FloatArray:
+    """Weights of the prompts in each resample [n_resamples, n_prompts]; each row sums to 1."""
+    draws: FloatArray = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_N_RESAMPLES) / n
+    return draws
+
+
+def _raised(weights: FloatArray, moved: FloatArray) -> NDArray[np.bool_]:
+    """Which heads differ for the higher in each resample [n_resamples, n_heads], by exact tests with Tarone's count."""
+    n = len(moved)
+    gained, lost = (np.rint(n * weights @ side) for side in (moved > 0, moved < 0))
+    changed = gained + lost
+    p = np.minimum(1.0, 2 * scipy.special.bdtr(lost, np.maximum(changed, 1).astype(int), 0.5))
+    least = np.sort(np.minimum(1.0, 2 * 0.5**changed), axis=1)
+    could = np.array(
+        [np.searchsorted(row, of_heads * (1 + 1e-9), "right") for row, of_heads in zip(least, p, strict=True)]
+    )
+    raised: NDArray[np.bool_] = (gained > lost) & (p * could <= 1 - CONFIDENCE)
+    return raised
+
+
+def _spearmans(values: FloatArray, asr: FloatArray) -> list[float]:
+    """Rank correlation of a score with each row of ASRs [n_resamples, n_heads], without rows that are all equal."""
+    ranks, of_score = scipy.stats.rankdata(asr, axis=1), scipy.stats.rankdata(values)
+    ranks, of_score = ranks - ranks.mean(axis=1, keepdims=True), of_score - of_score.mean()
+    scale = np.sqrt((ranks**2).sum(axis=1) * (of_score**2).sum())
+    found: list[float] = ((ranks @ of_score)[scale > 0] / scale[scale > 0]).tolist()
+    return found
+
+
+def _aucs(values: FloatArray, differs: NDArray[np.bool_]) -> list[float]:
+    """AUC of a score for each row of heads that differ [n_resamples, n_heads]; rows of one kind are left out."""
+    inside = differs.sum(axis=1)
+    outside = differs.shape[1] - inside
+    wins = differs @ scipy.stats.rankdata(values) - inside * (inside + 1) / 2
+    both = (inside > 0) & (outside > 0)
+    found: list[float] = (wins[both] / (inside * outside)[both]).tolist()
+    return found
+
+
+def _about(estimate: float | None, resampled: Sequence[float]) -> Interval | None:
+    """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
+
+    Their percentiles will not do: a resample repeats prompts, which makes more heads differ by chance.
+    """
+    if estimate is None or len(resampled) < _N_RESAMPLES / 2:
+        return None
+    half_width = float(scipy.special.ndtri((1 + CONFIDENCE) / 2)) * float(np.std(resampled))
+    return max(0.0, estimate - half_width), min(1.0, estimate + half_width)
+
+
+def _over_prompts(
+    complied: FloatArray, halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], estimate: float | None
+) -> Interval | None:
+    """95 % interval of the split-half correlation, by a jackknife over prompts on the same splits."""
+    n, few = len(complied), halves[:_N_JACKKNIFE_SPLITS]
+    left_out = np.zeros((len(few), n))
+    for at, (first, second) in enumerate(few):
+        for side, other in ((first, second), (second, first)):
+            without = (complied[side].sum(axis=0) - complied[side]) / (len(side) - 1)
+            found = _spearmans(complied[other].mean(axis=0), without)
+            if len(found) < len(side):
+                return None
+            left_out[at, side] = found
+    return _jackknifed(estimate, left_out.mean(axis=0).tolist(), n)
+
+
+def _jackknifed(estimate: float | None, left_out: Sequence[float], n: int) -> Interval | None:
+    """95 % interval of a correlation from its n values without one prompt each, cut at -1 and 1."""
+    if estimate is None or len(left_out) < n or n < 2:
+        return None
+    error = float(np.sqrt((n - 1) * np.var(left_out)))
+    half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    return max(-1.0, estimate - half_width), min(1.0, estimate + half_width)
+
+
+def _rank_correlation(first: FloatArray, second: FloatArray) -> float | None:
+    """Spearman's; None where one side is all equal."""
+    correlations = _spearmans(first, second[None, :])
+    return correlations[0] if correlations else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -143,10 +299,6 @@ def _auc(values: FloatArray, differs: NDArray[np.bool_]) -> tuple[float | None, 
 
 def _best(values: FloatArray, k: int) -> NDArray[np.int64]:
     return np.argsort(-values, kind="stable")[:k]
-
-
-def _regret(asr: FloatArray, chosen: NDArray[np.int64]) -> float:
-    return float(asr[_best(asr, len(chosen))].mean() - asr[chosen].mean())
 
 
 def _correlation(

@@ -1,0 +1,261 @@
+"""Simulations of the coverage and the error rates of every statistic that is printed; see ``bench/statistics.py``.
+
+Each function takes the number of draws, prints a line a setting, and returns the figure that docs/statistics.md quotes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
+from safetyheads.stats.intervals import FloatArray, clustered_rate, skewed_mean, wilson_interval
+from safetyheads.stats.power import smallest_change_with_power
+from safetyheads.stats.testing import (
+    exact_mcnemar,
+    holm,
+    least_attainable_p,
+    non_inferior,
+    paired_difference,
+    tarone,
+)
+
+N_ANSWERS = 5
+"""Answers a prompt."""
+CORRELATIONS = (0.0, 0.3, 0.9)
+"""Of the answers to one prompt."""
+
+
+def prompt_rates(generator: np.random.Generator, shape: tuple[int, ...], rate: float, correlation: float) -> FloatArray:
+    """Each prompt's own rate: beta, with the mean and the correlation of answers that are asked for."""
+    if rate == 0 or correlation == 0:
+        return np.full(shape, rate)
+    spread = (1 - correlation) / correlation
+    drawn: FloatArray = generator.beta(rate * spread, (1 - rate) * spread, shape)
+    return drawn
+
+
+def answers(generator: np.random.Generator, rates: FloatArray) -> FloatArray:
+    """Five answers a prompt, 0 or 1 [..., n_prompts, n_answers]."""
+    drawn: FloatArray = (generator.random((*rates.shape, N_ANSWERS)) < rates[..., None]).astype(float)
+    return drawn
+
+
+def covers(interval: tuple[float, float], truth: float) -> bool:
+    """Whether the interval holds the truth, but for rounding."""
+    return interval[0] - 1e-9 <= truth <= interval[1] + 1e-9
+
+
+def wilson(_: int = 0) -> float:
+    """Least coverage of Wilson's interval, enumerated."""
+    worst = 1.0
+    for n in (24, 50, 96, 200):
+        bounds = np.array([wilson_interval(count, n) for count in range(n + 1)])
+        for rate in np.linspace(0.01, 0.99, 197):
+            inside = (bounds[:, 0] <= rate) & (rate <= bounds[:, 1])
+            worst = min(worst, float(scipy.stats.binom.pmf(np.arange(n + 1), n, rate)[inside].sum()))
+    return _told("Wilson, least coverage", worst)
+
+
+def clustered(draws: int, sizes: tuple[int, ...] = (24, 50, 100)) -> float:
+    """Least coverage of the interval of a rate with several answers a prompt."""
+    generator, found = np.random.default_rng(0), []
+    for n, rate, correlation in product(sizes, (0.02, 0.05, 0.5), CORRELATIONS):
+        drawn = answers(generator, prompt_rates(generator, (draws, n), rate, correlation))
+        covered = np.mean([covers(clustered_rate(sample), rate) for sample in drawn])
+        found.append(_told(f"rate by prompt, n {n}, rate {rate}, correlation {correlation}", covered))
+    return min(found)
+
+
+def _moved(
+    generator: np.random.Generator, draws: int, n: int, before: float, rise: float, correlation: float
+) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """Answers before and after a rise of each prompt's own size."""
+    old = prompt_rates(generator, (draws, n), before, correlation)
+    new = old + (1 - old) * prompt_rates(generator, (draws, n), rise / (1 - before), correlation)
+    return zip(answers(generator, old), answers(generator, new), strict=True)
+
+
+def paired(draws: int, sizes: tuple[int, ...] = (24, 50)) -> tuple[float, float]:
+    """Least coverage of the interval of a paired change, and the largest share of false positives at .05."""
+    generator, covered, rejected = np.random.default_rng(1), [], [0.0]
+    for n, (before, rise), correlation in product(
+        sizes, ((0.02, 0.0), (0.02, 0.3), (0.2, 0.3), (0.3, 0.0)), CORRELATIONS
+    ):
+        changes = [paired_difference(*sides) for sides in _moved(generator, draws, n, before, rise, correlation)]
+        name = f"change, n {n}, {before} before, rise {rise}, correlation {correlation}"
+        covered.append(_told(name, np.mean([covers(change.interval or (0, 0), rise) for change in changes])))
+        # One test, one estimand: a small p never stands beside a change of 0.
+        assert all((change.change or 0) != 0 for change in changes if (change.p_value or 0) < 1)
+        if rise == 0:
+            rejected.append(_told(f"{name}, level", np.mean([(change.p_value or 0) <= 0.05 for change in changes])))
+    return min(covered), max(rejected)
+
+
+def families(draws: int) -> dict[str, tuple[float, float, float, float]]:
+    """Family-wise error and share of planted heads found: Tarone, Holm."""
+    generator, found = np.random.default_rng(2), {}
+    settings: dict[str, dict[str, Any]] = {
+        "24 prompts, 3 of 32 planted": {},
+        "24 prompts, none planted": {"planted": 0},
+        "24 prompts, none planted, half comply": {"planted": 0, "before": 0.5, "flips": 0.3},
+        "24 prompts, none of 200 planted, a third complies": {"planted": 0, "before": 0.3, "flips": 0.5, "heads": 200},
+        "50 prompts, effect .25": {"n": 50, "effect": 0.25},
+    }
+    for name, changed in settings.items():
+        setting: dict[str, Any] = {"n": 24, "heads": 32, "planted": 3, "effect": 0.35, "before": 0.1, "flips": 0.02}
+        found[name] = _family(generator, draws, **{**setting, **changed})
+        for what, value in zip(("error", "error, Holm", "found", "found, Holm"), found[name], strict=True):
+            _told(f"{name}: {what}", value)
+    return found
+
+
+def _family(
+    generator: np.random.Generator,
+    draws: int,
+    n: int,
+    heads: int,
+    planted: int,
+    effect: float,
+    before: float,
+    flips: float,
+) -> tuple[float, float, float, float]:
+    errors, hits = np.zeros(2), np.zeros(2)
+    for _ in range(draws):
+        old = generator.random((n, 1)) < before
+        uniform = generator.random((n, heads))
+        # Flips keep the rate: as many are gained as lost on average.
+        new = np.where(old, uniform >= flips, uniform < flips * before / (1 - before))
+        new[:, :planted] |= generator.random((n, planted)) < effect
+        gained, lost = (new & ~old).sum(axis=0).tolist(), (old & ~new).sum(axis=0).tolist()
+        p = [exact_mcnemar(*pair) for pair in zip(gained, lost, strict=True)]
+        least = [least_attainable_p(sum(pair)) for pair in zip(gained, lost, strict=True)]
+        for at, adjusted in enumerate((np.array(tarone(p, least)), np.array(holm(p)))):
+            errors[at] += (adjusted[planted:] <= 0.05).any()
+            hits[at] += (adjusted[:planted] <= 0.05).mean() if planted else 0.0
+    return (*(errors / draws).tolist(), *(hits / draws).tolist())
+
+
+def power(draws: int, sizes: tuple[int, ...] = (24, 50, 100)) -> float:
+    """Least power at the smallest change that is named, with several answers a prompt."""
+    generator, found = np.random.default_rng(3), []
+    for n, tests, before in product(sizes, (1, 32), (0.0, 0.05, 0.2)):
+        change = smallest_change_with_power(n, before, tests=tests, n_seeds=N_ANSWERS)
+        if change is None:
+            continue
+        for correlation in CORRELATIONS:
+            pairs = _moved(generator, draws, n, before, change, correlation)
+            seen = np.mean([(paired_difference(*sides).p_value or 1) <= 0.05 / tests for sides in pairs])
+            found.append(_told(f"power, n {n}, {tests} heads, {before} before, correlation {correlation}", seen))
+    return min(found)
+
+
+def margins(draws: int) -> float:
+    """How often non-inferiority is shown where the true rise is the margin."""
+    generator, found = np.random.default_rng(4), []
+    for n, before, flips in product((50, 100), (0.05, 0.2), (0.0, 0.05)):
+        old = generator.random((draws, n)) < before
+        gain = (0.1 + before * flips) / (1 - before)
+        uniform = generator.random((draws, n))
+        new = np.where(old, uniform >= flips, uniform < gain)
+        shown = [non_inferior(*sides, 0.1).shown for sides in zip(old.astype(float), new.astype(float), strict=True)]
+        found.append(_told(f"non-inferior at the margin, n {n}, {before} before, {flips} lost", np.mean(shown)))
+    return max(found)
+
+
+def medians(draws: int) -> float:
+    """Least coverage of the interval of a median, of even, skewed and tied values."""
+    generator, found = np.random.default_rng(5), []
+    truths: dict[str, tuple[float, Callable[[int], FloatArray]]] = {
+        "normal": (0.0, lambda n: generator.normal(size=n)),
+        "log-normal, sigma 3": (1.0, lambda n: np.exp(3 * generator.normal(size=n))),
+        "ties": (0.0, lambda n: generator.integers(-1, 2, n).astype(float)),
+    }
+    for n, (name, (truth, draw)) in product((24, 48, 96), truths.items()):
+        intervals = [skewed_mean(draw(n).tolist()).median_interval or (0.0, 0.0) for _ in range(draws)]
+        found.append(_told(f"median, n {n}, {name}", np.mean([covers(interval, truth) for interval in intervals])))
+    return min(found)
+
+
+def shrinking(draws: int) -> dict[str, tuple[float, float, float, float]]:
+    """Error of shrunken rates as a share of the raw ones', coverage, and how much too high the three highest are."""
+    generator, found = np.random.default_rng(6), {}
+    kinds: dict[str, Callable[[int], FloatArray]] = {
+        "three free half": lambda heads: np.where(np.arange(heads) < 3, 0.5, 0.0),
+        "a tenth does something": lambda heads: np.where(
+            generator.random(heads) < 0.1, generator.beta(2, 2, heads), 0.02
+        ),
+        "spread over low rates": lambda heads: generator.beta(1, 9, heads),
+    }
+    for (heads, n), (name, draw) in product(((32, 24), (32, 96), (128, 48), (1024, 50)), kinds.items()):
+        times = max(3, draws * 32 // heads)
+        rows = np.array([_shrunken(generator, draw(heads), n) for _ in range(times)])
+        error, raw, covered, top, raw_top = rows.mean(axis=0).tolist()
+        key = f"{heads} heads, n {n}, {name}"
+        found[key] = (error / raw) ** 0.5, covered, top, raw_top
+        for what, value in zip(("error / raw", "coverage", "top 3 too high", "raw"), found[key], strict=True):
+            _told(f"shrunken, {key}: {what}", value)
+    return found
+
+
+def _shrunken(generator: np.random.Generator, truth: FloatArray, n: int) -> tuple[float, ...]:
+    counts = generator.binomial(n, truth).astype(float)
+    shrunken = shrunken_rates(counts.tolist(), [float(n)] * len(truth))
+    rates, best = np.array([one.rate for one in shrunken]), np.argsort(-counts, kind="stable")[:3]
+    # The grid of rates begins at .001, which stands for 0.
+    covered = [covers(one.interval, max(rate, 0.001)) for one, rate in zip(shrunken, truth.tolist(), strict=True)]
+    errors = (float(((values - truth) ** 2).mean()) for values in (rates, counts / n))
+    highest = (float((values - truth)[best].mean()) for values in (rates, counts / n))
+    return (*errors, float(np.mean(covered)), *highest)
+
+
+def synergy(draws: int, sizes: tuple[int, ...] = (24, 48, 100)) -> float:
+    """Least coverage of the synergy of a pair, with outcomes of a prompt independent and correlated."""
+    generator, found = np.random.default_rng(7), []
+    settings = (
+        (0.02, 0.1, 0.1),
+        (0.02, 0.5, 0.3),
+        (0.1, 0.3, 0.5),
+        (0.02, 0.8, 0.8),
+        (0.005, 0.3, 0.3),
+        (0.01, 0.99, 0.99),
+    )
+    for n, rates, true, shared in product(sizes, settings, (0.0, 1.5), (0.0, 0.7)):
+        before, first, second = (scipy.special.logit(rate) for rate in rates)
+        together = scipy.special.expit(first + second - before + true)
+        cuts = scipy.special.ndtri(np.array([together, rates[1], rates[2], rates[0]]))
+        covered = 0
+        for _ in range(draws):
+            own, common = generator.normal(size=(4, n)), generator.normal(size=n)
+            outcomes = shared**0.5 * common + (1 - shared) ** 0.5 * own < cuts[:, None]
+            covered += covers(log_odds_synergy(*outcomes.astype(float)).interval, true)
+        found.append(_told(f"synergy, n {n}, rates {rates}, true {true}, shared {shared}", covered / draws))
+    return min(found)
+
+
+def ships_intervals(scores: NDArray[np.float64], draws: int, n: int) -> tuple[FloatArray, FloatArray]:
+    """Coverage of Student's interval of the mean of n prompts' scores, by head, and of the median's.
+
+    ``scores`` [n_prompts, n_heads] are the population that is drawn from.
+    """
+    generator = np.random.default_rng(8)
+    quantile = float(scipy.special.stdtrit(n - 1, 0.975))
+    means, medians_ = [], []
+    for of_head in scores.T:
+        drawn = generator.choice(of_head, (draws, n))
+        width = quantile * drawn.std(axis=1, ddof=1) / n**0.5
+        means.append(float((np.abs(drawn.mean(axis=1) - of_head.mean()) <= width).mean()))
+        middle = float(np.sort(of_head)[(len(of_head) - 1) // 2])
+        bounds = (skewed_mean(sample.tolist()).median_interval or (0.0, 0.0) for sample in drawn[: draws // 5])
+        medians_.append(float(np.mean([covers(interval, middle) for interval in bounds])))
+    return np.array(means), np.array(medians_)
+
+
+def _told(name: str, value: float) -> float:
+    print(f"{value:.3f}  {name}")
+    return float(value)

@@ -1,0 +1,83 @@
+"""Coverages and error rates by simulation: few draws here, all of them as long tests; docs/statistics.md quotes them.
+
+Bounds are the nominal ones less about three standard errors of the draws.
+"""
+
+import numpy as np
+import pytest
+import simulations
+
+from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo
+from safetyheads.measures.ships import ships
+
+
+def test_the_least_coverage_of_wilson_is_what_the_documents_say():
+    assert simulations.wilson() == pytest.approx(0.91, abs=0.005)
+
+
+def test_rates_of_several_answers_a_prompt_cover():
+    # Three standard errors of 400 draws are .033; long: .93 at least.
+    assert simulations.clustered(400, (24,)) >= 0.93 - 0.03
+
+
+def test_paired_changes_cover_and_their_test_keeps_its_level():
+    covered, level = simulations.paired(60, (24,))
+    assert covered >= 0.95 - 0.085
+    assert level <= 0.05 + 0.085
+
+
+def test_tarone_finds_what_holm_misses_and_keeps_the_family():
+    found = simulations.families(40)
+    _, _, tarone_found, holm_found = found["24 prompts, 3 of 32 planted"]
+    assert tarone_found > 0.65
+    assert holm_found < 0.3
+    assert max(error for error, *_ in found.values()) <= 0.05 + 0.1
+
+
+def test_power_is_what_is_said_with_several_answers_a_prompt():
+    assert simulations.power(60, (24,)) >= 0.8 - 0.15
+
+
+def test_non_inferiority_is_rarely_shown_at_the_margin():
+    assert simulations.margins(200) <= 0.05 + 0.046
+
+
+def test_medians_cover_whatever_the_distribution():
+    assert simulations.medians(200) >= 0.95 - 0.046
+
+
+def test_shrunken_rates_err_less_and_their_intervals_cover_on_average():
+    found = simulations.shrinking(20)
+    assert max(error for error, *_ in found.values()) < 1.1
+    assert np.median([error for error, *_ in found.values()]) < 0.9
+    assert min(covered for _, covered, *_ in found.values()) > 0.85
+    # The highest raw rates are too high by luck, the shrunken ones by far less.
+    *_, top, raw_top = found["1024 heads, n 50, spread over low rates"]
+    assert top < 0.6 * raw_top
+
+
+def test_synergy_covers():
+    assert simulations.synergy(25, (48,)) >= 0.95 - 0.19
+
+
+def test_no_interval_of_mean_ships_covers_and_that_of_the_median_does():
+    demo = load_demo("aligned_a")
+    scores = ships(demo.engine, demo.harmful, UNDIFFERENTIATED_ATTENTION).values.flatten(1).numpy()
+    means, medians = simulations.ships_intervals(scores, 200, 24)
+    assert means.min() < 0.4
+    assert means.mean() < 0.8
+    assert medians.min() >= 0.95 - 0.1  # 40 draws a head
+    assert medians.mean() >= 0.95
+
+
+@pytest.mark.long
+def test_every_figure_of_the_documents():
+    assert simulations.clustered(10_000) >= 0.93
+    covered, level = simulations.paired(2_000)
+    assert covered >= 0.93
+    assert level <= 0.06
+    assert max(error for error, *_ in simulations.families(1_000).values()) <= 0.05
+    assert simulations.power(1_000) >= 0.8
+    assert simulations.margins(2_000) <= 0.07
+    assert simulations.medians(2_000) >= 0.94
+    assert simulations.synergy(500) >= 0.91
