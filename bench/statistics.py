@@ -26,6 +26,7 @@ def main() -> None:
     """Run all simulations; 10,000 draws take about an hour on one core."""
     import argparse
 
+    import nulls
     import simulations
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -40,6 +41,7 @@ def main() -> None:
     simulations.medians(draws // 5)
     simulations.shrinking(draws // 50)
     simulations.synergy(draws // 20)
+    nulls.print_nulls()
 
 
 if __name__ == "__main__":
