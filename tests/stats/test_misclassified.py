@@ -63,7 +63,7 @@ def test_rogan_gladens_interval_covers(se, sp, n_labels):
                 labels = (Rate(int(random.binomial(n_labels, share)), n_labels) for share in (se, sp))
                 interval = rogan_gladen(seen, Accuracy(*labels)).interval
                 covered += interval is None or interval[0] <= p <= interval[1]
-            # .93 less two standard errors of 250 draws; bench/statistics.py has 5,000.
+            # .93 less two standard errors of 250 draws.
             assert covered / 250 > 0.9, (n, p)
 
 
