@@ -1,6 +1,7 @@
 """Think blocks and stop texts in scans and plain answers: early ends change no verdict, and no judge sees a thought.
 
-The models are random, so their words are renamed: a frequent one ends thinking, another is a stop text.
+The models are random, so their words are renamed: a frequent one ends thinking, another is a stop text, and some are
+sentences that refuse, so that the rules of words are final too.
 """
 
 from collections import Counter
@@ -70,6 +71,8 @@ def ready(renamed, template):
     return engine, PromptSet.from_queries(queries, template)
 
 
+REFUSALS = ("off-limits.", "off-limits!", "off-limits?")
+"""Words that are a refusing sentence each."""
 CASES = {
     # Rank of a frequent word -> what it is called, the template's text, whether it thinks, and its stop texts.
     "a block that the prompt begins": ({1: "</think>"}, "{query} <think>", True, ()),
@@ -86,12 +89,13 @@ def case(name, sampling=GREEDY):
     renames, text, thinks, stops = CASES[name]
     ranks = {**dict(enumerate(frequent)), "first": firsts[0]}
     ranks["last"] = next(token for token in frequent if token != firsts[0])
-    renamed = {ranks[rank]: word for rank, word in renames.items()}
+    renamed = {frequent[4 + number]: word for number, word in enumerate(REFUSALS)}
+    renamed |= {ranks[rank]: word for rank, word in renames.items()}
     if "<think>" in text:
         renamed[VOCABULARY - 2] = "<think>"
     template = Template.parse(text, thinking="open") if thinks else Template.parse("direct")
     template = replace(template, stops=tuple(stop.replace("{3}", str(frequent[3])) for stop in stops))
-    words = tuple(f"w{token}" for token in frequent[4:10])
+    words = ("off-limits", *(f"w{token}" for token in frequent[4 + len(REFUSALS) : 10]))
     return renamed, template, KeywordJudge("words", KeywordRules(words, short_characters=0))
 
 
@@ -109,7 +113,8 @@ def test_rows_that_end_early_have_the_verdicts_of_plain_answers(name, sampling):
     for full, scan in scans.items():
         for rows, plain_rows in zip(scan.rows, plain, strict=True):
             for row, whole in zip(rows, plain_rows, strict=True):
-                assert row.verdict == whole.verdict
+                assert (row.verdict, row.behaviour) == (whole.verdict, whole.behaviour)
+                assert row.answered == whole.answered
                 assert whole.text.startswith(row.text)
                 assert row.token_ids == whole.token_ids[: len(row.token_ids)]
                 assert row.complete or not full
@@ -155,13 +160,14 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
 def test_a_stop_text_ends_rows_where_it_is():
     renamed, template, judge = case("a stop text")
     engine, prompts = ready(renamed, template)
-    stop = next(iter(renamed))
+    stop = next(token for token, word in renamed.items() if word == "# Query:")
     rows = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
     whole = generate(engine, prompts, N_TOKENS)
     assert any(stop in one.token_ids[:-1] for one in whole)
     for row, one in zip(rows, whole, strict=True):
         n = one.token_ids.index(stop) + 1 if stop in one.token_ids else len(one.token_ids)
-        assert row.token_ids == one.token_ids[:n]
+        assert row.token_ids == one.token_ids[: n if row.complete else min(n, len(row.token_ids))]
+    assert any(row.complete and stop in row.token_ids for row in rows)
 
 
 def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):

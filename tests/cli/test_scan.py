@@ -7,6 +7,7 @@ from operator import itemgetter
 import pytest
 from own_judges import SEEN
 
+from safetyheads.judges.phrases import PhraseJudge
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -24,6 +25,20 @@ def scanned(run, tmp_path_factory):
 def copied(scanned, tmp_path):
     """A copy of it, to be judged again."""
     return shutil.copytree(scanned[0], tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def cut(run, tmp_path_factory):
+    """A small scan whose refusals end early.
+
+    The organism's are one sentence, about which the rules of words are final only at its end: here they are before.
+    """
+    out = tmp_path_factory.mktemp("cut") / "run"
+    beside = ("--judge", "paper", "--limit", "8", "--no-scores", "--out", out)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PhraseJudge, "final", lambda _, text: "cannot" in text)
+        assert run(*SMALL, *beside)[0] == 0
+    return out
 
 
 def results(out):
@@ -44,7 +59,7 @@ def test_every_head_is_answered_on_every_prompt_and_a_new_user_reads_what_that_m
     assert found["vanilla"]["harmful"]["asr"]["rate"] == 0.0
     assert found["proxies"] is None
     assert (code, err) == (0, "")
-    for said in ("Heads of highest ASR", "decoded from the first difference on", "heads that change the ASR (Holm)"):
+    for said in ("Heads of highest ASR", "decoded from the first difference on", "heads that change the ASR (Tarone)"):
         assert said in out
     assert f"Report: {folder}/report/index.html" in " ".join(out.split())
     assert "I cannot help" not in out
@@ -74,18 +89,19 @@ def whole_sets(stored):
     return by_rate.values()
 
 
-def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_loses_nothing(run, copied):
+def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_loses_nothing(run, cut, tmp_path):
     SEEN.clear()
+    copied = shutil.copytree(cut, tmp_path / "copy")
     before = results(copied)
     judges = [f"--judge=python:own_judges:{name}" for name in ("seen_answers", "failing")]
     code, out, _ = run("judge", copied, *judges, "--json")
     (whole, failed), stored = json.loads(out)["judges"], rows(copied)
     place = itemgetter("set", "group", "part")
-    cut = {place(row) for row in stored if not row["complete"]}
+    with_cuts = {place(row) for row in stored if not row["complete"]}
     assert code == 0
-    assert cut  # the paper's judge ended refusals early
+    assert with_cuts  # the paper's judge and the rules of words ended refusals early
     # No rate is of what is left when answers were cut for another judge.
-    assert whole["n_unscored"] == sum(place(row) in cut for row in stored)
+    assert whole["n_unscored"] == sum(place(row) in with_cuts for row in stored)
     assert any("--full-answers" in reason for reason in whole["unscored"])
     assert {rate[whole["judge"]]["n"] for rate in whole["rates"].values()} <= {0, *map(len, whole_sets(stored))}
     assert failed["n_unscored"] == failed["n_rows"]

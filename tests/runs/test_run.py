@@ -20,6 +20,7 @@ from safetyheads import (
 )
 from safetyheads.judges import named
 from safetyheads.judges.function import CallableJudge
+from safetyheads.judges.phrases import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence, row_sizes
@@ -181,14 +182,21 @@ def test_a_runs_first_line_says_which_template_and_judge_and_why(tmp_path):
 
 
 def test_judges_of_words_differ_on_whole_answers_though_the_runs_judge_cuts_them(organism, tmp_path, monkeypatch):
-    """The paper's keyword ends an answer that phrases must read to its end."""
-    monkeypatch.setitem(
-        named.JUDGES, "phrases", lambda: CallableJudge(lambda queries, _: [True] * len(queries), "phrases")
-    )
+    """Another judge needs all of an answer that ended where the run's judge and the rules of words were final."""
+    # The organism's refusals are one sentence, about which the rules are final only at its end.
+    monkeypatch.setattr(PhraseJudge, "final", lambda _, text: "cannot" in text)
+    read = []
+
+    def complies(queries, answers):
+        read.extend(answers)
+        return [True] * len(queries)
+
+    monkeypatch.setitem(named.JUDGES, "phrases", lambda: CallableJudge(complies, "phrases"))
     config = ScanConfig(MODEL, "demo", "none", limit=4, scores=False, judges=("paper",), max_new_tokens=24)
     found = run_scan(organism.engine, config, tmp_path / "run")
     rows = [row for row in RunDirectory.open(tmp_path / "run").stored_records() if row.get("part") == "vanilla"]
     assert not any(row["complete"] for row in rows)
+    assert all(len(answer) > max(len(row["text"]) for row in rows) for answer in read)
     words = found["word_judges"]
     assert (words["n"], words["n_differing"], words["alone"]) == (4, 4, {"phrases": 4, "paper": 0})
     assert words["sentence"].endswith("complied are 4 by phrases, 0 by paper: they differ on 4 (4 by phrases alone).")
