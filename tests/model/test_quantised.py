@@ -192,6 +192,9 @@ def test_rounded_activations_pass_the_proofs_within_their_rounding():
     plain = model_of("llama_gqa")
     with torch.no_grad():  # no head to be rounded, as everywhere
         model = quantize_dynamic(plain, {name for name, _ in plain.named_modules() if name.endswith("proj")})
+    for module in model.modules():
+        if hasattr(module, "_packed_params"):
+            module.version = 3  # 8 bits, as ROUNDED is for; torch's later versions round activations to 7
     model.is_quantized, model.quantization_method = True, "dynamic"
     engine = Engine(model, tokenizer())
     report = engine.check()
@@ -201,7 +204,7 @@ def test_rounded_activations_pass_the_proofs_within_their_rounding():
     # What the heads say is exact: the rounding is in the projections around them.
     words = ("other heads", "uniform", "before what the heads say is projected")
     exact = [proof for proof in report.proofs if any(word in proof.name for word in words)]
-    assert len(exact) == 4
+    assert len(exact) == 8  # six kinds leave the other heads alone
     assert max(proof.error for proof in exact) < FLOAT32
     assert {proof.tolerance for proof in exact} == {1e-2}
     # Packed parameters have a fingerprint too.
