@@ -147,6 +147,8 @@ def test_directories_are_named_for_what_they_hold():
         ("demo --foo", "Unknown option"),
         ("demo --size many", "--size"),
         ("demo nobody", "no demo checkpoint"),
+        ("demo nobody --limit 4", "no demo checkpoint"),
+        ("demo --limit 1", "at least two"),
         ("demo --epsilon nan", "epsilon"),
         ("demo --ablation lobotomy", "unknown ablation"),
         ("demo --judge dredd", "unknown judge"),
@@ -188,19 +190,18 @@ def test_refused_before_a_model_is_read(refused, no_model, command, words):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("demo --limit 1", "at least two"),
         ("sahara DEMO --size 1000", "size 1000"),
         ("asr DEMO --heads 99-0", "out of range"),
         ("asr DEMO --query-level 1000", "query level 1000"),
         ("scan DEMO --pairs 33", "pairs 33 is more than the model's 32 heads"),
-        ("audit demo:aligned_a --prompts long.txt", "context"),
+        ("audit demo:aligned_a --prompts long.txt --anyway", "context"),
         ("ships DEMO --limit 4 --out mine", "thesis.txt"),
         *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta")),
         ("check demo:aligned_a --device cuda:99", "device cuda:99 is not there"),
         ("check demo:aligned_a --dtype int3", "unknown dtype"),
         ("check demo:aligned_a --thinking closed", "has no think block to close"),
         ("check demo:aligned_a --system x", "rejects the system prompt: this demo checkpoint has not learnt system"),
-        *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "audit", "scan")),
+        *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "audit --anyway", "scan")),
     ],
 )
 def test_refused_with_the_model(refused, command, words):

@@ -101,6 +101,7 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
     prompts, progress = _prepared(config, out, output, read_prompts, report)
     too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
     if too_few is not None and not config.anyway:
+        _model_path(config.model)  # a model that is not there is refused all the same
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
         _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))

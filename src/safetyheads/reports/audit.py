@@ -11,6 +11,7 @@ import altair as alt
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import (
+    NO_HEADS,
     Cell,
     change_cell,
     completions,
@@ -317,6 +318,8 @@ def _long_tail(results: Results) -> Spec | None:
 def head_columns(results: Results) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     verdict, scores = results["verdict"], results["scores"]
+    if not scores:
+        return dict(NO_HEADS)  # a run that stopped early; nor has it places for its planted heads
     best_first = [head for head, _ in _ranked(results)]
     group, planted = list(verdict["heads"]), list(results.get("planted_heads") or ())
     return {

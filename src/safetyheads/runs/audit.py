@@ -8,7 +8,7 @@ nothing can be measured, the run ends with them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -140,14 +140,20 @@ def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
                 search = search.sample(n_search, config.seed)
                 test = test.sample(max(config.limit - n_search, least), config.seed)
             halves += search, test
-    return dict(zip(SETS, halves, strict=True))
+    sets = dict(zip(SETS, halves, strict=True))
+    _refuse_too_few(sets["harmful_search"])
+    return sets
+
+
+def _refuse_too_few(harmful_search: Sized) -> None:
+    if len(harmful_search) < 2:
+        raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
 
 
 def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> None:
     if config.size > len(engine.heads):
         raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
-    if len(asked["harmful_search"]) < 2:
-        raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
+    _refuse_too_few(asked["harmful_search"])
     refuse_beyond_memory(engine, asked["harmful_search"], asked["benign_search"], positions=config.positions)
     refuse_beyond_memory(engine, asked["benign_test"])
 
