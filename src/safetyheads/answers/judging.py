@@ -97,8 +97,9 @@ class Judging:
         self.engine, self.asked = engine, engine.ask(prompts)
         self.prompts = tuple(self.asked)
         self.max_new_tokens = max_new_tokens
-        self.rules = PhraseJudge()
-        """Finds refusals, empty and looping answers, and echoes, beside the judges."""
+        self.rules: Judge = PhraseJudge()
+        """Finds refusals, empty and looping answers, and echoes; where it is a judge too, it is asked once."""
+        self._everybody = self.judges if self.rules in self.judges else (*self.judges, self.rules)
         self.decides_early = not full_answers and all(judge.decides_early for judge in self.judges)
         self.seconds = dict.fromkeys(names, 0.0)
         """Time that each judge took."""
@@ -115,12 +116,10 @@ class Judging:
         if not self.decides_early:
             return self.asked.reader.ends
 
-        judges = self.judges if self.rules in self.judges else (*self.judges, self.rules)
-
         def stop(token_ids: Sequence[int]) -> bool:
             read = self.asked.reader.read(token_ids)
             certain = read.certain
-            return read.stopped or (certain is not None and all(judge.final(certain) for judge in judges))
+            return read.stopped or (certain is not None and all(judge.final(certain) for judge in self._everybody))
 
         return stop
 
@@ -156,13 +155,16 @@ class Judging:
             query, ended = self.prompts[number].query, finished or read.stopped
             completions.append(Completion(query, read.text, read.token_ids, ended, length, system, read.unclosed))
         verdicts: dict[Key, dict[str, Verdict]] = {key: {} for key in answers}
+        by_rules: tuple[Verdict, ...] = ()
         for judge in self.judges if completions else ():
             started = time.monotonic()
             given = verdicts_of(judge, completions)
             for by_judge, verdict in zip(verdicts.values(), given, strict=True):
                 by_judge[judge.name] = verdict
             self.seconds[judge.name] += time.monotonic() - started
-        by_rules = verdicts_of(self.rules, completions)
+            by_rules = given if judge == self.rules else by_rules
+        if self.rules not in self.judges:
+            by_rules = verdicts_of(self.rules, completions)
         # Only after all judges have answered: else an error of one would leave answers without its verdict.
         self._verdicts.update(verdicts)
         self._behaviour.update({key: verdict.label for key, verdict in zip(answers, by_rules, strict=True)})
