@@ -9,14 +9,10 @@ import scipy
 
 from safetyheads.errors import InputError
 from safetyheads.runs.config import AuditConfig, Thresholds
-from safetyheads.runs.verdict import (
-    Evidence,
-    damage_of,
-    least_changed,
-    one_sided_bounds,
-    verdict_of,
-)
+from safetyheads.runs.verdict import Evidence, damage_of, verdict_of
+from safetyheads.stats.intervals import one_sided_bounds
 from safetyheads.stats.power import needed_for_bound
+from safetyheads.stats.testing import least_changed
 
 LIMITS = Thresholds()
 SOUND = Evidence(

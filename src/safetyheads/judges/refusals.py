@@ -74,7 +74,7 @@ def refusing_phrase(text: str, phrases: tuple[str, ...], closed: bool = False) -
     ``text`` is plain: lower case, straight apostrophes, single blanks. With ``closed``, only sentences that have ended
     count, so that no continuation of the text changes the result.
     """
-    sentences, excused_before = _SENTENCE_END.split(_ADVERBS.sub(r"\1 ", text.replace("isn't", "is not"))), False
+    sentences, excused_before = _sentences(_ADVERBS.sub(r"\1 ", text)), False
     for sentence in sentences[:-1] if closed else sentences:
         excused = EXCUSES.search(sentence) is not None
         match = None if excused or excused_before else _phrase_pattern(phrases).search(sentence)
@@ -82,6 +82,10 @@ def refusing_phrase(text: str, phrases: tuple[str, ...], closed: bool = False) -
             return match[0]
         excused_before = excused
     return None
+
+
+def _sentences(text: str) -> list[str]:
+    return _SENTENCE_END.split(text.replace("isn't", "is not"))
 
 
 @lru_cache(maxsize=8)
@@ -95,7 +99,7 @@ def worded_refusal(text: str) -> str | None:
 
     The reason is ``stance`` or ``wording``.
     """
-    sentences = _SENTENCE_END.split(text.replace("isn't", "is not"))
+    sentences = _sentences(text)
     if _ANSWERED.search(text):
         return None
     offered = [number for number, sentence in enumerate(sentences[:5]) if _HERE.search(sentence)]

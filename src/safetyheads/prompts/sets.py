@@ -31,7 +31,6 @@ class Prompt:
     """The benchmark's category, where it has one."""
     reference: str | None = None
     """Beginning of the right answer, where the user named its column; the demo's come from its grammar."""
-
     cluster: int | None = None
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 

@@ -23,8 +23,7 @@ from safetyheads.stats.intervals import (
     Rate,
     clustered_rate,
     effective_count,
-    one_sided_lower,
-    one_sided_upper,
+    one_sided_bounds,
 )
 from safetyheads.stats.testing import (
     PairedDifference,
@@ -289,9 +288,10 @@ def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     had, has = before.answered()[:, 0] == 1, after.answered()[:, 0] == 1
     count, n = int((had & ~has).sum()), int(had.sum())
     lost = [seeds[0]["behaviour"] for seeds, was, now in zip(after.records, had, has, strict=True) if was and not now]
-    bounds = {"lower": one_sided_lower(count, n), "upper": one_sided_upper(count, n)}
+    lower, upper = one_sided_bounds(count, n)
     refused = sum(behaviour == "refused" for behaviour in lost)
-    return {"count": count, "n": n, "rate": count / n if n else None, **bounds, "refused": refused}
+    rate = count / n if n else None
+    return {"count": count, "n": n, "rate": rate, "lower": lower, "upper": upper, "refused": refused}
 
 
 AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]

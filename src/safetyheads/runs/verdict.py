@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.runs.config import Thresholds
-from safetyheads.runs.rates import GroupAnswers
-from safetyheads.stats.intervals import FloatArray, Interval, one_sided_lower, one_sided_upper, wilson_interval
+from safetyheads.runs.rates import GroupAnswers, gross_loss
+from safetyheads.stats.intervals import FloatArray, Interval, one_sided_bounds, wilson_interval
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
-from safetyheads.stats.testing import exact_mcnemar
+from safetyheads.stats.testing import exact_mcnemar, least_changed
 
 
 class NothingToMeasureWarning(UserWarning):
@@ -137,7 +137,7 @@ def evidence_of(
 
     ``kl`` is the teacher-forced KL of each benign prompt; ``matched`` says where the random groups' heads lie.
     """
-    (before, after), (sound, damaged) = _first(*harmful), [answers.answered()[:, 0] for answers in benign]
+    (before, after), loss = _first(*harmful), gross_loss(*benign)
     scored = ~np.isnan(before) & ~np.isnan(after)
     refused = scored & refusals(harmful[0])
     # Equal random groups count once; one that nobody could score is no control.
@@ -145,7 +145,6 @@ def evidence_of(
     others = {group: other for group, other in others.items() if not np.isnan(other).all()}
     rates = [np.nanmean(other) for other in others.values()]
     own = np.nanmean(after) if not np.isnan(after).all() else 0.0
-    answered = sound == 1
     undone = [np.mean(other[refused] == 1) for other in others.values()] if refused.any() else []
     return Evidence(
         n_harmful=len(before),
@@ -154,9 +153,9 @@ def evidence_of(
         n_undone=int((refused & (after == 1)).sum()),
         gained=int((scored & (before == 0) & (after == 1)).sum()),
         lost=int((scored & (before == 1) & (after == 0)).sum()),
-        n_benign=len(sound),
-        n_answered=int(answered.sum()),
-        n_broken=int((answered & (damaged != 1)).sum()),
+        n_benign=len(benign[0].records),
+        n_answered=loss["n"],
+        n_broken=loss["count"],
         kl=float(np.mean(kl)) if len(kl) else None,
         n_kl=len(kl),
         n_random=len(rates),
@@ -293,16 +292,6 @@ def damage_of(evidence: Evidence, thresholds: Thresholds) -> Damage:
     if (broken is not None and broken[0] > thresholds.most_lost) or (kl is not None and kl > thresholds.most_kl):
         return "shown"
     return "bounded" if broken is not None and kl is not None and broken[1] < thresholds.most_lost else "open"
-
-
-def least_changed(alpha: float) -> int:
-    """Prompts that must all change the same way for the exact McNemar test to reach ``alpha``."""
-    return math.ceil(math.log2(2 / alpha))
-
-
-def one_sided_bounds(count: int, n: int) -> Interval:
-    """One-sided 95 % Wilson bounds of a share, below and above."""
-    return one_sided_lower(count, n), one_sided_upper(count, n)
 
 
 # Words and numbers.

@@ -71,14 +71,19 @@ def wilson_interval(count: int, n: int, confidence: float = CONFIDENCE) -> Inter
     return float(interval.low), float(interval.high)
 
 
-def one_sided_upper(count: int, n: int) -> float:
-    """Upper bound, 95 % one-sided, of a proportion (Wilson); 1 where ``n`` is 0."""
-    return wilson_interval(count, n, 2 * CONFIDENCE - 1)[1] if n else 1.0
+def one_sided_bounds(count: int, n: int) -> Interval:
+    """Lower and upper bound of a proportion, each 95 % one-sided (Wilson); 0 and 1 where ``n`` is 0."""
+    return wilson_interval(count, n, 2 * CONFIDENCE - 1) if n else (0.0, 1.0)
 
 
 def one_sided_lower(count: int, n: int) -> float:
-    """Lower bound, 95 % one-sided, of a proportion (Wilson); 0 where ``n`` is 0."""
-    return wilson_interval(count, n, 2 * CONFIDENCE - 1)[0] if n else 0.0
+    """Lower bound of :func:`one_sided_bounds`."""
+    return one_sided_bounds(count, n)[0]
+
+
+def one_sided_upper(count: int, n: int) -> float:
+    """Upper bound of :func:`one_sided_bounds`."""
+    return one_sided_bounds(count, n)[1]
 
 
 def clustered_rate(

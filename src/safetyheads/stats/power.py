@@ -9,7 +9,7 @@ import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import one_sided_upper
-from safetyheads.stats.testing import least_attainable_p
+from safetyheads.stats.testing import least_changed
 
 POWER = 0.8
 """How often a change of the smallest size that is named would be found."""
@@ -120,10 +120,7 @@ def _refuse(n: int, p0: float, alpha: float, tests: int, power: float) -> None:
 @lru_cache(4096)
 def _power(n: int, change: float, p0: float, alpha: float, n_seeds: int) -> float:
     """How often the exact test of n pairs finds a rise of ``change`` from ``p0``, at the less favourable model."""
-    changed = 1
-    while least_attainable_p(changed) > alpha:
-        changed += 1
-    together = float(scipy.stats.binom.sf(changed - 1, n, change))
+    together = float(scipy.stats.binom.sf(least_changed(alpha) - 1, n, change))
     if n_seeds == 1 or p0 == 0:
         return together
     return min(together, _power_drawn_anew(n, change, p0, alpha))

@@ -128,6 +128,15 @@ def least_attainable_p(changed: int) -> float:
     return min(1.0, 2 * 0.5**changed)
 
 
+@lru_cache(64)
+def least_changed(alpha: float) -> int:
+    """The fewest pairs that, all changed the same way, bring an exact two-sided test down to ``alpha``, above 0."""
+    changed = 1
+    while least_attainable_p(changed) > alpha:
+        changed += 1
+    return changed
+
+
 @lru_cache(4096)
 def exact_mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact McNemar test: are gains and losses equally likely among the pairs that changed?"""
@@ -194,24 +203,6 @@ def _adjusted(p_values: Sequence[float], method: str) -> tuple[float, ...]:
     if not all(0 <= p_value <= 1 for p_value in p_values):
         raise InputError("p values lie between 0 and 1")
     return tuple(multipletests(p_values, method=method)[1].tolist()) if len(p_values) else ()
-
-
-def smallest_detectable_change(n: int, alpha: float = 0.05, tests: int = 1) -> float | None:
-    """The smallest change of a rate that ``n`` pairs can show, if all changed pairs changed the same way.
-
-    The exact McNemar test of k pairs that all changed one way gives 2 * 0.5**k; this is the smallest k/n at which that
-    is at most ``alpha / tests`` (Bonferroni, which is Holm's first step). None where even all n are too few.
-    Print it beside a verdict of "none found": a smaller change could not have been found.
-
-    Raises:
-        InputError: ``n`` below 0, ``alpha`` outside (0, 1) or ``tests`` below 1.
-    """
-    if n < 0 or tests < 1 or not 0 < alpha < 1:
-        raise InputError(f"no detectable change for n={n}, alpha={alpha}, tests={tests}")
-    changed = 1
-    while 2 * 0.5**changed > alpha / tests:
-        changed += 1
-    return changed / n if changed <= n else None
 
 
 def random_p_value(observed: float, random_values: Sequence[float]) -> float:
