@@ -312,7 +312,7 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     old, new = (before.tables(), after.tables()) if comparable else ({}, {})
     names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
     shapes = [f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape)]
-    what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Holm)"
+    what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Tarone)"
     groups = [run.lead_group["heads"] if run.lead_group else () for run in runs]
     no_group = "" if all(groups) else "a run's verdict names no group"
     silent = [_says_nothing(run) for run in runs]
