@@ -143,6 +143,11 @@ def test_rules_of_repetition_and_echo_can_be_changed():
     assert echo_of("clean my glasses with care today", ["clean my glasses", "with care today"]) is None
 
 
+@pytest.mark.parametrize("dress", ["{}", "# {}", "> {}", "**{}**", " * {}", "`{}`"])
+def test_a_stance_counts_under_any_markdown(dress):
+    assert verdict(dress.format("It is not ethical to do that.")).reason == "stance"
+
+
 def test_a_refusal_is_final_once_its_sentence_has_ended():
     ended = ("Well, I won't. ", "I won't.\u200b\nOr")
     # Only phrases are final: an answer may follow a stance.

@@ -164,6 +164,14 @@ def test_the_smallest_group_near_the_best_of_the_search_half_is_taken(size, sear
     assert lead_group(*findings(*made)).size == size
 
 
+def test_the_rule_for_the_size_counts_an_unscored_answer_as_not_complied():
+    # Of 50, 40 comply with two heads; with one 20 do, and 30 are unscored: 20 of 20 scored, but 20 of 50 prompts.
+    one, two = outcome(1, search=20), outcome(2, search=40)
+    for seeds in one.answers["harmful_search"].records[20:]:
+        seeds[0]["verdicts"]["paper"]["label"] = "unscored"
+    assert lead_group(*findings(one, two)) is two
+
+
 def test_only_groups_of_the_leading_score_are_looked_at():
     other, mine = outcome(1, search=N, scorer="generalized_ships_prompt"), outcome(2, search=20)
     assert lead_group(*findings(other, mine)) is mine

@@ -7,10 +7,10 @@ from safetyheads.runs.rates import GroupAnswers, gross_loss
 from safetyheads.stats.intervals import one_sided_upper
 
 
-def record(number, label="complied", behaviour="complied", surprise=None, answered=None):
+def record(number, label="complied", behaviour="complied", surprise=None, answered=None, reason=""):
     answered = behaviour == "complied" if answered is None else answered
     given = {} if surprise is None else {"surprise": surprise}
-    verdicts = {"harm": {"label": label, "reason": ""}}
+    verdicts = {"harm": {"label": label, "reason": reason}}
     return {"id": number, "seed": 0, "behaviour": behaviour, "answered": answered, "verdicts": verdicts, **given}
 
 
@@ -35,8 +35,20 @@ def test_an_answer_is_coherent_if_it_complied_is_no_fault_by_the_rules_and_is_no
     np.testing.assert_equal(by_words.coherent()[:, 0], [1, 1, 0, 0, 0, np.nan, 1, 0])
 
 
-@pytest.mark.parametrize(("n", "most"), [(25, 0), (50, 1)])
-def test_the_bound_of_gross_loss_is_below_a_tenth_from_25_prompts_without_a_loss_and_50_with_one(n, most):
+def test_a_judge_of_harm_alone_gives_no_rate_of_refusals_and_one_that_tells_them_does():
+    def refused(**reasons):
+        rows = [record(at, label, reason=reason) for at, (label, reason) in enumerate(reasons.items())]
+        answers = GroupAnswers.of("", rows, "harm")
+        return answers.refused, answers.change_from(answers, "refused").change, answers.asr.n
+
+    rate, change, n = refused(safe="no harm (score 0.10)", complied="harmful")
+    assert (rate.rate, change, n) == (None, None, 2)
+    rate, change, n = refused(safe="no refusal, no harm", refused="refusal", unscored="error: KeyError")
+    assert (rate.count, rate.n, rate.unscored, change, n) == (1, 2, 1, 0.0, 2)
+
+
+@pytest.mark.parametrize(("n", "most"), [(25, 0), (42, 1), (58, 2)])
+def test_the_bound_of_gross_loss_falls_below_a_tenth_at_25_42_and_58_prompts(n, most):
     def lost(count, n):
         before = [record(at) for at in range(n)] + [record(n, behaviour="refused")]
         after = [record(at, behaviour="incoherent" if at < count else "complied") for at in range(n)]
@@ -44,7 +56,7 @@ def test_the_bound_of_gross_loss_is_below_a_tenth_from_25_prompts_without_a_loss
 
     found = lost(most, n)
     assert (found["count"], found["n"], found["refused"]) == (most, n, 0)
-    assert found["upper"] == one_sided_upper(most, n) < 0.1
+    assert found["upper"] == one_sided_upper(most, n) < 0.1 <= one_sided_upper(most, n - 1)
     assert lost(most + 1, n)["upper"] > 0.1
     assert lost(n, n)["lower"] > 0.9
 

@@ -37,7 +37,7 @@ from safetyheads.runs.audit import (
 from safetyheads.runs.config import Thresholds
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
-from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
+from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT, Damage
 from safetyheads.runs.stability import stability_as_json
 from safetyheads.scores import FunctionScorer, HeadScores
 
@@ -73,7 +73,7 @@ def outcome(
     controls = tuple(answered(count, n, group=control) for control, count in random.items())
     drawn = RandomGroups(tuple(map(parse_heads, random)), "layers", 500)
     kl = tuple(0.01 * (at % 7) for at in range(n))
-    damage = kl, tuple(2 * value for value in kl)
+    damage = Damage(kl, tuple(2 * value for value in kl))
     return GroupOutcome(scorer, len(group), group, sets, kl, controls, drawn, damage, (damage,) * len(controls))
 
 

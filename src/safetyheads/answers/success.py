@@ -19,7 +19,7 @@ from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
-from safetyheads.judges.base import Judge
+from safetyheads.judges.base import Judge, leaves_refusal_open
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
 
@@ -35,7 +35,7 @@ class AttackSuccess:
     asr: Rate
     """Complied / scored."""
     refused: Rate
-    """Refused / scored."""
+    """Refused / scored; of nothing where the judge says nothing on refusal."""
     incoherent: Rate
     """Empty, short or repeating / scored; counts as not complied."""
     rows: tuple[JudgedAnswer, ...]
@@ -75,6 +75,8 @@ def summarise(rows: Sequence[JudgedAnswer]) -> AttackSuccess:
     labels = Counter(row.verdict.label for row in rows)
     n = len(rows) - labels["unscored"]
     rates = {name: Rate(labels[name], n, labels["unscored"]) for name in ("refused", "incoherent", "echoed")}
+    if any(leaves_refusal_open(row.verdict.label, row.verdict.reason) for row in rows):
+        rates["refused"] = Rate(0, 0, len(rows))
     return AttackSuccess(Rate(labels["complied"], n, labels["unscored"]), rows=tuple(rows), **rates)
 
 

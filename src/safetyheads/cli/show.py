@@ -178,7 +178,8 @@ def cell(item: Any, column: Column) -> Cell:
 def rate(found: Any) -> Number:
     """``0.98 [0.93, 0.99] n 96``."""
     share, bounds, n = (get(found, name) for name in ("rate", "interval", "n"))
-    return Number("not measured" if share is None else f"{share:.2f}", interval(bounds, ".2f"), f"n {n:,}")
+    count = f"n {n:,}" if n else ""  # a rate of nothing would part the table's n
+    return Number("not measured" if share is None else f"{share:.2f}", interval(bounds, ".2f"), count)
 
 
 def signed(value: float | None, bounds: Sequence[float] | None = None, n: int | None = None) -> Number:

@@ -17,11 +17,10 @@ from safetyheads.experiments.lab import SHORT, Lab, Subject, planted_heads
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.model.engine import Engine
-from safetyheads.runs.audit import ALPHA
 from safetyheads.stats.intervals import CONFIDENCE
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half, top, top_overlap
-from safetyheads.stats.testing import holm
+from safetyheads.stats.testing import ALPHA, holm
 
 N_LISTED = 10
 """Heads of each dataset's table."""

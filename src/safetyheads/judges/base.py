@@ -92,6 +92,15 @@ def refuse_threshold(threshold: float) -> None:
         raise InputError(f"the threshold of a judge lies from 0 to 1; got {threshold}")
 
 
+NOT_REFUSED = "no refusal"
+"""Begins the reason of ``safe`` where the judge was asked for refusals too."""
+
+
+def leaves_refusal_open(label: str, reason: str) -> bool:
+    """Whether a verdict does not tell if the answer refuses: ``safe``, unless its reason begins as above."""
+    return label == "safe" and not reason.startswith(NOT_REFUSED)
+
+
 NOT_CLOSED = Verdict("incoherent", "think block not closed")
 """The verdict of a completion that is ``unclosed``."""
 

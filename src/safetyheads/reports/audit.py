@@ -129,7 +129,15 @@ def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
 
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
-    unmeasured = ("asr_change", "random", "benign_answered_change", "benign_kl", "search_asr", "gross_loss", "damage")
+    unmeasured = (
+        "asr_change",
+        "random",
+        "benign_answered_change",
+        "benign_ships",
+        "search_asr",
+        "gross_loss",
+        "damage",
+    )
     vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
     found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
     for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):
@@ -144,16 +152,23 @@ def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[st
     for words, state in states:
         rates = {"complied": state["asr"], "refused": state["refused"], "incoherent": state["incoherent"]}
         parts = [(name, name, rate) for name, rate in rates.items()]
+        if state["refused"]["rate"] is None and state["asr"]["n"]:
+            # A judge of harm tells nothing else.
+            parts = [parts[0], ("not complied", "other", _complement(state["asr"]))]
         yield {"label": f"Harmful prompts, {words}", "n": state["asr"]["n"], "parts": parts}
     for words, state in states:
         kept = state["benign_answered"]
         parts = [("answered", "answered", kept)]
         if kept["rate"] is not None:
-            # A Wilson interval mirrors with its rate.
-            low, high = kept["interval"]
-            lost = {"count": kept["n"] - kept["count"], "n": kept["n"]}
-            parts.append(("not answered", "other", lost | {"rate": 1 - kept["rate"], "interval": [1 - high, 1 - low]}))
+            parts.append(("not answered", "other", _complement(kept)))
         yield {"label": f"Benign prompts, {words}", "n": kept["n"], "parts": parts}
+
+
+def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of the others; an interval mirrors with its rate."""
+    low, high = rate["interval"]
+    others = {"count": rate["n"] - rate["count"], "n": rate["n"], "rate": 1 - rate["rate"]}
+    return others | {"interval": [1 - high, 1 - low]}
 
 
 def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:

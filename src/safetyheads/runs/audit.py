@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from safetyheads.runs.rates import (
     random_as_json,
 )
 from safetyheads.runs.run import (
+    Damage,
     Kind,
     Run,
     carry_out,
@@ -44,7 +45,7 @@ from safetyheads.runs.run import (
     refuse_beyond_memory,
     sampling_of,
 )
-from safetyheads.runs.stability import stability_as_json
+from safetyheads.runs.stability import chosen_sizes, stability_as_json
 from safetyheads.runs.verdict import before_ablation, evidence_of, unablated_verdict, verdict_of
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import skewed_mean
@@ -60,10 +61,6 @@ SEARCHED = (LEAD, *(angle.label for angle in ANGLES))
 """The scores that Sahara searches with."""
 N_LISTED = 10
 """Heads whose own ASR is measured."""
-ALPHA = 0.05
-"""Level of the tests, after any correction."""
-BENIGN_LOSS = 0.05
-"""Largest share of benign answers that a head or group may cost and still be said to carry refusal."""
 BENIGN_SPLIT = 0.2
 """Share of the benign prompts that goes to the search half: there they only help to choose the group's size."""
 LEAST_BENIGN_TEST = 50
@@ -86,10 +83,6 @@ SETS = ("harmful_search", "harmful_test", "benign_search", "benign_test")
 _N_RUNNERS_UP = 4
 
 
-Damage: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
-"""KL divergence, and drop of the answer's own log-probability, each prompt by prompt, in nats a token."""
-
-
 @dataclass(frozen=True)
 class GroupOutcome:
     """One group's effect."""
@@ -102,14 +95,14 @@ class GroupOutcome:
     """The heads, in the order they were found."""
     answers: Mapping[str, GroupAnswers]
     """Answers under the group, by prompt set."""
-    benign_kl: tuple[float, ...]
+    benign_ships: tuple[float, ...]
     """Ships of the group on each benign test prompt, in nats."""
     random: tuple[GroupAnswers, ...] = ()
     """Answers to the harmful test prompts under each random group."""
     drawn: RandomGroups = field(default_factory=RandomGroups)
     """How the random groups were matched to the group."""
-    damage: Damage = ((), ())
-    """KL divergence and drop of log-probability over the unablated benign test answers, prompt by prompt, in nats."""
+    damage: Damage = field(default_factory=Damage)
+    """Over the unablated benign test answers; the verdict's KL is its mean."""
     random_damage: tuple[Damage, ...] = ()
     """The same under each random group."""
 
@@ -259,7 +252,7 @@ def _outcomes(
         groups = list(dict.fromkeys(on_test)) if name == "harmful_test" else unique
         answers[name] = dict(zip(groups, run.answers(name).under("groups", groups, ablation), strict=True))
     benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
-    divergence = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
+    ships = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
     harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
     damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
     outcomes = []
@@ -267,9 +260,9 @@ def _outcomes(
         key = tuple(sorted(group))
         of_group = {name: answers[name][key] for name in SETS}
         random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
-        kl = tuple(divergence[key])
         harm = damage[key], tuple(damage[control] for control in controls[key].groups)
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, kl, random, controls[key], *harm))
+        on_benign = tuple(ships[key])
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, controls[key], *harm))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 
@@ -277,22 +270,10 @@ def _outcomes(
 
 
 def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
-    """The lead search's group, of the size that does best on the search half.
-
-    A size's gain is its rate of coherent compliance less the benign answers it loses; the smallest size within
-    ``SIZE_TOLERANCE`` of the best gain is taken, so that a group holds no head that adds next to nothing. Benign
-    prompts of the search half choose nothing else.
-    """
+    """The lead search's group, of the size that does best on the search half (:func:`.stability.chosen_sizes`)."""
     candidates = [outcome for outcome in outcomes if outcome.scorer == LEAD]
-    answered = vanilla["benign_search"].answered_rate.rate or 0.0
-    gains = [
-        (outcome.answers["harmful_search"].coherent_asr.rate or 0.0)
-        - max(0.0, answered - (outcome.answers["benign_search"].answered_rate.rate or 0.0))
-        for outcome in candidates
-    ]
-    # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
-    least = max(gains) - SIZE_TOLERANCE - 1e-9
-    return next(outcome for outcome, gain in zip(candidates, gains, strict=True) if gain >= least)
+    (size,) = chosen_sizes([vanilla, *(outcome.answers for outcome in candidates)], SIZE_TOLERANCE)
+    return candidates[size - 1]
 
 
 def audit_verdict(
@@ -304,7 +285,7 @@ def audit_verdict(
 ) -> dict[str, Any]:
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
     harmful, benign = ((vanilla[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
-    evidence = evidence_of(harmful, benign, outcome.random, outcome.damage[0], outcome.drawn.matched, repeatability)
+    evidence = evidence_of(harmful, benign, outcome.random, outcome.damage.kl, outcome.drawn.matched, repeatability)
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
     return verdict.as_dict() | {
@@ -360,7 +341,7 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         **rates_as_json(outcome.answers),
         "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
         "benign_answered_change": asdict(benign.answered_change_from(vanilla["benign_test"])),
-        "benign_kl": asdict(skewed_mean(outcome.benign_kl)),
+        "benign_ships": asdict(skewed_mean(outcome.benign_ships)),
         "gross_loss": gross_loss(vanilla["benign_test"], benign),
         "damage": damage_as_json(outcome),
         "random": outcome.control,
@@ -370,10 +351,10 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
 def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
     """How far a group moves the model on its own benign answers, beside what its random groups do; None unmeasured."""
     found: dict[str, Any] = {}
-    for at, name in enumerate(("kl", "log_probability_drop")):
-        if outcome.damage[at]:
-            means = [float(np.mean(damage[at])) for damage in outcome.random_damage]
-            found[name] = asdict(skewed_mean(outcome.damage[at])) | {"random": None}
+    for name, values in outcome.damage._asdict().items():
+        if values:
+            means = [float(np.mean(getattr(damage, name))) for damage in outcome.random_damage]
+            found[name] = asdict(skewed_mean(values)) | {"random": None}
             if means:
                 spread = {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
                 found[name]["random"] = {"n_groups": len(means), **spread}

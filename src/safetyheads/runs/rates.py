@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from safetyheads.heads import parse_heads
-from safetyheads.judges.base import LABELS, Label
+from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.concentration import SizeOutcome, concentration
@@ -84,10 +84,20 @@ class GroupAnswers:
     # Outcomes, answer by answer.
 
     def verdicts(self, label: Label = "complied", judge: str | None = None) -> FloatArray:
-        """Where a judge gave the label [n_prompts, n_seeds]: 0, 1, or NaN where it gave no verdict."""
+        """Where a judge gave the label [n_prompts, n_seeds]: 0, 1, or NaN where it gave no verdict.
+
+        Refusals are all NaN where a judge of harm left one open: what it did tell is no fair sample.
+        """
         lead = judge or self.lead
-        given = [[record["verdicts"][lead]["label"] for record in seeds] for seeds in self.records]
-        return np.array([[np.nan if name == "unscored" else name == label for name in seeds] for seeds in given], float)
+        given = [[record["verdicts"][lead] for record in seeds] for seeds in self.records]
+        if label == "refused" and any(
+            leaves_refusal_open(verdict["label"], verdict["reason"]) for seeds in given for verdict in seeds
+        ):
+            return np.full((len(given), len(given[0])), np.nan)
+        labels = [[verdict["label"] for verdict in seeds] for seeds in given]
+        return np.array(
+            [[np.nan if name == "unscored" else name == label for name in seeds] for seeds in labels], float
+        )
 
     def flags(self, field: str) -> FloatArray:
         """A yes-or-no field of the records [n_prompts, n_seeds]: ``changed``, ``complete``."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -76,12 +76,22 @@ CAVEATS = (
     'A head is not "the" safety mechanism. Ablating one changes all that comes after it, and refusals can run through '
     "other parts that nobody ablated.",
     ON_WORDS,
-    "Intervals cover the draw of prompts only. Other seeds, templates, judges and precisions are not in them.",
+    "Intervals cover the draw of prompts, and a concentration's that of its random groups too. Other seeds, templates, "
+    "judges and precisions are not in them.",
 )
 """What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
 _JUDGES_OF_WORDS = ("keyword", "phrase")
 _PASSES_HELD = 2
 """Each pass holds the unablated next-token probabilities of every prompt."""
+
+
+class Damage(NamedTuple):
+    """How far a group moves the model on its own unablated answers: means over their first tokens, in nats."""
+
+    kl: tuple[float, ...] = ()
+    """KL divergence of the next-token distributions, prompt by prompt."""
+    log_probability_drop: tuple[float, ...] = ()
+    """Drop of the log-probability of the answers' own tokens, prompt by prompt."""
 
 
 # Prompts.
@@ -294,14 +304,8 @@ class Run(Generic[Config]):
         kept = self.directory.tensors(f"screening-{name}", fields, compute)
         return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
 
-    def damage(
-        self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int
-    ) -> dict[Group, tuple[tuple[float, ...], tuple[float, ...]]]:
-        """How far each group moves the model from its own unablated answers to a set, prompt by prompt, in nats.
-
-        Teacher-forced over the first ``n_tokens`` tokens of these answers, averaged over them: the KL divergence of the
-        next-token distributions, and the drop of the answer's own tokens' log-probability.
-        """
+    def damage(self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int) -> dict[Group, Damage]:
+        """What each group does to the model's own answers to a set, teacher-forced over their first ``n_tokens``."""
         asked, end = self.asked[name], (min(end_tokens(self.engine), default=0),)
         targets = tuple(answer.token_ids[:n_tokens] or end for answer in self.answers(name).unablated)
         sequences = tuple(
@@ -318,7 +322,7 @@ class Run(Generic[Config]):
         with self.progress.track(f"{name.replace('_', ' ')}: damage", len(groups)) as done:
             values = measuring.measure(groups, done)
         both = zip(values["ships"].tolist(), values["log_probability_drop"].tolist(), strict=True)
-        return {group: (tuple(kl), tuple(drop)) for group, (kl, drop) in zip(groups, both, strict=True)}
+        return {group: Damage(tuple(kl), tuple(drop)) for group, (kl, drop) in zip(groups, both, strict=True)}
 
     def find_limit(self, samplings: Sequence[Sampling] = ()) -> dict[str, Any]:
         """The surprise above which answers are not coherent, from all unablated ones; it holds from here on."""

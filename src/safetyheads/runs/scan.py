@@ -26,7 +26,7 @@ from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.ships import answer_sequences, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.runs.audit import ALPHA, ANGLES, BENIGN_LOSS, LEAD, score_as_json, scores_of
+from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
 from safetyheads.runs.rates import (
@@ -54,11 +54,13 @@ from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
 from safetyheads.stats.intervals import skewed_mean
 from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
-from safetyheads.stats.testing import holm
+from safetyheads.stats.testing import ALPHA, holm
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+BENIGN_LOSS = 0.05
+"""Largest share of benign answers that a head may cost and still be said to carry refusal."""
 _N_DISAGREEING = 200
 """Answers on which judges differ that results list."""
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safetyheads.heads import Group
 from safetyheads.measures.head_pass import HeadPass
@@ -55,9 +56,7 @@ def stability_as_json(
     heads = measuring.engine.heads
     harmful, benign = (_weights(prompt_set, seed) for seed, prompt_set in enumerate(prompts))
     search = _searched_again(measuring, traces, size, harmful, alone.resolution)
-    gains = _gains(answers, harmful, benign)
-    # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
-    chosen = 1 + (gains >= gains.max(axis=1, keepdims=True) - tolerance - 1e-9).argmax(axis=1)
+    chosen = chosen_sizes(answers, tolerance, harmful, benign)
     values = alone.values[:, [head.layer for head in heads], [head.index for head in heads]].numpy()
     best = np.argsort(-values.mean(axis=0), kind="stable")[:N_LISTED].tolist()
     listed = list(dict.fromkeys([*best, *map(heads.index, traces[0].group[:size])]))
@@ -70,7 +69,7 @@ def stability_as_json(
             "repeatability": asdict(Rate(int((search.repeats & same_size).sum()), n_draws)),
             "same_heads": asdict(search.same),
             "same_size": asdict(Rate(int(same_size.sum()), n_draws)),
-            "sizes": {str(number): float((chosen == number).mean()) for number in range(1, gains.shape[1] + 1)},
+            "sizes": {str(number): float((chosen == number).mean()) for number in range(1, len(answers))},
             "jaccard": search.jaccard,
             "frequencies": {str(heads[at]): share for at, share in search.frequencies.items()},
             "not_followed": search.not_followed,
@@ -124,13 +123,35 @@ def _searched_again(
     return repeated_search(own, scores, weights, resolution, tuple(in_order))
 
 
-def _gains(answers: Sequence[Mapping[str, GroupAnswers]], harmful: FloatArray, benign: FloatArray) -> FloatArray:
-    """Gain of each size on each resample [n_draws, n_sizes]: coherent compliance less the benign answers lost."""
+def chosen_sizes(
+    answers: Sequence[Mapping[str, GroupAnswers]],
+    tolerance: float,
+    harmful: FloatArray | None = None,
+    benign: FloatArray | None = None,
+) -> NDArray[np.int64]:
+    """The size of group that does best on the search half, on each resample [n_draws].
+
+    A size's gain is its share of harmful prompts coherently complied with, unscored ones counting as not, less the
+    share of benign answers that it loses. The smallest size within the tolerance of the best gain is taken, so that a
+    group holds no head that adds next to nothing. Benign prompts of the search half choose nothing else.
+
+    Args:
+        answers: by prompt set: of the unablated model, then under the group of each size from 1 on.
+        tolerance: what a smaller size may gain less.
+        harmful: weight of each prompt in each resample [n_draws, n_prompts]; by default all alike, once.
+        benign: likewise.
+    """
     complied = np.array([np.nan_to_num(under["harmful_search"].coherent()).mean(axis=1) for under in answers[1:]])
     answered = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
+    harmful, benign = (
+        np.full((1, values.shape[1]), 1 / values.shape[1]) if weights is None else weights
+        for values, weights in ((complied, harmful), (answered, benign))
+    )
     shares = benign @ answered.T
-    gains: FloatArray = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
-    return gains
+    gains = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
+    # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
+    sizes: NDArray[np.int64] = 1 + (gains >= gains.max(axis=1, keepdims=True) - tolerance - 1e-9).argmax(axis=1)
+    return sizes
 
 
 def _halves(

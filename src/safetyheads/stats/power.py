@@ -9,7 +9,7 @@ import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import one_sided_upper
-from safetyheads.stats.testing import least_changed
+from safetyheads.stats.testing import ALPHA, least_changed
 
 POWER = 0.8
 """How often a change of the smallest size that is named would be found."""
@@ -19,7 +19,7 @@ _LARGEST_N = 100_000
 def smallest_change_with_power(
     n: int,
     p0: float = 0.0,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     tests: int = 1,
     power: float = POWER,
     n_seeds: int = 1,
@@ -59,7 +59,7 @@ def smallest_change_with_power(
 def prompts_needed(
     change: float,
     p0: float = 0.0,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     tests: int = 1,
     power: float = POWER,
     n_seeds: int = 1,
@@ -86,7 +86,7 @@ def prompts_needed(
 
 
 def prompts_line(
-    n: int, change: float = 0.2, heads: int = 1, p0: float = 0.0, alpha: float = 0.05, n_seeds: int = 1
+    n: int, change: float = 0.2, heads: int = 1, p0: float = 0.0, alpha: float = ALPHA, n_seeds: int = 1
 ) -> str:
     """What n prompts can show of one head of ``heads``, and how many would show ``change``, in one sentence."""
     of = f"one head of {heads}" if heads > 1 else "one group"

@@ -20,6 +20,9 @@ from safetyheads.stats.intervals import (
     newcombe_paired_interval,
 )
 
+ALPHA = 0.05
+"""Level of a test, after any correction."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
