@@ -88,7 +88,7 @@ def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
 
 def test_the_package_holds_every_checkpoint_that_it_names_and_no_other():
     assert {path.name for path in demo.CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
-    with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are base, aligned_a"):
+    with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are aligned_a, aligned_b"):
         demo.checkpoint_path("aligned_c")
 
 

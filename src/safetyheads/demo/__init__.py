@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
-from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
+from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
 from safetyheads.prompts.sets import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""Directory of the checkpoints in the package."""
 
 PLANTS: dict[str, Mapping[Category, Head]] = {
     "base": {},
@@ -44,9 +41,7 @@ CHECKPOINT_NAMES: tuple[str, ...] = tuple(name for name in PLANTS if not name.en
 
 def checkpoint_path(name: str) -> Path:
     """The directory of a shipped checkpoint, which loads like any local Hugging Face checkpoint."""
-    if name not in CHECKPOINT_NAMES:
-        raise InputError(f"no demo checkpoint {name!r}; known are {', '.join(CHECKPOINT_NAMES)}")
-    return CHECKPOINTS / name
+    return Path(find_model(f"{DEMO}:{name}")[0])
 
 
 def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None = None) -> PromptSet:

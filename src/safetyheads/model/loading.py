@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +23,8 @@ from safetyheads.errors import InputError, UnsupportedModelError, first_line, on
 from safetyheads.files import read_json
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device
+from safetyheads.model.gguf_files import gguf_file, mend_splitting, read_header
+from safetyheads.model.names import find_model
 from safetyheads.model.options import DTYPES, LoadOptions
 from safetyheads.model.planning import allowed_memory, is_out_of_memory
 
@@ -60,7 +62,7 @@ _NONSENSE = (TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 def load_model(
     path: str, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None, int | None]:
-    """Load a checkpoint as the options say, not yet proved.
+    """Load a checkpoint, or a model by a name of ours, as the options say; not yet proved.
 
     Returns:
         The model on eager attention, its tokenizer, its adapter, and the bytes that batches may take beside the
@@ -70,23 +72,18 @@ def load_model(
         InputError: it cannot be loaded; the message is one line.
         UnsupportedModelError: no ablation can be put into its attention.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import find_adapter_config_file
-
     if options.device_map is not None:
         _refuse_places(options.device_map)
     place = choose_device(options.device)
-    # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
-    if not os.path.exists(path):
-        look_at_hub(path)
-    elif not os.path.isdir(path):
-        raise InputError(f"{path} is a file; a model is a directory with config.json and weights, or a hub id")
-    if find_adapter_config_file(path) is not None:  # transformers would take it in without a word
-        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
-    if os.path.isdir(path):
-        _look_at_directory(Path(path), options)
+    name = path
+    path, own_adapter = find_model(name)
+    if own_adapter is not None and options.adapter is not None:
+        raise InputError(f"{name} has an adapter of its own, so --adapter cannot go on it")
+    file = _look_at(path, options)
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
-    model = _read_model(path, options, place)
+    if own_adapter is not None:
+        adapter = replace(find_adapter(own_adapter), name=name)
+    model = _read_model(path, options, place, file)
     if adapter is not None:
         put_on(model, adapter, path)
     refuse_broken_weights(model, path)
@@ -97,14 +94,7 @@ def load_model(
             f"{model.config.model_type}: {type(model).__name__} computes attention without transformers' attention "
             "registry, so no ablation can be put into it"
         )
-    # Fine-tunes bring their chat template with their tokenizer.
-    source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
-    except (*UNREADABLE, *_NONSENSE) as error:
-        if os.path.isdir(source) and not _has_tokenizer(Path(source)):
-            raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
-        raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+    tokenizer = _read_tokenizer(path, options, file, adapter)
     budget = None if options.memory is None else int(options.memory * 2**30)
     places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
     if budget is None and len(places) > 1:  # the fullest of several devices
@@ -121,6 +111,29 @@ def use_our_attention(model: PreTrainedModel) -> None:
 
 
 # Reading a checkpoint
+
+
+def _look_at(path: str, options: LoadOptions) -> Path | None:
+    """Refuse what cannot be a checkpoint, before anything is read into memory; the GGUF file, where it is one."""
+    from transformers.utils import find_adapter_config_file
+
+    # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
+    if os.path.exists(path):
+        if options.revision is not None:
+            raise InputError(f"{path} is on this machine; --revision chooses a version of a model on the hub")
+        if (file := gguf_file(path)) is not None:
+            return file
+        if not os.path.isdir(path):
+            raise InputError(
+                f"{path} is a file; a model is a directory with config.json and weights, a GGUF file, or a hub id"
+            )
+    else:
+        look_at_hub(path, options.revision)
+    if find_adapter_config_file(path, revision=options.revision) is not None:  # transformers would take it in silently
+        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
+    if os.path.isdir(path):
+        _look_at_directory(Path(path), options)
+    return None
 
 
 def _look_at_directory(path: Path, options: LoadOptions) -> None:
@@ -152,35 +165,47 @@ def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequ
     return directory / file
 
 
-def look_at_hub(name: str) -> None:
+def look_at_hub(name: str, revision: str | None = None) -> None:
     """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
-        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
-            return
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+        for file in ("config.json", "adapter_config.json"):
+            if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+                return
+        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id") from None
     except (client_error, OSError) as error:
         why = f"the hub cannot be reached ({first_line(error)})"
         if isinstance(error, RepositoryNotFoundError):
-            why = "no such model on the hub that you may read"
+            why = "no such model on the hub that you may read (private and gated ones need a token in HF_TOKEN)"
+        elif isinstance(error, RevisionNotFoundError):
+            why = f"the model on the hub has no revision {revision}"
         elif isinstance(error, HfHubHTTPError):
             why = f"the hub answers: {first_line(error)}"
         raise InputError(f"{name}: no such directory, and {why}") from error
 
 
-def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrainedModel:
+def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    quantised = False
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    folder, quantised = path, False
+    if file is not None:
+        folder, header = str(file.parent), read_header(file)
+        source["gguf_file"] = file.name
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, **source)
         parts = (config, config.get_text_config(decoder=True))
         quantised = any(getattr(part, "quantization_config", None) is not None for part in parts)
     except UNREADABLE:
@@ -188,8 +213,8 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     except _NONSENSE as error:
         raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
     arguments: dict[str, Any] = {
+        **source,
         "attn_implementation": "eager",
-        "trust_remote_code": options.trust_remote_code,
         # None lets transformers fall back to pickles, False would prefer them.
         "use_safetensors": None if options.allow_pickle else True,
         # Kernels of a quantisation were made for one dtype, and quantised weights are not moved after loading.
@@ -200,8 +225,10 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     elif quantised:
         arguments["device_map"] = {"": str(place)}
         _refuse_places(arguments["device_map"])
+    if file is not None:  # plain numbers in memory, so that everything works on them
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except (*UNREADABLE, *_NONSENSE, SafetensorError, RuntimeError) as error:
         said = next((said for words, said in _MEANINGS.items() if words in str(error)), None)
         if said is not None:
@@ -212,6 +239,8 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
         if isinstance(error, RuntimeError) and (not quantised or is_out_of_memory(error)):
             raise
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    if file is not None:
+        model.config.safetyheads_quantisation = header[0]
     if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
         model = model.to(getattr(torch, options.dtype))  # its quantisation ended with loading: plain numbers again
     missing = sorted(report["missing_keys"])
@@ -221,6 +250,29 @@ def _read_model(path: str, options: LoadOptions, place: torch.device) -> PreTrai
     if str(model.dtype).removeprefix("torch.") not in DTYPES:
         raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES[:-1])}")
     return model
+
+
+def _read_tokenizer(
+    path: str, options: LoadOptions, file: Path | None, adapter: Adapter | None
+) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer where it brings one, as fine-tunes do with their chat template, else the model's."""
+    from transformers import AutoTokenizer
+
+    source = path if file is None else str(file.parent)
+    arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    if adapter is not None and adapter.has_tokenizer:
+        source, file = str(adapter.directory), None
+    if file is not None:
+        arguments["gguf_file"] = file.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    except (*UNREADABLE, *_NONSENSE) as error:
+        if file is None and os.path.isdir(source) and not _has_tokenizer(Path(source)):
+            raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
+        raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+    if file is not None:
+        mend_splitting(tokenizer, read_header(file)[1])
+    return tokenizer
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -278,6 +330,11 @@ def quantisation(model: PreTrainedModel) -> str | None:
     """The method, such as ``bitsandbytes`` or ``gptq``; None where weights are plain numbers."""
     method = getattr(model, "quantization_method", None)
     return str(getattr(method, "value", method)) if is_quantised(model) else None
+
+
+def dequantised(model: PreTrainedModel) -> str | None:
+    """How the file was quantised that plain weights were made from, such as ``dequantised GGUF (210 Q4_1, ...)``."""
+    return getattr(model.config, "safetyheads_quantisation", None)
 
 
 def rounds_activations(model: PreTrainedModel) -> bool:
@@ -506,7 +563,7 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
         and not _BESIDE_TEXT.search(name)
         and not is_further(name)
         and (not is_quantised or name.rpartition(".")[2] in _PLAIN_TENSORS)
-        and not _is_bias_of_zeros(path, name)
+        and not _is_bias_of_zeros(model, path, name)
     ]
     if unused:
         raise InputError(
@@ -515,14 +572,15 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
         )
 
 
-def _is_bias_of_zeros(path: str, name: str) -> bool:
+def _is_bias_of_zeros(model: PreTrainedModel, path: str, name: str) -> bool:
     """Whether a tensor is one of the biases of zeros that some tools write for every projection."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    if not name.endswith(".bias"):
+    if not name.endswith(".bias") or dequantised(model) is not None:
         return False
-    for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
+    commit = getattr(model.config, "_commit_hash", None)
+    for file in Path(str(cached_file(path, "config.json", revision=commit))).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118, since it is no dict
                 return not bool(tensors.get_tensor(name).any())

@@ -39,6 +39,8 @@ class LoadOptions:
     """Run Python code that the checkpoint brings."""
     allow_pickle: bool = False
     """Read pickled weights, which can run code when read."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; HF_TOKEN in the environment opens private and gated ones."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

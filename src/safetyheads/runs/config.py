@@ -56,7 +56,7 @@ class ModelOptions(LoadOptions, Options):
 
     PANEL: ClassVar[str] = "Model"
     model: str
-    """Directory or hub id; demo:NAME is an embedded checkpoint."""
+    """Directory, GGUF file, hub id, smollm2 (after safetyheads fetch smollm2), smollm2:NAME or demo:NAME."""
     _: KW_ONLY
     threads: int | None = None
     """CPU threads to use."""

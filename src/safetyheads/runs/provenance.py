@@ -17,7 +17,7 @@ from safetyheads.answers.decoding import settings_not_followed
 from safetyheads.errors import InputError
 from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
-from safetyheads.model.loading import device_layout, quantisation
+from safetyheads.model.loading import dequantised, device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
 from safetyheads.prompts.sets import PromptSet
 
@@ -61,10 +61,12 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
 
 
 def loading_facts(engine: Engine) -> dict[str, Any]:
-    """Adapter and quantisation of the model; empty where there is neither."""
-    adapter, method = engine.adapter, quantisation(engine.model)
+    """Adapter, quantisation and commit on the hub of the model; empty where there is none."""
+    adapter, method = engine.adapter, quantisation(engine.model) or dequantised(engine.model)
     dtype = str(engine.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {} if method is None else {"quantisation": method, "dtype": dtype}
+    commit = getattr(engine.model.config, "_commit_hash", None)
+    facts |= {} if commit is None else {"commit": commit}
     if adapter is not None:
         name = canonical_name(adapter.name)
         facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
@@ -88,7 +90,7 @@ def model_facts(engine: Engine, name: str) -> dict[str, Any]:
     facts, by_layer = engine.architecture, heads_by_layer(engine)
     layers_differ = len({n_heads for n_heads in by_layer if n_heads}) > 1
     return {
-        "name": name if engine.adapter is None else f"{name} + {engine.adapter.name}",
+        "name": name if engine.adapter is None or engine.adapter.name == name else f"{name} + {engine.adapter.name}",
         "family": facts.family,
         "n_layers": facts.n_layers,
         "n_heads": facts.n_heads,

