@@ -79,8 +79,8 @@ def mend_splitting(tokenizer: PreTrainedTokenizerBase, rule: str | None) -> None
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif rule not in (None, *_AS_GPT2) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         warnings.warn(
-            f"the GGUF file splits text by the rule {rule!r}, which is not known here: some tokens may differ from those "
-            "the model was trained with",
+            f"the GGUF file splits text by the rule {rule!r}, which is not known here: some tokens may differ from "
+            "those the model was trained with",
             TokenizerWarning,
             stacklevel=2,
         )
