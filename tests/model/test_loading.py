@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,44 @@ def test_a_family_that_transformers_ships_is_loaded_by_its_code_whatever_the_che
     change(place, model_type="of_its_own")
     assert "of_its_own" not in CONFIG_MAPPING
     assert refusal(place) == "M brings its own Python code; to run that code, give --trust-remote-code"
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that has nothing; gives what it was asked: path and authorization."""
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound" if "revision" in self.path else "RepoNotFound")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub_is_asked_for_the_revision_with_the_token_of_the_environment(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    said = refusal("nobody/model", revision="v2")
+    assert said == "M: no such directory, and the model on the hub has no revision v2"
+    assert ("/api/models/nobody/model/revision/v2", "Bearer hf_secret") in hub
+    assert "private and gated ones need a token in HF_TOKEN" in refusal("nobody/model")
+
+
+def test_a_revision_is_of_a_model_on_the_hub(place):
+    assert "--revision chooses a version of a model on the hub" in refusal(place, revision="v2")
 
 
 # Tokens

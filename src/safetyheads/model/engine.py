@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Engine:
         memory_budget: int | None = None,
         token_budget: int | None = None,
     ) -> None:
-        """Wrap a model that already runs on our attention; users call :meth:`load`.
+        """Take a model that already runs on our attention; users call :meth:`load` or :meth:`wrap`.
 
         All quick paths are taken until :meth:`check` proves them. ``token_budget`` is the most tokens in a batch; by
         default what fits the memory.
@@ -89,6 +89,8 @@ class Engine:
         self.weights_version = object()
         self._token_budget = token_budget
         self._proved_length: int | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self._closed = False
         self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
 
     @classmethod
@@ -115,6 +117,52 @@ class Engine:
         else:
             use_our_attention(engine.model)
         return engine
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "", memory: float | None = None) -> Self:
+        """Prove a model that is in memory, for a notebook or a training loop; :meth:`close` puts it back as it was.
+
+        Until then the model is in evaluation mode and on our attention. Whatever changes its weights meanwhile goes
+        into :meth:`weights_changed`, or wrap it anew: what was measured before belongs to the old weights.
+
+        Example:
+            >>> with Engine.wrap(model, tokenizer) as engine: ...
+
+        Args:
+            model: a transformers model, or a peft model around one.
+            tokenizer: its tokenizer.
+            name: what results call it; by default as its config says.
+            memory: most GiB that batches may take beside the weights; half of what is free by default.
+
+        Raises:
+            InputError: it is compiled, spread over processes, no transformers model, or broken.
+            UnsupportedModelError: a proof failed; the message names it. The model is as it was.
+        """
+        from safetyheads.model.loading import borrow
+
+        budget = LoadOptions(memory=memory).memory_bytes
+        model, restore = borrow(model, tokenizer)
+        try:
+            engine = cls(model, tokenizer, name, memory_budget=budget)
+            engine._restore = restore
+            engine.check()
+        except BaseException:
+            restore()
+            raise
+        return engine
+
+    def close(self) -> None:
+        """Put a wrapped model back as it was: its attention function, training mode and gradients. Engines end here."""
+        if not self._closed:
+            with self._taken():
+                self._closed = True
+            self._restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check(self, longest: int = 64) -> CheckReport:
         """Prove the engine on this model, for rows of up to ``longest`` tokens, and adopt what was proved.
@@ -234,6 +282,8 @@ class Engine:
     def _taken(self) -> Iterator[None]:
         """Within, nobody else may ablate the model, or prove it."""
         with _exclusive:
+            if self._closed:
+                raise SafetyheadsError("the engine is closed; wrap the model anew")
             if getattr(self.model, "_safetyheads_ablated", False):
                 raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
             self.model._safetyheads_ablated = True

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line
 from safetyheads.files import read_json
 from safetyheads.model import attention
-from safetyheads.model.architecture import hooked_device
+from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.gguf_files import gguf_file, mend_splitting, read_header
 from safetyheads.model.names import find_model
 from safetyheads.model.options import DTYPES, LoadOptions
@@ -43,6 +43,8 @@ _MEANINGS = {
     "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
 }
 _MEMORY_SHARE = 0.5
+# Where wrappers keep the model: torch.compile, DistributedDataParallel and its kin.
+_WRAPPERS = ("_orig_mod", "module")
 # Seconds to wait for the hub's first answer.
 _HUB_TIMEOUT = 10.0
 # Methods that keep activations as they are, and how the config of one that does so now and then says it.
@@ -89,17 +91,72 @@ def load_model(
     refuse_broken_weights(model, path)
     if options.device_map is None and not is_quantised(model):
         model = model.to(place)
+    _refuse_own_attention(model)
+    tokenizer = _read_tokenizer(path, options, file, adapter)
+    budget = options.memory_bytes
+    places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
+    if budget is None and len(places) > 1:  # the fullest of several devices
+        budget = min(allowed_memory(torch.device(place), None, _MEMORY_SHARE) for place in places)
+    return model.eval(), tokenizer, adapter, budget
+
+
+def borrow(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Callable[[], None]]:
+    """Take a model in memory for proofs, in evaluation mode; gives it and what puts it back as it was.
+
+    Raises:
+        InputError: it is nothing that can be proved.
+        UnsupportedModelError: no ablation can be put into its attention.
+    """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if hasattr(model, "active_peft_config"):
+        if model.active_peft_config.is_prompt_learning:
+            raise InputError("the adapter adds virtual tokens and changes no module, so it cannot be proved")
+        model = model.get_base_model()  # peft put its factors into the modules of this one
+    kind, why = type(model).__name__, None
+    if not isinstance(model, PreTrainedModel):
+        inner = next((f"; give the model inside it, its .{name}" for name in _WRAPPERS if hasattr(model, name)), "")
+        raise InputError(f"a {kind} is no transformers model{inner}")
+    parameters = list(model.parameters())
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        why = f"a {type(tokenizer).__name__} is no tokenizer of transformers"
+    elif any(module._compiled_call_impl is not None for module in model.modules()):
+        why = f"the {kind} is compiled, and compiled code does not see an ablation; wrap it before it is compiled"
+    elif any(type(parameter).__name__ == "DTensor" for parameter in parameters):
+        why = f"the weights of the {kind} are spread over processes"
+    elif str(model.dtype).removeprefix("torch.") not in DTYPES:
+        why = f"the {kind} is in {model.dtype}; known are {', '.join(DTYPES[:-1])}"
+    elif (device := input_device(model)).type not in ("cpu", "cuda"):
+        why = f"the {kind} is on {device}; ablations are proved on cpu and cuda"
+    if why is not None:
+        raise InputError(why)
+    _refuse_own_attention(model)
+    refuse_broken_weights(model, f"the {kind}")
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for config in list(configs.values()):
+        configs |= {id(part): part for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    functions = [(config, config._attn_implementation) for config in configs.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in parameters]
+
+    def restore() -> None:
+        for config, function in functions:
+            config._attn_implementation_internal = function
+        for module, mode in modes:
+            module.training = mode
+        for parameter, asks in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(asks)
+        vars(model).pop("_safetyheads_ablated", None)
+
+    return model.eval(), restore
+
+
+def _refuse_own_attention(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{model.config.model_type}: {type(model).__name__} computes attention without transformers' attention "
             "registry, so no ablation can be put into it"
         )
-    tokenizer = _read_tokenizer(path, options, file, adapter)
-    budget = None if options.memory is None else int(options.memory * 2**30)
-    places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
-    if budget is None and len(places) > 1:  # the fullest of several devices
-        budget = min(allowed_memory(torch.device(place), None, _MEMORY_SHARE) for place in places)
-    return model.eval(), tokenizer, adapter, budget
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
@@ -350,7 +407,7 @@ def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:
     method = quantisation(model)
     if method is not None:
         raise InputError(f"{name} is quantised ({method}); {does} plain weights only")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise InputError(f"{name} has an adapter on it; {does} plain weights only, so merge it first")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{name} is offloaded; {does} weights in memory only")
@@ -602,6 +659,12 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
                 )
             value = stored[attribute]
         yield from _plain(name, value)
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # what adapters do besides their weights
+            settings = [
+                getattr(module, setting, None) for setting in ("scaling", "active_adapters", "disable_adapters")
+            ]
+            yield name, str(settings)
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor | str]]:

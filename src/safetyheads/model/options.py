@@ -42,6 +42,11 @@ class LoadOptions:
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; HF_TOKEN in the environment opens private and gated ones."""
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory in bytes."""
+        return None if self.memory is None else int(self.memory * 2**30)
+
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
