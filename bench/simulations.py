@@ -13,9 +13,9 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
 from safetyheads.stats.intervals import FloatArray, clustered_rate, skewed_mean, wilson_interval
 from safetyheads.stats.power import smallest_change_with_power
+from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
 from safetyheads.stats.testing import (
     exact_mcnemar,
     holm,

@@ -23,13 +23,13 @@ from rich.table import Table
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from safetyheads.judges import refusals
-from safetyheads.judges.phrases import plain
+from safetyheads.judges import refusal_wording
+from safetyheads.judges.phrase_judge import plain
 from safetyheads.stats.intervals import Rate
 
 N_NGRAMS, LEAST_ANSWERS, STRENGTH = 2000, 3, 20.0
 """N-grams kept, answers that one must be in, and the inverse strength of the L2 penalty."""
-PACKAGED = Path(refusals.__file__).parents[1] / "data" / "judges" / "refusal_ngrams.json"
+PACKAGED = Path(refusal_wording.__file__).parents[1] / "data" / "judges" / "refusal_ngrams.json"
 
 
 def read(path: Path) -> pandas.DataFrame:
@@ -45,7 +45,7 @@ def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, floa
 
     def fit(vocabulary: Sequence[str] | None) -> tuple[TfidfVectorizer, LogisticRegression]:
         vectorizer = TfidfVectorizer(
-            analyzer=refusals.ngrams, sublinear_tf=True, min_df=LEAST_ANSWERS, vocabulary=vocabulary
+            analyzer=refusal_wording.ngrams, sublinear_tf=True, min_df=LEAST_ANSWERS, vocabulary=vocabulary
         )
         features = vectorizer.fit_transform(texts)
         regression = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=5000)
@@ -61,9 +61,12 @@ def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, floa
 
 def judged(texts: Sequence[str]) -> NDArray[np.bool_]:
     """Whether the phrases judge reads each plain text as a refusal, with the classifier that is set."""
-    phrases = refusals.REFUSAL_PHRASES
+    phrases = refusal_wording.REFUSAL_PHRASES
     return np.array(
-        [(refusals.refusing_phrase(text, phrases) or refusals.worded_refusal(text)) is not None for text in texts]
+        [
+            (refusal_wording.refusing_phrase(text, phrases) or refusal_wording.worded_refusal(text)) is not None
+            for text in texts
+        ]
     )
 
 
@@ -71,7 +74,7 @@ def fold(name: str, answers: Mapping[str, pandas.DataFrame]) -> tuple[Rate, Rate
     """Recall and precision on one model's answers by what the others' taught; partial refusals read as refusals."""
     intercept, rows = train(pandas.concat(other for key, other in answers.items() if key != name))
     learned = intercept, {ngram: (idf, weight) for ngram, idf, weight in rows}
-    refusals._ngrams = lambda: learned  # type: ignore[assignment]
+    refusal_wording._ngrams = lambda: learned  # type: ignore[assignment]
     says, label = judged(answers[name]["text"].tolist()), answers[name]["label"].to_numpy()
     right, partial = int((says & (label == "2")).sum()), label == "3"
     recall, precision = Rate(right, int((label == "2").sum())), Rate(right, int((says & ~partial).sum()))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.heads import Head, parse_heads
-from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
         query_level_groups as query_level_groups,
         scan_attack_success_rate as scan_attack_success_rate,
     )
-    from safetyheads.baselines.attention_swap import swapped_attention as swapped_attention
+    from safetyheads.model.attention_swap import swapped_attention as swapped_attention
     from safetyheads.demo import Demo as Demo, load_demo as load_demo
     from safetyheads.judges.base import Completion as Completion, Judge as Judge, Verdict as Verdict
     from safetyheads.judges.keywords import KeywordJudge as KeywordJudge
     from safetyheads.judges.named import judge_named as judge_named
-    from safetyheads.judges.phrases import PhraseJudge as PhraseJudge
+    from safetyheads.judges.phrase_judge import PhraseJudge as PhraseJudge
     from safetyheads.measures.head_pass import Score as Score
     from safetyheads.measures.sahara import rank_heads as rank_heads, sahara as sahara
     from safetyheads.measures.screening import Extent as Extent
-    from safetyheads.measures.ships import (
+    from safetyheads.measures.scorers import (
         Opener as Opener,
         Rescored as Rescored,
         generalized_ships as generalized_ships,
@@ -67,16 +67,16 @@ _NAMES = {
         "query_level_groups",
         "scan_attack_success_rate",
     ),
-    "baselines.attention_swap": ("swapped_attention",),
+    "model.attention_swap": ("swapped_attention",),
     "demo": ("Demo", "load_demo"),
     "judges.base": ("Completion", "Judge", "Verdict"),
     "judges.keywords": ("KeywordJudge",),
     "judges.named": ("judge_named",),
-    "judges.phrases": ("PhraseJudge",),
+    "judges.phrase_judge": ("PhraseJudge",),
     "measures.sahara": ("rank_heads", "sahara"),
     "measures.screening": ("Extent",),
     "measures.head_pass": ("Score",),
-    "measures.ships": (
+    "measures.scorers": (
         "Opener",
         "Rescored",
         "generalized_ships",

@@ -21,13 +21,13 @@ from safetyheads.answers.success import answers_under, attack_success_rate, scan
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES
-from safetyheads.measures.ships import openers_of
+from safetyheads.measures.scorers import openers_of
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.runs.config import ScanConfig, Silent
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.rejudge import rejudge
-from safetyheads.runs.scan import run_scan
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import pytest
 import simulations
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo
-from safetyheads.measures.ships import ships
+from safetyheads.measures.scorers import ships
 
 
 def test_the_least_coverage_of_wilson_is_what_the_documents_say():

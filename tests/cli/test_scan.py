@@ -7,7 +7,7 @@ from operator import itemgetter
 import pytest
 from own_judges import SEEN
 
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")

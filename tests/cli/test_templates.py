@@ -11,11 +11,11 @@ from safetyheads import InputError, Template, load_demo
 from safetyheads.cli import show
 from safetyheads.errors import SafetyheadsError
 from safetyheads.model.engine import Engine
+from safetyheads.runs.check import describe_prompt
 from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.model_check import describe_prompt
+from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.run import resolved
-from safetyheads.runs.scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara
 
 pytestmark = pytest.mark.usefixtures("own_folder")

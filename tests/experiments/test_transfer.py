@@ -9,7 +9,7 @@ from experiment_runs import OWN, figure_of, points, rows
 from safetyheads import UNDIFFERENTIATED_ATTENTION as UA
 from safetyheads.experiments.transfer import _changes, settled_from
 from safetyheads.heads import parse_heads
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 
 
 def test_one_head_serves_its_own_category_three_serve_all_and_those_of_one_ablation_serve_the_other(outcome_of):

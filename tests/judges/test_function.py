@@ -9,7 +9,7 @@ import pytest
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.function import CallableJudge, judge_from_path, judge_of_chats
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 
 ANSWERS = ("Warm the oil.", "Add the onions.", "Stir.")
 
@@ -104,7 +104,7 @@ def test_it_names_its_function_and_its_threshold_is_its_own():
 
 def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_it_is(own_folder, monkeypatch):
     Path("onion_judge.py").write_text(
-        "from safetyheads.judges.phrases import PhraseJudge\n"
+        "from safetyheads.judges.phrase_judge import PhraseJudge\n"
         "judge = PhraseJudge('ready')\n"
         "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n"
     )

@@ -29,6 +29,7 @@ from safetyheads.errors import SafetyheadsError
 from safetyheads.heads import all_heads
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import score_heads
+from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import (
     Extent,
     Lineariser,
@@ -42,7 +43,6 @@ from safetyheads.measures.screening import (
     screen,
     screened_sahara,
 )
-from safetyheads.measures.ships import scorer_of
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence

@@ -10,7 +10,7 @@ import pytest
 
 from safetyheads.errors import InputError
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, Benchmark, cache_directory
-from safetyheads.prompts.sets import Prompt, PromptSet, builtin_benign
+from safetyheads.prompts.prompt_set import Prompt, PromptSet, builtin_benign
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

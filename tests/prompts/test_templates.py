@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.keywords import KeywordJudge
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.prompts.templates import FORMS, Template
 
 quick = settings(deadline=None, max_examples=50)

@@ -19,7 +19,7 @@ from safetyheads.demo import load_demo
 from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, ScanConfig
-from safetyheads.runs.scan import run_scan
+from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.single_steps import run_asr
 
 demo, both = ("demo:aligned_a", "demo"), ("paper", "phrases")

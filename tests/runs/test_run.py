@@ -20,17 +20,17 @@ from safetyheads import (
 )
 from safetyheads.judges import named
 from safetyheads.judges.function import CallableJudge
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.runs import check
 from safetyheads.runs import kept_answers as kept_module
-from safetyheads.runs import model_check
 from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.run import ON_WORDS, estimate, estimate_pass, refuse_beyond_memory
-from safetyheads.runs.scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
@@ -115,7 +115,7 @@ def test_what_a_checkpoint_asks_of_generation_and_is_not_done_is_in_warnings_man
     assert "repetition_penalty 1.2, suppress_tokens (3)" in line
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["config"]["generation_settings_not_followed"] == settings
-    found = model_check.describe(organism.engine, CheckConfig(MODEL), None, Silent())
+    found = check.describe(organism.engine, CheckConfig(MODEL), None, Silent())
     assert found["generation_settings_not_followed"] == settings
     assert line in found["notes"]
 

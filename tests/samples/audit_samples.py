@@ -16,8 +16,8 @@ import torch
 from safetyheads.heads import Group, all_heads, format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.ships import Opener
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.measures.scorers import Opener
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import (
     LEAD,
     SCORE_LABELS,

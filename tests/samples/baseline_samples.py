@@ -18,7 +18,7 @@ from safetyheads.answers.success import attack_success_rate
 from safetyheads.baselines.base import Material
 from safetyheads.baselines.linear_layers import linear_layers
 from safetyheads.demo import demo_prompts
-from safetyheads.measures.ships import openers_of
+from safetyheads.measures.scorers import openers_of
 from safetyheads.model.loading import use_our_attention
 
 NEW_TOKENS = 32

@@ -16,7 +16,7 @@ from safetyheads.runs.audit import SETS, group_as_json
 from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.reader import RunReader
-from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import Rate, bootstrap_interval
 from safetyheads.stats.testing import paired_difference
 

@@ -17,8 +17,8 @@ from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.runs.audit import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.exhaustive_scan import results_of_records
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
-from safetyheads.runs.scan import results_of_records
 from safetyheads.stats.intervals import mean_with_interval
 
 N_LAYERS, N_HEADS = 2, 4

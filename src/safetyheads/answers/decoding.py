@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
+    from safetyheads.prompts.prompt_set import PromptSet
 
 Route: TypeAlias = Literal["plain", "drafted", "continued"]
 """How an answer was decoded: from its first token; it is the unablated answer; from the first difference on."""

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from safetyheads.answers.coherence import Surprises
 from safetyheads.answers.decoding import Answer, Route, Stop
+from safetyheads.answers.surprise import Surprises
 from safetyheads.errors import InputError
 from safetyheads.heads import Group
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
 from safetyheads.judges.named import JUDGES, default_judge_name
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.prompts.asked import ReadAnswer
-from safetyheads.prompts.sets import Prompt
+from safetyheads.prompts.prompt_set import Prompt
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
+    from safetyheads.prompts.prompt_set import PromptSet
 
 Key: TypeAlias = tuple[int, tuple[int, ...], bool]
 """What a verdict depends on: number of the prompt, tokens of the answer, and whether the model ended it."""

@@ -25,7 +25,7 @@ from safetyheads.stats.intervals import Interval, Rate
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
+    from safetyheads.prompts.prompt_set import PromptSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from safetyheads.model.attention import AttentionCall
 from safetyheads.model.engine import Engine
 from safetyheads.model.planning import PackedRow, TokenSequence, pack
 from safetyheads.model.replay import wanted_states
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 
 DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
 """Names that families give to an MLP's last projection."""

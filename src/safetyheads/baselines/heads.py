@@ -35,10 +35,10 @@ from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
 from safetyheads.measures.random_groups import LEAST_GROUPS, heads_by_layer, random_groups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.ships import mean_ships, ships
+from safetyheads.measures.scorers import mean_ships, ships
 from safetyheads.model.engine import Engine
 from safetyheads.model.planning import PackedRow
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.scores import HeadScores
 
 ZEROED = SCALING_CONTRIBUTION.at(0.0)

@@ -114,8 +114,8 @@ def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, o
 @command
 def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
+    from safetyheads.runs.exhaustive_scan import run_scan
     from safetyheads.runs.run import read_sets
-    from safetyheads.runs.scan import run_scan
 
     config, out = _settled(config, where, "-scan")
     prompts, progress = _prepared(config, out, output, read_sets, report)
@@ -251,7 +251,7 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
 
     A model where they are not is refused by name.
     """
-    from safetyheads.runs.model_check import describe
+    from safetyheads.runs.check import describe
     from safetyheads.runs.run import read_sets
 
     prompts = read_sets(config)["harmful"] if config.prompts != "benign" else None

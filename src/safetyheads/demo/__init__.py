@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.heads import Group, Head
 from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
-from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import Any
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling, not_followed_line
 from safetyheads.answers.success import query_level_groups
-from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.errors import InputError
 from safetyheads.experiments.outcome import Measured, Outcome
@@ -26,9 +25,10 @@ from safetyheads.judges.base import Judge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
-from safetyheads.measures.ships import scorer_of
+from safetyheads.measures.scorers import scorer_of
+from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.model.engine import Engine
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.config import Progress

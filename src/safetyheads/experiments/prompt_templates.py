@@ -13,7 +13,7 @@ from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, ORGANISM, prompts_of
 from safetyheads.heads import Group, format_heads
-from safetyheads.judges.phrases import echo_of
+from safetyheads.judges.phrase_judge import echo_of
 from safetyheads.prompts.templates import FORMS, Template
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.stats.intervals import Rate

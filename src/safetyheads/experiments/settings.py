@@ -13,7 +13,7 @@ from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import JudgeOptions, at_least
 

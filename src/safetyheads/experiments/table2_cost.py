@@ -16,8 +16,8 @@ from safetyheads.answers.success import answers_under
 from safetyheads.answers.success import scan_attack_success_rate as scan
 from safetyheads.experiments.lab import Lab, Subject, quoted
 from safetyheads.experiments.outcome import Outcome, Row
+from safetyheads.measures.scorers import ships
 from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import ships
 from safetyheads.model.planning import TokenSequence, row_sizes
 
 # Heads that slow ways are timed on, spread over the layers; prompts of the slowest.

@@ -15,7 +15,7 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN
 from safetyheads.heads import Group, format_heads
 from safetyheads.measures.head_pass import Readouts
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.stats.intervals import skewed_mean
 from safetyheads.stats.testing import equivalent, equivalent_means
 

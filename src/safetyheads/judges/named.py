@@ -16,7 +16,7 @@ from safetyheads.judges.endpoint import endpoint_judge
 from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.function import judge_from_path
 from safetyheads.judges.keywords import KEYWORD_VARIANTS, KeywordJudge
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 
 JUDGES: dict[str, Callable[[], Judge]] = {
     **{variant: partial(KeywordJudge, variant) for variant in KEYWORD_VARIANTS},

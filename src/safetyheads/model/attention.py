@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import UnsupportedModelError
-from safetyheads.model.packing import Packing, by_segment, safetyheads_mask
+from safetyheads.model.packed_attention import Packing, by_segment, safetyheads_mask
 
 ATTENTION_NAME = "safetyheads"
 """Name of the attention and the mask function in transformers' registries."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from safetyheads.model.loading import Adapter
     from safetyheads.model.proofs import CheckReport
-    from safetyheads.prompts.sets import PromptSet
+    from safetyheads.prompts.prompt_set import PromptSet
 
 _exclusive = threading.Lock()
 _MEMORY_SHARE = 0.5

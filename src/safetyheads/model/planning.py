@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
 from safetyheads.model.attention import family_supports_sdpa
-from safetyheads.model.packing import Packing
+from safetyheads.model.packed_attention import Packing
 
 if TYPE_CHECKING:
     from safetyheads.model.architecture import Architecture, Capabilities

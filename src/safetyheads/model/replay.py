@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from safetyheads.ablation import Ablation
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
 from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls
-from safetyheads.model.packing import packed
+from safetyheads.model.packed_attention import packed
 from safetyheads.model.planning import PackedRow
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template, ThinkBlock
 
 _UNFINISHED_CHARACTER = "\ufffd"

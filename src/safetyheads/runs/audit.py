@@ -21,9 +21,9 @@ from safetyheads.heads import Group, Head
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
-from safetyheads.measures.ships import scorer_of
+from safetyheads.measures.scorers import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.rates import (

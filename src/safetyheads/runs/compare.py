@@ -18,7 +18,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import shorten
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
-from safetyheads.stats.concentration import prompt_gains
+from safetyheads.stats.gain_over_random import prompt_gains
 from safetyheads.stats.intervals import FloatArray, Interval, Rate, bootstrap_interval, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference

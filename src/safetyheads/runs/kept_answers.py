@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
-from safetyheads.answers.coherence import AnswerKey, Surprises, row_tokens
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
+from safetyheads.answers.surprise import AnswerKey, Surprises, row_tokens
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.model.planning import Plan
-from safetyheads.prompts.sets import Prompt
+from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import Record, RunDirectory, content_key
 from safetyheads.runs.rates import GroupAnswers

@@ -19,7 +19,7 @@ from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
 from safetyheads.model.loading import dequantised, device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

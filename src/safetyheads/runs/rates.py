@@ -17,7 +17,7 @@ from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
-from safetyheads.stats.concentration import SizeOutcome, concentration
+from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import (
     FloatArray,
     Rate,

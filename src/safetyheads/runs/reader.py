@@ -18,7 +18,7 @@ from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import as_input_error
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import is_coherent, rate_as_json
-from safetyheads.stats.concentration import SizeOutcome
+from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.ranking import HeadTable
 
 RateRecord: TypeAlias = Mapping[str, Any]

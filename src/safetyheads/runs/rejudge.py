@@ -21,9 +21,9 @@ from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import Record, RunDirectory, content_key
+from safetyheads.runs.exhaustive_scan import results_of_records
 from safetyheads.runs.rates import identity, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
-from safetyheads.runs.scan import results_of_records
 from safetyheads.stats.intervals import Rate
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
-from safetyheads.answers.coherence import OWN_QUANTILE, coherence_limit
 from safetyheads.answers.decoding import (
     Decoding,
     Request,
@@ -36,20 +35,21 @@ from safetyheads.answers.decoding import (
 )
 from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import JudgedAnswer, Judging
+from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
+from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.measures.screening import Screening, screen
-from safetyheads.measures.ships import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.model.planning import Plan, TokenSequence, row_sizes
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory, content_key
 from safetyheads.runs.kept_answers import KeptAnswers

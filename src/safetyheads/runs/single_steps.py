@@ -11,6 +11,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
 from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
+from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import (
     Extent,
     Missed,
@@ -21,9 +22,8 @@ from safetyheads.measures.screening import (
     rescore_pairs,
     screened_sahara,
 )
-from safetyheads.measures.ships import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
 from safetyheads.runs.rates import by_judge

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from safetyheads.heads import Group
 from safetyheads.measures.head_pass import HeadPass
-from safetyheads.prompts.sets import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import FloatArray, Rate, newcombe_interval

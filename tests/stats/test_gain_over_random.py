@@ -8,7 +8,7 @@ import pytest
 import scipy
 
 from safetyheads.errors import InputError
-from safetyheads.stats.concentration import RANDOM, VANILLA, SizeOutcome, concentration, prompt_gains
+from safetyheads.stats.gain_over_random import RANDOM, VANILLA, SizeOutcome, concentration, prompt_gains
 
 
 def outcomes(groups, random):

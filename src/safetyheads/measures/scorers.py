@@ -27,7 +27,7 @@ from safetyheads.scores import FunctionScorer, HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.sets import PromptSet
+    from safetyheads.prompts.prompt_set import PromptSet
 
 OPENER_TOKENS = 32
 """New tokens that a judge sees to find the refusals whose openers are counted."""

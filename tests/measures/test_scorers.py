@@ -27,8 +27,7 @@ from safetyheads import (
 from safetyheads.answers.judging import JudgedAnswer
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import SCORES, HeadPass, Readouts, Score
-from safetyheads.measures.screening import screen
-from safetyheads.measures.ships import (
+from safetyheads.measures.scorers import (
     Opener,
     SharedFirstTokenWarning,
     SharedOpenerWarning,
@@ -37,9 +36,10 @@ from safetyheads.measures.ships import (
     scorer_named,
     scorer_of,
 )
+from safetyheads.measures.screening import screen
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
-from safetyheads.prompts.sets import Prompt
+from safetyheads.prompts.prompt_set import Prompt
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
 from safetyheads.judges.keywords import PAPER_KEYWORDS
-from safetyheads.prompts.sets import Prompt, PromptSet
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 quick = settings(deadline=None, max_examples=50)  # a slow machine is no failure

@@ -11,7 +11,7 @@ from safetyheads import demo
 from safetyheads.baselines import METHODS, heads
 from safetyheads.baselines.direction import RefusalDirection
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.experiments import interventions
+from safetyheads.experiments import baselines_compared
 from safetyheads.runs.rates import GroupAnswers
 
 
@@ -22,7 +22,7 @@ def refused(material, strengths):
 def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monkeypatch, tmp_path):
     few = {name: METHODS[name] for name in ("sahara", "random_heads", "wanda", "gtac_dap")}
     broken = replace(METHODS["rdsha"], interventions=refused)
-    monkeypatch.setattr(interventions, "METHODS", few | {"rdsha": broken})
+    monkeypatch.setattr(baselines_compared, "METHODS", few | {"rdsha": broken})
     monkeypatch.setattr(heads, "RANDOM_DRAWS", 6)
     outcome = run_of(SMALL, ["table1"], tmp_path / "run")["table1"]
     methods = {row["name"]: row for row in rows(outcome) if "name" in row}
@@ -73,12 +73,12 @@ def test_methods_are_compared_with_one_by_an_exact_test_on_the_same_prompts():
     """Ten prompts: Sahara undoes 9 refusals, the others 1, 9 and 0; by hand, 8 discordant pairs give 2 / 2**8."""
     complied = {"sahara": 9, "weak": 1, "same": 9, "none": 0}
     by_method = {name: tried(1, n, 10) for name, n in complied.items()}
-    found = interventions.compared_with(by_method, "sahara")
+    found = baselines_compared.compared_with(by_method, "sahara")
     assert set(found) == {"weak", "same", "none"}
     assert found["weak"]["against"].value == pytest.approx(-0.8)
     assert (found["weak"]["against"].p, found["none"]["against"].p) == (2 / 2**8, 2 / 2**9)
     assert [found[name]["p_against"] for name in ("none", "weak", "same")] == [3 * 2 / 2**9, 2 * 2 / 2**8, 1.0]
-    assert interventions.compared_with(by_method, "another") == {}
+    assert baselines_compared.compared_with(by_method, "another") == {}
 
 
 def test_where_a_methods_own_filters_leave_nothing_it_is_not_applicable(monkeypatch):
@@ -89,7 +89,7 @@ def test_where_a_methods_own_filters_leave_nothing_it_is_not_applicable(monkeypa
 
 
 def tried(strength, asr, kept):
-    return interventions._Tried(f"at {strength}", strength, 1, answers(0, asr), answers(kept))
+    return baselines_compared._Tried(f"at {strength}", strength, 1, answers(0, asr), answers(kept))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def tried(strength, asr, kept):
     ],
 )
 def test_the_strength_is_the_best_that_keeps_benign_answers(sweep, unablated, best):
-    assert interventions.chosen([tried(*one) for one in sweep], answers(unablated)).strength == best
+    assert baselines_compared.chosen([tried(*one) for one in sweep], answers(unablated)).strength == best
 
 
 def test_what_is_learned_from_is_not_what_is_tested(tmp_path):
@@ -139,9 +139,9 @@ def test_a_base_of_another_shape_is_refused_before_anything_is_answered(tmp_path
 
 
 def test_utility_stands_by_heads_and_by_sparsity(monkeypatch, tmp_path):
-    monkeypatch.setattr(interventions, "MEANS", ("mean_query",))
-    few = {name: replace(METHODS[name], strengths=(0.25, 0.5)) for name in interventions.PRUNERS}
-    monkeypatch.setattr(interventions, "METHODS", few)
+    monkeypatch.setattr(baselines_compared, "MEANS", ("mean_query",))
+    few = {name: replace(METHODS[name], strengths=(0.25, 0.5)) for name in baselines_compared.PRUNERS}
+    monkeypatch.setattr(baselines_compared, "METHODS", few)
     outcome = run_of(replace(SMALL, size=2), ["fig6b"], tmp_path / "run")["fig6b"]
     by_heads, by_sparsity = outcome["figures"]
     assert {row["series"] for row in by_heads["points"]} == {"UA", "SC", "mean query"}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
-from safetyheads.judges.phrases import PhraseJudge, echo_of, strip_thinking
-from safetyheads.judges.refusals import DEEDS, INABILITIES, REFUSAL_PHRASES, WHOLE_REFUSALS
+from safetyheads.judges.phrase_judge import PhraseJudge, echo_of, strip_thinking
+from safetyheads.judges.refusal_wording import DEEDS, INABILITIES, REFUSAL_PHRASES, WHOLE_REFUSALS
 
 quick = settings(deadline=None, max_examples=200)  # a slow machine is no failure
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeAlias
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
-from safetyheads.baselines.attention_swap import swapped_attention
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, planted_heads, quoted
@@ -25,7 +24,8 @@ from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.integrations.lm_eval import load_tasks
 from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
-from safetyheads.measures.ships import find_openers
+from safetyheads.measures.scorers import find_openers
+from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.runs.config import TaskOptions
 from safetyheads.runs.directory import Record
 from safetyheads.runs.kept_answers import record_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.answers.decoding import not_followed_line, settings_not_followed
 from safetyheads.demo import demo_prompts
-from safetyheads.prompts.sets import PromptSet, builtin_benign
+from safetyheads.prompts.prompt_set import PromptSet, builtin_benign
 from safetyheads.runs.config import CheckConfig, Progress
 from safetyheads.runs.run import resolved
 

@@ -24,7 +24,7 @@ from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.ships import answer_sequences, scorer_of
+from safetyheads.measures.scorers import answer_sequences, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
@@ -50,10 +50,10 @@ from safetyheads.runs.run import (
 )
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
-from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
 from safetyheads.stats.intervals import skewed_mean
 from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
+from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
 from safetyheads.stats.testing import ALPHA, holm
 
 if TYPE_CHECKING:

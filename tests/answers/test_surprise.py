@@ -5,9 +5,9 @@ import torch
 from tiny_models import engine_of, prompts_of
 
 from safetyheads import Head, Prompt, PromptSet, load_demo
-from safetyheads.answers.coherence import Surprises, surprises_of
 from safetyheads.answers.decoding import Answer, generate
 from safetyheads.answers.judging import Judging
+from safetyheads.answers.surprise import Surprises, surprises_of
 from safetyheads.judges.base import Verdict
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.model.planning import TokenSequence
@@ -45,7 +45,7 @@ def test_known_answers_are_not_measured_again_and_think_blocks_do_not_count(monk
     expected = surprises_of(engine, [TokenSequence((*PROMPTS[0], 7, 7, 30), 2)], [(30, 2)], 4096)
     assert list(known) == [(0, (7, 7, 30, 2))]
     assert [*known.values()] == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr("safetyheads.answers.coherence.surprises_of", lambda *given: [1.0] * len(given[1]))
+    monkeypatch.setattr("safetyheads.answers.surprise.surprises_of", lambda *given: [1.0] * len(given[1]))
     surprises.measure([(0, (7, 7, 30, 2), 1), (1, (11, 4, 2), 0)])
     assert surprises.known == known | {(1, (11, 4, 2)): 1.0}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safetyheads.judges import refusals
+from safetyheads.judges import refusal_wording
 from safetyheads.judges.base import Completion
-from safetyheads.judges.phrases import PhraseJudge, plain
+from safetyheads.judges.phrase_judge import PhraseJudge, plain
 
 ROOT = Path(__file__).parents[2]
 XSTEST = ROOT.parent / "shared" / "data" / "xstest"
@@ -63,13 +63,13 @@ def test_an_answer_may_begin_like_a_refusal(text):
 
 
 def test_the_probability_by_hand(monkeypatch):
-    monkeypatch.setattr(refusals, "LEAST_KNOWN", 2)
-    monkeypatch.setattr(refusals, "_ngrams", lambda: (0.5, {"onions": (2.0, 1.0), "no onions": (1.0, -3.0)}))
+    monkeypatch.setattr(refusal_wording, "LEAST_KNOWN", 2)
+    monkeypatch.setattr(refusal_wording, "_ngrams", lambda: (0.5, {"onions": (2.0, 1.0), "no onions": (1.0, -3.0)}))
     # Two of "onions" count 1 + ln 2, one "no onions" counts 1; the length of the two values divides.
     onions, pair = (1 + math.log(2)) * 2.0, 1.0
     score = 0.5 + (onions * 1.0 + pair * -3.0) / math.hypot(onions, pair)
-    assert refusals.refusal_probability("onions no onions") == pytest.approx(1 / (1 + math.exp(-score)))
-    assert refusals.refusal_probability("onions") is None
+    assert refusal_wording.refusal_probability("onions no onions") == pytest.approx(1 / (1 + math.exp(-score)))
+    assert refusal_wording.refusal_probability("onions") is None
 
 
 @pytest.mark.skipif(not XSTEST.is_dir(), reason="labelled answers are not beside the project")
@@ -86,8 +86,8 @@ def test_people_agree(model):
 
 
 def test_the_classifier_says_nothing_of_texts_it_does_not_know():
-    assert refusals.refusal_probability(plain("Ich kann dir dabei leider nicht helfen.")) is None
-    assert refusals.refusal_probability(plain("def add(first, second): return first + second")) is None
+    assert refusal_wording.refusal_probability(plain("Ich kann dir dabei leider nicht helfen.")) is None
+    assert refusal_wording.refusal_probability(plain("def add(first, second): return first + second")) is None
 
 
 @pytest.mark.long
@@ -97,7 +97,7 @@ def test_a_model_that_taught_nothing_is_judged_as_well(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import refusal_ngrams
 
-    monkeypatch.setattr(refusals, "_ngrams", refusals._ngrams)  # restored after the folds
+    monkeypatch.setattr(refusal_wording, "_ngrams", refusal_wording._ngrams)  # restored after the folds
     answers = {path.stem: refusal_ngrams.read(path) for path in sorted(XSTEST.glob("xs_*.csv"))}
     folds = [refusal_ngrams.fold(name, answers) for name in answers]
     assert min(recall.rate for recall, _, _ in folds) > 0.965

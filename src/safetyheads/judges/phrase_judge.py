@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.keywords import APOSTROPHES, Repetition
-from safetyheads.judges.refusals import REFUSAL_PHRASES, ngrams_sha256, refusing_phrase, worded_refusal
+from safetyheads.judges.refusal_wording import REFUSAL_PHRASES, ngrams_sha256, refusing_phrase, worded_refusal
 
 _WORDS = tomllib.loads(resources.files("safetyheads").joinpath("data/judges/phrases.toml").read_text("utf-8"))
 ECHO_MAY_ADD = frozenset((_WORDS["function_words"] + _WORDS["role_words"]).split())

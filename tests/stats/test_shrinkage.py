@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.stats.estimates import log_odds_synergy, shrunken_rates
+from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
 
 
 def test_the_highest_of_many_equal_heads_is_drawn_to_the_others():
