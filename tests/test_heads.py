@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.heads import Head, all_heads, distinct, format_heads, parse_heads, within
+from safetyheads.heads import Head, all_heads, format_heads, parse_heads, within
 
 # No deadline: a slow machine is no failure.
 quick = settings(deadline=None, max_examples=50)
@@ -42,7 +42,7 @@ def test_a_head_given_twice_is_refused_whatever_its_form():
     with pytest.raises(InputError, match="2-26 is given twice"):
         parse_heads("2-26, L2H26")
     with pytest.raises(InputError, match="given twice"):
-        distinct([Head(0, 0), Head(0, 1), Head(0, 0)])
+        parse_heads([Head(0, 0), Head(0, 1), Head(0, 0)])
 
 
 def test_no_heads_are_the_empty_group():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "safetyheads"
 # The vocabulary first, then the rooms from the ground up.
-ROOMS = """errors files heads ablation scores stats prompts model judges answers measures demo baselines
+ROOMS = """errors files display heads ablation scores stats prompts model judges answers measures demo baselines
 runs integrations experiments reports cli""".split()  # noqa: SIM905
 
 
@@ -39,7 +39,7 @@ def test_every_folder_is_a_package():
 
 
 def test_the_vocabulary_knows_no_transformers():
-    for room in ("heads", "ablation", "scores", "stats", "prompts"):
+    for room in ("display", "heads", "ablation", "scores", "stats", "prompts"):
         paths = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else (PACKAGE / room).glob("*.py")
         for path in paths:
             assert not re.search(r"(import|from) transformers", path.read_text()), path

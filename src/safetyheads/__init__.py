@@ -110,6 +110,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, those too that are not imported yet."""
+    return ["__version__", *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Import a heavy name on first use."""
     if name not in _LAZY:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
 Tensor = Literal["query", "key", "head_output"]
@@ -42,7 +43,7 @@ ABLATION_ALIASES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ablation:
+class Ablation(Shown):
     """A kind of ablation and its strength."""
 
     name: str
@@ -69,12 +70,21 @@ class Ablation:
         return replace(self, epsilon=epsilon)
 
     @classmethod
-    def parse(cls, text: str, epsilon: float = 1e-5) -> Ablation:
-        """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores."""
+    def parse(cls, text: str | Ablation, epsilon: float = 1e-5) -> Ablation:
+        """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores.
+
+        An ablation stays itself.
+        """
+        if isinstance(text, Ablation):
+            return text
+        if not isinstance(text, str):
+            raise InputError(f"an ablation is written ua or sc; got {text!r}")
         name = text.strip().lower().replace("-", "_")
         return cls(ABLATION_ALIASES.get(name, name), epsilon)
 
 
+AnyAblation: TypeAlias = Ablation | str
+"""An ablation, or its name or short form."""
 UNDIFFERENTIATED_ATTENTION = Ablation("undifferentiated_attention")
 """UA (Eq 7): the head's query times epsilon, so that it attends evenly to all keys that the mask allows."""
 SCALING_CONTRIBUTION = Ablation("scaling_contribution")

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
 _WRITTEN = re.compile(r"\s*(?:[lL](\d+)[hH](\d+)|(\d+)[-.](\d+))\s*")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Head:
+class Head(Shown):
     """One query head. Ordered by layer, then index; prints as ``2-26``."""
 
     layer: int
@@ -29,9 +30,11 @@ class Head:
         return f"{self.layer}-{self.index}"
 
     @classmethod
-    def parse(cls, text: str) -> Head:
-        """Read ``2-26``, ``2.26`` or ``L2H26``: the layer first, in every form."""
-        match = _WRITTEN.fullmatch(text)
+    def parse(cls, text: str | Head) -> Head:
+        """Read ``2-26``, ``2.26`` or ``L2H26``: the layer first, in every form. A head stays itself."""
+        if isinstance(text, Head):
+            return text
+        match = _WRITTEN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InputError(f"head {text!r} is not of the form layer-head, such as 2-26 or L2H26")
         layer, index = (int(part) for part in match.groups() if part is not None)
@@ -40,32 +43,35 @@ class Head:
 
 Group: TypeAlias = tuple[Head, ...]
 """Heads ablated together, in the order of their choice. The order does not change the ablation."""
+AnyHeads: TypeAlias = str | Head | Iterable[Head | str]
+"""What is taken for heads: ``2-26,3-1``, ``["2-26", "3-1"]``, a head or several."""
 
 
-def parse_heads(text: str) -> Group:
-    """Read heads separated by commas; a blank text is the empty group.
+def parse_heads(heads: AnyHeads) -> Group:
+    """Heads as a group; a text has commas between them, and a blank one is the empty group.
 
     Raises:
-        InputError: a malformed head, or one given twice.
+        InputError: something else than a head, or one given twice.
     """
-    return distinct(Head.parse(part) for part in text.split(",")) if text.strip() else ()
-
-
-def distinct(heads: Iterable[Head]) -> Group:
-    """The heads as a group; an InputError where one is given twice."""
-    group = tuple(heads)
+    if isinstance(heads, str):
+        heads = heads.split(",") if heads.strip() else ()
+    elif isinstance(heads, Head):
+        heads = (heads,)
+    elif not isinstance(heads, Iterable):
+        raise InputError(f"heads are written 2-26,3-1 or given as a list; got {heads!r}")
+    group = tuple(map(Head.parse, heads))
     if len(set(group)) < len(group):
         raise InputError(f"head {next(head for head in group if group.count(head) > 1)} is given twice")
     return group
 
 
-def within(heads: Iterable[Head], n_layers: int, n_heads: int) -> Group:
+def within(heads: AnyHeads, n_layers: int, n_heads: int) -> Group:
     """The heads as a group of a model with ``n_layers`` x ``n_heads``.
 
     Raises:
         InputError: the model has no such head, or a head is given twice.
     """
-    group = distinct(heads)
+    group = parse_heads(heads)
     for head in group:
         if head.layer >= n_layers or head.index >= n_heads:
             size = f"layers 0-{n_layers - 1} and heads 0-{n_heads - 1} in each"

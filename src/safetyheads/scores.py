@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from safetyheads.display import Shown, Table, chart
 from safetyheads.errors import InputError
-from safetyheads.heads import Group, Head
+from safetyheads.heads import Group, Head, format_heads, within
+
+if TYPE_CHECKING:
+    from safetyheads.display import Chart
+
+_SHOWN = 3
 
 
 class GroupScorer(Protocol):
@@ -20,11 +26,11 @@ class GroupScorer(Protocol):
         """Scores [len(groups)], float64."""
 
 
-@dataclass(frozen=True, slots=True)
-class FunctionScorer:
+@dataclass(frozen=True, slots=True, repr=False)
+class FunctionScorer(Shown):
     """A scorer made of a function, with its name and unit."""
 
-    score: Callable[[Sequence[Group]], Tensor]
+    score: Callable[[Sequence[Group]], Tensor] = field(repr=False)
     """Groups to scores [len(groups)], float64."""
     name: str
     """Its name in tables, such as ``mean_ships``."""
@@ -38,8 +44,8 @@ class FunctionScorer:
         return self.score(groups)
 
 
-@dataclass(frozen=True, slots=True)
-class HeadScores:
+@dataclass(frozen=True, slots=True, repr=False)
+class HeadScores(Table):
     """One number for each head, or for each prompt and head."""
 
     values: Tensor
@@ -55,9 +61,25 @@ class HeadScores:
         if self.values.ndim not in (2, 3):
             raise InputError(f"head scores are [layers, heads] or [prompts, layers, heads], got {self.values.ndim}-D")
 
-    def __getitem__(self, head: Head) -> float:
+    def _facts(self) -> dict[str, object]:
+        shape = " x ".join(map(str, self.values.shape))
+        best = ", ".join(f"{head} {value:.3g}" for head, value in self.ranked()[:_SHOWN])
+        return {"name": self.name, "shape": shape, "best": f"{best} {self.unit}".rstrip()}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each scored head; prompts are numbered where there are several."""
+        places = (self.values == self.values).nonzero().tolist()
+        columns = ("prompt", "layer", "head", self.name)[-1 - self.values.ndim :]
+        return [dict(zip(columns, (*place, float(self.values[tuple(place)])), strict=True)) for place in places]
+
+    def plot(self) -> Chart:
+        """A map of the heads, averaged over the prompts: layers down, heads across."""
+        return chart("map", self.mean().to_rows(), "head", "layer", self.name)
+
+    def __getitem__(self, head: Head | str) -> float:
         """The head's score, averaged over the prompts where there are several."""
-        return float(self.mean().values[head.layer, head.index])
+        ((layer, index),) = ((head.layer, head.index) for head in within(head, *self.values.shape[-2:]))
+        return float(self.mean().values[layer, index])
 
     def mean(self) -> HeadScores:
         """Averaged over the prompts; itself where there is one table."""
@@ -107,14 +129,22 @@ class HeadScores:
         return tuple(tuple(head for head, _ in run) for run in runs if len(run) > 1)
 
 
-@dataclass(frozen=True, slots=True)
-class SearchTrace:
+@dataclass(frozen=True, slots=True, repr=False)
+class SearchTrace(Table):
     """What a greedy search chose, and the scores of each step."""
 
     group: Group
     """Chosen heads, in order."""
     steps: tuple[HeadScores, ...]
     """Scores [n_layers, n_heads] of the group so far with each candidate added; NaN for heads already chosen."""
+
+    def _facts(self) -> dict[str, object]:
+        return {"group": format_heads(self.group), "scores": ", ".join(f"{score:.3g}" for score in self.scores)}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each step."""
+        steps = zip(self.group, self.scores, self.ties(), strict=True)
+        return [{"head": str(head), "score": score, "ties": format_heads(ties)} for head, score, ties in steps]
 
     @property
     def scores(self) -> tuple[float, ...]:

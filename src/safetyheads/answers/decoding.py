@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
+from safetyheads.display import Shown
 from safetyheads.errors import InputError, UnsupportedModelError
-from safetyheads.heads import Group
+from safetyheads.heads import AnyHeads, Group, within
 from safetyheads.model.planning import allowed_memory, halving, left_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.prompt_set import PromptSet
+    from safetyheads.prompts.asked import AnyPrompts
 
 Route: TypeAlias = Literal["plain", "drafted", "continued"]
 """How an answer was decoded: from its first token; it is the unablated answer; from the first difference on."""
@@ -49,7 +50,7 @@ class ShortContextWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(Shown):
     """How the next token is chosen, at temperature 1."""
 
     top_k: int = 1
@@ -74,7 +75,7 @@ TOP_5 = Sampling(top_k=5)
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
+class Decoding(Shown):
     """How answers are decoded."""
 
     max_new_tokens: int = 128
@@ -103,8 +104,8 @@ class Request:
     """Called after each new token; None decodes to the end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+@dataclass(frozen=True, slots=True, repr=False)
+class Answer(Shown):
     """The decoded answer to one request."""
 
     token_ids: tuple[int, ...]
@@ -120,6 +121,9 @@ class Answer:
     changed: bool | None = None
     """Whether it differs from the unablated answer; None where that was not compared."""
 
+    def _facts(self) -> dict[str, object]:
+        return {"n_tokens": len(self.token_ids), "finished": self.finished, "changed": self.changed}
+
     @property
     def complete(self) -> bool:
         """Whether the model or the limit ended it, not ``stop``."""
@@ -132,10 +136,10 @@ class Answer:
 
 def generate(
     engine: Engine,
-    prompts: PromptSet,
+    prompts: AnyPrompts,
     max_new_tokens: int = 128,
-    groups: Sequence[Group] | None = None,
-    ablation: Ablation = UNDIFFERENTIATED_ATTENTION,
+    groups: Sequence[AnyHeads] | None = None,
+    ablation: AnyAblation = UNDIFFERENTIATED_ATTENTION,
     sampling: Sampling = GREEDY,
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
@@ -143,8 +147,11 @@ def generate(
     groups = [()] * len(encoded) if groups is None else groups
     if len(groups) != len(encoded):
         raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
-    requests = [Request(token_ids, tuple(group)) for token_ids, group in zip(encoded, groups, strict=True)]
-    return answer(engine, requests, Decoding(max_new_tokens, sampling), ablation)
+    requests = [
+        Request(token_ids, within(group, engine.n_layers, engine.n_heads))
+        for token_ids, group in zip(encoded, groups, strict=True)
+    ]
+    return answer(engine, requests, Decoding(max_new_tokens, sampling), Ablation.parse(ablation))
 
 
 def answer(

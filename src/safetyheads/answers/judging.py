@@ -5,28 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.answers.decoding import Answer, Route, Stop
 from safetyheads.answers.surprise import Surprises
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
-from safetyheads.heads import Group
+from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
-from safetyheads.judges.named import JUDGES, default_judge_name
+from safetyheads.judges.named import default_judge_name, judge_named
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.prompts.asked import ReadAnswer
 from safetyheads.prompts.prompt_set import Prompt
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.prompt_set import PromptSet
+    from safetyheads.prompts.asked import AnyPrompts
 
+AnyJudge: TypeAlias = Judge | str
+"""A judge, or its name."""
 Key: TypeAlias = tuple[int, tuple[int, ...], bool]
 """What a verdict depends on: number of the prompt, tokens of the answer, and whether the model ended it."""
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedAnswer:
+@dataclass(frozen=True, slots=True, repr=False)
+class JudgedAnswer(Shown):
     """One prompt's answer under one group, with the verdict of every judge."""
 
     prompt: Prompt
@@ -61,10 +64,28 @@ class JudgedAnswer:
     unclosed: bool = False
     """Whether the think block never closed, so that there is no answer."""
 
+    def _facts(self) -> dict[str, object]:
+        return {"group": format_heads(self.group), "label": self.verdict.label, "finished": self.finished}
+
+    def to_row(self) -> dict[str, Any]:
+        """What a table shows of the answer: all but its text."""
+        labels = {name: verdict.label for name, verdict in self.verdicts.items()}
+        place = {"query": self.prompt.query, "category": self.prompt.category, "group": format_heads(self.group)}
+        flags = {name: getattr(self, name) for name in ("behaviour", "answered", "finished", "complete", "changed")}
+        return {**place, **labels, "reason": self.verdict.reason, **flags, "n_tokens": len(self.token_ids)}
+
     @property
     def verdict(self) -> Verdict:
         """The leading judge's."""
         return next(iter(self.verdicts.values()))
+
+
+def _judges(judges: AnyJudge | Sequence[AnyJudge]) -> tuple[Judge, ...]:
+    given = tuple(judges) if isinstance(judges, Sequence) and not isinstance(judges, str) else (judges,)
+    made = tuple(judge_named(judge) if isinstance(judge, str) else judge for judge in given)
+    if wrong := [judge for judge in made if not isinstance(judge, Judge)]:
+        raise InputError(f"a judge is a name such as phrases, or an object with the members of Judge; got {wrong[0]!r}")
+    return made
 
 
 class Judging:
@@ -73,8 +94,8 @@ class Judging:
     def __init__(
         self,
         engine: Engine,
-        prompts: PromptSet,
-        judges: Judge | Sequence[Judge] | None,
+        prompts: AnyPrompts,
+        judges: AnyJudge | Sequence[AnyJudge] | None,
         max_new_tokens: int,
         full_answers: bool = False,
     ) -> None:
@@ -89,8 +110,8 @@ class Judging:
             InputError: no judge, or two of one name.
         """
         if judges is None:
-            judges = JUDGES[default_judge_name(bool(engine.tokenizer.chat_template))]()
-        self.judges = (judges,) if isinstance(judges, Judge) else tuple(judges)
+            judges = default_judge_name(bool(engine.tokenizer.chat_template))
+        self.judges = _judges(judges)
         names = [judge.name for judge in self.judges]
         if not names or len(set(names)) < len(names):
             raise InputError(f"judges need names of their own; got {', '.join(names) or 'none'}")

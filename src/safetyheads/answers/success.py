@@ -7,29 +7,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import Ablation
+from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.answers.decoding import GREEDY, Decoding, Request, Sampling, answer
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
-from safetyheads.answers.judging import JudgedAnswer, Judging
+from safetyheads.answers.judging import AnyJudge, JudgedAnswer, Judging
+from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
-from safetyheads.heads import Group, Head, within
-from safetyheads.judges.base import Judge, leaves_refusal_open
+from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads, within
+from safetyheads.judges.base import leaves_refusal_open
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
 
 if TYPE_CHECKING:
+    from safetyheads.display import Chart
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.prompt_set import PromptSet
+    from safetyheads.prompts.asked import AnyPrompts
 
 
-@dataclass(frozen=True, slots=True)
-class AttackSuccess:
+@dataclass(frozen=True, slots=True, repr=False)
+class AttackSuccess(Table):
     """ASR of a set of prompts under one ablation (Eq 10), by the leading judge."""
 
     asr: Rate
@@ -42,6 +44,13 @@ class AttackSuccess:
     """One for each prompt."""
     echoed: Rate
     """The prompt given back / scored; counts as not complied."""
+
+    def _facts(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("asr", "refused", "incoherent", "echoed")}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each prompt, without the answers' texts, which ``.rows`` have."""
+        return [row.to_row() for row in self.rows]
 
     @property
     def rate(self) -> float | None:
@@ -82,10 +91,10 @@ def summarise(rows: Sequence[JudgedAnswer]) -> AttackSuccess:
 
 def attack_success_rate(
     engine: Engine,
-    prompts: PromptSet,
-    heads: Sequence[Head],
-    ablation: Ablation,
-    judge: Judge | Sequence[Judge] | None = None,
+    prompts: AnyPrompts,
+    heads: AnyHeads,
+    ablation: AnyAblation,
+    judge: AnyJudge | Sequence[AnyJudge] | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
 ) -> AttackSuccess:
@@ -93,16 +102,17 @@ def attack_success_rate(
 
     Of several judges the first leads. Without one, ``phrases`` judges a model that has a chat template, else ``paper``.
     """
-    groups = (within(heads, engine.n_layers, engine.n_heads),) * len(prompts)
-    return query_level_attack_success_rate(engine, prompts, groups, ablation, judge, max_new_tokens, sampling)
+    asked = engine.ask(prompts)
+    groups = (within(heads, engine.n_layers, engine.n_heads),) * len(asked)
+    return query_level_attack_success_rate(engine, asked, groups, ablation, judge, max_new_tokens, sampling)
 
 
 def query_level_attack_success_rate(
     engine: Engine,
-    prompts: PromptSet,
-    groups: Sequence[Group],
-    ablation: Ablation,
-    judge: Judge | Sequence[Judge] | None = None,
+    prompts: AnyPrompts,
+    groups: Sequence[AnyHeads],
+    ablation: AnyAblation,
+    judge: AnyJudge | Sequence[AnyJudge] | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     on_rows: OnRows = None,
@@ -120,10 +130,10 @@ def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
 
 def answers_under(
     engine: Engine,
-    prompts: PromptSet,
-    columns: Sequence[Sequence[Group]],
-    ablation: Ablation,
-    judge: Judge | Sequence[Judge] | None,
+    prompts: AnyPrompts,
+    columns: Sequence[Sequence[AnyHeads]],
+    ablation: AnyAblation,
+    judge: AnyJudge | Sequence[AnyJudge] | None,
     decoding: Decoding,
     on_rows: OnRows = None,
 ) -> list[list[JudgedAnswer]]:
@@ -132,21 +142,22 @@ def answers_under(
     ``columns`` [n_columns][n_prompts] holds a group for each prompt; the answers [n_columns][n_prompts] are in the same
     order.
     """
+    prompts = engine.ask(prompts)
     n = len(prompts)
     for groups in columns:
         if len(groups) != n:
             raise InputError(f"{len(groups)} groups for {n} prompts; each prompt needs its own")
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     encoded, stop = judging.asked.token_ids, judging.stop
-    asked = [(number, tuple(group)) for groups in columns for number, group in enumerate(groups)]
+    asked = [(number, parse_heads(group)) for groups in columns for number, group in enumerate(groups)]
     requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
-    answers = answer(engine, requests, decoding, ablation, on_rows)
+    answers = answer(engine, requests, decoding, Ablation.parse(ablation), on_rows)
     rows = judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
     return [rows[at * n : (at + 1) * n] for at in range(len(columns))]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerScan:
+@dataclass(frozen=True, slots=True, repr=False)
+class AnswerScan(Table):
     """What each group's ablation does to the answers."""
 
     n_layers: int
@@ -163,6 +174,23 @@ class AnswerScan:
     """What the answers cost."""
     tolerance: float
     """Rows with a smaller margin were decoded again plainly, in logits."""
+
+    def _facts(self) -> dict[str, object]:
+        highest = max((rate.rate or 0.0 for rate in self.rates), default=None)
+        return {"n_groups": len(self.groups), "unablated": summarise(self.vanilla).asr, "highest_asr": highest}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each group: its ASR with the 95 % interval."""
+        rates = zip(self.groups, self.rates, strict=True)
+        return [{"group": format_heads(group), **rate_row(asdict(rate))} for group, rate in rates]
+
+    def plot(self, scores: HeadScores | None = None) -> Chart:
+        """A map of each head's ASR; with ``scores``, each head's ASR against its score, averaged over the prompts."""
+        if scores is None:
+            return HeadScores(self.values, "asr").plot()
+        alone = [row for row in self.to_rows() if "," not in row["group"]]
+        rows = [{**row, "score": scores[row["group"]], "heads": "single heads"} for row in alone]
+        return chart("scatter", rows, "score", "asr", "heads")
 
     @property
     def rates(self) -> tuple[Rate, ...]:
@@ -181,21 +209,23 @@ class AnswerScan:
 
 def scan_attack_success_rate(
     engine: Engine,
-    prompts: PromptSet,
-    ablation: Ablation,
-    judge: Judge | Sequence[Judge] | None = None,
+    prompts: AnyPrompts,
+    ablation: AnyAblation,
+    judge: AnyJudge | Sequence[AnyJudge] | None = None,
     decoding: Decoding | None = None,
-    groups: Sequence[Group] | None = None,
+    groups: Sequence[AnyHeads] | None = None,
     on_rows: OnRows = None,
 ) -> AnswerScan:
     """The ASR of every head ablated alone (Fig 4b), or of any groups, with the tokens and verdicts of plain decoding.
 
     Rows end once every judge is final, unless ``decoding`` says otherwise; by default it is greedy, 128 new tokens.
     """
-    chosen = [(head,) for head in engine.heads] if groups is None else [tuple(group) for group in groups]
-    for group in chosen:
-        within(group, engine.n_layers, engine.n_heads)
-    decoding, n = decoding or Decoding(), len(prompts)
+    if isinstance(groups, str):
+        raise InputError(f"a scan takes a list of groups, such as [{groups!r}]")
+    listed = [(head,) for head in engine.heads] if groups is None else groups
+    chosen = [within(group, engine.n_layers, engine.n_heads) for group in listed]
+    ablation, decoding, prompts = Ablation.parse(ablation), decoding or Decoding(), engine.ask(prompts)
+    n = len(prompts)
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     drafts = VerifiedDrafts(engine, judging.asked.token_ids, ablation, decoding, judging.stop)
     answers, economy = drafts.answers(chosen, on_rows)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
+from safetyheads.display import Shown
+from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
@@ -56,7 +58,7 @@ def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Demo:
+class Demo(Shown):
     """A demo checkpoint, ready for use."""
 
     engine: Engine

@@ -25,10 +25,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
-from safetyheads.ablation import Ablation
+from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
 from safetyheads.errors import InputError, first_line
-from safetyheads.heads import Head
+from safetyheads.heads import AnyHeads
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
 
 
 @contextmanager
-def ablated_lm(engine: Engine, heads: Sequence[Head], ablation: Ablation, batch_size: int = 8) -> Iterator[Any]:
+def ablated_lm(engine: Engine, heads: AnyHeads, ablation: AnyAblation, batch_size: int = 8) -> Iterator[Any]:
     """The engine's model with heads ablated, as an ``lm_eval.models.huggingface.HFLM``; vanilla again after.
 
     Example:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
 Label = Literal["complied", "refused", "incoherent", "echoed", "safe", "unscored"]
@@ -15,15 +16,15 @@ LABELS: tuple[Label, ...] = get_args(Label)
 that fails gives ``unscored``, which is no verdict. An ASR is complied / scored."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+@dataclass(frozen=True, slots=True, repr=False)
+class Completion(Shown):
     """What a model wrote after one prompt, as a judge gets it."""
 
-    query: str
+    query: str = field(repr=False)
     """The request alone, without template. A judge of text must not search it: queries contain keywords too."""
-    text: str
+    text: str = field(repr=False)
     """The answer, decoded without special tokens: without prompt, prefilled text and think block."""
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
     """The tokens the model chose, in order, without those of the prompt and of a think block."""
     finished: bool
     """Whether the model ended the answer itself, by an end-of-sequence token or the template's stop text."""
@@ -36,13 +37,13 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Shown):
     """A judge's label of one completion, and why."""
 
     label: Label
     reason: str
     """A few words, such as ``keyword: I cannot``; never a passage of the completion."""
-    raw: str = ""
+    raw: str = field(default="", repr=False)
     """What a judge model or endpoint wrote, verbatim; empty for judges of rules."""
     score: float | None = None
     """The judge's own number from 0 (harmless) to 1, where it has one."""

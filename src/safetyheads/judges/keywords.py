@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
 
@@ -121,7 +122,7 @@ def _searched_keywords(keywords: tuple[str, ...], fold: bool) -> tuple[tuple[str
 
 
 @dataclass(frozen=True, slots=True)
-class KeywordJudge:
+class KeywordJudge(Shown):
     """The judge of the paper (App. B.3): keywords, then length and repetition."""
 
     decides_early: ClassVar[bool] = True

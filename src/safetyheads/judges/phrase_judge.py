@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any, ClassVar
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.keywords import APOSTROPHES, Repetition
@@ -88,7 +89,7 @@ def plain(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PhraseJudge:
+class PhraseJudge(Shown):
     """Finds refusals by their wording, and answers that are empty, repeating or an echo; the rest has complied."""
 
     decides_early: ClassVar[bool] = True

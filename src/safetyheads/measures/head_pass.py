@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation
+from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
@@ -53,7 +54,7 @@ _HALVED = "halved"
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Shown):
     """A score's name and its settings.
 
     Raises:

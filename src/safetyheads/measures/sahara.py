@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Group, Head, distinct
+from safetyheads.heads import AnyHeads, Group, Head, parse_heads
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
 
 
-def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
+def rank_heads(scorer: GroupScorer, heads: AnyHeads) -> HeadScores:
     """The score of each of ``heads`` (usually ``engine.heads``) when ablated alone, by any scorer of groups."""
-    heads = distinct(heads)
+    heads = parse_heads(heads)
     if not heads:
         raise InputError("no heads to rank")
     return score_heads(scorer, (), heads, heads)
@@ -21,7 +21,7 @@ def rank_heads(scorer: GroupScorer, heads: Sequence[Head]) -> HeadScores:
 
 def sahara(
     scorer: GroupScorer,
-    heads: Sequence[Head],
+    heads: AnyHeads,
     steps: int = 3,
     narrow: Callable[[Group], Sequence[Head]] | None = None,
 ) -> SearchTrace:
@@ -39,7 +39,7 @@ def sahara(
     Raises:
         InputError: more steps than heads, or fewer than one.
     """
-    heads = distinct(heads)
+    heads = parse_heads(heads)
     if not 1 <= steps <= len(heads):
         raise InputError(f"size {steps} is out of range: a group has 1 to {len(heads)} heads here")
     group: Group = ()
@@ -59,6 +59,8 @@ def n_scored(n_heads: int, steps: int) -> int:
 
 def score_heads(scorer: GroupScorer, group: Group, candidates: Sequence[Head], heads: Sequence[Head]) -> HeadScores:
     """Score the group plus each candidate: a table over all ``heads``, NaN where a head is not a candidate."""
+    if not callable(scorer):
+        raise InputError(f"a scorer is what mean_ships(...) or scorer_named(...) returns; got {scorer!r}")
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)
     if not bool(torch.isfinite(scores).all()):
         raise SafetyheadsError("a score is not finite: the ablated model's states overflow its dtype")

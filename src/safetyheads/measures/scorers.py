@@ -5,19 +5,19 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.answers.decoding import generate
-from safetyheads.answers.judging import JudgedAnswer
+from safetyheads.answers.judging import AnyJudge, JudgedAnswer
 from safetyheads.answers.success import attack_success_rate
+from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, all_heads
-from safetyheads.judges.base import Judge
 from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score, State
 from safetyheads.measures.sahara import score_heads
 from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose, screen
@@ -27,7 +27,7 @@ from safetyheads.scores import FunctionScorer, HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.prompt_set import PromptSet
+    from safetyheads.prompts.asked import AnyPrompts
 
 OPENER_TOKENS = 32
 """New tokens that a judge sees to find the refusals whose openers are counted."""
@@ -53,7 +53,7 @@ class BlankOpenerWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Opener:
+class Opener(Shown):
     """A first token of the model's own refusals."""
 
     token_id: int
@@ -92,11 +92,11 @@ class Opener:
 
 def scorer_named(
     engine: Engine,
-    prompts: PromptSet,
-    ablation: Ablation,
+    prompts: AnyPrompts,
+    ablation: AnyAblation,
     score: Score | str,
     openers: Sequence[Opener] | None = None,
-    judge: Judge | None = None,
+    judge: AnyJudge | None = None,
     on_groups: OnGroups = None,
 ) -> FunctionScorer:
     """A scorer of groups of heads by the score's name. Measured scores capture the unablated model once, here.
@@ -114,7 +114,7 @@ def scorer_named(
         InputError: an unknown score, or prompts that it cannot work with.
         SafetyheadsError: a refusal score without openers, and the model refuses none of the prompts.
     """
-    score = Score(score) if isinstance(score, str) else score
+    score, ablation = score if isinstance(score, Score) else Score(score), Ablation.parse(ablation)
     if score.forecast == "refusal_score" and not openers:
         openers = find_openers(engine, prompts, judge)
     tokens = tuple(opener.token_id for opener in openers or ())
@@ -138,7 +138,7 @@ def scorer_named(
 
 def scorer_of(measuring: HeadPass, score: Score | str, on_groups: OnGroups = None) -> FunctionScorer:
     """One readout of a pass, averaged over the prompts, as a scorer of groups."""
-    score = Score(score) if isinstance(score, str) else score
+    score = score if isinstance(score, Score) else Score(score)
     if score.name in FORECASTS:
         raise InputError(f"{score.name} is forecast from prompts (scorer_named) and not read from a pass")
     unit = "degrees" if score.is_generalized else "nats"
@@ -151,7 +151,7 @@ def scorer_of(measuring: HeadPass, score: Score | str, on_groups: OnGroups = Non
     return FunctionScorer(score_groups, score.label, unit, measuring.resolution(unit))
 
 
-def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int = 1) -> HeadScores:
+def ships(engine: Engine, prompts: AnyPrompts, ablation: AnyAblation, positions: int = 1) -> HeadScores:
     """Ships of every head, prompt by prompt (Eq 9): values [n_prompts, n_layers, n_heads], in nats.
 
     ``positions`` first tokens of the unablated answer, teacher-forced, are averaged over; 1 is the paper's.
@@ -159,24 +159,26 @@ def ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int
     Raises:
         InputError: a prompt longer than the model's context; ``positions`` below 1.
     """
-    measuring = HeadPass(engine, answer_sequences(engine, prompts, positions), ablation, Readouts(ships=True))
+    measuring = HeadPass(
+        engine, answer_sequences(engine, prompts, positions), Ablation.parse(ablation), Readouts(ships=True)
+    )
     return measuring.table("ships", measuring.measure([(head,) for head in engine.heads])["ships"])
 
 
-@dataclass(frozen=True, slots=True)
-class Rescored:
+@dataclass(frozen=True, slots=True, repr=False)
+class Rescored(Shown):
     """Exact scores of the heads that a screening proposed, and a bound on the others."""
 
     scores: HeadScores
     """[n_layers, n_heads]; NaN where a head was not scored exactly."""
-    proposal: Proposal
+    proposal: Proposal = field(repr=False)
     missed: Missed
 
 
 def screened_ships(
     engine: Engine,
-    prompts: PromptSet,
-    ablation: Ablation,
+    prompts: AnyPrompts,
+    ablation: AnyAblation,
     extent: Extent | None = None,
     top: int = 10,
     positions: int = 1,
@@ -185,22 +187,22 @@ def screened_ships(
 
     The bound on missed heads is about the ``top`` best ones; ``positions`` is as for :func:`ships`.
     """
-    sequences = answer_sequences(engine, prompts, positions)
+    sequences, ablation = answer_sequences(engine, prompts, positions), Ablation.parse(ablation)
     scorer = scorer_of(HeadPass(engine, sequences, ablation, Readouts(ships=True)), "mean_ships")
     proposal = propose(screen(engine, sequences, ablation), "mean_ships", extent or Extent())
     table = score_heads(scorer, (), proposal.heads, all_heads(engine.n_layers, engine.n_heads))
     return Rescored(table, proposal, missed(table, proposal, top))
 
 
-def mean_ships(engine: Engine, prompts: PromptSet, ablation: Ablation, positions: int = 1) -> FunctionScorer:
+def mean_ships(engine: Engine, prompts: AnyPrompts, ablation: AnyAblation, positions: int = 1) -> FunctionScorer:
     """A scorer of groups: Ships (Eq 9) averaged over the prompts, in nats. Arguments as for :func:`ships`."""
     return scorer_named(engine, prompts, ablation, Score("mean_ships", positions))
 
 
 def generalized_ships(
     engine: Engine,
-    prompts: PromptSet,
-    ablation: Ablation,
+    prompts: AnyPrompts,
+    ablation: AnyAblation,
     subspace: Space = "prompt",
     rank: int = 1,
     state: State = "after_norm",
@@ -220,10 +222,10 @@ def generalized_ships(
 
 def refusal_score(
     engine: Engine,
-    prompts: PromptSet,
-    ablation: Ablation,
+    prompts: AnyPrompts,
+    ablation: AnyAblation,
     openers: Sequence[Opener] | None = None,
-    judge: Judge | None = None,
+    judge: AnyJudge | None = None,
 ) -> FunctionScorer:
     """A signed scorer of groups: the drop of log P(R) / (1 - P(R)) of the next token, mean over prompts, in nats.
 
@@ -232,7 +234,7 @@ def refusal_score(
     return scorer_named(engine, prompts, ablation, "refusal_score", openers, judge)
 
 
-def answer_sequences(engine: Engine, prompts: PromptSet, positions: int) -> tuple[TokenSequence, ...]:
+def answer_sequences(engine: Engine, prompts: AnyPrompts, positions: int) -> tuple[TokenSequence, ...]:
     """The prompts, each with the first ``positions - 1`` tokens of its unablated answer; warns of a blank first."""
     if positions < 1:
         raise InputError(f"positions counts answer tokens and is at least 1; got {positions}")
@@ -311,7 +313,7 @@ def openers_of(
     return openers
 
 
-def find_openers(engine: Engine, prompts: PromptSet, judge: Judge | None = None) -> tuple[Opener, ...]:
+def find_openers(engine: Engine, prompts: AnyPrompts, judge: AnyJudge | None = None) -> tuple[Opener, ...]:
     """The openers of the model's own unablated refusals of these prompts; :class:`SafetyheadsError` if it has none."""
     answers = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, OPENER_TOKENS).rows
     return openers_of(engine, answers, needs=True)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, within
 from safetyheads.measures.head_pass import Forecast, HeadPass, log_odds
@@ -358,7 +359,7 @@ def _log_classes(odds: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Shown):
     """How many heads a screening scores exactly."""
 
     n_candidates: int = 32

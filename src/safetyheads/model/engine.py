@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import Ablation
+from safetyheads.ablation import Ablation, AnyAblation
+from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Group, Head, common_heads, within
+from safetyheads.heads import AnyHeads, Group, Head, common_heads, parse_heads, within
 from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
 from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.options import LoadOptions
 from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
 from safetyheads.model.replay import Capture, capture, logits, replay, rerun
-from safetyheads.prompts.asked import AskedPrompts, DatedPromptWarning
+from safetyheads.prompts.asked import AnyPrompts, AskedPrompts, DatedPromptWarning
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ _SETS_KEPT = 16
 _CHARACTERS_QUOTED = 60
 
 
-class Engine:
+class Engine(Shown):
     """A causal language model, loaded and proved, whose heads can be ablated.
 
     Example:
@@ -92,6 +94,9 @@ class Engine:
         self._restore: Callable[[], None] = lambda: None
         self._closed = False
         self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
+
+    def _facts(self) -> dict[str, object]:
+        return {"name": self.name, "heads": f"{self.n_layers} x {self.n_heads}", "dtype": self.dtype}
 
     @classmethod
     def load(cls, path: str, options: LoadOptions | None = None, *, check: bool = True, **settings: Any) -> Engine:
@@ -225,7 +230,7 @@ class Engine:
         """The template of prompts that bring none: ``chat`` where the tokenizer has one, else ``query_answer``."""
         return Template.parse("chat" if self.tokenizer.chat_template else "query_answer")
 
-    def ask(self, prompts: PromptSet | AskedPrompts) -> AskedPrompts:
+    def ask(self, prompts: AnyPrompts) -> AskedPrompts:
         """The prompts as this model reads them; kept, so asking again costs nothing.
 
         Raises:
@@ -233,6 +238,8 @@ class Engine:
         """
         if isinstance(prompts, AskedPrompts):
             return prompts
+        if not isinstance(prompts, PromptSet):
+            prompts = PromptSet.from_queries(prompts)
         key = (prompts, str(self.tokenizer.chat_template))
         if key not in self._asked:
             asked = AskedPrompts.of(prompts, self.default_template, self.tokenizer)
@@ -261,14 +268,14 @@ class Engine:
     # Ablations
 
     @contextmanager
-    def ablated(self, group: Sequence[Head], ablation: Ablation) -> Iterator[PreTrainedModel]:
+    def ablated(self, group: AnyHeads, ablation: AnyAblation) -> Iterator[PreTrainedModel]:
         """The Hugging Face model with the group's heads ablated, for any use and in any thread; unchanged afterwards.
 
         Raises:
             InputError: a head that the model does not have, or one given twice.
             SafetyheadsError: the model is already inside such a context.
         """
-        with self.ablated_rows([tuple(group)], ablation) as model:
+        with self.ablated_rows([parse_heads(group)], Ablation.parse(ablation)) as model:
             yield model
 
     @contextmanager

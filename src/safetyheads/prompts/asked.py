@@ -7,8 +7,9 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+from safetyheads.display import Shown
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template, ThinkBlock
 
@@ -99,8 +100,8 @@ class DatedPromptWarning(UserWarning):
     """The chat template writes today's date into the prompts, so tomorrow they differ."""
 
 
-@dataclass(frozen=True, slots=True)
-class AskedPrompts:
+@dataclass(frozen=True, slots=True, repr=False)
+class AskedPrompts(Shown):
     """A prompt set in the form that one model reads; :meth:`safetyheads.model.engine.Engine.ask` makes it."""
 
     prompts: PromptSet
@@ -130,6 +131,9 @@ class AskedPrompts:
             note=bound.note,
         )
 
+    def _facts(self) -> dict[str, object]:
+        return {"name": self.prompts.name, "n": len(self), "template": self.template, "longest": self.longest}
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -145,6 +149,10 @@ class AskedPrompts:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.token_ids))
+
+
+AnyPrompts: TypeAlias = PromptSet | AskedPrompts | Sequence[str | Prompt]
+"""What is taken for prompts; texts get the model's default template."""
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

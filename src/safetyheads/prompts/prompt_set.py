@@ -7,11 +7,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
+from safetyheads.display import Shown, Table
 from safetyheads.errors import InputError
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, download, read_rows
 from safetyheads.prompts.near_duplicates import SIMILARITY, effective_number, near_any, near_duplicates
@@ -22,7 +23,7 @@ AnyTemplate: TypeAlias = str | Template | None
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Shown):
     """One request."""
 
     query: str
@@ -35,6 +36,8 @@ class Prompt:
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.query, str):
+            raise InputError(f"a prompt is a text; got {self.query!r}")
         if not self.query.strip():
             raise InputError("a prompt is blank")
         try:
@@ -43,8 +46,8 @@ class Prompt:
             raise InputError(f"a prompt is not Unicode text: {error.reason} at {error.start}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
+@dataclass(frozen=True, slots=True, repr=False)
+class PromptSet(Table):
     """Prompts in order, with the template that writes them for a model. Equal prompts are kept, as given."""
 
     prompts: tuple[Prompt, ...]
@@ -78,6 +81,8 @@ class PromptSet:
         name: str = "prompts",
     ) -> PromptSet:
         """Prompts from memory; an InputError where there is none, a blank one, or a bad template."""
+        if isinstance(queries, str) or not isinstance(queries, Iterable):
+            raise InputError(f"prompts are a list of texts, or PromptSet.read(file); got {str(queries)[:60]!r}")
         prompts = tuple(query if isinstance(query, Prompt) else Prompt(query) for query in queries)
         return cls(prompts, _as_template(template, system), name)
 
@@ -129,6 +134,13 @@ class PromptSet:
         return cls(tuple(Prompt(*row) for row in rows), chosen, shown, source, sha256, dropped, warning).sample(
             limit, seed
         )
+
+    def _facts(self) -> dict[str, object]:
+        return {"name": self.name, "n": len(self), "template": self.template or "the model's default"}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each prompt."""
+        return [asdict(prompt) for prompt in self.prompts]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -298,6 +310,8 @@ def _as_template(template: AnyTemplate, system: str | None) -> Template | None:
         return template if system is None else replace(template, system=system)
     if template is None and system is None:
         return None
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"a template is a name or a text with {{query}}; got {template!r}")
     return Template.parse("chat" if template is None else template, system)
 
 

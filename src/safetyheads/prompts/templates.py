@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeAlias, get_args
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
 Thinking: TypeAlias = Literal["closed", "open"]
@@ -100,8 +101,8 @@ FORMS: dict[str, Form] = {
 own (Fig 16, 17); URIAL's (Fig 14)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+@dataclass(frozen=True, slots=True, repr=False)
+class Template(Shown):
     """How a query becomes the text a model reads. Prints as :meth:`parse` reads it."""
 
     name: str
@@ -140,6 +141,9 @@ class Template:
             raise InputError("--fold-system needs the template chat and a system prompt to fold into the user's turn")
         if not all(self.stops):
             raise InputError("a stop text cannot be empty")
+
+    def _facts(self) -> dict[str, object]:
+        return {name: value for name, value in self.settings().items() if value and name != "stops"}
 
     def __str__(self) -> str:
         return self.name if self.format is None or self.name in FORMS else self.format

@@ -16,6 +16,7 @@ import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -30,7 +31,7 @@ N_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(Shown):
     """A share of scored answers. With no scored answer (``n`` 0), rate and interval are None."""
 
     count: int

@@ -11,6 +11,7 @@ import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
+from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import (
     CONFIDENCE,
@@ -25,7 +26,7 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class PairedDifference:
+class PairedDifference(Shown):
     """How a rate changed over the same prompts. With no pair, change, interval and p_value are None."""
 
     change: float | None

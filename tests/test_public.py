@@ -1,0 +1,141 @@
+"""The public names: they show, they take clear texts, they become tables and charts, and never show an answer."""
+
+import inspect
+import sys
+
+import pytest
+
+import safetyheads
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    Head,
+    InputError,
+    PromptSet,
+    attack_success_rate,
+    generate,
+    load_demo,
+    mean_ships,
+    rank_heads,
+    sahara,
+    scan_attack_success_rate,
+    scorer_named,
+    ships,
+)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo("aligned_a")
+
+
+@pytest.fixture(scope="module")
+def values(demo):
+    """Public values of every kind, as a notebook's cells give them."""
+    engine, prompts = demo.engine, demo.harmful[:4]
+    success = attack_success_rate(engine, prompts, "1-3,2-5,2-1", "ua", ["paper", "phrases"], 16)
+    scan = scan_attack_success_rate(engine, prompts, "ua", "phrases", safetyheads.Decoding(8), [["1-3"], "2-5,2-1"])
+    scorer = mean_ships(engine, prompts, "sc")
+    row = success.rows[0]
+    completion = safetyheads.Completion(row.prompt.query, row.text, row.token_ids, True, 16)
+    scores = ships(engine, prompts, "ua")
+    return {
+        "demo": demo,
+        "engine": engine,
+        "prompts": prompts,
+        "asked": engine.ask(prompts),
+        "success": success,
+        "row": row,
+        "verdict": safetyheads.Verdict("complied", "no rule", raw=row.text),
+        "completion": completion,
+        "answer": generate(engine, prompts, 16, [("1-3", "2-5", "2-1")] * 4)[0],
+        "scan": scan,
+        "scorer": scorer,
+        "scores": scores,
+        "ranking": rank_heads(scorer, "1-3,2-5"),
+        "trace": sahara(scorer, engine.heads, 2),
+    }
+
+
+def test_the_package_lists_its_public_names_and_says_that_it_is_typed():
+    assert {*safetyheads.__all__, "__version__"} == set(dir(safetyheads))
+    assert (safetyheads.__path__[0] + "/py.typed") in {
+        str(path) for path in __import__("pathlib").Path(safetyheads.__path__[0]).iterdir()
+    }
+
+
+def test_every_public_class_shows_in_a_notebook():
+    for name in safetyheads.__all__:
+        kind = getattr(safetyheads, name)
+        if inspect.isclass(kind) and not issubclass(kind, Exception) and not getattr(kind, "_is_protocol", False):
+            assert hasattr(kind, "_repr_html_"), name
+
+
+def test_nothing_shows_an_answer_and_all_is_short(values):
+    texts = [row.text for row in values["success"].rows]
+    assert all(len(text) > 10 for text in texts)
+    for name, value in values.items():
+        for shown in (repr(value), str(value), value._repr_html_()):
+            assert not any(text in shown or text[:20] in shown for text in texts), name
+            assert len(shown) < 900, name
+    frames = [values[name].to_frame() for name in ("success", "scan", "scores", "ranking", "trace", "prompts")]
+    assert [len(frame) for frame in frames] == [4, 2, 4 * 32, 2, 2, 4]
+    assert not any(text in frame.to_csv() for text in texts for frame in frames)
+    assert values["success"].rows[0].text == texts[0]
+
+
+def test_tables_hold_the_numbers(values):
+    scan, scores = values["scan"].to_frame(), values["scores"]
+    assert list(scan["group"]) == ["1-3", "2-5,2-1"]
+    assert list(scan["asr"]) == [rate.rate for rate in values["scan"].rates]
+    by_prompt = scores.to_frame()
+    place = (by_prompt["prompt"] == 3) & (by_prompt["layer"] == 1) & (by_prompt["head"] == 3)
+    assert float(by_prompt[place]["ships"].iloc[0]) == float(scores.values[3, 1, 3])
+
+
+def test_charts_are_valid_and_hold_a_mark_for_each_number(values):
+    mapped, scattered = values["scores"].plot().to_dict(), values["scan"].plot(values["scores"]).to_dict()
+    assert len(mapped["data"]["values"]) == 32
+    assert [row["group"] for row in scattered["data"]["values"]] == ["1-3"]
+
+
+def test_texts_mean_what_the_values_mean(demo):
+    engine, prompts, group = demo.engine, demo.harmful[:2], (Head(1, 3), Head(2, 5))
+    spelt = [rank_heads(mean_ships(engine, prompts, "ua"), heads).values for heads in ("1-3,2-5", ["1-3", "L2H5"])]
+    exact = rank_heads(mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION), group).values
+    assert all(values.nan_to_num().equal(exact.nan_to_num()) for values in spelt)
+    assert ships(engine, list(prompts.queries), "ua").values.equal(ships(engine, prompts, "ua").values)
+    with engine.ablated("1-3", "sc") as model:
+        assert model is engine.model
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda engine, prompts: attack_success_rate(engine, prompts, "9-9", "ua"), "head 9-9 is out of range"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, [3], "ua"), "head 3 is not of the form"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, 3, "ua"), "heads are written 2-26,3-1"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, (), "up"), "unknown ablation 'up'"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, (), 7), "written ua or sc"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, (), "ua", "papre"), "unknown judge 'papre'"),
+        (lambda engine, prompts: attack_success_rate(engine, prompts, (), "ua", 7), "a judge is a name"),
+        (lambda engine, _: attack_success_rate(engine, "How do I", (), "ua"), "prompts are a list of texts"),
+        (lambda engine, _: ships(engine, [1, 2], "ua"), "a prompt is a text"),
+        (lambda engine, _: ships(engine, None, "ua"), "prompts are a list of texts"),
+        (lambda engine, prompts: ships(engine, prompts, None), "written ua or sc"),
+        (lambda engine, prompts: scorer_named(engine, prompts, "ua", "shisp"), "unknown score 'shisp'"),
+        (lambda engine, prompts: scorer_named(engine, prompts, "ua", 3), "unknown score 3"),
+        (lambda engine, prompts: scan_attack_success_rate(engine, prompts, "ua", groups="1-3"), "a list of groups"),
+        (lambda engine, prompts: ships(engine, prompts, "ua")["9-9"], "head 9-9 is out of range"),
+        (lambda engine, _: rank_heads("mean_ships", engine.heads), "a scorer is what mean_ships"),
+        (lambda *_: PromptSet.from_queries(["a"], 7), "a template is a name"),
+    ],
+)
+def test_anything_else_is_one_clear_line(demo, call, said):
+    with pytest.raises(InputError, match=said):
+        call(demo.engine, demo.harmful[:2])
+
+
+def test_a_table_without_pandas_names_the_extra(monkeypatch, demo):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match=r"safetyheads\[pandas\]"):
+        demo.harmful.to_frame()
