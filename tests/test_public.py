@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,9 +59,7 @@ def values(demo):
 
 def test_the_package_lists_its_public_names_and_says_that_it_is_typed():
     assert {*safetyheads.__all__, "__version__"} == set(dir(safetyheads))
-    assert (safetyheads.__path__[0] + "/py.typed") in {
-        str(path) for path in __import__("pathlib").Path(safetyheads.__path__[0]).iterdir()
-    }
+    assert (Path(safetyheads.__file__).parent / "py.typed").is_file()
 
 
 def test_every_public_class_shows_in_a_notebook():
@@ -93,9 +92,10 @@ def test_tables_hold_the_numbers(values):
 
 
 def test_charts_are_valid_and_hold_a_mark_for_each_number(values):
-    mapped, scattered = values["scores"].plot().to_dict(), values["scan"].plot(values["scores"]).to_dict()
-    assert len(mapped["data"]["values"]) == 32
-    assert [row["group"] for row in scattered["data"]["values"]] == ["1-3"]
+    charts = values["scores"].plot(), values["scan"].plot(values["scores"])
+    (mapped,), (scattered,) = (chart.to_dict()["datasets"].values() for chart in charts)
+    assert len(mapped) == 32
+    assert [row["group"] for row in scattered] == ["1-3"]
 
 
 def test_texts_mean_what_the_values_mean(demo):

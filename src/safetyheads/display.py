@@ -54,6 +54,13 @@ class Table(Shown):
         return frame(self.to_rows())
 
 
+def duration(seconds: float) -> str:
+    """``3 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def rate_row(rate: Row, name: str = "asr") -> dict[str, Any]:
     """A rate as columns: the rate under ``name``, its 95 % interval, counts."""
     low, high = rate["interval"] or (None, None)

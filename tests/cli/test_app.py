@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from safetyheads import InputError, __version__, demo
 from safetyheads.cli import show
-from safetyheads.cli.app import _own_out, _settled
-from safetyheads.cli.options import DirectoryOptions
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import AsrConfig, AuditConfig
+from safetyheads.runs.start import settled
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 DEMO = "demo:aligned_a --prompts demo"
@@ -38,8 +39,9 @@ def found_by(run, command):
 
 
 def test_version_and_no_arguments(run):
-    assert run("--version") == (0, f"safetyheads {__version__}\n", "")
-    for arguments in ((), ("demo", "--help"), ("check", "--help")):
+    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
+    assert run("--version") == (0, f"safetyheads {__version__}, {libraries}\n", "")
+    for arguments in ((), ("-h",), ("demo", "--help"), ("check", "-h")):
         code, out, _ = run(*arguments)
         assert code == 0
         assert "Usage" in out
@@ -131,11 +133,40 @@ def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
 
 def test_directories_are_named_for_what_they_hold():
     audit, asr = AuditConfig("some/model", "asked.txt"), AsrConfig("demo:aligned_a", "demo")
-    assert _settled(audit, DirectoryOptions()) == (audit, Path("runs/model-asked-undifferentiated_attention"))
-    settled, out = _settled(AuditConfig("demo:aligned_a", "demo"), DirectoryOptions(out=Path("here")))
-    assert (settled.benign, out) == ("demo", Path("here"))
-    assert str(_own_out(asr, "asr")).startswith("runs/demo-aligned_a-asr-")
-    assert _own_out(asr, "asr") != _own_out(AsrConfig("demo:aligned_a", "demo", limit=3), "asr")
+    assert str(settled(audit, None, "audit")[1]).startswith("runs/model-asked-audit-")
+    config, out = settled(AuditConfig("demo:aligned_a", "demo"), Path("here"), "audit")
+    assert (config.benign, out) == ("demo", Path("here"))
+    names = [settled(config, None, "asr")[1] for config in (asr, replace(asr, limit=3), replace(asr, seed=1), asr)]
+    assert names[0] == names[3]
+    assert len(set(names)) == 3
+
+
+def test_a_dry_run_needs_no_directory_and_a_file_of_settings_stands_behind_options(run):
+    Path("a.toml").write_text('prompts = "demo"\nlimit = 8\nmax-new-tokens = 24\nheads = ["1-3"]\njudge = ["paper"]\n')
+    code, out, err = run("asr", "demo:aligned_a", "--config", "a.toml", "--limit", 4, "--dry-run", "--json")
+    assert (code, json.loads(out)["answers"]) == (0, 8), err
+    assert "judge paper (as asked)" in err
+    code, out, _ = run("audit", "demo:aligned_a", "--prompts", "demo", "--limit", 8, "--dry-run")
+    assert code == 0
+    for said in (
+        "at most",
+        "answers",
+        "8 prompts show a rise of ASR",
+        "stages: unablated answers",
+        "Nothing was written",
+    ):
+        assert said in out
+    assert [path.name for path in Path().iterdir()] == ["a.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "cannot be read"), ("x = [", "is not TOML"), ("nosuch = 1", "nosuch"), ("limit = 0", "limit must be")],
+)
+def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
+    if text is not None:
+        Path("a.toml").write_text(text)
+    assert said in refused("asr", "demo:aligned_a", "--prompts", "demo", "--heads", "1-3", "--config", "a.toml")
 
 
 # Bad input: what can be known without the model.

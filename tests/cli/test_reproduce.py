@@ -86,7 +86,7 @@ def test_weights_and_prompts_that_changed_under_their_name_are_refused(run):
     arguments = ("reproduce", "fig5", "--config", "lab.toml", "--out", "run", "--threads", "1")
     assert run(*arguments)[0] == 0
     changes = {f"{name}/model.safetensors": f"{name} has other weights" for name in ("mine", "other")}
-    for path, said in (changes | {"harmful.txt": "holds a run with another config: prompts_sha256"}).items():
+    for path, said in (changes | {"harmful.txt": "holds a run with other settings: prompts"}).items():
         before = Path(path).read_bytes()
         other = demo.checkpoint_path("aligned_single") / "model.safetensors"
         shutil.copy(other if path.endswith("safetensors") else "benign.txt", path)

@@ -101,3 +101,15 @@ def test_a_judge_with_a_dot_in_its_name_has_its_column(terminal):
     lines = terminal(100, show._show_by_judge, [{"heads": ["1-3"], "by_judge": rates}], results)
     (row,) = (line for line in lines if "1-3" in line)
     assert " ".join(row.split()) == "1-3 0.25 [0.00, 1.00] 0.50 [0.00, 1.00]"
+
+
+def test_without_bars_a_line_comes_every_half_minute_and_stages_are_numbered(monkeypatch):
+    written = io.StringIO()
+    progress, clock = show.RichProgress(Console(file=written, width=100)), iter((0.0, 10.0, 31.0, 45.0, 70.0))
+    monkeypatch.setattr(show.time, "monotonic", lambda: next(clock))
+    progress.expect(("unablated answers", "groups"))
+    with progress.track("harmful: groups", 8) as done:
+        for _ in range(4):
+            done(2)
+    # At 31 s, 4 of 8 are done; at 70 s all are, which needs no line.
+    assert written.getvalue() == "2 of 2: harmful: groups: 4 of 8, about 31 s left\n"

@@ -63,10 +63,12 @@ def test_another_config_is_refused_with_each_field_that_differs(tmp_path):
     started(tmp_path / "run").close()
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     other = {"model": {"sha256": "ab"}, "ablation": {"name": "ua", "epsilon": 0.5}, "sizes": [1, 2], "seed": 1}
+    other["weights_sha256"] = "cd"
     with pytest.raises(InputError) as error:
         started(tmp_path / "run", other)
-    for words in ("ablation.epsilon (1e-05 -> 0.5)", "sizes.2 (3 -> absent)", "seed (absent -> 1)"):
+    for words in ("ablation epsilon (1e-05 -> 0.5)", "sizes 2 (3 -> none)", "seed (none -> 1)", "weights,"):
         assert words in str(error.value)
+    assert "cd" not in str(error.value)
     assert "model.sha256" not in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before

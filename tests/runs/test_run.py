@@ -1,10 +1,8 @@
-"""Runs of asr, ships and sahara give what public functions give; a second start computes nothing; estimates of time."""
+"""Runs of asr, ships and sahara give what public functions give; a second start computes nothing."""
 
 import json
-from dataclasses import replace
 
 import pytest
-from tiny_models import engine_of, prompts_of
 from transformers import GenerationConfig
 
 from safetyheads import (
@@ -22,15 +20,13 @@ from safetyheads.judges import named
 from safetyheads.judges.function import CallableJudge
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
-from safetyheads.model.architecture import Capabilities
-from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs import check
 from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
-from safetyheads.runs.run import ON_WORDS, estimate, estimate_pass, refuse_beyond_memory
+from safetyheads.runs.run import ON_WORDS, refuse_beyond_memory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
@@ -63,7 +59,7 @@ def test_ships_and_sahara_equal_the_public_functions(organism, tmp_path, monkeyp
     config = SaharaConfig(MODEL, "demo", limit=8, size=2)
     found = twice(run_sahara, organism, config, tmp_path / "sahara", monkeypatch)
     assert found["group"] == [str(head) for head in sahara(scorer, organism.engine.heads, 2).group]
-    with pytest.raises(InputError, match="another config"):
+    with pytest.raises(InputError, match="other settings"):
         run_ships(organism.engine, ShipsConfig(MODEL, "demo", limit=4), tmp_path / "ships")
 
 
@@ -132,26 +128,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeyp
         for sequence, token_ids in zip(sequences, asked.token_ids, strict=True):
             assert sequence.n_wanted == (wanted or engine.architecture.context_length - len(token_ids) + 1)
             assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1
-
-
-@pytest.mark.parametrize("replays", [True, False])
-def test_a_pass_is_told_at_the_rate_of_the_timed_batch(monkeypatch, replays):
-    engine = engine_of("llama_gqa", capabilities=Capabilities(replays=replays))
-    sequences = [TokenSequence(ids) for ids in PROMPTS]
-    layout = engine.plan(sequences)
-    # The first run is set-up, the quicker of the others counts.
-    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0, *range(99)])
-    monkeypatch.setattr("safetyheads.runs.run.time.monotonic", lambda: next(ticks))
-    seconds, memory = estimate_pass(engine, sequences, layout)
-    timed = row_sizes(sequences, replace(layout, rows=layout.rows[:1]))
-    rate = layout.groups_per_batch * engine.costs.replay_flops(timed, 0) / 2.0
-    rows = row_sizes(sequences, layout)
-    flops = engine.costs.forward_flops(rows) + engine.costs.scan_flops(rows, engine.heads)
-    assert seconds == pytest.approx(flops / rate)
-    assert memory == engine.memory_estimate(sequences, layout)
-    line = estimate(engine, engine.ask(prompts_of(*PROMPTS)).token_ids, 2, 0, 1)
-    assert line.startswith("12 heads x 3 prompts, 2 passes: about ")
-    assert "MiB beside the weights" in line
 
 
 class Lines(Silent):

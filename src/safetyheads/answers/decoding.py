@@ -288,11 +288,15 @@ def not_followed_line(model: PreTrainedModel) -> str | None:
 
 def rows_that_fit(engine: Engine, longest: int) -> int:
     """Number of rows of ``longest`` tokens whose caches fit the free memory."""
+    allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
+    return max(1, min(_MOST_ROWS, allowed // row_bytes(engine, longest)))
+
+
+def row_bytes(engine: Engine, longest: int) -> int:
+    """Bytes of a row of ``longest`` tokens while it is decoded: its cache, and its logits."""
     facts = engine.architecture
     width = sum(shape.n_kv_heads * (shape.d_head + shape.d_value) for shape in facts.shapes if shape is not None)
-    cache = width * engine.dtype.itemsize * longest
-    allowed = allowed_memory(engine.device, engine.memory_budget, _MEMORY_SHARE)
-    return max(1, min(_MOST_ROWS, allowed // (cache + 8 * facts.vocabulary_size)))
+    return width * engine.dtype.itemsize * longest + 8 * facts.vocabulary_size
 
 
 class _Batch:

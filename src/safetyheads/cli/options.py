@@ -8,13 +8,19 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import App, Group, Parameter
+from cyclopts.argument import ArgumentCollection
+from cyclopts.config import Dict
+
+from safetyheads.errors import InputError
+from safetyheads.files import as_input_error
 
 _TITLES = (
     *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
@@ -30,6 +36,7 @@ _NAMES = {
     "n_shots": "--num-fewshot",
     "include_paths": "--include-path",
     "store_completions": "--completions",
+    "settings": "--config",
     "quiet": ("--quiet", "-q"),
 }
 
@@ -41,6 +48,32 @@ class DirectoryOptions:
     PANEL: ClassVar[str] = "Run directory"
     out: Path | None = None
     """Run directory; a run that it holds part of is continued. Default: a name of its own under runs/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DirectoryOptions):
+    """Where a run is kept, and whether it is carried out."""
+
+    PANEL: ClassVar[str] = "Run directory"
+    settings: Path | None = None
+    """TOML file of this command's settings, named as the options are; options win over it."""
+    dry_run: bool = False
+    """Load the model, print what the run computes at most, its time, memory and the smallest effect that can show, and
+    stop. Nothing is written."""
+
+
+def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give the arguments what the file behind ``--config`` says, unless the command line says it."""
+    named = [argument for argument in arguments if argument.name == "--config" and argument.tokens]
+    if named and commands != ("reproduce",):
+        path = Path(named[0].tokens[0].value)
+        with as_input_error(path, "read"):
+            text = path.read_bytes()
+        try:
+            values = tomllib.loads(text.decode())
+        except ValueError as error:
+            raise InputError(f"{path} is not TOML: {error}") from error
+        Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safetyheads.ablation import Ablation
+from safetyheads.display import duration
 from safetyheads.runs.config import Progress, Silent
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
+INTERVAL = 30.0
+"""Seconds between two lines where there are no bars."""
 _WIDTH_OFF_TERMINAL = 140
 _ROWS_SHOWN = 24
 _HEADS_SHOWN = 10
@@ -82,10 +87,13 @@ def progress_for(quiet: bool) -> Progress:
 
 
 class RichProgress:
-    """Shows bars on a terminal for stages that last over two seconds; elsewhere only lines."""
+    """Shows bars on a terminal and in notebooks for stages that last over two seconds; elsewhere only lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.stages: tuple[str, ...] = ()
+        # In a notebook rich draws by ipywidgets.
+        self.draws = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, line: str | Callable[[], str]) -> None:
         """Print one line on stderr."""
@@ -93,14 +101,34 @@ class RichProgress:
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show the count, the rate and the time left."""
-        if not self.console.is_terminal:
-            yield lambda _: None
+        """Show the count, the rate and the time left; without bars, a line every half a minute."""
+        stage = name.rpartition(": ")[2]
+        if stage in self.stages:
+            name = f"{self.stages.index(stage) + 1} of {len(self.stages)}: {name}"
+        if not self.draws:
+            yield self._lines(name, total)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
         with _PatientBars(*columns, console=self.console, transient=True) as bars:
             task = bars.add_task(name, total=total)
             yield lambda count: bars.advance(task, count)
+
+    def expect(self, stages: Sequence[str]) -> None:
+        """Number the stages that lie ahead."""
+        self.stages = tuple(stages)
+
+    def _lines(self, name: str, total: int) -> Callable[[int], None]:
+        started = last = time.monotonic()
+        count = 0
+
+        def done(more: int) -> None:
+            nonlocal last, count
+            count, at = count + more, time.monotonic()
+            if at - last >= INTERVAL and count < total:
+                last, left = at, (at - started) / max(count, 1) * (total - count)
+                self.say(f"{name}: {count} of {total}, about {duration(left)} left")
+
+        return done
 
 
 class _PatientBars(Bars):
@@ -117,6 +145,14 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         rate = task.completed / task.elapsed if task.elapsed else 0.0
         return Text((f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if rate else "")
+
+
+def show_dry_run(found: Found) -> None:
+    """Print what a run would compute, and where it would keep it."""
+    lines, stages = [*found["lines"], f"run directory: {found['out']}"], found.get("stages", ())
+    if stages:
+        lines += [f"stages: {', '.join(stages)}", f"at most {duration(found['seconds']['at_most'])}, judges left out"]
+    print_lines([*lines, "Nothing was written."])
 
 
 # Numbers and tables

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.display import Shown
-from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet

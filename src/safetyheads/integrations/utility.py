@@ -241,6 +241,7 @@ def run_evaluation(
     out: Path | None = None,
     progress: Progress | None = None,
     command: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds.
 
@@ -251,7 +252,10 @@ def run_evaluation(
     variants = head_variants(engine, config.parsed_groups, config.parsed_ablation)
     refuse_foreign(engine, tasks)
     n_requests = (1 + len(variants)) * sum(task.n_requests for task in tasks)
-    watching.say(f"{n_requests} requests to the model: tasks {len(tasks)}, groups {len(variants)} and vanilla")
+    line = f"{n_requests} requests to the model: tasks {len(tasks)}, groups {len(variants)} and vanilla"
+    if dry_run:
+        return {"dry_run": True, "kind": "eval", "out": str(out), "requests": n_requests, "lines": [line]}
+    watching.say(line)
     if out is None:
         return _results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, progress=watching))
     with watching.track("fingerprinting the weights", 1):

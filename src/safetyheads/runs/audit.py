@@ -25,6 +25,7 @@ from safetyheads.measures.scorers import scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import AuditConfig, Thresholds
+from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.rates import (
     GroupAnswers,
@@ -39,7 +40,6 @@ from safetyheads.runs.run import (
     Kind,
     Run,
     carry_out,
-    estimate,
     is_demo,
     read_set,
     refuse_beyond_memory,
@@ -81,6 +81,8 @@ KINDS: tuple[Literal["harmful", "benign"], ...] = ("harmful", "benign")
 SETS = ("harmful_search", "harmful_test", "benign_search", "benign_test")
 """The prompt sets of an audit."""
 _N_RUNNERS_UP = 4
+STAGES = ("unablated answers", "scores of heads", "searching groups", "groups", "damage")
+"""Stages of an audit, in their order."""
 
 
 @dataclass(frozen=True)
@@ -151,19 +153,21 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
     refuse_beyond_memory(engine, asked["benign_test"])
 
 
-def _announce(run: Run[AuditConfig]) -> None:
-    config, n = run.config, {name: len(asked) for name, asked in run.asked.items()}
-    # One pass over single heads on two sets, then the later steps of each search.
-    n_passes = 2 + len(SEARCHED) * (config.size - 1)
+def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
+    n = {name: len(prompts) for name, prompts in asked.items()}
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
-    n_groups, sizes = len(SEARCHED) * config.size, heads_by_layer(run.engine)
+    n_groups, sizes = len(SEARCHED) * config.size, heads_by_layer(engine)
     layers = [layer for layer, n_heads in enumerate(sizes) if n_heads]
     spread = [tuple(Head(layer, 0) for layer in layers[-size:]) for size in range(1, config.size + 1)]
     n_random = sum(len(random_groups(group, sizes, config.n_random, config.seed).groups) for group in spread)
     n_answers = sum(n.values()) * (1 + n_groups) + n["harmful_test"] * (N_LISTED + len(SEARCHED) * n_random)
-    token_ids = run.asked["harmful_search"].token_ids
-    run.progress.say(lambda: estimate(run.engine, token_ids, n_passes, n_answers, config.max_new_tokens))
+    # One pass over single heads on two sets, the later steps of each search, and groups on benign test prompts: the
+    # searched ones for the next token, these and the random ones for damage.
+    n_groups_passed = 2 * n_groups + len(SEARCHED) * n_random
+    n_passes = 2 + len(SEARCHED) * (config.size - 1) + n_groups_passed / len(engine.heads)
+    token_ids = asked["harmful_search"].token_ids
+    return Work(token_ids, n_passes, n_answers, config.max_new_tokens, STAGES, n["harmful_test"])
 
 
 # Stages.
@@ -174,6 +178,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
     coherence = run.find_limit()
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
+    run.say_what_is_left()
     about: dict[str, Any] = {
         "data": {
             **{kind: _halves(asked[f"{kind}_search"].prompts, asked[f"{kind}_test"].prompts) for kind in KINDS},
@@ -404,6 +409,6 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
     ]
 
 
-_AUDIT = Kind("audit", _announce, audit_results, _refuse_impossible, read_prompts)
+_AUDIT = Kind("audit", _work, audit_results, _refuse_impossible, read_prompts)
 run_audit = partial(carry_out, _AUDIT)
 """Audits a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

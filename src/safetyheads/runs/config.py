@@ -6,7 +6,7 @@ config is what one command takes. Parts have no slots: classes with slots cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
@@ -472,6 +472,9 @@ class Progress(Protocol):
     def say(self, line: str | Callable[[], str]) -> None:
         """Show a line; a line that costs something is given as the function that makes it."""
 
+    def expect(self, stages: Sequence[str]) -> None:
+        """The stages that lie ahead; the name of what is tracked ends with its stage."""
+
     def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A context that gives a function to call with the number of items just done."""
 
@@ -480,6 +483,9 @@ class Silent:
     """Progress that nobody sees."""
 
     def say(self, line: str | Callable[[], str]) -> None:
+        """Do nothing."""
+
+    def expect(self, stages: Sequence[str]) -> None:
         """Do nothing."""
 
     @contextmanager

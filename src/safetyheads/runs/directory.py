@@ -154,7 +154,7 @@ class RunDirectory:
             if differences := _differences(manifest["config"], given):
                 shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
                 raise InputError(
-                    f"{self.path} holds a run with another config: {', '.join(shown)}"
+                    f"{self.path} holds a run with other settings: {', '.join(shown)}"
                     f"{f', and {more} more' if more > 0 else ''}; give another output directory"
                 )
         manifest["provenance"].append(provenance)
@@ -222,6 +222,11 @@ class RunDirectory:
         write_atomically(path, content)
         return parse(content)
 
+    @property
+    def n_stored(self) -> int:
+        """Files of scores and answers that are stored."""
+        return sum(1 for pattern in ("shards/*/*.safetensors", "completions/*.jsonl") for _ in self.path.glob(pattern))
+
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it."""
         self._write_json("results.json", results)
@@ -264,10 +269,15 @@ def _parse_records(content: bytes) -> list[Record]:
 
 
 def _differences(*configs: Mapping[str, Any]) -> list[str]:
-    """Each field in which two configs differ, as ``name (old -> new)``."""
+    """Each setting in which two configs differ, in words, as ``name (old -> new)``; of fingerprints the name alone."""
     old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in configs)
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return [f"{name} ({shorten(old.get(name, 'absent'))} -> {shorten(new.get(name, 'absent'))})" for name in names]
+    names = (name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    differences = []
+    for name in sorted(names, key=lambda name: (name.count("."), name)):
+        before, after = (shorten(values.get(name, "none")) for values in (old, new))
+        words = re.sub(r"[_.]", " ", name.replace("_sha256", ""))
+        differences.append(words if "_sha256" in name else f"{words} ({before} -> {after})")
+    return list(dict.fromkeys(differences))
 
 
 def _file_name(stage: str) -> str:

@@ -21,6 +21,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.heads import Group, Head, format_heads, parse_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Verdict
+from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
@@ -29,6 +30,7 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import SCHEMA_VERSION, Record
+from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import (
     AnswerTable,
     GroupAnswers,
@@ -43,7 +45,6 @@ from safetyheads.runs.run import (
     Kind,
     Run,
     carry_out,
-    estimate,
     random_groups_of,
     refuse_beyond_memory,
     refuse_groups,
@@ -71,17 +72,27 @@ def _refuse_impossible(engine: Engine, config: ScanConfig, asked: Mapping[str, A
     refuse_beyond_memory(engine, *(asked[name] for name in asked if measured or name == "benign"))
 
 
-def _announce(run: Run[ScanConfig]) -> None:
+def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     """Comparisons cost about as much as passes; at worst all answers change."""
-    config, asked = run.config, run.asked
-    n_scans = config.n_seeds * (len(asked) + len(config.epsilons))
-    n_passes = n_scans + (len(asked) + 1) * config.scores
-    n_answers = sum(map(len, asked.values())) * config.n_seeds * (1 + len(run.engine.heads))
-    arguments = asked["harmful"].token_ids, n_passes, n_answers, config.max_new_tokens
-    run.progress.say(lambda: f"{estimate(run.engine, *arguments)}; only answers that an ablation changes are decoded")
-    patient = [judge.name for judge in run.judges if not judge.decides_early]
+    n_heads, n_harmful = len(engine.heads), len(asked["harmful"])
+    n_groups = len(config.groups) + config.pairs * (config.pairs - 1) // 2 + config.prefixes
+    n_all, n_on_harmful = 1 + n_heads + n_groups, n_heads * len(config.epsilons) + config.prefixes * config.n_random
+    n_answers = sum(map(len, asked.values())) * n_all + n_harmful * (n_on_harmful + config.query_level)
+    n_scans = config.n_seeds * (len(asked) * n_all + n_on_harmful) / n_heads
+    n_passes = n_scans + (len(asked) + 1) * config.scores + max(0, config.prefixes - 1)
+    note = "only answers that an ablation changes are decoded"
+    patient = [judge.name for judge in judges_named(config.judges) if not judge.decides_early]
     if patient and not config.full_answers:
-        run.progress.say(f"rows end when all judges are final; {', '.join(patient)} needs whole answers")
+        note += f"; rows end when all judges are final, and {', '.join(patient)} needs whole answers"
+    stages = (
+        *("unablated answers", "heads", "scores of heads", *["searching groups"] * bool(config.prefixes)),
+        *(part for part in ("groups", "pairs", "prefixes") if getattr(config, part)),
+        *["random"] * bool(config.n_random),
+        *["query level"] * bool(config.query_level),
+    )
+    length, token_ids = config.max_new_tokens, asked["harmful"].token_ids
+    n_answers *= config.n_seeds
+    return Work(token_ids, n_passes, n_answers, length, stages, n_harmful, n_heads, config.n_seeds, note)
 
 
 # Stages.
@@ -102,6 +113,7 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
         return answers
 
     coherence = run.find_limit(samplings)
+    run.say_what_is_left()
     alone = {}
     for name in run.asked:
         for sampling in samplings:
@@ -448,6 +460,6 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     }
 
 
-_SCAN = Kind("scan", _announce, scan_results, _refuse_impossible, full_answers=False)
+_SCAN = Kind("scan", _work, scan_results, _refuse_impossible, full_answers=False)
 run_scan = partial(carry_out, _SCAN)
 """Scans a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -21,22 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
+from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import (
     Decoding,
-    Request,
     Sampling,
     ShortContextWarning,
-    answer,
     end_tokens,
     not_followed_line,
-    rows_that_fit,
     short_context,
 )
 from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import PLANTED_HEADS, demo_prompts
+from safetyheads.display import duration
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
@@ -47,11 +46,12 @@ from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.measures.screening import Screening, screen
-from safetyheads.model.planning import Plan, TokenSequence, row_sizes
+from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
 from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory, content_key
+from safetyheads.runs.estimate import Estimate, Work, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.scores import HeadScores
@@ -196,6 +196,8 @@ class Run(Generic[Config]):
         self.measures_surprise = measures_surprise
         self.limit: float | None = None
         """Surprise above which answers are not coherent, once :meth:`find_limit` found it."""
+        self.work: Work | None = None
+        """What the run computes at most; None where nobody counted."""
         self.engine, self.config, self.directory, self.progress = engine, config, directory, progress
         self.judges, self.decoding, self.stores_completions = tuple(judges), decoding or Decoding(), stores_completions
         self.asked: dict[str, AskedPrompts] = {}
@@ -409,6 +411,27 @@ class Run(Generic[Config]):
         stored = _random_of_records(self.directory.records(_RANDOM, fields, compute))
         return {group: stored[text] for group, text in zip(groups, texts, strict=True)}
 
+    def say_what_is_left(self) -> None:
+        """Say again how long the answers take, by the length of the unablated ones and the judges' time for them."""
+        records = [record for kept in self._answers.values() for record in kept.vanilla().flat()]
+
+        def line() -> str:
+            n_tokens = sum(record["n_tokens"] for record in records) / len(records)
+            judging = sum(self.judge_seconds.values()) / len(records)
+            seconds = self.estimate.answer_seconds(n_tokens) + self.estimate.work.answers * judging
+            return (
+                f"unablated answers have {n_tokens:.0f} tokens on average: at this length all answers take about "
+                f"{duration(seconds)}, judges included"
+            )
+
+        if self.work is not None and records:
+            self.progress.say(line)
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """How long the run's work takes here; timed when it is first asked for."""
+        return estimate(self.engine, self.work or Work(()))
+
     @property
     def judge_seconds(self) -> dict[str, float]:
         """Time that each judge took in this process."""
@@ -450,6 +473,8 @@ def run_directory(
         InputError: it belongs to another run.
     """
     with RunDirectory.start(out, settings, provenance(command)) as directory:
+        if n_stored := directory.n_stored:
+            progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
         threads = directory.remember("threads", torch.get_num_threads())
         if threads != torch.get_num_threads():
             progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
@@ -463,8 +488,8 @@ class Kind(Generic[Config]):
 
     name: str
     """As manifest and results call it."""
-    announce: Callable[[Run[Config]], None]
-    """Says what lies ahead, and how long it will take."""
+    work: Callable[[Engine, Config, Mapping[str, AskedPrompts]], Work]
+    """What lies ahead, at most."""
     results: Callable[[Run[Config]], dict[str, Any]]
     """Runs all stages, and makes the results that only this kind has."""
     refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None]
@@ -485,6 +510,7 @@ def carry_out(
     prompts: Prompts | None = None,
     progress: Progress | None = None,
     command: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run in a run directory and return the results as written; one that holds part of this run is continued.
 
@@ -496,6 +522,7 @@ def carry_out(
         prompts: the prompt sets by name; by default read as the config says.
         progress: who watches.
         command: the command line, for the record.
+        dry_run: write nothing, and return the estimate instead (:meth:`.Estimate.as_json`).
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
@@ -520,6 +547,10 @@ def carry_out(
         n_new = getattr(settings, "max_new_tokens", 1)
         engine.prove_up_to(longest + max(n_new, getattr(settings, "positions", 1)))
         kind.refuse(engine, config, asked)
+        work = kind.work(engine, config, asked)
+        if dry_run:
+            progress.say(chosen)
+            return {"kind": kind.name, "out": str(out), **estimate(engine, work).as_json()}
         for note in prompt_notes(prompts):
             progress.say(note)
         with progress.track("fingerprinting the weights", 1):
@@ -536,7 +567,9 @@ def carry_out(
             run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
-            kind.announce(run)
+            progress.expect(work.stages)
+            run.work = work
+            progress.say(lambda: str(run.estimate))
             results = {
                 **common_results(kind.name, run),
                 "chosen": chosen,
@@ -615,82 +648,3 @@ def warnings_of(
     ours = (warning for warning in caught if warning.category.__module__.startswith("safetyheads"))
     notes += [str(warning.message) for warning in ours if warning.category is not ShortContextWarning]
     return list(dict.fromkeys(note for note in notes if note))
-
-
-# What lies ahead.
-
-# A pass is timed over a batch of the last so many layers.
-_TIMED_LAYERS = 3
-# Decoding is timed over this many tokens, and rows.
-_TIMED_TOKENS = 4
-_TIMED_ROWS = 64
-
-
-def estimate(
-    engine: Engine, encoded: Sequence[tuple[int, ...]], n_passes: int, n_answers: int, max_new_tokens: int
-) -> str:
-    """What lies ahead, as one line: passes over all heads, answers, about how long, and memory beside the weights.
-
-    ``encoded`` are the token ids of the prompts over which every head is scored ``n_passes`` times.
-    """
-    parts, memory = [], 0
-    if n_passes:
-        sequences = [TokenSequence(token_ids) for token_ids in encoded]
-        seconds, memory = estimate_pass(engine, sequences, engine.plan(sequences))
-        heads = f"{len(engine.heads)} heads x {len(encoded)} prompts, {n_passes} pass{'es' * (n_passes > 1)}"
-        parts.append(f"{heads}: about {duration(n_passes * seconds)}")
-    if n_answers:
-        seconds = _seconds_an_answer(engine, encoded, min(n_answers, _TIMED_ROWS), max_new_tokens)
-        parts.append(
-            f"{n_answers} answers: about {duration(n_answers * seconds)} if all run to {max_new_tokens} tokens"
-        )
-    if memory:
-        size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{max(1.0, memory / 2**20):.0f} MiB"
-        parts.append(f"{size} beside the weights")
-    return "; ".join(parts)
-
-
-def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:
-    """Seconds of scoring every head once, and bytes beside the weights.
-
-    A batch of the last layers is timed; the whole pass is taken to run at its rate of counted operations.
-    """
-    begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
-    start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
-    timed = replace(layout, rows=layout.rows[:1])
-    captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
-    groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
-    seconds = []
-    for _ in range(3):  # the first run on a shape sets things up
-        started = time.monotonic()
-        engine.replayed(captures, groups, SCALING_CONTRIBUTION, start)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-        seconds.append(time.monotonic() - started)
-    costs, rows = engine.costs, row_sizes(sequences, layout)
-    rate = len(groups) * costs.replay_flops(row_sizes(sequences, timed), start) / min(seconds[1:])
-    flops = costs.forward_flops(rows) + costs.scan_flops(rows, engine.heads)
-    return flops / rate, engine.memory_estimate(sequences, layout)
-
-
-def _seconds_an_answer(engine: Engine, encoded: Sequence[tuple[int, ...]], n_rows: int, max_new_tokens: int) -> float:
-    """Seconds of an answer of full length, ``n_rows`` together or as many as fit."""
-    n_rows = min(n_rows, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
-    requests = [Request(encoded[number % len(encoded)]) for number in range(n_rows)]
-    seconds = []
-    for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
-        started = time.monotonic()
-        with warnings.catch_warnings():
-            # The run itself warns where the context is short; here the warning would be about these few tokens.
-            warnings.simplefilter("ignore", ShortContextWarning)
-            answer(engine, requests, Decoding(n_tokens))
-        seconds.append(time.monotonic() - started)
-    reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
-    return (reading + steps * max_new_tokens) / n_rows
-
-
-def duration(seconds: float) -> str:
-    """``3 s``, ``12 min``, ``2.5 h``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
 from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
-from safetyheads.measures.scorers import scorer_of
+from safetyheads.measures.scorers import OPENER_TOKENS, scorer_of
 from safetyheads.measures.screening import (
     Extent,
     Missed,
@@ -26,12 +26,12 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
+from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import by_judge
 from safetyheads.runs.run import (
     Kind,
     Run,
     carry_out,
-    estimate,
     read_sets,
     refuse_beyond_memory,
     refuse_groups,
@@ -72,10 +72,14 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 # Ships.
 
 
-def _announce(run: Run[ShipsConfig] | Run[SaharaConfig]) -> None:
-    n_passes = getattr(run.config, "size", 1)
-    if not run.config.screen:
-        run.progress.say(lambda: estimate(run.engine, run.asked["harmful"].token_ids, n_passes, 0, 1))
+def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str, AskedPrompts]) -> Work:
+    """Answers are unablated ones alone, as far as they tell a refusal."""
+    extent, n_heads, searches = _extent(config), len(engine.heads), isinstance(config, SaharaConfig)
+    share = min(1.0, (extent.n_candidates + extent.n_sampled) / n_heads) if config.screen else 1.0
+    token_ids, note = asked["harmful"].token_ids, "a few backward passes beside" if config.screen else ""
+    stages = ("unablated answers", "searching groups" if searches else "scores of heads")
+    passes = share * getattr(config, "size", 1)
+    return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note)
 
 
 def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
@@ -180,8 +184,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
 
 
 # Answers serve to find refusals and their openers, and may end where the judges are final.
-_SHIPS = Kind("ships", _announce, _ships_results, _refuse_too_large, full_answers=False, measures_surprise=False)
-_SAHARA = Kind("sahara", _announce, _sahara_results, _refuse_sahara, full_answers=False, measures_surprise=False)
+_SHIPS = Kind("ships", _work, _ships_results, _refuse_too_large, full_answers=False, measures_surprise=False)
+_SAHARA = Kind("sahara", _work, _sahara_results, _refuse_sahara, full_answers=False, measures_surprise=False)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)
@@ -197,17 +201,20 @@ def _refuse_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedProm
         refuse_beyond_memory(engine, asked["harmful"])
 
 
-def _announce_asr(run: Run[AsrConfig]) -> None:
-    config, asked = run.config, run.asked["harmful"]
-    n_answers = (1 + len(config.groups) + config.query_level) * len(asked)
-    n_passes, length = int(config.query_level > 0), config.max_new_tokens
-    run.progress.say(lambda: estimate(run.engine, asked.token_ids, n_passes, n_answers, length))
+def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> Work:
+    token_ids, n = asked["harmful"].token_ids, len(asked["harmful"])
+    n_answers = (1 + len(config.groups) + config.query_level) * n
+    stages = ["unablated answers", *["groups"] * bool(config.groups)]
+    stages += ["scores of heads", "query level"] * bool(config.query_level)
+    passes = float(config.query_level > 0)
+    return Work(token_ids, passes, n_answers, config.max_new_tokens, tuple(stages), n)
 
 
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     """The rates, each with its change from the unablated model."""
     config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
     coherence = run.find_limit()
+    run.say_what_is_left()
     vanilla, groups = answers.vanilla(), config.parsed_groups
     warn_where_nothing_shows(vanilla)
     rows = {"none": vanilla}
@@ -237,6 +244,6 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     }
 
 
-_ASR = Kind("asr", _announce_asr, _asr_results, _refuse_asr)
+_ASR = Kind("asr", _work_of_asr, _asr_results, _refuse_asr)
 run_asr = partial(carry_out, _ASR)
 """Measures rates into a run directory, likewise."""

@@ -1,0 +1,164 @@
+"""Says what a run computes at most, how long that takes on this machine, and what its prompts can show."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safetyheads.ablation import SCALING_CONTRIBUTION
+from safetyheads.answers.decoding import Decoding, Request, ShortContextWarning, answer, row_bytes, rows_that_fit
+from safetyheads.display import duration
+from safetyheads.model.planning import Plan, TokenSequence, row_sizes
+from safetyheads.stats.power import prompts_line, smallest_change_with_power
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+# A pass is timed over a batch of the last so many layers.
+_TIMED_LAYERS = 3
+# Decoding is timed over this many tokens, and rows.
+_TIMED_TOKENS = 4
+_TIMED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes at most."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    """Of the prompts that its passes are over."""
+    passes: float = 0.0
+    """Passes over all heads; other groups count as their share of the heads."""
+    answers: int = 0
+    """Answers, unablated ones among them."""
+    max_new_tokens: int = 1
+    """Tokens of the longest answer."""
+    stages: tuple[str, ...] = ()
+    """Names of the stages, in their order."""
+    n_prompts: int = 0
+    """Prompts behind a rate; 0 where the run measures none."""
+    tests: int = 1
+    """Tests that share the level."""
+    n_seeds: int = 1
+    """Answers to a prompt."""
+    note: str = ""
+    """What the numbers leave out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Work, and how long it takes on this machine."""
+
+    work: Work
+    n_heads: int
+    """Heads of the model."""
+    pass_seconds: float
+    """Of a pass over all heads."""
+    prompt_seconds: float
+    """Of an answer, for reading its prompt."""
+    token_seconds: float
+    """Of each token of an answer."""
+    memory: int
+    """Bytes beside the weights."""
+
+    def answer_seconds(self, n_tokens: float) -> float:
+        """Seconds of all answers, at so many tokens each."""
+        return self.work.answers * (self.prompt_seconds + n_tokens * self.token_seconds)
+
+    def __str__(self) -> str:
+        work, parts = self.work, []
+        if work.passes:
+            passes = f"{work.passes:.3g} pass{'es' * (work.passes != 1)}"
+            heads = f"{self.n_heads} heads x {len(work.token_ids)} prompts, {passes}"
+            parts.append(f"{heads}: about {duration(work.passes * self.pass_seconds)}")
+        if work.answers:
+            longest = f"if all run to {work.max_new_tokens} tokens"
+            took = duration(self.answer_seconds(work.max_new_tokens))
+            parts.append(f"at most {work.answers} answers: about {took} {longest}")
+        if self.memory:
+            mib = max(1.0, self.memory / 2**20)
+            parts.append(f"{f'{mib / 1024:.1f} GiB' if mib >= 1024 else f'{mib:.0f} MiB'} beside the weights")
+        return "; ".join([*parts, *[work.note] * bool(work.note)])
+
+    @property
+    def power(self) -> str:
+        """What the prompts can show, in a sentence; empty where the run measures no rate."""
+        work = self.work
+        return prompts_line(work.n_prompts, heads=work.tests, n_seeds=work.n_seeds) if work.n_prompts else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What a dry run prints: the plan, seconds, bytes, answers at most, and the smallest effect that can show."""
+        work, least = self.work, None
+        if work.n_prompts:
+            least = smallest_change_with_power(work.n_prompts, tests=work.tests, n_seeds=work.n_seeds)
+        seconds = {"passes": work.passes * self.pass_seconds, "answers": self.answer_seconds(work.max_new_tokens)}
+        return {
+            "dry_run": True,
+            "stages": list(work.stages),
+            "passes": work.passes,
+            "answers": work.answers,
+            "seconds": {**seconds, "at_most": sum(seconds.values())},
+            "memory_bytes": self.memory,
+            "smallest_change": least,
+            "lines": [line for line in (str(self), self.power) if line],
+        }
+
+
+def estimate(engine: Engine, work: Work) -> Estimate:
+    """How long the work takes, from a batch of each kind that is timed now."""
+    pass_seconds, memory, answer_seconds = 0.0, 0, (0.0, 0.0)
+    if work.passes:
+        sequences = [TokenSequence(token_ids) for token_ids in work.token_ids]
+        pass_seconds, memory = estimate_pass(engine, sequences, engine.plan(sequences))
+    if work.answers:
+        n_rows = min(work.answers, _TIMED_ROWS)
+        answer_seconds = estimate_answer(engine, work.token_ids, n_rows, work.max_new_tokens)
+        longest = max(map(len, work.token_ids)) + work.max_new_tokens
+        memory = max(memory, min(work.answers, rows_that_fit(engine, longest)) * row_bytes(engine, longest))
+    return Estimate(work, len(engine.heads), pass_seconds, *answer_seconds, memory)
+
+
+def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:
+    """Seconds of scoring every head once, and bytes beside the weights.
+
+    A batch of the last layers is timed; the whole pass is taken to run at its rate of counted operations.
+    """
+    begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
+    start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
+    timed = replace(layout, rows=layout.rows[:1])
+    captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
+    groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
+    seconds = []
+    for _ in range(3):  # the first run on a shape sets things up
+        started = time.monotonic()
+        engine.replayed(captures, groups, SCALING_CONTRIBUTION, start)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        seconds.append(time.monotonic() - started)
+    costs, rows = engine.costs, row_sizes(sequences, layout)
+    rate = len(groups) * costs.replay_flops(row_sizes(sequences, timed), start) / min(seconds[1:])
+    flops = costs.forward_flops(rows) + costs.scan_flops(rows, engine.heads)
+    return flops / rate, engine.memory_estimate(sequences, layout)
+
+
+def estimate_answer(
+    engine: Engine, encoded: Sequence[tuple[int, ...]], n_rows: int, max_new_tokens: int
+) -> tuple[float, float]:
+    """Seconds of an answer for its prompt, and for each of its tokens: ``n_rows`` together, or as many as fit."""
+    n_rows = min(n_rows, rows_that_fit(engine, max(map(len, encoded)) + max_new_tokens))
+    requests = [Request(encoded[number % len(encoded)]) for number in range(n_rows)]
+    seconds = []
+    for n_tokens in (1, 1 + min(_TIMED_TOKENS, max_new_tokens)):
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            # The run itself warns where the context is short; here the warning would be about these few tokens.
+            warnings.simplefilter("ignore", ShortContextWarning)
+            answer(engine, requests, Decoding(n_tokens))
+        seconds.append(time.monotonic() - started)
+    reading, steps = seconds[0], max(seconds[1] - seconds[0], 0.0) / min(_TIMED_TOKENS, max_new_tokens)
+    return reading / n_rows, steps / n_rows
