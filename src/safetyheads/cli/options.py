@@ -73,7 +73,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
             values = tomllib.loads(text.decode())
         except ValueError as error:
             raise InputError(f"{path} is not TOML: {error}") from error
-        Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+        Dict({commands[0]: values}, source=str(path))(app, commands, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
