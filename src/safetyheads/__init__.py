@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     )
     from safetyheads.model.attention_swap import swapped_attention as swapped_attention
     from safetyheads.demo import Demo as Demo, load_demo as load_demo
+    from safetyheads.integrations.hooks import (
+        HookCheck as HookCheck,
+        head_columns as head_columns,
+        hooks_for as hooks_for,
+        transformer_lens_hooks as transformer_lens_hooks,
+        verify_hook as verify_hook,
+    )
     from safetyheads.judges.base import Completion as Completion, Judge as Judge, Verdict as Verdict
     from safetyheads.judges.keywords import KeywordJudge as KeywordJudge
     from safetyheads.judges.named import judge_named as judge_named
@@ -69,6 +76,7 @@ _NAMES = {
     ),
     "model.attention_swap": ("swapped_attention",),
     "demo": ("Demo", "load_demo"),
+    "integrations.hooks": ("HookCheck", "head_columns", "hooks_for", "transformer_lens_hooks", "verify_hook"),
     "judges.base": ("Completion", "Judge", "Verdict"),
     "judges.keywords": ("KeywordJudge",),
     "judges.named": ("judge_named",),

@@ -30,10 +30,12 @@ class Head(Shown):
         return f"{self.layer}-{self.index}"
 
     @classmethod
-    def parse(cls, text: str | Head) -> Head:
-        """Read ``2-26``, ``2.26`` or ``L2H26``: the layer first, in every form. A head stays itself."""
+    def parse(cls, text: str | Head | tuple[int, int]) -> Head:
+        """Read ``2-26``, ``2.26`` or ``L2H26``: the layer first, in every form. Pairs of numbers are heads too."""
         if isinstance(text, Head):
             return text
+        if isinstance(text, tuple) and [type(part) for part in text] == [int, int]:
+            return cls(*text)
         match = _WRITTEN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InputError(f"head {text!r} is not of the form layer-head, such as 2-26 or L2H26")
@@ -43,8 +45,8 @@ class Head(Shown):
 
 Group: TypeAlias = tuple[Head, ...]
 """Heads ablated together, in the order of their choice. The order does not change the ablation."""
-AnyHeads: TypeAlias = str | Head | Iterable[Head | str]
-"""What is taken for heads: ``2-26,3-1``, ``["2-26", "3-1"]``, a head or several."""
+AnyHeads: TypeAlias = str | Head | Iterable[Head | str | tuple[int, int]]
+"""What is taken for heads: ``2-26,3-1``, ``["2-26", "3-1"]``, ``[(2, 26)]``, a head or several."""
 
 
 def parse_heads(heads: AnyHeads) -> Group:

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from safetyheads.runs.scan import run_scan
 from tiny_models import engine_of, prompts_of
 
 from safetyheads import load_demo
@@ -13,6 +12,7 @@ from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.estimate import Estimate, Work, estimate, estimate_pass
+from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 from safetyheads.stats.power import smallest_change_with_power
 

@@ -143,10 +143,14 @@ class Engine(Shown):
             InputError: it is compiled, spread over processes, no transformers model, or broken.
             UnsupportedModelError: a proof failed; the message names it. The model is as it was.
         """
+        from transformers import PreTrainedTokenizerBase
+
         from safetyheads.model.loading import borrow
 
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise InputError(f"a {type(tokenizer).__name__} is no tokenizer of transformers")
         budget = LoadOptions(memory=memory).memory_bytes
-        model, restore = borrow(model, tokenizer)
+        model, restore = borrow(model)
         try:
             engine = cls(model, tokenizer, name, memory_budget=budget)
             engine._restore = restore

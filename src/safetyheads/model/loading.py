@@ -100,14 +100,14 @@ def load_model(
     return model.eval(), tokenizer, adapter, budget
 
 
-def borrow(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Callable[[], None]]:
+def borrow(model: Any) -> tuple[PreTrainedModel, Callable[[], None]]:
     """Take a model in memory for proofs, in evaluation mode; gives it and what puts it back as it was.
 
     Raises:
         InputError: it is nothing that can be proved.
         UnsupportedModelError: no ablation can be put into its attention.
     """
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     if hasattr(model, "active_peft_config"):
         if model.active_peft_config.is_prompt_learning:
@@ -118,9 +118,7 @@ def borrow(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Callable[[], No
         inner = next((f"; give the model inside it, its .{name}" for name in _WRAPPERS if hasattr(model, name)), "")
         raise InputError(f"a {kind} is no transformers model{inner}")
     parameters = list(model.parameters())
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        why = f"a {type(tokenizer).__name__} is no tokenizer of transformers"
-    elif any(module._compiled_call_impl is not None for module in model.modules()):
+    if any(module._compiled_call_impl is not None for module in model.modules()):
         why = f"the {kind} is compiled, and compiled code does not see an ablation; wrap it before it is compiled"
     elif any(type(parameter).__name__ == "DTensor" for parameter in parameters):
         why = f"the weights of the {kind} are spread over processes"
