@@ -3,6 +3,7 @@
 # make test    the tests
 # make test-long     the tests that take too long for every run
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
+# make test-peers    the tests beside TransformerLens and nnsight, in .venv-peers
 # make lint    format, lint, types
 # make stats   size of the package, its imports, and calls from an audit down to the attention function
 # make docs    the API reference, in docs/api
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-long test-oldest lint stats docs clean
+.PHONY: setup demo test test-long test-oldest test-peers lint stats docs clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ test-long: setup
 test-oldest:
 	PYTHON=$(PYTHON) scripts/oldest.sh
 
+test-peers:
+	PYTHON=$(PYTHON) scripts/peers.sh
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,4 +51,4 @@ stats: setup
 	$(BIN)/python scripts/stats.py --frames
 
 clean:
-	rm -rf $(VENV) docs/api .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) docs/api .venv-oldest .venv-peers runs .pytest_cache .mypy_cache .ruff_cache
