@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         scan_attack_success_rate as scan_attack_success_rate,
     )
     from safetyheads.model.attention_swap import swapped_attention as swapped_attention
+    from safetyheads.cli.functions import audit as audit, compare as compare, read_run as read_run, scan as scan
     from safetyheads.demo import Demo as Demo, load_demo as load_demo
     from safetyheads.integrations.hooks import (
         HookCheck as HookCheck,
@@ -75,6 +76,7 @@ _NAMES = {
         "scan_attack_success_rate",
     ),
     "model.attention_swap": ("swapped_attention",),
+    "cli.functions": ("audit", "compare", "read_run", "scan"),
     "demo": ("Demo", "load_demo"),
     "integrations.hooks": ("HookCheck", "head_columns", "hooks_for", "transformer_lens_hooks", "verify_hook"),
     "judges.base": ("Completion", "Judge", "Verdict"),

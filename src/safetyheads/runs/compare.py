@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import scipy  # its modules load on first use
 
+from safetyheads.display import Table
 from safetyheads.errors import InputError
 from safetyheads.files import shorten
 from safetyheads.runs.rates import rate_as_json
@@ -247,8 +248,8 @@ def _no_change(note: str) -> Change:
     return Change(None, None, None, None, (0, 0), False, None, note)
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Table):
     """Two runs of one kind, compared."""
 
     kind: str
@@ -286,6 +287,15 @@ class Comparison:
     """Why model B passes no gate: its answers say nothing; or empty."""
     warnings: tuple[str, ...]
     """What makes the comparison weak."""
+
+    def _facts(self) -> dict[str, object]:
+        runs = {"before": self.before, "after": self.after}
+        shown = {name: f"{run['model']}: {run['verdict'] or run['kind']}" for name, run in runs.items()}
+        return {**shown, "warnings": "; ".join((*self.obstacles, *self.warnings)) or "none"}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each quantity: before, after and the change with its 95 % interval."""
+        return [{"quantity": label, **asdict(change)} for label, change in self.changes.items()]
 
     @property
     def changes(self) -> dict[str, Change]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import as_input_error
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import is_coherent, rate_as_json
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.ranking import HeadTable
+
+if TYPE_CHECKING:
+    from safetyheads.display import Chart
+    from safetyheads.scores import HeadScores
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
@@ -79,7 +84,7 @@ _PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
 _ANSWER_FILES = {"audit": "*_test-*.jsonl", "scan": "vanilla-*.jsonl"}
 
 
-class RunReader:
+class RunReader(Table):
     """A finished audit or scan.
 
     Attributes:
@@ -137,6 +142,68 @@ class RunReader:
             alpha = _value_at(results, "statistics.alpha") or 0.05
             p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
             self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
+
+    def _facts(self) -> dict[str, object]:
+        heads = ", ".join(self.lead_heads) or "none"
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "verdict": self.verdict or "a scan has none",
+            "lead_heads": heads,
+        }
+
+    @property
+    def scores(self) -> dict[str, HeadScores]:
+        """The run's scores of every head, by name; of a scan also the ASR of each head ablated alone."""
+        import torch  # results are read without it
+
+        from safetyheads.scores import HeadScores
+
+        scores = {}
+        for name, table in self.tables().items():
+            values = torch.full(self.shape, float("nan"), dtype=torch.float64)
+            for head, value in table.values.items():
+                values[tuple(map(int, head.split("-")))] = value
+            scores[name] = HeadScores(values, name, "", table.resolution)
+        return scores
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each group of heads, the unablated model first: its ASR with the 95 % interval."""
+        rows = [{"heads": "", "found_by": "unablated", "size": 0, **rate_row(self.vanilla_asr)}]
+        for group in self.results["behaviour"]["groups"] if self.kind == "audit" else self.results["heads"]:
+            heads = group["heads"] if self.kind == "audit" else [group["head"]]
+            found_by = group["scorer"] if self.kind == "audit" else "single heads"
+            rows.append({"heads": ",".join(heads), "found_by": found_by, "size": len(heads), **rate_row(group["asr"])})
+        return rows
+
+    def answers(self) -> list[dict[str, Any]]:
+        """A row for each stored answer of the test prompts, without its text."""
+        stored = sorted(self.stored_answers.items(), key=lambda item: (item[0][0], sorted(item[0][1])))
+        return [
+            {"prompts": prompts, "heads": ",".join(sorted(heads)), "prompt": prompt, "seed": seed, **asdict(answer)}
+            for (prompts, heads), by_prompt in stored
+            for prompt, by_seed in sorted(by_prompt.items())
+            for seed, answer in sorted(by_seed.items())
+        ]
+
+    def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> Chart:
+        """The heads as a map; an audit's ASR by group size as a curve; a scan's ASR against its first score."""
+        scores = self.scores
+        if kind == "map":
+            lead = self.lead_score if self.lead_score in scores else next(iter(scores), "")
+            if not lead:
+                raise InputError(f"{self.path} has no scores: {self.stopped_early or 'none were asked for'}")
+            return scores[lead].plot()
+        if kind == "curve" and self.kind == "audit":
+            rows = [row for row in self.to_rows() if row["found_by"] in ("unablated", self.lead_score)]
+            return chart("curve", [{**row, "found_by": self.lead_score} for row in rows], "size", "asr", "found_by")
+        other = next((name for name in scores if name != ASR_ALONE), None)
+        if kind == "scatter" and self.kind == "scan" and other:
+            rows = [{**row, other: scores[other][row["heads"]]} for row in self.to_rows()[1:]]
+            return chart("scatter", rows, other, "asr", "found_by")
+        raise InputError(
+            f"no {kind!r} of this {self.kind}; audits have map and curve, scans with scores map and scatter"
+        )
 
     def tables(self) -> dict[str, HeadTable]:
         """Each score of all heads; of a scan also, and first, the exhaustive ASR."""

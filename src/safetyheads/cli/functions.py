@@ -1,0 +1,79 @@
+"""The commands audit, scan and compare as functions, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetyheads.cli.show import progress_for
+from safetyheads.errors import InputError
+from safetyheads.model.engine import Engine
+from safetyheads.reports.write import write_report
+from safetyheads.runs.audit import run_audit
+from safetyheads.runs.compare import Comparison, compare_runs
+from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.exhaustive_scan import run_scan
+from safetyheads.runs.reader import RunReader
+from safetyheads.runs.start import load_engine, settled
+
+AnyPath = str | os.PathLike[str]
+
+
+def audit(
+    model: str | Engine, prompts: AnyPath, out: AnyPath | None = None, *, quiet: bool = False, **settings: Any
+) -> RunReader:
+    """Score every head, find the safety group and show what its ablation does; writes the report, and gives the run.
+
+    Args:
+        model: a name, a directory, a hub id or a loaded engine.
+        prompts: harmful prompts, as ``--prompts`` takes them.
+        out: the run directory; one that holds part of this run is continued. By default a name of its own in ``runs/``.
+        quiet: show no progress.
+        settings: fields of :class:`.AuditConfig`, such as ``limit=60``, ``size=3``, ``judges=("paper",)``.
+
+    Raises:
+        InputError: bad settings or prompts, or a directory that belongs to another run.
+    """
+    return _finished("audit", AuditConfig, run_audit, model, prompts, out, quiet, settings)
+
+
+def scan(
+    model: str | Engine, prompts: AnyPath, out: AnyPath | None = None, *, quiet: bool = False, **settings: Any
+) -> RunReader:
+    """Ablate every head alone and judge the answers. Arguments as for :func:`audit`, fields of :class:`.ScanConfig`."""
+    return _finished("scan", ScanConfig, run_scan, model, prompts, out, quiet, settings)
+
+
+def compare(run_a: AnyPath, run_b: AnyPath) -> Comparison:
+    """What changed between two finished runs, before and after; an InputError where they are not of one kind."""
+    return compare_runs(read_run(run_a), read_run(run_b))
+
+
+def read_run(path: AnyPath) -> RunReader:
+    """A finished audit or scan: its results, scores, rates and charts. Loads no model."""
+    return RunReader(Path(path))
+
+
+def _finished(
+    kind: str,
+    config_of: type[AuditConfig] | type[ScanConfig],
+    run: Callable[..., object],
+    model: str | Engine,
+    prompts: AnyPath,
+    out: AnyPath | None,
+    quiet: bool,
+    settings: dict[str, Any],
+) -> RunReader:
+    if unknown := settings.keys() - config_of.__dataclass_fields__.keys():
+        raise InputError(f"{kind} has no setting {min(unknown)!r}; {config_of.__name__} lists them")
+    name = model.name if isinstance(model, Engine) else model
+    given = config_of(name, os.fspath(prompts), **settings)
+    config, folder = settled(given, None if out is None else Path(out), kind)
+    progress = progress_for(quiet)
+    engine = model if isinstance(model, Engine) else load_engine(config, progress)
+    run(engine, config, folder, progress=progress)
+    write_report(RunDirectory.open(folder))
+    return read_run(folder)

@@ -1,0 +1,69 @@
+"""The commands as functions give a finished run, whose tables and charts hold its results and no answer."""
+
+import json
+
+import pytest
+
+from safetyheads import InputError, audit, compare, load_demo, read_run, scan
+from safetyheads.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+SMALL = {"limit": 8, "max_new_tokens": 24, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder, engine = tmp_path_factory.mktemp("runs"), load_demo("aligned_a").engine
+    audited = audit("demo:aligned_a", "demo", folder / "audit", size=2, n_random=2, anyway=True, **SMALL)
+    return {"audit": audited, "scan": scan(engine, "demo", folder / "scan", benign="none", **SMALL)}
+
+
+def test_a_function_writes_what_the_command_writes(runs):
+    audited = runs["audit"]
+    assert json.loads((audited.path / "results.json").read_text()) == audited.results
+    assert (audited.path / "report/index.html").is_file()
+    assert read_run(audited.path).results == audited.results
+
+
+def test_the_tables_of_a_run_hold_its_results(runs):
+    audited, scanned = runs["audit"].to_frame(), runs["scan"].to_frame()
+    groups = runs["audit"].results["behaviour"]["groups"]
+    assert list(audited["asr"][1:]) == [group["asr"]["rate"] for group in groups]
+    heads = {entry["head"]: entry["asr"]["rate"] for entry in runs["scan"].results["heads"]}
+    assert dict(zip(scanned["heads"][1:], scanned["asr"][1:], strict=True)) == heads
+    scores = runs["scan"].scores
+    assert scores["asr_alone"]["1-3"] == heads["1-3"]
+    values = runs["scan"].results["scores"]["mean_ships"]["values"]
+    assert scores["mean_ships"]["2-5"] == values[2][5]
+    answers = runs["audit"].answers()
+    assert {row["prompts"] for row in answers} == {"harmful", "benign"}
+    assert all({"label", "behaviour", "answered"} <= row.keys() and "text" not in row for row in answers)
+
+
+def test_runs_show_short_and_plot(runs):
+    stored = RunDirectory.open(runs["audit"].path).stored_records()
+    texts = [record["text"] for record in stored if "text" in record]
+    assert any(len(text) > 20 for text in texts)
+    marks = {}
+    for name, run in runs.items():
+        for shown in (repr(run), run._repr_html_(), run.to_frame().to_csv()):
+            assert not any(text[:20] in shown for text in texts if len(text) > 20)
+        for kind in ("map", "curve" if name == "audit" else "scatter"):
+            (rows,) = run.plot(kind).to_dict()["datasets"].values()
+            marks[name, kind] = len(rows)
+    assert marks == {("audit", "map"): 32, ("audit", "curve"): 3, ("scan", "map"): 32, ("scan", "scatter"): 32}
+    with pytest.raises(InputError, match="no 'scatter' of this audit"):
+        runs["audit"].plot("scatter")
+
+
+def test_two_runs_compare(runs):
+    same = compare(runs["audit"].path, runs["audit"].path)
+    assert "ASR" in same.to_frame()["quantity"][0]
+    assert "before=demo:aligned_a" in repr(same)
+    with pytest.raises(InputError):
+        compare(runs["audit"].path, runs["scan"].path)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(InputError, match="audit has no setting 'limits'"):
+        audit("demo:aligned_a", "demo", limits=3)
