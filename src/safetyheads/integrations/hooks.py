@@ -111,7 +111,7 @@ def head_columns(model: Any, heads: AnyHeads) -> dict[Head, tuple[str, slice]]:
 
 def _by_layer(group: Group) -> dict[int, tuple[int, ...]]:
     layers = sorted({head.layer for head in group})
-    return {layer: tuple(head.index for head in group if head.layer == layer) for layer in layers}
+    return {layer: tuple(sorted(head.index for head in group if head.layer == layer)) for layer in layers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def verify_hook(model: Any, hook: Install, heads: AnyHeads, ablation: AnyAblatio
 
             def run(group: Group = (), attention: Any = attention, given: Any = (arguments, keywords)) -> Tensor:
                 with engine.ablated(group, ablation):
-                    return _first(attention(*given[0], **given[1])).double()
+                    return _first(attention(*given[0], **given[1])).double().cpu()
 
             plain = run()
             size = float(plain.abs().max())
@@ -173,7 +173,7 @@ def _seen_under(hook: Install, engine: Engine) -> dict[int, tuple[Any, Mapping[s
             if attention is not None:
 
                 def keep(_: object, arguments: Any, keywords: Any, output: Any, layer: int = layer) -> None:
-                    seen[layer] = (arguments, keywords, _first(output).double())
+                    seen[layer] = (arguments, keywords, _first(output).double().cpu())
 
                 # Last of all hooks, so that it sees what the others made of the output.
                 stack.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
@@ -212,6 +212,7 @@ def _fault(
         return f"heads are ablated in part ({found}), where {_named(layer, indices)} should be by 1"
     projection = engine.architecture.output_projections[layer]
     for words, part_of, before_projection in _MISTAKES:
+        mistaken = plain
 
         def edited(tensor: Tensor, part_of: _Part = part_of) -> Tensor:
             changed = tensor.clone()
