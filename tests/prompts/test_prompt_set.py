@@ -80,7 +80,7 @@ def test_a_split_divides_all_prompts_in_order_and_parts_no_near_duplicates(texts
 
 
 def test_a_split_is_the_same_on_every_machine_and_another_for_another_seed():
-    prompts = PromptSet.from_queries("jihgfedcba")
+    prompts = PromptSet.from_queries(list("jihgfedcba"))
     search, test = prompts.split()
     # numpy's default_rng(0).permutation(10) is 4 6 2 7 3 5 9 0 8 1; its first five, in the order of the file.
     assert "".join(search.queries) == "hgfdc"
