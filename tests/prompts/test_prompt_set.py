@@ -32,7 +32,7 @@ def test_the_fingerprint_tells_text_and_order_and_not_the_template():
 
 
 def test_a_set_indexes_slices_selects_and_limits(tmp_path):
-    prompts = PromptSet.from_queries("abcde", "direct")
+    prompts = PromptSet.from_queries(list("abcde"), "direct")
     assert prompts[1] == Prompt("b")
     assert prompts[1:3].queries == ("b", "c")
     assert prompts.select([4, 0, 4]).queries == ("e", "a", "e")
