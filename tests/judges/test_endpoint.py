@@ -2,10 +2,8 @@ import json
 import os
 import warnings
 from collections import Counter
-from functools import partial
 
 import httpx2
-import openai
 import pytest
 
 from safetyheads.errors import InputError
@@ -40,8 +38,6 @@ def serve(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SAFETYHEADS_JUDGE_", "OPENAI_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    client = openai.DefaultHttpxClient
-
     def served(**replies):
         requests, counts = [], Counter()
 
@@ -56,11 +52,11 @@ def serve(monkeypatch):
             if isinstance(reply, Exception):
                 raise reply
             status, content, headers = reply
-            given = {"text": content} if isinstance(content, str) else {"json": content}
-            return httpx2.Response(status, headers=headers, **given)
+            text = content if isinstance(content, str) else json.dumps(content)
+            return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(text.encode()))
 
         transport = httpx2.MockTransport(answer)
-        monkeypatch.setattr("openai.DefaultHttpxClient", partial(client, transport=transport))
+        monkeypatch.setattr("httpx2._client.AsyncHTTPTransport", lambda **_: transport)
         return requests
 
     return served

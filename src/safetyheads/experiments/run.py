@@ -13,6 +13,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.settings import ORGANISM, PAPER_TEMPLATE, ReproductionConfig, prompts_of
+from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import judges_named
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import Progress
@@ -57,6 +58,7 @@ def reproduce(
     runnable = [experiment for experiment in experiments if experiment.name not in left_out]
     with run_directory(out, _settings(config), progress, command) as run:
         lab = Lab(config, run, progress, load)
+        count_requests_in(run.path, lab.judges)
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
             try:

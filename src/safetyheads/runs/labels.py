@@ -21,6 +21,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import as_input_error, canonical_json
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_of
+from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.runs.rates import GroupAnswers, answer_table, rate_as_json, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
@@ -137,6 +138,7 @@ def validate(
         length = results["sampling"]["max_new_tokens"]
         completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled]
         truth = {str(number): row.label for number, row in enumerate(labelled)}
+        count_requests_in(directory.path, judges)
         for judge in judges:
             given = verdicts_of(judge, completions)
             by_judge[judge.name] = {str(number): verdict.label for number, verdict in enumerate(given)}

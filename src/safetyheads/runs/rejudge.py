@@ -19,6 +19,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import canonical_json
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import Record, RunDirectory, content_key
 from safetyheads.runs.exhaustive_scan import results_of_records
@@ -57,6 +58,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         records = [record for record in run.stored_records() if "verdicts" in record]
         if not records or any("text" not in record for record in records):
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
+        count_requests_in(run.path, [judge])
         begun = time.monotonic()
         verdicts = _whole_rates(records, _verdicts(run, judge, records, results, progress))
         seconds = time.monotonic() - begun

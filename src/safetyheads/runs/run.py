@@ -40,6 +40,7 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Judge, Verdict
+from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass, Readouts
@@ -558,6 +559,7 @@ def carry_out(
             recorded |= {"judges": [judge.describe() for judge in judges]} if judged else {}
         with run_directory(out, recorded, progress, command) as directory:
             progress.say(chosen)
+            count_requests_in(directory.path, judges)
             started = time.monotonic()
             stores = getattr(settings, "store_completions", True)
             sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
