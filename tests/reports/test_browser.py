@@ -15,8 +15,9 @@ from run_samples import audit_run, compared_record, first, settings
 from scan_samples import Sample
 
 from safetyheads.reports.compare import write_comparison
-from safetyheads.reports.write import write_report
+from safetyheads.reports.write import write_history, write_report
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.history import read_history
 
 playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright: pip install playwright")
 
@@ -40,10 +41,18 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
+    payload = f'"\'><script>window.ran = 1</script><img src=x onerror="window.ran = 1">{"W" * 2000}{"9" * 500}-1'
+    attacked = audit_samples.audit()
+    attacked["verdict"]["sentence"] += payload
+    attacked["verdict"]["reasons"] = attacked["caveats"] = attacked["warnings"] = [payload]
+    attacked["model"]["name"] = attacked["data"]["harmful"]["name"] = attacked["data"]["template"] = payload
+    attacked["openers"][0]["text"] = attacked["scores"]["mean_ships"]["label"] = payload
+    attacked["ablation"]["label"], attacked["judges"] = payload, [{"name": payload}]
+    attacked["behaviour"]["vanilla"]["reasons"] = {payload: 48}
     hostile = audit_samples.audit()
     hostile["model"]["name"] = "a-very-long-organisation-name/" + "model-with-a-name-that-does-not-end-" * 6
     hostile["warnings"], hostile["caveats"] = [audit_samples.HOSTILE], [audit_samples.HOSTILE + "x" * 300]
-    audits = {"audit": hostile, "large": audit_samples.audit(32, 32), "no_refusals": audit_samples.no_refusals()}
+    audits = {"audit": hostile, "attacked": attacked, "large": audit_samples.audit(32, 32), "no_refusals": audit_samples.no_refusals()}
     runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
     runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
     runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
@@ -52,6 +61,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
     )
     written["compare"] = write_comparison(compared, folder / "compared")
+    history = read_history(folder)
+    for entry in history["runs"]:
+        entry |= {"name": payload, "model": payload, "top_heads": [payload], "group": [payload]}
+    written["history"] = write_history({**history, "skipped": [{"name": payload, "reason": payload}]})
+    html, script = written["audit"].read_text(), "<script>window.ran = 1</script>"
+    written["unescaped"] = folder / "unescaped.html"
+    written["unescaped"].write_text(html.replace("<main>", f"<main>{script}<p onclick='window.ran = 1' id=trap>x</p>", 1))
     index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
     return {name: index.with_name(f"{name}.html") for name in EXPERIMENTS} | written
 
@@ -74,6 +90,25 @@ def show(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
     yield shown
     for context in contexts:
         context.close()
+
+
+@pytest.mark.parametrize(("name", "width"), [("attacked", 1400), ("attacked", 390), ("history", 390)])
+def test_what_comes_from_outside_does_not_run_and_widens_no_page(show: Any, name: str, width: int) -> None:
+    page, complaints = show(name, width=width)
+    for details in page.query_selector_all("summary"):
+        details.click()
+    assert page.evaluate("window.ran") is None
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("document.querySelectorAll('main img').length") == 0
+    assert complaints == []
+
+
+def test_what_were_on_the_page_unescaped_would_not_run_either(show: Any) -> None:
+    page, complaints = show("unescaped")
+    page.query_selector("#trap").dispatch_event("click")
+    assert page.evaluate("window.ran") is None
+    assert len(complaints) == 2
+    assert all("Content Security Policy" in said for said in complaints)
 
 
 @pytest.mark.parametrize("name", NAMES)

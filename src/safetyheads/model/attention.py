@@ -249,14 +249,21 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
 @contextmanager
 def attention_calls(attentions: Sequence[nn.Module | None], calls: Mapping[int, AttentionCall]) -> Iterator[None]:
     """Within, the attention module of each layer in ``calls`` gets that call; hooks are removed after."""
-
-    def hook(call: AttentionCall, _: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arguments, {**keywords, _KEYWORD: call}
-
     with ExitStack() as stack:
         for layer, call in calls.items():
             attention = attentions[layer]
             if attention is None:
                 raise UnsupportedModelError(f"layer {layer} has no attention")
-            stack.enter_context(attention.register_forward_pre_hook(partial(hook, call), with_kwargs=True))
+            stack.enter_context(attention.register_forward_pre_hook(partial(_give_call, call), with_kwargs=True))
         yield
+
+
+def _give_call(
+    call: AttentionCall, _: nn.Module, arguments: Any, keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return arguments, {**keywords, _KEYWORD: call}
+
+
+def is_ablation_hook(hook: Any) -> bool:
+    """Whether a forward pre-hook is one of :func:`attention_calls`."""
+    return getattr(hook, "func", None) is _give_call

@@ -22,6 +22,7 @@ from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.options import LoadOptions
 from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
 from safetyheads.model.replay import Capture, capture, logits, replay, rerun
+from safetyheads.model.state import State, change, state_of
 from safetyheads.prompts.asked import AnyPrompts, AskedPrompts, DatedPromptWarning
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
@@ -94,6 +95,7 @@ class Engine(Shown):
         self._restore: Callable[[], None] = lambda: None
         self._closed = False
         self._asked: dict[tuple[PromptSet, str], AskedPrompts] = {}
+        self._state: State = state_of(model)
 
     def _facts(self) -> dict[str, object]:
         return {"name": self.name, "heads": f"{self.n_layers} x {self.n_heads}", "dtype": self.dtype}
@@ -121,6 +123,7 @@ class Engine(Shown):
             engine.check()
         else:
             use_our_attention(engine.model)
+            engine._state = state_of(engine.model)
         return engine
 
     @classmethod
@@ -182,8 +185,9 @@ class Engine(Shown):
         """
         from safetyheads.model.proofs import prove
 
-        with self._taken():  # an ablation in force would be taken for the model's own attention
+        with self._taken(proves=True):  # an ablation in force would be taken for the model's own attention
             report = prove(self, longest)
+            self._state = state_of(self.model)
         self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
         return report
 
@@ -277,7 +281,8 @@ class Engine(Shown):
 
         Raises:
             InputError: a head that the model does not have, or one given twice.
-            SafetyheadsError: the model is already inside such a context.
+            SafetyheadsError: the model is already inside such a context, or is not as it was proved: hooks of others,
+                another attention implementation, another module, dtype or mode, autocast.
         """
         with self.ablated_rows([parse_heads(group)], Ablation.parse(ablation)) as model:
             yield model
@@ -290,13 +295,18 @@ class Engine(Shown):
             yield self.model
 
     @contextmanager
-    def _taken(self) -> Iterator[None]:
-        """Within, nobody else may ablate the model, or prove it."""
+    def _taken(self, proves: bool = False) -> Iterator[None]:
+        """Within, nobody else may ablate the model, or prove it; before, it has to be as it was proved."""
         with _exclusive:
             if self._closed:
                 raise SafetyheadsError("the engine is closed; wrap the model anew")
             if getattr(self.model, "_safetyheads_ablated", False):
                 raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
+            changed = None if proves else change(self._state, state_of(self.model))
+            if changed is not None:
+                raise SafetyheadsError(
+                    f"the model is not as it was proved: {changed}; undo that, or prove it as it is by engine.check()"
+                )
             self.model._safetyheads_ablated = True
         try:
             yield

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any, TypeAlias
 
@@ -64,7 +66,8 @@ def rate_words(rate: Facts) -> str:
     return f"{'–' if rate['rate'] is None else two(rate['rate'])} {interval(rate['interval'])}".strip()
 
 
-_APART = re.compile(r"(?P<interval>\[[−+\-.,\d\s]*\])|\b\d+-\d+\b")
+# Numbers of a plausible length: what is kept on one line must fit one.
+_APART = re.compile(r"(?P<interval>\[[−+\-.,\d\s]{0,40}\])|\b\d{1,5}-\d{1,5}\b")
 
 
 def _sentence(text: str) -> Markup:
@@ -295,6 +298,9 @@ def render(
     assets = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
     # A page without figures has no use for the drawing library.
     assets["bundle"] = Markup(drawing_library() if charts else "")
+    # The browser runs these texts and no other, should one get onto the page after all.
+    digests = (sha256(assets[name].encode()).digest() for name in ("bundle", "javascript", "drill_javascript"))
+    assets["own_scripts"] = Markup(" ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests))
     page = {**content, **assets, "charts": charts or {}, "head_columns": head_columns}
     page |= provenance(measured, manifest) if manifest else {}
     return _environment().get_template(template).render(page) + "\n"
