@@ -38,6 +38,7 @@ def serve(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SAFETYHEADS_JUDGE_", "OPENAI_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+
     def served(**replies):
         requests, counts = [], Counter()
 

@@ -9,7 +9,7 @@ import threading
 import time
 import tracemalloc
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
@@ -39,10 +39,8 @@ def serving(answer, tls=False):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             seen.append(self.headers["Authorization"])
-            try:
+            with suppress(OSError):
                 answer(self)
-            except OSError:
-                pass
             self.close_connection = True
 
         do_GET = do_POST
@@ -73,9 +71,7 @@ def serving(answer, tls=False):
 
 
 def judged(url, *texts, meter=None, **settings):
-    judge = EndpointJudge(
-        "grader", url, KEY, EndpointSettings(**{"attempts": 1, **settings}), meter=meter or Meter()
-    )
+    judge = EndpointJudge("grader", url, KEY, EndpointSettings(**{"attempts": 1, **settings}), meter=meter or Meter())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return judge([Completion("How?", text, (), True, 128) for text in texts or ("Stir.",)])
@@ -125,9 +121,21 @@ def bomb(handler):
         # An error's body has the same limits.
         (lambda handler: handler.give(b"x" * 2**23, status=500), "reply: larger than 4 MiB"),
         (lambda handler: handler.give(b"[" * 2**21), "reply: no chat completion"),
-        (lambda handler: handler.give(b'{"choices": [{"message": {"content": ' + b"9" * 10**6), "reply: no chat completion"),
+        (
+            lambda handler: handler.give(b'{"choices": [{"message": {"content": ' + b"9" * 10**6),
+            "reply: no chat completion",
+        ),
     ],
-    ids=["drips its body", "drips its headers", "hangs", "never ends", "a bomb", "a large error", "deep", "a long number"],
+    ids=[
+        "drips its body",
+        "drips its headers",
+        "hangs",
+        "never ends",
+        "a bomb",
+        "a large error",
+        "deep",
+        "a long number",
+    ],
 )
 def test_a_reply_has_limits_of_time_and_size(answer, reason):
     judged("http://127.0.0.1:9/v1")  # what is imported is no part of a reply
@@ -246,9 +254,11 @@ def test_usage_that_cannot_be_true_is_ignored(count):
 
 
 def test_no_redirect_is_followed():
-    with serving(lambda handler: handler.give(chat(GRADES))) as (elsewhere, asked_there):
-        with serving(lambda handler: handler.give(b"", status=307, Location=elsewhere)) as (url, _):
-            (verdict,) = judged(url)
+    with (
+        serving(lambda handler: handler.give(chat(GRADES))) as (elsewhere, asked_there),
+        serving(lambda handler: handler.give(b"", status=307, Location=elsewhere)) as (url, _),
+    ):
+        (verdict,) = judged(url)
     assert (verdict.reason, asked_there) == ("http: 307", [])
 
 

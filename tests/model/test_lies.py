@@ -53,7 +53,10 @@ def another_model(engine):
 
 
 CHANGES = {
-    "hook of a collected generator": (hook_of_a_collected_generator, "model.layers.0.self_attn has other forward hooks"),
+    "hook of a collected generator": (
+        hook_of_a_collected_generator,
+        "model.layers.0.self_attn has other forward hooks",
+    ),
     "ablation never taken off": (ablation_never_taken_off, "model.layers.0.self_attn has other forward hooks"),
     "hook before a layer": (
         lambda engine: engine.architecture.layers[2].register_forward_pre_hook(lambda *_: None),

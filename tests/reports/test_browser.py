@@ -52,7 +52,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     hostile = audit_samples.audit()
     hostile["model"]["name"] = "a-very-long-organisation-name/" + "model-with-a-name-that-does-not-end-" * 6
     hostile["warnings"], hostile["caveats"] = [audit_samples.HOSTILE], [audit_samples.HOSTILE + "x" * 300]
-    audits = {"audit": hostile, "attacked": attacked, "large": audit_samples.audit(32, 32), "no_refusals": audit_samples.no_refusals()}
+    audits = {
+        "audit": hostile,
+        "attacked": attacked,
+        "large": audit_samples.audit(32, 32),
+        "no_refusals": audit_samples.no_refusals(),
+    }
     runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
     runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
     runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
@@ -67,7 +72,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     written["history"] = write_history({**history, "skipped": [{"name": payload, "reason": payload}]})
     html, script = written["audit"].read_text(), "<script>window.ran = 1</script>"
     written["unescaped"] = folder / "unescaped.html"
-    written["unescaped"].write_text(html.replace("<main>", f"<main>{script}<p onclick='window.ran = 1' id=trap>x</p>", 1))
+    written["unescaped"].write_text(
+        html.replace("<main>", f"<main>{script}<p onclick='window.ran = 1' id=trap>x</p>", 1)
+    )
     index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
     return {name: index.with_name(f"{name}.html") for name in EXPERIMENTS} | written
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ from safetyheads.cli.options import (
     options_from_dataclasses,
     settings_file,
 )
+from safetyheads.cli.terminal import escaped_streams
 from safetyheads.errors import IncompleteError, InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
@@ -299,7 +301,7 @@ def report(
 
     opened = RunDirectory.open(run)
     path = write_report(opened, show_completions=shown.show_completions)
-    _show(opened.read_results(), output, lambda: show.stdout().print(f"Report: {path}", soft_wrap=True))
+    _show(opened.read_results(), output, lambda: show.print_lines([f"Report: {path}"]))
 
 
 @command
@@ -499,6 +501,17 @@ def _termination_interrupts() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and end the process; what is printed, tracebacks too, holds nothing that a terminal would obey."""
+    with escaped_streams():
+        try:
+            code = _exit_code(arguments)
+        except Exception:  # noqa: BLE001 - nobody foresaw it, and it may quote anybody's text
+            traceback.print_exc()
+            code = 1
+    sys.exit(code)
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     """Run a command; an error becomes one line and an exit code."""
     try:
         with show.warnings_as_lines(), _termination_interrupts():
@@ -530,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         word = "terminated" if by_signal else "interrupted"
         show.print_error(f"{word}; start it again with the same command to continue")
         code = 143 if by_signal else 130
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

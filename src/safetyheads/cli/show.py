@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safetyheads.ablation import Ablation
+from safetyheads.cli.terminal import Terminal, terminal_text
 from safetyheads.display import duration
 from safetyheads.runs.config import Progress, Silent
 
@@ -52,15 +53,15 @@ Found: TypeAlias = Mapping[str, Any]
 # Streams and progress
 
 
-def stdout() -> Console:
+def stdout() -> Terminal:
     """The console of results, where brackets are text; as wide as COLUMNS says where it is no terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OFF_TERMINAL
-    return Console(markup=False, highlight=False, width=width)
+    return Terminal(sys.stdout, width)
 
 
 def print_error(line: str) -> None:
     """Print one line on stderr."""
-    sys.stderr.write(f"{one_line(line)}\n")
+    sys.stderr.write(f"{terminal_text(one_line(line))}\n")
 
 
 def one_line(text: str) -> str:
@@ -83,7 +84,7 @@ def warnings_as_lines() -> Iterator[None]:
 
 def progress_for(quiet: bool) -> Progress:
     """The progress display of a run."""
-    return Silent() if quiet else RichProgress(Console(stderr=True, markup=False, highlight=False))
+    return Silent() if quiet else RichProgress(Terminal(sys.stderr))
 
 
 class RichProgress:
@@ -97,7 +98,8 @@ class RichProgress:
 
     def say(self, line: str | Callable[[], str]) -> None:
         """Print one line on stderr."""
-        self.console.print(line if isinstance(line, str) else line(), style="dim", soft_wrap=True)
+        said = line if isinstance(line, str) else line()
+        self.console.print(terminal_text(said, newlines=False), style="dim", soft_wrap=True)
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -108,9 +110,15 @@ class RichProgress:
         if not self.draws:
             yield self._lines(name, total)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Speed(),
+            TimeRemainingColumn(),
+        )
         with _PatientBars(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(name, total=total)
+            task = bars.add_task(terminal_text(name), total=total)
             yield lambda count: bars.advance(task, count)
 
     def expect(self, stages: Sequence[str]) -> None:
@@ -171,8 +179,8 @@ class Number:
     def written(self, between: str = " ", with_n: bool = True) -> Text:
         """The number with its interval, n and p; ``between`` them a blank or a line break."""
         parts = [part for part in (self.interval, self.n if with_n else "", self.p) if part]
-        text = Text(self.text, style=self.style)
-        return text.append(between + between.join(parts), style="dim") if parts else text
+        text = Text(terminal_text(self.text), style=self.style)
+        return text.append(terminal_text(between + between.join(parts)), style="dim") if parts else text
 
     def __str__(self) -> str:
         return self.written().plain
@@ -256,11 +264,18 @@ def print_table(
 
     def texts(between: str) -> list[list[Text]]:
         return [
-            [item.written(between, not shared) if isinstance(item, Number) else Text() + item for item in row]
+            [
+                item.written(between, not shared)
+                if isinstance(item, Number)
+                else Text(terminal_text(item))
+                if isinstance(item, str)
+                else item
+                for item in row
+            ]
             for row in rows
         ]
 
-    console.print(Text(f"\n{title}", style="bold"))
+    console.print(f"\n{title}", style="bold")
     for between, whole_titles, comfort in ((" ", True, _COMFORT), (" ", False, _COMFORT), ("\n", False, 0)):
         table, least = _laid_out(columns, texts(between), are_text, whole_titles, comfort)
         if least <= console.width:
@@ -305,9 +320,11 @@ def print_facts(title: str, facts: Mapping[str, Cell]) -> None:
 
 
 def print_lines(lines: Iterable[str], style: str | None = None) -> None:
-    """Print lines that the terminal may wrap."""
+    """Print lines that the terminal may wrap; a line break within one is shown, escaped."""
     for line in lines:
-        stdout().print(line, style=style, soft_wrap=True)
+        text = line.lstrip("\n")
+        above = line[: len(line) - len(text)]
+        stdout().print(above + terminal_text(text, newlines=False), style=style, soft_wrap=True)
 
 
 def print_warnings(results: Found) -> None:
@@ -866,8 +883,7 @@ def _show_prompt(prompt: Found, context: int | None) -> None:
         tokens, shown, between = list(found), Text(), ""
         for token in tokens:
             text = str(token["text"]).translate(_VISIBLE)
-            # A checkpoint's tokens are anybody's text, and may hold what terminals obey.
-            printable = "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+            printable = terminal_text(text)
             shown.append(between).append(*((f"⟦{printable}⟧", "bold magenta") if token["special"] else (printable,)))
             between = "\n" if "\n" in token["text"] else " "
         rows.append((part, Number(str(len(tokens))), shown))

@@ -142,9 +142,7 @@ class Meter:
     def count_tokens(self, usage: Any) -> None:
         """Add the ``usage`` of a reply; numbers that cannot be true are left out."""
         counts = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None for kind in ("prompt", "completion")]
-        sent, received = (
-            count if type(count) is int and 0 <= count <= _MOST_TOKENS else 0 for count in counts
-        )
+        sent, received = (count if type(count) is int and 0 <= count <= _MOST_TOKENS else 0 for count in counts)
         with self._lock:
             self.tokens_sent += sent
             self.tokens_received += received

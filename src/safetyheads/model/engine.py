@@ -166,7 +166,7 @@ class Engine(Shown):
     def close(self) -> None:
         """Put a wrapped model back as it was: its attention function, training mode and gradients. Engines end here."""
         if not self._closed:
-            with self._taken():
+            with self._taken(anyhow=True):
                 self._closed = True
             self._restore()
 
@@ -185,7 +185,7 @@ class Engine(Shown):
         """
         from safetyheads.model.proofs import prove
 
-        with self._taken(proves=True):  # an ablation in force would be taken for the model's own attention
+        with self._taken(anyhow=True):  # an ablation in force would be taken for the model's own attention
             report = prove(self, longest)
             self._state = state_of(self.model)
         self.capabilities, self.notes, self._proved_length = report.capabilities, report.notes, longest
@@ -295,14 +295,14 @@ class Engine(Shown):
             yield self.model
 
     @contextmanager
-    def _taken(self, proves: bool = False) -> Iterator[None]:
-        """Within, nobody else may ablate the model, or prove it; before, it has to be as it was proved."""
+    def _taken(self, anyhow: bool = False) -> Iterator[None]:
+        """Within, nobody else may ablate the model, or prove it; before, it has to be as it was proved, or anyhow."""
         with _exclusive:
             if self._closed:
                 raise SafetyheadsError("the engine is closed; wrap the model anew")
             if getattr(self.model, "_safetyheads_ablated", False):
                 raise SafetyheadsError("the model is already ablated; ablations do not nest, give all heads at once")
-            changed = None if proves else change(self._state, state_of(self.model))
+            changed = None if anyhow else change(self._state, state_of(self.model))
             if changed is not None:
                 raise SafetyheadsError(
                     f"the model is not as it was proved: {changed}; undo that, or prove it as it is by engine.check()"

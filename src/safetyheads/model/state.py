@@ -1,6 +1,6 @@
 """Tells what was done to a model since it was proved: what a claim about it rests on, apart from its weights' numbers.
 
-Does not see weights that were changed in place; :meth:`safetyheads.model.engine.Engine.weights_changed` announces these.
+Does not see weights that were changed in place; ``Engine.weights_changed`` announces these.
 """
 
 from __future__ import annotations

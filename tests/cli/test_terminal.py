@@ -1,0 +1,215 @@
+"""Nothing that a terminal obeys reaches it, whichever way it comes in: models, prompts, names, runs, exceptions."""
+
+import json
+import logging
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import warnings
+from contextlib import suppress
+from io import StringIO
+
+import pytest
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from run_samples import audit_run
+
+from safetyheads.cli import show
+from safetyheads.cli.terminal import Terminal, terminal_text
+
+# Clears the screen, sets a title, makes a link, moves up; C1's escape; bidi overrides, zero widths, tags; half a pair.
+EVIL = (
+    "\x1b[2J\x1b]0;title\x07\x1b]8;;http://x\x1b\\a\x1b[1A\r\x9b31m\u202e\u2066\u200b\ufeff\U000e0041\ud83d\x00\x7f\x08"
+)
+OBEYED = set(EVIL) - set("[2J]0;title8http://x\\a1A31m")
+
+
+def check_inert(*texts):
+    for text in texts:
+        assert not OBEYED & set(text), ascii(text)
+
+
+def test_what_is_obeyed_is_shown_and_the_rest_is_left():
+    shown = terminal_text(EVIL)
+    check_inert(shown)
+    assert shown.startswith(r"\x1b[2J\x1b]0;title\x07")
+    assert r"\u202e" in shown
+    assert terminal_text(shown) == shown
+    plain = "naïve – 日本語 ✓ 👍🏽\u00a0x\ty\nz"
+    assert terminal_text(plain) == plain
+    assert terminal_text("a\nb", newlines=False) == r"a\nb"
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [EVIL, Text(EVIL), Text("a").append(EVIL), Panel(EVIL, title=EVIL), Panel(Text(EVIL)), Text(EVIL, style="bold")],
+    ids=["string", "text", "appended", "panel", "panel of text", "styled"],
+)
+def test_a_console_prints_nothing_that_is_obeyed(thing):
+    out = StringIO()
+    Terminal(out, 200).print(thing)
+    check_inert(out.getvalue())
+    table = Table(EVIL, title=EVIL, caption=EVIL)
+    table.add_row(EVIL)
+    table.add_row(Text(EVIL))
+    Terminal(out, 200).print(table)
+    check_inert(out.getvalue())
+
+
+def test_tables_lines_facts_and_progress_are_inert_and_lines_stay_lines(capsys):
+    number = show.Number(EVIL, EVIL, EVIL, EVIL)
+    show.print_table(EVIL, [EVIL, "n"], [[EVIL, number], [Text(EVIL), number]], EVIL)
+    show.print_table("narrow", ["x" * 200], [[EVIL + "y" * 200], [number]])
+    show.print_facts(EVIL, {EVIL: EVIL})
+    show.print_lines([EVIL])
+    show.print_error(EVIL)
+    show.progress_for(quiet=False).say(EVIL)
+    with show.warnings_as_lines():
+        warnings.warn_explicit(type("Ours", (UserWarning,), {"__module__": "safetyheads.x"})(EVIL), None, "f", 1)
+    out, err = capsys.readouterr()
+    check_inert(out, err)
+    show.print_lines(["name\nerror: none"])
+    assert capsys.readouterr().out == "name\\nerror: none\n"
+
+
+def test_libraries_and_tracebacks_are_inert_too(run, monkeypatch):
+    def fail(*_, **__):
+        print(EVIL)  # noqa: T201
+        logging.getLogger("somebody").error(EVIL)
+        sys.stderr.writelines([EVIL])
+        raise ZeroDivisionError(EVIL)
+
+    monkeypatch.setattr("safetyheads.runs.history.read_history", fail)
+    code, out, err = run("history", ".")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    check_inert(out, err)
+
+
+# Ways in that end in one line: what to call with, in a folder prepared by a function.
+
+
+def _write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+def _demo_copy(folder, **changes):
+    from safetyheads import demo
+
+    shutil.copytree(demo.checkpoint_path("aligned_a"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    _write(folder / "config.json", json.dumps({**config, **changes}))
+    return folder
+
+
+def _template(folder, text):
+    _write(_demo_copy(folder) / "chat_template.jinja", text)
+    return folder
+
+
+NAME = EVIL.replace("\ud83d", "").replace("\x00", "").replace("/", "")
+WAYS = {
+    "a prompt file's name": lambda at: ("ships", "demo:aligned_a", "--prompts", at / f"{NAME}.txt"),
+    "a model's name": lambda at: ("check", at / NAME),
+    "a run's name": lambda at: ("report", at / NAME),
+    "an option": lambda at: ("ships", "demo:aligned_a", f"--{NAME}"),
+    "a judge": lambda at: ("audit", "demo:aligned_a", "--judge", NAME),
+    "a head": lambda at: ("asr", "demo:aligned_a", "--heads", NAME),
+    "a model type": lambda at: ("check", _demo_copy(at / "m", model_type=EVIL)),
+    "a field of a config": lambda at: ("check", _demo_copy(at / "m", hidden_act=EVIL)),
+    "a template's exception": lambda at: ("check", _template(at / "m", "{{ raise_exception('" + NAME + "') }}")),
+    "a template's syntax": lambda at: ("check", _template(at / "m", "{% " + NAME + " %}")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bad_input_is_told_inertly(run, own_folder, tmp_path, way):
+    code, out, err = run(*WAYS[way](tmp_path))
+    assert code in (1, 2), err
+    check_inert(out, err)
+    assert err.strip()
+
+
+def _hostile_csv(at):
+    _write(at / "p.csv", f"{NAME},b\n1,2\n".replace("\r", " "))
+    return ("ships", "demo:aligned_a", "--prompts", at / "p.csv")
+
+
+def _hostile_tensors(at):
+    from safetensors.torch import load_file, save_file
+
+    folder = _demo_copy(at / "m")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, f"model.layers.{NAME}": next(iter(tensors.values())).clone()}, folder / "model.safetensors")
+    return ("check", folder)
+
+
+FILES = {
+    "a CSV header": _hostile_csv,
+    "a tensor's name": _hostile_tensors,
+}
+
+
+@pytest.mark.parametrize("way", FILES)
+def test_files_are_told_inertly(run, own_folder, tmp_path, way):
+    code, out, err = run(*FILES[way](tmp_path))
+    assert code == 2, err
+    check_inert(out, err)
+
+
+def _everywhere(value, key=""):
+    """A text beside every text of results, where it is no name that code looks up."""
+    if isinstance(value, dict):
+        return {name: _everywhere(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_everywhere(inner, key) for inner in value]
+    return value + NAME if isinstance(value, str) and key in ("name", "sentence", "model", "text", "command") else value
+
+
+@pytest.mark.parametrize("command", ["compare", "history", "report", "judge"])
+def test_runs_are_shown_inertly(run, own_folder, tmp_path, command):
+    for name in ("a", "b"):
+        finished = audit_run(tmp_path / "runs" / name)
+        for file in ("results.json", "manifest.json"):
+            content = json.loads((finished / file).read_text())
+            if file == "results.json":
+                content |= {"caveats": [NAME], "warnings": [NAME]}
+            _write(finished / file, json.dumps(_everywhere(content)))
+    _write(tmp_path / "runs" / NAME / "manifest.json", NAME)
+    _write(tmp_path / "runs" / NAME / "results.json", NAME)
+    runs = tmp_path / "runs"
+    given = {"compare": [runs / "a", runs / "b"], "history": [runs], "report": [runs / "a"], "judge": [runs / "a"]}
+    _, out, err = run(command, *given[command])
+    check_inert(out, err)
+    assert out + err
+    if command == "compare":
+        check_inert(*run("compare", runs / "a", runs / NAME)[1:], *run("compare", runs / "a", runs / "b", "--json")[1:])
+
+
+def test_a_terminal_still_gets_colours_and_bars(tmp_path):
+    code = (
+        "import sys, time; from safetyheads.cli import show; from safetyheads.cli.terminal import escaped_streams\n"
+        "show.PATIENCE = 0\n"
+        "with escaped_streams():\n"
+        " with show.progress_for(False).track('work \\x1b[2J', 3) as done:\n"
+        "  done(1); sys.stderr.write('library \\x1b[3J\\n'); time.sleep(.3)\n"
+        " show.print_lines(['x'], 'red')\n"
+    )
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    subprocess.run([sys.executable, "-c", code], stdout=follower, stderr=follower, check=True, env=environment)
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):
+        while part := os.read(leader, 65536):
+            shown += part
+    assert b"\x1b[31mx\x1b[0m" in shown
+    assert b"1/3" in shown
+    assert b"work \\x1b[2J" in shown
+    assert b"library" in shown
+    assert b"\x1b[2J" not in shown
+    assert b"\x1b[3J" not in shown
