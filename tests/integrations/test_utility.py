@@ -6,8 +6,9 @@ import logging
 import math
 import os
 import random
+import re
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
-from safetyheads.integrations.lm_eval import load_tasks, organism_documents
+from safetyheads.integrations.lm_eval import TaskCodeWarning, load_tasks, organism_documents
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants, metric_change, metric_value
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
@@ -269,3 +270,59 @@ def test_metrics_change_as_their_kind_says():
     assert metric_change(metric_value(None, old), after, old, new)["change"] is None
     with pytest.raises(InputError, match="paired samples differ: 2"):
         metric_change(share, share, by_sample([1, 0]), {"0": 1.0, "other": 0.0})
+
+
+CODE = "import pathlib; pathlib.Path('ran').touch()\ndef text(doc): return doc['context']\ndef compute(**_): return {'m': 1}\n"
+SCRIPT = "import datasets, evaluate, pathlib; pathlib.Path('ran').touch()\nclass M(evaluate.Metric):\n pass\n"
+CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+CODES = {
+    "a function of the folder": ({"doc_to_text": "!function task_code.text"}, "the function task_code.text of"),
+    "a function of anything": ({"doc_to_text": "!function os.system"}, "the function os.system of"),
+    "a metric of the current folder": (
+        {"doc_to_text": "context", "metric_list": [{"metric": "own_metric"}]},
+        "the script of the metric own_metric, from the current folder",
+    ),
+    "a template": ({"doc_to_text": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "SecurityError"),
+    "a template that calls": (
+        {"doc_to_text": "{{ cycler.__init__.__globals__.os.popen('touch ran').read() }}"},
+        "SecurityError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_code_of_tasks_runs_only_where_it_is_trusted(tmp_path, monkeypatch, name):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    config, said = CODES[name]
+    written(tmp_path, "own", organism_documents()[:2], **CHOICES, **config)
+    yaml = tmp_path / "own.yaml"
+    # A tag of YAML, which JSON cannot write.
+    yaml.write_text(re.sub(r'"!function ([\w.]+)"', r"!function \1", yaml.read_text()))
+    (tmp_path / "task_code.py").write_text(CODE)
+    (tmp_path / "own_metric").mkdir()
+    (tmp_path / "own_metric" / "own_metric.py").write_text(SCRIPT)
+    options = TaskOptions(tasks=("own",), include_paths=(str(tmp_path),), offline=True, limit=2)
+    with pytest.raises(InputError, match=re.escape(said)) as refused:
+        load_tasks(options)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+    if name == "a function of the folder":
+        assert "--trust-task-code" in str(refused.value)
+        with pytest.warns(TaskCodeWarning, match=re.escape(f"tasks run {said}")):
+            load_tasks(replace(options, trust_task_code=True))
+        assert (tmp_path / "ran").exists()
+
+
+def test_tasks_that_run_what_the_model_writes_need_trust_too(tmp_path, monkeypatch):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    written(tmp_path, "own", organism_documents()[:2], **CHOICES, doc_to_text="context", unsafe_code=True)
+    options = TaskOptions(tasks=("own",), include_paths=(str(tmp_path),), offline=True, limit=2)
+    with pytest.raises(InputError, match="code that the model writes; to allow it, give --trust-task-code"):
+        load_tasks(options)
+    with pytest.warns(TaskCodeWarning, match="code that the model writes, in task own"):
+        load_tasks(replace(options, trust_task_code=True))

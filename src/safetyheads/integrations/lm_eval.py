@@ -45,6 +45,11 @@ _DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 # Seconds to wait for the hub's first answer.
 _TIMEOUT = 5.0
+_NEEDS_TRUST = "the tasks run code: {}; to allow it, give --trust-task-code"
+
+
+class TaskCodeWarning(UserWarning):
+    """A task runs Python code that is not lm-eval's own."""
 
 
 class LoadedTask(NamedTuple):
@@ -89,8 +94,8 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
     """The options' tasks with their data; groups and tags stand for all of their tasks.
 
     Raises:
-        InputError: the extra is missing, a task is unknown, its data cannot be had, or it needs what models here
-            cannot give (pictures, running generated code).
+        InputError: the extra is missing, a task is unknown, its data cannot be had, it needs what models here cannot
+            give (pictures), or it runs code and ``trust_task_code`` is not set.
     """
     require_lm_eval()
     from lm_eval.tasks import TaskManager
@@ -99,7 +104,8 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
     # Left alone, lm-eval asks for half a minute before it says that nobody answers.
     stays_here = options.offline or not foreign or not _hub_answers()
     loaded: dict[str, LoadedTask] = {}
-    with _alone(seed, stays_here):
+    run: dict[str, None] = {}
+    with _alone(seed, stays_here), _code_guarded(options.trust_task_code, run):
         manager = _manager(options) if foreign else TaskManager(include_defaults=False)
         for name in options.tasks:
             if not _is_known(name, manager):
@@ -109,6 +115,10 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
             with _as_input_error(name):
                 for own_name, task in manager.load([_organism_config() if name == ORGANISM else name])["tasks"].items():
                     loaded[own_name] = _ready(own_name, task, options, seed)
+                    if getattr(task, "UNSAFE_CODE", False):
+                        run[f"code that the model writes, in task {own_name}"] = None
+    for code in run:
+        warnings.warn(f"tasks run {code}", TaskCodeWarning, stacklevel=2)
     return tuple(loaded.values())
 
 
@@ -124,7 +134,12 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
     from lm_eval import evaluate
 
     options = loaded.options
-    with _alone(loaded.seed, options.offline or loaded.name == ORGANISM), _as_input_error(loaded.name):
+    trusted = options.trust_task_code
+    with (
+        _alone(loaded.seed, options.offline or loaded.name == ORGANISM),
+        _code_guarded(trusted, {}),
+        _as_input_error(loaded.name),
+    ):
         model = harness_model(engine, options.batch_size)
         # In the place of lm-eval's cache of answers, which is told of each one.
         model.set_cache_hook(SimpleNamespace(add_partial=lambda *_: on_requests(1)))
@@ -138,6 +153,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=options.chat_template,
+            confirm_run_unsafe_code=trusted,
         )
     named = results["results"][loaded.name].items()
     metrics = {name: _finite(value) for name, value in named if name not in _OWN_KEYS and "_stderr," not in name}
@@ -247,9 +263,10 @@ def _is_known(name: str, manager: Any) -> bool:
 
 def _ready(name: str, task: Any, options: TaskOptions, seed: int) -> LoadedTask:
     """The task with its number of examples settled and its requests counted, which also proves that it has data."""
-    for wanted, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not of text alone")):
-        if getattr(task, wanted, False):
-            raise InputError(f"task {name} {what}, which is not done here")
+    if getattr(task, "UNSAFE_CODE", False) and not options.trust_task_code:
+        raise InputError(_NEEDS_TRUST.format("code that the model writes"))
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(f"task {name} is not of text alone, which is not done here")
     own_shots = task.get_config("num_fewshot")
     if own_shots is None or (options.n_shots is not None and own_shots != 0):
         task.set_config(key="num_fewshot", value=options.n_shots or 0)
@@ -261,6 +278,54 @@ def _ready(name: str, task: Any, options: TaskOptions, seed: int) -> LoadedTask:
         n_requests += request.repeats
     n_shots = int(task.get_config("num_fewshot"))
     return LoadedTask(name, task, sha256.hexdigest(), n_requests, n_shots, options, seed)
+
+
+@contextmanager
+def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
+    """Within, tasks run no Python code but lm-eval's own, or what is ``trusted``, which is added to ``run``.
+
+    A metric without code of lm-eval's is a script, from the current folder or the hub; and a template of Jinja could
+    reach all of Python.
+    """
+    import evaluate
+    import lm_eval.tasks._yaml_loader as yaml_loader
+    import lm_eval.utils
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    own, templates = Path(lm_eval.utils.__file__).parent, lm_eval.utils.env
+    import_function, load_metric = yaml_loader._import_func_in_yml, evaluate.load
+
+    def meet(code: str) -> None:
+        run[code] = None
+        if not trusted:
+            raise InputError(_NEEDS_TRUST.format(code))
+
+    def guarded_function(named: str, folder: Path) -> Any:
+        module = (folder / f"{named.rpartition('.')[0].replace('.', '/')}.py").resolve()
+        if not module.is_relative_to(own) and not named.startswith("lm_eval."):
+            meet(f"the function {named} of {folder}")
+        return import_function(named, folder)
+
+    def guarded_metric(path: str, *given: Any, **named: Any) -> Any:
+        where = "the current folder" if Path(path).exists() else "the hub or its cache"
+        meet(f"the script of the metric {path}, from {where}")
+        return load_metric(path, *given, **named)
+
+    sandbox = ImmutableSandboxedEnvironment(
+        loader=templates.loader, undefined=templates.undefined, keep_trailing_newline=templates.keep_trailing_newline
+    )
+    sandbox.filters |= templates.filters
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(yaml_loader, "_import_func_in_yml", guarded_function))
+        stack.enter_context(patch.object(evaluate, "load", guarded_metric))
+        stack.enter_context(patch.object(lm_eval.utils, "env", sandbox))
+        if trusted:
+            stack.enter_context(patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}))
+        try:
+            yield
+        finally:
+            if run and not trusted:  # lm-eval goes on without a metric that could not be loaded
+                raise InputError(_NEEDS_TRUST.format(next(iter(run))))
 
 
 @contextmanager

@@ -441,6 +441,9 @@ class TaskOptions(Options):
     """Put questions under the model's chat template; lm-eval's published numbers are without."""
     offline: bool = False
     """Use only data that is on this machine."""
+    trust_task_code: bool = False
+    """Let tasks run Python code beside lm-eval's own: functions of a YAML folder, metrics that are fetched, code that
+    the model writes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
