@@ -384,10 +384,13 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
         tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
         if not os.path.exists(base):
             loading.look_at_hub(base)
-    options = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    loading.refuse_stray_weights(base, revision)
+    options = {"revision": revision, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
         model, report = getattr(transformers, kind).from_pretrained(base, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer_source, revision=revision, trust_remote_code=False
+        )
     except (*loading.UNREADABLE, SafetensorError) as error:
         raise InputError(f"cannot load the judge {checkpoint}: {first_line(error)}") from error
     except RuntimeError as error:

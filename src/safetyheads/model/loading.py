@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +188,7 @@ def _look_at(path: str, options: LoadOptions) -> Path | None:
         raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
     if os.path.isdir(path):
         _look_at_directory(Path(path), options)
+    refuse_stray_weights(path, options.revision, options.allow_pickle)
     return None
 
 
@@ -206,6 +207,29 @@ def _look_at_directory(path: Path, options: LoadOptions) -> None:
     if (path / "generation_config.json").is_file():
         read_json(path / "generation_config.json")
     _weights_file(path, str(path), _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
+
+
+def refuse_stray_weights(name: str, revision: str | None = None, allow_pickle: bool = False) -> None:
+    """Refuse a checkpoint whose config or index names weights outside of it, or pickles where they are not allowed."""
+    from transformers.utils import cached_file
+
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    read = {"config.json": "transformers_weights", _SAFE_WEIGHTS[1]: "weight_map", _PICKLED_WEIGHTS[1]: "weight_map"}
+    for file, field in list(read.items()):
+        if file == _PICKLED_WEIGHTS[1] and not allow_pickle:
+            continue
+        found = cached_file(name, file, revision=revision or "main", **quietly)
+        named = read_json(Path(found)).get(field) if found else None
+        for weights in set(map(str, named.values() if isinstance(named, dict) else [named] if named else ())):
+            path, where = PurePosixPath(weights.replace("\\", "/")), f"the {file} of {name} names the weights {weights}"
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise InputError(f"{where}, which are outside of it")
+            if not allow_pickle and not weights.endswith((".safetensors", ".safetensors.index.json")):
+                raise InputError(f"{where}, a pickle, which can run code when read; to allow it, give --allow-pickle")
+            if field == "transformers_weights" and weights.endswith(".json") and weights not in read:
+                raise InputError(f"{where}, another index than {_SAFE_WEIGHTS[1]}")
 
 
 def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequence[str], allow_pickle: bool) -> Path:
@@ -284,6 +308,10 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except UnpicklingError as error:
+        raise InputError(
+            f"cannot load {path}: its pickle is broken or holds more than weights, and is not run"
+        ) from error
     except (*UNREADABLE, *_NONSENSE, SafetensorError, RuntimeError) as error:
         said = next((said for words, said in _MEANINGS.items() if words in str(error)), None)
         if said is not None:
@@ -291,7 +319,7 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
         if isinstance(error, _NONSENSE):
             raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
         # A quantised checkpoint's kernels may want another device than is there.
-        if isinstance(error, RuntimeError) and (not quantised or is_out_of_memory(error)):
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or not (quantised or options.allow_pickle)):
             raise
         raise InputError(f"cannot load {path}: {first_line(error)}") from error
     if file is not None:
