@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -8,7 +9,7 @@ import pytest
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
-from safetyheads.judges.function import CallableJudge, judge_from_path, judge_of_chats
+from safetyheads.judges.function import CallableJudge, _announce, judge_from_path, judge_of_chats
 from safetyheads.judges.phrase_judge import PhraseJudge
 
 ANSWERS = ("Warm the oil.", "Add the onions.", "Stir.")
@@ -126,3 +127,58 @@ def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_i
     ):
         with pytest.raises(InputError, match=message):
             judge_from_path(path)
+
+
+def refused_or_told(path):
+    """Whether naming the judge is refused, and what is told before its code runs."""
+    _announce.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            judge_from_path(path)
+        except InputError as error:
+            return str(error), [str(each.message) for each in caught]
+    return None, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("os:system", "subprocess:run", "os:rename", "shutil:move", "builtins:eval", "builtins:exec", "posix:system"),
+        *("taken:system", "taken:moved", "taken:partial", "taken:one", "taken:three", "taken:none", "taken:keywords"),
+    ],
+)
+def test_what_is_no_function_of_queries_and_answers_is_no_judge(own_folder, path):
+    Path("taken.py").write_text(
+        "import functools, os, shutil\nsystem, moved, partial = os.system, shutil.move, functools.partial(os.rename)\n"
+        "def one(answers): pass\ndef three(queries, answers, more): pass\ndef none(): pass\n"
+        "def keywords(queries, *, answers): pass\n"
+    )
+    sys.modules.pop("taken", None)
+    sys.path.insert(0, "")
+    try:
+        assert "is a function of queries and answers, which" in refused_or_told(path)[0]
+    finally:
+        sys.path.remove("")
+
+
+def test_code_is_named_before_it_runs_and_none_of_a_run_directory_is_run(own_folder, monkeypatch):
+    body = "from pathlib import Path\nPath('ran').touch()\ndef judge(queries, answers, threshold=1): return answers\n"
+    Path("plain_code.py").write_text(body)
+    refused, told = refused_or_told("plain_code:judge")
+    assert refused is None
+    assert told == [f"judge python:plain_code:judge runs the code of {Path('plain_code.py').resolve()}"]
+    Path("ran").unlink()
+    for folder in ("a_run", "a_run/package"):
+        Path(folder).mkdir()
+        Path(folder, "run_code.py").write_text(body)
+    Path("a_run/package/__init__.py").write_text(body)
+    Path("a_run/manifest.json").write_text("{}")
+    for path in ("a_run.run_code:judge", "a_run.package.run_code:judge", "a_run.package:judge"):
+        refused, told = refused_or_told(path)
+        assert "is in a run directory, from which no code is run" in refused
+        assert told == []
+    monkeypatch.chdir("a_run")
+    assert "is in a run directory" in refused_or_told("run_code:judge")[0]
+    assert not Path("ran").exists()
+    assert not Path("../ran").exists()

@@ -18,7 +18,7 @@ from safetyheads.judges.named import FORMS, JUDGES, default_judge_name, judge_na
         "qwen3guard=Qwen/Qwen3Guard-Gen-4B",
         "classifier:somewhere",
         "endpoint:maker/model:8b",  # nobody listens there: naming must not ask
-        "python:textwrap:dedent",
+        "python:own_judges:says_yes",
     ],
 )
 def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch):

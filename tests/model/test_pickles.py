@@ -42,24 +42,21 @@ def write_index(folder, weights, shard, name="model.safetensors.index.json"):
     ("shard", "said"),
     [
         ("pytorch_model.bin", "a pickle, which can run code"),
-        ("weights.pt", "a pickle, which can run code"),
         ("../whole.safetensors", "outside of it"),
         ("sub/../../whole.safetensors", "outside of it"),
-        ("..\\whole.safetensors", "outside of it"),
         ("{tmp}/whole.safetensors", "outside of it"),
     ],
 )
 def test_an_index_that_names_a_pickle_or_a_file_elsewhere_is_refused(checkpoint, tmp_path, shard, said):
     folder, weights = checkpoint
     torch.save(weights, folder / "pytorch_model.bin")
-    torch.save(weights, folder / "weights.pt")
     write_index(folder, weights, shard.format(tmp=tmp_path))
     with pytest.raises(InputError, match=said) as refused:
         Engine.load(str(folder), check=False)
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match=said):
         load_judge("AutoModelForCausalLM", str(folder), None, "cpu", "float32")
-    if "elsewhere" in said or "outside" in said:
+    if "outside" in said:
         with pytest.raises(InputError, match=said):
             Engine.load(str(folder), check=False, allow_pickle=True)
 
@@ -83,7 +80,7 @@ def test_an_index_of_shards_beside_it_loads(checkpoint, tmp_path):
     assert Engine.load(str(folder), check=False).n_layers == 4
 
 
-@pytest.mark.parametrize("way", ["plain pickle", "zip", "sharded", "torchscript", "garbage"])
+@pytest.mark.parametrize("way", ["plain pickle", "zip", "sharded", "torchscript"])
 def test_a_payload_is_not_run_under_the_flag_either(checkpoint, tmp_path, way):
     folder, weights = checkpoint
     ran = tmp_path / "ran"
@@ -95,10 +92,8 @@ def test_a_payload_is_not_run_under_the_flag_either(checkpoint, tmp_path, way):
     elif way == "sharded":
         torch.save(content, folder / "shard.bin")
         write_index(folder, weights, "shard.bin", "pytorch_model.bin.index.json")
-    elif way == "torchscript":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), folder / "pytorch_model.bin")
     else:
-        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04garbage")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="--allow-pickle"):
         Engine.load(str(folder), check=False)
     with pytest.raises(InputError, match="cannot load") as refused:
@@ -110,7 +105,7 @@ def test_a_payload_is_not_run_under_the_flag_either(checkpoint, tmp_path, way):
 def test_an_adapters_payload_is_not_run_either(checkpoint, tmp_path):
     from safetyheads.model.loading import put_on
 
-    folder, weights = checkpoint
+    folder, _ = checkpoint
     shutil.copy(tmp_path / "whole.safetensors", folder / "model.safetensors")
     adapter, ran = tmp_path / "adapter", tmp_path / "ran"
     adapter.mkdir()

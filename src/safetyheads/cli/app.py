@@ -328,7 +328,7 @@ def judge(
     ] = None,
 ) -> None:
     """Judge a run's stored answers again, or hold its judges to people's labels; verdicts go beside those there."""
-    from safetyheads.judges.named import WORD_JUDGES, judges_named
+    from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.labels import validate as validate_judges
@@ -355,8 +355,8 @@ def judge(
         if validate is None or judge.name not in there:
             found.append(rejudge(run, judge, progress, provenance(sys.argv)))
     if validate is not None:
-        named = specs or tuple(there[:1])
-        others = judges or judges_named(named, config.judge_device, config.judge_tokens)
+        # What a run directory names may be code or an address of others: only rules are made from it.
+        others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
         validation = validate_judges(run, validate, provenance(sys.argv), others)
     path = write_report(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}

@@ -8,15 +8,24 @@ threshold counts as refused. No reason quotes an exception, whose words may quot
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, first_line
 from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_threshold
+
+
+class JudgeCodeWarning(UserWarning):
+    """A judge runs Python code of the user's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +110,9 @@ def judge_of_chats(
 def judge_from_path(path: str) -> Judge:
     """The judge at ``package.module:function``, named ``python:`` and the path; a Judge there is used as it is.
 
-    The module may be in the current directory. It is imported at once, so that a mistyped path is an InputError before
-    any answer is made.
+    The module may be in the current directory, but in no run directory. It is imported at once, after a warning that
+    names its file, so that a mistyped path is an InputError before any answer is made. A function takes two arguments,
+    queries and answers, and is none of the standard library's.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -111,7 +121,10 @@ def judge_from_path(path: str) -> Judge:
     added = {os.getcwd()} - set(sys.path)
     sys.path += added
     try:
+        _announce(path, module_name)
         module = importlib.import_module(module_name)
+    except InputError:
+        raise
     except Exception as error:  # a user's module may raise anything while it runs
         reason = f"{module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
         raise InputError(f"judge python:{path}: {reason}") from error
@@ -122,7 +135,35 @@ def judge_from_path(path: str) -> Judge:
     except AttributeError:
         raise InputError(f"judge python:{path}: {module_name} has no {attribute}") from None
     is_judge = isinstance(target, Judge) and not isinstance(target, type)
-    return target if is_judge else CallableJudge(target, f"python:{path}")
+    judge = target if is_judge else CallableJudge(target, f"python:{path}")
+    named = getattr(target, "func", target)  # a partial is of the function in it
+    source = (getattr(named, "__module__", None) or type(named).__module__ or "builtins").partition(".")[0]
+    if not is_judge and (source in sys.stdlib_module_names or not _takes_queries_and_answers(target)):
+        raise InputError(f"judge python:{path}: a judge is a function of queries and answers, which {attribute} is not")
+    return judge
+
+
+@cache
+def _announce(path: str, module_name: str) -> None:
+    """Warn that a judge's code is run, before it is; refuse code in a run directory, which others may have written."""
+    parts = module_name.split(".")
+    for end in range(1, len(parts) + 1):  # to look for a module imports the packages around it
+        found = importlib.util.find_spec(".".join(parts[:end]))
+        places = [] if found is None else [found.origin, *(found.submodule_search_locations or ())]
+        for place in (Path(place).resolve() for place in places if place and os.path.exists(place)):
+            if any((folder / "manifest.json").exists() for folder in (place, *place.parents)):
+                raise InputError(f"judge python:{path}: {place} is in a run directory, from which no code is run")
+    if found is not None:
+        where = found.origin or module_name
+        warnings.warn(f"judge python:{path} runs the code of {where}", JudgeCodeWarning, stacklevel=4)
+
+
+def _takes_queries_and_answers(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind((), ())
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -133,8 +133,10 @@ def validate(
     by_judge = {judge: _by_answer(records, judge) for judge in records[0]["verdicts"]} if own else {}
     results = directory.read_results()
     if not own:
-        if not judges or not any(row.answer for row in labelled):
+        if not any(row.answer for row in labelled):
             raise InputError(f"{path} labels none of this run's answers, and holds no texts to judge")
+        if not judges:
+            raise InputError(f"{path} labels none of this run's answers; name the judge to put them to by --judge")
         length = results["sampling"]["max_new_tokens"]
         completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled]
         truth = {str(number): row.label for number, row in enumerate(labelled)}
