@@ -59,6 +59,20 @@ class Repetition:
         return None
 
 
+def said_again(text: str, least: int) -> str | None:
+    """Describe what an answer says twice or more in a row at its end, or in half of it; None where it does not.
+
+    Any period counts. Only letters and digits are compared, in lower case, and the run must hold ``least`` of them.
+    """
+    letters = "".join(character for character in text.lower() if character.isalnum())
+    for unit in range(1, len(letters) // 2 + 1):
+        for start, times in _runs(letters, unit, max(2, -(-least // unit))):
+            # The last repeat may be cut.
+            if start + (times + 1) * unit > len(letters) or 2 * times * unit >= len(letters):
+                return f"{unit} letter{'s' if unit > 1 else ''} {times} times"
+    return None
+
+
 def _runs(text: str, unit: int, least_times: int) -> Iterator[tuple[int, int]]:
     """Start and number of repeats of each run of a string of ``unit`` characters, ``least_times`` times or more.
 
