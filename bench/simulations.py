@@ -5,6 +5,7 @@ Each function takes the number of draws, prints a line a setting, and returns th
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -13,15 +14,19 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from safetyheads.heads import Head
+from safetyheads.measures.random_groups import random_groups
+from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
 from safetyheads.stats.intervals import FloatArray, clustered_rate, skewed_mean, wilson_interval
 from safetyheads.stats.power import smallest_change_with_power
-from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
+from safetyheads.stats.ranking import proxy_qualities, split_half
 from safetyheads.stats.testing import (
     exact_mcnemar,
     holm,
     least_attainable_p,
     non_inferior,
     paired_difference,
+    random_p_value,
     tarone,
 )
 
@@ -236,6 +241,52 @@ def synergy(draws: int, sizes: tuple[int, ...] = (24, 48, 100)) -> float:
             covered += covers(log_odds_synergy(*outcomes.astype(float)).interval, true)
         found.append(_told(f"synergy, n {n}, rates {rates}, true {true}, shared {shared}", covered / draws))
     return min(found)
+
+
+def rankings(draws: int, heads: int = 8, n: int = 48) -> tuple[float, float]:
+    """Least coverage of Spearman's interval, and of those of regrets on halves, of evenly spread rates.
+
+    What is covered is the mean over samples of so many prompts.
+    """
+    generator, rates = np.random.default_rng(10), np.linspace(0.02, 0.5, heads)
+    found: dict[str, list[tuple[float, tuple[float, float]]]] = defaultdict(list)
+    score = rates + generator.normal(0, 0.1, heads)
+    for _ in range(draws):
+        complied = (generator.random((n, heads)) < rates).astype(float)
+        (of_score,), halves = (
+            proxy_qualities({"score": score}, complied, rates > 0.3),
+            split_half(complied, rates > 0.3),
+        )
+        for name, one in (("a score", of_score), ("the split half", halves)):
+            assert one is not None
+            found[f"Spearman of {name}"].append((one.spearman or 0.0, one.spearman_interval or (0.0, 0.0)))
+            for size in one.sizes:
+                regret = size.regret_on_halves or 0.0, size.halves_interval or (0.0, 0.0)
+                found[f"regret on halves, best {size.k} of {name}"].append(regret)
+    covered = {}
+    for name, both in found.items():
+        centre = float(np.mean([value for value, _ in both]))
+        shown = f"{name}, {heads} heads, n {n}"
+        covered[name] = _told(shown, float(np.mean([covers(interval, centre) for _, interval in both])))
+    spearman = min(value for name, value in covered.items() if name.startswith("Spearman"))
+    return spearman, min(value for name, value in covered.items() if name.startswith("regret"))
+
+
+def ranks(n_of_layers: tuple[int, ...], draws: int, shape: tuple[int, int] = (4, 8), spread: float = 0.0) -> float:
+    """How often a group drawn at random, of so many heads in so many layers, ranks high among its random groups.
+
+    Effects of heads add up and are skewed; ``spread`` is the standard deviation of the layers' own, in logs.
+    """
+    generator, n_found, (n_layers, n_heads) = np.random.default_rng(9), 0, shape
+    for _ in range(draws):
+        effects = generator.exponential(size=shape) ** 2 * np.exp(spread * generator.normal(size=(n_layers, 1)))
+        layers = generator.choice(n_layers, len(n_of_layers), replace=False)
+        indices = [generator.choice(n_heads, n, replace=False) for n in n_of_layers]
+        group = tuple(Head(int(layer), int(i)) for layer, own in zip(layers, indices, strict=True) for i in own)
+        drawn = random_groups(group, [n_heads] * n_layers, 39, int(generator.integers(1 << 30))).groups
+        own, *others = (sum(effects[head.layer, head.index] for head in heads) for heads in (group, *drawn))
+        n_found += random_p_value(own, others) <= 0.05
+    return _told(f"rank among random groups, {n_of_layers} heads of {shape}, layers {spread}", n_found / draws)
 
 
 def ships_intervals(scores: NDArray[np.float64], draws: int, n: int) -> tuple[FloatArray, FloatArray]:

@@ -25,6 +25,7 @@ def _standard_library() -> None:
 def main() -> None:
     """Run all simulations; 10,000 draws take about an hour on one core."""
     import argparse
+    from itertools import product
 
     import nulls
     import simulations
@@ -41,6 +42,10 @@ def main() -> None:
     simulations.medians(draws // 5)
     simulations.shrinking(draws // 50)
     simulations.synergy(draws // 20)
+    for heads, n in product((8, 32), (24, 48)):
+        simulations.rankings(draws // 50, heads, n)
+    for n_of_layers, spread in product(((1,), (1, 1), (2, 1), (1, 1, 1), (2, 2, 2)), (0.0, 1.5)):
+        simulations.ranks(n_of_layers, draws // 5, spread=spread)
     nulls.print_nulls()
 
 

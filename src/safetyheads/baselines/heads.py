@@ -118,7 +118,7 @@ def at_random(material: Material, strengths: Sequence[float]) -> list[Interventi
     group = found_group(material, max(sizes))
     interventions = []
     for size in sizes:
-        drawn = random_groups(group[:size], heads_by_layer(engine), RANDOM_DRAWS, material.seed).groups
+        drawn = random_groups(group[:size], heads_by_layer(engine), RANDOM_DRAWS, material.seed, apart=True).groups
         if not drawn:
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         # The first of all that exist would be that of the lowest heads.

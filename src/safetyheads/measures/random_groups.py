@@ -1,10 +1,13 @@
-"""Draws distinct random groups of heads, the control for a group that was found."""
+"""Draws distinct random groups of heads, the control for a group that was found.
+
+They may share heads with it. Else a group that was itself drawn at random would often have the best rank: it alone
+would hold some strong head that no control may have.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,8 +35,8 @@ class RandomGroups:
     groups: tuple[Group, ...] = ()
     """Heads in order; none is the group itself."""
     matched: Matched = "layers"
-    """``layers``: as many heads in each layer as the group has, from each layer's other heads; ``neighbouring layers``:
-    each head may also move one layer up or down; ``all layers``: any heads outside the group."""
+    """``layers``: as many heads in each layer as the group has; ``neighbouring layers``: each head may also move one
+    layer up or down; ``all layers``: any heads."""
     n_possible: int = 0
     """Distinct groups that are matched so."""
 
@@ -48,7 +51,9 @@ def heads_by_layer(engine: Engine) -> tuple[int, ...]:
     return tuple(0 if shape is None else shape.n_heads for shape in engine.architecture.shapes)
 
 
-def random_groups(group: Group, n_heads: Sequence[int], n_groups: int, seed: int = 0) -> RandomGroups:
+def random_groups(
+    group: Group, n_heads: Sequence[int], n_groups: int, seed: int = 0, apart: bool = False
+) -> RandomGroups:
     """Distinct groups as large as ``group``, from the same layers where enough of them exist.
 
     Where the layers allow fewer than ``LEAST_GROUPS`` (or than ``n_groups``, if that is less), they are widened to the
@@ -61,17 +66,18 @@ def random_groups(group: Group, n_heads: Sequence[int], n_groups: int, seed: int
         n_heads: number of heads of each layer, 0 for a layer without attention.
         n_groups: how many to draw.
         seed: of the draw.
+        apart: whether controls have none of the group's heads. Ranks among these are no test.
 
     Returns:
-        No groups where the group holds all heads of its layers and no others are left elsewhere.
+        No groups where the group holds all heads of the model.
     """
-    pools = [_Pool(group, n_heads, matched) for matched in ("layers", "neighbouring layers", "all layers")]
+    pools = [_Pool(group, n_heads, matched, apart) for matched in ("layers", "neighbouring layers", "all layers")]
     enough = min(n_groups, LEAST_GROUPS)
     pool = next((pool for pool in pools if pool.n >= enough), max(pools, key=lambda pool: pool.n))
     if n_groups == 0 or pool.n == 0:
         return RandomGroups()
     if pool.n <= n_groups or (pool.n < ENUMERATED and n_groups >= LEAST_GROUPS):
-        return RandomGroups(tuple(sorted(pool.every())), pool.matched, pool.n)
+        return RandomGroups(tuple(pool.every()), pool.matched, pool.n)
     generator = np.random.default_rng([seed, len(group)])
     drawn: dict[Group, None] = {}
     while len(drawn) < n_groups:
@@ -87,61 +93,59 @@ class _Pool:
     controls are counted layer by layer: the state is how many heads the layers below have taken.
     """
 
-    def __init__(self, group: Group, n_heads: Sequence[int], matched: Matched) -> None:
-        self.matched, self.size = matched, len(group)
-        own = Counter(head.layer for head in group)
+    def __init__(self, group: Group, n_heads: Sequence[int], matched: Matched, apart: bool) -> None:
+        self.matched, self.group = matched, tuple(sorted(group))
         self.layers = [layer for layer, n in enumerate(n_heads) if n]
-        self.own = [sorted(head.index for head in group if head.layer == layer) for layer in self.layers]
-        self.others = [
-            [index for index in range(n_heads[layer]) if Head(layer, index) not in group] for layer in self.layers
+        taken = set(group) if apart else set()
+        # Indices of each layer that controls may have.
+        self.free = [
+            [index for index in range(n_heads[layer]) if Head(layer, index) not in taken] for layer in self.layers
         ]
         self.reach = {"layers": 0, "neighbouring layers": 1, "all layers": len(self.layers)}[matched]
         # Place of each head of the group among the layers that have heads.
-        self.places = sorted(self.layers.index(layer) for layer, n in own.items() for _ in range(n))
-        self.fills = matched == "layers" and any(self.others[place] for place in self.places)
+        self.places = [self.layers.index(head.layer) for head in self.group]
         self.count = cache(self._count)
-        self.n = self.count(0, 0)
-
-    def ways(self, place: int, n: int) -> int:
-        """Ways to take n heads of a layer: from its others, or all of them filled up with the group's own."""
-        own, others = len(self.own[place]), len(self.others[place])
-        return math.comb(others, n) if n <= others else math.comb(own, n - others) * self.fills
+        self.n = self.count(0, 0) - (not apart)  # the group itself is no control
 
     def _count(self, place: int, taken: int) -> int:
-        """Controls that this layer and those above can end in, after the layers below took some heads."""
+        """Groups that this layer and those above can end in, after the layers below took some heads."""
         if place == len(self.layers):
-            return int(taken == self.size)
+            return int(taken == len(self.group))
         return sum(self.ways(place, n) * self.count(place + 1, taken + n) for n in self.numbers(place, taken))
+
+    def ways(self, place: int, n: int) -> int:
+        """Ways to take n heads of a layer."""
+        return math.comb(len(self.free[place]), n)
 
     def numbers(self, place: int, taken: int) -> Iterator[int]:
         """How many heads this layer may take."""
         yield 0
         for n, near in enumerate(self.places[taken:], start=1):
-            if abs(near - place) > self.reach or not self.ways(place, n):
+            if abs(near - place) > self.reach or n > len(self.free[place]):
                 return
             yield n
 
-    def choices(self, place: int, n: int) -> Iterator[tuple[int, ...]]:
-        """Every set of n heads of a layer."""
-        others = self.others[place]
-        fill = n - len(others)
-        if fill <= 0:
-            return combinations(others, n)
-        return ((*others, *more) for more in combinations(self.own[place], fill))
+    def every(self) -> list[Group]:
+        """All controls, in order."""
+        return sorted(group for group in self._every(0, 0) if group != self.group)
 
-    def every(self, place: int = 0, taken: int = 0) -> Iterator[Group]:
-        """All controls."""
+    def _every(self, place: int, taken: int) -> Iterator[Group]:
         if place == len(self.layers):
             yield ()
             return
         for n in self.numbers(place, taken):
             if self.count(place + 1, taken + n):
-                for rest in self.every(place + 1, taken + n):
-                    for indices in self.choices(place, n):
-                        yield tuple(Head(self.layers[place], index) for index in sorted(indices)) + rest
+                for rest in self._every(place + 1, taken + n):
+                    for indices in combinations(self.free[place], n):
+                        yield tuple(Head(self.layers[place], index) for index in indices) + rest
 
     def draw(self, generator: np.random.Generator) -> Group:
         """One of all controls, each equally likely."""
+        while (drawn := self._draw(generator)) == self.group:
+            pass
+        return drawn
+
+    def _draw(self, generator: np.random.Generator) -> Group:
         heads: list[Head] = []
         for place, layer in enumerate(self.layers):
             counts = {
@@ -151,8 +155,6 @@ class _Pool:
             # Whole numbers may exceed a float, so they are scaled first.
             ends = list(accumulate(counts[n] / sum(counts.values()) for n in numbers[:-1]))
             n = numbers[bisect_right(ends, generator.random())]
-            n_others = min(n, len(self.others[place]))
-            chosen = [*generator.choice(self.others[place], n_others, replace=False)] if n_others else []
-            chosen += [*generator.choice(self.own[place], n - n_others, replace=False)] if n > n_others else []
+            chosen = generator.choice(self.free[place], n, replace=False) if n else ()
             heads += [Head(layer, int(index)) for index in sorted(chosen)]
         return tuple(heads)

@@ -24,8 +24,10 @@ N_SPLITS = 200
 """Random halves that the split-half line is averaged over."""
 _N_RESAMPLES = 500
 """Resamples of prompts for the standard error of AUC."""
-_N_JACKKNIFE_SPLITS = 10
-"""Splits of each step of the jackknife: their mean moves with the prompts, not with the splits."""
+_N_ON_HALVES = 100
+"""The same for regrets on halves, which many splits are measured on."""
+_N_RESAMPLED_SPLITS = 10
+"""Splits of each resample, and of each step of a jackknife: their mean moves with the prompts, not with the splits."""
 TOP = (3, 10)
 """Sizes of the top lists whose overlap is counted between two runs."""
 
@@ -41,12 +43,12 @@ class AtSize:
     regret: float
     """Mean single-head ASR of the k best heads by the ASR itself minus that of these: what the score gives away."""
     regret_interval: Interval
-    """95 %, bootstrap over prompts with the score fixed."""
+    """95 %, the estimate and 1.96 standard errors of a bootstrap over prompts, with the score fixed."""
     regret_on_halves: float | None
     """Mean regret on random halves of the prompts: the one to compare between a score and the other half's ASR. None
     below four prompts."""
     halves_interval: Interval | None
-    """95 %, bootstrap over prompts of what each gives away on the halves that it is in."""
+    """95 %, the estimate and 1.96 standard errors of a bootstrap over prompts that chooses the heads anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class ProxyQuality:
     spearman: float | None
     """Rank correlation over all heads; None where the ASR or the score is the same for all."""
     spearman_interval: Interval | None
-    """95 %, over prompts, the score fixed: a jackknife's, cut at -1 and 1. Resamples would leave tied heads tied."""
+    """95 %, over prompts, the score fixed: the larger error of a jackknife and a bootstrap, cut at -1 and 1."""
     auc: float | None
     """Chance that a head that differs has a higher score than one that does not; None without both kinds."""
     auc_interval: Interval | None
@@ -101,18 +103,19 @@ def proxy_qualities(
         sizes = []
         for k in (size for size in SIZES if size <= len(differs)):
             chosen = _best(values, k)
-            # The best k stay those of all prompts: drawn anew in each resample, their hindsight would grow.
-            lost = complied[:, _best(asr, k)].mean(axis=1) - complied[:, chosen].mean(axis=1)
+            regret = float(_given_away(asr[None], chosen)[0])
+            interval = _regret_interval(regret, _given_away(weights @ complied, chosen), len(complied))
             hits = float(differs[chosen].sum()) if differs.any() else None
-            on_halves = _lost_on_halves(complied, halves, [chosen] * len(halves))
-            sizes.append(AtSize(k, hits, float(lost.mean()), bootstrap_interval(lost), *on_halves))
+            sizes.append(AtSize(k, hits, regret, interval, *_lost_on_halves(complied, halves, k, values)))
         auc, p_value = _auc(values, differs)
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
         qualities.append(
             ProxyQuality(
                 name,
                 spearman,
-                _jackknifed(spearman, _spearmans(values, without), len(complied)),
+                _jackknifed(
+                    spearman, _spearmans(values, without), len(complied), _spearmans(values, weights @ complied)
+                ),
                 auc,
                 None if resampled_differs is None else _about(auc, _aucs(values, resampled_differs)),
                 p_value,
@@ -139,7 +142,7 @@ def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality
     sizes = []
     for k in (size for size in SIZES if size <= len(differs)):
         chosen = [_best(first, k) for first, _ in both]
-        regret, interval = _lost_on_halves(complied, halves, chosen)
+        regret, interval = _lost_on_halves(complied, halves, k)
         assert regret is not None  # there are halves
         assert interval is not None
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
@@ -182,24 +185,46 @@ def _halves(complied: FloatArray) -> list[tuple[NDArray[np.int64], NDArray[np.in
 def _lost_on_halves(
     complied: FloatArray,
     halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
-    chosen: Sequence[NDArray[np.int64]],
+    k: int,
+    score: FloatArray | None = None,
 ) -> tuple[float | None, Interval | None]:
-    """Mean regret of the heads chosen for each split on its second half, and its interval over prompts."""
+    """Mean regret on second halves of the k heads that a score, or the ASR of the first half, puts first."""
     if not halves:
         return None, None
-    total, times = np.zeros(len(complied)), np.zeros(len(complied))
-    regrets = []
-    for (_, second), heads in zip(halves, chosen, strict=True):
-        outcomes = complied[second]
-        best = _best(outcomes.mean(axis=0), len(heads))
-        lost = outcomes[:, best].mean(axis=1) - outcomes[:, heads].mean(axis=1)
-        regrets.append(float(lost.mean()))
-        total[second] += lost
-        times[second] += 1
-    mean, own = float(np.mean(regrets)), total / np.maximum(times, 1)
-    # Prompts are in about half of the splits each, so their own means average to nearly the mean of the splits.
-    low, high = bootstrap_interval(own - own.mean() + mean)
-    return mean, (low, high)
+    weights, regrets, resampled = _resamples(len(complied)), [], []
+    for at, (first, second) in enumerate(halves):
+        # Copies of a prompt in a resample stay in one half.
+        drawn = (
+            np.vstack([np.ones(len(complied)), weights]) if at < _N_RESAMPLED_SPLITS else np.ones((1, len(complied)))
+        )
+        asr = drawn[:, second] @ complied[second] / np.maximum(drawn[:, second].sum(axis=1, keepdims=True), 1e-12)
+        order = score[None] if score is not None else drawn[:, first] @ complied[first]
+        lost = _given_away(asr, np.argsort(-order, axis=1, kind="stable")[:, :k])
+        regrets.append(lost[0])
+        resampled += [lost[1:]] if at < _N_RESAMPLED_SPLITS else []
+    mean = float(np.mean(regrets))
+    return mean, _regret_interval(mean, np.mean(resampled, axis=0), len(complied))
+
+
+def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
+    """Mean of each row's highest ASRs [n, n_heads] less that of the heads chosen, [k] or one row each [n, k]."""
+    k = chosen.shape[-1]
+    taken = np.take_along_axis(asr, np.broadcast_to(chosen, (len(asr), k)), axis=1)
+    best = np.partition(asr, -k, axis=1)[:, -k:]
+    # Sums of the same ASRs in another order differ in the last bits.
+    lost: FloatArray = np.maximum(best.mean(axis=1) - taken.mean(axis=1), 0.0)
+    return lost
+
+
+def _regret_interval(regret: float, resampled: FloatArray, n: int) -> Interval:
+    """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
+
+    Their percentiles will not do: the best heads of a resample are best by hindsight twice over. Where nothing is given
+    away, the interval is that of the largest share of other prompts that n can have missed.
+    """
+    varies = regret > 1e-12 and np.ptp(resampled) > 1e-12
+    interval = _about(regret, resampled.tolist(), len(resampled)) if varies else None
+    return interval or bootstrap_interval(np.full(n, regret))
 
 
 def _resamples(n: int) -> FloatArray:
@@ -241,12 +266,13 @@ def _aucs(values: FloatArray, differs: NDArray[np.bool_]) -> list[float]:
     return found
 
 
-def _about(estimate: float | None, resampled: Sequence[float]) -> Interval | None:
+def _about(estimate: float | None, resampled: Sequence[float], n: int = _N_RESAMPLES) -> Interval | None:
     """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
 
-    Their percentiles will not do: a resample repeats prompts, which makes more heads differ by chance.
+    Their percentiles will not do: a resample repeats prompts, which makes more heads differ by chance. None where a
+    statistic exists in less than half of the ``n`` resamples.
     """
-    if estimate is None or len(resampled) < _N_RESAMPLES / 2:
+    if estimate is None or len(resampled) < n / 2:
         return None
     half_width = float(scipy.special.ndtri((1 + CONFIDENCE) / 2)) * float(np.std(resampled))
     return max(0.0, estimate - half_width), min(1.0, estimate + half_width)
@@ -256,7 +282,7 @@ def _over_prompts(
     complied: FloatArray, halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], estimate: float | None
 ) -> Interval | None:
     """95 % interval of the split-half correlation, by a jackknife over prompts on the same splits."""
-    n, few = len(complied), halves[:_N_JACKKNIFE_SPLITS]
+    n, few = len(complied), halves[:_N_RESAMPLED_SPLITS]
     left_out = np.zeros((len(few), n))
     for at, (first, second) in enumerate(few):
         for side, other in ((first, second), (second, first)):
@@ -268,11 +294,17 @@ def _over_prompts(
     return _jackknifed(estimate, left_out.mean(axis=0).tolist(), n)
 
 
-def _jackknifed(estimate: float | None, left_out: Sequence[float], n: int) -> Interval | None:
-    """95 % interval of a correlation from its n values without one prompt each, cut at -1 and 1."""
+def _jackknifed(
+    estimate: float | None, left_out: Sequence[float], n: int, resampled: Sequence[float] = ()
+) -> Interval | None:
+    """95 % interval of a correlation from its n values without one prompt each, cut at -1 and 1.
+
+    With few heads no rank may change without one prompt; so the error is at least the spread of resamples, which leave
+    tied heads tied.
+    """
     if estimate is None or len(left_out) < n or n < 2:
         return None
-    error = float(np.sqrt((n - 1) * np.var(left_out)))
+    error = max(float(np.sqrt((n - 1) * np.var(left_out))), float(np.std(resampled)) if len(resampled) else 0.0)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return max(-1.0, estimate - half_width), min(1.0, estimate + half_width)
 
