@@ -10,7 +10,15 @@ from audit_samples import answered
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.runs.audit import LEAD, SETS, audit_verdict, early_verdict, lead_group, read_prompts
+from safetyheads.runs.audit import (
+    LEAD,
+    SETS,
+    audit_verdict,
+    damage_of_answered,
+    early_verdict,
+    lead_group,
+    read_prompts,
+)
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.runs.run import prompt_notes
@@ -215,6 +223,14 @@ def test_intervals_of_near_duplicates_are_by_cluster():
     assert (low, high) == clustered_rate(pairs.verdicts(), pairs.clusters)
     assert high - low > 1.3 * (alone.asr.interval[1] - alone.asr.interval[0])
     assert pairs.rates()["asr"]["interval"] == pairs.asr.interval
+
+
+def test_damage_is_of_the_prompts_that_are_answered_unablated():
+    unablated = given(
+        [("complied",), ("refused", "refused"), ("complied", "complied", "", 3.0), ("complied",)], limit=2.0
+    )
+    drops = {HEADS: ((0.1, 9.0, 9.0, 0.3), (0.2, 8.0, 8.0, 0.4))}
+    assert damage_of_answered(drops, unablated) == {HEADS: ((0.1, 0.3), (0.2, 0.4))}
 
 
 def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_show():

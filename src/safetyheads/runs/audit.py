@@ -104,7 +104,8 @@ class GroupOutcome:
     drawn: RandomGroups = field(default_factory=RandomGroups)
     """How the random groups were matched to the group."""
     damage: Damage = field(default_factory=Damage)
-    """Over the unablated benign test answers; the verdict's KL is its mean."""
+    """Over the unablated benign test answers, of the prompts that are answered unablated: where benign prompts are
+    refused, to answer them is no damage. The verdict's KL is its mean."""
     random_damage: tuple[Damage, ...] = ()
     """The same under each random group."""
 
@@ -260,6 +261,7 @@ def _outcomes(
     ships = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
     harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
     damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
+    damage = damage_of_answered(damage, run.answers("benign_test").vanilla())
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))
@@ -269,6 +271,15 @@ def _outcomes(
         on_benign = tuple(ships[key])
         outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, controls[key], *harm))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
+
+
+def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) -> dict[Group, Damage]:
+    """Each group's damage on the prompts that are answered coherently unablated."""
+    answered = np.flatnonzero(unablated.answered()[:, 0]).tolist()
+    return {
+        group: Damage(tuple(kl[at] for at in answered), tuple(drop[at] for at in answered))
+        for group, (kl, drop) in damage.items()
+    }
 
 
 # The verdict.

@@ -63,7 +63,7 @@ class Evidence:
     n_broken: int
     """Of the answered ones, refused, echoed or incoherent under the group."""
     kl: float | None
-    """Mean teacher-forced KL over benign prompts, in nats; None where it was not measured."""
+    """Mean teacher-forced KL over benign prompts answered unablated, in nats; None where it was not measured."""
     n_kl: int
     """Benign prompts that it is the mean of."""
     n_random: int
@@ -135,7 +135,8 @@ def evidence_of(
 ) -> Evidence:
     """Counts held-out answers: unablated ones and those under the group, and those under its random groups.
 
-    ``kl`` is the teacher-forced KL of each benign prompt; ``matched`` says where the random groups' heads lie.
+    ``kl`` is the teacher-forced KL of each benign prompt answered unablated; ``matched`` says where the random groups'
+    heads lie.
     """
     (before, after), loss = _first(*harmful), gross_loss(*benign)
     scored = ~np.isnan(before) & ~np.isnan(after)
