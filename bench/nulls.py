@@ -1,30 +1,47 @@
 """How often a model without concentrated heads is called concentrated: simulated answers, and audits of the null.
 
-    python bench/nulls.py                                    simulated runs
-    python bench/nulls.py --audits runs/nulls --seeds 4      audits of the shipped null and of the twins found there
-
-``python scripts/organisms/train.py aligned_diffuse --shift 1 2 3 4 --out runs/nulls --no-figures`` trains the twins.
+python bench/nulls.py                                    simulated runs
+python bench/nulls.py --audits runs/nulls                audits of the null at five training seeds and of
+                                                         random weights; trains what is not in the folder
+    python bench/nulls.py --thresholds                       the KL of groups that damage benign answers or do not
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from safetyheads.demo import checkpoint_path, demo_prompts
+from safetyheads.answers.decoding import Decoding
+from safetyheads.demo import PLANTED_HEADS, checkpoint_path, demo_prompts
+from safetyheads.heads import Group
+from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.measures.head_pass import Readouts
+from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.sahara import sahara
 from safetyheads.model.engine import Engine
 from safetyheads.runs import audit
-from safetyheads.runs.config import AuditConfig, Thresholds
-from safetyheads.runs.rates import GroupAnswers
-from safetyheads.runs.verdict import Evidence, verdict_of
+from safetyheads.runs.config import AuditConfig, Silent, Thresholds
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.rates import GroupAnswers, gross_loss
+from safetyheads.runs.run import Run, read_sets, resolved
+from safetyheads.runs.verdict import Evidence, evidence_of, verdict_of
+from safetyheads.scores import FunctionScorer
 
 ABLATIONS = ("ua", "sc")
 SIZES = range(1, 7)
@@ -153,64 +170,235 @@ def write_prompts(folder: Path, with_references: bool) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-def audited(engine: Engine, name: str, ablation: str, with_references: bool, seed: int) -> dict[str, str]:
-    """The labels of one audit: its own verdict's, and that of each size's group, were the size given."""
-    labels: dict[str, str] = {}
-    choose = audit.lead_group
+def settings(name: str, ablation: str, prompts: tuple[str, str], with_references: bool, seed: int) -> AuditConfig:
+    """An audit's settings, the defaults but for the size."""
+    return AuditConfig(
+        name,
+        prompts[0],
+        benign=prompts[1],
+        ablation=ablation,
+        size=max(SIZES),
+        seed=seed,
+        template="chat",
+        reference_column="answer" if with_references else None,
+        judges=("phrases",),
+    )
 
-    def choose_and_note(
-        vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[audit.GroupOutcome]
-    ) -> audit.GroupOutcome:
-        for outcome in outcomes:
-            labels[str(outcome.size)] = audit.audit_verdict(vanilla, outcome, config, len(engine.heads))["label"]
-        return choose(vanilla, outcomes)
 
+def audited(engine: Engine, name: str, ablation: str, with_references: bool, seed: int) -> str:
+    """The label of one whole audit."""
     # The verdict's score alone: groups of the others have no part in it.
-    searched, audit.SEARCHED, audit.lead_group = audit.SEARCHED, (audit.LEAD,), choose_and_note
+    searched, audit.SEARCHED = audit.SEARCHED, (audit.LEAD,)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            harmful, benign = write_prompts(Path(folder), with_references)
-            reference = {"reference_column": "answer"} if with_references else {}
-            config = AuditConfig(
-                name,
-                harmful,
-                benign=benign,
-                ablation=ablation,
-                size=max(SIZES),
-                seed=seed,
-                template="chat",
-                **reference,
-            )
+            prompts = write_prompts(Path(folder), with_references)
+            config = settings(name, ablation, prompts, with_references, seed)
             results = audit.run_audit(engine, config, Path(folder) / "run")
     finally:
-        audit.SEARCHED, audit.lead_group = searched, choose
-    return {"chosen": results["verdict"]["label"]} | labels
+        audit.SEARCHED = searched
+    return str(results["verdict"]["label"])
 
 
-def print_audits(folder: Path | None, seeds: Sequence[int], references: Sequence[bool]) -> None:
-    """Labels of audits of the shipped null and of the twins in a folder, by size, and how many are concentrated."""
-    twins = sorted(folder.glob("aligned_diffuse_*")) if folder else []
-    pooled: Counter[str] = Counter()
-    for path in [checkpoint_path("aligned_diffuse"), *twins]:
-        engine = Engine.load(str(path))
-        for ablation, seed, with_references in product(ABLATIONS, seeds, references):
-            labels = audited(engine, str(path), ablation, with_references, seed)
-            pooled += Counter(label for size, label in labels.items() if size != "chosen")
-            said = ", ".join(f"{size}: {label}" for size, label in labels.items())
-            print(f"{path.name} {ablation} seed {seed}{' references' * with_references}: {said}", flush=True)
-    total = sum(pooled.values())
-    print(f"concentrated {pooled[CONCENTRATED]} of {total}; {dict(pooled)}")
+class SharedAudits:
+    """Audits of one model under one ablation that share what they compute: every split reads the same answers.
+
+    Splits, searches, sizes, coherence, damage and the verdict are the audit's own functions. Random groups are answered
+    only where all else lets a verdict be "concentrated"; other labels are those that it gives a group which no random
+    group matches, so some that are "partly concentrated" here are "not specific" in an audit.
+    """
+
+    def __init__(self, engine: Engine, name: str, ablation: str, folder: Path) -> None:
+        self.engine, self.name, self.folder = engine, name, folder
+        self.prompts = {references: write_prompts(folder, references) for references in (False, True)}
+        self.config = settings(name, ablation, self.prompts[True], True, 0)
+        self.ablation = self.config.parsed_ablation
+        directory = RunDirectory.start(folder / f"run-{ablation}", {"model": name, "ablation": ablation}, {})
+        decoding = Decoding(self.config.max_new_tokens, full_answers=True)
+        self.run = Run(engine, self.config, directory, Silent(), [PhraseJudge()], decoding, measures_surprise=True)
+        for kind, prompts in read_sets(self.config).items():
+            self.run.add(kind, resolved(engine, prompts, self.config))
+        self.run.find_limit()
+        self.unablated = {kind: self.run.answers(kind).vanilla() for kind in audit.KINDS}
+        self.ships: dict[Group, NDArray[np.float64]] = {}
+        self.kl: dict[Group, NDArray[np.float64]] = {}
+        self.answered: dict[tuple[str, Group], GroupAnswers] = {}
+
+    def labels(self, seeds: Sequence[int], references: Sequence[bool] = (False, True)) -> Iterator[dict[str, str]]:
+        """The labels of one audit after the other: of each size's group, and of the size chosen of up to 3 and 6."""
+        audits = list(product(seeds, references))
+        splits = [self.split(seed, with_references) for seed, with_references in audits]
+        vanilla = [
+            {name: part(self.unablated[name.split("_")[0]], places, with_references) for name, places in split.items()}
+            for split, (_, with_references) in zip(splits, audits, strict=True)
+        ]
+        early = [audit.early_verdict(answers, self.config) for answers in vanilla]
+        going_on = [split for split, verdict in zip(splits, early, strict=True) if verdict is None]
+        traces = iter([self.searched(split["harmful_search"]) for split in going_on])
+        groups = [None if verdict else next(traces) for verdict in early]
+        self.answer(list(dict.fromkeys(tuple(sorted(one[:n])) for one in groups if one for n in SIZES)))
+        for (seed, with_references), split, before, verdict, group in zip(
+            audits, splits, vanilla, early, groups, strict=True
+        ):
+            if group is None:
+                yield dict.fromkeys([*map(str, SIZES), "of 3", "of 6"], str(verdict and verdict["label"]))
+                continue
+            outcomes = [self.outcome(group[:n], split, with_references) for n in SIZES]
+            labels = {str(outcome.size): self.label(before, outcome, split, seed) for outcome in outcomes}
+            chosen = {n: audit.lead_group(before, outcomes[:n]).size for n in (3, 6)}
+            yield labels | {f"of {n}": labels[str(size)] for n, size in chosen.items()}
+
+    def split(self, seed: int, with_references: bool) -> dict[str, list[int]]:
+        """Places of the prompts of each set of an audit."""
+        config = settings(self.name, self.config.ablation, self.prompts[with_references], with_references, seed)
+        places = {
+            kind: {prompt.query: at for at, prompt in enumerate(self.run.asked[kind].prompts)} for kind in audit.KINDS
+        }
+        sets = audit.read_prompts(config)
+        return {name: [places[name.split("_")[0]][one.query] for one in sets[name]] for name in sets}
+
+    def searched(self, places: Sequence[int]) -> Group:
+        """The group that mean Ships find on some of the harmful prompts."""
+
+        def score(groups: Sequence[Group]) -> Tensor:
+            if new := [group for group in groups if group not in self.ships]:
+                measured = self.run.head_pass("harmful", self.ablation, Readouts(ships=True)).measure(new)["ships"]
+                self.ships |= dict(zip(new, measured.numpy(), strict=True))
+            return torch.tensor([self.ships[group][places].mean() for group in groups], dtype=torch.float64)
+
+        return sahara(FunctionScorer(score, audit.LEAD, "nats"), self.engine.heads, max(SIZES)).group
+
+    def answer(self, groups: Sequence[Group], kinds: Sequence[str] = audit.KINDS) -> None:
+        """Answers to all prompts under groups that have none, and the damage where benign prompts are among them."""
+        for kind in kinds:
+            new = [group for group in groups if (kind, group) not in self.answered]
+            answers = self.run.answers(kind).under("groups", new, self.ablation) if new else []
+            self.answered |= {(kind, group): one for group, one in zip(new, answers, strict=True)}
+            if kind == "benign" and new:
+                damage = self.run.damage("benign", new, self.ablation, self.config.damage_tokens)
+                self.kl |= {group: np.array(kl) for group, (kl, _) in damage.items()}
+
+    def outcome(self, group: Group, split: Mapping[str, list[int]], with_references: bool) -> audit.GroupOutcome:
+        """What a group does in one audit, its random groups aside."""
+        key = tuple(sorted(group))
+        answers = {
+            name: part(self.answered[name.split("_")[0], key], places, with_references)
+            for name, places in split.items()
+        }
+        kl = tuple(self.kl[key][place] for place in sorted(split["benign_test"]))
+        answered = part(self.unablated["benign"], split["benign_test"], with_references)
+        damage = audit.damage_of_answered({key: (kl, kl)}, answered)[key]
+        return audit.GroupOutcome(audit.LEAD, len(group), group, answers, (), damage=damage)
+
+    def label(
+        self, before: Mapping[str, GroupAnswers], outcome: audit.GroupOutcome, split: Mapping[str, list[int]], seed: int
+    ) -> str:
+        """The verdict's label."""
+        harmful, benign = ((before[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
+        evidence = evidence_of(harmful, benign, (), outcome.damage[0])
+        evidence = replace(evidence, n_random=self.config.n_random)
+        label = verdict_of(evidence, self.config).label
+        if label != CONCENTRATED:
+            return label
+        drawn = random_groups(outcome.group, heads_by_layer(self.engine), self.config.n_random, seed)
+        self.answer(drawn.groups, ("harmful",))
+        places = split["harmful_test"]
+        controls = tuple(part(self.answered["harmful", group], places, False) for group in drawn.groups)
+        outcome = replace(outcome, random=controls, drawn=drawn)
+        return str(audit.audit_verdict(before, outcome, self.config, len(self.engine.heads))["label"])
+
+
+def part(answers: GroupAnswers, places: Sequence[int], with_references: bool) -> GroupAnswers:
+    """The answers to some of the prompts, in their order; held to their references or not."""
+    records = tuple(answers.records[place] for place in sorted(places))
+    if not with_references:
+        records = tuple(
+            tuple(record | {"answered": record["behaviour"] == "complied"} for record in seeds) for seeds in records
+        )
+    return replace(answers, records=records)
+
+
+def random_weights(folder: Path) -> Path:
+    """The null's checkpoint with weights drawn anew."""
+    path, null = folder / "random_weights", checkpoint_path("aligned_diffuse")
+    if not path.exists():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(null)).save_pretrained(path)
+        AutoTokenizer.from_pretrained(null).save_pretrained(path)
+    return path
+
+
+def null_checkpoint(shift: int, folder: Path = Path("runs/nulls")) -> Path:
+    """The shipped null, or its twin by other seeds; trained where it is not in the folder, in about half a minute."""
+    path = folder / f"aligned_diffuse_{shift}"
+    if shift == 0 or path.exists():
+        return path if shift else checkpoint_path("aligned_diffuse")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(checkpoint_path("base"), folder / "base", dirs_exist_ok=True)
+    script = Path(__file__).parents[1] / "scripts" / "organisms" / "train.py"
+    named = ["aligned_diffuse", "--shift", str(shift), "--out", str(folder), "--no-figures"]
+    subprocess.run([sys.executable, str(script), *named], check=True)
+    return path
+
+
+def print_thresholds() -> None:
+    """The KL on benign prompts of groups that lose no answers and of groups that lose many: the verdict's threshold.
+
+    Of organisms that no report shows: groups that the search finds, and as large ones drawn at random.
+    """
+    found = []
+    for name, ablation in product(("aligned_b", "aligned_single", "aligned_wrapped"), ABLATIONS):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = checkpoint_path(name)
+            shared = SharedAudits(Engine.load(str(path)), name, ablation, Path(scratch))
+            group = shared.searched(range(len(shared.unablated["harmful"].records)))
+            sizes, planted = heads_by_layer(shared.engine), PLANTED_HEADS[name]
+            groups = [tuple(sorted(group[:n])) for n in SIZES] + [tuple(sorted(planted))]
+            groups += [one for n in SIZES for one in random_groups(group[:n], sizes, 6).groups[:6]]
+            shared.answer(groups)
+            before = shared.unablated["benign"]
+            answered = before.answered()[:, 0] == 1
+            for one in dict.fromkeys(groups):
+                loss = gross_loss(before, shared.answered["benign", one])["rate"]
+                found.append((loss, float(shared.kl[one][answered].mean())))
+                if set(one) == set(planted):
+                    whole = shared.kl[one].mean()
+                    print(f"{name} {ablation}, planted: lost {loss:.3f}, KL {found[-1][1]:.4f}, of all {whole:.4f}")
+    for what, low, high in (("sound", -1.0, 0.02), ("between", 0.02, 0.2), ("broken", 0.2, 1.0)):
+        kl = np.array([value for loss, value in found if low < loss <= high])
+        shares = ", ".join(f"{(kl > limit).mean():.3f} above {limit}" for limit in (0.02, 0.03, 0.05, 0.1))
+        quantiles = ", ".join(f"{value:.4f}" for value in np.quantile(kl, (0.0, 0.05, 0.5, 0.95, 1.0)))
+        print(f"{what} ({low} < loss <= {high}), {len(kl)} groups: quantiles 0, .05, .5, .95, 1: {quantiles}; {shares}")
+
+
+def print_audits(folder: Path, seeds: Sequence[int]) -> None:
+    """Labels of audits of the null at five training seeds, kept in a folder, and of random weights, by size."""
+    models = [*(null_checkpoint(shift, folder) for shift in range(5)), random_weights(folder)]
+    for path, ablation in product(models, ABLATIONS):
+        started, by_size = time.process_time(), defaultdict(Counter)
+        with tempfile.TemporaryDirectory() as scratch:
+            shared = SharedAudits(Engine.load(str(path)), path.name, ablation, Path(scratch))
+            for labels in shared.labels(seeds):
+                for size, label in labels.items():
+                    by_size[size][label] += 1
+        pooled = sum((by_size[str(size)] for size in SIZES), Counter())
+        share = pooled[CONCENTRATED] / pooled.total()
+        seconds = time.process_time() - started
+        print(f"{path.name} {ablation}: concentrated {share:.3f} of {pooled.total()} ({seconds:.0f} s)")
+        for size, labels in by_size.items():
+            print(f"  {size:>4}: {', '.join(f'{label} {n}' for label, n in labels.most_common())}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200, help="simulated audits of each world")
-    parser.add_argument("--audits", type=Path, metavar="DIR", help="audit the shipped null and the twins in DIR")
+    parser.add_argument("--audits", type=Path, metavar="DIR", help="audit the null at five training seeds, kept in DIR")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--references", choices=("with", "without", "both"), default="both")
+    parser.add_argument("--thresholds", action="store_true", help="KL of sound and of broken groups")
     options = parser.parse_args()
-    if options.audits is None:
+    if options.thresholds:
+        print_thresholds()
+    elif options.audits is None:
         print_nulls(options.runs)
     else:
-        references = {"with": [True], "without": [False], "both": [False, True]}[options.references]
-        print_audits(options.audits, range(options.seeds), references)
+        options.audits.mkdir(parents=True, exist_ok=True)
+        print_audits(options.audits, range(options.seeds))

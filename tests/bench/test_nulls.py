@@ -1,13 +1,15 @@
 """A model without concentrated heads is not called concentrated: simulated, and the shipped null as users audit it."""
 
 from collections import Counter
-from itertools import product
 
 import nulls
+import numpy as np
 import pytest
 
-from safetyheads.demo import checkpoint_path
+from safetyheads.answers.decoding import Answer
+from safetyheads.demo import PLANTED_HEADS, checkpoint_path
 from safetyheads.model.engine import Engine
+from safetyheads.runs.rates import GroupAnswers
 
 RUNS = 20
 
@@ -37,18 +39,126 @@ def test_a_judge_that_fails_at_random_gives_no_verdict(world):
     assert set(nulls.simulated(world, RUNS, 3)) == {"cannot say"}
 
 
-@pytest.mark.parametrize(("ablation", "with_references"), [("sc", False), ("ua", True)])
-def test_the_null_with_its_own_prompts_as_files_is_not_called_concentrated(ablation, with_references):
-    # A review's finding: as TXT files, by SC and six heads, "concentrated" with 53 of 72 benign answers nonsense.
-    engine = Engine.load(str(checkpoint_path("aligned_diffuse")))
-    labels = nulls.audited(engine, str(checkpoint_path("aligned_diffuse")), ablation, with_references, seed=0)
-    assert set(labels) == {*"123456", "chosen"}
-    assert "concentrated" not in labels.values()
+@pytest.fixture(scope="module")
+def null(tmp_path_factory):
+    path = checkpoint_path("aligned_diffuse")
+    return nulls.SharedAudits(Engine.load(str(path)), str(path), "sc", tmp_path_factory.mktemp("null"))
+
+
+def test_the_null_is_not_called_concentrated(null):
+    # By SC, which finds more than UA; ten splits, prompts as TXT without and as JSONL with right answers.
+    found = list(null.labels(range(RUNS // 2)))
+    assert len(found) == RUNS
+    assert all(set(labels) == {*"123456", "of 3", "of 6"} for labels in found)
+    assert "concentrated" not in {label for labels in found for label in labels.values()}
+    # It does find something, so that it is no empty test.
+    assert {"none found", "partly concentrated", "breaks the model"} <= {
+        label for one in found for label in one.values()
+    }
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("ablation", "with_references", "seed"), [*product(nulls.ABLATIONS, (False, True), range(20))])
-def test_the_null_is_never_called_concentrated(ablation, with_references, seed):
-    path = str(checkpoint_path("aligned_diffuse"))
-    labels = nulls.audited(Engine.load(path), path, ablation, with_references, seed)
-    assert "concentrated" not in labels.values()
+def test_a_whole_audit_says_what_audits_that_share_their_answers_say(null):
+    # A review's finding: as TXT files, by SC and six heads, "concentrated" with 53 of 72 benign answers nonsense.
+    (shared,) = null.labels([0], [False])
+    assert shared["of 6"] == "partly concentrated"
+    # Its random groups, which those audits leave out here, do as well.
+    assert nulls.audited(null.engine, null.name, "sc", False, 0) in ("not specific", "partly concentrated")
+
+
+def test_random_weights_have_no_refusals_to_lose(tmp_path):
+    engine = Engine.load(str(nulls.random_weights(tmp_path)))
+    shared = nulls.SharedAudits(engine, "random", "ua", tmp_path)
+    assert {label for labels in shared.labels([0, 1]) for label in labels.values()} == {"no refusals to lose"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shift", range(5))
+@pytest.mark.parametrize("ablation", nulls.ABLATIONS)
+def test_no_null_is_called_concentrated(tmp_path, shift, ablation):
+    path = nulls.null_checkpoint(shift)
+    pooled = Counter()
+    for labels in nulls.SharedAudits(Engine.load(str(path)), str(path), ablation, tmp_path).labels(range(RUNS)):
+        pooled.update(labels[str(size)] for size in nulls.SIZES)
+        assert labels["of 3"] != "concentrated"
+    assert pooled["concentrated"] <= 0.05 * pooled.total()
+
+
+# What a broken model writes, under heads that do carry refusal.
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    path = checkpoint_path("aligned_a")
+    shared = nulls.SharedAudits(Engine.load(str(path)), str(path), "ua", tmp_path_factory.mktemp("planted"))
+    shared.answer([PLANTED_HEADS["aligned_a"]])
+    return shared
+
+
+def word_salad(token_ids, number, of_all):
+    return tuple(np.random.default_rng(number).permutation(token_ids).tolist())
+
+
+def another_prompts(token_ids, number, of_all):
+    return next(other for other in of_all[number + 7 :] + of_all if other != token_ids)
+
+
+BAD = {
+    "word salad": word_salad,
+    "one token repeated": lambda token_ids, number, of_all: token_ids[5:6] * 60,
+    "another prompt's answer": another_prompts,
+    "nothing": lambda token_ids, number, of_all: (),
+    "said twice": lambda token_ids, number, of_all: token_ids * 2,
+}
+
+
+def label_of(shared, changed):
+    """The verdict on the planted heads, where ``changed`` makes the records of a kind of prompts."""
+    group, split = PLANTED_HEADS["aligned_a"], shared.split(0, False)
+    before = {name: nulls.part(shared.unablated[name.split("_")[0]], places, False) for name, places in split.items()}
+    was = dict(shared.answered)
+    for kind, records in changed.items():
+        whole = shared.answered[kind, group]
+        shared.answered[kind, group] = GroupAnswers.of(whole.group, records, whole.lead, whole.limit)
+    label = shared.label(before, shared.outcome(group, split, False), split, 0)
+    shared.answered = was
+    return label
+
+
+def written(shared, kind, bad):
+    """Records of bad answers of the planted heads, judged as a run's are."""
+    kept, end = shared.run.answers(kind), shared.engine.tokenizer.eos_token_id
+    of_all = [
+        tuple(token for token in record["token_ids"] if token != end)
+        for record in shared.answered[kind, PLANTED_HEADS["aligned_a"]].flat()
+    ]
+    answers = [Answer(BAD[bad](token_ids, number, of_all), True, 128) for number, token_ids in enumerate(of_all)]
+    placed = [(number, PLANTED_HEADS["aligned_a"], one) for number, one in enumerate(answers)]
+    return kept._judged("groups", 1e-5, placed, kept._surprises)
+
+
+def test_the_planted_heads_themselves_are_called_concentrated(planted):
+    assert label_of(planted, {}) == "concentrated"
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_answers_are_never_called_concentrated(planted, bad):
+    harmful, benign = (written(planted, kind, bad) for kind in ("harmful", "benign"))
+    assert label_of(planted, {"harmful": harmful}) in ("none found", "partly concentrated")
+    assert label_of(planted, {"benign": benign}) == "breaks the model"
+    assert label_of(planted, {"harmful": harmful, "benign": benign}) in ("none found", "breaks the model")
+
+
+@pytest.mark.parametrize("coin", [("complied", "refused"), ("unscored", "complied")])
+def test_a_judge_that_errs_at_random_never_says_concentrated(planted, coin):
+    draw = np.random.default_rng(0)
+
+    def thrown(answers):
+        lead = answers.lead
+        return [{**one, "verdicts": {lead: {"label": coin[draw.integers(2)], "reason": ""}}} for one in answers.flat()]
+
+    vanilla = planted.unablated
+    planted.unablated = vanilla | {"harmful": GroupAnswers.of("", thrown(vanilla["harmful"]), vanilla["harmful"].lead)}
+    label = label_of(planted, {"harmful": thrown(planted.answered["harmful", PLANTED_HEADS["aligned_a"]])})
+    planted.unablated = vanilla
+    assert label == ("none found" if "refused" in coin else "cannot say")
