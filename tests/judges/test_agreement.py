@@ -30,7 +30,9 @@ def test_kappa_of_a_table_counted_by_hand():
     b = 0.6**2 * (0.1 * (0.6 + 0.5) ** 2 + 0.2 * (0.5 + 0.4) ** 2)
     c = (0.4 - 0.5 * 0.6) ** 2
     variance = (a + b - c) / (0.5**2 * 50)
-    assert result.interval == pytest.approx((0.4 - 1.959964 * variance**0.5, 0.4 + 1.959964 * variance**0.5))
+    # On the scale of Fisher's z, with Student's quantile of 49 degrees of freedom.
+    width = 2.009575 * (variance * 50 / 49) ** 0.5 / (1 - 0.4**2)
+    assert np.arctanh(result.interval) == pytest.approx(np.arctanh(0.4) + np.array([-width, width]))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,10 @@ def test_answers_to_one_prompt_are_not_independent():
     twins = {"a": verdicts(first * 5), "b": verdicts(second * 5)}
     (alone,), (by_prompt,) = agreement(twins), agreement(twins, [*range(30)] * 5)
     assert alone.compliance.kappa == by_prompt.compliance.kappa == once.kappa
-    width, own, clustered = (np.ptp(each.interval) for each in (once, alone.compliance, by_prompt.compliance))
-    # Five times the same answers: no more certain. Student's quantile and 30 / 29 are what is left.
-    assert own == pytest.approx(width / 5**0.5)
-    assert clustered == pytest.approx(width * 2.04523 / 1.959964 * (30 / 29) ** 0.5, rel=1e-4)
+    # Five times the same answers: no more certain. Taken for independent, only the root of 5 narrower.
+    assert by_prompt.compliance.interval == pytest.approx(once.interval)
+    width, own = (np.ptp(np.arctanh(each.interval)) for each in (once, alone.compliance))
+    assert own == pytest.approx(width / 5**0.5, rel=0.06)
 
 
 def test_the_interval_of_kappa_by_prompt_covers():

@@ -27,9 +27,8 @@ class Kappa:
     kappa: float | None
     """1 for full agreement, 0 for chance; None without answers or where both judges gave all answers one label."""
     interval: Interval | None
-    """95 %, cut at -1 and 1: asymptotic, clustered where a prompt has several answers, and too narrow below some 30
-    prompts. None where its standard error is 0, as under full agreement: an interval of no width would claim what no
-    sample shows."""
+    """95 %, by Fisher's z, clustered where a prompt has several answers. None where its standard error is 0, as under
+    full agreement: an interval of no width would claim what no sample shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +114,11 @@ def _cohens_kappa(pairs: Sequence[Sequence[str]], prompts: Sequence[Hashable] | 
     order = {prompt: at for at, prompt in enumerate(dict.fromkeys(asked))}
     sums = np.bincount([order[prompt] for prompt in asked], weights=moves)
     n_prompts = len(sums)
-    if n_prompts == n:
-        error, quantile = float(np.sqrt((sums**2).sum())) / n, float(scipy.special.ndtri(0.975))
-    else:
-        between = (sums**2).sum() * n_prompts / max(n_prompts - 1, 1)
-        error, quantile = float(np.sqrt(between)) / n, float(scipy.special.stdtrit(max(n_prompts - 1, 1), 0.975))
+    error = float(np.sqrt((sums**2).sum() * n_prompts / max(n_prompts - 1, 1))) / n
     # Rounding leaves an error of 0 a little above it.
-    interval = (max(kappa - quantile * error, -1.0), min(kappa + quantile * error, 1.0)) if error >= 1e-6 else None
-    return Kappa(kappa, interval)
+    if error < 1e-6 or abs(kappa) >= 1:
+        return Kappa(kappa, None)
+    # Near 1 kappa is skewed; Fisher's z is not.
+    z, quantile = np.arctanh(kappa), scipy.special.stdtrit(max(n_prompts - 1, 1), 0.975)
+    low, high = np.tanh(z + np.array([-1, 1]) * quantile * error / (1 - kappa**2)).tolist()
+    return Kappa(kappa, (low, high))
