@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from safetyheads.answers.decoding import Decoding
 from safetyheads.demo import PLANTED_HEADS, checkpoint_path, demo_prompts
 from safetyheads.heads import Group
-from safetyheads.judges.phrases import PhraseJudge
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import heads_by_layer, random_groups
 from safetyheads.measures.sahara import sahara
@@ -39,7 +39,7 @@ from safetyheads.runs import audit
 from safetyheads.runs.config import AuditConfig, Silent, Thresholds
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import GroupAnswers, gross_loss
-from safetyheads.runs.run import Run, read_sets, resolved
+from safetyheads.runs.run import Damage, Run, read_sets, resolved
 from safetyheads.runs.verdict import Evidence, evidence_of, verdict_of
 from safetyheads.scores import FunctionScorer
 
@@ -286,7 +286,7 @@ class SharedAudits:
         }
         kl = tuple(self.kl[key][place] for place in sorted(split["benign_test"]))
         answered = part(self.unablated["benign"], split["benign_test"], with_references)
-        damage = audit.damage_of_answered({key: (kl, kl)}, answered)[key]
+        damage = audit.damage_of_answered({key: Damage(kl, kl)}, answered)[key]
         return audit.GroupOutcome(audit.LEAD, len(group), group, answers, (), damage=damage)
 
     def label(

@@ -21,7 +21,7 @@ from safetyheads.runs.audit import (
 )
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.rates import GroupAnswers, random_as_json
-from safetyheads.runs.run import prompt_notes
+from safetyheads.runs.run import Damage, prompt_notes
 from safetyheads.runs.verdict import evidence_of, refusals
 from safetyheads.stats.intervals import clustered_rate, wilson_interval
 
@@ -229,8 +229,8 @@ def test_damage_is_of_the_prompts_that_are_answered_unablated():
     unablated = given(
         [("complied",), ("refused", "refused"), ("complied", "complied", "", 3.0), ("complied",)], limit=2.0
     )
-    drops = {HEADS: ((0.1, 9.0, 9.0, 0.3), (0.2, 8.0, 8.0, 0.4))}
-    assert damage_of_answered(drops, unablated) == {HEADS: ((0.1, 0.3), (0.2, 0.4))}
+    damage = {HEADS: Damage((0.1, 9.0, 9.0, 0.3), (0.2, 8.0, 8.0, 0.4))}
+    assert damage_of_answered(damage, unablated) == {HEADS: Damage((0.1, 0.3), (0.2, 0.4))}
 
 
 def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_show():
