@@ -66,6 +66,7 @@ def test_a_whole_audit_says_what_audits_that_share_their_answers_say(null):
     assert nulls.audited(null.engine, null.name, "sc", False, 0) in ("not specific", "partly concentrated")
 
 
+@pytest.mark.long
 def test_random_weights_have_no_refusals_to_lose(tmp_path):
     engine = Engine.load(str(nulls.random_weights(tmp_path)))
     shared = nulls.SharedAudits(engine, "random", "ua", tmp_path)
@@ -86,12 +87,14 @@ def test_no_null_is_called_concentrated(tmp_path, shift, ablation):
 
 # What a broken model writes, under heads that do carry refusal.
 
+PLANTED = tuple(sorted(PLANTED_HEADS["aligned_a"]))
+
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     path = checkpoint_path("aligned_a")
     shared = nulls.SharedAudits(Engine.load(str(path)), str(path), "ua", tmp_path_factory.mktemp("planted"))
-    shared.answer([PLANTED_HEADS["aligned_a"]])
+    shared.answer([PLANTED])
     return shared
 
 
@@ -114,7 +117,7 @@ BAD = {
 
 def label_of(shared, changed):
     """The verdict on the planted heads, where ``changed`` makes the records of a kind of prompts."""
-    group, split = PLANTED_HEADS["aligned_a"], shared.split(0, False)
+    group, split = PLANTED, shared.split(0, False)
     before = {name: nulls.part(shared.unablated[name.split("_")[0]], places, False) for name, places in split.items()}
     was = dict(shared.answered)
     for kind, records in changed.items():
@@ -130,10 +133,10 @@ def written(shared, kind, bad):
     kept, end = shared.run.answers(kind), shared.engine.tokenizer.eos_token_id
     of_all = [
         tuple(token for token in record["token_ids"] if token != end)
-        for record in shared.answered[kind, PLANTED_HEADS["aligned_a"]].flat()
+        for record in shared.answered[kind, PLANTED].flat()
     ]
     answers = [Answer(BAD[bad](token_ids, number, of_all), True, 128) for number, token_ids in enumerate(of_all)]
-    placed = [(number, PLANTED_HEADS["aligned_a"], one) for number, one in enumerate(answers)]
+    placed = [(number, PLANTED, one) for number, one in enumerate(answers)]
     return kept._judged("groups", 1e-5, placed, kept._surprises)
 
 
@@ -159,6 +162,6 @@ def test_a_judge_that_errs_at_random_never_says_concentrated(planted, coin):
 
     vanilla = planted.unablated
     planted.unablated = vanilla | {"harmful": GroupAnswers.of("", thrown(vanilla["harmful"]), vanilla["harmful"].lead)}
-    label = label_of(planted, {"harmful": thrown(planted.answered["harmful", PLANTED_HEADS["aligned_a"]])})
+    label = label_of(planted, {"harmful": thrown(planted.answered["harmful", PLANTED])})
     planted.unablated = vanilla
     assert label == ("none found" if "refused" in coin else "cannot say")
