@@ -7,14 +7,17 @@
 # make lint    format, lint, types
 # make stats   size of the package, its imports, and calls from an audit down to the attention function
 # make docs    the API reference, in docs/api
+# make lock    requirements.lock, from pyproject.toml and constraints.txt
+# make pip-audit   known vulnerabilities of the pinned versions
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .venv-tools
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-long test-oldest test-peers lint stats docs clean
+.PHONY: setup demo test test-long test-oldest test-peers lint stats docs lock pip-audit clean
 
 setup: $(STAMP)
 
@@ -50,5 +53,16 @@ docs: setup
 stats: setup
 	$(BIN)/python scripts/stats.py --frames
 
+# Tools of their own, so that they are no part of what they look at.
+$(TOOLS)/bin/python:
+	$(PYTHON) -m venv $(TOOLS)
+	$@ -m pip install --quiet --disable-pip-version-check uv pip-audit
+
+lock: $(TOOLS)/bin/python
+	scripts/lock.sh $(TOOLS)/bin/uv
+
+pip-audit: $(TOOLS)/bin/python
+	$(TOOLS)/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
 clean:
-	rm -rf $(VENV) docs/api .venv-oldest .venv-peers runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) docs/api .venv-oldest .venv-peers runs .pytest_cache .mypy_cache .ruff_cache
