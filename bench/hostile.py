@@ -1,7 +1,7 @@
 """Counts payloads that stay inert and hostile endpoints that are survived; each is a test, so both say the same.
 
-    python bench/hostile.py                  both counters
-    python bench/hostile.py --only endpoints
+python bench/hostile.py                  both counters
+python bench/hostile.py --only endpoints
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Outcomes:
 def tried(tests: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Each test by name, and whether it held."""
     outcomes = Outcomes()
-    pytest.main(["--quiet", "--no-header", "-p", "no:cacheprovider", *(str(TESTS / test) for test in tests)], [outcomes])
+    pytest.main(
+        ["--quiet", "--no-header", "-p", "no:cacheprovider", *(str(TESTS / test) for test in tests)], [outcomes]
+    )
     yield from outcomes.held.items()
 
 
