@@ -164,4 +164,5 @@ def test_a_judge_that_errs_at_random_never_says_concentrated(planted, coin):
     planted.unablated = vanilla | {"harmful": GroupAnswers.of("", thrown(vanilla["harmful"]), vanilla["harmful"].lead)}
     label = label_of(planted, {"harmful": thrown(planted.answered["harmful", PLANTED])})
     planted.unablated = vanilla
-    assert label == ("none found" if "refused" in coin else "cannot say")
+    # Half of the answers that do comply get the coin's word for it.
+    assert label == ("partly concentrated" if "refused" in coin else "cannot say")

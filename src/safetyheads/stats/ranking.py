@@ -191,12 +191,11 @@ def _lost_on_halves(
     """Mean regret on second halves of the k heads that a score, or the ASR of the first half, puts first."""
     if not halves:
         return None, None
-    weights, regrets, resampled = _resamples(len(complied)), [], []
+    everyone = np.ones((1, len(complied)))
+    weights, regrets, resampled = np.vstack([everyone, _resamples(len(complied))[:_N_ON_HALVES]]), [], []
     for at, (first, second) in enumerate(halves):
         # Copies of a prompt in a resample stay in one half.
-        drawn = (
-            np.vstack([np.ones(len(complied)), weights]) if at < _N_RESAMPLED_SPLITS else np.ones((1, len(complied)))
-        )
+        drawn = weights if at < _N_RESAMPLED_SPLITS else everyone
         asr = drawn[:, second] @ complied[second] / np.maximum(drawn[:, second].sum(axis=1, keepdims=True), 1e-12)
         order = score[None] if score is not None else drawn[:, first] @ complied[first]
         lost = _given_away(asr, np.argsort(-order, axis=1, kind="stable")[:, :k])
