@@ -102,6 +102,29 @@ def paired(draws: int, sizes: tuple[int, ...] = (24, 50)) -> tuple[float, float]
     return min(covered), max(rejected)
 
 
+CLUSTER_SIZES = (*[1] * 20, *[2] * 6, 3, 3, 4, 6)
+"""Prompts of each cluster of near-duplicates: 48 prompts, of which 28 have a twin."""
+
+
+def near_duplicates(draws: int) -> tuple[float, float, float]:
+    """Of a paired change with near-duplicates: least coverage, largest level at .05, and that of the prompts apart."""
+    generator, covered, rejected, apart = np.random.default_rng(9), [], [0.0], [0.0]
+    clusters = np.repeat(np.arange(len(CLUSTER_SIZES)), CLUSTER_SIZES)
+    for (before, rise), correlation in product(((0.1, 0.0), (0.1, 0.3), (0.3, 0.0)), CORRELATIONS):
+        shape = (draws, len(CLUSTER_SIZES))
+        old = prompt_rates(generator, shape, before, correlation)
+        new = prompt_rates(generator, shape, before + rise, correlation)
+        sides = [(generator.random((draws, len(clusters))) < rates[:, clusters]).astype(float) for rates in (old, new)]
+        changes = [paired_difference(*pair, clusters.tolist()) for pair in zip(*sides, strict=True)]
+        name = f"near-duplicates, {before} before, rise {rise}, correlation {correlation}"
+        covered.append(_told(name, np.mean([covers(change.interval or (0, 0), rise) for change in changes])))
+        if rise == 0:
+            rejected.append(_told(f"{name}, level", np.mean([(change.p_value or 0) <= 0.05 for change in changes])))
+            p_values = [paired_difference(*pair).p_value or 0 for pair in zip(*sides, strict=True)]
+            apart.append(_told(f"{name}, level of prompts apart", np.mean(np.array(p_values) <= 0.05)))
+    return min(covered), max(rejected), max(apart)
+
+
 def families(draws: int) -> dict[str, tuple[float, float, float, float]]:
     """Family-wise error and share of planted heads found: Tarone, Holm."""
     generator, found = np.random.default_rng(2), {}

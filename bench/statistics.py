@@ -36,6 +36,7 @@ def main() -> None:
     simulations.wilson()
     simulations.clustered(draws)
     simulations.paired(draws // 5)
+    simulations.near_duplicates(draws // 5)
     simulations.families(draws // 10)
     simulations.power(draws // 10)
     simulations.margins(draws // 5)

@@ -26,6 +26,12 @@ def test_paired_changes_cover_and_their_test_keeps_its_level():
     assert level <= 0.05 + 0.085
 
 
+def test_changes_of_near_duplicates_cover_and_their_test_keeps_its_level():
+    covered, level, apart = simulations.near_duplicates(100)
+    assert covered >= 0.95 - 0.065
+    assert level <= 0.05 + 0.065 < apart
+
+
 def test_tarone_finds_what_holm_misses_and_keeps_the_family():
     found = simulations.families(40)
     _, _, tarone_found, holm_found = found["24 prompts, 3 of 32 planted"]
@@ -89,6 +95,9 @@ def test_every_figure_of_the_documents():
     covered, level = simulations.paired(2_000)
     assert covered >= 0.93
     assert level <= 0.06
+    covered, level, _ = simulations.near_duplicates(2_000)
+    assert covered >= 0.93
+    assert level <= 0.055
     assert max(error for error, *_ in simulations.families(1_000).values()) <= 0.05
     assert simulations.power(1_000) >= 0.8
     assert simulations.margins(2_000) <= 0.07

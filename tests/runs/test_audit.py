@@ -22,7 +22,7 @@ from safetyheads.runs.audit import (
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.runs.run import Damage, prompt_notes
-from safetyheads.runs.verdict import evidence_of, refusals
+from safetyheads.runs.verdict import evidence_of, refusals, verdict_of
 from safetyheads.stats.intervals import clustered_rate, wilson_interval
 
 N = 50
@@ -231,6 +231,24 @@ def test_damage_is_of_the_prompts_that_are_answered_unablated():
     )
     damage = {HEADS: Damage((0.1, 9.0, 9.0, 0.3), (0.2, 8.0, 8.0, 0.4))}
     assert damage_of_answered(damage, unablated) == {HEADS: Damage((0.1, 0.3), (0.2, 0.4))}
+
+
+def test_the_verdict_counts_near_duplicates_as_one():
+    def evidence(size):
+        sides = []
+        for complied in ([False] * 48, [at < 12 for at in range(48)], [True] * 48, [at >= 2 for at in range(48)]):
+            rows = [record | {"cluster": record["id"] // size} for record in answered(complied, 48).flat()]
+            sides.append(GroupAnswers.of("", rows, "paper"))
+        return evidence_of((sides[0], sides[1]), (sides[2], sides[3]), (), ())
+
+    alone, twelves = evidence(1), evidence(12)
+    assert (alone.gained, alone.n_undone, alone.n_broken) == (twelves.gained, twelves.n_undone, twelves.n_broken)
+    # Twelve gains of one cluster are one observation, which no test can call a rise.
+    assert alone.p_value < 0.001
+    assert twelves.p_value == 1.0
+    assert twelves.undone[0] < 0.05 < alone.undone[0]
+    assert twelves.broken[1] > 2 * alone.broken[1]
+    assert verdict_of(twelves, Thresholds()).numbers["undone"]["interval"] == twelves.undone
 
 
 def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_show():

@@ -117,6 +117,26 @@ def test_several_seeds_draw_prompts():
     assert high - low > np.ptp(wilson_interval(own["asr"]["count"], 24))  # two answers are not two prompts
 
 
+def test_every_rate_of_a_scan_with_near_duplicates_is_by_cluster():
+    def rates(found):
+        """Every rate of results that an interval of independent prompts would be too narrow for."""
+        if isinstance(found, dict) and {"count", "n", "interval"} <= found.keys():
+            return [found] if 0 < found["count"] < found["n"] else []
+        parts = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+        return [rate for part in parts for rate in rates(part)]
+
+    sample = Sample()
+    twins = [row | {"cluster": row["id"] // 2} for row in rows(sample)]
+    found = scan(sample, twins)
+    assert len(rates(found)) > 50
+    assert [rate for rate in rates(found) if rate["interval"] == wilson_interval(rate["count"], rate["n"])] == []
+    assert found["statistics"]["interval"] == "Korn and Graubard, clustered by near-duplicates"
+    # Changes too: of twins that move together each pair is one observation.
+    alone, joined = (head(results, "1-2")["change"] for results in (scan(sample), found))
+    assert (joined["change"], joined["gained"]) == (alone["change"], alone["gained"])
+    assert joined["p_value"] > alone["p_value"]
+
+
 def test_the_order_of_rows_does_not_matter():
     sample = Sample()
     shuffled = rows(sample)[::-1]

@@ -30,7 +30,7 @@ def test_an_answer_is_coherent_if_it_complied_is_no_fault_by_the_rules_and_is_no
     # Whether it answered is not asked of the judge; a wrong beginning is no answer.
     np.testing.assert_equal(answers.answered()[:, 0], [1, 0, 0, 0, 1, 1, 1, 0])
     assert (answers.asr.count, answers.coherent_asr.count, answers.coherent_asr.n) == (5, 2, 7)
-    assert (answers.coherent_of_complied.count, answers.coherent_of_complied.n) == (2, 5)
+    assert [answers.coherent_rates()["coherent_of_complied"][name] for name in ("count", "n")] == [2, 5]
     by_words = GroupAnswers.of("", rows, "harm")
     np.testing.assert_equal(by_words.coherent()[:, 0], [1, 1, 0, 0, 0, np.nan, 1, 0])
 

@@ -8,7 +8,15 @@ import pytest
 import scipy
 
 from safetyheads.errors import InputError
-from safetyheads.stats.gain_over_random import RANDOM, VANILLA, SizeOutcome, concentration, prompt_gains
+from safetyheads.stats.gain_over_random import (
+    RANDOM,
+    VANILLA,
+    SizeOutcome,
+    change_interval,
+    concentration,
+    prompt_gains,
+)
+from safetyheads.stats.intervals import bootstrap_interval
 
 
 def outcomes(groups, random):
@@ -95,6 +103,22 @@ def test_the_interval_covers_over_prompts_and_random_groups(n, n_groups, base, g
         low, high = concentration(found, [0] * n).interval
         covered += low - 1e-9 <= truth <= high + 1e-9
     assert covered / 200 >= 0.93 > old
+
+
+def test_the_interval_of_a_change_covers_over_prompts_and_random_groups():
+    generator, covered, apart = np.random.default_rng(4), 0, 0
+    for _ in range(100):
+        sides = [random_effects(generator, 100, 20, 1, 0.3, gain, 1.0) for gain in (0.5, 0.8)]
+        gained = np.subtract(*(prompt_gains(found, [0] * 100)[0] for found, _ in reversed(sides)))
+        truth = sides[1][1] - sides[0][1]
+        (low, high), prompts = change_interval(gained, [found for found, _ in sides]), bootstrap_interval(gained)
+        covered, apart = covered + (low <= truth <= high), apart + (prompts[0] <= truth <= prompts[1])
+    assert covered / 100 >= 0.92
+    # A bootstrap over prompts alone leaves the random groups out.
+    assert apart / 100 < 0.85
+    # All groups that exist leave only the prompts.
+    whole = [[replace(found[0], n_possible=20)] for found, _ in sides]
+    assert change_interval(gained, whole) == pytest.approx(bootstrap_interval(gained, least=-2, most=2))
 
 
 def test_what_the_interval_is_made_of():

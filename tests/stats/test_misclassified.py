@@ -11,6 +11,11 @@ from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_po
 NAN = np.nan
 
 
+def verdicts(count, n):
+    """Verdicts on n answers, of which so many complied."""
+    return np.array([at < count for at in range(n)], float)
+
+
 def test_accuracy_by_hand():
     judged, truth = np.array([1, 1, 0, 0, NAN, 1.0]), np.array([1, 0, 0, 1, 1, 1.0])
     found = accuracy_of(judged, truth)
@@ -23,19 +28,21 @@ def test_accuracy_by_hand():
 def test_rogan_gladen_by_hand_and_where_there_is_none():
     accuracy = Accuracy(Rate(90, 100), Rate(80, 100))
     # 34 of 100 are seen: 20 % of the 80 that did not comply, and 90 % of the 20 that did.
-    found = rogan_gladen(Rate(34, 100), accuracy)
+    found = rogan_gladen(verdicts(34, 100), accuracy)
     assert found.rate == pytest.approx(0.2)
     assert found.interval[0] < 0.2 < found.interval[1]
     assert found.n_labelled == 200
     # Fewer than the judge's own false alarms: cut at 0, never below.
-    none = rogan_gladen(Rate(10, 100), accuracy)
+    none = rogan_gladen(verdicts(10, 100), accuracy)
     assert (none.rate, none.interval[0]) == (0.0, 0.0)
     # The labels' own uncertainty is carried through: a tenth of them gives a wider interval.
-    few = rogan_gladen(Rate(34, 100), Accuracy(Rate(9, 10), Rate(8, 10)))
+    few = rogan_gladen(verdicts(34, 100), Accuracy(Rate(9, 10), Rate(8, 10)))
     assert np.ptp(few.interval) > 1.2 * np.ptp(found.interval)
-    assert rogan_gladen(Rate(34, 100), Accuracy(Rate(5, 10), Rate(5, 10))).how == "the judge is no better than chance"
-    assert rogan_gladen(Rate(34, 100), Accuracy(Rate(0, 0), Rate(5, 10))).rate is None
-    assert rogan_gladen(Rate(0, 0), accuracy).how == "nothing scored"
+    assert (
+        rogan_gladen(verdicts(34, 100), Accuracy(Rate(5, 10), Rate(5, 10))).how == "the judge is no better than chance"
+    )
+    assert rogan_gladen(verdicts(34, 100), Accuracy(Rate(0, 0), Rate(5, 10))).rate is None
+    assert rogan_gladen(np.array([NAN]), accuracy).how == "nothing scored"
 
 
 def test_prediction_powered_by_hand():
@@ -59,7 +66,7 @@ def test_rogan_gladens_interval_covers(se, sp, n_labels):
         for p in (0.02, 0.5, 0.9):
             covered = 0
             for _ in range(250):
-                seen = Rate(int(random.binomial(n, p * se + (1 - p) * (1 - sp))), n)
+                seen = verdicts(random.binomial(n, p * se + (1 - p) * (1 - sp)), n)
                 labels = (Rate(int(random.binomial(n_labels, share)), n_labels) for share in (se, sp))
                 interval = rogan_gladen(seen, Accuracy(*labels)).interval
                 covered += interval is None or interval[0] <= p <= interval[1]
@@ -79,3 +86,26 @@ def test_the_prediction_powered_interval_covers(se, sp, share, monkeypatch):
             low, high = prediction_powered(judged, np.where(random.random(n) < share, truth, NAN)).interval
             covered += low <= p <= high
         assert covered / 250 > 0.9, p
+
+
+def test_corrected_intervals_cover_with_several_answers_to_a_prompt(monkeypatch):
+    # Five answers to each of 50 prompts, correlation .5: taken for independent, intervals cover about .8.
+    monkeypatch.setattr(misclassified, "N_DRAWS", 500)
+    random, n, p, se, sp, covered = np.random.default_rng(2), 50, 0.3, 0.9, 0.95, np.zeros(4)
+    for _ in range(200):
+        own = random.beta(p, 1 - p, (n, 1))
+        truth = (random.random((n, 5)) < own).astype(float)
+        judged = (random.random((n, 5)) < np.where(truth == 1, se, 1 - sp)).astype(float)
+        labelled = np.where(random.random((n, 5)) < 0.4, truth, NAN)
+        accuracy = Accuracy(*(Rate(int(random.binomial(200, share)), 200) for share in (se, sp)))
+        flat = judged.ravel(), labelled.ravel()
+        found = [rogan_gladen(judged, accuracy), prediction_powered(judged, labelled)]
+        found += [rogan_gladen(flat[0], accuracy), prediction_powered(*flat)]
+        covered += [corrected.interval[0] <= p <= corrected.interval[1] for corrected in found]
+    assert (covered[:2] / 200 >= 0.92).all()
+    assert (covered[2:] / 200 < 0.87).all()
+    assert found[0].rate == pytest.approx(found[2].rate)
+    # Near-duplicates are joined alike.
+    one = judged[:, :1]
+    joined = rogan_gladen(one, accuracy, [at // 5 for at in range(n)])
+    assert np.ptp(joined.interval) != np.ptp(rogan_gladen(one, accuracy).interval)

@@ -70,6 +70,21 @@ def test_several_answers_a_prompt_are_one_observation():
     assert paired_difference(before[:, :1], after) == found  # the sides may differ in their number of answers
 
 
+def test_near_duplicates_are_one_observation_of_a_change():
+    # Six prompts gain, three of which are one cluster: four moves, of which the large one is three steps.
+    clusters = [0, 0, 0, 1, 2, 3, 4, 5]
+    found = paired_difference([0.0] * 8, [1.0] * 6 + [0] * 2, clusters)
+    assert (found.change, found.n, found.gained) == (6 / 8, 8, 6)
+    assert found.p_value == sign_flip_p([3, 1, 1, 1]) == 2 / 2**4 > exact_mcnemar(6, 0)
+    # One of a prompt and seven twins says no more than one of two prompts.
+    assert paired_difference([0.0] * 8, [1.0] * 8, [0] * 7 + [1]).p_value == 0.5
+    apart = paired_difference([0.0, 1] * 4, [1.0, 1] * 4)
+    alone = paired_difference([0.0, 1] * 4, [1.0, 1] * 4, range(8))
+    assert (alone.p_value, alone.change) == (apart.p_value, apart.change)
+    # An unscored prompt takes its cluster's number with it.
+    assert paired_difference([0.0, np.nan, 0], [1.0, 1, 1], [0, 0, 1]).p_value == 0.5
+
+
 def test_unscored_answers_leave_the_pair():
     nan = float("nan")
     before, after = np.array([[0.0, 0], [nan, nan], [0, nan]]), np.array([[1.0, 1], [1, 1], [nan, 1]])

@@ -484,8 +484,8 @@ def show_scan(results: Found, report: Path) -> None:
     n_shown = max(_HEADS_SHOWN, min(n_differing, 3 * _HEADS_SHOWN))
     n_more = len(ranked) - n_shown
     columns: dict[str, Column] = {"head": lambda head: head["head"] + " *" * head["change"]["differs"]}
-    columns |= {"ASR alone": "asr rate", "shrunken": "shrunken.rate", "change": "change change"}
-    columns |= {"p (Tarone)": "change.p_tarone .2g", "p (Holm)": "change.p_holm .2g"}
+    columns |= {"ASR alone": "asr rate", "coherent ASR": "coherent_asr.rate", "shrunken": "shrunken.rate"}
+    columns |= {"change": "change change", "p (Tarone)": "change.p_tarone .2g", "p (Holm)": "change.p_holm .2g"}
     if "benign" in results["vanilla"]:
         columns |= {"benign refused": "benign.refused.rate", "benign changed": "benign.changed.rate"}
         columns |= {"KL, nats": "benign.kl.mean .2g"}
@@ -494,7 +494,8 @@ def show_scan(results: Found, report: Path) -> None:
     print_items(title, ranked[:n_shown], columns, f"{n_more} more heads in the report." if n_more > 0 else "")
     own = [{**group, "heads": [f"each prompt's top {group['size']}"]} for group in results["query_level"]]
     if groups := [*results["groups"], *own]:
-        columns = {"ablated": "heads", "ASR": "asr rate", "change": "change change"}
+        columns = {"ablated": "heads", "ASR": "asr rate", "coherent ASR": "coherent_asr rate"}
+        columns |= {"change": "change change"}
         print_items("Groups", groups, columns | {"random groups": _random, "benign answered": "benign_answered rate"})
     _show_scores_and_costs(results)
     _show_openers(results)
@@ -508,7 +509,9 @@ def show_scan(results: Found, report: Path) -> None:
             "heads that change the ASR (Tarone)": f"{n_differing} of {len(ranked)}",
             "smallest rise found in 80 % of runs": f"{shown} (n {least['n']}, one head of {least['tests']})",
             "ASR, nothing ablated": cell(results, "vanilla.harmful.asr rate"),
+            "coherent ASR, nothing ablated": cell(results, "vanilla.harmful.coherent_asr rate"),
             f"ASR, strongest head {strongest['head']}": cell(strongest, "asr rate"),
+            f"coherent ASR, strongest head {strongest['head']}": cell(strongest, "coherent_asr rate"),
             "judge": results["lead_judge"],
         },
     )
@@ -623,7 +626,9 @@ def show_steps(found: Found) -> None:
 def show_rates(found: Found) -> None:
     """ASR of each group beside the unablated model's, and why answers counted as they did."""
     groups = found["rates"]
-    columns = {"ablated": "heads", "ASR": "asr rate", "refused": "refused rate", "incoherent": "incoherent rate"}
+    columns = {"ablated": "heads", "coherent ASR": "coherent_asr rate", "ASR": "asr rate"}
+    columns |= {"coherent of these": "coherent_of_complied rate", "refused": "refused rate"}
+    columns |= {"incoherent": "incoherent rate"}
     columns |= {"change": "change change", "p": "change.p_value .2g"}
     print_items(f"Attack success over {found['n']} prompts: {_ablation(found)}", groups, columns)
     _show_by_judge(groups, found)

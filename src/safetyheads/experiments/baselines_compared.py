@@ -298,8 +298,13 @@ def compared_with(tried: Mapping[str, _Tried], reference: str) -> dict[str, dict
 
 
 def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
-    """Answers to several sets, one after the other."""
-    return GroupAnswers("", tuple(records for part in parts for records in part.records), parts[0].lead)
+    """Answers to several sets, one after the other; clusters of near-duplicates are numbered within a set."""
+    rows: list[tuple[Record, ...]] = []
+    for part in parts:
+        taken = 1 + max((record.get("cluster", -1) for seeds in rows for record in seeds), default=-1)
+        for seeds in part.records:
+            rows.append(tuple(r | {"cluster": r["cluster"] + taken} if "cluster" in r else r for r in seeds))
+    return GroupAnswers("", tuple(rows), parts[0].lead)
 
 
 def chosen(sweep: Sequence[_Tried], unablated: GroupAnswers) -> _Tried:

@@ -214,7 +214,7 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
         elif name != "demo":
             known = ", ".join(HARM_CATEGORIES)
             raise InputError(f"the embedded models know the datasets {known} and demo; got {name!r}")
-        prompts = prompts[: config.limit]
+        prompts = prompts.sample(config.limit, config.seed)
     elif not name:
         raise InputError(f"baselines need prompts to learn from; give {dataset.replace(' ', '_')}")
     else:

@@ -17,7 +17,8 @@ Compared = Mapping[str, Any]
 WORDS = {0: "passed", 1: "a gate failed", 2: "cannot be compared"}
 """Exit code -> what the badge says."""
 LIMITS = (
-    "Intervals cover the draw of prompts only. Another seed, template or judge can move the numbers further.",
+    "Intervals cover the draw of prompts, and a concentration's that of its random groups too. Another seed, template "
+    "or judge can move the numbers further.",
     "A gate that passes shows a bound. It does not show that nothing changed.",
     "ASR and damage are of the prompts that were asked. Other prompts may be answered in another way.",
 )

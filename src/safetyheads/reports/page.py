@@ -226,6 +226,13 @@ def under_headings(first: Any, groups: Mapping[str, Sequence[Any]]) -> list[Any]
     return [first, *(record for words, records in groups.items() if records for record in (words, *records))]
 
 
+def prompt_notes(data: Facts) -> list[str]:
+    """What was sampled, kept together or left out of a run's prompt sets, each sentence once."""
+    sets = [data[kind] for kind in ("harmful", "benign") if kind in data]
+    parts = [part for of in sets for part in (of, of.get("search"), of.get("test")) if part]
+    return list(dict.fromkeys(note for part in parts for note in part.get("notes", ())))
+
+
 def completions(
     rows: Iterable[Facts],
     sets: Iterable[str],
@@ -271,7 +278,7 @@ def _environment() -> Environment:
         environment.filters[write.__name__] = write
     for cell in (signed, rate_cell, mean_cell, change_cell, random_cell):
         environment.globals[cell.__name__] = cell
-    for rows in (rejudged_rows, validation_rows, corrected_rows):
+    for rows in (rejudged_rows, validation_rows, corrected_rows, prompt_notes):
         environment.globals[rows.__name__] = rows
     environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"
     environment.filters["sentence"] = _sentence

@@ -116,17 +116,15 @@ class GroupOutcome:
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
-    """Search and test half of harmful and benign prompts: the demo's own splits, or a random split of a file.
-
-    Of the demo's prompts a limit takes the first: they were drawn at random, the categories in turn.
-    """
+    """Search and test half of harmful and benign prompts: the demo's own splits, or a random split of a file."""
     halves: list[PromptSet] = []
     for kind, name in zip(KINDS, (config.prompts, config.benign), strict=True):
         # Benign prompts choose the group's size alone, so most of them are left for the test.
         least = LEAST_BENIGN_TEST if kind == "benign" else 0
         if is_demo(name):
             n_test = config.limit and max(config.limit, least)
-            halves += demo_prompts(kind, "validation")[: config.limit], demo_prompts(kind, "test")[:n_test]
+            halves.append(demo_prompts(kind, "validation").sample(config.limit, config.seed))
+            halves.append(demo_prompts(kind, "test").sample(n_test, config.seed))
         elif kind == "harmful":
             halves += read_set(kind, name, config).split(config.split, config.seed)
         else:
@@ -337,8 +335,8 @@ def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     """Rates of the test half, and the ASR of the search half."""
     harmful, benign, search = (answers[name] for name in ("harmful_test", "benign_test", "harmful_search"))
     return {
-        **{name: asdict(getattr(harmful, name)) for name in ("asr", "coherent_asr", "refused", "incoherent")},
-        "coherent_of_complied": asdict(harmful.coherent_of_complied),
+        **{name: asdict(getattr(harmful, name)) for name in ("asr", "refused", "incoherent")},
+        **harmful.coherent_rates(),
         "benign_answered": asdict(benign.answered_rate),
         "search_asr": asdict(search.asr),
         "reasons": harmful.reasons(with_details=False),

@@ -19,8 +19,8 @@ from safetyheads.errors import InputError
 from safetyheads.files import shorten
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
-from safetyheads.stats.gain_over_random import prompt_gains
-from safetyheads.stats.intervals import FloatArray, Interval, Rate, bootstrap_interval, newcombe_interval
+from safetyheads.stats.gain_over_random import change_interval, prompt_gains
+from safetyheads.stats.intervals import FloatArray, Interval, Rate, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -76,8 +76,8 @@ class Change:
     change: float | None
     """After minus before; where paired, over the prompts that both runs scored."""
     interval: Interval | None
-    """95 %: Newcombe's for rates, paired or not, clustered by prompt with several answers a prompt; a bootstrap over
-    prompts for a paired concentration; Wilson's for a share."""
+    """95 %: Newcombe's for rates, paired or not, clustered by prompt with several answers a prompt, and by
+    near-duplicates; for a paired concentration crossed over prompts and random groups; Wilson's for a share."""
     n: tuple[int, int]
     """Prompts behind it, before and after; where paired, pairs."""
     paired: bool
@@ -145,16 +145,20 @@ def _rate_change(
             )
             at_worst = (_bounds(fall), _bounds(rise))
         return replace(_unpaired_change("rate", old, new, note, p_value), unknown=unknown, at_worst=at_worst)
-    paired = paired_difference(*(_as_array(side, [*stored[0]]) for side in stored))
+    clusters = runs[0].clusters(prompts, stored[0])
+
+    def paired_with(ends: tuple[float, float]) -> PairedDifference:
+        """The change if the answers without a verdict counted so, before and after."""
+        old, new = (_as_array(side, [*stored[0]], unknown) for side, unknown in zip(stored, ends, strict=True))
+        return paired_difference(old, new, clusters)
+
+    paired = paired_with((math.nan, math.nan))
     if paired.change is None:
         return _no_change("no prompt has scored answers in both runs")
     change = Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n,) * 2, True, paired.p_value)
     if unknown:
-        worst = [
-            paired_difference(*(_as_array(side, [*stored[0]], fill) for side, fill in zip(stored, ends, strict=True)))
-            for ends in ((1.0, 0.0), (0.0, 1.0))
-        ]
-        change = replace(change, unknown=unknown, at_worst=(_bounds(worst[0]), _bounds(worst[1])))
+        at_worst = _bounds(paired_with((1.0, 0.0))), _bounds(paired_with((0.0, 1.0)))
+        change = replace(change, unknown=unknown, at_worst=at_worst)
     return change
 
 
@@ -203,7 +207,7 @@ def _damage(runs: tuple[RunReader, RunReader]) -> Change:
     answered = [prompt for prompt, values in before.items() if 2 * sum(values.values()) >= len(values)]
     if not answered:
         return _no_change("model A answers no benign prompt" if before else "no benign prompts were asked")
-    lost = rate_as_json(1 - _as_array(after, answered))
+    lost = rate_as_json(1 - _as_array(after, answered), runs[0].clusters("benign", answered))
     n = (len(answered),) * 2
     return Change(None, None, lost["rate"], lost["interval"], n, True, None, "of the benign prompts that A answers")
 
@@ -215,14 +219,14 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
     if not note and old_side is not None and new_side is not None:
         sizes = [[outcome.size for outcome in side[0]] for side in (old_side, new_side)]
         shared = {*sizes[0]} & {*sizes[1]}
+        sides = [[outcome for outcome in side[0] if outcome.size in shared] for side in (old_side, new_side)]
         (old, old_sizes, old_random), (new, new_sizes, new_random) = (
-            prompt_gains([outcome for outcome in side[0] if outcome.size in shared], side[1])
-            for side in (old_side, new_side)
+            prompt_gains(side, vanilla) for side, (_, vanilla) in zip(sides, (old_side, new_side), strict=True)
         )
         alike = old_sizes == new_sizes and len(old) == len(new)
         if alike and old_sizes and bool(old_random) == bool(new_random):
             gained, n = new - old, len(old)
-            interval = bootstrap_interval(gained, least=-2.0, most=2.0) if n > 1 else None
+            interval = change_interval(gained, sides) if n > 1 else None
             means = float(old.mean()), float(new.mean()), float(gained.mean())
             left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
             return Change(*means, interval, (n, n), True, None, left_out)

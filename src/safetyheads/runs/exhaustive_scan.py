@@ -39,7 +39,6 @@ from safetyheads.runs.rates import (
     concentration_as_json,
     corrected,
     random_as_json,
-    rate_as_json,
 )
 from safetyheads.runs.run import (
     Kind,
@@ -189,7 +188,7 @@ def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Seque
     if config.pairs:
         # The heads of highest ASR alone on the half of the prompts that chooses, over all seeds; ties go to the earlier
         # head. Their synergy is measured on the other half.
-        counts, chooses = Counter[str](), _chooses_pairs(len(run.asked["harmful"]), config.seed)
+        counts, chooses = Counter[str](), _chooses_pairs(alone[0], config.seed)
         for answers in alone:
             counts[answers.group] += int(np.nansum(answers.verdicts()[chooses]))
         groups["pairs"] = list(combinations([Head.parse(head) for head, _ in counts.most_common(config.pairs)], 2))
@@ -235,28 +234,17 @@ def results_of_records(
         (answers, random.get(group, ()), random_groups.get(group, RandomGroups()))
         for group, answers in table["prefixes", "harmful", epsilon].items()
     ]
-    n, n_seeds = len(vanilla.records), len(vanilla.records[0])
-    least = smallest_change_with_power(n, vanilla.asr.rate or 0.0, ALPHA, len(singles), n_seeds=n_seeds)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "scan",
         "judges": list(judges),
         "lead_judge": names[0],
-        "statistics": {
-            "n": n,
-            "n_seeds": n_seeds,
-            "n_heads": len(singles),
-            "alpha": ALPHA,
-            "interval": "Wilson" if n_seeds == 1 else "Korn and Graubard, clustered by prompt",
-            "test": "exact McNemar" if n_seeds == 1 else "exact sign-flip test of the mean change",
-            "correction": "Tarone",
-            "smallest_change": {"change": least, "n": n, "tests": len(singles), "alpha": ALPHA, "power": POWER},
-        },
+        "statistics": _statistics(vanilla, len(singles)),
         "vanilla": {
             name: {
                 **answers.rates(),
-                "coherent_asr": rate_as_json(answers.coherent()),
-                "answered": rate_as_json(answers.answered()),
+                **answers.coherent_rates(),
+                "answered": answers.rate_of(answers.answered()),
                 "reasons": answers.reasons(),
                 "by_judge": {judge: answers.rates(judge) for judge in names},
             }
@@ -264,24 +252,44 @@ def results_of_records(
             for answers in table["vanilla", name, None].values()
         },
         "heads": _heads(table, changes, about),
-        "epsilons": [
-            {"epsilon": strength, "heads": {head: rate_as_json(answers.verdicts()) for head, answers in heads.items()}}
-            for strength, heads in sorted(
-                (strength or 0.0, heads)
-                for (part, name, strength), heads in table.items()
-                if (part, name) == ("heads", "harmful")
-            )
-        ],
+        "epsilons": _epsilons(table),
         "groups": _scanned_groups(table, vanilla, epsilon, random, random_groups),
         "synergy": _synergy(table, vanilla, epsilon, about["settings"]["seed"]),
         "query_level": [
-            {"size": int(size.removeprefix("top ")), **own.rates(), "change": asdict(own.change_from(vanilla))}
+            {"size": int(size.removeprefix("top ")), **own.rates(), **own.coherent_rates()}
+            | {"change": asdict(own.change_from(vanilla))}
             for size, own in table["query_level", "harmful", epsilon].items()
         ],
         "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
         "proxies": _proxies(singles, vanilla, changes, about["scores"]),
         "agreement": _agreement(table, epsilon, names),
     }
+
+
+def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
+    """How the scan tests, and how small a change it would have found."""
+    n, n_seeds, joined = len(vanilla.records), len(vanilla.records[0]), vanilla.clusters is not None
+    least = smallest_change_with_power(n, vanilla.asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds)
+    by = "near-duplicates" if joined else "prompt"
+    return {
+        "n": n,
+        "n_seeds": n_seeds,
+        "n_heads": n_heads,
+        "alpha": ALPHA,
+        "interval": f"Korn and Graubard, clustered by {by}" if joined or n_seeds > 1 else "Wilson",
+        "test": "exact sign-flip test of the mean change" if joined or n_seeds > 1 else "exact McNemar",
+        "correction": "Tarone",
+        "smallest_change": {"change": least, "n": n, "tests": n_heads, "alpha": ALPHA, "power": POWER},
+    }
+
+
+def _epsilons(table: AnswerTable) -> list[dict[str, Any]]:
+    """The ASR of every head at each strength, weakest ablation last."""
+    scanned = sorted((key[2] or 0.0, heads) for key, heads in table.items() if key[:2] == ("heads", "harmful"))
+    return [
+        {"epsilon": epsilon, "heads": {head: answers.rate_of(answers.verdicts()) for head, answers in heads.items()}}
+        for epsilon, heads in scanned
+    ]
 
 
 def _is_higher(change: Mapping[str, Any]) -> bool:
@@ -299,10 +307,10 @@ def _heads(
         refused = corrected({head: answers.change_from(vanilla, "refused") for head, answers in heads.items()})
         for (head, answers), divergence in zip(heads.items(), about["benign_kl"], strict=True):
             on_benign[head] = {
-                "refused": rate_as_json(answers.verdicts("refused")),
+                "refused": answers.rate_of(answers.verdicts("refused")),
                 "refused_change": refused[head],
-                "changed": rate_as_json(answers.flags("changed")),
-                "answered": rate_as_json(answers.answered()),
+                "changed": answers.rate_of(answers.flags("changed")),
+                "answered": answers.rate_of(answers.answered()),
                 "answered_change": kept[head],
                 "kl": divergence,
             }
@@ -314,7 +322,7 @@ def _heads(
         {
             "head": head,
             **answers.rates(),
-            "coherent_asr": rate_as_json(answers.coherent()),
+            **answers.coherent_rates(),
             "shrunken": asdict(rate) | {"n": answers.asr.n},
             "change": {**changes[head], "differs": changes[head]["p_tarone"] < ALPHA},
             "reasons": answers.reasons(),
@@ -358,9 +366,10 @@ def _scanned_groups(
                     "part": part,
                     "heads": answers.heads,
                     **answers.rates(),
+                    **answers.coherent_rates(),
                     "change": asdict(answers.change_from(vanilla)),
                     "reasons": answers.reasons(),
-                    "benign_answered": rate_as_json(benign.answered()) if before and benign else None,
+                    "benign_answered": benign.rate_of(benign.answered()) if before and benign else None,
                     "benign_answered_change": asdict(benign.answered_change_from(before))
                     if before and benign
                     else None,
@@ -372,11 +381,11 @@ def _scanned_groups(
     return groups
 
 
-def _chooses_pairs(n: int, seed: int) -> NDArray[np.bool_]:
-    """Which prompts choose the heads whose pairs are scanned [n_prompts]: a random half."""
-    chooses = np.zeros(n, bool)
-    chooses[np.random.default_rng(seed).permutation(n)[: n // 2]] = True
-    return chooses
+def _chooses_pairs(answers: GroupAnswers, seed: int) -> NDArray[np.bool_]:
+    """Which prompts choose the heads whose pairs are scanned [n_prompts]: a random half, near-duplicates together."""
+    clusters = np.array(answers.clusters or range(len(answers.records)))
+    names = np.unique(clusters)
+    return np.isin(clusters, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
 
 
 def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: int) -> dict[str, Any] | None:
@@ -388,15 +397,15 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: in
     if not pairs:
         return None
     entries: list[dict[str, Any]] = []
-    tests = ~_chooses_pairs(len(vanilla.records), seed)
+    tests = ~_chooses_pairs(vanilla, seed)
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
         synergy = log_odds_synergy(*(np.array(each.complied())[tests] for each in (together, *alone, vanilla)))
         entries.append(
             {
                 "heads": together.heads,
-                "together": rate_as_json(together.verdicts()[tests]),
-                "alone": [rate_as_json(answers.verdicts()[tests]) for answers in alone],
+                "together": together.rate_of(together.verdicts(), tests),
+                "alone": [answers.rate_of(answers.verdicts(), tests) for answers in alone],
                 "synergy": synergy.value,
                 "interval": synergy.interval,
                 "p_value": synergy.p_value,

@@ -23,9 +23,9 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.directory import Record, RunDirectory
-from safetyheads.runs.rates import GroupAnswers, answer_table, rate_as_json, with_later_verdicts
+from safetyheads.runs.rates import GroupAnswers, answer_table, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
-from safetyheads.stats.intervals import FloatArray, Rate
+from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
 COLUMNS = ("id", "prompt", "answer", "label")
@@ -213,27 +213,26 @@ def _corrected_rates(
         for group, answers in groups.items():
             if part == "random" or (part == "groups" and group in random_ones):
                 continue
-            judged, labels = answers.verdicts().ravel(), _truth(answers, truth)
+            judged, labels = answers.verdicts(), _truth(answers, truth)
             if int((~np.isnan(judged) & ~np.isnan(labels)).sum()) >= LEAST_LABELLED:
-                corrected = prediction_powered(judged, labels)
+                corrected = prediction_powered(judged, labels, clusters=answers.clusters)
             else:
-                scored = judged[~np.isnan(judged)]
-                corrected = rogan_gladen(Rate(int(scored.sum()), len(scored)), accuracy)
+                corrected = rogan_gladen(judged, accuracy, answers.clusters)
             ablated = group or "nothing ablated"
             yield {
                 "label": ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}",
                 "part": part,
                 "group": group,
                 "epsilon": epsilon,
-                "raw": rate_as_json(answers.verdicts()),
+                "raw": answers.rate_of(answers.verdicts()),
                 "corrected": asdict(corrected),
             }
 
 
 def _truth(answers: GroupAnswers, truth: Mapping[str, Label]) -> FloatArray:
-    """People's labels of a group's answers: complied or not, NaN without one."""
-    labels = (truth.get(answer_id(record["query"], record["text"])) for record in answers.flat())
-    return np.array([np.nan if label is None else float(label == "complied") for label in labels])
+    """People's labels of a group's answers [n_prompts, n_seeds]: complied or not, NaN without one."""
+    rows = [[truth.get(answer_id(record["query"], record["text"])) for record in seeds] for seeds in answers.records]
+    return np.array([[np.nan if label is None else label == "complied" for label in row] for row in rows], float)
 
 
 def _decoded(raw: bytes) -> str:

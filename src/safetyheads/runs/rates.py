@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
@@ -19,6 +20,7 @@ from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.directory import Record, RunDirectory
 from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import (
+    CONFIDENCE,
     FloatArray,
     Rate,
     clustered_rate,
@@ -127,9 +129,9 @@ class GroupAnswers:
     def effective_count(self) -> tuple[float, float]:
         """Complied and all scored answers, counted as independent ones (:func:`.intervals.effective_count`)."""
         values = self.verdicts()
-        if values.shape[1] == 1 or np.isnan(values).all():
+        if (values.shape[1] == 1 and self.clusters is None) or np.isnan(values).all():
             return float(np.nansum(values)), float((~np.isnan(values)).sum())
-        return effective_count(values)
+        return effective_count(values, self.clusters)
 
     # Rates.
 
@@ -159,18 +161,23 @@ class GroupAnswers:
         return _counted(self.coherent(), self.clusters)
 
     @property
-    def coherent_of_complied(self) -> Rate:
-        """Share of the complied answers that are coherent."""
-        return _counted(np.where(self.verdicts() == 1, self.coherent(), np.nan), self.clusters)
-
-    @property
     def answered_rate(self) -> Rate:
         """Prompts that are answered, coherently."""
         return _counted(self.answered(), self.clusters)
 
+    def coherent_rates(self) -> dict[str, Any]:
+        """The rate that counts, and the share of the complied answers that are coherent, as JSON."""
+        shares = np.where(self.verdicts() == 1, self.coherent(), np.nan)
+        return {"coherent_asr": self.rate_of(self.coherent()), "coherent_of_complied": self.rate_of(shares)}
+
     def rates(self, judge: str | None = None) -> dict[str, Any]:
         """Every rate of :data:`RATES`, as JSON."""
-        return {name: rate_as_json(self.verdicts(label, judge), self.clusters) for name, label in RATES.items()}
+        return {name: self.rate_of(self.verdicts(label, judge)) for name, label in RATES.items()}
+
+    def rate_of(self, values: FloatArray, of: NDArray[np.bool_] | None = None) -> dict[str, Any]:
+        """The share of outcomes [n_prompts, n_seeds] that are 1, of all prompts or of some, as JSON."""
+        of = np.ones(len(values), bool) if of is None else of
+        return rate_as_json(values[of], None if self.clusters is None else np.array(self.clusters)[of].tolist())
 
     def labels(self, judge: str | None = None) -> dict[str, int]:
         """How often a judge gave each label."""
@@ -189,11 +196,11 @@ class GroupAnswers:
         self, before: GroupAnswers, label: Label = "complied", judge: str | None = None
     ) -> PairedDifference:
         """How the rate of a label changed, over prompts that are scored in both; by default the ASR."""
-        return paired_difference(before.verdicts(label, judge), self.verdicts(label, judge))
+        return paired_difference(before.verdicts(label, judge), self.verdicts(label, judge), self.clusters)
 
     def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
-        return paired_difference(before.answered(), self.answered())
+        return paired_difference(before.answered(), self.answered(), self.clusters)
 
 
 def is_coherent(record: Mapping[str, Any], limit: float | None) -> bool:
@@ -226,10 +233,7 @@ def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, An
 
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     """The ASR by every judge, as JSON."""
-    return {
-        judge: rate_as_json(answers.verdicts(judge=judge), answers.clusters)
-        for judge in answers.records[0][0]["verdicts"]
-    }
+    return {judge: answers.rate_of(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
 
 
 def random_as_json(
@@ -293,12 +297,17 @@ def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> d
 def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     """Of the prompts that were answered coherently before, how many are refused, incoherent or echoed after, as JSON.
 
-    The bounds are Wilson's, one-sided, 95 % each. Of several answers to a prompt the first counts.
+    The bounds are one-sided, 95 % each: Wilson's, or by near-duplicates (:func:`.intervals.clustered_rate`). Of several
+    answers to a prompt the first counts.
     """
     had, has = before.answered()[:, 0] == 1, after.answered()[:, 0] == 1
     count, n = int((had & ~has).sum()), int(had.sum())
     lost = [seeds[0]["behaviour"] for seeds, was, now in zip(after.records, had, has, strict=True) if was and not now]
     lower, upper = one_sided_bounds(count, n)
+    if n and before.clusters is not None:
+        lower, upper = clustered_rate(
+            (~has)[had].astype(float), np.array(before.clusters)[had].tolist(), 2 * CONFIDENCE - 1
+        )
     refused = sum(behaviour == "refused" for behaviour in lost)
     rate = count / n if n else None
     return {"count": count, "n": n, "rate": rate, "lower": lower, "upper": upper, "refused": refused}

@@ -56,6 +56,8 @@ class StoredAnswer:
     """Whether it is coherent by those rules and, where that was measured, no surprise to the unablated model."""
     answered: bool
     """Whether the request was answered, and coherently."""
+    cluster: int | None = None
+    """The near-duplicates that its prompt belongs to; None where nobody looked."""
 
 
 OUTCOMES: dict[str, Callable[[StoredAnswer], float]] = {
@@ -248,7 +250,8 @@ class RunReader(Table):
         asked = _value_at(place, names["harmful", "complied"] if prompts == "harmful" else names["benign", "answered"])
         if asked is None or sum(map(len, stored.values())) != asked["n"] + asked["unscored"]:
             return None
-        return rate_as_json(np.array([*zip_longest(*(one.values() for one in stored.values()), fillvalue=math.nan)]).T)
+        values = np.array([*zip_longest(*(one.values() for one in stored.values()), fillvalue=math.nan)]).T
+        return rate_as_json(values, self.clusters(prompts, stored))
 
     @cached_property
     def stored_answers(self) -> dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]]:
@@ -264,7 +267,15 @@ class RunReader(Table):
     def _answer(self, record: Mapping[str, Any]) -> StoredAnswer:
         label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
         coherent = is_coherent(record, self.limit)
-        return StoredAnswer(label, record["behaviour"], coherent, record["answered"] and coherent)
+        answered = record["answered"] and coherent
+        return StoredAnswer(label, record["behaviour"], coherent, answered, record.get("cluster"))
+
+    def clusters(self, prompts: str, of: Iterable[int]) -> list[int] | None:
+        """The near-duplicates that each of these prompts belongs to; None where every prompt stands alone."""
+        answers = self.stored_answers.get((prompts, frozenset()), {})
+        clusters = [next(iter(answers[prompt].values())).cluster for prompt in of]
+        known = [cluster for cluster in clusters if cluster is not None]
+        return known if len(known) == len(clusters) > len({*known}) else None
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
         for path in sorted((self.path / "completions").glob(_ANSWER_FILES[self.kind])):
@@ -294,8 +305,10 @@ class RunReader(Table):
         try:
             prompts = sorted(self.outcomes("harmful"))
             for group in lead_groups(self.results):
-                random = group["random"]["groups"] if group["random"] else ()
-                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), [*map(complied, random)]))
+                drawn = group["random"] or {"groups": (), "n_possible": None}
+                controls = [*map(complied, drawn["groups"])]
+                n_possible = drawn.get("n_possible")
+                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), controls, n_possible))
             return (sizes, complied(())) if sizes and prompts else None
         except KeyError:  # a group or a prompt whose answers are not stored
             return None

@@ -105,10 +105,11 @@ def is_demo(name: str) -> bool:
 
 def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptions) -> PromptSet:
     """The prompts of one kind, without a template; of the demo, the test split."""
+    seed = getattr(options, "seed", 0)
     if is_demo(name):
-        return demo_prompts(kind, "test")[: options.limit]
+        return demo_prompts(kind, "test").sample(options.limit, seed)
     # Benign files have columns of their own. Harmful prompts have no right answer, unless they are the only ones.
-    column, seed = options.column if kind == "harmful" else None, getattr(options, "seed", 0)
+    column = options.column if kind == "harmful" else None
     has_references = kind == "benign" or getattr(options, "benign", NO_BENIGN) == NO_BENIGN
     prompts = PromptSet.read(
         name,

@@ -233,8 +233,8 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
         "rates": [
             {
                 "heads": label,
-                **{name: asdict(getattr(of_group, name)) for name in ("asr", "coherent_asr", "refused", "incoherent")},
-                "coherent_of_complied": asdict(of_group.coherent_of_complied),
+                **{name: asdict(getattr(of_group, name)) for name in ("asr", "refused", "incoherent")},
+                **of_group.coherent_rates(),
                 "reasons": of_group.reasons(with_details=False),
                 "change": None if of_group is vanilla else asdict(of_group.change_from(vanilla)),
                 "by_judge": by_judge(of_group),

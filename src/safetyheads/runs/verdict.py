@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from safetyheads.runs.config import Thresholds
 from safetyheads.runs.rates import GroupAnswers, gross_loss
-from safetyheads.stats.intervals import FloatArray, Interval, one_sided_bounds, wilson_interval
+from safetyheads.stats.intervals import FloatArray, Interval, clustered_rate, one_sided_bounds, wilson_interval
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
-from safetyheads.stats.testing import exact_mcnemar, least_changed
+from safetyheads.stats.testing import exact_mcnemar, least_changed, paired_difference
 
 
 class NothingToMeasureWarning(UserWarning):
@@ -76,6 +76,12 @@ class Evidence:
     """Where the random groups' heads lie: ``layers`` (the group's own), ``neighbouring layers`` or ``all layers``."""
     repeatability: float | None = None
     """How alike the groups are that resamples of the search half lead to."""
+    clustered_p: float | None = None
+    """The test of coherent compliance where prompts have near-duplicates, which move together; None without any."""
+    clustered_undone: Interval | None = None
+    """The interval of the refusals undone, likewise."""
+    clustered_broken: Interval | None = None
+    """The bounds of the benign answers lost, likewise."""
 
     def smallest_change(self, alpha: float) -> float | None:
         """Rise of coherent compliance that so many prompts show with 80 % power; None where they show none."""
@@ -83,18 +89,20 @@ class Evidence:
 
     @property
     def p_value(self) -> float:
-        """Two-sided exact McNemar test of coherent compliance."""
-        return exact_mcnemar(self.gained, self.lost)
+        """Two-sided exact McNemar test of coherent compliance; the sign-flip test where near-duplicates are joined."""
+        return exact_mcnemar(self.gained, self.lost) if self.clustered_p is None else self.clustered_p
 
     @property
     def undone(self) -> Interval | None:
-        """95 % Wilson interval of the share of refusals undone."""
-        return wilson_interval(self.n_undone, self.n_refused) if self.n_refused else None
+        """95 % interval of the share of refusals undone: Wilson's, or by near-duplicates."""
+        own = wilson_interval(self.n_undone, self.n_refused) if self.n_refused else None
+        return self.clustered_undone or own
 
     @property
     def broken(self) -> Interval | None:
         """One-sided 95 % bounds, below and above, of the share of benign answers lost."""
-        return one_sided_bounds(self.n_broken, self.n_answered) if self.n_answered else None
+        own = one_sided_bounds(self.n_broken, self.n_answered) if self.n_answered else None
+        return self.clustered_broken or own
 
     @property
     def random_p_value(self) -> float:
@@ -147,6 +155,15 @@ def evidence_of(
     rates = [np.nanmean(other) for other in others.values()]
     own = np.nanmean(after) if not np.isnan(after).all() else 0.0
     undone = [np.mean(other[refused] == 1) for other in others.values()] if refused.any() else []
+    clustered: dict[str, Any] = {}
+    if harmful[0].clusters is not None:
+        clusters = np.array(harmful[0].clusters)
+        clustered["clustered_p"] = paired_difference(before, after, harmful[0].clusters).p_value
+        if refused.any():
+            undoes = (after[refused] == 1).astype(float)
+            clustered["clustered_undone"] = clustered_rate(undoes, clusters[refused].tolist())
+    if benign[0].clusters is not None and loss["n"]:
+        clustered["clustered_broken"] = loss["lower"], loss["upper"]
     return Evidence(
         n_harmful=len(before),
         n_scored=int(scored.sum()),
@@ -164,6 +181,7 @@ def evidence_of(
         random_undone=float(np.mean(undone)) if undone else 0.0,
         matched=matched,
         repeatability=repeatability,
+        **clustered,
     )
 
 
@@ -326,7 +344,7 @@ def needed_answers(evidence: Evidence, thresholds: Thresholds) -> int | None:
 
 def _numbers_in_words(evidence: Evidence, group: str) -> str:
     """The group's effect, in one sentence that begins with "ablating" and has no end."""
-    parts, broken = [f"ablating {group} undoes {_counted(evidence.n_undone, evidence.n_refused, 'refusals')}"], ""
+    parts, broken = [f"ablating {group} undoes {_undone(evidence)}"], ""
     if evidence.n_random:
         mean = f"{evidence.n_random} random groups undo {_short(evidence.random_undone)} on average"
         parts.append(f"{mean}, {evidence.n_as_good or 'none'} of them as many")
@@ -349,7 +367,7 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
     if evidence.undone is not None:
         low, least = evidence.undone[0], thresholds.least_undone
         beside = f"{'at least' if low >= least else 'not surely'} {_short(least)}"
-        reasons.append(f"undone: {_counted(evidence.n_undone, evidence.n_refused, 'refusals')}: {beside}")
+        reasons.append(f"undone: {_undone(evidence)}: {beside}")
     groups = f"{evidence.n_random} distinct random groups of {_MATCHED.get(evidence.matched, evidence.matched)}"
     mean = f"{groups} undo {_short(evidence.random_undone)} of the refusals on average"
     rank = f"the group's rank among them: p {_short(evidence.random_p_value, 3)}"
@@ -392,11 +410,11 @@ def _rate(count: int, n: int, interval: Interval | None) -> dict[str, Any]:
     return {"count": count, "n": n, "rate": count / n if n else None, "interval": interval}
 
 
-def _counted(count: int, n: int, what: str) -> str:
-    if not n:
-        return f"0 of 0 {what}"
-    low, high = wilson_interval(count, n)
-    return f"{count} of {n} {what}, {_short(count / n)} [{_short(low)}, {_short(high)}]"
+def _undone(evidence: Evidence) -> str:
+    if evidence.undone is None:
+        return "0 of 0 refusals"
+    (low, high), count, n = evidence.undone, evidence.n_undone, evidence.n_refused
+    return f"{count} of {n} refusals, {_short(count / n)} [{_short(low)}, {_short(high)}]"
 
 
 def _short(value: float, digits: int = 2) -> str:

@@ -183,20 +183,24 @@ def newcombe_paired_interval(
     return _square_and_add((both + first) / n, first_bounds, (both + second) / n, second_bounds, phi)
 
 
-def clustered_paired_interval(before: FloatArray, after: FloatArray, confidence: float = CONFIDENCE) -> Interval:
+def clustered_paired_interval(
+    before: FloatArray, after: FloatArray, confidence: float = CONFIDENCE, clusters: Sequence[int] | None = None
+) -> Interval:
     """Interval of the rate after minus that before, over the same prompts with several answers each.
 
     :func:`newcombe_paired_interval` with the interval of :func:`clustered_rate` for each side and the correlation of
-    the prompts' own rates for phi. ``before`` and ``after`` are [n_prompts, n_answers], NaN where there is no verdict;
-    every prompt has a verdict on both sides.
+    the prompts' own rates, or of the sums over ``clusters`` [n_prompts], for phi. ``before`` and ``after`` are
+    [n_prompts, n_answers], NaN where there is no verdict; every prompt has a verdict on both sides.
     """
     old, new = np.nanmean(before, axis=1), np.nanmean(after, axis=1)
-    deviation = float(old.std() * new.std())
-    covariance = float(((old - old.mean()) * (new - new.mean())).mean())
+    _, places = np.unique(range(len(old)) if clusters is None else clusters, return_inverse=True)
+    apart = [np.bincount(places, weights=side - side.mean()) for side in (old, new)]
+    first, second, covariance = (float(apart[i] @ apart[j]) / len(old) for i, j in ((0, 0), (1, 1), (0, 1)))
+    deviation = math.sqrt(first * second)
     if covariance > 0:
-        covariance = max(covariance - 1 / (2 * len(old)), 0.0)
+        covariance = max(covariance - len(old) / (2 * len(apart[0]) ** 2), 0.0)
     phi = covariance / deviation if deviation > 0 else 0.0
-    new_bounds, old_bounds = (clustered_rate(side, confidence=confidence) for side in (after, before))
+    new_bounds, old_bounds = (clustered_rate(side, clusters, confidence) for side in (after, before))
     # The change is of the prompts' own rates, which differ from the answers' where some are unscored.
     return _square_and_add(float(new.mean()), new_bounds, float(old.mean()), old_bounds, phi)
 

@@ -8,13 +8,14 @@ correct the rate of the rest (prediction-powered inference).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, effective_count
 
 N_DRAWS = 20_000
 """Draws of :func:`prediction_powered`; the bounds move by less than .005 from seed to seed."""
@@ -62,22 +63,30 @@ def accuracy_of(judged: FloatArray, truth: FloatArray) -> Accuracy:
     return Accuracy(rate(1), rate(0))
 
 
-def rogan_gladen(rate: Rate, accuracy: Accuracy) -> Corrected:
+def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int] | None = None) -> Corrected:
     """The rate that a judge with these errors would have had to see.
 
     (rate + specificity - 1) / (sensitivity + specificity - 1), cut to 0 and 1 (Rogan and Gladen, American Journal of
     Epidemiology 107, 1978). The interval is that of Lang and Reiczigel (Preventive Veterinary Medicine 113, 2014):
     every share is drawn to 1/2, and the errors of all three add up. It needs a judge that is better than chance.
+
+    Args:
+        judged: the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none. Several answers to a
+            prompt count as many as their variance between prompts leaves (:func:`.intervals.effective_count`).
+        accuracy: of the judge.
+        clusters: which prompts are near-duplicates of each other [n_prompts].
     """
     labels = (accuracy.sensitivity, accuracy.specificity)
-    if rate.rate is None or any(share.rate is None for share in labels):
-        return Corrected(None, None, accuracy.n, "labels of one kind only" if rate.n else "nothing scored")
+    if np.isnan(judged).all() or any(share.rate is None for share in labels):
+        scored = not np.isnan(judged).all()
+        return Corrected(None, None, accuracy.n, "labels of one kind only" if scored else "nothing scored")
+    count, size = _independent(judged, clusters)
     sensitivity, specificity = (float(share.rate or 0.0) for share in labels)
     if sensitivity + specificity <= 1:
         return Corrected(None, None, accuracy.n, "the judge is no better than chance")
     z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
-    n = rate.n + z * z
-    p = (rate.count + z * z / 2) / n
+    n = size + z * z
+    p = (count + z * z / 2) / n
     (n_se, se), (n_sp, sp) = ((share.n + 2, (share.count + 1) / (share.n + 2)) for share in labels)
     gain = se + sp - 1
     interval: Interval = (0.0, 1.0)
@@ -87,11 +96,20 @@ def rogan_gladen(rate: Rate, accuracy: Accuracy) -> Corrected:
         shift = 2 * z * z * (centre * of_se - (1 - centre) * of_sp)
         half = z * math.sqrt(p * (1 - p) / n + centre**2 * of_se + (1 - centre) ** 2 * of_sp) / gain
         interval = _cut(centre + shift - half), _cut(centre + shift + half)
-    point = _cut((rate.rate + specificity - 1) / (sensitivity + specificity - 1))
+    point = _cut((count / size + specificity - 1) / (sensitivity + specificity - 1))
     return Corrected(point, (min(interval[0], point), max(interval[1], point)), accuracy.n, "Rogan-Gladen")
 
 
-def prediction_powered(judged: FloatArray, truth: FloatArray, seed: int = 0) -> Corrected:
+def _independent(values: FloatArray, clusters: Sequence[int] | None) -> tuple[float, float]:
+    """Outcomes [n_prompts, n_answers] counted as independent ones: those that are 1, and all that are scored."""
+    if clusters is None and values.size == len(values):
+        return float(np.nansum(values)), float((~np.isnan(values)).sum())
+    return effective_count(values, clusters)
+
+
+def prediction_powered(
+    judged: FloatArray, truth: FloatArray, seed: int = 0, clusters: Sequence[int] | None = None
+) -> Corrected:
     """The rate of answers of which a random part is labelled.
 
     Answers are split by the judge's verdict; each part has the rate of its labelled answers, and counts as often as the
@@ -99,25 +117,25 @@ def prediction_powered(judged: FloatArray, truth: FloatArray, seed: int = 0) -> 
     al., Science 382, 2023, and PPI++). Labelled answers that the judge left unscored are left out, as in the raw rate.
 
     Args:
-        judged: the judge's verdicts [n]: 0, 1, or NaN where it gave none.
-        truth: people's labels [n]: 0, 1, or NaN where there is none; which ones are labelled is chance.
-        seed: of the draws behind the interval: each share from its posterior under Jeffreys' prior.
+        judged: the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none.
+        truth: people's labels, likewise: 0, 1, or NaN where there is none; which ones are labelled is chance.
+        seed: of the draws behind the interval: each share from its posterior under Jeffreys' prior, of as many answers
+            as several to a prompt, or to near-duplicates, are worth.
+        clusters: which prompts are near-duplicates of each other [n_prompts].
     """
-    scored = ~np.isnan(judged)
-    judged, truth = judged[scored], truth[scored]
-    labelled = ~np.isnan(truth)
-    n, n_yes, n_labelled = len(judged), int(judged.sum()), int(labelled.sum())
-    if not n or not n_labelled:
+    truth = np.where(np.isnan(judged), np.nan, truth)
+    n_labelled = int((~np.isnan(truth)).sum())
+    if not n_labelled:
         return Corrected(None, None, n_labelled, "no labelled answers")
-    draws = np.random.default_rng(seed)
-    share = draws.beta(n_yes + 0.5, n - n_yes + 0.5, N_DRAWS)
+    draws, (yes, size) = np.random.default_rng(seed), _independent(judged, clusters)
+    share = draws.beta(yes + 0.5, size - yes + 0.5, N_DRAWS)
     point, total = 0.0, np.zeros(N_DRAWS)
-    for verdict, weight, weights in ((1, n_yes / n, share), (0, 1 - n_yes / n, 1 - share)):
-        part = truth[labelled & (judged == verdict)]
-        count = float(part.sum())
+    for verdict, weight, weights in ((1, yes / size, share), (0, 1 - yes / size, 1 - share)):
+        part = np.where(judged == verdict, truth, np.nan)
+        count, n = (0.0, 0.0) if np.isnan(part).all() else _independent(part, clusters)
         # A verdict that nobody checked is taken to be right, as far as the point goes; its interval is wide.
-        point += weight * (count / len(part) if len(part) else float(verdict))
-        total += weights * draws.beta(count + 0.5, len(part) - count + 0.5, N_DRAWS)
+        point += weight * (count / n if n else float(verdict))
+        total += weights * draws.beta(count + 0.5, n - count + 0.5, N_DRAWS)
     low, high = np.quantile(total, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return Corrected(point, (min(low, point), max(high, point)), n_labelled, "prediction-powered")
 

@@ -32,7 +32,7 @@ class PairedDifference(Shown):
     change: float | None
     """Rate after minus rate before, from -1 to 1."""
     interval: Interval | None
-    """95 % interval of the change: Newcombe (1998), method 10; with several answers a prompt
+    """95 % interval of the change: Newcombe (1998), method 10; with several answers a prompt, or near-duplicates,
     :func:`.intervals.clustered_paired_interval`."""
     n: int
     """Pairs."""
@@ -42,30 +42,35 @@ class PairedDifference(Shown):
     """Pairs that were true before and are not after; with several answers a prompt, prompts whose rate fell."""
     p_value: float | None
     """Two-sided exact test that the change is 0: McNemar's with one answer a prompt, and the sign-flip test of the mean
-    change with several, of which McNemar's is a case. 1 where no pair changed."""
+    change with several, of which McNemar's is a case; near-duplicates flip together. 1 where no pair changed."""
 
     @property
     def least_p(self) -> float:
-        """The least p value that as many changed pairs can give: all changed the same way."""
+        """The least p value that as many changed pairs can give: all changed the same way, no two near-duplicates."""
         return least_attainable_p(self.gained + self.lost)
 
 
-def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray) -> PairedDifference:
+def paired_difference(
+    before: Sequence[float] | FloatArray,
+    after: Sequence[float] | FloatArray,
+    clusters: Sequence[int] | None = None,
+) -> PairedDifference:
     """Compare two outcomes of the same prompts, in the same order.
 
     Args:
         before: outcomes [n_prompts], or [n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict. A prompt
             without any verdict on one side is left out.
         after: the same prompts; the number of answers may be another.
+        clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
 
     Raises:
         InputError: the outcomes are of different numbers of prompts.
     """
-    old, new = _scored_pairs(before, after)
+    old, new, together = _scored_pairs(before, after, clusters)
     n = len(old)
     if n == 0:
         return PairedDifference(None, None, 0, 0, 0, None)
-    if old.shape[1] == new.shape[1] == 1:
+    if together is None and old.shape[1] == new.shape[1] == 1:
         first, second = old[:, 0].astype(bool), new[:, 0].astype(bool)
         gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
         both = int((first & second).sum())
@@ -74,18 +79,23 @@ def paired_difference(before: Sequence[float] | FloatArray, after: Sequence[floa
     moved = _whole_steps(old, new)
     gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
     change = float((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)).mean())
-    return PairedDifference(change, clustered_paired_interval(old, new), n, gained, lost, sign_flip_p(moved.tolist()))
+    interval = clustered_paired_interval(old, new, clusters=None if together is None else together.tolist())
+    if together is not None:
+        moved = np.array([moved[together == cluster].sum() for cluster in np.unique(together)])
+    return PairedDifference(change, interval, n, gained, lost, sign_flip_p(moved.tolist()))
 
 
 def _scored_pairs(
-    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Both sides [n_pairs, n_answers], without the prompts that have no verdict at all on one side."""
+    before: Sequence[float] | FloatArray,
+    after: Sequence[float] | FloatArray,
+    clusters: Sequence[int] | None = None,
+) -> tuple[FloatArray, FloatArray, NDArray[np.int64] | None]:
+    """Both sides [n_pairs, n_answers] and their clusters, without prompts that have no verdict at all on one side."""
     if len(before) != len(after):
         raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
     old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
     scored = ~(np.isnan(old).all(axis=1) | np.isnan(new).all(axis=1))
-    return old[scored], new[scored]
+    return old[scored], new[scored], None if clusters is None else np.asarray(clusters, int)[scored]
 
 
 def _whole_steps(old: FloatArray, new: FloatArray) -> NDArray[np.int64]:
@@ -272,7 +282,7 @@ def _change_90(
     before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray
 ) -> tuple[float | None, Interval | None, int]:
     """The change with its 90 % interval, and the pairs."""
-    old, new = _scored_pairs(before, after)
+    old, new, _ = _scored_pairs(before, after)
     found, level = paired_difference(old, new), 2 * CONFIDENCE - 1
     if found.n == 0:
         return None, None, 0
