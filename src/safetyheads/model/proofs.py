@@ -510,7 +510,6 @@ def _prove_quick_paths(
     States are compared after the final norm, as logits read them.
     """
     facts = engine.architecture
-    slow = Capabilities(segments=False, prunes=False, starts_late=False)
     capabilities, notes = Capabilities(), []
     probes_of = cache(partial(_Probes, engine, longest))
 
@@ -523,39 +522,7 @@ def _prove_quick_paths(
                 return errors[-1]
         return errors[0]
 
-    def replayed(probes: _Probes, **quick: bool) -> float:
-        rows = zip(probes.rows, probes.plain, strict=True)
-        errors = (_replay_errors(engine, *row, replace(slow, **quick), loudest) for row in rows)
-        return largest(error for of_row in errors for error in of_row)
-
-    def cached(probes: _Probes, pads: bool) -> float:
-        first, last = probes.sequences[0].token_ids, probes.sequences[-1].token_ids
-        return _cached_error(engine, [first, last[: len(first) // 2]] if pads else [first])
-
-    attempts: dict[str, tuple[str, Callable[[_Probes], float]]] = {
-        "prunes": (
-            "finishing the last layer for the wanted tokens equals finishing it whole",
-            partial(replayed, prunes=True),
-        ),
-        "starts_late": (
-            "starting the ablated layer from its heads' outputs equals running it whole",
-            lambda probes: replayed(probes, prunes=capabilities.prunes, starts_late=True),
-        ),
-        "replays": ("replaying layers equals a plain forward", replayed),
-        "packs": ("packed prompts equal prompts one by one", partial(_packed_error, engine, quick=None)),
-        "apart": ("a packed prompt does not see the others", partial(_mixing_error, engine, quick=None)),
-        "segments": (
-            "attention prompt by prompt equals attention over the packed row",
-            partial(_packed_error, engine, quick=replace(slow, segments=True)),
-        ),
-        "apart_by_segments": (
-            "prompt by prompt, a packed prompt does not see the others",
-            partial(_mixing_error, engine, quick=replace(slow, segments=True)),
-        ),
-        "plain_head": ("logits are the head of the normed state", partial(_head_error, engine, plain_head=True)),
-        "caches": ("decoding with a cache equals running over all tokens", partial(cached, pads=False)),
-        "pads": ("a padded batch equals prompts one by one", partial(cached, pads=True)),
-    }
+    attempts = _attempts(engine, loudest, lambda: capabilities.prunes)
     # A softcap bends small logits by less than bfloat16's tolerance, so the head has to be met to the last bits. So has
     # a prompt beside others, unless these move its last bits: by a scale of the whole row, or the size of an expert's
     # batch.
@@ -581,6 +548,50 @@ def _prove_quick_paths(
             capabilities = replace(capabilities, **lost)
             notes.append(f"{together}: not on this model{why}, so none of them is taken")
     return capabilities, tuple(notes)
+
+
+def _attempts(
+    engine: Engine, loudest: Mapping[int, int], prunes: Callable[[], bool]
+) -> dict[str, tuple[str, Callable[[_Probes], float]]]:
+    """By quick path: what is claimed of it, and the error that the claim allows none of, in the order they are tried.
+
+    ``prunes`` tells whether the first of them was found to hold.
+    """
+    slow = Capabilities(segments=False, prunes=False, starts_late=False)
+
+    def replayed(probes: _Probes, **quick: bool) -> float:
+        rows = zip(probes.rows, probes.plain, strict=True)
+        errors = (_replay_errors(engine, *row, replace(slow, **quick), loudest) for row in rows)
+        return largest(error for of_row in errors for error in of_row)
+
+    def cached(probes: _Probes, pads: bool) -> float:
+        first, last = probes.sequences[0].token_ids, probes.sequences[-1].token_ids
+        return _cached_error(engine, [first, last[: len(first) // 2]] if pads else [first])
+
+    return {
+        "prunes": (
+            "finishing the last layer for the wanted tokens equals finishing it whole",
+            partial(replayed, prunes=True),
+        ),
+        "starts_late": (
+            "starting the ablated layer from its heads' outputs equals running it whole",
+            lambda probes: replayed(probes, prunes=prunes(), starts_late=True),
+        ),
+        "replays": ("replaying layers equals a plain forward", replayed),
+        "packs": ("packed prompts equal prompts one by one", partial(_packed_error, engine, quick=None)),
+        "apart": ("a packed prompt does not see the others", partial(_mixing_error, engine, quick=None)),
+        "segments": (
+            "attention prompt by prompt equals attention over the packed row",
+            partial(_packed_error, engine, quick=replace(slow, segments=True)),
+        ),
+        "apart_by_segments": (
+            "prompt by prompt, a packed prompt does not see the others",
+            partial(_mixing_error, engine, quick=replace(slow, segments=True)),
+        ),
+        "plain_head": ("logits are the head of the normed state", partial(_head_error, engine, plain_head=True)),
+        "caches": ("decoding with a cache equals running over all tokens", partial(cached, pads=False)),
+        "pads": ("a padded batch equals prompts one by one", partial(cached, pads=True)),
+    }
 
 
 def _tried(measure: Callable[[], float]) -> tuple[float, str]:

@@ -190,46 +190,39 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
     early = None if config.anyway else early_verdict(vanilla, config)
     if early is not None:
-        run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
-        behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
-        empty: dict[str, Any] = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
-        return {**about, "stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour, **empty}
+        return about | _stopped(run, early, vanilla)
     openers = run.openers("harmful_search", benign="benign_search")
     readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
     harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
     benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions)
     scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
-    by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
-    traces = {}
+    by_prompt = {LEAD: by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(engine.heads), config.size)) as done:
-        for name in SEARCHED:
-            traces[name] = sahara(scorer_of(harmful, name, done), engine.heads, config.size)
+        traces = {name: sahara(scorer_of(harmful, name, done), engine.heads, config.size) for name in SEARCHED}
     outcomes, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
-    lead = [
-        (outcome.answers["harmful_test"], outcome.random, outcome.drawn)
-        for outcome in outcomes
-        if outcome.scorer == LEAD
-    ]
-    group = lead_group(vanilla, outcomes)
+    by_size, group = [outcome for outcome in outcomes if outcome.scorer == LEAD], lead_group(vanilla, outcomes)
     stability = stability_as_json(
         harmful,
         by_prompt[LEAD],
         [traces[name] for name in SEARCHED],
-        [vanilla, *(outcome.answers for outcome in outcomes if outcome.scorer == LEAD)],
+        [vanilla, *(outcome.answers for outcome in by_size)],
         group.size,
         [asked["harmful_search"].prompts, asked["benign_search"].prompts],
         SIZE_TOLERANCE,
     )
-    repeatability = stability["group"]["repeatability"]["rate"]
+    repeats = stability["group"]["repeatability"]["rate"]
     return {
         **about,
-        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeatability),
+        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeats),
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
             "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt),
         },
-        "concentration": concentration_as_json(lead, vanilla["harmful_test"]),
+        "concentration": concentration_as_json(
+            [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in by_size],
+            vanilla["harmful_test"],
+        ),
         "stability": stability,
         "scores": {
             name: score_as_json(name, table, len(asked[f"{KINDS[name == 'benign_ships']}_search"]))
@@ -239,6 +232,14 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
         "openers": [asdict(opener) for opener in openers],
     }
+
+
+def _stopped(run: Run[AuditConfig], early: Mapping[str, Any], vanilla: Mapping[str, GroupAnswers]) -> dict[str, Any]:
+    """What results hold where the run ends with the unablated answers; says so."""
+    run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
+    behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
+    empty: dict[str, Any] = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
+    return {"stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour, **empty}
 
 
 def _outcomes(

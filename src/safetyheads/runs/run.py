@@ -532,22 +532,15 @@ def carry_out(
     config, why_judge = with_default_judge(engine, config)
     settings: Any = config
     progress = progress or Silent()
-    # Without judges of its own a run judges by words: only to tell whether the model refuses at all.
-    judges: tuple[Judge, ...] = (PhraseJudge(),)
-    judged = hasattr(settings, "judges")
-    if judged:
-        judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
+    judges, judged = _judges_of(settings), hasattr(settings, "judges")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         prompts = {
             name: resolved(engine, prompt_set, settings) for name, prompt_set in (prompts or kind.read(config)).items()
         }
         chosen = chosen_line(engine, settings, why_judge, *prompts.values())
-        asked = {name: engine.ask(prompt_set) for name, prompt_set in prompts.items()}
-        # Before anything is planned: the proof may cost a quick path.
-        longest = max(prompt_set.longest for prompt_set in asked.values())
-        n_new = getattr(settings, "max_new_tokens", 1)
-        engine.prove_up_to(longest + max(n_new, getattr(settings, "positions", 1)))
+        asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
+        _prove(engine, asked, max(n_new, getattr(settings, "positions", 1)))
         kind.refuse(engine, config, asked)
         work = kind.work(engine, config, asked)
         if dry_run:
@@ -562,11 +555,7 @@ def carry_out(
             progress.say(chosen)
             count_requests_in(directory.path, judges)
             started = time.monotonic()
-            stores = getattr(settings, "store_completions", True)
-            sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
-            full_answers = getattr(settings, "full_answers", kind.full_answers)
-            # Without a length of their own, answers serve to find the openers of refusals.
-            decoding = Decoding(getattr(settings, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
+            stores, decoding = getattr(settings, "store_completions", True), _decoding_of(settings, kind.full_answers)
             run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
@@ -584,6 +573,25 @@ def carry_out(
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.write_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
+
+
+def _prove(engine: Engine, asked: Mapping[str, AskedPrompts], n_new: int) -> None:
+    """Prove the engine for the longest row, before anything is planned: the proof may cost a quick path."""
+    engine.prove_up_to(max(prompt_set.longest for prompt_set in asked.values()) + n_new)
+
+
+def _judges_of(settings: Any) -> tuple[Judge, ...]:
+    """The judges; without judges of its own a run judges by words, to tell whether the model refuses at all."""
+    if not hasattr(settings, "judges"):
+        return (PhraseJudge(),)
+    return judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
+
+
+def _decoding_of(settings: Any, full_answers: bool) -> Decoding:
+    """How answers are made; without a length of their own, they serve to find the openers of refusals."""
+    sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
+    full_answers = getattr(settings, "full_answers", full_answers)
+    return Decoding(getattr(settings, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
 
 
 def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 1) -> None:

@@ -6,7 +6,7 @@ Scores are of heads as columns 0 to H - 1; which head a column is, the caller kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -263,8 +263,20 @@ def repeated_search(
             for column in np.unique(best):
                 following.setdefault(prefix | {int(column)}, []).append(draws[best == column])
         waiting = {prefix: np.concatenate(parts) for prefix, parts in following.items()}
+    return _repeated(target, n_draws, waiting, lost, further, int(tied.sum()))
+
+
+def _repeated(
+    target: Columns,
+    n_draws: int,
+    ended: Mapping[Columns, NDArray[np.int64]],
+    lost: Sequence[tuple[Columns, int]],
+    further: int,
+    tied: int,
+) -> Repeated:
+    """How often resamples ended with the target: ``ended`` by the group found, ``lost`` given up after some heads."""
     repeats, shared, counts = np.zeros(n_draws, dtype=bool), 0.0, dict[int, int]()
-    for found, draws in waiting.items():
+    for found, draws in ended.items():
         repeats[draws] = found == target
         shared += len(draws) * len(found & target) / len(found | target)
         counts |= {column: counts.get(column, 0) + len(draws) for column in found}
@@ -279,6 +291,6 @@ def repeated_search(
         frequencies={column: count / n_draws for column, count in sorted(counts.items(), key=lambda item: -item[1])},
         not_followed=sum(n_lost for _, n_lost in lost),
         further=further,
-        tied=int(tied.sum()),
+        tied=tied,
         repeats=repeats,
     )
