@@ -25,6 +25,8 @@ def test_sahara_finds_the_planted_head_first_and_random_groups_free_fewer(outcom
         assert row["random"]["low"] <= row["random"]["value"] <= row["random"]["high"] <= row["asr"]["value"]
         assert row["random"]["value"] < row["asr"]["value"] / 3
         assert row["random"]["n"] == 10
+        assert row["coherent"]["value"] <= row["asr"]["value"]
+        assert row["coherent"]["n"] == row["asr"]["n"]
         n_reached = round(row["p"] * 11) - 1
         assert (n_reached == 0) == (row["random"]["high"] < row["asr"]["value"])
 

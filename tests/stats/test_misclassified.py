@@ -106,6 +106,5 @@ def test_corrected_intervals_cover_with_several_answers_to_a_prompt(monkeypatch)
     assert (covered[2:] / 200 < 0.87).all()
     assert found[0].rate == pytest.approx(found[2].rate)
     # Near-duplicates are joined alike.
-    one = judged[:, :1]
-    joined = rogan_gladen(one, accuracy, [at // 5 for at in range(n)])
-    assert np.ptp(joined.interval) != np.ptp(rogan_gladen(one, accuracy).interval)
+    fives = rogan_gladen(verdicts(25, 50), accuracy, [at // 5 for at in range(50)])
+    assert np.ptp(fives.interval) > 1.5 * np.ptp(rogan_gladen(verdicts(25, 50), accuracy).interval)

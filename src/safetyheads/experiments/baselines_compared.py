@@ -244,6 +244,7 @@ class _Bench:
         losses = [tried.benign.answered_change_from(self.vanilla.benign) for tried in drawn]
         numbers = {
             "asr": [tried.harmful.asr.rate for tried in drawn],
+            "coherent": [tried.harmful.coherent_asr.rate for tried in drawn],
             "change": [tried.harmful.change_from(self.vanilla.harmful).change for tried in drawn],
             "benign": [tried.benign.answered_rate.rate for tried in drawn],
             "lost": [lost.change for lost in losses],
@@ -262,6 +263,7 @@ class _Bench:
             "parameters": tried.n_parameters,
             "share": 100 * (tried.n_parameters / int(self.learned[0].engine.model.num_parameters())),
             "asr": Measured.of(tried.harmful.asr),
+            "coherent": Measured.of(tried.harmful.coherent_asr),
             "change": Measured.of(tried.harmful.change_from(self.vanilla.harmful)),
             "benign": Measured.of(tried.benign.answered_rate),
             "lost": Measured.of(lost),

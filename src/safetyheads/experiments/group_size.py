@@ -61,7 +61,9 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
     every = [*prefixes, *(other for others in drawn.values() for other in others.groups)]
     answered, kept = subject.by_group(every, ablation, sampling), benign.by_group(prefixes, ablation, sampling)
     where = {"dataset": subject.dataset, "ablation": SHORT[ablation.name]}
-    vanilla = {"asr": subject.vanilla(sampling).asr, "answered": benign.vanilla(sampling).answered_rate}
+    unablated = subject.vanilla(sampling)
+    vanilla = {"asr": unablated.asr, "coherent": unablated.coherent_asr}
+    vanilla["answered"] = benign.vanilla(sampling).answered_rate
     rows = [{**where, "size": 0, "heads": "unablated", **{key: Measured.of(rate) for key, rate in vanilla.items()}}]
     for prefix, own_answers in zip(prefixes, subject.by_own(len(group), ablation, sampling), strict=True):
         asr = answered[prefix].asr
@@ -72,6 +74,7 @@ def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
                 "size": len(prefix),
                 "heads": format_heads(prefix),
                 "asr": Measured.of(asr),
+                "coherent": Measured.of(answered[prefix].coherent_asr),
                 "own": Measured.of(own_answers.asr),
                 "random": Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates)) if rates else None,
                 "p": random_p_value(asr.rate, rates) if rates and asr.rate is not None else None,

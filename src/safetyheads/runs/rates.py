@@ -24,7 +24,7 @@ from safetyheads.stats.intervals import (
     FloatArray,
     Rate,
     clustered_rate,
-    effective_count,
+    independent_count,
     one_sided_bounds,
 )
 from safetyheads.stats.testing import (
@@ -127,11 +127,8 @@ class GroupAnswers:
         return shares
 
     def effective_count(self) -> tuple[float, float]:
-        """Complied and all scored answers, counted as independent ones (:func:`.intervals.effective_count`)."""
-        values = self.verdicts()
-        if (values.shape[1] == 1 and self.clusters is None) or np.isnan(values).all():
-            return float(np.nansum(values)), float((~np.isnan(values)).sum())
-        return effective_count(values, self.clusters)
+        """Complied and all scored answers, counted as independent ones."""
+        return independent_count(self.verdicts(), self.clusters)
 
     # Rates.
 

@@ -143,6 +143,13 @@ def effective_count(
     return rate * effective, effective
 
 
+def independent_count(values: FloatArray, clusters: Sequence[int] | None = None) -> tuple[float, float]:
+    """As :func:`effective_count`, but plain counts where each prompt stands alone with one answer; 0 of none scored."""
+    if np.isnan(values).all() or (clusters is None and values.size == len(values)):
+        return float(np.nansum(values)), float((~np.isnan(values)).sum())
+    return effective_count(values, clusters)
+
+
 def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
     """The exact interval of a proportion; count and n need not be whole."""
     tail = (1 - confidence) / 2

@@ -15,7 +15,7 @@ import numpy as np
 import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, effective_count
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, independent_count
 
 N_DRAWS = 20_000
 """Draws of :func:`prediction_powered`; the bounds move by less than .005 from seed to seed."""
@@ -72,15 +72,14 @@ def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int]
 
     Args:
         judged: the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none. Several answers to a
-            prompt count as many as their variance between prompts leaves (:func:`.intervals.effective_count`).
+            prompt count as many as their variance between prompts leaves.
         accuracy: of the judge.
         clusters: which prompts are near-duplicates of each other [n_prompts].
     """
     labels = (accuracy.sensitivity, accuracy.specificity)
-    if np.isnan(judged).all() or any(share.rate is None for share in labels):
-        scored = not np.isnan(judged).all()
-        return Corrected(None, None, accuracy.n, "labels of one kind only" if scored else "nothing scored")
-    count, size = _independent(judged, clusters)
+    count, size = independent_count(judged, clusters)
+    if not size or any(share.rate is None for share in labels):
+        return Corrected(None, None, accuracy.n, "labels of one kind only" if size else "nothing scored")
     sensitivity, specificity = (float(share.rate or 0.0) for share in labels)
     if sensitivity + specificity <= 1:
         return Corrected(None, None, accuracy.n, "the judge is no better than chance")
@@ -98,13 +97,6 @@ def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int]
         interval = _cut(centre + shift - half), _cut(centre + shift + half)
     point = _cut((count / size + specificity - 1) / (sensitivity + specificity - 1))
     return Corrected(point, (min(interval[0], point), max(interval[1], point)), accuracy.n, "Rogan-Gladen")
-
-
-def _independent(values: FloatArray, clusters: Sequence[int] | None) -> tuple[float, float]:
-    """Outcomes [n_prompts, n_answers] counted as independent ones: those that are 1, and all that are scored."""
-    if clusters is None and values.size == len(values):
-        return float(np.nansum(values)), float((~np.isnan(values)).sum())
-    return effective_count(values, clusters)
 
 
 def prediction_powered(
@@ -127,12 +119,12 @@ def prediction_powered(
     n_labelled = int((~np.isnan(truth)).sum())
     if not n_labelled:
         return Corrected(None, None, n_labelled, "no labelled answers")
-    draws, (yes, size) = np.random.default_rng(seed), _independent(judged, clusters)
+    draws, (yes, size) = np.random.default_rng(seed), independent_count(judged, clusters)
     share = draws.beta(yes + 0.5, size - yes + 0.5, N_DRAWS)
     point, total = 0.0, np.zeros(N_DRAWS)
     for verdict, weight, weights in ((1, yes / size, share), (0, 1 - yes / size, 1 - share)):
         part = np.where(judged == verdict, truth, np.nan)
-        count, n = (0.0, 0.0) if np.isnan(part).all() else _independent(part, clusters)
+        count, n = independent_count(part, clusters)
         # A verdict that nobody checked is taken to be right, as far as the point goes; its interval is wide.
         point += weight * (count / n if n else float(verdict))
         total += weights * draws.beta(count + 0.5, n - count + 0.5, N_DRAWS)
