@@ -539,20 +539,21 @@ def carry_out(
             name: resolved(engine, prompt_set, settings) for name, prompt_set in (prompts or kind.read(config)).items()
         }
         chosen = chosen_line(engine, settings, why_judge, *prompts.values())
+        first_lines = (chosen, *prompt_notes(prompts))
         asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
         _prove(engine, asked, max(n_new, getattr(settings, "positions", 1)))
         kind.refuse(engine, config, asked)
         work = kind.work(engine, config, asked)
         if dry_run:
-            progress.say(chosen)
+            for line in first_lines:
+                progress.say(line)
             return {"kind": kind.name, "out": str(out), **estimate(engine, work).as_json()}
-        for note in prompt_notes(prompts):
-            progress.say(note)
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
             recorded |= {"judges": [judge.describe() for judge in judges]} if judged else {}
         with run_directory(out, recorded, progress, command) as directory:
-            progress.say(chosen)
+            for line in first_lines:
+                progress.say(line)
             count_requests_in(directory.path, judges)
             started = time.monotonic()
             stores, decoding = getattr(settings, "store_completions", True), _decoding_of(settings, kind.full_answers)
