@@ -51,7 +51,7 @@ def twice(run, organism, config, out, monkeypatch):
 
 
 def test_ships_and_sahara_equal_the_public_functions(organism, tmp_path, monkeypatch):
-    scorer = mean_ships(organism.engine, organism.harmful[:8], UNDIFFERENTIATED_ATTENTION)
+    scorer = mean_ships(organism.engine, organism.harmful.sample(8), UNDIFFERENTIATED_ATTENTION)
     ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", limit=8), tmp_path / "ships", monkeypatch)
     expected = rank_heads(scorer, organism.engine.heads).ranked()
     assert [head["head"] for head in ranked["heads"]] == [str(head) for head, _ in expected]
@@ -73,7 +73,7 @@ def test_rates_equal_the_public_function_by_every_judge(organism, tmp_path, monk
     assert [row["heads"] for row in found["rates"]] == labels
     for row, text in zip(found["rates"], ("", *groups), strict=False):
         result = attack_success_rate(
-            organism.engine, organism.harmful[:8], parse_heads(text), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), 24
+            organism.engine, organism.harmful.sample(8), parse_heads(text), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), 24
         )
         assert (row["asr"]["count"], row["asr"]["n"], row["reasons"]) == (result.asr.count, 8, result.reasons)
         assert row["by_judge"].keys() == {"paper", "phrases"}
