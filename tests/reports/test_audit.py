@@ -183,3 +183,17 @@ def test_the_page_says_how_far_to_trust_the_judges() -> None:
     (row,) = (line for line in lines.split("\n") if line.startswith("harmful_test, nothing ablated"))
     assert "0.17" in row
     assert "0.33" in row
+
+
+def test_the_page_lists_what_was_drawn_and_shows_no_refusals_of_a_judge_that_tells_none() -> None:
+    results = audit_samples.audit()
+    note = "harmful: 12 of 60 prompts are used, drawn with seed 0"
+    for half in ("search", "test"):
+        results["data"]["harmful"] = results["data"]["harmful"] | {half: {"notes": [note]}}
+    for state in (results["behaviour"]["vanilla"], *results["behaviour"]["groups"]):
+        state["refused"] = asdict(Rate(0, 0, 48))
+    shown = page(results)
+    assert shown.words.count(f"{note}.") == 1
+    assert "what was drawn, kept together or left out" in shown.words
+    assert "not complied" in shown.words
+    assert "refused –" not in shown.words

@@ -234,9 +234,9 @@ def test_damage_is_of_the_prompts_that_are_answered_unablated():
 
 
 def test_the_verdict_counts_near_duplicates_as_one():
-    def evidence(size):
+    def evidence(size, n_lost=2):
         sides = []
-        for complied in ([False] * 48, [at < 12 for at in range(48)], [True] * 48, [at >= 2 for at in range(48)]):
+        for complied in ([False] * 48, [at < 12 for at in range(48)], [True] * 48, [at >= n_lost for at in range(48)]):
             rows = [record | {"cluster": record["id"] // size} for record in answered(complied, 48).flat()]
             sides.append(GroupAnswers.of("", rows, "paper"))
         return evidence_of((sides[0], sides[1]), (sides[2], sides[3]), (), ())
@@ -249,6 +249,11 @@ def test_the_verdict_counts_near_duplicates_as_one():
     assert twelves.undone[0] < 0.05 < alone.undone[0]
     assert twelves.broken[1] > 2 * alone.broken[1]
     assert verdict_of(twelves, Thresholds()).numbers["undone"]["interval"] == twelves.undone
+    # One loss in 48 would be few enough, were the prompts not alike.
+    joined = replace(evidence(12, 1), clustered_p=0.001, n_random=39, n_as_good=0, kl=0.0)
+    found = verdict_of(joined, Thresholds())
+    assert found.label == "cannot say: damage not bounded"
+    assert "as many benign prompts without near-duplicates would do" in found.sentence
 
 
 def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_show():

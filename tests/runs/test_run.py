@@ -73,7 +73,12 @@ def test_rates_equal_the_public_function_by_every_judge(organism, tmp_path, monk
     assert [row["heads"] for row in found["rates"]] == labels
     for row, text in zip(found["rates"], ("", *groups), strict=False):
         result = attack_success_rate(
-            organism.engine, organism.harmful.sample(8), parse_heads(text), UNDIFFERENTIATED_ATTENTION, KeywordJudge(), 24
+            organism.engine,
+            organism.harmful.sample(8),
+            parse_heads(text),
+            UNDIFFERENTIATED_ATTENTION,
+            KeywordJudge(),
+            24,
         )
         assert (row["asr"]["count"], row["asr"]["n"], row["reasons"]) == (result.asr.count, 8, result.reasons)
         assert row["by_judge"].keys() == {"paper", "phrases"}

@@ -327,6 +327,8 @@ def _what_would_bound(evidence: Evidence, thresholds: Thresholds) -> str:
     if evidence.broken[1] < thresholds.most_lost:
         return "KL on benign prompts was not measured"
     bound = f"at most {_short(evidence.broken[1])} (limit {_short(thresholds.most_lost)})"
+    if evidence.clustered_broken and needed <= evidence.n_answered:
+        return f"{lost}, {bound}; as many benign prompts without near-duplicates would do"
     return f"{lost}, {bound}; {needed} answered benign prompts with as small a share of losses would do"
 
 
