@@ -10,6 +10,6 @@ trap 'rm -r "$BUILD"' EXIT
 printf 'hatchling\neditables\n' >"$BUILD/build.in"
 printf 'torch==%s+cpu\n' "$TORCH" >"$BUILD/overrides.txt"
 "${1:-uv}" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
-  --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+  --no-strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
   --constraint constraints.txt --override "$BUILD/overrides.txt" --extra test --extra lint \
   pyproject.toml "$BUILD/build.in" --output-file requirements.lock

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from run_samples import audit_run
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Verdict
@@ -182,3 +183,16 @@ def test_code_is_named_before_it_runs_and_none_of_a_run_directory_is_run(own_fol
     assert "is in a run directory" in refused_or_told("run_code:judge")[0]
     assert not Path("ran").exists()
     assert not Path("../ran").exists()
+
+
+@pytest.mark.parametrize("named", ["python:run_code:judge", "endpoint:theirs", "classifier:/somewhere"])
+def test_no_judge_is_made_from_what_a_run_directory_says(run, own_folder, tmp_path, named):
+    folder = audit_run(tmp_path / "theirs")
+    Path("run_code.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef judge(a, b): return b\n")
+    results = json.loads((folder / "results.json").read_text())
+    results["judges"][0]["name"] = named
+    (folder / "results.json").write_text(json.dumps(results))
+    Path("labels.csv").write_text("prompt,answer,label\nHow?,So.,complied\n")
+    code, _, err = run("judge", folder, "--validate", "labels.csv")
+    assert code == 2, err
+    assert not Path("ran").exists()
