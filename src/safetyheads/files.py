@@ -6,10 +6,15 @@ import errno
 import json
 import math
 import os
+import re
+import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from safetyheads.errors import InputError, SafetyheadsError
 
@@ -27,7 +32,7 @@ MENDABLE_ERRORS = frozenset(
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is, at every moment and after a power cut, whole or absent."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     with as_input_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +54,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove files that a kill left half-written; the caller holds the lock, so nobody is writing them."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        path.unlink()
+    """Remove files that processes of this machine left half-written when they were killed."""
+    for path in folder.rglob(f".*.{socket.gethostname()}.*{PARTIAL}"):
+        number = path.name.removesuffix(PARTIAL).rpartition(".")[2]
+        if not number.isdigit() or int(number) == os.getpid() or not psutil.pid_exists(int(number)):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -87,17 +94,46 @@ def readable_json(name: str, value: Mapping[str, Any]) -> str:
         raise ValueError(f"{name}: {bad[0]} is not a finite number") from None
 
 
+def read_regular(path: Path, follows_links: bool = True) -> bytes:
+    """The content of a file; devices and pipes, which may never end, are refused."""
+    with as_input_error(path, "read"):
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0))
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path} is no file")
+            return file.read()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    with as_input_error(path, "read"):
-        text = path.read_bytes()
+    return parse_json(read_regular(path), path)
+
+
+def parse_json(text: str | bytes, name: object) -> dict[str, Any]:
+    """The JSON object in a text, which errors call by its ``name``."""
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name}: {_deepest_field(text)} is nested too deep") from None
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
+        raise InputError(f"{name} does not hold a JSON object")
     return value
+
+
+def _deepest_field(text: str | bytes) -> str:
+    """The field of a JSON object under which it is nested deepest."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    depth, deepest, last, field, found = 0, 0, "", "", ""
+    for token in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}:]', text):
+        if token == ":" and depth == 1:
+            field = last
+        depth += (token in "[{") - (token in "]}")
+        if depth > deepest:
+            deepest, found = depth, field
+        last = token
+    return found.strip('"')
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -183,7 +183,7 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     assert any(row.get("unclosed") for row in rows)
     assert any(row.get("thought") and not row.get("unclosed") for row in rows)
     assert all(row["thinks"] for row in rows)
-    assert directory.read_manifest()["config"]["thinking"] == "open"
+    assert directory.manifest.config["thinking"] == "open"
     patient = Recording(judge, decides_early=False)
     found = rejudge(tmp_path / "run", patient, Silent(), {})
     groups = [(), *((head,) for head in engine.heads)]

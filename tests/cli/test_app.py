@@ -16,6 +16,7 @@ from safetyheads import InputError, __version__, demo
 from safetyheads.cli import show
 from safetyheads.model.engine import Engine
 from safetyheads.runs.config import AsrConfig, AuditConfig
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.start import settled
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -54,7 +55,7 @@ def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, 
     for said in (f"Report: {folder}/report/index.html", "validates the code, not the method", "Top heads"):
         assert said in out
     assert "heads x 8 prompts" in err  # the estimate
-    results = json.loads((folder / "results.json").read_text())
+    results = RunDirectory.open(folder).read_results()
     assert " ".join(results["verdict"]["sentence"].split())[:40] in " ".join(out.replace("│", " ").split())
     code, out, _ = run("demo", *SMALL, "--out", folder, "--json")
     assert (code, json.loads(out)) == (0, results)
@@ -64,7 +65,7 @@ def test_an_audit_is_judged_again_and_its_report_written_again(run, audited, tmp
     copy = shutil.copytree(audited[0], tmp_path / "copy")
     code, printed, _ = run("judge", copy, "--judge", "released", "--json")
     assert (code, json.loads(printed)["n_unscored"]) == (0, 0)
-    rejudged = json.loads((copy / "results.json").read_text())["rejudged"]
+    rejudged = RunDirectory.open(copy).read_results()["rejudged"]
     assert rejudged["released"]["rates"]["harmful_test, nothing ablated"]["n"] == 8
     page, sizes = copy / "report" / "index.html", []
     for options in ((), ("--show-completions",)):

@@ -23,6 +23,7 @@ COMMANDS = {
     "reproduce": "reproduce fig2",
     "check": "check demo:aligned_a",
     "report": "report run",
+    "verify": "verify run",
     "judge": "judge run --judge released",
     "compare": "compare run run",
     "history": "history .",
@@ -43,6 +44,7 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
     audit_run(tmp_path / "run")
     monkeypatch.setattr(Engine, "load", interrupt)
     monkeypatch.setattr(RunDirectory, "open", interrupt)
+    monkeypatch.setattr(RunDirectory, "verify", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     ended, out, err = run(*COMMANDS[command].split(), *["--quiet"])
     assert (ended, out) == (code, "")

@@ -15,6 +15,7 @@ from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.run import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.config import ModelOptions, Silent
+from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -49,7 +50,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     assert EXPERIMENTS["fig13"].title in out
     assert "run/report/index.html" in out
     assert Path("run/report/fig13.html").is_file()
-    assert "weights_demo:aligned_a" in json.loads(Path("run/manifest.json").read_text())
+    assert "weights_demo:aligned_a" in RunDirectory.open("run").remembered()
     # Again: nothing is measured, the same bytes.
     before = Path("run/results.json").read_bytes()
     with monkeypatch.context() as patched:

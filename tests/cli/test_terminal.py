@@ -15,10 +15,11 @@ import pytest
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from run_samples import audit_run
+from run_samples import audit_run, settings
 
 from safetyheads.cli import show
 from safetyheads.cli.terminal import Terminal, terminal_text
+from safetyheads.runs.directory import RunDirectory
 
 # Clears the screen, sets a title, makes a link, moves up; C1's escape; bidi overrides, zero widths, tags; half a pair.
 EVIL = (
@@ -173,12 +174,10 @@ def _everywhere(value, key=""):
 @pytest.mark.parametrize("command", ["compare", "history", "report", "judge"])
 def test_runs_are_shown_inertly(run, own_folder, tmp_path, command):
     for name in ("a", "b"):
-        finished = audit_run(tmp_path / "runs" / name)
-        for file in ("results.json", "manifest.json"):
-            content = json.loads((finished / file).read_text())
-            if file == "results.json":
-                content |= {"caveats": [NAME], "warnings": [NAME]}
-            _write(finished / file, json.dumps(_everywhere(content)))
+        finished = audit_run(tmp_path / "runs" / name, config=_everywhere(settings()))
+        results = RunDirectory.open(finished).read_results() | {"caveats": [NAME], "warnings": [NAME]}
+        with RunDirectory.start(finished, _everywhere(settings()), {}) as started:
+            started.write_results(_everywhere(results))
     _write(tmp_path / "runs" / NAME / "manifest.json", NAME)
     _write(tmp_path / "runs" / NAME / "results.json", NAME)
     runs = tmp_path / "runs"

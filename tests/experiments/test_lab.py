@@ -15,7 +15,7 @@ from safetyheads.experiments.lab import Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.heads import Head
 from safetyheads.runs.config import Silent
-from safetyheads.runs.directory import content_key
+from safetyheads.runs.stored_files import content_key
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
 LLAMA, VICUNA = "meta-llama/Llama-2-7b-chat-hf", "models/vicuna-7b-v1.5/"
@@ -30,12 +30,12 @@ class Keys:
     def remember(self, _, value):
         return value
 
-    def read_manifest(self):
+    def remembered(self, _=""):
         return {}
 
-    def records(self, stage, fields, _):
+    def records(self, stage, fields, *_):
         self.keys.append(content_key(fields))
-        return []
+        return [{}] if "groups" in fields else []  # the cost of a chunk comes first
 
 
 PLAIN = {"model": "demo:aligned_a", "dataset": "damage", "heads": (FIRST,), "ablation": UNDIFFERENTIATED_ATTENTION}

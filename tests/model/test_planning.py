@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import random
@@ -26,6 +27,7 @@ from safetyheads.model.planning import (
     Plan,
     TokenSequence,
     halving,
+    is_out_of_memory,
     lay_out,
     pack,
     row_sizes,
@@ -157,6 +159,13 @@ def on_small_device(fits, error):
     return run, tried, done
 
 
+def test_what_torch_says_here_when_memory_runs_out_is_recognised():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
 @pytest.mark.parametrize(("n", "fits"), [(1, 1), (2, 1), (7, 3), (33, 3), (33, 100)])
 @pytest.mark.parametrize(
     "error",
@@ -164,6 +173,7 @@ def on_small_device(fits, error):
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
 def test_where_memory_runs_out_every_item_is_done_once_and_in_order(n, fits, error):

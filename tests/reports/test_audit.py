@@ -18,9 +18,7 @@ from safetyheads.reports.write import write_report
 from safetyheads.stats.intervals import Rate
 
 MANIFEST = {
-    "schema_version": 1,
     "config": {"epsilon": 1e-5},
-    "provenance": [{"date": "2025-01-02"}],
     "plan": {"rows": 4},
 }
 SAMPLES = {

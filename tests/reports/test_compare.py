@@ -1,12 +1,11 @@
 """The page of a comparison and its Markdown: every number, text from outside as text, no head in a pull request."""
 
-import json
 from pathlib import Path
 
 import pytest
 from audit_samples import HOSTILE
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
-from run_samples import audit_run, compared_record, first, scan_run, settings
+from run_samples import audit_run, compared_record, first, rewritten, scan_run, settings
 
 from safetyheads.reports.compare import comparison_markdown, comparison_page
 
@@ -67,10 +66,7 @@ def test_markdown_counts_heads_and_names_none(runs):
 def test_names_from_outside_are_text(runs):
     pages = []
     for name in ("clean", "mine | `x` @team <b>[y](https://attacker.example)" + HOSTILE):
-        path = Path("b", "results.json")
-        results = json.loads(path.read_text())
-        results["model"]["name"] = name
-        path.write_text(json.dumps(results))
+        rewritten("b", model={"name": name})
         found = compared_record("a", "b")
         pages.append(Page(comparison_page(found)))
         text = comparison_markdown(found)

@@ -22,18 +22,18 @@ NAMES = [outcome.name for outcome in samples.outcomes()]
 
 @cache
 def pages() -> dict[str, Page]:
-    index, rest = render_reproduction(samples.results(), samples.manifest(), samples.timings())
+    index, rest = render_reproduction(samples.results(), samples.manifest())
     return {"index": Page(index)} | {name.removesuffix(".html"): Page(html) for name, html in rest.items()}
 
 
 def page_of(outcome: Outcome) -> Page:
-    _, rest = render_reproduction(samples.results([outcome]), samples.manifest(), {})
+    _, rest = render_reproduction(samples.results([outcome]), samples.manifest())
     return Page(rest[f"{outcome.name}.html"])
 
 
 def index_of(*outcomes: Outcome, left_out: dict[str, str] | None = None, **config: Any) -> Page:
     made = samples.results(outcomes, **config) | {"left_out": left_out or {}}
-    return Page(render_reproduction(made, samples.manifest(**config), {})[0])
+    return Page(render_reproduction(made, samples.manifest(**config))[0])
 
 
 @pytest.mark.parametrize("name", ["index", *NAMES])
@@ -89,7 +89,7 @@ def test_where_it_is_not_meaningful_the_reasons_stand_in_place_of_numbers() -> N
 def test_every_number_of_a_table_reaches_the_page() -> None:
     for outcome in samples.outcomes():
         words = pages()[outcome.name].words
-        for table in (*outcome.tables, *outcome.timed):
+        for table in outcome.tables:
             for value in (row.get(column["key"]) for row in table["rows"] for column in table["columns"]):
                 if isinstance(value, Measured) and value.value is not None:
                     assert any(digits in words for digits in (f"{abs(value.value):.2f}", f"{value.value:.3g}"))

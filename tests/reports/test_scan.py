@@ -24,8 +24,7 @@ from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import answer_table
 from safetyheads.runs.rejudge import rejudge
 
-MANIFEST = {"schema_version": 1, "config": {"epsilon": 1e-5}, "provenance": [{"date": "2025-01-02"}], "plan_a": {}}
-TIMINGS = {"seconds": 12.5, "judges": {"paper": 0.25}}
+MANIFEST = {"config": {"epsilon": 1e-5}, "plan_a": {}}
 SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
     "whole": (Sample(), ("Agreement", "Benign answered")),
     "bare": (Sample(optional=False, benign=False, n_judges=1), ("frees harmful answers; benign ones not measured",)),
@@ -63,7 +62,7 @@ def results_of(sample: Sample) -> dict[str, Any]:
 
 
 def page(sample: Sample, show_texts: bool = False) -> Page:
-    return Page(render_scan(results_of(sample), MANIFEST, scan_samples.rows(sample), TIMINGS, show_texts))
+    return Page(render_scan(results_of(sample), MANIFEST, scan_samples.rows(sample), show_texts))
 
 
 @cache
@@ -177,4 +176,4 @@ def test_names_and_reasons_from_outside_are_text() -> None:
     results["model"]["name"] = results["data"]["harmful"]["name"] = HOSTILE
     results["caveats"] = results["warnings"] = [HOSTILE]
     results["scores"]["mean_ships"]["label"] = results["ablation"]["label"] = HOSTILE
-    check_hostile(Page(render_scan(results, MANIFEST, rows, {}, False)), sample_page("whole"))
+    check_hostile(Page(render_scan(results, MANIFEST, rows, False)), sample_page("whole"))

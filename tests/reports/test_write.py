@@ -1,11 +1,9 @@
 """What makes no page is refused; the page of a history has every run, text as text, a point for each number."""
 
-import json
-
 import pytest
 from audit_samples import HOSTILE
 from report_pages import Page, check_closed, check_tables
-from run_samples import audit_run, first, scan_run
+from run_samples import audit_run, first, rewritten, scan_run
 
 from safetyheads.errors import InputError
 from safetyheads.reports.write import write_history, write_report
@@ -26,9 +24,7 @@ def test_a_history_has_every_run_as_text_and_a_point_for_each_number(tmp_path):
     scan_run(tmp_path / "scanned", {"1-3": 12}, started="2026-01-05T10:00:00+00:00")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "manifest.json").write_text("{")
-    results = json.loads((late / "results.json").read_text())
-    results["model"]["name"] = HOSTILE
-    (late / "results.json").write_text(json.dumps(results))
+    rewritten(late, model={"name": HOSTILE})
     html = write_history(read_history(tmp_path)).read_text()
     assert write_history(read_history(tmp_path)).read_text() == html
     page = Page(html)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from run_samples import N, audit_run, first, scan_run, settings
+from run_samples import N, audit_run, first, rewritten, scan_run, settings
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from safetyheads.errors import InputError
@@ -19,6 +19,7 @@ from safetyheads.runs.compare import (
     parse_condition,
     quantities,
 )
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import (
     N_RESAMPLES,
@@ -67,8 +68,7 @@ def test_the_same_prompts_are_paired(same, tmp_path):
 def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, words):
     other = audit_run(tmp_path / "b", vanilla=first(9), **changed)
     if not changed:
-        (path,) = (other / "completions").glob("vanilla-harmful*")
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        rewritten(other, drop="vanilla-harmful_test")
     found = compared(same, other).vanilla_asr
     assert not found.paired
     assert words in found.note
@@ -197,17 +197,19 @@ def test_what_is_no_finished_run_is_refused(same, tmp_path):
     with pytest.raises(InputError, match="compare alike"):
         compared(same, scan_run(tmp_path / "b", {}))
     (path,) = (same / "completions").glob("groups-harmful*")
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(InputError, match="is broken"):
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with pytest.raises(InputError, match=r"groups-harmful.* is damaged"):
         compared(same, same)
-    results = json.loads((same / "results.json").read_text())
+    path.write_text(whole)
+    results = RunDirectory.open(same).read_results()
     for changed, words in (
         ({"kind": "poem"}, "kind 'poem'"),
         ({"schema_version": 99}, "schema 99"),
         ({"verdict": None}, "has no verdict.label"),
         ({"behaviour": {}}, "behaviour.vanilla.asr"),
     ):
-        (same / "results.json").write_text(json.dumps(results | changed))
+        rewritten(same, **{**results, **changed})
         with pytest.raises(InputError, match=words):
             RunReader(same)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.runs.directory import RunDirectory, content_key
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.stored_files import content_key
 
 CONFIG = {"model": {"sha256": "ab"}, "ablation": {"name": "ua", "epsilon": 1e-5}, "sizes": [1, 2, 3]}
 FIELDS = {"heads": ["1-3", "2-1"], "n_prompts": 48}
@@ -54,9 +56,10 @@ def test_start_makes_a_private_directory_that_git_ignores_and_adds_its_provenanc
     assert [stat.S_IMODE(file.stat().st_mode) for file in (path, path / "manifest.json")] == [0o700, 0o600]
     # A config of tuples is the config of lists that was stored.
     with started(path, CONFIG | {"sizes": (1, 2, 3)}, command="second") as run:
-        manifest = run.read_manifest()
-    assert [start["command"] for start in manifest["provenance"]] == ["first", "second"]
-    assert manifest["config"] == CONFIG
+        starts = run.read_starts()
+    assert [start["command"] for start in starts] == ["first", "second"]
+    assert [start["pid"] for start in starts] == [os.getpid()] * 2
+    assert run.manifest.config == CONFIG
 
 
 def test_another_config_is_refused_with_each_field_that_differs(tmp_path):
@@ -90,10 +93,11 @@ def test_a_strangers_directory_is_not_touched(tmp_path):
 
 
 def test_a_start_killed_before_its_manifest_can_be_started_again(tmp_path):
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".manifest.json.7.partial").write_text("{")
+    (tmp_path / ".lock-run").touch()
+    partial = tmp_path / f".manifest.json.{socket.gethostname()}.{2**30}.partial"  # a process that cannot be
+    partial.write_text("{")
     started(tmp_path).close()
-    assert not (tmp_path / ".manifest.json.7.partial").exists()
+    assert not partial.exists()
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 99}))
     with pytest.raises(InputError, match="its schema is 99, this one reads"):
@@ -104,8 +108,9 @@ def test_the_lock_holds_across_processes_and_ends_with_a_kill(tmp_path):
     with in_process("print('started', flush=True); time.sleep(600)", tmp_path / "run") as other:
         try:
             assert other.stdout.readline() == "started\n"
-            with pytest.raises(InputError, match="in use by another process"):
+            with pytest.raises(InputError, match=rf"in use by process {other.pid} on \S+, since 20"):
                 started(tmp_path / "run", {})
+            RunDirectory.start(tmp_path / "run", {}, {}, "judge-paper").close()  # another part is free
         finally:
             other.kill()
     started(tmp_path / "run", {}).close()
@@ -160,7 +165,7 @@ def test_records_are_computed_once_and_keep_their_text(run):
     assert list(run.stored_records()) == records
     with pytest.raises(ValueError, match="no file name"):
         run.records("../outside", FIELDS, list)
-    assert len((run.path / "completions" / f"asr-{content_key(FIELDS)}.jsonl").read_text().splitlines()) == 2
+    assert len((run.path / "completions" / f"asr-{content_key(FIELDS)}.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(("keep", "broken"), [(0, b""), (4, b'{"n": 1}'), (40, b'{"n": 1}\n{"n'), (-1, b"\x80")])
@@ -173,7 +178,8 @@ def test_what_is_broken_is_computed_again_with_a_warning(run, keep, broken, capl
             (shard,), (lines,) = (run.path / "shards" / "ships").iterdir(), (run.path / "completions").iterdir()
             shard.write_bytes(shard.read_bytes()[:keep])
             lines.write_bytes(broken)
-    assert caplog.text.count("computed again") == 2
+    assert caplog.text.count("is damaged: ") == 2
+    assert sum("set-aside" in name for name in names(run.path)) == 2
 
 
 def test_what_fails_to_compute_leaves_nothing_behind(run):
@@ -190,11 +196,11 @@ def test_what_was_remembered_first_is_returned_ever_after(tmp_path):
     for value, stored in (({"rows": (4, 8)}, {"rows": [4, 8]}), ({"rows": [16]}, {"rows": [4, 8]})):
         with started(tmp_path / "run") as run:
             assert run.remember("plan", value) == stored
-            assert run.read_manifest()["plan"] == stored
+            assert run.remembered("pl") == {"plan": stored}
 
 
 def test_a_finished_run_is_read_while_it_is_held_and_what_is_closed_is_not_written(run, tmp_path):
-    with pytest.raises(InputError, match="in use by another process"):
+    with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
         started(run.path)  # a second start in this process
     with pytest.raises(InputError, match=r"is not a run directory: it has no manifest\.json"):
         RunDirectory.open(tmp_path)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run_samples import N, audit_run, first, scan_run, settings
+from run_samples import N, audit_run, first, rewritten, scan_run, settings
 
 from safetyheads.errors import InputError
 from safetyheads.runs.history import read_history
@@ -61,7 +61,7 @@ def test_unreadable_runs_are_skipped_with_their_reason(folder):
     (folder / "bad" / "manifest.json").write_text("{")
     (audit_run(folder / "unfinished") / "results.json").unlink()
     poem = scan_run(folder / "poem", {})
-    (poem / "results.json").write_text(json.dumps({"kind": "poem"}))
+    rewritten(poem, kind="poem")
     broken = audit_run(folder / "broken")
     for path in (broken / "completions").glob("vanilla-*"):
         path.write_text("{")
@@ -69,7 +69,7 @@ def test_unreadable_runs_are_skipped_with_their_reason(folder):
     assert len(found["runs"]) == 3
     reasons = {skipped["name"]: skipped["reason"] for skipped in found["skipped"]}
     assert list(reasons) == ["bad", "broken", "poem", "unfinished"]
-    words = ("not valid JSON", "is broken", "'poem'", "has not finished")
+    words = ("not valid JSON", "is damaged", "'poem'", "has not finished")
     assert all(word in reason for word, reason in zip(words, reasons.values(), strict=True))
 
 

@@ -1,7 +1,6 @@
 """Label sheets as people meet them, and judges held to what people say."""
 
 import csv
-import json
 import shutil
 
 import numpy as np
@@ -68,11 +67,12 @@ def test_a_sheet_is_read_back_as_spreadsheets_save_it(run, tmp_path, delimiter, 
     assert [(row.id, row.label) for row in read_sheet(path)] == [(name, "complied") for name in kept]
 
 
-def test_no_answer_is_a_formula(run, tmp_path):
-    for path in (run / "completions").glob("*.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines = [{**line, "text": "=SUM(A1)"} if "text" in line else line for line in lines]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_no_answer_is_a_formula(run, tmp_path, monkeypatch):
+    opened = RunDirectory.open(run)
+    monkeypatch.setattr(RunDirectory, "open", lambda _: opened)
+    lines = list(opened.stored_records())
+    changed = [{**line, "text": "=SUM(A1)"} if "text" in line else line for line in lines]
+    monkeypatch.setattr(opened, "stored_records", lambda stage="*": iter(changed if stage == "*" else ()))
     write_sheet(run, 3, tmp_path / "sheet.csv")
     assert {row["answer"] for row in sheet(tmp_path / "sheet.csv")} == {"'=SUM(A1)"}
     fill(tmp_path / "sheet.csv", lambda _: "refused")

@@ -3,7 +3,6 @@
 import json
 from functools import cache
 
-import pytest
 import torch
 
 from safetyheads import load_demo
@@ -12,6 +11,7 @@ from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.run import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.config import Silent
+from safetyheads.runs.directory import RunDirectory
 
 N = 6
 SMALL = ReproductionConfig(
@@ -38,8 +38,8 @@ def run_of(config, names, out, load=engine_of):
     """Outcomes by name; what is read back is what was returned, and has no NaN."""
     torch.set_num_threads(1)
     results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Silent())
-    read = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    assert read == json.loads(json.dumps(results))
+    read = RunDirectory.open(out).read_results()
+    assert read == json.loads(json.dumps(results, allow_nan=False))
     outcomes = {outcome["name"]: outcome for outcome in read["experiments"]}
     for outcome in outcomes.values():
         for table in outcome["tables"]:

@@ -264,12 +264,11 @@ def timings(made: Sequence[Outcome] | None = None) -> dict[str, Any]:
 
 
 def manifest(**changed: Any) -> dict[str, Any]:
-    """A manifest with settings, two starts, weights, and what a run remembers."""
+    """What a page is told of a run: settings, weights, and what is remembered."""
     config = asdict(ReproductionConfig()) | {"kind": "reproduction", "versions": {"torch": "2.9.0"}} | changed
-    starts = [{"started": f"2026-01-0{day}T03:04:05+00:00", "command": ["safetyheads"]} for day in (1, 2)]
     remembered = {f"plan_{number}": {"groups_per_batch": 8} for number in range(30)}
     remembered |= {f"economy_{number}": {"n_rows": 24} for number in range(30)} | {"tolerance_0": 1e-4, "threads": 1}
-    value = {"schema_version": SCHEMA_VERSION, "config": config, "provenance": starts, "weights_demo:aligned_a": "bd8c"}
+    value = {"config": config, "weights_demo:aligned_a": "bd8c"}
     return dict(json.loads(json.dumps(value | remembered)))
 
 
@@ -278,5 +277,5 @@ def finished_run(path: Path, made: Sequence[Outcome] | None = None, config: Mapp
     settings = {"kind": "reproduction", **asdict(ReproductionConfig()), **(config or {})}
     with RunDirectory.start(path, settings, {"started": "2026-01-02T03:04:05+00:00"}) as run:
         run.write_results(results(made))
-        run.write_timings(timings(made))
+        run.add_timings(timings(made))
     return path

@@ -184,6 +184,19 @@ def scan_run(
     return _written(path, config, started, results, stages)
 
 
+def rewritten(path: str | Path, drop: str = "", **changed: Any) -> None:
+    """Change fields of a finished run's results (a mapping: fields in a field), or drop the first record of a stage."""
+    opened = RunDirectory.open(path)
+    with RunDirectory.start(path, opened.manifest.config, {}) as run:
+        if drop:
+            run.records(drop, {"stage": drop}, list, lambda stored: stored[1:])
+        results = run.read_results()
+        for name, value in changed.items():
+            keeps = isinstance(value, dict) and value and isinstance(results[name], dict)
+            results[name] = {**results[name], **value} if keeps else value
+        run.write_results(results)
+
+
 def _written(
     path: Path, config: Mapping[str, Any] | None, started: str | None, results: Any, stages: Mapping[str, list[Any]]
 ) -> Path:

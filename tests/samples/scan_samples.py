@@ -184,5 +184,5 @@ def finished_run(path: Path, sample: Sample) -> RunDirectory:
         ]
         run.records("random-groups", {}, lambda: random)
         run.write_results(scan(sample))
-        run.write_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
+        run.add_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
     return RunDirectory.open(path)

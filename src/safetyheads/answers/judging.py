@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetyheads.answers.decoding import Answer, Route, Stop
-from safetyheads.answers.surprise import Surprises
+from safetyheads.answers.surprise import Surprises, answer_key
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 AnyJudge: TypeAlias = Judge | str
 """A judge, or its name."""
-Key: TypeAlias = tuple[int, tuple[int, ...], bool]
-"""What a verdict depends on: number of the prompt, tokens of the answer, and whether the model ended it."""
+Key: TypeAlias = tuple[int, bytes, bool]
+"""What a verdict depends on: number of the prompt, hash of the answer's tokens, and whether the model ended it."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -145,15 +145,22 @@ class Judging:
         return stop
 
     def judged(
-        self, answers: Sequence[tuple[int, Group, Answer]], surprises: Surprises | None = None
+        self,
+        answers: Sequence[tuple[int, Group, Answer]],
+        surprises: Surprises | None = None,
+        known: Mapping[Key, Mapping[str, Verdict]] | None = None,
     ) -> list[JudgedAnswer]:
         """Answers (number of the prompt, group, answer) with their verdicts, in the same order.
 
+        ``known`` verdicts are not asked for.
+
         ``surprises`` measures how surprising whole answers are that are no refusals; without it, none is measured.
         """
-        keys: list[Key] = [(number, answer.token_ids, answer.finished) for number, _, answer in answers]
-        read = {key: self.asked.reader.read(key[1]) for key in dict.fromkeys(keys)}
-        self._judge({key: answer for key, answer in read.items() if key not in self._verdicts})
+        keys: list[Key] = [(*answer_key(number, answer.token_ids), answer.finished) for number, _, answer in answers]
+        read = {
+            key: self.asked.reader.read(answer.token_ids) for key, (_, _, answer) in zip(keys, answers, strict=True)
+        }
+        self._judge({key: answer for key, answer in read.items() if key not in self._verdicts}, known or {})
         judged = [
             self._judged(key, group, answer, read[key]) for key, (_, group, answer) in zip(keys, answers, strict=True)
         ]
@@ -162,30 +169,39 @@ class Judging:
         whole = [
             key if row.complete and row.behaviour != "refused" else None for key, row in zip(keys, judged, strict=True)
         ]
-        surprises.measure([(*key[:2], read[key].n_thought) for key in whole if key is not None])
+        surprises.measure(
+            [
+                (key[0], row.token_ids, read[key].n_thought)
+                for key, row in zip(whole, judged, strict=True)
+                if key is not None
+            ]
+        )
         return [
             row if key is None else replace(row, surprise=surprises.known.get(key[:2]))
             for key, row in zip(whole, judged, strict=True)
         ]
 
-    def _judge(self, answers: Mapping[Key, ReadAnswer]) -> None:
-        """Ask every judge about answers that are new."""
+    def _judge(self, answers: Mapping[Key, ReadAnswer], known: Mapping[Key, Mapping[str, Verdict]]) -> None:
+        """Ask about answers that are new every judge whose verdict is not known."""
         system, length = self.asked.system, self.max_new_tokens
-        completions = []
-        for (number, _, finished), read in answers.items():
-            query, ended = self.prompts[number].query, finished or read.stopped
-            completions.append(Completion(query, read.text, read.token_ids, ended, length, system, read.unclosed))
+        completions = {}
+        for key, read in answers.items():
+            query, ended = self.prompts[key[0]].query, key[2] or read.stopped
+            completions[key] = Completion(query, read.text, read.token_ids, ended, length, system, read.unclosed)
         verdicts: dict[Key, dict[str, Verdict]] = {key: {} for key in answers}
-        by_rules: tuple[Verdict, ...] = ()
-        for judge in self.judges if completions else ():
+        for judge in self.judges:
             started = time.monotonic()
-            given = verdicts_of(judge, completions)
-            for by_judge, verdict in zip(verdicts.values(), given, strict=True):
-                by_judge[judge.name] = verdict
+            asked = [key for key in answers if judge.name not in known.get(key, {})]
+            given = (
+                dict(zip(asked, verdicts_of(judge, [completions[key] for key in asked]), strict=True)) if asked else {}
+            )
+            for key, by_judge in verdicts.items():
+                by_judge[judge.name] = given[key] if key in given else known[key][judge.name]
             self.seconds[judge.name] += time.monotonic() - started
-            by_rules = given if judge == self.rules else by_rules
-        if self.rules not in self.judges:
-            by_rules = verdicts_of(self.rules, completions)
+        if self.rules in self.judges:
+            by_rules = tuple(by_judge[self.rules.name] for by_judge in verdicts.values())
+        else:
+            by_rules = verdicts_of(self.rules, list(completions.values()))
         # Only after all judges have answered: else an error of one would leave answers without its verdict.
         self._verdicts.update(verdicts)
         self._behaviour.update({key: verdict.label for key, verdict in zip(answers, by_rules, strict=True)})

@@ -6,6 +6,7 @@ prompt's answer or loops longer than the rules look for, is unlikely to the mode
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,12 +19,16 @@ from safetyheads.model.planning import Plan, TokenSequence, lay_out, longest_row
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-AnswerKey: TypeAlias = tuple[int, tuple[int, ...]]
-"""Number of the prompt, and tokens of the answer."""
-
+AnswerKey: TypeAlias = tuple[int, bytes]
+"""Number of the prompt, and hash of the answer's tokens: a scan holds the keys of all its answers."""
 
 OWN_QUANTILE = 0.95
 """The unablated answers' surprise is taken at this quantile."""
+
+
+def answer_key(number: int, token_ids: Sequence[int]) -> AnswerKey:
+    """The key of an answer to the prompt of that number."""
+    return number, hashlib.blake2b(np.asarray(token_ids, np.int64).tobytes(), digest_size=16).digest()
 
 
 def coherence_limit(own: Sequence[float], factor: float, allowance: float) -> float | None:
@@ -57,7 +62,11 @@ class Surprises:
 
         Each has the number of its prompt, its tokens, and how many of them are a think block, which is not counted.
         """
-        new = {(number, token_ids): n for number, token_ids, n in answers if (number, token_ids) not in self.known}
+        new = {
+            (number, token_ids): n
+            for number, token_ids, n in answers
+            if answer_key(number, token_ids) not in self.known
+        }
         # Answers to one prompt share a row, behind the prompt.
         keys = sorted((key for key, n_thought in new.items() if len(key[1]) > n_thought + 1), key=lambda key: key[0])
         sequences = [
@@ -65,7 +74,7 @@ class Surprises:
             for number, token_ids in keys
         ]
         values = surprises_of(self.engine, sequences, [key[1][new[key] + 1 :] for key in keys], self.n_tokens)
-        self.known.update(zip(keys, values, strict=True))
+        self.known.update(zip((answer_key(*key) for key in keys), values, strict=True))
 
 
 def row_tokens(engine: Engine) -> int:

@@ -91,13 +91,13 @@ def demo(
     where: RunOptions,
     report: ReportOptions,
     output: OutputOptions,
-) -> None:
+) -> int:
     """Audit an embedded model whose refusal heads are known."""
-    audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output)
+    return audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output) or 0
 
 
 @command
-def audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> None:
+def audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
     from safetyheads.runs.audit import read_prompts, run_audit
     from safetyheads.runs.verdict import too_few_prompts
@@ -110,13 +110,14 @@ def audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output:
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
         _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
-        return
+        return 0
     results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _finish(results, out, report, output, show.show_audit, where.dry_run)
+    return _code_of_judges(results)
 
 
 @command
-def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> None:
+def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
     """Ablate every head alone and judge the answers (Fig 4b), exactly, beside what it does to benign ones."""
     from safetyheads.runs.exhaustive_scan import run_scan
     from safetyheads.runs.run import read_sets
@@ -125,6 +126,7 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
     prompts, progress = _prepared(config, out, output, read_sets, report)
     results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _finish(results, out, report, output, show.show_scan, where.dry_run)
+    return _code_of_judges(results)
 
 
 @command
@@ -157,7 +159,7 @@ def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> No
 
 
 @command
-def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> None:
+def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> int:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.runs.single_steps import read_prompts, run_asr
 
@@ -165,6 +167,7 @@ def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> None:
     prompts, progress = _prepared(config, out, output, read_prompts)
     results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
     _show(results, output, lambda: show.show_rates(results))
+    return _code_of_judges(results)
 
 
 @command
@@ -230,8 +233,8 @@ def reproduce(
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
         return
     from safetyheads.experiments.run import reproduce as run_experiments
-    from safetyheads.files import read_json
-    from safetyheads.runs.directory import content_key
+    from safetyheads.runs.directory import RunDirectory
+    from safetyheads.runs.stored_files import content_key
 
     experiments = chosen(experiment)
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
@@ -246,7 +249,7 @@ def reproduce(
         return load_engine(ModelOptions(name, device=lab.device, dtype=lab.dtype, threads=threads), progress)
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
-    chosen_names, timed = [item.name for item in experiments], read_json(out / "timings.json")["timed"]
+    chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
     _finish(results, out, report, output, lambda found, path: show.show_outcomes(found, chosen_names, path, timed))
 
 
@@ -305,6 +308,22 @@ def report(
 
 
 @command
+def verify(run: Annotated[Path, Parameter(help="Run directory, finished or not.")], /, *, output: OutputOptions) -> int:
+    """Check every file of a run against its checksums.
+
+    Exit codes: 0 all fit, 2 a file is damaged or lost, 3 all fit and the run is incomplete.
+    """
+    from safetyheads.runs.directory import RunDirectory
+
+    found = RunDirectory.verify(run)
+    lines = [f"{run}: {found.n_files} files, {len(found.damaged)} of them damaged or lost", *found.damaged.values()]
+    lines += [f"{len(found.unlisted)} files belong to no finished stage"] if found.unlisted else []
+    lines += [] if found.finished else ["the run has not finished; start it again with the same command"]
+    _show(asdict(found), output, lambda: show.print_lines(lines))
+    return 2 if found.damaged else 0 if found.finished else 3
+
+
+@command
 def judge(
     run: Annotated[Path, Parameter(help="Run directory of a finished scan or audit.")],
     /,
@@ -334,10 +353,11 @@ def judge(
     from safetyheads.runs.labels import validate as validate_judges
     from safetyheads.runs.labels import write_sheet
     from safetyheads.runs.provenance import provenance
-    from safetyheads.runs.rejudge import rejudge
+    from safetyheads.runs.rejudge import later_judges, open_judged, rejudge
 
-    results = RunDirectory.open(run).read_results()
-    there = [described["name"] for described in results.get("judges", ())] + list(results.get("rejudged", {}))
+    opened = open_judged(run)
+    own = [described["name"] for described in opened.manifest.config.get("judges", ())]
+    there = [described["name"] for described in later_judges(opened.read_results())]
     if label_sheet is not None:
         n = write_sheet(run, *label_sheet)
         if not config.judges and validate is None:
@@ -346,8 +366,8 @@ def judge(
             return
     specs = config.judges
     if not specs and validate is None:
-        # The judge of words that the run lacks.
-        specs = tuple(name for name in WORD_JUDGES if name not in there)[:1] or WORD_JUDGES[:1]
+        # The judge of words that the run's own command did not ask: the same one each time.
+        specs = tuple(name for name in WORD_JUDGES if name not in own)[:1] or WORD_JUDGES[:1]
     judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
     progress, found, validation = show.progress_for(output.quiet), [], {}
     for judge in judges:
@@ -470,13 +490,28 @@ def _finish(
     _show(found, output, lambda: display(found, path))
 
 
+def _code_of_judges(results: show.Found) -> int:
+    """1 where a judge gave no verdict at all, else 0; a line says on how many answers a judge failed."""
+    failed = results.get("failed_judges", {})
+    for name, counts in failed.items():
+        reasons = "; ".join(counts["reasons"])
+        again = "the same command asks again"
+        show.print_error(f"{name} gave no verdict on {counts['n']} of {counts['of']} answers ({reasons}); {again}")
+    return int(any(counts["n"] == counts["of"] for counts in failed.values()))
+
+
 def _show(found: show.Found, output: OutputOptions, display: Callable[[], None]) -> None:
-    if found.get("dry_run") and not output.json:
-        show.show_dry_run(found)
-    elif output.json:
-        sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    else:
-        display()
+    try:
+        if found.get("dry_run") and not output.json:
+            show.show_dry_run(found)
+        elif output.json:
+            sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        else:
+            display()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads stopped, as head does: the exit code stays that of the command.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Terminated(KeyboardInterrupt):

@@ -40,6 +40,10 @@ class Terminal(Console):
         raw = getattr(file, "unescaped", file)
         super().__init__(file=raw, markup=False, highlight=False, emoji=False, width=width)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command what happens where nobody reads any more; rich would end it with 1."""
+        raise BrokenPipeError
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Before it is measured, so that columns are as wide as what is shown."""
         return super().render_str(terminal_text(text), **options)

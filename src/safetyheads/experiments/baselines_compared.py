@@ -27,9 +27,9 @@ from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.measures.scorers import find_openers
 from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.runs.config import TaskOptions
-from safetyheads.runs.directory import Record
 from safetyheads.runs.kept_answers import record_of
 from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.testing import PairedDifference, holm_of_tests
 
 MOST_BENIGN_LOST = 0.1

@@ -99,8 +99,9 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
         started = time.monotonic()
         lab.used.clear()
         outcome = experiment.run(lab)
-        seconds, timed = time.monotonic() - started, asdict(outcome)["timed"]
-        return [{"outcome": outcome.as_dict(), "used": sorted(lab.used), "seconds": seconds, "timed": timed}]
+        timed = {experiment.name: tables} if (tables := asdict(outcome)["timed"]) else {}
+        run.add_timings({"seconds": {experiment.name: time.monotonic() - started}, "timed": timed})
+        return [{"outcome": outcome.as_dict(), "used": sorted(lab.used)}]
 
     (record,) = run.records("outcome", {"experiment": experiment.name}, compute)
     for model in record["used"]:
@@ -120,6 +121,3 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
         "catalogue": listed(config),
     }
     run.write_results(results)
-    seconds = {name: record["seconds"] for name, record in records.items()}
-    timed = {name: record["timed"] for name, record in records.items() if record["timed"]}
-    run.write_timings({"seconds": seconds, "timed": timed})

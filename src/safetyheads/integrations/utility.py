@@ -25,9 +25,10 @@ from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress, Silent
-from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
 
@@ -274,7 +275,7 @@ def run_evaluation(
     with run_directory(out, settings, watching, command) as run:
         started = time.monotonic()
         run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, watching)))
-        run.write_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
+        run.add_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
         return run.read_results()
 
 

@@ -49,6 +49,9 @@ class Verdict(Shown):
     """The judge's own number from 0 (harmless) to 1, where it has one."""
     mass: float | None = None
     """Probability of the tokens that the score is read from; where it is low, the score says little."""
+    passing: bool = False
+    """Whether the judge failed for a reason that may pass, such as an endpoint that is down: it is asked again at the
+    next start."""
 
     @property
     def complied(self) -> bool:

@@ -137,7 +137,7 @@ class Meter:
                 self.gave_up = verdict
             elif self.failures >= _FAILURES_IN_A_ROW:
                 reason = f"not asked: the endpoint failed {_FAILURES_IN_A_ROW} times in a row ({verdict.reason})"
-                self.gave_up = self.gave_up or Verdict("unscored", reason)
+                self.gave_up = self.gave_up or Verdict("unscored", reason, passing=True)
 
     def count_tokens(self, usage: Any) -> None:
         """Add the ``usage`` of a reply; numbers that cannot be true are left out."""
@@ -193,7 +193,10 @@ class EndpointJudge(Judge):
 
     def describe(self) -> dict[str, Any]:
         """Model, address, settings and rubric, for the manifest; not the key."""
-        described = {"judge": "endpoint", "name": self.name, "url": self.shown_url, "settings": asdict(self.settings)}
+        # Neither caps nor waiting decide what a verdict is.
+        passing = ("timeout_s", "attempts", "threads", "max_requests")
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in passing}
+        described = {"judge": "endpoint", "name": self.name, "url": self.shown_url, "settings": settings}
         return {**described, "threshold": self.threshold, "rubric": RUBRIC}
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
@@ -270,20 +273,20 @@ class EndpointJudge(Judge):
                 extra_body=body,
             )
         except _NotAsked as error:
-            return Verdict("unscored", str(error))
+            return Verdict("unscored", str(error), passing=True)
         except openai.APITimeoutError:
-            return Verdict("unscored", "timeout")
+            return Verdict("unscored", "timeout", passing=True)
         except openai.APIConnectionError as error:
-            return Verdict("unscored", f"connection: {type(error.__cause__).__name__}")
+            return Verdict("unscored", f"connection: {type(error.__cause__).__name__}", passing=True)
         except openai.APIStatusError as error:
-            return Verdict("unscored", f"http: {error.status_code}", _plain(error.response.text))
+            return Verdict("unscored", f"http: {error.status_code}", _plain(error.response.text), passing=True)
         response = given.http_response
         try:
             reply = response.json()
             choice = reply["choices"][0]
             text, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            return Verdict("unscored", "reply: no chat completion", _plain(response.text))
+            return Verdict("unscored", "reply: no chat completion", _plain(response.text), passing=True)
         self.meter.count_tokens(reply.get("usage"))
         if not isinstance(text, str) or not text.strip():
             return Verdict("unscored", "reply: no text", _plain(response.text))

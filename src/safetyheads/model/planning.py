@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -224,11 +225,17 @@ def logits_at_once(memory_budget: int | None) -> int:
     return _LOGITS_AT_ONCE if memory_budget is None else min(_LOGITS_AT_ONCE, memory_budget // (4 * _LOGIT_BYTES))
 
 
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")
+"""How torch says so of the CPU, on Linux and on others, and of CUDA's libraries."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the CPU's allocator, had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -236,7 +243,7 @@ def unless_too_large(n_items: int) -> Iterator[None]:
     """Within, running out of memory ends the block in silence, if there are several items that can be halved."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if n_items < 2 or not is_out_of_memory(error):
             raise
 

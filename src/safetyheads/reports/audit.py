@@ -46,7 +46,7 @@ _LABELLED_HEADS = 3
 def audit_page(run: RunDirectory, show_completions: bool) -> str:
     """The page of a finished audit."""
     rows = list(run.stored_records()) if show_completions else None
-    return render_audit(run.read_results(), run.read_manifest(), rows)
+    return render_audit(run.read_results(), run.facts(), rows)
 
 
 def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[Row] | None = None) -> str:

@@ -184,17 +184,17 @@ def random_cell(random: Facts | None) -> Cell:
 
 
 REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
-"""What a run's manifest remembers beside its settings, by the beginning of the name: a long run has hundreds."""
+"""What a run remembers beside its settings, by the beginning of the name: a long run has hundreds."""
 
 
 def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
-    """What was measured, the rest of the config, each start, and what the run remembered, gathered by its kind."""
+    """What was measured, the rest of the config, and what the run remembered, gathered by its kind."""
     weights, found = {}, dict[str, dict[str, Any]]()
     for name, value in manifest.items():
         kind, _, rest = name.partition("_")
         if kind == "weights":
             weights[rest] = value
-        elif name not in ("schema_version", "config", "provenance"):
+        elif name != "config":
             found.setdefault(REMEMBERED.get(kind, "other facts"), {})[rest or name] = value
     # Hashes of weights stand with the settings: both say what the numbers are of.
     config = {name: value for name, value in manifest["config"].items() if measured.get(name, ...) != value}
@@ -202,7 +202,6 @@ def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
     return {
         "measured": list(facts(measured)),
         "config_facts": list(facts(config)),
-        "starts": [list(facts(start)) for start in manifest["provenance"]],
         "remembered": [(kind, json.dumps(value, indent=1, sort_keys=True)) for kind, value in sorted(found.items())],
     }
 

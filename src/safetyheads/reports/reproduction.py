@@ -38,7 +38,7 @@ _QUOTED_ROW = re.compile(r"\b(in the paper|paper's|quoted)\b|\(paper\)", re.IGNO
 _NUMBERS = ("rate", "change", "number")
 
 
-def render_reproduction(results: Record, manifest: Record, timings: Record) -> tuple[str, dict[str, str]]:
+def render_reproduction(results: Record, manifest: Record) -> tuple[str, dict[str, str]]:
     """The index, and every experiment's page by its file name; equal arguments give equal texts.
 
     Raises:
@@ -53,11 +53,11 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
     names = [None, *(outcome["name"] for outcome in outcomes), None]
     pages = {}
     for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
-        content = _experiment(outcome, timings) | {"before": before, "after": after}
+        content = _experiment(outcome) | {"before": before, "after": after}
         measured = {"experiment": outcome["name"], "models": outcome["models"], "judge": judge}
         page = render("experiment.html.j2", content, measured, facts_of_page, content["charts"])
         pages[f"{outcome['name']}.html"] = page
-    states = list(_states(results, timings))
+    states = list(_states(results))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
     index: dict[str, Any] = {"states": states, "models": models, "sentence": _sentence(states, models)}
@@ -70,14 +70,14 @@ def render_reproduction(results: Record, manifest: Record, timings: Record) -> t
 # The index.
 
 
-def _states(results: Record, timings: Record) -> Iterator[dict[str, Any]]:
+def _states(results: Record) -> Iterator[dict[str, Any]]:
     """Every experiment of the catalogue in its order, those that it does not know last, each with how far it is."""
     outcomes = {outcome["name"]: outcome for outcome in results["experiments"]}
     left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
     catalogue = {entry["name"]: entry for entry in results["catalogue"]}
     for name in dict.fromkeys((*catalogue, *outcomes, *left_out)):
         entry, label, said, tone = catalogue.get(name, {"title": name, "missing": ()}), "not run", "", "soft"
-        state = {"name": name, "title": entry["title"], "models": (), "seconds": None, "headline": ()}
+        state = {"name": name, "title": entry["title"], "models": (), "headline": ()}
         if name in outcomes:
             outcome = outcomes[name]
             reasons, headline = outcome["not_meaningful"], headline_words(outcome)
@@ -85,7 +85,6 @@ def _states(results: Record, timings: Record) -> Iterator[dict[str, Any]]:
             label = "done in part" if reasons and has_numbers else "not meaningful" if reasons else "done"
             said, tone = "" if headline else next(iter(reasons), ""), "yes" if label == "not meaningful" else ""
             state |= {"title": outcome["title"], "models": outcome["models"], "headline": headline}
-            state["seconds"] = timings.get("seconds", {}).get(name)
         elif name in left_out or entry["missing"]:
             label, said = "left out", left_out.get(name) or f"needs {'; '.join(entry['missing'])}"
         yield state | {"label": label, "said": said, "tone": tone}
@@ -118,7 +117,7 @@ def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
 # One experiment.
 
 
-def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
+def _experiment(outcome: Record) -> dict[str, Any]:
     """What the page of an experiment shows."""
     shown, left_out, room = [], [], MAX_CHART_BYTES
     for figure in outcome["figures"]:
@@ -128,7 +127,7 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
             left_out.append(figure["title"])
         else:
             shown.append((figure, drawn))
-    name, has_numbers, badge = outcome["name"], bool(outcome["tables"] or outcome["figures"]), ""
+    has_numbers, badge = bool(outcome["tables"] or outcome["figures"]), ""
     rates = [(row, row["asr"], row["answered"]) for row in outcome.get("asked") or ()]
     asked = [(row, number_cell(asr, "rate"), number_cell(kept, "rate")) for row, asr, kept in rates]
     if outcome["not_meaningful"]:
@@ -146,8 +145,6 @@ def _experiment(outcome: Record, timings: Record) -> dict[str, Any]:
         "figures_left_out": left_out,
         "charts": {f"figure-{at}": drawn for at, (_, drawn) in enumerate(shown, 1) if drawn is not None},
         "tables": [table_shown(table) for table in outcome["tables"]],
-        "timed": [table_shown(table) for table in timings.get("timed", {}).get(name, ())],
-        "seconds": timings.get("seconds", {}).get(name),
     }
 
 

@@ -14,8 +14,9 @@ from safetyheads.reports import charts
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two, under_headings
-from safetyheads.runs.directory import Record, RunDirectory
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers, answer_table, with_later_verdicts
+from safetyheads.runs.stored_files import Record
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]
@@ -56,12 +57,10 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
     results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
     rows = list(judged_rows(run, [judge["name"] for judge in results["judges"]], with_texts))
-    return render_scan(results, run.read_manifest(), rows, run.read_timings(), show_completions)
+    return render_scan(results, run.facts(), rows, show_completions)
 
 
-def render_scan(
-    results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], timings: Mapping[str, Any], show_texts: bool
-) -> str:
+def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> str:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
     table, differ = answer_table(rows, results["lead_judge"]), differing(results)
     benign = results["vanilla"].get("benign")
@@ -97,7 +96,6 @@ def render_scan(
         "followed": _followed(results),
         "judged": judged,
         "reasons": reasons,
-        "seconds": timings,
         "drill": drill,
         "completions": None,
     }

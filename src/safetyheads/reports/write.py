@@ -52,7 +52,7 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     if show_completions:
         words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
         warnings.warn(words, ReportWarning, stacklevel=2)
-    return run.write_report(*render_reproduction(results, run.read_manifest(), run.read_timings()))
+    return run.write_report(*render_reproduction(results, run.facts()))
 
 
 def write_history(history: Mapping[str, Any]) -> Path:

@@ -21,7 +21,7 @@ from safetyheads.prompts.templates import Template
 NO_BENIGN = "none"
 """Name of the benign prompts of a scan without any."""
 # Settings that cannot change a number.
-_NOT_RECORDED = ("threads", "offload_folder", "trust_remote_code", "allow_pickle", "offline", "anyway")
+_NOT_RECORDED = ("threads", "memory", "offload_folder", "trust_remote_code", "allow_pickle", "offline", "anyway")
 _LEAST = {
     **dict.fromkeys(
         ("threads", "limit", "max_new_tokens", "top_k", "positions", "size", "n_seeds", "longest", "judge_tokens"), 1

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -20,57 +24,112 @@ from safetyheads.files import (
     as_input_error,
     canonical_json,
     leaves,
-    read_json,
+    parse_json,
+    read_regular,
     readable_json,
     remove_partial_files,
     shorten,
     write_atomically,
 )
+from safetyheads.runs.stored_files import (
+    DamagedError,
+    Held,
+    Record,
+    content_key,
+    converted,
+    pack_records,
+    pack_tensors,
+    unpack_records,
+    unpack_tensors,
+    with_checksums,
+    without_checksums,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Record: TypeAlias = dict[str, Any]
-"""A stored line of JSON."""
-_Stored = TypeVar("_Stored")
-
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
-_LOCK = ".lock"
+_LOCK = ".lock-"
 _GITIGNORE = b"*\n"
 _DIFFERENCES_SHOWN = 6
+_REMEMBERED = "remembered"
+_FOLDERS: dict[str, Callable[[bytes], tuple[Held, Any]]] = {
+    "completions": unpack_records,
+    _REMEMBERED: unpack_records,
+    "shards": unpack_tensors,
+}
+"""Folders of stored parts, and how a file there is read."""
 
 _log = logging.getLogger(__name__)
 
 
-def content_key(fields: Mapping[str, Any]) -> str:
-    """The name of what ``fields`` determine: equal fields, in any order, give equal keys."""
-    # 24 digits are 96 bits: two of a million shards collide once in 10^17 runs.
-    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:24]
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What all numbers of a run depend on. It never changes."""
+
+    schema_version: int
+    """:data:`SCHEMA_VERSION` of the version that wrote the run."""
+    config: dict[str, Any]
+    """All settings, and fingerprints of model and prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """All files of a finished stage: ``stages/NAME.json``."""
+
+    stage: str
+    """Its name."""
+    files: list[tuple[str, int, str]]
+    """Place, number of entries and checksum of each, sorted."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What :meth:`RunDirectory.verify` found."""
+
+    n_files: int = 0
+    """Files that were read."""
+    finished: bool = False
+    """Whether the run has results."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """What is wrong, by file."""
+    unlisted: list[str] = field(default_factory=list)
+    """Whole files of no finished stage, such as an unfinished run has."""
 
 
 class RunDirectory:
     """One run's directory: ``start`` one to write, ``open`` a finished one to read.
 
-    ``manifest.json`` holds what the numbers depend on; ``shards/`` and ``completions/`` hold what was computed so far.
-    ``results.json`` is written last. Only ``timings.json`` holds times.
+    ``manifest.json`` holds what the numbers depend on; ``shards/``, ``completions/`` and ``remembered/`` hold what was
+    computed so far, a file a key. ``stages/`` lists the files of each finished stage, and ``results.json`` is written
+    last. Dates, seconds and machines are in ``starts/`` and ``timings.json`` alone: all other files are the same bytes
+    each time. Every file has checksums; one that does not fit is set aside and computed again, or refused.
     """
 
-    def __init__(self, path: Path, lock: FileLock | None) -> None:
-        self.path = path
-        self._lock = lock
+    def __init__(self, path: Path, manifest: Manifest, lock: FileLock | None = None) -> None:
+        self.path, self.manifest, self._lock = path, manifest, lock
+        self._results_lock = FileLock(path / f"{_LOCK}results", mode=0o600, thread_local=False)
+        self.key = content_key(manifest.config)
+        """Names the run in each of its files."""
+        self._stages: dict[str, dict[str, tuple[int, str]]] = {}
+        """By stage: the files of a finished one, and those that this process read or wrote."""
+        self._results: dict[str, Any] | None = None
+        self._known: dict[str, Any] | None = None
+        """What is remembered, once it was read."""
 
     @classmethod
     def start(
-        cls, path: str | os.PathLike[str], config: Mapping[str, Any], provenance: Mapping[str, Any]
+        cls, path: str | os.PathLike[str], config: Mapping[str, Any], provenance: Mapping[str, Any], part: str = "run"
     ) -> RunDirectory:
         """Create the run's directory, or continue the run of the same ``config`` that is there.
 
-        ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own.
+        ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own. Processes
+        that do different parts may work in one directory.
 
         Raises:
-            InputError: another run or other files are there, it is in use, or it cannot be written.
+            InputError: another run or other files are there, the part is in work, or it cannot be written.
         """
         folder = Path(path)
         _refuse_other_files(folder)
@@ -78,19 +137,21 @@ class RunDirectory:
         with as_input_error(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Not thread-local: another thread may close the run. The lock ends with the process, however that ends.
-        lock = FileLock(folder / _LOCK, mode=0o600, thread_local=False)
+        lock = FileLock(folder / f"{_LOCK}{_file_name(part)}", mode=0o600, thread_local=False)
         with as_input_error(folder):
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise InputError(f"{folder} is in use by another process") from None
+                raise InputError(f"{folder} is in use by {_holder(folder, part)}") from None
         try:
             with as_input_error(folder):
                 folder.chmod(0o700)
                 remove_partial_files(folder)
-            run = cls(folder, lock)
             write_atomically(folder / ".gitignore", _GITIGNORE)
-            run._record_start(config, provenance)
+            run = cls(folder, _kept_manifest(folder, config), lock)
+            run._load_stages()
+            start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance, **_process()}
+            run._write_json(f"starts/{time.time_ns()}-{os.getpid()}.json", start)
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
@@ -103,18 +164,27 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """A finished run, to be read; only its report can be written."""
-        folder, run = Path(path), cls(Path(path), None)
+        """A finished run, to be read; only its report can be written.
+
+        Raises:
+            InputError: no run is there, or its results are damaged.
+            IncompleteError: it has no results yet.
+        """
+        folder = Path(path)
         with as_input_error(folder, "read"):
             if not (folder / "manifest.json").is_file():
                 raise InputError(f"{folder} is not a run directory: it has no manifest.json")
-            run.read_manifest()
+            run = cls(folder, _read_manifest(folder))
             if not (folder / "results.json").is_file():
                 raise IncompleteError(f"{folder}: this run has not finished; start it again with the same command")
+        try:
+            run._read_finished()
+        except DamagedError:
+            run._read_finished()  # another process may have been writing both
         return run
 
     def close(self) -> None:
-        """Release the run for other processes; what was written stays."""
+        """Release the run's part for other processes; what was written stays."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -125,40 +195,38 @@ class RunDirectory:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def read_manifest(self) -> dict[str, Any]:
-        """``schema_version``, ``config``, ``provenance`` (one entry a start) and what was remembered."""
-        manifest = read_json(self.path / "manifest.json")
-        version = manifest.get("schema_version")
-        if version != SCHEMA_VERSION:
-            other = f"its schema is {version}, this one reads {SCHEMA_VERSION}"
-            raise InputError(f"{self.path} was written by another version of safetyheads: {other}")
-        return manifest
+    # What is remembered.
 
     def remember(self, name: str, value: Any) -> Any:
         """Store ``value`` under ``name`` the first time, and return the stored value every time.
 
         The plan of a run's batches is stored here: another plan would move results in their last bits.
         """
-        manifest = self.read_manifest()
-        if name not in manifest:
-            manifest[name] = json.loads(canonical_json(value))
-            self._write_json("manifest.json", manifest)
-        return manifest[name]
+        known = self.remembered()
+        if name not in known:
+            slug = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
+            key, line = content_key({"name": name}), {"name": name, "value": value}
+            content = partial(pack_records, self.key, _REMEMBERED, key, [line])
+            (record,) = self._stored(f"{_REMEMBERED}/{slug}-{key}.jsonl", _REMEMBERED, content)
+            known[name] = record["value"]
+        return known[name]
 
-    def _record_start(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Write the manifest, or compare the one that is there with ``config``."""
-        given = json.loads(canonical_json(config))
-        manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "config": given, "provenance": []}
-        if (self.path / "manifest.json").exists():
-            manifest = self.read_manifest()
-            if differences := _differences(manifest["config"], given):
-                shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
-                raise InputError(
-                    f"{self.path} holds a run with other settings: {', '.join(shown)}"
-                    f"{f', and {more} more' if more > 0 else ''}; give another output directory"
-                )
-        manifest["provenance"].append(provenance)
-        self._write_json("manifest.json", manifest)
+    def remembered(self, prefix: str = "") -> dict[str, Any]:
+        """What was remembered under names that begin so; without a prefix, the store itself."""
+        if self._known is None:
+            self._known = {}
+            places = self._stages.get(_REMEMBERED, {})
+            for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
+                try:
+                    (record,) = self._read(place)
+                    self._known[record["name"]] = record["value"]
+                except InputError as error:
+                    self._set_aside(place, error)
+        if not prefix:
+            return self._known
+        return {name: value for name, value in self._known.items() if name.startswith(prefix)}
+
+    # Parts, a file a key.
 
     def tensors(
         self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
@@ -167,60 +235,89 @@ class RunDirectory:
 
         Either way they are what reading gives: contiguous, on the CPU.
         """
-        import safetensors.torch  # torch is not needed to read results
-        import torch
-
-        def parse(content: bytes) -> dict[str, Tensor]:
-            try:
-                return safetensors.torch.load(content)
-            except safetensors.SafetensorError as error:
-                raise ValueError(str(error)) from error
-
-        def make() -> bytes:
-            # Cloned, because safetensors refuses views that share memory.
-            tensors = {
-                name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-                for name, tensor in compute().items()
-            }
-            # One metadata entry only: the order of two, and so the bytes, would differ from run to run.
-            return safetensors.torch.save(tensors, metadata={"fields": canonical_json(fields)})
-
-        path = self.path / "shards" / _file_name(stage) / f"{content_key(fields)}.safetensors"
-        return self._stored(path, parse, make)
+        key = content_key(fields)
+        place = f"shards/{_file_name(stage)}/{key}.safetensors"
+        tensors: dict[str, Tensor] = self._stored(place, stage, lambda: pack_tensors(self.key, stage, key, compute()))
+        return tensors
 
     def records(
-        self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]
+        self,
+        stage: str,
+        fields: Mapping[str, Any],
+        compute: Callable[[], list[Record]],
+        mend: Callable[[list[Record]], list[Record]] | None = None,
     ) -> list[Record]:
-        """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each."""
-        path = self.path / "completions" / f"{_file_name(stage)}-{content_key(fields)}.jsonl"
+        """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each.
 
-        def make() -> bytes:
-            # A file of no records is a blank line: an empty file would look like a broken one.
-            return ("".join(canonical_json(record) + "\n" for record in compute()) or "\n").encode()
-
-        return self._stored(path, _parse_records, make)
+        ``mend`` is given stored records, and returns what they should be; where that differs it is stored instead.
+        """
+        key = content_key(fields)
+        place = f"completions/{_file_name(stage)}-{key}.jsonl"
+        is_there = os.path.lexists(self.path / place)
+        records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
+        if is_there and mend is not None and (mended := mend(records)) != records:
+            self._write(place, pack_records(self.key, stage, key, mended))
+            records = self._read(place)
+        return records
 
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
-        """Every stored record of a stage, or of all, in the order of the file names."""
-        for path in sorted((self.path / "completions").glob(f"{stage}-*.jsonl")):
-            try:
-                yield from _parse_records(path.read_bytes())
-            except ValueError as error:
-                _log.warning("%s is broken and left out: %s", path, error)
+        """Every record of finished stages of that name (``*`` stands for any letters), and of those in work here.
 
-    def _stored(self, path: Path, parse: Callable[[bytes], _Stored], make: Callable[[], bytes]) -> _Stored:
-        """What a file holds; a file that is absent or broken is made first."""
-        if path.is_file():
+        Raises:
+            InputError: a file is lost or damaged.
+        """
+        places = [place for name in self._stages if fnmatch(name, stage) for place in self._stages[name]]
+        for place in sorted(places):
+            if place.startswith("completions/"):
+                yield from self._read(place)
+
+    def _stored(self, place: str, stage: str, make: Callable[[], bytes]) -> Any:
+        """What a file holds; a file that is absent or damaged is made first."""
+        if os.path.lexists(self.path / place):
             try:
-                return parse(path.read_bytes())
-            except ValueError as error:
-                _log.warning("%s is broken and computed again: %s", path, error)
-                self._require_lock()
-                path.unlink()
-        content = make()
-        self._require_lock()
-        write_atomically(path, content)
-        return parse(content)
+                return self._read(place)
+            except InputError as error:
+                self._set_aside(place, error)
+        elif place in self._stages.get(stage, {}):
+            _log.warning("%s is lost and computed again", self.path / place)
+        self._write(place, make())
+        return self._read(place)
+
+    def _read(self, place: str) -> Any:
+        """What a file holds, once it fits what it says, its place, and the list of its stage where that is finished."""
+        path = self._inside(place)
+        try:
+            if not os.path.lexists(path):
+                raise DamagedError("it is lost")
+            held, value = _FOLDERS[place.split("/")[0]](read_regular(path, follows_links=False))
+            key, stage = held.key, held.stage
+            wanted = (f"completions/{stage}-{key}.jsonl", f"shards/{stage}/{key}.safetensors")
+            if held.run != self.key or not (place in wanted or (stage == _REMEMBERED and key in place)):
+                raise DamagedError(f"it belongs to another place or run: stage {stage}, key {key}")
+            told = held.count, held.sha256
+            if self._lock is None and self._stages.get(stage, {}).get(place, told) != told:
+                raise DamagedError("it is not the file that the finished stage lists")
+        except InputError as error:
+            again = "" if self._lock else "; the command that wrote it computes it again"
+            raise DamagedError(f"{path} is damaged: {error}{again}") from None
+        self._stages.setdefault(stage, {})[place] = told
+        return value
+
+    def _places(self) -> list[str]:
+        """Every stored part that is there."""
+        return [place for folder in sorted(_FOLDERS) for place in self._names(f"{folder}/**/*.*")]
+
+    def _set_aside(self, place: str, error: InputError) -> None:
+        """Move a damaged file away, so that it is computed again; a run that is only read is refused instead."""
+        if self._lock is None:
+            raise error
+        aside = self._inside(f"set-aside/{place}")
+        with as_input_error(aside):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / place, aside)
+        _log.warning("%s. What was there is in %s", error, aside)
+
+    # Results.
 
     @property
     def n_stored(self) -> int:
@@ -228,44 +325,215 @@ class RunDirectory:
         return sum(1 for pattern in ("shards/*/*.safetensors", "completions/*.jsonl") for _ in self.path.glob(pattern))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it."""
-        self._write_json("results.json", results)
+        """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it.
+
+        Every stage that has files is finished then, and listed first.
+        """
+        readable_json("results.json", results)  # names a number that is not finite, while nothing is written
+        with self.writing():
+            places, listed_places = self._places(), {place for files in self._stages.values() for place in files}
+            for place in places:
+                if place not in listed_places:
+                    try:
+                        self._read(place)
+                    except InputError as error:
+                        self._set_aside(place, error)
+            stages = {}
+            for stage, files in sorted(self._stages.items()):
+                listed = [[place, *files[place]] for place in places if place in files]
+                stages[stage] = content_key({"files": listed})
+                self._write_json(f"stages/{stage}.json", {"stage": stage, "files": listed})
+            self._write_json("results.json", {**results, "stages": stages})
 
     def read_results(self) -> dict[str, Any]:
         """What :meth:`write_results` wrote."""
-        return read_json(self.path / "results.json")
+        results = self._read_json("results.json") if self._results is None else dict(self._results)
+        results.pop("stages", None)
+        return results
 
-    def write_timings(self, timings: Mapping[str, Any]) -> None:
-        """Write ``timings.json``: seconds, dates and rates, kept apart from the results."""
-        self._write_json("timings.json", timings)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, no other process writes results: what is read first and added to loses nobody's."""
+        with self._results_lock:
+            self._load_stages()
+            yield
+
+    def _read_finished(self) -> None:
+        """Read the results and the lists of finished stages, which must fit each other."""
+        results = self._read_json("results.json")
+        named = results.get("stages")
+        if not isinstance(named, dict):
+            raise DamagedError(f"{self.path / 'results.json'} has no stages")
+        self._stages = {}
+        for stage, digest in named.items():
+            self._load_stage(f"stages/{stage}.json")
+            listed = [[place, *told] for place, told in sorted(self._stages.get(stage, {}).items())]
+            if content_key({"files": listed}) != digest:
+                raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
+        self._results = results
+
+    def _load_stage(self, place: str) -> None:
+        stage = converted(self._read_json(place), Stage)
+        listed = {file: (count, sha256) for file, count, sha256 in stage.files}
+        self._stages[stage.stage] = listed | self._stages.get(stage.stage, {})
+
+    def _load_stages(self) -> None:
+        for place in self._names("stages/*.json"):
+            try:
+                self._load_stage(place)
+            except InputError as error:
+                self._set_aside(place, error)
+
+    # Times, reports, checks.
+
+    def add_timings(self, timings: Mapping[str, Any]) -> None:
+        """Add to ``timings.json``: seconds, dates and rates, kept apart from the results."""
+        try:
+            known = self.read_timings()
+        except InputError as error:
+            self._set_aside("timings.json", error)
+            known = {}
+        for name, value in timings.items():
+            before = known.get(name)
+            known[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        self._write_json("timings.json", known)
 
     def read_timings(self) -> dict[str, Any]:
-        """What :meth:`write_timings` wrote; empty where the run has none."""
-        path = self.path / "timings.json"
-        return read_json(path) if path.is_file() else {}
+        """What :meth:`add_timings` wrote; empty where the run has none."""
+        return self._read_json("timings.json") if (self.path / "timings.json").exists() else {}
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        """Every start, the first one first: part, date, command, machine and process."""
+        return [self._read_json(place) for place in self._names("starts/*.json")]
+
+    def facts(self) -> dict[str, Any]:
+        """``config``, and what was remembered by its name: for pages."""
+        return {"config": self.manifest.config, **self.remembered()}
 
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
         """Write ``report/index.html`` after the pages it links to by name; an opened run takes one too."""
-        path = self.path / "report" / "index.html"
-        for name, page in (pages or {}).items():
-            write_atomically(path.with_name(name), page.encode())
-        write_atomically(path, html.encode())
-        return path
+        for name, page in {**(pages or {}), "index.html": html}.items():
+            write_atomically(self._inside(f"report/{name}"), page.encode())
+        return self.path / "report" / "index.html"
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self._require_lock()
-        write_atomically(self.path / name, readable_json(name, value).encode())
+    @classmethod
+    def verify(cls, path: str | os.PathLike[str]) -> Verification:
+        """Read every file of a run, and hold it to its checksums and to the lists of finished stages."""
+        folder = Path(path)
+        return cls(folder, _read_manifest(folder))._verified()
 
-    def _require_lock(self) -> None:
+    def _verified(self) -> Verification:
+        found = Verification(finished=(self.path / "results.json").exists())
+
+        def check(names: Iterable[str], read: Callable[[str], Any]) -> None:
+            for name in names:
+                found.n_files += 1
+                try:
+                    read(name)
+                except InputError as error:
+                    found.damaged[name] = str(error)
+
+        check(self._names("stages/*.json"), self._load_stage)
+        check(self._names("starts/*.json") + self._names("timings.json"), self._read_json)
+        check(self._names("results.json"), lambda _: self._read_finished())
+        listed = {place for files in self._stages.values() for place in files}
+        places = set(self._places())
+        check(sorted(places | listed), self._read)
+        found.unlisted = sorted(places - listed)
+        return found
+
+    def _names(self, pattern: str) -> list[str]:
+        return [str(path.relative_to(self.path)) for path in sorted(self.path.glob(pattern)) if path.name[0] != "."]
+
+    def _inside(self, place: str) -> Path:
+        """A path in the run directory; one that leads out of it by a symbolic link is refused."""
+        path = self.path
+        for name in Path(place).parts[:-1]:
+            path = path / name
+            if path.is_symlink():
+                raise InputError(f"{path} is a symbolic link, which may lead out of the run directory")
+        return self.path / place
+
+    def _write(self, place: str, content: bytes) -> None:
         if self._lock is None:
             raise RuntimeError(f"{self.path} is closed or was opened to be read")
+        write_atomically(self._inside(place), content)
+
+    def _write_json(self, place: str, value: Mapping[str, Any]) -> None:
+        self._write(place, readable_json(place, with_checksums(self.key, place, value)).encode())
+
+    def _read_json(self, place: str) -> dict[str, Any]:
+        path = self._inside(place)
+        try:
+            content = read_regular(path, follows_links=False)
+            return without_checksums(self.key, place, parse_json(content, place))
+        except InputError as error:
+            raise DamagedError(f"{self.path}: {error}") from None
 
 
-def _parse_records(content: bytes) -> list[Record]:
-    text = content.decode()
-    if not text.endswith("\n"):
-        raise ValueError("its last line is cut off")
-    return [json.loads(line) for line in text.splitlines() if line]
+def _read_manifest(folder: Path) -> Manifest:
+    told = parse_json(read_regular(folder / "manifest.json"), folder / "manifest.json")
+    version = told.get("schema_version")
+    if version != SCHEMA_VERSION:
+        other = f"its schema is {version}, this one reads {SCHEMA_VERSION}"
+        raise InputError(f"{folder} was written by another version of safetyheads: {other}")
+    try:
+        manifest = converted(told, Manifest)
+        without_checksums(content_key(manifest.config), "manifest.json", told)
+    except DamagedError as error:
+        raise DamagedError(f"{folder}: manifest.json: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise DamagedError(f"{folder}: manifest.json: config does not fit: {error}") from None
+    return manifest
+
+
+def _kept_manifest(folder: Path, config: Mapping[str, Any]) -> Manifest:
+    """The manifest that is there, once it fits ``config``, or a new one, which is written."""
+    given = parse_json(canonical_json(config), "config")
+    path, key = folder / "manifest.json", content_key(given)
+    if path.exists():
+        try:
+            manifest = _read_manifest(folder)
+        except DamagedError as error:
+            if not _is_of(folder, key):
+                raise
+            aside = folder / "set-aside" / path.name
+            write_atomically(aside, read_regular(path))
+            _log.warning("%s. It is written again; what was there is in %s", error, aside)
+        else:
+            if differences := _differences(manifest.config, given):
+                shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
+                raise InputError(
+                    f"{folder} holds a run with other settings: {', '.join(shown)}"
+                    f"{f', and {more} more' if more > 0 else ''}; give another output directory"
+                )
+            return manifest
+    fields = with_checksums(key, path.name, {"schema_version": SCHEMA_VERSION, "config": given})
+    write_atomically(path, readable_json(path.name, fields).encode())
+    return Manifest(SCHEMA_VERSION, given)
+
+
+def _is_of(folder: Path, key: str) -> bool:
+    """Whether a start of the run of that key was noted in a folder; its damaged manifest cannot tell."""
+    for path in (folder / "starts").glob("[!.]*.json"):
+        with suppress(InputError):
+            without_checksums(key, f"starts/{path.name}", parse_json(read_regular(path), path))
+            return True
+    return False
+
+
+def _process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _holder(folder: Path, part: str) -> str:
+    """Who does a part of a run, by its starts."""
+    for path in sorted((folder / "starts").glob("[!.]*.json"), reverse=True):
+        with suppress(InputError):
+            start = parse_json(read_regular(path), path)
+            if start.get("part") == part:
+                return f"process {start.get('pid')} on {start.get('host')}, since {start.get('started')}"
+    return "another process"
 
 
 def _differences(*configs: Mapping[str, Any]) -> list[str]:
@@ -301,4 +569,4 @@ def _refuse_other_files(folder: Path) -> None:
 def _is_ours(path: Path) -> bool:
     if path.name == ".gitignore":
         return path.read_bytes() == _GITIGNORE  # a user's .gitignore keeps an empty folder in git
-    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
+    return path.name.startswith(_LOCK) or (path.name.startswith(".") and path.name.endswith(PARTIAL))

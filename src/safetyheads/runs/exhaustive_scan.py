@@ -29,7 +29,7 @@ from safetyheads.measures.scorers import answer_sequences, scorer_of
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
-from safetyheads.runs.directory import SCHEMA_VERSION, Record
+from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import (
     AnswerTable,
@@ -48,6 +48,7 @@ from safetyheads.runs.run import (
     refuse_beyond_memory,
     refuse_groups,
 )
+from safetyheads.runs.stored_files import Record
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import skewed_mean
@@ -132,8 +133,6 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
         for sampling in samplings:
             for group_answers in run.answers("harmful", sampling).of_each("query_level", own_groups, ablation):
                 records += group_answers.flat()
-    manifest = run.directory.read_manifest()
-    tolerances = {name: value for name, value in manifest.items() if name.startswith("tolerance_")}
     about = {
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {
@@ -145,7 +144,7 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
         "coherence": coherence,
         "settings": {"n_random": config.n_random, "seed": config.seed},
         **measured,
-        "economy": asdict(run.economy) | {"tolerances": tolerances},
+        "economy": asdict(run.economy) | {"tolerances": run.directory.remembered("tolerance_")},
     }
     judges = [judge.describe() for judge in run.judges]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))

@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -16,14 +17,16 @@ from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
-from safetyheads.answers.surprise import AnswerKey, Surprises, row_tokens
+from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
+from safetyheads.files import canonical_json
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import Record, RunDirectory, content_key
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.stored_files import Record, content_key
 
 Placed: TypeAlias = tuple[int, Group, Answer]
 """An answer with the number of its prompt and what was ablated."""
@@ -35,11 +38,23 @@ _RECORDS_TOGETHER = 2048
 _LEAST_DRAFTED = 8
 
 
+# What rates are made of, verdicts aside.
+_OF_RATES = (
+    *("id", "set", "part", "group", "epsilon", "seed", "complete", "changed"),
+    *("behaviour", "answered", "surprise", "cluster"),
+)
+
+
+def _has_failed(record: Record) -> bool:
+    """Whether a judge failed on an answer for a passing reason."""
+    return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
+
+
 class Halved(set[str]):
     """Batches that did not fit the memory, by name; remembered, so that a resumed run halves them again."""
 
     def __init__(self, directory: RunDirectory) -> None:
-        super().__init__(name.removeprefix("halved_") for name in directory.read_manifest() if "halved_" in name[:7])
+        super().__init__(name.removeprefix("halved_") for name in directory.remembered("halved_"))
         self.directory = directory
 
     def add(self, name: str) -> None:
@@ -60,6 +75,8 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
     verdicts = {}
     for name, verdict in judged.verdicts.items():
         given = {field: value for field, value in asdict(verdict).items() if value not in (None, "")}
+        if not verdict.passing:
+            del given["passing"]
         # A judge's own words may repeat the answer, so they are stored only with it.
         if not stores_completions:
             given.pop("raw", None)
@@ -132,12 +149,18 @@ class KeptAnswers:
         stores_completions: bool = True,
         about: Mapping[str, Any] | None = None,
         measures_surprise: bool = False,
+        holds_texts: bool = True,
     ) -> None:
         """Prepare; nothing is computed yet.
 
         File names begin with the set's ``name``. ``about`` is what records depend on besides, such as the weights in a
-        run of several models. ``measures_surprise`` needs a model whose weights and attention nobody changes.
+        run of several models. ``measures_surprise`` needs a model whose weights and attention nobody changes. Without
+        ``holds_texts`` records of ablated answers have no texts in memory, which those of a large scan would fill.
         """
+        self.holds_texts = holds_texts
+        self.failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """By judge: answers by the passing reason why it gave no verdict; ``""`` counts all others."""
+        self._shared: dict[str, dict[str, Any]] = {}
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
         self.about = about or {}
@@ -146,6 +169,8 @@ class KeptAnswers:
         self.measures_surprise = measures_surprise
         self.limit: float | None = None
         """Surprise above which an answer is not coherent; the run sets it once it knows the unablated answers."""
+        self.costs: dict[str, Economy] = {}
+        """What each chunk of answers cost, in this process or an earlier one; a chunk's file begins with it."""
         self._drafts: dict[Ablation, VerifiedDrafts] = {}
 
     def vanilla(self) -> GroupAnswers:
@@ -158,7 +183,9 @@ class KeptAnswers:
             placed = [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
             return self._judged("vanilla", None, placed, self._surprises)
 
-        return self.directory.records(f"vanilla-{self.name}", self._judged_fields(None), compute)
+        if self.stores_completions:
+            _ = self.unablated, self._n_rows  # where they were lost they are made again
+        return self._kept(f"vanilla-{self.name}", self._judged_fields(None), compute)
 
     @cached_property
     def _surprises(self) -> Surprises | None:
@@ -280,28 +307,28 @@ class KeptAnswers:
         return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
     def _label(self, ablation: Ablation | None = None) -> str:
-        """Ends the names of what the manifest remembers of the drafts, under an ablation or at all."""
+        """Ends the names of what is remembered of the drafts, under an ablation or at all."""
         sampling = self.decoding.sampling
         ablated = "" if ablation is None else f"_{ablation.name}_{ablation.epsilon:g}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
         return f"{self.name}{ablated}_{sampling.seed}{sampled}"
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
-        """Whether groups are answered by drafts; a resumed run decides as the first start did, by the manifest."""
-        manifest, fit = self.directory.read_manifest(), f"drafts_fit_{self._label()}"
-        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._label(ablation)}" not in manifest:
+        """Whether groups are answered by drafts; a resumed run decides as the first start did."""
+        known, fit = self.directory.remembered(), f"drafts_fit_{self._label()}"
+        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._label(ablation)}" not in known:
             return False
-        if fit not in manifest:
+        if fit not in known:
             self.directory.remember(fit, drafts_fit(self.engine, self.asked.token_ids, self.unablated))
-        return bool(self.directory.read_manifest()[fit])
+        return bool(known[fit])
 
     def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:
         """The drafts under an ablation; only those used last are held."""
         if ablation not in self._drafts:
             self._drafts.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
-            label, manifest = self._label(ablation), self.directory.read_manifest()
-            plan = manifest.get(f"plan_drafts_{label}")
+            label, known = self._label(ablation), self.directory.remembered()
+            plan = known.get(f"plan_drafts_{label}")
             verified = VerifiedDrafts(
                 self.engine,
                 self.asked.token_ids,
@@ -310,7 +337,7 @@ class KeptAnswers:
                 self.judging.stop,
                 self.unablated,
                 None if plan is None else Plan.from_dict(plan),
-                manifest.get(f"tolerance_{label}"),
+                known.get(f"tolerance_{label}"),
                 self._n_rows,
                 self._halved,
             )
@@ -349,29 +376,70 @@ class KeptAnswers:
                     else:
                         table, economy = drafts(self._drafts_under(ablation), chunks[at], done)
                         answers = [decoded for row in table for decoded in row]
-                    self.directory.remember(f"economy_{content_key(fields)}", asdict(economy))
                     placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
                     if self._surprises is not None and not self.stores_completions:
                         # A resumed run cannot read back which answers other chunks had, so no chunk may use them.
                         self._surprises.known = dict(unablated)
-                    return self._judged(part, ablation.epsilon, placed, self._surprises)
+                    return [asdict(economy), *self._judged(part, ablation.epsilon, placed, self._surprises)]
 
-                chunk = self.directory.records(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                cost, *chunk = self._kept(f"{part.replace('_', '-')}-{self.name}", fields, compute)
+                self.costs[content_key(fields)] = Economy(**cost)
+                if drafts is not None and f"tolerance_{self._label(ablation)}" not in self.directory.remembered():
+                    self._drafts_under(ablation)
                 if self._surprises is not None and self.stores_completions:
                     self._surprises.known |= {
-                        (record["id"], tuple(record["token_ids"])): record["surprise"]
+                        answer_key(record["id"], record["token_ids"]): record["surprise"]
                         for record in chunk
                         if "surprise" in record
                     }
-                records += chunk
+                records += chunk if self.holds_texts else map(self._without_texts, chunk)
         return records
+
+    def _kept(self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[Record]:
+        """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""
+
+        def mend(records: list[Record]) -> list[Record]:
+            failed = [record for record in records if _has_failed(record)]
+            if not failed or not self.stores_completions:
+                return compute() if failed else records
+            placed, known = [], {}
+            for record in failed:
+                number, token_ids, finished = record["id"], tuple(record["token_ids"]), record["finished"]
+                limit = len(token_ids) + (not record["complete"])
+                decoded = Answer(token_ids, finished, limit, (), record["route"], record["changed"])
+                placed.append((number, parse_heads(record["group"]), decoded))
+                given = {name: Verdict(**verdict) for name, verdict in record["verdicts"].items()}
+                sound = {name: verdict for name, verdict in given.items() if not verdict.passing}
+                known[*answer_key(number, token_ids), finished] = sound
+            judged = iter(self.judging.judged(placed, known=known))
+            return [
+                {**record, "verdicts": record_of(next(judged), {}, True)["verdicts"]} if _has_failed(record) else record
+                for record in records
+            ]
+
+        records = self.directory.records(stage, fields, compute, mend)
+        for record in records:
+            for name, verdict in record.get("verdicts", {}).items():
+                self.failures[name][verdict["reason"] if verdict.get("passing") else ""] += 1
+        return records
+
+    def _without_texts(self, record: Record) -> Record:
+        """A record with all that rates are made of; equal verdicts are held once."""
+        verdicts = {
+            name: {"label": verdict["label"], "reason": verdict["reason"], "score": verdict.get("score")}
+            for name, verdict in record["verdicts"].items()
+        }
+        kept = {name: record[name] for name in _OF_RATES if name in record}
+        for name in ("set", "part", "group", "behaviour"):
+            kept[name] = sys.intern(kept[name])
+        return kept | {"verdicts": self._shared.setdefault(canonical_json(verdicts), verdicts)}
 
     def _unablated_surprises(self) -> dict[AnswerKey, float]:
         """How surprising the unablated answers are; they are known from here on."""
         if self._surprises is None:
             return {}
         known = {
-            (record["id"], self.unablated[record["id"]].token_ids): record["surprise"]
+            answer_key(record["id"], self.unablated[record["id"]].token_ids): record["surprise"]
             for record in self._unablated_records
             if "surprise" in record
         }

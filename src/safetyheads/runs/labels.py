@@ -22,9 +22,10 @@ from safetyheads.files import as_input_error, canonical_json
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
-from safetyheads.runs.directory import Record, RunDirectory
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import GroupAnswers, answer_table, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
@@ -156,7 +157,8 @@ def validate(
             "accuracy": {name: {"n": entry.n, **asdict(entry)} for name, entry in accuracy.items()},
             "rates": list(_corrected_rates(directory, records, judge_name, accuracy["complied"], truth if own else {})),
         }
-    with RunDirectory.start(folder, directory.read_manifest()["config"], started) as run:
+    with RunDirectory.start(folder, directory.manifest.config, started, "labels") as run, run.writing():
+        results = run.read_results()
         run.write_results({**results, "validation": {**results.get("validation", {}), **found}})
     return found
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
-from safetyheads.runs.directory import Record, RunDirectory
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import (
     CONFIDENCE,

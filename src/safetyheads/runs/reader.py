@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from safetyheads.display import Table, chart, rate_row
-from safetyheads.errors import IncompleteError, InputError
-from safetyheads.files import as_input_error
+from safetyheads.errors import InputError
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import is_coherent, rate_as_json
 from safetyheads.stats.gain_over_random import SizeOutcome
@@ -83,7 +81,7 @@ _PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
 }
 """Where results have a rate: below those of the unablated model, or of a group."""
 # Answers of every group for an audit, of the unablated model for a scan.
-_ANSWER_FILES = {"audit": "*_test-*.jsonl", "scan": "vanilla-*.jsonl"}
+_STAGES = {"audit": "*_test", "scan": "vanilla-*"}
 
 
 class RunReader(Table):
@@ -92,7 +90,7 @@ class RunReader(Table):
     Attributes:
         kind: ``audit`` or ``scan``.
         shape: layers, and heads in each.
-        started: when it was first started, UTC; None where the manifest does not say.
+        started: when it was first started, UTC; None where nothing says.
         verdict: the verdict's label; a scan has none.
         lead_score: the score that the run leads with.
         lead_heads: heads of the verdict's group in the order of the search; of a scan, heads that differ (Tarone).
@@ -111,18 +109,19 @@ class RunReader(Table):
             InputError: no run is there, it has not finished, or its results are of another kind or version.
         """
         directory = RunDirectory.open(path)
-        manifest, results = directory.read_manifest(), directory.read_results()
+        results = directory.read_results()
         kind, version = results.get("kind"), results.get("schema_version")
         if kind not in _REQUIRED or version != SCHEMA_VERSION:
             raise InputError(
                 f"{path} holds results of kind {kind!r}, schema {version!r}; "
                 f"what is read are audits and scans of schema {SCHEMA_VERSION}"
             )
-        self.path, self.kind, self.config, self.results = path, kind, manifest.get("config") or {}, results
+        self.path, self.kind, self.directory = path, kind, directory
+        self.config, self.results = directory.manifest.config, results
         for name in _REQUIRED[kind]:
             if _value_at(results, name) is None:
                 raise InputError(f"{path}: its results.json has no {name}")
-        self.started, self.model = _start_time(manifest), str(results["model"]["name"])
+        self.started, self.model = _start_time(directory.read_starts()), str(results["model"]["name"])
         self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
         self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
         self.limit: float | None = _value_at(results, "coherence.limit")
@@ -278,16 +277,8 @@ class RunReader(Table):
         return known if len(known) == len(clusters) > len({*known}) else None
 
     def _answer_records(self) -> Iterator[Mapping[str, Any]]:
-        for path in sorted((self.path / "completions").glob(_ANSWER_FILES[self.kind])):
-            with as_input_error(path, "read"):
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            try:
-                records = [json.loads(line) for line in filter(None, lines)]
-            except ValueError:
-                reason = f"{path} is broken; start the run again with the same command to mend it"
-                raise IncompleteError(reason) from None
-            # Records of other stages, such as teacher-forced tokens, are no answers.
-            yield from (record for record in records if "verdicts" in record)
+        # Records of other stages, such as teacher-forced tokens, are no answers.
+        return (record for record in self.directory.stored_records(_STAGES[self.kind]) if "verdicts" in record)
 
     def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
         """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
@@ -329,10 +320,10 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(groups, key=lambda group: int(group["size"]))
 
 
-def _start_time(manifest: Mapping[str, Any]) -> datetime | None:
-    """When the run was first started, UTC; None where the manifest does not say."""
+def _start_time(starts: Sequence[Mapping[str, Any]]) -> datetime | None:
+    """When the run was first started, UTC; None where nothing says."""
     try:
-        started = datetime.fromisoformat(manifest["provenance"][0]["started"])
+        started = datetime.fromisoformat(starts[0]["started"])
     except (LookupError, TypeError, ValueError):
         return None
     return started.replace(tzinfo=UTC) if started.tzinfo is None else started.astimezone(UTC)

@@ -15,16 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import canonical_json
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import Record, RunDirectory, content_key
+from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
 from safetyheads.runs.rates import identity, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
+from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.intervals import Rate
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
@@ -45,16 +46,18 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         not, ``n_differing``, and ``seconds`` of this start.
 
     Raises:
-        InputError: no finished audit or scan; no answers in it; a judge that the run has already.
+        InputError: no finished audit or scan; no answers in it; a judge of the run itself.
+        SafetyheadsError: the judge gave no verdict at all.
     """
-    opened = RunDirectory.open(folder)
-    results, manifest = opened.read_results(), opened.read_manifest()
-    if results.get("kind") not in ("audit", "scan"):
-        raise InputError(f"{folder} holds results of kind {results.get('kind')!r}; what is judged again: audits, scans")
-    names = [described["name"] for described in results["judges"]] + list(results.get("rejudged", {}))
-    if judge.name in names:
-        raise InputError(f"{folder} has verdicts of {judge.name} already; its judges are {', '.join(names)}")
-    with RunDirectory.start(folder, manifest["config"], started) as run:
+    opened = open_judged(folder)
+    results = opened.read_results()
+    # One that was added before is asked what it failed on, and about nothing else.
+    there = {described["name"]: described for described in later_judges(results)}
+    if judge.name in [described["name"] for described in opened.manifest.config["judges"]]:
+        raise InputError(f"{judge.name} is a judge of {folder} itself: the run's own command asks it again")
+    if canonical_json(there.get(judge.name, judge.describe())) != canonical_json(judge.describe()):
+        raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
+    with RunDirectory.start(folder, opened.manifest.config, started, f"judge-{_file_name(judge.name)}") as run:
         records = [record for record in run.stored_records() if "verdicts" in record]
         if not records or any("text" not in record for record in records):
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
@@ -62,15 +65,23 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         begun = time.monotonic()
         verdicts = _whole_rates(records, _verdicts(run, judge, records, results, progress))
         seconds = time.monotonic() - begun
+        asked = [verdict for verdict in verdicts if verdict.reason != CUT]
+        if asked and all(verdict.passing for verdict in asked):
+            reasons = "; ".join(sorted({verdict.reason for verdict in asked}))
+            again = "nothing was added; the same command asks again"
+            raise SafetyheadsError(f"{judge.name} gave no verdict on any of {len(asked)} answers ({reasons}): {again}")
         stored = [
             {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
             for record, verdict in zip(records, verdicts, strict=True)
         ]
         # So that later judges and reports find them.
-        fields = {"judge": judge.describe(), "rows": _sha256(stored)}
-        run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored)
-        merged = list(with_later_verdicts(run, records, [*names, judge.name]))
-        _write_results(run, results, merged, judge)
+        fields = {"judge": judge.describe()}
+        run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored, lambda _: stored)
+        with run.writing():
+            results = run.read_results()
+            names = [described["name"] for described in later_judges(results)]
+            merged = list(with_later_verdicts(run, records, [*names, judge.name]))
+            _write_results(run, results, merged, judge)
     lead = results["lead_judge"]
     by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
     both = {lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts}
@@ -86,6 +97,20 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         "n_differing": len(agreed.indices),
         "seconds": seconds,
     }
+
+
+def open_judged(folder: Path) -> RunDirectory:
+    """A finished audit or scan; raises InputError for other runs, which nobody judges again."""
+    opened = RunDirectory.open(folder)
+    kind = opened.read_results().get("kind")
+    if kind not in ("audit", "scan"):
+        raise InputError(f"{folder} holds results of kind {kind!r}; what is judged again: audits, scans")
+    return opened
+
+
+def later_judges(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The judges that results describe, the run's own first."""
+    return [*results.get("judges", ()), *(entry["judge"] for entry in results.get("rejudged", {}).values())]
 
 
 def _verdicts(
@@ -122,8 +147,14 @@ def _verdicts(
                 given = verdicts_of(judge, [completions[key] for key in chunk])
                 return [{"verdict": asdict(verdict)} for verdict in given]
 
+            def mend(stored: list[Record], chunk: Sequence[str] = chunk) -> list[Record]:
+                failed = [key for key, record in zip(chunk, stored, strict=True) if record["verdict"]["passing"]]
+                given = verdicts_of(judge, [completions[key] for key in failed]) if failed else ()
+                new = {key: {"verdict": asdict(verdict)} for key, verdict in zip(failed, given, strict=True)}
+                return [new.get(key, record) for key, record in zip(chunk, stored, strict=True)]
+
             fields = {"judge": described, "answers": chunk}
-            stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute)
+            stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute, mend)
             by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
     return [Verdict("unscored", CUT) if key is None else by_key[key] for key in keys]
@@ -145,7 +176,8 @@ def _whole_rates(records: Sequence[Record], verdicts: Sequence[Verdict]) -> list
 def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:
     """Add the judge to the results; a scan's are made anew, an audit's verdict stays the run's own."""
     if results["kind"] == "scan":
-        judges = [*results["judges"], judge.describe()]
+        is_new = all(described["name"] != judge.name for described in results["judges"])
+        judges = [*results["judges"], *[judge.describe()] * is_new]
         run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
         return
     entry = {"judge": judge.describe(), "rates": _rates(merged, judge.name)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -51,10 +51,11 @@ from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
-from safetyheads.runs.directory import SCHEMA_VERSION, Record, RunDirectory, content_key
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.estimate import Estimate, Work, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
+from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
@@ -190,12 +191,14 @@ class Run(Generic[Config]):
         decoding: Decoding | None = None,
         stores_completions: bool = True,
         measures_surprise: bool = False,
+        holds_texts: bool = True,
     ) -> None:
         """Prepare; nothing is computed yet. Runs of several models can share a directory; the first judge leads.
 
-        ``measures_surprise`` is for models that nobody changes but by ablations.
+        ``measures_surprise`` is for models that nobody changes but by ablations; ``holds_texts`` is as for
+        :class:`.kept_answers.KeptAnswers`.
         """
-        self.measures_surprise = measures_surprise
+        self.measures_surprise, self.holds_texts = measures_surprise, holds_texts
         self.limit: float | None = None
         """Surprise above which answers are not coherent, once :meth:`find_limit` found it."""
         self.work: Work | None = None
@@ -238,6 +241,7 @@ class Run(Generic[Config]):
                 self.stores_completions,
                 self._about[name],
                 self.measures_surprise,
+                self.holds_texts,
             )
             self._answers[name, sampling].limit = self.limit
         return self._answers[name, sampling]
@@ -441,11 +445,25 @@ class Run(Generic[Config]):
             judge.name: sum(judging.seconds[judge.name] for judging in self._judging.values()) for judge in self.judges
         }
 
+    def failed_judges(self) -> dict[str, Any]:
+        """What judges failed on for passing reasons, as results hold it; empty where they failed on nothing."""
+        counts = defaultdict[str, Counter[str]](Counter)
+        for answers in self._answers.values():
+            for name, reasons in answers.failures.items():
+                counts[name] += reasons
+        failed = {
+            name: {"n": total - reasons.pop("", 0), "of": total, "reasons": dict(sorted(reasons.items()))}
+            for name, reasons in counts.items()
+            if (total := reasons.total()) > reasons[""]
+        }
+        return {"failed_judges": failed} if failed else {}
+
     @property
     def economy(self) -> Economy:
         """What all answers cost, in this process and earlier ones."""
-        stored = (value for name, value in self.directory.read_manifest().items() if name.startswith("economy_"))
-        return sum((Economy(**value) for value in stored), Economy())
+        drafts = (Economy(**value) for _, value in sorted(self.directory.remembered("economy_").items()))
+        chunks = (cost for answers in self._answers.values() for cost in answers.costs.values())
+        return sum((*drafts, *chunks), Economy())
 
 
 _RANDOM = "random-groups"
@@ -557,7 +575,7 @@ def carry_out(
             count_requests_in(directory.path, judges)
             started = time.monotonic()
             stores, decoding = getattr(settings, "store_completions", True), _decoding_of(settings, kind.full_answers)
-            run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise)
+            run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise, False)
             for name, prompt_set in prompts.items():
                 run.add(name, prompt_set)
             progress.expect(work.stages)
@@ -570,9 +588,10 @@ def carry_out(
                 **({"word_judges": run.judges_of_words()} if judged else {}),
                 "warnings": warnings_of(engine, list(asked.values()), n_new, caught),
             }
+            results |= run.failed_judges() if judged else {}
             directory.write_results(results)
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
-            directory.write_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
+            directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
 
 

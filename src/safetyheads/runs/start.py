@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from safetyheads.errors import InputError
 from safetyheads.model.names import find_model, is_named
 from safetyheads.runs.config import ModelOptions, Progress
-from safetyheads.runs.directory import content_key
+from safetyheads.runs.stored_files import content_key
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine

@@ -1,0 +1,327 @@
+"""Counts what is survived: kills of every command at random moments, and damaged run directories.
+
+    python bench/robustness.py                  all counters, 50 moments a command
+    python bench/robustness.py --moments 5 --only kills
+
+A counter is a function that yields what it tried, by name, and whether it held; :data:`COUNTERS` has them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DEMO = "demo:aligned_a --prompts demo --judge paper --judge phrases --limit 3 --max-new-tokens 10 --threads 1 --quiet"
+# Those of the second group read a finished run, which is copied before.
+COMMANDS = {
+    "audit": f"audit {DEMO} --benign demo --n-random 2 --size 2 --anyway --out OUT",
+    "scan": f"scan {DEMO} --benign demo --pairs 3 --prefixes 2 --n-random 2 --query-level 2 --out OUT",
+    "asr": f"asr {DEMO} --heads 1-3,2-5 --query-level 2 --out OUT",
+    "reproduce": "reproduce fig13 --limit 4 --threads 1 --quiet --out OUT",
+    "eval": "eval demo:aligned_a --tasks organism --limit 4 --heads 1-3 --threads 1 --quiet --out OUT",
+    "judge": "judge OUT --judge released --quiet",
+    "report": "report OUT",
+    "compare": "compare OUT OUT --allow-warnings --report OUT/pages --report OUT/pages/compare.md",
+}
+READING = ("judge", "report", "compare")
+"""Commands that are given a finished scan."""
+WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore")
+"""What may differ between two runs of the same bytes: dates, seconds, what was set aside."""
+
+# Loads the model once and forks for each line "out moment arguments"; a moment in seconds, or as the number of the
+# write before which the process kills itself; 0 for none. Answers the exit status, and how often it wrote.
+SERVER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from safetyheads.cli import app, show
+from safetyheads.demo import load_demo
+from safetyheads.runs import kept_answers
+kept_answers._RECORDS_TOGETHER = 33  # eleven heads a file, so that there are several
+engine = load_demo("aligned_a").engine
+app.load_engine = lambda *_, **__: engine
+replace = os.replace
+
+def child(moment, arguments):
+    written = 0
+    def counted(*names):
+        nonlocal written
+        written += 1
+        if isinstance(moment, int) and written == moment:
+            os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
+        replace(*names)
+    os.replace = counted
+    if isinstance(moment, float):
+        signal.setitimer(signal.ITIMER_REAL, moment)  # ends the process as SIGKILL does: nobody handles it
+    try:
+        app.main(arguments)
+    finally:
+        os.write(answers[1], written.to_bytes(4, "little"))
+
+for line in sys.stdin:
+    moment, *arguments = line.split()
+    answers = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.dup2(2, 1)
+        child(float(moment) if "." in moment else int(moment), arguments)
+        os._exit(0)
+    os.close(answers[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    written = int.from_bytes(os.read(answers[0], 4), "little")
+    os.close(answers[0])
+    print(status, written, flush=True)
+"""
+
+
+class Commands:
+    """Runs commands in forks of one process that has loaded the model."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors
+        """File of all that is said on stderr."""
+        with errors.open("wb") as file:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.server = subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=environment, **pipes)
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait()
+
+    def run(self, name: str, out: Path, moment: float = 0) -> tuple[int, int]:
+        """The exit status (negative: the signal), and the number of files written."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(moment, COMMANDS[name].replace("OUT", str(out)), file=self.server.stdin, flush=True)
+        status, written = self.server.stdout.readline().split()
+        return int(status), int(written)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a command leaves that nobody interrupts."""
+
+    out: Path
+    """Its run directory."""
+    given: Path | None
+    """What it was given; None for an empty place."""
+    writes: int
+    """Files written."""
+    seconds: float
+    """Time taken."""
+
+    def fresh(self, out: Path) -> Path:
+        """A place where the command can start."""
+        shutil.rmtree(out, ignore_errors=True)
+        if self.given is not None:
+            shutil.copytree(self.given, out)
+        return out
+
+
+def whole_run(commands: Commands, name: str, folder: Path, given: Path | None = None) -> Whole:
+    """The command uninterrupted."""
+    out = folder / name
+    whole = Whole(out, given, 0, 0.0)
+    whole.fresh(out)
+    started = time.monotonic()
+    status, writes = commands.run(name, out)
+    if status:
+        raise RuntimeError(f"{name} ended with {status}: {commands.errors.read_text()[-500:]}")
+    return Whole(out, given, writes, time.monotonic() - started)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file but those that may differ; the directory's own path is left out of texts."""
+    names = (path for path in out.rglob("*") if path.is_file())
+    files = {str(path.relative_to(out)): path for path in names}
+    return {
+        name: path.read_bytes().replace(str(out).encode(), b"OUT")
+        for name, path in files.items()
+        if not name.startswith(WITHOUT_BYTES)
+    }
+
+
+def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: float) -> bool:
+    """Whether a command that is killed at a moment, and started again, leaves the bytes of one that was not.
+
+    Nothing that was stored before the kill is computed again.
+    """
+    commands.run(name, whole.fresh(out), moment)
+    stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
+    times = {path: path.stat().st_mtime_ns for path in stored}
+    status, _ = commands.run(name, out)
+    return (
+        status == 0
+        and contents(out) == contents(whole.out)
+        and all(path.stat().st_mtime_ns == when for path, when in times.items())
+    )
+
+
+def kills(commands: Commands, folder: Path, moments: int) -> Iterator[tuple[str, bool]]:
+    """Every command is killed at random moments."""
+    chosen, scan = random.Random(0), None
+    for name in COMMANDS:
+        whole = whole_run(commands, name, folder, scan if name in READING else None)
+        scan = whole.out if name == "scan" else scan
+        for number in range(moments):
+            moment = max(0.001, chosen.uniform(0, whole.seconds))
+            yield f"{name} {number}", survives(commands, name, whole, folder / "killed", moment)
+
+
+# Damages: each changes files of a finished run, and gives the names of those that must be found.
+
+
+def _flip(path: Path, at: int) -> str:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def _shards(out: Path) -> list[Path]:
+    return sorted((out / "shards").rglob("[!.]*.safetensors"))
+
+
+def _answers(out: Path, stage: str = "vanilla") -> list[Path]:
+    return sorted((out / "completions").glob(f"{stage}-*.jsonl"))
+
+
+def _swap(one: Path, other: Path) -> list[str]:
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    return [one.name, other.name]
+
+
+def _lines(path: Path, change: Callable[[list[str]], list[str]]) -> str:
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    return path.name
+
+
+def _replaced(path: Path, old: str, new: str) -> str:
+    text = path.read_text()
+    if old not in text:
+        raise ValueError(f"{path} has no {old}")
+    path.write_text(text.replace(old, new, 1))
+    return path.name
+
+
+def _lost(path: Path) -> str:
+    path.unlink()
+    return path.name
+
+
+def _emptied(path: Path) -> str:
+    path.write_bytes(b"")
+    return path.name
+
+
+def _linked(path: Path) -> str:
+    path.rename(path.with_name("elsewhere.txt"))
+    path.symlink_to(path.with_name("elsewhere.txt"))
+    return path.name
+
+
+def _other_run(path: Path, out: Path) -> str:
+    """Puts a whole file of another run in the place of this one's."""
+    from safetyheads.runs.stored_files import pack_records, unpack_records
+
+    held, records = unpack_records(path.read_bytes())
+    path.write_bytes(pack_records("another run", held.stage, held.key, records))
+    return path.name
+
+
+DAMAGES: dict[str, Callable[[Path], str | list[str]]] = {
+    "a bit of a shard's numbers flips": lambda out: _flip(_shards(out)[0], -3),
+    "a bit of a shard's header flips": lambda out: _flip(_shards(out)[1], 20),
+    "two shards are swapped": lambda out: _swap(*_shards(out)[2:4]),
+    "a shard is lost": lambda out: _lost(_shards(out)[4]),
+    "a label is edited": lambda out: _replaced(_answers(out)[0], '"refused"', '"complied"'),
+    "two lines are swapped": lambda out: _lines(_answers(out, "heads")[0], lambda x: [*x[:3], x[4], x[3], *x[5:]]),
+    "a line is lost": lambda out: _lines(_answers(out, "heads")[1], lambda lines: lines[:3] + lines[4:]),
+    "the last line is cut": lambda out: _lines(_answers(out, "drafts")[0], lambda x: [*x[:-1], x[-1][:-9]]),
+    "a file is lost": lambda out: _lost(_answers(out, "prefixes")[0]),
+    "a file is empty": lambda out: _emptied(_answers(out, "random")[0]),
+    "a file is a link": lambda out: _linked(_answers(out, "pairs")[0]),
+    "a file is of another run": lambda out: _other_run(_answers(out, "query-level")[0], out),
+    "a remembered plan is edited": lambda out: _replaced(
+        sorted((out / "remembered").glob("plan_harmful-*"))[0], '"groups_per_batch":', '"groups_per_batch":1'
+    ),
+    "the list of a stage is lost": lambda out: _lost(out / "stages/heads-harmful.json"),
+    "a number of the results is edited": lambda out: _replaced(out / "results.json", '"count": ', '"count": 1'),
+    "the manifest is edited": lambda out: _replaced(out / "manifest.json", '"dtype": "float32"', '"dtype": "float16"'),
+}
+
+
+def damages(commands: Commands, folder: Path, moments: int) -> Iterator[tuple[str, bool]]:
+    """Each damage of a finished scan is found and named, and mended by the scan's command."""
+    whole = whole_run(commands, "scan", folder)
+    for name in DAMAGES:
+        yield name, finds_and_mends(commands, whole, folder / "damaged", name)
+
+
+def finds_and_mends(commands: Commands, whole: Whole, out: Path, *names: str) -> bool:
+    """Whether ``verify`` names the files, the report is refused or unchanged, and a further start mends all."""
+    from safetyheads.errors import InputError
+    from safetyheads.runs.directory import RunDirectory
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(whole.out, out)
+    damaged: list[str] = []
+    for name in names:
+        changed = DAMAGES[name](out)
+        damaged += [changed] if isinstance(changed, str) else changed
+    try:
+        found = " ".join(RunDirectory.verify(out).damaged)
+    except InputError as error:
+        found = str(error)
+    status, _ = commands.run("report", out)
+    fits = status == 2 or contents(out)["report/index.html"] == contents(whole.out)["report/index.html"]
+    named = all(name in found for name in damaged)
+    again, _ = commands.run("scan", out)
+    return fits and named and again == 0 and contents(out) == contents(whole.out)
+
+
+COUNTERS: dict[str, Callable[[Commands, Path, int], Iterator[tuple[str, bool]]]] = {
+    "kills": kills,
+    "damages": damages,
+}
+"""What is counted, by name."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print, and return 1 where anything was not survived."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--moments", type=int, default=50, help="kills of each command")
+    parser.add_argument("--only", action="append", choices=COUNTERS, help="these counters alone")
+    given = parser.parse_args(arguments)
+    lost = 0
+    with tempfile.TemporaryDirectory() as place, Commands(Path(place) / "errors.txt") as commands:
+        for name in given.only or COUNTERS:
+            held = list(COUNTERS[name](commands, Path(place), given.moments))
+            failed = [what for what, holds in held if not holds]
+            lost += len(failed)
+            print(
+                json.dumps({"counter": name, "tried": len(held), "survived": len(held) - len(failed), "lost": failed})
+            )
+    return int(lost > 0)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Makes and reads files that say what they hold: the run, a key, a count, and a checksum over the content.
+
+A file that was cut, edited, swapped or written for another run does not fit what it says, and is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import msgspec
+
+from safetyheads.errors import InputError, first_line
+from safetyheads.files import canonical_json, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Record: TypeAlias = dict[str, Any]
+"""A stored line of JSON."""
+Fits = TypeVar("Fits")
+
+_CHECKED = "checksums"
+
+
+class DamagedError(InputError):
+    """A stored file does not hold what it says, or what its place says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a file of records or tensors says of itself: its first line, or its metadata."""
+
+    run: str
+    """Key of the config of the run that wrote it."""
+    stage: str
+    """What it is a part of."""
+    key: str
+    """Names what the content depends on, the run's config aside."""
+    count: int
+    """Records or tensors in it."""
+    sha256: str = ""
+    """Checksum of the other fields and the content."""
+
+    def with_checksum(self, content: bytes) -> Held:
+        """The same, with the checksum of such content."""
+        about = canonical_json(asdict(replace(self, sha256="")))
+        return replace(self, sha256=hashlib.sha256(about.encode() + content).hexdigest())
+
+    def as_json(self) -> str:
+        """One line."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def read(cls, text: str | bytes, content: bytes, count: int) -> Held:
+        """What a file says, once it fits the content."""
+        held = converted(parse_json(text, "its first line"), cls)
+        if held.count != count:
+            raise DamagedError(f"it holds {count} entries and should hold {held.count}")
+        if held != held.with_checksum(content):
+            raise DamagedError("its content does not fit its checksum")
+        return held
+
+
+def content_key(fields: Mapping[str, Any]) -> str:
+    """The name of what ``fields`` determine: equal fields, in any order, give equal keys."""
+    # 24 digits are 96 bits: two of a million shards collide once in 10^17 runs.
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:24]
+
+
+def converted(value: Any, kind: Callable[..., Fits]) -> Fits:
+    """A value of JSON as a dataclass or another type; an error names the field that does not fit."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise DamagedError(str(error).replace("`", "").replace("$.", "")) from None
+
+
+# Records: a line that says what follows, then a line of JSON each.
+
+
+def pack_records(run: str, stage: str, key: str, records: Iterable[Record]) -> bytes:
+    """A file of records."""
+    lines = [canonical_json(record) for record in records]
+    content = "".join(line + "\n" for line in lines).encode()
+    held = Held(run, stage, key, len(lines)).with_checksum(content)
+    return held.as_json().encode() + b"\n" + content
+
+
+def unpack_records(file: bytes) -> tuple[Held, list[Record]]:
+    """What a file of records says of itself, and the records.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    first, _, content = file.partition(b"\n")
+    held = Held.read(first, content, content.count(b"\n"))
+    return held, [json.loads(line) for line in content.splitlines()]
+
+
+# Tensors: a safetensors file that says in its metadata what it holds.
+
+
+def pack_tensors(run: str, stage: str, key: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file."""
+    import safetensors.torch  # torch is not needed to read results
+    import torch
+
+    # Cloned, because safetensors refuses views that share memory.
+    whole = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    layout, data = _halves(safetensors.torch.save(whole))
+    content = canonical_json(layout).encode() + data
+    held = Held(run, stage, key, len(whole)).with_checksum(content)
+    # One metadata entry only: the order of two, and so the bytes, would differ from run to run.
+    head = canonical_json({"__metadata__": {"held": held.as_json()}, **layout}).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + data
+
+
+def unpack_tensors(file: bytes) -> tuple[Held, dict[str, Tensor]]:
+    """What a safetensors file says of itself, and the tensors.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import safetensors.torch
+
+    layout, data = _halves(file)
+    told = layout.pop("__metadata__", {})
+    text = told.get("held", "") if isinstance(told, dict) else ""
+    held = Held.read(str(text), canonical_json(layout).encode() + data, len(layout))
+    try:
+        return held, safetensors.torch.load(file)
+    except safetensors.SafetensorError as error:
+        raise DamagedError(first_line(error)) from None
+
+
+def _halves(file: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and what follows it."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    return parse_json(file[8:end], "its header"), file[end:]
+
+
+# Objects of JSON: a checksum a field, so that an error can name the field.
+
+
+def checksums(run: str, name: str, fields: Mapping[str, Any]) -> dict[str, str]:
+    """The checksum of every field of a file of that name, which belongs to a run."""
+    return {field: content_key({"run": run, "file": name, field: value}) for field, value in fields.items()}
+
+
+def with_checksums(run: str, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with the checksum of every field."""
+    return {**fields, _CHECKED: checksums(run, name, fields)}
+
+
+def without_checksums(run: str, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that :func:`with_checksums` was given.
+
+    Raises:
+        DamagedError: a field is missing or was changed; the line names it.
+    """
+    fields = {field: value for field, value in told.items() if field != _CHECKED}
+    expected = told.get(_CHECKED)
+    if not isinstance(expected, dict):
+        raise DamagedError(f"{name} has no {_CHECKED}")
+    for field in sorted({*expected, *fields}):
+        if field not in fields:
+            raise DamagedError(f"{name} has no {field}")
+        try:
+            fits = expected.get(field) == checksums(run, name, {field: fields[field]})[field]
+        except RecursionError:
+            raise DamagedError(f"{name}: {field} is nested too deep") from None
+        except ValueError:
+            raise DamagedError(f"{name}: {field} holds a number that is not finite") from None
+        if not fits:
+            raise DamagedError(f"{name}: {field} was changed, or belongs to another run: it does not fit its checksum")
+    return fields

@@ -1,0 +1,68 @@
+"""Kill a command at any moment and start it again: the same bytes. Damage a run: it is found, named and mended."""
+
+from contextlib import nullcontext
+
+import pytest
+import robustness
+from robustness import COMMANDS, DAMAGES, READING, Commands, finds_and_mends, survives, whole_run
+
+SHARES = (0.5, 1.0)
+MORE_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    with Commands(tmp_path_factory.mktemp("commands") / "errors.txt") as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def whole(commands, tmp_path_factory):
+    """What each command leaves that nobody interrupts; run once."""
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+
+    def of(name):
+        if name not in found:
+            found[name] = whole_run(commands, name, folder, of("scan").out if name in READING else None)
+        return found[name]
+
+    return of
+
+
+def killed_and_started_again(commands, whole, name, share, tmp_path):
+    # Before the so-manieth write, when the partial file is there and its name is not.
+    moment = 1 + round(share * (whole(name).writes - 1))
+    assert survives(commands, name, whole(name), tmp_path / "run", moment), commands.errors.read_text()[-2000:]
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "eval"])
+def test_killed_and_started_again(commands, whole, tmp_path, name, share):
+    killed_and_started_again(commands, whole, name, share, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("share", MORE_SHARES)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_more_moments_and_started_again(commands, whole, tmp_path, name, share):
+    killed_and_started_again(commands, whole, name, share, tmp_path)
+
+
+def test_all_damages_at_once_are_found_named_and_mended(commands, whole, tmp_path):
+    # Where the manifest is damaged, no more is looked at.
+    names = [name for name in DAMAGES if "manifest" not in name]
+    assert finds_and_mends(commands, whole("scan"), tmp_path / "run", *names), commands.errors.read_text()[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", DAMAGES)
+def test_each_damage_is_found_named_and_mended(commands, whole, tmp_path, name):
+    assert finds_and_mends(commands, whole("scan"), tmp_path / "run", name), commands.errors.read_text()[-2000:]
+
+
+def test_what_is_lost_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "Commands", lambda _: nullcontext())
+    monkeypatch.setitem(robustness.COUNTERS, "kills", lambda *_: iter([("scan 0", True), ("scan 1", False)]))
+    assert robustness.main(["--only", "kills"]) == 1
+    assert capsys.readouterr().out == '{"counter": "kills", "tried": 2, "survived": 1, "lost": ["scan 1"]}\n'

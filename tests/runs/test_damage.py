@@ -1,0 +1,81 @@
+"""Damaged and ill-fitting files of a run: one line names the field or the file, in every command that reads runs."""
+
+import json
+import math
+
+import pytest
+from run_samples import audit_run
+
+from safetyheads.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+READING = ("report run", "judge run --judge released --quiet", "compare run run", "compare whole run", "verify run")
+DEEP = 100_000
+
+
+def changed(text, file, field, kind):
+    """The file's text with a field of it lost, of another type, not a number, or nested deep."""
+    fields = json.loads(text)
+    if kind == "deep":
+        fields[field] = "HERE"
+        return json.dumps(fields).replace('"HERE"', "[" * DEEP + "]" * DEEP)
+    if kind == "lost":
+        del fields[field]
+    else:
+        fields[field] = {"another type": 7, "not a number": math.nan}[kind]
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize("kind", ["lost", "another type", "not a number", "deep"])
+@pytest.mark.parametrize(
+    ("file", "field"), [("results.json", "verdict"), ("results.json", "checksums"), ("manifest.json", "config")]
+)
+def test_what_does_not_fit_is_named_by_every_command_and_hides_no_other_run(run, tmp_path, file, field, kind):
+    for name in ("run", "whole"):
+        audit_run(tmp_path / name)
+    path = tmp_path / "run" / file
+    path.write_text(changed(path.read_text(), file, field, kind))
+    for command in READING:
+        code, out, err = run(*command.split())
+        lines = (out + err).strip().splitlines()
+        assert code == 2, command
+        assert field in lines[-1]
+        assert "Traceback" not in err
+    code, out, _ = run("history", ".", "--json")
+    found = json.loads(out)
+    assert (code, [entry["name"] for entry in found["runs"]]) == (0, ["whole"])
+    assert field in found["skipped"][0]["reason"]
+
+
+def test_verify_counts_the_files_and_says_which_are_damaged_lost_or_unlisted(run, tmp_path):
+    path = audit_run(tmp_path / "run")
+    assert run("verify", path)[:2] == (0, f"{path}: 10 files, 0 of them damaged or lost\n")
+    with RunDirectory.start(path, RunDirectory.open(path).manifest.config, {}) as again:
+        again.records("more", {}, lambda: [{"n": 1}])
+    found = json.loads(run("verify", path, "--json")[1])
+    assert (len(found["unlisted"]), found["damaged"]) == (1, {})
+    (groups,) = (path / "completions").glob("groups-*")
+    groups.unlink()
+    (vanilla,) = (path / "completions").glob("vanilla-harmful*")
+    vanilla.write_text(vanilla.read_text().replace("complied", "refused", 1))
+    code, out, _ = run("verify", path)
+    assert code == 2
+    assert f"{groups} is damaged: it is lost" in out.replace("\n", " ")
+    assert "its content does not fit its checksum" in out
+    (path / "results.json").unlink()
+    (path / "manifest.json").unlink()
+    assert run("verify", path)[0] == 2
+
+
+def test_pages_are_not_written_through_links_and_pipes_are_not_read(run, tmp_path):
+    import os
+
+    path, elsewhere = audit_run(tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (path / "report").symlink_to(elsewhere)
+    code, _, err = run("report", path)
+    assert (code, list(elsewhere.iterdir())) == (2, [])
+    assert "report is a symbolic link" in err
+    (path / "results.json").unlink()
+    os.mkfifo(path / "results.json")
+    assert run("verify", path)[0] == 2
