@@ -21,6 +21,8 @@ from safetyheads.errors import InputError, SafetyheadsError
 PARTIAL = ".partial"
 """End of the name of a file that is still being written; the name begins with a dot."""
 
+MOST_BYTES = 1 << 28
+"""Largest file of prompts or settings that is read."""
 MENDABLE_ERRORS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
@@ -94,14 +96,29 @@ def readable_json(name: str, value: Mapping[str, Any]) -> str:
         raise ValueError(f"{name}: {bad[0]} is not a finite number") from None
 
 
-def read_regular(path: Path, follows_links: bool = True) -> bytes:
-    """The content of a file; devices and pipes, which may never end, are refused."""
-    with as_input_error(path, "read"):
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0))
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path} is no file")
-            return file.read()
+def read_regular(path: Path, follows_links: bool = True, most: int | None = None) -> bytes:
+    """The content of a file; devices and pipes, which may never end, are refused, and what has more bytes than most."""
+    try:
+        with as_input_error(path, "read"):
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0))
+            descriptor = os.open(path, flags)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise InputError(f"{path} cannot be read: it is no file, but a directory, a pipe or a device")
+            with open(descriptor, "rb") as file:
+                content = file.read(-1 if most is None else most + 1)
+    except ValueError as error:  # a name that no path can have
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)!r} cannot be a path: {error}") from None
+    if most is not None and len(content) > most:
+        raise InputError(f"{path} is larger than {most >> 20} MiB")
+    return content
+
+
+def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file of prompts or settings, of a size that a person may have meant."""
+    return read_regular(path, most=most)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 import functools
 import hashlib
 import http.server
+import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, Benchmark, cache_directory
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, Benchmark, cache_directory, read_rows
 from safetyheads.prompts.prompt_set import Prompt, PromptSet, builtin_benign
 
+SHARED_CASES = Path(__file__).parents[2].parent / "shared" / "cases"
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
@@ -21,7 +24,8 @@ def write(path, content):
 
 
 JBB = "Index,Goal,Target,Behavior,Category,Source\r\n0,Write it,Sure,Name,Kind,Us\r\n"
-LINES = '{"Question": "one", "category": "c"}\n"generation"\n{"text": "no", "query": "yes"}\n\n'
+LINES = '{"Question": "one", "category": "c"}\n{"Question": null}\n{"text": "no", "Question": "yes"}\n\n'
+LONG = "Q: a tree? A: oak. " * 8000
 TEXT = "\ufeffSame\n# not a comment\nSame\n\n  \nLast\u2028one"
 TABLE = "\ufeffid, Prompt ,note,reference\n1,one,eins,uno\n2,,zwei,\n\n3,three,drei,\n"
 
@@ -36,7 +40,22 @@ TABLE = "\ufeffid, Prompt ,note,reference\n1,one,eins,uno\n2,,zwei,\n\n3,three,d
         # A text keeps equal lines, hashes and a last line without newline.
         ("m.txt", TEXT, ["Same", "# not a comment", "Same", "Last\u2028one"], 2),
         ("x.csv", TABLE, [Prompt("one", None, "uno"), "three"], 2),
-        ("p.jsonl", LINES, [Prompt("one", "c"), "generation", "yes"], 1),
+        ("p.jsonl", LINES, [Prompt("one", "c"), "yes"], 2),
+        ("s.jsonl", '"one"\n"two"\n', ["one", "two"], 0),
+        ("a.json", '[{"instruction": "one", "category": 3}, {"instruction": ""}]', [Prompt("one", "3")], 1),
+        ("t.tsv", 'id\tprompt\n1\t"one,\ntwo"\n', ["one,\ntwo"], 0),
+        # The only column needs no known name, and cells may be of any length.
+        ("o.csv", "\ufeffforbidden_ask\nName a tree.\n", ["Name a tree."], 0),
+        ("l.csv", f'prompt\n"{LONG}"\n', [LONG], 0),
+        # What was sent comes before what was wanted by it; what stands before a prompt is part of it.
+        ("s.csv", "goal,prompt\na tree,Rhyme: a tree\n", ["Rhyme: a tree"], 0),
+        (
+            "c.csv",
+            "Behavior,Context_String\nSum up,A note\nName a tree,\n",
+            ["A note\n\n---\n\nSum up", "Name a tree"],
+            0,
+        ),
+        ("i.jsonl", '{"instruction": "Sum up", "input": "A note"}', ["A note\n\n---\n\nSum up"], 0),
     ],
 )
 def test_files_are_read_in_every_format(tmp_path, name, content, prompts, dropped):
@@ -61,7 +80,21 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.txt", b"\n \t\n", "holds only blanks", None),
         ("a.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text", None),
         ("a.txt", "one\ntwo".encode("utf-16-le"), "is not UTF-8 text", None),
-        ("a.txt", b"one", "no column 'goal'; the columns are text", "goal"),
+        ("a.txt", b"one", "no column 'goal'; the columns are text alone", "goal"),
+        ("a.csv", b"prompt,id,prompt\na,1,b\n", "two columns are named 'prompt'", None),
+        ("a.csv", b"Prompt,prompt\na,b\n", "several columns could be 'PROMPT': Prompt, prompt", "PROMPT"),
+        ("a.csv", b"prompt;id\na;1\n", "no commas part its columns", None),
+        ("a.csv", b"How do I bake bread?\nName a tree.\n", "no column is named as a query's", None),
+        ("a.csv", b"prompt,context,passage\na,b,c\n", "several columns could be the context", None),
+        ("a.csv", b"question,label\n80,0\n81,1\n", "the column 'question' holds numbers or names of rows", None),
+        ("a.jsonl", b'{"prompt": "see", "images": [{"path": "a.PNG"}]}\n', "line 1: .*'images' names a picture", None),
+        ("a.jsonl", b'{"goal": "a"}\n{"prompt": "b"}\n', "line 1: no column 'prompt', which holds .* other rows", None),
+        ("a.jsonl", b'{"goal": "a"}\n"b"\n', "line 2: no column 'goal', which holds .* other rows", None),
+        ("a.jsonl", b'{"goal": "a", "goal": "b"}\n', "line 1: not JSON .a name stands in an object twice", None),
+        ("a.jsonl", b'{"goal": "a", "n": ' + b"7" * 5000 + b"}\n", "line 1: not JSON", None),
+        ("a.jsonl", b'{"goal": ' + b"[" * 50000 + b"\n", "line 1: not JSON", None),
+        ("a.jsonl", b'{"prompt": [{"role": "user", "content": "a"}]}\n', "the field 'prompt' is not a string", None),
+        ("a.json", b'{"prompt": "a"}', "not a JSON array", None),
         ("a.csv", b'goal\n""\n \n', "holds no prompts", None),
         ("a.csv", b"goal\nFirst this, then that\n", "line 2: 2 cells where the header has 1.*double quotes", None),
         ("a.csv", b'goal\n"never closed\n', "not CSV", None),
@@ -69,9 +102,9 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.jsonl", b'{"goal": "x"}\n{"goal": \n', "line 2: not JSON", None),
         ("a.jsonl", b'"x"\n[1]\n', "line 2: neither an object", None),
         ("a.jsonl", b'{"goal": 3}\n', "line 1: the field 'goal' is not a string", None),
-        ("a.jsonl", b'{"id": "x"}\n', "line 1: no column .* found are id", None),
+        ("a.jsonl", b'{"id": "x", "n": 1}\n', "no column .* found are id", None),
         ("a.jsonl", b'{"goal": "\\ud800"}\n', "not Unicode text", None),
-        ("a.parquet", b"PAR1", "end in .csv, .jsonl or .txt", None),
+        ("a.parquet", b"PAR1", "end in .csv, .tsv, .jsonl, .json or .txt", None),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
@@ -79,6 +112,45 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
         PromptSet.read(path, column=column)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason=f"the cases are not there: {SHARED_CASES}")
+def test_what_was_read_is_told_and_columns_are_chosen_by_name():
+    read = partial(PromptSet.read, SHARED_CASES / "ctx.csv")
+    found = read(category_column="semanticcategory")
+    assert found.columns == {"query": "Behavior", "context": "ContextString", "category": "SemanticCategory"}
+    assert found.facts()["columns"] == found.columns
+    assert found.notes == (
+        "ctx: prompts are the column 'Behavior', the context before them 'ContextString', categories "
+        "'SemanticCategory'; not read: FunctionalCategory, Tags, BehaviorID",
+    )
+    assert len(set(found.queries)) == 3
+    bare = read(context_column="none")
+    assert (len(set(bare.queries)), "context" in bare.columns) == (2, False)
+    assert "differ in ContextString, BehaviorID: if one of these belongs to the prompt" in bare.notes[0]
+    assert read(column="Tags", context_column="BehaviorID").queries == ("b1\n\n---\n\ncontext", "b2\n\n---\n\ncontext")
+    queries = [
+        PromptSet.read(SHARED_CASES / name).queries for name in ("artifact.jsonl", "input_header.csv", "three.txt")
+    ]
+    assert queries[0] == tuple(f"You are a poet who answers in rhyme. Name a {what}" for what in ("tree", "nut"))
+    assert list(map(len, queries)) == [2, 2, 3]
+    assert PromptSet.read(SHARED_CASES / "three.txt").notes == ()
+    for name, why in (("mm.csv", "'ImageFileName' names a picture"), ("gf.csv", "'question' holds numbers")):
+        with pytest.raises(InputError, match=why):
+            PromptSet.read(SHARED_CASES / name)
+
+
+@pytest.mark.parametrize("name", ["pipe.csv", "endless.csv", "here.csv", "loop.csv", "large.csv", "no\0path"])
+def test_what_is_no_regular_file_of_some_size_is_never_waited_for(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("safetyheads.files.read_whole.__defaults__", (9,))
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "endless.csv").symlink_to("/dev/zero")
+    (tmp_path / "here.csv").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "large.csv").write_text("prompt\nhow")
+    with pytest.raises(InputError, match=r"not a regular file|cannot be read|is larger than|cannot be a path") as error:
+        read_rows(tmp_path / name if "\0" not in name else Path(name))
     assert "\n" not in str(error.value)
 
 

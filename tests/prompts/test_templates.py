@@ -32,10 +32,38 @@ STRIPS_HISTORY = CHAT + "{# answers of before are cut at </think> #}"
 MARK = "{% if thinking %}<think>{% else %}</think>{% endif %}"
 OTHER_SWITCH = TURNS + "{% if add_generation_prompt %}[assistant]" + MARK + "{% endif %}"
 # "thinking" stands here for something else.
-CHANNELS = CHAT + "{% if messages[0].thinking %}<|channel|>analysis<|message|>{{ messages[0].thinking }}{% endif %}"
+CHANNELS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
+    "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% if messages[0].thinking %}<|channel|>analysis<|message|>{{ messages[0].thinking }}{% endif %}"
+)
 PARTS = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
 LISTED = "{% for m in messages %}[{{ m.role }}]" + PARTS + "{% endfor %}[assistant]"
 NO_MARKS = "{% if thinking %}Think first.{% endif %}" + CHAT
+
+
+# The template writes an empty block before an answer without thoughts: in its own way, or in marks that nobody lists.
+THOUGHTS = "{% if m.role == 'assistant' %}<X>{{ m.reasoning_content or '' }}</X>{% endif %}"
+OWN_BLOCK = CHAT.replace("{{ m.content", THOUGHTS.replace("X", "think") + "{{ m.content")
+OWN_MARKS = CHAT.replace(
+    "{{ m.content", THOUGHTS.replace("<X>", "<reasoning>\n").replace("</X>", "\n</reasoning>\n") + "\n{{ m.content"
+)
+NO_ANSWERS = "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}[assistant]"
+# Answers begin with a mark; with a block that the prompt may end in too; blank lines are lost; the date stands in the
+# default system prompt alone.
+MARKED = CHAT.replace("{{ m.content", "{% if m.role == 'assistant' %}[says]{% endif %}{{ m.content")
+GENERATES = "{% if add_generation_prompt %}[assistant]"
+LINE_AFTER = CHAT.replace(
+    "{{ m.content", "{% if m.role == 'assistant' %}<think></think>{{ '\n' }}{% endif %}{{ m.content"
+)
+LINE_AFTER = LINE_AFTER.replace(
+    GENERATES, GENERATES + ASKS.replace("add_generation_prompt and ", "") + "<think></think>{% endif %}"
+)
+COLLAPSES = CHAT.replace("{{ m.content", "{{ m.content.replace('\n\n', '\n')")
+DATED_DEFAULT = (
+    "{% if messages[0].role != 'system' %}[system]Today is {{ strftime_now('%Y-%m-%d') }}.[end]{% endif %}" + CHAT
+)
+CUTS_THOUGHTS = CHAT.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
 
 
 RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
@@ -99,6 +127,8 @@ OF_MODEL = "^the chat template of maker/model "
         ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
         ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
         ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
+        ("chat", COLLAPSES, FOLDED, OF_MODEL + "changes .*, in the user's turn; choose --template"),
+        ("chat", COLLAPSES, {**FOLDED, "system": "be\n\nbrief"}, OF_MODEL + "changes .*; choose"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused_in_one_line(text, chat_template, options, why):
@@ -131,7 +161,7 @@ SURE = {"prefill": "Sure"}
         ("chat", CHAT, {"system": "be brief"}, f"[system]be brief[end]{TURN}"),
         ("chat", CHAT, SURE, f"{TURN}Sure"),
         ("chat", BLANK_BEFORE_ANSWERS, SURE, "<s>[INST] hi [/INST] Sure"),
-        ("chat", BLANK_BEFORE_ANSWERS, {"prefill": "\nSure"}, "<s>[INST] hi [/INST]\nSure"),
+        ("chat", BLANK_BEFORE_ANSWERS, {"prefill": "\nSure"}, "<s>[INST] hi [/INST] \nSure"),
         ("chat", NO_SYSTEM, FOLDED, "[user]be brief\n\nhi[end][assistant]"),
         ("chat", NO_SYSTEM, {}, TURN),
         # Of several templates the default counts.
@@ -141,7 +171,15 @@ SURE = {"prefill": "Sure"}
         # A switch without marks is turned off, and nothing is written.
         ("chat", NO_MARKS, {}, TURN),
         ("chat", NO_MARKS, {"thinking": "open"}, f"Think first.{TURN}"),
-        ("chat", SWITCHED, SURE, f"{TURN}<think>\n\n</think>\n\nSure"),
+        # A prefill stands where the template writes answers, with what it writes before them.
+        ("chat", SWITCHED, SURE, f"{TURN}Sure"),
+        ("chat", OWN_BLOCK, SURE, f"{TURN}<think></think>Sure"),
+        ("chat", OWN_MARKS, SURE, f"{TURN}<reasoning>\n\n</reasoning>\nSure"),
+        ("chat", MARKED, SURE, f"{TURN}[says]Sure"),
+        ("chat", MARKED, {}, TURN),
+        ("chat", LINE_AFTER, SURE, f"{TURN}<think></think>\nSure"),
+        ("chat", LINE_AFTER, {}, f"{TURN}<think></think>"),
+        ("chat", NO_ANSWERS, SURE, "[user]hi[assistant]Sure"),
     ],
 )
 def test_a_template_puts_system_prompt_query_and_prefill_in_their_places(text, chat_template, options, expected):
@@ -203,6 +241,7 @@ def test_a_chat_prompt_has_the_tokens_of_the_tokenizers_own_call():
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
+UNWRITTEN = "{% set day = strftime_now('%Y') | int %}{% if messages[0].role != 'system' %}{{ day }}{% endif %}" + CHAT
 UNASKED = "{% if strftime_now is defined %}{% set date = 'today' %}{% endif %}" + CHAT
 
 
@@ -211,6 +250,10 @@ def test_a_template_that_writes_the_date_says_so():
     assert dated.note.startswith("the chat template writes today's date into the prompts")
     for text, chat_template in (("direct", DATED), ("chat", CHAT), ("chat", UNASKED), ("chat", NO_SYSTEM)):
         assert Template.parse(text).bound(tokenizer(chat_template)).note is None
+    # What the settings in force write decides: here the date stands in the default system prompt.
+    for chat_template in (DATED_DEFAULT, UNWRITTEN):
+        noted = [Template.parse("chat", system).bound(tokenizer(chat_template)).note for system in (None, "be brief")]
+        assert [note is None for note in noted] == [False, True]
 
 
 def test_where_there_is_no_think_block_one_may_be_left_open():
@@ -227,9 +270,16 @@ def test_where_there_is_no_think_block_one_may_be_left_open():
     [
         (SWITCHED, "<think>\n\n</think>\n\n", "", False),
         (BEGUN, "<think>\n\n</think>\n\n", "<think>\n", True),
-        (STRIPS_HISTORY, "<think>\n\n</think>\n\n", "", False),
         (OTHER_SWITCH, "</think>", "<think>", True),
         (CHANNELS, "<|channel|>final<|message|>", "", False),
+        (OWN_BLOCK, "<think></think>", "", False),
+        (OWN_MARKS, "<reasoning>\n\n</reasoning>\n", "", False),
+        (
+            OWN_MARKS.replace("[assistant]", "[assistant]<reasoning>\n"),
+            "<reasoning>\n\n</reasoning>\n",
+            "<reasoning>\n",
+            True,
+        ),
     ],
 )
 def test_a_think_block_is_closed_unless_it_is_to_be_open(chat_template, closed, opened, begins):
@@ -244,6 +294,18 @@ def test_a_think_block_is_closed_unless_it_is_to_be_open(chat_template, closed, 
     assert bound.render("hi") == TURN + opened
     assert bound.begins_in_block is begins
     assert bound.block == bound.known_block
+
+
+def test_marks_in_the_history_of_answers_alone_close_nothing_and_a_block_that_comes_is_not_judged():
+    for chat_template in (STRIPS_HISTORY, "{# </think> #}" + CHAT, CUTS_THOUGHTS):
+        adopted = tokenizer(chat_template)
+        bound = Template.parse("chat").bound(adopted)
+        asked = [{"role": "user", "content": "hi"}]
+        expected = adopted.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert (bound.render("hi"), bound.template.thinking) == (expected, None)
+        assert bound.block.closer == "</think>"
+        closed = Template.parse("chat", thinking="closed").bound(adopted)
+        assert (closed.render("hi"), closed.block) == (expected + "<think>\n\n</think>\n\n", None)
 
 
 def test_a_template_is_read_back_from_its_settings():

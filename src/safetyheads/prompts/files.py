@@ -1,4 +1,4 @@
-"""Reads prompt files (CSV, JSONL, TXT) and downloads known benchmarks."""
+"""Reads prompt files (CSV, TSV, JSONL, JSON, TXT) and downloads known benchmarks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,61 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, first_line
+from safetyheads.files import leaves, read_whole
 
-QUERY_COLUMNS = ("goal", "query", "prompt", "question", "instruction", "behavior", "text")
-"""Names that a query's column may have, in any case; the first one found counts."""
-Row: TypeAlias = tuple[str, str | None, str | None]
-"""Query, category (from the column of that name, where there is one) and reference (from the column that is named)."""
-PromptFile: TypeAlias = tuple[list[Row], int, str]
-"""At least one row, equal ones too; how many rows without a query were left out; SHA-256 of the bytes (hexadecimal)."""
+QUERY_COLUMNS = ("prompt", "goal", "query", "question", "instruction", "behavior", "text")
+"""Names that a query's column may have, in any case; the first one found counts: ``prompt`` is what was sent."""
+CONTEXT_COLUMNS = ("context", "contextstring", "passage", "input")
+"""Names that a column may have whose text belongs in front of the query, in any case, without ``_`` and blanks."""
+CONTEXT_JOINT = "\n\n---\n\n"
+"""Between a context and its query, as HarmBench writes them."""
+NO_COLUMN = "none"
+"""In the place of a column's name: there is none."""
+_PICTURE = re.compile(r"\Adata:image/|\.(png|jpe?g|webp|gif|bmp|tiff?)\Z", re.IGNORECASE)
+_NUMBER_OR_ID = re.compile(r"[\x21-\x7e]*\d[\x21-\x7e]*")  # without a blank, and with a digit
+_COLUMN_NAME = re.compile(r"[^\s,;.?!]+( [^\s,;.?!]+)?")
+_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of a prompt file, by name in any case."""
+
+    query: str | None = None
+    """None looks for :data:`QUERY_COLUMNS`, or takes the only column."""
+    context: str | None = None
+    """Text in front of the query. None looks for :data:`CONTEXT_COLUMNS`; :data:`NO_COLUMN` leaves such a text out."""
+    category: str | None = None
+    """None takes a column of the name ``category``, where there is one."""
+    reference: str | None = None
+    """Beginning of the right answer; no column counts without being named."""
+
+
+class PromptFile(NamedTuple):
+    """What was read of a prompt file."""
+
+    rows: list[tuple[str, str | None, str | None]]
+    """Query, category and reference of each, at least one; equal ones too."""
+    dropped: int
+    """Rows without a query."""
+    sha256: str
+    """Of the file's bytes (hexadecimal)."""
+    columns: dict[str, str]
+    """Which column is the ``query``, the ``context``, the ``category`` and the ``reference``; empty for texts alone."""
+    note: str | None
+    """The same in a sentence, with the columns that were not read."""
+
 
 Cells: TypeAlias = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for messages, and its cells by column; a text alone is the column ``text``."""
+"""Where a row stands, for messages, and its cells by column; a text alone is the column ``""``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +84,15 @@ KNOWN_BENCHMARKS: dict[str, Benchmark] = {name: Benchmark(**row) for name, row i
 """Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 
-def read_rows(path: Path, column: str | None = None, reference_column: str | None = None) -> PromptFile:
+def read_rows(path: Path, wanted: Columns = Columns()) -> PromptFile:
     """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read.
 
-    A reference is the beginning of the right answer; only the column that the caller names is one.
+    One column holds the queries of a whole file, and no row loses a part of its prompt in silence.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
-        raise InputError(f"{path}: prompt files end in .csv, .jsonl or .txt")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path}: prompt files end in .csv, .tsv, .jsonl, .json or .txt")
+    content = read_whole(path)
     if not content:
         raise InputError(f"{path} is empty")
     try:
@@ -69,25 +104,117 @@ def read_rows(path: Path, column: str | None = None, reference_column: str | Non
         raise InputError(f"{path} is not UTF-8 text (byte {content.index(0)})")
     if not text.strip():
         raise InputError(f"{path} holds only blanks")
-    rows: list[Row] = []
-    dropped = 0
-    for where, cells in _READERS[suffix](text, str(path)):
-        query_column = _query_column(list(cells), column, where) if cells else ""
-        query = cells.get(query_column, "")
-        if not isinstance(query, str):
-            raise InputError(f"{where}: the field {query_column!r} is not a string")
+    table = list(_READERS[suffix](text, str(path)))
+    names = list(dict.fromkeys(name for _, cells in table for name in cells))
+    columns = _columns(names, wanted, str(path))
+    _refuse_pictures(table, str(path))
+    rows: list[tuple[str, str | None, str | None]] = []
+    queries: list[str] = []
+    asked: list[Mapping[str, Any]] = []
+    for where, cells in table:
+        query = _text(cells, columns["query"], where) if cells else ""
         if query.strip():
-            by_name = {name.lower(): cell for name, cell in cells.items() if isinstance(cell, str) and cell.strip()}
-            reference = None
-            if reference_column is not None:
-                named = cells.get(_query_column(list(cells), reference_column, where))
-                reference = named if isinstance(named, str) and named.strip() else None
-            rows.append((query, by_name.get("category"), reference))
-        else:
-            dropped += 1
+            parts = {part: _text(cells, name, where, may_lack=True) for part, name in columns.items()}
+            whole = f"{parts['context']}{CONTEXT_JOINT}{query}" if parts.get("context", "").strip() else query
+            category, reference = (parts.get(part, "").strip() and parts[part] for part in ("category", "reference"))
+            rows.append((whole, category or None, reference or None))
+            queries.append(query)
+            asked.append(cells)
     if not rows:
         raise InputError(f"{path} holds no prompts: no row has a query")
-    return rows, dropped, hashlib.sha256(content).hexdigest()
+    if names != [""] and all(_NUMBER_OR_ID.fullmatch(query.strip()) for query in queries):
+        raise InputError(f"{path}: the column {columns['query']!r} holds numbers or names of rows, no prompts")
+    columns = (
+        {} if names == [""] else {part: name for part, name in columns.items() if any(each.get(name) for each in asked)}
+    )
+    note = _note(rows, asked, names, columns) if columns else None
+    return PromptFile(rows, len(table) - len(rows), hashlib.sha256(content).hexdigest(), columns, note)
+
+
+def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
+    """The columns that are read, by what they hold; an InputError lists them where one is not there."""
+    shown = ", ".join(name or "(no name)" for name in names)
+
+    def named(name: str) -> str:
+        matching = [name] if name in names else [each for each in names if each.strip().lower() == name.strip().lower()]
+        if not matching:
+            raise InputError(f"{path}: no column {name!r}; the columns are {shown if names != [''] else 'text alone'}")
+        if len(matching) > 1:
+            raise InputError(f"{path}: several columns could be {name!r}: {', '.join(matching)}")
+        return matching[0]
+
+    by_key = {name.strip().lower(): name for name in reversed(names)}
+    known = [key for key in QUERY_COLUMNS if key in by_key]
+    if wanted.query is not None:
+        found = {"query": named(wanted.query)}
+    elif known:
+        found = {"query": named(known[0])}
+    elif len(names) == 1 and (names == [""] or _COLUMN_NAME.fullmatch(names[0])):
+        found = {"query": names[0]}
+    else:
+        raise InputError(
+            f"{path}: no column is named as a query's ({', '.join(QUERY_COLUMNS)}); name it, found are {shown}"
+        )
+    contexts = [name for name in names if re.sub(r"[_\s]", "", name.lower()) in CONTEXT_COLUMNS]
+    contexts = [name for name in contexts if name != found["query"]]
+    if wanted.context is not None:
+        contexts = [] if wanted.context == NO_COLUMN else [named(wanted.context)]
+    if len(contexts) > 1:
+        raise InputError(f"{path}: several columns could be the context of the prompts: {', '.join(contexts)}; name it")
+    found |= {"context": contexts[0]} if contexts else {}
+    if wanted.category is not None or "category" in by_key:
+        found["category"] = named("category" if wanted.category is None else wanted.category)
+    return found | ({} if wanted.reference is None else {"reference": named(wanted.reference)})
+
+
+def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: bool = False) -> str:
+    """A cell's text; empty where it has none."""
+    if name not in cells and not may_lack:
+        raise InputError(
+            f"{where}: no column {name!r}, which holds the prompts of other rows; one column holds them all"
+        )
+    text = cells.get(name)
+    if text is not None and not isinstance(text, str):
+        if may_lack:  # a number may be a category
+            return str(text)
+        raise InputError(f"{where}: the field {name!r} is not a string")
+    return text or ""
+
+
+def _refuse_pictures(table: Iterable[Cells], path: str) -> None:
+    for where, cells in table:
+        for name, cell in cells.items():
+            inner = [value for _, value in leaves(cell)] if isinstance(cell, dict | list) else [cell]
+            if name and any(isinstance(value, str) and _PICTURE.search(value.strip()) for value in inner):
+                raise InputError(
+                    f"{where}: the column {name!r} names a picture, which would be part of the prompt; only text is "
+                    "read. Where it is no part of it, take the column out"
+                )
+
+
+def _note(
+    rows: Sequence[tuple[str, str | None, str | None]],
+    cells: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    columns: Mapping[str, str],
+) -> str:
+    """Which columns were read, and which were not."""
+    said = f"prompts are the column {columns['query']!r}"
+    more = {"context": "the context before them", "category": "categories", "reference": "right answers"}
+    said += "".join(f", {what} {columns[part]!r}" for part, what in more.items() if part in columns)
+    unread = [name for name in names if name and name not in columns.values()]
+    if unread:
+        hidden = len(unread) - _NAMES_SHOWN
+        said += f"; not read: {', '.join(unread[:_NAMES_SHOWN])}" + f" and {hidden} more" * (hidden > 0)
+    first: dict[str, Mapping[str, Any]] = {}
+    for (query, _, _), row in zip(rows, cells, strict=True):
+        if differing := [name for name in unread if first.setdefault(query, row).get(name) != row.get(name)]:
+            said += (
+                f". Rows with the same prompt differ in {', '.join(differing[:_NAMES_SHOWN])}: if one of these belongs "
+                "to the prompt, give it by --context-column"
+            )
+            break
+    return said
 
 
 def _lines(text: str) -> list[str]:
@@ -96,13 +223,20 @@ def _lines(text: str) -> list[str]:
 
 
 def _read_txt(text: str, path: str) -> Iterator[Cells]:
-    return ((path, {"text": line.strip()} if line.strip() else {}) for line in _lines(text))
+    return ((path, {"": line.strip()} if line.strip() else {}) for line in _lines(text))
 
 
-def _read_csv(text: str, path: str) -> Iterator[Cells]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    longest = csv.field_size_limit(len(text) + 1)
     try:
         names = next(([cell.strip() for cell in cells] for cells in reader if any(cell.strip() for cell in cells)), [])
+        if repeated := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"{path}: two columns are named {repeated[0]!r}")
+        if len(names) == 1 and re.search("[;\t]", names[0]):
+            raise InputError(
+                f"{path}: no commas part its columns; a file with tabs ends in .tsv, semicolons are not read"
+            )
         for cells in reader:
             # Cutting the rest off would leave half of a query that has commas and no quotes.
             if any(cells[len(names) :]):
@@ -110,43 +244,52 @@ def _read_csv(text: str, path: str) -> Iterator[Cells]:
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(names)}; "
                     "a query with a comma must stand in double quotes"
                 )
-            yield path, dict(zip(names, [*cells, *[""] * len(names)], strict=False))
+            yield path, dict(zip(names, [*cells, *[""] * len(names)], strict=False)) if any(cells) else {}
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _read_json(text: str, path: str) -> Iterator[Cells]:
+    entries = _parsed(text, path)
+    if not isinstance(entries, list):
+        raise InputError(f"{path}: not a JSON array of objects or strings")
+    return (_cells(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, start=1))
 
 
 def _read_jsonl(text: str, path: str) -> Iterator[Cells]:
     for number, line in enumerate(_lines(text), start=1):
         where = f"{path}, line {number}"
-        if not line.strip():
-            yield where, {}
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error})") from error
-        cells = {"text": value} if isinstance(value, str) else value
-        if not isinstance(cells, dict) or not cells:
-            raise InputError(f"{where}: neither an object with a query nor a string")
-        yield where, cells
+        yield _cells(_parsed(line, where), where) if line.strip() else (where, {})
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".txt": _read_txt, "": _read_txt}
+def _parsed(text: str, where: str) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands in an object twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({first_line(error)})") from error
 
 
-def _query_column(names: Sequence[str], column: str | None, where: str) -> str:
-    """The column with the query: the one named, else the first of :data:`QUERY_COLUMNS`; an InputError lists them."""
-    if column is not None and column in names:
-        return column
-    by_key = {name.strip().lower(): name for name in reversed(names)}
-    for wanted in QUERY_COLUMNS if column is None else (column.strip().lower(),):
-        if wanted in by_key:
-            return by_key[wanted]
-    found = ", ".join(name or "(no name)" for name in names)
-    if column is not None:
-        raise InputError(f"{where}: no column {column!r}; the columns are {found}")
-    known = ", ".join(QUERY_COLUMNS)
-    raise InputError(f"{where}: no column is named as a query's ({known}); name it, found are {found}")
+def _cells(value: Any, where: str) -> Cells:
+    cells = {"": value} if isinstance(value, str) else value
+    if not isinstance(cells, dict) or not cells:
+        raise InputError(f"{where}: neither an object with a query nor a string")
+    return where, cells
+
+
+_READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".json": _read_json,
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    **dict.fromkeys((".txt", ""), _read_txt),
+}
 
 
 def cache_directory() -> Path:
@@ -156,9 +299,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SAFETYHEADS_CACHE") or platformdirs.user_cache_dir("safetyheads"))
 
 
-def download(
-    name: str, column: str | None = None, reference_column: str | None = None
-) -> tuple[PromptFile, str | None]:
+def download(name: str, wanted: Columns = Columns()) -> tuple[PromptFile, str | None]:
     """A known benchmark, with a sentence on how it differs from what its authors published when we looked, if it does.
 
     It is downloaded once, under a temporary name that is renamed when complete. An InputError tells that there is no
@@ -182,12 +323,12 @@ def download(
         reason = " ".join(str(inner).split())[:160] or type(inner).__name__
         raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
     try:
-        file = read_rows(path, column, reference_column)
+        file = read_rows(path, wanted)
     except InputError as error:
-        if column is None and reference_column is None:
+        if wanted == Columns():
             path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
-    rows, _, sha256 = file
+    rows, sha256 = file.rows, file.sha256
     differences = []
     if len(rows) != benchmark.n_rows:
         differences.append(f"{len(rows)} prompts where {benchmark.n_rows} were expected")

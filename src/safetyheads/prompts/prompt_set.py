@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, download, read_rows
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, download, read_rows
 from safetyheads.prompts.near_duplicates import SIMILARITY, effective_number, near_any, near_duplicates
 from safetyheads.prompts.templates import Template
 
@@ -62,6 +62,8 @@ class PromptSet(Table):
     """SHA-256 of the file's bytes, where there was one."""
     dropped: int = 0
     """Rows of the file without a query; they are no prompts."""
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """The file's columns that were read, by what they hold; empty where it has none."""
     warning: str | None = None
     """How a benchmark differs from what its authors published; None if it does not, or is none."""
     notes: tuple[str, ...] = ()
@@ -94,17 +96,22 @@ class PromptSet(Table):
         *,
         column: str | None = None,
         reference_column: str | None = None,
+        category_column: str | None = None,
+        context_column: str | None = None,
         system: str | None = None,
         limit: int | None = None,
         seed: int = 0,
     ) -> PromptSet:
-        """Read a CSV, JSONL or TXT file, or a known benchmark, which is downloaded once. A file wins over a name.
+        """Read a CSV, TSV, JSONL, JSON or TXT file, or a known benchmark, downloaded once. A file wins over a name.
 
         Args:
             path_or_known_name: a path, ``benign`` (built in) or a key of ``KNOWN_BENCHMARKS``.
             template: what the prompts are asked under.
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
             reference_column: the one with the beginning of the right answer; no column counts without being named.
+            category_column: the one with the category; None takes ``category``, where there is one.
+            context_column: the one with a text in front of the query; None looks for the usual names, ``none`` leaves
+                such a text out.
             system: system prompt; without a template it means ``chat``.
             limit: use only so many prompts, sampled by category where there is one (:meth:`sample`).
             seed: of the sample.
@@ -113,27 +120,28 @@ class PromptSet(Table):
             InputError: no such file or name, a file that cannot be read, no network, or a bad template.
         """
         chosen = _as_template(template, system)
+        wanted = Columns(column, context_column, category_column, reference_column)
         if limit is not None and limit < 1:
             raise InputError(f"the limit of prompts must be 1 or more; got {limit}")
         path, name, warning = Path(path_or_known_name), str(path_or_known_name), None
         is_known = name == "benign" or name in KNOWN_BENCHMARKS
         # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
         if os.path.exists(path) and not (is_known and path.is_dir()):
-            shown, source, file = path.stem, name, read_rows(path, column, reference_column)
+            shown, source, file = path.stem, name, read_rows(path, wanted)
         elif name == "benign":
-            if reference_column is not None:
-                raise InputError(f"the package's benign prompts have no column {reference_column!r}")
+            for named in (column, reference_column, category_column, context_column):
+                if named is not None:
+                    raise InputError(f"the package's benign prompts have no column {named!r}")
             return builtin_benign(chosen).sample(limit, seed)
         elif is_known:
             shown, source = name, KNOWN_BENCHMARKS[name].url
-            file, warning = download(name, column, reference_column)
+            file, warning = download(name, wanted)
         else:
             known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
             raise InputError(f"no prompt file {name}; known names are {known}")
-        rows, dropped, sha256 = file
-        return cls(tuple(Prompt(*row) for row in rows), chosen, shown, source, sha256, dropped, warning).sample(
-            limit, seed
-        )
+        notes = () if file.note is None else (f"{shown}: {file.note}",)
+        prompts, whence = tuple(Prompt(*row) for row in file.rows), (shown, source, file.sha256, file.dropped)
+        return cls(prompts, chosen, *whence, file.columns, warning, notes).sample(limit, seed)
 
     def _facts(self) -> dict[str, object]:
         return {"name": self.name, "n": len(self), "template": self.template or "the model's default"}
@@ -298,6 +306,8 @@ class PromptSet(Table):
         """How many prompts there are, how many clusters of near-duplicates, and what was sampled or left out."""
         clusters, categories = self.clusters, {prompt.category for prompt in self.prompts} - {None}
         facts: dict[str, Any] = {"n": len(self), "blank_rows": self.dropped, "notes": list(self.notes)}
+        if self.columns:
+            facts["columns"] = dict(self.columns)
         if categories:
             facts["n_categories"] = len(categories)
         if clusters is not None:

@@ -6,6 +6,7 @@ What a tokenizer's own chat template does with thinking, parts and dates is foun
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeAlias, get_args
@@ -45,8 +46,9 @@ THINK_BLOCKS: tuple[ThinkBlock, ...] = (
 SWITCHES = ("enable_thinking", "thinking", "reasoning")
 """Arguments that turn thinking on or off; one counts where the rendering depends on it."""
 
-_MARK = "safetyheads"  # no template changes it, and no template writes it
-_CLOCK = "strftime_now"  # what templates call to get today's date
+_MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and no template writes them
+_TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
+_CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
 _WITHOUT_CHAT = "choose --template query_answer or direct"
 _FOLD = "--fold-system (Template.folds_system) puts it at the beginning of the user's turn"
@@ -177,7 +179,6 @@ class Template(Shown):
         if not source:
             raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
         text = str(source.get("default", "") if isinstance(source, dict) else source)  # some have several, by name
-        known = next((block for block in THINK_BLOCKS if block.opener in text or block.closer in text), None)
         in_parts = replace(bound, takes_parts=True)
         if _MARK not in (bound.conversation(_MARK) or "") and _MARK in (in_parts.conversation(_MARK) or ""):
             bound = in_parts
@@ -186,14 +187,16 @@ class Template(Shown):
             name: [bound.conversation(_MARK, **{name: on}) for on in (False, True)] for name in SWITCHES if name in text
         }
         switches = tuple(name for name, (off, on) in renderings.items() if None not in (off, on) and off != on)
-        # A template that asks for the date fails where a text stands in the place of the clock.
-        plain = bound.conversation(_MARK) or ""
-        is_dated = _CLOCK in text and _MARK in plain and bound.conversation(_MARK, **{_CLOCK: _MARK}) is None
-        thinks = known is not None or switches != ()
-        if self.thinking == "closed" and not thinks:
+        listed = (block for block in THINK_BLOCKS if block.opener in text or block.closer in text)
+        bound = replace(bound, known_block=bound._written_block() or next(listed, None), switches=switches)
+        if self.thinking == "closed" and bound.known_block is None and not switches:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
-        settled = replace(self, thinking="closed") if self.thinking is None and thinks else self
-        return replace(bound, template=settled, known_block=known, switches=switches, note=_DATED if is_dated else None)
+        # Where the template neither opens a block nor writes one, the model may not think at all: nothing is closed.
+        if self.thinking is None and (switches or bound._closed("?", bound.conversation("?") or "") is not None):
+            bound = replace(bound, template=replace(self, thinking="closed"))
+        # Under two clocks: a template may ask for the date and not write it under these settings.
+        written = {bound.conversation("?", chat_template=_CLOCK.format(year) + text) for year in (1999, 2000)}
+        return replace(bound, note=_DATED if len(written) > 1 else None)
 
     def render(self, query: str, tokenizer: Any) -> str:
         """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
@@ -243,18 +246,15 @@ class BoundTemplate:
         An InputError tells that the chat template rejects the prompt or the system prompt, or leaves one of them out.
         """
         text, prefill = self.up_to_answer(query), self.template.prefill
-        if not prefill or prefill[0].isspace():
-            return text + prefill
-        if self.is_chat:
-            return text + self._joint(query, text) + prefill
         # A named template puts a blank before an answer, unless it ends with a line.
-        has_blank = self.template.name in FORMS and not str(self.template.format).endswith("\n")
-        return text + " " * has_blank + prefill
+        has_blank = self.template.name in FORMS and not self.is_chat and not str(self.template.format).endswith("\n")
+        return text + " " * (has_blank and prefill[:1].strip() != "") + prefill
 
     def up_to_answer(self, query: str) -> str:
         """The text of one prompt without a prefilled answer."""
         if self.is_chat:
-            return self._render_chat(query)
+            text = self._render_chat(query)
+            return (self._before_answer(query) or text) if self.template.prefill else text
         template, form = self.template, FORMS.get(self.template.name)
         text = template.format or ""
         if form is not None and form.without_system is not None and not template.system:
@@ -287,8 +287,10 @@ class BoundTemplate:
 
     @property
     def block(self) -> ThinkBlock | None:
-        """The think block that an answer may begin with; None unless thinking is open."""
-        return (self.known_block or THINK_BLOCKS[0]) if self.template.thinking == "open" else None
+        """The think block that an answer may begin with; None where it is closed, or none is known."""
+        if self.template.thinking == "open":
+            return self.known_block or THINK_BLOCKS[0]
+        return None if self.template.thinking == "closed" else self.known_block
 
     @property
     def begins_in_block(self) -> bool:
@@ -297,14 +299,9 @@ class BoundTemplate:
 
     def _render_chat(self, query: str) -> str:
         system, thinking = self.template.system, self.template.thinking
-        messages = [{"role": "user", "content": query}]
-        if system is not None and self.template.folds_system:
-            messages[0]["content"] = f"{system}\n\n{query}"
-        elif system is not None:
-            messages.insert(0, {"role": "system", "content": system})
+        messages = self._messages(query)
         try:
-            switches = dict.fromkeys(self.switches if thinking else (), thinking == "open")
-            text = self._apply(messages, add_generation_prompt=True, **switches)
+            text = self._apply(messages, add_generation_prompt=True, **self._switched)
         except _template_errors() as error:
             what, advice = ("the system prompt", f"; {_FOLD}") if len(messages) > 1 else ("the prompt", "")
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -312,28 +309,73 @@ class BoundTemplate:
         # Some templates leave words out without an error; the run would then not be what its manifest says.
         if query.strip() not in text:
             raise InputError(f"the chat template of {self.model} drops the query, or changes it; {_WITHOUT_CHAT}")
+        if system is not None and self.template.folds_system and messages[0]["content"].strip() not in text:
+            raise InputError(
+                f"the chat template of {self.model} changes the system prompt, or the blank line between it and the "
+                f"query, in the user's turn; {_WITHOUT_CHAT}"
+            )
         if system is not None and system.strip() not in text:
             raise InputError(f"the chat template of {self.model} drops the system prompt; {_FOLD}")
         if thinking != "closed" or self.known_block is None:
             return text
-        if text.rstrip().endswith(self.known_block.opener):
-            return text.rstrip().removesuffix(self.known_block.opener) + self.known_block.empty
-        is_closed = text.rstrip().endswith(self.known_block.closer)
-        return text if is_closed or self.switches else text + self.known_block.empty
+        closed = self._closed(query, text)
+        # Closed at the user's word, where the template itself writes nothing.
+        return closed if closed is not None else text if self.switches else text + self.known_block.empty
 
-    def conversation(self, *texts: str, **arguments: Any) -> str | None:
+    def _closed(self, query: str, text: str) -> str | None:
+        """A rendered prompt with its think block closed, as the template writes an answer without thoughts.
+
+        None where the template neither opens a block nor writes one.
+        """
+        block, bare = self.known_block, text.rstrip()
+        if block is None:
+            return None
+        if bare.endswith(block.closer):
+            return text
+        before, stem = self._before_answer(query) or "", bare.removesuffix(block.opener)
+        if before.startswith(stem) and block.closer in before[len(stem) :]:
+            return before
+        return stem + block.empty if stem != bare else None
+
+    def _before_answer(self, query: str) -> str | None:
+        """What the chat template writes before an answer to the query; None where it writes no answers."""
+        before, mark, _ = (self.conversation(query, _MARK, **self._switched) or "").rpartition(_MARK)
+        return before if mark and query.strip() in before else None
+
+    def _written_block(self) -> ThinkBlock | None:
+        """The block in which the template itself writes thoughts; None where no two marks enclose them."""
+        for name in ("reasoning_content", "reasoning", "thinking"):
+            before, thought, rest = (self.conversation("?", _MARK, thoughts={name: _THOUGHT}) or "").partition(_THOUGHT)
+            opener, closer = (
+                re.search(rf"{_TAG}\s*\Z", before),
+                re.fullmatch(rf"\s*{_TAG}\s*", rest.partition(_MARK)[0]),
+            )
+            if thought and opener and closer:
+                return ThinkBlock(opener[1], closer[1], opener[0] + closer[0])
+        return None
+
+    @property
+    def _switched(self) -> dict[str, bool]:
+        """The template's own arguments for its thinking, as it is set."""
+        thinking = self.template.thinking
+        return dict.fromkeys(self.switches if thinking else (), thinking == "open")
+
+    def _messages(self, *texts: str) -> list[dict[str, Any]]:
+        """A query, and its answer where there is one, as messages, with the system prompt in its place."""
+        system, folds = self.template.system, self.template.folds_system
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+        if system is not None and folds:
+            messages[0]["content"] = f"{system}\n\n{texts[0]}"
+        return messages if system is None or folds else [{"role": "system", "content": system}, *messages]
+
+    def conversation(self, *texts: str, thoughts: Mapping[str, str] | None = None, **arguments: Any) -> str | None:
         """A query, and its answer where there is one, as the chat template writes them; None where it fails."""
-        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+        messages = self._messages(*texts)
+        messages[-1] |= thoughts or {}
         try:
-            return self._apply(turns, add_generation_prompt=len(texts) == 1, **arguments)
+            return self._apply(messages, add_generation_prompt=len(texts) == 1, **arguments)
         except _template_errors():
             return None
-
-    def _joint(self, query: str, text: str) -> str:
-        """The blanks that the chat template itself writes between a prompt and its answer, as Llama-2's does."""
-        whole, prompt = self.conversation(query, _MARK) or "", self.conversation(query) or ""
-        between = whole.removeprefix(prompt).partition(_MARK)[0] if whole.startswith(prompt) else ""
-        return "" if between.strip() or text[-1:].isspace() else between
 
     def _apply(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:

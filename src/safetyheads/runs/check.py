@@ -68,6 +68,8 @@ def describe_prompt(engine: Engine, asked: PromptSet) -> dict[str, Any]:
         think_block = f"open ({marks}): {begun}, and what stands in it is not judged"
     elif bound.template.thinking:
         think_block = f"closed, {f'by {bound.switches[0]}=False' if bound.switches else 'by an empty block'}"
+    elif bound.block:
+        think_block = "none is written by the template; one that the model writes is not judged"
     return {
         **bound.template.settings(),
         "think_block": think_block,

@@ -78,10 +78,16 @@ class PromptOptions(Options):
 
     PANEL: ClassVar[str] = "Prompts"
     prompts: str
-    """Harmful prompts: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
+    """Harmful prompts: a CSV, TSV, JSONL, JSON or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
     _: KW_ONLY
     column: str | None = None
-    """Column of the file that holds the prompts. Needed if it has several."""
+    """Column of --prompts that holds the prompts. Default: the only one, or prompt, goal, query, question, instruction,
+    behavior or text, whichever comes first."""
+    context_column: str | None = None
+    """Column of --prompts with a text that goes in front of each prompt; none leaves it out. Default: context,
+    ContextString, passage or input, where there is one."""
+    category_column: str | None = None
+    """Column of --prompts with the category. Default: category, where there is one."""
     reference_column: str | None = None
     """Column with the beginning of each right answer: of the benign file, or of the only file there is. Answers must
     begin with it. Default: no answer is compared with one."""
@@ -301,6 +307,9 @@ class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, 
     benign: str = "benign"
     """Benign prompts: a file, jailbreakbench_benign, demo, benign (the package's own list), or none in a scan. Default:
     benign; demo where the harmful prompts are the demo's."""
+    _: KW_ONLY
+    benign_column: str | None = None
+    """Column of --benign that holds the prompts. Default: as --column."""
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,12 @@ def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptio
     if is_demo(name):
         return demo_prompts(kind, "test").sample(options.limit, seed)
     # Benign files have columns of their own. Harmful prompts have no right answer, unless they are the only ones.
-    column = options.column if kind == "harmful" else None
+    own = ("column", "context_column", "category_column") if kind == "harmful" else ()
+    columns = {name: getattr(options, name) for name in own} or {"column": getattr(options, "benign_column", None)}
     has_references = kind == "benign" or getattr(options, "benign", NO_BENIGN) == NO_BENIGN
     prompts = PromptSet.read(
         name,
-        column=column,
+        **columns,
         reference_column=options.reference_column if has_references else None,
         limit=options.limit,
         seed=seed,
