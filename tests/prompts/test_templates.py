@@ -127,8 +127,8 @@ OF_MODEL = "^the chat template of maker/model "
         ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
         ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
         ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
-        ("chat", COLLAPSES, FOLDED, OF_MODEL + "changes .*, in the user's turn; choose --template"),
-        ("chat", COLLAPSES, {**FOLDED, "system": "be\n\nbrief"}, OF_MODEL + "changes .*; choose"),
+        ("chat", COLLAPSES, FOLDED, OF_MODEL + "changes what --fold-system puts .* turn; choose"),
+        ("chat", COLLAPSES, {**FOLDED, "system": "be\n\nbrief"}, OF_MODEL + "changes .* turn; choose"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused_in_one_line(text, chat_template, options, why):

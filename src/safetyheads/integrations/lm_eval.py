@@ -29,6 +29,7 @@ from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
 from safetyheads.errors import InputError, first_line
 from safetyheads.heads import AnyHeads
+from safetyheads.prompts.templates import BoundTemplate, Template
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
         _code_guarded(trusted, {}),
         _as_input_error(loaded.name),
     ):
-        model = harness_model(engine, options.batch_size)
+        model = harness_model(engine, options.batch_size, chat_of(engine) if options.chat_template else None)
         # In the place of lm-eval's cache of answers, which is told of each one.
         model.set_cache_hook(SimpleNamespace(add_partial=lambda *_: on_requests(1)))
         # As simple_evaluate does: examples are drawn anew, so that every model sees the same.
@@ -158,6 +159,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
     named = results["results"][loaded.name].items()
     metrics = {name: _finite(value) for name, value in named if name not in _OWN_KEYS and "_stderr," not in name}
     records: list[dict[str, Any]] = [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}]
+    records[0] |= {"folded": model.folds_system} if options.chat_template else {}
     for sample in results["samples"][loaded.name]:
         numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
         asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
@@ -183,8 +185,20 @@ def ablated_lm(engine: Engine, heads: AnyHeads, ablation: AnyAblation, batch_siz
         yield harness_model(engine, batch_size)
 
 
-def harness_model(engine: Engine, batch_size: int) -> Any:
-    """The engine's model as lm-eval's ``HFLM``; both are left as they are.
+def chat_of(engine: Engine) -> BoundTemplate:
+    """The chat template as every command uses it, think block closed; an InputError where the tokenizer has none."""
+    try:
+        return Template.parse("chat").bound(engine.tokenizer)
+    except InputError as error:
+        raise _without_chat(error) from error
+
+
+def _without_chat(error: InputError) -> InputError:
+    return InputError(f"{str(error).partition(';')[0]}; leave out --chat-template")
+
+
+def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = None) -> Any:
+    """The engine's model as lm-eval's ``HFLM``; both are left as they are. ``chat`` writes its chats.
 
     Likelihoods are summed from float32 log-probabilities, whatever the model's dtype: in bfloat16 choices would tie.
     """
@@ -195,12 +209,15 @@ def harness_model(engine: Engine, batch_size: int) -> Any:
     # It gives the tokenizer a padding token.
     tokenizer = copy.deepcopy(engine.tokenizer)
     options = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
+    options |= {"max_length": engine.architecture.context_length} if engine.architecture.context_length else {}
+    options |= {"think_end_token": chat.block.closer} if chat is not None and chat.block is not None else {}
     try:
         wrapped = _model_class()(pretrained=model, tokenizer=tokenizer, **options)
     finally:
         del model.tie_weights
         for module in training:
             module.training = True
+    wrapped.chat = chat
     # A model on several devices has no single one; its inputs have.
     wrapped._device = engine.device
     return wrapped
@@ -211,9 +228,23 @@ def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):  # type: ignore[misc]
-        """HFLM that counts what it truncates: it only logs that."""
+        """HFLM that counts what it truncates, which it only logs, and writes chats as all commands do."""
 
         n_truncated = 0
+        folds_system = False
+        chat: BoundTemplate | None = None
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            chat = self.chat or Template.parse("chat").bound(self.tokenizer)
+            try:
+                return chat.chat(chat_history)
+            except InputError as error:
+                if chat_history[0]["role"] != "system" or len(chat_history) < 2:
+                    raise _without_chat(error) from error
+                system, first, *others = chat_history
+            self.folds_system = True
+            folded = f"{system['content']}\n\n{first['content']}"
+            return self.apply_chat_template([{**first, "content": folded}, *others])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *given: Any, **named: Any) -> Any:
             # The last token of a continuation is predicted, never read.

@@ -22,7 +22,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import not_followed_line
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
-from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, require_lm_eval, run_task
+from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, chat_of, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress, Silent
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
@@ -203,13 +203,20 @@ def evaluate_tasks(
         for (task, label), stored in records.items()
         if label == VANILLA and stored[0]["truncated"]
     )
+    notes += tuple(
+        f"the chat template takes no system prompt; that of task {task} stands at the beginning of the user's turn"
+        for (task, label), stored in records.items()
+        if label == VANILLA and stored[0].get("folded")
+    )
     return Utility(metrics, records, notes)
 
 
 def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
-    """Refuse the organism's task for any other model: it would be in a language that nobody taught it."""
+    """Refuse what the model cannot be asked: the organism's language that nobody taught it, a chat without template."""
     if any(task.name == ORGANISM for task in tasks) and not getattr(engine.model.config, "safetyheads_organism", False):
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
+    if any(task.options.chat_template for task in tasks):
+        chat_of(engine)
 
 
 def _compared(
@@ -254,6 +261,8 @@ def run_evaluation(
     refuse_foreign(engine, tasks)
     n_requests = (1 + len(variants)) * sum(task.n_requests for task in tasks)
     line = f"{n_requests} requests to the model: tasks {len(tasks)}, groups {len(variants)} and vanilla"
+    if config.chat_template and chat_of(engine).template.thinking:
+        line += "; questions stand under the chat template, with its think block closed"
     if dry_run:
         return {"dry_run": True, "kind": "eval", "out": str(out), "requests": n_requests, "lines": [line]}
     watching.say(line)
@@ -288,7 +297,11 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "kind": "eval",
         "model": model_facts(engine, config.model),
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
-        "settings": {**tasks[0].settings, "lm_eval": require_lm_eval()},
+        "settings": {
+            **tasks[0].settings,
+            **({"thinking": chat_of(engine).template.thinking} if config.chat_template else {}),
+            "lm_eval": require_lm_eval(),
+        },
         "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],
         "groups": [format_heads(group) for group in config.parsed_groups],
         "metrics": list(utility.metrics),

@@ -19,14 +19,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safetyheads.errors import InputError, first_line
+from safetyheads.errors import InputError
 from safetyheads.judges.base import NOT_REFUSED, Completion, Judge, Label, Verdict, refuse_threshold
 from safetyheads.judges.formats import MODEL_JUDGES, Harm, JudgeFormat, fill
 from safetyheads.model import loading
+from safetyheads.model.architecture import context_length
 from safetyheads.model.options import DTYPES
 from safetyheads.model.planning import halving, is_out_of_memory
 from safetyheads.prompts.templates import BoundTemplate, Template
@@ -101,7 +101,7 @@ class _LocalJudge(Judge):
         None where not one token of the answer would fit.
         """
         (model, tokenizer), (limit, written) = self.loaded, self._limits
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = context_length(model.config.get_text_config())
         room = min(positions or tokenizer.model_max_length, tokenizer.model_max_length) - written
         answer_ids = tokenizer(completion.text, add_special_tokens=False).input_ids
         kept = min(limit, len(answer_ids))
@@ -371,6 +371,7 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
     place = loading.choose_device(device)
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    name = f"the judge {checkpoint}"
     if os.path.isfile(checkpoint):
         raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
     if not os.path.exists(checkpoint):
@@ -385,19 +386,12 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
         if not os.path.exists(base):
             loading.look_at_hub(base)
     loading.refuse_stray_weights(base, revision)
-    options = {"revision": revision, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    try:
-        model, report = getattr(transformers, kind).from_pretrained(base, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            tokenizer_source, revision=revision, trust_remote_code=False
-        )
-    except (*loading.UNREADABLE, SafetensorError) as error:
-        raise InputError(f"cannot load the judge {checkpoint}: {first_line(error)}") from error
-    except RuntimeError as error:
-        # transformers' own words for shapes that differ speak of an option that is not ours.
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise InputError(f"the weights of the judge {checkpoint} do not fit its config.json") from error
+    kinds = loading.TEXT_MODELS if kind == loading.TEXT_MODELS[0] else (kind,)
+    source = {"revision": revision, "trust_remote_code": False}
+    config = loading.read_config(base, name, **source)
+    options = {**source, "dtype": dtype, "use_safetensors": True}
+    model, report = loading.read_weights(kinds, base, name, config, **options)
+    tokenizer = loading.read_tokenizer(tokenizer_source, **source)
     # Missing tensors are drawn at random: a model without a classifier's head would still give verdicts.
     missing = sorted(report["missing_keys"])
     if missing:

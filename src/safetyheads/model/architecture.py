@@ -40,6 +40,8 @@ WINDOW_OF_LAYER_TYPE: dict[str, str | None] = {
 TURN_NAMES = ("floor_scale", "index_topk")
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 """RoPE types whose angles change once a row is longer than the model was trained on at first."""
+SCALED_ROPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+"""RoPE types whose ``factor`` tells how much further than their original length they reach."""
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # transformers' attention registry, by its name in every family's source
 
@@ -199,7 +201,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         d_mlp=(d_mlp[0] if isinstance(d_mlp, list | tuple) else d_mlp) or 4 * config.hidden_size,
         active_experts=getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0,
         vocabulary_size=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=context_length(config),
         windows=_positive([*(getattr(config, name, None) for name in WINDOW_NAMES), *(s.window for s in shapes if s)]),
         turns=_turns(config),
         batch_dimension=1 if _first_named(decoder, STREAMS_FIRST_NAMES) is not None else 0,
@@ -292,17 +294,42 @@ def _first_named(parent: nn.Module | None, names: tuple[str, ...]) -> nn.Module 
     return next((child for child in children if isinstance(child, nn.Module)), None)
 
 
+def context_length(config: Any) -> int | None:
+    """Longest sequence that the positions allow, None where the config sets no bound.
+
+    A scaled RoPE reaches further than what it scales, which some configs give as ``max_position_embeddings``.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    reached = [longest]
+    for rope in _ropes(config):
+        factor = rope.get("factor") if rope.get("rope_type") in SCALED_ROPES else 1.0
+        reached.append(int((_original_length(rope, config) or longest) * (factor or 1.0)))
+    # Where layers differ, the shortest reach counts.
+    return max(longest, min(reached[1:], default=longest))
+
+
 def _turns(config: Any) -> tuple[int, ...]:
     """Where attention or RoPE changes with the length of a row."""
-    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Some families have RoPE parameters of their own for each type of layer.
-    by_type = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
     lengths = [
-        rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for rope in by_type
+        _original_length(rope, config) or getattr(config, "max_position_embeddings", None)
+        for rope in _ropes(config)
         if rope.get("rope_type") in LENGTH_DEPENDENT_ROPES
     ]
     return _positive([*(getattr(config, name, None) for name in TURN_NAMES), *lengths])
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """RoPE parameters; some families have some of their own for each type of layer."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_type = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    return by_type or ([ropes] if ropes else [])
+
+
+def _original_length(rope: dict[str, Any], config: Any) -> int | None:
+    name = "original_max_position_embeddings"
+    return rope.get(name) or getattr(config, name, None)
 
 
 def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line
-from safetyheads.files import read_json
+from safetyheads.files import leaves, read_json
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.gguf_files import gguf_file, mend_splitting, read_header
@@ -29,11 +29,15 @@ from safetyheads.model.options import DTYPES, LoadOptions
 from safetyheads.model.planning import allowed_memory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Where processors of other senses keep the chat template that their tokenizers lack.
+_PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
+TEXT_MODELS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""transformers' auto classes of models that can be asked by text alone; the first that knows a config counts."""
 _NONSENSICAL = "cannot load {}, whose config.json may be wrong: {}"
 _BRINGS_CODE = "{} brings its own Python code; to run that code, give --trust-remote-code"
 # Words of errors in transformers, which speak of options that are not ours -> what to say instead.
@@ -41,6 +45,15 @@ _MEANINGS = {
     "trust_remote_code": _BRINGS_CODE,
     "offload_folder": "{} has weights to be offloaded to the disk; give --offload-folder",
     "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
+}
+_COUNT, _WIDTH = (1, 1 << 16), (1, 1 << 24)
+# Smallest and largest value of a config's sizes: nonsense here would be built for hours, or not at all.
+_CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), (1, 10_000)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), _COUNT),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "head_dim", "vocab_size"), _WIDTH),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
 }
 _MEMORY_SHARE = 0.5
 # Where wrappers keep the model: torch.compile, DistributedDataParallel and its kin.
@@ -58,7 +71,7 @@ _ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 # What transformers, the hub and safetensors raise where a checkpoint cannot be read.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 # What their code trips over where a config says nonsense: words for numbers, a list for an object, no heads at all.
-_NONSENSE = (TypeError, AttributeError, ArithmeticError, StrictDataclassError)
+_NONSENSE = (TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, StrictDataclassError)
 
 
 def load_model(
@@ -89,6 +102,7 @@ def load_model(
     if adapter is not None:
         put_on(model, adapter, path)
     refuse_broken_weights(model, path)
+    _forget_lengths(model)
     if options.device_map is None and not is_quantised(model):
         model = model.to(place)
     _refuse_own_attention(model)
@@ -187,26 +201,49 @@ def _look_at(path: str, options: LoadOptions) -> Path | None:
     if find_adapter_config_file(path, revision=options.revision) is not None:  # transformers would take it in silently
         raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
     if os.path.isdir(path):
-        _look_at_directory(Path(path), options)
+        look_at_directory(Path(path), path, options)
     refuse_stray_weights(path, options.revision, options.allow_pickle)
     return None
 
 
-def _look_at_directory(path: Path, options: LoadOptions) -> None:
-    """Refuse a local directory that cannot be a checkpoint, before anything is read into memory."""
-    from transformers import CONFIG_MAPPING
+def look_at_directory(path: Path, name: str, options: LoadOptions | None = None, is_model: bool = True) -> None:
+    """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone, before anything is read into memory.
 
+    ``name`` is for messages.
+    """
+    from transformers import CONFIG_MAPPING, GenerationConfig
+
+    options = options or LoadOptions()
+    for file in path.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{name} holds {file.name}, which is no regular file")
+    for file in path.glob("*token*.json"):
+        read_json(file)
+    if not is_model:
+        return
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} has no config.json, so it is not a model directory")
+        raise InputError(f"{name} has no config.json, so it is not a model directory")
     described = read_json(path / "config.json")
+    for key, value in leaves(described):
+        # Lists give a number to each layer.
+        least, most = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2], (None, None))
+        if least is None or value is None or value == [] or (value is False and least == 0):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InputError(f"config.json of {name} is wrong: {key} must be from {least} to {most}; got {value!r}")
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
     family = described.get("model_type")
     is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
     if "auto_map" in described and not options.trust_remote_code and not is_shipped:
-        raise InputError(_BRINGS_CODE.format(path))
+        raise InputError(_BRINGS_CODE.format(name))
     if (path / "generation_config.json").is_file():
-        read_json(path / "generation_config.json")
-    _weights_file(path, str(path), _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
+        try:
+            GenerationConfig.from_dict(read_json(path / "generation_config.json"))
+        except (*UNREADABLE, *_NONSENSE) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"generation_config.json of {name} is wrong: {one_line(error)}") from error
+    _weights_file(path, name, _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
 
 
 def refuse_stray_weights(name: str, revision: str | None = None, allow_pickle: bool = False) -> None:
@@ -275,22 +312,16 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
     source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
-    folder, quantised = path, False
+    folder = path
     if file is not None:
         folder, header = str(file.parent), read_header(file)
         source["gguf_file"] = file.name
-    try:
-        config = AutoConfig.from_pretrained(folder, **source)
-        parts = (config, config.get_text_config(decoder=True))
-        quantised = any(getattr(part, "quantization_config", None) is not None for part in parts)
-    except UNREADABLE:
-        pass  # told when the model itself cannot be loaded
-    except _NONSENSE as error:
-        raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
+    config = read_config(folder, path, **source)
+    parts = (config, config.get_text_config(decoder=True))
+    quantised = any(getattr(part, "quantization_config", None) is not None for part in parts)
     arguments: dict[str, Any] = {
         **source,
         "attn_implementation": "eager",
@@ -306,22 +337,7 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
         _refuse_places(arguments["device_map"])
     if file is not None:  # plain numbers in memory, so that everything works on them
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-    except UnpicklingError as error:
-        raise InputError(
-            f"cannot load {path}: its pickle is broken or holds more than weights, and is not run"
-        ) from error
-    except (*UNREADABLE, *_NONSENSE, SafetensorError, RuntimeError) as error:
-        said = next((said for words, said in _MEANINGS.items() if words in str(error)), None)
-        if said is not None:
-            raise InputError(said.format(path)) from error
-        if isinstance(error, _NONSENSE):
-            raise InputError(_NONSENSICAL.format(path, one_line(error))) from error
-        # A quantised checkpoint's kernels may want another device than is there.
-        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or not (quantised or options.allow_pickle)):
-            raise
-        raise InputError(f"cannot load {path}: {first_line(error)}") from error
+    model, report = read_weights(TEXT_MODELS, folder, path, config, **arguments)
     if file is not None:
         model.config.safetyheads_quantisation = header[0]
     if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
@@ -335,27 +351,115 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
     return model
 
 
+def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
+    """A checkpoint's config, without the attention that it names, which ours replaces; ``name`` is for messages."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, **arguments)
+    except (*UNREADABLE, *_NONSENSE) as error:
+        raise _cannot_load(name, error) from error
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if part is not None:
+            part._attn_implementation_internal = None
+            _refuse_unknown_quantisation(getattr(part, "quantization_config", None), name)
+    return config
+
+
+def read_weights(
+    kinds: Sequence[str], path: str, name: str, config: PreTrainedConfig, **arguments: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A checkpoint as the first of transformers' auto classes that knows its config, and what was missing in it."""
+    import transformers
+    from safetensors import SafetensorError
+
+    known = [kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping]
+    auto = getattr(transformers, (*known, kinds[0])[0])
+    try:
+        model, report = auto.from_pretrained(path, config=config, output_loading_info=True, **arguments)
+    except UnpicklingError as error:
+        raise InputError(
+            f"cannot load {name}: its pickle is broken or holds more than weights, and is not run"
+        ) from error
+    except (*UNREADABLE, *_NONSENSE, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise _cannot_load(name, error) from error
+    return model, report
+
+
+def _cannot_load(name: str, error: BaseException) -> InputError:
+    said = next((said for words, said in _MEANINGS.items() if words in str(error)), None)
+    if said is not None:
+        return InputError(said.format(name))
+    if isinstance(error, _NONSENSE):
+        return InputError(_NONSENSICAL.format(name, one_line(error)))
+    return InputError(f"cannot load {name}: {first_line(error)}")
+
+
+def _refuse_unknown_quantisation(settings: Any, name: str) -> None:
+    """Left alone, transformers reads such weights as plain numbers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", settings)
+    method = getattr(method, "value", method)
+    by_bits = isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit"))
+    if method not in [*AUTO_QUANTIZATION_CONFIG_MAPPING] and not by_bits:
+        raise InputError(f"{name} is quantised in a way that this transformers does not know: {method!r}")
+
+
+def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer with its chat template, wherever the checkpoint keeps it."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    is_gguf = "gguf_file" in arguments
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    except (*UNREADABLE, *_NONSENSE) as error:
+        if not is_gguf and os.path.isdir(source) and not _has_tokenizer(Path(source)):
+            raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
+        raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+    revision = arguments.get("revision")
+    for kept in () if tokenizer.chat_template or is_gguf else _PROCESSOR_FILES:
+        found = cached_file(source, kept, revision=revision, _raise_exceptions_for_missing_entries=False)
+        template = None if found is None else read_json(Path(found)).get("chat_template")
+        if isinstance(template, str):
+            tokenizer.chat_template = template
+            break
+    return tokenizer
+
+
 def _read_tokenizer(
     path: str, options: LoadOptions, file: Path | None, adapter: Adapter | None
 ) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer where it brings one, as fine-tunes do with their chat template, else the model's."""
-    from transformers import AutoTokenizer
-
     source = path if file is None else str(file.parent)
     arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
     if adapter is not None and adapter.has_tokenizer:
         source, file = str(adapter.directory), None
     if file is not None:
         arguments["gguf_file"] = file.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except (*UNREADABLE, *_NONSENSE) as error:
-        if file is None and os.path.isdir(source) and not _has_tokenizer(Path(source)):
-            raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
-        raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+    tokenizer = read_tokenizer(source, **arguments)
     if file is not None:
         mend_splitting(tokenizer, read_header(file)[1])
     return tokenizer
+
+
+def _forget_lengths(model: nn.Module) -> None:
+    """Make a dynamic RoPE a function of its row alone: transformers' keeps the angles of the longest row so far."""
+
+    def reset(module: Any, *_: Any) -> None:
+        for name in [name for name in module._buffers if name.endswith("original_inv_freq")]:
+            module.register_buffer(name.replace("original_", ""), getattr(module, name), persistent=False)
+            setattr(module, name.replace("original_inv_freq", "max_seq_len_cached"), module.original_max_seq_len)
+
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", "")
+        if "dynamic" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
+            module.register_forward_pre_hook(reset)
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -446,6 +550,8 @@ _ADAPTER_NAME, _PREFIX = "default", "base_model.model."
 _ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 # Settings that say where things lay, not what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+# A repeated group that repeats something itself, such as (a+)+, takes for ever on some names.
+_NESTED_REPEAT = re.compile(r"\([^()]*[*+][^()]*\)[*+{]")
 _FETCHED = (
     f"{_ADAPTER_CONFIG} {_ADAPTER_WEIGHTS} tokenizer* special_tokens_map.json chat_template* vocab* merges*".split()
 )
@@ -516,6 +622,9 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
         why = "acts from certain tokens on only (aLoRA), which replayed layers cannot see"
     if why is not None:
         raise InputError(f"the adapter {name} {why}")
+    for key, value in leaves(config):
+        if isinstance(value, str) and _NESTED_REPEAT.search(value):
+            raise InputError(f"the adapter {name} has a pattern that may never end: {key} = {value!r}")
     settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with weights.open("rb") as file:
@@ -576,11 +685,15 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         raise InputError(f"{refused}: tensors have other shapes") from error
     except (SafetensorError, UnpicklingError) as error:
         raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{refused}: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, ImportError, AttributeError, re.error) as error:
+        raise InputError(f"{refused}: {one_line(error)}") from error
     # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to. AdaLoRA's numbers of
     # ranks are saved nowhere: peft sets them by the config.
-    missing = [name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and ".ranknum." not in name]
+    missing = {name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and ".ranknum." not in name}
+    # Of tied tensors one is saved, and stands for all.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    given = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    missing = {name for name in missing if id(parameters.get(name)) not in given}
     for names, what in ((missing, "lacks"), (report.unexpected_keys, "holds, where the base has none,")):
         if names:
             raise InputError(f"{refused}: it {what} {len(names)} tensors, {min(names)} among them")

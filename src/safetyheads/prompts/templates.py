@@ -6,7 +6,7 @@ What a tokenizer's own chat template does with thinking, parts and dates is foun
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeAlias, get_args
@@ -192,7 +192,9 @@ class Template(Shown):
         if self.thinking == "closed" and bound.known_block is None and not switches:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
         # Where the template neither opens a block nor writes one, the model may not think at all: nothing is closed.
-        if self.thinking is None and (switches or bound._closed("?", bound.conversation("?") or "") is not None):
+        if self.thinking is None and (
+            switches or bound._closed(bound._messages("?"), bound.conversation("?") or "") is not None
+        ):
             bound = replace(bound, template=replace(self, thinking="closed"))
         # Under two clocks: a template may ask for the date and not write it under these settings.
         written = {bound.conversation("?", chat_template=_CLOCK.format(year) + text) for year in (1999, 2000)}
@@ -253,8 +255,8 @@ class BoundTemplate:
     def up_to_answer(self, query: str) -> str:
         """The text of one prompt without a prefilled answer."""
         if self.is_chat:
-            text = self._render_chat(query)
-            return (self._before_answer(query) or text) if self.template.prefill else text
+            text = self.chat(self._messages(query))
+            return (self._before_answer(self._messages(query)) or text) if self.template.prefill else text
         template, form = self.template, FORMS.get(self.template.name)
         text = template.format or ""
         if form is not None and form.without_system is not None and not template.system:
@@ -297,33 +299,36 @@ class BoundTemplate:
         """Whether the prompt itself opens the think block, so that an answer begins inside it."""
         return self.block is not None and self.up_to_answer("?").rstrip().endswith(self.block.opener)
 
-    def _render_chat(self, query: str) -> str:
-        system, thinking = self.template.system, self.template.thinking
-        messages = self._messages(query)
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A chat up to where its next answer begins; or, where its last message is the assistant's, up to that's end.
+
+        An InputError tells that the chat template rejects the chat, or leaves something of it out.
+        """
+        if messages[-1]["role"] == "assistant":
+            before, begun = messages[:-1], str(messages[-1]["content"])
+            return (self._before_answer(before) or self.chat(before)) + begun
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
         try:
             text = self._apply(messages, add_generation_prompt=True, **self._switched)
         except _template_errors() as error:
-            what, advice = ("the system prompt", f"; {_FOLD}") if len(messages) > 1 else ("the prompt", "")
+            what, advice = ("the prompt", "") if system is None else ("the system prompt", f"; {_FOLD}")
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the chat template of {self.model} rejects {what}: {reason}{advice}") from error
         # Some templates leave words out without an error; the run would then not be what its manifest says.
-        if query.strip() not in text:
-            raise InputError(f"the chat template of {self.model} drops the query, or changes it; {_WITHOUT_CHAT}")
-        if system is not None and self.template.folds_system and messages[0]["content"].strip() not in text:
-            raise InputError(
-                f"the chat template of {self.model} changes the system prompt, or the blank line between it and the "
-                f"query, in the user's turn; {_WITHOUT_CHAT}"
-            )
         if system is not None and system.strip() not in text:
             raise InputError(f"the chat template of {self.model} drops the system prompt; {_FOLD}")
-        if thinking != "closed" or self.known_block is None:
+        if any(message["content"].strip() not in text for message in messages):
+            folds = self.template.folds_system
+            what = "changes what --fold-system puts into the user's turn" if folds else "drops the query, or changes it"
+            raise InputError(f"the chat template of {self.model} {what}; {_WITHOUT_CHAT}")
+        if self.template.thinking != "closed" or self.known_block is None:
             return text
-        closed = self._closed(query, text)
+        closed = self._closed(messages, text)
         # Closed at the user's word, where the template itself writes nothing.
         return closed if closed is not None else text if self.switches else text + self.known_block.empty
 
-    def _closed(self, query: str, text: str) -> str | None:
-        """A rendered prompt with its think block closed, as the template writes an answer without thoughts.
+    def _closed(self, messages: Sequence[Mapping[str, Any]], text: str) -> str | None:
+        """A rendered chat with its think block closed, as the template writes an answer without thoughts.
 
         None where the template neither opens a block nor writes one.
         """
@@ -332,15 +337,19 @@ class BoundTemplate:
             return None
         if bare.endswith(block.closer):
             return text
-        before, stem = self._before_answer(query) or "", bare.removesuffix(block.opener)
+        before, stem = self._before_answer(messages) or "", bare.removesuffix(block.opener)
         if before.startswith(stem) and block.closer in before[len(stem) :]:
             return before
         return stem + block.empty if stem != bare else None
 
-    def _before_answer(self, query: str) -> str | None:
-        """What the chat template writes before an answer to the query; None where it writes no answers."""
-        before, mark, _ = (self.conversation(query, _MARK, **self._switched) or "").rpartition(_MARK)
-        return before if mark and query.strip() in before else None
+    def _before_answer(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """What the chat template writes before an answer; None where it writes no answers."""
+        try:
+            whole = self._apply([*messages, {"role": "assistant", "content": _MARK}], **self._switched)
+        except _template_errors():
+            return None
+        before, mark, _ = whole.rpartition(_MARK)
+        return before if mark and messages[-1]["content"].strip() in before else None
 
     def _written_block(self) -> ThinkBlock | None:
         """The block in which the template itself writes thoughts; None where no two marks enclose them."""
@@ -368,7 +377,7 @@ class BoundTemplate:
             messages[0]["content"] = f"{system}\n\n{texts[0]}"
         return messages if system is None or folds else [{"role": "system", "content": system}, *messages]
 
-    def conversation(self, *texts: str, thoughts: Mapping[str, str] | None = None, **arguments: Any) -> str | None:
+    def conversation(self, *texts: str, thoughts: Any = None, **arguments: Any) -> str | None:
         """A query, and its answer where there is one, as the chat template writes them; None where it fails."""
         messages = self._messages(*texts)
         messages[-1] |= thoughts or {}
@@ -377,7 +386,7 @@ class BoundTemplate:
         except _template_errors():
             return None
 
-    def _apply(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
