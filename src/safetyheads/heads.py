@@ -10,7 +10,7 @@ from typing import TypeAlias
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
 
-_WRITTEN = re.compile(r"\s*(?:[lL](\d+)[hH](\d+)|(\d+)[-.](\d+))\s*")
+_WRITTEN = re.compile(r"\s*(?:[lL](\d{1,9})[hH](\d{1,9})|(\d{1,9})[-.](\d{1,9}))\s*")
 
 
 @dataclass(frozen=True, slots=True, order=True)

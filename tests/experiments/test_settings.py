@@ -62,15 +62,27 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
         ("held_out = 1", "held_out must be bool"),
         ("limit = 0", "limit must be at least 1"),
         ('judge = "paper"', "unknown setting 'judge'"),
-        ("epsilon = -1", "epsilon must be a finite number"),
+        ("epsilon = -1", "epsilon must be at least 0"),
         ('search_score = "guess"', "search_score is one of"),
         ('models = ["a", "a"]', "models names one twice"),
+        ("models = 3", "models must be a list of str"),
+        ("seed = -1", "seed must be at least 0"),
+        ("max_new_tokens = 99999999999999999999", "max_new_tokens must be at most"),
+        ("top_k = 1.5", "top_k must be int"),
+        ("memory = 1e300", "unknown setting 'memory'"),
+        ('device = "nope"', "unknown device 'nope'"),
+        ('judge_device = "nope"', "unknown device 'nope'"),
+        ('dtype = "int3"', "unknown dtype 'int3'"),
+        ('benign = "a\\u0000b"', "benign is not Unicode text"),
+        ('benign = " "', "benign is blank"),
+        ("limit = " + "[" * 3000, "is no TOML"),
+        ("\udcff", "is not UTF-8 text"),
         ('templates = ["no place for a query"]', "has no {query}"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, text, said):
     path = tmp_path / "lab.toml"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(InputError, match=f"^[^\n]*{re.escape(said)}[^\n]*$"):
         ReproductionConfig.read(path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 import threading
 import warnings
@@ -12,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import built
 from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, build, prompts_of, saved, tokenizer
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, InputError, PromptSet, generate, ships
+from safetyheads.judges.models import CausalJudge
+from safetyheads.judges.named import judges_named
 from safetyheads.model.architecture import Capabilities
 from safetyheads.prompts.asked import DatedPromptWarning
 from safetyheads.runs.run import warnings_of
@@ -88,7 +93,8 @@ def test_tensors_that_a_text_model_rightly_leaves_alone_are_no_reason_to_refuse(
     assert Engine.load(str(place), check=False).n_layers == 3
 
 
-def test_layers_that_guess_further_tokens_and_scales_of_quantised_formats_are_left_alone(place):
+def test_layers_that_guess_further_tokens_and_scales_of_quantised_formats_are_left_alone(place, monkeypatch):
+    monkeypatch.setattr("safetyheads.model.loading._refuse_unknown_quantisation", lambda *_: None)
     change(place, num_hidden_layers=2, num_nextn_predict_layers=1)
     assert Engine.load(str(place), check=False).n_layers == 2
     change(place, num_hidden_layers=3, quantization_config={"quant_method": "nobody_knows"})
@@ -200,10 +206,8 @@ def test_a_loaded_checkpoint_is_proved_and_named_and_a_config_that_is_no_object_
     ("settings", "why"),
     [
         ({"hidden_size": 33}, "The hidden size (33) is not a multiple of the number of attention heads (4)"),
-        ({"num_attention_heads": "4"}, "Field 'num_attention_heads' expected int, got str (value: '4')"),
-        ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+        ({"rms_norm_eps": "small"}, "Field 'rms_norm_eps' expected float, got str (value: 'small')"),
         ({"dtype": "nonsense"}, "has no attribute 'nonsense'"),
-        ({"quantization_config": []}, "'list' object has no attribute"),
     ],
 )
 def test_settings_that_are_nonsense_are_refused(place, settings, why):
@@ -211,3 +215,127 @@ def test_settings_that_are_nonsense_are_refused(place, settings, why):
     said = refusal(place)
     assert said.startswith("cannot load M, whose config.json may be wrong: ")
     assert why in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"num_attention_heads": "4"}, "num_attention_heads must be from 1 to 65536; got '4'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be from 1 to 65536; got 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 10000; got 1000000000"),
+        ({"vocab_size": -5}, "vocab_size must be from 1"),
+        ({"hidden_size": True}, "hidden_size must be from 1"),
+        ({"quantization_config": []}, "is quantised in a way that this transformers does not know: []"),
+        ({"quantization_config": {"quant_method": "own"}}, "is quantised in a way .* know: 'own'"),
+    ],
+)
+def test_sizes_and_quantisations_that_cannot_be_are_refused_before_anything_is_read(place, settings, why):
+    change(place, **settings)
+    assert re.search(why.replace("[]", r"\[\]"), refusal(place))
+    with pytest.raises(InputError, match="the judge .*" + why.replace("[]", r"\[\]")):
+        CausalJudge(checkpoint=str(place)).loaded
+
+
+def test_a_checkpoint_is_made_of_regular_files_and_sound_settings(place):
+    change(place, "generation_config.json", max_new_tokens="many")
+    assert "generation_config.json" in refusal(place) or "max_new_tokens" in refusal(place)
+    (place / "generation_config.json").unlink()
+    os.mkfifo(place / "added_tokens.json")
+    assert refusal(place) == "M holds added_tokens.json, which is no regular file"
+    with pytest.raises(InputError, match="the judge .* holds added_tokens.json"):
+        judges_named([f"harmbench={place}"])
+
+
+# A checkpoint as its family means it
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_a_chat_template_is_found_where_processors_keep_it(place, file):
+    (place / file).write_text(json.dumps({"chat_template": "{{ messages[0].content }} w7"}))
+    engine = Engine.load(str(place), check=False)
+    assert engine.ask(PromptSet.from_queries(["w5"], "chat")).token_ids == ((5, 7),)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_the_config_names_is_replaced_by_ours(place, name):
+    change(place, **{name: "flash_attention_2"})
+    assert Engine.load(str(place)).n_layers == 3
+    assert CausalJudge(checkpoint=str(place)).loaded[0].config._attn_implementation in ("sdpa", "eager")
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest", "reached"),
+    [
+        (None, 40, 40),
+        ({"type": "linear", "factor": 4.0}, 40, 160),
+        ({"rope_type": "dynamic", "factor": 2.0}, 40, 80),
+        ({"rope_type": "yarn", "factor": 4.0}, 40, 160),
+        # Where the config's number has the factor in it.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}, 160, 160),
+        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 40, **LLAMA3}, 160, 160),
+        ({"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 40, **LLAMA3}, 40, 160),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 40, **LONG}, 160, 160),
+    ],
+)
+def test_the_context_is_what_a_scaled_rope_reaches(place, rope, longest, reached):
+    config = json.loads((place / "config.json").read_text())
+    del config["rope_parameters"]
+    scaled = {"max_position_embeddings": longest, "rope_theta": 10000.0, "rope_scaling": rope}
+    (place / "config.json").write_text(json.dumps(config | scaled))
+    engine = Engine.load(str(place), check=False)
+    assert engine.architecture.context_length == reached
+    fits, beyond = (prompts_of([5] * n) for n in (reached, reached + 1))
+    assert engine.ask(fits).longest == reached
+    with pytest.raises(InputError, match=f"{reached + 1} tokens; the model's context is {reached}"):
+        engine.ask(beyond)
+
+
+def test_a_dynamic_rope_forgets_longer_rows_and_what_is_not_exact_beyond_its_first_length_is_found(place):
+    config = json.loads((place / "config.json").read_text())
+    del config["rope_parameters"]
+    scaled = {"max_position_embeddings": 24, "rope_theta": 100.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    (place / "config.json").write_text(json.dumps(config | scaled))
+    engine = Engine.load(str(place))
+    assert engine.architecture.turns == (24,)
+    row = torch.arange(30)[None] % 60
+    with torch.no_grad():
+        first = engine.model(row).logits
+        engine.model(torch.arange(90)[None] % 60)
+        assert torch.equal(engine.model(row).logits, first)
+    engine.prove_up_to(60)
+    assert not engine.capabilities.packs
+    assert not engine.capabilities.caches
+
+
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+QWEN_IDS = {"image_token_id": 50, "video_token_id": 51, "vision_start_token_id": 52, "vision_end_token_id": 53}
+TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "eyes", "more"),
+    [
+        ("Mistral3Config", {"model_type": "mistral", "head_dim": 8}, EYES | {"patch_size": 14}, {}),
+        ("LlavaConfig", {"model_type": "llama"}, EYES | {"patch_size": 14}, {"image_token_index": 50}),
+        ("Qwen2_5_VLConfig", TURNED, QWEN_EYES | {"fullatt_block_indexes": [0]}, QWEN_IDS),
+        ("Qwen3VLConfig", TURNED | {"head_dim": 8}, QWEN_EYES | {"deepstack_visual_indexes": [0]}, QWEN_IDS),
+    ],
+)
+def test_a_checkpoint_of_images_too_is_asked_in_text_alone(tmp_path, config, text, eyes, more):
+    kinds = {"Mistral3Config": "pixtral", "LlavaConfig": "clip_vision_model"}
+    eyes = eyes | ({"model_type": kinds[config]} if config in kinds else {})
+    described = getattr(transformers, config)(
+        text_config={**COMMON, "num_key_value_heads": 2, **text}, vision_config=eyes, **more
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(described).eval()
+    engine = Engine.load(saved(model, tmp_path / "eyes"))
+    assert (engine.n_layers, engine.capabilities) == (3, Capabilities())
+    asked = engine.ask(prompts_of([5, 9, 12, 40], [7, 7]))
+    expected = model.generate(torch.tensor([asked.token_ids[0]]), max_new_tokens=4, do_sample=False)[0, 4:]
+    assert list(generate(engine, asked, max_new_tokens=4)[0].token_ids) == expected.tolist()

@@ -47,7 +47,6 @@ from safetyheads.runs.config import (
     SaharaConfig,
     ScanConfig,
     ShipsConfig,
-    at_least,
 )
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 
@@ -140,7 +139,8 @@ def ships(
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
     from safetyheads.runs.single_steps import read_prompts, run_ships
 
-    at_least(1, top=top)
+    if top < 1:
+        raise InputError(f"top must be at least 1; got {top}")
     config, out = settled(config, where.out, "ships")
     prompts, progress = _prepared(config, out, output, read_prompts)
     results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)

@@ -22,6 +22,8 @@ from cyclopts.config import Dict
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
 
+from safetyheads.model.options import refuse_odd_text
+
 _TITLES = (
     *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
     *("Tasks", "Settings", "Gate", "Model", "Run directory", "Output"),
@@ -125,6 +127,10 @@ def options_from_dataclasses(command: Callable[..., Any]) -> Callable[..., Any]:
 
     def called(*positional: Any, **named: Any) -> Callable[[], Any]:
         values = signature.bind(*positional, **named).arguments
+        for name, value in values.items():
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, str | Path):
+                    refuse_odd_text(name.replace("_", " "), str(item), is_name=isinstance(item, Path))
         taken = {
             name: makers[name](**{option: values.pop(option) for option in options if option in values})
             for name, options in parts.items()

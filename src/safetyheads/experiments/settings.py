@@ -12,10 +12,11 @@ from safetyheads.ablation import Ablation
 from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error
+from safetyheads.files import read_whole
+from safetyheads.model.options import DTYPES
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.config import JudgeOptions, at_least
+from safetyheads.runs.config import JudgeOptions
 
 ORGANISM = "demo:"
 """Prefix of the names of embedded checkpoints."""
@@ -110,11 +111,10 @@ class ReproductionConfig(JudgeOptions):
             Ablation.parse("ua", epsilon)
         if self.search_score not in SEARCH_SCORES:
             raise InputError(f"search_score is one of {', '.join(SEARCH_SCORES)}; got {self.search_score!r}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0; got {self.seed}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         if not 0 < self.split < 1:
             raise InputError(f"split is a share between 0 and 1; got {self.split}")
-        at_least(1, query_size=self.query_size, task_limit=self.task_limit)
 
     @property
     def with_templates(self) -> tuple[str, ...]:
@@ -147,15 +147,24 @@ class ReproductionConfig(JudgeOptions):
         Raises:
             InputError: the file is no TOML, or a key is unknown or has a value of another type.
         """
-        with as_input_error(path, "read"):
-            text = path.read_text(encoding="utf-8")
         try:
-            given = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path} is no TOML: {error}") from None
-        named = tuple(models) or tuple(given.get("models", ()))
-        values = {name: _checked(path, name, value) for name, value in given.items()}
-        return replace(cls.for_models(named), **values | ({"models": named} if named else {}))
+            given = tomllib.loads(read_whole(path).decode())
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        except (ValueError, RecursionError) as error:
+            raise error if isinstance(error, InputError) else InputError(f"{path} is no TOML: {error}") from None
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise InputError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        values = {name: _as_field(value, getattr(cls(), name)) for name, value in given.items()}
+        named = values["models"] = tuple(models) or values.get("models", ())
+        try:
+            # The file's models are checked with all else, before any of them is looked at.
+            checked = replace(cls(), **{name: value for name, value in values.items() if name != "models" or named})
+            start = cls.for_models(checked.models if named else ())
+            return replace(start, **{name: getattr(checked, name) for name in values if name != "models" or named})
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 PAPER = ReproductionConfig(
@@ -177,22 +186,11 @@ PAPER = ReproductionConfig(
 """The paper's settings, for models that are not embedded."""
 
 
-def _checked(path: Path, name: str, value: Any) -> Any:
-    """A value of the TOML file as its field has it; refuses unknown fields and other types."""
-    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(ReproductionConfig)}
-    if name not in types:
-        raise InputError(f"{path}: unknown setting {name!r}; known are {', '.join(types)}")
-    wanted = types[name]
-    is_list, kind = wanted.startswith("tuple"), wanted.removeprefix("tuple[").removesuffix(", ...]")
-    right = {"str": str, "int": int, "float": int | float, "bool": bool}[kind]
-    # TOML has whole numbers where a float is meant, and Python calls True an int.
-    items = value if isinstance(value, list) else [value]
-    fits = all(isinstance(item, right) and isinstance(item, bool) == (kind == "bool") for item in items)
-    if not fits or isinstance(value, list) != is_list:
-        raise InputError(f"{path}: {name} must be {'a list of ' * is_list}{kind}; got {value!r}")
-    if kind == "float":
-        items = [float(item) for item in items]
-    return tuple(items) if is_list else items[0]
+def _as_field(value: Any, default: Any) -> Any:
+    """A value of a TOML file in the form of a field: lists are tuples there, and whole numbers may be floats."""
+    if isinstance(value, list):
+        return tuple(_as_field(item, default[0] if isinstance(default, tuple) and default else None) for item in value)
+    return float(value) if isinstance(default, float) and isinstance(value, int) and value is not True else value
 
 
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -121,6 +122,10 @@ class _LocalJudge(Judge):
         ids = [torch.tensor(row, dtype=torch.int64, device=model.device) for row in rows]
         masks = [torch.ones_like(row) for row in ids]
         return pad_sequence(ids, True, tokenizer.pad_token_id or 0, side), pad_sequence(masks, True, 0, side)
+
+    def look(self) -> None:
+        """Refuse a device or a checkpoint that is not there, and a directory whose config or tokenizer is broken."""
+        look_at_judge(self._source, self.revision, self.device, self.dtype)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -368,23 +373,9 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
     Raises:
         InputError: it is not there, gated, incomplete, of another kind, or needs an extra that is not installed.
     """
-    place = loading.choose_device(device)
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    name = f"the judge {checkpoint}"
-    if os.path.isfile(checkpoint):
-        raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
-    if not os.path.exists(checkpoint):
-        loading.look_at_hub(checkpoint)
-    base, tokenizer_source, adapter = checkpoint, checkpoint, None
-    if transformers.utils.find_adapter_config_file(checkpoint, revision=revision) is not None:
-        adapter = loading.find_adapter(checkpoint, revision=revision)
-        if adapter.base is None:
-            raise InputError(f"the adapter {checkpoint} names no base model (base_model_name_or_path)")
-        base, revision = adapter.base, None
-        tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
-        if not os.path.exists(base):
-            loading.look_at_hub(base)
+    place, name = loading.choose_device(device), f"the judge {checkpoint}"
+    base, tokenizer_source, adapter = look_at_judge(checkpoint, revision, device, dtype)
+    revision = revision if adapter is None else None
     loading.refuse_stray_weights(base, revision)
     kinds = loading.TEXT_MODELS if kind == loading.TEXT_MODELS[0] else (kind,)
     source = {"revision": revision, "trust_remote_code": False}
@@ -413,6 +404,32 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
         # A classifier must look for the token that we pad with, whatever its config says.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.to(place).eval(), tokenizer
+
+
+def look_at_judge(
+    checkpoint: str, revision: str | None, device: str, dtype: str
+) -> tuple[str, str, loading.Adapter | None]:
+    """Where a judge's base model and its tokenizer are, and its adapter; what cannot be a judge is refused unloaded."""
+    loading.choose_device(device)
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if os.path.isfile(checkpoint):
+        raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
+    if not os.path.exists(checkpoint):
+        loading.look_at_hub(checkpoint)
+    base, tokenizer_source, adapter = checkpoint, checkpoint, None
+    if transformers.utils.find_adapter_config_file(checkpoint, revision=revision) is not None:
+        adapter = loading.find_adapter(checkpoint, revision=revision)
+        if adapter.base is None:
+            raise InputError(f"the adapter {checkpoint} names no base model (base_model_name_or_path)")
+        base = adapter.base
+        tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
+        if not os.path.exists(base):
+            loading.look_at_hub(base)
+    for folder in {base, tokenizer_source}:
+        if os.path.isdir(folder):
+            loading.look_at_directory(Path(folder), f"the judge {checkpoint}", is_model=folder == base)
+    return base, tokenizer_source, adapter
 
 
 def _verdict(

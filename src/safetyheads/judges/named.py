@@ -72,10 +72,15 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
 
 
 def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None = None) -> tuple[Judge, ...]:
-    """Several judges, in the order given; an InputError also where no name is given, or one twice."""
+    """Several judges, in the order given, ready to judge.
+
+    An InputError also where no name is given, or one twice, and where a judge's checkpoint or device is not there.
+    """
     if not specs:
         raise InputError("at least one judge is needed")
     judges = tuple(judge_named(spec, device, tokens) for spec in specs)
     if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
+    for judge in judges:
+        judge.look()
     return judges

@@ -1,11 +1,14 @@
-"""Holds the settings of loading a model; imports nothing heavy, so the command line can read it at once."""
+"""Checks settings of any kind, and holds those of loading a model; imports nothing heavy, so commands start at once."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from safetyheads.errors import InputError
 
@@ -13,6 +16,86 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 """Precisions of the weights; ``auto`` keeps the checkpoint's own."""
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """How accelerate lays a model out by itself."""
+
+
+DEVICE = re.compile(r"cpu|auto|cuda(:\d{1,4})?")
+"""How devices are written."""
+_MANY, _LONG = 100_000, 1 << 24
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "positions", "longest", "judge_tokens", "damage_tokens"), (1, _LONG)),
+    **dict.fromkeys(("size", "query_size", "n_seeds", "candidates", "rank", "batch_size"), (1, _MANY)),
+    **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots", "sample"), (0, _MANY)),
+    **dict.fromkeys(("limit", "task_limit", "top"), (1, 1 << 40)),
+    **dict.fromkeys(("epsilon", "epsilons", "coherence_factor", "coherence_allowance", "most_kl"), (0, 1000)),
+    **dict.fromkeys(("alpha", "least_undone", "most_random", "most_lost", "most_unscored", "split"), (0, 1)),
+    "seed": (0, (1 << 63) - 1 - _MANY),
+    "threads": (1, 4096),
+    "memory": (0, 1 << 20),
+}
+"""Smallest and largest value of each number, by the name of its field."""
+# Of these, control characters are a part; all other texts are names.
+_FREE_TEXTS = ("prefill", "system", "template", "templates", "official")
+
+
+def refuse_wrong_values(config: Any) -> None:
+    """Refuse a dataclass's fields of another type, numbers out of bounds, and texts that nothing can be named by."""
+    for name, hint in _hints(type(config)).items():
+        value, words = getattr(config, name), name.replace("_", " ")
+        if not _fits(value, hint):
+            inner, wanted = get_args(hint), getattr(hint, "__name__", str(hint))
+            wanted = f"a list of {inner[0].__name__}" if get_origin(hint) is tuple else wanted.removesuffix(" | None")
+            raise InputError(f"{name} must be {wanted}; got {_short(value)}")
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, str | Path):
+                refuse_odd_text(words, str(item), is_name=name not in _FREE_TEXTS)
+                if name.endswith("device") and not DEVICE.fullmatch(str(item)):
+                    raise InputError(f"unknown device {item!r}; use cpu, cuda, cuda:N or auto")
+            elif isinstance(item, int | float) and name in BOUNDS:
+                least, most = BOUNDS[name]
+                if not item >= least:
+                    raise InputError(f"{words} must be at least {least}; got {_short(item)}")
+                if item > most:
+                    raise InputError(f"{words} must be at most {most}; got {_short(item)}")
+
+
+def refuse_odd_text(words: str, text: str, is_name: bool = True) -> None:
+    """Refuse a text that is not Unicode; and as a name, a blank one and one with control characters."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{words} is not Unicode text: {_short(text)!a}")
+    if is_name and text and not text.strip():
+        raise InputError(f"{words} is blank")
+    if is_name and any(character < " " or "\x7f" <= character < "\xa0" for character in text):
+        raise InputError(f"{words} holds control characters: {_short(text)!a}")
+
+
+def _short(value: Any) -> str:
+    # Python refuses to write numbers of thousands of digits.
+    if isinstance(value, int) and abs(value) >> 256:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in fields(config)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers are floats, truth values no numbers, lists do for tuples."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any or value is None:
+        return hint is Any or NoneType in inner
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind or hint)
 
 
 # No slots: configs of runs have these fields too, and classes with slots cannot be combined.
@@ -48,9 +131,10 @@ class LoadOptions:
         return None if self.memory is None else int(self.memory * 2**30)
 
     def __post_init__(self) -> None:
+        refuse_wrong_values(self)
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
-        if self.memory is not None and not 0 < self.memory < float("inf"):
+        if self.memory is not None and not self.memory > 0:
             raise InputError(f"--memory is a number of GiB above 0; got {self.memory}")
         if self.device_map is None:
             if self.offload_folder is not None:

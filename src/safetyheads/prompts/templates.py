@@ -6,7 +6,10 @@ What a tokenizer's own chat template does with thinking, parts and dates is foun
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeAlias, get_args
@@ -48,6 +51,7 @@ SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and no template writes them
 _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
+_SECONDS = 5
 _CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
 _WITHOUT_CHAT = "choose --template query_answer or direct"
@@ -389,11 +393,32 @@ class BoundTemplate:
     def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+        with _time_limit():
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """End a template that loops for ever, where signals are heard: in the main thread."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it takes longer than {_SECONDS} s")
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
     """What rendering raises: jinja's errors, and those that a template's code or the choice among several may raise."""
     from jinja2.exceptions import TemplateError
 
-    return TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError
+    known = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
+    return (TemplateError, TimeoutError, AssertionError, *known)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetyheads.answers.decoding import not_followed_line, settings_not_followed
 from safetyheads.demo import demo_prompts
+from safetyheads.errors import InputError
 from safetyheads.prompts.prompt_set import PromptSet, builtin_benign
 from safetyheads.runs.config import CheckConfig, Progress
 from safetyheads.runs.run import resolved
@@ -30,11 +31,15 @@ def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, pro
     Without prompts benign ones are shown, in the organism's own language where the model is one.
 
     Raises:
+        InputError: rows of that length cannot be.
         UnsupportedModelError: ablations are not exact on this model.
     """
     if prompts is None:
         organism = bool(getattr(engine.model.config, "safetyheads_organism", False))
         prompts = demo_prompts("benign", "test") if organism else builtin_benign()
+    context = engine.architecture.context_length
+    if context is not None and config.longest > context:
+        raise InputError(f"longest {config.longest} is beyond the model's context of {context} tokens")
     asked = resolved(engine, prompts, config)
     prompt, facts = describe_prompt(engine, asked), describe_model(engine)
     with progress.track("proving", 1):

@@ -15,22 +15,13 @@ from typing import Any, ClassVar, Protocol
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, parse_heads
-from safetyheads.model.options import LoadOptions
+from safetyheads.model.options import LoadOptions, refuse_wrong_values
 from safetyheads.prompts.templates import Template
 
 NO_BENIGN = "none"
 """Name of the benign prompts of a scan without any."""
 # Settings that cannot change a number.
 _NOT_RECORDED = ("threads", "memory", "offload_folder", "trust_remote_code", "allow_pickle", "offline", "anyway")
-_LEAST = {
-    **dict.fromkeys(
-        ("threads", "limit", "max_new_tokens", "top_k", "positions", "size", "n_seeds", "longest", "judge_tokens"), 1
-    ),
-    **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots"), 0),
-    "batch_size": 1,
-    "damage_tokens": 1,
-}
-"""Smallest value of each whole number, by the name of its field."""
 
 
 class Options:
@@ -40,9 +31,8 @@ class Options:
     """Title of the part's panel on a help page."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are too small."""
-        for name, least in _LEAST.items():
-            at_least(least, **{name: getattr(self, name, None)})
+        """Refuse values of other types or out of bounds."""
+        refuse_wrong_values(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that a manifest records: all that a number can depend on."""
@@ -231,11 +221,9 @@ class ScreenOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, least in (("--candidates", self.candidates, 1), ("--sample", self.sample, 0)):
-            if value is not None and not self.screen:
-                raise InputError(f"{name} belongs to --screen")
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}; got {value}")
+        for name in ("candidates", "sample"):
+            if getattr(self, name) is not None and not self.screen:
+                raise InputError(f"--{name} belongs to --screen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,13 +457,6 @@ class TaskOptions(Options):
 @dataclass(frozen=True)
 class EvalConfig(TaskOptions, GroupOptions, AblationOptions, ModelOptions):
     """Settings of one evaluation of tasks."""
-
-
-def at_least(least: int, **numbers: int | None) -> None:
-    """Refuse numbers below ``least``, by the option's name."""
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise InputError(f"{name.replace('_', ' ')} must be at least {least}; got {number}")
 
 
 class Progress(Protocol):

@@ -6,6 +6,8 @@ again.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 import warnings
@@ -493,14 +495,21 @@ def run_directory(
     Raises:
         InputError: it belongs to another run.
     """
-    with RunDirectory.start(out, settings, provenance(command)) as directory:
-        if n_stored := directory.n_stored:
-            progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
-        threads = directory.remember("threads", torch.get_num_threads())
-        if threads != torch.get_num_threads():
-            progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
-        torch.set_num_threads(threads)
-        yield directory
+    is_new = not os.path.exists(out)
+    try:
+        with RunDirectory.start(out, settings, provenance(command)) as directory:
+            if n_stored := directory.n_stored:
+                progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
+            threads = directory.remember("threads", torch.get_num_threads())
+            if threads != torch.get_num_threads():
+                progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
+            torch.set_num_threads(threads)
+            yield directory
+    except InputError:
+        # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays.
+        if is_new and not any((out / kept).exists() for kept in ("shards", "completions", "results.json")):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
