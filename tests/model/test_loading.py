@@ -233,7 +233,7 @@ def test_sizes_and_quantisations_that_cannot_be_are_refused_before_anything_is_r
     change(place, **settings)
     assert re.search(why.replace("[]", r"\[\]"), refusal(place))
     with pytest.raises(InputError, match="the judge .*" + why.replace("[]", r"\[\]")):
-        CausalJudge(checkpoint=str(place)).loaded
+        CausalJudge(checkpoint=str(place)).look()
 
 
 def test_a_checkpoint_is_made_of_regular_files_and_sound_settings(place):
@@ -242,7 +242,7 @@ def test_a_checkpoint_is_made_of_regular_files_and_sound_settings(place):
     (place / "generation_config.json").unlink()
     os.mkfifo(place / "added_tokens.json")
     assert refusal(place) == "M holds added_tokens.json, which is no regular file"
-    with pytest.raises(InputError, match="the judge .* holds added_tokens.json"):
+    with pytest.raises(InputError, match=r"holds added_tokens\.json"):
         judges_named([f"harmbench={place}"])
 
 

@@ -21,7 +21,6 @@ from cyclopts.config import Dict
 
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
-
 from safetyheads.model.options import refuse_odd_text
 
 _TITLES = (

@@ -39,7 +39,7 @@ _FREE_TEXTS = ("prefill", "system", "template", "templates", "official")
 
 def refuse_wrong_values(config: Any) -> None:
     """Refuse a dataclass's fields of another type, numbers out of bounds, and texts that nothing can be named by."""
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(config.__class__).items():
         value, words = getattr(config, name), name.replace("_", " ")
         if not _fits(value, hint):
             inner, wanted = get_args(hint), getattr(hint, "__name__", str(hint))

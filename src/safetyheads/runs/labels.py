@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error, canonical_json
+from safetyheads.files import as_input_error, canonical_json, read_whole
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
@@ -88,16 +88,19 @@ def read_sheet(path: Path) -> list[Labelled]:
     Raises:
         InputError: no such columns, no labels, an unknown label, or two labels of one answer.
     """
-    with as_input_error(path, "read"):
-        raw = path.read_bytes()
-    text = _decoded(raw)
+    text = _decoded(read_whole(path))
     header = text.lstrip().split("\n", 1)[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    columns = {str(name).strip().lower(): name for name in table.fieldnames or ()}
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        names, lines = table.fieldnames or (), list(table)
+    except csv.Error as error:
+        raise InputError(f"{path}, line {table.line_num}: not CSV ({error})") from error
+    columns = {str(name).strip().lower(): name for name in names}
     if "label" not in columns or not ("id" in columns or {"prompt", "answer"} <= columns.keys()):
         raise InputError(f"{path} needs the column label, and id or prompt and answer; it has {', '.join(columns)}")
     rows: dict[str, Labelled] = {}
-    for number, row in enumerate(table, start=2):
+    for number, row in enumerate(lines, start=2):
         cells = {name: (row.get(column) or "") for name, column in columns.items()}
         label = next((known for known in GIVEN if known == cells["label"].strip().lower()), None)
         if not cells["label"].strip():
@@ -150,7 +153,7 @@ def validate(
         accuracy = dict(_accuracies(labels, truth))
         found[judge_name] = {
             "labels": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(read_whole(path)).hexdigest(),
             "own": bool(own),
             "n_labels": len(truth),
             "n_elsewhere": len(labelled) - len(own) if own else 0,
