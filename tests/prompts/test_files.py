@@ -3,15 +3,18 @@
 import functools
 import hashlib
 import http.server
+import json
 import os
 import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, Benchmark, cache_directory, read_rows
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, cache_directory, read_rows
 from safetyheads.prompts.prompt_set import Prompt, PromptSet, builtin_benign
 
 SHARED_CASES = Path(__file__).parents[2].parent / "shared" / "cases"
@@ -220,3 +223,45 @@ def test_a_file_wins_over_a_known_name_and_a_folder_does_not(own_folder):
     assert PromptSet.read("benign") == builtin_benign()
     write(Path("advbench"), "mine")
     assert PromptSet.read("advbench").queries == ("mine",)
+
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt", "")
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.one_of(st.sampled_from(QUERY_COLUMNS), st.text()), inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+CONTENTS = st.one_of(
+    st.binary(max_size=60),
+    st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass")),
+    st.text(st.sampled_from('prompt,id"\n\t;\ufeff1'), max_size=60).map(str.encode),
+    st.lists(JSON, max_size=4).map(lambda rows: json.dumps(rows).encode()),
+    st.lists(JSON, max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+)
+
+
+def read_or_refused(folder, suffix, content):
+    """A file of any content gives prompts, each a text, or one line."""
+    path, said = folder / f"any{suffix}", ""
+    path.write_bytes(content)
+    try:
+        assert all(prompt.query.strip() for prompt in PromptSet.read(path))
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+@settings(deadline=None, max_examples=100)
+@given(suffix=st.sampled_from(SUFFIXES), content=CONTENTS)
+def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, content):
+    read_or_refused(tmp_path_factory.getbasetemp(), suffix, content)
+
+
+@pytest.mark.long
+@settings(deadline=None, max_examples=20_000)
+@given(suffix=st.sampled_from(SUFFIXES), content=CONTENTS)
+def test_much_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, content):
+    read_or_refused(tmp_path_factory.getbasetemp(), suffix, content)

@@ -418,7 +418,10 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     is_gguf = "gguf_file" in arguments
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except (*UNREADABLE, *_NONSENSE) as error:
+    except Exception as error:
+        # The tokenizers library raises bare exceptions.
+        if type(error) is not Exception and not isinstance(error, (*UNREADABLE, *_NONSENSE, RuntimeError)):
+            raise
         if not is_gguf and os.path.isdir(source) and not _has_tokenizer(Path(source)):
             raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
