@@ -79,9 +79,6 @@ class Judge(Protocol):
         """Whether :meth:`final` can be true; False means that the judge needs whole answers, so no scan stops early."""
         return False
 
-    def look(self) -> None:
-        """Refuse, before anything is judged or loaded, what would keep it from judging."""
-
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict for each completion, in order. All come in one call, so that a judge may batch."""
 

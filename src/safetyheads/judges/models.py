@@ -426,9 +426,14 @@ def look_at_judge(
         tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
         if not os.path.exists(base):
             loading.look_at_hub(base)
-    for folder in {base, tokenizer_source}:
+    name = f"the judge {checkpoint}"
+    for folder in dict.fromkeys((base, tokenizer_source)):
         if os.path.isdir(folder):
-            loading.look_at_directory(Path(folder), f"the judge {checkpoint}", is_model=folder == base)
+            loading.look_at_directory(Path(folder), name, is_model=folder == base)
+    if os.path.isdir(base):
+        loading.read_config(base, name, trust_remote_code=False)
+    if os.path.isdir(tokenizer_source):
+        loading.read_tokenizer(tokenizer_source, trust_remote_code=False)
     return base, tokenizer_source, adapter
 
 

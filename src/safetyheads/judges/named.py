@@ -82,5 +82,6 @@ def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None =
     if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
     for judge in judges:
-        judge.look()
+        if (look := getattr(judge, "look", None)) is not None:
+            look()
     return judges

@@ -226,9 +226,10 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
     described = read_json(path / "config.json")
     for key, value in leaves(described):
         # Lists give a number to each layer.
-        least, most = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2], (None, None))
-        if least is None or value is None or value == [] or (value is False and least == 0):
+        bounds = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2])
+        if bounds is None or value is None or value == [] or (value is False and bounds[0] == 0):
             continue
+        least, most = bounds
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise InputError(f"config.json of {name} is wrong: {key} must be from {least} to {most}; got {value!r}")
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.

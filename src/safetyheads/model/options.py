@@ -77,7 +77,7 @@ def _short(value: Any) -> str:
 
 
 @cache
-def _hints(config: type) -> dict[str, Any]:
+def _hints(config: Any) -> dict[str, Any]:
     hints = get_type_hints(config)
     return {field.name: hints[field.name] for field in fields(config)}
 
