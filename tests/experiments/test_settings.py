@@ -67,7 +67,7 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
         ('models = ["a", "a"]', "models names one twice"),
         ("models = 3", "models must be a list of str"),
         ("seed = -1", "seed must be at least 0"),
-        ("max_new_tokens = 99999999999999999999", "max_new_tokens must be at most"),
+        ("max_new_tokens = 99999999999999999999", "max new tokens must be at most"),
         ("top_k = 1.5", "top_k must be int"),
         ("memory = 1e300", "unknown setting 'memory'"),
         ('device = "nope"', "unknown device 'nope'"),

@@ -338,4 +338,6 @@ def test_a_checkpoint_of_images_too_is_asked_in_text_alone(tmp_path, config, tex
     assert (engine.n_layers, engine.capabilities) == (3, Capabilities())
     asked = engine.ask(prompts_of([5, 9, 12, 40], [7, 7]))
     expected = model.generate(torch.tensor([asked.token_ids[0]]), max_new_tokens=4, do_sample=False)[0, 4:]
-    assert list(generate(engine, asked, max_new_tokens=4)[0].token_ids) == [token for token in expected.tolist() if token != END]
+    assert list(generate(engine, asked, max_new_tokens=4)[0].token_ids) == [
+        token for token in expected.tolist() if token != END
+    ]

@@ -152,7 +152,7 @@ def test_what_is_no_regular_file_of_some_size_is_never_waited_for(tmp_path, monk
     (tmp_path / "here.csv").mkdir()
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     (tmp_path / "large.csv").write_text("prompt\nhow")
-    with pytest.raises(InputError, match=r"not a regular file|cannot be read|is larger than|cannot be a path") as error:
+    with pytest.raises(InputError, match=r"cannot be read|is larger than|cannot be a path") as error:
         read_rows(tmp_path / name if "\0" not in name else Path(name))
     assert "\n" not in str(error.value)
 
