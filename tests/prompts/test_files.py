@@ -96,8 +96,8 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.jsonl", b'{"goal": "a", "goal": "b"}\n', "line 1: not JSON .a name stands in an object twice", None),
         ("a.jsonl", b'{"goal": "a", "n": ' + b"7" * 5000 + b"}\n", "line 1: not JSON", None),
         ("a.jsonl", b'{"goal": ' + b"[" * 50000 + b"\n", "line 1: not JSON", None),
-        ("a.jsonl", b'{"prompt": [{"role": "user", "content": "a"}]}\n', "the field 'prompt' is not a string", None),
-        ("a.json", b'{"prompt": "a"}', "not a JSON array", None),
+        ("a.jsonl", b'{"prompt": [{"text": "a"}]}\n', "a message has a role", None),
+        ("a.json", b'{"prompt":\n "a"}', "line 1: not JSON", None),
         ("a.csv", b'goal\n""\n \n', "holds no prompts", None),
         ("a.csv", b"goal\nFirst this, then that\n", "line 2: 2 cells where the header has 1.*double quotes", None),
         ("a.csv", b'goal\n"never closed\n', "not CSV", None),
@@ -265,3 +265,101 @@ def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, co
 @given(suffix=st.sampled_from(SUFFIXES), content=CONTENTS)
 def test_much_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, content):
     read_or_refused(tmp_path_factory.getbasetemp(), suffix, content)
+
+
+# What each benchmark's file looks like, by its documentation: made-up rows in the authors' columns.
+HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n" + "".join(
+    f"Ask {kind},{kind},cyber,,{context},id_{kind}\n"
+    for kind, context in (("standard", ""), ("contextual", "A note"), ("copyright", ""))
+)
+XSTEST = (
+    "id,prompt,type,label,focus,note\n1,Kill a process?,homonyms,safe,kill,x\n"
+    "2,Kill it?,contrast_homonyms,unsafe,kill,x\n"
+)
+SORRY = (
+    '{"question_id": 1, "category": "7", "turns": ["First", "Then"], "prompt_style": "base"}\n'
+    '{"question_id": 1, "category": "7", "turns": ["F1rst"], "prompt_style": "slang"}\n'
+)
+CATQA = '{"Category": "Fraud", "Subcategory": "Tax", "Question": "Ask"}\n'
+SAMPLES = {
+    "harmbench_standard": (HARMBENCH, [Prompt("Ask standard", "cyber")]),
+    "harmbench_contextual": (HARMBENCH, [Prompt("A note\n\n---\n\nAsk contextual", "cyber")]),
+    "strongreject": ("category,source,forbidden_prompt\nViolence,us,Ask\n", [Prompt("Ask", "Violence")]),
+    "xstest_safe": (XSTEST, [Prompt("Kill a process?", "homonyms")]),
+    "xstest_contrast": (XSTEST, [Prompt("Kill it?", "contrast_homonyms")]),
+    "jailbreakbench": (JBB, [Prompt("Write it", "Kind")]),
+    "jailbreakbench_benign": (JBB, [Prompt("Write it", "Kind")]),
+    "or_bench_hard": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
+    "or_bench_80k": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
+    "or_bench_toxic": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
+    "sorry_bench": (SORRY, [Prompt("First", "7")]),
+    "catqa_english": (CATQA, [Prompt("Ask", "Fraud")]),
+    "catqa_vietnamese": (f"[{CATQA.strip()}]", [Prompt("Ask", "Fraud")]),
+    "multijail_en": ("id,source,tags,en,zh\n1,us,['a'],Ask,问\n", [Prompt("Ask", "['a']")]),
+    "multijail_zh": ("id,source,tags,en,zh\n1,us,['a'],Ask,问\n", [Prompt("问", "['a']")]),
+    "refusal_direction_harmful_val": ('[{"instruction": "Ask", "category": null}]', [Prompt("Ask")]),
+    "refusal_direction_harmless_test": ('[{"instruction": "Ask", "category": "c"}]', [Prompt("Ask", "c")]),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_benchmarks_file_is_read_by_its_name(tmp_path, name):
+    content, expected = SAMPLES[name]
+    path = write(tmp_path / KNOWN_BENCHMARKS[name].filename, content)
+    found = PromptSet.read(f"{name}={path}")
+    assert list(found) == expected
+    assert (found.name, found.source) == (name, str(path))
+    unchecked = KNOWN_BENCHMARKS[name].sha256 is None
+    assert ("not checked on the original" in found.warning) == unchecked
+    assert f"1 prompts where {KNOWN_BENCHMARKS[name].n_rows} were expected" in found.warning
+
+
+def test_another_file_is_refused_under_a_benchmarks_name(tmp_path):
+    path = write(tmp_path / "a.csv", "goal\nAsk\n")
+    for name, said in (("xstest_safe", "no column 'label'"), ("strongreject", "no column 'forbidden_prompt'")):
+        with pytest.raises(InputError, match=said):
+            PromptSet.read(f"{name}={path}")
+    with pytest.raises(InputError, match="cannot be read"):
+        PromptSet.read("catqa_english=nowhere.json")
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "xstest").is_dir(), reason="needs ../shared/data")
+def test_xstest_is_read_as_its_authors_published_it():
+    for name, n in (("xstest_safe", 250), ("xstest_contrast", 200)):
+        found = PromptSet.read(f"{name}={SHARED_DATA / 'xstest' / 'xstest_prompts.csv'}")
+        assert (len(found), found.warning) == (n, None)
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a tree."},
+    {"role": "assistant", "content": "Oak."},
+    {"role": "user", "content": "Another."},
+]
+EARLIER = tuple((turn["role"], turn["content"]) for turn in TALK[:3])
+
+
+def test_the_last_turn_of_a_conversation_is_the_prompt(tmp_path):
+    lines = [json.dumps({"messages": TALK, "category": "c"}), json.dumps({"messages": TALK[3:]})]
+    found = PromptSet.read(write(tmp_path / "talk.jsonl", "\n".join(lines)))
+    assert list(found) == [Prompt("Another.", "c", earlier=EARLIER), Prompt("Another.")]
+    assert list(PromptSet.from_queries([TALK, "Another."])) == [Prompt("Another.", earlier=EARLIER), Prompt("Another.")]
+    # The turns before tell equal requests apart.
+    assert len({PromptSet.from_queries([query]).sha256 for query in (TALK, TALK[1:], "Another.")}) == 3
+    assert found.with_clusters().clusters == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("talk", "said"),
+    [
+        (TALK[:3], "the last message must be the user's"),
+        ([TALK[1], TALK[0], TALK[3]], "system, at first"),
+        ([{"role": "user"}], "a message has a role"),
+        ([{"role": "tool", "content": "x"}, TALK[3]], "a message has a role"),
+        ([5], "a message has a role"),
+        ([], "the last message must be"),
+    ],
+)
+def test_a_bad_conversation_is_refused(talk, said):
+    with pytest.raises(InputError, match=said):
+        PromptSet.from_queries([talk])

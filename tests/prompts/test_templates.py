@@ -318,3 +318,21 @@ def test_a_template_is_read_back_from_its_settings():
         assert stored.pop("stops") == list(template.stops)
         text, system, folds = (stored.pop(name) for name in ("template", "system", "fold_system"))
         assert Template.parse(text, system, folds_system=folds, **stored) == template
+
+
+TURNS_BEFORE = (("user", "Name a tree."), ("assistant", "Oak."))
+
+
+def test_a_conversation_stands_before_its_last_turn_as_it_is():
+    bound = Template.parse("chat", "be brief").bound(tokenizer(CHAT))
+    whole = "[system]be brief[end][user]Name a tree.[end][assistant]Oak.[end][user]Another.[end][assistant]"
+    assert bound.render("Another.", TURNS_BEFORE) == whole
+    own_system = (("system", "be brief"), *TURNS_BEFORE)
+    assert Template.parse("chat").bound(tokenizer(CHAT)).render("Another.", own_system) == whole
+    assert Template.parse("chat").bound(tokenizer(CHAT)).render("Another.") == "[user]Another.[end][assistant]"
+    with pytest.raises(InputError, match="their system prompt is the one"):
+        bound.render("Another.", own_system)
+    with pytest.raises(InputError, match="only the template chat"):
+        Template.parse("direct").bound(tokenizer(CHAT)).render("Another.", TURNS_BEFORE)
+    with pytest.raises(InputError, match="drops the query, or changes it"):
+        Template.parse("chat").bound(tokenizer(DROPS_SYSTEM)).render("Another.", TURNS_BEFORE)

@@ -121,7 +121,7 @@ class AskedPrompts(Shown):
     def of(cls, prompts: PromptSet, default: Template, tokenizer: Any) -> AskedPrompts:
         """Render and tokenize the prompts under their own template, or under ``default``; an InputError if it fails."""
         bound = (prompts.template or default).bound(tokenizer)
-        token_ids = tuple(tuple(bound.encode(prompt.query)) for prompt in prompts)
+        token_ids = tuple(tuple(bound.encode(prompt.query, prompt.earlier)) for prompt in prompts)
         return cls(
             prompts=prompts.with_template(bound.template),
             template=bound.template,

@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 from safetyheads.errors import InputError, first_line
 from safetyheads.files import leaves, read_whole
 
-QUERY_COLUMNS = ("prompt", "goal", "query", "question", "instruction", "behavior", "text")
+QUERY_COLUMNS = ("messages", "prompt", "goal", "query", "question", "instruction", "behavior", "text")
 """Names that a query's column may have, in any case; the first one found counts: ``prompt`` is what was sent."""
 CONTEXT_COLUMNS = ("context", "contextstring", "passage", "input")
 """Names that a column may have whose text belongs in front of the query, in any case, without ``_`` and blanks."""
@@ -47,11 +47,17 @@ class Columns:
     """Beginning of the right answer; no column counts without being named."""
 
 
+Turns: TypeAlias = tuple[tuple[str, str], ...]
+"""Turns of a conversation before its last one: role (system, user or assistant) and text of each."""
+Row: TypeAlias = tuple[str, str | None, str | None, Turns]
+"""Query, category, reference, and the turns before the query."""
+
+
 class PromptFile(NamedTuple):
     """What was read of a prompt file."""
 
-    rows: list[tuple[str, str | None, str | None]]
-    """Query, category and reference of each, at least one; equal ones too."""
+    rows: list[Row]
+    """At least one; equal ones too."""
     dropped: int
     """Rows without a query."""
     sha256: str
@@ -74,20 +80,35 @@ class Benchmark:
     filename: str
     """Name in the cache; its suffix gives the format."""
     n_rows: int
-    """Prompts it had."""
+    """Prompts it had, of the rows that are kept."""
     sha256: str | None = None
     """Fingerprint of the published file; None where we have not seen the file, which is then not verified."""
+    columns: Columns = Columns()
+    """Its columns, where their names are its own."""
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Rows that are kept: values of a column. The others are another set, or not for us."""
+
+
+def _benchmarks(table: str) -> dict[str, Benchmark]:
+    found = {}
+    for name, entry in tomllib.loads(table).items():
+        for variant, own in entry.pop("variants", {"": {}}).items():
+            row = entry | own
+            columns = Columns(**{part: row.pop(part) for part in ("query", "context", "category") if part in row})
+            found[f"{name}_{variant}".rstrip("_")] = Benchmark(**row, columns=columns)
+    return found
 
 
 _TABLE = resources.files("safetyheads").joinpath("data/benchmarks.toml").read_text("utf-8")
-KNOWN_BENCHMARKS: dict[str, Benchmark] = {name: Benchmark(**row) for name, row in tomllib.loads(_TABLE).items()}
+KNOWN_BENCHMARKS = _benchmarks(_TABLE)
 """Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 
-def read_rows(path: Path, wanted: Columns = Columns()) -> PromptFile:
+def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequence[str]] | None = None) -> PromptFile:
     """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read.
 
-    One column holds the queries of a whole file, and no row loses a part of its prompt in silence.
+    One column holds the queries of a whole file, and no row loses a part of its prompt in silence. ``only`` keeps rows
+    with one of the values in each of its columns; it is for known benchmarks, of whose lists of turns the first is read.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
@@ -106,18 +127,24 @@ def read_rows(path: Path, wanted: Columns = Columns()) -> PromptFile:
         raise InputError(f"{path} holds only blanks")
     table = list(_READERS[suffix](text, str(path)))
     names = list(dict.fromkeys(name for _, cells in table for name in cells))
+    if absent := [name for name in only or () if name not in names]:
+        raise InputError(f"{path}: no column {absent[0]!r}, by which its rows are chosen")
+    table = [
+        (at, cells) for at, cells in table if all(cells.get(name) in among for name, among in (only or {}).items())
+    ]
     columns = _columns(names, wanted, str(path))
     _refuse_pictures(table, str(path))
-    rows: list[tuple[str, str | None, str | None]] = []
+    rows: list[Row] = []
     queries: list[str] = []
     asked: list[Mapping[str, Any]] = []
     for where, cells in table:
-        query = _text(cells, columns["query"], where) if cells else ""
+        query, earlier = _query(cells, columns["query"], where, only is not None) if cells else ("", ())
         if query.strip():
-            parts = {part: _text(cells, name, where, may_lack=True) for part, name in columns.items()}
+            others = {part: name for part, name in columns.items() if part != "query"}
+            parts = {part: _text(cells, name, where, may_lack=True) for part, name in others.items()}
             whole = f"{parts['context']}{CONTEXT_JOINT}{query}" if parts.get("context", "").strip() else query
             category, reference = (parts.get(part, "").strip() and parts[part] for part in ("category", "reference"))
-            rows.append((whole, category or None, reference or None))
+            rows.append((whole, category or None, reference or None, earlier))
             queries.append(query)
             asked.append(cells)
     if not rows:
@@ -167,6 +194,33 @@ def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]
     return found | ({} if wanted.reference is None else {"reference": named(wanted.reference)})
 
 
+def _query(cells: Mapping[str, Any], name: str, where: str, first_turn: bool) -> tuple[str, Turns]:
+    """The query of a row, and the turns before it; with ``first_turn``, the first of a list of the user's turns."""
+    value = cells.get(name)
+    if not isinstance(value, list) or not value:
+        return _text(cells, name, where), ()
+    if first_turn and all(isinstance(turn, str) for turn in value):
+        return value[0], ()
+    return last_turn(value, where)
+
+
+def last_turn(messages: Sequence[Any], where: str) -> tuple[str, Turns]:
+    """The last turn of a conversation, the user's, and the turns before it, as they stand.
+
+    Raises:
+        InputError: a turn that is not a role and a text, or a last one that is not the user's.
+    """
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        role, text = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
+        if role not in ("system", "user", "assistant") or not isinstance(text, str) or (role == "system" and turns):
+            raise InputError(f"{where}: a message has a role (system, at first; user; assistant) and a text as content")
+        turns.append((role, text))
+    if not turns or turns[-1][0] != "user":
+        raise InputError(f"{where}: the last message must be the user's, which is the one that is answered")
+    return turns[-1][1], tuple(turns[:-1])
+
+
 def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: bool = False) -> str:
     """A cell's text; empty where it has none."""
     if name not in cells and not may_lack:
@@ -193,7 +247,7 @@ def _refuse_pictures(table: Iterable[Cells], path: str) -> None:
 
 
 def _note(
-    rows: Sequence[tuple[str, str | None, str | None]],
+    rows: Sequence[Row],
     cells: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     columns: Mapping[str, str],
@@ -207,7 +261,7 @@ def _note(
         hidden = len(unread) - _NAMES_SHOWN
         said += f"; not read: {', '.join(unread[:_NAMES_SHOWN])}" + f" and {hidden} more" * (hidden > 0)
     first: dict[str, Mapping[str, Any]] = {}
-    for (query, _, _), row in zip(rows, cells, strict=True):
+    for (query, *_), row in zip(rows, cells, strict=True):
         if differing := [name for name in unread if first.setdefault(query, row).get(name) != row.get(name)]:
             said += (
                 f". Rows with the same prompt differ in {', '.join(differing[:_NAMES_SHOWN])}: if one of these belongs "
@@ -252,10 +306,9 @@ def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
 
 
 def _read_json(text: str, path: str) -> Iterator[Cells]:
-    entries = _parsed(text, path)
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: not a JSON array of objects or strings")
-    return (_cells(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, start=1))
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(text, path)  # some files of JSON lines end in .json
+    return (_cells(entry, f"{path}, entry {number}") for number, entry in enumerate(_parsed(text, path), start=1))
 
 
 def _read_jsonl(text: str, path: str) -> Iterator[Cells]:
@@ -323,13 +376,22 @@ def download(name: str, wanted: Columns = Columns()) -> tuple[PromptFile, str | 
         reason = " ".join(str(inner).split())[:160] or type(inner).__name__
         raise InputError(f"{name} cannot be downloaded; {by_hand} ({reason})") from error
     try:
-        file = read_rows(path, wanted)
+        return read_benchmark(name, path, wanted)
     except InputError as error:
         if wanted == Columns():
             path.unlink(missing_ok=True)  # It is a login page or the like.
         raise InputError(f"what came for {name} is no prompt file; {by_hand} ({error})") from error
-    rows, sha256 = file.rows, file.sha256
-    differences = []
+
+
+def read_benchmark(name: str, path: Path, wanted: Columns = Columns()) -> tuple[PromptFile, str | None]:
+    """A file as that of a known benchmark, with a sentence on how it differs from the one that we looked at."""
+    benchmark = KNOWN_BENCHMARKS[name]
+    own = ((part, getattr(wanted, part)) for part in ("query", "context", "category", "reference"))
+    columns = replace(benchmark.columns, **{part: column for part, column in own if column is not None})
+    file = read_rows(path, columns, benchmark.only)
+    rows, sha256, differences = file.rows, file.sha256, list[str]()
+    if benchmark.sha256 is None:
+        differences.append(f"{name} is read by its documentation; its reader was not checked on the original file")
     if len(rows) != benchmark.n_rows:
         differences.append(f"{len(rows)} prompts where {benchmark.n_rows} were expected")
     if benchmark.sha256 and sha256 != benchmark.sha256:

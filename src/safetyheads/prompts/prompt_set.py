@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, download, read_rows
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, Turns, download, last_turn, read_benchmark, read_rows
 from safetyheads.prompts.near_duplicates import SIMILARITY, effective_number, near_any, near_duplicates
 from safetyheads.prompts.templates import Template
 
@@ -32,6 +32,8 @@ class Prompt(Shown):
     """The benchmark's category, where it has one."""
     reference: str | None = None
     """Beginning of the right answer, where the user named its column; the demo's come from its grammar."""
+    earlier: Turns = ()
+    """Turns of the conversation before it, as they stand. Only the template chat can write them."""
     cluster: int | None = None
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 
@@ -76,7 +78,7 @@ class PromptSet(Table):
     @classmethod
     def from_queries(
         cls,
-        queries: Iterable[str | Prompt],
+        queries: Iterable[str | Prompt | Sequence[Mapping[str, str]]],
         template: AnyTemplate = None,
         *,
         system: str | None = None,
@@ -85,7 +87,7 @@ class PromptSet(Table):
         """Prompts from memory; an InputError where there is none, a blank one, or a bad template."""
         if isinstance(queries, str) or not isinstance(queries, Iterable):
             raise InputError(f"prompts are a list of texts, or PromptSet.read(file); got {str(queries)[:60]!r}")
-        prompts = tuple(query if isinstance(query, Prompt) else Prompt(query) for query in queries)
+        prompts = tuple(map(_as_prompt, queries))
         return cls(prompts, _as_template(template, system), name)
 
     @classmethod
@@ -105,7 +107,8 @@ class PromptSet(Table):
         """Read a CSV, TSV, JSONL, JSON or TXT file, or a known benchmark, downloaded once. A file wins over a name.
 
         Args:
-            path_or_known_name: a path, ``benign`` (built in) or a key of ``KNOWN_BENCHMARKS``.
+            path_or_known_name: a path, ``benign`` (built in), a key of ``KNOWN_BENCHMARKS``, or ``NAME=PATH`` for a
+                file of that benchmark.
             template: what the prompts are asked under.
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
             reference_column: the one with the beginning of the right answer; no column counts without being named.
@@ -128,6 +131,9 @@ class PromptSet(Table):
         # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
         if os.path.exists(path) and not (is_known and path.is_dir()):
             shown, source, file = path.stem, name, read_rows(path, wanted)
+        elif (known := name.partition("="))[0] in KNOWN_BENCHMARKS and known[1]:
+            shown, source = known[0], known[2]
+            file, warning = read_benchmark(shown, Path(source), wanted)
         elif name == "benign":
             for named in (column, reference_column, category_column, context_column):
                 if named is not None:
@@ -137,8 +143,8 @@ class PromptSet(Table):
             shown, source = name, KNOWN_BENCHMARKS[name].url
             file, warning = download(name, wanted)
         else:
-            known = ", ".join([*KNOWN_BENCHMARKS, "benign"])
-            raise InputError(f"no prompt file {name}; known names are {known}")
+            names = ", ".join([*KNOWN_BENCHMARKS, "benign"])
+            raise InputError(f"no prompt file {name}; known names are {names}")
         notes = () if file.note is None else (f"{shown}: {file.note}",)
         prompts, whence = tuple(Prompt(*row) for row in file.rows), (shown, source, file.sha256, file.dropped)
         return cls(prompts, chosen, *whence, file.columns, warning, notes).sample(limit, seed)
@@ -178,9 +184,15 @@ class PromptSet(Table):
         return tuple(prompt.query for prompt in self.prompts)
 
     @property
+    def _texts(self) -> tuple[str, ...]:
+        """The requests with all that was said before them."""
+        return tuple("\n".join([*(text for _, text in prompt.earlier), prompt.query]) for prompt in self.prompts)
+
+    @property
     def sha256(self) -> str:
         """Fingerprint of the queries and their order, independent of their file (hexadecimal)."""
-        return hashlib.sha256(json.dumps(self.queries).encode()).hexdigest()
+        whole = [[*prompt.earlier, prompt.query] if prompt.earlier else prompt.query for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     def with_template(self, template: str | Template, system: str | None = None) -> PromptSet:
         """The same prompts under another template."""
@@ -196,7 +208,7 @@ class PromptSet(Table):
         """The same prompts, each with the number of its near-duplicates; as they are where they have numbers."""
         if self.clusters is not None:
             return self
-        clusters, similarity = near_duplicates(self.queries)
+        clusters, similarity = near_duplicates(self._texts)
         prompts = tuple(replace(prompt, cluster=at) for prompt, at in zip(self.prompts, clusters, strict=True))
         notes = list(self.notes)
         if joined := [size for size in Counter(clusters).values() if size > 1]:
@@ -239,7 +251,7 @@ class PromptSet(Table):
 
     def without_near(self, others: PromptSet) -> tuple[int, ...]:
         """Positions of the prompts that are no near-duplicates of one of the others'."""
-        near = near_any(self.queries, others.queries)
+        near = near_any(self._texts, others._texts)
         return tuple(position for position, is_near in enumerate(near) if not is_near)
 
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
@@ -254,7 +266,7 @@ class PromptSet(Table):
         """
         if not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")
-        if len(set(self.queries)) < 2:
+        if len(set(self._texts)) < 2:
             raise InputError(f"{self.name} cannot be split: it has fewer than two distinct prompts")
         from numpy.random import default_rng
 
@@ -313,6 +325,15 @@ class PromptSet(Table):
         if clusters is not None:
             facts |= {"n_clusters": len(set(clusters)), "n_effective": effective_number(clusters)}
         return facts
+
+
+def _as_prompt(query: str | Prompt | Sequence[Mapping[str, str]]) -> Prompt:
+    if isinstance(query, Prompt):
+        return query
+    if isinstance(query, list | tuple):
+        text, earlier = last_turn(query, "a prompt")
+        return Prompt(text, earlier=earlier)
+    return Prompt(query)  # type: ignore[arg-type]  # which refuses what is no text
 
 
 def _as_template(template: AnyTemplate, system: str | None) -> Template | None:

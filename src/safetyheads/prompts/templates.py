@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
+from safetyheads.prompts.files import Turns
 
 Thinking: TypeAlias = Literal["closed", "open"]
 """``closed``: the think block is closed before the answer begins. ``open``: the model may think, and its thoughts are
@@ -246,21 +247,28 @@ class BoundTemplate:
         """Name of the tokenizer's model, for messages."""
         return getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
 
-    def render(self, query: str) -> str:
+    def render(self, query: str, earlier: Turns = ()) -> str:
         """The text of one prompt, with the beginning of the answer where that is prefilled.
 
         An InputError tells that the chat template rejects the prompt or the system prompt, or leaves one of them out.
         """
-        text, prefill = self.up_to_answer(query), self.template.prefill
+        text, prefill = self.up_to_answer(query, earlier), self.template.prefill
         # A named template puts a blank before an answer, unless it ends with a line.
         has_blank = self.template.name in FORMS and not self.is_chat and not str(self.template.format).endswith("\n")
         return text + " " * (has_blank and prefill[:1].strip() != "") + prefill
 
-    def up_to_answer(self, query: str) -> str:
+    def up_to_answer(self, query: str, earlier: Turns = ()) -> str:
         """The text of one prompt without a prefilled answer."""
         if self.is_chat:
-            text = self.chat(self._messages(query))
-            return (self._before_answer(self._messages(query)) or text) if self.template.prefill else text
+            messages = self._messages(query)
+            system = bool(messages) and messages[0]["role"] == "system"
+            if earlier and (self.template.folds_system or (system and earlier[0][0] == "system")):
+                raise InputError("a prompt has turns before it: their system prompt is the one, so give no other")
+            messages[system:system] = [{"role": role, "content": text} for role, text in earlier]
+            text = self.chat(messages)
+            return (self._before_answer(messages) or text) if self.template.prefill else text
+        if earlier:
+            raise InputError("a prompt has turns before it, which only the template chat can write")
         template, form = self.template, FORMS.get(self.template.name)
         text = template.format or ""
         if form is not None and form.without_system is not None and not template.system:
@@ -269,13 +277,13 @@ class BoundTemplate:
         # In one go, so that a query that holds a placeholder is not filled in again.
         return _PLACEHOLDERS.sub(lambda match: match[0] if (value := values[match[0]]) is None else value, text)
 
-    def encode(self, query: str) -> list[int]:
-        """The token ids of one prompt.
+    def encode(self, query: str, earlier: Turns = ()) -> list[int]:
+        """The token ids of one prompt, after the earlier turns of its conversation.
 
         A format string gets the special tokens that the tokenizer adds by itself, without an end token, since the
         answer follows. A rendered chat template holds its own. No prompt begins with two BOS tokens, and none is empty.
         """
-        return self.tokens(self.render(query))
+        return self.tokens(self.render(query, earlier))
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered prompt."""

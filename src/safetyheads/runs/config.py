@@ -68,7 +68,8 @@ class PromptOptions(Options):
 
     PANEL: ClassVar[str] = "Prompts"
     prompts: str
-    """Harmful prompts: a CSV, TSV, JSONL, JSON or TXT file, advbench, jailbreakbench, maliciousinstruct, or demo."""
+    """Harmful prompts: a CSV, TSV, JSONL, JSON or TXT file, demo, or a benchmark by name, such as advbench,
+    jailbreakbench, maliciousinstruct, harmbench_standard or strongreject; NAME=FILE reads a file as that benchmark."""
     _: KW_ONLY
     column: str | None = None
     """Column of --prompts that holds the prompts. Default: the only one, or prompt, goal, query, question, instruction,
