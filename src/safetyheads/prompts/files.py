@@ -108,7 +108,7 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
     """Read a prompt file; its suffix gives the format (none means TXT). An InputError says why it cannot be read.
 
     One column holds the queries of a whole file, and no row loses a part of its prompt in silence. ``only`` keeps rows
-    with one of the values in each of its columns; it is for known benchmarks, of whose lists of turns the first is read.
+    with one of the values in each of its columns, for known benchmarks; of their lists of turns the first is read.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
