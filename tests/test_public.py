@@ -41,6 +41,8 @@ def values(demo):
     scores = ships(engine, prompts, "ua")
     return {
         "demo": demo,
+        "phrases": safetyheads.PhraseJudge(),
+        "keywords": safetyheads.KeywordJudge(),
         "engine": engine,
         "prompts": prompts,
         "asked": engine.ask(prompts),

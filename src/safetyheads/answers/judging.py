@@ -84,7 +84,8 @@ def _judges(judges: AnyJudge | Sequence[AnyJudge]) -> tuple[Judge, ...]:
     given = tuple(judges) if isinstance(judges, Sequence) and not isinstance(judges, str) else (judges,)
     made = tuple(judge_named(judge) if isinstance(judge, str) else judge for judge in given)
     if wrong := [judge for judge in made if not isinstance(judge, Judge)]:
-        raise InputError(f"a judge is a name such as phrases, or an object with the members of Judge; got {wrong[0]!r}")
+        kind = type(wrong[0]).__name__
+        raise InputError(f"a judge is a name such as phrases, or an object with the members of Judge; got a {kind}")
     return made
 
 

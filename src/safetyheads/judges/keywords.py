@@ -135,7 +135,7 @@ def _searched_keywords(keywords: tuple[str, ...], fold: bool) -> tuple[tuple[str
     return tuple((keyword, keyword.translate(APOSTROPHES) if fold else keyword) for keyword in keywords)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class KeywordJudge(Shown):
     """The judge of the paper (App. B.3): keywords, then length and repetition."""
 

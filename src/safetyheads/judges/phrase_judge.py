@@ -88,7 +88,7 @@ def plain(text: str) -> str:
     return _BLANKS.sub(" ", text.lower().translate(_PLAIN))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PhraseJudge(Shown):
     """Finds refusals by their wording, and answers that are empty, repeating or an echo; the rest has complied."""
 
