@@ -13,3 +13,7 @@ printf 'torch==%s+cpu\n' "$TORCH" >"$BUILD/overrides.txt"
   --no-strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
   --constraint constraints.txt --override "$BUILD/overrides.txt" --extra test --extra lint \
   pyproject.toml "$BUILD/build.in" --output-file requirements.lock
+# pip wants a line for a package and one for the package with its extras.
+awk '/^[a-z0-9-]+\[/ {copies = 1; line = $0; sub(/\[[^]]*\]/, "", line); kept = kept line "\n"; next}
+  /^[a-z0-9]/ {copies = 0} copies {kept = kept $0 "\n"} END {printf "%s", kept}' requirements.lock >"$BUILD/plain"
+cat "$BUILD/plain" >>requirements.lock
