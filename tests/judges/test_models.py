@@ -288,7 +288,7 @@ def test_the_model_is_loaded_once_in_the_dtype_asked_for_without_the_checkpoints
     [
         ("qwen3guard={path}/nowhere", "neither a directory nor a hub id"),
         ("qwen3guard={path}/file", "is a file"),
-        ("qwen3guard={path}/empty", "cannot load the judge"),
+        ("qwen3guard={path}/empty", "has no config.json, so it is not a model directory"),
         ("classifier:not a hub id!", "neither a directory nor a hub id"),
         ("classifier:{judge}", r"lack 1 tensors, score\.weight"),
         ("strongreject={path}/adapter", r"install safetyheads\[peft\]"),
