@@ -2,6 +2,8 @@
 # make demo    the audit on the embedded model; prints where the report is
 # make test    the tests
 # make test-long     the tests that take too long for every run
+# make real    fetches SmolLM2, a real chat model of 135 M parameters, and audits it
+# make test-real     the tests on it, under three minutes once it is fetched
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
 # make test-peers    the tests beside TransformerLens and nnsight, in .venv-peers
 # make lint    format, lint, types
@@ -17,7 +19,7 @@ TOOLS := .venv-tools
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-long test-oldest test-peers lint stats docs lock pip-audit clean
+.PHONY: setup demo real test test-long test-real test-oldest test-peers lint stats docs lock pip-audit clean
 
 setup: $(STAMP)
 
@@ -34,6 +36,13 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+real: setup
+	$(BIN)/safetyheads fetch smollm2
+	env -u OMP_NUM_THREADS $(BIN)/safetyheads audit smollm2:refusing_a --prompts jailbreakbench --preset quick --out runs/real
+
+test-real: setup
+	$(BIN)/python -m pytest -m real
 
 test-oldest:
 	PYTHON=$(PYTHON) scripts/oldest.sh

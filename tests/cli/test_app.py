@@ -61,6 +61,36 @@ def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, 
     assert (code, json.loads(out)) == (0, results)
 
 
+def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_out(run, tmp_path):
+    short = ["--candidates", "6", "--sample", "6", "--control-tokens", "3", "--n-random", "9", "--limit", "24"]
+    code, out, err = run("audit", *DEMO.split(), "--preset", "quick", *short, "--out", tmp_path)
+    assert code == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    (group,) = results["behaviour"]["groups"]
+    assert set(group["heads"]) <= PLANTED
+    assert group["size"] == results["verdict"]["size"] == len(group["heads"])
+    assert (results["stability"], results["concentration"], list(results["sahara"])) == (None, None, ["mean_ships"])
+    assert [len(step["candidates"]) + len(step["sampled"]) for step in results["screening"]] == [12, 12, 12]
+    scored = [value for layer in results["scores"]["mean_ships"]["values"] for value in layer if value is not None]
+    assert len(scored) == 12
+    for sentence in ("Heads were screened.", "One size was tested.", "after 3 tokens"):
+        assert sentence in out
+        assert sentence in err.replace("\n", " ")
+        assert sentence in (tmp_path / "report" / "index.html").read_text()
+    lengths = {}
+    for path in (tmp_path / "completions").glob("*harmful_test*"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            if "verdicts" in record:
+                lengths.setdefault(record["group"], []).append(record["n_tokens"])
+    named = {"", ",".join(sorted(group["heads"]))}
+    assert max(max(lengths[name]) for name in named) > 3
+    assert max(max(of) for name, of in lengths.items() if name not in named) == 3
+    assert len(lengths) >= 1 + 1 + 9 + 9
+    assert run("judge", tmp_path, "--judge", "paper")[0] == 0
+    code, compared, _ = run("compare", tmp_path, tmp_path, "--allow-warnings")
+    assert (code, "a run has no concentration" in " ".join(compared.split())) == (0, True)
+
+
 def test_an_audit_is_judged_again_and_its_report_written_again(run, audited, tmp_path):
     copy = shutil.copytree(audited[0], tmp_path / "copy")
     code, printed, _ = run("judge", copy, "--judge", "released", "--json")
@@ -189,6 +219,8 @@ def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
         ("demo --out /dev/null/x", "/dev/null is not a directory"),
         ("demo --show-completions --no-completions", "exclude"),
         ("audit DEMO --split 1", "split"),
+        ("audit DEMO --preset fast", "unknown preset 'fast'; known are quick, standard, paper"),
+        ("audit DEMO --control-tokens 0", "control tokens must be at least 1"),
         ("audit DEMO --limit 0", "limit"),
         ("audit DEMO --template no_placeholder", "{query}"),
         ("audit demo:aligned_a --prompts no.csv", "no prompt file"),

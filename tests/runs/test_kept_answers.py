@@ -61,6 +61,23 @@ def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sam
     assert len(set(measured)) == 2
 
 
+@pytest.mark.parametrize("least_drafted", [1, 99], ids=["drafted", "plain"])
+def test_shorter_answers_are_the_beginnings_of_whole_ones(organism, tmp_path, monkeypatch, least_drafted):
+    monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", least_drafted)
+    judging = Judging(organism.engine, organism.harmful[:8], judges_named(["phrases"]), 24, True)
+    with RunDirectory.start(tmp_path, {}, {}) as directory:
+        kept = KeptAnswers("harmful", judging, Decoding(24, GREEDY, True), directory, Silent(), measures_surprise=True)
+        whole = kept.under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION)
+        stored = {path.name for path in (tmp_path / "completions").iterdir()}
+        short = kept.shorter(3).under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION)
+        added = {path.name for path in (tmp_path / "completions").iterdir()} - stored
+    pairs = [pair for both in zip(whole, short, strict=True) for pair in zip(*(of.flat() for of in both), strict=True)]
+    assert all(one["token_ids"][:3] == other["token_ids"] for one, other in pairs)
+    assert all(other["finished"] == (one["finished"] and one["n_tokens"] < 3) for one, other in pairs)
+    assert all(other["complete"] for _, other in pairs)
+    assert len(added) == 1  # the unablated answers are not stored again
+
+
 def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monkeypatch):
     drafts = [(5, 9)] * 2, [Answer((3, 4), True, 8), Answer((), False, 0)]
     assert [(at, draft.choices[:2]) for at, draft in drafts_of(organism.engine, *drafts).items()] == [(0, (3, 4))]

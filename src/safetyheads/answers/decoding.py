@@ -12,7 +12,7 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -128,6 +128,13 @@ class Answer(Shown):
     def complete(self) -> bool:
         """Whether the model or the limit ended it, not ``stop``."""
         return self.finished or len(self.token_ids) >= self.limit
+
+    def cut(self, n_tokens: int) -> Answer:
+        """The answer as a limit of so many tokens would have left it."""
+        if len(self.token_ids) < n_tokens:
+            return replace(self, limit=min(self.limit, n_tokens))
+        begun, margins = self.token_ids[:n_tokens], self.margins[:n_tokens]
+        return replace(self, token_ids=begun, margins=margins, finished=False, limit=n_tokens)
 
     def differs_from(self, other: Answer) -> bool:
         """Whether tokens or end differ."""

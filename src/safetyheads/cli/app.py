@@ -92,12 +92,30 @@ def demo(
     output: OutputOptions,
 ) -> int:
     """Audit an embedded model whose refusal heads are known."""
-    return audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output) or 0
+    return _audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output)
 
 
 @command
-def audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
+def audit(
+    *,
+    config: Annotated[dict[str, Any], Given(AuditConfig)],
+    preset: Annotated[
+        str,
+        Parameter(
+            help="Settings by name, over which options win: quick (a first look), standard, or paper (the paper's "
+            "template, judge and sizes).",
+            group=PANELS["Settings"],
+        ),
+    ] = "standard",
+    where: RunOptions,
+    report: ReportOptions,
+    output: OutputOptions,
+) -> int:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
+    return _audit(AuditConfig.preset(preset, **config), where, report, output)
+
+
+def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
     from safetyheads.runs.audit import read_prompts, run_audit
     from safetyheads.runs.verdict import too_few_prompts
 

@@ -376,6 +376,10 @@ class Extent(Shown):
                 f"{self.n_sampled}"
             )
 
+    def n_heads(self, of: int) -> int:
+        """Heads that are scored, of so many."""
+        return min(of, self.n_candidates + self.n_sampled)
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

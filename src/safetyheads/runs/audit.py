@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,10 @@ from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
 from safetyheads.measures.scorers import scorer_of
+from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.config import AuditConfig, Thresholds
+from safetyheads.runs.config import AuditConfig, ScreenOptions, Thresholds
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.rates import (
@@ -40,6 +41,7 @@ from safetyheads.runs.run import (
     Kind,
     Run,
     carry_out,
+    caveats_of,
     is_demo,
     read_set,
     refuse_beyond_memory,
@@ -154,19 +156,45 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
 
 def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     n = {name: len(prompts) for name, prompts in asked.items()}
+    n_searches, n_scored_heads = len(SEARCHED), len(engine.heads)
+    if config.screen:
+        n_searches, n_scored_heads = 1, extent_of(config).n_heads(n_scored_heads)
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
-    n_groups, sizes = len(SEARCHED) * config.size, heads_by_layer(engine)
+    n_groups, sizes = n_searches * config.size, heads_by_layer(engine)
     layers = [layer for layer, n_heads in enumerate(sizes) if n_heads]
-    spread = [tuple(Head(layer, 0) for layer in layers[-size:]) for size in range(1, config.size + 1)]
+    tested = [config.size] if config.chosen_size else range(1, config.size + 1)
+    spread = [tuple(Head(layer, 0) for layer in layers[-size:]) for size in tested]
     n_random = sum(len(random_groups(group, sizes, config.n_random, config.seed).groups) for group in spread)
-    n_answers = sum(n.values()) * (1 + n_groups) + n["harmful_test"] * (N_LISTED + len(SEARCHED) * n_random)
+    n_tested, n_controls = n_searches * len(spread), n["harmful_test"] * (N_LISTED + n_searches * n_random)
+    n_answers = (n["harmful_search"] + n["benign_search"]) * (1 + n_groups)
+    n_answers += (n["harmful_test"] + n["benign_test"]) * (1 + n_tested)
     # One pass over single heads on two sets, the later steps of each search, and groups on benign test prompts: the
     # searched ones for the next token, these and the random ones for damage.
-    n_groups_passed = 2 * n_groups + len(SEARCHED) * n_random
-    n_passes = 2 + len(SEARCHED) * (config.size - 1) + n_groups_passed / len(engine.heads)
-    token_ids = asked["harmful_search"].token_ids
-    return Work(token_ids, n_passes, n_answers, config.max_new_tokens, STAGES, n["harmful_test"])
+    n_passed = n_scored_heads * (2 + n_searches * (config.size - 1)) + 2 * n_tested + n_searches * n_random
+    work = Work(
+        asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
+    )
+    if config.control_tokens is None:
+        work = replace(work, answers=n_answers + n_controls)
+    else:
+        work = replace(work, short_answers=(n_controls, config.control_tokens))
+    return replace(work, n_prompts=n["harmful_test"], note=" ".join(shortened(config)))
+
+
+def shortened(config: AuditConfig) -> list[str]:
+    """What the settings leave out to save time, a sentence each."""
+    screened = (
+        "Heads were screened. Only those with the best forecasts, and a random sample of the others, were scored; one "
+        "search was made, by mean Ships, and none again on resampled prompts."
+    )
+    tested = "One size was tested. It was chosen on the search half; rates of the other sizes are not known."
+    cut = (
+        f"Answers of controls are short. Under random groups and single heads they end after {config.control_tokens} "
+        "tokens, so a refusal that begins later is not seen."
+    )
+    marks = (config.screen, screened), (config.chosen_size, tested), (config.control_tokens is not None, cut)
+    return [sentence for shortens, sentence in marks if shortens]
 
 
 # Stages.
@@ -174,7 +202,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
 
 def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     """Run all stages, and make what only an audit's ``results.json`` holds."""
-    config, engine, asked, ablation = run.config, run.engine, run.asked, run.config.parsed_ablation
+    config, engine, asked = run.config, run.engine, run.asked
     coherence = run.find_limit()
     vanilla = {name: run.answers(name).vanilla() for name in SETS}
     run.say_what_is_left()
@@ -192,38 +220,37 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     if early is not None:
         return about | _stopped(run, early, vanilla)
     openers = run.openers("harmful_search", benign="benign_search")
-    readouts = Readouts(ships=True, openers=tuple(opener.token_id for opener in openers), angles=ANGLES)
-    harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions)
-    benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions)
-    scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
-    by_prompt = {LEAD: by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
-    with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(engine.heads), config.size)) as done:
-        traces = {name: sahara(scorer_of(harmful, name, done), engine.heads, config.size) for name in SEARCHED}
-    outcomes, heads = _outcomes(run, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
-    by_size, group = [outcome for outcome in outcomes if outcome.scorer == LEAD], lead_group(vanilla, outcomes)
-    stability = stability_as_json(
-        harmful,
-        by_prompt[LEAD],
-        [traces[name] for name in SEARCHED],
-        [vanilla, *(outcome.answers for outcome in by_size)],
-        group.size,
-        [asked["harmful_search"].prompts, asked["benign_search"].prompts],
-        SIZE_TOLERANCE,
-    )
-    repeats = stability["group"]["repeatability"]["rate"]
+    harmful, scores, by_prompt, traces, screening = _searched(run, tuple(opener.token_id for opener in openers))
+    outcomes, heads = _outcomes(run, vanilla, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
+    of_lead = [outcome for outcome in outcomes if outcome.scorer == LEAD]
+    group = of_lead[0] if config.chosen_size else lead_group(vanilla, outcomes)
+    stability = concentration = None
+    if not config.screen and not config.chosen_size:
+        stability = stability_as_json(
+            harmful,
+            by_prompt[LEAD],
+            [traces[name] for name in SEARCHED],
+            [vanilla, *(outcome.answers for outcome in of_lead)],
+            group.size,
+            [asked["harmful_search"].prompts, asked["benign_search"].prompts],
+            SIZE_TOLERANCE,
+        )
+    if not config.chosen_size:
+        lead = [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in of_lead]
+        concentration = concentration_as_json(lead, vanilla["harmful_test"])
+    repeatability = None if stability is None else stability["group"]["repeatability"]["rate"]
     return {
         **about,
-        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeats),
+        "caveats": [*shortened(config), *caveats_of(run)],
+        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeatability),
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
             "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt),
         },
-        "concentration": concentration_as_json(
-            [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in by_size],
-            vanilla["harmful_test"],
-        ),
+        "concentration": concentration,
         "stability": stability,
+        "screening": screening,
         "scores": {
             name: score_as_json(name, table, len(asked[f"{KINDS[name == 'benign_ships']}_search"]))
             | {"resolution": table.resolution, "ties": [[str(head) for head in tie] for tie in table.ties()]}
@@ -242,23 +269,99 @@ def _stopped(run: Run[AuditConfig], early: Mapping[str, Any], vanilla: Mapping[s
     return {"stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour, **empty}
 
 
+class _Searched(NamedTuple):
+    measuring: HeadPass
+    """The pass over the harmful search prompts."""
+    scores: dict[str, HeadScores]
+    """Every score over the prompts."""
+    by_prompt: dict[str, HeadScores]
+    """Ships on harmful and benign prompts, and the refusal score, prompt by prompt."""
+    traces: dict[str, SearchTrace]
+    """The search by each score."""
+    screening: list[dict[str, Any]] | None
+    """Of each step, which heads were scored exactly; None where all were."""
+
+
+def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
+    """Score single heads and search groups on the search half: every head by every score, or what a screening finds."""
+    config, heads, ablation = run.config, run.engine.heads, run.config.parsed_ablation
+    readouts = Readouts(ships=True, openers=openers, angles=() if config.screen else ANGLES)
+    traces: dict[str, SearchTrace] = {}
+    screening, listed = None, heads
+    if config.screen:
+        measuring, extent = run.head_pass("harmful_search", ablation, readouts, config.positions), extent_of(config)
+        screens = partial(run.screen, "harmful_search", measuring.sequences, ablation, ())
+        with run.progress.track("searching groups", config.size * extent.n_heads(len(heads))) as done:
+            scorer = scorer_of(measuring, LEAD, done)
+            found = screened_sahara(scorer, screens, heads, "mean_ships", config.size, extent)
+        traces[LEAD], listed = found[0], found[1][0].heads
+        screening = [screening_as_json(*step) for step in zip(*found[1:], strict=True)]
+    harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions, listed)
+    if config.screen:
+        listed = traces[LEAD].steps[0].top(N_LISTED)
+    benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions, listed)
+    by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
+    if config.screen:
+        return _Searched(
+            harmful, {name: table.mean() for name, table in by_prompt.items()}, by_prompt, traces, screening
+        )
+    scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
+    with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(heads), config.size)) as done:
+        for name in SEARCHED:
+            traces[name] = sahara(scorer_of(harmful, name, done), heads, config.size)
+    return _Searched(harmful, scores, by_prompt, traces, screening)
+
+
+def extent_of(options: ScreenOptions) -> Extent:
+    """How many heads a screening scores exactly."""
+    given = {"n_candidates": options.candidates, "n_sampled": options.sample}
+    return Extent(**{name: value for name, value in given.items() if value is not None})
+
+
+def screening_as_json(proposal: Proposal, bound: Missed) -> dict[str, Any]:
+    """Which heads were scored exactly, and the bound on what was missed."""
+    return {
+        "candidates": [str(head) for head in proposal.candidates],
+        "sampled": [str(head) for head in proposal.sampled],
+        "missed": {**asdict(bound), "sentence": str(bound)},
+    }
+
+
 def _outcomes(
-    run: Run[AuditConfig], traces: Mapping[str, SearchTrace], alone: Sequence[Group]
+    run: Run[AuditConfig],
+    vanilla: Mapping[str, GroupAnswers],
+    traces: Mapping[str, SearchTrace],
+    alone: Sequence[Group],
 ) -> tuple[tuple[GroupOutcome, ...], tuple[GroupAnswers, ...]]:
     """What the group of each search and size does, and what each head of ``alone`` does to harmful test prompts."""
     config, ablation = run.config, run.config.parsed_ablation
     listed = [(name, trace.group[:size]) for name, trace in traces.items() for size in range(1, config.size + 1)]
     # By layer and index: the order of heads has no effect.
     unique = list(dict.fromkeys(tuple(sorted(group)) for _, group in listed))
-    controls = run.random_groups(unique, config.n_random, config.seed)
-    on_test = [*unique, *alone, *(control for group in unique for control in controls[group].groups)]
     answers: dict[str, dict[Group, GroupAnswers]] = {}
-    for name in SETS:
-        groups = list(dict.fromkeys(on_test)) if name == "harmful_test" else unique
-        answers[name] = dict(zip(groups, run.answers(name).under("groups", groups, ablation), strict=True))
+
+    def answer(name: str, groups: Sequence[Group], n_tokens: int | None = None) -> None:
+        kept = run.answers(name) if n_tokens is None else run.answers(name).shorter(n_tokens)
+        answers.setdefault(name, {}).update(zip(groups, kept.under("groups", groups, ablation), strict=True))
+
+    for name in ("harmful_search", "benign_search"):
+        answer(name, unique)
+    if config.chosen_size:
+        of_size = [{name: answers[name][group] for name in answers} for group in unique]
+        (size,) = chosen_sizes([vanilla, *of_size], SIZE_TOLERANCE)
+        listed = [(LEAD, traces[LEAD].group[:size])]
+        unique = [tuple(sorted(listed[0][1]))]
+    controls = run.random_groups(unique, config.n_random, config.seed)
+    harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
+    others = [group for group in dict.fromkeys([*alone, *harmed]) if group not in unique]
+    if config.control_tokens is None:
+        answer("harmful_test", [*unique, *others])
+    else:
+        answer("harmful_test", unique)
+        answer("harmful_test", others, config.control_tokens)
+    answer("benign_test", unique)
     benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
     ships = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
-    harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
     damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
     damage = damage_of_answered(damage, run.answers("benign_test").vanilla())
     outcomes = []

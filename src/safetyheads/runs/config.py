@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -301,9 +301,17 @@ class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, 
     """Column of --benign that holds the prompts. Default: as --column."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(limit=100, screen=True, candidates=24, sample=24, chosen_size=True, control_tokens=48),  # noqa: C408
+    "standard": {},
+    "paper": {"template": "query_answer", "judges": ("paper",), "size": 5},
+}
+"""Named settings of an audit; whatever is given by itself wins over them."""
+
+
 @dataclass(frozen=True)
-class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOptions):
-    """Settings of one audit."""
+class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOptions, ScreenOptions):
+    """Settings of one audit. Screened, it makes one search, by mean Ships, and resamples nothing."""
 
     PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
@@ -315,6 +323,17 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
     split: float = 0.5
     """Share of the harmful prompts that the search sees; rates are measured on the others. Near-duplicates stay
     together. Of the benign prompts it sees a fifth."""
+    chosen_size: bool = False
+    """Test only the group of the size that the search half chose, not one of each size."""
+    control_tokens: int | None = None
+    """Longest answer under random groups and single heads, in tokens. Default: as long as the others."""
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Self:
+        """The settings of a preset, with those that are given over them."""
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | given)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,6 +48,13 @@ class Work:
     """Answers to a prompt."""
     note: str = ""
     """What the numbers leave out."""
+    short_answers: tuple[int, int] = (0, 0)
+    """Further answers, and the tokens of the longest of them."""
+
+    @property
+    def all_answers(self) -> int:
+        """Answers, short ones among them."""
+        return self.answers + self.short_answers[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,9 @@ class Estimate:
 
     def answer_seconds(self, n_tokens: float) -> float:
         """Seconds of all answers, at so many tokens each."""
-        return self.work.answers * (self.prompt_seconds + n_tokens * self.token_seconds)
+        n_short, longest = self.work.short_answers
+        n_read = self.work.answers * n_tokens + n_short * min(n_tokens, longest)
+        return self.work.all_answers * self.prompt_seconds + n_read * self.token_seconds
 
     def __str__(self) -> str:
         work, parts = self.work, []
@@ -77,9 +86,10 @@ class Estimate:
             heads = f"{self.n_heads} heads x {len(work.token_ids)} prompts, {passes}"
             parts.append(f"{heads}: about {duration(work.passes * self.pass_seconds)}")
         if work.answers:
-            longest = f"if all run to {work.max_new_tokens} tokens"
+            n_short, short = work.short_answers
+            longest = f"if all run to {work.max_new_tokens} tokens" + f" ({n_short} of them to {short})" * bool(n_short)
             took = duration(self.answer_seconds(work.max_new_tokens))
-            parts.append(f"at most {work.answers} answers: about {took} {longest}")
+            parts.append(f"at most {work.all_answers} answers: about {took} {longest}")
         if self.memory:
             mib = max(1.0, self.memory / 2**20)
             parts.append(f"{f'{mib / 1024:.1f} GiB' if mib >= 1024 else f'{mib:.0f} MiB'} beside the weights")
@@ -101,7 +111,7 @@ class Estimate:
             "dry_run": True,
             "stages": list(work.stages),
             "passes": work.passes,
-            "answers": work.answers,
+            "answers": work.all_answers,
             "seconds": {**seconds, "at_most": sum(seconds.values())},
             "memory_bytes": self.memory,
             "smallest_change": least,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -209,6 +210,14 @@ class KeptAnswers:
             for at, group in enumerate(groups)
         ]
 
+    def shorter(self, n_tokens: int) -> KeptAnswers:
+        """The same answers to the same prompts, of at most so many tokens; unablated ones are not answered again."""
+        self._unablated_surprises()  # both know what was measured, and only this one stores it
+        short = copy(self)
+        short.decoding, short._drafts = replace(self.decoding, max_new_tokens=n_tokens), {}
+        short.unablated = tuple(decoded.cut(n_tokens) for decoded in self.unablated)
+        return short
+
     def of_each(self, part: str, own_groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
         """Each prompt's answers under the first 1, 2 ... heads of a group of its own: ``top 1``, ``top 2`` and so on.
 
@@ -311,7 +320,9 @@ class KeptAnswers:
         sampling = self.decoding.sampling
         ablated = "" if ablation is None else f"_{ablation.name}_{ablation.epsilon:g}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
-        return f"{self.name}{ablated}_{sampling.seed}{sampled}"
+        n_tokens = self.decoding.max_new_tokens
+        short = "" if n_tokens == self.judging.max_new_tokens else f"_{n_tokens}"
+        return f"{self.name}{ablated}_{sampling.seed}{sampled}{short}"
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""

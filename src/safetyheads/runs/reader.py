@@ -285,7 +285,7 @@ class RunReader(Table):
 
         An answer without a verdict has not complied, as in the concentration that the audit wrote.
         """
-        if self.kind != "audit":
+        if self.kind != "audit" or self.concentration is None:
             return None
 
         def complied(heads: Iterable[str]) -> list[bool]:

@@ -427,7 +427,7 @@ class Run(Generic[Config]):
         def line() -> str:
             n_tokens = sum(record["n_tokens"] for record in records) / len(records)
             judging = sum(self.judge_seconds.values()) / len(records)
-            seconds = self.estimate.answer_seconds(n_tokens) + self.estimate.work.answers * judging
+            seconds = self.estimate.answer_seconds(n_tokens) + self.estimate.work.all_answers * judging
             return (
                 f"unablated answers have {n_tokens:.0f} tokens on average: at this length all answers take about "
                 f"{duration(seconds)}, judges included"
@@ -654,8 +654,6 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     }
     template = template_facts(next(iter(run.asked.values())).prompts)
     described = [judge.describe() for judge in run.judges] if hasattr(settings, "judges") else []
-    reads_words = any(judge.get("judge") in _JUDGES_OF_WORDS for judge in described)
-    caveats = [*[DEMO_CAVEAT] * (planted is not None), *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -663,8 +661,17 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
         "data": {**sets, "system": None, **template},
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
-        "caveats": caveats,
+        "caveats": caveats_of(run),
     } | ({"judges": described, "lead_judge": run.judges[0].name} if described else {})
+
+
+def caveats_of(run: Run[Any]) -> list[str]:
+    """What the run does not show."""
+    settings = run.config
+    planted = settings.model.startswith("demo:") and settings.model.removeprefix("demo:") in PLANTED_HEADS
+    described = [judge.describe() for judge in run.judges] if hasattr(settings, "judges") else []
+    reads_words = any(judge.get("judge") in _JUDGES_OF_WORDS for judge in described)
+    return [*[DEMO_CAVEAT] * planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
 
 
 def sampling_of(run: Run[Any]) -> dict[str, Any]:

@@ -13,9 +13,6 @@ from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, S
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.scorers import OPENER_TOKENS, scorer_of
 from safetyheads.measures.screening import (
-    Extent,
-    Missed,
-    Proposal,
     costs_of,
     missed,
     propose,
@@ -24,8 +21,8 @@ from safetyheads.measures.screening import (
 )
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.audit import search_steps
-from safetyheads.runs.config import AsrConfig, SaharaConfig, ScreenOptions, ShipsConfig
+from safetyheads.runs.audit import extent_of, screening_as_json, search_steps
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import by_judge
 from safetyheads.runs.run import (
@@ -58,12 +55,6 @@ def read_prompts(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, Pr
     return prompts
 
 
-def _extent(options: ScreenOptions) -> Extent:
-    """How many heads are scored exactly."""
-    given = {"n_candidates": options.candidates, "n_sampled": options.sample}
-    return Extent(**{name: value for name, value in given.items() if value is not None})
-
-
 def _about(run: Run[Any]) -> dict[str, Any]:
     asked = run.asked["harmful"]
     return {"n": len(asked), "template": asked.template.settings()}
@@ -74,8 +65,8 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 
 def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     """Answers are unablated ones alone, as far as they tell a refusal."""
-    extent, n_heads, searches = _extent(config), len(engine.heads), isinstance(config, SaharaConfig)
-    share = min(1.0, (extent.n_candidates + extent.n_sampled) / n_heads) if config.screen else 1.0
+    extent, n_heads, searches = extent_of(config), len(engine.heads), isinstance(config, SaharaConfig)
+    share = extent.n_heads(n_heads) / n_heads if config.screen else 1.0
     token_ids, note = asked["harmful"].token_ids, "a few backward passes beside" if config.screen else ""
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
     passes = share * getattr(config, "size", 1)
@@ -94,7 +85,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     if config.screen:
         measuring = run.head_pass("harmful", ablation, readouts, config.positions)
         screening = run.screen("harmful", measuring.sequences, ablation)
-        proposal = propose(screening, "mean_ships", _extent(config))
+        proposal = propose(screening, "mean_ships", extent_of(config))
         heads, costs = proposal.heads, costs_of(measuring, proposal)
         run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
     measuring, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
@@ -102,7 +93,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     if config.screen:
         pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
         bound = missed(scores, proposal, _TOP)
-        screened = {"screening": {**_screening(proposal, bound), "costs": costs, "pairs": pairs}}
+        screened = {"screening": {**screening_as_json(proposal, bound), "costs": costs, "pairs": pairs}}
     return {
         **_about(run),
         "score": "mean_ships",
@@ -120,15 +111,6 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
 def _said(costs: Mapping[str, float]) -> str:
     shares = "screening {:.1%}, with candidates {:.1%}, with the sample {:.1%}".format(*costs.values())
     return f"{shares} of an exact scan's operations"
-
-
-def _screening(proposal: Proposal, bound: Missed) -> dict[str, Any]:
-    """Which heads were scored exactly, and the bound on what was missed."""
-    return {
-        "candidates": [str(head) for head in proposal.candidates],
-        "sampled": [str(head) for head in proposal.sampled],
-        "missed": {**asdict(bound), "sentence": str(bound)},
-    }
 
 
 # Sahara.
@@ -155,8 +137,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
     measuring = run.head_pass("harmful", config.parsed_ablation, readouts, config.positions)
-    extent, n_heads = _extent(config), len(engine.heads)
-    n_each = min(n_heads, extent.n_candidates + extent.n_sampled) if config.screen else n_heads
+    extent, n_heads = extent_of(config), len(engine.heads)
+    n_each = extent.n_heads(n_heads) if config.screen else n_heads
     screened: dict[str, Any] = {}
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
@@ -168,7 +150,7 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
             )
             costs = costs_of(measuring, proposals[0], score.forecast)
             run.progress.say(f"each step: {_said(costs)}")
-            steps = [_screening(*step) for step in zip(proposals, bounds, strict=True)]
+            steps = [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]
             screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
         else:
             trace = sahara(scorer, engine.heads, config.size)
