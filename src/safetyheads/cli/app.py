@@ -47,6 +47,7 @@ from safetyheads.runs.config import (
     SaharaConfig,
     ScanConfig,
     ShipsConfig,
+    preset_settings,
 )
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 
@@ -112,7 +113,7 @@ def audit(
     output: OutputOptions,
 ) -> int:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    return _audit(AuditConfig.preset(preset, **config), where, report, output)
+    return _audit(AuditConfig(**preset_settings(preset) | config), where, report, output)
 
 
 def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:

@@ -13,7 +13,7 @@ from safetyheads.model.engine import Engine
 from safetyheads.reports.write import write_report
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.compare import Comparison, compare_runs
-from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.runs.config import AuditConfig, ScanConfig, preset_settings
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.reader import RunReader
@@ -23,7 +23,13 @@ AnyPath = str | os.PathLike[str]
 
 
 def audit(
-    model: str | Engine, prompts: AnyPath, out: AnyPath | None = None, *, quiet: bool = False, **settings: Any
+    model: str | Engine,
+    prompts: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    preset: str = "standard",
+    quiet: bool = False,
+    **settings: Any,
 ) -> RunReader:
     """Score every head, find the safety group and show what its ablation does; writes the report, and gives the run.
 
@@ -31,13 +37,14 @@ def audit(
         model: a name, a directory, a hub id or a loaded engine.
         prompts: harmful prompts, as ``--prompts`` takes them.
         out: the run directory; one that holds part of this run is continued. By default a name of its own in ``runs/``.
+        preset: settings by name, ``quick``, ``standard`` or ``paper``; settings that are given win over it.
         quiet: show no progress.
         settings: fields of :class:`.AuditConfig`, such as ``limit=60``, ``size=3``, ``judges=("paper",)``.
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
     """
-    return _finished("audit", AuditConfig, run_audit, model, prompts, out, quiet, settings)
+    return _finished("audit", AuditConfig, run_audit, model, prompts, out, quiet, preset_settings(preset) | settings)
 
 
 def scan(

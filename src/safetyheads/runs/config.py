@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -309,6 +309,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named settings of an audit; whatever is given by itself wins over them."""
 
 
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings of a preset; an InputError lists the known ones."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 @dataclass(frozen=True)
 class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOptions, ScreenOptions):
     """Settings of one audit. Screened, it makes one search, by mean Ships, and resamples nothing."""
@@ -327,13 +334,6 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
     """Test only the group of the size that the search half chose, not one of each size."""
     control_tokens: int | None = None
     """Longest answer under random groups and single heads, in tokens. Default: as long as the others."""
-
-    @classmethod
-    def preset(cls, name: str, **given: Any) -> Self:
-        """The settings of a preset, with those that are given over them."""
-        if name not in PRESETS:
-            raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | given)
 
     def __post_init__(self) -> None:
         super().__post_init__()
