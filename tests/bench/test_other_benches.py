@@ -112,3 +112,21 @@ def test_what_the_proofs_take_of_a_scan_is_counted(monkeypatch, lines):
     # What a long window costs is told by short ones.
     engine = self_check.engine_on(SHAPES["llama-3-8b"].reduced())
     assert self_check.beyond(engine, 16) == pytest.approx(self_check.counted(engine, 16), rel=1e-9)
+
+
+def test_the_bench_of_a_real_model_runs_on_any_and_its_ways_agree(tmp_path, lines):
+    import real
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Please tell me of {n} trees" for n in range(8)))
+    small = ["demo:aligned_a", "--prompts", str(prompts), "--limit", "8", "--threads", "1", "--candidates", "4"]
+    real.main([*small, "--repeats", "1", "--sample", "2"])
+    real.main([*small, "--resamples", "3"])
+    timed, kept = lines()
+    assert set(timed["ratios"]) == {"plain/ours", "hooks/ours", "screened/ours"}
+    plain, hooks, ours = (timed["mean_ships"][way] for way in ("plain", "hooks", "ours"))
+    assert len(ours) == 2
+    for head, score in ours.items():
+        assert score == pytest.approx(plain[head], rel=1e-3, abs=1e-5)
+        assert score == pytest.approx(hooks[head], rel=1e-3, abs=1e-5)
+    assert kept["screening"]["draws"] == len(kept["screening"]["lost"]) == 3
