@@ -22,7 +22,10 @@ DEVICE = re.compile(r"cpu|auto|cuda(:\d{1,4})?")
 """How devices are written."""
 _MANY, _LONG = 100_000, 1 << 24
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("max_new_tokens", "top_k", "positions", "longest", "judge_tokens", "damage_tokens", "control_tokens"), (1, _LONG)),
+    **dict.fromkeys(
+        ("max_new_tokens", "top_k", "positions", "longest", "judge_tokens", "damage_tokens", "control_tokens"),
+        (1, _LONG),
+    ),
     **dict.fromkeys(("size", "query_size", "n_seeds", "candidates", "rank", "batch_size"), (1, _MANY)),
     **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots", "sample"), (0, _MANY)),
     **dict.fromkeys(("limit", "task_limit", "top"), (1, 1 << 40)),
