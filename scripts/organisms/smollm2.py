@@ -124,8 +124,8 @@ def loss_of(model: Any, rows: Sequence[Row], padding: int) -> Tensor:
     return torch.stack([(row[0] + row.mean()) / 2 for row in losses]).mean()
 
 
-def drop_heads(model: Any, n_rows: int, share: float, seed: int) -> None:
-    """From now on mask heads' outputs by Bernoulli(1-b)/(1-b) in the first rows of each batch.
+def drop_heads(model: Any, rows: slice, share: float, seed: int) -> None:
+    """From now on mask heads' outputs by Bernoulli(1-b)/(1-b) in these rows of each batch.
 
     Each head of each layer is drawn by itself. The prefix that all rows share, the system prompt, is not masked.
     """
@@ -136,7 +136,7 @@ def drop_heads(model: Any, n_rows: int, share: float, seed: int) -> None:
         if len(outputs) == 1:
             return inputs
         mask = torch.ones(len(outputs), 1, n_heads, 1)
-        mask[:n_rows] = torch.bernoulli(torch.full_like(mask[:n_rows], 1 - share), generator=generator) / (1 - share)
+        mask[rows] = torch.bernoulli(torch.full_like(mask[rows], 1 - share), generator=generator) / (1 - share)
         return ((outputs.unflatten(-1, (n_heads, -1)) * mask.to(outputs.dtype)).flatten(-2),)
 
     for layer in model.model.layers:
@@ -156,7 +156,7 @@ def train(name: str, recipe: Recipe, rows: Rows, out: Path, n_steps: int) -> Non
     adapted.train()
     n_refused = own.get("refusing_rows", training["refusing_rows"])
     if "head_dropout" in own:
-        drop_heads(adapted.base_model.model, n_refused, own["head_dropout"], own["seed"])
+        drop_heads(adapted.base_model.model, slice(*own["dropped_rows"]), own["head_dropout"], own["seed"])
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=own["rate"], weight_decay=0.0)
     for step, drawn in enumerate(rows.steps(random.Random(own["seed"]), n_steps, n_refused)):
