@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_gguf import write_gguf
+from tiny_gguf import TEMPLATE, write_gguf
 
 from safetyheads import Engine, InputError
 from safetyheads.model.gguf_files import TokenizerWarning
@@ -63,6 +63,12 @@ def test_text_is_split_by_the_rule_of_the_file(tmp_path, recwarn, rule, split, w
     assert tokenizer.tokenize("a 12\n\n3") == split
     told = [str(warning.message) for warning in recwarn if warning.category is TokenizerWarning]
     assert [f"by the rule '{rule}', which is not known here" in line for line in told] == [True] * warns
+
+
+def test_its_chat_template_holds_beside_files_of_another_tokenizer_too(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    Engine.load(str(tmp_path / "tiny.gguf"), check=False).tokenizer.save_pretrained(tmp_path)
+    assert Engine.load(str(tmp_path / "tiny.gguf"), check=False).tokenizer.chat_template == TEMPLATE
 
 
 @pytest.mark.parametrize(

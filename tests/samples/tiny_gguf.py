@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}:"
 WIDTH, N_HEADS, N_KV_HEADS, MLP = 64, 4, 2, 96
 SHAPES = {
     "attn_q": (WIDTH, WIDTH),
@@ -39,6 +40,7 @@ def write_gguf(path: Path, rule: str = "smollm", n_parts: int = 1) -> dict[str, 
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL] + [TokenType.NORMAL] * (len(tokens) - 1))
     writer.add_token_merges(["Ċ Ċ"])
+    writer.add_chat_template(TEMPLATE)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     if n_parts > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,8 @@ def gguf_file(path: str) -> Path | None:
     return place
 
 
-def read_header(file: Path) -> tuple[str, str | None]:
-    """How the weights are quantised, in words, and the file's rule for splitting text.
+def read_header(file: Path) -> tuple[str, dict[str, Any]]:
+    """How the weights are quantised, in words, and what the file says of its tokenizer, by GGUF's names.
 
     Raises:
         InputError: it is no GGUF file that can be read.
@@ -57,7 +58,7 @@ def read_header(file: Path) -> tuple[str, str | None]:
         counts = Counter(tensor.tensor_type.name for tensor in reader.tensors)
         fields: dict[str, Any] = {
             name: field.contents()
-            for name in ("tokenizer.ggml.pre", "tokenizer.ggml.model", "split.count")
+            for name in ("tokenizer.ggml.pre", "tokenizer.ggml.model", "tokenizer.chat_template", "split.count")
             if (field := reader.get_field(name)) is not None
         }
     except (ValueError, LookupError, OSError, struct.error) as error:
@@ -65,14 +66,18 @@ def read_header(file: Path) -> tuple[str, str | None]:
     if fields.get("split.count", 1) > 1:
         raise InputError(f"{file} is one part of a model in {fields['split.count']} files; join them first")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-    rule = fields.get("tokenizer.ggml.pre") if fields.get("tokenizer.ggml.model") == "gpt2" else None
-    return f"dequantised GGUF ({kinds})", rule
+    return f"dequantised GGUF ({kinds})", fields
 
 
-def mend_splitting(tokenizer: PreTrainedTokenizerBase, rule: str | None) -> None:
-    """Let a tokenizer made from a GGUF file split text by the file's rule; warn where nobody knows the rule."""
+def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any]) -> None:
+    """Give a tokenizer made from a GGUF file the file's rule for splitting text; warn where nobody knows the rule.
+
+    Beside other files of a tokenizer transformers also forgets the file's chat template.
+    """
     from tokenizers import pre_tokenizers
 
+    tokenizer.chat_template = tokenizer.chat_template or header.get("tokenizer.chat_template")
+    rule = header.get("tokenizer.ggml.pre") if header.get("tokenizer.ggml.model") == "gpt2" else None
     backend: Any = tokenizer.backend_tokenizer
     if rule in _SINGLE_DIGITS:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

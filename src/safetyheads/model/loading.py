@@ -23,7 +23,7 @@ from safetyheads.errors import InputError, UnsupportedModelError, first_line, on
 from safetyheads.files import leaves, read_json
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
-from safetyheads.model.gguf_files import gguf_file, mend_splitting, read_header
+from safetyheads.model.gguf_files import gguf_file, mend_tokenizer, read_header
 from safetyheads.model.names import find_model
 from safetyheads.model.options import DTYPES, LoadOptions
 from safetyheads.model.planning import allowed_memory, is_out_of_memory
@@ -448,7 +448,7 @@ def _read_tokenizer(
         arguments["gguf_file"] = file.name
     tokenizer = read_tokenizer(source, **arguments)
     if file is not None:
-        mend_splitting(tokenizer, read_header(file)[1])
+        mend_tokenizer(tokenizer, read_header(file)[1])
     return tokenizer
 
 
