@@ -83,6 +83,8 @@ def test_libraries_and_tracebacks_are_inert_too(run, monkeypatch):
         sys.stderr.writelines([EVIL])
         raise ZeroDivisionError(EVIL)
 
+    # Python's own last handler writes to the terminal; pytest's keeps the text, and half a pair breaks its workers.
+    monkeypatch.setattr(logging.getLogger("somebody"), "propagate", False)
     monkeypatch.setattr("safetyheads.runs.history.read_history", fail)
     code, out, err = run("history", ".")
     assert code == 1
