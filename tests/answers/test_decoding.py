@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Oracle
-from tiny_models import END, VOCABULARY, engine_of, model_of, prompts_of
+from tiny_models import END, VOCABULARY, engine_of, known, model_of, prompts_of
 from transformers import GenerationConfig
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate
@@ -94,7 +94,7 @@ def batch_rows(engine):
     """A list that is told the number of batch rows in each forward of the engine's model."""
     rows = []
     engine.architecture.decoder.register_forward_pre_hook(
-        lambda _, __, keywords: rows.append(len(keywords["input_ids"])), with_kwargs=True
+        known(lambda _, __, keywords: rows.append(len(keywords["input_ids"]))), with_kwargs=True
     )
     return rows
 

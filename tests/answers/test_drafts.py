@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from own_judges import Recording
-from tiny_models import END, engine_of, model_of, prompts_of
+from tiny_models import END, engine_of, known, model_of, prompts_of
 
 from safetyheads import (
     SCALING_CONTRIBUTION,
@@ -459,7 +459,8 @@ def test_coarse_arithmetic_beside_plain_decoding_is_noticed_and_changes_nothing(
     logits = engine.logits
     monkeypatch.setattr(engine, "logits", lambda states: move(logits(states)))
     while_continuing(
-        monkeypatch, lambda engine: engine.model.lm_head.register_forward_hook(lambda _, __, output: move(output))
+        monkeypatch,
+        lambda engine: engine.model.lm_head.register_forward_hook(known(lambda _, __, output: move(output))),
     )
     ours = scan(family, sampling)
     check(ours, twin(family, sampling))
@@ -533,7 +534,7 @@ def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch)
 
     def hook(engine):
         return engine.architecture.decoder.register_forward_pre_hook(
-            lambda _, __, keywords: fail_once(len(keywords["input_ids"])), with_kwargs=True
+            known(lambda _, __, keywords: fail_once(len(keywords["input_ids"]))), with_kwargs=True
         )
 
     if where == "comparing":
@@ -567,7 +568,7 @@ def test_logits_that_cannot_be_trusted_make_near_ties(wrong, monkeypatch):
     if wrong == "not finite":
         # Half precision overflows, and some families mask logits: a margin of NaN is no margin.
         engine.model.lm_head.register_forward_hook(
-            lambda _, __, logits: torch.where(logits > logits.topk(3).values[..., -1:], torch.inf, logits)
+            known(lambda _, __, logits: torch.where(logits > logits.topk(3).values[..., -1:], torch.inf, logits))
         )
     else:
         # Packed logits that are wrong on the unablated answers: every row is decoded plainly.

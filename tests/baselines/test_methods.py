@@ -127,11 +127,12 @@ def test_models_whose_weights_are_not_plain_are_refused(name):
     if name != "lsp":
         with pytest.raises(UnsupportedModelError, match="is no linear layer's weight"):
             METHODS[name].interventions(made_up(engine_on("mixtral")), [0.5])
-    for attribute, said in (("_hf_peft_config_loaded", "has an adapter on it"), ("is_quantized", "is quantised")):
-        setattr(model, attribute, True)
+    wrapped = ((model.lm_head, "base_layer", "has an adapter on it"), (model, "is_quantized", "is quantised"))
+    for module, attribute, said in wrapped:
+        setattr(module, attribute, True)
         with pytest.raises(InputError, match=rf"{said}.*; baselines edit plain weights only"):
             METHODS[name].interventions(material, [0.5])
-        setattr(model, attribute, False)
+        delattr(module, attribute)
 
 
 def test_two_models_whose_neurons_differ_are_refused():

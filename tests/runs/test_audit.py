@@ -187,7 +187,7 @@ def test_only_groups_of_the_leading_score_are_looked_at():
 
 def test_a_fifth_of_the_benign_prompts_is_searched_and_no_limit_takes_the_test_below_fifty(tmp_path):
     path = tmp_path / "harmful.csv"
-    rows = [f"{kind}{at},{kind}" for kind, n in (("theft", 40), ("fraud", 20)) for at in range(n)]
+    rows = [f"what {kind}{at},{kind}" for kind, n in (("theft", 40), ("fraud", 20)) for at in range(n)]
     path.write_text("\n".join(["goal,category", *rows]), encoding="utf-8")
 
     def sizes(**options):

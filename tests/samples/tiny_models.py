@@ -99,3 +99,9 @@ def saved(model, path, tokens=None):
     model.save_pretrained(path)
     (tokens or tokenizer()).save_pretrained(path)
     return str(path)
+
+
+def known(hook):
+    """A hook that a test registers on purpose: the engine takes it for part of how the model works."""
+    hook.__module__ = "safetyheads.tests"
+    return hook

@@ -29,7 +29,7 @@ _FACTS = (
 )
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")
 # Hooks of these are part of how a model or a method works, and are taken off by who put them on.
-_KNOWN_HOOKS = ("safetyheads.", "transformers.", "accelerate.", "peft.")
+_KNOWN_HOOKS = ("safetyheads.", "transformers.", "accelerate.", "peft.", "torch.utils.")
 
 
 def state_of(model: nn.Module) -> State:
