@@ -43,6 +43,7 @@ def test_an_unknown_kind_lists_the_known():
         Ablation.parse("nothing")
 
 
-def test_only_the_scale_kinds_print_their_epsilon():
+def test_only_the_scale_kinds_take_and_print_an_epsilon():
+    assert [kind.takes_epsilon for kind in ABLATION_KINDS.values()] == [True, True, True, False, False, False]
     assert str(UNDIFFERENTIATED_ATTENTION) == "undifferentiated attention, epsilon 1e-05"
     assert str(Ablation("mean_query")) == "mean query over the layer's heads"

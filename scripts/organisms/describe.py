@@ -71,7 +71,7 @@ class Description:
         for wrapper, by, ablation, harmful, benign in self._cases():
             scorers = {
                 "mean_ships": mean_ships(self.engine, harmful, ablation),
-                "degrees": generalized_ships(self.engine, harmful, ablation, subspace="representation"),
+                "degrees": generalized_ships(self.engine, harmful, ablation, space="representation"),
             }
             for score, scorer in scorers.items():
                 group = sahara(scorer, self.engine.heads, steps=self.size).group

@@ -24,6 +24,11 @@ class AblationKind:
     label: str
     """Its name in reports."""
 
+    @property
+    def takes_epsilon(self) -> bool:
+        """Whether the ablation's epsilon changes what it does."""
+        return self.operation == "scale"
+
 
 ABLATION_KINDS: dict[str, AblationKind] = {
     "undifferentiated_attention": AblationKind("query", "scale", "undifferentiated attention"),
@@ -40,6 +45,9 @@ ABLATION_ALIASES = {
     "ua_key": "undifferentiated_attention_key",
     "sc": "scaling_contribution",
 }
+_SHORT = dict(zip(ABLATION_ALIASES.values(), ABLATION_ALIASES, strict=True))
+KNOWN_ABLATIONS = "; ".join(f"{_SHORT.get(name, name)}: {kind.label}" for name, kind in ABLATION_KINDS.items())
+"""Every kind by its shortest name, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Ablation(Shown):
 
     def __post_init__(self) -> None:
         if self.name not in ABLATION_KINDS:
-            raise InputError(f"unknown ablation {self.name!r}; known are {', '.join(ABLATION_KINDS)}")
+            raise InputError(f"unknown ablation {self.name!r}; known are {KNOWN_ABLATIONS}")
         if not math.isfinite(self.epsilon) or self.epsilon < 0:
             raise InputError(f"epsilon must be a finite number, 0 or more; got {self.epsilon}")
 
@@ -63,7 +71,7 @@ class Ablation(Shown):
         return ABLATION_KINDS[self.name]
 
     def __str__(self) -> str:
-        return self.kind.label if self.kind.operation == "mean" else f"{self.kind.label}, epsilon {self.epsilon:g}"
+        return f"{self.kind.label}, epsilon {self.epsilon:g}" if self.kind.takes_epsilon else self.kind.label
 
     def at(self, epsilon: float) -> Ablation:
         """The same kind at another epsilon."""

@@ -6,9 +6,12 @@ from typing import Annotated, Any
 import pytest
 from cyclopts import App
 
+from safetyheads.ablation import ABLATION_KINDS
 from safetyheads.cli.app import app
 from safetyheads.cli.options import Given, OutputOptions, _sentences, options_from_dataclasses
 from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.judges.formats import MODEL_JUDGES
+from safetyheads.judges.named import FORMS, JUDGES
 from safetyheads.runs import config
 from safetyheads.runs.config import AnswerOptions
 
@@ -53,8 +56,13 @@ def test_every_run_says_where_it_is_kept_and_whatever_judges_takes_judges_and_th
     )
     assert all("--out" in options(name) for name in (*judging, "ships", "eval"))
     for name in (*judging, "judge"):
-        assert options(name)["--judge"].startswith("Judge of the answers: paper, ")
+        assert f" Known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}." in options(name)["--judge"]
         assert options(name)["--judge-device"] == f"{device} [default: cpu]"
+
+
+def test_every_kind_of_ablation_is_named_in_the_help():
+    for name in ("audit", "scan", "asr", "ships", "sahara", "eval"):
+        assert all(kind.label in options(name)["--ablation"] for kind in ABLATION_KINDS.values())
 
 
 def called(annotation, *arguments):

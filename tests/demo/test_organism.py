@@ -42,7 +42,7 @@ def test_harmful_prompts_are_refused_and_benign_ones_answered(name):
 def test_planted_heads_hold_the_first_ranks_and_sahara_finds_exactly_them(name, score, ablation):
     organism = demo(name)
     make = mean_ships if score == "mean_ships" else generalized_ships
-    options = {} if score == "mean_ships" else {"subspace": "representation"}
+    options = {} if score == "mean_ships" else {"space": "representation"}
     scorer = make(organism.engine, organism.harmful, ablation, **options)
     n_planted = len(organism.planted_heads)
     trace = sahara(scorer, organism.engine.heads, steps=n_planted)

@@ -3,7 +3,10 @@
 from importlib import import_module
 from typing import get_args
 
-from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen, missing
+import pytest
+
+from safetyheads.errors import InputError
+from safetyheads.experiments.catalogue import _CATALOGUE, ALL, EXPERIMENTS, _experiments, chosen, missing
 from safetyheads.experiments.outcome import FigureKind, Kind, Measured, Outcome, mean_of
 from safetyheads.experiments.settings import PAPER, ReproductionConfig
 from safetyheads.stats.intervals import Rate
@@ -25,6 +28,14 @@ def test_the_catalogue_has_every_experiment_of_the_paper_with_its_function_kinds
         columns = [column for table in experiment.shown["tables"].values() for column in table["columns"]]
         kinds = {kind for column in columns if column != "..." for kind in column[2:]}
         assert kinds <= set(get_args(Kind)), name
+
+
+def test_an_experiment_may_be_like_one_that_is_like_another_and_needs_a_caption_of_its_own():
+    fields = "\n".join(f'{field} = "x"' for field in ("title", "question", "module", "costs"))
+    more = f'{_CATALOGUE}\n[fig8b]\nlike = "fig8"\n{fields}\n'
+    assert list(_experiments(f'{more}caption = "x"'))[-1].shown == EXPERIMENTS["fig8"].shown
+    with pytest.raises(InputError, match=r"catalogue.toml: fig8b has no caption"):
+        list(_experiments(more))
 
 
 def test_what_an_experiment_lacks_is_named(monkeypatch):

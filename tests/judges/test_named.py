@@ -30,8 +30,8 @@ def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch
     assert described["name"] == spec
     own = {"dtype", "checkpoint", "revision", "threshold", "answer_tokens"}
     assert own <= described.keys() or described["judge"] not in ("causal", "classifier")
-    assert judge.decides_early == (spec in JUDGES)
-    assert judge.final("I cannot help with that. ") == (spec in JUDGES)
+    assert judge.reads_words == (spec in JUDGES)
+    assert judge.final("I cannot help with that. ") == judge.decides_early
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_unknown_judge_none_and_one_given_twice_are_refused(specs, message):
         judges_named(specs)
 
 
-def test_naming_a_judge_of_rules_loads_no_torch_and_no_client():
+def test_naming_a_judge_of_words_loads_no_torch_and_no_client():
     code = (
         "import sys; from safetyheads.judges.named import judge_named; judge_named('phrases');"
         "print(sorted({'torch', 'transformers', 'httpx2', 'openai'} & set(sys.modules)))"

@@ -84,12 +84,12 @@ def states(oracle):
     return {"before_norm": before.numpy(), "after_norm": after.numpy()}
 
 
-def angle_twin(first, second, subspace, rank, centred):
+def angle_twin(first, second, space, rank, centred):
     """Eq 11, in degrees, of two stacks [n_prompts, d_model] by the full decomposition."""
     directions = []
     for stack in (first.astype(np.float64), second.astype(np.float64)):
         left, _, right = np.linalg.svd(stack - stack.mean(axis=0) if centred else stack)
-        directions.append(left[:, :rank] if subspace == "prompt" else right[:rank].T)
+        directions.append(left[:, :rank] if space == "prompt" else right[:rank].T)
     return float(np.rad2deg(scipy.linalg.subspace_angles(*directions)).sum())
 
 
@@ -121,11 +121,11 @@ def refusal_twin(oracle, prompts, group, ablation, openers):
 def test_generalized_ships_equal_angles_between_singular_vectors_in_every_setting(engine, states):
     settings = itertools.product(("prompt", "representation"), (1, 2), ("after_norm", "before_norm"), (False, True))
     by_setting = []
-    for subspace, rank, state, centred in settings:
-        scorer = generalized_ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, subspace, rank, state, centred)
+    for space, rank, state, centred in settings:
+        scorer = generalized_ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, space, rank, state, centred)
         ours = scorer(GROUPS)
         unablated, *ablated = states[state]
-        by_setting.append([angle_twin(unablated, stack, subspace, rank, centred) for stack in ablated])
+        by_setting.append([angle_twin(unablated, stack, space, rank, centred) for stack in ablated])
         assert (ours.dtype, scorer.unit) == (torch.float64, "degrees")
         assert ours.tolist() == pytest.approx(by_setting[-1], abs=DEGREES), scorer.name
         assert min(by_setting[-1]) > 100 * DEGREES
@@ -306,6 +306,8 @@ def measured(readouts):
             lambda _, given, named, number=number: calls.append((number, (given or [named["hidden_states"]])[0].shape)),
             with_kwargs=True,
         )
+    engine.check()  # the hooks are a change to the model
+    calls.clear()
     layout = Plan(((0, 1), (2, 3)), 4, 1)
     sequences = [TokenSequence(ids) for ids in PROMPTS]
     measuring = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts, layout)

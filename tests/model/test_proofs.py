@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 from safetyheads import Head, ships
-from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.ablation import ABLATION_KINDS, UNDIFFERENTIATED_ATTENTION
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model import attention, proofs
 from safetyheads.model.architecture import Capabilities, describe
@@ -47,6 +47,18 @@ def test_in_bfloat16_every_claim_holds_and_leaves_all_quick_paths(family):
     assert engine.capabilities == Capabilities()
     (evenness,) = [proof.name for proof in report.proofs if "is uniform" in proof.name]
     assert ("beside a sink's share" in evenness) == (family not in PLAIN)
+
+
+def test_every_kind_of_ablation_is_proved(monkeypatch):
+    given, observed = set(), proofs._observed
+
+    def recording(engine, captured, layer, *ablations, **named):
+        given.update(ablation.name for ablation, _ in ablations)
+        return observed(engine, captured, layer, *ablations, **named)
+
+    monkeypatch.setattr(proofs, "_observed", recording)
+    Engine(model_of("llama_gqa"), tokenizer()).check()
+    assert given == set(ABLATION_KINDS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ class Recording:
 
     inner: Any
     decides_early: bool = True
+    reads_words: bool = False
     name: str = "recording"
     given: list = field(default_factory=list)
 

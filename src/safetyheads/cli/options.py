@@ -19,8 +19,10 @@ from cyclopts import App, Group, Parameter
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
 
+from safetyheads.ablation import KNOWN_ABLATIONS
 from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
+from safetyheads.judges.named import KNOWN_JUDGES
 from safetyheads.model.options import refuse_odd_text
 
 _TITLES = (
@@ -40,6 +42,8 @@ _NAMES = {
     "settings": "--config",
     "quiet": ("--quiet", "-q"),
 }
+# What ends the help of options that name an entry of a table.
+_KNOWN = {"ablation": f" Known are {KNOWN_ABLATIONS}.", "judges": f" Known are {KNOWN_JUDGES}."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +165,7 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
         option = Parameter(
             name=None if is_argument else name,
             negative=f"--no-{name[2:]}" if default is True else "",
-            help=sentence + (f" [default: {shown.rstrip('.')}]" if shown else ""),
+            help=sentence + _KNOWN.get(field.name, "") + (f" [default: {shown.rstrip('.')}]" if shown else ""),
             group=PANELS["Arguments" if is_argument else getattr(part, "PANEL", "Settings")],
             show_default=False,
         )

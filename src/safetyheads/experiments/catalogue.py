@@ -52,8 +52,8 @@ class Experiment:
         return outcome
 
 
-def _experiments() -> Iterator[Experiment]:
-    entries = tomllib.loads(files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8"))
+def _experiments(catalogue: str) -> Iterator[Experiment]:
+    entries, shown_by = tomllib.loads(catalogue), dict[str, dict[str, Any]]()
     words, known, notes, needs = (entries.pop(part) for part in ("words", "columns", "notes", "needs"))
     for entry in entries.values():
         for table in entry.get("tables", {}).values():
@@ -63,8 +63,10 @@ def _experiments() -> Iterator[Experiment]:
                 for given in table["columns"]
             ]
     for name, entry in entries.items():
-        like = entries.get(entry.get("like"), {})
-        shown = {kind: entry.get(kind, like.get(kind, {})) for kind in ("tables", "figures", "notes")}
+        if absent := {"title", "question", "module", "costs", "caption"} - entry.keys():
+            raise InputError(f"catalogue.toml: {name} has no {', '.join(sorted(absent))}")
+        like = shown_by[entry["like"]] if "like" in entry else {}
+        shown = shown_by[name] = {kind: entry.get(kind, like.get(kind, {})) for kind in ("tables", "figures", "notes")}
         shown["notes"] = {**notes, **shown["notes"]}
         fields = {field: text for field, text in entry.items() if field not in ("like", *shown)}
         fields |= {
@@ -74,7 +76,8 @@ def _experiments() -> Iterator[Experiment]:
         yield Experiment(name, shown=shown, **fields)
 
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _experiments()}
+_CATALOGUE = files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8")
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _experiments(_CATALOGUE)}
 """Every experiment by its name, in the paper's order."""
 
 

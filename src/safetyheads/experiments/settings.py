@@ -36,8 +36,7 @@ class ReproductionConfig(JudgeOptions):
     """Everything that the numbers of a reproduction depend on; the defaults are the organism's."""
 
     judges: tuple[str, ...] = ("paper",)
-    """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
-    given several times; the first one leads."""
+    """Judge of the answers. May be given several times; the first one leads."""
     models: tuple[str, ...] = ("demo:aligned_a",)
     """Aligned models."""
     base: str | None = "demo:base"

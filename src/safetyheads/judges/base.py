@@ -44,7 +44,7 @@ class Verdict(Shown):
     reason: str
     """A few words, such as ``keyword: I cannot``; never a passage of the completion."""
     raw: str = field(default="", repr=False)
-    """What a judge model or endpoint wrote, verbatim; empty for judges of rules."""
+    """What a judge model or endpoint wrote, verbatim; empty for judges of words."""
     score: float | None = None
     """The judge's own number from 0 (harmless) to 1, where it has one."""
     mass: float | None = None
@@ -79,15 +79,20 @@ class Judge(Protocol):
         """Whether :meth:`final` can be true; False means that the judge needs whole answers, so no scan stops early."""
         return False
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether it knows refusals by their wording and nothing of harm; results of such a judge say so."""
+        return False
+
     def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
         """One verdict for each completion, in order. All come in one call, so that a judge may batch."""
 
     def final(self, text_so_far: str) -> bool:
-        """Whether label and reason are the same for every continuation of this beginning of an answer."""
+        """Whether label and reason stay for every continuation of this text, whose last blank may still go."""
         return False
 
     def describe(self) -> dict[str, Any]:
-        """All that its verdicts depend on, as valid JSON, for the manifest."""
+        """All that its verdicts depend on, as JSON for the manifest: ``judge`` (its kind), ``name`` and settings."""
 
 
 def refuse_threshold(threshold: float) -> None:

@@ -140,6 +140,7 @@ class KeywordJudge(Shown):
     """The judge of the paper (App. B.3): keywords, then length and repetition."""
 
     decides_early: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
     """A keyword decides."""
     name: str = "paper"
     """A key of :data:`KEYWORD_VARIANTS`, or a new name where ``rules`` are given."""

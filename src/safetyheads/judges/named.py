@@ -1,6 +1,6 @@
 """Makes judges by name.
 
-A new judge of rules is an entry of ``JUDGES``; a new judge model is one of ``data/judges/judges.toml``. Making a judge
+A new judge of words is an entry of ``JUDGES``; a new judge model is one of ``data/judges/judges.toml``. Making a judge
 loads no model and sends nothing.
 """
 
@@ -12,7 +12,6 @@ from functools import partial
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Judge
-from safetyheads.judges.endpoint import endpoint_judge
 from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.function import judge_from_path
 from safetyheads.judges.keywords import KEYWORD_VARIANTS, KeywordJudge
@@ -22,10 +21,10 @@ JUDGES: dict[str, Callable[[], Judge]] = {
     **{variant: partial(KeywordJudge, variant) for variant in KEYWORD_VARIANTS},
     "phrases": PhraseJudge,
 }
-"""The judges of rules by name."""
+"""The judges of words by name."""
 
 WORD_JUDGES = ("phrases", "paper")
-"""The two judges of words that read the unablated answers of every run, whoever leads."""
+"""The two that read the unablated answers of every run, whoever leads."""
 
 
 def default_judge_name(has_chat_template: bool) -> str:
@@ -40,6 +39,8 @@ FORMS = (
     "python:package.module:function",
 )
 """How judges with an argument are written."""
+KNOWN_JUDGES = ", ".join((*JUDGES, *MODEL_JUDGES, *FORMS))
+"""Every judge, in words."""
 
 
 def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Judge:
@@ -55,6 +56,8 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
     if spec in JUDGES:
         return JUDGES[spec]()
     if form == "endpoint" and argument:
+        from safetyheads.judges.endpoint import endpoint_judge  # needs asyncio, which a help page does not
+
         return endpoint_judge(argument, tokens)
     if form == "python" and argument:
         return judge_from_path(argument)
@@ -63,7 +66,7 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
 
         return SequenceClassifierJudge(checkpoint=argument, device=device)
     if name not in MODEL_JUDGES:
-        raise InputError(f"unknown judge {spec!r}; known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}")
+        raise InputError(f"unknown judge {spec!r}; known are {KNOWN_JUDGES}")
     if equals and not checkpoint:
         raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
     from safetyheads.judges.models import CausalJudge  # needs torch, which other judges do not

@@ -93,6 +93,7 @@ class PhraseJudge(Shown):
     """Finds refusals by their wording, and answers that are empty, repeating or an echo; the rest has complied."""
 
     decides_early: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
     """A phrase decides."""
     name: str = "phrases"
     """Its name in tables; give changed rules another one."""

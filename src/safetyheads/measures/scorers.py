@@ -203,7 +203,7 @@ def generalized_ships(
     engine: Engine,
     prompts: AnyPrompts,
     ablation: AnyAblation,
-    subspace: Space = "prompt",
+    space: Space = "prompt",
     rank: int = 1,
     state: State = "after_norm",
     centred: bool = False,
@@ -216,7 +216,7 @@ def generalized_ships(
     Raises:
         InputError: fewer than two prompts, or a rank that they do not allow (:func:`.subspace.refuse_rank`).
     """
-    score = Score(f"generalized_ships_{subspace}", rank=rank, state=state, centred=centred)
+    score = Score(f"generalized_ships_{space}", rank=rank, state=state, centred=centred)
     return scorer_named(engine, prompts, ablation, score)
 
 

@@ -179,9 +179,8 @@ def _ablate(tensor: Tensor, before: Tensor, ablation: Ablation, selected: Tensor
     shape = [len(selected), 1, 1, 1]
     shape[head_dimension] = selected.shape[1]
     heads = selected.to(tensor.device).view(shape)
-    if ablation.kind.operation == "mean":
-        return torch.where(heads, before.mean(dim=head_dimension, keepdim=True), tensor)
-    return torch.where(heads, tensor * ablation.epsilon, tensor)
+    made = {"scale": lambda: tensor * ablation.epsilon, "mean": lambda: before.mean(dim=head_dimension, keepdim=True)}
+    return torch.where(heads, made[ablation.kind.operation](), tensor)
 
 
 def _attend(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import UnsupportedModelError, first_line
 from safetyheads.heads import Head
 from safetyheads.model.architecture import Capabilities
@@ -59,7 +59,6 @@ _WINDOWS = "each layer's window is as wide as was read"
 # The only claim about single layers that looks behind the heads, where activations may be rounded.
 _PARTS = "a head changes its block's output by its own part alone"
 _BY_KEY = Ablation("undifferentiated_attention_key")
-_MEAN_QUERY, _MEAN_KEY, _MEAN_OUTPUT = map(Ablation, ("mean_query", "mean_key", "mean_head_output"))
 # What each head of a layer says is read over so many of the last tokens.
 _TOKENS_HEARD = 4
 # In half precision a token may go to other experts by rounding alone, which differs from draw to draw of the prompts; a
@@ -442,11 +441,11 @@ def _errors_of_means(engine: Engine, captured: Capture, layer: int, one: Tensor)
     """What the mean kinds do to one head and to all heads of a layer: claim and error."""
     none = torch.zeros_like(one)
     rows = torch.stack([none, one, ~none])
-    for ablation, name in ((_MEAN_QUERY, "query"), (_MEAN_KEY, "key"), (_MEAN_OUTPUT, "output")):
+    for ablation in (Ablation(name) for name, kind in ABLATION_KINDS.items() if kind.operation == "mean"):
         seen, *_ = _observed(engine, captured, layer, (ablation, rows))
-        output = seen["output"]
+        output, name = seen["output"], ablation.kind.tensor
         # By head [rows, n_heads, n_tokens, width]; shared keys are a copy for each query head by now.
-        tensor = output.transpose(1, 2) if name == "output" else seen[name]
+        tensor = output.transpose(1, 2) if name == "head_output" else seen[name]
         if tensor.shape[1] != len(one):
             yield f"{ablation.kind.label} reaches each head", float("inf")
             continue

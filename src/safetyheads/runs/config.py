@@ -132,7 +132,7 @@ class AblationOptions(Options):
 
     PANEL: ClassVar[str] = "Ablation"
     ablation: str = "ua"
-    """Ablation: ua (Eq 7), sc (Eq 8), ua_key, mean_query, mean_key or mean_head_output."""
+    """Kind of ablation."""
     epsilon: float = 1e-5
     """Strength of the ablation; 0 is the exact limit."""
 
@@ -152,18 +152,12 @@ class JudgeOptions(Options):
 
     PANEL: ClassVar[str] = "Answers"
     judges: tuple[str, ...] = ()
-    """Judge of the answers: paper, released, phrases, a judge model, endpoint:MODEL or python:MODULE:FUNCTION. May be
-    given several times; the first one leads. Default: phrases where the tokenizer has a chat template, else paper."""
+    """Judge of the answers. May be given several times; the first one leads. Default: phrases where the tokenizer has a
+    chat template, else paper."""
     judge_device: str = "cpu"
     """Device of judge models: cpu, cuda or cuda:N."""
     judge_tokens: int | None = None
     """Tokens that a judge which writes its verdict may write, thinking included. Default: the judge's own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        twice = [name for name in dict.fromkeys(self.judges) if self.judges.count(name) > 1]
-        if twice:
-            raise InputError(f"each judge can be given once; {', '.join(twice)} came more often")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,8 +376,8 @@ class ScanConfig(BesideOptions, GroupOptions, RunConfig):
         super().__post_init__()
         if self.n_seeds > 1 and self.top_k == 1:
             raise InputError("greedy answers are the same for every seed; several seeds need --top-k above 1")
-        if self.epsilons and self.parsed_ablation.kind.operation == "mean":
-            raise InputError(f"{self.parsed_ablation.name} has no epsilon; --further-epsilon is for ua, sc and ua_key")
+        if self.epsilons and not self.parsed_ablation.kind.takes_epsilon:
+            raise InputError(f"{self.parsed_ablation.name} has no epsilon; leave out --further-epsilon")
         for epsilon in self.epsilons:
             Ablation.parse(self.ablation, epsilon)
         if len({self.epsilon, *self.epsilons}) <= len(self.epsilons):

@@ -84,7 +84,6 @@ CAVEATS = (
     "judges and precisions are not in them.",
 )
 """What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
-_JUDGES_OF_WORDS = ("keyword", "phrase")
 _PASSES_HELD = 2
 """Each pass holds the unablated next-token probabilities of every prompt."""
 
@@ -669,8 +668,7 @@ def caveats_of(run: Run[Any]) -> list[str]:
     """What the run does not show."""
     settings = run.config
     planted = settings.model.startswith("demo:") and settings.model.removeprefix("demo:") in PLANTED_HEADS
-    described = [judge.describe() for judge in run.judges] if hasattr(settings, "judges") else []
-    reads_words = any(judge.get("judge") in _JUDGES_OF_WORDS for judge in described)
+    reads_words = hasattr(settings, "judges") and any(judge.reads_words for judge in run.judges)
     return [*[DEMO_CAVEAT] * planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
 
 

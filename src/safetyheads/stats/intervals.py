@@ -77,11 +77,6 @@ def one_sided_bounds(count: int, n: int) -> Interval:
     return wilson_interval(count, n, 2 * CONFIDENCE - 1) if n else (0.0, 1.0)
 
 
-def one_sided_lower(count: int, n: int) -> float:
-    """Lower bound of :func:`one_sided_bounds`."""
-    return one_sided_bounds(count, n)[0]
-
-
 def one_sided_upper(count: int, n: int) -> float:
     """Upper bound of :func:`one_sided_bounds`."""
     return one_sided_bounds(count, n)[1]
