@@ -5,7 +5,7 @@
 # make real    fetches SmolLM2, a real chat model of 135 M parameters, and audits it
 # make test-real     the tests on it, under three minutes once it is fetched
 # make test-oldest   tests/model under the oldest transformers that is allowed, in .venv-oldest
-# make test-peers    the tests beside TransformerLens and nnsight, in .venv-peers
+# make test-peers    the tests beside TransformerLens, nnsight and inspect_ai, in .venv-peers
 # make lint    format, lint, types
 # make stats   size of the package, its imports, and calls from an audit down to the attention function
 # make docs    the API reference, in docs/api

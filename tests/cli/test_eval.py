@@ -86,7 +86,10 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
         ("dataset_path: nobody/nothing", "the data of task own are not on this machine"),
         ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}", "cannot be run"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
-        (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true", "task own runs code that the model writes"),
+        (
+            f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true",
+            "the tasks run code: code that the model writes",
+        ),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
         ("task: owns", "no task 'own'; there are owns"),
     ],
@@ -111,6 +114,12 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
         (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
         (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
+        (("--template", "llama2"), "tasks are asked without a template or under --template chat"),
+        (("--template", "chat", "--prefill", "Sure"), "and without a prefill"),
+        (("--thinking", "closed"), "--thinking belongs to --template chat"),
+        (("--template", "chat", "--thinking", "closed"), "has no think block to close"),
+        (("--system", "Be kind."), "rejects the system prompt"),
+        (("--fold-system",), "--fold-system needs the template chat and a system prompt"),
     ],
 )
 def test_bad_input_is_one_line(refused, options, said):

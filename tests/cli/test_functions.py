@@ -1,6 +1,8 @@
 """The commands as functions give a finished run, whose tables and charts hold its results and no answer."""
 
 import json
+import math
+import re
 
 import pytest
 
@@ -38,6 +40,17 @@ def test_the_tables_of_a_run_hold_its_results(runs):
     answers = runs["audit"].answers()
     assert {row["prompts"] for row in answers} == {"harmful", "benign"}
     assert all({"label", "behaviour", "answered"} <= row.keys() and "text" not in row for row in answers)
+
+
+def test_a_runs_numbers_are_flat_for_trackers_of_experiments(runs):
+    results, metrics = runs["audit"].results, runs["audit"].metrics()
+    assert metrics["behaviour.groups.0.asr.rate"] == results["behaviour"]["groups"][0]["asr"]["rate"]
+    assert metrics["behaviour.vanilla.asr.n"] == results["behaviour"]["vanilla"]["asr"]["n"]
+    assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
+    assert all(
+        re.fullmatch(r"[\w./ -]{1,250}", name) for name in {**metrics, **runs["scan"].metrics()}
+    )  # MLflow's rule
+    assert not any(name.startswith("scores.") for name in metrics)
 
 
 def test_runs_show_short_and_plot(runs):

@@ -6,7 +6,9 @@ from families import oracle_of, proved
 from lm_eval.api.instance import Instance
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.integrations.lm_eval import ablated_lm, harness_model
+from safetyheads.demo import load_demo
+from safetyheads.integrations.lm_eval import ablated_lm, chat_of, harness_model
+from safetyheads.runs.config import TaskOptions
 
 GROUP = parse_heads("0-1,1-0,1-3,2-2")
 # Sums of a few float32 log-probabilities, from attention written out as loops.
@@ -60,3 +62,20 @@ def test_requests_longer_than_the_context_are_counted_and_the_engines_tokenizer_
     generated = [Instance("generate_until", {}, pair, number) for number, pair in enumerate(asked)]
     lm.generate_until(generated, disable_tqdm=True)
     assert lm.n_truncated == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "described", "expected"),
+    [
+        ({"template": "chat"}, False, "<|user|>hi<|assistant|>"),
+        ({"template": "chat"}, True, "<|user|>Task.\n\nhi<|assistant|>"),  # the task's own, folded with a warning
+        ({"system": "Be kind.", "fold_system": True}, False, "<|user|>Be kind.\n\nhi<|assistant|>"),
+        ({"system": "Be kind.", "fold_system": True}, True, "<|user|>Be kind.\n\nTask.\n\nhi<|assistant|>"),
+    ],
+)
+def test_tasks_stand_under_the_chat_template_as_in_every_other_command(options, described, expected):
+    engine = load_demo("aligned_a").engine
+    model = harness_model(engine, 1, chat_of(engine, TaskOptions(**options)))
+    system = [{"role": "system", "content": "Task."}] * described
+    assert model.apply_chat_template([*system, {"role": "user", "content": "hi"}]) == expected
+    assert model.folds_system is (described and "system" not in options)

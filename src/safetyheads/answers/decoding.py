@@ -51,16 +51,20 @@ class ShortContextWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Sampling(Shown):
-    """How the next token is chosen, at temperature 1."""
+    """How the next token is chosen."""
 
     top_k: int = 1
     """1 is greedy; the paper samples with 5 and without top-p."""
     seed: int = 0
     """Determines the noise, with the prompt's tokens and the position; unused when greedy."""
+    temperature: float = 1.0
+    """Divides the logits; every run of the paper's has 1. Unused when greedy."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise InputError(f"top-k keeps at least one token; got {self.top_k}")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise InputError(f"a temperature lies from 0.001 to 1000; got {self.temperature}; top-k 1 is greedy")
 
     @property
     def name(self) -> str:
@@ -407,21 +411,22 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
         return logits.argmax(dim=-1), leading[:, 0] - leading[:, -1]
     kept = min(sampling.top_k, n_tokens)
     values, tokens = logits.topk(min(kept + _OUTSIDE, n_tokens), dim=-1)  # [n, kept + outside], best first
-    values = values.double()
+    values = values.double() / sampling.temperature
     scores = values + _noise(tokens, places, sampling.seed, n_tokens)
     best, at = scores[:, :kept].max(dim=-1)
     drawn = tokens.gather(1, at[:, None])[:, 0]
     inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
     margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
     if values.shape[1] == kept:
-        return drawn, margins
+        return drawn, margins * sampling.temperature
     # The drawn token may drop out of the top k, or a token with more noise may enter it.
     falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
     gaps = values[:, kept - 1 : kept] - values[:, kept:]
     comes_in = torch.maximum(gaps, best[:, None] - scores[:, kept:]).amin(dim=-1)
     margins = torch.stack([margins, falls_out, comes_in]).amin(dim=0)
     # Tokens that were not examined are known only to lie below the last one.
-    return drawn, margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
+    margins = margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
+    return drawn, margins * sampling.temperature
 
 
 def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:

@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ from safetyheads.runs.config import (
     ModelOptions,
     SaharaConfig,
     ScanConfig,
+    ServeConfig,
     ShipsConfig,
     preset_settings,
 )
@@ -286,6 +287,24 @@ def check(config: CheckConfig, output: OutputOptions) -> None:
     engine = load_engine(config, progress, proved=False)
     found = describe(engine, config, prompts, progress)
     _show(found, output, lambda: show.show_check(found))
+
+
+@command
+def serve(config: ServeConfig, output: OutputOptions) -> None:
+    """Serve the model with heads ablated on 127.0.0.1 by the OpenAI chat protocol, for red-teaming tools."""
+    from safetyheads.integrations.chat_server import listen, require_serve, serve_chats
+    from safetyheads.runs.run import refuse_groups
+
+    require_serve()
+    with listen(config.port) as opened, suppress(KeyboardInterrupt):
+        engine = load_engine(config, show.progress_for(output.quiet))
+        refuse_groups(engine, config)
+
+        def tell(found: show.Found) -> None:
+            lines = [f"Base URL: {found['base_url']}", f"Models: {'; '.join(found['models'])}", found["open_to"]]
+            _show(found, output, lambda: show.print_lines(lines))
+
+        serve_chats(engine, config, opened, tell)
 
 
 @command

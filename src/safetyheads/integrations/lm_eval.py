@@ -74,7 +74,7 @@ class LoadedTask(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that its numbers depend on."""
-        names = ("limit", "batch_size", "n_shots", "chat_template")
+        names = ("limit", "batch_size", "n_shots", "template", "system", "fold_system", "thinking")
         return {name: getattr(self.options, name) for name in names} | {"seed": self.seed}
 
 
@@ -141,7 +141,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
         _code_guarded(trusted, {}),
         _as_input_error(loaded.name),
     ):
-        model = harness_model(engine, options.batch_size, chat_of(engine) if options.chat_template else None)
+        model = harness_model(engine, options.batch_size, chat_of(engine, options))
         # In the place of lm-eval's cache of answers, which is told of each one.
         model.set_cache_hook(SimpleNamespace(add_partial=lambda *_: on_requests(1)))
         # As simple_evaluate does: examples are drawn anew, so that every model sees the same.
@@ -153,13 +153,13 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
             limit=options.limit,
             bootstrap_iters=0,
             log_samples=True,
-            apply_chat_template=options.chat_template,
+            apply_chat_template=model.chat is not None,
             confirm_run_unsafe_code=trusted,
         )
     named = results["results"][loaded.name].items()
     metrics = {name: _finite(value) for name, value in named if name not in _OWN_KEYS and "_stderr," not in name}
     records: list[dict[str, Any]] = [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}]
-    records[0] |= {"folded": model.folds_system} if options.chat_template else {}
+    records[0] |= {"folded": model.folds_system} if model.chat is not None else {}
     for sample in results["samples"][loaded.name]:
         numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
         asked = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
@@ -185,16 +185,20 @@ def ablated_lm(engine: Engine, heads: AnyHeads, ablation: AnyAblation, batch_siz
         yield harness_model(engine, batch_size)
 
 
-def chat_of(engine: Engine) -> BoundTemplate:
-    """The chat template as every command uses it, think block closed; an InputError where the tokenizer has none."""
+def chat_of(engine: Engine, options: TaskOptions) -> BoundTemplate | None:
+    """The chat template that the options ask for, as every command uses it, its think block closed unless they say so.
+
+    An InputError where the tokenizer has none.
+    """
+    template = options.parsed_template
     try:
-        return Template.parse("chat").bound(engine.tokenizer)
+        return None if template is None else template.bound(engine.tokenizer)
     except InputError as error:
         raise _without_chat(error) from error
 
 
 def _without_chat(error: InputError) -> InputError:
-    return InputError(f"{str(error).partition(';')[0]}; leave out --chat-template")
+    return InputError(f"{str(error).partition(';')[0]}; leave out --template")
 
 
 def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = None) -> Any:
@@ -236,15 +240,20 @@ def _model_class() -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             chat = self.chat or Template.parse("chat").bound(self.tokenizer)
-            try:
-                return chat.chat(chat_history)
-            except InputError as error:
-                if chat_history[0]["role"] != "system" or len(chat_history) < 2:
-                    raise _without_chat(error) from error
-                system, first, *others = chat_history
-            self.folds_system = True
-            folded = f"{system['content']}\n\n{first['content']}"
-            return self.apply_chat_template([{**first, "content": folded}, *others])
+            own, folds = chat.template.system, chat.template.folds_system
+            if own is not None:
+                is_described = chat_history[0]["role"] == "system"
+                words = f"{own}\n\n{chat_history[0]['content']}" if is_described else own
+                chat_history = [{"role": "system", "content": words}, *chat_history[is_described:]]
+            if not folds:
+                try:
+                    return chat.chat(chat_history)
+                except InputError as error:
+                    if chat_history[0]["role"] != "system" or len(chat_history) < 2 or own is not None:
+                        raise (_without_chat(error) if own is None else error) from error
+            self.folds_system = not folds
+            system, first, *others = chat_history
+            return chat.chat([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *given: Any, **named: Any) -> Any:
             # The last token of a continuation is predicted, never read.

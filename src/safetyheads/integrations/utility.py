@@ -215,8 +215,9 @@ def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:
     """Refuse what the model cannot be asked: the organism's language that nobody taught it, a chat without template."""
     if any(task.name == ORGANISM for task in tasks) and not getattr(engine.model.config, "safetyheads_organism", False):
         raise InputError(f"task organism is in the language of the demo's models; {engine.name} is none of them")
-    if any(task.options.chat_template for task in tasks):
-        chat_of(engine)
+    for task in tasks:
+        if (chat := chat_of(engine, task.options)) is not None:
+            chat.render("?")
 
 
 def _compared(
@@ -261,8 +262,9 @@ def run_evaluation(
     refuse_foreign(engine, tasks)
     n_requests = (1 + len(variants)) * sum(task.n_requests for task in tasks)
     line = f"{n_requests} requests to the model: tasks {len(tasks)}, groups {len(variants)} and vanilla"
-    if config.chat_template and chat_of(engine).template.thinking:
-        line += "; questions stand under the chat template, with its think block closed"
+    if (chat := chat_of(engine, config)) is not None:
+        block = f", with its think block {chat.template.thinking}" if chat.template.thinking else ""
+        line += f"; questions stand under the chat template{block}"
     if dry_run:
         return {"dry_run": True, "kind": "eval", "out": str(out), "requests": n_requests, "lines": [line]}
     watching.say(line)
@@ -290,7 +292,7 @@ def run_evaluation(
 
 def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], utility: Utility) -> dict[str, Any]:
     """Everything that ``results.json`` holds."""
-    ablation = config.parsed_ablation
+    ablation, chat = config.parsed_ablation, chat_of(engine, config)
     organism = any(task.name == ORGANISM for task in tasks)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -299,7 +301,7 @@ def _results(engine: Engine, config: EvalConfig, tasks: Sequence[LoadedTask], ut
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "settings": {
             **tasks[0].settings,
-            **({"thinking": chat_of(engine).template.thinking} if config.chat_template else {}),
+            **({} if chat is None else {"thinking": chat.template.thinking}),
             "lm_eval": require_lm_eval(),
         },
         "tasks": [{"task": task.name, "n_requests": task.n_requests, "n_shots": task.n_shots} for task in tasks],

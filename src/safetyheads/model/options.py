@@ -33,6 +33,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("alpha", "least_undone", "most_random", "most_lost", "most_unscored", "split"), (0, 1)),
     "seed": (0, (1 << 63) - 1 - _MANY),
     "threads": (1, 4096),
+    "port": (0, 65535),
     "memory": (0, 1 << 20),
 }
 """Smallest and largest value of each number, by the name of its field."""

@@ -434,7 +434,7 @@ class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(Options):
+class TaskOptions(TemplateOptions):
     """Which tasks of lm-eval are put to the model, and how."""
 
     PANEL: ClassVar[str] = "Tasks"
@@ -448,8 +448,8 @@ class TaskOptions(Options):
     """Requests in a batch; it moves the last bits."""
     n_shots: int | None = None
     """Examples before each question. Default: the task's own number."""
-    chat_template: bool = False
-    """Put questions under the model's chat template; lm-eval's published numbers are without."""
+    template: str | None = None
+    """Template of the questions: chat. Default: none, as lm-eval's published numbers are; chat with a system prompt."""
     offline: bool = False
     """Use only data that is on this machine."""
     trust_task_code: bool = False
@@ -458,6 +458,11 @@ class TaskOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        template = self.parsed_template
+        if self.prefill or (template is not None and template.name != "chat"):
+            raise InputError("tasks are asked without a template or under --template chat, and without a prefill")
+        if template is None and self.thinking is not None:
+            raise InputError("--thinking belongs to --template chat")
         if not self.tasks:
             raise InputError("no task is given")
         for name in self.tasks:
@@ -471,6 +476,18 @@ class TaskOptions(Options):
 @dataclass(frozen=True)
 class EvalConfig(TaskOptions, GroupOptions, AblationOptions, ModelOptions):
     """Settings of one evaluation of tasks."""
+
+
+@dataclass(frozen=True)
+class ServeConfig(GroupOptions, AblationOptions, TemplateOptions, ModelOptions):
+    """What is served: the unablated model, and one for each group."""
+
+    PANEL: ClassVar[str] = "Answers"
+    _: KW_ONLY
+    port: int = 8000
+    """Port on 127.0.0.1; 0 takes a free one."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens, where a client asks for none."""
 
 
 class Progress(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ import numpy as np
 
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
+from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import is_coherent, rate_as_json
 from safetyheads.stats.gain_over_random import SizeOutcome
@@ -32,6 +34,7 @@ Outcomes: TypeAlias = dict[int, dict[int, float]]
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 
+_LONGEST_NAME = 250  # of a metric, in MLflow
 _SHARED = ("model.name", "model.n_layers", "model.n_heads")
 _ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
@@ -176,6 +179,18 @@ class RunReader(Table):
             found_by = group["scorer"] if self.kind == "audit" else "single heads"
             rows.append({"heads": ",".join(heads), "found_by": found_by, "size": len(heads), **rate_row(group["asr"])})
         return rows
+
+    def metrics(self) -> dict[str, float]:
+        """The results' numbers by dotted name, without the tables of scores and reasons: ``wandb.log(run.metrics())``.
+
+        Names hold nothing that trackers of experiments refuse.
+        """
+        told = ((name, value) for name, value in leaves(self.results) if isinstance(value, int | float))
+        return {
+            re.sub(r"[^\w./ -]", "_", name)[:_LONGEST_NAME]: float(value)
+            for name, value in told
+            if not isinstance(value, bool) and not name.startswith("scores.") and "reasons." not in name
+        }
 
     def answers(self) -> list[dict[str, Any]]:
         """A row for each stored answer of the test prompts, without its text."""
