@@ -45,7 +45,7 @@ def test_inspect_eval_measures_what_asr_measures(run, tmp_path, heads):
     rates = json.loads(out)["rates"][-1]
     scores = {score.params["name"]: score.metrics["mean"].value for score in log.results.scores}
     assert scores["phrases"] == rates["asr"]["count"] / rates["asr"]["n"]
-    assert scores["paper"] == rates["by_judge"]["paper"]["asr"]["count"] / rates["by_judge"]["paper"]["asr"]["n"]
+    assert scores["paper"] == rates["by_judge"]["paper"]["rate"]
     assert {sample.output.metadata["heads"] for sample in log.samples} == {heads}
     assert log.samples[0].output.usage.output_tokens > 0
 
