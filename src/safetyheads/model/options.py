@@ -73,10 +73,10 @@ def refuse_odd_text(words: str, text: str, is_name: bool = True) -> None:
 
 
 def _short(value: Any) -> str:
-    # Python refuses to write numbers of thousands of digits.
-    if isinstance(value, int) and abs(value) >> 256:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
