@@ -13,6 +13,14 @@ class IncompleteError(InputError):
     """A run has not finished, or part of it is lost; the same command continues it. The command line exits with 3."""
 
 
+class ElsewhereError(IncompleteError):
+    """A stage needs what other shards of the run compute; ``places`` are its files."""
+
+    def __init__(self, line: str, places: frozenset[str]) -> None:
+        super().__init__(line)
+        self.places = places
+
+
 class UnsupportedModelError(InputError):
     """The method would not be exact on this checkpoint; the message says why."""
 

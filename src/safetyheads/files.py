@@ -32,8 +32,11 @@ MENDABLE_ERRORS = frozenset(
 """Errors that the user can mend, by more room or another output directory."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is, at every moment and after a power cut, whole or absent."""
+def write_atomically(path: Path, content: bytes, replaces: bool = True) -> None:
+    """Write a file that is, at every moment and after a power cut, whole or absent.
+
+    Unless it ``replaces`` it, a file that is there stays: of processes that write at once, the first one wins.
+    """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     with as_input_error(path):
         try:
@@ -42,7 +45,12 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            if replaces:
+                os.replace(partial, path)
+            else:
+                with suppress(FileExistsError):
+                    os.link(partial, path)
+                partial.unlink()
             if hasattr(os, "O_DIRECTORY"):  # a rename lasts through a power cut once its folder is synced
                 descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
                 try:

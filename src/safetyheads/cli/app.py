@@ -33,7 +33,7 @@ from safetyheads.cli.options import (
     settings_file,
 )
 from safetyheads.cli.terminal import escaped_streams
-from safetyheads.errors import IncompleteError, InputError, SafetyheadsError
+from safetyheads.errors import ElsewhereError, IncompleteError, InputError, SafetyheadsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.model.names import SMOLLM2
@@ -130,7 +130,9 @@ def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output
         verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
         _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
         return 0
-    results = run_audit(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    results = run_audit(
+        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _finish(results, out, report, output, show.show_audit, where.dry_run)
     return _code_of_judges(results)
 
@@ -143,7 +145,9 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
 
     config, out = settled(config, where.out, "scan")
     prompts, progress = _prepared(config, out, output, read_sets, report)
-    results = run_scan(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    results = run_scan(
+        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _finish(results, out, report, output, show.show_scan, where.dry_run)
     return _code_of_judges(results)
 
@@ -163,7 +167,9 @@ def ships(
         raise InputError(f"top must be at least 1; got {top}")
     config, out = settled(config, where.out, "ships")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_ships(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    results = run_ships(
+        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _show(results, output, lambda: show.show_ranking(results, top))
 
 
@@ -174,7 +180,9 @@ def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> No
 
     config, out = settled(config, where.out, "sahara")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_sahara(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    results = run_sahara(
+        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _show(results, output, lambda: show.show_steps(results))
 
 
@@ -185,7 +193,9 @@ def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> int:
 
     config, out = settled(config, where.out, "asr")
     prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_asr(load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run)
+    results = run_asr(
+        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _show(results, output, lambda: show.show_rates(results))
     return _code_of_judges(results)
 
@@ -200,7 +210,9 @@ def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> None:
     config = replace(config, tasks=tuple(names))
     config, out = settled(config, where.out, "eval")
     tasks, progress = _prepared(config, out, output, load_tasks)
-    results = run_evaluation(load_engine(config, progress), config, tasks, out, progress, sys.argv, where.dry_run)
+    results = run_evaluation(
+        load_engine(config, progress), config, tasks, out, progress, sys.argv, where.dry_run, where.parsed_shard
+    )
     _show(results, output, lambda: show.show_evaluation(results, out))
 
 
@@ -359,6 +371,56 @@ def verify(run: Annotated[Path, Parameter(help="Run directory, finished or not."
     lines += [] if found.finished else ["the run has not finished; start it again with the same command"]
     _show(asdict(found), output, lambda: show.print_lines(lines))
     return 2 if found.damaged else 0 if found.finished else 3
+
+
+@command
+def status(
+    run: Annotated[Path, Parameter(help="Run directory, finished or not.")], /, *, output: OutputOptions
+) -> None:
+    """Say how far a run is, from its files alone: units done, in work and missing, seconds a unit, time left."""
+    from safetyheads.runs.status import status_of
+
+    found = status_of(run)
+    _show(asdict(found), output, lambda: show.print_lines(found.lines))
+
+
+@command
+def merge(
+    out: Annotated[Path, Parameter(help="Run directory to write; one that holds a part of the run takes more.")],
+    /,
+    *runs: Annotated[Path, Parameter(help="Run directories of the shards.")],
+    output: OutputOptions,
+    mixed: Annotated[
+        bool, Parameter(help="Join runs of other devices or versions of libraries too.", negative="")
+    ] = False,
+) -> int:
+    """Join the directories of a run's shards; the run's own command with this --out goes on and writes the results.
+
+    Refused are gaps, files of one unit that disagree, damaged files, and runs with other settings.
+    """
+    from safetyheads.runs.merge import merge as merge_runs
+    from safetyheads.runs.provenance import provenance
+
+    if not runs:
+        raise InputError("name the run directories to join, after the one to write")
+    n_files = merge_runs(out, runs, provenance(sys.argv), mixed)
+    line = f"{out} holds {n_files} files of units and plans; the run's own command with --out {out} goes on from there"
+    _show({"out": str(out), "files": n_files}, output, lambda: show.print_lines([line]))
+    return 0
+
+
+@command
+def plan(
+    shards: Annotated[int, Parameter(help="Number of shards to plan for.")],
+    /,
+    *arguments: Annotated[str, Parameter(help="The command to plan, as it will be run.", allow_leading_hyphen=True)],
+) -> int:
+    """Write a run's plan into its directory and compute no unit: plan 8 audit MODEL --prompts FILE --out RUN.
+
+    Done again later it adds the units of the stage that was reached since.
+    """
+    out = _exit_code([*arguments, "--shard", f"0/{shards}"])
+    return 0 if out == 3 else out
 
 
 @command
@@ -598,7 +660,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         show.print_error(f"error: {line}")
         code = 2
     except SafetyheadsError as error:
-        show.print_error(f"error: {error}")
+        show.print_error(str(error) if isinstance(error, ElsewhereError) else f"error: {error}")
         code = 3 if isinstance(error, IncompleteError) else 2 if isinstance(error, InputError) else 1
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.

@@ -24,6 +24,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import as_input_error
 from safetyheads.judges.named import KNOWN_JUDGES
 from safetyheads.model.options import refuse_odd_text
+from safetyheads.runs.shards import Shard
 
 _TITLES = (
     *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
@@ -65,6 +66,18 @@ class RunOptions(DirectoryOptions):
     dry_run: bool = False
     """Load the model, print what the run computes at most, its time, memory and the smallest effect that can show, and
     stop. Nothing is written."""
+    shard: str | None = None
+    """Compute one of N shares of the run: I/N with I from 1 to N, or env for the task of a SLURM array or of torchrun.
+    All N have the same --out, or one each that merge joins. Exit code 3: run all of them again."""
+    wait: float = 0.0
+    """Seconds to wait for files of other shards while none appears, instead of ending with 3."""
+
+    @property
+    def parsed_shard(self) -> Shard:
+        """Which units are computed."""
+        if self.wait and self.shard is None:
+            raise InputError("--wait belongs to --shard")
+        return Shard.parse(self.shard, self.wait)
 
 
 def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -25,9 +25,10 @@ from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, chat_of, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress, Silent
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_place
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
+from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
@@ -173,12 +174,13 @@ def evaluate_tasks(
     if len(set(labels)) < len(labels):
         raise InputError(f"each variant needs a label of its own; got {', '.join(labels)}")
     refuse_foreign(engine, tasks)
-    progress, records = progress or Silent(), dict[tuple[str, str], list[Record]]()
+    progress = progress or Silent()
 
     def put(task: LoadedTask, variant: Variant) -> list[Record]:
         with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
             return run_task(engine, task, done)
 
+    computes, units = dict[tuple[str, str], Callable[[], list[Record]]](), dict[tuple[str, ...], float]()
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
             compute = partial(put, task, variant)
@@ -192,7 +194,14 @@ def evaluate_tasks(
                 "lm_eval": require_lm_eval(),
                 **(about or {}),
             }
-            records[task.name, variant.label] = compute() if run is None else run.records("utility", fields, compute)
+            units[(records_place("utility", fields),)] = float(task.n_requests)
+            kept = compute if run is None else partial(run.records, "utility", fields, compute)
+            computes[task.name, variant.label] = kept
+    if run is None:
+        records = {key: compute() for key, compute in computes.items()}
+    else:
+        run.divide("utility", units)
+        records = dict(zip(computes, run.together(*computes.values()), strict=True))
     metrics = [metric for task in tasks for metric in _compared(task.name, labels, records)]
     differences = [metric["difference"] for metric in metrics if metric["difference"] is not None]
     adjusted = holm_of_tests(difference["p_value"] for difference in differences)
@@ -251,6 +260,7 @@ def run_evaluation(
     progress: Progress | None = None,
     command: Sequence[str] = (),
     dry_run: bool = False,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds.
 
@@ -283,7 +293,7 @@ def run_evaluation(
             "device": device_name(engine),
             "versions": {**versions(), "lm_eval": require_lm_eval()},
         }
-    with run_directory(out, settings, watching, command) as run:
+    with run_directory(out, settings, watching, command, shard) as run:
         started = time.monotonic()
         run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, watching)))
         run.add_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})

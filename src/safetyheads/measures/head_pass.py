@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ from safetyheads.scores import HeadScores
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-"""Takes all that a result depends on and a function that computes it; reads the result from a store, or computes it."""
+Value = TypeVar("Value")
 
 State: TypeAlias = Literal["after_norm", "before_norm"]
 """Last-token state after the final norm (released code), or the residual stream before it (text)."""
@@ -134,6 +133,21 @@ class Readouts:
     """The token that follows each wanted one of each sequence, whose log-probability is read; empty reads none."""
 
 
+class Keep:
+    """Where a pass keeps its results: nowhere. A run keeps them in its directory, and may share the work."""
+
+    def kept(self, fields: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The result that ``fields`` determine: read from a store, or computed."""
+        return compute()
+
+    def divide(self, units: Sequence[tuple[Mapping[str, Any], float]]) -> None:
+        """Told what each batch depends on, and the tokens that it runs through the whole model, before any is done."""
+
+    def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterable[tuple[int, Value]]:
+        """The place and the value of every task, in any order."""
+        return ((at, task()) for at, task in enumerate(tasks))
+
+
 class HeadPass:
     """One ablation on one set of prompts; measures any groups of heads against the unablated model."""
 
@@ -153,7 +167,7 @@ class HeadPass:
         engine.prove_up_to(max(len(sequence.token_ids) for sequence in sequences))
         self.engine, self.sequences, self.ablation, self.readouts = engine, tuple(sequences), ablation, readouts
         self.plan = plan or engine.plan(sequences)
-        self._keep = keep or (lambda _, compute: compute())
+        self._keep = keep or Keep()
         tokens = json.dumps([[sequence.token_ids, sequence.n_wanted] for sequence in sequences])
         self._tokens_sha256 = hashlib.sha256(tokens.encode()).hexdigest()
         self._weights_version = engine.weights_version
@@ -187,6 +201,10 @@ class HeadPass:
         # Hashed once: of many prompts it is long, and every batch has its key.
         told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
         depends_on = {"pass": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
+        n_layers, n_tokens = self.engine.n_layers, sum(len(sequence.token_ids) for sequence in self.sequences)
+
+        def fields_of(indices: Sequence[int]) -> dict[str, Any]:
+            return depends_on | {"groups": [format_heads(groups[index]) for index in indices]}
 
         def hidden_of(start: int, chosen: Sequence[Group]) -> Tensor:
             if not captures:  # only once a batch is not in the store
@@ -208,12 +226,18 @@ class HeadPass:
                     return self._read(hidden_of(start, chosen))
                 return {_HALVED: torch.ones(1)}
 
-            values_by_name = self._keep(depends_on | {"groups": [format_heads(group) for group in chosen]}, compute)
+            values_by_name = self._keep.kept(fields_of(indices), compute)
             return None if _HALVED in values_by_name else values_by_name
 
+        def parts_of(batch: Sequence[int], start: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
+            return list(halving(batch, partial(read, start=start)))
+
         results: dict[str, Tensor] = {}
-        for batch, start in batches:
-            for indices, values_by_name in halving(batch, partial(read, start=start)):
+        self._keep.divide(
+            [(fields_of(batch), len(batch) * n_tokens * (n_layers - start) / n_layers) for batch, start in batches]
+        )
+        for _, parts in self._keep.each([partial(parts_of, batch, start) for batch, start in batches]):
+            for indices, values_by_name in parts:
                 for name, values in values_by_name.items():
                     if name not in results:
                         results[name] = torch.full((len(groups), *values.shape[1:]), float("nan"), dtype=torch.float64)

@@ -296,10 +296,11 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
             found = screened_sahara(scorer, screens, heads, "mean_ships", config.size, extent)
         traces[LEAD], listed = found[0], found[1][0].heads
         screening = [screening_as_json(*step) for step in zip(*found[1:], strict=True)]
-    harmful, by_prompt = run.scored("harmful_search", ablation, readouts, config.positions, listed)
-    if config.screen:
-        listed = traces[LEAD].steps[0].top(N_LISTED)
-    benign, on_benign = run.scored("benign_search", ablation, Readouts(ships=True), config.positions, listed)
+    on_benign_listed = traces[LEAD].steps[0].top(N_LISTED) if config.screen else listed
+    (harmful, by_prompt), (benign, on_benign) = run.directory.together(
+        lambda: run.scored("harmful_search", ablation, readouts, config.positions, listed),
+        lambda: run.scored("benign_search", ablation, Readouts(ships=True), config.positions, on_benign_listed),
+    )
     by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     if config.screen:
         return _Searched(
@@ -307,8 +308,8 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
         )
     scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(heads), config.size)) as done:
-        for name in SEARCHED:
-            traces[name] = sahara(scorer_of(harmful, name, done), heads, config.size)
+        searches = [partial(sahara, scorer_of(harmful, name, done), heads, config.size) for name in SEARCHED]
+        traces |= zip(SEARCHED, run.directory.together(*searches), strict=True)
     return _Searched(harmful, scores, by_prompt, traces, screening)
 
 
@@ -344,8 +345,8 @@ def _outcomes(
         kept = run.answers(name) if n_tokens is None else run.answers(name).shorter(n_tokens)
         answers.setdefault(name, {}).update(zip(groups, kept.under("groups", groups, ablation), strict=True))
 
-    for name in ("harmful_search", "benign_search"):
-        answer(name, unique)
+    together = run.directory.together
+    together(*(partial(answer, name, unique) for name in ("harmful_search", "benign_search")))
     if config.chosen_size:
         of_size = [{name: answers[name][group] for name in answers} for group in unique]
         (size,) = chosen_sizes([vanilla, *of_size], SIZE_TOLERANCE)
@@ -354,16 +355,21 @@ def _outcomes(
     controls = run.random_groups(unique, config.n_random, config.seed)
     harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
     others = [group for group in dict.fromkeys([*alone, *harmed]) if group not in unique]
+
+    def benign_ships() -> dict[Group, list[float]]:
+        benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
+        return dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
+
+    def benign_damage() -> dict[Group, Damage]:
+        damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
+        return damage_of_answered(damage, run.answers("benign_test").vanilla())
+
     if config.control_tokens is None:
-        answer("harmful_test", [*unique, *others])
+        tests = [partial(answer, "harmful_test", [*unique, *others])]
     else:
-        answer("harmful_test", unique)
-        answer("harmful_test", others, config.control_tokens)
-    answer("benign_test", unique)
-    benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
-    ships = dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
-    damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
-    damage = damage_of_answered(damage, run.answers("benign_test").vanilla())
+        tests = [partial(answer, "harmful_test", unique)]
+        tests.append(partial(answer, "harmful_test", others, config.control_tokens))
+    *_, ships, damage = together(*tests, partial(answer, "benign_test", unique), benign_ships, benign_damage)
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))

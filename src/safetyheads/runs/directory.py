@@ -7,18 +7,18 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from safetyheads.errors import IncompleteError, InputError
+from safetyheads.errors import ElsewhereError, IncompleteError, InputError
 from safetyheads.files import (
     PARTIAL,
     as_input_error,
@@ -31,6 +31,7 @@ from safetyheads.files import (
     shorten,
     write_atomically,
 )
+from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.stored_files import (
     DamagedError,
     Held,
@@ -62,7 +63,10 @@ _FOLDERS: dict[str, Callable[[bytes], tuple[Held, Any]]] = {
 }
 """Folders of stored parts, and how a file there is read."""
 
+_POLL_SECONDS = 0.5
+
 _log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,16 @@ class Stage:
     """Place, number of entries and checksum of each, sorted."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """Units of a stage, as a process found them when it reached the stage: ``plan/NAME-KEY.json``."""
+
+    stage: str
+    """Its name."""
+    units: list[tuple[list[str], float]]
+    """Files of each, and what it costs."""
+
+
 @dataclass(slots=True)
 class Verification:
     """What :meth:`RunDirectory.verify` found."""
@@ -103,35 +117,48 @@ class RunDirectory:
     """One run's directory: ``start`` one to write, ``open`` a finished one to read.
 
     ``manifest.json`` holds what the numbers depend on; ``shards/``, ``completions/`` and ``remembered/`` hold what was
-    computed so far, a file a key. ``stages/`` lists the files of each finished stage, and ``results.json`` is written
-    last. Dates, seconds and machines are in ``starts/`` and ``timings.json`` alone: all other files are the same bytes
-    each time. Every file has checksums; one that does not fit is set aside and computed again, or refused.
+    computed so far, a file a key. ``plan/`` lists the units of each stage that was reached, ``stages/`` the files of
+    each finished one, and ``results.json`` is written last. Dates, seconds and machines are in ``starts/`` and
+    ``timings.json`` alone: all other files are the same bytes each time. Every file has checksums; one that does not
+    fit is set aside and computed again, or refused.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, lock: FileLock | None = None) -> None:
-        self.path, self.manifest, self._lock = path, manifest, lock
+    def __init__(
+        self, path: Path, manifest: Manifest, lock: FileLock | None = None, shard: Shard | None = None
+    ) -> None:
+        self.path, self.manifest, self._lock, self.shard = path, manifest, lock, shard or Shard()
+        self._log_path = path / "starts" / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        self._nested = 0
+        self._divided: set[str] = set()
         self._results_lock = FileLock(path / f"{_LOCK}results", mode=0o600, thread_local=False)
         self.key = content_key(manifest.config)
         """Names the run in each of its files."""
         self._stages: dict[str, dict[str, tuple[int, str]]] = {}
         """By stage: the files of a finished one, and those that this process read or wrote."""
         self._results: dict[str, Any] | None = None
-        self._known: dict[str, Any] | None = None
-        """What is remembered, once it was read."""
+        self._known: dict[str, Any] = {}
+        """What is remembered, and was read."""
+        self._known_places: set[str] = set()
 
     @classmethod
     def start(
-        cls, path: str | os.PathLike[str], config: Mapping[str, Any], provenance: Mapping[str, Any], part: str = "run"
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        part: str | None = None,
+        shard: Shard | None = None,
     ) -> RunDirectory:
         """Create the run's directory, or continue the run of the same ``config`` that is there.
 
         ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own. Processes
-        that do different parts may work in one directory.
+        that do different parts may work in one directory, such as the shards of a run.
 
         Raises:
             InputError: another run or other files are there, the part is in work, or it cannot be written.
         """
-        folder = Path(path)
+        folder, shard = Path(path), shard or Shard()
+        part = part or shard.part
         _refuse_other_files(folder)
         created = not folder.exists()
         with as_input_error(folder):
@@ -148,10 +175,10 @@ class RunDirectory:
                 folder.chmod(0o700)
                 remove_partial_files(folder)
             write_atomically(folder / ".gitignore", _GITIGNORE)
-            run = cls(folder, _kept_manifest(folder, config), lock)
+            run = cls(folder, _kept_manifest(folder, config), lock, shard)
             run._load_stages()
             start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance, **_process()}
-            run._write_json(f"starts/{time.time_ns()}-{os.getpid()}.json", start)
+            run._write_json(f"starts/{run._log_path.stem}.json", start)
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
@@ -171,10 +198,8 @@ class RunDirectory:
             IncompleteError: it has no results yet.
         """
         folder = Path(path)
+        run = cls.look(folder)
         with as_input_error(folder, "read"):
-            if not (folder / "manifest.json").is_file():
-                raise InputError(f"{folder} is not a run directory: it has no manifest.json")
-            run = cls(folder, _read_manifest(folder))
             if not (folder / "results.json").is_file():
                 raise IncompleteError(f"{folder}: this run has not finished; start it again with the same command")
         try:
@@ -182,6 +207,15 @@ class RunDirectory:
         except DamagedError:
             run._read_finished()  # another process may have been writing both
         return run
+
+    @classmethod
+    def look(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """A run that may be unfinished, to be read."""
+        folder = Path(path)
+        with as_input_error(folder, "read"):
+            if not (folder / "manifest.json").is_file():
+                raise InputError(f"{folder} is not a run directory: it has no manifest.json")
+            return cls(folder, _read_manifest(folder))
 
     def close(self) -> None:
         """Release the run's part for other processes; what was written stays."""
@@ -207,19 +241,23 @@ class RunDirectory:
             slug = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
             key, line = content_key({"name": name}), {"name": name, "value": value}
             content = partial(pack_records, self.key, _REMEMBERED, key, [line])
-            (record,) = self._stored(f"{_REMEMBERED}/{slug}-{key}.jsonl", _REMEMBERED, content)
+            place = f"{_REMEMBERED}/{slug}-{key}.jsonl"
+            (record,) = self._stored(place, _REMEMBERED, content, replaces=False)
             known[name] = record["value"]
+            self._known_places.add(place)
         return known[name]
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""
-        if self._known is None:
-            self._known = {}
+        if not self._known_places or self.shard.count > 1:  # other shards remember too
             places = self._stages.get(_REMEMBERED, {})
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
+                if place in self._known_places:
+                    continue
                 try:
                     (record,) = self._read(place)
                     self._known[record["name"]] = record["value"]
+                    self._known_places.add(place)
                 except InputError as error:
                     self._set_aside(place, error)
         if not prefix:
@@ -235,8 +273,7 @@ class RunDirectory:
 
         Either way they are what reading gives: contiguous, on the CPU.
         """
-        key = content_key(fields)
-        place = f"shards/{_file_name(stage)}/{key}.safetensors"
+        key, place = content_key(fields), tensors_place(stage, fields)
         tensors: dict[str, Tensor] = self._stored(place, stage, lambda: pack_tensors(self.key, stage, key, compute()))
         return tensors
 
@@ -251,8 +288,7 @@ class RunDirectory:
 
         ``mend`` is given stored records, and returns what they should be; where that differs it is stored instead.
         """
-        key = content_key(fields)
-        place = f"completions/{_file_name(stage)}-{key}.jsonl"
+        key, place = content_key(fields), records_place(stage, fields)
         is_there = os.path.lexists(self.path / place)
         records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
         if is_there and mend is not None and (mended := mend(records)) != records:
@@ -271,8 +307,112 @@ class RunDirectory:
             if place.startswith("completions/"):
                 yield from self._read(place)
 
-    def _stored(self, place: str, stage: str, make: Callable[[], bytes]) -> Any:
-        """What a file holds; a file that is absent or damaged is made first."""
+    def divide(self, stage: str, units: Units) -> None:
+        """Divide the units of a stage among the shards, before any of them is computed, and list them in the plan."""
+        if new := {places: cost for places, cost in units.items() if not self._divided.issuperset(places)}:
+            self._divided |= {place for places in new for place in places}
+            self.shard.divide(new)
+            listed = [[list(places), cost] for places, cost in sorted(new.items())]
+            place = f"plan/{stage}-{content_key({'units': listed})}.json"
+            with suppress(InputError):
+                self._read_json(place)
+                return
+            self._write_json(place, {"stage": stage, "units": listed})
+
+    @property
+    def n_shards(self) -> int:
+        """The most shards of which any start was one."""
+        parts = (re.fullmatch(r"shard-\d+-of-(\d+)", str(start.get("part"))) for start in self.read_starts())
+        return max((int(part[1]) for part in parts if part), default=1)
+
+    def planned(self) -> list[PlannedStage]:
+        """The units of every stage that was reached."""
+        return [converted(self._read_json(place), PlannedStage) for place in self._names("plan/*.json")]
+
+    # Joining the directories of shards.
+
+    def checksum(self, place: str) -> str:
+        """Of the content of a stored part, which fits what it says."""
+        self._read(place)
+        return next(files[place][1] for files in self._stages.values() if place in files)
+
+    def content(self, place: str) -> Any:
+        """The records or tensors of a stored part."""
+        return self._read(place)
+
+    def take(self, place: str, other: RunDirectory) -> None:
+        """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
+        content = read_regular(other._inside(place), follows_links=False)
+        if other.key != self.key:
+            held, value = _FOLDERS[place.split("/")[0]](content)
+            pack = pack_tensors if place.startswith("shards/") else pack_records
+            content = pack(self.key, held.stage, held.key, value)
+        self._write(place, content)
+
+    def take_plan(self, other: RunDirectory) -> None:
+        """Copy the plan, the starts and their logs of another run."""
+        for place in other._names("plan/*.json") + other._names("starts/*.json"):
+            self._write_json(place, other._read_json(place))
+        for place in other._names("starts/*.jsonl"):
+            self._write(place, read_regular(other._inside(place), follows_links=False))
+
+    # Work that is shared.
+
+    def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterator[tuple[int, Value]]:
+        """Do every task, and give its place in the list and its value; those that need other shards' units come last.
+
+        Raises:
+            ElsewhereError: such units are not there, and no more were written for as long as the shard waits.
+        """
+        later: dict[int, ElsewhereError] = {}
+        for at, task in enumerate(tasks):
+            try:
+                value = self._inner(task)
+            except ElsewhereError as error:
+                later[at] = error
+            else:
+                yield at, value
+        deadline, n_missing = time.monotonic() + self.shard.wait, -1
+        while later:
+            missing = {place for error in later.values() for place in error.places if not self._is_there(place)}
+            if len(missing) != n_missing:
+                deadline, n_missing = time.monotonic() + self.shard.wait, len(missing)
+            if self._nested or (missing and time.monotonic() >= deadline):
+                raise _elsewhere(missing or {place for error in later.values() for place in error.places})
+            for at, lacking in [(at, error.places) for at, error in later.items()]:
+                if missing.isdisjoint(lacking) or any(map(self.shard.takes, lacking & missing)):
+                    try:
+                        value = self._inner(tasks[at])
+                    except ElsewhereError as again:
+                        later[at] = again
+                    else:
+                        del later[at]
+                        yield at, value
+            if later:
+                time.sleep(min(_POLL_SECONDS, self.shard.wait))
+
+    def together(self, *tasks: Callable[[], Any]) -> list[Any]:
+        """The value of every task, as :meth:`each` does them."""
+        return [value for _, value in sorted(self.each(tasks), key=lambda done: done[0])]
+
+    def _inner(self, task: Callable[[], Value]) -> Value:
+        """The value of a task; it does not wait itself, so that no other task waits for it."""
+        self._nested += 1
+        try:
+            return task()
+        finally:
+            self._nested -= 1
+
+    def _is_there(self, place: str) -> bool:
+        return os.path.lexists(self.path / place)
+
+    def _note(self, place: str, **about: Any) -> None:
+        """Add a line about a unit to the log of this start; a line that a kill cuts is skipped by readers."""
+        with as_input_error(self._log_path), self._log_path.open("a", encoding="utf-8") as file:
+            file.write(canonical_json({"place": place, "time": time.time(), **about}) + "\n")
+
+    def _stored(self, place: str, stage: str, make: Callable[[], bytes], replaces: bool = True) -> Any:
+        """What a file holds; a file that is absent or damaged is made first, unless another shard makes it."""
         if os.path.lexists(self.path / place):
             try:
                 return self._read(place)
@@ -280,7 +420,15 @@ class RunDirectory:
                 self._set_aside(place, error)
         elif place in self._stages.get(stage, {}):
             _log.warning("%s is lost and computed again", self.path / place)
+        if not self.shard.takes(place):
+            raise _elsewhere({place})
+        if not replaces:
+            self._write(place, make(), replaces)
+            return self._read(place)
+        self._note(place)
+        began = time.monotonic()
         self._write(place, make())
+        self._note(place, seconds=time.monotonic() - began)
         return self._read(place)
 
     def _read(self, place: str) -> Any:
@@ -303,7 +451,7 @@ class RunDirectory:
         self._stages.setdefault(stage, {})[place] = told
         return value
 
-    def _places(self) -> list[str]:
+    def places(self) -> list[str]:
         """Every stored part that is there."""
         return [place for folder in sorted(_FOLDERS) for place in self._names(f"{folder}/**/*.*")]
 
@@ -331,7 +479,7 @@ class RunDirectory:
         """
         readable_json("results.json", results)  # names a number that is not finite, while nothing is written
         with self.writing():
-            places, listed_places = self._places(), {place for files in self._stages.values() for place in files}
+            places, listed_places = self.places(), {place for files in self._stages.values() for place in files}
             for place in places:
                 if place not in listed_places:
                     try:
@@ -434,10 +582,11 @@ class RunDirectory:
                     found.damaged[name] = str(error)
 
         check(self._names("stages/*.json"), self._load_stage)
-        check(self._names("starts/*.json") + self._names("timings.json"), self._read_json)
+        check(self._names("plan/*.json") + self._names("starts/*.json"), self._read_json)
+        check(self._names("timings.json"), self._read_json)
         check(self._names("results.json"), lambda _: self._read_finished())
         listed = {place for files in self._stages.values() for place in files}
-        places = set(self._places())
+        places = set(self.places())
         check(sorted(places | listed), self._read)
         found.unlisted = sorted(places - listed)
         return found
@@ -454,10 +603,10 @@ class RunDirectory:
                 raise InputError(f"{path} is a symbolic link, which may lead out of the run directory")
         return self.path / place
 
-    def _write(self, place: str, content: bytes) -> None:
+    def _write(self, place: str, content: bytes, replaces: bool = True) -> None:
         if self._lock is None:
             raise RuntimeError(f"{self.path} is closed or was opened to be read")
-        write_atomically(self._inside(place), content)
+        write_atomically(self._inside(place), content, replaces)
 
     def _write_json(self, place: str, value: Mapping[str, Any]) -> None:
         self._write(place, readable_json(place, with_checksums(self.key, place, value)).encode())
@@ -469,6 +618,32 @@ class RunDirectory:
             return without_checksums(self.key, place, parse_json(content, place))
         except InputError as error:
             raise DamagedError(f"{self.path}: {error}") from None
+
+
+def tensors_place(stage: str, fields: Mapping[str, Any]) -> str:
+    """The file of tensors that ``fields`` determine."""
+    return f"shards/{_file_name(stage)}/{content_key(fields)}.safetensors"
+
+
+def records_place(stage: str, fields: Mapping[str, Any]) -> str:
+    """The file of records that ``fields`` determine."""
+    return f"completions/{_file_name(stage)}-{content_key(fields)}.jsonl"
+
+
+def _elsewhere(places: Iterable[str]) -> ElsewhereError:
+    """What to say where units of other shards are missing."""
+    missing = frozenset(places)
+    stages = sorted({stage_of(place) for place in missing})
+    more = f" and {len(stages) - _DIFFERENCES_SHOWN} more" if len(stages) > _DIFFERENCES_SHOWN else ""
+    named = f"{', '.join(stages[:_DIFFERENCES_SHOWN])}{more}"
+    units = f"{len(missing)} unit{'s' * (len(missing) != 1)} of other shards"
+    return ElsewhereError(f"not there yet: {units}, of {named}; when they have ended, run this array again", missing)
+
+
+def stage_of(place: str) -> str:
+    """The stage of a file of records or tensors, from its place."""
+    folder, _, rest = place.partition("/")
+    return rest.split("/")[0] if folder == "shards" else rest.rpartition("-")[0]
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -501,7 +676,7 @@ def _kept_manifest(folder: Path, config: Mapping[str, Any]) -> Manifest:
             write_atomically(aside, read_regular(path))
             _log.warning("%s. It is written again; what was there is in %s", error, aside)
         else:
-            if differences := _differences(manifest.config, given):
+            if differences := differences_of(manifest.config, given):
                 shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
                 raise InputError(
                     f"{folder} holds a run with other settings: {', '.join(shown)}"
@@ -536,7 +711,7 @@ def _holder(folder: Path, part: str) -> str:
     return "another process"
 
 
-def _differences(*configs: Mapping[str, Any]) -> list[str]:
+def differences_of(*configs: Mapping[str, Any]) -> list[str]:
     """Each setting in which two configs differ, in words, as ``name (old -> new)``; of fingerprints the name alone."""
     old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in configs)
     names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}

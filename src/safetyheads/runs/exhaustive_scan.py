@@ -106,33 +106,45 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
 
     def scan(part: str, name: str, groups: Sequence[Group], ablation: Ablation = ablation) -> list[GroupAnswers]:
         """The answers under each group, seed by seed."""
-        answers: list[GroupAnswers] = []
-        for sampling in samplings:
-            answers += run.answers(name, sampling).under(part, groups, ablation)
+
+        def answers_of(sampling: Sampling) -> list[GroupAnswers]:
+            return run.answers(name, sampling).under(part, groups, ablation)
+
+        by_seed = run.directory.together(*(partial(answers_of, sampling) for sampling in samplings))
+        return [answers for answers_of_seed in by_seed for answers in answers_of_seed]
+
+    def add(answers: Sequence[GroupAnswers]) -> None:
         records.extend(record for group_answers in answers for record in group_answers.flat())
-        return answers
 
     coherence = run.find_limit(samplings)
     run.say_what_is_left()
-    alone = {}
     for name in run.asked:
         for sampling in samplings:
             vanilla = run.answers(name, sampling).vanilla()
-            records += vanilla.flat()
+            add([vanilla])
             if name == "harmful" and sampling is samplings[0]:
                 warn_where_nothing_shows(vanilla)
-        alone[name] = scan("heads", name, singles)
-    for epsilon in config.epsilons:
-        scan("heads", "harmful", singles, ablation.at(epsilon))
-    measured, ships, prefixes = _measure(run)
-    for part, groups in _groups(run, alone["harmful"], prefixes).items():
-        for name in run.asked if part != "random" else ("harmful",):
-            scan(part, name, groups)
-    if config.query_level and ships is not None:
+    *heads, (measured, ships, prefixes) = run.directory.together(
+        *(partial(scan, "heads", name, singles) for name in run.asked),
+        *(partial(scan, "heads", "harmful", singles, ablation.at(epsilon)) for epsilon in config.epsilons),
+        partial(_measure, run),
+    )
+    alone = dict(zip(run.asked, heads, strict=False))
+
+    def of_each(sampling: Sampling) -> list[GroupAnswers]:
         own_groups = query_level_groups(ships, config.query_level)
-        for sampling in samplings:
-            for group_answers in run.answers("harmful", sampling).of_each("query_level", own_groups, ablation):
-                records += group_answers.flat()
+        return run.answers("harmful", sampling).of_each("query_level", own_groups, ablation)
+
+    grouped = run.directory.together(
+        *(
+            partial(scan, part, name, groups)
+            for part, groups in _groups(run, alone["harmful"], prefixes).items()
+            for name in (run.asked if part != "random" else ("harmful",))
+        ),
+        *(partial(of_each, sampling) for sampling in samplings if config.query_level and ships is not None),
+    )
+    for answers in (*heads, *grouped):
+        add(answers)
     about = {
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {

@@ -11,12 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
-from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, unablated_answers
+from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, drafts_of, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
 from safetyheads.files import canonical_json
@@ -25,7 +25,7 @@ from safetyheads.judges.base import Judge, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.stored_files import Record, content_key
 
@@ -176,7 +176,20 @@ class KeptAnswers:
 
     def vanilla(self) -> GroupAnswers:
         """The unablated answers."""
-        return GroupAnswers.of("", self._unablated_records, self.lead, self.limit)
+        self.directory.divide(f"vanilla-{self.name}", dict([self.unablated_unit]))
+        (records,) = self.directory.together(lambda: self._unablated_records)
+        return GroupAnswers.of("", records, self.lead, self.limit)
+
+    @property
+    def unablated_unit(self) -> tuple[tuple[str, ...], float]:
+        """The files that one shard makes of the unablated answers, and how many tokens they cost at most."""
+        drafts = records_place(f"drafts-{self.name}", self._fields(None))
+        vanilla = records_place(f"vanilla-{self.name}", self._judged_fields(None))
+        return (drafts, vanilla) if self.stores_completions else (vanilla,), self._n_tokens(range(len(self.asked)))
+
+    def _n_tokens(self, numbers: Iterable[int]) -> float:
+        """Tokens of the prompts of these numbers, and of answers of full length."""
+        return float(sum(len(self.asked.token_ids[number]) + self.decoding.max_new_tokens for number in numbers))
 
     @cached_property
     def _unablated_records(self) -> list[Record]:
@@ -340,6 +353,10 @@ class KeptAnswers:
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
             label, known = self._label(ablation), self.directory.remembered()
             plan = known.get(f"plan_drafts_{label}")
+            if plan is None and (drafts := drafts_of(self.engine, self.asked.token_ids, self.unablated)):
+                # Asked of the directory first: where shards start at once, all take the plan of the first one.
+                layout = self.engine.plan([draft.sequence for draft in drafts.values()])
+                plan = self.directory.remember(f"plan_drafts_{label}", layout.as_dict())
             verified = VerifiedDrafts(
                 self.engine,
                 self.asked.token_ids,
@@ -352,7 +369,6 @@ class KeptAnswers:
                 self._n_rows,
                 self._halved,
             )
-            self.directory.remember(f"plan_drafts_{label}", verified.drafts.plan.as_dict())
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
             verified.tolerance = self.directory.remember(f"tolerance_{label}", tolerance)
@@ -374,37 +390,37 @@ class KeptAnswers:
         ``texts`` are each chunk's groups, ``places`` its prompts (by number) and groups; ``drafts`` answers a chunk by
         drafts, and None decodes plainly.
         """
-        records: list[Record] = []
+        stage = f"{part.replace('_', '-')}-{self.name}"
         unablated = self._unablated_surprises()
         label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"
+
+        def chunk_of(at: int, fields: Mapping[str, Any]) -> list[Record]:
+            def compute() -> list[dict[str, Any]]:
+                if drafts is None:
+                    answers, economy = self._plain(places[at], ablation, done)
+                else:
+                    table, economy = drafts(self._drafts_under(ablation), chunks[at], done)
+                    answers = [decoded for row in table for decoded in row]
+                placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
+                if self._surprises is not None:
+                    # Which answers other chunks had is known to the process that made them alone.
+                    self._surprises.known = dict(unablated)
+                return [asdict(economy), *self._judged(part, ablation.epsilon, placed, self._surprises)]
+
+            cost, *chunk = self._kept(stage, fields, compute)
+            self.costs[content_key(fields)] = Economy(**cost)
+            if drafts is not None and f"tolerance_{self._label(ablation)}" not in self.directory.remembered():
+                self._drafts_under(ablation)
+            return chunk if self.holds_texts else [self._without_texts(record) for record in chunk]
+
+        fields = [self._judged_fields(ablation) | {"groups": text} for text in texts]
+        costs = [self._n_tokens(number for number, _ in chunk) for chunk in places]
+        self.directory.divide(
+            stage, {(records_place(stage, of),): cost for of, cost in zip(fields, costs, strict=True)}
+        )
         with self.progress.track(label, sum(map(len, places))) as done:
-            for at, text in enumerate(texts):
-                fields = self._judged_fields(ablation) | {"groups": text}
-
-                def compute(at: int = at, fields: Mapping[str, Any] = fields) -> list[dict[str, Any]]:
-                    if drafts is None:
-                        answers, economy = self._plain(places[at], ablation, done)
-                    else:
-                        table, economy = drafts(self._drafts_under(ablation), chunks[at], done)
-                        answers = [decoded for row in table for decoded in row]
-                    placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
-                    if self._surprises is not None and not self.stores_completions:
-                        # A resumed run cannot read back which answers other chunks had, so no chunk may use them.
-                        self._surprises.known = dict(unablated)
-                    return [asdict(economy), *self._judged(part, ablation.epsilon, placed, self._surprises)]
-
-                cost, *chunk = self._kept(f"{part.replace('_', '-')}-{self.name}", fields, compute)
-                self.costs[content_key(fields)] = Economy(**cost)
-                if drafts is not None and f"tolerance_{self._label(ablation)}" not in self.directory.remembered():
-                    self._drafts_under(ablation)
-                if self._surprises is not None and self.stores_completions:
-                    self._surprises.known |= {
-                        answer_key(record["id"], record["token_ids"]): record["surprise"]
-                        for record in chunk
-                        if "surprise" in record
-                    }
-                records += chunk if self.holds_texts else map(self._without_texts, chunk)
-        return records
+            parts = self.directory.together(*(partial(chunk_of, at, of) for at, of in enumerate(fields)))
+        return [record for chunk in parts for record in chunk]
 
     def _kept(self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[Record]:
         """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""

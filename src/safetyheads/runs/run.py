@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -38,14 +38,14 @@ from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.display import duration
-from safetyheads.errors import InputError
+from safetyheads.errors import ElsewhereError, InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.judges.phrase_judge import PhraseJudge
-from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Value
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.measures.screening import Screening, screen
@@ -53,10 +53,12 @@ from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
 from safetyheads.runs.estimate import Estimate, Work, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
+from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.scores import HeadScores
 
@@ -180,6 +182,25 @@ def chosen_line(engine: Engine, settings: Any, why_judge: str, *prompts: PromptS
     return ", ".join(parts)
 
 
+class _KeptPass(Keep):
+    """Keeps a pass's results in a run directory, where shards divide its batches."""
+
+    def __init__(self, directory: RunDirectory, stage: str, about: Mapping[str, Any]) -> None:
+        self.directory, self.stage, self.about = directory, stage, about
+
+    def kept(self, fields: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return self.directory.tensors(self.stage, {**self.about, **fields}, compute)
+
+    def divide(self, units: Sequence[tuple[Mapping[str, Any], float]]) -> None:
+        of_files: dict[tuple[str, ...], float] = {}
+        for fields, cost in units:
+            of_files[(tensors_place(self.stage, {**self.about, **fields}),)] = cost
+        self.directory.divide(self.stage, of_files)
+
+    def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterable[tuple[int, Value]]:
+        return self.directory.each(tasks)
+
+
 class Run(Generic[Config]):
     """One run under way with one model."""
 
@@ -267,10 +288,7 @@ class Run(Generic[Config]):
         """As :meth:`head_pass`, without holding it."""
         sequences = self._sequences(name, positions)
         plan = self.directory.remember(f"plan_{name}", self.engine.plan(sequences).as_dict())
-
-        def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-            return self.directory.tensors(f"scores-{name}", {**self._about[name], **fields}, compute)
-
+        keep = _KeptPass(self.directory, f"scores-{name}", self._about[name])
         return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
     def scored(
@@ -311,7 +329,10 @@ class Run(Generic[Config]):
             "openers": list(openers),
             "common": format_heads(common),
         }
-        kept = self.directory.tensors(f"screening-{name}", fields, compute)
+        stage = f"screening-{name}"
+        cost = 2.0 * sum(len(sequence.token_ids) for sequence in sequences)
+        self.directory.divide(stage, {(tensors_place(stage, fields),): cost})
+        (kept,) = self.directory.together(lambda: self.directory.tensors(stage, fields, compute))
         return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
 
     def damage(self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int) -> dict[Group, Damage]:
@@ -323,10 +344,7 @@ class Run(Generic[Config]):
             for prompt, tokens in zip(asked.token_ids, targets, strict=True)
         )
         plan = self.directory.remember(f"plan_damage_{name}", self.engine.plan(sequences).as_dict())
-
-        def keep(fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-            return self.directory.tensors(f"damage-{name}", {**self._about[name], **fields}, compute)
-
+        keep = _KeptPass(self.directory, f"damage-{name}", self._about[name])
         readouts = Readouts(ships=True, targets=targets)
         measuring = HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
         with self.progress.track(f"{name.replace('_', ' ')}: damage", len(groups)) as done:
@@ -336,11 +354,13 @@ class Run(Generic[Config]):
 
     def find_limit(self, samplings: Sequence[Sampling] = ()) -> dict[str, Any]:
         """The surprise above which answers are not coherent, from all unablated ones; it holds from here on."""
+        keys = [(name, sampling) for name in self.asked for sampling in samplings or [self.decoding.sampling]]
+        self.directory.divide("unablated", dict(self.answers(*key).unablated_unit for key in keys))
+        unablated = self.directory.together(*(partial(self._unablated, *key) for key in keys))
         own = [
             record["surprise"]
-            for name in self.asked
-            for sampling in samplings or [self.decoding.sampling]
-            for record in self.answers(name, sampling).vanilla().flat()
+            for answers in unablated
+            for record in answers.flat()
             if record["behaviour"] == "complied" and "surprise" in record
         ]
         settings: Any = self.config
@@ -349,6 +369,14 @@ class Run(Generic[Config]):
             answers.limit = self.limit
         quantile = float(np.quantile(own, OWN_QUANTILE)) if own else None
         return {"limit": self.limit, "n": len(own), "own": quantile}
+
+    def _unablated(self, name: str, sampling: Sampling) -> GroupAnswers:
+        """The unablated answers to a set, as rates are made of them; judges of words have labelled harmful ones."""
+        answers = self.answers(name, sampling)
+        unablated = answers.vanilla()
+        if hasattr(self.config, "judges") and name.startswith("harmful"):
+            answers.by_words(judges_named(WORD_JUDGES))
+        return unablated
 
     def openers(self, name: str, needs: bool = False, benign: str | None = None) -> tuple[Opener, ...]:
         """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none.
@@ -487,7 +515,11 @@ def _random_of_records(records: Iterable[Record]) -> dict[str, RandomGroups]:
 
 @contextmanager
 def run_directory(
-    out: Path, settings: Mapping[str, Any], progress: Progress, command: Sequence[str] = ()
+    out: Path,
+    settings: Mapping[str, Any],
+    progress: Progress,
+    command: Sequence[str] = (),
+    shard: Shard | None = None,
 ) -> Iterator[RunDirectory]:
     """A run directory that is started, or continued with as many threads as it began with.
 
@@ -496,7 +528,7 @@ def run_directory(
     """
     is_new = not os.path.exists(out)
     try:
-        with RunDirectory.start(out, settings, provenance(command)) as directory:
+        with RunDirectory.start(out, settings, provenance(command), shard=shard) as directory:
             if n_stored := directory.n_stored:
                 progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
             threads = directory.remember("threads", torch.get_num_threads())
@@ -504,9 +536,15 @@ def run_directory(
                 progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
             torch.set_num_threads(threads)
             yield directory
-    except InputError:
-        # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays.
-        if is_new and not any((out / kept).exists() for kept in ("shards", "completions", "results.json")):
+    except InputError as error:
+        # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays. Others may
+        # be at work in a directory of shards.
+        is_shared = isinstance(error, ElsewhereError) or (shard is not None and shard.count > 1)
+        if (
+            is_new
+            and not is_shared
+            and not any((out / kept).exists() for kept in ("shards", "completions", "results.json"))
+        ):
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -540,6 +578,7 @@ def carry_out(
     progress: Progress | None = None,
     command: Sequence[str] = (),
     dry_run: bool = False,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Run in a run directory and return the results as written; one that holds part of this run is continued.
 
@@ -552,9 +591,11 @@ def carry_out(
         progress: who watches.
         command: the command line, for the record.
         dry_run: write nothing, and return the estimate instead (:meth:`.Estimate.as_json`).
+        shard: which of the run's units are computed here; by default all.
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
+        ElsewhereError: what is left needs units of other shards.
     """
     config, why_judge = with_default_judge(engine, config)
     settings: Any = config
@@ -578,7 +619,7 @@ def carry_out(
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
             recorded |= {"judges": [judge.describe() for judge in judges]} if judged else {}
-        with run_directory(out, recorded, progress, command) as directory:
+        with run_directory(out, recorded, progress, command, shard) as directory:
             for line in first_lines:
                 progress.say(line)
             count_requests_in(directory.path, judges)
@@ -595,7 +636,7 @@ def carry_out(
                 "chosen": chosen,
                 **kind.results(run),
                 **({"word_judges": run.judges_of_words()} if judged else {}),
-                "warnings": warnings_of(engine, list(asked.values()), n_new, caught),
+                "warnings": warnings_of(engine, list(asked.values()), n_new, caught, _mixed_lines(directory)),
             }
             results |= run.failed_judges() if judged else {}
             directory.write_results(results)
@@ -672,6 +713,12 @@ def caveats_of(run: Run[Any]) -> list[str]:
     return [*[DEMO_CAVEAT] * planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
 
 
+def _mixed_lines(directory: RunDirectory) -> list[str]:
+    """Says of a run that was joined from several devices or versions that it was."""
+    mixed = directory.remembered().get("mixed")
+    return [f"joined from runs of several versions or devices: {', '.join(mixed)}"] if mixed else []
+
+
 def sampling_of(run: Run[Any]) -> dict[str, Any]:
     """How answers are decoded, as results hold it."""
     sampling = run.decoding.sampling
@@ -679,10 +726,14 @@ def sampling_of(run: Run[Any]) -> dict[str, Any]:
 
 
 def warnings_of(
-    engine: Engine, asked: Sequence[AskedPrompts], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
+    engine: Engine,
+    asked: Sequence[AskedPrompts],
+    max_new_tokens: int,
+    caught: Iterable[warnings.WarningMessage],
+    mixed: Sequence[str] = (),
 ) -> list[str]:
-    """What happened that a reader of the results must know."""
-    notes: list[str | None] = [*engine.notes, not_followed_line(engine.model)]
+    """What happened that a reader of the results must know; ``mixed`` is what was joined."""
+    notes: list[str | None] = [*mixed, *engine.notes, not_followed_line(engine.model)]
     for prompt_set in asked:
         notes.append(prompt_set.prompts.warning)
         if prompt_set.prompts.dropped:

@@ -1,0 +1,99 @@
+"""Joins the directories of a run's shards: one file of each unit, once all that hold it agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetyheads.errors import IncompleteError, InputError
+from safetyheads.files import leaves
+from safetyheads.runs.directory import RunDirectory, differences_of, stage_of
+from safetyheads.runs.shards import array_text, owners
+
+_MAY_DIFFER = ("device", "versions")
+_SHOWN = 6
+
+
+def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mixed: bool = False) -> int:
+    """Join runs of the same settings into ``out``, which may hold a part of the run; returns the number of its files.
+
+    Nothing is written unless all fits. ``mixed`` lets runs of other devices or versions of libraries take part; the
+    results say so.
+
+    Raises:
+        InputError: runs of other settings; files that are damaged, or that disagree about one unit.
+        IncompleteError: units of the plan are in no directory.
+    """
+    runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
+    first = runs[0]
+    differing = sorted({difference for run in runs[1:] for difference in _differences(first, run, mixed)})
+    holders: dict[str, RunDirectory] = {}
+    for run in runs:
+        for place in run.places():
+            holder = holders.setdefault(place, run)
+            told, other = run.checksum(place), holder.checksum(place)
+            if (told != other or run.key != holder.key) and _content(run, place) != _content(holder, place):
+                raise InputError(_disagreement(holder, run, place))
+    _refuse_gaps(runs, set(holders))
+    with RunDirectory.start(out, first.manifest.config, provenance, "merge") as merged:
+        for place, run in sorted(holders.items()):
+            if not run.path.samefile(out):
+                merged.take(place, run)
+        for run in runs:
+            if not run.path.samefile(out):
+                merged.take_plan(run)
+        if differing:
+            merged.remember("mixed", differing)
+    return len(holders)
+
+
+def _differences(first: RunDirectory, run: RunDirectory, mixed: bool) -> list[str]:
+    """Versions and devices in which two runs differ; other settings are refused, and so are these unless asked for."""
+    if run.key == first.key:
+        return []
+    configs = [{**each.manifest.config, **dict.fromkeys(_MAY_DIFFER)} for each in (first, run)]
+    names = f"{first.path} and {run.path}"
+    if settings := differences_of(*configs):
+        raise InputError(f"{names} are runs with other settings: {', '.join(settings[:_SHOWN])}")
+    differing = differences_of(first.manifest.config, run.manifest.config)
+    if not mixed:
+        raise InputError(f"{names} are of other versions or devices: {', '.join(differing)}; --mixed joins them")
+    return differing
+
+
+def _content(run: RunDirectory, place: str) -> Any:
+    """What a file holds, as values that compare."""
+    content = run.content(place)
+    return content if isinstance(content, list) else {name: tensor.tolist() for name, tensor in content.items()}
+
+
+def _disagreement(first: RunDirectory, other: RunDirectory, place: str) -> str:
+    """Two files of one unit that differ, and by how much."""
+    sides = [dict(leaves(_content(run, place))) for run in (first, other)]
+    names = [name for name in sides[0].keys() | sides[1].keys() if sides[0].get(name) != sides[1].get(name)]
+    pairs = [(sides[0].get(name), sides[1].get(name)) for name in names]
+    numbers = [abs(a - b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
+    most = f", numbers by at most {max(numbers):.3g}" if numbers else ""
+    why = ""
+    if place.startswith("remembered/"):
+        why = (
+            "; they laid out their batches for other free memory or threads: give each the same --memory and --threads"
+        )
+    where = f"{first.path} and {other.path} disagree about {place}"
+    return f"{where}: {len(names)} of {len(sides[0])} values differ{most}{why}"
+
+
+def _refuse_gaps(runs: Sequence[RunDirectory], there: set[str]) -> None:
+    """Raise where a unit that any plan lists is in no directory."""
+    missing, count = list[int](), max(run.n_shards for run in runs)
+    stages = set()
+    for run in runs:
+        for stage in run.planned():
+            owner = owners({tuple(places): cost for places, cost in stage.units}, count)
+            lacking = [place for places, _ in stage.units for place in places if place not in there]
+            missing += [owner[place] for place in lacking]
+            stages |= set(map(stage_of, lacking))
+    if missing:
+        shards = f"run shards {array_text(missing)} of {count} again" if count > 1 else "run it again"
+        raise IncompleteError(f"units of {', '.join(sorted(stages)[:_SHOWN])} are in no directory: {shards}")

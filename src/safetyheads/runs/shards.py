@@ -1,0 +1,114 @@
+"""Divides the units of a run among processes: each computes alone which units are its own.
+
+A unit is what one stored file needs: a batch of groups in a pass, or a chunk of answers. Processes share a run
+directory, or have one each that ``merge`` joins.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import re
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from safetyheads.errors import InputError
+from safetyheads.runs.stored_files import content_key
+
+Units: TypeAlias = Mapping[tuple[str, ...], float]
+"""Files of each unit -> what it costs: tokens that run through the whole model, as counted."""
+
+# Index of a task, number of tasks, and the first index, of the systems that start many processes alike.
+_ARRAYS = (
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("RANK", "WORLD_SIZE", None),
+)
+
+
+class Shard:
+    """One of ``count`` processes that work on a run; by default the only one."""
+
+    def __init__(self, index: int = 1, count: int = 1, wait: float = 0.0) -> None:
+        """The ``index`` is 1 to ``count``, or 0 for a process that plans and computes no unit.
+
+        ``wait`` is for how many seconds without a new file the process waits for what others compute.
+        """
+        if count < 1 or not 0 <= index <= count:
+            raise InputError(f"a shard is I/N with I from 1 to N, or 0/N to plan alone; got {index}/{count}")
+        if wait < 0:
+            raise InputError(f"--wait is a number of seconds; got {wait:g}")
+        self.index, self.count, self.wait = index, count, wait
+        self._owners: dict[str, int] = {}
+
+    @classmethod
+    def parse(cls, text: str | None, wait: float = 0.0, environment: Mapping[str, str] = os.environ) -> Shard:
+        """A shard as ``--shard`` takes it: ``I/N``, or ``env`` for what the job's environment says."""
+        if text is None:
+            return cls(wait=wait)
+        if text == "env":
+            return cls(*_of_environment(environment), wait=wait)
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        if match is None:
+            raise InputError(f"a shard is I/N, such as 3/8, or env; got {text!r}")
+        return cls(int(match[1]), int(match[2]), wait)
+
+    @property
+    def part(self) -> str:
+        """What the process is called in the run directory."""
+        return "run" if self.count == 1 and self.index else f"shard-{self.index}-of-{self.count}"
+
+    def divide(self, units: Units) -> None:
+        """Divide units among the shards; one that is divided stays where it is."""
+        self._owners |= owners(units, self.count) | self._owners
+
+    def takes(self, place: str) -> bool:
+        """Whether this process computes the unit of a file; what nobody divided is cheap, and everybody's."""
+        return self._owners.get(place, self.index) == self.index
+
+
+def owners(units: Units, count: int) -> dict[str, int]:
+    """The shard, from 1 on, of each file: units in falling cost, equal ones by name, each to the least loaded shard.
+
+    Of shards that are loaded alike the first one is another for each set of units, so that small stages do not all
+    fall to one.
+    """
+    order = sorted(units, key=lambda places: (-units[places], places))
+    first = int(content_key({"units": order}), 16) % count
+    loads = [(0.0, turn) for turn in range(count)]
+    found: dict[str, int] = {}
+    for places in order:
+        load, turn = heapq.heappop(loads)
+        found |= dict.fromkeys(places, (first + turn) % count + 1)
+        heapq.heappush(loads, (load + units[places], turn))
+    return found
+
+
+def array_text(indices: list[int]) -> str:
+    """Indices as a job array takes them: ``1,4-6``."""
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    for index_name, count_name, first_name in _ARRAYS:
+        if index_name not in environment or count_name not in environment:
+            continue
+        try:
+            index, count = int(environment[index_name]), int(environment[count_name])
+            first = int(environment.get(first_name, "0")) if first_name else 0
+            last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1)) if first_name else count - 1
+        except ValueError:
+            raise InputError(f"{index_name} and {count_name} of the environment are no numbers") from None
+        if first not in (0, 1) or last - first + 1 != count or not first <= index <= last:
+            raise InputError(
+                f"the job array has tasks {first} to {last} and {count} of them: a part of an array has to say "
+                f"--shard I/N itself, such as --shard ${index_name}/N"
+            )
+        return index - first + 1, count
+    names = " nor ".join(f"{index} with {count}" for index, count, _ in _ARRAYS)
+    raise InputError(f"--shard env needs a job array: the environment has neither {names}")

@@ -1,0 +1,317 @@
+"""Shards of a run give the bytes that one process gives; what does not fit is refused in one line."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from safetyheads import load_demo
+from safetyheads.errors import ElsewhereError, IncompleteError, InputError
+from safetyheads.files import write_atomically
+from safetyheads.runs.audit import run_audit
+from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.runs.directory import RunDirectory, records_place
+from safetyheads.runs.exhaustive_scan import run_scan
+from safetyheads.runs.merge import merge
+from safetyheads.runs.shards import Shard, array_text, owners
+from safetyheads.runs.status import status_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = "demo:aligned_a"
+SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
+AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SHORT)
+SCAN = ScanConfig(MODEL, "demo", "demo", prefixes=2, **SHORT)
+BESIDE = ("starts", "timings.json", "set-aside")
+"""What differs by nature: dates, seconds, machines."""
+
+
+@pytest.fixture(scope="module")
+def engine():
+    torch.set_num_threads(1)
+    return load_demo("aligned_a").engine
+
+
+def bytes_of(folder):
+    """Every file but those that differ by nature, by its place."""
+    places = {
+        path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name
+    }
+    return {str(place): path.read_bytes() for place, path in places.items() if place.parts[0] not in BESIDE}
+
+
+def rounds(carry_out, engine, config, folders, merged=None):
+    """Run every shard, in another order each round, until one writes the results."""
+    for number in range(12):
+        order = list(enumerate(folders, start=1))
+        random.Random(number).shuffle(order)
+        ended = []
+        for index, folder in order:
+            try:
+                carry_out(engine, config, folder, shard=Shard(index, len(folders)))
+                ended.append(folder)
+            except ElsewhereError:
+                continue
+        if merged is None and ended:
+            return number + 1
+        if merged is not None:
+            merge(merged, folders, {})
+            if not status_of(merged).missing_shards and ended:
+                return number + 1
+            for folder in folders:
+                shutil.copytree(merged, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock*"))
+    raise AssertionError("the rounds do not end")
+
+
+@pytest.mark.parametrize(("carry_out", "config"), [(run_audit, AUDIT), (run_scan, SCAN)], ids=["audit", "scan"])
+def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, carry_out, config):
+    carry_out(engine, config, tmp_path / "one")
+    n = rounds(carry_out, engine, config, [tmp_path / "many"] * 3)
+    assert 1 < n < 8
+    one, many = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")
+    assert sorted(one) == sorted(many)
+    assert [place for place in one if one[place] != many[place]] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("carry_out", "config"), [(run_audit, AUDIT), (run_scan, SCAN)], ids=["audit", "scan"])
+def test_seven_shards_with_a_directory_each_are_merged_to_the_bytes_of_one_process(engine, tmp_path, carry_out, config):
+    carry_out(engine, config, tmp_path / "one")
+    folders = [tmp_path / f"shard-{index}" for index in range(1, 8)]
+    rounds(carry_out, engine, config, folders, tmp_path / "merged")
+    carry_out(engine, config, tmp_path / "merged")
+    one, merged = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "merged")
+    assert {place: one[place] == merged.get(place) for place in one} == dict.fromkeys(one, True)
+    assert sorted(one) == sorted(merged)
+
+
+# Units and shards, without a model.
+
+
+def unit_files(folder, shard=None, config=None, values=(1.0, 2.0, 3.0), stops=False):
+    """A run of a stage of three units of costs 3, 1 and 2; which values a shard gives, or what it raises."""
+    config = {"a": 1} if config is None else config
+    with RunDirectory.start(folder, config, {}, shard=shard) as run:
+        units = {f"{number}": value for number, value in enumerate(values)}
+        run.divide("things", {(place(number),): cost for number, cost in zip(units, (3, 1, 2), strict=True)})
+
+        def compute(value):
+            if stops:
+                raise KeyboardInterrupt
+            return [{"value": value}]
+
+        tasks = [
+            lambda number=number, value=value: run.records("things", {"n": number}, lambda: compute(value))
+            for number, value in units.items()
+        ]
+        return [records[0]["value"] for records in run.together(*tasks)]
+
+
+def place(number):
+    return records_place("things", {"n": number})
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Three directories, each with the units of one shard."""
+    folders = [tmp_path / f"{index}" for index in (1, 2, 3)]
+    for index, folder in enumerate(folders, start=1):
+        with pytest.raises(ElsewhereError, match=r"2 units of other shards, of things; .*run this array again"):
+            unit_files(folder, Shard(index, 3))
+    return folders
+
+
+def test_units_go_in_falling_cost_to_the_least_loaded_shard_and_each_shard_computes_its_own():
+    costs = {("a",): 5.0, ("b", "c"): 3.0, ("d",): 3.0, ("e",): 1.0}
+    found = owners(costs, 2)
+    assert found["b"] == found["c"] == found["d"] != found["a"] == found["e"]
+    assert found == owners(dict(reversed(costs.items())), 2)
+    many = {(f"{number}",): 1.0 for number in range(100)}
+    assert sorted(list(owners(many, 8).values()).count(index) for index in range(1, 9)) == [12] * 4 + [13] * 4
+    shard = Shard(1, 2)
+    shard.divide(costs)
+    assert [name for name in "abcde" if shard.takes(name)] in (["a", "e"], ["b", "c", "d"])
+    assert shard.takes("what nobody divided")
+    planner = Shard(0, 2)
+    planner.divide(costs)
+    assert not any(map(planner.takes, "abcde"))
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("3/8", {}, (3, 8)),
+        ("0/8", {}, (0, 8)),
+        (None, {"RANK": "1", "WORLD_SIZE": "4"}, (1, 1)),
+        ("env", {"RANK": "1", "WORLD_SIZE": "4"}, (2, 4)),
+        ("env", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 4)),
+        ("env", {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}, (1, 4)),
+        ("env", {}, "needs a job array"),
+        ("env", {"RANK": "x", "WORLD_SIZE": "4"}, "are no numbers"),
+        ("env", {"RANK": "4", "WORLD_SIZE": "4"}, "a part of an array"),
+        # Only the tasks that were lost were sent again.
+        (
+            "env",
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "2",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_MAX": "5",
+            },
+            r"has to say --shard I/N itself, such as --shard \$SLURM_ARRAY_TASK_ID/N",
+        ),
+        ("9/8", {}, "I from 1 to N"),
+        ("two", {}, "such as 3/8, or env"),
+    ],
+)
+def test_a_shard_is_named_or_read_from_the_environment(text, environment, expected):
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            Shard.parse(text, environment=environment)
+    else:
+        shard = Shard.parse(text, environment=environment)
+        assert (shard.index, shard.count) == expected
+
+
+def test_arrays_are_written_as_slurm_takes_them():
+    assert array_text([7, 2, 5, 6, 2]) == "2,5-7"
+    assert array_text([]) == ""
+
+
+def test_a_shard_waits_for_the_files_of_others(tmp_path):
+    done, folder = [], tmp_path / "run"
+    waiting = threading.Thread(target=lambda: done.append(unit_files(folder, Shard(1, 3, 60.0))))
+    waiting.start()
+    while not list(folder.glob("completions/[!.]*")):
+        time.sleep(0.05)
+    with pytest.raises(ElsewhereError):
+        unit_files(folder, Shard(2, 3))
+    done.append(unit_files(folder, Shard(3, 3)))
+    waiting.join()
+    assert done == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_directories_are_merged_once_all_units_are_there(apart, tmp_path):
+    whole = tmp_path / "whole"
+    with pytest.raises(IncompleteError, match=r"units of things are in no directory: run shards \d of 3 again"):
+        merge(whole, apart[:2], {})
+    assert not whole.exists()
+    merge(whole, apart, {})
+    assert unit_files(whole) == [1.0, 2.0, 3.0]
+    assert status_of(whole).stages == {"things": {"units": 3, "done": 3, "running": 0, "missing": 0}}
+
+
+def test_what_does_not_fit_together_is_refused(apart, tmp_path, run):
+    other = tmp_path / "other"
+    unit_files(other, values=(1.0, 2.5, 3.0))
+    with pytest.raises(InputError, match=r"disagree about completions/things-.*: 1 of 1 values differ, .* most 0.5"):
+        merge(tmp_path / "out", [*apart, other], {})
+    (damaged,) = apart[0].glob("completions/*")
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    code, _, err = run("merge", tmp_path / "out", *apart)
+    assert (code, err.count("\n") < 5, "is damaged" in err) == (2, True, True)
+    unit_files(other_config := tmp_path / "seed", config={"a": 2})
+    with pytest.raises(InputError, match=r"other settings: a \(1 -> 2\)"):
+        merge(tmp_path / "out", [other, other_config], {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, version, index in ((old, "1", 1), (new, "2", 2)):
+        with pytest.raises(ElsewhereError):
+            unit_files(folder, Shard(index, 2), {"versions": {"torch": version}, "device": "cpu"})
+    with pytest.raises(InputError, match=r"other versions or devices: versions torch \("1" -> "2"\); --mixed joins them"):
+        merge(tmp_path / "out", [old, new], {})
+    merge(tmp_path / "out", [old, new], {}, mixed=True)
+    directory = RunDirectory.look(tmp_path / "out")
+    assert directory.remembered()["mixed"] == ['versions torch ("1" -> "2")']
+    assert RunDirectory.verify(tmp_path / "out").damaged == {}
+
+
+def test_status_reads_what_is_done_in_work_and_missing(apart, tmp_path, run):
+    with pytest.raises(KeyboardInterrupt):
+        unit_files(tmp_path / "killed", Shard(2, 3), stops=True)
+    found = json.loads(run("status", tmp_path / "killed", "--json")[1])
+    assert found["stages"]["things"] == {"units": 3, "done": 0, "running": 1, "missing": 2}
+    assert (found["shards"], found["missing_shards"], found["finished"]) == (3, "1-3", False)
+    status = status_of(apart[0])
+    assert (status.stages["things"]["done"], status.missing_shards.count("1")) == (1, 0)
+    assert status.seconds_left is not None
+    assert "--array=2-3" in run("status", apart[0])[1].replace("\n", " ")
+    (mine,) = (path.name for path in apart[0].glob("completions/*"))
+    (apart[0] / "completions" / mine).unlink()
+    assert status_of(apart[0]).missing_shards == "1-3"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "lost"])
+def test_a_shards_damaged_file_is_done_again_by_that_shard(apart, kind):
+    (file,) = apart[0].glob("completions/*")
+    before = file.read_bytes()
+    if kind == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(before[:20])
+    with pytest.raises(ElsewhereError):
+        unit_files(apart[0], Shard(2, 3))
+    assert not file.exists()
+    with pytest.raises(ElsewhereError):
+        unit_files(apart[0], Shard(1, 3))
+    assert file.read_bytes() == before
+
+
+def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
+    with (
+        RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 2)) as first,
+        RunDirectory.start(tmp_path, {}, {}, shard=Shard(2, 2)) as second,
+    ):
+        assert second.remembered() == {}
+        assert first.remember("plan", [1]) == [1]
+        assert second.remember("plan", [2]) == [1]
+        assert second.remembered("plan") == {"plan": [1]}
+        write_atomically(tmp_path / "file", b"1", replaces=False)
+        write_atomically(tmp_path / "file", b"2", replaces=False)
+        assert (tmp_path / "file").read_bytes() == b"1"
+        with pytest.raises(InputError, match=r"is in use by process"):
+            RunDirectory.start(tmp_path, {}, {}, shard=Shard(2, 2))
+
+
+@pytest.mark.long
+def test_ten_thousand_units_are_planned_and_told_of(tmp_path):
+    units = {(f"completions/things-{number:024x}.jsonl",): 1.0 + number % 7 for number in range(10_000)}
+    with RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 64)) as run:
+        run.divide("things", units)
+        mine = sum(run.shard.takes(places[0]) for places in units)
+    assert 140 < mine < 180
+    assert status_of(tmp_path).stages["things"]["missing"] == 10_000
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
+def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, tmp_path):
+    """A stand-in for the command notes how it is called."""
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    for name, does in {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
+    code = "3" if script.name == "slurm_array.sh" else "0"
+    arguments = ["model", "prompts", "run", "2", "5"]
+    ended = subprocess.run(
+        ["bash", str(script), *arguments], cwd=tmp_path, env=environment | {"CODE": code}, check=False
+    )
+    calls = (tmp_path / "calls").read_text()
+    assert ended.returncode == 0
+    expected = {
+        "eight_gpus.sh": ("--shard 1/2", "--shard 2/2", "status run"),
+        "slurm_array.sh": ("--shard 3/4",),
+        "slurm_merge.sh": ("merge run run-1 run-2 run-3 run-4", "plan 4 audit model"),
+        "spot_machine.sh": ("--shard 2/5",),
+    }
+    assert [text for text in expected[script.name] if text not in calls] == []
