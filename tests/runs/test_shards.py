@@ -227,11 +227,12 @@ def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
     for folder, version, index in ((old, "1", 1), (new, "2", 2)):
         with pytest.raises(ElsewhereError):
             unit_files(folder, Shard(index, 2), {"versions": {"torch": version}, "device": "cpu"})
-    with pytest.raises(InputError, match=r"other versions or devices: versions torch \("1" -> "2"\); --mixed joins them"):
+    with pytest.raises(InputError, match=r"other versions or devices: versions torch .*; --mixed joins them"):
         merge(tmp_path / "out", [old, new], {})
     merge(tmp_path / "out", [old, new], {}, mixed=True)
-    directory = RunDirectory.look(tmp_path / "out")
-    assert directory.remembered()["mixed"] == ['versions torch ("1" -> "2")']
+    config = RunDirectory.look(tmp_path / "out").manifest.config
+    with RunDirectory.start(tmp_path / "out", config, {}) as directory:
+        assert directory.remembered()["mixed"] == ['versions torch ("1" -> "2")']
     assert RunDirectory.verify(tmp_path / "out").damaged == {}
 
 
@@ -296,7 +297,8 @@ def test_ten_thousand_units_are_planned_and_told_of(tmp_path):
 def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, tmp_path):
     """A stand-in for the command notes how it is called."""
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    for name, does in {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}.items():
+    commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}
+    for name, does in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"

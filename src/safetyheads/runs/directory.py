@@ -179,6 +179,7 @@ class RunDirectory:
             run._load_stages()
             start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance, **_process()}
             run._write_json(f"starts/{run._log_path.stem}.json", start)
+            run._log_path.touch(mode=0o600)
         except BaseException:
             lock.release()
             if created and not (folder / "manifest.json").exists():
