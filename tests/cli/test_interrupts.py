@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "eval demo:aligned_a --tasks organism --heads 2-6",
     "reproduce": "reproduce fig2",
     "check": "check demo:aligned_a",
+    "fetch": "fetch smollm2",
     "report": "report run",
     "verify": "verify run",
     "judge": "judge run --judge released",
@@ -45,6 +46,7 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
     monkeypatch.setattr(Engine, "load", interrupt)
     monkeypatch.setattr(RunDirectory, "open", interrupt)
     monkeypatch.setattr(RunDirectory, "verify", interrupt)
+    monkeypatch.setattr("safetyheads.model.smollm2.fetch", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     ended, out, err = run(*COMMANDS[command].split(), *["--quiet"])
     assert (ended, out) == (code, "")
