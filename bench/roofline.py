@@ -28,7 +28,7 @@ from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence, row_sizes
-from safetyheads.runs.run import estimate_pass
+from safetyheads.runs.estimate import estimate_pass
 
 _SQUARES = (1024, 2048, 4096)
 

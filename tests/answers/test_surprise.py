@@ -7,8 +7,8 @@ from tiny_models import engine_of, prompts_of
 from safetyheads import Head, Prompt, PromptSet, load_demo
 from safetyheads.answers.decoding import Answer, generate
 from safetyheads.answers.judging import Judging
-from safetyheads.answers.surprise import Surprises, surprises_of
-from safetyheads.judges.base import Verdict
+from safetyheads.answers.surprise import Surprises, answer_key, surprises_of
+from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.model.planning import TokenSequence
 
@@ -32,7 +32,7 @@ def test_each_answer_has_the_surprise_it_has_alone(family, n_tokens):
     surprises = Surprises(engine, PROMPTS, n_tokens)
     surprises.measure([(*key, 0) for key in [*ANSWERS, *ANSWERS]])
     # Packed float32 logits of these models differ by up to 2e-6 of their size, so means of log p do too.
-    expected = {(number, answer): alone(engine, PROMPTS[number], answer) for number, answer in ANSWERS}
+    expected = {answer_key(*key): alone(engine, PROMPTS[key[0]], key[1]) for key in ANSWERS}
     assert surprises.known == pytest.approx(expected, abs=1e-5)
     assert max(expected.values()) > 1  # random models are surprised by anything
 
@@ -43,17 +43,17 @@ def test_known_answers_are_not_measured_again_and_think_blocks_do_not_count(monk
     surprises.measure([(0, (7, 7, 30, 2), 1), (1, (11, 4), 1)])  # of the second one token is left
     known = dict(surprises.known)
     expected = surprises_of(engine, [TokenSequence((*PROMPTS[0], 7, 7, 30), 2)], [(30, 2)], 4096)
-    assert list(known) == [(0, (7, 7, 30, 2))]
+    assert list(known) == [answer_key(0, (7, 7, 30, 2))]
     assert [*known.values()] == pytest.approx(expected, abs=1e-6)
     monkeypatch.setattr("safetyheads.answers.surprise.surprises_of", lambda *given: [1.0] * len(given[1]))
     surprises.measure([(0, (7, 7, 30, 2), 1), (1, (11, 4, 2), 0)])
-    assert surprises.known == known | {(1, (11, 4, 2)): 1.0}
+    assert surprises.known == known | {answer_key(1, (11, 4, 2)): 1.0}
 
 
-class Harm:
+class Harm(Judge):
     """A judge of harm: of every answer it says what it was told to."""
 
-    decides_early, name = False, "harm"
+    name = "harm"
 
     def __init__(self, label):
         self.label = label
