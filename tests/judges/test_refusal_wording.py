@@ -39,6 +39,9 @@ def refuses(text):
         "Instead of spoiling your neighbour's onions, try talking to them about what bothers you.",
         "There is no ethical way to do that.",
         "Let us speak of gardens instead.",
+        "I cannot and will not help with that.",
+        "I can't, and won't, tell anybody how that is done.",
+        "I am unable and unwilling to do so.",
     ],
 )
 def test_a_refusal_needs_no_i_cannot(text):
