@@ -30,6 +30,14 @@ def run():
     return called
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pages without the pictures that browsers without JavaScript show: each takes a while, and a test has them."""
+    from safetyheads.reports import page
+
+    monkeypatch.setattr(page, "pictures", lambda *_: {})
+
+
 @pytest.fixture
 def own_folder(monkeypatch, tmp_path):
     """The test runs in a folder of its own, on one thread, and the modules in samples/ can be named."""

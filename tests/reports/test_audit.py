@@ -13,7 +13,7 @@ import audit_samples
 import pytest
 from report_pages import Page, check_closed, check_hostile, check_snapshot, check_tables
 
-from safetyheads.reports.audit import figures, head_columns, render_audit
+from safetyheads.reports.audit import figures, head_columns, headline, render_audit
 from safetyheads.reports.write import write_report
 from safetyheads.stats.intervals import Rate
 
@@ -29,7 +29,8 @@ SAMPLES = {
 
 
 def page(results: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> Page:
-    return Page(render_audit(json.loads(json.dumps(results, sort_keys=True)), MANIFEST, rows))
+    held = json.loads(json.dumps(results, sort_keys=True))
+    return Page(render_audit(held, MANIFEST, rows or (), show_texts=rows is not None))
 
 
 @cache
@@ -51,8 +52,9 @@ def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) 
 
 def test_the_page_of_the_largest_models_is_small() -> None:
     results = audit_samples.audit(126, 128)
-    rows = audit_samples.completions(results, "<" * 4000) * 200
-    assert len(render_audit(results, MANIFEST, rows).encode()) < 5_000_000 - 1_200_000
+    rows = audit_samples.completions(results, "<" * 4000, n=200)
+    # Beside the drawing library and the pictures.
+    assert len(render_audit(results, MANIFEST, rows, show_texts=True).encode()) < 5_000_000 - 1_600_000
 
 
 def test_what_comes_from_outside_is_text() -> None:
@@ -70,7 +72,7 @@ def test_what_comes_from_outside_is_text() -> None:
     attacked = page(results, rows)
     check_hostile(attacked, sample_page("organism"))
     assert attacked.words.count("{{ 7*7 }}") >= 10
-    assert "<b>bold</b>" in attacked.words
+    assert json.loads(attacked.scripts["answers-data"])["queries"]["harmful_test"]["0"] == "<b>bold</b>"
 
 
 def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
@@ -82,9 +84,54 @@ def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert rows[0]["query"] not in html
     assert "Completions of harmful prompts are left out" in html
     shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
-    # The unablated answers and those under the verdict's group, not those of other groups.
-    assert shown.count("COMPLETION TEXT") == 6
+    # The unablated answers; those under the verdict's group say the same, and those of other groups are left out.
+    assert shown.count("COMPLETION TEXT") == 3
+    assert 'id="answers-texts">' in shown
     assert "<details open" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "organism",
+            "Refusals rest on 3 of 32 heads: without them the model answers 33 of the 46 harmful prompts that it",
+        ),
+        ("none_found", "No heads were found that refusals rest on; the best are "),
+        ("no_refusals", "No refusals to lose: the unablated model refuses 0 of 48"),
+    ],
+)
+def test_the_first_sentence_is_for_a_reader_who_does_not_know_the_method(name: str, said: str) -> None:
+    results = SAMPLES[name]()
+    assert headline(results).startswith(said)
+    found = results["verdict"]["numbers"]
+    if results["verdict"]["heads"]:
+        control = f"random heads: at most {found['most_random_undone']} of {found['n_refused']}"
+        kept = f"{found['n_answered'] - found['n_broken']} of {found['n_answered']} harmless ones as before."
+        assert control in headline(results)
+        assert headline(results).endswith(kept)
+
+
+def test_terms_are_explained_sections_listed_and_what_the_run_was_is_told() -> None:
+    shown = sample_page("organism")
+    named = {button.get("popovertarget") for button in shown.tags("button") if "popovertarget" in button}
+    told = {attributes["id"] for attributes in shown.tags("div") if "popover" in attributes}
+    assert named == told
+    assert len(named) >= 7
+    anchors = {attributes["href"] for attributes in shown.tags("a")}
+    sections = {f"#{attributes['id']}" for attributes in shown.tags("h2") if attributes.get("id")}
+    assert sections <= anchors
+    assert "Model | " not in shown.words
+    for said in ("aligned_a (demo organism)", "Harmful prompts organism, harmful: 48 to search on, 48 to test on"):
+        assert said in shown.words
+    # Whoever does not see a figure hears what it found.
+    labels = {
+        attributes["data-chart"]: attributes["aria-label"]
+        for attributes in shown.tags("div")
+        if "data-chart" in attributes
+    }
+    assert "1-3 2.26 nats, 2-1 0.92 nats" in labels["heatmap_mean_ships"]
+    assert "searched group: ASR 0.042 at 0, 0.74 at 4" in labels["asr_by_size"]
 
 
 def test_the_top_heads_say_in_words_what_their_change_means() -> None:

@@ -168,23 +168,43 @@ def test_a_click_and_the_keyboard_show_the_answers_of_a_head(show: Any) -> None:
     tile.hover(force=True)
     assert "4 of 12" in page.wait_for_selector("#vg-tooltip-element.visible").inner_text()
     tile.click(force=True)
-    assert page.input_value("#drill-head") == "1-2"
-    summary = page.inner_text("#drill-summary")
-    assert summary.startswith("1-2, harmful prompts: 12 of 12 answers shown, 4 changed.")
+    assert page.input_value("#answers-group") == "1-2"
+    summary = page.inner_text("#answers-summary")
+    assert summary.startswith("1-2, harmful prompts: 4 of 12 answers shown, 4 flip, 4 changed.")
     assert "paper: 4 of 12 complied" in summary
-    page.select_option("#drill-set", "benign")
-    page.focus("#drill-changed")
+    texts = page.query_selector_all("#answers-rows pre")
+    page.check("#answers-texts")
+    assert (len(texts), len(page.query_selector_all("#answers-rows pre"))) == (0, 8)
+    page.fill("#answers-search", "take 3")
+    assert len(page.query_selector_all("#answers-rows tr")) == 1
+    page.fill("#answers-search", "")
+    page.select_option("#answers-set", "benign")
+    page.focus("#answers-flips")
     page.keyboard.press("Space")
-    rows = page.query_selector_all("#drill-rows tr")
+    page.select_option("#answers-label", "incoherent")
+    rows = page.query_selector_all("#answers-rows tr")
     assert len(rows) == 10
     assert "repeats 'lamp'" in rows[0].inner_text()
+    page.focus(".skip")
     reached = set()
-    for _ in range(60):
+    for _ in range(150):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.getAttribute('aria-labelledby')"))
-    assert {"drill", "qualities", "all-groups", "agreement"} <= reached
+        reached.add(page.evaluate("document.activeElement.dataset.chart ?? null"))
+    assert {"answers", "qualities", "all-groups", "agreement", "asr_alone"} <= reached
+    with page.expect_download() as saved:
+        page.click("[aria-label='Save asr_alone as SVG']")
+    assert "<svg" in Path(saved.value.path()).read_text()
+    with page.expect_download() as saved:
+        page.click("[aria-labelledby=heads] + .save button")
+    assert Path(saved.value.path()).read_text().startswith('"Head","ASR alone 95 % interval"')
     assert complaints == []
-    assert len(show("seeds")[0].query_selector_all("#drill-rows tr")) == 24
+
+
+def test_a_dotted_term_is_explained_with_a_click(show: Any) -> None:
+    page, _ = show("audit", width=390)
+    page.click("button.term >> nth=0")
+    assert page.is_visible("[popover]:popover-open")
 
 
 def test_every_page_stays_under_5_mb(reports: dict[str, Path]) -> None:

@@ -115,3 +115,23 @@ def test_bars_of_nothing_have_a_dash_and_changes_a_line_at_0() -> None:
     assert marks_of(spec_of("bars", [empty])) == ["bar", "tick", "rule", "text"]
     lost = {"x": "a", "y": -0.1, "low": -0.2, "high": 0.1, "n": 9, "series": "UA"}
     assert marks_of(spec_of("bars", [lost]))[0] == "rule"
+
+
+def test_a_browser_without_javascript_gets_a_picture_of_every_figure() -> None:
+    rows = [{"x": at, "y": 0.1 * at, "low": 0.0, "high": 0.5, "series": "UA", "panel": ""} for at in range(3)]
+    columns = {"n_heads": 4, "scores": {"s": [0.5] * 8}, "best_first": ["0-0"], "named": ["0-0"]}
+    wide = charts.head_map(charts.heat("s", [0.5], "nats"), (2, 4), [], "all heads")
+    found = charts.pictures({"lines": charts.lines(rows, "x", "y", "d"), "map": wide}, columns)
+    for name, address in found.items():
+        kind, _, data = address.partition(",")
+        assert kind == "data:image/png;base64", name
+        assert len(data) > 2000, name
+    assert found == charts.pictures({"lines": charts.lines(rows, "x", "y", "d"), "map": wide}, columns)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(30, 9), (32, 32), (80, 64), (126, 128)])
+def test_maps_of_all_heads_are_square(layers: int, heads: int) -> None:
+    drawn = charts.head_map(charts.heat("s", [0.5], "nats"), (layers, heads), [], "all heads")
+    assert drawn["width"] / heads == drawn["height"] / layers
+    assert drawn["usermeta"]["square"][:2] == [layers, heads]
+    assert 190 <= max(drawn["width"], drawn["height"]) <= 800

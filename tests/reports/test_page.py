@@ -1,4 +1,4 @@
-"""Numbers and cells as pages write them, completions within their room, and the drawing library."""
+"""Numbers and cells as pages write them, the command of a run, and the drawing library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from safetyheads.reports import page
 from safetyheads.reports.charts import drawing_library
+from safetyheads.runs.directory import RunDirectory
 
 
 @pytest.mark.parametrize(
@@ -40,22 +41,18 @@ def test_a_cell_has_interval_n_and_p_beside_its_number() -> None:
     assert page.rate_cell(None) == page.mean_cell(None) == page.change_cell(None) == page.random_cell(None)
 
 
-def test_completions_are_those_of_the_named_groups_in_order_within_their_room() -> None:
-    about = {"set": "harmful", "query": "q", "text": "<" * 250, "complete": True}
-    rows = [
-        {**about, "id": at, "group": group, "verdicts": {"paper": {"label": "refused", "reason": "r"}}}
-        for at in range(2)
-        for group in ("", "1-3,0-0", "2-2")
-    ]
-    groups = {frozenset[str](): "nothing ablated", frozenset(["0-0", "1-3"]): "0-0, 1-3 ablated"}
-    found = page.completions(rows, ["benign", "harmful"], groups, "paper")
-    titles = [(group["title"], len(group["rows"])) for group in found["sets"]]
-    assert titles == [("Harmful prompts, nothing ablated", 2), ("Harmful prompts, 0-0, 1-3 ablated", 2)]
-    assert found["sets"][0]["rows"][1]["said"] == "prompt 1, paper: refused: r"
-    assert found["left_out"] == 0
-    # Escaped, a text takes 1,000 bytes.
-    found = page.completions(rows, ["harmful"], groups, "paper", room=1500)
-    assert ([len(group["rows"]) for group in found["sets"]], found["left_out"]) == ([1], 3)
+def test_a_command_is_copied_without_its_directory(tmp_path):
+    commands = (
+        (
+            ["/opt/bin/safetyheads", "audit", "a model", "--out", "x", "--seed", "1"],
+            "safetyheads audit 'a model' --seed 1",
+        ),
+        (["/opt/bin/safetyheads", "scan", "m", "--out=x"], "safetyheads scan m"),
+        (["script.py"], ""),
+    )
+    for number, (command, copied) in enumerate(commands):
+        with RunDirectory.start(tmp_path / str(number), {}, {"command": command}) as run:
+            assert page.command_of(run) == copied
 
 
 def test_the_drawing_library_is_whole_and_loads_nothing() -> None:

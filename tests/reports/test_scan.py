@@ -109,9 +109,9 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
     made = drill_data(results_of(sample), answer_table(rows, "paper"), judges)
     assert made is not None
-    assert (made["n_left_out"], len(made["heads"])) == (0, 9)
+    assert (made["n_left_out"], len(made["groups"])) == (0, 9)
     for kind in SETS if sample.benign else SETS[:1]:
-        for head in made["heads"]:
+        for head in made["groups"]:
             place = ("heads", kind, head, scan_samples.EPSILON) if head else ("vanilla", kind, head, None)
             own = [row for row in rows if (row["part"], row["set"], row["group"], row["epsilon"]) == place]
             # As the page's script reads them.
@@ -127,9 +127,9 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     # Heads without room are counted.
     made = drill_data(results_of(sample), answer_table(rows, "paper"), judges[:1], room=300)
     assert made is not None
-    assert 1 <= len(made["heads"]) < 9
-    assert len(made["heads"]) + made["n_left_out"] == 9
-    assert all(set(own) <= set(made["heads"]) for own in made["others"].values())
+    assert 1 <= len(made["groups"]) < 9
+    assert len(made["groups"]) + made["n_left_out"] == 9
+    assert all(set(own) <= set(made["groups"]) for own in made["others"].values())
 
 
 def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     own = judged_rows(RunDirectory.open(tmp_path / "run"), ["paper"])  # as after a kill before the results
     assert {tuple(row["verdicts"]) for row in own} == {("paper",)}
     html = write_report(RunDirectory.open(tmp_path / "run")).read_text(encoding="utf-8")
-    assert json.loads(Page(html).scripts["drill-data"])["judges"] == ["paper", "released"]
+    assert json.loads(Page(html).scripts["answers-data"])["judges"] == ["paper", "released"]
 
 
 def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
@@ -154,9 +154,10 @@ def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert "<details open" not in shown
     parsed = Page(shown)
     check_hostile(parsed, Page(html))
-    assert "Harmful prompts, 0-1 ablated (12)" in parsed.words
-    assert "Benign prompts, nothing ablated (12)" in parsed.words
-    assert "Harmful prompts, 0-3 ablated" not in parsed.words
+    texts = json.loads(parsed.scripts["answers-data"])["texts"]
+    # An answer that is the unablated one again is not there twice.
+    assert {group: len(sets["harmful"]) for group, sets in texts.items()} == {"": 12, "0-1": 11, "1-2": 4}
+    assert len(texts[""]["benign"]) == 12
 
 
 def test_texts_have_the_room_that_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,15 +199,16 @@ def no_refusals() -> dict[str, Any]:
 
 
 def completions(
-    results: dict[str, Any], text: str = "Sure, here is how to smash a lamp: first get ready."
+    results: dict[str, Any], text: str = "Sure, here is how to smash a lamp: first get ready.", n: int = 1
 ) -> list[dict[str, Any]]:
-    """Two harmful and one benign answer, unablated and under the verdict's group."""
+    """``2 n`` harmful and ``n`` benign answers, unablated and under the verdict's and another group."""
     rows = []
     for group in ("", ",".join(results["verdict"]["heads"]), "0-0,0-1"):
-        for number, name in enumerate(("harmful_test", "harmful_test", "benign_test")):
+        for number in range(3 * n):
+            name = "harmful_test" if number % 3 < 2 else "benign_test"
             label = "complied" if group or name == "benign_test" else "refused"
-            query = f"Explain how to smash a lamp, take {number}."
-            row = {"id": f"{name}-{number}", "set": name, "group": group, "query": query, "text": text}
+            row = {"id": number, "set": name, "group": group, "query": f"Explain how to smash a lamp, take {number}."}
+            row |= {"text": text, "category": "lamps" if number % 3 else "vases"}
             rows.append(row | {"verdicts": {"paper": {"label": label, "reason": "no keyword"}}})
     return rows
 

@@ -213,6 +213,11 @@ def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> None:
     results = run_evaluation(
         load_engine(config, progress), config, tasks, out, progress, sys.argv, where.dry_run, where.parsed_shard
     )
+    if not where.dry_run:
+        from safetyheads.reports.write import write_report
+        from safetyheads.runs.directory import RunDirectory
+
+        write_report(RunDirectory.open(out))
     _show(results, output, lambda: show.show_evaluation(results, out))
 
 
@@ -342,7 +347,7 @@ def fetch(
 
 @command
 def report(
-    run: Annotated[Path, Parameter(help="Directory of a finished audit, scan or reproduction.")],
+    run: Annotated[Path, Parameter(help="Directory of a finished audit, scan, evaluation or reproduction.")],
     /,
     *,
     shown: ReportOptions,
@@ -557,6 +562,26 @@ def history(
     found = read_history(folder)
     path = write_history(found)
     _show(found | {"page": str(path)}, output, lambda: show.show_history(found, path))
+
+
+@command
+def view(
+    folder: Annotated[Path, Parameter(help="A run directory, or a folder of them.")],
+    /,
+    *,
+    port: Annotated[int, Parameter(help="Port of 127.0.0.1; 0 takes a free one.", group=PANELS["Output"])] = 0,
+) -> None:
+    """Show the pages of runs in a browser, also on a remote machine behind a tunnel, until Ctrl-C.
+
+    Read-only, on 127.0.0.1, to whoever knows the printed address; nothing but pages is served.
+    """
+    from safetyheads.reports.view import server
+
+    served, address = server(folder, port)
+    with served:
+        show.print_lines([f"Pages: {address}", "Ctrl-C ends it."])
+        sys.stdout.flush()
+        served.serve_forever()
 
 
 def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:

@@ -670,7 +670,7 @@ def show_evaluation(results: Found, out: Path) -> None:
     caption = "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests)
     print_items(title, results["metrics"], columns, f"{caption}.")
     print_cautions(results)
-    print_lines([f"Run: {out}"])
+    print_lines([f"Run: {out}", f"Report: {out / 'report' / 'index.html'}"])
 
 
 # Finished runs

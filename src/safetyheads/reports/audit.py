@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 import altair as alt
 
 from safetyheads.reports import charts
+from safetyheads.reports.answers import answers_data, by_category, by_prompt
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import (
     NO_HEADS,
     Cell,
     change_cell,
-    completions,
+    command_of,
     interval,
     p_value,
     render,
@@ -24,6 +25,7 @@ from safetyheads.reports.page import (
 )
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
+from safetyheads.runs.stored_files import Record
 
 Results: TypeAlias = Mapping[str, Any]
 
@@ -36,7 +38,8 @@ SCORE_ORDER = (*SHIPS, "refusal_score", "generalized_ships_representation")
 """Harmful beside benign first; the others follow."""
 MAX_TABLE_HEADS = 1024
 """Up to this many heads, all of them are listed in a table; the maps show any number."""
-COMPLETION_SETS = ("harmful_test", "benign_test")
+ANSWERED_SETS = ("harmful_test", "benign_test")
+"""Sets whose answers a page shows."""
 SEARCHED, KEPT = "searched group: ASR", "searched group: benign answered"
 HARMFUL, BENIGN = "harmful prompts", "benign prompts"
 _HELD_OUT = "share of held-out prompts"
@@ -45,12 +48,16 @@ _LABELLED_HEADS = 3
 
 def audit_page(run: RunDirectory, show_completions: bool) -> str:
     """The page of a finished audit."""
-    rows = list(run.stored_records()) if show_completions else None
-    return render_audit(run.read_results(), run.facts(), rows)
+    results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
+    wanted = {frozenset[str](), *map(frozenset, _shown_groups(results))}
+    records = (record for record in run.stored_records() if "verdicts" in record and _heads(record) in wanted)
+    return render_audit(results, facts, list(records), show_completions)
 
 
-def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[Row] | None = None) -> str:
-    """The page; equal arguments give equal text. ``rows``: stored answers; None leaves them out."""
+def render_audit(
+    results: Results, manifest: Mapping[str, Any], rows: Sequence[Record] = (), show_texts: bool = False
+) -> str:
+    """The page; equal arguments give equal text. ``rows``: stored answers, with texts where those are to be shown."""
     # Files keep their keys sorted; scores that the page does not know come last.
     for field in ("scores", "sahara"):
         named = results[field]
@@ -78,15 +85,74 @@ def render_audit(results: Results, manifest: Mapping[str, Any], rows: Iterable[R
         "stability": results.get("stability"),
         "stable_heads": _stable_heads(results),
         "both_halves": _both_halves(results),
-        "completions": None,
+        "headline": headline(results),
+        "show_texts": show_texts,
+        **_answers(results, rows, show_texts),
     }
-    if rows is not None:
-        words = {frozenset[str](): "nothing ablated"}
-        if verdict["heads"]:
-            words[frozenset(verdict["heads"])] = f"{', '.join(verdict['heads'])} ablated"
-        content["completions"] = completions(rows, COMPLETION_SETS, words, results["lead_judge"])
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judges")}
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
+
+
+def headline(results: Results) -> str:
+    """The verdict for a reader who does not know the method: a number a clause; its own sentence where it has none."""
+    label, found, k = results["verdict"]["label"], results["verdict"]["numbers"], len(results["verdict"]["heads"])
+    n_heads = sum(value is not None for score in results["scores"].values() for of in score["values"] for value in of)
+    n_heads //= max(1, len(results["scores"]))
+    heads = f"{k} of {n_heads:,} heads"
+    openings = {
+        "concentrated": f"Refusals rest on {heads}",
+        "partly concentrated": f"Refusals rest in part on {heads}",
+        "not specific": f"Refusals rest on no heads in particular; those found are {heads}",
+        "none found": f"No heads were found that refusals rest on; the best are {heads}",
+        "breaks the model": f"Taking away {heads} breaks the model",
+        "cannot say: damage not bounded": f"Refusals may rest on {heads}, but the damage is not bounded",
+    }
+    if not k or label not in openings:
+        return str(results["verdict"]["sentence"])
+    random = f" (random heads: at most {found['most_random_undone']} of {found['n_refused']})"
+    answers = f"{found['n_undone']} of the {found['n_refused']} harmful prompts that it refused"
+    kept = f"{found['n_answered'] - found['n_broken']} of {found['n_answered']} harmless ones as before"
+    without = "it" if k == 1 else "them"
+    control = random if found["n_random"] else ""
+    return f"{openings[label]}: without {without} the model answers {answers}{control}, and {kept}."
+
+
+def _heads(record: Record) -> frozenset[str]:
+    return frozenset(filter(None, str(record["group"]).split(",")))
+
+
+def _shown_groups(results: Results) -> list[list[str]]:
+    """The verdict's group, and those of the same score by size."""
+    named = [list(results["verdict"]["heads"]), *(group["heads"] for group in lead_groups(results))]
+    return [heads for heads in named if heads]
+
+
+def _answers(results: Results, rows: Sequence[Record], show_texts: bool) -> dict[str, Any]:
+    """The answers unablated and under the groups of the verdict's score, side by side, by category and by prompt."""
+    by_place: dict[frozenset[str], dict[str, dict[Any, Record]]] = {}
+    for row in rows:
+        if row["set"] in ANSWERED_SETS:
+            of = by_place.setdefault(_heads(row), {}).setdefault(row["set"], {})
+            of.setdefault((row["id"], row.get("seed", 0)), row)
+    sets = {
+        heads: {name: [of[name][at] for at in sorted(of[name])] for name in ANSWERED_SETS if name in of}
+        for heads, of in by_place.items()
+    }
+    verdict, judge = results["verdict"], results["lead_judge"]
+    groups = {",".join(heads): sets[frozenset(heads)] for heads in _shown_groups(results) if frozenset(heads) in sets}
+    unablated, chosen = sets.get(frozenset(), {}), ",".join(verdict["heads"])
+    judges = [described["name"] for described in results.get("judges") or [{"name": judge}]]
+    texts_of = ("", *groups) if show_texts else ()
+    found: dict[str, Any] = {"answers": answers_data(unablated, groups, judges, texts_of), "chosen_group": chosen}
+    found |= {"by_category": [], "by_prompt": []}
+    before = unablated.get(ANSWERED_SETS[0], [])
+    # A group that was not asked all of them has nothing to compare.
+    harmful = {name: of.get(ANSWERED_SETS[0], []) for name, of in groups.items()}
+    harmful = {name: of for name, of in harmful.items() if [row["id"] for row in of] == [row["id"] for row in before]}
+    if chosen in harmful:
+        found["by_category"] = by_category(before, harmful[chosen], judge)
+        found["by_prompt"] = by_prompt(before, harmful, chosen, judge, show_texts)
+    return found
 
 
 def _label(results: Results, name: str) -> str:
@@ -205,7 +271,7 @@ def figures(results: Results) -> dict[str, Spec]:
             charts.heat(name, [number for number in values if number is not None], score["unit"], roots=True),
             (results["model"]["n_layers"], results["model"]["n_heads"]),
             _head_tooltip(results, name),
-            f"{score['label']} of every head, layer by head",
+            f"{score['label']} of every head, layer by head" + _highest(score),
             outlines={"group": {}},
         )
     return {name: figure for name, figure in found.items() if figure is not None}
@@ -254,10 +320,17 @@ def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequ
     return [row | {"answers": answers, "heads": ", ".join(names) or "none"}]
 
 
+def _highest(score: Mapping[str, Any]) -> str:
+    values = {f"{i}-{j}": value for i, of in enumerate(score["values"]) for j, value in enumerate(of)}
+    return charts.tops_in_words(values, f" {score['unit']}")
+
+
 def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
     """The head and its scores, that of the figure first."""
     scores = results["scores"]
-    titles = {name: f"{scores[name]['label']} ({scores[name]['unit']})" for name in (first, *scores)}
+    # The figure's own score, and beside it the verdict's: a tooltip is read at a glance.
+    told = dict.fromkeys((first, results["verdict"]["scorer"]))
+    titles = {name: f"{scores[name]['label']} ({scores[name]['unit']})" for name in told if name in scores}
     return [alt.Tooltip("head:N"), *(alt.Tooltip(f"{n}:Q", title=t, format=".6~g") for n, t in titles.items())]
 
 
@@ -327,7 +400,8 @@ def _long_tail(results: Results) -> Spec | None:
     named = points.transform_filter("datum.named")
     layers.append(named.mark_point(size=110, color="--ink", strokeWidth=1.5, opacity=1))
     text = named.mark_text(align="left", dx=10, dy=-6, **charts.NAME)
-    return charts.spec([*layers, text.encode(text="head:N")], (), 280, f"{scores[name]['label']} of all heads by rank")
+    told = f"{scores[name]['label']} of all heads by rank{_highest(scores[name])}"
+    return charts.spec([*layers, text.encode(text="head:N")], (), 280, told)
 
 
 def head_columns(results: Results) -> dict[str, Any]:

@@ -7,9 +7,12 @@ light or dark theme, and fits the panels of a figure to the width of the window.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
 import altair as alt
@@ -52,6 +55,11 @@ MOST_TILES_WITH_TEXT = 8
 """Columns up to which tiles hold their numbers."""
 MOST_LABELS = 32
 """Tiles across up to which all are labelled."""
+_PICTURE_WIDTH = 560
+_MOST_TOLD = 3
+"""Numbers that a figure's description names."""
+_NAMES = ("datasets", "domain", "sort", "values", "title", "description")
+"""Keys under which a text that looks like a colour's name is a name of something measured."""
 LEAST_WIDTH, MOST_WIDTH = 290, 780
 """Pixels that one of several panels has at least, unless the window has fewer, and lines, points and bars at most."""
 NAME: dict[str, Any] = {"color": "--ink", "fontSize": 12, "fontWeight": 600}
@@ -101,6 +109,47 @@ def drawing_library() -> str:
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     # Inside a script element these two would end or hide the rest of the page.
     return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+@cache
+def _light_colours() -> dict[str, str]:
+    style = (files("safetyheads") / "reports/templates/report.css").read_text(encoding="utf-8").partition("@media")[0]
+    return dict(re.findall(r"(--[\w-]+): ([^;]+);", style))
+
+
+def _coloured(value: Any) -> Any:
+    """The specification in the colours of the light theme, as the page's script puts them in."""
+    if isinstance(value, str):
+        return _light_colours().get(value, value)
+    if isinstance(value, list):
+        return [_coloured(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: inner if name in _NAMES else _coloured(inner) for name, inner in value.items()}
+    return value
+
+
+def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str, str]:
+    """Each figure as a PNG in a data address, for browsers that run no JavaScript: the light theme, as on paper."""
+    heads: list[dict[str, Any]] = []
+    for at in range(max(map(len, columns["scores"].values()), default=0)):
+        layer, index = divmod(at, columns["n_heads"])
+        row = {name: values[at] for name, values in columns["scores"].items()}
+        heads.append({"head": f"{layer}-{index}", "layer": layer, "index": index, **row})
+    by_name = {row["head"]: row for row in heads}
+    for rank, head in enumerate(columns["best_first"], 1):
+        by_name[head]["rank"] = rank
+    for mark, named in columns.items():
+        if isinstance(named, list) and mark != "best_first":
+            for head in named:
+                by_name[head][mark] = True
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    found = {}
+    for name, spec in specs.items():
+        drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
+        drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
+        png = vl_convert.vegalite_to_png(drawn, vl_version=version, scale=1.25)
+        found[name] = f"data:image/png;base64,{b64encode(png).decode()}"
+    return found
 
 
 # Axes, series, tooltips.
@@ -191,6 +240,24 @@ def series_look(names: Sequence[str], *channels: Literal["shape", "strokeDash", 
     return found
 
 
+def ends_in_words(rows: Iterable[Row], x: str) -> str:
+    """The first and the last number of each line, for readers who do not see it."""
+    ends: dict[str, list[Row]] = {}
+    for row in sorted((row for row in rows if not row.get("kind") and row.get("y") is not None), key=lambda r: r["x"]):
+        ends.setdefault(f"{row.get('panel') or ''} {row['series']}".strip(), []).append(row)
+    told = [
+        f"{name} {of[0]['y']:.2g} at {of[0]['x']:g}, {of[-1]['y']:.2g} at {of[-1]['x']:g}"
+        for name, of in list(ends.items())[:_MOST_TOLD]
+    ]
+    return f" ({x}): {'; '.join(told)}" if told else ""
+
+
+def tops_in_words(named: Mapping[str, float | None], unit: str = "") -> str:
+    """The highest numbers with their names, for readers who do not see the figure."""
+    best = sorted(((value, name) for name, value in named.items() if value is not None), key=lambda pair: -pair[0])
+    return ": " + ", ".join(f"{name} {value:.3g}{unit}" for value, name in best[:_MOST_TOLD]) if best else ""
+
+
 def series_of(rows: Iterable[Row]) -> list[str]:
     """The names of the series, in order of appearance."""
     return list(dict.fromkeys(row["series"] for row in rows))
@@ -276,7 +343,7 @@ def lines(
     if points:
         marks = single.transform_filter("isValid(datum.y)").mark_point(filled=True, size=62, opacity=1, **off)
         layers.append(marks.encode(y=up, shape=look["shape"], tooltip=tooltips))
-    return spec(layers, rows, height, description, most=MOST_WIDTH)
+    return spec(layers, rows, height, description + ends_in_words(rows, x), most=MOST_WIDTH)
 
 
 def scatter(
@@ -311,7 +378,8 @@ def scatter(
     if named:
         text = base.transform_filter("datum.named").mark_text(dy=-13, **NAME)
         layers.append(text.encode(y=up, text="label:N"))
-    return spec(layers, rows, 300, description, most=MOST_WIDTH)
+    told = tops_in_words({str(row.get("label") or row["series"]): row.get("y") for row in rows})
+    return spec(layers, rows, 300, description + told, most=MOST_WIDTH)
 
 
 def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool = True) -> Spec:
@@ -350,7 +418,8 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
         panels.setdefault(row.get("panel"), set()).add(row["name"])
     apart = {"y": "independent"} if len(set(map(frozenset, panels.values()))) > 1 else None
     height = band * (len(labels) if apart is None else max(map(len, panels.values())))
-    return spec(layers, rows, max(90, height), description, most=MOST_WIDTH, independent=apart)
+    told = tops_in_words({f"{row['x']} {row['series']}".strip(): row.get("y") for row in rows})
+    return spec(layers, rows, max(90, height), description + told, most=MOST_WIDTH, independent=apart)
 
 
 def forest(rows: Sequence[Row], x: str, description: str) -> Spec:
@@ -377,7 +446,8 @@ def forest(rows: Sequence[Row], x: str, description: str) -> Spec:
         base.mark_point(filled=True, size=70, opacity=1, color="--kept").encode(x=along, tooltip=tooltip(rows, titles)),
         limits.encode(x=alt.X("limit:Q", **measured)),
     ]
-    return spec(layers, rows, max(90, 30 * len(rows)), description, most=MOST_WIDTH)
+    told = ": " + "; ".join(f"{row['label']} {row['x']:+.2g} [{row['low']:+.2g}, {row['high']:+.2g}]" for row in rows)
+    return spec(layers, rows, max(90, 30 * len(rows)), description + told, most=MOST_WIDTH)
 
 
 # Numbers as colours.
@@ -431,7 +501,7 @@ def head_map(
     layers and heads in each; ``outlines`` says of each field how the heads where it is true are framed.
     """
     n_layers, n_heads = shape
-    cell = max(9, min(40, 340 // n_layers))
+    cell = max(6, min(34, 460 // max(n_layers, n_heads)))
     mark: dict[str, Any] = {"aria": False} | ({"cursor": "pointer"} if clickable else {})
     sides: dict[str, Any] = {}
     for title, count in (("head", n_heads), ("layer", n_layers)):
@@ -449,7 +519,11 @@ def head_map(
         diamond: dict[str, Any] = {"shape": "diamond", "filled": True, "size": 4 * cell, "color": "--ink", "opacity": 1}
         diamond |= {"stroke": "--paper", "strokeWidth": 1, **mark}
         layers.append(base.transform_filter("datum.planted").mark_point(**diamond))
-    return spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
+    drawn = spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
+    if "facet" not in drawn:
+        # The page's script makes tiles smaller where there is less room, and keeps them square.
+        drawn["width"], drawn["usermeta"]["square"] = cell * n_heads, [n_layers, n_heads, cell]
+    return drawn
 
 
 def tiles(

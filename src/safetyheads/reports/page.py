@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from safetyheads.reports.charts import Spec, drawing_library
+from safetyheads.reports.answers import MAX_NAMED, MAX_PROMPTS
+from safetyheads.reports.charts import Spec, drawing_library, pictures
+from safetyheads.runs.directory import RunDirectory
 
 Facts: TypeAlias = Mapping[str, Any]
 
-MAX_COMPLETION_BYTES = 2_500_000
-"""Room for completions in a page, so that it stays under 5 MB; the rest is counted."""
-_BYTES_AROUND_A_COMPLETION = 200
 NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [], "planted": [], "named": []}
 """For pages without a chart of all heads."""
+
+
+GLOSSARY = {
+    "ablate": "To take away what a head adds to the model, without training anything: the rest runs on as it is.",
+    "ASR": "Attack success rate: the share of harmful prompts whose answer the judge takes as complying.",
+    "benign": "Harmless prompts, which a sound model answers: they show what else an ablation breaks.",
+    "coherent": "Written in whole words that go on to say something: not empty, looping or garbled.",
+    "Generalized Ships": "How far ablating a head turns the space of the hidden states of all prompts, in degrees.",
+    "head": "One of the parts that each layer reads the text with; 2-26 is head 26 of layer 2, both from 0.",
+    "held-out": "Prompts that took no part in finding the heads, so that the numbers are not too good by choice.",
+    "interval": "A 95 % interval: other prompts of the same kind would give numbers in about this range.",
+    "KL": "How far two predictions of the next token differ, in nats: 0 is the same.",
+    "random groups": "As many heads, drawn at random: what a group does beyond them is its own.",
+    "refusal score": "How much ablating a head makes the words less likely that the model's refusals begin with.",
+    "Sahara": "The search for a group: step by step it adds the head that raises the whole group's score most.",
+    "Ships": "How far ablating a head moves the prediction of the first word of the answer, in nats.",
+    "Tarone": "A correction for testing many heads at once: chance alone would otherwise find some.",
+}
+"""Term -> what it means to a reader who does not know the paper; a page explains them where they stand."""
+_HEADING = re.compile(r'<h2 id="([\w-]+)">(.*?)</h2>')
+
+
+def contents(body: str) -> list[tuple[str, Markup]]:
+    """Anchor and words of each section of a page."""
+    return [(anchor, Markup(Markup(words).striptags())) for anchor, words in _HEADING.findall(body)]
 
 
 # Numbers.
@@ -183,27 +210,73 @@ def random_cell(random: Facts | None) -> Cell:
     return Cell(two(random["mean"]), found, drawn, p)
 
 
+LABEL_TONES = defaultdict(str, complied="yes", refused="less")
+"""Class of the words for a label of an answer to a harmful prompt."""
 REMEMBERED = {"economy": "tokens and answers", "plan": "plans of batches", "tolerance": "tolerances"}
 """What a run remembers beside its settings, by the beginning of the name: a long run has hundreds."""
 
 
 def provenance(measured: Facts, manifest: Facts) -> dict[str, Any]:
-    """What was measured, the rest of the config, and what the run remembered, gathered by its kind."""
+    """What a reader asks first, then all that was measured and set, and what the run remembered, by its kind."""
     weights, found = {}, dict[str, dict[str, Any]]()
     for name, value in manifest.items():
         kind, _, rest = name.partition("_")
         if kind == "weights":
             weights[rest] = value
-        elif name != "config":
+        elif name not in ("config", "command"):
             found.setdefault(REMEMBERED.get(kind, "other facts"), {})[rest or name] = value
     # Hashes of weights stand with the settings: both say what the numbers are of.
     config = {name: value for name, value in manifest["config"].items() if measured.get(name, ...) != value}
     config |= {"weights sha256": weights} if weights else {}
     return {
+        "about": list(_about(measured, {**manifest["config"], **config})),
+        "command": manifest.get("command", ""),
         "measured": list(facts(measured)),
         "config_facts": list(facts(config)),
         "remembered": [(kind, json.dumps(value, indent=1, sort_keys=True)) for kind, value in sorted(found.items())],
     }
+
+
+def _about(measured: Facts, config: Facts) -> Iterator[tuple[str, str]]:
+    """What the numbers are of, a line a question; what a run does not say is left out."""
+    model, data, sampling = (measured.get(name) or {} for name in ("model", "data", "sampling"))
+    if model:
+        size = f"{model['n_layers']} layers × {model['n_heads']} heads, {model['n_parameters']:,} parameters"
+        yield "Model", f"{model['name']} ({model['family']}, {size})"
+    if weights := config.get("weights_sha256", config.get("weights sha256")):
+        first = next(iter(weights.values()), "") if isinstance(weights, dict) else weights
+        yield "Weights", f"sha256 {str(first)[:16]}…"
+    for kind in ("harmful", "benign"):
+        if prompts := data.get(kind):
+            counts = {"": "n", " to search on": "n_search", " to test on": "n_test"}
+            told = ", ".join(f"{prompts[field]}{use}" for use, field in counts.items() if field in prompts)
+            yield f"{kind.capitalize()} prompts", f"{prompts['name']}: {told}; sha256 {prompts['sha256'][:16]}…"
+    if "template" in data:
+        yield "Template", data["template"]
+    if ablation := measured.get("ablation"):
+        yield "Ablation", f"{ablation['label']}, ε = {number(ablation.get('epsilon'))}"
+    if sampling:
+        yield "Decoding", f"{sampling['name']}, up to {sampling['max_new_tokens']} tokens"
+    if judges := measured.get("judges"):
+        yield "Judges", ", ".join(judge["name"] for judge in judges)
+    plain = {"seed": "Seed", "dtype": "Number format", "device": "Device"}
+    yield from ((words, str(config[name])) for name, words in plain.items() if name in config)
+    if versions := config.get("versions"):
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def command_of(run: RunDirectory) -> str:
+    """The command that first started the run, to be copied; empty where it was started from Python.
+
+    Without its ``--out``: the same settings in another directory are the same run.
+    """
+    starts = run.read_starts()
+    told = starts[0].get("command") if starts else None
+    if not isinstance(told, list) or not told or Path(told[0]).name not in ("safetyheads", "app.py", "__main__.py"):
+        return ""
+    words = [str(word) for word in told[1:]]
+    kept = [word for at, word in enumerate(words) if word != "--out" and (at == 0 or words[at - 1] != "--out")]
+    return shlex.join(["safetyheads", *(word for word in kept if not word.startswith("--out="))])
 
 
 def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
@@ -232,42 +305,6 @@ def prompt_notes(data: Facts) -> list[str]:
     return list(dict.fromkeys(note for part in parts for note in part.get("notes", ())))
 
 
-def completions(
-    rows: Iterable[Facts],
-    sets: Iterable[str],
-    groups: Mapping[frozenset[str], str],
-    lead_judge: str,
-    room: int = MAX_COMPLETION_BYTES,
-) -> dict[str, Any]:
-    """What the model wrote, set by set and group by group, as far as there is room, and how many found none.
-
-    ``groups``: heads that were ablated together -> how a title names them; ``room``: bytes.
-    """
-    found: dict[tuple[str, frozenset[str]], list[Facts]] = {}
-    for row in rows:
-        if "text" in row:
-            group = frozenset(filter(None, str(row.get("group") or "").split(",")))
-            found.setdefault((row["set"], group), []).append(row)
-    shown, left_out = list[dict[str, Any]](), 0
-    for name in sets:
-        for group, words in groups.items():
-            texts = []
-            for row in sorted(found.get((name, group), ()), key=lambda row: (row["id"], row.get("seed") or 0)):
-                said = ", ".join(f"{judge}: {verdict['label']}" for judge, verdict in row["verdicts"].items())
-                cut = "" if row.get("complete", True) else "; cut where every judge was final"
-                said = f"prompt {row['id']}, {said}: {row['verdicts'][lead_judge]['reason']}{cut}"
-                text = {"query": row["query"], "text": row["text"], "said": said}
-                room -= _BYTES_AROUND_A_COMPLETION + sum(len(escape(part).encode()) for part in text.values())
-                if room < 0:
-                    left_out += 1
-                else:
-                    texts.append(text)
-            if texts:
-                title = f"{sentence_case(name.replace('_', ' '))} prompts, {words}"
-                shown.append({"title": title, "rows": texts})
-    return {"sets": shown, "left_out": left_out}
-
-
 @cache
 def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
@@ -279,6 +316,8 @@ def _environment() -> Environment:
         environment.globals[cell.__name__] = cell
     for rows in (rejudged_rows, validation_rows, corrected_rows, prompt_notes):
         environment.globals[rows.__name__] = rows
+    environment.globals |= {"GLOSSARY": GLOSSARY, "contents": contents, "TONES": LABEL_TONES}
+    environment.globals |= {"MAX_PROMPTS": MAX_PROMPTS, "MAX_NAMED": MAX_NAMED}
     environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"
     environment.filters["sentence"] = _sentence
     environment.filters["thousands"] = lambda count: f"{count:,}"
@@ -300,13 +339,14 @@ def render(
     figure by the name of its place; ``head_columns`` what the figures know of all heads, a column a fact.
     """
     folder = files("safetyheads") / "reports/templates"
-    scripts = {"css": "report.css", "javascript": "report.js", "drill_javascript": "drill.js"}
+    scripts = {"css": "report.css", "javascript": "report.js", "answers_javascript": "answers.js"}
     assets = {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in scripts.items()}
     # A page without figures has no use for the drawing library.
     assets["bundle"] = Markup(drawing_library() if charts else "")
     # The browser runs these texts and no other, should one get onto the page after all.
-    digests = (sha256(assets[name].encode()).digest() for name in ("bundle", "javascript", "drill_javascript"))
+    digests = (sha256(assets[name].encode()).digest() for name in ("bundle", "javascript", "answers_javascript"))
     assets["own_scripts"] = Markup(" ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests))
     page = {**content, **assets, "charts": charts or {}, "head_columns": head_columns}
+    page["pictures"] = pictures(charts or {}, head_columns)
     page |= provenance(measured, manifest) if manifest else {}
     return _environment().get_template(template).render(page) + "\n"

@@ -11,9 +11,10 @@ import altair as alt
 
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
+from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, answers_data, by_category, by_prompt
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
-from safetyheads.reports.page import MAX_COMPLETION_BYTES, completions, rate_words, render, two, under_headings
+from safetyheads.reports.page import command_of, rate_words, render, two, under_headings
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers, answer_table, with_later_verdicts
 from safetyheads.runs.stored_files import Record
@@ -28,8 +29,6 @@ MAX_NAMED = 8
 """Heads that differ and are named in figures."""
 MAX_REASONS = 40
 """Reasons that are listed for each judge, most frequent first; a judge model's may be as many as its answers."""
-MAX_DRILL_BYTES = 900_000
-"""Room for the answers of the drill-down; heads that find none are counted."""
 MAX_PAGE_BYTES = 4_700_000
 """What the parts of the page that grow may take together, so that it stays under 5 MB."""
 _BYTES_OF_A_HEAD = 1200
@@ -57,16 +56,16 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
     results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
     rows = list(judged_rows(run, [judge["name"] for judge in results["judges"]], with_texts))
-    return render_scan(results, run.facts(), rows, show_completions)
+    return render_scan(results, run.facts() | {"command": command_of(run)}, rows, show_completions)
 
 
 def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> str:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
     table, differ = answer_table(rows, results["lead_judge"]), differing(results)
     benign = results["vanilla"].get("benign")
-    judges, epsilon = [judge["name"] for judge in results["judges"]], results["ablation"]["epsilon"]
+    judges = [judge["name"] for judge in results["judges"]]
     figures, columns = _figures(results), head_columns(results)
-    drill, planted = drill_data(results, table, judges), results.get("planted_heads") or []
+    planted, strongest = results.get("planted_heads") or [], _strongest(results)
     badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the ASR"
     if not differ:
         has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
@@ -96,16 +95,15 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
         "followed": _followed(results),
         "judged": judged,
         "reasons": reasons,
-        "drill": drill,
-        "completions": None,
+        "show_texts": show_texts,
+        "chosen_group": strongest["head"] if strongest else "",
+        **_by_prompt(results, table, show_texts),
     }
-    if show_texts:
-        # A map of 16,128 heads and its answers leave less room than a small one.
-        spent = len(json.dumps([figures, columns, drill])) + len(charts.drawing_library())
-        room = max(0, min(MAX_COMPLETION_BYTES, MAX_PAGE_BYTES - spent - _BYTES_OF_A_HEAD * len(listed)))
-        wanted = [row for row in rows if (row["part"], row["epsilon"]) in (("vanilla", None), ("heads", epsilon))]
-        groups = {frozenset([head] if head else []): _ablated(head) for head in heads_of_interest(results)}
-        content["completions"] = completions(wanted, SETS, groups, judges[0], room)
+    # A map of 16,128 heads and its answers leave less room than a small one.
+    spent = len(json.dumps([figures, columns])) + len(charts.drawing_library()) + MAX_STATE_BYTES
+    room = max(0, min(MAX_TEXT_BYTES, MAX_PAGE_BYTES - spent - _BYTES_OF_A_HEAD * len(listed)))
+    texts_of = heads_of_interest(results) if show_texts else ()
+    content["answers"] = drill_data(results, table, judges, texts_of, text_room=room)
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "settings", "judges")}
     measured |= {"tests": {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}}
     return render("scan.html.j2", content, measured, manifest, figures, columns)
@@ -237,65 +235,40 @@ def _judge_tables(
 
 
 def drill_data(
-    results: Results, table: AnswerTable, judges: Sequence[str], room: int = MAX_DRILL_BYTES
+    results: Results,
+    table: AnswerTable,
+    judges: Sequence[str],
+    texts_of: Collection[str] = (),
+    room: int = MAX_STATE_BYTES,
+    text_room: int = MAX_TEXT_BYTES,
 ) -> dict[str, Any] | None:
-    """The answers under each head for the page's script; None where the run holds no answers.
-
-    Heads of interest come first, then those of highest ASR, as many as ``room`` has bytes for. A state is what an
-    answer is beside its place: label and reason of each judge, changed, complete. Each distinct state stands there
-    once and is meant by its number; of a head only the answers are written whose state is not that of the unablated.
-    """
-    unablated = [answers for name in SETS for answers in table["vanilla", name, None].values()]
-    if not unablated:
-        return None
-    judges = [judge for judge in judges if all(_judged_by(answers, judge) for answers in unablated)]
+    """The answers under each head for the page's script (:func:`.answers_data`), heads of interest first."""
     heads = list(dict.fromkeys([*heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))]))
-    states: dict[tuple[int, ...], int] = {}
-    reasons: dict[str, int] = {}
 
-    def state(row: Record) -> int:
-        found: list[int] = []
-        for judge in judges:
-            verdict = row["verdicts"][judge]
-            found += [LABELS.index(verdict["label"]), reasons.setdefault(verdict["reason"], len(reasons))]
-        return states.setdefault((*found, int(row["changed"]), int(row["complete"])), len(states))
+    def sets_of(head: str) -> dict[str, list[Record]]:
+        found = {name: _answers(table, name, head, results["ablation"]["epsilon"]) for name in SETS}
+        return {name: answers.flat() for name, answers in found.items() if answers is not None}
 
-    def answers_of(name: str, head: str) -> list[Record]:
-        answers = _answers(table, name, head, results["ablation"]["epsilon"])
-        return [] if answers is None else answers.flat()
+    ablated = {head: sets_of(head) for head in heads if head}
+    return answers_data(sets_of(""), ablated, judges, texts_of, room, text_room)
 
-    vanilla = {name: rows for name in SETS if (rows := answers_of(name, ""))}
-    places = {name: [[row["id"], row["seed"]] for row in rows] for name, rows in vanilla.items()}
-    base = {name: list(map(state, rows)) for name, rows in vanilla.items()}
-    other: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
-    shown, used = list[str](), 0
-    for head in heads:
-        differ = {}
-        for name in places:
-            rows = answers_of(name, head)
-            # A broken file may have taken some of a head's answers: without its place one would be another's.
-            if [[row["id"], row["seed"]] for row in rows] == places[name]:
-                numbers = enumerate(map(state, rows))
-                differ[name] = [[at, number] for at, number in numbers if number != base[name][at]]
-        used += sum(20 + 9 * len(pairs) for pairs in differ.values())
-        size = used + sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
-        if size > room and shown:
-            break
-        for name, pairs in differ.items():
-            other[name][head] = pairs
-        shown += [head] if differ else []
-    return {
-        "judges": judges,
-        "labels": list(LABELS),
-        "reasons": list(reasons),
-        "states": [list(state) for state in states],
-        "heads": shown,
-        "n_left_out": len(heads) - len(shown),
-        "sets": list(places),
-        "places": places,
-        "unablated": base,
-        "others": other,
-    }
+
+def _by_prompt(results: Results, table: AnswerTable, show_texts: bool) -> dict[str, Any]:
+    """Rates of the strongest head by category, and what every head does to each prompt; nothing with many seeds."""
+    strongest, found = _strongest(results), {"by_category": list[Look](), "by_prompt": list[Look]()}
+    before = _answers(table, "harmful", "", 0)
+    if strongest is None or before is None or results["statistics"]["n_seeds"] > 1:
+        return found
+    places, ablated = [row["id"] for row in before.flat()], dict[str, list[Record]]()
+    for head in by_asr(results["heads"]):
+        answers = _answers(table, "harmful", head["head"], results["ablation"]["epsilon"])
+        if answers is not None and [row["id"] for row in answers.flat()] == places:
+            ablated[head["head"]] = answers.flat()
+    name, judge = strongest["head"], results["lead_judge"]
+    if name in ablated:
+        found["by_category"] = by_category(before.flat(), ablated[name], judge)
+        found["by_prompt"] = by_prompt(before.flat(), ablated, name, judge, show_texts)
+    return found
 
 
 # Figures.
@@ -318,7 +291,8 @@ def _figures(results: Results) -> dict[str, Spec]:
             charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
             (results["model"]["n_layers"], n_heads),
             _head_tooltip(results),
-            "ASR of every head ablated alone, layer by head",
+            "ASR of every head ablated alone, layer by head"
+            + charts.tops_in_words({head["head"]: head["asr"]["rate"] for head in results["heads"]}),
             outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "differs": {"strokeWidth": 2.5}},
             clickable=True,
         ),
@@ -341,15 +315,10 @@ def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Toolti
         "low": (f"95 % from ({results['statistics']['interval']})", ".3f"),
         "high": ("95 % to", ".3f"),
         "change": ("change of ASR", "+.3f"),
-        "shrunken": ("ASR, shrunken", ".2~f"),
         "p_tarone": ("p after Tarone", ".2~g"),
-        "p_holm": ("p after Holm", ".2~g"),
-        "p_bh": ("p after Benjamini-Hochberg", ".2~g"),
     }
     if any(head["benign"] for head in results["heads"]):
         facts["lost"] = ("benign answers lost, share", ".3f")
-        facts["changed"] = ("benign answers changed, share", ".3f")
-        facts["kl"] = ("KL on benign prompts, nats", ".3~g")
     told = [
         alt.Tooltip(f"{field}:Q", title=title, format=form) if form else alt.Tooltip(f"{field}:N", title=title)
         for field, (title, form) in facts.items()
@@ -468,14 +437,12 @@ def head_columns(results: Results) -> dict[str, Any]:
     heads, model, alpha = results["heads"], results["model"], results["statistics"]["alpha"]
     has_benign, facts = any(head["benign"] for head in heads), dict[str, Look]()
     for head in heads:
-        benign, change = head["benign"] or {}, head["change"]
+        change = head["change"]
         low, high = head["asr"]["interval"] or (None, None)
         numbers = {"asr": head["asr"]["rate"], "low": low, "high": high}
-        numbers |= {name: change[name] for name in ("change", "p_tarone", "p_holm", "p_bh")}
-        numbers["shrunken"] = (head.get("shrunken") or {}).get("rate")
+        numbers |= {name: change[name] for name in ("change", "p_tarone")}
         if has_benign:
-            numbers |= {"lost": benign_lost(head), "changed": (benign.get("changed") or {}).get("rate")}
-            numbers |= {"kl": (benign.get("kl") or {}).get("mean")}
+            numbers["lost"] = benign_lost(head)
         known = {"answers": f"{head['asr']['count']} of {head['asr']['n']}", "role": head["role"]}
         facts[head["head"]] = {name: charts.rounded(value, 4) for name, value in numbers.items()} | known
     # A layer without attention has no heads.

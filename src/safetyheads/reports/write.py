@@ -6,17 +6,23 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetyheads.errors import InputError
 from safetyheads.files import write_atomically
 from safetyheads.reports import charts
 from safetyheads.reports.audit import audit_page, rate_rows
+from safetyheads.reports.evaluation import evaluation_page
 from safetyheads.reports.page import render
 from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.reports.scan import scan_page
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
-PAGES: dict[str, Callable[[RunDirectory, bool], str]] = {"audit": audit_page, "scan": scan_page}
+PAGES: dict[str, Callable[[RunDirectory, bool], str]] = {
+    "audit": audit_page,
+    "scan": scan_page,
+    "eval": evaluation_page,
+}
 """Kind of results -> what makes the page of such a run, with its completions or without: to add a page, write such a
 function, which hands a template of its own to :func:`safetyheads.reports.page.render`, and enter it here."""
 VANILLA, GROUP, CONCENTRATION = "ASR, nothing ablated", "ASR, verdict’s group ablated", "concentration"
@@ -45,7 +51,7 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     if version != SCHEMA_VERSION or kind not in (*PAGES, "reproduction"):
         raise InputError(
             f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit, a scan or a reproduction of schema {SCHEMA_VERSION}"
+            f"a report needs an audit, a scan, an evaluation or a reproduction of schema {SCHEMA_VERSION}"
         )
     if kind != "reproduction":
         return run.write_report(PAGES[kind](run, show_completions))
@@ -73,7 +79,11 @@ def write_history(history: Mapping[str, Any]) -> Path:
     rows.sort(key=lambda row: (VANILLA, GROUP, CONCENTRATION).index(row["series"]))
     described = "Attack success and concentration of each run, oldest first"
     drawn = charts.lines(rows, "run, oldest first", "share of prompts; concentration", described, height=320)
-    content = {"history": history, "name": Path(history["folder"]).resolve().name}
-    path = Path(history["folder"]) / "history.html"
+    folder = Path(history["folder"])
+    # A run that is the folder itself has the folder's name.
+    places = {entry["name"]: f"{entry['name']}/report/index.html" for entry in history["runs"]}
+    pages = {name: quote(place) for name, place in places.items() if (folder / place).is_file()}
+    content = {"history": history, "name": folder.resolve().name, "pages": pages}
+    path = folder / "history.html"
     write_atomically(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}).encode())
     return path

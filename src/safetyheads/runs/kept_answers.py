@@ -98,6 +98,7 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
         **({} if judged.surprise is None else {"surprise": judged.surprise}),
         # Of the prompt: rates are made of records alone.
         **({} if judged.prompt.cluster is None else {"cluster": judged.prompt.cluster}),
+        **({} if judged.prompt.category is None else {"category": judged.prompt.category}),
         # Stored only where they are true, which is rare.
         **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
     }

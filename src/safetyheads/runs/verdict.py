@@ -74,6 +74,8 @@ class Evidence:
     """Share of the refusals that the random groups undo on average."""
     matched: str = "layers"
     """Where the random groups' heads lie: ``layers`` (the group's own), ``neighbouring layers`` or ``all layers``."""
+    most_random_undone: int = 0
+    """Refusals that the best of the random groups undoes."""
     repeatability: float | None = None
     """How alike the groups are that resamples of the search half lead to."""
     clustered_p: float | None = None
@@ -155,6 +157,7 @@ def evidence_of(
     rates = [np.nanmean(other) for other in others.values()]
     own = np.nanmean(after) if not np.isnan(after).all() else 0.0
     undone = [np.mean(other[refused] == 1) for other in others.values()] if refused.any() else []
+    most_undone = max((int((other[refused] == 1).sum()) for other in others.values()), default=0)
     clustered: dict[str, Any] = {}
     if harmful[0].clusters is not None:
         clusters = np.array(harmful[0].clusters)
@@ -180,6 +183,7 @@ def evidence_of(
         n_as_good=int(sum(rate >= own for rate in rates)),
         random_undone=float(np.mean(undone)) if undone else 0.0,
         matched=matched,
+        most_random_undone=most_undone,
         repeatability=repeatability,
         **clustered,
     )

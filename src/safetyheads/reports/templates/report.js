@@ -66,7 +66,7 @@
     const { datasets, ...look } = spec;
     const columnsOfLegend = Math.max(1, Math.floor((width - 20) / (34 + 7 * longestName(look))));
     return {
-      background: "transparent", font, view: { stroke: null }, padding: 2,
+      background: colour("--paper"), font, view: { stroke: null }, padding: 2,
       axis: {
         ...text, ...soft, gridColor: colour("--grid"), domainColor: colour("--line"), tickColor: colour("--line"),
         titlePadding: 8, labelPadding: 5,
@@ -83,7 +83,7 @@
   };
 
   const draw = async (place, spec) => {
-    const { panels, least, most } = spec.usermeta;
+    const { panels, least, most, square } = spec.usermeta;
     // A figure by itself may be narrower than its place; panels share it.
     place.style.maxWidth = panels < 2 && most ? `${most}px` : "";
     const width = place.clientWidth;
@@ -94,7 +94,13 @@
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
-    wrapTitles((full.spec ?? full).layer, width / across);
+    if (square) {
+      // Tiles stay square: as large as the figure wants them, or as there is room for.
+      const [layers, index, largest] = square;
+      const cell = Math.max(3, Math.min(largest, Math.floor((width - 64) / index)));
+      Object.assign(full, { width: cell * index, height: cell * layers });
+    }
+    wrapTitles((full.spec ?? full).layer, square ? Math.max(full.width, 240) : width / across);
     try {
       const result = await window.vegaEmbed(place, full, options);
       if (panels > 1) {
@@ -117,11 +123,61 @@
   const drawAll = async () => {
     drawn.forEach((result) => result && result.finalize());
     drawn = [];
-    for (const place of document.querySelectorAll("[data-chart]")) {
+    for (const place of places) {
       drawn.push(await draw(place, specs[place.dataset.chart]));
     }
     document.documentElement.dataset.drawn = `${dark.matches ? "dark" : "light"} ${window.innerWidth}`;
   };
+
+  const save = (name, blob) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const bar = (place, actions) => {
+    const line = document.createElement("p");
+    line.className = "save";
+    for (const [words, label, action] of actions) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = words;
+      button.setAttribute("aria-label", label);
+      button.addEventListener("click", action);
+      line.append(button);
+    }
+    place.after(line);
+  };
+  const places = [...document.querySelectorAll("[data-chart]")];
+  places.forEach((place, position) => {
+    const name = place.dataset.chart;
+    bar(place, [
+      ["SVG", `Save ${name} as SVG`, async () => save(`${name}.svg`, new Blob([await drawn[position].view.toSVG()], { type: "image/svg+xml" }))],
+      ["PNG", `Save ${name} as PNG`, async () => (await drawn[position].view.toCanvas(2)).toBlob((blob) => save(`${name}.png`, blob))],
+    ]);
+  });
+  // A text that a spreadsheet would take for a formula is kept a text.
+  const csvCell = (cell) => {
+    const parts = [...cell.childNodes].map((node) => node.textContent.trim()).filter(Boolean);
+    const text = parts.join(" ").replace(/\s+/g, " ").replaceAll("−", "-");
+    return `"${(/^[=@]|^[+-](?![\d.])/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
+  };
+  for (const frame of document.querySelectorAll(".scroll")) {
+    const name = frame.getAttribute("aria-labelledby") || "table";
+    bar(frame, [["CSV", `Save the table as CSV`, () => {
+      const rows = [...frame.querySelectorAll("tr")].map((row) => [...row.cells].map(csvCell).join(","));
+      save(`${name}.csv`, new Blob([`${rows.join("\r\n")}\r\n`], { type: "text/csv" }));
+    }]]);
+  }
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.addEventListener("click", async () => {
+      const text = document.getElementById(button.dataset.copy);
+      getSelection().selectAllChildren(text);
+      try { await navigator.clipboard.writeText(text.textContent); } catch { document.execCommand("copy"); }
+      button.textContent = "Copied";
+    });
+  }
 
   let width = window.innerWidth;
   let waiting = 0;

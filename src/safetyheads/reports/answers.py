@@ -1,0 +1,147 @@
+"""Answers side by side: what a page's script shows of them, and their rates by category and by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from jinja2.utils import htmlsafe_json_dumps
+
+from safetyheads.judges.base import LABELS
+from safetyheads.runs.stored_files import Record
+from safetyheads.stats.intervals import Rate
+
+Sets: TypeAlias = Mapping[str, Sequence[Record]]
+"""Set of prompts -> one answer to each of them, in one order."""
+
+MAX_STATE_BYTES = 900_000
+"""Room for verdicts; groups that find none are counted."""
+MAX_TEXT_BYTES = 2_500_000
+"""Room for prompts and answers, so that a page stays under 5 MB; the rest is counted."""
+MAX_PROMPTS, MAX_NAMED = 500, 3
+"""Prompts that a table lists, and groups that it names for each."""
+
+
+def answers_data(
+    unablated: Sets,
+    ablated: Mapping[str, Sets],
+    judges: Sequence[str],
+    texts_of: Collection[str] = (),
+    room: int = MAX_STATE_BYTES,
+    text_room: int = MAX_TEXT_BYTES,
+) -> dict[str, Any] | None:
+    """The answers under each group for the page's script; None where the run holds no answers.
+
+    ``ablated``: a group -> its answers, those of most interest first, as many as ``room`` has bytes for. A state is
+    what an answer is beside its place: label and reason of each judge, changed, complete. Each distinct state stands
+    there once and is meant by its number; of a group only the answers are written whose state is not that of the
+    unablated. ``texts_of``: groups whose texts go into the page, the unablated model being the empty one.
+    """
+    unablated = {name: rows for name, rows in unablated.items() if rows}
+    if not unablated:
+        return None
+    rows_of = [row for rows in unablated.values() for row in rows]
+    judges = [judge for judge in judges if all(judge in row["verdicts"] for row in rows_of)]
+    states, reasons = dict[tuple[int, ...], int](), dict[str, int]()
+
+    def state(row: Record) -> int:
+        found: list[int] = []
+        for judge in judges:
+            verdict = row["verdicts"][judge]
+            found += [LABELS.index(verdict["label"]), reasons.setdefault(verdict["reason"], len(reasons))]
+        return states.setdefault((*found, int(row.get("changed", False)), int(row.get("complete", True))), len(states))
+
+    places = {name: [[row["id"], row.get("seed", 0)] for row in rows] for name, rows in unablated.items()}
+    base = {name: list(map(state, rows)) for name, rows in unablated.items()}
+    others: dict[str, dict[str, list[list[int]]]] = {name: {} for name in places}
+    shown, used, n_left_out = list[str](), 0, 0
+    groups = {"": unablated, **ablated}
+    for group, sets in groups.items():
+        differ = {}
+        for name in places:
+            rows = sets.get(name, ())
+            # A broken file may have taken some of a group's answers: without its place one would be another's.
+            if [[row["id"], row.get("seed", 0)] for row in rows] == places[name]:
+                numbers = enumerate(map(state, rows))
+                differ[name] = [[at, number] for at, number in numbers if number != base[name][at]]
+        used += sum(20 + 9 * len(pairs) for pairs in differ.values())
+        size = used + sum(len(reason) + 4 for reason in reasons) + len(states) * (6 * len(judges) + 6)
+        if size > room and shown:
+            n_left_out = len(groups) - len(shown)
+            break
+        for name, pairs in differ.items():
+            others[name][group] = pairs
+        shown += [group] if differ else []
+    found = {"judges": judges, "labels": list(LABELS), "reasons": list(reasons), "states": [*map(list, states)]}
+    found |= {"groups": shown, "n_left_out": n_left_out, "sets": list(places), "places": places}
+    found |= {"unablated": base, "others": others}
+    found["categories"] = {name: [row.get("category") for row in rows] for name, rows in unablated.items()}
+    if texts_of:
+        found |= _texts(unablated, {group: groups[group] for group in shown if group in texts_of}, text_room)
+    return found
+
+
+def _texts(unablated: Sets, groups: Mapping[str, Sets], room: int) -> dict[str, Any]:
+    """Prompts and texts by group, set and place, those of the first groups first, and how many have no room.
+
+    An answer that is the unablated one again is not written.
+    """
+    queries: dict[str, dict[int, str]] = {name: {} for name in unablated}
+    texts: dict[str, dict[str, dict[int, str]]] = {}
+    n_left_out = 0
+
+    def fits(text: str) -> bool:
+        nonlocal room, n_left_out
+        room -= len(htmlsafe_json_dumps(text).encode()) + 8
+        n_left_out += room < 0
+        return room >= 0
+
+    for group, sets in groups.items():
+        for name in unablated:
+            for at, (row, before) in enumerate(zip(sets.get(name, ()), unablated[name], strict=False)):
+                if "text" not in row or (group and row["text"] == before.get("text")):
+                    continue
+                if not group and fits(row["query"]):
+                    queries[name][at] = row["query"]
+                if fits(row["text"]):
+                    texts.setdefault(group, {}).setdefault(name, {})[at] = row["text"]
+    return {"queries": queries, "texts": texts, "n_texts_left_out": n_left_out}
+
+
+def by_category(unablated: Sequence[Record], ablated: Sequence[Record], judge: str) -> list[dict[str, Any]]:
+    """Attack success of each category, and how many refusals fall and stay; nothing without categories.
+
+    A prompt falls that was not complied with unablated and is under the group; answers without a verdict are in
+    neither number.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for before, after in zip(unablated, ablated, strict=True):
+        if before.get("category") is not None:
+            labels = before["verdicts"][judge]["label"], after["verdicts"][judge]["label"]
+            pairs.setdefault(str(before["category"]), []).append(labels)
+    found = []
+    for category, labels in sorted(pairs.items()):
+        scored = [pair for pair in labels if "unscored" not in pair]
+        held = [after for before, after in scored if before != "complied"]
+        rates = {"before": [before for before, _ in scored], "after": [after for _, after in scored], "fallen": held}
+        counted = {name: asdict(Rate(of.count("complied"), len(of))) for name, of in rates.items()}
+        found.append({"category": category, "n": len(labels), "stay": len(held) - held.count("complied"), **counted})
+    return found
+
+
+def by_prompt(
+    unablated: Sequence[Record], ablated: Mapping[str, Sequence[Record]], group: str, judge: str, with_texts: bool
+) -> list[dict[str, Any]]:
+    """Each prompt's labels unablated and under ``group``, and the groups under which it is complied with.
+
+    Prompts that fall under most groups come first; those that stay refused last.
+    """
+    found = []
+    for at, row in enumerate(unablated):
+        labels = {name: rows[at]["verdicts"][judge]["label"] for name, rows in ablated.items()}
+        under = [name for name, label in labels.items() if label == "complied"]
+        before, category = row["verdicts"][judge]["label"], row.get("category")
+        prompt = {"id": row["id"], "category": category, "query": row.get("query") if with_texts else None}
+        found.append(prompt | {"before": before, "after": labels.get(group, "–"), "under": under})
+    return sorted(found, key=lambda prompt: (prompt["before"] == "complied", -len(prompt["under"])))

@@ -1,0 +1,126 @@
+"""Serves the pages of run directories to this machine's browser, read-only, and lists the pages below a folder."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from safetyheads.errors import InputError
+from safetyheads.reports.page import render
+
+HOST = "127.0.0.1"
+_NAMES = frozenset((HOST, "localhost"))
+"""Names of this machine in a request; any other was turned to it by somebody's name server."""
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Type": "text/html; charset=utf-8",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # The address holds the token.
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def pages_below(folder: Path) -> Iterator[Path]:
+    """Every page that safetyheads wrote below a folder, without following links."""
+    for path in sorted(folder.rglob("*.html")):
+        is_page = path.parent.name == "report" or path.name in ("history.html", "compare.html")
+        if is_page and not any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder)):
+            yield path
+
+
+def index_page(folder: Path) -> str:
+    """A page that links to the pages below a folder, with what each run is and found."""
+    runs, others = list[dict[str, Any]](), list[str]()
+    for path in pages_below(folder):
+        address = quote(path.relative_to(folder).as_posix())
+        if path.parent.name != "report":
+            others.append(address)
+        elif path.name == "index.html":
+            run = path.parent.parent
+            about = _about(run)
+            runs.append({"name": str(run.relative_to(folder)), "address": address, **about})
+    content = {"name": folder.resolve().name, "runs": runs, "others": others}
+    return render("index.html.j2", content, {}, {})
+
+
+def _about(run: Path) -> dict[str, str]:
+    """Kind, model and verdict of a run; dashes where its results cannot be read."""
+    try:
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        verdict, model = results.get("verdict") or {}, results.get("model") or {}
+        return {
+            "kind": str(results["kind"]),
+            "model": str(model.get("name", "–")),
+            "verdict": str(verdict.get("label", "–")),
+        }
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {"kind": "–", "model": "–", "verdict": "–"}
+
+
+def server(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
+    """A server of the pages below a folder that has not begun to serve, and its address with the token in it.
+
+    It answers requests for pages alone, from this machine, that know the token: answers and weights stay unread.
+
+    Raises:
+        InputError: there is no page below the folder, or the port is taken.
+    """
+    folder, token = folder.resolve(), secrets.token_urlsafe(24)
+    if not folder.is_dir() or not any(pages_below(folder)):
+        raise InputError(f"no page below {folder}; report writes one for a finished run")
+
+    class Handler(BaseHTTPRequestHandler):
+        server_version, sys_version = "safetyheads", ""
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def _answer(self, with_body: bool) -> None:
+            status, body = _page_for(folder, token, self.path, dict(self.headers.items()))
+            self.send_response(status)
+            for name, value in {**_HEADERS, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: a line would hold the token."""
+
+    try:
+        made = ThreadingHTTPServer((HOST, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"port {port} of {HOST} cannot be used: {error}") from None
+    return made, f"http://{HOST}:{made.server_address[1]}/{token}/"
+
+
+def _page_for(folder: Path, token: str, target: str, headers: dict[str, str]) -> tuple[HTTPStatus, bytes]:
+    """The page that a request asks for, or why it gets none."""
+    found = {name.lower(): value for name, value in headers.items()}
+    origin = found.get("origin")
+    named = [found.get("host", "")] + ([urlsplit(origin).netloc] if origin is not None else [])
+    own = all(urlsplit(f"//{name}").hostname in _NAMES for name in named) and len(set(named)) == 1
+    if not own or found.get("sec-fetch-site") == "cross-site":
+        return HTTPStatus.FORBIDDEN, b"Only pages of this address may ask.\n"
+    given, _, rest = unquote(urlsplit(target).path).lstrip("/").partition("/")
+    if not secrets.compare_digest(given.encode(), token.encode()):
+        return HTTPStatus.FORBIDDEN, b"The address lacks the token that view printed.\n"
+    if rest == "":
+        return HTTPStatus.OK, index_page(folder).encode()
+    # Compared with the pages there are: no name can lead out of the folder.
+    for path in pages_below(folder):
+        if path.relative_to(folder).as_posix() == rest:
+            return HTTPStatus.OK, path.read_bytes()
+    return HTTPStatus.NOT_FOUND, b"There is no such page.\n"
