@@ -47,7 +47,7 @@ def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) 
         check_snapshot(sample_page(name), "audit")
     if badge := {"none_found": "None found", "no_refusals": "No refusals to lose"}.get(name):
         words, sentence = sample_page(name).words, " ".join(SAMPLES[name]()["verdict"]["sentence"].split())
-        assert words.index(badge) < words.index(sentence) < words.index("What this does not show")
+        assert words.index(badge) < words.index(sentence) < words.rindex("What this does not show")
 
 
 def test_the_page_of_the_largest_models_is_small() -> None:
@@ -70,7 +70,7 @@ def test_what_comes_from_outside_is_text() -> None:
     for row in rows:
         row["query"] = "<b>bold</b>"
     attacked = page(results, rows)
-    check_hostile(attacked, sample_page("organism"))
+    check_hostile(attacked, page(audit_samples.audit(), audit_samples.completions(audit_samples.audit())))
     assert attacked.words.count("{{ 7*7 }}") >= 10
     assert json.loads(attacked.scripts["answers-data"])["queries"]["harmful_test"]["0"] == "<b>bold</b>"
 
@@ -131,7 +131,7 @@ def test_terms_are_explained_sections_listed_and_what_the_run_was_is_told() -> N
         if "data-chart" in attributes
     }
     assert "1-3 2.26 nats, 2-1 0.92 nats" in labels["heatmap_mean_ships"]
-    assert "searched group: ASR 0.042 at 0, 0.74 at 4" in labels["asr_by_size"]
+    assert "searched group: ASR 0.042 at 0, 0.75 at 4" in labels["asr_by_size"]
 
 
 def test_the_top_heads_say_in_words_what_their_change_means() -> None:

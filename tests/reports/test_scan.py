@@ -153,11 +153,13 @@ def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
     assert "<details open" not in shown
     parsed = Page(shown)
-    check_hostile(parsed, Page(html))
+    assert len(parsed.tags("script")) == len(Page(html).tags("script"))
+    assert not parsed.tags("img")
     texts = json.loads(parsed.scripts["answers-data"])["texts"]
     # An answer that is the unablated one again is not there twice.
     assert {group: len(sets["harmful"]) for group, sets in texts.items()} == {"": 12, "0-1": 11, "1-2": 4}
     assert len(texts[""]["benign"]) == 12
+    assert texts[""]["harmful"]["0"].endswith(HOSTILE)
 
 
 def test_texts_have_the_room_that_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,7 @@ def test_texts_have_the_room_that_the_rest_leaves(monkeypatch: pytest.MonkeyPatc
     assert more not in page(small, show_texts=True).words
     monkeypatch.setattr(scan, "MAX_PAGE_BYTES", 0)
     assert more in page(small, show_texts=True).words
-    assert "This run stored no completions." in page(replace(small, texts=False), show_texts=True).words
+    assert "this run stored no completions" in page(replace(small, texts=False), show_texts=True).words
 
 
 def test_names_and_reasons_from_outside_are_text() -> None:

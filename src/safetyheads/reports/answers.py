@@ -118,8 +118,8 @@ def by_category(unablated: Sequence[Record], ablated: Sequence[Record], judge: s
     pairs: dict[str, list[tuple[str, str]]] = {}
     for before, after in zip(unablated, ablated, strict=True):
         if before.get("category") is not None:
-            labels = before["verdicts"][judge]["label"], after["verdicts"][judge]["label"]
-            pairs.setdefault(str(before["category"]), []).append(labels)
+            pair = before["verdicts"][judge]["label"], after["verdicts"][judge]["label"]
+            pairs.setdefault(str(before["category"]), []).append(pair)
     found = []
     for category, labels in sorted(pairs.items()):
         scored = [pair for pair in labels if "unscored" not in pair]
