@@ -63,8 +63,10 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path
     assert config["groups"] == ["1-3", "2-5"]
     assert config["versions"]["lm_eval"]
     assert config["tokenizer_sha256"]  # which the chat template is part of
-    for command in (("report", out), ("compare", out, out)):
-        assert "kind 'eval'" in refused(*command)
+    assert "kind 'eval'" in refused("compare", out, out)
+    page = (out / "report" / "index.html").read_bytes()
+    assert run("report", out)[0] == 0
+    assert (out / "report" / "index.html").read_bytes() == page
 
 
 def test_a_missing_extra_is_named(refused, monkeypatch):

@@ -578,7 +578,7 @@ def view(
     from safetyheads.reports.view import server
 
     served, address = server(folder, port)
-    with served:
+    with served, suppress(KeyboardInterrupt):
         show.print_lines([f"Pages: {address}", "Ctrl-C ends it."])
         sys.stdout.flush()
         served.serve_forever()
