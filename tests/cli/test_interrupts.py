@@ -29,7 +29,6 @@ COMMANDS = {
     "compare": "compare run run",
     "history": "history .",
     "view": "view run",
-    "fetch": "fetch smollm2",
 }
 
 
@@ -37,7 +36,7 @@ def test_every_command_is_here():
     assert {name for name in app if not name.startswith("-")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("eval", "fetch", "view")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("eval", "view")])
 @pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, command, sent, code, word):
     def interrupt(*_, **__):
