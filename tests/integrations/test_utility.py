@@ -206,6 +206,12 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
             kept.append(json.dumps(fields, sort_keys=True))
             return compute()
 
+        def divide(self, stage, units):
+            """One process does all."""
+
+        def together(self, *tasks):
+            return [task() for task in tasks]
+
     tasks, tokenizer = load_tasks(TaskOptions(limit=2)), engine.tokenizer
     before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template
     evaluate_tasks(engine, tasks, (), Keeps())
