@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": "compare run run",
     "history": "history .",
     "view": "view run",
+    "serve": "serve demo:aligned_a --port 0",
 }
 
 

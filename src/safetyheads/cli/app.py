@@ -313,7 +313,7 @@ def serve(config: ServeConfig, output: OutputOptions) -> None:
     from safetyheads.runs.run import refuse_groups
 
     require_serve()
-    with listen(config.port) as opened, suppress(KeyboardInterrupt):
+    with listen(config.port) as opened:
         engine = load_engine(config, show.progress_for(output.quiet))
         refuse_groups(engine, config)
 
@@ -321,7 +321,8 @@ def serve(config: ServeConfig, output: OutputOptions) -> None:
             lines = [f"Base URL: {found['base_url']}", f"Models: {'; '.join(found['models'])}", found["open_to"]]
             _show(found, output, lambda: show.print_lines(lines))
 
-        serve_chats(engine, config, opened, tell)
+        with suppress(KeyboardInterrupt):  # the usual end of a server
+            serve_chats(engine, config, opened, tell)
 
 
 @command
