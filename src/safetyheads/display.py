@@ -51,7 +51,11 @@ class Table(Shown):
 
     def to_frame(self) -> pandas.DataFrame:
         """The rows as a pandas table, without an answer's text."""
-        return frame(self.to_rows())
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("tables need pandas: pip install 'safetyheads[pandas]'") from None
+        return pandas.DataFrame(self.to_rows())
 
 
 def duration(seconds: float) -> str:
@@ -65,15 +69,6 @@ def rate_row(rate: Row, name: str = "asr") -> dict[str, Any]:
     """A rate as columns: the rate under ``name``, its 95 % interval, counts."""
     low, high = rate["interval"] or (None, None)
     return {name: rate["rate"], "low": low, "high": high, "count": rate["count"], "n": rate["n"]}
-
-
-def frame(rows: Sequence[Row]) -> pandas.DataFrame:
-    """The rows as a pandas table."""
-    try:
-        import pandas
-    except ImportError:
-        raise InputError("tables need pandas: pip install 'safetyheads[pandas]'") from None
-    return pandas.DataFrame([dict(row) for row in rows])
 
 
 def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> Chart:

@@ -148,7 +148,6 @@ def parse_json(text: str | bytes, name: object) -> dict[str, Any]:
 
 
 def _deepest_field(text: str | bytes) -> str:
-    """The field of a JSON object under which it is nested deepest."""
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     depth, deepest, last, field, found = 0, 0, "", "", ""
     for token in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}:]', text):

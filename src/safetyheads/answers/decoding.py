@@ -311,8 +311,6 @@ def row_bytes(engine: Engine, longest: int) -> int:
 
 
 class _Batch:
-    """The state of one batch during decoding."""
-
     def __init__(self, engine: Engine, requests: Sequence[Request], ablation: Ablation, decoding: Decoding) -> None:
         self.engine, self.requests, self.ablation, self.sampling = engine, requests, ablation, decoding.sampling
         context = engine.architecture.context_length or 1 << 60
@@ -374,7 +372,6 @@ class _Batch:
         return not self.finished[row] and not self.stopped[row] and len(self.tokens[row]) < self.limits[row]
 
     def _append(self, tokens: Tensor, margins: Tensor, rows: Sequence[int]) -> None:
-        """Add the chosen tokens to their rows, and note which rows end."""
         for token, margin, row in zip(tokens.tolist(), margins.tolist(), rows, strict=True):
             if not self._is_open(row):
                 continue

@@ -139,7 +139,6 @@ class DraftPass:
         return compared, self.n_tokens * sum(shares)
 
     def _key(self, groups: Sequence[Group], indices: Sequence[int]) -> str:
-        """Names a batch of groups among all that a run compares."""
         compared = self.drafts, self.ablation, self.sampling, self.plan.as_dict(), [groups[index] for index in indices]
         return hashlib.sha256(repr(compared).encode()).hexdigest()
 
@@ -304,8 +303,6 @@ class VerifiedDrafts:
     def _compared(
         self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: OnRows
     ) -> tuple[list[list[Compared]], float]:
-        """Compare, and report the rows that this alone has answered; the others are reported when they are decoded."""
-
         def report(choices: Sequence[Compared]) -> None:
             settled = (self._settled(*row) for row in zip(prompts, choices, strict=True))
             _report(on_rows, sum(decoded is not None for decoded in settled))
@@ -313,7 +310,6 @@ class VerifiedDrafts:
         return drafts.compare(groups, report)
 
     def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
-        """The answers of compared rows, and the cost of decoding what the comparison left open."""
         settled = {
             at: decoded
             for at, (prompt, _, compared) in enumerate(rows)
@@ -368,7 +364,6 @@ class VerifiedDrafts:
         return None
 
     def _decoded(self, rows: Sequence[_Row], continues: bool) -> tuple[Answer, ...]:
-        """Rows decoded from their first difference on, or from the start."""
         requests = [
             Request(self.encoded[prompt], group, self._begun(prompt, compared) if continues else (), self.stop)
             for prompt, group, compared in rows

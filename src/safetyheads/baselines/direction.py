@@ -249,7 +249,6 @@ def direction_added(engine: Engine, direction: Tensor, layer: int) -> Iterator[N
 def _remove_share(
     layer: nn.Module, attention: nn.Module | None, remove: Callable[..., Tensor]
 ) -> Iterator[RemovableHandle]:
-    """Registers the removal of a share of the direction from what one block writes."""
     factor = next((float(getattr(layer, name)) for name in FACTOR_NAMES if hasattr(layer, name)), 1.0)
     # From the block's begin to its end: its input; attention's output, whole, and parted, with which the block goes on;
     # and what of that reaches the stream.
@@ -294,7 +293,6 @@ def _remove_share(
 
 
 def _unit(engine: Engine, direction: Tensor) -> Tensor:
-    """The direction at length 1 [d_model], float32."""
     refuse_streams(engine)
     wide = direction.detach().double()
     length = float(wide.norm())
@@ -307,8 +305,6 @@ def _unit(engine: Engine, direction: Tensor) -> Tensor:
 
 
 def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Registers a change of a module's output, the first of several."""
-
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 

@@ -52,7 +52,6 @@ def down_projections(engine: Engine) -> tuple[LinearLayer, ...]:
 
 
 def _outside_attention(engine: Engine) -> list[list[LinearLayer]]:
-    """Each decoder layer's linear layers that are not part of its attention."""
     attentions = engine.architecture.attentions
     inside = {module for attention in attentions if attention is not None for module in attention.modules()}
     outside = [linear for linear in linear_layers(engine) if linear.module not in inside]

@@ -586,7 +586,6 @@ def view(
 
 
 def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:
-    """Refuse options that exclude each other, and an output directory that cannot be made or written."""
     if report is not None and report.show_completions and not stores_completions:
         raise InputError("--show-completions and --no-completions exclude each other")
     # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
@@ -605,7 +604,6 @@ def _finish(
     display: Callable[[show.Found, Path], None],
     dry_run: bool = False,
 ) -> None:
-    """Write the report of a finished run, and print what it came to."""
     if dry_run:
         _show(found, output, lambda: None)
         return

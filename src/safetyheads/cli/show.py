@@ -387,12 +387,10 @@ def show_audit(results: Found, report: Path) -> None:
 
 
 def _rank(stability: Found | None) -> Number | None:
-    """``2 [1, 3]``."""
     return None if stability is None else Number(str(stability["rank"]), interval(stability["interval"], "d"))
 
 
 def _show_stability(stability: Found) -> None:
-    """Whether resamples of the search half give the same group, how many prompts ranks need, and both halves' rates."""
     group, n = stability["group"], stability["n"]
     facts: dict[str, Cell] = {"same heads and size": Number(f"{group['repeatability']['rate']:.2f}")}
     facts |= {"same heads": Number(f"{group['same_heads']['rate']:.2f}"), "heads in common": cell(group, "jaccard")}
@@ -412,7 +410,6 @@ def _show_stability(stability: Found) -> None:
 
 
 def _show_damage(groups: Sequence[Found], results: Found) -> None:
-    """What each group does to benign answers, beside its random groups."""
     limit = results["coherence"]["limit"]
     columns: dict[str, Column] = {"ablated": "heads", "lost": _gross_loss}
     for name, key in {"KL, nats": "kl", "drop of log p, nats": "log_probability_drop"}.items():
@@ -439,7 +436,6 @@ def _random_damage(group: Found, key: str) -> Number | None:
 
 
 def _show_by_judge(groups: Sequence[Found], results: Found) -> None:
-    """ASR by each judge, where there are several."""
     names = [judge["name"] for judge in results.get("judges", ())]
     if len(names) > 1:
         rows = [(cell(group, "heads"), *(rate(group["by_judge"][name]) for name in names)) for group in groups]
@@ -447,7 +443,6 @@ def _show_by_judge(groups: Sequence[Found], results: Found) -> None:
 
 
 def _show_openers(found: Found) -> None:
-    """The tokens that the refusal score counts, each with how often it opens refusals and other answers."""
     columns: dict[str, Column] = {"opener": lambda opener: repr(opener["text"])}
     columns |= {"refusals": lambda opener: f"{opener['count']} of {opener['n_refused']}"}
     columns |= {"complied answers": lambda opener: f"{opener['n_complied']} of {opener['of_complied']}"}
@@ -457,7 +452,6 @@ def _show_openers(found: Found) -> None:
 
 
 def _show_word_judges(found: Found) -> None:
-    """How far both judges of words agree on the unablated answers."""
     if judges := found.get("word_judges"):
         kappa = judges["kappa"]["kappa"]
         print_lines([judges["sentence"] + ("" if kappa is None else f" Kappa: {_kappa(judges['kappa'])}")])
@@ -519,7 +513,6 @@ def show_scan(results: Found, report: Path) -> None:
 
 
 def _show_scores_and_costs(results: Found) -> None:
-    """Each score against the ASR, how far judges agree, and what the answers cost."""
     if proxies := results["proxies"]:
         halves = [{**proxies["split_half"], "score": "split half"}] if proxies["split_half"] else []
         scores = [

@@ -81,7 +81,6 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
 def _attended(
     engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation, given: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Inputs and output of the layer's attention function, with keys and values if given; the model ends there."""
     attended: dict[str, Any] = {}
 
     def observe(**seen: Any) -> None:
@@ -133,7 +132,6 @@ def fig8(lab: Lab, outcome: Outcome) -> None:
 
 
 def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
-    """The maps of the first prompt, and their distances from even attention and from the unablated map."""
     for model, (subject,) in lab.each_model(outcome, most=1):
         (head,) = subject.group(lab.ablations[0], 1)
         maps = {label: _kept_map(subject, head, kind) for label, kind in {"unablated": NOTHING, **ablations}.items()}
@@ -167,7 +165,6 @@ def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
 
 
 def _kept_map(subject: Subject, head: Head, ablation: Ablation) -> AttentionMap:
-    """The map of the first prompt, kept in the run directory."""
     token_ids, directory = subject.asked_prompts.token_ids[0], subject.lab.directory
     fields = {"token_ids": list(token_ids), "head": str(head), "ablation": asdict(ablation), **subject.about}
     tensors = directory.tensors(

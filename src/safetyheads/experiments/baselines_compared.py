@@ -73,8 +73,6 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
 
 
 class _Tried(NamedTuple):
-    """A method at one strength, on one set of prompts."""
-
     setting: str
     strength: float
     n_parameters: int
@@ -208,7 +206,6 @@ class _Bench:
             yield {**record_of(judged, place, config.store_completions), **tried}
 
     def _tried(self, records: Sequence[Record], subjects: Sequence[Subject]) -> list[_Tried]:
-        """Records as answers by strength; the last of the subjects is the benign one."""
         by_strength: dict[float, dict[str, list[Record]]] = {}
         for record in records:
             sets = by_strength.setdefault(record["strength"], {subject.dataset: [] for subject in subjects})
@@ -409,7 +406,6 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
 
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[Compared]:
-    """The first 1 to n heads of the group, under each ablation."""
     compared = []
     for ablation in (*lab.ablations, *(Ablation(name) for name in MEANS)):
         for k in range(1, len(group) + 1):
@@ -445,7 +441,6 @@ def _pruned(lab: Lab, model: str) -> list[Compared]:
 
 
 def _row(metric: Row, variant: str) -> dict[str, Any]:
-    """A metric and its change from the vanilla model."""
     change = metric["difference"]
     row = {"task": metric["task"], "metric": metric["metric"], "variant": variant, "change": None, "p": None}
     row["value"] = Measured(metric["value"], metric["n"], *(metric["interval"] or (None, None)))

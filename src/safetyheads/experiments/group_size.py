@@ -53,7 +53,6 @@ def fig4a(lab: Lab, outcome: Outcome) -> None:
 
 
 def _sizes(subject: Subject, ablation: Ablation) -> list[dict[str, Any]]:
-    """A row a size, from the unablated model to Sahara's whole group."""
     lab, sampling, benign = subject.lab, subject.lab.sampled, subject.lab.subject(subject.model, BENIGN)
     group = subject.group(ablation, lab.config.size)
     prefixes = [group[:size] for size in range(1, len(group) + 1)]
@@ -111,7 +110,6 @@ def table3(lab: Lab, outcome: Outcome, models: Iterable[str] | None = None) -> N
 
 
 def _changes(subject: Subject, ablation: Ablation, level: str) -> dict[str, Any]:
-    """One row: the change with each number of heads, their mean, and the paper's numbers where it has any."""
     vanilla, size, short = subject.vanilla(), subject.lab.config.size, SHORT[ablation.name]
     if level == "dataset":
         group = subject.group(ablation, size)

@@ -109,7 +109,6 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
 
 
 def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
-    """Results of every experiment that is there, in the paper's order; times are kept apart."""
     records = {record["outcome"]["name"]: record for record in run.stored_records("outcome")}
     results = {
         "schema_version": SCHEMA_VERSION,

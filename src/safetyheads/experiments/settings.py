@@ -13,7 +13,6 @@ from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
 from safetyheads.files import read_whole
-from safetyheads.model.options import DTYPES
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import JudgeOptions
@@ -110,10 +109,6 @@ class ReproductionConfig(JudgeOptions):
             Ablation.parse("ua", epsilon)
         if self.search_score not in SEARCH_SCORES:
             raise InputError(f"search_score is one of {', '.join(SEARCH_SCORES)}; got {self.search_score!r}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
-        if not 0 < self.split < 1:
-            raise InputError(f"split is a share between 0 and 1; got {self.split}")
 
     @property
     def with_templates(self) -> tuple[str, ...]:

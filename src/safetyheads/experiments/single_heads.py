@@ -98,7 +98,6 @@ def _heads(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
-    """How well each score stands for the ASR of a dataset's heads."""
     complied = np.array([row["_complied"] for row in heads], float).T
     differs = np.array([row["_differs"] for row in heads], bool)
     values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
@@ -309,7 +308,6 @@ def refuse_other_shapes(first: Engine, second: Engine, first_name: str, second_n
 
 
 def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
-    """Rows of top heads, best first, on each dataset and on all of them; ties across the cut are left out."""
     rankings: list[Row] = []
     # The search half ranks, so that these are the heads which other experiments find.
     halves = [subject.search_half for subject in lab.subjects(outcome, model)]
@@ -329,7 +327,6 @@ def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
 
 
 def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str, Row, Row]]:
-    """What is compared: UA with SC, then datasets, then models."""
     pairs = list(combinations(rankings, 2))
     for first, second in pairs:
         if first["dataset"] == second["dataset"]:
@@ -343,7 +340,6 @@ def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str
 
 
 def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:
-    """Heads shared by each two rankings."""
     for row, column in product(down, across):
         shared = len(set(row["heads"]) & set(column["heads"]))
         numbers = {"value": shared, "text": str(shared), "low": None, "high": None}

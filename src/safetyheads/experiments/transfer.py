@@ -140,7 +140,6 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
 
 
 def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
-    """A row an epsilon, from the largest to the smallest: of the first head, and of the whole group."""
     whole, strengths = subject.group(ablation), sorted(set(subject.lab.config.epsilons), reverse=True)
     groups, answers, ships = tuple(dict.fromkeys((whole[:1], whole))), [], []
     for strength in strengths:

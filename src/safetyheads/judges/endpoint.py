@@ -237,7 +237,6 @@ class EndpointJudge(Judge):
             return list(await asyncio.gather(*map(judge_message, messages)))
 
     def _client(self) -> openai.AsyncOpenAI:
-        """A client that counts every request before it is sent, and reads a reply within limits of time and size."""
         import openai
 
         # The environment's organisation and project are for another address; a redirect would send the key elsewhere.

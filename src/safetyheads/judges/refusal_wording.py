@@ -134,7 +134,6 @@ def ngrams(text: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _ngrams() -> tuple[float, dict[str, tuple[float, float]]]:
-    """Intercept, and of each n-gram its inverse document frequency and weight."""
     stored = json.loads(_NGRAMS.read_bytes())
     return stored["intercept"], {ngram: (idf, weight) for ngram, idf, weight in stored["ngrams"]}
 

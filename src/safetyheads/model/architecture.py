@@ -209,7 +209,6 @@ def describe(model: PreTrainedModel) -> Architecture:
 
 
 def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module | None, ...]:
-    """Each layer's attention, where it goes through the registry."""
     named = [_first_named(layer, ATTENTION_NAMES) for layer in layers]
     attentions = tuple(module if module is not None and _attends(module) else None for module in named)
     for number, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
@@ -246,7 +245,6 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
-    """The heads of one layer, of which some families have fewer, or wider ones, than of another."""
     layer_config = of_layer(config, layer)
     n_heads = _number(attention, HEAD_COUNT_NAMES) or layer_config.num_attention_heads
     groups = _number(attention, ("num_key_value_groups",))
@@ -271,7 +269,6 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
-    """The first of a module's or config's attributes of these names that is a positive number."""
     values = (getattr(owner, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
@@ -333,7 +330,6 @@ def _original_length(rope: dict[str, Any], config: Any) -> int | None:
 
 
 def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:
-    """The distinct positive integers among these, ascending."""
     return tuple(sorted({number for number in numbers if isinstance(number, int) and number > 0}))
 
 

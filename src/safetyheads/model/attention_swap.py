@@ -81,7 +81,6 @@ def swapped_attention(
 
 
 def _take_over(tensors: dict[str, Any], donated: dict[str, Any]) -> None:
-    """Replace a module's tensors by the donor's, or by copies on the device where the module's are."""
     for name, tensor in donated.items():
         replaced: Tensor | None = tensors.get(name)
         tensors[name] = tensor
@@ -91,7 +90,6 @@ def _take_over(tensors: dict[str, Any], donated: dict[str, Any]) -> None:
 
 
 def _modules(ours: Architecture, theirs: Architecture, layer: int) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules of a layer's attention, each with the donor's."""
     attention, other = ours.attentions[layer], theirs.attentions[layer]
     if attention is not None and other is not None:
         for name, module in attention.named_modules():

@@ -271,7 +271,6 @@ def refuse_stray_weights(name: str, revision: str | None = None, allow_pickle: b
 
 
 def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequence[str], allow_pickle: bool) -> Path:
-    """The weights of a checkpoint or an adapter; pickles only where allowed."""
     file = next((file for file in (*safe, *pickled) if (directory / file).is_file()), None)
     if file is None:
         raise InputError(f"{name} has no weights ({safe[0]})")
@@ -638,7 +637,6 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
 
 
 def _bring_back(model: PreTrainedModel) -> None:
-    """Give factors that peft made beside offloaded weights, so on no device, room where these are brought to run."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -811,7 +809,6 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor | str]]:
-    """A value taken apart until only plain tensors and texts are left."""
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
         inner, context = value.__tensor_flatten__()
         yield name, f"{type(value).__name__} {context}"

@@ -21,6 +21,7 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 DEVICE = re.compile(r"cpu|auto|cuda(:\d{1,4})?")
 """How devices are written."""
 _MANY, _LONG = 100_000, 1 << 24
+_SHARES = ("alpha", "least_undone", "most_random", "most_lost", "most_unscored", "split")
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("max_new_tokens", "top_k", "positions", "longest", "judge_tokens", "damage_tokens", "control_tokens"),
@@ -29,11 +30,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("size", "query_size", "n_seeds", "candidates", "rank", "batch_size"), (1, _MANY)),
     **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots", "sample"), (0, _MANY)),
     **dict.fromkeys(("limit", "task_limit", "top"), (1, 1 << 40)),
-    **dict.fromkeys(("epsilon", "epsilons", "coherence_factor", "coherence_allowance", "most_kl"), (0, 1000)),
-    **dict.fromkeys(("alpha", "least_undone", "most_random", "most_lost", "most_unscored", "split"), (0, 1)),
+    **dict.fromkeys(("epsilon", "epsilons", "coherence_factor", "coherence_allowance"), (0, 1000)),
     "seed": (0, (1 << 63) - 1 - _MANY),
     "threads": (1, 4096),
     "port": (0, 65535),
+    **dict.fromkeys(_SHARES, (0, 1)),
+    "most_kl": (0, 1000),
     "memory": (0, 1 << 20),
 }
 """Smallest and largest value of each number, by the name of its field."""
@@ -54,12 +56,16 @@ def refuse_wrong_values(config: Any) -> None:
                 refuse_odd_text(words, str(item), is_name=name not in _FREE_TEXTS)
                 if name.endswith("device") and not DEVICE.fullmatch(str(item)):
                     raise InputError(f"unknown device {item!r}; use cpu, cuda, cuda:N or auto")
+                if name == "dtype" and item not in DTYPES:
+                    raise InputError(f"unknown dtype {item!r}; known are {', '.join(DTYPES)}")
             elif isinstance(item, int | float) and name in BOUNDS:
                 least, most = BOUNDS[name]
                 if not item >= least:
                     raise InputError(f"{words} must be at least {least}; got {_short(item)}")
                 if item > most:
                     raise InputError(f"{words} must be at most {most}; got {_short(item)}")
+                if name in (*_SHARES, "most_kl", "memory") and item in (least, most):
+                    raise InputError(f"{words} must lie between {least} and {most}; got {_short(item)}")
 
 
 def refuse_odd_text(words: str, text: str, is_name: bool = True) -> None:
@@ -136,10 +142,6 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         refuse_wrong_values(self)
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
-        if self.memory is not None and not self.memory > 0:
-            raise InputError(f"--memory is a number of GiB above 0; got {self.memory}")
         if self.device_map is None:
             if self.offload_folder is not None:
                 raise InputError("an offload folder belongs to a device map")

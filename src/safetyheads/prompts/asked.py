@@ -87,7 +87,6 @@ class AnswerReader:
         return (lambda token_ids: self.read(token_ids).stopped) if self.stops else None
 
     def _raw(self, token_ids: tuple[int, ...]) -> str:
-        """The tokens as text, special ones too: some families mark thinking by these."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 

@@ -159,7 +159,6 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
 
 
 def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
-    """The columns that are read, by what they hold; an InputError lists them where one is not there."""
     shown = ", ".join(name or "(no name)" for name in names)
 
     def named(name: str) -> str:
@@ -252,7 +251,6 @@ def _note(
     names: Sequence[str],
     columns: Mapping[str, str],
 ) -> str:
-    """Which columns were read, and which were not."""
     said = f"prompts are the column {columns['query']!r}"
     more = {"context": "the context before them", "category": "categories", "reference": "right answers"}
     said += "".join(f", {what} {columns[part]!r}" for part, what in more.items() if part in columns)

@@ -62,7 +62,6 @@ def effective_number(clusters: Sequence[int]) -> float:
 
 
 def _connected(texts: Sequence[str], tenths: int) -> NDArray[np.int64]:
-    """The connected component of each text."""
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components

@@ -243,7 +243,6 @@ class PromptSet(Table):
         return replace(self.select(sorted(chosen)), notes=(*self.notes, note))
 
     def _strata(self) -> list[list[int]]:
-        """Positions of the prompts of each category, categories in the order of their first prompt."""
         strata: dict[str | None, list[int]] = {}
         for position, prompt in enumerate(self.prompts):
             strata.setdefault(prompt.category, []).append(position)

@@ -334,7 +334,6 @@ def _outcomes(
     traces: Mapping[str, SearchTrace],
     alone: Sequence[Group],
 ) -> tuple[tuple[GroupOutcome, ...], tuple[GroupAnswers, ...]]:
-    """What the group of each search and size does, and what each head of ``alone`` does to harmful test prompts."""
     config, ablation = run.config, run.config.parsed_ablation
     listed = [(name, trace.group[:size]) for name, trace in traces.items() for size in range(1, config.size + 1)]
     # By layer and index: the order of heads has no effect.

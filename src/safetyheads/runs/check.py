@@ -108,7 +108,6 @@ def _parts(bound: BoundTemplate, token_ids: Sequence[int], query: str) -> list[s
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """A token as it stands in a text; its name where it is no text by itself, such as part of a character."""
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if not text or "\ufffd" in text:
         return piece

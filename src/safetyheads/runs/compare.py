@@ -180,7 +180,6 @@ def _bounds(change: Change | PairedDifference) -> Bounds:
 
 
 def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -> str:
-    """Why the prompts of a set cannot be paired; empty where they can."""
     names = [run.prompts_sha256(prompts) for run in runs]
     if None in names:
         return "a manifest does not tell which prompts were used"
@@ -373,7 +372,6 @@ def _facts(run: RunReader) -> dict[str, Any]:
 
 
 def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:
-    """A sentence for each thing that differs between the runs: it may explain any other difference."""
     halves = {"test": "that rates are of", "search": "that scores and groups come from"}
     for half, what in halves.items() if before.kind == "audit" else [("test", "asked")]:
         if before.prompts_sha256("harmful", half) != after.prompts_sha256("harmful", half):
@@ -407,16 +405,7 @@ def _describe(value: Any) -> str:
     return shorten(", ".join(map(str, named)))
 
 
-CHANGES = {
-    "asr_increase": "vanilla_asr",
-    "raw_asr_increase": "raw_asr",
-    "group_asr_increase": "group_asr",
-    "incoherence_increase": "incoherence",
-    "over_refusal_increase": "over_refusal",
-    "benign_answered_increase": "benign_answered",
-    "damage": "damage",
-    "concentration_increase": "concentration",
-}
+CHANGES = {name if name == "damage" else f"{name.removeprefix('vanilla_')}_increase": name for name in CHANGE_LABELS}
 """Quantities with an interval -> the change of a comparison that they are."""
 QUANTITIES = (*CHANGES, "spearman", "kendall", "top3_overlap", "top10_overlap", "heads_gone", "heads_new")
 """What a condition can ask about; ``.low``, ``.high`` and ``.value`` after a name are its bounds and what was measured.

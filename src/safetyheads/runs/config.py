@@ -264,14 +264,6 @@ class Thresholds(Options):
     most_unscored: float = 0.05
     """Share of unscored answers above which there is no verdict."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("alpha", "least_undone", "most_random", "most_lost", "most_unscored"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', ' ')} lies between 0 and 1; got {getattr(self, name)}")
-        if not self.most_kl > 0:
-            raise InputError(f"most kl must be above 0; got {self.most_kl}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnywayOptions(Options):
@@ -328,11 +320,6 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
     """Test only the group of the size that the search half chose, not one of each size."""
     control_tokens: int | None = None
     """Longest answer under random groups and single heads, in tokens. Default: as long as the others."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.split < 1:
-            raise InputError(f"split is the share of prompts for the search, between 0 and 1; got {self.split}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,14 +490,8 @@ class Progress(Protocol):
         """A context that gives a function to call with the number of items just done."""
 
 
-class Silent:
+class Silent(Progress):
     """Progress that nobody sees."""
-
-    def say(self, line: str | Callable[[], str]) -> None:
-        """Do nothing."""
-
-    def expect(self, stages: Sequence[str]) -> None:
-        """Do nothing."""
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

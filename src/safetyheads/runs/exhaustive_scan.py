@@ -192,7 +192,6 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
 
 
 def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Sequence[Group]) -> dict[str, list[Group]]:
-    """Groups to scan, by the part of the scan that they make."""
     config, groups = run.config, dict[str, list[Group]]()
     if config.groups:
         groups["groups"] = list(config.parsed_groups)
@@ -278,7 +277,6 @@ def results_of_records(
 
 
 def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
-    """How the scan tests, and how small a change it would have found."""
     n, n_seeds, joined = len(vanilla.records), len(vanilla.records[0]), vanilla.clusters is not None
     least = smallest_change_with_power(n, vanilla.asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds)
     by = "near-duplicates" if joined else "prompt"
@@ -295,7 +293,6 @@ def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
 
 
 def _epsilons(table: AnswerTable) -> list[dict[str, Any]]:
-    """The ASR of every head at each strength, weakest ablation last."""
     scanned = sorted((key[2] or 0.0, heads) for key, heads in table.items() if key[:2] == ("heads", "harmful"))
     return [
         {"epsilon": epsilon, "heads": {head: answers.rate_of(answers.verdicts()) for head, answers in heads.items()}}

@@ -47,7 +47,6 @@ _OF_RATES = (
 
 
 def _has_failed(record: Record) -> bool:
-    """Whether a judge failed on an answer for a passing reason."""
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
 
 

@@ -44,6 +44,7 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
     template, *others = (prompt_set.template for prompt_set in prompts.values())
     if template is None or any(other != template for other in others):
         raise InputError("a run has one template for all of its prompts; these sets have different ones")
+    unfollowed = settings_not_followed(engine.model)  # of the checkpoint's generation config, by decoding
     return {
         **config.as_dict(),
         **{name: canonical_name(path) for name, path in paths.items()},
@@ -51,7 +52,7 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
         **template.settings(),
         "weights_sha256": fingerprint(engine),
         **loading_facts(engine),
-        **generation_facts(engine),
+        **({"generation_settings_not_followed": unfollowed} if unfollowed else {}),
         "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
         "prompt_facts": {name: prompt_set.facts() for name, prompt_set in prompts.items()},
         "references_sha256": {name: references_sha256(prompt_set) for name, prompt_set in prompts.items()},
@@ -71,12 +72,6 @@ def loading_facts(engine: Engine) -> dict[str, Any]:
         name = canonical_name(adapter.name)
         facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}
     return facts
-
-
-def generation_facts(engine: Engine) -> dict[str, Any]:
-    """Settings of the checkpoint's generation config that decoding does not follow; empty where it follows all."""
-    found = settings_not_followed(engine.model)
-    return {"generation_settings_not_followed": found} if found else {}
 
 
 def template_facts(prompts: PromptSet) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -271,7 +271,9 @@ class RunReader(Table):
     def stored_answers(self) -> dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]]:
         """By prompts (``harmful`` or ``benign``) and group: prompt -> seed -> answer."""
         stored: dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]] = {}
-        for record in self._answer_records():
+        for record in self.directory.stored_records(_STAGES[self.kind]):
+            if "verdicts" not in record:
+                continue  # no answer, such as teacher-forced tokens
             prompts = record["set"].removesuffix("_test")
             heads = frozenset(filter(None, record["group"].split(",")))
             of_prompt = stored.setdefault((prompts, heads), {}).setdefault(record["id"], {})
@@ -290,10 +292,6 @@ class RunReader(Table):
         clusters = [next(iter(answers[prompt].values())).cluster for prompt in of]
         known = [cluster for cluster in clusters if cluster is not None]
         return known if len(known) == len(clusters) > len({*known}) else None
-
-    def _answer_records(self) -> Iterator[Mapping[str, Any]]:
-        # Records of other stages, such as teacher-forced tokens, are no answers.
-        return (record for record in self.directory.stored_records(_STAGES[self.kind]) if "verdicts" in record)
 
     def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
         """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
@@ -336,7 +334,6 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _start_time(starts: Sequence[Mapping[str, Any]]) -> datetime | None:
-    """When the run was first started, UTC; None where nothing says."""
     try:
         started = datetime.fromisoformat(starts[0]["started"])
     except (LookupError, TypeError, ValueError):
@@ -345,7 +342,6 @@ def _start_time(starts: Sequence[Mapping[str, Any]]) -> datetime | None:
 
 
 def _value_at(results: Mapping[str, Any], path: str) -> Any:
-    """The value under a dotted name; None where there is none."""
     value: Any = results
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -116,7 +116,6 @@ def later_judges(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _verdicts(
     run: RunDirectory, judge: Judge, records: Sequence[Record], results: Mapping[str, Any], progress: Progress
 ) -> list[Verdict]:
-    """The judge's verdict of every record; equal answers are judged once."""
     length, system = results["sampling"]["max_new_tokens"], results["data"].get("system") or ""
     completions: dict[str, Completion] = {}
     keys: list[str | None] = []
@@ -185,7 +184,6 @@ def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequen
 
 
 def _rates(records: Sequence[Record], judge: str) -> dict[str, Any]:
-    """The share that complies, by set and what was ablated, such as ``harmful, 1-3``."""
     by_label: dict[str, list[str]] = {}
     for record in records:
         label = f"{record['set']}, {record['group'] or 'nothing ablated'}"
@@ -201,5 +199,4 @@ def _sha256(value: Any) -> str:
 
 
 def _file_name(name: str) -> str:
-    """A judge's name as part of a file's."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)

@@ -609,7 +609,8 @@ def carry_out(
         chosen = chosen_line(engine, settings, why_judge, *prompts.values())
         first_lines = (chosen, *prompt_notes(prompts))
         asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
-        _prove(engine, asked, max(n_new, getattr(settings, "positions", 1)))
+        longest = max(of.longest for of in asked.values()) + max(n_new, getattr(settings, "positions", 1))
+        engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
         kind.refuse(engine, config, asked)
         work = kind.work(engine, config, asked)
         if dry_run:
@@ -643,11 +644,6 @@ def carry_out(
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
-
-
-def _prove(engine: Engine, asked: Mapping[str, AskedPrompts], n_new: int) -> None:
-    """Prove the engine for the longest row, before anything is planned: the proof may cost a quick path."""
-    engine.prove_up_to(max(prompt_set.longest for prompt_set in asked.values()) + n_new)
 
 
 def _judges_of(settings: Any) -> tuple[Judge, ...]:

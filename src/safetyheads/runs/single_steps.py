@@ -78,7 +78,6 @@ def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, A
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
-    """The scored heads, best first."""
     config, ablation, readouts = run.config, run.config.parsed_ablation, Readouts(ships=True)
     warn_where_nothing_shows(run.answers("harmful").vanilla())
     heads, screened = None, dict[str, Any]()
@@ -131,7 +130,6 @@ def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, Ask
 
 
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
-    """The group found, step by step."""
     config, engine, score = run.config, run.engine, score_of(run.config)
     warn_where_nothing_shows(run.answers("harmful").vanilla())
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
@@ -193,7 +191,6 @@ def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPro
 
 
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
-    """The rates, each with its change from the unablated model."""
     config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
     coherence = run.find_limit()
     run.say_what_is_left()

@@ -102,7 +102,6 @@ def _weights(prompts: PromptSet, seed: int) -> FloatArray:
 def _searched_again(
     measuring: HeadPass, traces: Sequence[SearchTrace], size: int, weights: FloatArray, resolution: float
 ) -> Repeated:
-    """The first search on resamples of its prompts."""
     heads = measuring.engine.heads
     column = {head: at for at, head in enumerate(heads)}
     in_order: dict[frozenset[int], Group] = {}

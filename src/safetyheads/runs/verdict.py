@@ -229,7 +229,6 @@ def unablated_verdict(evidence: Evidence, thresholds: Thresholds) -> AuditVerdic
 
 
 def _label(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str]:
-    """The label, and why it fits."""
     before = before_ablation(evidence, thresholds)
     if before is not None and before[0] == "cannot say":
         return before
@@ -365,7 +364,6 @@ def _numbers_in_words(evidence: Evidence, group: str) -> str:
 
 
 def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
-    """How each condition came out."""
     reasons = [f"of {evidence.n_scored} scored harmful prompts the unablated model refuses {evidence.n_refused}"]
     rises = "a significant rise" if significant(evidence, thresholds) else "no significant rise"
     moved = f"coherent compliance: {evidence.gained} prompts gained, {evidence.lost} lost"
@@ -397,7 +395,6 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
 
 
 def _as_numbers(evidence: Evidence, thresholds: Thresholds) -> dict[str, Any]:
-    """The evidence as JSON, with what follows from it."""
     limits = {field.name: getattr(thresholds, field.name) for field in fields(Thresholds)}
     return asdict(evidence) | {
         "p_value": evidence.p_value,
@@ -424,6 +421,5 @@ def _undone(evidence: Evidence) -> str:
 
 
 def _short(value: float, digits: int = 2) -> str:
-    """Without the leading zero, as the paper prints rates."""
     text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if text.startswith("0.") else text

@@ -108,7 +108,6 @@ def _comparable(outcomes: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tu
 
 
 def _areas(kept: Sequence[SizeOutcome], vanilla: Sequence[float]) -> tuple[FloatArray, FloatArray]:
-    """Each prompt's part of the area under the searched groups' curve, and under the random ones' [n_prompts]."""
     found = np.mean([np.asarray(outcome.complied, dtype=float) for outcome in kept], axis=0)
     controls = (outcome.random if len(outcome.random) else [vanilla] for outcome in kept)
     return found, np.mean([np.asarray(control, dtype=float).mean(axis=0) for control in controls], axis=0)

@@ -147,7 +147,7 @@ def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality
         assert interval is not None
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
         sizes.append(AtSize(k, hits, regret, interval, regret, interval))
-    spearman = _mean(_rank_correlation(first, second) for first, second in both)
+    spearman = _mean(next(iter(_spearmans(first, second[None])), None) for first, second in both)
     auc = _mean(_auc(first, differs)[0] for first, _ in both)
     reliability = spearman_brown(spearman)
     return ProxyQuality(
@@ -306,12 +306,6 @@ def _jackknifed(
     error = max(float(np.sqrt((n - 1) * np.var(left_out))), float(np.std(resampled)) if len(resampled) else 0.0)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return max(-1.0, estimate - half_width), min(1.0, estimate + half_width)
-
-
-def _rank_correlation(first: FloatArray, second: FloatArray) -> float | None:
-    """Spearman's; None where one side is all equal."""
-    correlations = _spearmans(first, second[None, :])
-    return correlations[0] if correlations else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

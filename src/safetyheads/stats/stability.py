@@ -274,7 +274,6 @@ def _repeated(
     further: int,
     tied: int,
 ) -> Repeated:
-    """How often resamples ended with the target: ``ended`` by the group found, ``lost`` given up after some heads."""
     repeats, shared, counts = np.zeros(n_draws, dtype=bool), 0.0, dict[int, int]()
     for found, draws in ended.items():
         repeats[draws] = found == target

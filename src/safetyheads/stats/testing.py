@@ -90,7 +90,6 @@ def _scored_pairs(
     after: Sequence[float] | FloatArray,
     clusters: Sequence[int] | None = None,
 ) -> tuple[FloatArray, FloatArray, NDArray[np.int64] | None]:
-    """Both sides [n_pairs, n_answers] and their clusters, without prompts that have no verdict at all on one side."""
     if len(before) != len(after):
         raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
     old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
