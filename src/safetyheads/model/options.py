@@ -64,8 +64,10 @@ def refuse_wrong_values(config: Any) -> None:
                     raise InputError(f"{words} must be at least {least}; got {_short(item)}")
                 if item > most:
                     raise InputError(f"{words} must be at most {most}; got {_short(item)}")
-                if name in (*_SHARES, "most_kl", "memory") and item in (least, most):
+                if name in _SHARES and item in (least, most):
                     raise InputError(f"{words} must lie between {least} and {most}; got {_short(item)}")
+                if name in ("most_kl", "memory") and item == least:
+                    raise InputError(f"{words} must be above {least}; got {_short(item)}")
 
 
 def refuse_odd_text(words: str, text: str, is_name: bool = True) -> None:
