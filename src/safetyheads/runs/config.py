@@ -490,8 +490,14 @@ class Progress(Protocol):
         """A context that gives a function to call with the number of items just done."""
 
 
-class Silent(Progress):
+class Silent:
     """Progress that nobody sees."""
+
+    def say(self, line: str | Callable[[], str]) -> None:
+        """Do nothing."""
+
+    def expect(self, stages: Sequence[str]) -> None:
+        """Do nothing."""
 
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
