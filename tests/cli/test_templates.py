@@ -122,7 +122,7 @@ def test_check_says_how_thinking_is_dealt_with_and_spells_out_what_terminals_obe
     show._show_prompt(shown(engine_with("{{ '\x1b[2J' }}{{ messages[0].content }}"), organism.benign), None)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
-    assert "\\u001b" in printed
+    assert "\\x1b [ 2 J" in printed
     assert not shown(engine_with(None), organism.benign, template="direct")["has_chat_template"]
 
 

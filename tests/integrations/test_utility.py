@@ -124,6 +124,7 @@ def test_nothing_is_left_behind(engine, organism):
         }
 
     engine.model.model.layers[1].train()
+    engine.check()  # a layer in training mode is a change to the model
     try:
         before = state()
         evaluate_tasks(engine, load_tasks(SMALL), head_variants(engine, [GROUP], UNDIFFERENTIATED_ATTENTION))
@@ -131,6 +132,7 @@ def test_nothing_is_left_behind(engine, organism):
         assert not before["ties"]
     finally:
         engine.model.eval()
+        engine.check()
 
 
 def test_weights_that_an_edit_untied_stay_untied(engine):

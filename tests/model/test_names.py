@@ -54,7 +54,7 @@ def test_an_adapter_goes_on_smollm2_by_its_name(stand_in, run, own_folder):
     assert engine.adapter.name == engine.name == "smollm2:tuned"
     assert not Engine.load("smollm2", check=False).adapter
     code, _, _ = run("ships", "smollm2:tuned", "--prompts", "demo", "--limit", "4", "--quiet")
-    (manifest,) = (stand_in / "runs").glob("smollm2-tuned-ships-*/manifest.json")
+    (manifest,) = (stand_in / "runs").glob("smollm2-tuned-demo-ships-*/manifest.json")
     recorded = json.loads(manifest.read_text())
     text = json.dumps(recorded)
     assert code == 0

@@ -9,7 +9,7 @@ import torch
 from families import built, proved
 from family_twins import PROMPTS, engine_by, groups_of, relative, slow_states, states
 from oracle import Oracle
-from tiny_models import engine_of, tokenizer
+from tiny_models import engine_of, known, tokenizer
 
 from safetyheads import Ablation, Engine, Head
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
@@ -59,7 +59,7 @@ def test_the_ablated_layer_starts_from_its_heads_and_the_last_asks_only_wanted_t
     """The two savings are taken: queries are projected once a row and never for tokens that nobody asks for."""
     engine, asked = engine_of("llama_gqa"), []
     for layer, attention in enumerate(engine.architecture.attentions):
-        attention.q_proj.register_forward_hook(lambda _, __, out, at=layer: asked.append((at, out)))
+        attention.q_proj.register_forward_hook(known(lambda _, __, out, at=layer: asked.append((at, out))))
     captures = engine.captured(SEQUENCES, (), UNDIFFERENTIATED_ATTENTION, Plan(ALL_ROWS, 4, 1), 0)
     n_tokens = captures[0].row.n_tokens
     asked.clear()
@@ -104,7 +104,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_nothing_is_lost(monkeypat
 @pytest.mark.parametrize("prunes", [True, False], ids=["pruned", "whole"])
 def test_what_a_layer_writes_into_an_argument_does_not_reach_the_next_replay(prunes):
     """The decoder hands its layers one list a forward; each appends to it and scales its input by its length."""
-    engine, shared, found = engine_of("llama_gqa", capabilities=Capabilities(prunes=prunes)), [], set()
+    model, shared, found = engine_of("llama_gqa").model, [], set()
 
     def writing(number, plain):
         def forward(hidden, *positional, written, **keywords):
@@ -115,12 +115,13 @@ def test_what_a_layer_writes_into_an_argument_does_not_reach_the_next_replay(pru
 
         return forward
 
-    engine.architecture.decoder.register_forward_pre_hook(lambda *_: shared.append([]))
-    for number, layer in enumerate(engine.architecture.layers):
+    model.model.register_forward_pre_hook(lambda *_: shared.append([]))
+    for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(
             lambda _, given, named: (given, {"written": shared[-1], **named}), with_kwargs=True
         )
         layer.forward = writing(number, layer.forward)
+    engine = Engine(model, tokenizer(), capabilities=Capabilities(prunes=prunes))
     captures = engine.captured(SEQUENCES, (), UNDIFFERENTIATED_ATTENTION, Plan(ALL_ROWS, 4, 1))
     outputs = []
     handle = engine.architecture.layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output[0, -1]))
