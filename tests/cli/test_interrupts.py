@@ -28,6 +28,9 @@ COMMANDS = {
     "judge": "judge run --judge released",
     "compare": "compare run run",
     "history": "history .",
+    "plan": f"plan 2 audit {DEMO}",
+    "status": "status run",
+    "merge": "merge whole run",
     "view": "view run",
     "serve": "serve demo:aligned_a --port 0",
 }
@@ -48,7 +51,8 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
     monkeypatch.setattr(Engine, "load", interrupt)
     monkeypatch.setattr(RunDirectory, "open", interrupt)
     monkeypatch.setattr(RunDirectory, "verify", interrupt)
-    monkeypatch.setattr("safetyheads.model.smollm2.fetch", interrupt)
+    for function in ("model.smollm2.fetch", "runs.status.status_of", "runs.merge.merge"):
+        monkeypatch.setattr(f"safetyheads.{function}", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     ended, out, err = run(*COMMANDS[command].split(), *["--quiet"])
     assert (ended, out) == (code, "")
