@@ -570,7 +570,12 @@ def view(
     folder: Annotated[Path, Parameter(help="A run directory, or a folder of them.")],
     /,
     *,
-    port: Annotated[int, Parameter(help="Port on 127.0.0.1; 0 takes a free one.", group=PANELS["Output"])] = 8000,
+    port: Annotated[
+        int,
+        Parameter(
+            help="Port on 127.0.0.1; 0 takes a free one. [default: 8000]", show_default=False, group=PANELS["Output"]
+        ),
+    ] = 8000,
 ) -> None:
     """Show the pages of runs in a browser, also on a remote machine behind a tunnel, until Ctrl-C.
 
