@@ -38,7 +38,7 @@ def n_lines(paths: Iterable[Path]) -> int:
 def imports(package: Path, typing: bool) -> networkx.DiGraph:
     """Which module imports which; the public face is left out, for it names everything."""
     modules = {".".join(path.relative_to(package).with_suffix("").parts): path for path in python_files(package)}
-    modules = {name.removesuffix(".__init__"): path for name, path in modules.items() if name != "__init__"}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items() if not name.startswith("__")}
     graph = networkx.DiGraph()
     graph.add_nodes_from(modules)
     for name, path in modules.items():
