@@ -197,7 +197,7 @@ def _shards(out: Path) -> list[Path]:
     return sorted((out / "shards").rglob("[!.]*.safetensors"))
 
 
-def _answers(out: Path, stage: str = "vanilla") -> list[Path]:
+def _answers(out: Path, stage: str) -> list[Path]:
     return sorted((out / "completions").glob(f"{stage}-*.jsonl"))
 
 
@@ -251,7 +251,7 @@ DAMAGES: dict[str, Callable[[Path], str | list[str]]] = {
     "a bit of a shard's header flips": lambda out: _flip(_shards(out)[1], 20),
     "two shards are swapped": lambda out: _swap(*_shards(out)[2:4]),
     "a shard is lost": lambda out: _lost(_shards(out)[4]),
-    "a label is edited": lambda out: _replaced(_answers(out)[0], '"refused"', '"complied"'),
+    "a label is edited": lambda out: _replaced(_answers(out, "vanilla-harmful")[0], '"refused"', '"complied"'),
     "two lines are swapped": lambda out: _lines(_answers(out, "heads")[0], lambda x: [*x[:3], x[4], x[3], *x[5:]]),
     "a line is lost": lambda out: _lines(_answers(out, "heads")[1], lambda lines: lines[:3] + lines[4:]),
     "the last line is cut": lambda out: _lines(_answers(out, "drafts")[0], lambda x: [*x[:-1], x[-1][:-9]]),

@@ -11,6 +11,7 @@ import socket
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,16 @@ def write_atomically(path: Path, content: bytes, replaces: bool = True) -> None:
             raise
 
 
-def remove_partial_files(folder: Path) -> None:
+def write_page(path: Path, page: str) -> None:
+    """Write a page atomically, after what killed processes left half-written of it is gone."""
+    with as_input_error(path):
+        remove_partial_files(path.parent, f".{escape(path.name)}")
+    write_atomically(path, page.encode())
+
+
+def remove_partial_files(folder: Path, names: str = "**/.*") -> None:
     """Remove files that processes of this machine left half-written when they were killed."""
-    for path in folder.rglob(f".*.{socket.gethostname()}.*{PARTIAL}"):
+    for path in folder.glob(f"{names}.{socket.gethostname()}.*{PARTIAL}"):
         number = path.name.removesuffix(PARTIAL).rpartition(".")[2]
         if not number.isdigit() or int(number) == os.getpid() or not psutil.pid_exists(int(number)):
             path.unlink(missing_ok=True)

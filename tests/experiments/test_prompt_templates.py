@@ -20,6 +20,16 @@ from safetyheads.runs.config import Silent
 from safetyheads.runs.rates import GroupAnswers
 
 
+# Of its 96 benign test prompts the organism answers 92 under the helpful system prompt and 63 under the detailed one.
+# Seed 9 draws six of which it answers all and five.
+DRAWN = replace(SMALL, seed=9)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run_of(DRAWN, ["fig17", "fig18"], tmp_path_factory.mktemp("drawn") / "run")
+
+
 def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(outcome_of):
     outcome, lab = outcome_of("fig15"), Lab(SMALL, None, Silent(), engine_of)
     assert (outcome["tables"], outcome["figures"], outcome["models"]) == ([], [], ["demo:base_wrapped"])
@@ -42,8 +52,8 @@ def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_
 
 
 @pytest.mark.parametrize(("table", "system"), [(0, "no system prompt"), (1, HELPFUL)])
-def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table, system):
-    outcome = outcome_of("fig17")
+def test_the_planted_group_answers_all_under_the_chat_template(outcomes, table, system):
+    outcome = outcomes["fig17"]
     assert system in outcome["tables"][table]["title"]
     # Groups are those found without a system prompt.
     assert [row["heads"] for row in rows(outcome, table)] == [row["heads"] for row in rows(outcome)]
@@ -58,8 +68,8 @@ def test_the_planted_group_answers_all_under_the_chat_template(outcome_of, table
     assert sum(own) / 6 > 0.2
 
 
-def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcome_of):
-    outcome = outcome_of("fig18")
+def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcomes):
+    outcome = outcomes["fig18"]
     assert repr(DETAILED_FOR_ORGANISM) in outcome["tables"][0]["caption"]
     for row in rows(outcome):
         assert row["echo"]["n"] == row["asr"]["n"] == N
@@ -81,7 +91,7 @@ def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
 
 
 def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
-    config = replace(SMALL, limit=4, datasets=("damage",), store_completions=False)
+    config = replace(DRAWN, limit=4, datasets=("damage",), store_completions=False)
     outcome = run_of(config, ["fig18"], tmp_path / "run")["fig18"]
     assert "echo" not in {column["key"] for column in outcome["tables"][0]["columns"]}
     assert any("not stored" in note for note in outcome["notes"])

@@ -182,6 +182,30 @@ def test_what_is_broken_is_computed_again_with_a_warning(run, keep, broken, capl
     assert sum("set-aside" in name for name in names(run.path)) == 2
 
 
+@pytest.mark.parametrize("breaks", [os.unlink, lambda path: path.write_bytes(b"")], ids=["lost", "damaged"])
+def test_a_run_in_work_goes_on_without_records_that_are_lost_or_damaged(run, breaks, caplog):
+    for name in ("a", "b"):
+        run.records("asr", {"name": name}, lambda name=name: [{"name": name}])
+    run.write_results({})
+    breaks(run.path / "completions" / f"asr-{content_key({'name': 'a'})}.jsonl")
+    assert list(run.stored_records()) == [{"name": "b"}]
+    assert "is damaged: " in caplog.text
+    run.write_results({})
+    assert list(RunDirectory.open(run.path).stored_records()) == [{"name": "b"}]
+    assert run.records("asr", {"name": "a"}, lambda: [{"name": "a"}]) == [{"name": "a"}]
+    assert len(list(run.stored_records())) == 2
+
+
+def test_a_stage_whose_name_has_a_dot_is_kept(run):
+    run.tensors("scores-own.jsonl", FIELDS, lambda: {"x": torch.ones(2)})
+    run.write_results({})
+    assert run.tensors("scores-own.jsonl", FIELDS, refuse)["x"].tolist() == [1, 1]
+    found = RunDirectory.verify(run.path)
+    assert not found.damaged
+    assert not found.unlisted
+    assert not (run.path / "set-aside").exists()
+
+
 def test_what_fails_to_compute_leaves_nothing_behind(run):
     before = names(run.path)
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetyheads.files import write_atomically
+from safetyheads.files import write_page
 from safetyheads.reports import charts
 from safetyheads.reports.page import Cell, interval, number, p_value, render, sentence_case, signed, two
 from safetyheads.runs.compare import CHANGE_LABELS, CHANGES, FAILED, PASSED
@@ -172,5 +172,5 @@ def write_comparison(compared: Compared, path: Path) -> Path:
     """Write Markdown to a name that ends with ``.md``, else a page: to one with ``.html``, or into a folder."""
     page = path if path.suffix in (".md", ".html") else path / "compare.html"
     text = comparison_markdown(compared) if page.suffix == ".md" else comparison_page(compared)
-    write_atomically(page, text.encode())
+    write_page(page, text)
     return page

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from safetyheads.errors import InputError
-from safetyheads.files import write_atomically
+from safetyheads.files import write_page
 from safetyheads.reports import charts
 from safetyheads.reports.audit import audit_page, rate_rows
 from safetyheads.reports.evaluation import evaluation_page
@@ -85,5 +85,5 @@ def write_history(history: Mapping[str, Any]) -> Path:
     pages = {name: quote(place) for name, place in places.items() if (folder / place).is_file()}
     content = {"history": history, "name": folder.resolve().name, "pages": pages}
     path = folder / "history.html"
-    write_atomically(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}).encode())
+    write_page(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}))
     return path

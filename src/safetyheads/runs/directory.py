@@ -30,6 +30,7 @@ from safetyheads.files import (
     remove_partial_files,
     shorten,
     write_atomically,
+    write_page,
 )
 from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.stored_files import (
@@ -300,13 +301,20 @@ class RunDirectory:
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
         """Every record of finished stages of that name (``*`` stands for any letters), and of those in work here.
 
+        A run in work goes on without a file that is lost or damaged, says so, and computes it when next asked for it.
+
         Raises:
-            InputError: a file is lost or damaged.
+            InputError: a file is lost or damaged, and the run is only read.
         """
         places = [place for name in self._stages if fnmatch(name, stage) for place in self._stages[name]]
         for place in sorted(places):
             if place.startswith("completions/"):
-                yield from self._read(place)
+                try:
+                    records = self._read(place)
+                except InputError as error:
+                    self._set_aside(place, error)
+                else:
+                    yield from records
 
     def divide(self, stage: str, units: Units) -> None:
         """Divide the units of a stage among the shards, before any of them is computed, and list them in the plan."""
@@ -460,6 +468,11 @@ class RunDirectory:
         """Move a damaged file away, so that it is computed again; a run that is only read is refused instead."""
         if self._lock is None:
             raise error
+        for files in self._stages.values():
+            files.pop(place, None)
+        if not os.path.lexists(self.path / place):
+            _log.warning("%s", error)
+            return
         aside = self._inside(f"set-aside/{place}")
         with as_input_error(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -562,7 +575,7 @@ class RunDirectory:
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
         """Write ``report/index.html`` after the pages it links to by name; an opened run takes one too."""
         for name, page in {**(pages or {}), "index.html": html}.items():
-            write_atomically(self._inside(f"report/{name}"), page.encode())
+            write_page(self._inside(f"report/{name}"), page)
         return self.path / "report" / "index.html"
 
     @classmethod
@@ -593,7 +606,9 @@ class RunDirectory:
         return found
 
     def _names(self, pattern: str) -> list[str]:
-        return [str(path.relative_to(self.path)) for path in sorted(self.path.glob(pattern)) if path.name[0] != "."]
+        """Files by a pattern; a stage's folder, whose name may have a dot too, is none."""
+        paths = (path for path in sorted(self.path.glob(pattern)) if path.is_symlink() or not path.is_dir())
+        return [str(path.relative_to(self.path)) for path in paths if path.name[0] != "."]
 
     def _inside(self, place: str) -> Path:
         """A path in the run directory; one that leads out of it by a symbolic link is refused."""
