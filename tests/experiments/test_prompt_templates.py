@@ -19,7 +19,6 @@ from safetyheads.judges.base import Completion
 from safetyheads.runs.config import Silent
 from safetyheads.runs.rates import GroupAnswers
 
-
 # Of its 96 benign test prompts the organism answers 92 under the helpful system prompt and 63 under the detailed one.
 # Seed 9 draws six of which it answers all and five.
 DRAWN = replace(SMALL, seed=9)
