@@ -53,8 +53,8 @@ def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) 
 def test_the_page_of_the_largest_models_is_small() -> None:
     results = audit_samples.audit(126, 128)
     rows = audit_samples.completions(results, "<" * 4000, n=200)
-    # Beside the drawing library and the pictures.
-    assert len(render_audit(results, MANIFEST, rows, show_texts=True).encode()) < 5_000_000 - 1_600_000
+    # 16,128 heads. The drawing library and the pictures come to 1.6 MB more, so that the whole stays far below 8 MB.
+    assert len(render_audit(results, MANIFEST, rows, show_texts=True).encode()) < 5_500_000 - 1_600_000
 
 
 def test_what_comes_from_outside_is_text() -> None:
