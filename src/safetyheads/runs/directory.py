@@ -595,7 +595,7 @@ class RunDirectory:
                 except InputError as error:
                     found.damaged[name] = str(error)
 
-        check(self._names("stages/*.json"), self._load_stage)
+        check(sorted({*self._names("stages/*.json"), *self._stages_of_results()}), self._load_stage)
         check(self._names("plan/*.json") + self._names("starts/*.json"), self._read_json)
         check(self._names("timings.json"), self._read_json)
         check(self._names("results.json"), lambda _: self._read_finished())
@@ -604,6 +604,14 @@ class RunDirectory:
         check(sorted(places | listed), self._read)
         found.unlisted = sorted(places - listed)
         return found
+
+    def _stages_of_results(self) -> list[str]:
+        """The lists of stages that the results name, whatever else of the results is damaged."""
+        try:
+            named = parse_json(read_regular(self.path / "results.json", follows_links=False), "results.json")["stages"]
+        except (InputError, LookupError, TypeError):
+            return []
+        return [f"stages/{stage}.json" for stage in named] if isinstance(named, dict) else []
 
     def _names(self, pattern: str) -> list[str]:
         """Files by a pattern; a stage's folder, whose name may have a dot too, is none."""
