@@ -44,6 +44,7 @@ from safetyheads.runs.config import (
     EvalConfig,
     JudgeOptions,
     ModelOptions,
+    PortOptions,
     SaharaConfig,
     ScanConfig,
     ServeConfig,
@@ -570,12 +571,7 @@ def view(
     folder: Annotated[Path, Parameter(help="A run directory, or a folder of them.")],
     /,
     *,
-    port: Annotated[
-        int,
-        Parameter(
-            help="Port on 127.0.0.1; 0 takes a free one. [default: 8000]", show_default=False, group=PANELS["Output"]
-        ),
-    ] = 8000,
+    where: PortOptions,
 ) -> None:
     """Show the pages of runs in a browser, also on a remote machine behind a tunnel, until Ctrl-C.
 
@@ -583,7 +579,7 @@ def view(
     """
     from safetyheads.reports.view import server
 
-    served, address = server(folder, port)
+    served, address = server(folder, where.port)
     with served, suppress(KeyboardInterrupt):
         show.print_lines([f"Pages: {address}", "Ctrl-C ends it."])
         sys.stdout.flush()

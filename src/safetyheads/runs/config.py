@@ -465,14 +465,21 @@ class EvalConfig(TaskOptions, GroupOptions, AblationOptions, ModelOptions):
     """Settings of one evaluation of tasks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PortOptions:
+    """Where pages or answers are served."""
+
+    PANEL: ClassVar[str] = "Output"
+    port: int = 8000
+    """Port on 127.0.0.1; 0 takes a free one."""
+
+
 @dataclass(frozen=True)
-class ServeConfig(GroupOptions, AblationOptions, TemplateOptions, ModelOptions):
+class ServeConfig(PortOptions, GroupOptions, AblationOptions, TemplateOptions, ModelOptions):
     """What is served: the unablated model, and one for each group."""
 
     PANEL: ClassVar[str] = "Answers"
     _: KW_ONLY
-    port: int = 8000
-    """Port on 127.0.0.1; 0 takes a free one."""
     max_new_tokens: int = 512
     """Longest answer, in tokens, where a client asks for none."""
 
