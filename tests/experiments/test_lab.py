@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from experiment_runs import OWN, SMALL, N, engine_of, run_of
+from run_samples import OneProcess
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.decoding import GREEDY, Sampling
@@ -21,7 +22,7 @@ FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
 LLAMA, VICUNA = "meta-llama/Llama-2-7b-chat-hf", "models/vicuna-7b-v1.5/"
 
 
-class Keys:
+class Keys(OneProcess):
     """A run directory that computes nothing and has the key of each thing that it was asked for."""
 
     def __init__(self):
@@ -29,12 +30,6 @@ class Keys:
 
     def remember(self, _, value):
         return value
-
-    def divide(self, stage, units):
-        """One process does all."""
-
-    def together(self, *tasks):
-        return [task() for task in tasks]
 
     def remembered(self, _=""):
         return {}

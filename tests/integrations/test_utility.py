@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from run_samples import OneProcess
 from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
@@ -203,16 +204,10 @@ def test_tasks_of_ones_own_of_every_kind(engine, tmp_path, monkeypatch):
 def test_kept_rows_are_another_tokenizers_no_more(engine):
     kept = []
 
-    class Keeps:
+    class Keeps(OneProcess):
         def records(self, stage, fields, compute):
             kept.append(json.dumps(fields, sort_keys=True))
             return compute()
-
-        def divide(self, stage, units):
-            """One process does all."""
-
-        def together(self, *tasks):
-            return [task() for task in tasks]
 
     tasks, tokenizer = load_tasks(TaskOptions(limit=2)), engine.tokenizer
     before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template

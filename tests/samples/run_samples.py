@@ -208,3 +208,13 @@ def _written(
         run.records("sequences-benign_test", {}, lambda: [{"token_ids": [1], "n_wanted": 1}])
         run.write_results(results)
     return path
+
+
+class OneProcess:
+    """What stands in for a run directory does its work alone, as a run without shards."""
+
+    def divide(self, stage, units):
+        """All units are its own."""
+
+    def together(self, *tasks):
+        return [task() for task in tasks]
