@@ -1,6 +1,7 @@
 """Tables keep whole words and numbers at any width of the terminal; what models and layers are like is put in words."""
 
 import io
+import time
 from pathlib import Path
 
 import experiment_samples as samples
@@ -103,13 +104,23 @@ def test_a_judge_with_a_dot_in_its_name_has_its_column(terminal):
     assert " ".join(row.split()) == "1-3 0.25 [0.00, 1.00] 0.50 [0.00, 1.00]"
 
 
-def test_without_bars_a_line_comes_every_half_minute_and_stages_are_numbered(monkeypatch):
+def test_without_bars_a_line_comes_every_half_minute_also_within_a_batch_and_stages_are_numbered(monkeypatch):
+    assert show.INTERVAL == 30
+    monkeypatch.setattr(show, "INTERVAL", 0.01)
     written = io.StringIO()
-    progress, clock = show.RichProgress(Console(file=written, width=100)), iter((0.0, 10.0, 31.0, 45.0, 70.0))
-    monkeypatch.setattr(show.time, "monotonic", lambda: next(clock))
+    progress = show.RichProgress(Console(file=written, width=100))
+
+    def wait_for(line):
+        end = time.monotonic() + 20
+        while line not in written.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert line in written.getvalue()
+
     progress.expect(("unablated answers", "groups"))
     with progress.track("harmful: groups", 8) as done:
-        for _ in range(4):
-            done(2)
-    # At 31 s, 4 of 8 are done; at 70 s all are, which needs no line.
-    assert written.getvalue() == "2 of 2: harmful: groups: 4 of 8, about 31 s left\n"
+        wait_for("2 of 2: harmful: groups: 0 of 8, none done yet\n")
+        done(4)
+        wait_for("2 of 2: harmful: groups: 4 of 8, about")
+    said = written.getvalue()
+    time.sleep(0.05)
+    assert written.getvalue() == said  # silent once the stage is over

@@ -347,6 +347,31 @@ def test_a_search_scores_only_what_is_proposed_given_the_group_so_far(engine, sc
     assert [bound.n_others for bound in bounds] == [0, 0, 0]
 
 
+def test_a_search_that_screens_once_chooses_among_the_first_candidates_and_bounds_the_first_step_alone(engine, scorer):
+    screened = []
+
+    def screens(group):
+        screened.append(group)
+        return screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, common=group)
+
+    extent = Extent(4, 2, once=True)
+    trace, proposals, bounds = screened_sahara(scorer, screens, engine.heads, "mean_ships", 3, extent)
+    assert screened == [()]
+    first = propose(screens(()), "mean_ships", extent)
+    # The slow twin: the first step among candidates and sample, the others among the candidates that are left.
+    assert proposals[0] == first
+    group = trace.group[:1]
+    assert group == sahara(scorer, first.heads, 1).group
+    for step in trace.steps[1:]:
+        left = [head for head in first.candidates if head not in group]
+        assert {head for head, _ in step.ranked()} == set(left)
+        group = (*group, max(left, key=lambda head: float(scorer([(*group, head)])[0])))
+    assert group == trace.group
+    assert [bound.n_sampled for bound in bounds] == [2, 0, 0]
+    assert bounds[1].at_most == bounds[1].n_others
+    assert str(bounds[1]).startswith(f"none of the {bounds[1].n_others} other heads was sampled")
+
+
 def test_pairs_are_scored_exactly_with_their_heads(scorer):
     pairs = [(Head(0, 1), Head(1, 2)), (Head(0, 1), Head(2, 3))]
     for record in rescore_pairs(scorer, pairs):

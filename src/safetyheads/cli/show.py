@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,7 +109,8 @@ class RichProgress:
         if stage in self.stages:
             name = f"{self.stages.index(stage) + 1} of {len(self.stages)}: {name}"
         if not self.draws:
-            yield self._lines(name, total)
+            with self._lines(name, total) as done:
+                yield done
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -125,18 +127,28 @@ class RichProgress:
         """Number the stages that lie ahead."""
         self.stages = tuple(stages)
 
-    def _lines(self, name: str, total: int) -> Callable[[int], None]:
-        started = last = time.monotonic()
-        count = 0
+    @contextmanager
+    def _lines(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A line every half a minute, also while nothing is done: a batch may take minutes."""
+        started, count, over = time.monotonic(), 0, threading.Event()
 
         def done(more: int) -> None:
-            nonlocal last, count
-            count, at = count + more, time.monotonic()
-            if at - last >= INTERVAL and count < total:
-                last, left = at, (at - started) / max(count, 1) * (total - count)
-                self.say(f"{name}: {count} of {total}, about {duration(left)} left")
+            nonlocal count
+            count += more
 
-        return done
+        def tell() -> None:
+            while not over.wait(INTERVAL):
+                passed = time.monotonic() - started
+                left = f"about {duration(passed / count * (total - count))} left" if count else "none done yet"
+                self.say(f"{name}: {count} of {total}, {left}")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield done
+        finally:
+            over.set()
+            teller.join()
 
 
 class _PatientBars(Bars):

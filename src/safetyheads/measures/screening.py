@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -368,6 +368,8 @@ class Extent(Shown):
     """Heads drawn at random from the others."""
     seed: int = 0
     """Seed of the draw."""
+    once: bool = False
+    """Whether the candidates of a search's first step serve its later steps too, which are then not screened."""
 
     def __post_init__(self) -> None:
         if self.n_candidates < 1 or self.n_sampled < 0:
@@ -418,6 +420,8 @@ class Missed:
     def __str__(self) -> str:
         if not self.n_others:
             return "every head was scored exactly"
+        if not self.n_sampled:
+            return f"none of the {self.n_others} other heads was sampled: nothing bounds how many are among the best"
         sample = f"{self.n_found} of {self.n_sampled} sampled heads score above the candidate of rank {self.top}"
         bound = f"of all {self.n_others} others at most {self.at_most} do ({self.confidence:.0%} confidence)"
         return f"{sample}: {bound}. That bounds how many, not which: an exact top needs another sample"
@@ -448,7 +452,7 @@ def screened_sahara(
     steps: int,
     extent: Extent,
 ) -> tuple[SearchTrace, tuple[Proposal, ...], tuple[Missed, ...]]:
-    """Algorithm 1 with a screening before each step: ``screens`` gives it with the group so far ablated.
+    """Algorithm 1 with a screening before each step, or the first: ``screens`` gives it with the group so far ablated.
 
     ``forecast`` proposes heads, ``scorer`` scores them. Proposals and the heads that may beat the best candidate are
     given for each step.
@@ -456,7 +460,11 @@ def screened_sahara(
     proposals: list[Proposal] = []
 
     def narrow(group: Group) -> Group:
-        proposals.append(propose(screens(group), forecast, extent))
+        if proposals and extent.once:
+            left = tuple(head for head in proposals[0].candidates if head not in group)
+            proposals.append(replace(proposals[0], candidates=left, sampled=()))
+        else:
+            proposals.append(propose(screens(group), forecast, extent))
         return proposals[-1].heads
 
     trace = sahara(scorer, heads, steps, narrow)

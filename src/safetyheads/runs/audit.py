@@ -25,7 +25,7 @@ from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.config import AuditConfig, ScreenOptions, Thresholds
+from safetyheads.runs.config import AuditConfig, ScreenOptions, SizeOptions, Thresholds
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
 from safetyheads.runs.rates import (
@@ -156,9 +156,11 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
 
 def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     n = {name: len(prompts) for name, prompts in asked.items()}
-    n_searches, n_scored_heads = len(SEARCHED), len(engine.heads)
+    n_searches, n_scored_heads, n_later = len(SEARCHED), len(engine.heads), len(engine.heads)
     if config.screen:
-        n_searches, n_scored_heads = 1, extent_of(config).n_heads(n_scored_heads)
+        extent = extent_of(config)
+        n_searches, n_scored_heads = 1, extent.n_heads(n_scored_heads)
+        n_later = min(extent.n_candidates, n_scored_heads) if extent.once else n_scored_heads
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
     n_groups, sizes = n_searches * config.size, heads_by_layer(engine)
@@ -171,7 +173,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     n_answers += (n["harmful_test"] + n["benign_test"]) * (1 + n_tested)
     # One pass over single heads on two sets, the later steps of each search, and groups on benign test prompts: the
     # searched ones for the next token, these and the random ones for damage.
-    n_passed = n_scored_heads * (2 + n_searches * (config.size - 1)) + 2 * n_tested + n_searches * n_random
+    n_passed = 2 * n_scored_heads + n_searches * (n_later * (config.size - 1) + n_random) + 2 * n_tested
     work = Work(
         asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
     )
@@ -188,13 +190,15 @@ def shortened(config: AuditConfig) -> list[str]:
         "Heads were screened. Only those with the best forecasts, and a random sample of the others, were scored; one "
         "search was made, by mean Ships, and none again on resampled prompts."
     )
+    once = "Heads were screened once. Later steps of the search chose among the candidates of the first."
     tested = "One size was tested. It was chosen on the search half; rates of the other sizes are not known."
     cut = (
         f"Answers of controls are short. Under random groups and single heads they end after {config.control_tokens} "
         "tokens, so a refusal that begins later is not seen."
     )
-    marks = (config.screen, screened), (config.chosen_size, tested), (config.control_tokens is not None, cut)
-    return [sentence for shortens, sentence in marks if shortens]
+    marks = {screened: config.screen, once: config.screen_once, tested: config.chosen_size}
+    marks[cut] = config.control_tokens is not None
+    return [sentence for sentence, shortens in marks.items() if shortens]
 
 
 # Stages.
@@ -294,7 +298,8 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
         with run.progress.track("searching groups", config.size * extent.n_heads(len(heads))) as done:
             scorer = scorer_of(measuring, LEAD, done)
             found = screened_sahara(scorer, screens, heads, "mean_ships", config.size, extent)
-        traces[LEAD], listed = found[0], found[1][0].heads
+        # In the order of the first step, whose batches are then found again.
+        traces[LEAD], listed = found[0], tuple(sorted(found[1][0].heads))
         screening = [screening_as_json(*step) for step in zip(*found[1:], strict=True)]
     on_benign_listed = traces[LEAD].steps[0].top(N_LISTED) if config.screen else listed
     (harmful, by_prompt), (benign, on_benign) = run.directory.together(
@@ -316,7 +321,8 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
 def extent_of(options: ScreenOptions) -> Extent:
     """How many heads a screening scores exactly."""
     given = {"n_candidates": options.candidates, "n_sampled": options.sample}
-    return Extent(**{name: value for name, value in given.items() if value is not None})
+    once = isinstance(options, SizeOptions) and options.screen_once
+    return Extent(once=once, **{name: value for name, value in given.items() if value is not None})
 
 
 def screening_as_json(proposal: Proposal, bound: Missed) -> dict[str, Any]:

@@ -216,9 +216,9 @@ class ScreenOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("candidates", "sample"):
-            if getattr(self, name) is not None and not self.screen:
-                raise InputError(f"--{name} belongs to --screen")
+        for name in ("candidates", "sample", "screen_once"):
+            if getattr(self, name, None) not in (None, False) and not self.screen:
+                raise InputError(f"--{name.replace('_', '-')} belongs to --screen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +237,8 @@ class SizeOptions(Options):
     PANEL: ClassVar[str] = "Search"
     size: int = 3
     """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
+    screen_once: bool = False
+    """With --screen, choose in later steps among the candidates of the first, without another screening."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +290,15 @@ class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, 
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(limit=100, screen=True, candidates=24, sample=24, chosen_size=True, control_tokens=48),  # noqa: C408
+    "quick": {
+        "limit": 100,
+        "screen": True,
+        "candidates": 24,
+        "sample": 24,
+        "screen_once": True,
+        "chosen_size": True,
+        "control_tokens": 48,
+    },
     "standard": {},
     "paper": {"template": "query_answer", "judges": ("paper",), "size": 5},
 }

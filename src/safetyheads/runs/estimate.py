@@ -93,7 +93,7 @@ class Estimate:
         if self.memory:
             mib = max(1.0, self.memory / 2**20)
             parts.append(f"{f'{mib / 1024:.1f} GiB' if mib >= 1024 else f'{mib:.0f} MiB'} beside the weights")
-        return "; ".join([*parts, *[work.note] * bool(work.note)])
+        return ". ".join(["; ".join(parts), *[work.note] * bool(work.note)])
 
     @property
     def power(self) -> str:

@@ -80,7 +80,7 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
     n_answers = sum(map(len, asked.values())) * n_all + n_harmful * (n_on_harmful + config.query_level)
     n_scans = config.n_seeds * (len(asked) * n_all + n_on_harmful) / n_heads
     n_passes = n_scans + (len(asked) + 1) * config.scores + max(0, config.prefixes - 1)
-    note = "only answers that an ablation changes are decoded"
+    note = "Only answers that an ablation changes are decoded"
     patient = [judge.name for judge in judges_named(config.judges) if not judge.decides_early]
     if patient and not config.full_answers:
         note += f"; rows end when all judges are final, and {', '.join(patient)} needs whole answers"

@@ -67,7 +67,7 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
     """Answers are unablated ones alone, as far as they tell a refusal."""
     extent, n_heads, searches = extent_of(config), len(engine.heads), isinstance(config, SaharaConfig)
     share = extent.n_heads(n_heads) / n_heads if config.screen else 1.0
-    token_ids, note = asked["harmful"].token_ids, "a few backward passes beside" if config.screen else ""
+    token_ids, note = asked["harmful"].token_ids, "The screening adds a few backward passes." if config.screen else ""
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
     passes = share * getattr(config, "size", 1)
     return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note)
