@@ -1,4 +1,9 @@
-"""The errors that users see."""
+"""The errors that users see, and a limit of time for what others wrote and might never end."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SafetyheadsError(Exception):
@@ -36,3 +41,23 @@ def one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())
     kind = type(error).__name__
     return f"{kind}: {said}" if type(error).__module__ == "builtins" and said else said or kind
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End a template or a pattern that never ends by a TimeoutError, where signals are heard: in the main thread."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it takes longer than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, end)
+    # Again and again: jinja's optimizer takes the first error for one of the expression, and tries it once more.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

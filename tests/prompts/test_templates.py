@@ -1,7 +1,9 @@
 """Templates, on chat templates written for these tests: turns, BOS tokens, think blocks, prefills, URIAL."""
 
 import json
+import tomllib
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.judges.phrase_judge import PhraseJudge
+from safetyheads.prompts import templates
 from safetyheads.prompts.templates import FORMS, Template
 
 quick = settings(deadline=None, max_examples=50)
@@ -137,6 +140,16 @@ def test_what_cannot_be_rendered_is_refused_in_one_line(text, chat_template, opt
     assert "\n" not in str(refused.value)
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("text", [ENDLESS, "{{ 10 ** (10 ** 10) }}", "{{ 'a' * 10 ** 18 }}", "{{ [0] * 10 ** 18 }}"])
+def test_a_template_that_never_ends_or_has_no_room_is_refused_in_one_line(text, monkeypatch):
+    monkeypatch.setattr(templates, "_SECONDS", 0.1)
+    with pytest.raises(InputError, match=OF_MODEL + "rejects the prompt: [^\n]*$"):
+        rendered(text)
+
+
 LLAMA2 = "[INST] <<SYS>>\n{}\n<</SYS>>\n\nhi [/INST]"
 TURN = "[user]hi[end][assistant]"
 SURE = {"prefill": "Sure"}
@@ -254,6 +267,41 @@ def test_a_template_that_writes_the_date_says_so():
     for chat_template in (DATED_DEFAULT, UNWRITTEN):
         noted = [Template.parse("chat", system).bound(tokenizer(chat_template)).note for system in (None, "be brief")]
         assert [note is None for note in noted] == [False, True]
+
+
+FAMILIES = tomllib.loads((Path(__file__).parents[1] / "samples" / "chat_templates.toml").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_templates_of_families_write_what_they_write_for_an_answer_without_thoughts(family):
+    facts, query, prefill = FAMILIES[family], "How do I pick a melon?", "Sure, here is"
+    adopted = tokenizer(facts["template"])
+    bound = Template.parse("chat").bound(adopted)
+    thinks = dict.fromkeys(bound.switches, False)
+
+    def own(*turns, **options):
+        """What the tokenizer itself makes of turns."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return adopted.apply_chat_template(messages, tokenize=False, **thinks, **options)
+
+    prompt = bound.render(query)
+    assert prompt.rpartition(query)[2] == facts["ends"]
+    assert (bound.template.thinking, bound.note is not None) == (facts.get("thinking"), facts.get("dated", False))
+    plain = own(("user", query), add_generation_prompt=True)
+    # A block that the template begins is closed in the family's way, else nothing is written beside it.
+    assert prompt == plain or (bound.template.thinking == "closed" and prompt.startswith(plain.rstrip()))
+    answered = ("user", query), ("assistant", prefill)
+    assert Template.parse("chat", prefill=prefill).render(query, adopted) == own(*answered, continue_final_message=True)
+    described = Template.parse("chat", "Be brief.")
+    if "system" in facts:
+        with pytest.raises(InputError, match=facts["system"]):
+            described.render(query, adopted)
+    else:
+        assert described.render(query, adopted).startswith(
+            own(("system", "Be brief."), ("user", query), add_generation_prompt=True).rstrip()
+        )
+    folded = Template.parse("chat", "Be brief.", folds_system=True).render(query, adopted)
+    assert folded == prompt.replace(query, f"Be brief.\n\n{query}")
 
 
 def test_where_there_is_no_think_block_one_may_be_left_open():

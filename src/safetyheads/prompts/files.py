@@ -27,7 +27,14 @@ CONTEXT_JOINT = "\n\n---\n\n"
 """Between a context and its query, as HarmBench writes them."""
 NO_COLUMN = "none"
 """In the place of a column's name: there is none."""
-_PICTURE = re.compile(r"\Adata:image/|\.(png|jpe?g|webp|gif|bmp|tiff?)\Z", re.IGNORECASE)
+_PICTURE = re.compile(
+    r"\Adata:(image|audio|video)/|\.(png|jpe?g|webp|gif|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|webm|avi|mov)([?#]\S*)?\Z",
+    re.IGNORECASE,
+)
+_PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|audio|video)s?([_ ]?(path|file|file_?name|url|bytes|id))?")
+_WORDS_OF_A_PATH = 4  # more are a sentence, which may end as a path does
+# What tools leave where a file should be.
+_NO_FILE = {"version https://git-lfs": "a pointer of Git LFS, not the file", "<!doctype html": "a web page"}
 _NUMBER_OR_ID = re.compile(r"[\x21-\x7e]*\d[\x21-\x7e]*")  # without a blank, and with a digit
 _COLUMN_NAME = re.compile(r"[^\s,;.?!]+( [^\s,;.?!]+)?")
 _NAMES_SHOWN = 8
@@ -125,15 +132,20 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
         raise InputError(f"{path} is not UTF-8 text (byte {content.index(0)})")
     if not text.strip():
         raise InputError(f"{path} holds only blanks")
+    for beginning, what in _NO_FILE.items():
+        if text[:99].strip().lower().startswith(beginning):
+            raise InputError(f"{path} is {what}")
     table = list(_READERS[suffix](text, str(path)))
     names = list(dict.fromkeys(name for _, cells in table for name in cells))
+    if not names:
+        raise InputError(f"{path} holds no prompts: no row has a cell")
     if absent := [name for name in only or () if name not in names]:
         raise InputError(f"{path}: no column {absent[0]!r}, by which its rows are chosen")
     table = [
         (at, cells) for at, cells in table if all(cells.get(name) in among for name, among in (only or {}).items())
     ]
     columns = _columns(names, wanted, str(path))
-    _refuse_pictures(table, str(path))
+    _refuse_pictures(table, columns["query"])
     rows: list[Row] = []
     queries: list[str] = []
     asked: list[Mapping[str, Any]] = []
@@ -141,7 +153,7 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
         query, earlier = _query(cells, columns["query"], where, only is not None) if cells else ("", ())
         if query.strip():
             others = {part: name for part, name in columns.items() if part != "query"}
-            parts = {part: _text(cells, name, where, may_lack=True) for part, name in others.items()}
+            parts = {part: _text(cells, name, where, may_lack=part) for part, name in others.items()}
             whole = f"{parts['context']}{CONTEXT_JOINT}{query}" if parts.get("context", "").strip() else query
             category, reference = (parts.get(part, "").strip() and parts[part] for part in ("category", "reference"))
             rows.append((whole, category or None, reference or None, earlier))
@@ -220,28 +232,31 @@ def last_turn(messages: Sequence[Any], where: str) -> tuple[str, Turns]:
     return turns[-1][1], tuple(turns[:-1])
 
 
-def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: bool = False) -> str:
-    """A cell's text; empty where it has none."""
+def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: str = "") -> str:
+    """A cell's text; empty where it has none, which only a part beside the query ``may_lack``."""
     if name not in cells and not may_lack:
         raise InputError(
             f"{where}: no column {name!r}, which holds the prompts of other rows; one column holds them all"
         )
     text = cells.get(name)
     if text is not None and not isinstance(text, str):
-        if may_lack:  # a number may be a category
+        if may_lack == "category" or (may_lack and not isinstance(text, list | dict)):  # a number may be a category
             return str(text)
         raise InputError(f"{where}: the field {name!r} is not a string")
     return text or ""
 
 
-def _refuse_pictures(table: Iterable[Cells], path: str) -> None:
+def _refuse_pictures(table: Iterable[Cells], query: str) -> None:
+    """Refuse rows with a picture or a sound beside the query, which may end as names of such files do."""
     for where, cells in table:
-        for name, cell in cells.items():
-            inner = [value for _, value in leaves(cell)] if isinstance(cell, dict | list) else [cell]
-            if name and any(isinstance(value, str) and _PICTURE.search(value.strip()) for value in inner):
+        for name in (name for name in cells if name != query):
+            inner = [value for _, value in leaves(cells[name]) if value not in (None, "")]
+            named = (value for value in inner if isinstance(value, str) and len(value.split()) <= _WORDS_OF_A_PATH)
+            is_one = _PICTURE_COLUMN.fullmatch(name.strip().lower()) and inner
+            if is_one or any(_PICTURE.search(value.strip()) for value in named):
                 raise InputError(
-                    f"{where}: the column {name!r} names a picture, which would be part of the prompt; only text is "
-                    "read. Where it is no part of it, take the column out"
+                    f"{where}: the column {name!r} names a picture or a sound, which would be part of the prompt; only "
+                    "text is read. Where it is no part of it, take the column out"
                 )
 
 

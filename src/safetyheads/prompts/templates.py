@@ -6,16 +6,13 @@ What a tokenizer's own chat template does with thinking, parts and dates is foun
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeAlias, get_args
 
 from safetyheads.display import Shown
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, time_limit
 from safetyheads.prompts.files import Turns
 
 Thinking: TypeAlias = Literal["closed", "open"]
@@ -401,27 +398,8 @@ class BoundTemplate:
     def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        with _time_limit():
+        with time_limit(_SECONDS):
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """End a template that loops for ever, where signals are heard: in the main thread."""
-
-    def end(*_: object) -> None:
-        raise TimeoutError(f"it takes longer than {_SECONDS} s")
-
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
@@ -429,4 +407,4 @@ def _template_errors() -> tuple[type[Exception], ...]:
     from jinja2.exceptions import TemplateError
 
     known = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
-    return (TemplateError, TimeoutError, AssertionError, *known)
+    return (TemplateError, TimeoutError, AssertionError, MemoryError, *known)
