@@ -277,6 +277,7 @@ def test_refused_before_a_model_is_read(refused, no_model, command, words):
         *((f"check demo:aligned_a --device {name}", "use cpu, cuda") for name in ("quantum", "meta")),
         ("check demo:aligned_a --device cuda:99", "device cuda:99 is not there"),
         ("check demo:aligned_a --dtype int3", "unknown dtype"),
+        ("check demo:aligned_a --longest 513", "longest 513 is beyond the model's context of 512 tokens"),
         ("check demo:aligned_a --thinking closed", "has no think block to close"),
         ("check demo:aligned_a --system x", "rejects the system prompt: this demo checkpoint has not learnt system"),
         *((f"{name} DEMO --limit 4 --memory 1e-6", "memory budget") for name in ("ships", "audit --anyway", "scan")),

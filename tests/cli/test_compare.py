@@ -1,12 +1,16 @@
 """``compare`` and ``history`` on the command line: exit codes, one line for each refusal, JSON alone on stdout."""
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
 from run_samples import audit_run, first, scan_run, settings
+
+from safetyheads.cli.app import main
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,27 @@ def test_history_is_printed_and_written(run):
     found = json.loads(run("history", "unfinished", "--json")[1])
     names = [[entry["name"] for entry in found[part]] for part in ("runs", "skipped")]
     assert (names, found["page"]) == ([["a"], ["b"]], "unfinished/history.html")
+
+
+@pytest.mark.parametrize(
+    ("command", "redirect", "expected"),
+    [
+        (("compare", "runs/a", "runs/b", *INCREASE), redirect_stdout, 1),
+        (("compare", "runs/a", "runs/b"), redirect_stdout, 0),
+        (("compare", "runs/a", "runs/b", "--json"), redirect_stdout, 0),
+        (("compare", "runs/a", "nowhere"), redirect_stderr, 2),
+        (("compare", "unfinished/a", "unfinished/b"), redirect_stderr, 3),
+    ],
+)
+def test_the_exit_code_is_the_same_where_nobody_reads_on(command, redirect, expected):
+    reads, writes = os.pipe()
+    os.close(reads)
+    unread = open(writes, "w", buffering=1)  # noqa: SIM115 - closing it may fail, too
+    with redirect(unread), pytest.raises(SystemExit) as ended:
+        main(list(command))
+    with suppress(BrokenPipeError):
+        unread.close()
+    assert ended.value.code == expected
 
 
 def test_help_lists_and_finished_runs_load_no_model_library():

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import socket
+import threading
 
 import pytest
 from run_samples import audit_run
+from scan_samples import Sample, finished_run
 
 from safetyheads.cli.app import app
 from safetyheads.model.engine import Engine
@@ -59,3 +62,27 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
     assert err.splitlines()[-1] == f"{word}; start it again with the same command to continue"
     assert "Traceback" not in err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_an_endpoint_that_hangs_holds_no_command(run, monkeypatch, tmp_path, sent, code, word):
+    """The endpoint takes a request and never replies; the judge would wait for a minute, again and again."""
+    finished_run(tmp_path / "run", Sample(n=2, optional=False))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        asked = []
+
+        def interrupt():
+            asked.append(server.accept()[0])
+            asked[0].recv(1)
+            os.kill(os.getpid(), getattr(signal, sent))
+
+        waiting = threading.Thread(target=interrupt, daemon=True)
+        waiting.start()
+        ended, out, err = run("judge", "run", "--judge", "endpoint:grader", "--quiet")
+        waiting.join(60)
+    assert (ended, out) == (code, "")
+    assert err.splitlines()[-1] == f"{word}; start it again with the same command to continue"
+    assert "Traceback" not in err
+    assert "endpoint:grader" not in RunDirectory.open("run").read_results().get("rejudged", {})

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -204,6 +205,20 @@ def test_a_stage_whose_name_has_a_dot_is_kept(run):
     assert not found.damaged
     assert not found.unlisted
     assert not (run.path / "set-aside").exists()
+
+
+def test_a_directory_that_is_removed_at_work_is_not_made_again(run):
+    shutil.rmtree(run.path)
+    for write in (
+        lambda: run.records("asr", FIELDS, refuse),
+        lambda: run.tensors("ships", FIELDS, refuse),
+        lambda: run.remember("plan", 1),
+        lambda: run.write_results({}),
+        lambda: run.add_timings({"seconds": 1}),
+    ):
+        with pytest.raises(InputError, match=r"was removed or moved|No such file"):
+            write()
+    assert not run.path.exists()
 
 
 def test_what_fails_to_compute_leaves_nothing_behind(run):

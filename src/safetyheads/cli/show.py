@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -61,8 +61,9 @@ def stdout() -> Terminal:
 
 
 def print_error(line: str) -> None:
-    """Print one line on stderr."""
-    sys.stderr.write(f"{terminal_text(one_line(line))}\n")
+    """Print one line on stderr; where nobody reads it, the exit code says enough."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"{terminal_text(one_line(line))}\n")
 
 
 def one_line(text: str) -> str:

@@ -516,6 +516,7 @@ class RunDirectory:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Within, no other process writes results: what is read first and added to loses nobody's."""
+        self._refuse_removed()
         with self._results_lock:
             self._load_stages()
             yield
@@ -630,7 +631,13 @@ class RunDirectory:
     def _write(self, place: str, content: bytes, replaces: bool = True) -> None:
         if self._lock is None:
             raise RuntimeError(f"{self.path} is closed or was opened to be read")
+        self._refuse_removed()
         write_atomically(self._inside(place), content, replaces)
+
+    def _refuse_removed(self) -> None:
+        """What is written into a directory that is gone would be no run, and stand in the way of the next start."""
+        if not (self.path / "manifest.json").exists():
+            raise InputError(f"{self.path} was removed or moved while it was in work; start it again")
 
     def _write_json(self, place: str, value: Mapping[str, Any]) -> None:
         self._write(place, readable_json(place, with_checksums(self.key, place, value)).encode())
