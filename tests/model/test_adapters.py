@@ -54,6 +54,9 @@ KINDS = {
     ),
     "tokens": lambda: lora(trainable_token_indices=[5, 9]),
     "replicated": lambda: lora(layer_replication=[[0, 2], [1, 3]]),
+    "rslora": lambda: lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={r".*\.1\..*": 3}),
+    "some_layers": lambda: lora("q_proj", "v_proj", layers_to_transform=[0, 2], layers_pattern="layers"),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 
 
@@ -93,6 +96,29 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
     save_adapter(model_of("llama_gqa"), folder / "adapter", KINDS["lora"]())
     return saved(model_of("llama_gqa"), folder / "base"), str(folder / "adapter")
+
+
+TIED = {
+    "tokens": {"trainable_token_indices": [5, 9]},
+    "tokens_by_module": {"trainable_token_indices": {"embed_tokens": [5, 9]}},
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "factors": {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_weights_that_an_adapter_trains_are_those_that_peft_loads(kind, tmp_path):
+    config = CONFIGS["llama_gqa"]()
+    config.tie_word_embeddings = True
+    base, adapter = saved(build(config), tmp_path / "base"), str(tmp_path / "adapter")
+    save_adapter(build(config), adapter, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **TIED[kind]}))
+    engine = Engine.load(base, adapter=adapter)
+    theirs = peft.PeftModel.from_pretrained(build(config), adapter)
+    ids = torch.arange(3, 12)[None]
+    expected, unadapted = (model(input_ids=ids).logits for model in (theirs, build(config)))
+    assert engine.capabilities == Capabilities()
+    assert float((engine.model(input_ids=ids).logits - expected).detach().abs().max()) < 1e-5
+    assert float((expected - unadapted).detach().abs().max()) > 1e-2
 
 
 @cache
@@ -238,6 +264,55 @@ def test_settings_that_cannot_be_followed_are_refused(broken):
     assert "acts from certain tokens on only (aLoRA)" in refusal(*broken)
     change_config(broken[1], peft_type=["LORA"])
     assert "is of a kind that this peft does not know: ['LORA']" in refusal(*broken)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "(.*)*x"},
+        {"target_modules": "(a|a)*b"},
+        {"target_modules": "((a+))+b"},
+        {"exclude_modules": "(.*.*)*=x"},
+        {"rank_pattern": {"(.*)*x": 4}},
+    ],
+)
+def test_patterns_that_never_end_are_refused(broken, monkeypatch, changes):
+    monkeypatch.setattr(loading, "_PATTERN_SECONDS", 0.2)
+    change_config(broken[1], **changes)
+    assert "has a pattern that may never end: " in refusal(*broken)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "("},
+        {"target_modules": "a{99999999999}"},
+        {"target_modules": "(" * 3000 + ")" * 3000},
+        {"target_modules": 5},
+        {"target_modules": []},
+        {"r": -1},
+        {"r": "many"},
+        {"lora_alpha": None},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": "x"},
+        {"layers_to_transform": "x"},
+        {"lora_dropout": 7},
+        {"task_type": "NOBODYS"},
+        {"use_dora": "x"},
+        {"peft_type": None},
+        {"modules_to_save": 5},
+        {"layer_replication": [[5, 2]]},
+        {"trainable_token_indices": [10**9]},
+    ],
+)
+def test_fields_of_other_kinds_are_refused_or_read_as_peft_reads_them(broken, changes):
+    change_config(broken[1], **changes)
+    try:
+        Engine.load(broken[0], adapter=str(broken[1]))
+        said = ""
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said
 
 
 def test_an_adapter_whose_weights_are_broken_or_pickled_is_refused(broken):

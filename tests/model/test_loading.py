@@ -222,7 +222,7 @@ def test_settings_that_are_nonsense_are_refused(place, settings, why):
     [
         ({"num_attention_heads": "4"}, "num_attention_heads must be from 1 to 65536; got '4'"),
         ({"num_attention_heads": 0}, "num_attention_heads must be from 1 to 65536; got 0"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 10000; got 1000000000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 1000; got 1000000000"),
         ({"vocab_size": -5}, "vocab_size must be from 1"),
         ({"hidden_size": True}, "hidden_size must be from 1"),
         ({"quantization_config": []}, "'list' object has no attribute 'to_dict'"),

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -19,8 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line
-from safetyheads.files import leaves, read_json
+from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, time_limit
+from safetyheads.files import leaves, read_json, shorten
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.gguf_files import gguf_file, mend_tokenizer, read_header
@@ -49,7 +50,7 @@ _MEANINGS = {
 _COUNT, _WIDTH = (1, 1 << 16), (1, 1 << 24)
 # Smallest and largest value of a config's sizes: nonsense here would be built for hours, or not at all.
 _CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), (1, 10_000)),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), (1, 1000)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), _COUNT),
     **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "head_dim", "vocab_size"), _WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
@@ -416,6 +417,8 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     from transformers.utils import cached_file
 
     is_gguf = "gguf_file" in arguments
+    if os.path.isdir(source):
+        look_at_directory(Path(source), source, is_model=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except Exception as error:
@@ -553,8 +556,9 @@ _ADAPTER_NAME, _PREFIX = "default", "base_model.model."
 _ADAPTER_WEIGHTS, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 # Settings that say where things lay, not what the adapter does.
 _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-# A repeated group that repeats something itself, such as (a+)+, takes for ever on some names.
-_NESTED_REPEAT = re.compile(r"\([^()]*[*+][^()]*\)[*+{]")
+# Patterns such as (a|a)*b take for ever on some names of modules; a sound one takes no time on these.
+_MODULE_NAMES = ("model.layers.31.self_attn.q_proj", "transformer.h.11.attn.c_attn", "a" * 64, "a." * 32)
+_PATTERN_SECONDS = 2
 _FETCHED = (
     f"{_ADAPTER_CONFIG} {_ADAPTER_WEIGHTS} tokenizer* special_tokens_map.json chat_template* vocab* merges*".split()
 )
@@ -625,15 +629,28 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
         why = "acts from certain tokens on only (aLoRA), which replayed layers cannot see"
     if why is not None:
         raise InputError(f"the adapter {name} {why}")
-    for key, value in leaves(config):
-        if isinstance(value, str) and _NESTED_REPEAT.search(value):
-            raise InputError(f"the adapter {name} has a pattern that may never end: {key} = {value!r}")
+    for text in set(_texts(config)):
+        try:
+            with time_limit(_PATTERN_SECONDS), suppress(re.error, OverflowError, RecursionError):  # peft will tell
+                for module in _MODULE_NAMES:
+                    re.fullmatch(text, module)
+        except TimeoutError:
+            raise InputError(f"the adapter {name} has a pattern that may never end: {shorten(text)!r}") from None
     settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with weights.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return Adapter(name, directory, config, digest.hexdigest())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, names of fields too: all that peft may take for a pattern."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _bring_back(model: PreTrainedModel) -> None:
@@ -681,14 +698,13 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         report: Any = set_peft_model_state_dict(model, tensors, _ADAPTER_NAME)
     except KeyError as error:
         raise InputError(f"{refused}: it lacks {error.args[0] if error.args else 'something'}") from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise InputError(f"{refused}: tensors have other shapes") from error
     except (SafetensorError, UnpicklingError) as error:
         raise InputError(f"the weights of the adapter {adapter.name} are broken: {first_line(error)}") from error
-    except (OSError, ValueError, TypeError, ImportError, AttributeError, re.error) as error:
-        raise InputError(f"{refused}: {one_line(error)}") from error
+    except (*UNREADABLE, *_NONSENSE, RuntimeError, re.error) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        why = "tensors have other shapes" if "size mismatch" in str(error) else one_line(error)
+        raise InputError(f"{refused}: {why}") from error
     # What belongs to the adapter bears its name; the rest is the base's, wherever it was moved to. AdaLoRA's numbers of
     # ranks are saved nowhere: peft sets them by the config.
     missing = {name for name in report.missing_keys if _ADAPTER_NAME in name.split(".") and ".ranknum." not in name}

