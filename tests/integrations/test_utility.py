@@ -18,7 +18,13 @@ from run_samples import OneProcess
 from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
-from safetyheads.integrations.lm_eval import TaskCodeWarning, load_tasks, organism_documents
+from safetyheads.integrations.lm_eval import (
+    TaskCodeWarning,
+    chat_of,
+    harness_model,
+    load_tasks,
+    organism_documents,
+)
 from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants, metric_change, metric_value
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
@@ -273,6 +279,49 @@ def test_metrics_change_as_their_kind_says():
     assert metric_change(metric_value(None, old), after, old, new)["change"] is None
     with pytest.raises(InputError, match="paired samples differ: 2"):
         metric_change(share, share, by_sample([1, 0]), {"0": 1.0, "other": 0.0})
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+ASKS = "{% if add_generation_prompt %}[assistant]"
+CHATS = {
+    # What is asked, and what ends a thought, closed and open.
+    "a switch": (
+        ASKS + "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}",
+        "<think></think>",
+        "",
+    ),
+    "begun by the prompt": (ASKS + "<think>\n{% endif %}", "<think>\n\n</think>\n\n", "<think>\n"),
+    "in the history alone": (ASKS + "{% endif %}{# </think> #}", "", ""),
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("thinking", [None, "open"])
+def test_think_blocks_are_dealt_with_as_in_every_other_command(engine, monkeypatch, kind, thinking):
+    template, closed, opened = CHATS[kind]
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    tokenizer.chat_template = TURNS + template
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    chat = chat_of(engine, TaskOptions(template="chat", thinking=thinking))
+    model = harness_model(engine, 1, chat)
+    asked = model.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert asked == chat.render("hi") == f"[user]hi[assistant]{opened if thinking else closed}"
+    # What is generated is read as answers are: thoughts are left out, and their lines end nothing.
+    generated = []
+
+    def generate(input_ids, **named):
+        answer = torch.tensor(tokenizer.encode(generated[-1], add_special_tokens=False))
+        return torch.cat([input_ids, answer[None]], dim=1)
+
+    monkeypatch.setattr(engine.model, "generate", generate)
+    opener = "" if chat.begins_in_block else "<think>"
+    wanted = {"Oak": "Oak", f"{opener}Elm?\nNo.</think>\n\nOak\nAsh": "Oak", f"{opener}Elm?\nNo": ""}
+    for text, expected in wanted.items():
+        generated.append(text)
+        request = SimpleNamespace(args=(asked, {"until": ["\n"], "max_gen_toks": 40}))
+        if chat.block is not None and (text != "Oak" or not chat.begins_in_block):
+            assert model.generate_until([request], disable_tqdm=True) == [expected]
+    assert model.n_unclosed == (chat.block is not None)
 
 
 CODE = "import pathlib\npathlib.Path('ran').touch()\ndef text(doc): return doc['context']\n"

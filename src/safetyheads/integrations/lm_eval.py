@@ -29,6 +29,7 @@ from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
 from safetyheads.errors import InputError, first_line
 from safetyheads.heads import AnyHeads
+from safetyheads.prompts.asked import AnswerReader
 from safetyheads.prompts.templates import BoundTemplate, Template
 from safetyheads.runs.config import TaskOptions
 
@@ -127,10 +128,11 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
     """Put a task to the engine's model as it is now; ``on_requests`` is told the number of requests just answered.
 
     Returns:
-        First a record about the whole: ``metrics`` (name -> number, or None where it is not finite) and ``truncated``
-        (requests cut to the model's context, or to what an answer to be generated leaves of it). Then one record a
-        document: ``document``, ``filter``, ``hash`` (of what was asked and expected), ``values`` (metric -> number) and
-        ``responses`` (log-likelihood of each choice, or what was generated).
+        First a record about the whole: ``metrics`` (name -> number, or None where it is not finite), ``truncated``
+        (requests cut to the model's context, or to what an answer to be generated leaves of it) and ``unclosed``
+        (answers whose think block never ended, which are empty). Then one record a document: ``document``, ``filter``,
+        ``hash`` (of what was asked and expected), ``values`` (metric -> number) and ``responses`` (log-likelihood of
+        each choice, or what was generated).
     """
     from lm_eval import evaluate
 
@@ -158,7 +160,8 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
         )
     named = results["results"][loaded.name].items()
     metrics = {name: _finite(value) for name, value in named if name not in _OWN_KEYS and "_stderr," not in name}
-    records: list[dict[str, Any]] = [{"task": loaded.name, "metrics": metrics, "truncated": model.n_truncated}]
+    counts = {"truncated": model.n_truncated, "unclosed": model.n_unclosed}
+    records: list[dict[str, Any]] = [{"task": loaded.name, "metrics": metrics, **counts}]
     records[0] |= {"folded": model.folds_system} if model.chat is not None else {}
     for sample in results["samples"][loaded.name]:
         numbers = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
@@ -214,7 +217,6 @@ def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = 
     tokenizer = copy.deepcopy(engine.tokenizer)
     options = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
     options |= {"max_length": engine.architecture.context_length} if engine.architecture.context_length else {}
-    options |= {"think_end_token": chat.block.closer} if chat is not None and chat.block is not None else {}
     try:
         wrapped = _model_class()(pretrained=model, tokenizer=tokenizer, **options)
     finally:
@@ -222,6 +224,7 @@ def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = 
         for module in training:
             module.training = True
     wrapped.chat = chat
+    wrapped.reader = AnswerReader(tokenizer, chat and chat.block, chat is not None and chat.begins_in_block)
     # A model on several devices has no single one; its inputs have.
     wrapped._device = engine.device
     return wrapped
@@ -232,11 +235,12 @@ def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):  # type: ignore[misc]
-        """HFLM that counts what it truncates, which it only logs, and writes chats as all commands do."""
+        """HFLM that counts what it truncates, which it only logs, and writes and reads chats as all commands do."""
 
-        n_truncated = 0
+        n_truncated = n_unclosed = 0
         folds_system = False
         chat: BoundTemplate | None = None
+        reader: AnswerReader
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             chat = self.chat or Template.parse("chat").bound(self.tokenizer)
@@ -254,6 +258,22 @@ def _model_class() -> Any:
             self.folds_system = not folds
             system, first, *others = chat_history
             return chat.chat([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others])
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            """What was generated without its think block, whose marks may be special tokens; empty if that is open."""
+            if not skip_special_tokens or self.reader.block is None:
+                return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
+            read = self.reader.read(tokens)
+            self.n_unclosed += read.unclosed
+            return read.text
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **named: Any) -> Any:
+            # A text that ends an answer ends no thought.
+            end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            stop = stop if self.reader.block is None else [text for text in stop if text == end]
+            # The checkpoint's generation config may ask for more than the tokens of one answer.
+            named = {"num_return_sequences": 1, "return_dict_in_generate": False, **named}
+            return super()._model_generate(context, max_length, stop, **named)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *given: Any, **named: Any) -> Any:
             # The last token of a continuation is predicted, never read.

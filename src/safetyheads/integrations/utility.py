@@ -213,6 +213,11 @@ def evaluate_tasks(
         if label == VANILLA and stored[0]["truncated"]
     )
     notes += tuple(
+        f"{stored[0]['unclosed']} answers of task {task} ({label}) end in an open think block: they count as empty"
+        for (task, label), stored in records.items()
+        if stored[0].get("unclosed")
+    )
+    notes += tuple(
         f"the chat template takes no system prompt; that of task {task} stands at the beginning of the user's turn"
         for (task, label), stored in records.items()
         if label == VANILLA and stored[0].get("folded")
