@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import stat
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError, first_line
 
 PARTIAL = ".partial"
 """End of the name of a file that is still being written; the name begins with a dot."""
@@ -135,6 +136,17 @@ def read_regular(path: Path, follows_links: bool = True, most: int | None = None
 def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a file of prompts or settings, of a size that a person may have meant."""
     return read_regular(path, most=most)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file."""
+    content = read_whole(path)
+    try:
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {first_line(error)}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

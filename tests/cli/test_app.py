@@ -1,6 +1,7 @@
 """The command line on the organism: every bad input is one line and exit 2, results go to stdout alone."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -192,11 +193,25 @@ def test_a_dry_run_needs_no_directory_and_a_file_of_settings_stands_behind_optio
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "cannot be read"), ("x = [", "is not TOML"), ("nosuch = 1", "nosuch"), ("limit = 0", "limit must be")],
+    [
+        (None, "cannot be read"),
+        (os.mkfifo, "cannot be read: it is no file"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read: it is no file"),
+        (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text"),
+        ("x = [", "is not TOML"),
+        ("x = " + "[" * 3000, "is not TOML"),
+        ("limit = " + "9" * 5000, "is not TOML"),
+        ("nosuch = 1", "nosuch"),
+        ("limit = 0", "limit must be"),
+        ('limit = "many"', "limit"),
+        ("limit = [1]", "limit"),
+    ],
 )
 def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
-    if text is not None:
+    if isinstance(text, str):
         Path("a.toml").write_text(text)
+    elif text is not None:
+        text(Path("a.toml"))
     assert said in refused("asr", "demo:aligned_a", "--prompts", "demo", "--heads", "1-3", "--config", "a.toml")
 
 

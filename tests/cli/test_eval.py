@@ -1,6 +1,7 @@
 """``eval`` as a user meets it, on the organism: what is printed, kept, continued and refused."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
         (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
         (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
+        (("--include-path", "pipes"), "pipes/own.yaml is no regular file"),
         (("--template", "llama2"), "tasks are asked without a template or under --template chat"),
         (("--template", "chat", "--prefill", "Sure"), "and without a prefill"),
         (("--thinking", "closed"), "--thinking belongs to --template chat"),
@@ -126,6 +128,8 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
     ],
 )
 def test_bad_input_is_one_line(refused, options, said):
+    Path("pipes").mkdir()
+    os.mkfifo("pipes/own.yaml")
     assert said in refused("eval", MODEL, "--quiet", *options)
 
 

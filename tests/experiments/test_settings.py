@@ -54,7 +54,7 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("models = [", "is no TOML"),
+        ("models = [", "is not TOML"),
         ('model = "a/b"', "unknown setting 'model'"),
         ('models = "a/b"', "models must be a list of str"),
         ("limit = true", "limit must be int"),
@@ -75,7 +75,7 @@ def test_a_file_says_models_datasets_and_sizes(tmp_path):
         ('dtype = "int3"', "unknown dtype 'int3'"),
         ('benign = "a\\u0000b"', "benign is not Unicode text"),
         ('benign = " "', "benign is blank"),
-        ("limit = " + "[" * 3000, "is no TOML"),
+        ("limit = " + "[" * 3000, "is not TOML"),
         ("\udcff", "is not UTF-8 text"),
         ('templates = ["no place for a query"]', "has no {query}"),
     ],

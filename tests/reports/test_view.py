@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
@@ -22,6 +23,7 @@ def test_a_page_is_given_to_its_own_address_and_nothing_else_is(tmp_path: Path) 
     write_report(run)
     (tmp_path / "secret.html").write_text("secret")
     (tmp_path / "runs" / "out").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "runs" / "history.html")
     made, address = server(tmp_path / "runs")
     thread = Thread(target=made.serve_forever, daemon=True)
     thread.start()
@@ -43,6 +45,7 @@ def test_a_page_is_given_to_its_own_address_and_nothing_else_is(tmp_path: Path) 
         (f"{token}%2e%2e/secret.html", {}, 404),
         (f"{token}out/runs/one%20two/report/index.html", {}, 404),
         (f"{token}one%20two/results.json", {}, 404),
+        (f"{token}history.html", {}, 404),
     ]
     try:
         for target, headers, status in asked:

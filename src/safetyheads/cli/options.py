@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
@@ -21,7 +20,7 @@ from cyclopts.config import Dict
 
 from safetyheads.ablation import KNOWN_ABLATIONS
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error
+from safetyheads.files import read_toml
 from safetyheads.judges.named import KNOWN_JUDGES
 from safetyheads.model.options import refuse_odd_text
 from safetyheads.runs.shards import Shard
@@ -85,13 +84,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     named = [argument for argument in arguments if argument.name == "--config" and argument.tokens]
     if named and commands != ("reproduce",):
         path = Path(named[0].tokens[0].value)
-        with as_input_error(path, "read"):
-            text = path.read_bytes()
-        try:
-            values = tomllib.loads(text.decode())
-        except ValueError as error:
-            raise InputError(f"{path} is not TOML: {error}") from error
-        Dict({commands[0]: values}, source=str(path))(app, commands, arguments)
+        Dict({commands[0]: read_toml(path)}, source=str(path))(app, commands, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

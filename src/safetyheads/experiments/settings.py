@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
-from safetyheads.files import read_whole
+from safetyheads.files import read_toml
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import JudgeOptions
@@ -141,12 +140,7 @@ class ReproductionConfig(JudgeOptions):
         Raises:
             InputError: the file is no TOML, or a key is unknown or has a value of another type.
         """
-        try:
-            given = tomllib.loads(read_whole(path).decode())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-        except (ValueError, RecursionError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"{path} is no TOML: {error}") from None
+        given = read_toml(path)
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
             raise InputError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")

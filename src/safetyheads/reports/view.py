@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from safetyheads.errors import InputError
+from safetyheads.files import read_json
 from safetyheads.reports.page import render
 
 HOST = "127.0.0.1"
@@ -32,7 +32,7 @@ _HEADERS = {
 def pages_below(folder: Path) -> Iterator[Path]:
     """Every page that safetyheads wrote below a folder, without following links."""
     for path in sorted(folder.rglob("*.html")):
-        is_page = path.parent.name == "report" or path.name in ("history.html", "compare.html")
+        is_page = path.is_file() and (path.parent.name == "report" or path.name in ("history.html", "compare.html"))
         if is_page and not any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder)):
             yield path
 
@@ -55,7 +55,7 @@ def index_page(folder: Path) -> str:
 def _about(run: Path) -> dict[str, str]:
     """Kind, model and verdict of a run; dashes where its results cannot be read."""
     try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        results = read_json(run / "results.json")
         verdict, model = results.get("verdict") or {}, results.get("model") or {}
         return {
             "kind": str(results["kind"]),

@@ -468,6 +468,8 @@ class TaskOptions(TemplateOptions):
         for path in self.include_paths:
             if not Path(path).is_dir():
                 raise InputError(f"no such directory of tasks: {path}")
+            if odd := [file for file in Path(path).rglob("*.y*ml") if not file.is_file()]:
+                raise InputError(f"{odd[0]} is no regular file")
 
 
 @dataclass(frozen=True)

@@ -777,5 +777,5 @@ def _refuse_other_files(folder: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     if path.name == ".gitignore":
-        return path.read_bytes() == _GITIGNORE  # a user's .gitignore keeps an empty folder in git
+        return path.is_file() and path.read_bytes() == _GITIGNORE  # a user's .gitignore keeps an empty folder in git
     return path.name.startswith(_LOCK) or (path.name.startswith(".") and path.name.endswith(PARTIAL))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetyheads.display import duration
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error, parse_json
+from safetyheads.files import as_input_error, parse_json, read_regular
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.shards import array_text, owners
 
@@ -111,7 +111,7 @@ def _read_logs(folder: Path) -> tuple[dict[str, float], set[str]]:
     seconds, begun = dict[str, float](), set[str]()
     for path in sorted((folder / "starts").glob("[!.]*.jsonl")):
         working = set[str]()
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_regular(path).splitlines():
             with suppress(InputError):  # the last line of a process that was killed
                 noted = parse_json(line, path)
                 place = str(noted.get("place"))
