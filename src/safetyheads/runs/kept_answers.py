@@ -133,6 +133,18 @@ def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> Ju
     )
 
 
+def without_texts(record: Record, verdicts: dict[str, dict[str, Any]]) -> Record:
+    """A record with all that rates are made of; equal verdicts are held once, in ``verdicts``."""
+    given = {
+        name: {"label": verdict["label"], "reason": verdict["reason"], "score": verdict.get("score")}
+        for name, verdict in record["verdicts"].items()
+    }
+    kept = {name: record[name] for name in _OF_RATES if name in record}
+    for name in ("set", "part", "group", "behaviour"):
+        kept[name] = sys.intern(kept[name])
+    return kept | {"verdicts": verdicts.setdefault(canonical_json(given), given)}
+
+
 class KeptAnswers:
     """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
@@ -411,7 +423,7 @@ class KeptAnswers:
             self.costs[content_key(fields)] = Economy(**cost)
             if drafts is not None and f"tolerance_{self._label(ablation)}" not in self.directory.remembered():
                 self._drafts_under(ablation)
-            return chunk if self.holds_texts else [self._without_texts(record) for record in chunk]
+            return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
         fields = [self._judged_fields(ablation) | {"groups": text} for text in texts]
         costs = [self._n_tokens(number for number, _ in chunk) for chunk in places]
@@ -449,17 +461,6 @@ class KeptAnswers:
             for name, verdict in record.get("verdicts", {}).items():
                 self.failures[name][verdict["reason"] if verdict.get("passing") else ""] += 1
         return records
-
-    def _without_texts(self, record: Record) -> Record:
-        """A record with all that rates are made of; equal verdicts are held once."""
-        verdicts = {
-            name: {"label": verdict["label"], "reason": verdict["reason"], "score": verdict.get("score")}
-            for name, verdict in record["verdicts"].items()
-        }
-        kept = {name: record[name] for name in _OF_RATES if name in record}
-        for name in ("set", "part", "group", "behaviour"):
-            kept[name] = sys.intern(kept[name])
-        return kept | {"verdicts": self._shared.setdefault(canonical_json(verdicts), verdicts)}
 
     def _unablated_surprises(self) -> dict[AnswerKey, float]:
         """How surprising the unablated answers are; they are known from here on."""

@@ -10,8 +10,9 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
+from safetyheads.runs.kept_answers import without_texts
 from safetyheads.runs.rates import identity, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
@@ -58,12 +60,12 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
     if canonical_json(there.get(judge.name, judge.describe())) != canonical_json(judge.describe()):
         raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
     with RunDirectory.start(folder, opened.manifest.config, started, f"judge-{_file_name(judge.name)}") as run:
-        records = [record for record in run.stored_records() if "verdicts" in record]
-        if not records or any("text" not in record for record in records):
+        records, keys = _answers(run, judge)
+        if not records:
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
         count_requests_in(run.path, [judge])
         begun = time.monotonic()
-        verdicts = _whole_rates(records, _verdicts(run, judge, records, results, progress))
+        verdicts = _whole_rates(records, _verdicts(run, judge, keys, results, progress))
         seconds = time.monotonic() - begun
         asked = [verdict for verdict in verdicts if verdict.reason != CUT]
         if asked and all(verdict.passing for verdict in asked):
@@ -113,46 +115,50 @@ def later_judges(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*results.get("judges", ()), *(entry["judge"] for entry in results.get("rejudged", {}).values())]
 
 
+def _answers(run: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | None]]:
+    """The run's answers without their texts, which may not fit the memory, and the key of each distinct one.
+
+    None stands for one that was cut too early for this judge. A run without texts has no answers.
+    """
+    records, keys, shared = list[Record](), list[str | None](), dict[str, dict[str, Any]]()
+    for record in run.stored_records():
+        if "verdicts" in record and "text" in record:
+            # An answer that never came differs from an empty one.
+            facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
+            keys.append(_sha256(facts) if record["complete"] or judge.final(record["text"]) else None)
+            records.append(without_texts(record, shared))
+    return records, keys
+
+
 def _verdicts(
-    run: RunDirectory, judge: Judge, records: Sequence[Record], results: Mapping[str, Any], progress: Progress
+    run: RunDirectory, judge: Judge, keys: Sequence[str | None], results: Mapping[str, Any], progress: Progress
 ) -> list[Verdict]:
     length, system = results["sampling"]["max_new_tokens"], results["data"].get("system") or ""
-    completions: dict[str, Completion] = {}
-    keys: list[str | None] = []
-    for record in records:
-        if not record["complete"] and not judge.final(record["text"]):
-            keys.append(None)
-            continue
-        completion = Completion(
-            record["query"],
-            record["text"],
-            tuple(record["token_ids"]),
-            record["finished"],
-            length,
-            system,
-            record.get("unclosed", False),
-        )
-        # An answer that never came differs from an empty one.
-        facts = [completion.query, completion.text, completion.finished, *["unclosed"] * completion.unclosed]
-        keys.append(_sha256(facts))
-        completions.setdefault(_sha256(facts), completion)
-    by_key: dict[str, Verdict] = {}
-    order, described = list(completions), content_key(judge.describe())
-    with progress.track(f"judging by {judge.name}", len(order)) as done:
-        for at in range(0, len(order), _TOGETHER):
-            chunk = order[at : at + _TOGETHER]
+    left, by_key = {key for key in keys if key is not None}, dict[str, Verdict]()
 
-            def compute(chunk: Sequence[str] = chunk) -> list[dict[str, Any]]:
-                given = verdicts_of(judge, [completions[key] for key in chunk])
-                return [{"verdict": asdict(verdict)} for verdict in given]
+    def completions() -> Iterator[tuple[str, Completion]]:
+        """Each distinct answer, by its key; one text at a time."""
+        answers = (record for record in run.stored_records() if "verdicts" in record and "text" in record)
+        for key, record in zip(keys, answers, strict=True):
+            if key in left:
+                left.remove(key)
+                said = record["query"], record["text"], tuple(record["token_ids"]), record["finished"]
+                yield key, Completion(*said, length, system, record.get("unclosed", False))
 
-            def mend(stored: list[Record], chunk: Sequence[str] = chunk) -> list[Record]:
+    asked, described = completions(), content_key(judge.describe())
+    with progress.track(f"judging by {judge.name}", len(left)) as done:
+        while chunk := dict(islice(asked, _TOGETHER)):
+
+            def compute(chunk: Mapping[str, Completion] = chunk) -> list[dict[str, Any]]:
+                return [{"verdict": asdict(verdict)} for verdict in verdicts_of(judge, list(chunk.values()))]
+
+            def mend(stored: list[Record], chunk: Mapping[str, Completion] = chunk) -> list[Record]:
                 failed = [key for key, record in zip(chunk, stored, strict=True) if record["verdict"]["passing"]]
-                given = verdicts_of(judge, [completions[key] for key in failed]) if failed else ()
+                given = verdicts_of(judge, [chunk[key] for key in failed]) if failed else ()
                 new = {key: {"verdict": asdict(verdict)} for key, verdict in zip(failed, given, strict=True)}
                 return [new.get(key, record) for key, record in zip(chunk, stored, strict=True)]
 
-            fields = {"judge": described, "answers": chunk}
+            fields = {"judge": described, "answers": list(chunk)}
             stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute, mend)
             by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
