@@ -1,17 +1,24 @@
-"""How a pass grows: ``python bench/growth.py``.
+"""How passes and runs grow: ``python bench/growth.py``.
 
-Time and memory, measured and told before, against heads, prompts, prompt length and layers, the others held, on small
-Llamas. The plan predicts the operations: linear in prompts and heads, L (L + 1) / 2 a head of each layer in layers. One
-JSON line a sweep, with the slopes of log time, log operations and log bytes.
+Passes: time and memory, measured and told before, against heads, prompts, prompt length and layers, the others held, on
+small Llamas. The plan predicts the operations: linear in prompts and heads, L (L + 1) / 2 a head of each layer in
+layers. One JSON line a sweep, with the slopes of log time, log operations and log bytes.
+
+Runs (``--only memory``, ``pages``, ``history``, ``resume``): memory of whole commands against prompts, the pages of a
+large model in headless Chromium, the history of many runs, a start over many stored files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +107,126 @@ def sweep(name: str, sizes: Sequence[int], device: str, repeats: int, scale: int
     }
 
 
+PROMPTS = (250, 500, 1000, 2000)
+"""Harmful ones, and as many benign, of which memory must not depend."""
+MODEL, ANSWERED, HISTORY, STORED = (160, 32), 500, 500, 20_000
+"""Layers and heads of the pages' model; prompts of its scan; runs of a history; files that a resumed run holds."""
+WHOLE = "--n-random 3 --size 2 --anyway --max-new-tokens 40 --threads 1 --quiet"
+LARGE_COMMANDS = {"audit": f"audit {{}} {WHOLE}", "scan": "scan {} --threads 1 --quiet", "judge": "judge OUT --quiet"}
+"""Commands whose memory is measured; the last judges the scan again."""
+
+
+def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
+    """Largest memory of whole commands on the organism, each a process of its own."""
+    from safetyheads.demo import benign_prompts, harmful_prompts
+
+    for n in PROMPTS:
+        given = []
+        for name, prompts in (("prompts", harmful_prompts("train", n)), ("benign", benign_prompts("train", n))):
+            (folder / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
+            given.append(f"--{name} {folder / name}.txt")
+        for name, command in LARGE_COMMANDS.items():
+            out = folder / f"{'scan' if name == 'judge' else name}-{n}"
+            words = command.format(f"demo:aligned_a {' '.join(given)} --out {out}").replace("OUT", str(out)).split()
+            started = time.monotonic()
+            silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+            words = [sys.executable, "-m", "safetyheads", *words]
+            pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=silent)
+            _, status, used = os.wait4(pid, 0)
+            seconds = time.monotonic() - started
+            yield {
+                "command": name,
+                "prompts": n,
+                "status": status,
+                "peak_mb": used.ru_maxrss / 1024,
+                "seconds": seconds,
+            }
+
+
+def large_pages(folder: Path) -> Iterator[dict[str, Any]]:
+    """Bytes of the pages of a large model, and seconds until headless Chromium has drawn them."""
+    import audit_samples
+    import scan_samples
+    from playwright.sync_api import sync_playwright
+
+    from safetyheads.reports.write import write_report
+
+    n_layers, n_heads = MODEL
+    scan_samples.N_LAYERS, scan_samples.N_HEADS = MODEL
+    scan_samples.HEADS = [f"{layer}-{index}" for layer in range(n_layers) for index in range(n_heads)]
+    sample = scan_samples.Sample(n=ANSWERED, benign=False, optional=False, n_judges=1)
+    runs = {
+        "audit": lambda: audit_samples.finished_run(folder / "audit", audit_samples.audit(*MODEL, n=ANSWERED)),
+        "scan": lambda: scan_samples.finished_run(folder / "scan", sample),
+    }
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    for name, make in runs.items():
+        run = make()
+        started = time.monotonic()
+        page = write_report(run, show_completions=True)
+        written = time.monotonic() - started
+        with sync_playwright() as driver:
+            shown = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+            started = time.monotonic()
+            shown.goto(page.as_uri())
+            shown.wait_for_selector("html[data-drawn]", timeout=120_000)
+            opened = time.monotonic() - started
+        found = {"page": name, "heads": n_layers * n_heads, "prompts": ANSWERED, "bytes": page.stat().st_size}
+        yield {**found, "seconds_to_write": written, "seconds_to_open": opened}
+
+
+def many_runs(folder: Path) -> Iterator[dict[str, Any]]:
+    """Seconds of the history of many runs."""
+    from run_samples import audit_run
+
+    from safetyheads.reports.write import write_history
+    from safetyheads.runs.history import read_history
+
+    first = audit_run(folder / "0")
+    for number in range(1, HISTORY):
+        shutil.copytree(first, folder / str(number))
+    started = time.monotonic()
+    found = read_history(folder)
+    read = time.monotonic() - started
+    page = write_history(found)
+    seconds = time.monotonic() - started
+    yield {"runs": len(found["runs"]), "seconds_to_read": read, "seconds": seconds, "bytes": page.stat().st_size}
+
+
+def many_files(folder: Path) -> Iterator[dict[str, Any]]:
+    """Seconds until a run that starts again has read what it stored."""
+    from safetyheads.runs.directory import RunDirectory
+
+    def go_on(compute: Callable[[], dict[str, torch.Tensor]]) -> float:
+        started = time.monotonic()
+        with RunDirectory.start(folder / "run", {}, {}) as run:
+            for number in range(STORED):
+                run.tensors("ships", {"batch": number}, compute)
+        return time.monotonic() - started
+
+    def stored() -> dict[str, torch.Tensor]:
+        raise AssertionError("a stored file is not computed again")
+
+    computed = go_on(lambda: {"ships": torch.ones(4, 8)})
+    yield {"files": STORED, "seconds_to_compute": computed, "seconds_to_resume": go_on(stored)}
+
+
+RUNS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    "memory": command_memory,
+    "pages": large_pages,
+    "history": many_runs,
+    "resume": many_files,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one JSON line a sweep."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "samples"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=SWEEPS)
+    parser.add_argument("--only", choices=(*SWEEPS, *RUNS))
     parser.add_argument("--scale", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -116,6 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only in (None, name):
             found = sweep(name, sizes, options.device, options.repeats, options.scale)
             print(json.dumps({**about, "threads": options.threads, **found}), flush=True)
+    for name, measure in RUNS.items():
+        if options.only == name:
+            with tempfile.TemporaryDirectory() as folder:
+                for found in measure(Path(folder)):
+                    print(json.dumps({**about, "against": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

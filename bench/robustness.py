@@ -1,9 +1,10 @@
-"""Counts what is survived: kills of every command at random moments, and damaged run directories.
+"""Counts what is survived: kills, damaged run directories, bad inputs, payloads, hostile endpoints.
 
     python bench/robustness.py                  all counters, 50 moments a command
     python bench/robustness.py --moments 5 --only kills
 
-A counter is a function that yields what it tried, by name, and whether it held; :data:`COUNTERS` has them all.
+A counter is a function that yields what it tried, by name, and whether it held; :data:`COUNTERS` has them all. Each bad
+input, payload and endpoint is a test, so that both say the same.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+
+import pytest
 
 DEMO = "demo:aligned_a --prompts demo --judge paper --judge phrases --limit 3 --max-new-tokens 10 --threads 1 --quiet"
 # Those of the second group read a finished run, which is copied before.
@@ -90,18 +94,23 @@ class Commands:
     def __init__(self, errors: Path) -> None:
         self.errors = errors
         """File of all that is said on stderr."""
-        with errors.open("wb") as file:
+
+    @cached_property
+    def server(self) -> subprocess.Popen[str]:
+        """The process, started when it is first needed."""
+        with self.errors.open("wb") as file:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.server = subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=environment, **pipes)
+            return subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=environment, **pipes)
 
     def __enter__(self) -> Commands:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait()
+        if "server" in vars(self):
+            assert self.server.stdin is not None
+            self.server.stdin.close()
+            self.server.wait()
 
     def run(self, name: str, out: Path, moment: float = 0) -> tuple[int, int]:
         """The exit status (negative: the signal), and the number of files written."""
@@ -297,11 +306,78 @@ def finds_and_mends(commands: Commands, whole: Whole, out: Path, *names: str) ->
     return fits and named and again == 0 and contents(out) == contents(whole.out)
 
 
+TESTS = Path(__file__).parents[1] / "tests"
+INPUTS = (
+    "cli/test_app.py::test_refused_before_a_model_is_read",
+    "cli/test_app.py::test_refused_with_the_model",
+    "cli/test_app.py::test_a_bad_file_of_settings_is_refused",
+    "cli/test_app.py::test_a_broken_checkpoint_is_one_line",
+    "cli/test_compare.py::test_refusals_are_one_line_and_two",
+    "cli/test_eval.py::test_tasks_are_refused_in_one_line_before_the_model_is_read",
+    "cli/test_eval.py::test_bad_input_is_one_line",
+    "cli/test_judge.py::test_a_sheet_that_cannot_be_read_is_one_line_and_changes_nothing",
+    "cli/test_reproduce.py::test_bad_input_is_one_line_and_exit_2",
+    "runs/test_config.py",
+    "runs/test_compare.py::test_conditions_that_cannot_be_read",
+    "runs/test_damage.py::test_what_does_not_fit_is_named_by_every_command_and_hides_no_other_run",
+    "prompts/test_files.py::test_a_bad_file_is_one_line",
+    "prompts/test_files.py::test_a_bad_conversation_is_refused",
+    "prompts/test_files.py::test_any_content_is_read_or_refused_in_one_line",
+    "prompts/test_files.py::test_what_is_no_regular_file_of_some_size_is_never_waited_for",
+    "prompts/test_templates.py::test_what_cannot_be_rendered_is_refused_in_one_line",
+    "model/test_broken_checkpoints.py",
+    "model/test_loading.py::test_sizes_and_quantisations_that_cannot_be_are_refused_before_anything_is_read",
+    "model/test_loading.py::test_settings_that_are_nonsense_are_refused",
+    "model/test_adapters.py::test_patterns_that_never_end_are_refused",
+    "model/test_adapters.py::test_an_adapter_of_another_base_or_without_a_module_is_refused",
+    "model/test_names.py::test_a_model_that_is_not_there_is_one_line",
+    "model/test_gguf_files.py::test_a_file_that_cannot_be_read_is_one_line",
+    "model/test_device_maps.py::test_device_maps_that_cannot_be_are_refused",
+    "judges/test_models.py::test_what_cannot_be_asked_is_one_clear_line",
+    "judges/test_named.py::test_an_unknown_judge_none_and_one_given_twice_are_refused",
+    "judges/test_endpoint.py::test_what_an_endpoint_cannot_be_asked_with_is_refused",
+    "judges/test_function.py::test_what_is_no_function_of_queries_and_answers_is_no_judge",
+    "experiments/test_settings.py::test_a_bad_file_is_one_line",
+)
+PAYLOADS = (
+    *("cli/test_terminal.py", "model/test_pickles.py", "model/test_lies.py", "judges/test_function.py"),
+    "integrations/test_utility.py::test_code_of_tasks_runs_only_where_it_is_trusted",
+    "reports/test_browser.py::test_what_comes_from_outside_does_not_run_and_widens_no_page",
+    "reports/test_browser.py::test_what_were_on_the_page_unescaped_would_not_run_either",
+)
+ENDPOINTS = ("judges/test_hostile_endpoints.py",)
+
+
+class Outcomes:
+    """A plugin of pytest that keeps whether each test held; one that was skipped was not tried."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bool] = {}
+        """By the test's name."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest after set-up, call and clean-up of a test."""
+        if report.when == "call" or report.failed:
+            self.held[report.nodeid] = self.held.get(report.nodeid, True) and report.passed
+
+
+def tests(paths: Sequence[str], commands: Commands, folder: Path, moments: int) -> Iterator[tuple[str, bool]]:
+    """Each test by name, and whether it held; that there are none is a loss."""
+    outcomes = Outcomes()
+    pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *(str(TESTS / path) for path in paths)], [outcomes])
+    yield from (outcomes.held or {f"no test in {', '.join(paths)}": False}).items()
+
+
 COUNTERS: dict[str, Callable[[Commands, Path, int], Iterator[tuple[str, bool]]]] = {
     "kills": kills,
     "damages": damages,
+    "inputs": partial(tests, INPUTS),
+    "payloads": partial(tests, PAYLOADS),
+    "endpoints": partial(tests, ENDPOINTS),
 }
-"""What is counted, by name."""
+"""What is counted, by name: kills survived, damages found and mended, inputs refused, payloads inert, endpoints
+survived.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:

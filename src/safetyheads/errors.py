@@ -45,7 +45,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End a template or a pattern that never ends by a TimeoutError, where signals are heard: in the main thread."""
+    """End a template or a pattern that never ends by a TimeoutError, where signals are heard: in the main thread.
+
+    Seconds of this process alone, so that a crowded machine ends nothing.
+    """
 
     def end(*_: object) -> None:
         raise TimeoutError(f"it takes longer than {seconds} s")
@@ -53,11 +56,11 @@ def time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    before = signal.signal(signal.SIGALRM, end)
+    before = signal.signal(signal.SIGPROF, end)
     # Again and again: jinja's optimizer takes the first error for one of the expression, and tries it once more.
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

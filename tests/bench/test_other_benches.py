@@ -40,6 +40,18 @@ def test_growth_is_predicted_by_the_plan(lines, monkeypatch):
     assert 1.8 < found["layers"]["slope_of_flops"] < 3.2
 
 
+def test_growth_of_runs_at_a_reduced_size(lines, monkeypatch):
+    import growth
+
+    monkeypatch.setattr(growth, "HISTORY", 2)
+    monkeypatch.setattr(growth, "STORED", 3)
+    growth.main(["--only", "history"])
+    growth.main(["--only", "resume"])
+    history, resume = lines()
+    assert (history["runs"], resume["files"]) == (2, 3)
+    assert 0 < history["seconds_to_read"] < history["seconds"]
+
+
 def test_three_attentions_agree(lines, monkeypatch):
     import attention
     import torch

@@ -244,6 +244,33 @@ def test_a_cap_holds_across_restarts_and_links_are_not_followed(tmp_path):
     assert elsewhere.stat().st_size == 4
 
 
+def test_what_it_failed_on_is_asked_again_at_the_next_start_and_a_cap_is_no_setting_of_a_run(
+    run, own_folder, monkeypatch
+):
+    status = [500]
+    command = "asr demo:aligned_a --prompts demo --limit 2 --heads 1-3 --max-new-tokens 8 --judge endpoint:grader"
+    with serving(lambda handler: handler.give(chat(GRADES), status=status[0])) as (url, seen):
+        for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", KEY), ("SAFETYHEADS_JUDGE_ATTEMPTS", "1")):
+            monkeypatch.setenv(name, value)
+
+        def started(cap):
+            """Exit code, how many answers have no verdict of how many, and the requests so far."""
+            monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUESTS", str(cap))
+            code, out, _ = run(*command.split(), "--out", "run", "--quiet", "--json")
+            failed = json.loads(out).get("failed_judges", {}).get("endpoint:grader", {"n": 0, "of": 0})
+            return code, failed["n"], failed["of"], len(seen)
+
+        code, n, of, asked = started(99)
+        assert (code, n) == (1, of)
+        status[0] = 200
+        code, n, of, asked_later = started(asked + 1)
+        assert (code, asked_later) == (0, asked + 1)
+        assert 0 < n < of
+        code, n, _, asked_at_last = started(99)
+        assert (code, n, asked_at_last > asked_later) == (0, 0, True)
+        assert started(99) == (0, 0, 0, asked_at_last)
+
+
 @pytest.mark.parametrize("count", [-5, 10**12, True, "many", 1.5, None, [3]])
 def test_usage_that_cannot_be_true_is_ignored(count):
     usage = {"prompt_tokens": count, "completion_tokens": 7}

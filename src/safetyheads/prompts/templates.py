@@ -49,7 +49,7 @@ SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and no template writes them
 _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
-_SECONDS = 5
+_SECONDS = 2
 _CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
 _WITHOUT_CHAT = "choose --template query_answer or direct"
