@@ -19,6 +19,9 @@ def test_the_lock_and_the_constraints_agree_after_make_lock():
     entries = text.replace("\\\n", " ").splitlines()
     assert all(re.fullmatch(r"\S+==\S+( ;.*?)?( +--hash=sha256:[0-9a-f]{64})+", entry.strip()) for entry in entries)
     locked = {name_of(entry): entry.split()[0].partition("==")[2] for entry in entries}
+    # pip wants a line for a package and one for the package with its extras.
+    with_extras = {name_of(entry) for entry in entries if "[" in entry.split()[0]}
+    assert with_extras <= {name_of(entry) for entry in entries if "[" not in entry.split()[0]}
     assert {name: version.partition("+")[0] for name, version in locked.items()}.items() <= pins.items()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]

@@ -45,10 +45,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End a template or a pattern that never ends by a TimeoutError, where signals are heard: in the main thread.
-
-    Seconds of this process alone, so that a crowded machine ends nothing.
-    """
+    """End what never ends by a TimeoutError, after so many seconds of this process, in the main thread alone."""
 
     def end(*_: object) -> None:
         raise TimeoutError(f"it takes longer than {seconds} s")

@@ -225,6 +225,8 @@ def test_settings_that_are_nonsense_are_refused(place, settings, why):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 1000; got 1000000000"),
         ({"vocab_size": -5}, "vocab_size must be from 1"),
         ({"hidden_size": True}, "hidden_size must be from 1"),
+        ({"sliding_window": "x"}, "sliding_window must be from 0"),
+        ({"rope_scaling": {"original_max_position_embeddings": -5}}, "embeddings must be from 0"),
         ({"quantization_config": []}, "'list' object has no attribute 'to_dict'"),
         ({"quantization_config": {"quant_method": "own"}}, "is quantised in a way .* know: 'own'"),
     ],
@@ -240,6 +242,10 @@ def test_a_checkpoint_is_made_of_regular_files_and_sound_settings(place):
     change(place, "generation_config.json", max_new_tokens="many")
     assert "generation_config.json" in refusal(place) or "max_new_tokens" in refusal(place)
     (place / "generation_config.json").unlink()
+    for longest in ("x", -1):
+        change(place, "tokenizer_config.json", model_max_length=longest)
+        assert "model_max_length" in refusal(place)
+    change(place, "tokenizer_config.json", model_max_length=128)
     os.mkfifo(place / "added_tokens.json")
     assert refusal(place) == "M holds added_tokens.json, which is no regular file"
     with pytest.raises(InputError, match=r"holds added_tokens\.json"):
@@ -273,6 +279,8 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (None, 40, 40),
         ({"type": "linear", "factor": 4.0}, 40, 160),
         ({"rope_type": "dynamic", "factor": 2.0}, 40, 80),
+        ({"rope_type": "linear", "factor": float("inf")}, 40, 40),
+        ({"rope_type": "linear", "factor": -4.0}, 40, 40),
         ({"rope_type": "yarn", "factor": 4.0}, 40, 160),
         # Where the config's number has the factor in it.
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}, 160, 160),

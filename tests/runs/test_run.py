@@ -181,3 +181,14 @@ def test_judges_of_words_differ_on_whole_answers_though_the_runs_judge_cuts_them
     words = found["word_judges"]
     assert (words["n"], words["n_differing"], words["alone"]) == (4, 4, {"phrases": 4, "paper": 0})
     assert words["sentence"].endswith("complied are 4 by phrases, 0 by paper: they differ on 4 (4 by phrases alone).")
+
+
+def test_the_columns_of_one_file_do_not_reach_the_other(tmp_path):
+    table = "kind,text,context\n{0} kind,{0} text,{0} note\n"
+    for name in ("harmful", "benign"):
+        (tmp_path / f"{name}.csv").write_text(table.format(name))
+    files = str(tmp_path / "harmful.csv"), str(tmp_path / "benign.csv")
+    config = ScanConfig(MODEL, *files, column="kind", context_column="none", benign_column="text")
+    read = run_module.read_sets(config)
+    assert read["harmful"].queries == ("harmful kind",)
+    assert read["benign"].queries == ("benign note\n\n---\n\nbenign text",)

@@ -224,7 +224,9 @@ def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = 
         for module in training:
             module.training = True
     wrapped.chat = chat
-    wrapped.reader = AnswerReader(tokenizer, chat and chat.block, chat is not None and chat.begins_in_block)
+    wrapped.reader = (
+        AnswerReader(tokenizer) if chat is None else AnswerReader(tokenizer, chat.block, chat.begins_in_block)
+    )
     # A model on several devices has no single one; its inputs have.
     wrapped._device = engine.device
     return wrapped
@@ -272,8 +274,8 @@ def _model_class() -> Any:
             end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
             stop = stop if self.reader.block is None else [text for text in stop if text == end]
             # The checkpoint's generation config may ask for more than the tokens of one answer.
-            named = {"num_return_sequences": 1, "return_dict_in_generate": False, **named}
-            return super()._model_generate(context, max_length, stop, **named)
+            alone = {"num_return_sequences": 1, "return_dict_in_generate": False}
+            return super()._model_generate(context, max_length, stop, **alone | named)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *given: Any, **named: Any) -> Any:
             # The last token of a continuation is predicted, never read.

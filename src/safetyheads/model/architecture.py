@@ -6,6 +6,7 @@ What is read here is a claim; :mod:`safetyheads.model.proofs` holds it against t
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -301,8 +302,9 @@ def context_length(config: Any) -> int | None:
         return None
     reached = [longest]
     for rope in _ropes(config):
-        factor = rope.get("factor") if rope.get("rope_type") in SCALED_ROPES else 1.0
-        reached.append(int((_original_length(rope, config) or longest) * (factor or 1.0)))
+        factor = rope.get("factor") if rope.get("rope_type") in SCALED_ROPES else None
+        scales = isinstance(factor, int | float) and math.isfinite(factor)
+        reached.append(int((_original_length(rope, config) or longest) * (factor if factor and scales else 1.0)))
     # Where layers differ, the shortest reach counts.
     return max(longest, min(reached[1:], default=longest))
 
@@ -326,7 +328,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 def _original_length(rope: dict[str, Any], config: Any) -> int | None:
     name = "original_max_position_embeddings"
-    return rope.get(name) or getattr(config, name, None)
+    return next(iter(_positive((rope.get(name) or getattr(config, name, None),))), None)
 
 
 def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:

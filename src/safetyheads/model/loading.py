@@ -54,6 +54,7 @@ _CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), _COUNT),
     **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "head_dim", "vocab_size"), _WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "original_max_position_embeddings"), (0, 1 << 40)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
 }
 _MEMORY_SHARE = 0.5
@@ -428,6 +429,9 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
         if not is_gguf and os.path.isdir(source) and not _has_tokenizer(Path(source)):
             raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or not longest > 0:
+        raise InputError(f"tokenizer_config.json of {source} is wrong: model_max_length is {longest!r}")
     revision = arguments.get("revision")
     for kept in () if tokenizer.chat_template or is_gguf else _PROCESSOR_FILES:
         found = cached_file(source, kept, revision=revision, _raise_exceptions_for_missing_entries=False)

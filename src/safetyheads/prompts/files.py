@@ -250,7 +250,7 @@ def _refuse_pictures(table: Iterable[Cells], query: str) -> None:
     """Refuse rows with a picture or a sound beside the query, which may end as names of such files do."""
     for where, cells in table:
         for name in (name for name in cells if name != query):
-            inner = [value for _, value in leaves(cells[name]) if value not in (None, "")]
+            inner = [value for _, value in leaves(cells[name]) if value not in (None, "", [], {})]
             named = (value for value in inner if isinstance(value, str) and len(value.split()) <= _WORDS_OF_A_PATH)
             is_one = _PICTURE_COLUMN.fullmatch(name.strip().lower()) and inner
             if is_one or any(_PICTURE.search(value.strip()) for value in named):
