@@ -120,7 +120,7 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.jsonl", b'{"prompt": [{"text": "a"}]}\n', "a message has a role", None),
         ("a.json", b'{"prompt":\n "a"}', "line 1: not JSON", None),
         ("a.csv", b'goal\n""\n \n', "holds no prompts", None),
-        ("a.csv", b"goal\n", "holds no prompts", None),
+        ("a.csv", b"goal\n", "no column is named", None),
         ("a.csv", b"goal\nFirst this, then that\n", "line 2: 2 cells where the header has 1.*double quotes", None),
         ("a.csv", b'goal\n"never closed\n', "not CSV", None),
         ("a.csv", TABLE.encode(), "no column 'goal'; the columns are id, Prompt, note, reference", "goal"),

@@ -224,9 +224,7 @@ def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = 
         for module in training:
             module.training = True
     wrapped.chat = chat
-    wrapped.reader = (
-        AnswerReader(tokenizer) if chat is None else AnswerReader(tokenizer, chat.block, chat.begins_in_block)
-    )
+    wrapped.reader = AnswerReader(tokenizer, *((None, False) if chat is None else (chat.block, chat.begins_in_block)))
     # A model on several devices has no single one; its inputs have.
     wrapped._device = engine.device
     return wrapped

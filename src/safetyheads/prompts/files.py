@@ -137,8 +137,6 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
             raise InputError(f"{path} is {what}")
     table = list(_READERS[suffix](text, str(path)))
     names = list(dict.fromkeys(name for _, cells in table for name in cells))
-    if not names:
-        raise InputError(f"{path} holds no prompts: no row has a cell")
     if absent := [name for name in only or () if name not in names]:
         raise InputError(f"{path}: no column {absent[0]!r}, by which its rows are chosen")
     table = [
