@@ -65,7 +65,7 @@ def save_adapter(model, path, config):
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name or "trainable_tokens" in name:
+            if any(part in name for part in ("modules_to_save", "trainable_tokens", "ia3_l")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     adapted.save_pretrained(path)
     return adapted
