@@ -22,7 +22,7 @@ from typing import Any
 
 import networkx
 
-AUDIT = "audit demo:aligned_a --prompts demo --limit 4 --size 1 --n-random 0 --max-new-tokens 2 --quiet --out"
+AUDIT = "audit demo:aligned_a --prompts demo --limit 4 --size 1 --n-random 0 --max-new-tokens 2 --anyway --quiet --out"
 
 
 def python_files(*folders: Path) -> list[Path]:
