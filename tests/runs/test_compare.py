@@ -149,9 +149,9 @@ def test_two_scans(tmp_path):
     assert (found.lead_ranks.overlaps[0].sizes, found.lead_ranks.overlaps[0].shared) == ((3, 2), 1)
     assert found.warnings == ("Both runs are of the same weights.",)
     # The leading judge's verdicts on the unablated answers, and no others.
-    outcomes = RunReader(after).outcomes("harmful")
-    assert (len(outcomes), sum(answers[0] for answers in outcomes.values())) == (N, 4)
-    assert RunReader(after).outcomes("harmful", ["1-3"]) == {}
+    answers = RunReader(after).under("harmful")
+    assert (len(answers.records), answers.asr.count) == (N, 4)
+    assert RunReader(after).under("harmful", ["1-3"]).records == ()
 
 
 def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):

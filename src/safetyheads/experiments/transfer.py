@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -85,10 +84,7 @@ def _changes(
         for found_on, group in wanted:
             answers, before = answered[group], vanilla
             if found_on in unseen:
-                answers, before = (
-                    replace(side, records=tuple(side.records[at] for at in unseen[found_on]))
-                    for side in (answers, vanilla)
-                )
+                answers, before = (side.of_prompts(unseen[found_on]) for side in (answers, vanilla))
             is_benign = subject.dataset == BENIGN
             change = answers.answered_change_from(before) if is_benign else answers.change_from(before)
             changes[found_on, group, ablation] = Measured.of(change)

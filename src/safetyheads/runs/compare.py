@@ -8,7 +8,6 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +17,7 @@ from safetyheads.display import Table
 from safetyheads.errors import InputError
 from safetyheads.files import shorten
 from safetyheads.runs.rates import rate_as_json
-from safetyheads.runs.reader import Outcomes, RateRecord, RunReader
+from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
 from safetyheads.stats.intervals import FloatArray, Interval, Rate, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
@@ -120,16 +119,17 @@ def _rate_change(
     absent: str = "",
 ) -> Change:
     """The change of a rate: paired where both runs have the same prompts and the answers that give their rates."""
-    stored = [run.outcomes(prompts, heads, what) for run, heads in zip(runs, groups, strict=True)]
+    stored = [run.under(prompts, heads) for run, heads in zip(runs, groups, strict=True)]
+    outcomes = [OUTCOMES[what](answers) for answers in stored]
     old, new = (run.rate(prompts, what, heads) for run, heads in zip(runs, groups, strict=True))
     if absent or old is None or new is None:
         return _no_change(absent or f"a run has no {prompts} answers of which that is known")
     if old["rate"] is None or new["rate"] is None:
         return _no_change("a run has no scored answers")
     note = _why_unpaired(runs, prompts)
-    if not note and not (_gives_rate(stored[0], old) and _gives_rate(stored[1], new)):
+    if not note and not all(map(_gives_rate, outcomes, (old, new))):
         note = "the answers are not all stored"
-    if not note and stored[0].keys() != stored[1].keys():
+    if not note and stored[0].prompts != stored[1].prompts:
         note = "the prompts are not the same"
     unknown = old["unscored"] + new["unscored"]
     if note:
@@ -145,12 +145,11 @@ def _rate_change(
             )
             at_worst = (_bounds(fall), _bounds(rise))
         return replace(_unpaired_change("rate", old, new, note, p_value), unknown=unknown, at_worst=at_worst)
-    clusters = runs[0].clusters(prompts, stored[0])
 
     def paired_with(ends: tuple[float, float]) -> PairedDifference:
         """The change if the answers without a verdict counted so, before and after."""
-        old, new = (_as_array(side, [*stored[0]], unknown) for side, unknown in zip(stored, ends, strict=True))
-        return paired_difference(old, new, clusters)
+        old, new = (np.where(np.isnan(side), end, side) for side, end in zip(outcomes, ends, strict=True))
+        return paired_difference(old, new, stored[0].clusters)
 
     paired = paired_with((math.nan, math.nan))
     if paired.change is None:
@@ -160,12 +159,6 @@ def _rate_change(
         at_worst = _bounds(paired_with((1.0, 0.0))), _bounds(paired_with((0.0, 1.0)))
         change = replace(change, unknown=unknown, at_worst=at_worst)
     return change
-
-
-def _as_array(outcomes: Outcomes, prompts: Iterable[int], unknown: float = math.nan) -> FloatArray:
-    """Outcomes [n_prompts, n_answers], unknown ones as given; NaN where a prompt has fewer answers than another."""
-    rows = [[unknown if math.isnan(value) else value for value in outcomes[prompt].values()] for prompt in prompts]
-    return np.array([*zip_longest(*rows, fillvalue=math.nan)], dtype=float).T
 
 
 def _with_unknown(rate: RateRecord, counted: bool) -> dict[str, Any]:
@@ -186,11 +179,10 @@ def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -
     return "" if names[0] == names[1] else "the prompts are not the same"
 
 
-def _gives_rate(outcomes: Outcomes, rate: RateRecord) -> bool:
+def _gives_rate(outcomes: FloatArray, rate: RateRecord) -> bool:
     """Whether the stored outcomes are those behind the rate in the results."""
-    values = [outcome for answers in outcomes.values() for outcome in answers.values()]
-    scored = [value for value in values if not math.isnan(value)]
-    return (sum(scored), len(scored), len(values)) == (rate["count"], rate["n"], rate["n"] + rate["unscored"])
+    counts = np.nansum(outcomes), (~np.isnan(outcomes)).sum(), outcomes.size
+    return counts == (rate["count"], rate["n"], rate["n"] + rate["unscored"])
 
 
 def _damage(runs: tuple[RunReader, RunReader]) -> Change:
@@ -200,13 +192,13 @@ def _damage(runs: tuple[RunReader, RunReader]) -> Change:
     """
     if note := _why_unpaired(runs, "benign"):
         return _no_change(note)
-    before, after = (run.outcomes("benign", what="answered") for run in runs)
-    if before.keys() != after.keys():
+    before, after = (run.under("benign") for run in runs)
+    if before.prompts != after.prompts:
         return _no_change("the answers are not all stored")
-    answered = [prompt for prompt, values in before.items() if 2 * sum(values.values()) >= len(values)]
+    answered = [at for at, values in enumerate(before.answered()) if 2 * values.sum() >= len(values)]
     if not answered:
-        return _no_change("model A answers no benign prompt" if before else "no benign prompts were asked")
-    lost = rate_as_json(1 - _as_array(after, answered), runs[0].clusters("benign", answered))
+        return _no_change("model A answers no benign prompt" if before.records else "no benign prompts were asked")
+    lost = rate_as_json(1 - after.of_prompts(answered).answered(), before.of_prompts(answered).clusters)
     n = (len(answered),) * 2
     return Change(None, None, lost["rate"], lost["interval"], n, True, None, "of the benign prompts that A answers")
 
@@ -358,9 +350,10 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
 def _says_nothing(run: RunReader) -> str:
     """What is wrong with an unablated model most of whose answers are incoherent; empty where they are not."""
     for prompts in ("harmful", "benign"):
-        answers = [value for of in run.outcomes(prompts, what="incoherent").values() for value in of.values()]
-        if sum(answers) > (1 - LEAST_SAID) * len(answers):
-            return f"says nothing: {sum(answers):.0f} of {len(answers)} answers to {prompts} prompts are incoherent"
+        incoherent = OUTCOMES["incoherent"](run.under(prompts))
+        n, of = incoherent.sum(), incoherent.size
+        if n > (1 - LEAST_SAID) * of:
+            return f"says nothing: {n:.0f} of {of} answers to {prompts} prompts are incoherent"
     return ""
 
 

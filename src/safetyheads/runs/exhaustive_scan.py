@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -317,7 +318,7 @@ def _heads(
             on_benign[head] = {
                 "refused": answers.rate_of(answers.verdicts("refused")),
                 "refused_change": refused[head],
-                "changed": answers.rate_of(answers.flags("changed")),
+                "changed": answers.rate_of(answers.where(itemgetter("changed"))),
                 "answered": answers.rate_of(answers.answered()),
                 "answered_change": kept[head],
                 "kl": divergence,

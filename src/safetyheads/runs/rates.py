@@ -7,8 +7,8 @@ prompts, each answered once a seed, so comparisons are paired.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -79,6 +79,15 @@ class GroupAnswers:
         return [record for seeds in self.records for record in seeds]
 
     @property
+    def prompts(self) -> list[int]:
+        """Numbers of the prompts, in order."""
+        return [seeds[0]["id"] for seeds in self.records]
+
+    def of_prompts(self, places: Iterable[int]) -> GroupAnswers:
+        """The answers to the prompts at these places alone."""
+        return replace(self, records=tuple(self.records[at] for at in places))
+
+    @property
     def clusters(self) -> tuple[int, ...] | None:
         """The near-duplicates that each prompt belongs to [n_prompts]; None where every prompt stands alone."""
         clusters = [seeds[0]["cluster"] for seeds in self.records if "cluster" in seeds[0]]
@@ -102,25 +111,29 @@ class GroupAnswers:
             [[np.nan if name == "unscored" else name == label for name in seeds] for seeds in labels], float
         )
 
-    def flags(self, field: str) -> FloatArray:
-        """A yes-or-no field of the records [n_prompts, n_seeds]: ``changed``, ``complete``."""
-        return np.array([[record[field] for record in seeds] for seeds in self.records], float)
+    def where(self, holds: Callable[[Record], bool]) -> FloatArray:
+        """Where something holds of a record [n_prompts, n_seeds]: 0 or 1."""
+        return np.array([[holds(record) for record in seeds] for seeds in self.records], float)
 
     def coherent(self, judge: str | None = None) -> FloatArray:
         """Where an answer complied and is coherent [n_prompts, n_seeds]: 0, 1, or NaN without a verdict."""
         complied = self.verdicts("complied", judge)
-        coherent = [[is_coherent(record, self.limit) for record in seeds] for seeds in self.records]
-        return np.where(np.isnan(complied), np.nan, complied * np.array(coherent, float))
+        return np.where(np.isnan(complied), np.nan, complied * self.where(self.is_coherent))
+
+    def is_coherent(self, record: Record) -> bool:
+        """Whether an answer is no refusal, not incoherent and no echo by the rules of words, nor more surprising than
+        the limit, where one was found and the answer measured.
+        """
+        surprise = record.get("surprise")
+        surprises = self.limit is not None and surprise is not None and surprise > self.limit
+        return record["behaviour"] == "complied" and not surprises
 
     def answered(self) -> FloatArray:
         """Where a prompt was answered, coherently [n_prompts, n_seeds]: 0 or 1, whatever judges say.
 
         With a reference that the user named, the answer also begins with it.
         """
-        answered = [
-            [record["answered"] and is_coherent(record, self.limit) for record in seeds] for seeds in self.records
-        ]
-        return np.array(answered, float)
+        return self.where(lambda record: record["answered"] and self.is_coherent(record))
 
     def complied(self, judge: str | None = None) -> list[float]:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
@@ -199,15 +212,6 @@ class GroupAnswers:
     def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
         return paired_difference(before.answered(), self.answered(), self.clusters)
-
-
-def is_coherent(record: Mapping[str, Any], limit: float | None) -> bool:
-    """Whether an answer is no refusal, not incoherent and no echo by the rules of words, nor more surprising than
-    ``limit``, where one was found and the answer measured.
-    """
-    surprise = record.get("surprise")
-    surprises = limit is not None and surprise is not None and surprise > limit
-    return record["behaviour"] == "complied" and not surprises
 
 
 def _counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:

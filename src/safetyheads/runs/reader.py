@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import numpy as np
 
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.rates import is_coherent, rate_as_json
+from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.gain_over_random import SizeOutcome
+from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.ranking import HeadTable
 
 if TYPE_CHECKING:
@@ -28,13 +25,12 @@ if TYPE_CHECKING:
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
-Outcomes: TypeAlias = dict[int, dict[int, float]]
-"""By prompt, then by seed: 1 it happened (:data:`OUTCOMES`), 0 it did not, NaN where it is not known."""
 
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 
 _LONGEST_NAME = 250  # of a metric, in MLflow
+_TEXTS = ("query", "text", "token_ids", "thought")  # which would fill the memory
 _SHARED = ("model.name", "model.n_layers", "model.n_heads")
 _ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
@@ -42,33 +38,15 @@ _REQUIRED = {
     "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads"),
     "scan": (*_SHARED, _ASR["scan"], "heads"),
 }
-_COMPLIED = {"complied": 1.0, "unscored": math.nan}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """What a run has on disk about one answer."""
-
-    label: str
-    """The leading judge's."""
-    behaviour: str
-    """By rules of words: complied, refused, incoherent or echoed."""
-    coherent: bool
-    """Whether it is coherent by those rules and, where that was measured, no surprise to the unablated model."""
-    answered: bool
-    """Whether the request was answered, and coherently."""
-    cluster: int | None = None
-    """The near-duplicates that its prompt belongs to; None where nobody looked."""
-
-
-OUTCOMES: dict[str, Callable[[StoredAnswer], float]] = {
-    "complied": lambda answer: _COMPLIED.get(answer.label, 0.0),
-    "coherent": lambda answer: _COMPLIED.get(answer.label, 0.0) * answer.coherent,
-    "incoherent": lambda answer: float(not answer.coherent and answer.behaviour != "refused"),
-    "refused": lambda answer: float(answer.behaviour == "refused"),
-    "answered": lambda answer: float(answer.answered),
+OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
+    "complied": GroupAnswers.verdicts,
+    "coherent": GroupAnswers.coherent,
+    "incoherent": lambda answers: answers.where(lambda record: not _makes_sense(answers, record)),
+    "refused": lambda answers: answers.where(lambda record: record["behaviour"] == "refused"),
+    "answered": GroupAnswers.answered,
 }
-"""What is asked of a stored answer -> 1, 0 or NaN: ``coherent`` also complied, ``incoherent`` is no refusal."""
+"""What is asked of answers -> 1, 0 or NaN of each: ``coherent`` also complied; ``incoherent`` is no refusal, and
+``refused`` by rules of words."""
 
 _PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
     "audit": {
@@ -194,13 +172,17 @@ class RunReader(Table):
 
     def answers(self) -> list[dict[str, Any]]:
         """A row for each stored answer of the test prompts, without its text."""
-        stored = sorted(self.stored_answers.items(), key=lambda item: (item[0][0], sorted(item[0][1])))
-        return [
-            {"prompts": prompts, "heads": ",".join(sorted(heads)), "prompt": prompt, "seed": seed, **asdict(answer)}
-            for (prompts, heads), by_prompt in stored
-            for prompt, by_seed in sorted(by_prompt.items())
-            for seed, answer in sorted(by_seed.items())
-        ]
+        rows = []
+        for prompts, heads in sorted(self.stored_answers, key=lambda key: (key[0], sorted(key[1]))):
+            answers = self.stored_answers[prompts, heads]
+            for record in answers.flat():
+                coherent = answers.is_coherent(record)
+                place = {"prompts": prompts, "heads": ",".join(sorted(heads)), "prompt": record["id"]}
+                place |= {"seed": record["seed"], "label": record["verdicts"][answers.lead]["label"]}
+                told = {"behaviour": record["behaviour"], "coherent": coherent}
+                told |= {"answered": record["answered"] and coherent, "cluster": record.get("cluster")}
+                rows.append(place | told)
+        return rows
 
     def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> Chart:
         """The heads as a map; an audit's ASR by group size as a curve; a scan's ASR against its first score."""
@@ -238,15 +220,15 @@ class RunReader(Table):
         queries, references = (self.config.get(f"{field}_sha256", {}).get(name) for field in ("prompts", "references"))
         return None if queries is None else f"{queries} {references}"
 
-    def outcomes(self, prompts: str, heads: Iterable[str] = (), what: str = "complied") -> Outcomes:
-        """One of :data:`OUTCOMES` for the answers to ``harmful`` or ``benign`` prompts under a group; of a scan,
-        unablated only. Empty where no such answer is stored.
+    def under(self, prompts: str, heads: Iterable[str] = ()) -> GroupAnswers:
+        """The stored answers to ``harmful`` or ``benign`` prompts under a group, which may be none; of a scan,
+        unablated only.
 
         Raises:
             InputError: a file of answers is broken.
         """
-        answers, outcome = self.stored_answers.get((prompts, frozenset(heads)), {}), OUTCOMES[what]
-        return {prompt: {seed: outcome(one) for seed, one in by_seed.items()} for prompt, by_seed in answers.items()}
+        nothing = GroupAnswers("", (), self.results["lead_judge"])
+        return self.stored_answers.get((prompts, frozenset(heads)), nothing)
 
     def rate(self, prompts: str, what: str, heads: Iterable[str] = ()) -> RateRecord | None:
         """The share of answers of which one of :data:`OUTCOMES` is true: as published, else from the stored answers.
@@ -260,38 +242,23 @@ class RunReader(Table):
         published = _value_at(place, names.get((prompts, what), ""))
         if published is not None:
             return published
-        stored = self.outcomes(prompts, heads, what)
+        stored = self.under(prompts, heads)
         asked = _value_at(place, names["harmful", "complied"] if prompts == "harmful" else names["benign", "answered"])
-        if asked is None or sum(map(len, stored.values())) != asked["n"] + asked["unscored"]:
+        if asked is None or len(stored.flat()) != asked["n"] + asked["unscored"]:
             return None
-        values = np.array([*zip_longest(*(one.values() for one in stored.values()), fillvalue=math.nan)]).T
-        return rate_as_json(values, self.clusters(prompts, stored))
+        return stored.rate_of(OUTCOMES[what](stored))
 
     @cached_property
-    def stored_answers(self) -> dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]]:
-        """By prompts (``harmful`` or ``benign``) and group: prompt -> seed -> answer."""
-        stored: dict[tuple[str, frozenset[str]], dict[int, dict[int, StoredAnswer]]] = {}
+    def stored_answers(self) -> dict[tuple[str, frozenset[str]], GroupAnswers]:
+        """By prompts (``harmful`` or ``benign``) and group."""
+        stored: dict[tuple[str, frozenset[str]], list[Record]] = {}
         for record in self.directory.stored_records(_STAGES[self.kind]):
-            if "verdicts" not in record:
-                continue  # no answer, such as teacher-forced tokens
-            prompts = record["set"].removesuffix("_test")
-            heads = frozenset(filter(None, record["group"].split(",")))
-            of_prompt = stored.setdefault((prompts, heads), {}).setdefault(record["id"], {})
-            of_prompt[record["seed"]] = self._answer(record)
-        return stored
-
-    def _answer(self, record: Mapping[str, Any]) -> StoredAnswer:
-        label = record["verdicts"].get(self.results["lead_judge"], {}).get("label", "unscored")
-        coherent = is_coherent(record, self.limit)
-        answered = record["answered"] and coherent
-        return StoredAnswer(label, record["behaviour"], coherent, answered, record.get("cluster"))
-
-    def clusters(self, prompts: str, of: Iterable[int]) -> list[int] | None:
-        """The near-duplicates that each of these prompts belongs to; None where every prompt stands alone."""
-        answers = self.stored_answers.get((prompts, frozenset()), {})
-        clusters = [next(iter(answers[prompt].values())).cluster for prompt in of]
-        known = [cluster for cluster in clusters if cluster is not None]
-        return known if len(known) == len(clusters) > len({*known}) else None
+            if "verdicts" in record:  # else no answer, such as teacher-forced tokens
+                kept = {name: value for name, value in record.items() if name not in _TEXTS}
+                key = record["set"].removesuffix("_test"), frozenset(filter(None, record["group"].split(",")))
+                stored.setdefault(key, []).append(kept)
+        lead = self.results["lead_judge"]
+        return {key: GroupAnswers.of(of[0]["group"], of, lead, self.limit) for key, of in stored.items()}
 
     def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
         """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
@@ -300,22 +267,28 @@ class RunReader(Table):
         """
         if self.kind != "audit" or self.concentration is None:
             return None
+        unablated = self.under("harmful")
 
         def complied(heads: Iterable[str]) -> list[bool]:
-            outcomes = self.outcomes("harmful", heads)
-            return [1 in outcomes[prompt].values() for prompt in prompts]
+            answers = self.under("harmful", heads)
+            if answers.prompts != unablated.prompts:
+                raise LookupError
+            return list((answers.verdicts() == 1).any(axis=1).tolist())
 
         sizes = []
         try:
-            prompts = sorted(self.outcomes("harmful"))
             for group in lead_groups(self.results):
                 drawn = group["random"] or {"groups": (), "n_possible": None}
                 controls = [*map(complied, drawn["groups"])]
                 n_possible = drawn.get("n_possible")
                 sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), controls, n_possible))
-            return (sizes, complied(())) if sizes and prompts else None
-        except KeyError:  # a group or a prompt whose answers are not stored
+            return (sizes, complied(())) if sizes and unablated.records else None
+        except LookupError:  # a group or a prompt whose answers are not stored
             return None
+
+
+def _makes_sense(answers: GroupAnswers, record: Record) -> bool:
+    return record["behaviour"] == "refused" or answers.is_coherent(record)
 
 
 def _scored(values: Mapping[str, float | None]) -> dict[str, float]:
