@@ -51,7 +51,6 @@ class HeadScores(Table):
     values: Tensor
     """float64 [n_layers, n_heads], or [n_prompts, n_layers, n_heads]; NaN where a head was not scored."""
     name: str = "score"
-    """Name of the score."""
     unit: str = ""
     """``nats`` or ``degrees``."""
     resolution: float = 0.0

@@ -28,7 +28,7 @@ def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_wi
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
     assert found["caveats"][0].startswith("This model validates the code")
-    show_evaluation(found, Path("run"))
+    show_evaluation(found, Path("run/report/index.html"))
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if line.startswith("organism")]
     assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
@@ -138,7 +138,7 @@ def test_metrics_that_are_no_shares_are_shown_too(capsys):
     whole = {"change": 2.0, **dict.fromkeys(("interval", "gained", "lost", "p_value", "p_holm", "test"))}
     metrics = [metric | {"value": 12345.678, "difference": None}, metric | {"value": None, "difference": whole}]
     results = {"metrics": metrics, "settings": {"lm_eval": "0"}, "caveats": [], "warnings": ["[odd]"]}
-    show_evaluation({**results, "ablation": {"label": "sc"}}, Path("run"))
+    show_evaluation({**results, "ablation": {"label": "sc"}}, Path("run/report/index.html"))
     printed = capsys.readouterr().out
     for said in ("1.235e+04", "not finite", "+2.00", "warning: [odd]"):
         assert said in printed

@@ -121,7 +121,6 @@ class Answer(Shown):
     margins: tuple[float, ...] = ()
     """Margin of each decoded token (:func:`choose`), without those of ``begun``; the end token's is the last."""
     route: Route = "plain"
-    """Which decoding path produced it."""
     changed: bool | None = None
     """Whether it differs from the unablated answer; None where that was not compared."""
 

@@ -33,7 +33,6 @@ class JudgedAnswer(Shown):
     """One prompt's answer under one group, with the verdict of every judge."""
 
     prompt: Prompt
-    """The prompt."""
     group: Group
     """Heads that were ablated."""
     token_ids: tuple[int, ...]

@@ -171,13 +171,11 @@ class AnswerScan(Table):
     n_heads: int
     """Heads a layer."""
     groups: tuple[Group, ...]
-    """The ablated groups."""
     vanilla: tuple[JudgedAnswer, ...]
     """The unablated answers, one a prompt."""
     rows: tuple[tuple[JudgedAnswer, ...], ...]
     """[n_groups][n_prompts]."""
     economy: Economy
-    """What the answers cost."""
     tolerance: float
     """Rows with a smaller margin were decoded again plainly, in logits."""
 

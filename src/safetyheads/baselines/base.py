@@ -37,11 +37,9 @@ class Material:
     """What a method may learn from; never the prompts that it is tested on."""
 
     engine: Engine
-    """The aligned model."""
     harmful: PromptSet
     """Harmful prompts to learn from, which the model refuses."""
     benign: PromptSet
-    """Benign prompts to learn from."""
     refusals: tuple[tuple[int, ...], ...]
     """New tokens of the model's own unablated answers to ``harmful``."""
     answers: tuple[tuple[int, ...], ...]
@@ -51,7 +49,6 @@ class Material:
     unaligned: Engine | None = None
     """The checkpoint before alignment, for methods that compare two."""
     seed: int = 0
-    """Random seed."""
 
     def text(self, refused: bool, whole: bool = False) -> tuple[TokenSequence, ...]:
         """Harmful prompts with refusals, or benign ones with answers; new tokens count, with ``whole`` all do."""
@@ -85,7 +82,6 @@ class Intervention:
     groups: Callable[[PromptSet], tuple[Group, ...]] | None = None
     """Heads to ablate for each prompt, for methods that name heads; None ablates none."""
     ablation: Ablation = SCALING_CONTRIBUTION
-    """Ablation of those heads."""
     draws: tuple[Group, ...] = ()
     """Of a method that draws groups at random: all that were drawn; it is put to work with the first."""
     not_applicable: str = ""
@@ -114,13 +110,11 @@ class Method:
     """A baseline by name."""
 
     name: str
-    """Name in commands and results."""
     strengths: tuple[float, ...]
     """The default sweep, weakest first."""
     interventions: Callable[[Material, Sequence[float]], list[Intervention]]
     """Learns from the material and gives an intervention for each strength."""
     label: str
-    """Name in tables."""
     source: str
     """The paper it is from; ours where there is none."""
     touches: str

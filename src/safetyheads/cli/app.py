@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -55,10 +56,8 @@ from safetyheads.runs.start import load_engine, refuse_missing, settled, silence
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.runs.config import Progress
 
 Config = TypeVar("Config", bound=ModelOptions)
-Data = TypeVar("Data")
 
 
 app = App(
@@ -122,20 +121,14 @@ def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output
     from safetyheads.runs.audit import read_prompts, run_audit
     from safetyheads.runs.verdict import too_few_prompts
 
-    config, out = settled(config, where.out, "audit")
-    prompts, progress = _prepared(config, out, output, read_prompts, report)
-    too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
-    if too_few is not None and not config.anyway:
-        refuse_missing(config.model)  # a model that is not there is refused all the same
+    def without_model(prompts: Mapping[str, Sized]) -> show.Found | None:
+        too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
+        if too_few is None or config.anyway:
+            return None
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
-        verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
-        _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
-        return 0
-    results = run_audit(
-        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    _finish(results, out, report, output, show.show_audit, where.dry_run)
-    return _code_of_judges(results)
+        return {"verdict": {"label": "cannot say", "sentence": sentence, "stopped_early": True}}
+
+    return _run("audit", config, where, output, read_prompts, run_audit, show.show_audit, report, without_model)
 
 
 @command
@@ -144,13 +137,7 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
     from safetyheads.runs.exhaustive_scan import run_scan
     from safetyheads.runs.run import read_sets
 
-    config, out = settled(config, where.out, "scan")
-    prompts, progress = _prepared(config, out, output, read_sets, report)
-    results = run_scan(
-        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    _finish(results, out, report, output, show.show_scan, where.dry_run)
-    return _code_of_judges(results)
+    return _run("scan", config, where, output, read_sets, run_scan, show.show_scan, report)
 
 
 @command
@@ -160,31 +147,22 @@ def ships(
     where: RunOptions,
     output: OutputOptions,
     top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
-) -> None:
+) -> int:
     """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
     from safetyheads.runs.single_steps import read_prompts, run_ships
 
     if top < 1:
         raise InputError(f"top must be at least 1; got {top}")
-    config, out = settled(config, where.out, "ships")
-    prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_ships(
-        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    _show(results, output, lambda: show.show_ranking(results, top))
+    display = partial(show.show_ranking, top=top)
+    return _run("ships", config, where, output, read_prompts, run_ships, display)
 
 
 @command
-def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> None:
+def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> int:
     """Search for the group of heads with the largest score (Algorithm 1)."""
     from safetyheads.runs.single_steps import read_prompts, run_sahara
 
-    config, out = settled(config, where.out, "sahara")
-    prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_sahara(
-        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    _show(results, output, lambda: show.show_steps(results))
+    return _run("sahara", config, where, output, read_prompts, run_sahara, show.show_steps)
 
 
 @command
@@ -192,53 +170,56 @@ def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> int:
     """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
     from safetyheads.runs.single_steps import read_prompts, run_asr
 
-    config, out = settled(config, where.out, "asr")
-    prompts, progress = _prepared(config, out, output, read_prompts)
-    results = run_asr(
-        load_engine(config, progress), config, out, prompts, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    _show(results, output, lambda: show.show_rates(results))
-    return _code_of_judges(results)
+    return _run("asr", config, where, output, read_prompts, run_asr, show.show_rates)
 
 
 @command
-def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> None:
+def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> int:
     """Accuracy on lm-eval's tasks with heads ablated, beside the unablated model on the same samples."""
     from safetyheads.integrations.lm_eval import load_tasks
     from safetyheads.integrations.utility import run_evaluation
 
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    config, out = settled(config, where.out, "eval")
-    tasks, progress = _prepared(config, out, output, load_tasks)
-    results = run_evaluation(
-        load_engine(config, progress), config, tasks, out, progress, sys.argv, where.dry_run, where.parsed_shard
-    )
-    if not where.dry_run:
-        from safetyheads.reports.write import write_report
-        from safetyheads.runs.directory import RunDirectory
-
-        write_report(RunDirectory.open(out))
-    _show(results, output, lambda: show.show_evaluation(results, out))
+    return _run("eval", config, where, output, load_tasks, run_evaluation, show.show_evaluation, ReportOptions())
 
 
-def _prepared(
+def _run(
+    kind: str,
     config: Config,
-    out: Path,
+    where: RunOptions,
     output: OutputOptions,
-    read: Callable[[Config], Data],
+    read: Callable[[Config], Any],
+    run: Callable[..., show.Found],
+    display: Callable[..., None],
     report: ReportOptions | None = None,
-) -> tuple[Data, Progress]:
-    """The prompts or tasks; all that can be refused without the model is refused."""
+    without_model: Callable[[Any], show.Found | None] | None = None,
+) -> int:
+    """Carry out a run and show its results; all that can be refused without the model is refused before it loads.
+
+    ``read`` gives the prompts or tasks. ``display`` is given the results, and the page's path where there is a
+    ``report``. ``without_model`` gives the results where the prompts settle them.
+    """
+    config, out = settled(config, where.out, kind)
+    shard = where.parsed_shard
     _refuse(out, report, getattr(config, "store_completions", True))
-    if isinstance(config, JudgeOptions):
+    if isinstance(config, JudgeOptions) and config.judges:
         from safetyheads.judges.named import judges_named
 
-        if config.judges:
-            judges_named(config.judges, config.judge_device, config.judge_tokens)
+        judges_named(config.judges, config.judge_device, config.judge_tokens)
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
-        return read(config), progress
+        data = read(config)
+    if without_model is not None and (settles := without_model(data)) is not None:
+        refuse_missing(config.model)  # a model that is not there is refused all the same
+        _show(settles, output, lambda: show.print_lines([settles["verdict"]["sentence"]]))
+        return 0
+    results = run(load_engine(config, progress), config, out, data, progress, sys.argv, where.dry_run, shard)
+    if report is None or where.dry_run:
+        _show(results, output, lambda: display(results))
+    else:
+        _finish(results, out, report, output, display)
+    return _code_of_judges(results)
 
 
 @command
@@ -463,8 +444,6 @@ def judge(
     from safetyheads.runs.rejudge import later_judges, open_judged, rejudge
 
     opened = open_judged(run)
-    own = [described["name"] for described in opened.manifest.config.get("judges", ())]
-    there = [described["name"] for described in later_judges(opened.read_results())]
     if label_sheet is not None:
         n = write_sheet(run, *label_sheet)
         if not config.judges and validate is None:
@@ -474,27 +453,23 @@ def judge(
     specs = config.judges
     if not specs and validate is None:
         # The judge of words that the run's own command did not ask: the same one each time.
+        own = [described["name"] for described in opened.manifest.config.get("judges", ())]
         specs = tuple(name for name in WORD_JUDGES if name not in own)[:1] or WORD_JUDGES[:1]
     judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
-    progress, found, validation = show.progress_for(output.quiet), [], {}
-    for judge in judges:
-        # To validate a judge that the run has, it need not judge again.
-        if validate is None or judge.name not in there:
-            found.append(rejudge(run, judge, progress, provenance(sys.argv)))
+    there = [described["name"] for described in later_judges(opened.read_results())]
+    progress, started = show.progress_for(output.quiet), provenance(sys.argv)
+    # To validate a judge that the run has, it need not judge again.
+    asked = [judge for judge in judges if validate is None or judge.name not in there]
+    found = [rejudge(run, judge, progress, started) for judge in asked]
+    validation = {}
     if validate is not None:
         # What a run directory names may be code or an address of others: only rules are made from it.
         others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
-        validation = validate_judges(run, validate, provenance(sys.argv), others)
+        validation = validate_judges(run, validate, started, others)
     path = write_report(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}
-
-    def display() -> None:
-        if found:
-            show.show_rejudged(found, path)
-        if validation:
-            show.show_validation(validation)
-
-    _show({**given, **({"validation": validation} if validation else {})}, output, display)
+    shown = {**given, **({"validation": validation} if validation else {})}
+    _show(shown, output, lambda: show.show_judged(found, validation, path))
 
 
 @command
@@ -603,11 +578,8 @@ def _finish(
     report: ReportOptions,
     output: OutputOptions,
     display: Callable[[show.Found, Path], None],
-    dry_run: bool = False,
 ) -> None:
-    if dry_run:
-        _show(found, output, lambda: None)
-        return
+    """Write the page, and show the results."""
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 

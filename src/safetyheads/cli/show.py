@@ -326,6 +326,15 @@ def _laid_out(
     return table, least
 
 
+def print_first(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", where: str = "with --json"
+) -> None:
+    """Print a table's first rows, and how many more there are elsewhere."""
+    n_more = len(rows) - _ROWS_SHOWN
+    more = f"{n_more} more row{'s' * (n_more > 1)} {where}." if n_more > 0 else ""
+    print_table(title, columns, rows[:_ROWS_SHOWN], " ".join(filter(None, (caption, more))))
+
+
 def print_facts(title: str, facts: Mapping[str, Cell]) -> None:
     """Print names with their values."""
     texts = {name: fact.written() if isinstance(fact, Number) else fact for name, fact in facts.items()}
@@ -649,7 +658,7 @@ def _ablation(found: Found) -> str:
     return str(Ablation(found["ablation"]["name"], found["ablation"]["epsilon"]))
 
 
-def show_evaluation(results: Found, out: Path) -> None:
+def show_evaluation(results: Found, report: Path) -> None:
     """Each metric, vanilla first, and the changes from vanilla."""
 
     def value(metric: Found) -> Number:
@@ -676,61 +685,49 @@ def show_evaluation(results: Found, out: Path) -> None:
     caption = "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests)
     print_items(title, results["metrics"], columns, f"{caption}.")
     print_cautions(results)
-    print_lines([f"Run: {out}", f"Report: {out / 'report' / 'index.html'}"])
+    print_lines([f"Run: {report.parents[1]}", f"Report: {report}"])
 
 
 # Finished runs
 
 
-def show_rejudged(found: Sequence[Mapping[str, Any]], report: Path) -> None:
-    """Rates of the run's judge and of another one, where they differ most first, and how far they agree."""
+def show_judged(found: Sequence[Found], validation: Found, report: Path) -> None:
+    """Rates of the run's judge and of each other one, where they differ most first, and how far they agree.
+
+    Then how right each judge is by people's labels, where there are some, and the rates raw and corrected.
+    """
     for rejudged in found:
         names = rejudged["lead"], rejudged["judge"]
-        rates = [(label, by_judge[names[0]], by_judge[names[1]]) for label, by_judge in rejudged["rates"].items()]
+        rates = [(label, *(by_judge[name] for name in names)) for label, by_judge in rejudged["rates"].items()]
         rates.sort(key=lambda row: -abs((row[2]["rate"] or 0.0) - (row[1]["rate"] or 0.0)))
-        n_more = len(rates) - _ROWS_SHOWN
-        print_table(
-            "Judges side by side",
-            ("answers", *(f"complied, {name}" for name in names)),
-            [(label, rate(lead), rate(other)) for label, lead, other in rates[:_ROWS_SHOWN]],
-            f"{n_more} more rows with --json." if n_more > 0 else "",
-        )
+        rows = [(label, rate(lead), rate(other)) for label, lead, other in rates]
+        print_first("Judges side by side", ("answers", *(f"complied, {name}" for name in names)), rows)
         agreed = rejudged["kappa"]
         kappa = "not defined" if agreed["kappa"] is None else f"{_kappa(agreed)} n {agreed['n']:,}"
         facts = {"answers": f"{rejudged['n_rows']:,}", "unscored": f"{rejudged['n_unscored']:,}"}
         facts |= {"judged differently": f"{rejudged['n_differing']:,}", "Cohen's kappa": kappa}
         facts |= {f"unscored: {reason}": f"{count:,}" for reason, count in rejudged["unscored"].items()}
         print_facts("Agreement", facts | {"seconds": f"{rejudged['seconds']:.1f}"})
-    print_lines([f"Report: {report}"])
-
-
-def show_validation(found: Mapping[str, Any]) -> None:
-    """How right each judge is by people's labels, and the rates raw and corrected."""
-    rows = [
-        (judge, label, Number(str(of_label["n"])), rate(of_label["sensitivity"]), rate(of_label["specificity"]))
-        for judge, entry in found.items()
-        for label, of_label in entry["accuracy"].items()
-    ]
-    print_table("Judges against people's labels", ("judge", "label", "answers", "sensitivity", "specificity"), rows)
-    for judge, entry in found.items():
-        corrected = [
-            (
-                row["label"],
-                rate(row["raw"]),
-                Number("–" if fixed["rate"] is None else f"{fixed['rate']:.2f}", interval(fixed["interval"], ".2f")),
-                f"{fixed['how']}, {fixed['n_labelled']} labelled",
-            )
-            for row in entry["rates"]
-            for fixed in (row["corrected"],)
+    if validation:
+        labels = [
+            {"judge": judge, "label": label, **accuracy}
+            for judge, entry in validation.items()
+            for label, accuracy in entry["accuracy"].items()
         ]
-        n_more = len(corrected) - _ROWS_SHOWN
+        columns: dict[str, Column] = {"judge": "judge", "label": "label", "answers": "n"}
+        columns |= {"sensitivity": "sensitivity rate", "specificity": "specificity rate"}
+        print_items("Judges against people's labels", labels, columns)
+    for judge, entry in validation.items():
+        both = []
+        for row in entry["rates"]:
+            fixed = row["corrected"]
+            share = "–" if fixed["rate"] is None else f"{fixed['rate']:.2f}"
+            corrected = Number(share, interval(fixed["interval"], ".2f"))
+            both.append((row["label"], rate(row["raw"]), corrected, f"{fixed['how']}, {fixed['n_labelled']} labelled"))
+        title = f"Attack success by {judge}, raw and corrected for its errors"
         caption = "Labels of this run's answers." if entry["own"] else "Labels of other answers."
-        print_table(
-            f"Attack success by {judge}, raw and corrected for its errors",
-            ("ablated", "raw", "corrected", "how"),
-            corrected[:_ROWS_SHOWN],
-            caption + (f" {n_more} more rows with --json." if n_more > 0 else ""),
-        )
+        print_first(title, ("ablated", "raw", "corrected", "how"), both, caption)
+    print_lines([f"Report: {report}"])
 
 
 def show_comparison(compared: Comparison, gates: Sequence[Found], pages: Sequence[Path] = ()) -> None:
@@ -968,16 +965,13 @@ def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:
     for at, table in enumerate((*outcome["tables"], *timed)):
         if at == len(outcome["tables"]):
             console.print("\nTimed on this machine", style="bold")
-        columns, shown, rows = table["columns"], table["rows"][:_ROWS_SHOWN], list[list[Cell]]()
-        for row, above in zip(shown, [None, *shown], strict=False):
+        columns, rows = table["columns"], list[list[Cell]]()
+        for row, above in zip(table["rows"], [None, *table["rows"]], strict=False):
             rows.append([])
             for item in cells(row, columns, above):
                 number = Number(str(item.text), item.interval, item.n, item.p)
                 if item.quoted:
                     number = Number(str(item.text), "quoted", style="italic")
                 rows[-1].append(("" if item.again else str(item.text)) if item.is_text and not item.quoted else number)
-        n_more = len(table["rows"]) - len(rows)
-        more = f"{n_more} more row{'s' * (n_more > 1)} in the report." if n_more else ""
-        caption = " ".join(filter(None, (table["caption"], more)))
-        print_table(table["title"], [column["title"] for column in columns], rows, caption)
+        print_first(table["title"], [column["title"] for column in columns], rows, table["caption"], "in the report")
     print_lines([""] * bool(outcome["notes"]) + [f"- {note}" for note in outcome["notes"]])

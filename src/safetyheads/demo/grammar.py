@@ -108,7 +108,6 @@ class DemoPrompt:
     """A prompt and its right answer."""
 
     text: str
-    """The request, without a template."""
     category: Category
     """``benign``, or the kind of harm of the main verb."""
     reference: str

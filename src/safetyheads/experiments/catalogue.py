@@ -29,7 +29,6 @@ class Experiment:
     """Name on the command line, and of the function ``name(lab, outcome)`` that runs it."""
     title: str
     question: str
-    """Question that the experiment asks."""
     module: str
     """Module of its function, in this folder."""
     costs: str

@@ -28,7 +28,6 @@ class Measured:
     low: float | None = None
     """Lower end of the 95 % interval; None where there is none."""
     high: float | None = None
-    """Upper end."""
     p: float | None = None
     """Two-sided, where a change was tested."""
 
@@ -48,12 +47,9 @@ class Outcome:
     """Results of one experiment. It is filled model by model, and written as JSON when the experiment is done."""
 
     name: str
-    """Name in the catalogue."""
     title: str
     question: str
-    """Question that the experiment asks."""
     models: list[str] = field(default_factory=list)
-    """Models that were asked."""
     tables: list[Row] = field(default_factory=list)
     """Title, caption, columns (key, title with its unit, kind) and rows: cells by the keys of the columns."""
     figures: list[Row] = field(default_factory=list)

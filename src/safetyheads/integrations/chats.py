@@ -34,9 +34,7 @@ class Chat(Shown):
     request: Request
     """The conversation under the template, and the heads that are ablated."""
     decoding: Decoding
-    """How it is answered."""
     reader: AnswerReader
-    """Reads the answer."""
     read: ReadAnswer | None = None
     """The answer; None until it is decoded."""
     finished: bool = False

@@ -58,17 +58,13 @@ class LoadedTask(NamedTuple):
     """A task with its data, ready to be put to models."""
 
     name: str
-    """lm-eval's name of it."""
     task: Any
-    """lm-eval's object."""
     sha256: str
     """Hash of all that is asked: contexts, continuations and documents."""
     n_requests: int
-    """Requests to the model."""
     n_shots: int
     """Examples before each question."""
     options: TaskOptions
-    """How the task is put."""
     seed: int
     """Seed of the examples and of sampled answers."""
 

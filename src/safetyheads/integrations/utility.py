@@ -108,7 +108,6 @@ class Variant:
     """One change of the model."""
 
     label: str
-    """Name in tables; each once."""
     at_work: Callable[[], AbstractContextManager[Any]]
     """A context in which the engine's model is the changed one; it restores the model, and its value is unused."""
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -260,8 +259,8 @@ def _compared(
 def run_evaluation(
     engine: Engine,
     config: EvalConfig,
+    out: Path | None,
     tasks: Sequence[LoadedTask],
-    out: Path | None = None,
     progress: Progress | None = None,
     command: Sequence[str] = (),
     dry_run: bool = False,

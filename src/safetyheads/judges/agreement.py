@@ -36,9 +36,7 @@ class PairAgreement:
     """Two judges on the same answers."""
 
     first: str
-    """Name of the first judge."""
     second: str
-    """Name of the second judge."""
     n: int
     """Answers that both scored."""
     unscored: int

@@ -159,7 +159,6 @@ class EndpointJudge(Judge):
     key: str = field(repr=False)
     """Sent to this address only, and stored nowhere."""
     settings: EndpointSettings = field(default_factory=EndpointSettings)
-    """How it is asked."""
     threshold: float = 0.5
     """From this ``fulfils`` on, an answer that is neither refused nor broken nor an echo has complied."""
     meter: Meter = field(default_factory=Meter, repr=False, compare=False)

@@ -26,13 +26,11 @@ class JudgeFormat:
     """One ready judge: what it is asked, and how its answer is read."""
 
     name: str
-    """Its name for ``--judge``."""
     checkpoint: str
     """Hub id of the default model."""
     parse: Callable[[str], Reading | None] | None = None
     """Reads what the judge writes, refusal and harm; gives None where that is no verdict."""
     max_new_tokens: int = 0
-    """Tokens it may write."""
     values: tuple[tuple[str, float], ...] = ()
     """Where nothing is written: each possible next token with its worth, from 0 (harmless) to 1. The score is their
     expectation; it tells harm alone."""

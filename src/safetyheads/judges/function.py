@@ -35,7 +35,6 @@ class CallableJudge(Judge):
     function: Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
     """Takes queries and answers; gives numbers from 0 to 1, truth values (True: complied), labels, or Verdicts."""
     name: str = field()  # a field, because dataclass would take the inherited property for its default
-    """Its name in tables."""
     threshold: float = 0.5
     """A number from here on has complied."""
 

@@ -59,7 +59,6 @@ class Opener(Shown):
     token_id: int
     """Its id."""
     text: str
-    """Its decoded text."""
     count: int
     """Number of refusals that began with it ..."""
     n_refused: int = 0

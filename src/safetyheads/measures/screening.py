@@ -367,7 +367,6 @@ class Extent(Shown):
     n_sampled: int = 64
     """Heads drawn at random from the others."""
     seed: int = 0
-    """Seed of the draw."""
     once: bool = False
     """Whether the candidates of a search's first step serve its later steps too, which are then not screened."""
 

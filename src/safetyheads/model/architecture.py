@@ -52,7 +52,6 @@ class HeadShape:
     """The heads of one layer, as its attention module says."""
 
     n_heads: int
-    """Query heads."""
     n_kv_heads: int
     """Key and value heads."""
     d_head: int

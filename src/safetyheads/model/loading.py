@@ -575,9 +575,7 @@ class Adapter:
     name: str
     """A path or hub id, as it was given."""
     directory: Path
-    """Where its files are."""
     config: Mapping[str, Any]
-    """Its adapter_config.json."""
     sha256: str
     """Fingerprint of its weights and of the settings that change what it does."""
 

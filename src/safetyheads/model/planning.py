@@ -79,7 +79,6 @@ class Plan:
     groups_per_batch: int
     """Head groups, that is batch rows, that are replayed together."""
     threads: int
-    """CPU threads of the arithmetic."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -286,7 +285,6 @@ class RowSize:
     """What the cost of a packed row depends on."""
 
     n_tokens: int
-    """Length of the row."""
     n_pairs: int
     """(token, token it sees) under a causal mask, each prompt for itself."""
     n_wanted: int
@@ -294,9 +292,7 @@ class RowSize:
     n_wanted_pairs: int
     """Pairs of the wanted tokens alone."""
     n_prompts: int
-    """Prompts in the row."""
     n_prefix: int
-    """Tokens that they share."""
     longest_rest: int
     """Most tokens of a prompt behind the prefix."""
 

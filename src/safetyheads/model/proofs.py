@@ -73,11 +73,9 @@ class Proof:
     """One claim and how far it held."""
 
     name: str
-    """What was claimed."""
     error: float
     """As :func:`difference` measures it, unitless."""
     tolerance: float
-    """Most that was allowed."""
     decisive: bool
     """Whether the model is refused where it fails; else a quick path is given up."""
 
@@ -94,7 +92,6 @@ class CheckReport:
     proofs: tuple[Proof, ...]
     """In the order they were tried."""
     capabilities: Capabilities
-    """What the engine may use."""
     notes: tuple[str, ...] = ()
     """One line for each quick path given up."""
 

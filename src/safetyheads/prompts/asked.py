@@ -46,7 +46,6 @@ class AnswerReader:
     """Reads the answers to prompts of one template."""
 
     tokenizer: Any
-    """The model's tokenizer."""
     block: ThinkBlock | None = None
     """The think block that an answer may begin with; None where thinking is closed."""
     begins_in_block: bool = False

@@ -25,7 +25,6 @@ class ThinkBlock:
     """How a family marks what a model thinks before it answers."""
 
     opener: str
-    """Where thinking begins."""
     closer: str
     """Where it ends, and the answer begins."""
     empty: str
@@ -69,7 +68,6 @@ class Form:
     format: str | None
     """The text, with its placeholders; None for the tokenizer's chat template."""
     system: str | None = None
-    """Its own system prompt."""
     without_system: str | None = None
     """The text where the system prompt is empty, so that its marks go too."""
     stops: tuple[str, ...] = ()

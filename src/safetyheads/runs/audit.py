@@ -92,7 +92,6 @@ class GroupOutcome:
     """One group's effect."""
 
     scorer: str
-    """The score that found it."""
     size: int
     """Heads in it."""
     group: Group
@@ -277,11 +276,9 @@ class _Searched(NamedTuple):
     measuring: HeadPass
     """The pass over the harmful search prompts."""
     scores: dict[str, HeadScores]
-    """Every score over the prompts."""
     by_prompt: dict[str, HeadScores]
     """Ships on harmful and benign prompts, and the refusal score, prompt by prompt."""
     traces: dict[str, SearchTrace]
-    """The search by each score."""
     screening: list[dict[str, Any]] | None
     """Of each step, which heads were scored exactly; None where all were."""
 

@@ -281,7 +281,6 @@ class Comparison(Table):
     says_nothing: str
     """Why model B passes no gate: its answers say nothing; or empty."""
     warnings: tuple[str, ...]
-    """What makes the comparison weak."""
 
     def _facts(self) -> dict[str, object]:
         runs = {"before": self.before, "after": self.after}

@@ -85,7 +85,6 @@ class Stage:
     """All files of a finished stage: ``stages/NAME.json``."""
 
     stage: str
-    """Its name."""
     files: list[tuple[str, int, str]]
     """Place, number of entries and checksum of each, sorted."""
 
@@ -95,7 +94,6 @@ class PlannedStage:
     """Units of a stage, as a process found them when it reached the stage: ``plan/NAME-KEY.json``."""
 
     stage: str
-    """Its name."""
     units: list[tuple[list[str], float]]
     """Files of each, and what it costs."""
 
@@ -105,9 +103,7 @@ class Verification:
     """What :meth:`RunDirectory.verify` found."""
 
     n_files: int = 0
-    """Files that were read."""
     finished: bool = False
-    """Whether the run has results."""
     damaged: dict[str, str] = field(default_factory=dict)
     """What is wrong, by file."""
     unlisted: list[str] = field(default_factory=list)

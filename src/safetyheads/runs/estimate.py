@@ -37,7 +37,6 @@ class Work:
     answers: int = 0
     """Answers, unablated ones among them."""
     max_new_tokens: int = 1
-    """Tokens of the longest answer."""
     stages: tuple[str, ...] = ()
     """Names of the stages, in their order."""
     n_prompts: int = 0
@@ -63,7 +62,6 @@ class Estimate:
 
     work: Work
     n_heads: int
-    """Heads of the model."""
     pass_seconds: float
     """Of a pass over all heads."""
     prompt_seconds: float

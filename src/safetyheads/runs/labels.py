@@ -46,11 +46,8 @@ class Labelled:
     id: str
     """Names the answer; empty in sheets from elsewhere."""
     prompt: str
-    """As the sheet has it."""
     answer: str
-    """As the sheet has it."""
     label: Label
-    """What a person called it."""
 
 
 def answer_id(query: str, text: str) -> str:

@@ -21,7 +21,6 @@ class Status:
     """How far a run is. Stages that no process reached yet are not in it: their units depend on earlier ones."""
 
     finished: bool
-    """Whether the results are written."""
     stages: dict[str, dict[str, int]]
     """By stage: ``units``, and how many are ``done``, ``running`` and ``missing``."""
     shards: int

@@ -57,7 +57,6 @@ class Evidence:
     lost: int
     """Scored prompts that are coherently complied with unablated only."""
     n_benign: int
-    """Benign prompts."""
     n_answered: int
     """Of them, answered coherently unablated."""
     n_broken: int
@@ -126,7 +125,6 @@ class AuditVerdict:
     sentence: str
     """The label's reason, then the numbers."""
     reasons: tuple[str, ...]
-    """One sentence a quantity."""
     numbers: dict[str, Any]
     """The evidence with its bounds, and the damage found: shown, bounded or open."""
 

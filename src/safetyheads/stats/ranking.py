@@ -67,7 +67,6 @@ class ProxyQuality:
     auc_p_value: float | None
     """Two-sided Mann-Whitney test of that."""
     n_differing: int
-    """Heads that differ."""
     n_heads: int
     sizes: tuple[AtSize, ...]
     """For each of :data:`SIZES` that the model has heads for."""
@@ -371,7 +370,6 @@ class TopOverlap:
     sizes: tuple[int, int]
     """Heads in the top of each run, without ties across the cut."""
     shared: int
-    """Heads in both."""
     expected: float
     """Shared heads of two such tops drawn at random (hypergeometric mean)."""
     p_value: float
@@ -392,9 +390,7 @@ class RankAgreement:
     """How far two runs order all heads alike by one score. It is of all heads, so it has no sampling interval."""
 
     score: str
-    """Its name in the results."""
     label: str
-    """What it is called."""
     n: int
     """Heads that have the score in both runs."""
     spearman: float | None
