@@ -19,11 +19,12 @@ from safetyheads.measures.random_groups import random_groups
 from safetyheads.stats.intervals import FloatArray, clustered_rate, skewed_mean, wilson_interval
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
-from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
+from safetyheads.stats.shrinkage import shrunken_rates
 from safetyheads.stats.testing import (
     exact_mcnemar,
     holm,
     least_attainable_p,
+    log_odds_synergy,
     non_inferior,
     paired_difference,
     random_p_value,

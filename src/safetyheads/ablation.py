@@ -70,6 +70,11 @@ class Ablation(Shown):
         """The entry of :data:`ABLATION_KINDS`."""
         return ABLATION_KINDS[self.name]
 
+    @property
+    def key(self) -> str:
+        """Its name and its epsilon in full, for names of files: no other ablation has the same."""
+        return f"{self.name}_{self.epsilon!r}".removesuffix(".0")
+
     def __str__(self) -> str:
         return f"{self.kind.label}, epsilon {self.epsilon:g}" if self.kind.takes_epsilon else self.kind.label
 

@@ -1,10 +1,10 @@
-"""Shrunken rates and synergy: by hand and at the edges; their coverage is in tests/bench/test_simulations.py."""
+"""Shrunken rates: by hand and at the edges; their coverage is in tests/bench/test_simulations.py."""
 
 import numpy as np
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
+from safetyheads.stats.shrinkage import shrunken_rates
 
 
 def test_the_highest_of_many_equal_heads_is_drawn_to_the_others():
@@ -30,33 +30,3 @@ def test_heads_without_answers_and_lists_that_do_not_fit():
     for counts, sizes in (([3], [2]), ([-1], [2]), ([1, 1], [2])):
         with pytest.raises(InputError, match="each count needs a size"):
             shrunken_rates(counts, sizes)
-
-
-def outcomes(*counts, n=48):
-    return [np.arange(n) < count for count in counts]
-
-
-def test_synergy_is_0_where_odds_multiply_and_has_the_sign_of_what_is_beyond():
-    # Odds of 1/3 unablated, 1 with either head, 3 with both.
-    none = log_odds_synergy(*outcomes(36, 24, 24, 12))
-    assert none.value == pytest.approx(0.0, abs=1e-9)
-    assert none.p_value == 1.0
-    more, less = log_odds_synergy(*outcomes(47, 15, 15, 12)), log_odds_synergy(*outcomes(24, 24, 24, 12))
-    assert more.value > 0 > less.value
-    assert more.p_value < 0.05
-    assert more.interval[0] > 0
-
-
-def test_two_heads_that_free_everything_alone_say_nothing_of_synergy():
-    # By rates they would have a synergy of -1: together they cannot free more than all.
-    full = log_odds_synergy(*outcomes(48, 48, 48, 0))
-    assert full.p_value > 0.05
-    assert full.interval[0] < 0 < full.interval[1]
-    assert full.n == 48
-    with pytest.raises(InputError, match="needs a prompt"):
-        log_odds_synergy(*[np.zeros(0)] * 4)
-
-
-def test_the_p_value_is_the_level_at_which_the_interval_reaches_0():
-    found = log_odds_synergy(*outcomes(44, 20, 20, 10))
-    assert (found.p_value < 0.05) == (found.interval[0] > 0 or found.interval[1] < 0)

@@ -20,6 +20,7 @@ from safetyheads.stats.testing import (
     holm_of_tests,
     least_attainable_p,
     least_changed,
+    log_odds_synergy,
     non_inferior,
     paired_difference,
     random_p_value,
@@ -210,3 +211,33 @@ def test_the_observed_group_is_one_of_the_draws():
     assert random_p_value(0.7, [0.1] * 20) == 1 / 21
     assert random_p_value(0.1, [0.1, 0.0, 0.2]) == 3 / 4
     assert random_p_value(0.1, []) == 1.0
+
+
+def counted(*counts, n=48):
+    return [np.arange(n) < count for count in counts]
+
+
+def test_synergy_is_0_where_odds_multiply_and_has_the_sign_of_what_is_beyond():
+    # Odds of 1/3 unablated, 1 with either head, 3 with both.
+    none = log_odds_synergy(*counted(36, 24, 24, 12))
+    assert none.value == pytest.approx(0.0, abs=1e-9)
+    assert none.p_value == 1.0
+    more, less = log_odds_synergy(*counted(47, 15, 15, 12)), log_odds_synergy(*counted(24, 24, 24, 12))
+    assert more.value > 0 > less.value
+    assert more.p_value < 0.05
+    assert more.interval[0] > 0
+
+
+def test_two_heads_that_free_everything_alone_say_nothing_of_synergy():
+    # By rates they would have a synergy of -1: together they cannot free more than all.
+    full = log_odds_synergy(*counted(48, 48, 48, 0))
+    assert full.p_value > 0.05
+    assert full.interval[0] < 0 < full.interval[1]
+    assert full.n == 48
+    with pytest.raises(InputError, match="needs a prompt"):
+        log_odds_synergy(*[np.zeros(0)] * 4)
+
+
+def test_the_p_value_is_the_level_at_which_the_interval_reaches_0():
+    found = log_odds_synergy(*counted(44, 20, 20, 10))
+    assert (found.p_value < 0.05) == (found.interval[0] > 0 or found.interval[1] < 0)

@@ -101,34 +101,18 @@ def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) ->
         SafetyheadsError: inside, a cache is used that was filled outside.
     """
     ours, theirs = down_projections(engine), down_projections(unaligned)
-    twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-    values: dict[int, Tensor] = {}
+    twins, values = _Twins(unaligned), dict[int, Tensor]()
     chosen = {layer: indices.to(ours[layer].weight.device) for layer, indices in neurons.items()}
 
     def see(layer: int, given: Tensor) -> None:
         if layer in chosen:
             values[layer] = given.to(chosen[layer].device)[..., chosen[layer]]
 
-    def move_both(cache: ref[Any], other: DynamicCache, name: str, *arguments: Any, **keywords: Any) -> None:
-        original = cache()  # held weakly, so that a cache is freed with its batch
-        getattr(type(original), name)(original, *arguments, **keywords)
-        getattr(other, name)(*arguments, **keywords)
-
-    def twin(cache: Any) -> DynamicCache:
-        """The unaligned model's cache for one of the model's caches; it follows every move of rows."""
-        if cache not in twins:
-            if cache.get_seq_length() > 0:
-                raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
-            twins[cache] = DynamicCache(config=unaligned.model.config)
-            for name in _REORDERING:
-                setattr(cache, name, partial(move_both, ref(cache), twins[cache], name))
-        return twins[cache]
-
     def run_unaligned(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         values.clear()
         given = on_device(unaligned, keywords)
         if given.get("past_key_values") is not None:
-            given["past_key_values"] = twin(given["past_key_values"])
+            given["past_key_values"] = twins.of(given["past_key_values"])
         unaligned.model(*on_device(unaligned, dict(enumerate(positional))).values(), **given)
 
     def forget(*_: Any) -> None:
@@ -150,8 +134,35 @@ def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) ->
             try:
                 yield
             finally:
-                for cache, name in product(list(twins), _REORDERING):  # caches that still exist move alone again
-                    vars(cache).pop(name, None)
+                twins.part()
+
+
+class _Twins:
+    """The unaligned model's cache for each of the model's caches; it follows every move of rows and tokens."""
+
+    def __init__(self, unaligned: Engine) -> None:
+        self.unaligned = unaligned
+        self._twins: WeakKeyDictionary[Any, DynamicCache] = WeakKeyDictionary()
+
+    def of(self, cache: Any) -> DynamicCache:
+        if cache not in self._twins:
+            if cache.get_seq_length() > 0:
+                raise SafetyheadsError("a cache was filled before neurons are patched; begin the answer anew")
+            self._twins[cache] = DynamicCache(config=self.unaligned.model.config)
+            for name in _REORDERING:
+                setattr(cache, name, partial(self._move_both, ref(cache), self._twins[cache], name))
+        return self._twins[cache]
+
+    @staticmethod
+    def _move_both(cache: ref[Any], twin: DynamicCache, name: str, *arguments: Any, **keywords: Any) -> None:
+        original = cache()  # held weakly, so that a cache is freed with its batch
+        getattr(type(original), name)(original, *arguments, **keywords)
+        getattr(twin, name)(*arguments, **keywords)
+
+    def part(self) -> None:
+        """Let the caches that still exist move alone again."""
+        for cache, name in product(list(self._twins), _REORDERING):
+            vars(cache).pop(name, None)
 
 
 def neuron_parameters(engine: Engine, neurons: Mapping[int, Tensor]) -> int:

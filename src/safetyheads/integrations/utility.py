@@ -182,17 +182,7 @@ def evaluate_tasks(
     computes, units = dict[tuple[str, str], Callable[[], list[Record]]](), dict[tuple[str, ...], float]()
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
-            compute = partial(put, task, variant)
-            fields = {
-                "task": task.name,
-                "asked_sha256": task.sha256,
-                # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
-                "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
-                "variant": dict(variant.fields) or {"label": variant.label},
-                "settings": task.settings,
-                "lm_eval": require_lm_eval(),
-                **(about or {}),
-            }
+            compute, fields = partial(put, task, variant), _fields_of(engine, task, variant) | dict(about or {})
             units[(records_place("utility", fields),)] = float(task.n_requests)
             kept = compute if run is None else partial(run.records, "utility", fields, compute)
             computes[task.name, variant.label] = kept
@@ -206,22 +196,36 @@ def evaluate_tasks(
     adjusted = holm_of_tests(difference["p_value"] for difference in differences)
     for difference, p in zip(differences, adjusted, strict=True):
         difference["p_holm"] = p
-    notes = tuple(
-        f"{stored[0]['truncated']} requests of task {task} do not fit the model's context; their beginnings were cut"
-        for (task, label), stored in records.items()
-        if label == VANILLA and stored[0]["truncated"]
-    )
-    notes += tuple(
+    vanilla = {task: stored[0] for (task, label), stored in records.items() if label == VANILLA}
+    notes = [
+        f"{whole['truncated']} requests of task {task} do not fit the model's context; their beginnings were cut"
+        for task, whole in vanilla.items()
+        if whole["truncated"]
+    ]
+    notes += [
         f"{stored[0]['unclosed']} answers of task {task} ({label}) end in an open think block: they count as empty"
         for (task, label), stored in records.items()
         if stored[0].get("unclosed")
-    )
-    notes += tuple(
+    ]
+    notes += [
         f"the chat template takes no system prompt; that of task {task} stands at the beginning of the user's turn"
-        for (task, label), stored in records.items()
-        if label == VANILLA and stored[0].get("folded")
-    )
-    return Utility(metrics, records, notes)
+        for task, whole in vanilla.items()
+        if whole.get("folded")
+    ]
+    return Utility(metrics, records, tuple(notes))
+
+
+def _fields_of(engine: Engine, task: LoadedTask, variant: Variant) -> dict[str, Any]:
+    """What a variant's samples of a task depend on."""
+    return {
+        "task": task.name,
+        "asked_sha256": task.sha256,
+        # The hash before it is of texts: token ids and the chat template's words are the tokenizer's.
+        "tokenizer_sha256": tokenizer_sha256(engine.tokenizer),
+        "variant": dict(variant.fields) or {"label": variant.label},
+        "settings": task.settings,
+        "lm_eval": require_lm_eval(),
+    }
 
 
 def refuse_foreign(engine: Engine, tasks: Sequence[LoadedTask]) -> None:

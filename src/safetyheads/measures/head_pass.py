@@ -198,9 +198,7 @@ class HeadPass:
         common, batches = common_heads(groups), self.engine.batches(groups, self.plan)
         captures = [] if common else self._captures
         self._captures = []
-        # Hashed once: of many prompts it is long, and every batch has its key.
-        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
-        depends_on = {"pass": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
+        depends_on = {"pass": self._sha256()}
         n_layers, n_tokens = self.engine.n_layers, sum(len(sequence.token_ids) for sequence in self.sequences)
 
         def fields_of(indices: Sequence[int]) -> dict[str, Any]:
@@ -245,6 +243,11 @@ class HeadPass:
                 if on_groups is not None:
                     on_groups(len(indices))
         return results
+
+    def _sha256(self) -> str:
+        """Hash of all that results depend on, groups and weights aside; of many prompts that is long."""
+        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def resolution(self, unit: str) -> float:
         """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""

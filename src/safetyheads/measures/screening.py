@@ -23,6 +23,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -276,26 +277,24 @@ class Lineariser(NamedTuple):
         engine = self.engine
         segments = row.packing if engine.capabilities.segments and len(row.members) > 1 else None
 
-        def call(layer: int) -> AttentionCall:
-            shape = engine.architecture.shapes[layer]
-            everywhere = torch.ones(1, shape.n_heads if shape else 0, dtype=torch.bool, device=engine.device)
-            is_common = torch.zeros_like(everywhere)
-            is_common[0, [head.index for head in common if head.layer == layer]] = True
-
-            def compare(plain: Tensor, ablated: Tensor) -> Tensor:
-                output = torch.where(is_common.to(plain.device)[:, None, :, None], ablated, plain)
-                if not torch.is_grad_enabled():
-                    return output
-                change = ablated - output
-                output = output + point.at * change
-                output = output if output.requires_grad else output.detach().requires_grad_()
-                changes.append(change.detach())
-                outputs.append(output)
+        def compare(plain: Tensor, ablated: Tensor, is_common: Tensor) -> Tensor:
+            output = torch.where(is_common.to(plain.device)[:, None, :, None], ablated, plain)
+            if not torch.is_grad_enabled():
                 return output
+            change = ablated - output
+            output = output + point.at * change
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            changes.append(change.detach())
+            outputs.append(output)
+            return output
 
-            return AttentionCall(((self.ablation, everywhere),), compare=compare, segments=segments)
-
-        return {layer: call(layer) for layer in engine.architecture.with_heads}
+        calls, of_common = (engine.ablation_calls([group], self.ablation) for group in (engine.heads, common))
+        comparing = {}
+        for layer, call in calls.items():
+            ((_, every_head),) = call.ablations
+            is_common = of_common[layer].ablations[0][1] if layer in of_common else torch.zeros_like(every_head)
+            comparing[layer] = replace(call, compare=partial(compare, is_common=is_common), segments=segments)
+        return comparing
 
 
 def choose_tokens(log_probabilities: Tensor, n_tokens: int, point: Point, uniforms: Tensor) -> Followed:

@@ -339,15 +339,12 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
         _refuse_places(arguments["device_map"])
     if file is not None:  # plain numbers in memory, so that everything works on them
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    model, report = read_weights(TEXT_MODELS, folder, path, config, **arguments)
+    model, unexpected = read_weights(TEXT_MODELS, folder, path, config, **arguments)
     if file is not None:
         model.config.safetyheads_quantisation = header[0]
     if arguments["dtype"] == "auto" != options.dtype and not is_quantised(model):
         model = model.to(getattr(torch, options.dtype))  # its quantisation ended with loading: plain numbers again
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"the weights of {path} lack {len(missing)} tensors, {missing[0]} among them")
-    _refuse_unused_weights(model, path, report["unexpected_keys"], quantised)
+    _refuse_unused_weights(model, path, unexpected, quantised)
     if str(model.dtype).removeprefix("torch.") not in DTYPES:
         raise InputError(f"{path} holds {model.dtype}; give --dtype one of {', '.join(DTYPES[:-1])}")
     return model
@@ -370,8 +367,8 @@ def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
 
 def read_weights(
     kinds: Sequence[str], path: str, name: str, config: PreTrainedConfig, **arguments: Any
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A checkpoint as the first of transformers' auto classes that knows its config, and what was missing in it."""
+) -> tuple[PreTrainedModel, Collection[str]]:
+    """A checkpoint as the first of transformers' auto classes that knows its config, and tensors it has no use for."""
     import transformers
     from safetensors import SafetensorError
 
@@ -387,7 +384,10 @@ def read_weights(
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise _cannot_load(name, error) from error
-    return model, report
+    # They are drawn at random: a judge without a classifier's head would still give verdicts.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"the weights of {name} lack {len(missing)} tensors, {missing[0]} among them")
+    return model, report["unexpected_keys"]
 
 
 def _cannot_load(name: str, error: BaseException) -> InputError:

@@ -370,16 +370,8 @@ def _errors_in_layer(
     plain, *_ = _observed(engine, captured, layer)
     _refuse_other_heads(engine, layer, plain)
     n_tokens, device = captured.row.n_tokens, plain["query"].device
-    # Tokens from the first key that a token sees to the token itself, at most.
-    first = _allowed(plain["mask"], n_tokens, device).int().argmax(dim=-1)
-    reached = int((torch.arange(n_tokens, device=device) - first).max()) + 1
     if not plain["chosen"]:
-        if reached < n_tokens and reached not in facts.windows:
-            raise UnsupportedModelError(
-                f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window "
-                "says"
-            )
-        yield _WINDOWS, abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
+        yield _WINDOWS, _window_error(engine, layer, _allowed(plain["mask"], n_tokens, device))
     ua = UNDIFFERENTIATED_ATTENTION.at(0.0)
     seen, _, projected = _observed(engine, captured, layer, (ua, torch.stack([none, ~none])))
     head = loudest[layer] = _loudest(facts.output_projections[layer], seen["output"], projected)
@@ -421,6 +413,21 @@ def _errors_in_layer(
     yield f"{_BY_KEY.kind.label} leaves the other heads unchanged", difference(by_key[1:, :, ~one], output[1:, :, ~one])
     yield f"{_BY_KEY.kind.label} does what it does by query", difference(by_key[:, :, head], output[:, :, head])
     yield from _errors_of_means(engine, captured, layer, one)
+
+
+def _window_error(engine: Engine, layer: int, allowed: Tensor) -> float:
+    """By what share of the tokens a layer sees further back than its window, or less far; refuses unknown windows."""
+    facts, n_tokens = engine.architecture, len(allowed)
+    # Tokens from the first key that a token sees to the token itself, at most.
+    first = allowed.int().argmax(dim=-1)
+    reached = int((torch.arange(n_tokens, device=allowed.device) - first).max()) + 1
+    if reached < n_tokens and reached not in facts.windows:
+        raise UnsupportedModelError(
+            f"{facts.family}: refused, because tokens of layer {layer} see {reached} tokens back, which no window says"
+        )
+    shape = facts.shapes[layer]
+    assert shape is not None  # the layer has heads
+    return abs(reached - min(shape.window or n_tokens, n_tokens)) / n_tokens
 
 
 def _errors_of_means(engine: Engine, captured: Capture, layer: int, one: Tensor) -> Iterator[tuple[str, float]]:

@@ -285,7 +285,7 @@ class _Searched(NamedTuple):
 
 def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     """Score single heads and search groups on the search half: every head by every score, or what a screening finds."""
-    config, heads, ablation = run.config, run.engine.heads, run.config.parsed_ablation
+    config, heads, ablation = run.config, run.engine.heads, run.ablation
     readouts = Readouts(ships=True, openers=openers, angles=() if config.screen else ANGLES)
     traces: dict[str, SearchTrace] = {}
     screening, listed = None, heads
@@ -337,7 +337,7 @@ def _outcomes(
     traces: Mapping[str, SearchTrace],
     alone: Sequence[Group],
 ) -> tuple[tuple[GroupOutcome, ...], tuple[GroupAnswers, ...]]:
-    config, ablation = run.config, run.config.parsed_ablation
+    config, ablation = run.config, run.ablation
     listed = [(name, trace.group[:size]) for name, trace in traces.items() for size in range(1, config.size + 1)]
     # By layer and index: the order of heads has no effect.
     unique = list(dict.fromkeys(tuple(sorted(group)) for _, group in listed))

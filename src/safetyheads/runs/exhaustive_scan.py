@@ -55,8 +55,8 @@ from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import skewed_mean
 from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
-from safetyheads.stats.shrinkage import log_odds_synergy, shrunken_rates
-from safetyheads.stats.testing import ALPHA, holm
+from safetyheads.stats.shrinkage import shrunken_rates
+from safetyheads.stats.testing import ALPHA, holm, log_odds_synergy
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -101,51 +101,13 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
 
 def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     """Run all stages, and make what only a scan's ``results.json`` holds."""
-    config, ablation, singles = run.config, run.config.parsed_ablation, [(head,) for head in run.engine.heads]
+    config, ablation = run.config, run.ablation
     samplings = [Sampling(config.top_k, seed) for seed in config.seeds]
-    records: list[Record] = []
-
-    def scan(part: str, name: str, groups: Sequence[Group], ablation: Ablation = ablation) -> list[GroupAnswers]:
-        """The answers under each group, seed by seed."""
-
-        def answers_of(sampling: Sampling) -> list[GroupAnswers]:
-            return run.answers(name, sampling).under(part, groups, ablation)
-
-        by_seed = run.directory.together(*(partial(answers_of, sampling) for sampling in samplings))
-        return [answers for answers_of_seed in by_seed for answers in answers_of_seed]
-
-    def add(answers: Sequence[GroupAnswers]) -> None:
-        records.extend(record for group_answers in answers for record in group_answers.flat())
-
     coherence = run.find_limit(samplings)
     run.say_what_is_left()
-    for name in run.asked:
-        for sampling in samplings:
-            vanilla = run.answers(name, sampling).vanilla()
-            add([vanilla])
-            if name == "harmful" and sampling is samplings[0]:
-                warn_where_nothing_shows(vanilla)
-    *heads, (measured, ships, prefixes) = run.directory.together(
-        *(partial(scan, "heads", name, singles) for name in run.asked),
-        *(partial(scan, "heads", "harmful", singles, ablation.at(epsilon)) for epsilon in config.epsilons),
-        partial(_measure, run),
-    )
-    alone = dict(zip(run.asked, heads, strict=False))
-
-    def of_each(sampling: Sampling) -> list[GroupAnswers]:
-        own_groups = query_level_groups(ships, config.query_level)
-        return run.answers("harmful", sampling).of_each("query_level", own_groups, ablation)
-
-    grouped = run.directory.together(
-        *(
-            partial(scan, part, name, groups)
-            for part, groups in _groups(run, alone["harmful"], prefixes).items()
-            for name in (run.asked if part != "random" else ("harmful",))
-        ),
-        *(partial(of_each, sampling) for sampling in samplings if config.query_level and ships is not None),
-    )
-    for answers in (*heads, *grouped):
-        add(answers)
+    vanilla = [run.answers(name, sampling).vanilla() for name in run.asked for sampling in samplings]
+    warn_where_nothing_shows(vanilla[list(run.asked).index("harmful") * len(samplings)])
+    answers, measured = _scanned(run, samplings)
     about = {
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "sampling": {
@@ -159,13 +121,49 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
         **measured,
         "economy": asdict(run.economy) | {"tolerances": run.directory.remembered("tolerance_")},
     }
+    records = [record for group_answers in (*vanilla, *answers) for record in group_answers.flat()]
     judges = [judge.describe() for judge in run.judges]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
 
+def _scanned(run: Run[ScanConfig], samplings: Sequence[Sampling]) -> tuple[list[GroupAnswers], dict[str, Any]]:
+    """The answers under every head, group and head of a prompt's own; and what results hold of the scores."""
+    config, singles = run.config, [(head,) for head in run.engine.heads]
+
+    def scan(part: str, name: str, groups: Sequence[Group], ablation: Ablation = run.ablation) -> list[GroupAnswers]:
+        """The answers under each group, seed by seed."""
+
+        def answers_of(sampling: Sampling) -> list[GroupAnswers]:
+            return run.answers(name, sampling).under(part, groups, ablation)
+
+        by_seed = run.directory.together(*(partial(answers_of, sampling) for sampling in samplings))
+        return [answers for answers_of_seed in by_seed for answers in answers_of_seed]
+
+    *heads, (measured, ships, prefixes) = run.directory.together(
+        *(partial(scan, "heads", name, singles) for name in run.asked),
+        *(partial(scan, "heads", "harmful", singles, run.ablation.at(epsilon)) for epsilon in config.epsilons),
+        partial(_measure, run),
+    )
+    alone = dict(zip(run.asked, heads, strict=False))
+
+    def of_each(sampling: Sampling) -> list[GroupAnswers]:
+        own_groups = query_level_groups(ships, config.query_level)
+        return run.answers("harmful", sampling).of_each("query_level", own_groups, run.ablation)
+
+    grouped = run.directory.together(
+        *(
+            partial(scan, part, name, groups)
+            for part, groups in _groups(run, alone["harmful"], prefixes).items()
+            for name in (run.asked if part != "random" else ("harmful",))
+        ),
+        *(partial(of_each, sampling) for sampling in samplings if config.query_level and ships is not None),
+    )
+    return [answers for part in (*heads, *grouped) for answers in part], measured
+
+
 def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, list[Group]]:
     """What results hold of the scores; Ships of each harmful prompt, if anything needs them; the search's prefixes."""
-    config, engine, ablation = run.config, run.engine, run.config.parsed_ablation
+    config, engine, ablation = run.config, run.engine, run.ablation
     measured: dict[str, Any] = {"scores": {}, "benign_kl": None, "openers": []}
     if "benign" in run.asked:
         benign = run.scored("benign", ablation, Readouts(ships=True))[1]["ships"]

@@ -340,10 +340,10 @@ class KeptAnswers:
         n_incomplete = sum(not decoded.complete for decoded in answers)
         return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
-    def _label(self, ablation: Ablation | None = None) -> str:
+    def _key(self, ablation: Ablation | None = None) -> str:
         """Ends the names of what is remembered of the drafts, under an ablation or at all."""
         sampling = self.decoding.sampling
-        ablated = "" if ablation is None else f"_{ablation.name}_{ablation.epsilon:g}"
+        ablated = "" if ablation is None else f"_{ablation.key}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
         n_tokens = self.decoding.max_new_tokens
         short = "" if n_tokens == self.judging.max_new_tokens else f"_{n_tokens}"
@@ -351,8 +351,8 @@ class KeptAnswers:
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""
-        known, fit = self.directory.remembered(), f"drafts_fit_{self._label()}"
-        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._label(ablation)}" not in known:
+        known, fit = self.directory.remembered(), f"drafts_fit_{self._key()}"
+        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._key(ablation)}" not in known:
             return False
         if fit not in known:
             self.directory.remember(fit, drafts_fit(self.engine, self.asked.token_ids, self.unablated))
@@ -363,12 +363,12 @@ class KeptAnswers:
         if ablation not in self._drafts:
             self._drafts.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
-            label, known = self._label(ablation), self.directory.remembered()
-            plan = known.get(f"plan_drafts_{label}")
+            key, known = self._key(ablation), self.directory.remembered()
+            plan = known.get(f"plan_drafts_{key}")
             if plan is None and (drafts := drafts_of(self.engine, self.asked.token_ids, self.unablated)):
                 # Asked of the directory first: where shards start at once, all take the plan of the first one.
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
-                plan = self.directory.remember(f"plan_drafts_{label}", layout.as_dict())
+                plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict())
             verified = VerifiedDrafts(
                 self.engine,
                 self.asked.token_ids,
@@ -377,14 +377,14 @@ class KeptAnswers:
                 self.judging.stop,
                 self.unablated,
                 None if plan is None else Plan.from_dict(plan),
-                known.get(f"tolerance_{label}"),
+                known.get(f"tolerance_{key}"),
                 self._n_rows,
                 self._halved,
             )
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
-            verified.tolerance = self.directory.remember(f"tolerance_{label}", tolerance)
-            self.directory.remember(f"economy_{label}", asdict(verified.cost_of_drafts))
+            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance)
+            self.directory.remember(f"economy_{key}", asdict(verified.cost_of_drafts))
             self._drafts[ablation] = verified
         return self._drafts[ablation]
 
@@ -421,7 +421,7 @@ class KeptAnswers:
 
             cost, *chunk = self._kept(stage, fields, compute)
             self.costs[content_key(fields)] = Economy(**cost)
-            if drafts is not None and f"tolerance_{self._label(ablation)}" not in self.directory.remembered():
+            if drafts is not None and f"tolerance_{self._key(ablation)}" not in self.directory.remembered():
                 self._drafts_under(ablation)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 

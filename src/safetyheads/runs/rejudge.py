@@ -84,20 +84,24 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             names = [described["name"] for described in later_judges(results)]
             merged = list(with_later_verdicts(run, records, [*names, judge.name]))
             _write_results(run, results, merged, judge)
-    lead = results["lead_judge"]
-    by_judge = {name: _rates(merged, name) for name in (judge.name, lead)}
-    both = {lead: [Verdict(**record["verdicts"][lead]) for record in records], judge.name: verdicts}
-    (agreed,) = agreement(both, [(record["set"], record["id"]) for record in records])
+    return _beside_lead(judge.name, results["lead_judge"], merged) | {"seconds": seconds}
+
+
+def _beside_lead(judge: str, lead: str, records: Sequence[Record]) -> dict[str, Any]:
+    """What two judges say of the same answers, and how far they agree."""
+    given = {name: [Verdict(**record["verdicts"][name]) for record in records] for name in (lead, judge)}
+    (agreed,) = agreement(given, [(record["set"], record["id"]) for record in records])
+    by_judge = {name: _rates(records, name) for name in (judge, lead)}
+    unscored = Counter(verdict.reason for verdict in given[judge] if not verdict.scored)
     return {
-        "judge": judge.name,
+        "judge": judge,
         "lead": lead,
         "rates": {label: {name: by_judge[name][label] for name in by_judge} for label in by_judge[lead]},
         "n_rows": len(records),
-        "n_unscored": sum(not verdict.scored for verdict in verdicts),
-        "unscored": dict(Counter(verdict.reason for verdict in verdicts if not verdict.scored).most_common()),
+        "n_unscored": unscored.total(),
+        "unscored": dict(unscored.most_common()),
         "kappa": {**asdict(agreed.compliance), "n": agreed.n},
         "n_differing": len(agreed.indices),
-        "seconds": seconds,
     }
 
 

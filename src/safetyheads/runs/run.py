@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -234,6 +234,12 @@ class Run(Generic[Config]):
         self._judging: dict[str, Judging] = {}
         self._answers: dict[tuple[str, Sampling], KeptAnswers] = {}
         self._passes: dict[tuple[str, Ablation, Readouts, int], HeadPass] = {}
+
+    @property
+    def ablation(self) -> Ablation:
+        """The ablation that the settings name."""
+        settings: Any = self.config
+        return cast("Ablation", settings.parsed_ablation)
 
     def add(self, name: str, prompts: PromptSet, about: Mapping[str, Any] | None = None) -> AskedPrompts:
         """Add a prompt set; its file names begin with ``name``.
@@ -599,15 +605,12 @@ def carry_out(
     """
     config, why_judge = with_default_judge(engine, config)
     settings: Any = config
-    progress = progress or Silent()
-    judges, judged = _judges_of(settings), hasattr(settings, "judges")
+    progress, judges = progress or Silent(), _judges_of(settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        prompts = {
-            name: resolved(engine, prompt_set, settings) for name, prompt_set in (prompts or kind.read(config)).items()
-        }
-        chosen = chosen_line(engine, settings, why_judge, *prompts.values())
-        first_lines = (chosen, *prompt_notes(prompts))
+        read = prompts or kind.read(config)
+        prompts = {name: resolved(engine, prompt_set, settings) for name, prompt_set in read.items()}
+        first_lines = (chosen_line(engine, settings, why_judge, *prompts.values()), *prompt_notes(prompts))
         asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
         longest = max(of.longest for of in asked.values()) + max(n_new, getattr(settings, "positions", 1))
         engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
@@ -619,31 +622,54 @@ def carry_out(
             return {"kind": kind.name, "out": str(out), **estimate(engine, work).as_json()}
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
-            recorded |= {"judges": [judge.describe() for judge in judges]} if judged else {}
+            if hasattr(settings, "judges"):
+                recorded["judges"] = [judge.describe() for judge in judges]
         with run_directory(out, recorded, progress, command, shard) as directory:
             for line in first_lines:
                 progress.say(line)
             count_requests_in(directory.path, judges)
             started = time.monotonic()
-            stores, decoding = getattr(settings, "store_completions", True), _decoding_of(settings, kind.full_answers)
-            run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise, False)
-            for name, prompt_set in prompts.items():
-                run.add(name, prompt_set)
-            progress.expect(work.stages)
-            run.work = work
-            progress.say(lambda: str(run.estimate))
-            results = {
-                **common_results(kind.name, run),
-                "chosen": chosen,
-                **kind.results(run),
-                **({"word_judges": run.judges_of_words()} if judged else {}),
-                "warnings": warnings_of(engine, list(asked.values()), n_new, caught, _mixed_lines(directory)),
-            }
-            results |= run.failed_judges() if judged else {}
-            directory.write_results(results)
+            run = _begun(kind, engine, config, directory, progress, judges, prompts, work)
+            directory.write_results(_results_of(kind, run, first_lines[0], caught))
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
+
+
+def _begun(
+    kind: Kind[Config],
+    engine: Engine,
+    config: Config,
+    directory: RunDirectory,
+    progress: Progress,
+    judges: Sequence[Judge],
+    prompts: Prompts,
+    work: Work,
+) -> Run[Config]:
+    """The run with its prompts; says what lies ahead."""
+    stores, decoding = getattr(config, "store_completions", True), _decoding_of(config, kind.full_answers)
+    run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise, False)
+    for name, prompt_set in prompts.items():
+        run.add(name, prompt_set)
+    run.work = work
+    progress.expect(work.stages)
+    progress.say(lambda: str(run.estimate))
+    return run
+
+
+def _results_of(
+    kind: Kind[Config], run: Run[Config], chosen: str, caught: Iterable[warnings.WarningMessage]
+) -> dict[str, Any]:
+    """Run all stages, and make the results."""
+    judged, n_new = hasattr(run.config, "judges"), getattr(run.config, "max_new_tokens", 1)
+    return {
+        **common_results(kind.name, run),
+        "chosen": chosen,
+        **kind.results(run),
+        **({"word_judges": run.judges_of_words()} if judged else {}),
+        "warnings": warnings_of(run.engine, list(run.asked.values()), n_new, caught, _mixed_lines(run.directory)),
+        **(run.failed_judges() if judged else {}),
+    }
 
 
 def _judges_of(settings: Any) -> tuple[Judge, ...]:
@@ -681,7 +707,7 @@ def refuse_groups(engine: Engine, config: GroupOptions, *numbers: str) -> None:
 
 def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     """What the results of every kind hold."""
-    settings, ablation = run.config, run.config.parsed_ablation
+    settings, ablation = run.config, run.ablation
     # The true heads of an embedded model.
     planted = PLANTED_HEADS.get(settings.model.removeprefix("demo:")) if settings.model.startswith("demo:") else None
     sets = {

@@ -78,7 +78,7 @@ def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, A
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
-    config, ablation, readouts = run.config, run.config.parsed_ablation, Readouts(ships=True)
+    config, ablation, readouts = run.config, run.ablation, Readouts(ships=True)
     warn_where_nothing_shows(run.answers("harmful").vanilla())
     heads, screened = None, dict[str, Any]()
     if config.screen:
@@ -134,14 +134,14 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     warn_where_nothing_shows(run.answers("harmful").vanilla())
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
-    measuring = run.head_pass("harmful", config.parsed_ablation, readouts, config.positions)
+    measuring = run.head_pass("harmful", run.ablation, readouts, config.positions)
     extent, n_heads = extent_of(config), len(engine.heads)
     n_each = extent.n_heads(n_heads) if config.screen else n_heads
     screened: dict[str, Any] = {}
     with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         if config.screen:
-            given = (measuring.sequences, config.parsed_ablation, measuring.readouts.openers)
+            given = (measuring.sequences, run.ablation, measuring.readouts.openers)
             screens = partial(run.screen, "harmful", *given)
             trace, proposals, bounds = screened_sahara(
                 scorer, screens, engine.heads, score.forecast, config.size, extent
@@ -191,7 +191,7 @@ def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPro
 
 
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
-    config, ablation, answers = run.config, run.config.parsed_ablation, run.answers("harmful")
+    config, ablation, answers = run.config, run.ablation, run.answers("harmful")
     coherence = run.find_limit()
     run.say_what_is_left()
     vanilla, groups = answers.vanilla(), config.parsed_groups
