@@ -36,6 +36,12 @@ PLANTS: dict[str, Mapping[Category, Head]] = {
 PLANTED_HEADS: dict[str, Group] = {name: tuple(dict.fromkeys(plants.values())) for name, plants in PLANTS.items()}
 """The planted heads of each checkpoint, each once, in the order of the categories: the truth, by construction."""
 
+
+def planted_heads(model: str) -> Group | None:
+    """The true heads of an embedded model, by its name as commands take it; None for any other model."""
+    return PLANTED_HEADS.get(model.removeprefix(f"{DEMO}:")) if model.startswith(f"{DEMO}:") else None
+
+
 CHECKPOINT_NAMES: tuple[str, ...] = tuple(name for name in PLANTS if not name.endswith("_long"))
 """The checkpoints in the package; the long ones are trained on demand."""
 
@@ -94,4 +100,5 @@ __all__ = [
     "demo_prompts",
     "harmful_prompts",
     "load_demo",
+    "planted_heads",
 ]

@@ -17,8 +17,9 @@ from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention, Material, Method
+from safetyheads.demo import planted_heads
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
-from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, planted_heads, quoted
+from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.heads import Group, format_heads, parse_heads

@@ -16,7 +16,7 @@ from typing import Any
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling, not_followed_line
 from safetyheads.answers.success import query_level_groups
-from safetyheads.demo import PLANTED_HEADS
+from safetyheads.demo import planted_heads
 from safetyheads.errors import InputError
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, PAPER_TEMPLATE, Half, ReproductionConfig, prompts_of
@@ -278,15 +278,10 @@ class Subject:
         return scorer_of(self.run.head_pass(self.name, ablation, Readouts(ships=not angles, angles=angles)), name)
 
 
-def planted_heads(model: str) -> Group:
-    """The heads that an embedded model's refusals were planted in; () for any other model."""
-    return PLANTED_HEADS.get(model.removeprefix(ORGANISM), ()) if model.startswith(ORGANISM) else ()
-
-
 def note_planted(outcome: Outcome, model: str) -> None:
     """Tell readers of an embedded model's numbers what they are no evidence of."""
     if model.startswith(ORGANISM):
-        heads = ", ".join(map(str, planted_heads(model)))
+        heads = ", ".join(map(str, planted_heads(model) or ()))
         outcome.say("planted" if heads else "made_here", model=model, heads=heads)
 
 

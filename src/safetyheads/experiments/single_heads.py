@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.ablation import Ablation
+from safetyheads.demo import planted_heads
 from safetyheads.errors import InputError
-from safetyheads.experiments.lab import SHORT, Lab, Subject, planted_heads
+from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.model.engine import Engine

@@ -45,6 +45,7 @@ from safetyheads.runs.run import (
     is_demo,
     read_set,
     refuse_beyond_memory,
+    refuse_groups,
     sampling_of,
 )
 from safetyheads.runs.stability import chosen_sizes, stability_as_json
@@ -146,8 +147,7 @@ def _refuse_too_few(harmful_search: Sized) -> None:
 
 
 def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    if config.size > len(engine.heads):
-        raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
+    refuse_groups(engine, config, "size")
     _refuse_too_few(asked["harmful_search"])
     refuse_beyond_memory(engine, asked["harmful_search"], asked["benign_search"], positions=config.positions)
     refuse_beyond_memory(engine, asked["benign_test"])

@@ -36,7 +36,7 @@ from safetyheads.answers.decoding import (
 from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
-from safetyheads.demo import PLANTED_HEADS, demo_prompts
+from safetyheads.demo import demo_prompts, planted_heads
 from safetyheads.display import duration
 from safetyheads.errors import ElsewhereError, InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
@@ -52,7 +52,7 @@ from safetyheads.measures.screening import Screening, screen
 from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.config import NO_BENIGN, GroupOptions, Progress, PromptOptions, Silent, TemplateOptions
+from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
 from safetyheads.runs.estimate import Estimate, Work, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
@@ -695,9 +695,9 @@ def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 
         engine.plan([TokenSequence(token_ids + token_ids[-1:] * n, n + 1) for token_ids, n in whole])
 
 
-def refuse_groups(engine: Engine, config: GroupOptions, *numbers: str) -> None:
+def refuse_groups(engine: Engine, config: Any, *numbers: str) -> None:
     """Raise InputError for heads that the model does not have, and where a number of heads is more than it has."""
-    for group in config.parsed_groups:
+    for group in getattr(config, "parsed_groups", ()):
         within(group, engine.n_layers, engine.n_heads)
     for name in numbers:
         number, words = getattr(config, name), name.replace("_", " ")
@@ -707,9 +707,7 @@ def refuse_groups(engine: Engine, config: GroupOptions, *numbers: str) -> None:
 
 def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
     """What the results of every kind hold."""
-    settings, ablation = run.config, run.ablation
-    # The true heads of an embedded model.
-    planted = PLANTED_HEADS.get(settings.model.removeprefix("demo:")) if settings.model.startswith("demo:") else None
+    settings, ablation, planted = run.config, run.ablation, planted_heads(run.config.model)
     sets = {
         name: {"name": asked.prompts.name, "sha256": asked.prompts.sha256, **asked.prompts.facts()}
         for name, asked in run.asked.items()
@@ -729,10 +727,9 @@ def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
 
 def caveats_of(run: Run[Any]) -> list[str]:
     """What the run does not show."""
-    settings = run.config
-    planted = settings.model.startswith("demo:") and settings.model.removeprefix("demo:") in PLANTED_HEADS
-    reads_words = hasattr(settings, "judges") and any(judge.reads_words for judge in run.judges)
-    return [*[DEMO_CAVEAT] * planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
+    reads_words = hasattr(run.config, "judges") and any(judge.reads_words for judge in run.judges)
+    is_planted = planted_heads(run.config.model) is not None
+    return [*[DEMO_CAVEAT] * is_planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
 
 
 def _mixed_lines(directory: RunDirectory) -> list[str]:

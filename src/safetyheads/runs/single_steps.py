@@ -123,8 +123,7 @@ def score_of(config: SaharaConfig) -> Score:
 
 
 def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    if config.size > len(engine.heads):
-        raise InputError(f"size {config.size} is larger than the number of heads, {len(engine.heads)}")
+    refuse_groups(engine, config, "size")
     score_of(config).refuse_too_few(len(asked["harmful"]))
     refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
 
