@@ -5,7 +5,9 @@ Public names are listed in ``__all__``; those that need torch are imported when 
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
@@ -15,7 +17,7 @@ from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
-    # Each name again as itself, which tells type checkers that it is public.
+    # Each name again as itself, which tells type checkers that it is public. All are imported when they are first used.
     from safetyheads.answers.decoding import (
         GREEDY as GREEDY,
         TOP_5 as TOP_5,
@@ -65,44 +67,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    "answers.decoding": ("GREEDY", "TOP_5", "Decoding", "Sampling", "generate"),
-    "answers.success": (
-        "AnswerScan",
-        "AttackSuccess",
-        "attack_success_rate",
-        "query_level_attack_success_rate",
-        "query_level_groups",
-        "scan_attack_success_rate",
-    ),
-    "model.attention_swap": ("swapped_attention",),
-    "cli.functions": ("audit", "compare", "read_run", "scan"),
-    "demo": ("Demo", "load_demo"),
-    "integrations.hooks": ("HookCheck", "head_columns", "hooks_for", "transformer_lens_hooks", "verify_hook"),
-    "judges.base": ("Completion", "Judge", "Verdict"),
-    "judges.keywords": ("KeywordJudge",),
-    "judges.named": ("judge_named",),
-    "judges.phrase_judge": ("PhraseJudge",),
-    "measures.sahara": ("rank_heads", "sahara"),
-    "measures.screening": ("Extent",),
-    "measures.head_pass": ("Score",),
-    "measures.scorers": (
-        "Opener",
-        "Rescored",
-        "generalized_ships",
-        "mean_ships",
-        "refusal_score",
-        "scorer_named",
-        "screened_ships",
-        "ships",
-    ),
-    "model.engine": ("Engine",),
-    "scores": ("GroupScorer", "HeadScores", "SearchTrace"),
-    "stats.intervals": ("Rate",),
-    "stats.testing": ("PairedDifference",),
-}
-"""Module -> public names that are imported when they are first used."""
-_LAZY = {name: module for module, names in _NAMES.items() for name in names}
+
+def _lazy_names() -> dict[str, str]:
+    """Name -> its module, of all that is imported above for type checkers alone."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = (node for node in checked.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_LAZY = _lazy_names()
 
 __all__ = [
     "Ablation",
@@ -129,7 +103,7 @@ def __getattr__(name: str) -> Any:
     """Import a heavy name on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    value = getattr(import_module(_LAZY[name]), name)
     # Kept, so that the next use does not come here.
     globals()[name] = value
     return value

@@ -288,7 +288,7 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
         outcome.figure("own", _matrix(rankings, rankings), model=model, k=k)
         if others:
             outcome.figure("related", _matrix(rankings, others), model=model, related=related, k=k)
-            planted = planted_heads(model), planted_heads(others[0]["model"])
+            planted = [planted_heads(name) or () for name in (model, others[0]["model"])]
             if all(planted) and not set(planted[0]) & set(planted[1]):
                 outcome.say("by_construction")
 

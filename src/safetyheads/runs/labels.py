@@ -24,6 +24,7 @@ from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_o
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import GroupAnswers, answer_table, with_later_verdicts
+from safetyheads.runs.rejudge import later_judges, open_judged
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import FloatArray
@@ -165,12 +166,8 @@ def validate(
 
 def _stored(folder: Path) -> tuple[RunDirectory, list[Record]]:
     """A finished run, and its answers to harmful prompts outside the search half, with every judge's verdicts."""
-    directory = RunDirectory.open(folder)
-    results = directory.read_results()
-    if results.get("kind") not in ("audit", "scan"):
-        raise InputError(f"{folder} holds results of kind {results.get('kind')!r}; what is labelled: audits, scans")
-    judges = [judge["name"] for judge in results["judges"]] + list(results.get("rejudged", {}))
-    wanted = ("harmful_test", "harmful")
+    directory, wanted = open_judged(folder), ("harmful_test", "harmful")
+    judges = [described["name"] for described in later_judges(directory.read_results())]
     records = [record for record in directory.stored_records() if "verdicts" in record and record["set"] in wanted]
     if not records or any("text" not in record for record in records):
         raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to label")

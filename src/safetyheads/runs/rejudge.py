@@ -106,11 +106,11 @@ def _beside_lead(judge: str, lead: str, records: Sequence[Record]) -> dict[str, 
 
 
 def open_judged(folder: Path) -> RunDirectory:
-    """A finished audit or scan; raises InputError for other runs, which nobody judges again."""
+    """A finished audit or scan; raises InputError for other runs, which nobody judges again or labels."""
     opened = RunDirectory.open(folder)
     kind = opened.read_results().get("kind")
     if kind not in ("audit", "scan"):
-        raise InputError(f"{folder} holds results of kind {kind!r}; what is judged again: audits, scans")
+        raise InputError(f"{folder} holds results of kind {kind!r}; what is judged again or labelled: audits, scans")
     return opened
 
 
