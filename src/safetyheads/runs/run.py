@@ -630,7 +630,7 @@ def carry_out(
             count_requests_in(directory.path, judges)
             started = time.monotonic()
             run = _begun(kind, engine, config, directory, progress, judges, prompts, work)
-            directory.write_results(_results_of(kind, run, first_lines[0], caught))
+            directory.write_results(_whole_results(kind.name, run, first_lines[0], kind.results(run), caught))
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
@@ -657,15 +657,15 @@ def _begun(
     return run
 
 
-def _results_of(
-    kind: Kind[Config], run: Run[Config], chosen: str, caught: Iterable[warnings.WarningMessage]
+def _whole_results(
+    kind: str, run: Run[Any], chosen: str, own: Mapping[str, Any], caught: Iterable[warnings.WarningMessage]
 ) -> dict[str, Any]:
-    """Run all stages, and make the results."""
+    """What every kind's results hold, with what only this kind has."""
     judged, n_new = hasattr(run.config, "judges"), getattr(run.config, "max_new_tokens", 1)
     return {
-        **common_results(kind.name, run),
+        **common_results(kind, run),
         "chosen": chosen,
-        **kind.results(run),
+        **own,
         **({"word_judges": run.judges_of_words()} if judged else {}),
         "warnings": warnings_of(run.engine, list(run.asked.values()), n_new, caught, _mixed_lines(run.directory)),
         **(run.failed_judges() if judged else {}),
