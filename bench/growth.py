@@ -116,6 +116,17 @@ LARGE_COMMANDS = {"audit": f"audit {{}} {WHOLE}", "scan": "scan {} --threads 1 -
 """Commands whose memory is measured; the last judges the scan again."""
 
 
+class Elapsed:
+    """Seconds since it was made, by the clock and of this process alone, which a crowded machine makes no longer."""
+
+    def __init__(self) -> None:
+        self._clock, self._process = time.monotonic(), time.process_time()
+
+    def __call__(self) -> dict[str, float]:
+        """Both, by name."""
+        return {"seconds": time.monotonic() - self._clock, "cpu_seconds": time.process_time() - self._process}
+
+
 def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
     """Largest memory of whole commands on the organism, each a process of its own."""
     from safetyheads.demo import benign_prompts, harmful_prompts
@@ -128,19 +139,13 @@ def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
         for name, command in LARGE_COMMANDS.items():
             out = folder / f"{'scan' if name == 'judge' else name}-{n}"
             words = command.format(f"demo:aligned_a {' '.join(given)} --out {out}").replace("OUT", str(out)).split()
-            started = time.monotonic()
+            started = Elapsed()
             silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
             words = [sys.executable, "-m", "safetyheads", *words]
             pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=silent)
             _, status, used = os.wait4(pid, 0)
-            seconds = time.monotonic() - started
-            yield {
-                "command": name,
-                "prompts": n,
-                "status": status,
-                "peak_mb": used.ru_maxrss / 1024,
-                "seconds": seconds,
-            }
+            found = {"command": name, "prompts": n, "status": status, "peak_mb": used.ru_maxrss / 1024}
+            yield {**found, "seconds": started()["seconds"], "cpu_seconds": used.ru_utime + used.ru_stime}
 
 
 def large_pages(folder: Path) -> Iterator[dict[str, Any]]:
@@ -162,17 +167,17 @@ def large_pages(folder: Path) -> Iterator[dict[str, Any]]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     for name, make in runs.items():
         run = make()
-        started = time.monotonic()
+        started = Elapsed()
         page = write_report(run, show_completions=True)
-        written = time.monotonic() - started
+        written = started()
         with sync_playwright() as driver:
             shown = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
-            started = time.monotonic()
+            started = Elapsed()
             shown.goto(page.as_uri())
             shown.wait_for_selector("html[data-drawn]", timeout=120_000)
-            opened = time.monotonic() - started
+            opened = started()
         found = {"page": name, "heads": n_layers * n_heads, "prompts": ANSWERED, "bytes": page.stat().st_size}
-        yield {**found, "seconds_to_write": written, "seconds_to_open": opened}
+        yield {**found, "written": written, "opened": opened}
 
 
 def many_runs(folder: Path) -> Iterator[dict[str, Any]]:
@@ -185,30 +190,29 @@ def many_runs(folder: Path) -> Iterator[dict[str, Any]]:
     first = audit_run(folder / "0")
     for number in range(1, HISTORY):
         shutil.copytree(first, folder / str(number))
-    started = time.monotonic()
+    started = Elapsed()
     found = read_history(folder)
-    read = time.monotonic() - started
+    read = started()
     page = write_history(found)
-    seconds = time.monotonic() - started
-    yield {"runs": len(found["runs"]), "seconds_to_read": read, "seconds": seconds, "bytes": page.stat().st_size}
+    yield {"runs": len(found["runs"]), "read": read, "whole": started(), "bytes": page.stat().st_size}
 
 
 def many_files(folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds until a run that starts again has read what it stored."""
     from safetyheads.runs.directory import RunDirectory
 
-    def go_on(compute: Callable[[], dict[str, torch.Tensor]]) -> float:
-        started = time.monotonic()
+    def go_on(compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, float]:
+        started = Elapsed()
         with RunDirectory.start(folder / "run", {}, {}) as run:
             for number in range(STORED):
                 run.tensors("ships", {"batch": number}, compute)
-        return time.monotonic() - started
+        return started()
 
     def stored() -> dict[str, torch.Tensor]:
         raise AssertionError("a stored file is not computed again")
 
     computed = go_on(lambda: {"ships": torch.ones(4, 8)})
-    yield {"files": STORED, "seconds_to_compute": computed, "seconds_to_resume": go_on(stored)}
+    yield {"files": STORED, "computed": computed, "resumed": go_on(stored)}
 
 
 RUNS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {

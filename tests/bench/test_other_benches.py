@@ -49,7 +49,7 @@ def test_growth_of_runs_at_a_reduced_size(lines, monkeypatch):
     growth.main(["--only", "resume"])
     history, resume = lines()
     assert (history["runs"], resume["files"]) == (2, 3)
-    assert 0 < history["seconds_to_read"] < history["seconds"]
+    assert 0 < history["read"]["seconds"] < history["whole"]["seconds"]
 
 
 def test_three_attentions_agree(lines, monkeypatch):
