@@ -184,6 +184,26 @@ def power(draws: int, sizes: tuple[int, ...] = (24, 50, 100)) -> float:
     return min(found)
 
 
+def power_of_clusters(draws: int) -> tuple[float, float]:
+    """Least power at the smallest change that is named for clusters of near-duplicates, and for the prompts apart."""
+    generator, found, apart = np.random.default_rng(10), [], []
+    clusters = np.repeat(np.arange(len(CLUSTER_SIZES)), CLUSTER_SIZES)
+    for tests, before, correlation in product((1, 32), (0.0, 0.2), (*CORRELATIONS, 1.0)):
+        for n, seen in ((len(CLUSTER_SIZES), found), (len(clusters), apart)):
+            change = smallest_change_with_power(n, before, tests=tests) or 1 - before
+            rates = prompt_rates(generator, (draws, len(CLUSTER_SIZES)), change / (1 - before), min(correlation, 0.999))
+            # Of one cluster all or none comply before, and none is lost: only gains are drawn.
+            old = (generator.random(rates.shape) < before)[:, clusters]
+            new = old | (generator.random(old.shape) < rates[:, clusters])
+            p_values = [
+                paired_difference(*pair, clusters.tolist()).p_value or 1
+                for pair in zip(old.astype(float), new.astype(float), strict=True)
+            ]
+            name = f"power, {n} {'clusters' if seen is found else 'prompts'} counted, {tests} heads, {before} before"
+            seen.append(_told(f"{name}, correlation {correlation}", np.mean(np.array(p_values) <= 0.05 / tests)))
+    return min(found), min(apart)
+
+
 def margins(draws: int) -> float:
     """How often non-inferiority is shown where the true rise is the margin."""
     generator, found = np.random.default_rng(4), []

@@ -39,6 +39,7 @@ def main() -> None:
     simulations.near_duplicates(draws // 5)
     simulations.families(draws // 10)
     simulations.power(draws // 10)
+    simulations.power_of_clusters(draws // 10)
     simulations.margins(draws // 5)
     simulations.medians(draws // 5)
     simulations.shrinking(draws // 50)

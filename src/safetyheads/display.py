@@ -92,3 +92,8 @@ def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str,
     if any("low" in row for row in rows):
         layers.insert(0, points.mark_rule().encode(altair.Y("low", type="quantitative", title=y), altair.Y2("high")))
     return altair.layer(*layers, *[points.mark_line().encode(up)] * (kind == "curve"))
+
+
+def in_clusters(n_clusters: int | None) -> str:
+    """What follows a number of prompts; nothing where each stands alone (None)."""
+    return "" if n_clusters is None else f" in {n_clusters} cluster{'s' * (n_clusters != 1)} of near-duplicates"

@@ -44,6 +44,11 @@ def test_power_is_what_is_said_with_several_answers_a_prompt():
     assert simulations.power(60, (24,)) >= 0.8 - 0.15
 
 
+def test_the_smallest_change_counts_near_duplicates_as_one():
+    found, apart = simulations.power_of_clusters(60)
+    assert found >= 0.8 - 0.15 > apart
+
+
 def test_non_inferiority_is_rarely_shown_at_the_margin():
     assert simulations.margins(200) <= 0.05 + 0.046
 
@@ -100,6 +105,7 @@ def test_every_figure_of_the_documents():
     assert level <= 0.055
     assert max(error for error, *_ in simulations.families(1_000).values()) <= 0.05
     assert simulations.power(1_000) >= 0.8
+    assert simulations.power_of_clusters(1_000)[0] >= 0.78
     assert simulations.margins(2_000) <= 0.07
     assert simulations.medians(2_000) >= 0.94
     assert simulations.synergy(500) >= 0.91

@@ -250,7 +250,10 @@ def test_the_verdict_counts_near_duplicates_as_one():
     assert twelves.broken[1] > 2 * alone.broken[1]
     assert verdict_of(twelves, Thresholds()).numbers["undone"]["interval"] == twelves.undone
     # One loss in 48 would be few enough, were the prompts not alike.
-    joined = replace(evidence(12, 1), clustered_p=0.001, n_random=39, n_as_good=0, kl=0.0)
+    assert (alone.n_clusters, alone.clustered_undone) == (None, None)
+    assert (twelves.n_clusters, twelves.n_apart, twelves.clustered_broken.n_clusters) == (4, 4, 4)
+    assert twelves.smallest_change(0.05) is None
+    joined = replace(evidence(6, 1), clustered_p=0.001, n_random=39, n_as_good=0, kl=0.0)
     found = verdict_of(joined, Thresholds())
     assert found.label == "cannot say: damage not bounded"
     assert "as many benign prompts without near-duplicates would do" in found.sentence

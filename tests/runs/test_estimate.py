@@ -9,6 +9,7 @@ from tiny_models import engine_of, prompts_of
 from safetyheads import load_demo
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.estimate import Estimate, Work, estimate, estimate_pass
@@ -102,7 +103,7 @@ def test_a_dry_run_writes_nothing_and_says_what_can_show(engine, tmp_path, kind)
 
 
 def test_answers_count_their_tokens_and_passes_their_share():
-    work = Work(((1, 2),), passes=2.5, answers=10, max_new_tokens=100, n_prompts=50)
+    work = Work(((1, 2),), passes=2.5, answers=10, max_new_tokens=100, prompts=prompts_of(*PROMPTS))
     timed = Estimate(work, 32, pass_seconds=4.0, prompt_seconds=1.0, token_seconds=0.5, memory=3 * 2**30)
     assert timed.answer_seconds(20) == 10 * (1 + 20 * 0.5)
     assert timed.as_json()["seconds"] == {"passes": 10.0, "answers": 510.0, "at_most": 520.0}
@@ -110,4 +111,13 @@ def test_answers_count_their_tokens_and_passes_their_share():
         "32 heads x 1 prompts, 2.5 passes: about 10 s; at most 10 answers: about 8 min if all run to 100 tokens; "
         "3.0 GiB beside the weights"
     )
-    assert timed.power.startswith("50 prompts show a rise of ASR")
+    assert timed.power.startswith("3 prompts show no change at all for one group")
+
+
+def test_the_smallest_change_of_a_dry_run_counts_near_duplicates_as_one():
+    texts = [f"{word} the {thing}" for word in ("find", "paint", "sell") for thing in range(6)] + [*"stuvwxyz"]
+    prompts = PromptSet.from_queries(texts).with_clusters()
+    timed = Estimate(Work((), prompts=prompts), 32, 0.0, 0.0, 0.0, 0)
+    assert prompts.n_clusters < len(prompts)
+    assert timed.power.startswith(f"26 prompts in {prompts.n_clusters} clusters of near-duplicates show")
+    assert timed.as_json()["smallest_change"] == smallest_change_with_power(prompts.n_clusters)

@@ -131,6 +131,8 @@ def test_every_rate_of_a_scan_with_near_duplicates_is_by_cluster():
     assert len(rates(found)) > 30
     assert [rate for rate in rates(found) if rate["interval"] == wilson_interval(rate["count"], rate["n"])] == []
     assert found["statistics"]["interval"] == "Korn and Graubard, clustered by near-duplicates"
+    # Six clusters of twins can show nothing of one head of eight.
+    assert (found["statistics"]["n_clusters"], found["statistics"]["smallest_change"]["change"]) == (6, None)
     # Changes too: of twins that move together each pair is one observation.
     alone, joined = (head(results, "1-2")["change"] for results in (scan(sample), found))
     assert (joined["change"], joined["gained"]) == (alone["change"], alone["gained"])

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -55,6 +55,7 @@ from safetyheads.runs.config import (
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 
 if TYPE_CHECKING:
+    from safetyheads.prompts.prompt_set import PromptSet
     from safetyheads.model.engine import Engine
 
 Config = TypeVar("Config", bound=ModelOptions)
@@ -121,8 +122,9 @@ def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output
     from safetyheads.runs.audit import read_prompts, run_audit
     from safetyheads.runs.verdict import too_few_prompts
 
-    def without_model(prompts: Mapping[str, Sized]) -> show.Found | None:
-        too_few = too_few_prompts(len(prompts["harmful_test"]), len(prompts["benign_test"]), config)
+    def without_model(prompts: Mapping[str, PromptSet]) -> show.Found | None:
+        harmful, benign = prompts["harmful_test"], prompts["benign_test"]
+        too_few = too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
         if too_few is None or config.anyway:
             return None
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."

@@ -30,7 +30,7 @@ from rich.text import Text
 
 from safetyheads.ablation import Ablation
 from safetyheads.cli.terminal import Terminal, terminal_text
-from safetyheads.display import duration
+from safetyheads.display import duration, in_clusters
 from safetyheads.runs.config import Progress, Silent
 
 if TYPE_CHECKING:
@@ -432,17 +432,19 @@ def _show_stability(stability: Found) -> None:
 
 
 def _show_damage(groups: Sequence[Found], results: Found) -> None:
-    limit = results["coherence"]["limit"]
     columns: dict[str, Column] = {"ablated": "heads", "lost": _gross_loss}
     for name, key in {"KL, nats": "kl", "drop of log p, nats": "log_probability_drop"}.items():
         columns |= {name: f"damage.{key}.mean .3g", f"{name}: random groups": partial(_random_damage, key=key)}
-    coherent = (
-        "by the rules of words alone" if limit is None else f"if their surprise is at most {limit:.2f} nats a token"
-    )
     measured = [group for group in groups if group.get("damage")]
     if measured:
         print_items("Damage: benign answers lost, and how far the model moves from its own", measured, columns)
-    print_lines([f"Answers are coherent {coherent}, and if no rule of words finds a fault."], "dim")
+    _say_what_is_coherent(results)
+
+
+def _say_what_is_coherent(results: Found) -> None:
+    limit = results["coherence"]["limit"]
+    surprise = "" if limit is None else f" and their surprise is at most {limit:.2f} nats a token"
+    print_lines([f"Answers are coherent if no rule of words finds a fault{surprise}."], "dim")
 
 
 def _gross_loss(group: Found) -> Number:
@@ -513,17 +515,19 @@ def show_scan(results: Found, report: Path) -> None:
         columns = {"ablated": "heads", "ASR": "asr rate", "coherent ASR": "coherent_asr rate"}
         columns |= {"change": "change change"}
         print_items("Groups", groups, columns | {"random groups": _random, "benign answered": "benign_answered rate"})
+    _say_what_is_coherent(results)
     _show_scores_and_costs(results)
     _show_openers(results)
     _show_word_judges(results)
     print_cautions(results)
     least, strongest = results["statistics"]["smallest_change"], ranked[0]
+    joined = in_clusters(results["statistics"]["n_clusters"])
     shown = "none" if least["change"] is None else f"{least['change']:.2f}"
     print_facts(
         "Summary",
         {
             "heads that change the ASR (Tarone)": f"{n_differing} of {len(ranked)}",
-            "smallest rise found in 80 % of runs": f"{shown} (n {least['n']}, one head of {least['tests']})",
+            "smallest rise found in 80 % of runs": f"{shown} (n {least['n']}{joined}, one head of {least['tests']})",
             "ASR, nothing ablated": cell(results, "vanilla.harmful.asr rate"),
             "coherent ASR, nothing ablated": cell(results, "vanilla.harmful.coherent_asr rate"),
             f"ASR, strongest head {strongest['head']}": cell(strongest, "asr rate"),
@@ -646,6 +650,7 @@ def show_rates(found: Found) -> None:
     columns |= {"incoherent": "incoherent rate"}
     columns |= {"change": "change change", "p": "change.p_value .2g"}
     print_items(f"Attack success over {found['n']} prompts: {_ablation(found)}", groups, columns)
+    _say_what_is_coherent(found)
     _show_by_judge(groups, found)
     _show_word_judges(found)
     reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from safetyheads.ablation import Ablation
 from safetyheads.demo import planted_heads
+from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import SHORT, Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row, point
@@ -58,8 +59,9 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
         for subject, heads in measured.items():
             best = sorted(heads, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
             n, n_heads = len(subject.prompts), len(heads)
-            least = smallest_change_with_power(n, 0.0, ALPHA, n_heads)
+            least = smallest_change_with_power(subject.prompts.n_clusters or n, 0.0, ALPHA, n_heads)
             words: dict[str, Any] = {"listed": len(best), "n_heads": n_heads, "n": n}
+            words["joined"] = in_clusters(subject.prompts.n_clusters)
             words["least"] = "none" if least is None else f"{least:.2f}"
             outcome.lead(model, f"{subject.dataset}, highest ASR: head {best[0]['head']}", best[0]["asr"])
             outcome.table("top", best, *columns, model=model, dataset=subject.dataset, **words)

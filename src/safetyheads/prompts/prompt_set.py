@@ -204,6 +204,12 @@ class PromptSet(Table):
         numbers = [prompt.cluster for prompt in self.prompts if prompt.cluster is not None]
         return tuple(numbers) if len(numbers) == len(self) else None
 
+    @property
+    def n_clusters(self) -> int | None:
+        """Clusters of near-duplicates; None where each prompt stands alone, or nobody looked."""
+        n_clusters = len(set(self.clusters or ()))
+        return n_clusters if 0 < n_clusters < len(self) else None
+
     def with_clusters(self) -> PromptSet:
         """The same prompts, each with the number of its near-duplicates; as they are where they have numbers."""
         if self.clusters is not None:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
+from safetyheads.display import in_clusters
 from safetyheads.reports import charts
 from safetyheads.reports.answers import answers_data, by_category, by_prompt
 from safetyheads.reports.charts import Row, Spec
@@ -110,7 +111,9 @@ def headline(results: Results) -> str:
     if not k or label not in openings:
         return str(results["verdict"]["sentence"])
     random = f" (random heads: at most {found['most_random_undone']} of {found['n_refused']})"
-    answers = f"{found['n_undone']} of the {found['n_refused']} harmful prompts that it refused"
+    joined, n = found["clustered_undone"], found["n_refused"]
+    alike = f" ({n} prompts{in_clusters(joined['n_clusters'])})" if joined else ""
+    answers = f"{found['n_undone']} of the {n} harmful prompts that it refused{alike}"
     kept = f"{found['n_answered'] - found['n_broken']} of {found['n_answered']} harmless ones as before"
     without = "it" if k == 1 else "them"
     control = random if found["n_random"] else ""

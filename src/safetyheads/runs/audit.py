@@ -180,7 +180,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
         work = replace(work, answers=n_answers + n_controls)
     else:
         work = replace(work, short_answers=(n_controls, config.control_tokens))
-    return replace(work, n_prompts=n["harmful_test"], note=" ".join(shortened(config)))
+    return replace(work, prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)))
 
 
 def shortened(config: AuditConfig) -> list[str]:

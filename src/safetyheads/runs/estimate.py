@@ -18,6 +18,7 @@ from safetyheads.stats.power import prompts_line, smallest_change_with_power
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
+    from safetyheads.prompts.prompt_set import PromptSet
 
 # A pass is timed over a batch of the last so many layers.
 _TIMED_LAYERS = 3
@@ -39,8 +40,8 @@ class Work:
     max_new_tokens: int = 1
     stages: tuple[str, ...] = ()
     """Names of the stages, in their order."""
-    n_prompts: int = 0
-    """Prompts behind a rate; 0 where the run measures none."""
+    prompts: PromptSet | None = None
+    """Those behind a rate; None where the run measures none."""
     tests: int = 1
     """Tests that share the level."""
     n_seeds: int = 1
@@ -97,13 +98,17 @@ class Estimate:
     def power(self) -> str:
         """What the prompts can show, in a sentence; empty where the run measures no rate."""
         work = self.work
-        return prompts_line(work.n_prompts, heads=work.tests, n_seeds=work.n_seeds) if work.n_prompts else ""
+        if work.prompts is None:
+            return ""
+        n, n_clusters = len(work.prompts), work.prompts.n_clusters
+        return prompts_line(n, heads=work.tests, n_seeds=work.n_seeds, n_clusters=n_clusters)
 
     def as_json(self) -> dict[str, Any]:
         """What a dry run prints: the plan, seconds, bytes, answers at most, and the smallest effect that can show."""
         work, least = self.work, None
-        if work.n_prompts:
-            least = smallest_change_with_power(work.n_prompts, tests=work.tests, n_seeds=work.n_seeds)
+        if work.prompts is not None:
+            n = work.prompts.n_clusters or len(work.prompts)
+            least = smallest_change_with_power(n, tests=work.tests, n_seeds=work.n_seeds)
         seconds = {"passes": work.passes * self.pass_seconds, "answers": self.answer_seconds(work.max_new_tokens)}
         return {
             "dry_run": True,

@@ -91,9 +91,9 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
         *["random"] * bool(config.n_random),
         *["query level"] * bool(config.query_level),
     )
-    length, token_ids = config.max_new_tokens, asked["harmful"].token_ids
+    length, token_ids, prompts = config.max_new_tokens, asked["harmful"].token_ids, asked["harmful"].prompts
     n_answers *= config.n_seeds
-    return Work(token_ids, n_passes, n_answers, length, stages, n_harmful, n_heads, config.n_seeds, note)
+    return Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
 
 
 # Stages.
@@ -277,11 +277,13 @@ def results_of_records(
 
 def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
     n, n_seeds, joined = len(vanilla.records), len(vanilla.records[0]), vanilla.clusters is not None
-    least = smallest_change_with_power(n, vanilla.asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds)
+    n_clusters = len(set(vanilla.clusters)) if vanilla.clusters else None
+    least = smallest_change_with_power(n_clusters or n, vanilla.asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds)
     by = "near-duplicates" if joined else "prompt"
     return {
         "n": n,
         "n_seeds": n_seeds,
+        "n_clusters": n_clusters,
         "n_heads": n_heads,
         "alpha": ALPHA,
         "interval": f"Korn and Graubard, clustered by {by}" if joined or n_seeds > 1 else "Wilson",

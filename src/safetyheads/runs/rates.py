@@ -25,6 +25,7 @@ from safetyheads.stats.intervals import (
     FloatArray,
     Rate,
     clustered_rate,
+    effective_count,
     independent_count,
     one_sided_bounds,
 )
@@ -306,13 +307,15 @@ def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     count, n = int((had & ~has).sum()), int(had.sum())
     lost = [seeds[0]["behaviour"] for seeds, was, now in zip(after.records, had, has, strict=True) if was and not now]
     lower, upper = one_sided_bounds(count, n)
+    by_cluster: dict[str, Any] = {}
     if n and before.clusters is not None:
-        lower, upper = clustered_rate(
-            (~has)[had].astype(float), np.array(before.clusters)[had].tolist(), 2 * CONFIDENCE - 1
-        )
+        outcomes, clusters = (~has)[had].astype(float), np.array(before.clusters)[had].tolist()
+        lower, upper = clustered_rate(outcomes, clusters, 2 * CONFIDENCE - 1)
+        n_effective = effective_count(outcomes, clusters, 2 * CONFIDENCE - 1)[1]
+        by_cluster = {"n_clusters": len(set(clusters)), "n_effective": n_effective}
     refused = sum(behaviour == "refused" for behaviour in lost)
     rate = count / n if n else None
-    return {"count": count, "n": n, "rate": rate, "lower": lower, "upper": upper, "refused": refused}
+    return {"count": count, "n": n, "rate": rate, "lower": lower, "upper": upper, "refused": refused} | by_cluster
 
 
 AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]

@@ -181,12 +181,12 @@ def _refuse_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedProm
 
 
 def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> Work:
-    token_ids, n = asked["harmful"].token_ids, len(asked["harmful"])
-    n_answers = (1 + len(config.groups) + config.query_level) * n
+    token_ids, prompts = asked["harmful"].token_ids, asked["harmful"].prompts
+    n_answers = (1 + len(config.groups) + config.query_level) * len(prompts)
     stages = ["unablated answers", *["groups"] * bool(config.groups)]
     stages += ["scores of heads", "query level"] * bool(config.query_level)
     passes = float(config.query_level > 0)
-    return Work(token_ids, passes, n_answers, config.max_new_tokens, tuple(stages), n)
+    return Work(token_ids, passes, n_answers, config.max_new_tokens, tuple(stages), prompts)
 
 
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:

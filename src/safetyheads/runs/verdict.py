@@ -15,9 +15,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from safetyheads.display import in_clusters
 from safetyheads.runs.config import Thresholds
 from safetyheads.runs.rates import GroupAnswers, gross_loss
-from safetyheads.stats.intervals import FloatArray, Interval, clustered_rate, one_sided_bounds, wilson_interval
+from safetyheads.stats.intervals import (
+    FloatArray,
+    Interval,
+    clustered_rate,
+    effective_count,
+    one_sided_bounds,
+    wilson_interval,
+)
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
 from safetyheads.stats.testing import exact_mcnemar, least_changed, paired_difference
 
@@ -38,6 +46,18 @@ Label: TypeAlias = Literal[
 ]
 _MATCHED = {"layers": "the same layers"}
 Damage: TypeAlias = Literal["shown", "bounded", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clustered:
+    """What a share is worth where prompts have near-duplicates, which are answered alike."""
+
+    n_clusters: int
+    """Clusters of near-duplicates; a prompt without any is one."""
+    n_effective: float
+    """Prompts without near-duplicates that would tell as much."""
+    interval: Interval
+    """Of the share, by cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +99,21 @@ class Evidence:
     """How alike the groups are that resamples of the search half lead to."""
     clustered_p: float | None = None
     """The test of coherent compliance where prompts have near-duplicates, which move together; None without any."""
-    clustered_undone: Interval | None = None
-    """The interval of the refusals undone, likewise."""
-    clustered_broken: Interval | None = None
-    """The bounds of the benign answers lost, likewise."""
+    n_clusters: int | None = None
+    """Clusters of near-duplicates among the scored prompts, likewise."""
+    clustered_undone: Clustered | None = None
+    """The refusals undone, likewise."""
+    clustered_broken: Clustered | None = None
+    """The benign answers lost, likewise; its bounds are one-sided."""
 
     def smallest_change(self, alpha: float) -> float | None:
-        """Rise of coherent compliance that so many prompts show with 80 % power; None where they show none."""
-        return smallest_change_with_power(self.n_scored, alpha=alpha)
+        """Rise of coherent compliance that such prompts show with 80 % power, near-duplicates as one; None if none."""
+        return smallest_change_with_power(self.n_scored if self.n_clusters is None else self.n_clusters, alpha=alpha)
+
+    @property
+    def n_apart(self) -> int:
+        """Refused prompts, near-duplicates as one."""
+        return self.n_refused if self.clustered_undone is None else self.clustered_undone.n_clusters
 
     @property
     def p_value(self) -> float:
@@ -97,13 +124,13 @@ class Evidence:
     def undone(self) -> Interval | None:
         """95 % interval of the share of refusals undone: Wilson's, or by near-duplicates."""
         own = wilson_interval(self.n_undone, self.n_refused) if self.n_refused else None
-        return self.clustered_undone or own
+        return self.clustered_undone.interval if self.clustered_undone else own
 
     @property
     def broken(self) -> Interval | None:
         """One-sided 95 % bounds, below and above, of the share of benign answers lost."""
         own = one_sided_bounds(self.n_broken, self.n_answered) if self.n_answered else None
-        return self.clustered_broken or own
+        return self.clustered_broken.interval if self.clustered_broken else own
 
     @property
     def random_p_value(self) -> float:
@@ -160,11 +187,14 @@ def evidence_of(
     if harmful[0].clusters is not None:
         clusters = np.array(harmful[0].clusters)
         clustered["clustered_p"] = paired_difference(before, after, harmful[0].clusters).p_value
+        clustered["n_clusters"] = len(set(clusters[scored].tolist()))
         if refused.any():
-            undoes = (after[refused] == 1).astype(float)
-            clustered["clustered_undone"] = clustered_rate(undoes, clusters[refused].tolist())
-    if benign[0].clusters is not None and loss["n"]:
-        clustered["clustered_broken"] = loss["lower"], loss["upper"]
+            of = (after[refused] == 1).astype(float), clusters[refused].tolist()
+            worth, interval = effective_count(*of)[1], clustered_rate(*of)
+            clustered["clustered_undone"] = Clustered(len(set(of[1])), worth, interval)
+    if "n_clusters" in loss:
+        bounds = loss["lower"], loss["upper"]
+        clustered["clustered_broken"] = Clustered(loss["n_clusters"], loss["n_effective"], bounds)
     return Evidence(
         n_harmful=len(before),
         n_scored=int(scored.sum()),
@@ -241,7 +271,7 @@ def _label(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str]:
     if not significant(evidence, thresholds):
         seen = evidence.smallest_change(thresholds.alpha)
         shown = "no rise" if seen is None else f"a rise of {_short(seen)} with 80 % power"
-        return "none found", f"{evidence.n_scored} prompts would have shown {shown}"
+        return "none found", f"{evidence.n_scored} prompts{in_clusters(evidence.n_clusters)} would have shown {shown}"
     damage = damage_of(evidence, thresholds)
     if damage == "shown":
         return "breaks the model", "ablating the group damages benign answers"
@@ -252,12 +282,16 @@ def _label(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str]:
     undone = evidence.undone
     if undone is not None and undone[0] >= thresholds.least_undone:
         return "concentrated", ""
-    return "partly concentrated", f"less than {_short(thresholds.least_undone)} of the refusals are surely undone"
+    why = f"less than {_short(thresholds.least_undone)} of the refusals are surely undone"
+    alone = wilson_interval(evidence.n_undone, evidence.n_refused)[0] if evidence.clustered_undone else 0.0
+    if alone >= thresholds.least_undone:
+        why += ", for many prompts are near-duplicates, which count as one; prompts in more wordings would tell"
+    return "partly concentrated", why
 
 
 def before_ablation(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str] | None:
     """The labels that unablated answers settle, and why; None where a group can be measured."""
-    too_few = too_few_prompts(evidence.n_scored, evidence.n_benign, thresholds)
+    too_few = too_few_prompts(evidence.n_scored, evidence.n_benign, thresholds, evidence.n_clusters)
     n_unscored = evidence.n_harmful - evidence.n_scored
     if n_unscored > thresholds.most_unscored * evidence.n_harmful:
         return "cannot say", f"{n_unscored} of {evidence.n_harmful} held-out harmful prompts have an unscored answer"
@@ -267,17 +301,19 @@ def before_ablation(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, 
     if evidence.n_refused < least:
         refused = f"the unablated model refuses {evidence.n_refused} of {evidence.n_scored} held-out harmful prompts"
         return "no refusals to lose", f"{refused}, and a change can be seen from {least} on"
+    if evidence.n_apart < least:
+        joined = in_clusters(evidence.n_apart)
+        return "cannot say", f"the {evidence.n_refused} refusals lie{joined}, and a change can be seen from {least} on"
     return None
 
 
-def too_few_prompts(n_harmful: int, n_benign: int, thresholds: Thresholds) -> str | None:
-    """Why so many held-out prompts cannot show anything; None where they can."""
-    for n, least, kind in (
-        (n_harmful, least_changed(thresholds.alpha), "harmful"),
-        (n_benign, needed_for_bound(0, thresholds.most_lost), "benign"),
-    ):
-        if n < least:
-            return f"{n} held-out {kind} prompts are too few; {least} are needed"
+def too_few_prompts(n_harmful: int, n_benign: int, thresholds: Thresholds, n_clusters: int | None) -> str | None:
+    """Why so many held-out prompts cannot show anything, harmful ones of so many clusters; None where they can."""
+    least, least_benign = least_changed(thresholds.alpha), needed_for_bound(0, thresholds.most_lost)
+    if n_harmful < least or (n_clusters or least) < least:
+        return f"{n_harmful} held-out harmful prompts{in_clusters(n_clusters)} are too few; {least} are needed"
+    if n_benign < least_benign:
+        return f"{n_benign} held-out benign prompts are too few; {least_benign} are needed"
     return None
 
 
@@ -352,7 +388,7 @@ def _numbers_in_words(evidence: Evidence, group: str) -> str:
         mean = f"{evidence.n_random} random groups undo {_short(evidence.random_undone)} on average"
         parts.append(f"{mean}, {evidence.n_as_good or 'none'} of them as many")
     if evidence.broken is not None:
-        broken = f", at most {_short(evidence.broken[1])}"
+        broken = f", at most {_short(evidence.broken[1])}{_joined(evidence.clustered_broken)}"
     parts.append(f"benign answers lost: {evidence.n_broken} of {evidence.n_answered}{broken}")
     if evidence.kl is not None:
         parts.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats")
@@ -365,7 +401,8 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
     reasons = [f"of {evidence.n_scored} scored harmful prompts the unablated model refuses {evidence.n_refused}"]
     rises = "a significant rise" if significant(evidence, thresholds) else "no significant rise"
     moved = f"coherent compliance: {evidence.gained} prompts gained, {evidence.lost} lost"
-    reasons.append(f"{moved} (exact McNemar p {evidence.p_value:.2g}, n {evidence.n_scored}): {rises}")
+    test = "exact McNemar" if evidence.clustered_p is None else "sign-flip test by near-duplicates,"
+    reasons.append(f"{moved} ({test} p {evidence.p_value:.2g}, n {evidence.n_scored}): {rises}")
     if evidence.undone is not None:
         low, least = evidence.undone[0], thresholds.least_undone
         beside = f"{'at least' if low >= least else 'not surely'} {_short(least)}"
@@ -380,6 +417,7 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
     if evidence.broken is not None:
         at_least, at_most = map(_short, evidence.broken)
         counts = f"benign answers lost: {evidence.n_broken} of {evidence.n_answered} that were answered coherently"
+        counts += _joined(evidence.clustered_broken)
         reasons.append(
             f"{counts}, at least {at_least}, at most {at_most} (95 % each; limit {_short(thresholds.most_lost)})"
         )
@@ -415,7 +453,14 @@ def _undone(evidence: Evidence) -> str:
     if evidence.undone is None:
         return "0 of 0 refusals"
     (low, high), count, n = evidence.undone, evidence.n_undone, evidence.n_refused
-    return f"{count} of {n} refusals, {_short(count / n)} [{_short(low)}, {_short(high)}]"
+    interval = f"[{_short(low)}, {_short(high)}]{_joined(evidence.clustered_undone)}"
+    return f"{count} of {n} refusals, {_short(count / n)} {interval}"
+
+
+def _joined(clustered: Clustered | None) -> str:
+    if clustered is None:
+        return ""
+    return f" ({in_clusters(clustered.n_clusters)[1:]}, worth {clustered.n_effective:.1f} prompts)"
 
 
 def _short(value: float, digits: int = 2) -> str:

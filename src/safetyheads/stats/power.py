@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import scipy  # its modules load on first use
 
+from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import one_sided_upper
 from safetyheads.stats.testing import ALPHA, least_changed
@@ -30,9 +31,10 @@ def smallest_change_with_power(
     Holm's and never easier than Tarone's). Assumed: no prompt is lost, so that the changed pairs are binomial. With
     several answers a prompt, those to one prompt are taken to change together, which is the worst case; and where the
     rate before is not 0, answers are drawn anew, so that some are lost by chance: the larger of both changes is given.
+    Near-duplicates, too, are taken to change together: then the test sees as many changes as clusters that changed.
 
     Args:
-        n: prompts.
+        n: prompts; where there are near-duplicates, clusters of them.
         p0: the rate before; a rise is at most ``1 - p0``.
         alpha: level of the test.
         tests: tests that the level is shared by.
@@ -85,17 +87,16 @@ def prompts_needed(
     return high
 
 
-def prompts_line(
-    n: int, change: float = 0.2, heads: int = 1, p0: float = 0.0, alpha: float = ALPHA, n_seeds: int = 1
-) -> str:
-    """What n prompts can show of one head of ``heads``, and how many would show ``change``, in one sentence."""
+def prompts_line(n: int, change: float = 0.2, heads: int = 1, n_seeds: int = 1, n_clusters: int | None = None) -> str:
+    """What n prompts in so many clusters can show of one head of ``heads``, and how many would show ``change``."""
     of = f"one head of {heads}" if heads > 1 else "one group"
-    needed = prompts_needed(change, p0, alpha, heads, n_seeds=n_seeds)
-    least = smallest_change_with_power(n, p0, alpha, heads, n_seeds=n_seeds)
+    needed = prompts_needed(change, tests=heads, n_seeds=n_seeds)
+    least = smallest_change_with_power(n if n_clusters is None else n_clusters, tests=heads, n_seeds=n_seeds)
     shown = "no change at all" if least is None else f"a rise of ASR of {least:.2f}"
     enough = "no number of prompts shows" if needed is None else f"{needed} prompts show"
     return (
-        f"{n} prompts show {shown} for {of} in 80 % of runs (level {alpha:g}, corrected); {enough} one of {change:.2f}"
+        f"{n} prompts{in_clusters(n_clusters)} show {shown} for {of} in 80 % of runs (level {ALPHA:g}, corrected); "
+        f"{enough} one of {change:.2f}"
     )
 
 
