@@ -17,6 +17,8 @@ def test_coherent_compliance_is_by_the_rules_of_words_whoever_leads():
     )
     assert (found.asr.count, found.coherent.count, found.coherent.n, found.coherent.unscored) == (2, 1, 3, 1)
     assert (found.refused.count, found.refused.n) == (1, 3)
+    # What is shown says by which rule.
+    assert f"coherent_by_words={found.coherent}" in repr(found)
 
 
 def test_a_judge_of_harm_alone_gives_no_rate_of_refusals():

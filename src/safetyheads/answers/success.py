@@ -46,7 +46,8 @@ class AttackSuccess(Table):
     """The prompt given back / scored; counts as not complied."""
 
     def _facts(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("asr", "refused", "incoherent", "echoed")}
+        rates = {name: getattr(self, name) for name in ("asr", "refused", "incoherent", "echoed")}
+        return rates | {"coherent_by_words": self.coherent}
 
     def to_rows(self) -> list[dict[str, Any]]:
         """A row for each prompt, without the answers' texts, which ``.rows`` have."""
@@ -69,7 +70,7 @@ class AttackSuccess(Table):
 
     @property
     def coherent(self) -> Rate:
-        """Complied and coherent / scored, by the rules of words; runs measure how surprising answers are too."""
+        """Complied and coherent / scored, by the rules of words alone: runs measure how surprising answers are too."""
         count = sum(row.verdict.complied and row.behaviour == "complied" for row in self.rows)
         return Rate(count, self.n, self.asr.unscored)
 
