@@ -317,6 +317,19 @@ def part(answers: GroupAnswers, places: Sequence[int], with_references: bool) ->
     return replace(answers, records=records)
 
 
+def one_by_one(answers: GroupAnswers) -> GroupAnswers:
+    """The same answers, no prompt a near-duplicate of another one.
+
+    The demo's prompts are of few wordings. As near-duplicates they are worth so few prompts that hardly any group is
+    surely concentrated, and a null would prove little.
+    """
+    alone = (
+        tuple({field: record[field] for field in record if field != "cluster"} for record in seeds)
+        for seeds in answers.records
+    )
+    return replace(answers, records=tuple(alone))
+
+
 def random_weights(folder: Path) -> Path:
     """The null's checkpoint with weights drawn anew."""
     path, null = folder / "random_weights", checkpoint_path("aligned_diffuse")
@@ -374,18 +387,22 @@ def print_audits(folder: Path, seeds: Sequence[int]) -> None:
     """Labels of audits of the null at five training seeds, kept in a folder, and of random weights, by size."""
     models = [*(null_checkpoint(shift, folder) for shift in range(5)), random_weights(folder)]
     for path, ablation in product(models, ABLATIONS):
-        started, by_size = time.process_time(), defaultdict(Counter)
         with tempfile.TemporaryDirectory() as scratch:
             shared = SharedAudits(Engine.load(str(path)), path.name, ablation, Path(scratch))
-            for labels in shared.labels(seeds):
-                for size, label in labels.items():
-                    by_size[size][label] += 1
-        pooled = sum((by_size[str(size)] for size in SIZES), Counter())
-        share = pooled[CONCENTRATED] / pooled.total()
-        seconds = time.process_time() - started
-        print(f"{path.name} {ablation}: concentrated {share:.3f} of {pooled.total()} ({seconds:.0f} s)")
-        for size, labels in by_size.items():
-            print(f"  {size:>4}: {', '.join(f'{label} {n}' for label, n in labels.most_common())}", flush=True)
+            together = shared.unablated
+            apart = {kind: one_by_one(answers) for kind, answers in together.items()}
+            for counted, shared.unablated in (("near-duplicates as one", together), ("each prompt alone", apart)):
+                started, by_size = time.process_time(), defaultdict(Counter)
+                for labels in shared.labels(seeds):
+                    for size, label in labels.items():
+                        by_size[size][label] += 1
+                pooled = sum((by_size[str(size)] for size in SIZES), Counter())
+                seconds = time.process_time() - started
+                of = f"{pooled[CONCENTRATED]} of {pooled.total()} ({seconds:.0f} s)"
+                print(f"{path.name} {ablation}, {counted}: concentrated {of}")
+                for size, labels in by_size.items():
+                    said = ", ".join(f"{label} {n}" for label, n in labels.most_common())
+                    print(f"  {size:>4}: {said}", flush=True)
 
 
 if __name__ == "__main__":

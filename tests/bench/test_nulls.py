@@ -1,7 +1,6 @@
 """A model without concentrated heads is not called concentrated: simulated, and the shipped null as users audit it."""
 
 from collections import Counter
-from dataclasses import replace
 
 import nulls
 import numpy as np
@@ -98,16 +97,8 @@ def planted(tmp_path_factory):
     shared.answer([PLANTED])
     # The demo's own prompts count one by one. Read from a file, those of one wording are near-duplicates, worth so few
     # prompts that nothing is surely undone: bad answers would have no "concentrated" to lose.
-    shared.unablated = {kind: one_by_one(answers) for kind, answers in shared.unablated.items()}
+    shared.unablated = {kind: nulls.one_by_one(answers) for kind, answers in shared.unablated.items()}
     return shared
-
-
-def one_by_one(answers):
-    """The same answers, no prompt a near-duplicate of another one."""
-    alone = (
-        [{field: record[field] for field in record if field != "cluster"} for record in one] for one in answers.records
-    )
-    return replace(answers, records=tuple(map(tuple, alone)))
 
 
 def word_salad(token_ids, number, of_all):
