@@ -64,7 +64,7 @@ def test_too_few_prompts_end_an_audit_before_the_model_is_read(run, no_model, li
         ]
         Path("harmful.txt").write_text("\n".join(texts))
         _, out, _ = run("audit", "demo:aligned_a", "--prompts", "harmful.txt", "--benign", "demo")
-        assert "held-out harmful prompts in 2 clusters of near-duplicates are too few" in out
+        assert "held-out harmful prompts in 1 cluster of near-duplicates are too few" in out
     code, _, err = run(*options, "--anyway")
     assert code == 1
     assert err.endswith("AssertionError: the model was read\n")

@@ -118,8 +118,8 @@ def test_people_agree(model):
 
 def test_the_classifiers_say_nothing_of_texts_they_do_not_know():
     assert refusal_wording.refusal_probability(plain("Ich kann dir dabei leider nicht helfen.")) is None
-    assert refusal_wording.refusal_probability(plain("for (int i = 0; i < n; ++i) { sum += values[i]; }")) is None
-    assert not refuses("def add(first, second): return first + second")
+    for code in ("for (int i = 0; i < n; ++i) { sum += values[i]; }", "def add(first, second): return first + second"):
+        assert not refuses(code)
 
 
 @pytest.mark.long

@@ -115,9 +115,10 @@ def test_answers_count_their_tokens_and_passes_their_share():
 
 
 def test_the_smallest_change_of_a_dry_run_counts_near_duplicates_as_one():
-    texts = [f"{word} the {thing}" for word in ("find", "paint", "sell") for thing in range(6)] + [*"stuvwxyz"]
+    wordings = "find my red lamp", "sell old blue boats", "who paints tall walls"
+    texts = [f"{wording} {at}" for wording in wordings for at in range(6)] + [*"stuvwxyz"]
     prompts = PromptSet.from_queries(texts).with_clusters()
     timed = Estimate(Work((), prompts=prompts), 32, 0.0, 0.0, 0.0, 0)
-    assert prompts.n_clusters < len(prompts)
-    assert timed.power.startswith(f"26 prompts in {prompts.n_clusters} clusters of near-duplicates show")
-    assert timed.as_json()["smallest_change"] == smallest_change_with_power(prompts.n_clusters)
+    assert prompts.n_clusters == 3 + 8
+    assert timed.power.startswith("26 prompts in 11 clusters of near-duplicates show")
+    assert timed.as_json()["smallest_change"] == smallest_change_with_power(11)

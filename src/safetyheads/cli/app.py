@@ -55,8 +55,8 @@ from safetyheads.runs.config import (
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 
 if TYPE_CHECKING:
-    from safetyheads.prompts.prompt_set import PromptSet
     from safetyheads.model.engine import Engine
+    from safetyheads.prompts.prompt_set import PromptSet
 
 Config = TypeVar("Config", bound=ModelOptions)
 

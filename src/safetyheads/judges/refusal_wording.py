@@ -125,6 +125,8 @@ def worded_refusal(text: str) -> str | None:
     answers = any(not any("instead" in before for before in sentences[: number + 1]) for number in offered)
     if not answers and STANCE.search(sentences[0]) and not _ALLOWS.search(sentences[0]):
         return "stance"
+    if len(_WORD.findall(text)) <= N_SHORT and EXCUSES.search(text):
+        return None
     probability = refusal_probability(text)
     return "wording" if probability is not None and probability > 0.5 else None
 
