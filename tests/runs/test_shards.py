@@ -1,12 +1,15 @@
 """Shards of a run give the bytes that one process gives; what does not fit is refused in one line."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -267,6 +270,82 @@ def test_a_shards_damaged_file_is_done_again_by_that_shard(apart, kind):
     assert file.read_bytes() == before
 
 
+def test_a_shard_that_is_killed_in_a_unit_goes_on_from_there(apart, tmp_path):
+    program = (
+        "import os, sys, test_shards; from pathlib import Path; from safetyheads.runs.shards import Shard\n"
+        "os.replace = lambda *paths: os.kill(os.getpid(), 9) if 'completions' in str(paths) else os.rename(*paths)\n"
+        "test_shards.unit_files(Path(sys.argv[1]), Shard(2, 3))"
+    )
+    folder = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ended = subprocess.run([sys.executable, "-c", program, folder], env=environment, check=False)
+    assert (ended.returncode, len(list(folder.glob("completions/.*.partial")))) == (-9, 1)
+    assert status_of(folder).stages["things"] == {"units": 3, "done": 0, "running": 1, "missing": 2}
+    with pytest.raises(ElsewhereError):
+        unit_files(folder, Shard(2, 3))
+    assert bytes_of(folder) == bytes_of(apart[1])
+
+
+def test_a_full_disk_is_one_line_and_the_unit_is_done_again(apart, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work():
+        return unit_files(folder, Shard(1, 3))
+
+    folder, fsync, n_left = tmp_path / "full", os.fsync, 40
+    # A disk that fills up at any moment of the start.
+    for n_left in range(40):
+        left = iter([fsync] * n_left)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor, left=left: next(left, full)(descriptor))
+            with pytest.raises(
+                InputError, match=r"cannot be written: No space left on device$|of other shards"
+            ) as told:
+                work()
+        if isinstance(told.value, ElsewhereError):
+            break
+        assert len(str(told.value).splitlines()) == 1
+    assert 3 < n_left < 39
+    assert bytes_of(folder) == bytes_of(apart[0])
+
+
+def test_clocks_need_not_agree(apart, tmp_path, monkeypatch):
+    folder, days = tmp_path / "run", {1: 1000, 2: -1000, 3: 0}
+    now, now_ns = time.time, time.time_ns
+    for index in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda days=days[index]: now() + days * 86_400)
+            patch.setattr(time, "time_ns", lambda days=days[index]: now_ns() + days * 86_400 * 10**9)
+            if index < 3:
+                with pytest.raises(ElsewhereError):
+                    unit_files(folder, Shard(index, 3))
+            else:
+                assert unit_files(folder, Shard(index, 3)) == [1.0, 2.0, 3.0]
+    assert status_of(folder).stages["things"]["done"] == 3
+    merge(tmp_path / "merged", apart, {})
+    assert unit_files(tmp_path / "merged") == [1.0, 2.0, 3.0]
+
+
+def test_a_rename_that_is_seen_late_costs_a_wait_or_a_round(tmp_path, monkeypatch):
+    """A network file system shows a file of another machine only after some looks at it."""
+    looks, exists, folder = Counter(), os.path.lexists, tmp_path / "run"
+    for index in (1, 2):
+        with pytest.raises(ElsewhereError):
+            unit_files(folder, Shard(index, 3))
+    of_others = set(folder.glob("completions/[!.]*"))
+
+    def sees(path):
+        looks[path] += 1
+        return exists(path) and (path not in of_others or looks[path] > 3)
+
+    monkeypatch.setattr(os.path, "lexists", sees)
+    with pytest.raises(ElsewhereError, match=r"not there yet: 2 units of other shards"):
+        unit_files(folder, Shard(3, 3))
+    looks.clear()
+    assert unit_files(folder, Shard(3, 3, 60.0)) == [1.0, 2.0, 3.0]
+
+
 def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
     with (
         RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 2)) as first,
@@ -298,11 +377,13 @@ def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, tm
     """A stand-in for the command notes how it is called."""
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}
+    commands |= {"scontrol": "echo node-1; echo node-2", "srun": 'echo "$@" >> calls', "ray": "true"}
     for name, does in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
+    environment |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
     code = "3" if script.name == "slurm_array.sh" else "0"
     arguments = ["model", "prompts", "run", "2", "5"]
     ended = subprocess.run(
@@ -312,6 +393,7 @@ def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, tm
     assert ended.returncode == 0
     expected = {
         "eight_gpus.sh": ("--shard 1/2", "--shard 2/2", "status run"),
+        "ray_slurm.sh": ("--ray node-1:6379 --workers 4 --gpus-per-worker 1",),
         "slurm_array.sh": ("--shard 3/4",),
         "slurm_merge.sh": ("merge run run-1 run-2 run-3 run-4", "plan 4 audit model"),
         "spot_machine.sh": ("--shard 2/5",),

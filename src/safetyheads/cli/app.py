@@ -216,7 +216,13 @@ def _run(
         refuse_missing(config.model)  # a model that is not there is refused all the same
         _show(settles, output, lambda: show.print_lines([settles["verdict"]["sentence"]]))
         return 0
-    results = run(load_engine(config, progress), config, out, data, progress, sys.argv, where.dry_run, shard)
+    given = config, out, data, progress, sys.argv
+    if where.ray is None or where.dry_run:
+        results = run(load_engine(config, progress), *given, where.dry_run, shard)
+    else:
+        from safetyheads.integrations.ray_workers import carry_out_by_workers
+
+        results = carry_out_by_workers(run, *given, where.ray, where.workers, where.gpus_per_worker)
     if report is None or where.dry_run:
         _show(results, output, lambda: display(results))
     else:

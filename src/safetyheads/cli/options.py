@@ -70,12 +70,25 @@ class RunOptions(DirectoryOptions):
     All N have the same --out, or one each that merge joins. Exit code 3: run all of them again."""
     wait: float = 0.0
     """Seconds to wait for files of other shards while none appears, instead of ending with 3."""
+    ray: str | None = None
+    """Compute by workers under Ray: local for this machine, auto for the cluster at hand, or the address of one. All
+    machines see --out."""
+    workers: int | None = None
+    """Workers under Ray, a model each. Default: as many as have room."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each worker under Ray; half a one needs --memory."""
 
     @property
     def parsed_shard(self) -> Shard:
         """Which units are computed."""
         if self.wait and self.shard is None:
             raise InputError("--wait belongs to --shard")
+        if self.ray is None and (self.workers is not None or self.gpus_per_worker):
+            raise InputError("--workers and --gpus-per-worker belong to --ray")
+        if self.ray is not None and self.shard is not None:
+            raise InputError("--ray and --shard exclude each other")
+        if (self.workers is not None and self.workers < 1) or self.gpus_per_worker < 0:
+            raise InputError("--workers is at least 1, and --gpus-per-worker not below 0")
         return Shard.parse(self.shard, self.wait)
 
 

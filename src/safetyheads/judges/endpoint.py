@@ -118,8 +118,8 @@ class Meter:
         with self._lock:
             if cap is not None and self.requests >= cap:
                 raise _NotAsked("request cap")
-            for path in self._files[-1:]:
-                _append(path, b".")
+            for path in self._files[-1:]:  # other workers of the run count there too
+                self.requests = max(self.requests, _append(path, b"."))
             self.requests += 1
 
     def count_in(self, path: Path) -> None:

@@ -205,8 +205,9 @@ class HeadPass:
             return depends_on | {"groups": [format_heads(groups[index]) for index in indices]}
 
         def hidden_of(start: int, chosen: Sequence[Group]) -> Tensor:
-            if not captures:  # only once a batch is not in the store
-                captures.extend(self.engine.captured(self.sequences, common, self.ablation, self.plan, start))
+            # Only once a batch is not in the store; again where one comes back that needs earlier layers.
+            if not captures or start not in captures[0].inputs:
+                captures[:] = self.engine.captured(self.sequences, common, self.ablation, self.plan, start)
             for capture in captures:
                 capture.drop_before(start)
             return self.engine.replayed(captures, chosen, self.ablation, start)

@@ -247,7 +247,7 @@ class RunDirectory:
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""
-        if not self._known_places or self.shard.count > 1:  # other shards remember too
+        if not self._known_places or not self.shard.alone:  # others remember too
             places = self._stages.get(_REMEMBERED, {})
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
                 if place in self._known_places:
@@ -377,12 +377,12 @@ class RunDirectory:
                 later[at] = error
             else:
                 yield at, value
-        deadline, n_missing = time.monotonic() + self.shard.wait, -1
+        since, n_missing = time.monotonic(), -1
         while later:
             missing = {place for error in later.values() for place in error.places if not self._is_there(place)}
             if len(missing) != n_missing:
-                deadline, n_missing = time.monotonic() + self.shard.wait, len(missing)
-            if self._nested or (missing and time.monotonic() >= deadline):
+                since, n_missing = time.monotonic(), len(missing)
+            if self._nested or (missing and self.shard.ends_waiting(missing, time.monotonic() - since)):
                 raise _elsewhere(missing or {place for error in later.values() for place in error.places})
             for at, lacking in [(at, error.places) for at, error in later.items()]:
                 if missing.isdisjoint(lacking) or any(map(self.shard.takes, lacking & missing)):
@@ -434,6 +434,7 @@ class RunDirectory:
         began = time.monotonic()
         self._write(place, make())
         self._note(place, seconds=time.monotonic() - began)
+        self.shard.wrote(place)
         return self._read(place)
 
     def _read(self, place: str) -> Any:

@@ -545,7 +545,7 @@ def run_directory(
     except InputError as error:
         # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays. Others may
         # be at work in a directory of shards.
-        is_shared = isinstance(error, ElsewhereError) or (shard is not None and shard.count > 1)
+        is_shared = isinstance(error, ElsewhereError) or (shard is not None and not shard.alone)
         if (
             is_new
             and not is_shared

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from safetyheads.errors import InputError
@@ -38,6 +38,10 @@ class Shard:
         if wait < 0:
             raise InputError(f"--wait is a number of seconds; got {wait:g}")
         self.index, self.count, self.wait = index, count, wait
+        self.alone = count == 1
+        """Whether no other process is meant to work on the run."""
+        self.part = "run" if count == 1 and index else f"shard-{index}-of-{count}"
+        """What the process is called in the run directory."""
         self._owners: dict[str, int] = {}
 
     @classmethod
@@ -52,11 +56,6 @@ class Shard:
             raise InputError(f"a shard is I/N, such as 3/8, or env; got {text!r}")
         return cls(int(match[1]), int(match[2]), wait)
 
-    @property
-    def part(self) -> str:
-        """What the process is called in the run directory."""
-        return "run" if self.count == 1 and self.index else f"shard-{self.index}-of-{self.count}"
-
     def divide(self, units: Units) -> None:
         """Divide units among the shards; one that is divided stays where it is."""
         self._owners |= owners(units, self.count) | self._owners
@@ -64,6 +63,13 @@ class Shard:
     def takes(self, place: str) -> bool:
         """Whether this process computes the unit of a file; what nobody divided is cheap, and everybody's."""
         return self._owners.get(place, self.index) == self.index
+
+    def wrote(self, place: str) -> None:
+        """Told that a file of a unit was written here."""
+
+    def ends_waiting(self, missing: Iterable[str], seconds: float) -> bool:
+        """Whether to end without the files of others that are missing, after seconds in which none appeared."""
+        return seconds >= self.wait
 
 
 def owners(units: Units, count: int) -> dict[str, int]:

@@ -47,7 +47,9 @@ class Status:
         if self.seconds_a_unit is not None:
             left = "" if self.seconds_left is None else f"; about {duration(self.seconds_left)} left for known units"
             lines[-1] += f", {duration(self.seconds_a_unit)} each{left}"
-        if self.missing_shards:
+        if self.missing_shards and self.shards == 1:
+            lines.append("the run's own command goes on with the missing units")
+        elif self.missing_shards:
             lines.append(
                 f"missing are units of shards {self.missing_shards} of {self.shards}: --array={self.missing_shards}"
             )

@@ -1,0 +1,245 @@
+"""How a run scales over workers: ``python bench/scale.py PART...``, one JSON line each.
+
+    workers     one worker of one thread and two under Ray on a random 58M model: ratio, overhead a unit, memory
+    plan        10,000 units planned and told of: seconds
+    cluster     a scan of a 7B shape on 1 to 64 workers: units replaced by their counted seconds, in simulated time
+
+Seconds of ``workers`` and ``plan`` mean little on a machine that does other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES, Shape, build, prompts
+
+from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.integrations.ray_workers import ClaimingShard, Claims, carry_out_by_workers
+from safetyheads.measures.head_pass import HeadPass, Readouts
+from safetyheads.model.engine import Engine
+from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence, fit_plan, row_sizes
+from safetyheads.runs.config import AsrConfig, Silent
+from safetyheads.runs.directory import RunDirectory, stage_of
+from safetyheads.runs.kept_answers import _RECORDS_TOGETHER
+from safetyheads.runs.run import _KeptPass
+from safetyheads.runs.shards import Shard, Units
+from safetyheads.runs.status import status_of
+
+N_UNITS = 10_000
+RATE = 125e12
+"""Operations a second of a GPU, stated: 40 % of an A100's peak in bfloat16."""
+_POLL = 0.5
+_N_NEW = 128
+
+
+# Workers
+
+
+def measure(
+    engine: Engine, config: AsrConfig, out: Path, data: Any, *_: Any, shard: Shard | None = None
+) -> dict[str, Any]:
+    """Ships of every head, in a run directory; ``data`` are the sequences and the plan."""
+    sequences, plan = data
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = resident("VmRSS")
+    with RunDirectory.start(out, {"a": 1}, {}, shard=shard) as run:
+        keep = _KeptPass(run, "scores", {})
+        head_pass = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), plan, keep)
+        head_pass.measure([(head,) for head in engine.heads])
+    (out / f"memory-{os.getpid()}").write_text(str(resident("VmHWM") - before))
+    return {"n": len(engine.heads)}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process, from Linux: now (``VmRSS``) or at the peak (``VmHWM``)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
+def load(config: AsrConfig, progress: Silent) -> Engine:
+    """A random model of the shape that the config names."""
+    import torch
+
+    torch.set_num_threads(1)
+    model = build(SHAPES[config.model], "sdpa")
+    use_our_attention(model)
+    return Engine(model, tokenizer=None, name=config.model)  # type: ignore[arg-type]
+
+
+def by_workers(name: str, n_prompts: int, rows: int) -> Iterator[dict[str, Any]]:
+    """Seconds of one worker and of two, with Ray's own time left out: from the first unit to the last."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config, engine = AsrConfig(name, "none", memory=4.0), load(AsrConfig(name, "none"), Silent())
+    sequences = [TokenSequence(tuple(token_ids)) for token_ids in prompts(SHAPES[name], n_prompts)]
+    plan = Plan(engine.plan(sequences).rows, rows, rows)
+    told = engine.memory_estimate(sequences, plan)
+    folder = Path(tempfile.mkdtemp(prefix="scale-"))
+    seconds = {}
+    for n_workers in (1, 2):
+        out = folder / f"{n_workers}"
+        carry_out_by_workers(measure, config, out, (sequences, plan), Silent(), (), "local", n_workers, load=load)
+        units, gaps, makespan = read_log(out)
+        seconds[n_workers] = makespan
+        overhead = sum(gaps) / len(gaps) / (sum(units) / len(units))
+        peaks = [int(path.read_text()) for path in out.glob("memory-*")]
+        yield {
+            "part": "workers", "workers": n_workers, "units": len(units), "seconds": makespan,
+            "unit_seconds": sum(units) / len(units), "overhead_of_unit": overhead,
+            "peak_bytes": peaks, "planned_bytes": told, "peak_over_plan": [peak / told for peak in peaks],
+        }  # fmt: skip
+    yield {"part": "workers", "ratio": seconds[1] / seconds[2]}
+    shutil.rmtree(folder)
+
+
+def read_log(out: Path) -> tuple[list[float], list[float], float]:
+    """Seconds of each unit, of each pause between two of one worker, and from the first begun to the last ended."""
+    units, gaps, times = [], [], []
+    for path in out.glob("starts/[!.]*.jsonl"):
+        ended = None
+        for noted in map(json.loads, path.read_text().splitlines()):
+            times.append(noted["time"])
+            if "seconds" in noted:
+                units.append(noted["seconds"])
+                ended = noted["time"]
+            elif ended is not None:
+                gaps.append(noted["time"] - ended)
+    return units, gaps, max(times) - min(times)
+
+
+# Planning and status
+
+
+def planning() -> Iterator[dict[str, Any]]:
+    """Ten thousand units, divided among 64 shards or claimed by workers, and told of."""
+    units = {(f"completions/things-{number:024x}.jsonl",): 1.0 + number % 7 for number in range(N_UNITS)}
+    with tempfile.TemporaryDirectory() as name:
+        folder, claims = Path(name), Claims()
+        seconds = {}
+        for kind, shard in {
+            "shards": Shard(1, 64),
+            "claims": ClaimingShard(
+                "me", folder, lambda *_: None, lambda call, *values: getattr(claims, call)(*values)
+            ),
+        }.items():
+            with RunDirectory.start(folder / kind, {}, {}, shard=shard) as run:
+                started = time.monotonic()
+                run.divide("things", units)
+                seconds[kind] = time.monotonic() - started
+            started = time.monotonic()
+            status_of(folder / kind)
+            seconds[f"status of {kind}"] = time.monotonic() - started
+        started = time.monotonic()
+        claims.news()
+        seconds["look at claims"] = time.monotonic() - started
+    yield {"part": "plan", "units": N_UNITS, "seconds": seconds}
+
+
+# A simulated cluster
+
+
+def scan_units(shape: Shape, n_harmful: int, n_benign: int, changed: float) -> tuple[list[Units], dict[str, float]]:
+    """Counted seconds of a scan's units, stage after stage, and what each worker needs once before a stage's units.
+
+    ``changed`` is the share of answers that are decoded to their end; decoding runs at a tenth of the rate.
+    """
+    model = build(shape, "sdpa", "meta")
+    use_our_attention(model)
+    engine = Engine(model, tokenizer=None, name="counted", memory_budget=30 << 30)  # type: ignore[arg-type]
+    costs, n_heads = engine.costs, len(engine.heads)
+    unablated: dict[tuple[str, ...], float] = {}
+    heads: dict[tuple[str, ...], float] = {}
+    scores: dict[tuple[str, ...], float] = {}
+    once = {}
+    for name, n in (("harmful", n_harmful), ("benign", n_benign)):
+        sequences = [TokenSequence(tuple(token_ids)) for token_ids in prompts(shape, n)]
+        plan = fit_plan(sequences, costs, 16_384, 30 << 30)
+        rows = row_sizes(sequences, plan)
+        forward = costs.forward_flops(rows) / RATE
+        longer = 1 + _N_NEW / (sum(len(sequence.token_ids) for sequence in sequences) / n)
+        decoding = forward * (longer - 1) * 10
+        unablated[f"completions/vanilla-{name}.jsonl",] = forward + decoding
+        once[f"scores-{name}"], once[f"heads-{name}"] = forward, 2 * forward * longer
+        together = max(1, _RECORDS_TOGETHER // n)
+        for at in range(0, n_heads, together):
+            n_here = min(together, n_heads - at)
+            # On average a head's layer is in the middle, and layers before it are not run again.
+            heads[f"completions/heads-{name}-{at:024x}.jsonl",] = n_here * (forward * longer / 2 + changed * decoding)
+        for at, (batch, start) in enumerate(engine.batches([(head,) for head in engine.heads], plan)):
+            cost = len(batch) * costs.replay_flops(rows, start) / RATE
+            scores[f"shards/scores-{name}/{at:024x}.safetensors",] = cost
+    return [unablated, heads | scores], once
+
+
+def simulated(stages: Sequence[Units], once: dict[str, float], n_workers: int, overhead: float) -> dict[str, float]:
+    """Workers that claim units from the real claims, in simulated time."""
+    now = 0.0
+    claims = Claims(lambda: now)
+    busy, begun = 0.0, [set[str]() for _ in range(n_workers)]
+    for units in stages:
+        names = {places[0]: cost for places, cost in units.items()}
+        claims.expect(dict.fromkeys(names, False))
+        left, ready, last = dict(names), [(now, worker, "") for worker in range(n_workers)], now
+        heapq.heapify(ready)
+        while ready:
+            now, worker, unit = heapq.heappop(ready)
+            if unit:
+                claims.done(unit)
+                last = now
+            chosen = next((name for name in left if claims.claim(f"{worker}", name)[0]), None)
+            if chosen is None:
+                continue
+            cost, stage = left.pop(chosen) + overhead, stage_of(chosen)
+            cost += 0.0 if stage in begun[worker] else once.get(stage, 0.0)
+            begun[worker].add(stage)
+            busy += names[chosen]
+            heapq.heappush(ready, (now + cost, worker, chosen))
+        now = last + (_POLL if n_workers > 1 else 0.0)  # others see a file when they next look
+    # No plan can be faster: all units at once on all workers, or a stage's longest unit.
+    bound = sum(max(sum(units.values()) / n_workers, max(units.values())) for units in stages)
+    return {"seconds": now, "efficiency": busy / (n_workers * now), "over_bound": now / bound}
+
+
+def cluster(overhead: float) -> Iterator[dict[str, Any]]:
+    """A scan of a 7B shape, few answers changed or all."""
+    for n_harmful, n_benign, changed in ((100, 100, 0.1), (520, 100, 0.1), (520, 520, 0.1), (520, 520, 1.0)):
+        stages, once = scan_units(SHAPES["llama-2-7b"], n_harmful, n_benign, changed)
+        for n_workers in (1, 8, 64):
+            found = simulated(stages, once, n_workers, overhead)
+            sizes = {"harmful": n_harmful, "benign": n_benign, "changed": changed, "units": sum(map(len, stages))}
+            yield {"part": "cluster", **sizes, "workers": n_workers, **found}
+
+
+def main() -> None:
+    """Print a JSON line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["plan", "cluster"], help="workers, plan, cluster")
+    parser.add_argument("--model", choices=SHAPES, default="58M")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=2, help="head groups a batch: fewer make more units")
+    parser.add_argument("--overhead", type=float, default=0.05, help="seconds of each unit that are not its own")
+    arguments = parser.parse_args()
+    parts = {
+        "workers": lambda: by_workers(arguments.model, arguments.prompts, arguments.rows),
+        "plan": planning,
+        "cluster": lambda: cluster(arguments.overhead),
+    }
+    for part in arguments.parts:
+        for line in parts[part]():
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Workers under Ray write the bytes of one process, whatever is lost on the way."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.managers import BaseManager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.integrations.ray_workers import MOST_FAILURES, ClaimingShard, Claims, carry_out_by_workers
+from safetyheads.measures.head_pass import HeadPass
+from safetyheads.runs.config import AsrConfig, ShipsConfig, Silent
+from safetyheads.runs.directory import RunDirectory, records_place
+from safetyheads.runs.single_steps import run_ships
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
+from test_shards import bytes_of
+
+CONFIG = AsrConfig("none", "none", memory=1.0)
+"""Of stand-ins, which load no model."""
+SHUT_OFF = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+STAGES = ("first", "second", "third")
+N_UNITS = 6
+
+
+def stand_in(engine, config, out, data=None, progress=None, command=(), shard=None):
+    """A run of stages of units, each of which needs the whole stage before; ``data`` is told of each unit."""
+    with RunDirectory.start(out, {"a": 1}, {}, shard=shard) as run:
+        total = 0.0
+        for stage in STAGES:
+            costs = {(records_place(stage, {"n": n}),): 1.0 + n for n in range(N_UNITS)}
+            run.divide(stage, costs)
+
+            def unit(n, stage=stage, total=total):
+                def compute():
+                    (data or trouble)(out, stage, n)
+                    return [{"value": total + n / 3}]
+
+                return run.records(stage, {"n": n}, compute)[0]["value"]
+
+            total = sum(run.together(*(partial(unit, n) for n in range(N_UNITS))))
+        run.write_results({"total": total})
+        return run.read_results()
+
+
+def trouble(out, stage, n, kind="none", at=("second", 2), seconds=0.0):
+    """What happens in one unit: a process that is killed, or an error, once or always."""
+    time.sleep(seconds)
+    once = out.parent / f"{out.name}-once"
+    if (stage, n) == at and kind != "none" and not (once.exists() and kind.endswith("once")):
+        once.touch()
+        if kind.startswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("no luck")
+
+
+def no_engine(config, progress):
+    return "an engine"
+
+
+def killed(config, progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def by_ray(out, data=None, n_workers=2, load=no_engine, progress=None, carry_out=stand_in, config=CONFIG):
+    progress = progress or Silent()
+    return carry_out_by_workers(carry_out, config, out, data, progress, (), "local", n_workers, load=load)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray", reason="needs ray: pip install ray -c constraints.txt")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Files of a stand-in that one process carried out."""
+    folder = tmp_path_factory.mktemp("one")
+    stand_in(None, CONFIG, folder / "run")
+    return bytes_of(folder / "run")
+
+
+class Lines(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+# Without Ray: who gets which unit.
+
+
+def test_a_unit_is_in_one_hand_and_goes_back_when_that_is_lost():
+    now = [0.0]
+    claims = Claims(lambda: now[0])
+    a, b = "shards/s/a.safetensors", "shards/s/b.safetensors"
+    claims.expect({a: False, b: True})
+    assert claims.claim("first", a) == (True, [a], [])
+    assert claims.claim("second", a) == (False, [a], [])
+    assert claims.news() == ([], ("s", 1, 2))
+    assert claims.fail("first", "killed") == [a]
+    assert claims.claim("second", a)[0]
+    claims.done(a)
+    assert claims.news()[1] == ("", 0, 0)
+    # A file system may show it late; where it is lost it is made again.
+    assert not claims.claim("third", a)[0]
+    now[0] = 60.0
+    assert claims.claim("third", a)[0]
+    for _ in range(MOST_FAILURES - 1):
+        claims.fail("third", "no luck")
+        assert claims.claim("third", a)[0] == (len(claims.given_up()) == 0)
+    assert claims.given_up() == {a: "no luck"}
+
+
+def test_a_worker_waits_for_others_but_not_for_what_nobody_computes(tmp_path):
+    claims = Claims()
+    shard = ClaimingShard("me", tmp_path, lambda method, *values: getattr(claims, method)(*values), lambda *_: None)
+    shard.divide({("x/a", "x/b"): 1.0, ("x/c",): 1.0})
+    assert shard.takes("what nobody divided")
+    for _ in range(MOST_FAILURES):
+        assert claims.claim("other", "x/a")[0]
+        claims.fail("other", "no luck")
+    assert not shard.takes("x/b")
+    assert shard.ends_waiting({"x/a", "x/b"}, 0.0)
+    assert not shard.ends_waiting({"x/b", "x/c"}, 1e9)
+    assert claims.claim("other", "x/c")[0]
+    assert not shard.takes("x/c")
+
+
+class Shared(BaseManager):
+    """Claims in a process of their own."""
+
+
+Shared.register("Claims", Claims)
+
+
+def work(name, claims, out):
+    def ask(method, *values):
+        return getattr(claims, method)(*values)
+
+    def count(_, stage, n):
+        with (out.parent / "computed").open("a") as file:
+            file.write(f"{stage} {n}\n")
+        time.sleep(random.random() / 50)
+
+    stand_in(None, CONFIG, out, count, shard=ClaimingShard(name, out, ask, ask))
+
+
+def test_workers_of_one_directory_compute_each_unit_once(one, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    with Shared(ctx=fork) as manager:
+        claims = manager.Claims()
+        workers = [fork.Process(target=work, args=(f"worker-{n}", claims, tmp_path / "run")) for n in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    computed = (tmp_path / "computed").read_text().splitlines()
+    assert sorted(computed) == sorted(f"{stage} {n}" for stage in STAGES for n in range(N_UNITS))
+    assert bytes_of(tmp_path / "run") == one
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--workers", "2"], "--workers and --gpus-per-worker belong to --ray"),
+        (["--ray", "local", "--shard", "1/2"], "--ray and --shard exclude each other"),
+        (["--ray", "local", "--workers", "0"], "--workers is at least 1"),
+        (["--ray", "local", "--gpus-per-worker", "1"], "--gpus-per-worker belongs to --device cuda"),
+        (["--ray", "local", "--device", "cuda"], "--gpus-per-worker belongs to --device cuda"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_ray_starts(run, tmp_path, options, line):
+    code, _, err = run("scan", "demo:aligned_a", "--prompts", "demo", "--out", tmp_path / "run", *options)
+    assert (code, line in " ".join(err.split())) == (2, True), err
+
+
+# Under Ray, with stand-ins for a model.
+
+
+@pytest.mark.parametrize("kind", ["none", "killed once", "error once"])
+def test_workers_write_the_bytes_of_one_process_though_one_is_lost(ray, one, tmp_path, kind):
+    watched = Lines()
+    results = by_ray(tmp_path / "run", partial(trouble, kind=kind), 3, progress=watched)
+    assert bytes_of(tmp_path / "run") == one
+    assert results["total"] > 0
+    assert any("a worker was lost, its units go back" in line for line in watched.lines) == (kind == "killed once")
+
+
+@pytest.mark.parametrize("kind", ["killed", "error"])
+def test_a_unit_that_fails_three_times_is_named_and_the_rest_is_kept(ray, one, tmp_path, kind):
+    place = records_place("second", {"n": 2})
+    with pytest.raises(SafetyheadsError, match=rf"^{place} failed 3 times: .*What was computed is kept"):
+        by_ray(tmp_path / "run", partial(trouble, kind=kind))
+    left = {name for name in one if name.startswith("completions/")} - bytes_of(tmp_path / "run").keys()
+    assert left == {place} | {records_place("third", {"n": n}) for n in range(N_UNITS)}
+    by_ray(tmp_path / "run")
+    assert bytes_of(tmp_path / "run") == one
+
+
+def refused(*_, **__):
+    raise InputError("bad settings")
+
+
+def test_what_one_process_refuses_is_refused_in_its_words(ray, tmp_path):
+    with pytest.raises(InputError, match=r"^bad settings$"):
+        by_ray(tmp_path / "run", carry_out=refused)
+    with pytest.raises(SafetyheadsError, match="workers are lost before they compute anything"):
+        by_ray(tmp_path / "run", load=killed, n_workers=1)
+
+
+def tight(config, progress):
+    """An engine on whose device more than four groups do not fit."""
+    from safetyheads.measures.head_pass import HeadPass
+    from safetyheads.runs.start import load_engine
+
+    if not hasattr(HeadPass, "whole"):
+        HeadPass.whole = HeadPass._read
+
+    def read(self, hidden):
+        if len(hidden) > 4:
+            raise RuntimeError("not enough memory")
+        return self.whole(hidden)
+
+    HeadPass._read = read
+    return load_engine(config, progress)
+
+
+def test_batches_that_do_not_fit_are_halved_as_in_one_process(ray, tmp_path, monkeypatch):
+    config = ShipsConfig("demo:aligned_a", "demo", limit=6, memory=1.0)
+    monkeypatch.setattr(HeadPass, "_read", HeadPass._read)  # put back at the end
+    torch.set_num_threads(1)
+    run_ships(tight(config, Silent()), config, tmp_path / "one")
+    by_ray(tmp_path / "ray", carry_out=run_ships, config=config, load=tight)
+    one = bytes_of(tmp_path / "one")
+    assert len([place for place in one if place.startswith("shards/")]) > 8 + 8
+    assert bytes_of(tmp_path / "ray") == one
+
+
+# Long: everything is killed; the organism.
+
+
+def kill_workers(folder, kills, stop):
+    """Kill workers at random moments, twenty in all; each start in the directory names its process."""
+    while len(kills) < 20 and not stop.wait(random.uniform(0.2, 1.5)):
+        pids = [int(path.stem.rpartition("-")[2]) for path in folder.glob("starts/[!.]*.json")]
+        alive = [pid for pid in pids if psutil.pid_exists(pid) and "ray::" in " ".join(psutil.Process(pid).cmdline())]
+        if alive:
+            kills.append(random.choice(alive))
+            os.kill(kills[-1], signal.SIGKILL)
+
+
+def until_done(out, **settings):
+    """Start again as long as units that were killed too often end the run."""
+    for _ in range(5):
+        try:
+            return by_ray(out, partial(trouble, seconds=0.3), **settings)
+        except SafetyheadsError as error:
+            if "failed 3 times" not in str(error):
+                raise
+    raise AssertionError("the run does not end")
+
+
+@pytest.mark.long
+def test_workers_killed_at_twenty_random_moments(ray, one, tmp_path):
+    kills = []
+    while len(kills) < 20:
+        out, stop = tmp_path / f"run-{len(kills)}", threading.Event()
+        killer = threading.Thread(target=kill_workers, args=(out, kills, stop))
+        killer.start()
+        until_done(out, n_workers=3)
+        stop.set()
+        killer.join()
+        assert bytes_of(out) == one
+
+
+@pytest.mark.long
+def test_the_driver_killed_at_five_random_moments(ray, one, tmp_path):
+    out = tmp_path / "run"
+    for _ in range(5):
+        driver = subprocess.Popen([sys.executable, __file__, out])
+        time.sleep(random.uniform(3, 12))
+        driver.kill()
+        driver.wait()
+    until_done(out)
+    assert bytes_of(out) == one
+
+
+@pytest.mark.long
+def test_a_node_removed_from_a_cluster_at_five_random_moments(ray, one, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        for number in range(5):
+            node, out = cluster.add_node(num_cpus=2, object_store_memory=100 << 20), tmp_path / f"run-{number}"
+            remove = threading.Timer(random.uniform(1, 4), cluster.remove_node, [node, False])
+            remove.start()
+            until_done(out, n_workers=3)
+            remove.join()
+            assert bytes_of(out) == one
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+
+
+COMMANDS = {
+    "audit": ["--benign", "demo", "--size", "2", "--n-random", "2", "--anyway", "--damage-tokens", "2"],
+    "scan": ["--benign", "demo", "--prefixes", "2"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_process_seven_shards_and_three_workers_write_the_same_bytes(command, tmp_path):
+    pytest.importorskip("ray", reason="needs ray: pip install ray -c constraints.txt")
+
+    def code_of(*arguments):
+        return subprocess.run([sys.executable, "-m", "safetyheads", *map(str, arguments)], check=False).returncode
+
+    def start(out, *more):
+        prompts = ["--prompts", "demo", "--limit", "6", "--max-new-tokens", "12", "--memory", "1", "--quiet"]
+        return code_of(command, "demo:aligned_a", *prompts, *COMMANDS[command], "--out", out, *more)
+
+    def files(folder):
+        """Results, answers and pages: what a reader sees."""
+        places = bytes_of(folder).items()
+        return {place: content for place, content in places if not place.startswith(("plan/", "remembered/"))}
+
+    assert start(tmp_path / "one") == 0
+    folders, merged, codes = [tmp_path / f"{index}-of-7" for index in range(1, 8)], tmp_path / "merged", []
+    while 0 not in codes:
+        tasks = list(enumerate(folders, start=1))
+        random.shuffle(tasks)
+        with ThreadPoolExecutor(2) as two:
+            codes = list(two.map(lambda task: start(task[1], "--shard", f"{task[0]}/7"), tasks))
+        assert set(codes) <= {0, 3}
+        assert code_of("merge", merged, *folders) == 0
+        for folder in folders:
+            shutil.copytree(merged, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock*"))
+    assert start(merged) == 0
+    assert start(tmp_path / "ray", "--ray", "local", "--workers", "3") == 0
+    one = files(tmp_path / "one")
+    assert {"results.json", "report/index.html"} < one.keys()
+    for other in (merged, tmp_path / "ray"):
+        assert {place: content == one.get(place) for place, content in files(other).items()} == dict.fromkeys(one, True)
+
+
+if __name__ == "__main__":
+    until_done(Path(sys.argv[1]))
