@@ -78,6 +78,8 @@ def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_
         assert sentence in out
         assert sentence in err.replace("\n", " ")
         assert sentence in (tmp_path / "report" / "index.html").read_text()
+    assert "of all 26 others at most" in out.replace("\n", " ")
+    assert "Of all others above" in (tmp_path / "report" / "index.html").read_text()
     lengths = {}
     for path in (tmp_path / "completions").glob("*harmful_test*"):
         for record in map(json.loads, path.read_text().splitlines()):
@@ -115,7 +117,7 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
     assert all(head["n"] == whole["n"] == 24 and head["interval"] is None for head in whole["heads"])
     assert all(len(head["median_interval"]) == 2 for head in whole["heads"])
     found, err = found_by(run, "ships DEMO --limit 24 --screen --candidates 6 --sample 5")
-    screening = found["screening"]
+    (screening,) = found["screening"]
     assert set(screening["candidates"][:3]) == PLANTED
     assert {head["head"] for head in found["heads"]} == {*screening["candidates"], *screening["sampled"]}
     assert (screening["missed"]["n_others"], screening["missed"]["n_sampled"]) == (26, 5)

@@ -28,7 +28,7 @@ def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_wi
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
     assert found["caveats"][0].startswith("This model validates the code")
-    show_evaluation(found, Path("run/report/index.html"))
+    show_evaluation(found)
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if line.startswith("organism")]
     assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
@@ -55,7 +55,7 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path
     computed.clear()
     code, printed, err = run(*arguments)
     assert (code, err, len(computed)) == (0, "", 1)
-    assert f"Run: {out}" in printed
+    assert f"Report: {out}/report/index.html" in printed
     first = (out / "results.json").read_bytes()
     computed.clear()
     assert (run(*arguments)[0], computed) == (0, [])
@@ -138,7 +138,7 @@ def test_metrics_that_are_no_shares_are_shown_too(capsys):
     whole = {"change": 2.0, **dict.fromkeys(("interval", "gained", "lost", "p_value", "p_holm", "test"))}
     metrics = [metric | {"value": 12345.678, "difference": None}, metric | {"value": None, "difference": whole}]
     results = {"metrics": metrics, "settings": {"lm_eval": "0"}, "caveats": [], "warnings": ["[odd]"]}
-    show_evaluation({**results, "ablation": {"label": "sc"}}, Path("run/report/index.html"))
+    show_evaluation({**results, "ablation": {"label": "sc"}})
     printed = capsys.readouterr().out
     for said in ("1.235e+04", "not finite", "+2.00", "warning: [odd]"):
         assert said in printed

@@ -2,7 +2,6 @@
 
 import io
 import time
-from pathlib import Path
 
 import experiment_samples as samples
 import pytest
@@ -10,8 +9,6 @@ from rich.console import Console
 
 from safetyheads.cli import show
 from safetyheads.experiments.catalogue import EXPERIMENTS
-
-REPORT = Path("report/index.html")
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def test_the_list_fits_and_names_costs_and_what_is_lacking(terminal, width):
 
 @pytest.mark.parametrize("width", [50, 60, 80, 120, 200])
 def test_tables_break_no_number(terminal, width):
-    lines = terminal(width, show.show_outcomes, samples.results(), ["table1"], REPORT)
+    lines = terminal(width, show.show_outcomes, samples.results(), ["table1"])
     assert max(map(len, lines)) <= width
     text = "\n".join(lines) if width > 60 else " ".join(" ".join(lines).split())
     for said in ("refusal", "0.33", "[0.18, 0.53]", "[+0.10, +0.40]", "p < 0.001", "1,682,963,909", "0.72", "quoted"):
@@ -57,21 +54,21 @@ def test_one_experiment_has_its_tables_and_several_a_line_each(terminal):
     results = samples.results() | {"left_out": left_out}
     asr = {"model": "m", "label": "ASR, UA", "kind": "rate", "value": samples.at(13) | {"value": 13 / 24, "p": None}}
     next(outcome for outcome in results["experiments"] if outcome["name"] == "fig2")["headline"] = [asr]
-    lines = terminal(120, show.show_outcomes, results, ["fig2", "fig15", "table1", "fig6a"], REPORT)
+    lines = terminal(120, show.show_outcomes, results, ["fig2", "fig15", "table1", "fig6a"])
     assert len(lines) < 15
     text = "\n".join(lines)
     assert "0.54" in text
     assert "Not meaningful on this model. demo:aligned_a on theft" in text
-    assert lines[-3:] == ["fig6a left out: It needs base: the checkpoint.", "", f"Report: {REPORT}"]
+    assert lines[-1] == "fig6a left out: It needs base: the checkpoint."
     assert "Not asked for" not in text
 
 
 def test_what_was_timed_is_shown_where_it_is_given(terminal):
     timed = samples.timings()["timed"]
-    text = "\n".join(terminal(100, show.show_outcomes, samples.results(), ["table2"], REPORT, timed))
+    text = "\n".join(terminal(100, show.show_outcomes, samples.results(), ["table2"], timed))
     assert text.index("Timed on this machine") < text.index("1.73 [1.7, 1.76]") < text.index("850 quoted")
     for name, given in (("table2", None), ("fig2", timed)):
-        assert "Timed" not in "\n".join(terminal(100, show.show_outcomes, samples.results(), [name], REPORT, given))
+        assert "Timed" not in "\n".join(terminal(100, show.show_outcomes, samples.results(), [name], given))
 
 
 def test_layers_that_differ_are_named_apart():

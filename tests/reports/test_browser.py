@@ -14,17 +14,22 @@ import scan_samples
 from run_samples import audit_run, compared_record, first, settings
 from scan_samples import Sample
 
+from safetyheads.demo import load_demo
 from safetyheads.reports.compare import write_comparison
 from safetyheads.reports.write import write_history, write_report
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.history import read_history
+from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright: pip install playwright")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
 EXPERIMENTS = ("index", "fig2", "fig4b", "fig6b", "fig7", "table1", "transfer", "epsilon")
-NAMES = ("audit", "large", "no_refusals", "scan", "seeds", "compare", *EXPERIMENTS)
+STEPS = ("ships", "sahara", "asr")
+NAMES = ("audit", "large", "no_refusals", "scan", "seeds", "compare", "whole_history", *STEPS, *EXPERIMENTS)
+SMALL: dict[str, Any] = {"model": "demo:aligned_a", "prompts": "demo", "limit": 8}
 MODES = (("light", 1400), ("dark", 390))
 FAULTS = Path(__file__).with_name("faults.js").read_text()
 
@@ -66,7 +71,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
     )
     written["compare"] = write_comparison(compared, folder / "compared")
+    run_asr(engine := load_demo("aligned_a").engine, AsrConfig(**SMALL, groups=("1-3,2-5", "1-3")), folder / "asr")
+    run_ships(engine, ShipsConfig(**SMALL, screen=True, candidates=6, sample=4), folder / "ships")
+    run_sahara(engine, SaharaConfig(**SMALL, size=2), folder / "sahara")
+    written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True) for name in STEPS}
     history = read_history(folder)
+    written["whole_history"] = write_history(history).rename(folder / "whole_history.html")
     for entry in history["runs"]:
         entry |= {"name": payload, "model": payload, "top_heads": [payload], "group": [payload]}
     written["history"] = write_history({**history, "skipped": [{"name": payload, "reason": payload}]})

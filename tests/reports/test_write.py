@@ -15,7 +15,7 @@ def test_results_of_another_kind_are_refused(tmp_path):
     with RunDirectory.start(tmp_path / "run", {}, {}) as run:
         run.write_results({"schema_version": 1, "kind": "sahara"})
         with pytest.raises(
-            InputError, match="'sahara', schema 1; a report needs an audit, a scan, an evaluation or a reproduction"
+            InputError, match="'sahara', schema 1; a report needs audit, scan, eval, ships, sahara, asr or reproduction"
         ):
             write_report(run)
 

@@ -150,7 +150,7 @@ def ships(
     output: OutputOptions,
     top: Annotated[int, Parameter(help="Heads to print.", group=PANELS["Output"])] = 10,
 ) -> int:
-    """Rank the heads by mean Ships (Eq 9, averaged over the prompts)."""
+    """Rank the heads by mean Ships (Eq 9, averaged over the prompts), and write a report."""
     from safetyheads.runs.single_steps import read_prompts, run_ships
 
     if top < 1:
@@ -161,18 +161,18 @@ def ships(
 
 @command
 def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> int:
-    """Search for the group of heads with the largest score (Algorithm 1)."""
+    """Search for the group of heads with the largest score (Algorithm 1), and write a report."""
     from safetyheads.runs.single_steps import read_prompts, run_sahara
 
     return _run("sahara", config, where, output, read_prompts, run_sahara, show.show_steps)
 
 
 @command
-def asr(config: AsrConfig, where: RunOptions, output: OutputOptions) -> int:
-    """Attack success rate with heads ablated, beside the unablated model; answers are not printed."""
+def asr(config: AsrConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
+    """Attack success rate with heads ablated, beside the unablated model, with a report; answers are not printed."""
     from safetyheads.runs.single_steps import read_prompts, run_asr
 
-    return _run("asr", config, where, output, read_prompts, run_asr, show.show_rates)
+    return _run("asr", config, where, output, read_prompts, run_asr, show.show_rates, report)
 
 
 @command
@@ -183,7 +183,7 @@ def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> int:
 
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    return _run("eval", config, where, output, load_tasks, run_evaluation, show.show_evaluation, ReportOptions())
+    return _run("eval", config, where, output, load_tasks, run_evaluation, show.show_evaluation)
 
 
 def _run(
@@ -193,14 +193,13 @@ def _run(
     output: OutputOptions,
     read: Callable[[Config], Any],
     run: Callable[..., show.Found],
-    display: Callable[..., None],
+    display: Callable[[show.Found], None],
     report: ReportOptions | None = None,
     without_model: Callable[[Any], show.Found | None] | None = None,
 ) -> int:
     """Carry out a run and show its results; all that can be refused without the model is refused before it loads.
 
-    ``read`` gives the prompts or tasks. ``display`` is given the results, and the page's path where there is a
-    ``report``. ``without_model`` gives the results where the prompts settle them.
+    ``read`` gives the prompts or tasks; ``without_model`` the results where the prompts settle them.
     """
     config, out = settled(config, where.out, kind)
     shard = where.parsed_shard
@@ -223,8 +222,8 @@ def _run(
         from safetyheads.integrations.ray_workers import carry_out_by_workers
 
         results = carry_out_by_workers(run, *given, where.ray, where.workers, where.gpus_per_worker)
-    if report is None or where.dry_run:
-        _show(results, output, lambda: display(results))
+    if where.dry_run:
+        _show(results, output, lambda: None)
     else:
         _finish(results, out, report, output, display)
     return _code_of_judges(results)
@@ -277,7 +276,7 @@ def reproduce(
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
-    _finish(results, out, report, output, lambda found, path: show.show_outcomes(found, chosen_names, path, timed))
+    _finish(results, out, report, output, lambda found: show.show_outcomes(found, chosen_names, timed))
 
 
 @command
@@ -583,16 +582,21 @@ def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -
 def _finish(
     found: show.Found,
     out: Path,
-    report: ReportOptions,
+    report: ReportOptions | None,
     output: OutputOptions,
-    display: Callable[[show.Found, Path], None],
+    display: Callable[[show.Found], None],
 ) -> None:
     """Write the page, and show the results."""
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
-    path = write_report(RunDirectory.open(out), show_completions=report.show_completions)
-    _show(found, output, lambda: display(found, path))
+    path = write_report(RunDirectory.open(out), show_completions=report is not None and report.show_completions)
+
+    def display_all() -> None:
+        display(found)
+        show.print_lines([f"Report: {path}"])
+
+    _show(found, output, display_all)
 
 
 def _code_of_judges(results: show.Found) -> int:

@@ -371,12 +371,12 @@ def print_cautions(results: Found) -> None:
 # Audits and scans
 
 
-def show_audit(results: Found, report: Path) -> None:
-    """Top heads, the lead's groups, and last, where the eye is, the verdict and the report."""
+def show_audit(results: Found) -> None:
+    """Top heads, the lead's groups, and last, where the eye is, the verdict."""
     verdict, behaviour, lead = results["verdict"], results["behaviour"], results["lead_score"]
     if verdict["stopped_early"]:
         print_warnings(results)
-        print_lines([verdict["sentence"], f"Report: {report}"])
+        print_lines([verdict["sentence"]])
         return
     columns: dict[str, Column] = {"head": "head", "mean Ships": "mean_ships.mean .3g"}
     columns |= {"on benign": "benign_ships.mean .3g", "refusal score": "refusal_score.mean +.3g"}
@@ -398,6 +398,7 @@ def show_audit(results: Found, report: Path) -> None:
     _show_by_judge(groups, results)
     if stability:
         _show_stability(stability)
+    _show_screening(results)
     _show_openers(results)
     _show_word_judges(results)
     print_cautions(results)
@@ -405,7 +406,7 @@ def show_audit(results: Found, report: Path) -> None:
     stdout().print(
         Panel(verdict["sentence"], title=verdict["label"], border_style=border.get(verdict["label"], "blue"))
     )
-    print_lines([*(f"- {reason}" for reason in verdict["reasons"]), f"Report: {report}"])
+    print_lines(f"- {reason}" for reason in verdict["reasons"])
 
 
 def _rank(stability: Found | None) -> Number | None:
@@ -494,7 +495,7 @@ def _random(group: Found) -> Number | None:
     )
 
 
-def show_scan(results: Found, report: Path) -> None:
+def show_scan(results: Found) -> None:
     """Heads, groups, scores, judges and costs, and last, where the eye is, the summary and the report."""
     from safetyheads.reports.scan import ROLES, by_asr
 
@@ -535,7 +536,6 @@ def show_scan(results: Found, report: Path) -> None:
             "judge": results["lead_judge"],
         },
     )
-    print_lines([f"Report: {report}"])
 
 
 def _show_scores_and_costs(results: Found) -> None:
@@ -621,9 +621,15 @@ def show_ranking(found: Found, top: int) -> None:
         columns = {"heads": "heads", "together": "together .4g"}
         columns |= {"alone": lambda pair: " + ".join(f"{score:.4g}" for score in pair["alone"])}
         columns |= {"beyond the sum": "synergy +.4g"}
-        print_items("Pairs that the screening proposed, in nats", found["screening"]["pairs"], columns)
-        print_lines([f"Screened: {found['screening']['missed']['sentence']}."])
+        print_items("Pairs that the screening proposed, in nats", found["pairs"], columns)
+    _show_screening(found)
     print_warnings(found)
+
+
+def _show_screening(found: Found) -> None:
+    """What a screening left open, of each step."""
+    steps = enumerate(found.get("screening") or (), start=1)
+    print_lines(f"Step {number}, screened: {step['missed']['sentence']}." for number, step in steps)
 
 
 def show_steps(found: Found) -> None:
@@ -636,8 +642,7 @@ def show_steps(found: Found) -> None:
     columns |= {"next best": lambda step: ", ".join(f"{head} ({score:.4g})" for head, score in step["runners_up"][:2])}
     columns |= {"ties with": "ties"}
     print_items(f"Sahara by {found['score']} over {found['n']} prompts: {_ablation(found)}", steps, columns)
-    screened = enumerate(found.get("screening", ()), start=1)
-    print_lines(f"Step {number}, screened: {step['missed']['sentence']}." for number, step in screened)
+    _show_screening(found)
     print_warnings(found)
     print_lines([f"Group: {','.join(found['group'])}"])
 
@@ -663,7 +668,7 @@ def _ablation(found: Found) -> str:
     return str(Ablation(found["ablation"]["name"], found["ablation"]["epsilon"]))
 
 
-def show_evaluation(results: Found, report: Path) -> None:
+def show_evaluation(results: Found) -> None:
     """Each metric, vanilla first, and the changes from vanilla."""
 
     def value(metric: Found) -> Number:
@@ -690,7 +695,6 @@ def show_evaluation(results: Found, report: Path) -> None:
     caption = "Change from vanilla on the same samples, [95 % interval]" + "".join(f"; p: {test}" for test in tests)
     print_items(title, results["metrics"], columns, f"{caption}.")
     print_cautions(results)
-    print_lines([f"Run: {report.parents[1]}", f"Report: {report}"])
 
 
 # Finished runs
@@ -933,10 +937,8 @@ def show_experiments(experiments: Mapping[str, Any], lacking: Mapping[str, Seque
     stdout().print(f"\n{legend}[MODEL...], or all of them with safetyheads reproduce all.", style="dim")
 
 
-def show_outcomes(
-    results: Found, names: Sequence[str], report: Path, timed: Mapping[str, Sequence[Found]] | None = None
-) -> None:
-    """The tables of one experiment, or a line each where ``names`` has more; then the report.
+def show_outcomes(results: Found, names: Sequence[str], timed: Mapping[str, Sequence[Found]] | None = None) -> None:
+    """The tables of one experiment, or a line each where ``names`` has more.
 
     ``timed`` holds tables of what was timed, by experiment, which results leave out.
     """
@@ -957,7 +959,6 @@ def show_outcomes(
             _show_outcome(outcome, (timed or {}).get(outcome["name"], ()))
     left_out = [(name, why) for name, why in results.get("left_out", {}).items() if name in names]
     print_lines((f"{name} left out: {one_line(why)}" for name, why in left_out), "yellow")
-    print_lines([f"\nReport: {report}"])
 
 
 def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:

@@ -109,6 +109,49 @@ def _texts(unablated: Sets, groups: Mapping[str, Sets], room: int) -> dict[str, 
     return {"queries": queries, "texts": texts, "n_texts_left_out": n_left_out}
 
 
+def heads_of(record: Record) -> frozenset[str]:
+    """The heads that were ablated for an answer."""
+    return frozenset(filter(None, str(record["group"]).split(",")))
+
+
+def side_by_side(
+    results: Mapping[str, Any],
+    rows: Sequence[Record],
+    sets: Sequence[str],
+    groups: Sequence[Sequence[str]],
+    chosen: Sequence[str],
+    show_texts: bool,
+) -> dict[str, Any]:
+    """What pages show of the answers: unablated and under ``groups`` side by side, by category and by prompt.
+
+    ``rows`` are the run's stored answers; the harmful set stands first among ``sets``; the tables are about ``chosen``.
+    """
+    lead = results["lead_judge"]
+    judges = [described["name"] for described in results.get("judges") or [{"name": lead}]]
+    by_place: dict[frozenset[str], dict[str, dict[Any, Record]]] = {}
+    for row in rows:
+        if row["set"] in sets:
+            of = by_place.setdefault(heads_of(row), {}).setdefault(row["set"], {})
+            of.setdefault((row["id"], row.get("seed", 0)), row)
+    stored = {
+        heads: {name: [of[name][at] for at in sorted(of[name])] for name in sets if name in of}
+        for heads, of in by_place.items()
+    }
+    named = {",".join(heads): stored[frozenset(heads)] for heads in groups if frozenset(heads) in stored}
+    unablated, group = stored.get(frozenset(), {}), ",".join(chosen)
+    texts_of = ("", *named) if show_texts else ()
+    found: dict[str, Any] = {"answers": answers_data(unablated, named, judges, texts_of), "chosen_group": group}
+    found |= {"by_category": [], "by_prompt": []}
+    before = unablated.get(sets[0], [])
+    # A group that was not asked all of them has nothing to compare.
+    harmful = {name: of.get(sets[0], []) for name, of in named.items()}
+    harmful = {name: of for name, of in harmful.items() if [row["id"] for row in of] == [row["id"] for row in before]}
+    if group in harmful:
+        found["by_category"] = by_category(before, harmful[group], lead)
+        found["by_prompt"] = by_prompt(before, harmful, group, lead, show_texts)
+    return found
+
+
 def by_category(unablated: Sequence[Record], ablated: Sequence[Record], judge: str) -> list[dict[str, Any]]:
     """Attack success of each category, and how many refusals fall and stay; nothing without categories.
 

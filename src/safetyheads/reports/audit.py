@@ -10,7 +10,7 @@ import altair as alt
 
 from safetyheads.display import in_clusters
 from safetyheads.reports import charts
-from safetyheads.reports.answers import answers_data, by_category, by_prompt
+from safetyheads.reports.answers import heads_of, side_by_side
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import (
     NO_HEADS,
@@ -51,7 +51,7 @@ def audit_page(run: RunDirectory, show_completions: bool) -> str:
     """The page of a finished audit."""
     results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
     wanted = {frozenset[str](), *map(frozenset, _shown_groups(results))}
-    records = (record for record in run.stored_records() if "verdicts" in record and _heads(record) in wanted)
+    records = (record for record in run.stored_records() if "verdicts" in record and heads_of(record) in wanted)
     return render_audit(results, facts, list(records), show_completions)
 
 
@@ -88,7 +88,7 @@ def render_audit(
         "both_halves": _both_halves(results),
         "headline": headline(results),
         "show_texts": show_texts,
-        **_answers(results, rows, show_texts),
+        **side_by_side(results, rows, ANSWERED_SETS, _shown_groups(results), verdict["heads"], show_texts),
     }
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judges")}
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
@@ -97,9 +97,7 @@ def render_audit(
 def headline(results: Results) -> str:
     """The verdict for a reader who does not know the method: a number a clause; its own sentence where it has none."""
     label, found, k = results["verdict"]["label"], results["verdict"]["numbers"], len(results["verdict"]["heads"])
-    n_heads = sum(value is not None for score in results["scores"].values() for of in score["values"] for value in of)
-    n_heads //= max(1, len(results["scores"]))
-    heads = f"{k} of {n_heads:,} heads"
+    heads = f"{k} of {_n_heads(results):,} heads"
     openings = {
         "concentrated": f"Refusals rest on {heads}",
         "partly concentrated": f"Refusals rest in part on {heads}",
@@ -120,42 +118,19 @@ def headline(results: Results) -> str:
     return f"{openings[label]}: without {without} the model answers {answers}{control}, and {kept}."
 
 
-def _heads(record: Record) -> frozenset[str]:
-    return frozenset(filter(None, str(record["group"]).split(",")))
+def _n_heads(results: Results) -> int:
+    """The model's heads; a screened run has scored some of them alone, and layers without attention have none."""
+    if results.get("screening"):
+        first = results["screening"][0]
+        return len(first["candidates"]) + int(first["missed"]["n_others"])
+    values = next((score["values"] for score in results["scores"].values()), [])
+    return sum(value is not None for layer in values for value in layer)
 
 
 def _shown_groups(results: Results) -> list[list[str]]:
     """The verdict's group, and those of the same score by size."""
     named = [list(results["verdict"]["heads"]), *(group["heads"] for group in lead_groups(results))]
     return [heads for heads in named if heads]
-
-
-def _answers(results: Results, rows: Sequence[Record], show_texts: bool) -> dict[str, Any]:
-    """The answers unablated and under the groups of the verdict's score, side by side, by category and by prompt."""
-    by_place: dict[frozenset[str], dict[str, dict[Any, Record]]] = {}
-    for row in rows:
-        if row["set"] in ANSWERED_SETS:
-            of = by_place.setdefault(_heads(row), {}).setdefault(row["set"], {})
-            of.setdefault((row["id"], row.get("seed", 0)), row)
-    sets = {
-        heads: {name: [of[name][at] for at in sorted(of[name])] for name in ANSWERED_SETS if name in of}
-        for heads, of in by_place.items()
-    }
-    verdict, judge = results["verdict"], results["lead_judge"]
-    groups = {",".join(heads): sets[frozenset(heads)] for heads in _shown_groups(results) if frozenset(heads) in sets}
-    unablated, chosen = sets.get(frozenset(), {}), ",".join(verdict["heads"])
-    judges = [described["name"] for described in results.get("judges") or [{"name": judge}]]
-    texts_of = ("", *groups) if show_texts else ()
-    found: dict[str, Any] = {"answers": answers_data(unablated, groups, judges, texts_of), "chosen_group": chosen}
-    found |= {"by_category": [], "by_prompt": []}
-    before = unablated.get(ANSWERED_SETS[0], [])
-    # A group that was not asked all of them has nothing to compare.
-    harmful = {name: of.get(ANSWERED_SETS[0], []) for name, of in groups.items()}
-    harmful = {name: of for name, of in harmful.items() if [row["id"] for row in of] == [row["id"] for row in before]}
-    if chosen in harmful:
-        found["by_category"] = by_category(before, harmful[chosen], judge)
-        found["by_prompt"] = by_prompt(before, harmful, chosen, judge, show_texts)
-    return found
 
 
 def _label(results: Results, name: str) -> str:
@@ -263,9 +238,15 @@ def figures(results: Results) -> dict[str, Spec]:
     found = {
         "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_answered"], _HELD_OUT),
         "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
-        "long_tail": _long_tail(results),
         "prompts_needed": _prompts_needed(results),
+        **score_figures(results),
     }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def score_figures(results: Results) -> dict[str, Spec | None]:
+    """A map of every score, and the long tail of the verdict's."""
+    found = {"long_tail": _long_tail(results)}
     for name, score in results["scores"].items():
         # Ships on harmful and on benign prompts share their colours.
         shared = [other for other in SHIPS if other in results["scores"]] if name in SHIPS else [name]
@@ -277,7 +258,7 @@ def figures(results: Results) -> dict[str, Spec]:
             f"{score['label']} of every head, layer by head" + _highest(score),
             outlines={"group": {}},
         )
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return found
 
 
 def group_curve(

@@ -335,7 +335,7 @@ def lines(
             layers.append(band.mark_line(strokeWidth=1.5, strokeDash=[2, 3]).encode(y=up))
         look_of_tick: dict[str, Any] = {"orient": "horizontal", "width": 16, "thickness": 1.5, "opacity": 0.75}
         layers.append(tick.mark_tick(**look_of_tick).encode(y=up, tooltip=[*tooltips]))
-    if points:
+    if points and any(row.get("low") is not None for row in rows):
         held = single.transform_filter("isValid(datum.low)")
         layers.append(held.mark_rule(strokeWidth=1.5, opacity=0.55, **off).encode(**ends))
     line = single.mark_line(strokeWidth=2, **off).encode(y=up, strokeDash=look["strokeDash"])

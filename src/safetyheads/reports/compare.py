@@ -89,7 +89,7 @@ def _drawn(compared: Compared) -> Iterator[dict[str, Any]]:
 
 def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:
     """Each setting with its value in both runs, those that differ first."""
-    before, after = (compared[side]["settings"] for side in ("before", "after"))
+    before, after = (compared[side]["settings"] | compared[side]["provenance"] for side in ("before", "after"))
     names = sorted(dict.fromkeys([*before, *after]), key=lambda name: before.get(name) == after.get(name))
     for name in names:
         yield name, before.get(name, "–"), after.get(name, "–")

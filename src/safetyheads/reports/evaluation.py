@@ -25,15 +25,20 @@ def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> str:
     drawn = list(_drawn(results))
     described = "Change of each metric, ablated minus vanilla"
     figures = {"changes": charts.forest(drawn, "change, ablated minus vanilla", described)} if drawn else {}
-    compared = [metric["difference"] for metric in results["metrics"] if metric["difference"]]
-    moved = [change for change in compared if change["p_holm"] is not None and change["p_holm"] < _SURE]
     content = {
         "results": results,
-        "headline": f"{len(moved)} of {len(compared)} metrics change when the heads are ablated (Holm, α = {_SURE}).",
+        "headline": headline(results),
         "rows": [(metric, *_cells(metric)) for metric in results["metrics"]],
     }
     measured = {name: results[name] for name in ("model", "ablation", "tasks", "groups", "settings")}
     return render("evaluation.html.j2", content, measured, manifest, figures)
+
+
+def headline(results: Results) -> str:
+    """How many metrics the ablation changes."""
+    compared = [metric["difference"] for metric in results["metrics"] if metric["difference"]]
+    moved = [change for change in compared if change["p_holm"] is not None and change["p_holm"] < _SURE]
+    return f"{len(moved)} of {len(compared)} metrics change when the heads are ablated (Holm, α = {_SURE})."
 
 
 def _drawn(results: Results) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
         "results": results,
         "planted": planted,
         "badge": badge,
-        "sentence": _sentence(results),
+        "sentence": headline(results),
         "n_bh": sum(head["change"]["p_bh"] < results["statistics"]["alpha"] for head in results["heads"]),
         "n_unscored": sum(head["asr"]["unscored"] for head in (results["vanilla"]["harmful"], *results["heads"])),
         "n_planted_found": sum(head["head"] in planted for head in differ),
@@ -126,7 +126,7 @@ def _ablated(head: str) -> str:
     return f"{head} ablated" if head else "nothing ablated"
 
 
-def _sentence(results: Results) -> str:
+def headline(results: Results) -> str:
     """How many heads change the ASR, and the strongest of them."""
     n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["asr"]
     if vanilla["rate"] is None:

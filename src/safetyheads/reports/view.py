@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from safetyheads.errors import InputError
 from safetyheads.files import read_json
 from safetyheads.reports.page import render
+from safetyheads.reports.write import PAGES
 
 HOST = "127.0.0.1"
 _NAMES = frozenset((HOST, "localhost"))
@@ -53,17 +54,14 @@ def index_page(folder: Path) -> str:
 
 
 def _about(run: Path) -> dict[str, str]:
-    """Kind, model and verdict of a run; dashes where its results cannot be read."""
+    """Kind, model and first sentence of a run; dashes where its results cannot be read."""
     try:
         results = read_json(run / "results.json")
-        verdict, model = results.get("verdict") or {}, results.get("model") or {}
-        return {
-            "kind": str(results["kind"]),
-            "model": str(model.get("name", "–")),
-            "verdict": str(verdict.get("label", "–")),
-        }
+        kind, model = str(results["kind"]), results.get("model") or {}
+        finding = PAGES[kind][1](results) if kind in PAGES else "–"
+        return {"kind": kind, "model": str(model.get("name", "–")), "finding": finding}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return {"kind": "–", "model": "–", "verdict": "–"}
+        return dict.fromkeys(("kind", "model", "finding"), "–")
 
 
 def server(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:

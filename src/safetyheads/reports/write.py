@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from safetyheads.errors import InputError
 from safetyheads.files import write_page
-from safetyheads.reports import charts
-from safetyheads.reports.audit import audit_page, rate_rows
-from safetyheads.reports.evaluation import evaluation_page
+from safetyheads.reports import audit, charts, evaluation, scan, single_steps
+from safetyheads.reports.audit import rate_rows
 from safetyheads.reports.page import render
 from safetyheads.reports.reproduction import render_reproduction
-from safetyheads.reports.scan import scan_page
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
-PAGES: dict[str, Callable[[RunDirectory, bool], str]] = {
-    "audit": audit_page,
-    "scan": scan_page,
-    "eval": evaluation_page,
+_STEP = single_steps.single_step_page, single_steps.headline
+PAGES: dict[str, tuple[Callable[[RunDirectory, bool], str], Callable[[Mapping[str, Any]], str]]] = {
+    "audit": (audit.audit_page, audit.headline),
+    "scan": (scan.scan_page, scan.headline),
+    "eval": (evaluation.evaluation_page, evaluation.headline),
+    **dict.fromkeys(("ships", "sahara", "asr"), _STEP),
 }
-"""Kind of results -> what makes the page of such a run, with its completions or without: to add a page, write such a
-function, which hands a template of its own to :func:`safetyheads.reports.page.render`, and enter it here."""
+"""Kind of results -> what makes the page of such a run, with its completions or without, and what makes its first
+sentence of its results: to add a page, write such functions, the first of which hands a template of its own to
+:func:`safetyheads.reports.page.render`, and enter them here."""
 VANILLA, GROUP, CONCENTRATION = "ASR, nothing ablated", "ASR, verdict’s group ablated", "concentration"
 
 
@@ -51,10 +52,10 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
     if version != SCHEMA_VERSION or kind not in (*PAGES, "reproduction"):
         raise InputError(
             f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs an audit, a scan, an evaluation or a reproduction of schema {SCHEMA_VERSION}"
+            f"a report needs {', '.join(PAGES)} or reproduction of schema {SCHEMA_VERSION}"
         )
     if kind != "reproduction":
-        return run.write_report(PAGES[kind](run, show_completions))
+        return run.write_report(PAGES[kind][0](run, show_completions))
     if show_completions:
         words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
         warnings.warn(words, ReportWarning, stacklevel=2)
@@ -84,6 +85,23 @@ def write_history(history: Mapping[str, Any]) -> Path:
     places = {entry["name"]: f"{entry['name']}/report/index.html" for entry in history["runs"]}
     pages = {name: quote(place) for name, place in places.items() if (folder / place).is_file()}
     content = {"history": history, "name": folder.resolve().name, "pages": pages}
+    content["sentence"] = _history_in_words(history["runs"])
     path = folder / "history.html"
     write_page(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}))
     return path
+
+
+def _history_in_words(entries: Sequence[Mapping[str, Any]]) -> str:
+    """From where to where the unablated model's ASR went, and in how many runs it moved."""
+    rated = [entry["vanilla_asr"] for entry in entries if entry["vanilla_asr"]["rate"] is not None]
+    if not rated:
+        return "No run has scored answers of the unablated model."
+    ends = [f"{of['rate']:.2f} ({of['count']} of {of['n']})" for of in (rated[0], rated[-1])]
+    changes = [entry["change"]["shown"].split()[:1] for entry in entries if entry["change"]]
+    moved = ", ".join(f"{verb} {changes.count([verb])} times" for verb in ("rose", "fell"))
+    if len(rated) == 1:
+        return f"One run: the unablated model’s ASR is {ends[0]}."
+    return (
+        f"Over {len(entries)} runs the unablated model’s ASR goes from {ends[0]} to {ends[1]}; against the run of the "
+        f"same kind before, it {moved} by more than chance."
+    )

@@ -290,14 +290,10 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     traces: dict[str, SearchTrace] = {}
     screening, listed = None, heads
     if config.screen:
-        measuring, extent = run.head_pass("harmful_search", ablation, readouts, config.positions), extent_of(config)
-        screens = partial(run.screen, "harmful_search", measuring.sequences, ablation, ())
-        with run.progress.track("searching groups", config.size * extent.n_heads(len(heads))) as done:
-            scorer = scorer_of(measuring, LEAD, done)
-            found = screened_sahara(scorer, screens, heads, "mean_ships", config.size, extent)
+        measuring = run.head_pass("harmful_search", ablation, readouts, config.positions)
+        traces[LEAD], proposals, screening = screened_search(run, "harmful_search", measuring, Score(LEAD))
         # In the order of the first step, whose batches are then found again.
-        traces[LEAD], listed = found[0], tuple(sorted(found[1][0].heads))
-        screening = [screening_as_json(*step) for step in zip(*found[1:], strict=True)]
+        listed = tuple(sorted(proposals[0].heads))
     on_benign_listed = traces[LEAD].steps[0].top(N_LISTED) if config.screen else listed
     (harmful, by_prompt), (benign, on_benign) = run.directory.together(
         lambda: run.scored("harmful_search", ablation, readouts, config.positions, listed),
@@ -313,6 +309,19 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
         searches = [partial(sahara, scorer_of(harmful, name, done), heads, config.size) for name in SEARCHED]
         traces |= zip(SEARCHED, run.directory.together(*searches), strict=True)
     return _Searched(harmful, scores, by_prompt, traces, screening)
+
+
+def screened_search(
+    run: Run[Any], name: str, measuring: HeadPass, score: Score
+) -> tuple[SearchTrace, tuple[Proposal, ...], list[dict[str, Any]]]:
+    """Sahara over a set with a screening before each step, and of each step what was screened, as results hold it."""
+    heads, extent = run.engine.heads, extent_of(run.config)
+    openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()
+    screens = partial(run.screen, name, measuring.sequences, run.ablation, openers)
+    with run.progress.track("searching groups", n_scored(extent.n_heads(len(heads)), size := run.config.size)) as done:
+        scorer = scorer_of(measuring, score, done)
+        trace, proposals, bounds = screened_sahara(scorer, screens, heads, score.forecast, size, extent)
+    return trace, proposals, [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]
 
 
 def extent_of(options: ScreenOptions) -> Extent:

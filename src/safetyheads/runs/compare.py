@@ -251,7 +251,8 @@ class Comparison(Table):
     """``audit`` or ``scan``."""
     before: Mapping[str, Any]
     after: Mapping[str, Any]
-    """Each run: path, model, started (ISO, UTC), verdict (None for a scan), its leading heads, and ``settings``."""
+    """Each run: path, model, started (ISO, UTC), verdict (None for a scan), its leading heads, ``settings`` and
+    ``provenance`` (:meth:`.RunReader.provenance`)."""
     vanilla_asr: Change
     """ASR of the unablated models: complied and coherent."""
     raw_asr: Change
@@ -360,7 +361,12 @@ def _facts(run: RunReader) -> dict[str, Any]:
     started = None if run.started is None else run.started.isoformat(timespec="seconds")
     facts = {"path": str(run.path), "model": run.model, "started": started}
     settings = {label: _describe(run.config[name]).strip('"') for name, label in SETTINGS.items() if name in run.config}
-    return facts | {"verdict": run.verdict, "heads": run.lead_heads, "settings": settings}
+    return facts | {
+        "verdict": run.verdict,
+        "heads": run.lead_heads,
+        "settings": settings,
+        "provenance": run.provenance(),
+    }
 
 
 def _weak_points(before: RunReader, after: RunReader) -> Iterator[str]:

@@ -81,6 +81,7 @@ def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> dict[str
         "started": None if run.started is None else run.started.isoformat(),
         "model": run.model,
         "kind": run.kind,
+        "provenance": run.provenance(),
         "verdict": run.verdict,
         "vanilla_asr": run.vanilla_asr,
         "group": run.lead_heads if group is not None else (),

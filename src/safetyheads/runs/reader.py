@@ -220,6 +220,16 @@ class RunReader(Table):
         queries, references = (self.config.get(f"{field}_sha256", {}).get(name) for field in ("prompts", "references"))
         return None if queries is None else f"{queries} {references}"
 
+    def provenance(self) -> dict[str, str]:
+        """What the numbers are of, in short texts by name: for tables of several runs."""
+        config = self.config
+        versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+        sets = {f"{name.replace('_', ' ')} prompts": sha for name, sha in config.get("prompts_sha256", {}).items()}
+        hashes = {"weights": str(config.get("weights_sha256", "")), **sets}
+        told = {f"{name}, sha256": sha[:16] for name, sha in hashes.items()}
+        told |= {"device": str(config.get("device", "")), "versions": versions}
+        return {name: text for name, text in told.items() if text}
+
     def under(self, prompts: str, heads: Iterable[str] = ()) -> GroupAnswers:
         """The stored answers to ``harmful`` or ``benign`` prompts under a group, which may be none; of a scan,
         unablated only.

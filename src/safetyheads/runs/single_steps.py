@@ -12,16 +12,10 @@ from safetyheads.errors import InputError
 from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.scorers import OPENER_TOKENS, scorer_of
-from safetyheads.measures.screening import (
-    costs_of,
-    missed,
-    propose,
-    rescore_pairs,
-    screened_sahara,
-)
+from safetyheads.measures.screening import costs_of, missed, propose, rescore_pairs
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.audit import extent_of, screening_as_json, search_steps
+from safetyheads.runs.audit import extent_of, screened_search, screening_as_json, search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import by_judge
@@ -92,7 +86,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     if config.screen:
         pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
         bound = missed(scores, proposal, _TOP)
-        screened = {"screening": {**screening_as_json(proposal, bound), "costs": costs, "pairs": pairs}}
+        screened = {"screening": [screening_as_json(proposal, bound)], "costs": costs, "pairs": pairs}
     return {
         **_about(run),
         "score": "mean_ships",
@@ -134,28 +128,20 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
     measuring = run.head_pass("harmful", run.ablation, readouts, config.positions)
-    extent, n_heads = extent_of(config), len(engine.heads)
-    n_each = extent.n_heads(n_heads) if config.screen else n_heads
     screened: dict[str, Any] = {}
-    with run.progress.track("searching groups", n_scored(n_each, config.size)) as done:
-        scorer = scorer_of(measuring, score, done)
-        if config.screen:
-            given = (measuring.sequences, run.ablation, measuring.readouts.openers)
-            screens = partial(run.screen, "harmful", *given)
-            trace, proposals, bounds = screened_sahara(
-                scorer, screens, engine.heads, score.forecast, config.size, extent
-            )
-            costs = costs_of(measuring, proposals[0], score.forecast)
-            run.progress.say(f"each step: {_said(costs)}")
-            steps = [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]
-            screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
-        else:
-            trace = sahara(scorer, engine.heads, config.size)
+    if config.screen:
+        trace, proposals, steps = screened_search(run, "harmful", measuring, score)
+        costs = costs_of(measuring, proposals[0], score.forecast)
+        run.progress.say(f"each step: {_said(costs)}")
+        screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
+    else:
+        with run.progress.track("searching groups", n_scored(len(engine.heads), config.size)) as done:
+            trace = sahara(scorer_of(measuring, score, done), engine.heads, config.size)
     return {
         **_about(run),
         **screened,
-        "score": scorer.name,
-        "unit": scorer.unit,
+        "score": trace.steps[0].name,
+        "unit": trace.steps[0].unit,
         "openers": [asdict(opener) for opener in openers],
         "group": [str(head) for head in trace.group],
         "steps": search_steps(trace),

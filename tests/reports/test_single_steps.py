@@ -1,0 +1,94 @@
+"""Pages of rankings, searches and rates: a first sentence with numbers, what was screened, answers where asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report_pages import Page, check_closed, check_tables
+
+from safetyheads.demo import load_demo
+from safetyheads.reports.view import index_page
+from safetyheads.reports.write import write_report
+from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
+
+MODEL = {"model": "demo:aligned_a", "prompts": "demo", "limit": 12}
+SCREEN = {"screen": True, "candidates": 6, "sample": 4}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, engine = tmp_path_factory.mktemp("runs"), load_demo("aligned_a").engine
+    run_ships(engine, ShipsConfig(**MODEL, **SCREEN), folder / "ships")
+    run_sahara(engine, SaharaConfig(**MODEL, **SCREEN, score="refusal_score", size=2), folder / "sahara")
+    asr = AsrConfig(**MODEL, groups=("1-3,2-5", "1-3"), query_level=1, judges=("phrases", "paper"), max_new_tokens=16)
+    run_asr(engine, asr, folder / "asr")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "charts", "sentences"),
+    [
+        (
+            "ships",
+            {"heatmap_mean_ships", "long_tail"},
+            [
+                "Of the 10 heads that were scored, ",
+                "times as far as the next",
+                "candidate of rank 6, 95 % sure.",
+                "Pairs",
+            ],
+        ),
+        (
+            "sahara",
+            {"by_size"},
+            [
+                "The search found ",
+                " nats over 12 prompts together",
+                "best candidate, 95 % sure at each step",
+                "How refusals open",
+            ],
+        ),
+        (
+            "asr",
+            {"rates"},
+            [
+                "the model answers 0 of 12 harmful prompts; with ",
+                "each prompt's top 1",
+                "Judges",
+                "Which refusals fall",
+            ],
+        ),
+    ],
+)
+def test_a_page_tells_first_what_was_found(runs: Path, kind: str, charts: set[str], sentences: list[str]) -> None:
+    run = RunDirectory.open(runs / kind)
+    page = Page(write_report(run).read_text())
+    check_closed(page)
+    check_tables(page)
+    assert set(page.charts) == charts
+    for sentence in (*sentences, "Provenance", "What this does not show"):
+        assert sentence in page.words, sentence
+    assert all(spec["description"].count(".") or spec["description"].count(":") for spec in page.charts.values())
+
+
+def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path) -> None:
+    run = RunDirectory.open(runs / "asr")
+    texts = {row["text"] for row in run.stored_records("groups-harmful") if "text" in row}
+    plain, shown = (write_report(run, show_completions=show).read_text() for show in (False, True))
+    found = json.loads(Page(shown).scripts["answers-data"])
+    assert found["groups"] == ["", "1-3,2-5", "1-3"]
+    assert texts & {text for of in found["texts"].values() for text in of["harmful"].values()}
+    assert "texts" not in json.loads(Page(plain).scripts["answers-data"])
+    assert not any(text in plain for text in texts)
+
+
+def test_an_index_has_the_first_sentence_of_each_page(runs: Path) -> None:
+    for kind in ("ships", "sahara", "asr"):
+        write_report(RunDirectory.open(runs / kind))
+    words = Page(index_page(runs)).words
+    for text in ("asr demo:aligned_a As it is, the model", "sahara demo:aligned_a The search found", "ships demo:"):
+        assert text in words
