@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 "The search found ",
                 " nats over 12 prompts together",
-                "best candidate, 95 % sure at each step",
+                "best candidate, 95 % sure at each step; without",
                 "How refusals open",
             ],
         ),

@@ -123,8 +123,8 @@ def _n_heads(results: Results) -> int:
     if results.get("screening"):
         first = results["screening"][0]
         return len(first["candidates"]) + int(first["missed"]["n_others"])
-    values = next((score["values"] for score in results["scores"].values()), [])
-    return sum(value is not None for layer in values for value in layer)
+    scored: Any = next(iter(results["scores"].values()), {"values": []})
+    return sum(value is not None for layer in scored["values"] for value in layer)
 
 
 def _shown_groups(results: Results) -> list[list[str]]:

@@ -37,11 +37,13 @@ def single_step_page(run: RunDirectory, show_completions: bool) -> str:
         figures = {"rates": _bars(results)}
         # Answers under heads that each prompt has for its own are of no one group.
         named = [group for group in groups[1:] if not group["heads"][0].startswith(_OWN)]
-        chosen = max(named, key=_asr, default={"heads": []})["heads"]
+        chosen: list[str] = max(named, key=_asr)["heads"] if named else []
         rows = [row for row in run.stored_records() if row.get("part") in ("vanilla", "groups")]
         shown = [group["heads"] for group in named]
         content |= side_by_side(results, rows, ("harmful",), shown, chosen, show_completions)
-    measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "judges") if name in results}
+    measured: dict[str, Any] = {
+        name: results[name] for name in ("model", "data", "ablation", "sampling", "judges") if name in results
+    }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     return render("single_step.html.j2", content, measured, facts, drawn, columns)
 
