@@ -3,6 +3,9 @@
 (a) ``plain``: one head, one prompt, a full forward with logits at all positions, eager; (b) ``hooks``: padded batches,
 one head at a time, sdpa, last token; (c) ``ours``: the package's exact pass, whole; (d) ``screened``: the package's
 screening and the exact scores of what it proposes. (a) and (b) are timed on heads spread over the layers and scaled.
+With ``--ways generated scanned`` it times answers instead: (e) ``generated``: transformers' cached ``generate``, all
+prompts in one padded batch that ends at the end token, on heads spread over the layers and scaled; (f) ``scanned``: the
+package's exhaustive scan, whole, judge ``phrases``. The line says on how many of their common answers verdicts differ.
 With ``--resamples`` it tells instead in how many resamples of stored exact scores the screening keeps the exact top 10.
 """
 
@@ -14,6 +17,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,26 @@ import torch
 from passes import Batch, Clock, ablated, hooked_states
 from scan import commit, machine
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Extent, Head, PromptSet, rank_heads
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    Decoding,
+    Engine,
+    Extent,
+    Head,
+    PhraseJudge,
+    PromptSet,
+    rank_heads,
+    scan_attack_success_rate,
+)
+from safetyheads.answers.decoding import end_tokens
+from safetyheads.judges.base import Completion
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import Screening, propose, screen
 from safetyheads.model.planning import TokenSequence
 
 WAYS = ("plain", "hooks", "ours", "screened")
+ANSWERS = ("generated", "scanned")
 _TOP = 10
 
 
@@ -38,12 +55,14 @@ class Work:
         """Load the model and read the prompts."""
         self.engine = Engine.load(options.model)
         prompts = PromptSet.read(options.prompts, column=options.column, limit=options.limit)
-        self.token_ids = self.engine.ask(prompts).token_ids
+        self.asked = self.engine.ask(prompts)
+        self.token_ids, self.n_new = self.asked.token_ids, options.max_new_tokens
         self.sequences = tuple(map(TokenSequence, self.token_ids))
         heads = self.engine.heads
         self.sample = heads[len(heads) // (2 * options.sample) :: len(heads) // options.sample][: options.sample]
         self.extent = Extent(options.candidates, options.sampled)
         self.scores: dict[str, dict[Head, float]] = {}
+        self.verdicts: dict[str, dict[Head, list[bool]]] = {}
 
     def eager(self, attention: str) -> Any:
         """The model as transformers runs it."""
@@ -113,6 +132,44 @@ def screened(work: Work) -> float:
     return clock.lap()
 
 
+@torch.inference_mode()
+def generated(work: Work) -> float:
+    """Seconds of (e)."""
+    model, tokenizer, judge = work.eager("sdpa"), work.engine.tokenizer, PhraseJudge()
+    longest = max(map(len, work.token_ids))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in work.token_ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in work.token_ids])
+    ends = set(end_tokens(work.engine))
+    found: dict[Head, list[bool]] = {}
+    clock = Clock("cpu")
+    for head in work.sample:
+        with ablated(model, (head.layer, head.index)):
+            rows = model.generate(
+                ids, attention_mask=mask, max_new_tokens=work.n_new, do_sample=False, pad_token_id=min(ends)
+            )
+        found[head] = []
+        for prompt, row in zip(work.asked, rows[:, longest:].tolist(), strict=True):
+            n = next((at for at, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:n], skip_special_tokens=True)
+            completion = Completion(prompt.query, text, tuple(row[:n]), n < len(row), work.n_new)
+            found[head].append(judge([completion])[0].complied)
+    work.verdicts["generated"] = found
+    return clock.lap() * len(work.engine.heads) / len(work.sample)
+
+
+def scanned(work: Work) -> float:
+    """Seconds of (f)."""
+    clock = Clock("cpu")
+    scan = scan_attack_success_rate(
+        work.engine, work.asked, UNDIFFERENTIATED_ATTENTION, PhraseJudge(), Decoding(work.n_new)
+    )
+    seconds = clock.lap()
+    work.verdicts["scanned"] = {
+        head: [row.verdict.complied for row in scan.rows[scan.groups.index((head,))]] for head in work.sample
+    }
+    return seconds
+
+
 def resampled(work: Work, draws: int, n: int) -> dict[str, Any]:
     """How often the heads that a screening of ``n`` prompts proposes hold the exact best ones of these prompts."""
     heads = work.engine.heads
@@ -135,9 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--column")
     parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, *ANSWERS), default=WAYS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sample", type=int, default=6, help="heads that plain and hooks are timed on")
+    parser.add_argument("--sample", type=int, default=6, help="heads that plain, hooks and generated are timed on")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of generated and scanned")
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--sampled", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -153,16 +211,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line["screening"] = resampled(work, options.resamples, min(50, len(work.sequences) // 2))
     else:
         ways = {"plain": plain, "hooks": hooks, "ours": ours, "screened": screened}
+        ways |= {"generated": generated, "scanned": scanned}
         seconds: dict[str, list[float]] = {way: [] for way in options.ways}
         for _ in range(options.repeats):
             for way in options.ways:
                 seconds[way].append(ways[way](work))
         medians = {way: statistics.median(times) for way, times in seconds.items()}
         ratios = {
-            f"{way}/ours": medians[way] / medians["ours"] for way in medians if "ours" in medians and way != "ours"
+            f"{way}/{of}": medians[way] / medians[of]
+            for of, others in (("ours", WAYS), ("scanned", ANSWERS))
+            for way in others
+            if {way, of} <= medians.keys() and way != of
         }
         line |= {"seconds": seconds, "medians": medians, "ratios": ratios, "scaled_from": len(work.sample)}
         line["mean_ships"] = {way: {str(head): score for head, score in of.items()} for way, of in work.scores.items()}
+        if set(ANSWERS) <= medians.keys():
+            of_both = (chain.from_iterable(work.verdicts[way].values()) for way in ANSWERS)
+            differ = [before != after for before, after in zip(*of_both, strict=True)]
+            line["verdicts"] = {"answers": len(differ), "differing": sum(differ)}
     text = json.dumps(line)
     print(text)
     if options.append is not None:

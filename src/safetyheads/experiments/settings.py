@@ -12,6 +12,7 @@ from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
 from safetyheads.errors import InputError
 from safetyheads.files import read_toml
+from safetyheads.model.names import SMOLLM2
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import JudgeOptions
@@ -75,6 +76,8 @@ class ReproductionConfig(JudgeOptions):
     """Strengths of the epsilon experiment, from no ablation to the exact limit."""
     epsilon: float = 1e-5
     """Strength of all other experiments."""
+    studied_ablation: str = "ua"
+    """Ablation of the study."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     top_k: int = 5
@@ -105,7 +108,7 @@ class ReproductionConfig(JudgeOptions):
             if template is not None:
                 Template.parse(template)
         for epsilon in (*self.epsilons, self.epsilon):
-            Ablation.parse("ua", epsilon)
+            Ablation.parse(self.studied_ablation, epsilon)
         if self.search_score not in SEARCH_SCORES:
             raise InputError(f"search_score is one of {', '.join(SEARCH_SCORES)}; got {self.search_score!r}")
 
@@ -127,7 +130,8 @@ class ReproductionConfig(JudgeOptions):
             return cls()
         related = models[1] if len(models) > 1 else None
         if not all(model.startswith(ORGANISM) for model in models):
-            return replace(PAPER, models=tuple(models), related=related)
+            start = SMOLLM2_SETTINGS if all(model.split(":")[0] == SMOLLM2 for model in models) else PAPER
+            return replace(start, models=tuple(models), related=related)
         if models[0].endswith("_wrapped"):
             return cls(models=tuple(models), base="demo:base_wrapped", related=related, templated=())
         other = "demo:aligned_a" if models[0] == "demo:aligned_b" else "demo:aligned_b"
@@ -172,6 +176,16 @@ PAPER = ReproductionConfig(
     tasks=("boolq", "rte", "winogrande", "arc_challenge", "openbookqa"),
 )
 """The paper's settings, for models that are not embedded."""
+SMOLLM2_SETTINGS = replace(
+    PAPER,
+    datasets=("jailbreakbench",),
+    template="chat",
+    judges=("phrases",),
+    search_score="mean_ships",
+    held_out=True,
+    limit=100,
+)
+"""Settings for SmolLM2 and its adapters, a chat model that refuses in words of its own."""
 
 
 def _as_field(value: Any, default: Any) -> Any:

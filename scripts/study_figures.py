@@ -1,0 +1,102 @@
+"""Writes docs/study/: a small JSON file and three pictures for each run of ``safetyheads reproduce study``.
+
+    python scripts/study_figures.py runs/study-refusing_a ...
+
+It prints the run's tables for docs/study.md. Nothing that it reads or writes holds an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from safetyheads.reports.reproduction import table_shown
+from safetyheads.runs.directory import RunDirectory
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "study"
+COLOURS = {"complied": "#4c78a8", "complied, and makes sense": "#2a7f62", "nonsense": "#b8860b"}
+COLOURS |= {"benign answers lost": "#b22222"}
+
+
+def rounded(value: Any) -> Any:
+    """The same with four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def head_map(points: list[dict[str, Any]]) -> alt.Chart:
+    """ASR and coherent ASR of every head."""
+    return (
+        alt.Chart(alt.Data(values=points))
+        .mark_rect()
+        .encode(
+            x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("layer:O", title="layer", sort="descending"),
+            color=alt.Color("y:Q", title="share of answers", scale=alt.Scale(scheme="viridis", domain=[0, 1])),
+            column=alt.Column("panel:N", title=None, sort=None),
+        )
+        .properties(width=200, height=480)
+    )
+
+
+def scores(figures: list[dict[str, Any]]) -> alt.Chart:
+    """Each score of every head against its ASR."""
+    charts = []
+    for figure in figures:
+        points = [{**point, "name": point["label"] if point["series"].startswith("higher") else ""} for point in figure["points"]]
+        base = alt.Chart(alt.Data(values=points)).encode(
+            x=alt.X("x:Q", title=figure["x"]), y=alt.Y("y:Q", title="ASR", scale=alt.Scale(domain=[0, 1]))
+        )
+        colour = alt.Color("series:N", title=None, scale=alt.Scale(range=["#b22222", "#9aa5b1"], domain=["higher ASR", "no higher ASR"]))
+        dots = base.mark_circle(size=36, opacity=0.8).encode(color=colour)
+        charts.append((dots + base.mark_text(align="left", dx=6).encode(text="name:N")).properties(width=260, height=200))
+    return alt.concat(*charts, columns=3)
+
+
+def groups(points: list[dict[str, Any]]) -> alt.Chart:
+    """What becomes of the answers as heads are added."""
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("x:O", title="ablated heads, in Sahara's order by mean Ships", axis=alt.Axis(labelAngle=0)),
+        color=alt.Color("series:N", title=None, scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))),
+    )
+    lines = base.mark_line(point=True).encode(y=alt.Y("y:Q", title="share of prompts", scale=alt.Scale(domain=[0, 1])))
+    return (base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q") + lines).properties(width=420, height=280)
+
+
+def main() -> None:
+    """Write the files, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    FOLDER.mkdir(exist_ok=True)
+    for run in parser.parse_args().runs:
+        (outcome,) = [item for item in RunDirectory.open(run).read_results()["experiments"] if item["name"] == "study"]
+        (model,) = outcome["models"]
+        name, figures = model.rsplit(":", 1)[-1], outcome["figures"]
+        scatters = [figure for figure in figures if figure["kind"] == "scatter"]
+        heads: dict[str, dict[str, Any]] = {}
+        for point in figures[0]["points"]:
+            head = heads.setdefault(f"{point['layer']}-{point['head']}", {"differs": point["marked"]})
+            head[point["panel"]] = point["y"]
+        for figure in scatters:
+            for point in figure["points"]:
+                heads[point["label"]][point["panel"]] = point["x"]
+        kept = {key: outcome[key] for key in ("models", "settings", "asked", "headline", "tables")}
+        text = json.dumps(rounded(kept | {"heads": heads}), indent=None, separators=(",", ":"))
+        (FOLDER / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
+        drawn = {"heads": head_map(figures[0]["points"]), "scores": scores(scatters), "groups": groups(figures[-1]["points"])}
+        for kind, chart in drawn.items():
+            chart.configure(font="sans-serif").save(FOLDER / f"{name}-{kind}.png", scale_factor=1.5)
+        for table in outcome["tables"]:
+            shown = table_shown(table)
+            print(shown)
+
+
+if __name__ == "__main__":
+    main()
