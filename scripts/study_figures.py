@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
+def markdown(cells: Iterable[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def head_map(points: list[dict[str, Any]]) -> alt.Chart:
     """ASR and coherent ASR of every head."""
     return (
@@ -50,13 +57,18 @@ def scores(figures: list[dict[str, Any]]) -> alt.Chart:
     """Each score of every head against its ASR."""
     charts = []
     for figure in figures:
-        points = [{**point, "name": point["label"] if point["series"].startswith("higher") else ""} for point in figure["points"]]
+        points = [
+            {**point, "name": point["label"] if point["series"].startswith("higher") else ""}
+            for point in figure["points"]
+        ]
         base = alt.Chart(alt.Data(values=points)).encode(
             x=alt.X("x:Q", title=figure["x"]), y=alt.Y("y:Q", title="ASR", scale=alt.Scale(domain=[0, 1]))
         )
-        colour = alt.Color("series:N", title=None, scale=alt.Scale(range=["#b22222", "#9aa5b1"], domain=["higher ASR", "no higher ASR"]))
+        scale = alt.Scale(range=["#b22222", "#9aa5b1"], domain=["higher ASR", "no higher ASR"])
+        colour = alt.Color("series:N", title=None, scale=scale)
         dots = base.mark_circle(size=36, opacity=0.8).encode(color=colour)
-        charts.append((dots + base.mark_text(align="left", dx=6).encode(text="name:N")).properties(width=260, height=200))
+        names = base.mark_text(align="left", dx=6).encode(text="name:N")
+        charts.append((dots + names).properties(width=260, height=200))
     return alt.concat(*charts, columns=3)
 
 
@@ -90,12 +102,16 @@ def main() -> None:
         kept = {key: outcome[key] for key in ("models", "settings", "asked", "headline", "tables")}
         text = json.dumps(rounded(kept | {"heads": heads}), indent=None, separators=(",", ":"))
         (FOLDER / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
-        drawn = {"heads": head_map(figures[0]["points"]), "scores": scores(scatters), "groups": groups(figures[-1]["points"])}
+        drawn = {"heads": head_map(figures[0]["points"]), "scores": scores(scatters)}
+        drawn["groups"] = groups(figures[-1]["points"])
         for kind, chart in drawn.items():
             chart.configure(font="sans-serif").save(FOLDER / f"{name}-{kind}.png", scale_factor=1.5)
-        for table in outcome["tables"]:
-            shown = table_shown(table)
-            print(shown)
+        for table in map(table_shown, outcome["tables"]):
+            lines = [f"\n### {table['title']}\n", markdown(title for title, *_ in table["columns"])]
+            lines.append("|" + "---|" * len(table["columns"]))
+            for row in table["rows"]:
+                lines.append(markdown(" ".join(filter(None, (cell.text, cell.interval, cell.n))) for cell in row))
+            sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_what_lacks_a_setting_or_was_left_out_has_its_reason_as_text() -> None:
 
 
 def test_a_run_of_nothing_says_so_and_an_unknown_outcome_comes_last() -> None:
-    assert "None of 21 experiments was run." in index_of().words
+    assert "None of 22 experiments was run." in index_of().words
     assert "; none is meaningful there." in index_of(samples.not_meaningful()).words
     words = index_of(replace(samples.fig2(), name="fig99")).words
     assert words.index("epsilon not run") < words.index("fig99 done")

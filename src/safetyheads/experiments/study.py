@@ -285,10 +285,11 @@ class _Study:
             for size, group in enumerate(groups, 1):
                 row = {"way": SCORE_LABELS[way], "size": size, "heads": format_heads(self.found[way][:size])}
                 rows.append({**row, **self._rates(self.together[group]), **self.on_benign[group]})
-        for way, groups in (("every head", [(head,) for head in self.alone]), ("random", self.random)):
-            rates = [self._rates(self.together[group]) for group in groups]
+        controls: dict[str, Sequence[Group]] = {"every head": [(head,) for head in self.alone], "random": self.random}
+        for way, control in controls.items():
+            rates = [self._rates(self.together[group]) for group in control]
             means = {key: _spread([rate[key] for rate in rates]) for key in rates[0]} if rates else {}
-            rows.append({"way": way, "size": len(groups[0]) if groups else 0, "heads": "", **means})
+            rows.append({"way": way, "size": len(control[0]) if control else 0, "heads": "", **means})
         pair, asr, coherent = self.best_pair
         (answers,) = self.run.answers(self.test).under("best-pair", [pair], self.ablation)
         row = {"way": "best pair, with hindsight", "size": 2, "heads": format_heads(pair), **self._rates(answers)}
