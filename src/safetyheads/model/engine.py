@@ -20,8 +20,8 @@ from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
 from safetyheads.model.attention import AttentionCall, attention_calls
 from safetyheads.model.options import LoadOptions
-from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, to_device
-from safetyheads.model.replay import Capture, capture, logits, replay, rerun
+from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, row_sizes, to_device
+from safetyheads.model.replay import Capture, Place, capture, logits, replay, rerun
 from safetyheads.model.state import State, change, state_of
 from safetyheads.prompts.asked import AnyPrompts, AskedPrompts, DatedPromptWarning
 from safetyheads.prompts.prompt_set import PromptSet
@@ -365,7 +365,18 @@ class Engine(Shown):
 
     def memory_estimate(self, sequences: Sequence[TokenSequence], plan: Plan, reads_logits: bool = True) -> int:
         """Bytes that a pass takes beside the weights, at its peak."""
-        return self.costs.pass_bytes(sequences, plan, self.logits_at_once if reads_logits else 0)
+        at_once = self.logits_at_once if reads_logits else 0
+        return self.costs.pass_bytes(sequences, plan, at_once, self.memory_budget)
+
+    def captures_place(self, sequences: Sequence[TokenSequence], plan: Plan) -> tuple[Place, int]:
+        """Where the inputs of all layers are kept during a pass, and their bytes: on the device, where they fit."""
+        n_bytes = self.costs.capture_bytes(row_sizes(sequences, plan))
+        allowed = planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE)
+        if not planning.captures_leave(n_bytes, allowed):
+            return "device", n_bytes
+        on_host = {"cpu": 0, "cuda": planning.allowed_memory(torch.device("cpu"), None, _MEMORY_SHARE)}
+        # What is on the meta device is counted for another machine, whose host has room.
+        return "host" if n_bytes <= on_host.get(self.device.type, n_bytes) else "disk", n_bytes
 
     def tokens_that_fit(self, bytes_per_token: int) -> int:
         """Tokens of a batch, at so many bytes each."""
@@ -404,9 +415,10 @@ class Engine(Shown):
         """One run over each packed row of the plan with the common heads ablated, kept from layer ``first`` on."""
         with self.ablated_rows([()], ablation):  # refuses while another ablation is in force
             calls, captures = self.ablation_calls([common], ablation), []
+            place, _ = self.captures_place(sequences, plan)
             for members in plan.rows:
                 row = pack(sequences, members, self.device)
-                captures.append(capture(self.architecture, row, calls, first, self.capabilities.segments))
+                captures.append(capture(self.architecture, row, calls, first, self.capabilities.segments, place))
         return tuple(captures)
 
     def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:

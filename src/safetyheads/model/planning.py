@@ -188,7 +188,7 @@ def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: in
     """
     while True:
         plan = lay_out(sequences, costs, n_tokens)
-        needed = costs.pass_bytes(sequences, plan, logits_at_once(memory_budget))
+        needed = costs.pass_bytes(sequences, plan, logits_at_once(memory_budget), memory_budget)
         if memory_budget is None or needed <= memory_budget:
             return plan
         if n_tokens == 1:
@@ -217,6 +217,11 @@ def allowed_memory(device: torch.device, memory_budget: int | None, share: float
     import psutil
 
     return int(psutil.virtual_memory().available * share)
+
+
+def captures_leave(n_bytes: int, budget: int) -> bool:
+    """Whether captures take so much of the bytes that batches may take that they are kept off the device."""
+    return n_bytes > budget // 2
 
 
 def logits_at_once(memory_budget: int | None) -> int:
@@ -395,17 +400,27 @@ class ModelCosts:
         row = RowSize(256, 0, 8, 0, n_prompts=8, n_prefix=0, longest_rest=32)
         return -(-max(self._layer_bytes(8, row)) // (8 * row.n_tokens))
 
-    def pass_bytes(self, sequences: Sequence[TokenSequence], plan: Plan, at_once: int) -> int:
+    def capture_bytes(self, rows: Sequence[RowSize]) -> int:
+        """Of every layer's input, for all rows."""
+        facts = self.architecture
+        return sum(row.n_tokens for row in rows) * facts.d_model * facts.n_layers * self.itemsize
+
+    def pass_bytes(
+        self, sequences: Sequence[TokenSequence], plan: Plan, at_once: int, budget: int | None = None
+    ) -> int:
         """Peak of a whole pass beside the weights, within 30 % (tests/model/test_planning.py).
 
-        ``at_once`` logits are in memory together, in elements; 0 where no next token is read.
+        ``at_once`` logits are in memory together, in elements; 0 where no next token is read. Captures that take too
+        much of the ``budget`` are elsewhere, but for one row's input of one layer.
         """
         facts, size, n = self.architecture, self.itemsize, plan.groups_per_batch
         rows, n_wanted = row_sizes(sequences, plan), sum(sequence.n_wanted for sequence in sequences)
         # Each layer's input, positions and masks, and the outputs of the first ablated layer's heads.
-        width = facts.d_model * facts.n_layers + 2 * facts.d_head + 2 * facts.n_heads * facts.d_head
-        masks = 2 if facts.windows else 1
-        captured = sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
+        width, masks = 2 * facts.d_head + 2 * facts.n_heads * facts.d_head, 2 if facts.windows else 1
+        captured = self.capture_bytes(rows)
+        if budget is not None and captures_leave(captured, budget):
+            captured = max(row.n_tokens for row in rows) * facts.d_model * size
+        captured += sum(row.n_tokens * (width * size + 32) + masks * row.n_tokens**2 for row in rows)
         running = 0
         for row in rows:
             capturing = max(self._layer_bytes(1, row)) + 4 * row.n_tokens**2

@@ -309,7 +309,7 @@ def _observed(
         if projection is not None:
             stack.enter_context(projection.register_forward_pre_hook(lambda _, given: projected.append(given[0])))
         stack.enter_context(attention_calls(facts.attentions, {layer: call}))
-        rows = of_rows(facts, captured.inputs[layer], len(ablations[0][1]) if ablations else 1)
+        rows = of_rows(facts, captured.input_of(layer), len(ablations[0][1]) if ablations else 1)
         with suppress(LeftLayer):
             facts.layers[layer](rows, **Copies().of(captured.arguments[layer]))
     if not seen:

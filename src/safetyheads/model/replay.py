@@ -15,9 +15,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safetyheads.ablation import Ablation
@@ -139,20 +142,48 @@ def narrowed(arguments: Arguments, wanted: Tensor, n_tokens: int) -> Arguments:
 # Capture
 
 
+Place: TypeAlias = Literal["device", "host", "disk"]
+"""Where a capture's inputs are: on the device, in the host's pinned memory, or in a private folder."""
+
+
 class Capture:
     """One run over a packed row. It shrinks as replays move on."""
 
-    def __init__(self, row: PackedRow) -> None:
-        self.row = row
-        # Layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them.
-        self.inputs: dict[int, Tensor] = {}
+    def __init__(self, row: PackedRow, place: Place = "device") -> None:
+        self.row, self.place = row, place
+        # Layer -> hidden states entering it, [1, n_tokens, d_model] unless the family stacks more of them; or their
+        # file. And the device that they belong on.
+        self.inputs: dict[int, Tensor | Path] = {}
+        self._devices: dict[int, torch.device] = {}
+        self._folder = TemporaryDirectory(prefix="safetyheads-") if place == "disk" else None
         self.arguments: dict[int, Arguments] = {}
         # What a first ablated layer's heads, unablated and ablated, give its output projection, for all of its batches
         # [2, n_tokens, n_heads * d_value].
         self.compared: dict[tuple[int, Ablation], Tensor] = {}
 
+    def keep_input(self, layer: int, hidden: Tensor) -> None:
+        """Keep the states that enter a layer, in this capture's place."""
+        self._devices[layer] = hidden.device
+        if self._folder is not None:
+            path = Path(self._folder.name) / f"{layer}.safetensors"
+            save_file({"hidden": hidden.contiguous()}, path)
+            self.inputs[layer] = path
+        elif self.place == "host":
+            self.inputs[layer] = torch.empty_like(hidden, device="cpu", pin_memory=hidden.is_cuda).copy_(hidden)
+        else:
+            self.inputs[layer] = hidden
+
+    def input_of(self, layer: int) -> Tensor:
+        """The states that enter a layer, on their device."""
+        kept = self.inputs[layer]
+        hidden = load_file(kept)["hidden"] if isinstance(kept, Path) else kept
+        return hidden.to(self._devices[layer], non_blocking=True)
+
     def drop_before(self, layer: int) -> None:
         """Free what earlier layers need, once no replay starts there any more."""
+        for kept, hidden in self.inputs.items():
+            if kept < layer and isinstance(hidden, Path):
+                hidden.unlink()
         self.inputs = {kept: hidden for kept, hidden in self.inputs.items() if kept >= layer}
         self.compared = {key: outputs for key, outputs in self.compared.items() if key[0] >= layer}
 
@@ -173,16 +204,22 @@ def decode(architecture: Architecture, row: PackedRow, n_rows: int) -> Tensor:
 
 @torch.inference_mode()
 def capture(
-    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], first: int, segments: bool = False
+    architecture: Architecture,
+    row: PackedRow,
+    calls: Mapping[int, AttentionCall],
+    first: int,
+    segments: bool = False,
+    place: Place = "device",
 ) -> Capture:
-    """Run the decoder over one packed row under ``calls``, keeping what layers ``first``.. are given.
+    """Run the decoder over one packed row under ``calls``, keeping in a ``place`` what layers ``first``.. are given.
 
     With ``segments``, attention is taken prompt by prompt.
     """
-    captured = Capture(row)
+    captured = Capture(row, place)
 
     def keep(layer: int, module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        captured.inputs[layer], captured.arguments[layer] = named(module, positional, keywords)
+        hidden, captured.arguments[layer] = named(module, positional, keywords)
+        captured.keep_input(layer, hidden)
 
     with ExitStack() as stack:
         stack.enter_context(attention_calls(architecture.attentions, _segmented(architecture, row, calls, segments)))
@@ -232,7 +269,8 @@ def replay(
     running = _Replay(architecture, captured)
     # Rows that are equal so far are one row, until the first ablation tells them apart.
     late = quick.starts_late and len(calls.get(start, AttentionCall()).ablations) == 1
-    hidden = captured.inputs[start] if late else of_rows(architecture, captured.inputs[start], n_rows)
+    hidden = captured.input_of(start)
+    hidden = hidden if late else of_rows(architecture, hidden, n_rows)
     for layer in range(start, last):
         arguments = captured.arguments[layer]
         hidden = running.layer(layer, hidden, arguments, calls.get(layer, AttentionCall()), late and layer == start)
