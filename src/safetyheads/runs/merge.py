@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import RunDirectory, differences_of, stage_of
 from safetyheads.runs.shards import array_text, owners
+from safetyheads.runs.stored_files import content_key
 
 _MAY_DIFFER = ("device", "versions")
 _SHOWN = 6
@@ -35,7 +37,7 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
             told, other = run.checksum(place), holder.checksum(place)
             if (told != other or run.key != holder.key) and _content(run, place) != _content(holder, place):
                 raise InputError(_disagreement(holder, run, place))
-    _refuse_gaps(runs, set(holders))
+    _refuse_gaps(runs[-len(folders) :], set(holders))
     with RunDirectory.start(out, first.manifest.config, provenance, "merge") as merged:
         for place, run in sorted(holders.items()):
             if not run.path.samefile(out):
@@ -85,15 +87,16 @@ def _disagreement(first: RunDirectory, other: RunDirectory, place: str) -> str:
 
 
 def _refuse_gaps(runs: Sequence[RunDirectory], there: set[str]) -> None:
-    """Raise where a unit that any plan lists is in no directory."""
+    """Raise where a unit is in no directory, of a stage that all have reached; others go on once they are joined."""
     missing, count = list[int](), max(run.n_shards for run in runs)
     stages = set()
-    for run in runs:
-        for stage in run.planned():
-            owner = owners({tuple(places): cost for places, cost in stage.units}, count)
-            lacking = [place for places, _ in stage.units for place in places if place not in there]
-            missing += [owner[place] for place in lacking]
-            stages |= set(map(stage_of, lacking))
+    planned = [{content_key(asdict(stage)): stage for stage in run.planned()} for run in runs]
+    for key in set.intersection(*map(set, planned)):
+        units = planned[0][key].units
+        owner = owners({tuple(places): cost for places, cost in units}, count)
+        lacking = [place for places, _ in units for place in places if place not in there]
+        missing += [owner[place] for place in lacking]
+        stages |= set(map(stage_of, lacking))
     if missing:
         shards = f"run shards {array_text(missing)} of {count} again" if count > 1 else "run it again"
         raise IncompleteError(f"units of {', '.join(sorted(stages)[:_SHOWN])} are in no directory: {shards}")
