@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "demo",
     "audit": f"audit {DEMO}",
     "scan": f"scan {DEMO}",
+    "sweep": "sweep --model demo:aligned_a --prompts demo",
     "ships": f"ships {DEMO}",
     "sahara": f"sahara {DEMO}",
     "asr": f"asr {DEMO} --heads 2-6",

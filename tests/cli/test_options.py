@@ -19,8 +19,9 @@ CONFIGS = [kind for kind in vars(config).values() if isinstance(kind, type) and 
 COMMANDS = [name for name in app if not name.startswith("-")]
 # The same idea on another scale: eval counts documents, and a scan's groups are compared only when they are asked for.
 DIFFERING = {"--limit", "--n-random", "--prompts"}
-# Defaults of their own: tasks are asked without a template, and a server's clients mostly want whole answers.
-OWN_DEFAULTS = {("eval", "--template"), ("serve", "--max-new-tokens")}
+# Defaults of their own: tasks are asked without a template, and a server's clients mostly want whole answers. A sweep
+# takes several kinds of ablation.
+OWN_DEFAULTS = {("eval", "--template"), ("serve", "--max-new-tokens"), ("sweep", "--ablation")}
 
 
 def options(name):

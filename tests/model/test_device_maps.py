@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import accelerate
 import peft
 import pytest
 import torch
 from families import built
 from pretend_devices import PretendDevices, spread
-from tiny_models import engine_of, model_of, prompts_of, saved, tokenizer
+from tiny_models import COMMON, build, engine_of, model_of, prompts_of, saved, tokenizer
+from transformers import LlamaConfig
 from transformers.integrations import accelerate as laid_out
 
 from safetyheads import (
@@ -27,6 +30,9 @@ from safetyheads.answers.decoding import Decoding
 from safetyheads.answers.success import scan_attack_success_rate
 from safetyheads.model import loading
 from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan, TokenSequence, pack
+from safetyheads.model.replay import capture
+from safetyheads.runs.estimate import captures_line
 from safetyheads.runs.provenance import device_name, fingerprint
 
 # Weights at other addresses may be multiplied by another kernel; measured: 0 to 2e-7 nats.
@@ -191,3 +197,63 @@ def test_without_accelerate_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs accelerate; install safetyheads\[accelerate\]"):
         Engine.load("never-read", device_map="auto")
+
+
+# Captures
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_captures_give_the_same_states_wherever_they_are(place):
+    engine = engine_of("llama_gqa")
+    asked = engine.ask(PROMPTS)
+    sequences = [TokenSequence(token_ids) for token_ids in asked.token_ids]
+    row = pack(sequences, range(len(sequences)))
+    kept = capture(engine.architecture, row, {}, 0, True, place)
+    other = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, Plan((tuple(range(len(sequences))),), 4, 1))
+    folder = None if kept._folder is None else Path(kept._folder.name)
+    assert (folder is not None) == (place == "disk")
+    for layer, expected in other[0].inputs.items():
+        assert torch.equal(kept.input_of(layer), expected)
+    if folder is not None:
+        assert sorted(file.name for file in folder.iterdir()) == [f"{layer}.safetensors" for layer in range(3)]
+        assert folder.stat().st_mode & 0o777 == 0o700
+    kept.drop_before(2)
+    assert list(kept.inputs) == [2]
+    states = [engine.replayed([each], GROUPS[1:], UNDIFFERENTIATED_ATTENTION, 2) for each in (kept, other[0])]
+    assert torch.equal(*states)
+    del kept
+    assert folder is None or not folder.exists()
+
+
+def test_captures_that_do_not_fit_the_budget_are_on_disk_and_scores_are_the_same(tmp_path):
+    """A deep, narrow model: captures of all its layers are most of what a pass takes."""
+    path = saved(build(LlamaConfig(**COMMON | {"num_hidden_layers": 24}, num_key_value_heads=2)), tmp_path)
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(24)}
+    free = Engine.load(path)
+    sequences = [TokenSequence(token_ids) for token_ids in free.ask(PROMPTS).token_ids]
+    place, n_bytes = free.captures_place(sequences, free.plan(sequences))
+    assert place == "device"
+    small = Engine.load(path, device_map=places, memory=1.9 * n_bytes / 2**30)
+    plan = small.plan(sequences)
+    assert small.captures_place(sequences, plan) == ("disk", n_bytes)
+    assert (
+        n_bytes < free.memory_estimate(sequences, plan) > small.memory_budget >= small.memory_estimate(sequences, plan)
+    )
+    assert "on disk" in captures_line(small, sequences, plan)
+    assert_equal_engines(small, free)
+
+
+def test_a_replay_reads_the_weights_of_its_layers_alone(tmp_path, monkeypatch):
+    engine = Engine.load(saved(model_of("llama_gqa"), tmp_path), device_map=ON_CPU_AND_DISK)
+    sequences = [TokenSequence(token_ids) for token_ids in engine.ask(PROMPTS).token_ids]
+    captures = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, engine.plan(sequences))
+    read = []
+    found = accelerate.utils.OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(
+        accelerate.utils.OffloadedWeightsLoader,
+        "__getitem__",
+        lambda self, key: (read.append(key), found(self, key))[1],
+    )
+    engine.replayed(captures, [(Head(2, 3),)], UNDIFFERENTIATED_ATTENTION, 2)
+    assert {key.split(".")[2] for key in read} == {"2"}

@@ -30,6 +30,7 @@ from safetyheads.cli.options import (
     OutputOptions,
     ReportOptions,
     RunOptions,
+    SweepOptions,
     options_from_dataclasses,
     settings_file,
 )
@@ -143,6 +144,61 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
 
 
 @command
+def sweep(
+    file: Annotated[
+        Path | None,
+        Parameter(help="TOML file: models, prompts and ablations, lists of names or of tables; settings of audits."),
+    ] = None,
+    /,
+    *,
+    combined: Annotated[dict[str, Any], Given(SweepOptions)],
+    config: Annotated[dict[str, Any], Given(AuditConfig, ("model", "prompts", "ablation"))],
+    where: Annotated[dict[str, Any], Given(RunOptions, ("settings", "ray", "workers", "gpus_per_worker"))],
+    report: ReportOptions,
+    output: OutputOptions,
+) -> int:
+    """Audit every combination of models, prompt sets and ablations; compare each run with the one before it.
+
+    Unablated answers are made once for all ablations, and a model is loaded once. Models of 2048 heads and more are
+    screened; screen = false in the file scores all.
+    """
+    from safetyheads.reports.compare import write_comparison
+    from safetyheads.reports.write import write_history, write_report
+    from safetyheads.runs.directory import RunDirectory
+    from safetyheads.runs.stored_files import content_key
+    from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
+
+    options, progress = RunOptions(**where), show.progress_for(output.quiet)
+    machine, settings = options.parsed_machine, {} if file is None else read_sweep(file)
+    settings |= {name.removesuffix("_swept"): list(names) for name, names in combined.items()} | config
+    out = options.out or Path("runs") / f"sweep-{content_key(settings)[:6]}"
+    _refuse(out, report, settings.get("store_completions", True))
+    audits = audits_of(settings, out)
+
+    def load(config: AuditConfig) -> Engine:
+        return load_engine(config, progress) if machine is None else machine.engine(config)
+
+    how = {"command": sys.argv, "dry_run": options.dry_run, "shard": options.parsed_shard, "machine": machine}
+    costs, failed = carry_out_sweep(audits, load, progress, **how)
+    for place, error in failed.items():
+        show.print_error(f"error: {place.name}: {error}")
+    if options.dry_run or machine is not None:
+        lines = [f"{place.name}: {line}" for place, cost in costs.items() for line in cost["lines"]]
+        seconds = {"at_most": sum(cost["seconds"]["at_most"] for cost in costs.values())}
+        found = {"dry_run": True, "kind": "sweep", "out": str(out), "lines": lines, "seconds": seconds}
+        _show(found | {"stages": [f"{len(audits)} audits"]}, output, lambda: None)
+    elif costs:
+        for place in costs:
+            write_report(RunDirectory.open(place), show_completions=report.show_completions)
+        swept = sweep_results(out, failed)
+        page = write_history(swept)
+        for compared in swept["comparisons"]:
+            write_comparison(compared, out / "compared" / compared["names"][1])
+        _show(swept | {"page": str(page)}, output, lambda: show.show_history(swept, page))
+    return 0 if not failed else 3 if all(isinstance(error, IncompleteError) for error in failed.values()) else 2
+
+
+@command
 def ships(
     *,
     config: ShipsConfig,
@@ -181,6 +237,8 @@ def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> int:
     from safetyheads.integrations.lm_eval import load_tasks
     from safetyheads.integrations.utility import run_evaluation
 
+    if where.machine is not None:
+        raise InputError("--machine counts passes and answers; eval has neither")
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
     return _run("eval", config, where, output, load_tasks, run_evaluation, show.show_evaluation)
@@ -202,7 +260,7 @@ def _run(
     ``read`` gives the prompts or tasks; ``without_model`` the results where the prompts settle them.
     """
     config, out = settled(config, where.out, kind)
-    shard = where.parsed_shard
+    shard, machine = where.parsed_shard, where.parsed_machine
     _refuse(out, report, getattr(config, "store_completions", True))
     if isinstance(config, JudgeOptions) and config.judges:
         from safetyheads.judges.named import judges_named
@@ -216,13 +274,15 @@ def _run(
         _show(settles, output, lambda: show.print_lines([settles["verdict"]["sentence"]]))
         return 0
     given = config, out, data, progress, sys.argv
-    if where.ray is None or where.dry_run:
+    if machine is not None:
+        results = run(machine.engine(config), *given, where.dry_run, shard, machine=machine)
+    elif where.ray is None or where.dry_run:
         results = run(load_engine(config, progress), *given, where.dry_run, shard)
     else:
         from safetyheads.integrations.ray_workers import carry_out_by_workers
 
         results = carry_out_by_workers(run, *given, where.ray, where.workers, where.gpus_per_worker)
-    if where.dry_run:
+    if results.get("dry_run"):
         _show(results, output, lambda: None)
     else:
         _finish(results, out, report, output, display)
@@ -412,7 +472,9 @@ def plan(
 ) -> int:
     """Write a run's plan into its directory and compute no unit: plan 8 audit MODEL --prompts FILE --out RUN.
 
-    Done again later it adds the units of the stage that was reached since.
+    Done again later it adds the units of the stage that was reached since. It says how many rounds of jobs there are at
+    most, and how they depend on each other. With --machine 2xH100 it counts the run from the model's config and
+    tokenizer alone, and writes nothing.
     """
     out = _exit_code([*arguments, "--shard", f"0/{shards}"])
     return 0 if out == 3 else out

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from cyclopts import App, Group, Parameter
 from cyclopts.argument import ArgumentCollection
@@ -24,6 +24,9 @@ from safetyheads.files import read_toml
 from safetyheads.judges.named import KNOWN_JUDGES
 from safetyheads.model.options import refuse_odd_text
 from safetyheads.runs.shards import Shard
+
+if TYPE_CHECKING:
+    from safetyheads.runs.machines import Machine
 
 _TITLES = (
     *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
@@ -41,6 +44,9 @@ _NAMES = {
     "store_completions": "--completions",
     "settings": "--config",
     "quiet": ("--quiet", "-q"),
+    "SweepOptions.models": "--model",
+    "SweepOptions.prompts_swept": "--prompts",
+    "SweepOptions.ablations": "--ablation",
 }
 # What ends the help of options that name an entry of a table.
 _KNOWN = {"ablation": f" Known are {KNOWN_ABLATIONS}.", "judges": f" Known are {KNOWN_JUDGES}."}
@@ -77,6 +83,18 @@ class RunOptions(DirectoryOptions):
     """Workers under Ray, a model each. Default: as many as have room."""
     gpus_per_worker: float = 0.0
     """GPUs of each worker under Ray; half a one needs --memory."""
+    machine: str | None = None
+    """As --dry-run, counted for a machine by name, from the model's config and tokenizer alone: H100, 2xH100 for a
+    model over two, or H100@410 for 410 TFLOP/s that were measured."""
+
+    @property
+    def parsed_machine(self) -> Machine | None:
+        """The machine that the run is counted for."""
+        if self.machine is None:
+            return None
+        from safetyheads.runs.machines import Machine  # imports torch
+
+        return Machine.parse(self.machine)
 
     @property
     def parsed_shard(self) -> Shard:
@@ -98,6 +116,19 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     if named and commands != ("reproduce",):
         path = Path(named[0].tokens[0].value)
         Dict({commands[0]: read_toml(path)}, source=str(path))(app, commands, arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What a sweep combines; each wins over the file's."""
+
+    PANEL: ClassVar[str] = "Arguments"
+    models: tuple[str, ...] = ()
+    """Model, as an audit takes it. May be given several times."""
+    prompts_swept: tuple[str, ...] = ()
+    """Harmful prompts, as an audit takes them. May be given several times."""
+    ablations: tuple[str, ...] = ()
+    """Kind of ablation. May be given several times. Default: ua."""
 
 
 @dataclass(frozen=True, kw_only=True)

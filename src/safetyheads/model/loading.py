@@ -350,6 +350,33 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
     return model
 
 
+def load_shape(path: str, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without weights, from its config and tokenizer alone: it can be counted, and not run.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    config = read_config(path, path, **source)
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32
+    try:
+        with torch.device("meta"):
+            model = _auto_class(TEXT_MODELS, config).from_config(config, dtype=dtype)
+    except (*UNREADABLE, *_NONSENSE, RuntimeError) as error:
+        raise _cannot_load(path, error) from error
+    return model.eval(), _read_tokenizer(path, options, None, None)
+
+
+def bits_of_weights(model: PreTrainedModel) -> float:
+    """Bits that the weights take; of all layers' matrices by the config's quantisation, where it has one."""
+    settings, plain = _quantisation_settings(model), 8.0 * model.dtype.itemsize
+    bits = settings.get("bits") or (4 if settings.get("load_in_4bit") else 8)
+    # In layers a scale of 16 bits for each 32 to 128 weights; embeddings and the head stay as they are.
+    packed = {n for n, weight in model.named_parameters() if settings and _LAYER_NUMBER.search(n) and weight.ndim > 1}
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    return sum(size * (bits + 0.5 if name in packed else plain) for name, size in sizes.items())
+
+
 def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
     """A checkpoint's config, without the attention that it names, which ours replaces; ``name`` is for messages."""
     from transformers import AutoConfig
@@ -369,13 +396,12 @@ def read_weights(
     kinds: Sequence[str], path: str, name: str, config: PreTrainedConfig, **arguments: Any
 ) -> tuple[PreTrainedModel, Collection[str]]:
     """A checkpoint as the first of transformers' auto classes that knows its config, and tensors it has no use for."""
-    import transformers
     from safetensors import SafetensorError
 
-    known = [kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping]
-    auto = getattr(transformers, (*known, kinds[0])[0])
     try:
-        model, report = auto.from_pretrained(path, config=config, output_loading_info=True, **arguments)
+        model, report = _auto_class(kinds, config).from_pretrained(
+            path, config=config, output_loading_info=True, **arguments
+        )
     except UnpicklingError as error:
         raise InputError(
             f"cannot load {name}: its pickle is broken or holds more than weights, and is not run"
@@ -388,6 +414,13 @@ def read_weights(
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"the weights of {name} lack {len(missing)} tensors, {missing[0]} among them")
     return model, report["unexpected_keys"]
+
+
+def _auto_class(kinds: Sequence[str], config: PreTrainedConfig) -> Any:
+    import transformers
+
+    known = [kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping]
+    return getattr(transformers, (*known, kinds[0])[0])
 
 
 def _cannot_load(name: str, error: BaseException) -> InputError:
@@ -537,9 +570,12 @@ def dequantised(model: PreTrainedModel) -> str | None:
 def rounds_activations(model: PreTrainedModel) -> bool:
     """Whether a quantised model may round activations too: all that is not known to leave them as they are."""
     leaves_them = _ROUND_WEIGHTS_ALONE.get(quantisation(model) or "")
+    return leaves_them is None or not leaves_them(_quantisation_settings(model))
+
+
+def _quantisation_settings(model: PreTrainedModel) -> Mapping[str, Any]:
     described: Any = getattr(model.config, "quantization_config", None)
-    settings = described if isinstance(described, dict) else vars(described) if described is not None else {}
-    return leaves_them is None or not leaves_them(settings)
+    return described if isinstance(described, dict) else vars(described) if described is not None else {}
 
 
 def refuse_wrapped(name: str, model: PreTrainedModel, does: str) -> None:

@@ -180,7 +180,11 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
         work = replace(work, answers=n_answers + n_controls)
     else:
         work = replace(work, short_answers=(n_controls, config.control_tokens))
-    return replace(work, prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)))
+    # Unablated answers, steps of the search (the first with all scores; screened, these follow), groups on the search
+    # half and on the test half, and the end.
+    forecasts = 0 if not config.screen else 1 if config.screen_once else config.size
+    rounds = 4 + config.size + forecasts + config.screen
+    return replace(work, prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)), rounds=rounds)
 
 
 def shortened(config: AuditConfig) -> list[str]:

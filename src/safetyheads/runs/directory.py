@@ -65,6 +65,8 @@ _FOLDERS: dict[str, Callable[[bytes], tuple[Held, Any]]] = {
 """Folders of stored parts, and how a file there is read."""
 
 _POLL_SECONDS = 0.5
+# Settings of the harmful prompts; what is found out about them has "harmful" in its name.
+_OF_HARMFUL = ("prompts", "column", "context_column", "category_column")
 
 _log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -136,6 +138,8 @@ class RunDirectory:
         self._known: dict[str, Any] = {}
         """What is remembered, and was read."""
         self._known_places: set[str] = set()
+        self._lenders: list[tuple[RunDirectory, str]] = []
+        """Runs to read from, and what a file's place has to say."""
 
     @classmethod
     def start(
@@ -361,6 +365,30 @@ class RunDirectory:
         for place in other._names("starts/*.jsonl"):
             self._write(place, read_regular(other._inside(place), follows_links=False))
 
+    # What other runs have computed.
+
+    def borrow(self, folders: Sequence[Path]) -> None:
+        """Read what is absent here from runs that differ in the ablation alone, once they have it.
+
+        A file's name hashes all that its numbers depend on beside the manifest, so unablated answers have the same name
+        in both. Of runs with other harmful prompts, what belongs to the benign ones is read.
+        """
+        for folder in folders:
+            if (folder / "manifest.json").is_file():
+                other = RunDirectory.look(folder)
+                names = _differing(*(run.manifest.config for run in (self, other))) - {"ablation", "epsilon"}
+                if all(name in _OF_HARMFUL or "harmful" in name for name in names):
+                    self._lenders.append((other, "benign" if names else ""))
+
+    def _borrowed(self, place: str) -> bool:
+        """Whether another run had the file; it is here then."""
+        for other, part in self._lenders:
+            if part in place and os.path.lexists(other.path / place):
+                with suppress(InputError):  # a damaged one is no loan
+                    self.take(place, other)
+                    return True
+        return False
+
     # Work that is shared.
 
     def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterator[tuple[int, Value]]:
@@ -425,6 +453,8 @@ class RunDirectory:
                 self._set_aside(place, error)
         elif place in self._stages.get(stage, {}):
             _log.warning("%s is lost and computed again", self.path / place)
+        if self._borrowed(place):
+            return self._read(place)
         if not self.shard.takes(place):
             raise _elsewhere({place})
         if not replaces:
@@ -739,10 +769,16 @@ def _holder(folder: Path, part: str) -> str:
     return "another process"
 
 
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """Places in two configs whose values differ."""
+    before, after = ({name: canonical_json(value) for name, value in leaves(config)} for config in (old, new))
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
 def differences_of(*configs: Mapping[str, Any]) -> list[str]:
     """Each setting in which two configs differ, in words, as ``name (old -> new)``; of fingerprints the name alone."""
     old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in configs)
-    names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    names = _differing(*configs)
     if any(name.startswith("prompts_sha256") for name in names):
         # Other prompts have other facts and other right answers.
         names = {name for name in names if not name.startswith(("prompt_facts", "references_sha256"))}

@@ -50,6 +50,8 @@ class Work:
     """What the numbers leave out."""
     short_answers: tuple[int, int] = (0, 0)
     """Further answers, and the tokens of the longest of them."""
+    rounds: int = 1
+    """Times that all shards of the run are started at most, each once the others have ended."""
 
     @property
     def all_answers(self) -> int:
@@ -71,6 +73,8 @@ class Estimate:
     """Of each token of an answer."""
     memory: int
     """Bytes beside the weights."""
+    captures: str = ""
+    """Where captures are kept, where that is not the device."""
 
     def answer_seconds(self, n_tokens: float) -> float:
         """Seconds of all answers, at so many tokens each."""
@@ -92,6 +96,7 @@ class Estimate:
         if self.memory:
             mib = max(1.0, self.memory / 2**20)
             parts.append(f"{f'{mib / 1024:.1f} GiB' if mib >= 1024 else f'{mib:.0f} MiB'} beside the weights")
+        parts += [self.captures] * bool(self.captures)
         return ". ".join(["; ".join(parts), *[work.note] * bool(work.note)])
 
     @property
@@ -115,6 +120,7 @@ class Estimate:
             "stages": list(work.stages),
             "passes": work.passes,
             "answers": work.all_answers,
+            "rounds": work.rounds,
             "seconds": {**seconds, "at_most": sum(seconds.values())},
             "memory_bytes": self.memory,
             "smallest_change": least,
@@ -124,16 +130,33 @@ class Estimate:
 
 def estimate(engine: Engine, work: Work) -> Estimate:
     """How long the work takes, from a batch of each kind that is timed now."""
-    pass_seconds, memory, answer_seconds = 0.0, 0, (0.0, 0.0)
+    pass_seconds, memory, answer_seconds, captures = 0.0, 0, (0.0, 0.0), ""
     if work.passes:
         sequences = [TokenSequence(token_ids) for token_ids in work.token_ids]
-        pass_seconds, memory = estimate_pass(engine, sequences, engine.plan(sequences))
+        layout = engine.plan(sequences)
+        pass_seconds, memory = estimate_pass(engine, sequences, layout)
+        captures = captures_line(engine, sequences, layout)
     if work.answers:
         n_rows = min(work.answers, _TIMED_ROWS)
         answer_seconds = estimate_answer(engine, work.token_ids, n_rows, work.max_new_tokens)
         longest = max(map(len, work.token_ids)) + work.max_new_tokens
         memory = max(memory, min(work.answers, rows_that_fit(engine, longest)) * row_bytes(engine, longest))
-    return Estimate(work, len(engine.heads), pass_seconds, *answer_seconds, memory)
+    return Estimate(work, len(engine.heads), pass_seconds, *answer_seconds, memory, captures)
+
+
+def captures_line(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> str:
+    """Where captures are kept during a pass; empty where that is the device."""
+    place, n_bytes = engine.captures_place(sequences, layout)
+    where = {"host": "in the host's memory", "disk": "on disk"}.get(place)
+    return f"captures of {n_bytes / 2**20:.0f} MiB {where}" if where else ""
+
+
+def chain_lines(rounds: int, n_shards: int) -> list[str]:
+    """How often the shards of a run are started, as job arrays that depend on each other."""
+    array = f"sbatch --parsable --array=1-{n_shards}"
+    lines = [f"{n_shards} shards end after {rounds} rounds at most, or in one where each has --wait"]
+    again = f"for round in $(seq 2 {rounds}); do job=$({array} --dependency=afterany:$job JOB); done"
+    return lines + [f"job=$({array} JOB); {again}"] * (rounds > 1)
 
 
 def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Plan) -> tuple[float, int]:

@@ -93,7 +93,12 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
     )
     length, token_ids, prompts = config.max_new_tokens, asked["harmful"].token_ids, asked["harmful"].prompts
     n_answers *= config.n_seeds
-    return Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
+    # Scores on benign and on harmful prompts, a forecast, later steps of the search: one after another, beside answers.
+    measured = 2 * bool(config.scores or config.prefixes or config.query_level) + max(0, config.prefixes - 1)
+    beside = bool(config.groups or config.pairs or config.prefixes or config.query_level)
+    rounds = 2 + max(1, (len(asked) > 1) + measured) + beside
+    work = Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
+    return replace(work, rounds=rounds)
 
 
 # Stages.

@@ -6,12 +6,14 @@ A run that cannot be read is listed with the reason, so that one broken run hide
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.files import canonical_json
 from safetyheads.runs.compare import SETTINGS, differing_settings, vanilla_asr_change
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.ranking import top
@@ -20,8 +22,10 @@ TOP_HEADS = 3
 """Heads named for each run."""
 
 
-def read_history(folder: Path) -> dict[str, Any]:
+def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
     """Every run below a folder, and the folder itself where it is one, as JSON.
+
+    A run's change is against the last one of its kind with the same settings ``alike``.
 
     Returns:
         ``folder``; ``runs`` (:func:`_entry`), oldest first, and last those without a start time; ``skipped``: name and
@@ -54,10 +58,11 @@ def read_history(folder: Path) -> dict[str, Any]:
         reason = f"; {skipped[0]['name']} is skipped: {skipped[0]['reason']}" if skipped else ""
         raise InputError(f"no finished run below {folder}{reason}")
     runs.sort(key=lambda run: (run.started or datetime.max.replace(tzinfo=UTC), str(run.path)))
-    entries, previous = [], dict[str, RunReader]()
+    entries, previous = [], dict[tuple[str, ...], RunReader]()
     for run in runs:
-        entries.append(_entry(folder, run, previous.get(run.kind)))
-        previous[run.kind] = run
+        key = (run.kind, *(canonical_json(run.config.get(name)) for name in alike))
+        entries.append(_entry(folder, run, previous.get(key)))
+        previous[key] = run
     return {"folder": str(folder), "runs": entries, "skipped": sorted(skipped, key=lambda run: run["name"])}
 
 

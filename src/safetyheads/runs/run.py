@@ -54,7 +54,7 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
-from safetyheads.runs.estimate import Estimate, Work, estimate
+from safetyheads.runs.estimate import Estimate, Work, chain_lines, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
@@ -64,6 +64,7 @@ from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
+    from safetyheads.runs.machines import Machine
 
 Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]
@@ -526,8 +527,11 @@ def run_directory(
     progress: Progress,
     command: Sequence[str] = (),
     shard: Shard | None = None,
+    lenders: Sequence[Path] = (),
 ) -> Iterator[RunDirectory]:
     """A run directory that is started, or continued with as many threads as it began with.
+
+    What ``lenders`` have is read from there (:meth:`.RunDirectory.borrow`).
 
     Raises:
         InputError: it belongs to another run.
@@ -535,6 +539,7 @@ def run_directory(
     is_new = not os.path.exists(out)
     try:
         with RunDirectory.start(out, settings, provenance(command), shard=shard) as directory:
+            directory.borrow(lenders)
             if n_stored := directory.n_stored:
                 progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
             threads = directory.remember("threads", torch.get_num_threads())
@@ -585,6 +590,8 @@ def carry_out(
     command: Sequence[str] = (),
     dry_run: bool = False,
     shard: Shard | None = None,
+    machine: Machine | None = None,
+    lenders: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run in a run directory and return the results as written; one that holds part of this run is continued.
 
@@ -598,6 +605,8 @@ def carry_out(
         command: the command line, for the record.
         dry_run: write nothing, and return the estimate instead (:meth:`.Estimate.as_json`).
         shard: which of the run's units are computed here; by default all.
+        machine: count the run for this one, of whose :meth:`.Machine.engine` the engine is; write nothing.
+        lenders: directories of runs with other ablations, whose unablated answers serve here too.
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
@@ -616,16 +625,19 @@ def carry_out(
         engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
         kind.refuse(engine, config, asked)
         work = kind.work(engine, config, asked)
-        if dry_run:
+        chain = chain_lines(work.rounds, shard.count) if shard is not None and shard.index == 0 else []
+        if dry_run or machine is not None:
             for line in first_lines:
                 progress.say(line)
-            return {"kind": kind.name, "out": str(out), **estimate(engine, work).as_json()}
+            found = estimate(engine, work) if machine is None else machine.estimate(engine, work)
+            told = found.as_json()
+            return {"kind": kind.name, "out": str(out), **told, "lines": [*told["lines"], *chain]}
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
             if hasattr(settings, "judges"):
                 recorded["judges"] = [judge.describe() for judge in judges]
-        with run_directory(out, recorded, progress, command, shard) as directory:
-            for line in first_lines:
+        with run_directory(out, recorded, progress, command, shard, lenders) as directory:
+            for line in (*first_lines, *chain):
                 progress.say(line)
             count_requests_in(directory.path, judges)
             started = time.monotonic()

@@ -63,8 +63,10 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
     share = extent.n_heads(n_heads) / n_heads if config.screen else 1.0
     token_ids, note = asked["harmful"].token_ids, "The screening adds a few backward passes." if config.screen else ""
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
-    passes = share * getattr(config, "size", 1)
-    return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note)
+    size = getattr(config, "size", 1)
+    # A step's scores, after its forecast where it has one; a ranking that is screened scores pairs too.
+    rounds = 1 + size * (1 + config.screen) + (config.screen and not searches)
+    return Work(token_ids, share * size, len(token_ids), OPENER_TOKENS, stages, note=note, rounds=rounds)
 
 
 def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
@@ -172,7 +174,8 @@ def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPro
     stages = ["unablated answers", *["groups"] * bool(config.groups)]
     stages += ["scores of heads", "query level"] * bool(config.query_level)
     passes = float(config.query_level > 0)
-    return Work(token_ids, passes, n_answers, config.max_new_tokens, tuple(stages), prompts)
+    rounds = 2 + bool(config.groups) + 2 * bool(config.query_level)
+    return Work(token_ids, passes, n_answers, config.max_new_tokens, tuple(stages), prompts, rounds=rounds)
 
 
 def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:

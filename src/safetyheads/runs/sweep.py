@@ -1,0 +1,133 @@
+"""Audits every combination of models, prompt sets and ablations; what runs have in common is computed once.
+
+Each audit has a run directory of its own in the sweep's folder, so a sweep that was killed continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
+from safetyheads.files import read_toml
+from safetyheads.model.names import find_model
+from safetyheads.runs.audit import read_prompts, run_audit
+from safetyheads.runs.compare import compare_runs, exit_code, quantities
+from safetyheads.runs.config import AuditConfig, Progress
+from safetyheads.runs.history import read_history
+from safetyheads.runs.reader import RunReader
+from safetyheads.runs.start import refuse_missing, settled
+from safetyheads.runs.verdict import too_few_prompts
+
+if TYPE_CHECKING:
+    from safetyheads.model.engine import Engine
+
+AXES = {"models": "model", "prompts": "prompts", "ablations": "ablation"}
+"""What a sweep combines -> the setting of an audit that a name among it stands for."""
+SCREENED_FROM = 2048
+"""Heads from which a sweep screens, unless it is told: exact scores of all are hours there."""
+_ALIKE = ("prompts_sha256", "ablation", "epsilon")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """A sweep's file: the axes, each a list of names or of tables of settings that go together; settings of audits."""
+    settings = read_toml(path)
+    for axis in AXES.keys() & settings.keys():
+        if not isinstance(settings[axis], list) or not all(isinstance(each, str | dict) for each in settings[axis]):
+            raise InputError(f"{path}: {axis} is a list of names, or of tables of settings")
+    return settings
+
+
+def audits_of(settings: Mapping[str, Any], out: Path) -> dict[Path, AuditConfig]:
+    """Run directory -> audit, for every combination; those of a model follow each other.
+
+    Models of :data:`SCREENED_FROM` heads or more are screened, where ``screen`` is not set.
+
+    Raises:
+        InputError: an axis without a value, an unknown setting, or two combinations that are one audit.
+    """
+    audits: dict[Path, AuditConfig] = {}
+    for combination in product(*(settings.get(axis) or ["ua"] * (axis == "ablations") for axis in AXES)):
+        given: dict[str, Any] = {name: value for name, value in settings.items() if name not in AXES}
+        for name, value in zip(AXES.values(), combination, strict=True):
+            given |= {name: value} if isinstance(value, str) else value
+        if unknown := given.keys() - {each.name for each in fields(AuditConfig)}:
+            raise InputError(f"an audit has no setting {min(unknown)!r}")
+        if lacking := {"model", "prompts"} - given.keys():
+            raise InputError(f"a table of the sweep names no {min(lacking)}")
+        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        config = AuditConfig(**given)
+        refuse_missing(config.model)
+        if "screen" not in given and _n_heads(config) >= SCREENED_FROM:
+            config = replace(config, screen=True)
+        config, place = settled(config, None, config.ablation)
+        if out / place.name in audits:
+            raise InputError("two combinations of the sweep are one audit; each is given once")
+        audits[out / place.name] = config
+    if not audits:
+        raise InputError("a sweep needs models and prompts, one of each at least")
+    return audits
+
+
+def _n_heads(config: AuditConfig) -> int:
+    """As the model's config tells; 0 where it tells none, and of GGUF files."""
+    from safetyheads.model.loading import read_config
+
+    path, _ = find_model(config.model)
+    if Path(path).is_file():
+        return 0
+    told = read_config(path, path, trust_remote_code=config.trust_remote_code, revision=config.revision or "main")
+    text = told.get_text_config(decoder=True)
+    counts = [getattr(text, name, 0) for name in ("num_hidden_layers", "num_attention_heads")]
+    return int(counts[0] * counts[1]) if all(isinstance(count, int) for count in counts) else 0
+
+
+def carry_out_sweep(
+    audits: Mapping[Path, AuditConfig],
+    load: Callable[[AuditConfig], Engine],
+    progress: Progress,
+    **how: Any,
+) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
+    """Results of every audit, and why others have none: one that fails stops no other.
+
+    A model is loaded once for all of its audits. ``how`` goes to :func:`safetyheads.runs.run.carry_out`.
+    """
+    prompts = {place: read_prompts(config) for place, config in audits.items()}
+    found: dict[Path, dict[str, Any]] = {}
+    failed: dict[Path, SafetyheadsError] = {}
+    loaded, engine = None, None
+    for number, (place, config) in enumerate(audits.items(), start=1):
+        progress.say(f"{number} of {len(audits)}: {place.name}")
+        harmful, benign = (prompts[place][name] for name in ("harmful_test", "benign_test"))
+        too_few = too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
+        lenders = [other for other in audits if other != place]
+        try:
+            if too_few is not None and not config.anyway:
+                raise InputError(f"cannot say: {too_few}; --anyway goes on")
+            if engine is None or loaded != (config.model, config.load_options):
+                engine = None  # freed before the next one is read
+                engine, loaded = load(config), (config.model, config.load_options)
+            found[place] = run_audit(engine, config, place, prompts[place], progress, lenders=lenders, **how)
+        except SafetyheadsError as error:
+            failed[place] = error
+    return found, failed
+
+
+def sweep_results(out: Path, failed: Mapping[Path, SafetyheadsError]) -> dict[str, Any]:
+    """All finished audits, oldest first, and each compared with the one before of the same prompts and ablation.
+
+    Returns:
+        :func:`.history.read_history`, with ``failed`` (reason by name) and ``comparisons``: both ``names``, and
+        what ``compare`` gives.
+    """
+    found, comparisons = read_history(out, _ALIKE), []
+    for run in found["runs"]:
+        if run["before"] is not None:
+            compared = compare_runs(RunReader(out / run["before"]), RunReader(out / run["name"]))
+            told = {"quantities": quantities(compared), "gates": [], "exit_code": exit_code(compared, [], False)}
+            comparisons.append({"names": [run["before"], run["name"]], **asdict(compared), **told})
+    reasons = {place.name: str(error) for place, error in failed.items() if not isinstance(error, ElsewhereError)}
+    return found | {"failed": reasons, "comparisons": comparisons}

@@ -1,0 +1,136 @@
+"""A sweep gives each audit the bytes that it has alone, and makes once what audits have in common."""
+
+import json
+
+import pytest
+import torch
+from test_shards import bytes_of
+
+from safetyheads import InputError, load_demo
+from safetyheads.answers import drafts
+from safetyheads.errors import ElsewhereError
+from safetyheads.runs import kept_answers, sweep
+from safetyheads.runs.audit import run_audit
+from safetyheads.runs.config import Silent
+from safetyheads.runs.shards import Shard
+from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
+
+MODEL = "demo:aligned_a"
+SHORT = {"limit": 4, "max_new_tokens": 8, "memory": 1.0, "size": 1, "n_random": 1, "anyway": True, "damage_tokens": 2}
+AXES = {"models": [MODEL], "prompts": ["demo"], "ablations": ["ua", {"ablation": "sc", "epsilon": 0.0}]}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    torch.set_num_threads(1)
+    return load_demo("aligned_a").engine
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many prompts were answered unablated, call by call."""
+    counts = []
+
+    def counted(engine, encoded, *rest):
+        counts.append(len(encoded))
+        return drafts.unablated_answers(engine, encoded, *rest)
+
+    monkeypatch.setattr(kept_answers, "unablated_answers", counted)
+    return counts
+
+
+def swept(out, engine, axes=AXES, **how):
+    """The audits of a sweep that was carried out, and what failed."""
+    audits = audits_of(SHORT | axes, out)
+    return audits, carry_out_sweep(audits, lambda config: engine, Silent(), **how)[1]
+
+
+def test_each_audit_has_its_own_bytes_and_unablated_answers_are_made_once(engine, tmp_path, decoded):
+    audits, _ = swept(tmp_path / "all", engine)
+    assert len(decoded) == 4  # search and test half of harmful and benign prompts
+    for place, config in audits.items():
+        run_audit(engine, config, tmp_path / "alone" / place.name)
+        one, all_of = bytes_of(tmp_path / "alone" / place.name), bytes_of(place)
+        assert sorted(one) == sorted(all_of)
+        assert [name for name in one if one[name] != all_of[name]] == []
+    assert len(decoded) == 12
+    stored = {place.name: bytes_of(place) for place in audits}
+    swept(tmp_path / "all", engine)
+    assert ({place.name: bytes_of(place) for place in audits}, len(decoded)) == (stored, 12)
+
+
+def test_other_prompts_share_the_benign_answers_and_other_settings_share_nothing(engine, tmp_path, decoded):
+    prompts = tmp_path / "harmful.txt"
+    prompts.write_text("\n".join(query.query for query in load_demo("aligned_a").harmful[:12]))
+    axes = AXES | {"ablations": ["ua"], "prompts": ["demo", {"prompts": str(prompts), "benign": "demo"}]}
+    swept(tmp_path / "all", engine, axes)
+    assert len(decoded) == 6
+    axes = AXES | {"ablations": ["ua", {"ablation": "ua", "max_new_tokens": 7}]}
+    swept(tmp_path / "other", engine, axes)
+    assert len(decoded) == 14
+
+
+def test_what_fails_stops_no_other_and_shards_are_run_again(engine, tmp_path):
+    out, axes = tmp_path / "all", AXES | {"ablations": [{"size": 33}, "ua"]}
+    (first, second), failed = swept(out, engine, axes, shard=Shard(1, 2))
+    assert str(failed[first]) == "size 33 is larger than the number of heads, 32"
+    assert isinstance(failed[second], ElsewhereError)
+    for _ in range(8):
+        for index in (2, 1):
+            _, failed = swept(out, engine, axes, shard=Shard(index, 2))
+        if second not in failed:
+            break
+    found = sweep_results(out, failed)
+    assert [run["name"] for run in found["runs"]] == [second.name]
+    assert list(found["failed"]) == [first.name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prompts": ["demo"]}, "a sweep needs models and prompts"),
+        (AXES | {"prompts": []}, "a sweep needs models and prompts"),
+        (AXES | {"sizes": 1}, "an audit has no setting 'sizes'"),
+        (AXES | {"models": [{"dtype": "float32"}]}, "a table of the sweep names no model"),
+        (AXES | {"models": [MODEL, MODEL]}, "two combinations of the sweep are one audit"),
+        (AXES | {"ablations": ["no_such"]}, "no_such"),
+        (AXES | {"models": ["./nowhere"]}, "no such model directory"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_before_a_model_is_loaded(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        audits_of(settings, tmp_path)
+
+
+def test_models_of_many_heads_are_screened_unless_somebody_says(tmp_path, monkeypatch):
+    def screened(**settings):
+        return [config.screen for config in audits_of(SHORT | AXES | settings, tmp_path).values()]
+
+    assert screened() == [False, False]
+    monkeypatch.setattr(sweep, "SCREENED_FROM", 32)
+    assert (screened(), screened(screen=False)) == ([True, True], [False, False])
+
+
+def test_the_command_reads_a_file_compares_neighbours_and_goes_on(run, tmp_path):
+    file, out = tmp_path / "sweep.toml", tmp_path / "runs"
+    settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SHORT.items())
+    file.write_text(f'models = ["demo:aligned_a"]\nprompts = ["demo"]\n{settings}')
+    assert read_sweep(file) == {"models": [MODEL], "prompts": ["demo"]} | SHORT
+    asked = ("sweep", file, "--model", MODEL, "--model", "demo:base", "--out", out)
+    code, text, _ = run(*asked, "--dry-run", "--json")
+    found = json.loads(text)
+    assert (code, found["stages"], out.exists()) == (0, ["2 audits"], False)
+    code, text, err = run(*asked, "--json")
+    found = json.loads(text)
+    assert code == 0, err
+    assert [entry["model"] for entry in found["runs"]] == [MODEL, "demo:base"]
+    (compared,) = found["comparisons"]
+    assert compared["names"] == [entry["name"] for entry in found["runs"]]
+    pages = [out / "history.html", out / "compared" / compared["names"][1] / "compare.html"]
+    pages += [out / entry["name"] / "report" / "index.html" for entry in found["runs"]]
+    assert [page for page in pages if not page.is_file()] == []
+    code, text, _ = run(*asked)
+    assert (code, "demo:base" in text) == (0, True)
+    file.write_text("models = 3")
+    code, _, err = run("sweep", file)
+    assert (code, "models is a list of names, or of tables of settings" in err) == (2, True)
