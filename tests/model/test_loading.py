@@ -241,6 +241,9 @@ def test_sizes_and_quantisations_that_cannot_be_are_refused_before_anything_is_r
 def test_a_checkpoint_is_made_of_regular_files_and_sound_settings(place):
     change(place, "generation_config.json", max_new_tokens="many")
     assert "generation_config.json" in refusal(place) or "max_new_tokens" in refusal(place)
+    for end in ("x", [63, "x"], -7):
+        change(place, "generation_config.json", max_new_tokens=5, eos_token_id=end)
+        assert refusal(place).startswith("generation_config.json of M is wrong: eos_token_id")
     (place / "generation_config.json").unlink()
     for longest in ("x", -1):
         change(place, "tokenizer_config.json", model_max_length=longest)

@@ -47,6 +47,7 @@ _MEANINGS = {
     "offload_folder": "{} has weights to be offloaded to the disk; give --offload-folder",
     "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
 }
+_SETTINGS_FILES = ("config.json", "generation_config.json")
 _COUNT, _WIDTH = (1, 1 << 16), (1, 1 << 24)
 # Smallest and largest value of a config's sizes: nonsense here would be built for hours, or not at all.
 _CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
@@ -55,6 +56,7 @@ _CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "head_dim", "vocab_size"), _WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "original_max_position_embeddings"), (0, 1 << 40)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (-1, 1 << 24)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
 }
 _MEMORY_SHARE = 0.5
@@ -225,23 +227,25 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
         return
     if not (path / "config.json").is_file():
         raise InputError(f"{name} has no config.json, so it is not a model directory")
-    described = read_json(path / "config.json")
-    for key, value in leaves(described):
-        # Lists give a number to each layer.
+    found = {kept: read_json(path / kept) for kept in _SETTINGS_FILES if (path / kept).is_file()}
+    for place, value in leaves(found):
+        which, _, key = place.partition(".json.")
+        # Lists give a number to each layer, or several that end an answer.
         bounds = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2])
         if bounds is None or value is None or value == [] or (value is False and bounds[0] == 0):
             continue
         least, most = bounds
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise InputError(f"config.json of {name} is wrong: {key} must be from {least} to {most}; got {value!r}")
+            raise InputError(f"{which}.json of {name} is wrong: {key} must be from {least} to {most}; got {value!r}")
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
+    described = found["config.json"]
     family = described.get("model_type")
     is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
     if "auto_map" in described and not options.trust_remote_code and not is_shipped:
         raise InputError(_BRINGS_CODE.format(name))
-    if (path / "generation_config.json").is_file():
+    if "generation_config.json" in found:
         try:
-            GenerationConfig.from_dict(read_json(path / "generation_config.json"))
+            GenerationConfig.from_dict(found["generation_config.json"])
         except (*UNREADABLE, *_NONSENSE) as error:
             if isinstance(error, InputError):
                 raise
