@@ -20,7 +20,7 @@ from safetyheads.reports.reproduction import table_shown
 from safetyheads.runs.directory import RunDirectory
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "study"
-COLOURS = {"complied": "#4c78a8", "complied, and makes sense": "#2a7f62", "nonsense": "#b8860b"}
+COLOURS = {"ASR": "#4c78a8", "coherent ASR": "#2a7f62", "nonsense": "#b8860b"}
 COLOURS |= {"benign answers lost": "#b22222"}
 
 
@@ -39,7 +39,7 @@ def markdown(cells: Iterable[str]) -> str:
 
 
 def head_map(points: list[dict[str, Any]]) -> alt.Chart:
-    """ASR and coherent ASR of every head."""
+    """What becomes of the answers without each head."""
     return (
         alt.Chart(alt.Data(values=points))
         .mark_rect()

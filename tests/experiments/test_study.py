@@ -23,7 +23,7 @@ def test_planted_heads_lead_and_every_score_has_their_ranks(outcome):
     assert len(ranks) == 5
     assert max(row["mean_ships_rank"] for row in best) <= 3
     marked = {point["panel"] for point in points(figure_of(outcome, "heads"))}
-    assert marked == {"ASR", "coherent ASR"}
+    assert marked == {"ASR", "coherent ASR", "nonsense"}
     assert len(points(figure_of(outcome, "heads"), panel="ASR")) == 32
     names = [row["score"] for row in rows(outcome, 1)]
     assert (len(names), names[-1]) == (6, "split half")
@@ -44,7 +44,7 @@ def test_groups_grow_beside_random_ones_and_the_best_pair(outcome):
         if "nonsense" in row and row["way"] != "random":
             assert row["coherent"]["value"] + row["nonsense"]["value"] <= 1
     # The figure is the table.
-    for point, row in zip(points(figure_of(outcome, "lines"), series="complied"), [unablated, *groups], strict=True):
+    for point, row in zip(points(figure_of(outcome, "lines"), series="ASR"), [unablated, *groups], strict=True):
         assert point["y"] == row["asr"]["value"]
 
 

@@ -38,6 +38,7 @@ DAMAGE_TOKENS = 12
 _THREE = 3
 _N_LISTED = 10
 _FORECAST = "screened_mean_ships"
+_RATES = {"asr": "ASR", "coherent": "coherent ASR", "nonsense": "nonsense"}
 
 
 def study(lab: Lab, outcome: Outcome) -> None:
@@ -95,8 +96,13 @@ class _Study:
 
     @cached_property
     def strongest(self) -> tuple[Head, ...]:
-        """All heads, those of the highest coherent ASR first."""
-        return tuple(sorted(self.alone, key=lambda head: -(self.alone[head].coherent_asr.rate or 0.0)))
+        """All heads: the highest coherent ASR first, then the fewest refusals left, then the highest mean Ships."""
+
+        def order(head: Head) -> tuple[float, ...]:
+            answers = self.alone[head]
+            return -(answers.coherent_asr.rate or 0.0), answers.refused.rate or 0.0, -float(self.scores[LEAD][head])
+
+        return tuple(sorted(self.alone, key=order))
 
     @cached_property
     def _head_pass(self) -> Any:
@@ -202,13 +208,12 @@ class _Study:
         }
 
     def map_points(self) -> list[Row]:
-        """ASR and coherent ASR of every head; marked are those whose ASR differs."""
+        """What becomes of the answers without each head; marked are those whose ASR is higher."""
         return [
-            {"layer": head.layer, "head": head.index, "y": rate.rate, "n": rate.n}
-            | {"marked": self._differs(head), "panel": panel}
-            for panel in ("ASR", "coherent ASR")
+            {"layer": head.layer, "head": head.index, "y": rate.value, "n": rate.n}
+            | {"marked": self._differs(head), "panel": _RATES[name]}
             for head, answers in self.alone.items()
-            for rate in [answers.asr if panel == "ASR" else answers.coherent_asr]
+            for name, rate in self._rates(answers).items()
         ]
 
     def scatter_points(self, name: str) -> list[Row]:
@@ -243,11 +248,8 @@ class _Study:
         ]
 
     def _rates(self, answers: GroupAnswers) -> dict[str, Measured]:
-        return {
-            "asr": Measured.of(answers.asr),
-            "coherent": Measured.of(answers.coherent_asr),
-            "nonsense": Measured.of(answers.nonsense),
-        }
+        rates = (answers.asr, answers.coherent_asr, answers.nonsense)
+        return dict(zip(_RATES, map(Measured.of, rates), strict=True))
 
     @cached_property
     def qualities(self) -> dict[str, Any]:
@@ -300,11 +302,10 @@ class _Study:
     def size_points(self) -> list[Row]:
         """What becomes of the answers as heads are added in the order of Sahara by mean Ships."""
         sizes = [self.vanilla, *(self.together[group] for group in self.listed[LEAD])]
-        names = {"asr": "complied", "coherent": "complied, and makes sense", "nonsense": "nonsense"}
         return [
-            point(self._rates(answers)[key], x=size, series=name, panel=SCORE_LABELS[LEAD])
+            point(rate, x=size, series=_RATES[name], panel=SCORE_LABELS[LEAD])
             for size, answers in enumerate(sizes)
-            for key, name in names.items()
+            for name, rate in self._rates(answers).items()
         ] + [
             point(self.on_benign[group]["lost"], x=size, series="benign answers lost") | {"panel": SCORE_LABELS[LEAD]}
             for size, group in enumerate(self.listed[LEAD], 1)
@@ -326,7 +327,9 @@ class _Study:
         coherent = GroupAnswers.coherent
         best = {name: quality.sizes[0] for name, quality in self.qualities.items()}
         regrets = {
-            name: Measured(size.regret_on_halves, n, *(size.halves_interval or ())) for name, size in best.items()
+            # Where no head raises the ASR there is none to find.
+            name: Measured(size.regret_on_halves, n, *((size.halves_interval if raised else None) or ()))
+            for name, size in best.items()
         }
         measured: dict[str, tuple[str, Measured, float | None, float | None]] = {
             "one_head": (f"{paper[0]:+.2f}", Measured.of(first.change_from(self.vanilla)), paper[0] / 2, None),
