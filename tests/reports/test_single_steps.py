@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 "Of the 10 heads that were scored, ",
                 "times as far as the next",
-                "candidate of rank 6, 95 % sure.",
+                "candidate of rank 6, 95 % sure; without a sample there is none.",
                 "Pairs",
             ],
         ),

@@ -11,6 +11,10 @@ from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
 
 
+def completions_in_memory():
+    return sum(type(each) is Completion for each in gc.get_objects())
+
+
 class Watching(Judge):
     """Lets what begins with Sure comply, and counts the answers that are in memory when it is asked."""
 
@@ -18,10 +22,12 @@ class Watching(Judge):
 
     def __init__(self):
         self.asked, self.in_memory = [], []
+        gc.collect()
+        self.of_other_tests = completions_in_memory()
 
     def __call__(self, completions):
         self.asked += completions and [(each.query, each.text) for each in completions]
-        self.in_memory.append(sum(isinstance(each, Completion) for each in gc.get_objects()))
+        self.in_memory.append(completions_in_memory() - self.of_other_tests)
         return tuple(Verdict("complied" if each.text[:4] == "Sure" else "refused", "seen") for each in completions)
 
     def describe(self):

@@ -73,7 +73,7 @@ def test_other_prompts_share_the_benign_answers_and_other_settings_share_nothing
 def test_what_fails_stops_no_other_and_shards_are_run_again(engine, tmp_path):
     out, axes = tmp_path / "all", AXES | {"ablations": [{"size": 33}, "ua"]}
     (first, second), failed = swept(out, engine, axes, shard=Shard(1, 2))
-    assert str(failed[first]) == "size 33 is larger than the number of heads, 32"
+    assert str(failed[first]) == "size 33 is more than the model's 32 heads"
     assert isinstance(failed[second], ElsewhereError)
     for _ in range(8):
         for index in (2, 1):
