@@ -368,6 +368,9 @@ def test_a_search_that_screens_once_chooses_among_the_first_candidates_and_bound
         group = (*group, max(left, key=lambda head: float(scorer([(*group, head)])[0])))
     assert group == trace.group
     assert [bound.n_sampled for bound in bounds] == [2, 0, 0]
+    scored = [len(step.ranked()) for step in trace.steps]
+    assert scored[0] == 6
+    assert 10 <= sum(scored) <= extent.n_groups(len(engine.heads), 3) == 6 + 4 + 4
     assert bounds[1].at_most == bounds[1].n_others
     assert str(bounds[1]).startswith(f"none of the {bounds[1].n_others} other heads was sampled")
 

@@ -380,6 +380,11 @@ class Extent(Shown):
         """Heads that are scored, of so many."""
         return min(of, self.n_candidates + self.n_sampled)
 
+    def n_groups(self, of: int, steps: int) -> int:
+        """Groups that a search of so many steps scores, at most."""
+        later = min(of, self.n_candidates) if self.once else self.n_heads(of)
+        return self.n_heads(of) + (steps - 1) * later
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

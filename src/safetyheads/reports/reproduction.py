@@ -111,7 +111,7 @@ def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
     named = few if len(models) <= _MOST_NAMED else f"{len(models)} models"
     lost = sum(state["label"] == "not meaningful" for state in ran)
     rest = "; none is meaningful there" if lost == len(ran) else f"; {lost} not meaningful there" if lost else ""
-    return f"{len(ran)} of {len(states)} experiments of the paper on {named}{rest}."
+    return f"{len(ran)} of {len(states)} experiments on {named}{rest}."
 
 
 # One experiment.

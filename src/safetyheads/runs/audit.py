@@ -155,11 +155,12 @@ def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, 
 
 def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     n = {name: len(prompts) for name, prompts in asked.items()}
-    n_searches, n_scored_heads, n_later = len(SEARCHED), len(engine.heads), len(engine.heads)
+    n_searches, n_scored_heads = len(SEARCHED), len(engine.heads)
+    n_searched = n_scored_heads * config.size
     if config.screen:
         extent = extent_of(config)
-        n_searches, n_scored_heads = 1, extent.n_heads(n_scored_heads)
-        n_later = min(extent.n_candidates, n_scored_heads) if extent.once else n_scored_heads
+        n_searches, n_searched = 1, extent.n_groups(n_scored_heads, config.size)
+        n_scored_heads = extent.n_heads(n_scored_heads)
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
     n_groups, sizes = n_searches * config.size, heads_by_layer(engine)
@@ -172,7 +173,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     n_answers += (n["harmful_test"] + n["benign_test"]) * (1 + n_tested)
     # One pass over single heads on two sets, the later steps of each search, and groups on benign test prompts: the
     # searched ones for the next token, these and the random ones for damage.
-    n_passed = 2 * n_scored_heads + n_searches * (n_later * (config.size - 1) + n_random) + 2 * n_tested
+    n_passed = 2 * n_scored_heads + n_searches * (n_searched - n_scored_heads + n_random) + 2 * n_tested
     work = Work(
         asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
     )
@@ -322,7 +323,7 @@ def screened_search(
     heads, extent = run.engine.heads, extent_of(run.config)
     openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()
     screens = partial(run.screen, name, measuring.sequences, run.ablation, openers)
-    with run.progress.track("searching groups", n_scored(extent.n_heads(len(heads)), size := run.config.size)) as done:
+    with run.progress.track("searching groups", extent.n_groups(len(heads), size := run.config.size)) as done:
         scorer = scorer_of(measuring, score, done)
         trace, proposals, bounds = screened_sahara(scorer, screens, heads, score.forecast, size, extent)
     return trace, proposals, [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]

@@ -50,7 +50,7 @@ from safetyheads.runs.stored_files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
 _LOCK = ".lock-"

@@ -60,13 +60,14 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     """Answers are unablated ones alone, as far as they tell a refusal."""
     extent, n_heads, searches = extent_of(config), len(engine.heads), isinstance(config, SaharaConfig)
-    share = extent.n_heads(n_heads) / n_heads if config.screen else 1.0
     token_ids, note = asked["harmful"].token_ids, "The screening adds a few backward passes." if config.screen else ""
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
     size = getattr(config, "size", 1)
+    passes = extent.n_groups(n_heads, size) / n_heads if config.screen else float(size)
     # A step's scores, after its forecast where it has one; a ranking that is screened scores pairs too.
-    rounds = 1 + size * (1 + config.screen) + (config.screen and not searches)
-    return Work(token_ids, share * size, len(token_ids), OPENER_TOKENS, stages, note=note, rounds=rounds)
+    n_forecasts = config.screen * (1 if extent.once else size)
+    rounds = 1 + size + n_forecasts + (config.screen and not searches)
+    return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note, rounds=rounds)
 
 
 def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
