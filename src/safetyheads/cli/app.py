@@ -120,13 +120,11 @@ def audit(
 
 
 def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
-    from safetyheads.runs.audit import read_prompts, run_audit
-    from safetyheads.runs.verdict import too_few_prompts
+    from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 
     def without_model(prompts: Mapping[str, PromptSet]) -> show.Found | None:
-        harmful, benign = prompts["harmful_test"], prompts["benign_test"]
-        too_few = too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
-        if too_few is None or config.anyway:
+        too_few = why_too_few(config, prompts)
+        if too_few is None:
             return None
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         return {"verdict": {"label": "cannot say", "sentence": sentence, "stopped_early": True}}

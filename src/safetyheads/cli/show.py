@@ -496,7 +496,7 @@ def _random(group: Found) -> Number | None:
 
 
 def show_scan(results: Found) -> None:
-    """Heads, groups, scores, judges and costs, and last, where the eye is, the summary and the report."""
+    """Heads, groups, scores, judges and costs, and last, where the eye is, the summary."""
     from safetyheads.reports.scan import ROLES, by_asr
 
     ranked, n_differing = by_asr(results["heads"]), sum(head["change"]["differs"] for head in results["heads"])

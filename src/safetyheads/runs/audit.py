@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ from safetyheads.runs.run import (
     sampling_of,
 )
 from safetyheads.runs.stability import chosen_sizes, stability_as_json
-from safetyheads.runs.verdict import before_ablation, evidence_of, unablated_verdict, verdict_of
+from safetyheads.runs.verdict import before_ablation, evidence_of, too_few_prompts, unablated_verdict, verdict_of
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import skewed_mean
 
@@ -146,6 +147,12 @@ def _refuse_too_few(harmful_search: Sized) -> None:
         raise InputError("Generalized Ships needs at least two harmful prompts to search on; one is left by the split")
 
 
+def why_too_few(config: AuditConfig, prompts: Mapping[str, PromptSet]) -> str | None:
+    """Why the held-out prompts cannot show anything; None where they can, or where the audit goes on anyway."""
+    harmful, benign = prompts["harmful_test"], prompts["benign_test"]
+    return None if config.anyway else too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
+
+
 def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> None:
     refuse_groups(engine, config, "size")
     _refuse_too_few(asked["harmful_search"])
@@ -200,9 +207,8 @@ def shortened(config: AuditConfig) -> list[str]:
         f"Answers of controls are short. Under random groups and single heads they end after {config.control_tokens} "
         "tokens, so a refusal that begins later is not seen."
     )
-    marks = {screened: config.screen, once: config.screen_once, tested: config.chosen_size}
-    marks[cut] = config.control_tokens is not None
-    return [sentence for sentence, shortens in marks.items() if shortens]
+    settings = config.screen, config.screen_once, config.chosen_size, config.control_tokens is not None
+    return list(compress((screened, once, tested, cut), settings))
 
 
 # Stages.

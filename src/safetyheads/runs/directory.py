@@ -376,7 +376,7 @@ class RunDirectory:
         for folder in folders:
             if (folder / "manifest.json").is_file():
                 other = RunDirectory.look(folder)
-                names = _differing(*(run.manifest.config for run in (self, other))) - {"ablation", "epsilon"}
+                names = _differing(self.manifest.config, other.manifest.config).keys() - {"ablation", "epsilon"}
                 if all(name in _OF_HARMFUL or "harmful" in name for name in names):
                     self._lenders.append((other, "benign" if names else ""))
 
@@ -769,22 +769,26 @@ def _holder(folder: Path, part: str) -> str:
     return "another process"
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """Places in two configs whose values differ."""
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Places in two configs whose values differ, with both values as text."""
     before, after = ({name: canonical_json(value) for name, value in leaves(config)} for config in (old, new))
-    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    return {
+        name: (before.get(name, "none"), after.get(name, "none"))
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name)
+    }
 
 
 def differences_of(*configs: Mapping[str, Any]) -> list[str]:
     """Each setting in which two configs differ, in words, as ``name (old -> new)``; of fingerprints the name alone."""
-    old, new = ({name: canonical_json(value) for name, value in leaves(config)} for config in configs)
-    names = _differing(*configs)
+    differing = _differing(*configs)
+    names = set(differing)
     if any(name.startswith("prompts_sha256") for name in names):
         # Other prompts have other facts and other right answers.
         names = {name for name in names if not name.startswith(("prompt_facts", "references_sha256"))}
     differences = []
     for name in sorted(names, key=lambda name: (name.count("."), name)):
-        before, after = (shorten(values.get(name, "none")) for values in (old, new))
+        before, after = map(shorten, differing[name])
         words = re.sub(r"[_.]", " ", name.replace("_sha256", ""))
         differences.append(words if "_sha256" in name else f"{words} ({before} -> {after})")
     return list(dict.fromkeys(differences))

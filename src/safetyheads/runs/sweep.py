@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
 from safetyheads.files import read_toml
 from safetyheads.model.names import find_model
-from safetyheads.runs.audit import read_prompts, run_audit
+from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
 from safetyheads.runs.config import AuditConfig, Progress
 from safetyheads.runs.history import read_history
 from safetyheads.runs.reader import RunReader
 from safetyheads.runs.start import refuse_missing, settled
-from safetyheads.runs.verdict import too_few_prompts
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -101,11 +100,9 @@ def carry_out_sweep(
     loaded, engine = None, None
     for number, (place, config) in enumerate(audits.items(), start=1):
         progress.say(f"{number} of {len(audits)}: {place.name}")
-        harmful, benign = (prompts[place][name] for name in ("harmful_test", "benign_test"))
-        too_few = too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
         lenders = [other for other in audits if other != place]
         try:
-            if too_few is not None and not config.anyway:
+            if too_few := why_too_few(config, prompts[place]):
                 raise InputError(f"cannot say: {too_few}; --anyway goes on")
             if engine is None or loaded != (config.model, config.load_options):
                 engine = None  # freed before the next one is read
