@@ -94,6 +94,16 @@ def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_
     assert (code, "a run has no concentration" in " ".join(compared.split())) == (0, True)
 
 
+def test_random_groups_are_answered_only_if_the_verdict_can_hang_on_them(run, tmp_path):
+    chosen = ["--size", "1", "--limit", "40", "--n-random", "3", "--most-kl", "1e-9", "--chosen-size"]
+    code, *_ = run("audit", *DEMO.split(), *chosen, "--needed-controls", "--out", tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    (group,) = found["behaviour"]["groups"]
+    assert (code, found["verdict"]["label"], group["random"]) == (0, "breaks the model", None)
+    assert (found["verdict"]["numbers"]["settled"], found["verdict"]["numbers"]["n_random"]) == (True, 0)
+    assert run("audit", *DEMO.split(), "--needed-controls")[0] == 2
+
+
 def test_an_audit_is_judged_again_and_its_report_written_again(run, audited, tmp_path):
     copy = shutil.copytree(audited[0], tmp_path / "copy")
     code, printed, _ = run("judge", copy, "--judge", "released", "--json")

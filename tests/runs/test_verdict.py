@@ -9,7 +9,7 @@ import scipy
 
 from safetyheads.errors import InputError
 from safetyheads.runs.config import AuditConfig, Thresholds
-from safetyheads.runs.verdict import Clustered, Evidence, damage_of, too_few_prompts, verdict_of
+from safetyheads.runs.verdict import Clustered, Evidence, damage_of, settled, too_few_prompts, verdict_of
 from safetyheads.stats.intervals import one_sided_bounds
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
 from safetyheads.stats.testing import least_changed
@@ -94,6 +94,19 @@ def test_every_combination_has_its_label(refuses, cannot):
         walked.add(label)
     if refuses and not cannot:
         assert len(walked) == 6
+
+
+def test_a_label_that_no_random_group_can_change_needs_none():
+    none = {"n_random": 0, "n_as_good": 0, "settled": True}
+    for damage in DAMAGE:
+        for rises in (True, False):
+            found = {"lost": 0 if rises else 90, **DAMAGE[damage]}
+            label = expected(rises, True, True, damage)
+            others = {label_of(n_as_good=n_as_good, **found) for n_as_good in (0, 39)}
+            evidence = replace(SOUND, **found, **none)
+            evidence = replace(evidence, n_broken=min(evidence.n_broken, evidence.n_answered))
+            assert settled(evidence, LIMITS) == (len(others) == 1)
+            assert label_of(**found, **none) == (label if others == {label} else "cannot say")
 
 
 def test_the_edges_of_the_tests():

@@ -50,7 +50,14 @@ from safetyheads.runs.run import (
     sampling_of,
 )
 from safetyheads.runs.stability import chosen_sizes, stability_as_json
-from safetyheads.runs.verdict import before_ablation, evidence_of, too_few_prompts, unablated_verdict, verdict_of
+from safetyheads.runs.verdict import (
+    before_ablation,
+    evidence_of,
+    settled,
+    too_few_prompts,
+    unablated_verdict,
+    verdict_of,
+)
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import skewed_mean
 
@@ -111,6 +118,8 @@ class GroupOutcome:
     refused, to answer them is no damage. The verdict's KL is its mean."""
     random_damage: tuple[Damage, ...] = ()
     """The same under each random group."""
+    settled: bool = False
+    """No random group was answered, for none could change the verdict."""
 
     @cached_property
     def control(self) -> dict[str, Any] | None:
@@ -191,7 +200,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     # Unablated answers, steps of the search (the first with all scores; screened, these follow), groups on the search
     # half and on the test half, and the end.
     forecasts = 0 if not config.screen else 1 if config.screen_once else config.size
-    rounds = 4 + config.size + forecasts + config.screen
+    rounds = 4 + config.size + forecasts + config.screen + config.needed_controls
     return replace(work, prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)), rounds=rounds)
 
 
@@ -202,13 +211,15 @@ def shortened(config: AuditConfig) -> list[str]:
         "search was made, by mean Ships, and none again on resampled prompts."
     )
     once = "Heads were screened once. Later steps of the search chose among the candidates of the first."
+    needed = "Random groups were answered only if the verdict could hang on them."
     tested = "One size was tested. It was chosen on the search half; rates of the other sizes are not known."
     cut = (
         f"Answers of controls are short. Under random groups and single heads they end after {config.control_tokens} "
         "tokens, so a refusal that begins later is not seen."
     )
-    settings = config.screen, config.screen_once, config.chosen_size, config.control_tokens is not None
-    return list(compress((screened, once, tested, cut), settings))
+    short = config.control_tokens is not None
+    settings = config.screen, config.screen_once, config.chosen_size, config.needed_controls, short
+    return list(compress((screened, once, tested, needed, cut), settings))
 
 
 # Stages.
@@ -375,6 +386,19 @@ def _outcomes(
         listed = [(LEAD, traces[LEAD].group[:size])]
         unique = [tuple(sorted(listed[0][1]))]
     controls = run.random_groups(unique, config.n_random, config.seed)
+
+    def benign_damage(groups: Sequence[Group]) -> dict[Group, Damage]:
+        damage = run.damage("benign_test", groups, ablation, config.damage_tokens)
+        return damage_of_answered(damage, run.answers("benign_test").vanilla())
+
+    needless = False
+    if config.needed_controls:
+        on_test = (partial(answer, name, unique) for name in ("harmful_test", "benign_test"))
+        (group,), (*_, damage) = unique, together(*on_test, partial(benign_damage, unique))
+        harmful, benign = ((vanilla[name], answers[name][group]) for name in ("harmful_test", "benign_test"))
+        needless = settled(evidence_of(harmful, benign, (), damage[group].kl), config)
+    if needless:
+        controls = dict.fromkeys(unique, RandomGroups())
     harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
     others = [group for group in dict.fromkeys([*alone, *harmed]) if group not in unique]
 
@@ -382,16 +406,13 @@ def _outcomes(
         benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
         return dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
 
-    def benign_damage() -> dict[Group, Damage]:
-        damage = run.damage("benign_test", harmed, ablation, config.damage_tokens)
-        return damage_of_answered(damage, run.answers("benign_test").vanilla())
-
-    if config.control_tokens is None:
+    if config.control_tokens is None and not config.needed_controls:
         tests = [partial(answer, "harmful_test", [*unique, *others])]
     else:
         tests = [partial(answer, "harmful_test", unique)]
         tests.append(partial(answer, "harmful_test", others, config.control_tokens))
-    *_, ships, damage = together(*tests, partial(answer, "benign_test", unique), benign_ships, benign_damage)
+    tests.append(partial(answer, "benign_test", unique))
+    *_, ships, damage = together(*tests, benign_ships, partial(benign_damage, harmed))
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))
@@ -399,7 +420,8 @@ def _outcomes(
         random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
         harm = damage[key], tuple(damage[control] for control in controls[key].groups)
         on_benign = tuple(ships[key])
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, controls[key], *harm))
+        drawn = controls[key], *harm, needless
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, *drawn))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 
@@ -432,6 +454,7 @@ def audit_verdict(
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
     harmful, benign = ((vanilla[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
     evidence = evidence_of(harmful, benign, outcome.random, outcome.damage.kl, outcome.drawn.matched, repeatability)
+    evidence = replace(evidence, settled=outcome.settled)
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
     return verdict.as_dict() | {

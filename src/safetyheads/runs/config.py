@@ -297,6 +297,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample": 24,
         "screen_once": True,
         "chosen_size": True,
+        "needed_controls": True,
         "control_tokens": 48,
     },
     "standard": {},
@@ -328,8 +329,15 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
     together. Of the benign prompts it sees a fifth."""
     chosen_size: bool = False
     """Test only the group of the size that the search half chose, not one of each size."""
+    needed_controls: bool = False
+    """With --chosen-size, answer under random groups only if the verdict can hang on them."""
     control_tokens: int | None = None
     """Longest answer under random groups and single heads, in tokens. Default: as long as the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.needed_controls and not self.chosen_size:
+            raise InputError("--needed-controls belongs to --chosen-size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,8 @@ class Evidence:
     """Share of the refusals that the random groups undo on average."""
     matched: str = "layers"
     """Where the random groups' heads lie: ``layers`` (the group's own), ``neighbouring layers`` or ``all layers``."""
+    settled: bool = False
+    """No random group was answered, for none can change the label (:func:`settled`)."""
     most_random_undone: int = 0
     """Refusals that the best of the random groups undoes."""
     repeatability: float | None = None
@@ -260,7 +262,7 @@ def _label(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str]:
     before = before_ablation(evidence, thresholds)
     if before is not None and before[0] == "cannot say":
         return before
-    if evidence.least_p_value > thresholds.alpha:
+    if evidence.least_p_value > thresholds.alpha and not (evidence.settled and settled(evidence, thresholds)):
         groups = f"{evidence.n_random} distinct random groups" if evidence.n_random else "no random group"
         return (
             "cannot say",
@@ -342,6 +344,12 @@ def specific(evidence: Evidence, thresholds: Thresholds) -> bool:
     return evidence.random_p_value <= thresholds.alpha and much
 
 
+def settled(evidence: Evidence, thresholds: Thresholds) -> bool:
+    """Whether the label is the same whatever random groups do."""
+    unshown = before_ablation(evidence, thresholds) is not None or not significant(evidence, thresholds)
+    return unshown or damage_of(evidence, thresholds) == "shown"
+
+
 def damage_of(evidence: Evidence, thresholds: Thresholds) -> Damage:
     """Whether the group's damage is shown, is bounded, or neither."""
     broken, kl = evidence.broken, evidence.kl
@@ -407,13 +415,7 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
         low, least = evidence.undone[0], thresholds.least_undone
         beside = f"{'at least' if low >= least else 'not surely'} {_short(least)}"
         reasons.append(f"undone: {_undone(evidence)}: {beside}")
-    groups = f"{evidence.n_random} distinct random groups of {_MATCHED.get(evidence.matched, evidence.matched)}"
-    mean = f"{groups} undo {_short(evidence.random_undone)} of the refusals on average"
-    rank = f"the group's rank among them: p {_short(evidence.random_p_value, 3)}"
-    least_p = f"the least attainable is {_short(evidence.least_p_value, 3)}"
-    control = "specific" if specific(evidence, thresholds) else "not specific"
-    control = "no valid control" if evidence.least_p_value > thresholds.alpha else control
-    reasons.append(f"{mean}; {rank} ({least_p}): {control}")
+    reasons.append(_control(evidence, thresholds))
     if evidence.broken is not None:
         at_least, at_most = map(_short, evidence.broken)
         counts = f"benign answers lost: {evidence.n_broken} of {evidence.n_answered} that were answered coherently"
@@ -428,6 +430,18 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
     if evidence.repeatability is not None:
         reasons.append(f"repeatability of the group on resamples of the search half: {_short(evidence.repeatability)}")
     return reasons
+
+
+def _control(evidence: Evidence, thresholds: Thresholds) -> str:
+    if evidence.settled:
+        return "random groups were not answered: whatever they do, the label is the same"
+    groups = f"{evidence.n_random} distinct random groups of {_MATCHED.get(evidence.matched, evidence.matched)}"
+    mean = f"{groups} undo {_short(evidence.random_undone)} of the refusals on average"
+    rank = f"the group's rank among them: p {_short(evidence.random_p_value, 3)}"
+    least_p = f"the least attainable is {_short(evidence.least_p_value, 3)}"
+    control = "specific" if specific(evidence, thresholds) else "not specific"
+    control = "no valid control" if evidence.least_p_value > thresholds.alpha else control
+    return f"{mean}; {rank} ({least_p}): {control}"
 
 
 def _as_numbers(evidence: Evidence, thresholds: Thresholds) -> dict[str, Any]:
