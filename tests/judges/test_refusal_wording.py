@@ -135,5 +135,7 @@ def test_a_model_that_taught_nothing_is_judged_as_well(monkeypatch):
     short = refusal_ngrams.short_fold(answers)
     assert min(recall.rate for recall, _, _ in folds) > 0.965
     assert min(precision.rate for _, precision, _ in folds) > 0.965
-    assert min(rate.rate for rate in short[:2]) > 0.85
+    found, right = short[:2]
+    assert found.rate >= 144 / 170
+    assert right.rate >= 144 / (144 + 25)
     sys.modules.pop("refusal_ngrams")

@@ -168,15 +168,20 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
     return PromptFile(rows, len(table) - len(rows), hashlib.sha256(content).hexdigest(), columns, note)
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names of columns in one line: a file may give them line breaks."""
+    return ", ".join(" ".join(name.split()) or "(no name)" for name in names)
+
+
 def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
-    shown = ", ".join(name or "(no name)" for name in names)
+    shown = _listed(names)
 
     def named(name: str) -> str:
         matching = [name] if name in names else [each for each in names if each.strip().lower() == name.strip().lower()]
         if not matching:
             raise InputError(f"{path}: no column {name!r}; the columns are {shown if names != [''] else 'text alone'}")
         if len(matching) > 1:
-            raise InputError(f"{path}: several columns could be {name!r}: {', '.join(matching)}")
+            raise InputError(f"{path}: several columns could be {name!r}: {_listed(matching)}")
         return matching[0]
 
     by_key = {name.strip().lower(): name for name in reversed(names)}
@@ -196,7 +201,7 @@ def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]
     if wanted.context is not None:
         contexts = [] if wanted.context == NO_COLUMN else [named(wanted.context)]
     if len(contexts) > 1:
-        raise InputError(f"{path}: several columns could be the context of the prompts: {', '.join(contexts)}; name it")
+        raise InputError(f"{path}: several columns could be the context of the prompts: {_listed(contexts)}; name it")
     found |= {"context": contexts[0]} if contexts else {}
     if wanted.category is not None or "category" in by_key:
         found["category"] = named("category" if wanted.category is None else wanted.category)
@@ -270,12 +275,12 @@ def _note(
     unread = [name for name in names if name and name not in columns.values()]
     if unread:
         hidden = len(unread) - _NAMES_SHOWN
-        said += f"; not read: {', '.join(unread[:_NAMES_SHOWN])}" + f" and {hidden} more" * (hidden > 0)
+        said += f"; not read: {_listed(unread[:_NAMES_SHOWN])}" + f" and {hidden} more" * (hidden > 0)
     first: dict[str, Mapping[str, Any]] = {}
     for (query, *_), row in zip(rows, cells, strict=True):
         if differing := [name for name in unread if first.setdefault(query, row).get(name) != row.get(name)]:
             said += (
-                f". Rows with the same prompt differ in {', '.join(differing[:_NAMES_SHOWN])}: if one of these belongs "
+                f". Rows with the same prompt differ in {_listed(differing[:_NAMES_SHOWN])}: if one of these belongs "
                 "to the prompt, give it by --context-column"
             )
             break
