@@ -4,7 +4,7 @@
     plan        10,000 units planned and told of: seconds
     cluster     a scan of a 7B shape on 1 to 64 workers: units replaced by their counted seconds, in simulated time
 
-Seconds of ``workers`` and ``plan`` mean little on a machine that does other work.
+Seconds by the clock mean little on a machine that does other work: seconds of the processor stand beside them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from growth import Elapsed
 from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
@@ -31,7 +32,7 @@ from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence, fit_plan, row_sizes
 from safetyheads.runs.config import AsrConfig, Silent
 from safetyheads.runs.directory import RunDirectory, stage_of
-from safetyheads.runs.kept_answers import _RECORDS_TOGETHER
+from safetyheads.runs.kept_answers import groups_together
 from safetyheads.runs.run import _KeptPass
 from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.status import status_of
@@ -52,12 +53,13 @@ def measure(
     """Ships of every head, in a run directory; ``data`` are the sequences and the plan."""
     sequences, plan = data
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = resident("VmRSS")
+    before, started = resident("VmRSS"), time.process_time()
     with RunDirectory.start(out, {"a": 1}, {}, shard=shard) as run:
         keep = _KeptPass(run, "scores", {})
         head_pass = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), plan, keep)
         head_pass.measure([(head,) for head in engine.heads])
-    (out / f"memory-{os.getpid()}").write_text(str(resident("VmHWM") - before))
+    used = {"peak": resident("VmHWM") - before, "cpu_seconds": time.process_time() - started}
+    (out / f"used-{os.getpid()}.json").write_text(json.dumps(used))
     return {"n": len(engine.heads)}
 
 
@@ -87,20 +89,25 @@ def by_workers(name: str, n_prompts: int, rows: int) -> Iterator[dict[str, Any]]
     plan = Plan(engine.plan(sequences).rows, rows, rows)
     told = engine.memory_estimate(sequences, plan)
     folder = Path(tempfile.mkdtemp(prefix="scale-"))
-    seconds = {}
+    seconds, cpu_seconds = {}, {}
     for n_workers in (1, 2):
         out = folder / f"{n_workers}"
         carry_out_by_workers(measure, config, out, (sequences, plan), Silent(), (), "local", n_workers, load=load)
         units, gaps, makespan = read_log(out)
         seconds[n_workers] = makespan
         overhead = sum(gaps) / len(gaps) / (sum(units) / len(units))
-        peaks = [int(path.read_text()) for path in out.glob("memory-*")]
+        used = [json.loads(path.read_text()) for path in out.glob("used-*")]
+        peaks = [of["peak"] for of in used]
+        cpu_seconds[n_workers] = sum(of["cpu_seconds"] for of in used)
         yield {
             "part": "workers", "workers": n_workers, "units": len(units), "seconds": makespan,
+            "cpu_seconds": cpu_seconds[n_workers],
             "unit_seconds": sum(units) / len(units), "overhead_of_unit": overhead,
             "peak_bytes": peaks, "planned_bytes": told, "peak_over_plan": [peak / told for peak in peaks],
         }  # fmt: skip
-    yield {"part": "workers", "ratio": seconds[1] / seconds[2]}
+    # What two would reach on two cores of their own, as far as they do not share memory's rate.
+    by_processor = 2 * cpu_seconds[1] / cpu_seconds[2]
+    yield {"part": "workers", "ratio": seconds[1] / seconds[2], "ratio_by_processor": by_processor}
     shutil.rmtree(folder)
 
 
@@ -127,7 +134,7 @@ def planning() -> Iterator[dict[str, Any]]:
     units = {(f"completions/things-{number:024x}.jsonl",): 1.0 + number % 7 for number in range(N_UNITS)}
     with tempfile.TemporaryDirectory() as name:
         folder, claims = Path(name), Claims()
-        seconds = {}
+        used = {}
         for kind, shard in {
             "shards": Shard(1, 64),
             "claims": ClaimingShard(
@@ -135,16 +142,16 @@ def planning() -> Iterator[dict[str, Any]]:
             ),
         }.items():
             with RunDirectory.start(folder / kind, {}, {}, shard=shard) as run:
-                started = time.monotonic()
+                started = Elapsed()
                 run.divide("things", units)
-                seconds[kind] = time.monotonic() - started
-            started = time.monotonic()
+                used[kind] = started()
+            started = Elapsed()
             status_of(folder / kind)
-            seconds[f"status of {kind}"] = time.monotonic() - started
-        started = time.monotonic()
+            used[f"status of {kind}"] = started()
+        started = Elapsed()
         claims.news()
-        seconds["look at claims"] = time.monotonic() - started
-    yield {"part": "plan", "units": N_UNITS, "seconds": seconds}
+        used["look at claims"] = started()
+    yield {"part": "plan", "units": N_UNITS, **used}
 
 
 # A simulated cluster
@@ -158,7 +165,7 @@ def scan_units(shape: Shape, n_harmful: int, n_benign: int, changed: float) -> t
     model = build(shape, "sdpa", "meta")
     use_our_attention(model)
     engine = Engine(model, tokenizer=None, name="counted", memory_budget=30 << 30)  # type: ignore[arg-type]
-    costs, n_heads = engine.costs, len(engine.heads)
+    costs = engine.costs
     unablated: dict[tuple[str, ...], float] = {}
     heads: dict[tuple[str, ...], float] = {}
     scores: dict[tuple[str, ...], float] = {}
@@ -172,19 +179,24 @@ def scan_units(shape: Shape, n_harmful: int, n_benign: int, changed: float) -> t
         decoding = forward * (longer - 1) * 10
         unablated[f"completions/vanilla-{name}.jsonl",] = forward + decoding
         once[f"scores-{name}"], once[f"heads-{name}"] = forward, 2 * forward * longer
-        together = max(1, _RECORDS_TOGETHER // n)
-        for at in range(0, n_heads, together):
-            n_here = min(together, n_heads - at)
+        for at, chunk in enumerate(groups_together([(head,) for head in engine.heads], n)):
             # On average a head's layer is in the middle, and layers before it are not run again.
-            heads[f"completions/heads-{name}-{at:024x}.jsonl",] = n_here * (forward * longer / 2 + changed * decoding)
+            cost = len(chunk) * (forward * longer / 2 + changed * decoding)
+            heads[f"completions/heads-{name}-{at:024x}.jsonl",] = cost
         for at, (batch, start) in enumerate(engine.batches([(head,) for head in engine.heads], plan)):
             cost = len(batch) * costs.replay_flops(rows, start) / RATE
             scores[f"shards/scores-{name}/{at:024x}.safetensors",] = cost
     return [unablated, heads | scores], once
 
 
+def _task_of(unit: str) -> int:
+    """In a scan's order: heads of each set, then all scores."""
+    stage = stage_of(unit)
+    return 2 if stage.startswith("scores") else int(stage.endswith("benign"))
+
+
 def simulated(stages: Sequence[Units], once: dict[str, float], n_workers: int, overhead: float) -> dict[str, float]:
-    """Workers that claim units from the real claims, in simulated time."""
+    """Workers that claim units from the real claims, in simulated time; every other one begins with the second task."""
     now = 0.0
     claims = Claims(lambda: now)
     busy, begun = 0.0, [set[str]() for _ in range(n_workers)]
@@ -198,7 +210,8 @@ def simulated(stages: Sequence[Units], once: dict[str, float], n_workers: int, o
             if unit:
                 claims.done(unit)
                 last = now
-            chosen = next((name for name in left if claims.claim(f"{worker}", name)[0]), None)
+            tasks = sorted(left, key=lambda name: (_task_of(name) - 1) % 3) if worker % 2 else left
+            chosen = next((name for name in tasks if claims.claim(f"{worker}", name)[0]), None)
             if chosen is None:
                 continue
             cost, stage = left.pop(chosen) + overhead, stage_of(chosen)

@@ -152,7 +152,7 @@ class Shared(BaseManager):
 Shared.register("Claims", Claims)
 
 
-def work(name, claims, out):
+def work(name, claims, out, begins_with):
     def ask(method, *values):
         return getattr(claims, method)(*values)
 
@@ -161,14 +161,16 @@ def work(name, claims, out):
             file.write(f"{stage} {n}\n")
         time.sleep(random.random() / 50)
 
-    stand_in(None, CONFIG, out, count, shard=ClaimingShard(name, out, ask, ask))
+    shard = ClaimingShard(name, out, ask, ask)
+    shard.begins_with = begins_with
+    stand_in(None, CONFIG, out, count, shard=shard)
 
 
 def test_workers_of_one_directory_compute_each_unit_once(one, tmp_path):
     fork = multiprocessing.get_context("fork")
     with Shared(ctx=fork) as manager:
         claims = manager.Claims()
-        workers = [fork.Process(target=work, args=(f"worker-{n}", claims, tmp_path / "run")) for n in range(4)]
+        workers = [fork.Process(target=work, args=(f"worker-{n}", claims, tmp_path / "run", n % 2)) for n in range(4)]
         for worker in workers:
             worker.start()
         for worker in workers:

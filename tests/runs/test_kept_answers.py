@@ -121,6 +121,16 @@ def test_a_record_gives_its_answer_back(organism):
         assert judged_answer(short, "phrases", judged.prompt).token_ids == judged.token_ids[:1]
 
 
+@pytest.mark.parametrize(("n_groups", "n_prompts"), [(32, 100), (1024, 100), (1024, 520), (5120, 1), (7, 3000)])
+def test_many_groups_are_stored_in_ever_smaller_files(n_groups, n_prompts):
+    chunks = kept_module.groups_together([((layer, 0),) for layer in range(n_groups)], n_prompts)
+    assert [group for chunk in chunks for group in chunk] == [((layer, 0),) for layer in range(n_groups)]
+    *sizes, last = map(len, chunks)
+    most = max(1, 2048 // n_prompts)
+    assert sizes == sorted(sizes, reverse=True)
+    assert (max([*sizes, last]) <= most, last <= max(1, most // 8)) == (True, n_groups > 4 * most)
+
+
 def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp_path, monkeypatch):
     # Layers with different numbers of heads, as some families have them.
     shapes, groups = tuple(SimpleNamespace(n_heads=n) for n in (2, 8)), [parse_heads("0-1"), parse_heads("0-1,1-2")]

@@ -148,13 +148,15 @@ class Worker(Silent):
         """Pass a line on to the driver."""
         self._tell("say", line if isinstance(line, str) else line())
 
-    def run(self, name: str, leads: bool, carry_out: Any, config: Any, out: Path, data: Any, command: Any) -> Any:
+    def run(self, name: str, number: int, carry_out: Any, config: Any, out: Path, data: Any, command: Any) -> Any:
         """The run's results, once every unit is computed; None where units failed too often."""
         import ray
 
-        progress = self if leads else Silent()
+        progress = self if number == 0 else Silent()
         self._engine = self._engine or self._load(config, progress)
         shard = ClaimingShard(name, out, lambda *call: ray.get(self._tell(*call)), self._tell)
+        # Every other worker begins with the second set of prompts, so that fewer need the captures of both.
+        shard.begins_with = number % 2
         try:
             return carry_out(self._engine, config, out, data, progress, command, shard=shard)
         except ElsewhereError:
@@ -245,7 +247,7 @@ class _Driver:
     def _start(self, number: int, actor: Any = None) -> None:
         """Start a worker, or one whose actor is there again; its name is new, for the old one may still hold a lock."""
         name, actor = f"ray-{time.time_ns()}", actor or self._worker.remote(os.getcwd(), self._claims, self._load)
-        self._running[actor.run.remote(name, number == 0, *self._arguments)] = number, actor, name
+        self._running[actor.run.remote(name, number, *self._arguments)] = number, actor, name
 
     def _ended(self, reference: Any) -> Mapping[str, Any] | None:
         """What a worker ended with; one that failed or was lost starts again."""

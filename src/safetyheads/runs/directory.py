@@ -398,9 +398,11 @@ class RunDirectory:
             ElsewhereError: such units are not there, and no more were written for as long as the shard waits.
         """
         later: dict[int, ElsewhereError] = {}
-        for at, task in enumerate(tasks):
+        # Within a task files get smaller, and the smallest come last.
+        first = 0 if self._nested else min(self.shard.begins_with, len(tasks))
+        for at in (*range(first, len(tasks)), *range(first)):
             try:
-                value = self._inner(task)
+                value = self._inner(tasks[at])
             except ElsewhereError as error:
                 later[at] = error
             else:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from math import ceil
 from typing import Any, TypeAlias
 
 from safetyheads.ablation import Ablation
@@ -34,6 +35,9 @@ Placed: TypeAlias = tuple[int, Group, Answer]
 
 # Answers that are stored together: the most that a kill costs.
 _RECORDS_TOGETHER = 2048
+# Of more files than these few the last ones hold fewer answers, so that workers end at about the same time: each holds
+# a share of the groups that are left, as if so many workers took one at once, and an eighth of those above at least.
+_FEW_FILES, _WORKERS, _PARTS = 4, 64, 8
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
@@ -145,6 +149,17 @@ def without_texts(record: Record, verdicts: dict[str, dict[str, Any]]) -> Record
     return kept | {"verdicts": verdicts.setdefault(canonical_json(given), given)}
 
 
+def groups_together(groups: Sequence[Group], n_prompts: int) -> list[Sequence[Group]]:
+    """Groups in the chunks that are answered and stored together."""
+    most, chunks, at = max(1, _RECORDS_TOGETHER // n_prompts), [], 0
+    least = max(1, most // _PARTS) if len(groups) > _FEW_FILES * most else most
+    while at < len(groups):
+        size = min(most, max(least, ceil((len(groups) - at) / _WORKERS)))
+        chunks.append(groups[at : at + size])
+        at += size
+    return chunks
+
+
 class KeptAnswers:
     """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
@@ -223,9 +238,7 @@ class KeptAnswers:
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
         """Every prompt's answers under each group; one key holds one chunk of groups."""
-        n = len(self.asked)
-        together = max(1, _RECORDS_TOGETHER // n)
-        chunks = [groups[at : at + together] for at in range(0, len(groups), together)]
+        n, chunks = len(self.asked), groups_together(groups, len(self.asked))
         texts = [[format_heads(group) for group in chunk] for chunk in chunks]
         places = [[(number, group) for group in chunk for number in range(n)] for chunk in chunks]
         drafts = VerifiedDrafts.answers if self._drafts_pay(len(groups), ablation) else None

@@ -42,6 +42,8 @@ class Shard:
         """Whether no other process is meant to work on the run."""
         self.part = "run" if count == 1 and index else f"shard-{index}-of-{count}"
         """What the process is called in the run directory."""
+        self.begins_with = 0
+        """Which of several tasks it begins with, by number."""
         self._owners: dict[str, int] = {}
 
     @classmethod
