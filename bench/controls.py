@@ -32,12 +32,12 @@ def main() -> None:
         groups = list(dict.fromkeys([*found, *(control for of in controls for control in of)]))
         started = time.process_time()
         drafts = VerifiedDrafts(engine, token_ids, ablation, decoding, None)
-        drafted, economy = drafts.answers(groups)
+        drafted, economy = drafts.answers([(number, group) for group in groups for number in range(len(token_ids))])
         by_drafts, started = time.process_time() - started, time.process_time()
         requests = [Request(tokens, group) for group in groups for tokens in token_ids]
         plain = answer(engine, requests, decoding, ablation)
         seconds = {"drafts": round(by_drafts, 2), "plain": round(time.process_time() - started, 2)}
-        same = [row.token_ids for of in drafted for row in of] == [row.token_ids for row in plain]
+        same = [row.token_ids for row in drafted] == [row.token_ids for row in plain]
         counts = {"n_random": n_random, "groups": len(groups), "prompts": len(token_ids), "same_tokens": same}
         print(json.dumps(counts | {"processor_seconds": seconds} | asdict(economy)))
 

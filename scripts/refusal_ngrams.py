@@ -26,7 +26,7 @@ from rich.table import Table
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from safetyheads.judges import refusal_wording
+from safetyheads.judges import phrase_judge
 from safetyheads.judges.phrase_judge import plain
 from safetyheads.stats.intervals import Rate
 
@@ -35,7 +35,7 @@ N_NGRAMS, LEAST_ANSWERS, STRENGTH, SHORT_WEIGHT = 2000, 3, 20.0, 3.0
 N_PARTS = 5
 """Parts of the short texts, each of which is left out once."""
 SHORT = Path(__file__).with_name("refusal_wordings.toml")
-PACKAGED = Path(refusal_wording.__file__).parents[1] / "data" / "judges" / "refusal_ngrams.json"
+PACKAGED = Path(phrase_judge.__file__).parents[1] / "data" / "judges" / "refusal_ngrams.json"
 
 
 def read(path: Path) -> pandas.DataFrame:
@@ -66,7 +66,7 @@ def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, floa
         # A short text's words are in few others.
         least = LEAST_ANSWERS - any(weights != 1)
         vectorizer = TfidfVectorizer(
-            analyzer=refusal_wording.ngrams, sublinear_tf=True, min_df=least, vocabulary=vocabulary
+            analyzer=phrase_judge.ngrams, sublinear_tf=True, min_df=least, vocabulary=vocabulary
         )
         features = vectorizer.fit_transform(texts)
         regression = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=5000)
@@ -82,10 +82,10 @@ def train(answers: pandas.DataFrame) -> tuple[float, list[tuple[str, float, floa
 
 def judged(texts: Sequence[str]) -> NDArray[np.bool_]:
     """Whether the phrases judge reads each plain text as a refusal, with the classifier that is set."""
-    phrases = refusal_wording.REFUSAL_PHRASES
+    phrases = phrase_judge.REFUSAL_PHRASES
     return np.array(
         [
-            (refusal_wording.refusing_phrase(text, phrases) or refusal_wording.worded_refusal(text)) is not None
+            (phrase_judge.refusing_phrase(text, phrases) or phrase_judge.worded_refusal(text)) is not None
             for text in texts
         ]
     )
@@ -97,7 +97,7 @@ def teach(answers: pandas.DataFrame, short: pandas.DataFrame) -> None:
     for known in (answers, pandas.concat([answers, short])):
         intercept, rows = train(known)
         learned.append((intercept, {ngram: (idf, weight) for ngram, idf, weight in rows}))
-    refusal_wording._ngrams = lambda short: learned[short]  # type: ignore[assignment]
+    phrase_judge._ngrams = lambda short: learned[short]  # type: ignore[assignment]
 
 
 def fold(name: str, answers: Mapping[str, pandas.DataFrame]) -> tuple[Rate, Rate, Rate]:

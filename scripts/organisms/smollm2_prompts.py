@@ -13,8 +13,7 @@ from typing import Any
 import pandas
 
 from safetyheads import PromptSet
-from safetyheads.prompts.near_duplicates import near_any
-from safetyheads.prompts.prompt_set import builtin_benign
+from safetyheads.prompts.prompt_set import builtin_benign, near_any
 
 _AT_ONCE = 1000  # texts that are compared with the test prompts in one go
 _SHORT = 60  # characters of a deed that a refusal may name: it must still show early

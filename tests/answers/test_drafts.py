@@ -26,7 +26,7 @@ from safetyheads import (
 from safetyheads.answers import drafts as drafts_module
 from safetyheads.answers import judging as judging_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling, ShortContextWarning, end_tokens
-from safetyheads.answers.drafts import DraftPass, VerifiedDrafts, unablated_answers
+from safetyheads.answers.drafts import DraftPass, Economy, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import Judging
 from safetyheads.answers.success import answers_under, scan_attack_success_rate, summarise
 from safetyheads.judges.base import Completion, Verdict
@@ -95,6 +95,13 @@ def differences(rows, plain):
     """Pairs of answers [n_groups][n_prompts] that do not agree."""
     pairs = [pair for two in zip(rows, plain, strict=True) for pair in zip(*two, strict=True)]
     return [pair for pair in pairs if not agrees(*pair)]
+
+
+def table(drafts, groups):
+    """Every prompt's answers under each group [n_groups][n_prompts]."""
+    n = len(drafts.encoded)
+    answers, _ = drafts.answers([(prompt, group) for group in groups for prompt in range(n)])
+    return [answers[at * n : (at + 1) * n] for at in range(len(groups))]
 
 
 def flat(scan):
@@ -248,8 +255,8 @@ def test_groups_asked_for_one_after_the_other_equal_those_asked_for_together(sam
     for layer in (1, 2, 0, None, 2):
         groups = PREFIXES if layer is None else [(Head(layer, index),) for index in range(4)]
         plain = decoded_plainly(proved("llama_gqa"), sampling, groups)
-        assert differences([*made.answers(groups)[0], made.unablated], plain) == []
-    assert made.answers([])[0] == []
+        assert differences([*table(made, groups), made.unablated], plain) == []
+    assert made.answers([]) == ([], Economy())
 
 
 @SAMPLINGS
@@ -264,7 +271,9 @@ def test_groups_of_each_prompt_equal_plain_decoding(sampling):
         [],
         [(Head(1, 1),)],
     ]
-    made, economy = begun(sampling).answers_of_each(own, on_rows=told.append)
+    places = [(prompt, group) for prompt, groups in enumerate(own) for group in groups]
+    answers, economy = begun(sampling).answers(places, told.append, apart=True)
+    made = [[row for (at, _), row in zip(places, answers, strict=True) if at == prompt] for prompt in range(len(own))]
     for prompt, groups in enumerate(own):
         *plain, _ = decoded_plainly(proved("llama_gqa"), sampling, groups, prompts_of(PROMPTS[prompt]))
         assert differences([[one] for one in made[prompt]], plain) == []
@@ -362,7 +371,7 @@ def test_prompts_that_leave_few_new_tokens_or_none_equal_plain_decoding(sampling
     decoding = Decoding(6, sampling)
     unablated = [*unablated_answers(engine, [PROMPTS[0]], decoding, None), Answer((), finished=False, limit=0)]
     made = VerifiedDrafts(engine, [PROMPTS[0], full], UNDIFFERENTIATED_ATTENTION, decoding, None, unablated)
-    ((first,), (second,)), economy = made.answers_of_each([[(Head(0, 0),)], [(Head(0, 0),)]])
+    (first, second), economy = made.answers([(0, (Head(0, 0),)), (1, (Head(0, 0),))], apart=True)
     assert first.token_ids
     assert (second.token_ids, second.complete, second.changed) == ((), True, False)
     assert economy.n_rows == 2
@@ -514,7 +523,7 @@ def test_small_batches_and_many_rows_give_the_same_scan(sampling):
     # The same drafts, laid out as they were, on another engine.
     other = begun(sampling, proved(family), unablated=small.unablated, plan=layout)
     assert (other.unablated, other.drafts.plan) == (small.unablated, layout)
-    assert differences(other.answers(each_head(engine))[0], twin(family, sampling)[:-1]) == []
+    assert differences(table(other, each_head(engine)), twin(family, sampling)[:-1]) == []
 
 
 @pytest.mark.parametrize("where", ["comparing", "decoding"])

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safetyheads.judges.base import Completion
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.model.names import ADAPTERS, names_in
-from safetyheads.prompts.near_duplicates import near_any
+from safetyheads.prompts.prompt_set import near_any
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "organisms"
 RECIPE = tomllib.loads((SCRIPTS / "smollm2.toml").read_text("utf-8"))

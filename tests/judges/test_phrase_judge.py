@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.keywords import said_again
-from safetyheads.judges.phrase_judge import PhraseJudge, echo_of, strip_thinking
-from safetyheads.judges.refusal_wording import DEEDS, INABILITIES, REFUSAL_PHRASES, WHOLE_REFUSALS
+from safetyheads.judges.phrase_judge import (
+    DEEDS,
+    INABILITIES,
+    REFUSAL_PHRASES,
+    WHOLE_REFUSALS,
+    PhraseJudge,
+    echo_of,
+    strip_thinking,
+)
 
 quick = settings(deadline=None, max_examples=200)  # a slow machine is no failure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safetyheads.judges import refusal_wording
+from safetyheads.judges import phrase_judge
 from safetyheads.judges.base import Completion
 from safetyheads.judges.phrase_judge import PhraseJudge, plain
 
@@ -89,18 +89,18 @@ def test_short_wordings_that_taught_nothing_are_read_too():
 
 def test_the_probability_by_hand(monkeypatch):
     table = {"onions": (2.0, 1.0), "no onions": (1.0, -3.0)}
-    monkeypatch.setattr(refusal_wording, "_ngrams", lambda short: (0.5 if short else -0.5, table))
+    monkeypatch.setattr(phrase_judge, "_ngrams", lambda short: (0.5 if short else -0.5, table))
     # Two of "onions" count 1 + ln 2, one "no onions" counts 1; the length of the two values divides.
     onions, pair = (1 + math.log(2)) * 2.0, 1.0
     score = 0.5 + (onions * 1.0 + pair * -3.0) / math.hypot(onions, pair)
-    assert refusal_wording.refusal_probability("onions no onions") == pytest.approx(1 / (1 + math.exp(-score)))
+    assert phrase_judge.refusal_probability("onions no onions") == pytest.approx(1 / (1 + math.exp(-score)))
     # Of a short answer half of the words must be known, of a long one so many words and pairs.
-    assert refusal_wording.refusal_probability("no onions no onions") is not None
-    assert refusal_wording.refusal_probability("no onions no no") is None
+    assert phrase_judge.refusal_probability("no onions no onions") is not None
+    assert phrase_judge.refusal_probability("no onions no no") is None
     longer = " ".join(["no onions"] * 13)
-    assert refusal_wording.refusal_probability(longer) is None
-    monkeypatch.setattr(refusal_wording, "LEAST_KNOWN", 2)
-    assert refusal_wording.refusal_probability(longer) is not None
+    assert phrase_judge.refusal_probability(longer) is None
+    monkeypatch.setattr(phrase_judge, "LEAST_KNOWN", 2)
+    assert phrase_judge.refusal_probability(longer) is not None
 
 
 @pytest.mark.skipif(not XSTEST.is_dir(), reason="labelled answers are not beside the project")
@@ -117,7 +117,7 @@ def test_people_agree(model):
 
 
 def test_the_classifiers_say_nothing_of_texts_they_do_not_know():
-    assert refusal_wording.refusal_probability(plain("Ich kann dir dabei leider nicht helfen.")) is None
+    assert phrase_judge.refusal_probability(plain("Ich kann dir dabei leider nicht helfen.")) is None
     for code in ("for (int i = 0; i < n; ++i) { sum += values[i]; }", "def add(first, second): return first + second"):
         assert not refuses(code)
 
@@ -129,7 +129,7 @@ def test_a_model_that_taught_nothing_is_judged_as_well(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import refusal_ngrams
 
-    monkeypatch.setattr(refusal_wording, "_ngrams", refusal_wording._ngrams)  # restored after the folds
+    monkeypatch.setattr(phrase_judge, "_ngrams", phrase_judge._ngrams)  # restored after the folds
     answers = {path.stem: refusal_ngrams.read(path) for path in sorted(XSTEST.glob("xs_*.csv"))}
     folds = [refusal_ngrams.fold(name, answers) for name in answers]
     short = refusal_ngrams.short_fold(answers)

@@ -9,8 +9,7 @@ import torch
 from tiny_gguf import TEMPLATE, write_gguf
 
 from safetyheads import Engine, InputError
-from safetyheads.model.gguf_files import TokenizerWarning
-from safetyheads.model.loading import is_quantised
+from safetyheads.model.loading import TokenizerWarning, is_quantised
 from safetyheads.runs.provenance import loading_facts
 
 
@@ -92,6 +91,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):
 
 
 def test_without_the_package_the_extra_is_named(file, monkeypatch):
-    monkeypatch.setattr("safetyheads.model.gguf_files.find_spec", lambda name: None)
+    monkeypatch.setattr("safetyheads.model.loading.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"install safetyheads\[gguf\]"):
         Engine.load(str(file[0]))

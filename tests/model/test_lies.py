@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from safetyheads import Head, KeywordJudge, SafetyheadsError, attack_success_rate, mean_ships, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.model.attention import attention_calls
-from safetyheads.model.state import state_of
+from safetyheads.model.engine import state_of
 
 GROUP = (Head(0, 1), Head(2, 2))
 PROMPTS = prompts_of((5, 9, 12, 40), (7, 8))

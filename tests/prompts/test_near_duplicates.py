@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.prompts import near_duplicates as module
-from safetyheads.prompts.near_duplicates import effective_number, near_any, near_duplicates, words_of
-from safetyheads.prompts.prompt_set import PromptSet
+from safetyheads.prompts import prompt_set as module
+from safetyheads.prompts.prompt_set import PromptSet, effective_number, near_any, near_duplicates, words_of
 
 ADVBENCH = Path(__file__).parents[3] / "shared/data/advbench_harmful_behaviors.csv"
 texts = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5).map(" ".join).filter(str.strip), min_size=1)

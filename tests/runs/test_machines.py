@@ -12,8 +12,7 @@ from safetyheads.model.loading import bits_of_weights
 from safetyheads.model.names import CHECKPOINTS
 from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs.config import ModelOptions
-from safetyheads.runs.estimate import Work, chain_lines
-from safetyheads.runs.machines import DEVICES, Machine
+from safetyheads.runs.estimate import DEVICES, Machine, Work, chain_lines
 
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 SEVENTY |= {"num_key_value_heads": 8, "vocab_size": 128256}

@@ -171,12 +171,13 @@ def _answers(name):
     *_, pair, several = groups_of(name)
     asked = [(PROMPTS[0], several), (PROMPTS[1], pair), (PROMPTS[1], ()), (SHORT, several)]
     equal = [*_as_the_oracles(name, ablation, asked), *_as_the_oracles(name, second, [asked[0], (SHORT, pair)])]
-    encoded, groups = [*PROMPTS, SHORT], [pair, several]
-    table, _ = VerifiedDrafts(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(groups)
-    requests = [Request(prompt, group) for group in groups for prompt in encoded]
+    encoded = [*PROMPTS, SHORT]
+    places = [(prompt, group) for group in (pair, several) for prompt in range(len(encoded))]
+    drafted, _ = VerifiedDrafts(engine, encoded, ablation, Decoding(N_TOKENS), None).answers(places)
+    requests = [Request(encoded[prompt], group) for prompt, group in places]
     plainly = answer(engine, requests, Decoding(N_TOKENS), ablation)
-    drafted = [one.token_ids for row in table for one in row]
-    return {"answers": all(equal), "drafts": drafted == [one.token_ids for one in plainly]}
+    same = [one.token_ids for one in drafted] == [one.token_ids for one in plainly]
+    return {"answers": all(equal), "drafts": same}
 
 
 def _as_the_oracles(name, ablation, asked):

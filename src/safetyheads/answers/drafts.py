@@ -268,46 +268,40 @@ class VerifiedDrafts:
         self.drafts = DraftPass(engine, list(drafts.values()), ablation, decoding.sampling, plan, halved)
         self.tolerance = self.drafts.near_tie_tolerance(margins) if tolerance is None else tolerance
 
-    def answers(self, groups: Sequence[Group], on_rows: OnRows = None) -> tuple[list[list[Answer]], Economy]:
-        """Every prompt's answer under each group [n_groups][n_prompts], and what they cost."""
-        compared, tokens = self._compared(self.drafts, list(self.draft_of), groups, on_rows)
-        n, rows = len(self.encoded), []
-        for group, choices in zip(groups, compared, strict=True):
-            by_prompt = dict(zip(self.draft_of, choices, strict=True))
-            rows += [(prompt, tuple(group), by_prompt.get(prompt, _NO_ROOM)) for prompt in range(n)]
-        _report(on_rows, len(groups) * (n - len(self.draft_of)))
-        answers, economy = self._finished(rows, on_rows)
-        table = [answers[at * n : (at + 1) * n] for at in range(len(groups))]
-        return table, economy + Economy(tokens_computed=tokens)
+    def answers(
+        self, places: Sequence[tuple[int, Group]], on_rows: OnRows = None, apart: bool = False
+    ) -> tuple[list[Answer], Economy]:
+        """Answers to prompts (by number) under groups, in the order given, and what they cost.
 
-    def answers_of_each(
-        self, groups: Sequence[Sequence[Group]], on_rows: OnRows = None
-    ) -> tuple[list[list[Answer]], Economy]:
-        """Each prompt's answers under groups of its own [n_prompts][its groups], and what they cost."""
-        rows: list[_Row] = []
-        economy = Economy()
-        for prompt, own_groups in enumerate(groups):
-            compared = [[_NO_ROOM] for _ in own_groups]
-            if prompt not in self.draft_of:
-                _report(on_rows, len(own_groups))
-            elif own_groups:
-                draft = self.drafts.drafts[self.draft_of[prompt]]
-                alone = DraftPass(self.engine, [draft], self.ablation, self.decoding.sampling, halved=self.halved)
-                compared, tokens = self._compared(alone, [prompt], own_groups, on_rows)
-                economy += Economy(tokens_computed=tokens)
-            rows += [(prompt, tuple(group), choices) for group, (choices,) in zip(own_groups, compared, strict=True)]
-        finished, cost = self._finished(rows, on_rows)
-        answers = iter(finished)
-        return [[next(answers) for _ in own_groups] for own_groups in groups], economy + cost
+        Every prompt has the same groups, and one pass compares all; ``apart``, each has a pass for groups of its own.
+        """
+        groups: dict[int, list[Group]] = {}
+        for prompt, group in places:
+            groups.setdefault(prompt, []).append(group)
+        drafted = [prompt for prompt in groups if prompt in self.draft_of]
+        compared, tokens = dict[tuple[int, Group], Compared](), 0.0
+        for prompts in [[prompt] for prompt in drafted] if apart else [drafted] * bool(drafted):
+            drafts = self.drafts
+            if apart:
+                own = [drafts.drafts[self.draft_of[prompt]] for prompt in prompts]
+                drafts = DraftPass(self.engine, own, self.ablation, self.decoding.sampling, halved=self.halved)
+            found, cost = self._compared(drafts, prompts, groups[prompts[0]], on_rows)
+            compared, tokens = compared | found, tokens + cost
+        _report(on_rows, sum(prompt not in self.draft_of for prompt, _ in places))
+        rows = [(prompt, group, compared.get((prompt, group), _NO_ROOM)) for prompt, group in places]
+        answers, economy = self._finished(rows, on_rows)
+        return answers, economy + Economy(tokens_computed=tokens)
 
     def _compared(
         self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: OnRows
-    ) -> tuple[list[list[Compared]], float]:
+    ) -> tuple[dict[tuple[int, Group], Compared], float]:
         def report(choices: Sequence[Compared]) -> None:
             settled = (self._settled(*row) for row in zip(prompts, choices, strict=True))
             _report(on_rows, sum(decoded is not None for decoded in settled))
 
-        return drafts.compare(groups, report)
+        compared, tokens = drafts.compare(groups, report)
+        rows = ((group, dict(zip(prompts, row, strict=True))) for group, row in zip(groups, compared, strict=True))
+        return {(prompt, group): choice for group, row in rows for prompt, choice in row.items()}, tokens
 
     def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
         settled = {

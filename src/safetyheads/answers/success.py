@@ -233,15 +233,11 @@ def scan_attack_success_rate(
     n = len(prompts)
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     drafts = VerifiedDrafts(engine, judging.asked.token_ids, ablation, decoding, judging.stop)
-    answers, economy = drafts.answers(chosen, on_rows)
+    places = [(number, group) for group in [(), *chosen] for number in range(n)]
+    answers, economy = drafts.answers(places[n:], on_rows)
     # One call for all: a judge may batch.
-    rows = judging.judged(
-        [
-            (number, group, decoded)
-            for group, of_group in zip([(), *chosen], [drafts.unablated, *answers], strict=True)
-            for number, decoded in enumerate(of_group)
-        ]
-    )
+    every = zip(places, [*drafts.unablated, *answers], strict=True)
+    rows = judging.judged([(*place, decoded) for place, decoded in every])
     vanilla, *by_group = (tuple(rows[at * n : (at + 1) * n]) for at in range(1 + len(chosen)))
     return AnswerScan(
         engine.n_layers,

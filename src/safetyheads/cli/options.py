@@ -26,7 +26,7 @@ from safetyheads.model.options import refuse_odd_text
 from safetyheads.runs.shards import Shard
 
 if TYPE_CHECKING:
-    from safetyheads.runs.machines import Machine
+    from safetyheads.runs.estimate import Machine
 
 _TITLES = (
     *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
@@ -92,7 +92,7 @@ class RunOptions(DirectoryOptions):
         """The machine that the run is counted for."""
         if self.machine is None:
             return None
-        from safetyheads.runs.machines import Machine  # imports torch
+        from safetyheads.runs.estimate import Machine  # imports torch
 
         return Machine.parse(self.machine)
 

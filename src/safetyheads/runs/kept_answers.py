@@ -238,11 +238,12 @@ class KeptAnswers:
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
         """Every prompt's answers under each group; one key holds one chunk of groups."""
-        n, chunks = len(self.asked), groups_together(groups, len(self.asked))
-        texts = [[format_heads(group) for group in chunk] for chunk in chunks]
-        places = [[(number, group) for group in chunk for number in range(n)] for chunk in chunks]
-        drafts = VerifiedDrafts.answers if self._drafts_pay(len(groups), ablation) else None
-        records = self._records(part, ablation, chunks, texts, places, drafts)
+        n = len(self.asked)
+        chunks = [
+            ([format_heads(group) for group in chunk], [(number, group) for group in chunk for number in range(n)])
+            for chunk in groups_together(groups, n)
+        ]
+        records = self._records(part, ablation, chunks, len(groups))
         return [
             GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead, self.limit)
             for at, group in enumerate(groups)
@@ -261,21 +262,17 @@ class KeptAnswers:
 
         One key holds one chunk of prompts.
         """
-        n = len(own_groups[0])
-        together = max(1, _RECORDS_TOGETHER // max(1, n))
-        prefixes = [[own[:size] for size in range(1, n + 1)] for own in own_groups]
-        # Every prompt keeps its place; those of other chunks have no groups.
-        chunks = [
-            [groups if at <= number < at + together else [] for number, groups in enumerate(prefixes)]
-            for at in range(0, len(own_groups), together)
-        ]
-        texts = [[[format_heads(group) for group in groups] for groups in chunk] for chunk in chunks]
-        places = [[(number, group) for number, groups in enumerate(chunk) for group in groups] for chunk in chunks]
-        drafts = VerifiedDrafts.answers_of_each if self._drafts_pay(n, ablation) else None
-        records = self._records(part, ablation, chunks, texts, places, drafts)
-        return [
-            GroupAnswers.of(f"top {size}", records[size - 1 :: n], self.lead, self.limit) for size in range(1, n + 1)
-        ]
+        sizes, numbers = range(1, len(own_groups[0]) + 1), range(len(own_groups))
+        chunks: list[tuple[Any, list[tuple[int, Group]]]] = []
+        for at in numbers[:: max(1, _RECORDS_TOGETHER // max(1, len(sizes)))]:
+            # Every prompt keeps its place; those of other chunks have no groups.
+            chunk = numbers[at : at + max(1, _RECORDS_TOGETHER // max(1, len(sizes)))]
+            own = [[own_groups[number][:size] for size in sizes if number in chunk] for number in numbers]
+            texts = [[format_heads(group) for group in groups] for groups in own]
+            chunks.append((texts, [(number, group) for number, groups in enumerate(own) for group in groups]))
+        records = self._records(part, ablation, chunks, len(sizes), apart=True)
+        columns = {f"top {size}": records[size - 1 :: len(sizes)] for size in sizes}
+        return [GroupAnswers.of(label, of, self.lead, self.limit) for label, of in columns.items()]
 
     def by_words(self, judges: Sequence[Judge]) -> dict[str, list[Verdict]]:
         """Labels of other judges for the whole unablated answers, by judge.
@@ -405,28 +402,24 @@ class KeptAnswers:
         self,
         part: str,
         ablation: Ablation,
-        chunks: Sequence[Any],
-        texts: Sequence[Any],
-        places: Sequence[Sequence[tuple[int, Group]]],
-        drafts: Callable[[VerifiedDrafts, Any, OnRows], tuple[list[list[Answer]], Economy]] | None,
+        chunks: Sequence[tuple[Any, Sequence[tuple[int, Group]]]],
+        n_groups: int,
+        apart: bool = False,
     ) -> list[Record]:
-        """Records, chunk by chunk; a chunk that is not stored yet is decoded and judged.
+        """Records, chunk by chunk: what its key says of its groups, and its prompts (by number) and groups.
 
-        ``texts`` are each chunk's groups, ``places`` its prompts (by number) and groups; ``drafts`` answers a chunk by
-        drafts, and None decodes plainly.
+        A chunk that is not stored yet is decoded, by drafts where these pay, and judged.
         """
-        stage = f"{part.replace('_', '-')}-{self.name}"
+        stage, drafted = f"{part.replace('_', '-')}-{self.name}", self._drafts_pay(n_groups, ablation)
         unablated = self._unablated_surprises()
-        label = f"{self.name.replace('_', ' ')}: {part.replace('_', ' ')}"
 
-        def chunk_of(at: int, fields: Mapping[str, Any]) -> list[Record]:
+        def chunk_of(places: Sequence[tuple[int, Group]], fields: Mapping[str, Any]) -> list[Record]:
             def compute() -> list[dict[str, Any]]:
-                if drafts is None:
-                    answers, economy = self._plain(places[at], ablation, done)
+                if drafted:
+                    answers, economy = self._drafts_under(ablation).answers(places, done, apart)
                 else:
-                    table, economy = drafts(self._drafts_under(ablation), chunks[at], done)
-                    answers = [decoded for row in table for decoded in row]
-                placed = [(*place, decoded) for place, decoded in zip(places[at], answers, strict=True)]
+                    answers, economy = self._plain(places, ablation, done)
+                placed = [(*place, decoded) for place, decoded in zip(places, answers, strict=True)]
                 if self._surprises is not None:
                     # Which answers other chunks had is known to the process that made them alone.
                     self._surprises.known = dict(unablated)
@@ -434,17 +427,19 @@ class KeptAnswers:
 
             cost, *chunk = self._kept(stage, fields, compute)
             self.costs[content_key(fields)] = Economy(**cost)
-            if drafts is not None and f"tolerance_{self._key(ablation)}" not in self.directory.remembered():
+            if drafted and f"tolerance_{self._key(ablation)}" not in self.directory.remembered():
                 self._drafts_under(ablation)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
-        fields = [self._judged_fields(ablation) | {"groups": text} for text in texts]
-        costs = [self._n_tokens(number for number, _ in chunk) for chunk in places]
-        self.directory.divide(
-            stage, {(records_place(stage, of),): cost for of, cost in zip(fields, costs, strict=True)}
-        )
-        with self.progress.track(label, sum(map(len, places))) as done:
-            parts = self.directory.together(*(partial(chunk_of, at, of) for at, of in enumerate(fields)))
+        tasks, units = list[Callable[[], list[Record]]](), dict[tuple[str, ...], float]()
+        for texts, places in chunks:
+            fields = self._judged_fields(ablation) | {"groups": texts}
+            units[(records_place(stage, fields),)] = self._n_tokens(number for number, _ in places)
+            tasks.append(partial(chunk_of, places, fields))
+        self.directory.divide(stage, units)
+        label, total = f"{self.name}: {part}".replace("_", " "), sum(len(places) for _, places in chunks)
+        with self.progress.track(label, total) as done:
+            parts = self.directory.together(*tasks)
         return [record for chunk in parts for record in chunk]
 
     def _kept(self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[Record]:

@@ -64,7 +64,7 @@ from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.runs.machines import Machine
+    from safetyheads.runs.estimate import Machine
 
 Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]
