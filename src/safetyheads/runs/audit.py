@@ -46,7 +46,6 @@ from safetyheads.runs.run import (
     is_demo,
     read_set,
     refuse_beyond_memory,
-    refuse_groups,
     sampling_of,
 )
 from safetyheads.runs.stability import chosen_sizes, stability_as_json
@@ -162,14 +161,10 @@ def why_too_few(config: AuditConfig, prompts: Mapping[str, PromptSet]) -> str | 
     return None if config.anyway else too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
 
 
-def _refuse_impossible(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_groups(engine, config, "size")
+def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     _refuse_too_few(asked["harmful_search"])
     refuse_beyond_memory(engine, asked["harmful_search"], asked["benign_search"], positions=config.positions)
     refuse_beyond_memory(engine, asked["benign_test"])
-
-
-def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     n = {name: len(prompts) for name, prompts in asked.items()}
     n_searches, n_scored_heads = len(SEARCHED), len(engine.heads)
     n_searched = n_scored_heads * config.size
@@ -573,6 +568,6 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
     ]
 
 
-_AUDIT = Kind("audit", _work, audit_results, _refuse_impossible, read_prompts)
+_AUDIT = Kind("audit", _work, audit_results, read_prompts)
 run_audit = partial(carry_out, _AUDIT)
 """Audits a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

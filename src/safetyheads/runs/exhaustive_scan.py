@@ -47,7 +47,6 @@ from safetyheads.runs.run import (
     carry_out,
     random_groups_of,
     refuse_beyond_memory,
-    refuse_groups,
 )
 from safetyheads.runs.stored_files import Record
 from safetyheads.runs.verdict import warn_where_nothing_shows
@@ -67,14 +66,10 @@ _N_DISAGREEING = 200
 """Answers on which judges differ that results list."""
 
 
-def _refuse_impossible(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_groups(engine, config, "pairs", "prefixes", "query_level")
-    measured = config.scores or config.prefixes or config.query_level
-    refuse_beyond_memory(engine, *(asked[name] for name in asked if measured or name == "benign"))
-
-
 def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     """Comparisons cost about as much as passes; at worst all answers change."""
+    is_measured = bool(config.scores or config.prefixes or config.query_level)
+    refuse_beyond_memory(engine, *(asked[name] for name in asked if is_measured or name == "benign"))
     n_heads, n_harmful = len(engine.heads), len(asked["harmful"])
     n_groups = len(config.groups) + config.pairs * (config.pairs - 1) // 2 + config.prefixes
     n_all, n_on_harmful = 1 + n_heads + n_groups, n_heads * len(config.epsilons) + config.prefixes * config.n_random
@@ -94,7 +89,7 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
     length, token_ids, prompts = config.max_new_tokens, asked["harmful"].token_ids, asked["harmful"].prompts
     n_answers *= config.n_seeds
     # Scores on benign and on harmful prompts, a forecast, later steps of the search: one after another, beside answers.
-    measured = 2 * bool(config.scores or config.prefixes or config.query_level) + max(0, config.prefixes - 1)
+    measured = 2 * is_measured + max(0, config.prefixes - 1)
     beside = bool(config.groups or config.pairs or config.prefixes or config.query_level)
     rounds = 2 + max(1, (len(asked) > 1) + measured) + beside
     work = Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
@@ -483,6 +478,6 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     }
 
 
-_SCAN = Kind("scan", _work, scan_results, _refuse_impossible, full_answers=False)
+_SCAN = Kind("scan", _work, scan_results, full_answers=False)
 run_scan = partial(carry_out, _SCAN)
 """Scans a loaded model into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""

@@ -52,9 +52,10 @@ from safetyheads.measures.screening import Screening, screen
 from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
+from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
-from safetyheads.runs.estimate import Estimate, Work, chain_lines, estimate
+from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
@@ -64,7 +65,6 @@ from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
-    from safetyheads.runs.estimate import Machine
 
 Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]
@@ -87,6 +87,7 @@ CAVEATS = (
     "judges and precisions are not in them.",
 )
 """What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
+_NUMBERS_OF_HEADS = ("size", "pairs", "prefixes", "query_level")
 _PASSES_HELD = 2
 """Each pass holds the unablated next-token probabilities of every prompt."""
 
@@ -156,31 +157,15 @@ def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> Pr
     return prompts.with_template(template.bound(engine.tokenizer).template)
 
 
-def with_default_judge(engine: Engine, settings: Any) -> tuple[Any, str]:
-    """The settings with a judge, where they take one, and why it is that one."""
-    if not hasattr(settings, "judges"):
-        return settings, ""
-    if settings.judges:
-        return settings, "as asked"
-    has_chat = bool(engine.tokenizer.chat_template)
-    why = f"the tokenizer has {'a' if has_chat else 'no'} chat template"
-    return replace(settings, judges=(default_judge_name(has_chat),)), why
-
-
-def chosen_line(engine: Engine, settings: Any, why_judge: str, *prompts: PromptSet) -> str:
+def chosen_line(engine: Engine, settings: Any, given_judges: bool, template: Template | None) -> str:
     """A run's first line: its template and its judges, and why."""
-    template = prompts[0].template
-    why = f"the tokenizer has {'a' if engine.tokenizer.chat_template else 'no'} chat template"
-    if settings.parsed_template is not None:
-        why = "as asked"
-    elif is_demo(settings.prompts):
-        why = "the demo's own"
-    parts = [f"template {template} ({why})"]
-    judges = getattr(settings, "judges", ())
-    if judges:
-        leads = "; the first leads" * (len(judges) > 1)
-        parts.append(f"judge{'s' * (len(judges) > 1)} {', '.join(judges)} ({why_judge}{leads})")
-    return ", ".join(parts)
+    by_default = f"the tokenizer has {'a' if engine.tokenizer.chat_template else 'no'} chat template"
+    why = "the demo's own" if is_demo(settings.prompts) else by_default
+    line = f"template {template} ({'as asked' if settings.parsed_template is not None else why})"
+    if judges := getattr(settings, "judges", ()):
+        why, several = "as asked" if given_judges else by_default, len(judges) > 1
+        line += f", judge{'s' * several} {', '.join(judges)} ({why}{'; the first leads' * several})"
+    return line
 
 
 class _KeptPass(Keep):
@@ -567,11 +552,9 @@ class Kind(Generic[Config]):
     name: str
     """As manifest and results call it."""
     work: Callable[[Engine, Config, Mapping[str, AskedPrompts]], Work]
-    """What lies ahead, at most."""
+    """What lies ahead, at most; raises InputError for what the stages would refuse later, while nothing is written."""
     results: Callable[[Run[Config]], dict[str, Any]]
     """Runs all stages, and makes the results that only this kind has."""
-    refuse: Callable[[Engine, Config, Mapping[str, AskedPrompts]], None]
-    """Raises InputError for what the stages would refuse later, while nothing is written."""
     read: Callable[[Any], Prompts] = read_sets
     """Reads the prompt sets that the settings name."""
     full_answers: bool = True
@@ -612,37 +595,42 @@ def carry_out(
         InputError: bad settings or prompts, or a directory that belongs to another run.
         ElsewhereError: what is left needs units of other shards.
     """
-    config, why_judge = with_default_judge(engine, config)
     settings: Any = config
-    progress, judges = progress or Silent(), _judges_of(settings)
+    progress, given_judges = progress or Silent(), getattr(settings, "judges", None)
+    if given_judges is None:  # such a run judges by words, to tell whether the model refuses at all
+        judges: tuple[Judge, ...] = (PhraseJudge(),)
+    else:
+        default = (default_judge_name(bool(engine.tokenizer.chat_template)),)
+        config = settings = replace(settings, judges=given_judges or default)
+        judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         read = prompts or kind.read(config)
         prompts = {name: resolved(engine, prompt_set, settings) for name, prompt_set in read.items()}
-        first_lines = (chosen_line(engine, settings, why_judge, *prompts.values()), *prompt_notes(prompts))
+        chosen = chosen_line(engine, settings, bool(given_judges), next(iter(prompts.values())).template)
         asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
         longest = max(of.longest for of in asked.values()) + max(n_new, getattr(settings, "positions", 1))
         engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
-        kind.refuse(engine, config, asked)
+        refuse_groups(engine, config)
         work = kind.work(engine, config, asked)
         chain = chain_lines(work.rounds, shard.count) if shard is not None and shard.index == 0 else []
         if dry_run or machine is not None:
-            for line in first_lines:
+            for line in (chosen, *prompt_notes(prompts)):
                 progress.say(line)
             found = estimate(engine, work) if machine is None else machine.estimate(engine, work)
             told = found.as_json()
             return {"kind": kind.name, "out": str(out), **told, "lines": [*told["lines"], *chain]}
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
-            if hasattr(settings, "judges"):
+            if given_judges is not None:
                 recorded["judges"] = [judge.describe() for judge in judges]
         with run_directory(out, recorded, progress, command, shard, lenders) as directory:
-            for line in (*first_lines, *chain):
+            for line in (chosen, *prompt_notes(prompts), *chain):
                 progress.say(line)
             count_requests_in(directory.path, judges)
             started = time.monotonic()
             run = _begun(kind, engine, config, directory, progress, judges, prompts, work)
-            directory.write_results(_whole_results(kind.name, run, first_lines[0], kind.results(run), caught))
+            directory.write_results(_whole_results(kind, run, chosen, caught))
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
@@ -658,8 +646,11 @@ def _begun(
     prompts: Prompts,
     work: Work,
 ) -> Run[Config]:
-    """The run with its prompts; says what lies ahead."""
-    stores, decoding = getattr(config, "store_completions", True), _decoding_of(config, kind.full_answers)
+    """The run with its prompts; says what lies ahead. Without a length of their own, answers serve to find openers."""
+    sampling = Sampling(getattr(config, "top_k", 1), getattr(config, "seed", 0))
+    full_answers = getattr(config, "full_answers", kind.full_answers)
+    decoding = Decoding(getattr(config, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
+    stores = getattr(config, "store_completions", True)
     run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise, False)
     for name, prompt_set in prompts.items():
         run.add(name, prompt_set)
@@ -670,32 +661,37 @@ def _begun(
 
 
 def _whole_results(
-    kind: str, run: Run[Any], chosen: str, own: Mapping[str, Any], caught: Iterable[warnings.WarningMessage]
+    kind: Kind[Config], run: Run[Config], chosen: str, caught: Sequence[warnings.WarningMessage]
 ) -> dict[str, Any]:
-    """What every kind's results hold, with what only this kind has."""
-    judged, n_new = hasattr(run.config, "judges"), getattr(run.config, "max_new_tokens", 1)
-    return {
-        **common_results(kind, run),
-        "chosen": chosen,
-        **own,
-        **({"word_judges": run.judges_of_words()} if judged else {}),
-        "warnings": warnings_of(run.engine, list(run.asked.values()), n_new, caught, _mixed_lines(run.directory)),
-        **(run.failed_judges() if judged else {}),
+    """What the results of every kind hold, with what only this kind has."""
+    settings: Any = run.config
+    ablation, planted = run.ablation, planted_heads(settings.model)
+    sets = {
+        name: {"name": asked.prompts.name, "sha256": asked.prompts.sha256, **asked.prompts.facts()}
+        for name, asked in run.asked.items()
     }
-
-
-def _judges_of(settings: Any) -> tuple[Judge, ...]:
-    """The judges; without judges of its own a run judges by words, to tell whether the model refuses at all."""
-    if not hasattr(settings, "judges"):
-        return (PhraseJudge(),)
-    return judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
-
-
-def _decoding_of(settings: Any, full_answers: bool) -> Decoding:
-    """How answers are made; without a length of their own, they serve to find the openers of refusals."""
-    sampling = Sampling(getattr(settings, "top_k", 1), getattr(settings, "seed", 0))
-    full_answers = getattr(settings, "full_answers", full_answers)
-    return Decoding(getattr(settings, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
+    asked = list(run.asked.values())
+    judged: dict[str, Any] = {}
+    if hasattr(settings, "judges"):
+        judged = {"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name}
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind.name,
+        "model": model_facts(run.engine, settings.model),
+        "data": {**sets, "system": None, **template_facts(asked[0].prompts)},
+        "ablation": {**asdict(ablation), "label": ablation.kind.label},
+        "planted_heads": None if planted is None else [str(head) for head in planted],
+        "caveats": caveats_of(run),
+        **judged,
+        "chosen": chosen,
+        **kind.results(run),
+    }
+    if judged:
+        results |= {"word_judges": run.judges_of_words(), **run.failed_judges()}
+    mixed = run.directory.remembered().get("mixed", [])
+    notes = [f"joined from runs of several versions or devices: {', '.join(mixed)}"] * bool(mixed)
+    notes += warnings_of(run.engine, asked, getattr(settings, "max_new_tokens", 1), caught)
+    return results | {"warnings": list(dict.fromkeys(notes))}
 
 
 def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 1) -> None:
@@ -707,34 +703,13 @@ def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 
         engine.plan([TokenSequence(token_ids + token_ids[-1:] * n, n + 1) for token_ids, n in whole])
 
 
-def refuse_groups(engine: Engine, config: Any, *numbers: str) -> None:
+def refuse_groups(engine: Engine, config: Any) -> None:
     """Raise InputError for heads that the model does not have, and where a number of heads is more than it has."""
     for group in getattr(config, "parsed_groups", ()):
         within(group, engine.n_layers, engine.n_heads)
-    for name in numbers:
-        number, words = getattr(config, name), name.replace("_", " ")
-        if number > len(engine.heads):
-            raise InputError(f"{words} {number} is more than the model's {len(engine.heads)} heads")
-
-
-def common_results(kind: str, run: Run[Any]) -> dict[str, Any]:
-    """What the results of every kind hold."""
-    settings, ablation, planted = run.config, run.ablation, planted_heads(run.config.model)
-    sets = {
-        name: {"name": asked.prompts.name, "sha256": asked.prompts.sha256, **asked.prompts.facts()}
-        for name, asked in run.asked.items()
-    }
-    template = template_facts(next(iter(run.asked.values())).prompts)
-    described = [judge.describe() for judge in run.judges] if hasattr(settings, "judges") else []
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": kind,
-        "model": model_facts(run.engine, settings.model),
-        "data": {**sets, "system": None, **template},
-        "ablation": {**asdict(ablation), "label": ablation.kind.label},
-        "planted_heads": None if planted is None else [str(head) for head in planted],
-        "caveats": caveats_of(run),
-    } | ({"judges": described, "lead_judge": run.judges[0].name} if described else {})
+    for name in _NUMBERS_OF_HEADS:
+        if (number := getattr(config, name, 0)) > len(engine.heads):
+            raise InputError(f"{name.replace('_', ' ')} {number} is more than the model's {len(engine.heads)} heads")
 
 
 def caveats_of(run: Run[Any]) -> list[str]:
@@ -744,12 +719,6 @@ def caveats_of(run: Run[Any]) -> list[str]:
     return [*[DEMO_CAVEAT] * is_planted, *(text for text in CAVEATS if text != ON_WORDS or reads_words)]
 
 
-def _mixed_lines(directory: RunDirectory) -> list[str]:
-    """Says of a run that was joined from several devices or versions that it was."""
-    mixed = directory.remembered().get("mixed")
-    return [f"joined from runs of several versions or devices: {', '.join(mixed)}"] if mixed else []
-
-
 def sampling_of(run: Run[Any]) -> dict[str, Any]:
     """How answers are decoded, as results hold it."""
     sampling = run.decoding.sampling
@@ -757,14 +726,10 @@ def sampling_of(run: Run[Any]) -> dict[str, Any]:
 
 
 def warnings_of(
-    engine: Engine,
-    asked: Sequence[AskedPrompts],
-    max_new_tokens: int,
-    caught: Iterable[warnings.WarningMessage],
-    mixed: Sequence[str] = (),
+    engine: Engine, asked: Sequence[AskedPrompts], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
 ) -> list[str]:
-    """What happened that a reader of the results must know; ``mixed`` is what was joined."""
-    notes: list[str | None] = [*mixed, *engine.notes, not_followed_line(engine.model)]
+    """What happened that a reader of the results must know."""
+    notes: list[str | None] = [*engine.notes, not_followed_line(engine.model)]
     for prompt_set in asked:
         notes.append(prompt_set.prompts.warning)
         if prompt_set.prompts.dropped:

@@ -25,7 +25,6 @@ from safetyheads.runs.run import (
     carry_out,
     read_sets,
     refuse_beyond_memory,
-    refuse_groups,
     sampling_of,
 )
 from safetyheads.runs.verdict import warn_where_nothing_shows
@@ -59,6 +58,9 @@ def _about(run: Run[Any]) -> dict[str, Any]:
 
 def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     """Answers are unablated ones alone, as far as they tell a refusal."""
+    if isinstance(config, SaharaConfig):
+        score_of(config).refuse_too_few(len(asked["harmful"]))
+    refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
     extent, n_heads, searches = extent_of(config), len(engine.heads), isinstance(config, SaharaConfig)
     token_ids, note = asked["harmful"].token_ids, "The screening adds a few backward passes." if config.screen else ""
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
@@ -68,10 +70,6 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
     n_forecasts = config.screen * (1 if extent.once else size)
     rounds = 1 + size + n_forecasts + (config.screen and not searches)
     return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note, rounds=rounds)
-
-
-def _refuse_too_large(engine: Engine, config: ShipsConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
@@ -119,12 +117,6 @@ def score_of(config: SaharaConfig) -> Score:
     return Score(config.score, config.positions, config.rank, cast("State", config.state), config.centred)
 
 
-def _refuse_sahara(engine: Engine, config: SaharaConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_groups(engine, config, "size")
-    score_of(config).refuse_too_few(len(asked["harmful"]))
-    refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
-
-
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     config, engine, score = run.config, run.engine, score_of(run.config)
     warn_where_nothing_shows(run.answers("harmful").vanilla())
@@ -152,8 +144,8 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
 
 
 # Answers serve to find refusals and their openers, and may end where the judges are final.
-_SHIPS = Kind("ships", _work, _ships_results, _refuse_too_large, full_answers=False, measures_surprise=False)
-_SAHARA = Kind("sahara", _work, _sahara_results, _refuse_sahara, full_answers=False, measures_surprise=False)
+_SHIPS = Kind("ships", _work, _ships_results, full_answers=False, measures_surprise=False)
+_SAHARA = Kind("sahara", _work, _sahara_results, full_answers=False, measures_surprise=False)
 run_ships = partial(carry_out, _SHIPS)
 """Ranks heads into a run directory; arguments as for :func:`safetyheads.runs.run.carry_out`."""
 run_sahara = partial(carry_out, _SAHARA)
@@ -163,13 +155,9 @@ run_sahara = partial(carry_out, _SAHARA)
 # ASR.
 
 
-def _refuse_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> None:
-    refuse_groups(engine, config, "query_level")
+def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     if config.query_level:
         refuse_beyond_memory(engine, asked["harmful"])
-
-
-def _work_of_asr(engine: Engine, config: AsrConfig, asked: Mapping[str, AskedPrompts]) -> Work:
     token_ids, prompts = asked["harmful"].token_ids, asked["harmful"].prompts
     n_answers = (1 + len(config.groups) + config.query_level) * len(prompts)
     stages = ["unablated answers", *["groups"] * bool(config.groups)]
@@ -212,6 +200,6 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
     }
 
 
-_ASR = Kind("asr", _work_of_asr, _asr_results, _refuse_asr)
+_ASR = Kind("asr", _work_of_asr, _asr_results)
 run_asr = partial(carry_out, _ASR)
 """Measures rates into a run directory, likewise."""
