@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from safetyheads import Engine, InputError, demo
 from safetyheads.judges.models import load_judge
 from safetyheads.model.loading import find_adapter
+from safetyheads.model.options import LoadOptions
 
 
 class Payload:
@@ -55,7 +56,7 @@ def test_an_index_that_names_a_pickle_or_a_file_elsewhere_is_refused(checkpoint,
         Engine.load(str(folder), check=False)
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match=said):
-        load_judge("AutoModelForCausalLM", str(folder), None, "cpu", "float32")
+        load_judge("AutoModelForCausalLM", str(folder), LoadOptions())
     if "outside" in said:
         with pytest.raises(InputError, match=said):
             Engine.load(str(folder), check=False, allow_pickle=True)

@@ -15,7 +15,6 @@ import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +27,7 @@ from safetyheads.judges.base import NOT_REFUSED, Completion, Judge, Label, Verdi
 from safetyheads.judges.formats import MODEL_JUDGES, Harm, JudgeFormat, fill
 from safetyheads.model import loading
 from safetyheads.model.architecture import context_length
-from safetyheads.model.options import DTYPES
+from safetyheads.model.options import LoadOptions
 from safetyheads.model.planning import halving, is_out_of_memory
 from safetyheads.prompts.templates import BoundTemplate, Template
 
@@ -125,12 +124,16 @@ class _LocalJudge(Judge):
 
     def look(self) -> None:
         """Refuse a device or a checkpoint that is not there, and a directory whose config or tokenizer is broken."""
-        look_at_judge(self._source, self.revision, self.device, self.dtype)
+        find_judge(self._source, self._options)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """The model, on its device and in evaluation mode, and its tokenizer; loaded when first asked for."""
-        return load_judge(self._kind, self._source, self.revision, self.device, self.dtype)
+        return load_judge(self._kind, self._source, self._options)
+
+    @property
+    def _options(self) -> LoadOptions:
+        return LoadOptions(device=self.device, dtype=self.dtype, revision=self.revision)
 
     @property
     def _source(self) -> str:
@@ -367,22 +370,19 @@ class SequenceClassifierJudge(_LocalJudge):
         return replace(_verdict(refused, grade, tells_refusal=refusal is not None), raw=raw, score=shares[harm])
 
 
-def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+def load_judge(kind: str, checkpoint: str, options: LoadOptions) -> tuple[Any, Any]:
     """A judge's model and tokenizer, from a directory or the hub; weights are read as safetensors only.
 
     Raises:
         InputError: it is not there, gated, incomplete, of another kind, or needs an extra that is not installed.
     """
-    place, name = loading.choose_device(device), f"the judge {checkpoint}"
-    base, tokenizer_source, adapter = look_at_judge(checkpoint, revision, device, dtype)
-    revision = revision if adapter is None else None
-    loading.refuse_stray_weights(base, revision)
+    name = f"the judge {checkpoint}"
+    base, options, adapter = find_judge(checkpoint, options)
     kinds = loading.TEXT_MODELS if kind == loading.TEXT_MODELS[0] else (kind,)
-    source = {"revision": revision, "trust_remote_code": False}
-    config = loading.read_config(base, name, **source)
-    options = {**source, "dtype": dtype, "use_safetensors": True}
-    model, _ = loading.read_weights(kinds, base, name, config, **options)
-    tokenizer = loading.read_tokenizer(tokenizer_source, **source)
+    config = loading.read_config(base, name, **options.source)
+    arguments = {**options.source, "dtype": options.dtype, "use_safetensors": True}
+    model, _ = loading.read_weights(kinds, base, name, config, **arguments)
+    tokenizer = loading.read_tokenizer(base, options, None, adapter)
     if adapter is not None:
         loading.put_on(model, adapter, base)
     loading.refuse_broken_weights(model, checkpoint)
@@ -399,38 +399,27 @@ def load_judge(kind: str, checkpoint: str, revision: str | None, device: str, dt
     else:
         # A classifier must look for the token that we pad with, whatever its config says.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model.to(place).eval(), tokenizer
+    return model.to(loading.choose_device(options.device)).eval(), tokenizer
 
 
-def look_at_judge(
-    checkpoint: str, revision: str | None, device: str, dtype: str
-) -> tuple[str, str, loading.Adapter | None]:
-    """Where a judge's base model and its tokenizer are, and its adapter; what cannot be a judge is refused unloaded."""
-    loading.choose_device(device)
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if os.path.isfile(checkpoint):
-        raise InputError(f"the judge {checkpoint} is a file; a model is a directory, or a hub id")
-    if not os.path.exists(checkpoint):
-        loading.look_at_hub(checkpoint)
-    base, tokenizer_source, adapter = checkpoint, checkpoint, None
-    if transformers.utils.find_adapter_config_file(checkpoint, revision=revision) is not None:
-        adapter = loading.find_adapter(checkpoint, revision=revision)
+def find_judge(checkpoint: str, options: LoadOptions) -> tuple[str, LoadOptions, loading.Adapter | None]:
+    """A judge's base model, how that is read, and its adapter; what cannot be a judge is refused before it is loaded."""
+    loading.choose_device(options.device)
+    name, base, adapter = f"the judge {checkpoint}", checkpoint, None
+    if loading.is_adapter(checkpoint, options.revision):
+        adapter = loading.find_adapter(checkpoint, revision=options.revision)
         if adapter.base is None:
             raise InputError(f"the adapter {checkpoint} names no base model (base_model_name_or_path)")
-        base = adapter.base
-        tokenizer_source = str(adapter.directory) if adapter.has_tokenizer else base
+        base, options = adapter.base, replace(options, revision=None)
         if not os.path.exists(base):
             loading.look_at_hub(base)
-    name = f"the judge {checkpoint}"
-    for folder in dict.fromkeys((base, tokenizer_source)):
-        if os.path.isdir(folder):
-            loading.look_at_directory(Path(folder), name, is_model=folder == base)
+    if loading.look_at(base, options, name) is not None:
+        raise InputError(f"{name} is a GGUF file; a judge is a directory, or a hub id")
     if os.path.isdir(base):
-        loading.read_config(base, name, trust_remote_code=False)
-    if os.path.isdir(tokenizer_source):
-        loading.read_tokenizer(tokenizer_source, trust_remote_code=False)
-    return base, tokenizer_source, adapter
+        loading.read_config(base, name, **options.source)
+    if os.path.isdir(base) or (adapter is not None and adapter.has_tokenizer):
+        loading.read_tokenizer(base, options, None, adapter)
+    return base, options, adapter
 
 
 def _verdict(

@@ -99,7 +99,9 @@ def load_model(
     path, own_adapter = find_model(name)
     if own_adapter is not None and options.adapter is not None:
         raise InputError(f"{name} has an adapter of its own, so --adapter cannot go on it")
-    file = _look_at(path, options)
+    if is_adapter(path, options.revision):  # transformers would take it in silently
+        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
+    file = look_at(path, options, path)
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
     if own_adapter is not None:
         adapter = replace(find_adapter(own_adapter), name=name)
@@ -111,7 +113,7 @@ def load_model(
     if options.device_map is None and not is_quantised(model):
         model = model.to(place)
     _refuse_own_attention(model)
-    tokenizer = _read_tokenizer(path, options, file, adapter)
+    tokenizer = read_tokenizer(path, options, file, adapter)
     budget = options.memory_bytes
     places = {place for place in getattr(model, "hf_device_map", {}).values() if isinstance(place, int)}
     if budget is None and len(places) > 1:  # the fullest of several devices
@@ -187,11 +189,21 @@ def use_our_attention(model: PreTrainedModel) -> None:
 # Reading a checkpoint
 
 
-def _look_at(path: str, options: LoadOptions) -> Path | None:
-    """Refuse what cannot be a checkpoint, before anything is read into memory; the GGUF file, where it is one."""
+def is_adapter(path: str, revision: str | None) -> bool:
+    """Whether a directory, or what the hub has under that name, is an adapter; refuses what is neither of the two."""
     from transformers.utils import find_adapter_config_file
 
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
+    if not os.path.exists(path):
+        look_at_hub(path, revision)
+    return not os.path.isfile(path) and find_adapter_config_file(path, revision=revision) is not None
+
+
+def look_at(path: str, options: LoadOptions, name: str) -> Path | None:
+    """Refuse what cannot be a checkpoint, before anything is read into memory; the GGUF file, where it is one.
+
+    ``name`` is for messages, as below.
+    """
     if os.path.exists(path):
         if options.revision is not None:
             raise InputError(f"{path} is on this machine; --revision chooses a version of a model on the hub")
@@ -199,23 +211,15 @@ def _look_at(path: str, options: LoadOptions) -> Path | None:
             return file
         if not os.path.isdir(path):
             raise InputError(
-                f"{path} is a file; a model is a directory with config.json and weights, a GGUF file, or a hub id"
+                f"{name} is a file; a model is a directory with config.json and weights, a GGUF file, or a hub id"
             )
-    else:
-        look_at_hub(path, options.revision)
-    if find_adapter_config_file(path, revision=options.revision) is not None:  # transformers would take it in silently
-        raise InputError(f"{path} is an adapter; give its base as the model, and --adapter {path}")
-    if os.path.isdir(path):
-        look_at_directory(Path(path), path, options)
+        look_at_directory(Path(path), name, options)
     refuse_stray_weights(path, options.revision, options.allow_pickle)
     return None
 
 
 def look_at_directory(path: Path, name: str, options: LoadOptions | None = None, is_model: bool = True) -> None:
-    """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone, before anything is read into memory.
-
-    ``name`` is for messages.
-    """
+    """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone."""
     from transformers import CONFIG_MAPPING, GenerationConfig
 
     options = options or LoadOptions()
@@ -321,8 +325,7 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
     from transformers import GgufConfig
 
-    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
-    folder = path
+    source, folder = options.source, path
     if file is not None:
         folder, header = str(file.parent), read_header(file)
         source["gguf_file"] = file.name
@@ -361,15 +364,14 @@ def load_shape(path: str, options: LoadOptions) -> tuple[PreTrainedModel, PreTra
     Raises:
         InputError: one of them cannot be read.
     """
-    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
-    config = read_config(path, path, **source)
+    config = read_config(path, path, **options.source)
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32
     try:
         with torch.device("meta"):
             model = _auto_class(TEXT_MODELS, config).from_config(config, dtype=dtype)
     except (*UNREADABLE, *_NONSENSE, RuntimeError) as error:
         raise _cannot_load(path, error) from error
-    return model.eval(), _read_tokenizer(path, options, None, None)
+    return model.eval(), read_tokenizer(path, options)
 
 
 def bits_of_weights(model: PreTrainedModel) -> float:
@@ -450,12 +452,21 @@ def _refuse_unknown_quantisation(settings: Any, name: str) -> None:
         raise InputError(f"{name} is quantised in a way that this transformers does not know: {method!r}")
 
 
-def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer with its chat template, wherever the checkpoint keeps it."""
+def read_tokenizer(
+    path: str, options: LoadOptions, file: Path | None = None, adapter: Adapter | None = None
+) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer where it brings one, as fine-tunes do with their chat template, else the checkpoint's.
+
+    Its chat template comes with it, wherever the checkpoint keeps that.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
-    is_gguf = "gguf_file" in arguments
+    source, arguments = path, options.source
+    if adapter is not None and adapter.has_tokenizer:
+        source, file = str(adapter.directory), None
+    if file is not None:
+        source, arguments["gguf_file"] = str(file.parent), file.name
     if os.path.isdir(source):
         look_at_directory(Path(source), source, is_model=False)
     try:
@@ -464,35 +475,21 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
         # The tokenizers library raises bare exceptions.
         if type(error) is not Exception and not isinstance(error, (*UNREADABLE, *_NONSENSE, RuntimeError)):
             raise
-        if not is_gguf and os.path.isdir(source) and not _has_tokenizer(Path(source)):
+        if file is None and os.path.isdir(source) and not _has_tokenizer(Path(source)):
             raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or not longest > 0:
         raise InputError(f"tokenizer_config.json of {source} is wrong: model_max_length is {longest!r}")
-    revision = arguments.get("revision")
-    for kept in () if tokenizer.chat_template or is_gguf else _PROCESSOR_FILES:
-        found = cached_file(source, kept, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        mend_tokenizer(tokenizer, read_header(file)[1])
+        return tokenizer
+    for kept in () if tokenizer.chat_template else _PROCESSOR_FILES:
+        found = cached_file(source, kept, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False)
         template = None if found is None else read_json(Path(found)).get("chat_template")
         if isinstance(template, str):
             tokenizer.chat_template = template
             break
-    return tokenizer
-
-
-def _read_tokenizer(
-    path: str, options: LoadOptions, file: Path | None, adapter: Adapter | None
-) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer where it brings one, as fine-tunes do with their chat template, else the model's."""
-    source = path if file is None else str(file.parent)
-    arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
-    if adapter is not None and adapter.has_tokenizer:
-        source, file = str(adapter.directory), None
-    if file is not None:
-        arguments["gguf_file"] = file.name
-    tokenizer = read_tokenizer(source, **arguments)
-    if file is not None:
-        mend_tokenizer(tokenizer, read_header(file)[1])
     return tokenizer
 
 

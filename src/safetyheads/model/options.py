@@ -142,6 +142,11 @@ class LoadOptions:
         """The memory in bytes."""
         return None if self.memory is None else int(self.memory * 2**30)
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """Which version of a checkpoint is read, and whether its code is run, as transformers is told."""
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
+
     def __post_init__(self) -> None:
         refuse_wrong_values(self)
         if self.device_map is None:

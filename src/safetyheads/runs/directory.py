@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,8 +133,9 @@ class RunDirectory:
         self._results_lock = FileLock(path / f"{_LOCK}results", mode=0o600, thread_local=False)
         self.key = content_key(manifest.config)
         """Names the run in each of its files."""
-        self._stages: dict[str, dict[str, tuple[int, str]]] = {}
-        """By stage: the files of a finished one, and those that this process read or wrote."""
+        self._files: dict[str, tuple[int, str]] = {}
+        """Number of entries and checksum by place: files of finished stages, and those that this process read or wrote.
+        """
         self._results: dict[str, Any] | None = None
         self._known: dict[str, Any] = {}
         """What is remembered, and was read."""
@@ -252,7 +254,7 @@ class RunDirectory:
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""
         if not self._known_places or not self.shard.alone:  # others remember too
-            places = self._stages.get(_REMEMBERED, {})
+            places = [place for place in self._files if stage_of(place) == _REMEMBERED]
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
                 if place in self._known_places:
                     continue
@@ -306,9 +308,8 @@ class RunDirectory:
         Raises:
             InputError: a file is lost or damaged, and the run is only read.
         """
-        places = [place for name in self._stages if fnmatch(name, stage) for place in self._stages[name]]
-        for place in sorted(places):
-            if place.startswith("completions/"):
+        for place in sorted(self._files):
+            if place.startswith("completions/") and fnmatch(stage_of(place), stage):
                 try:
                     records = self._read(place)
                 except InputError as error:
@@ -343,7 +344,7 @@ class RunDirectory:
     def checksum(self, place: str) -> str:
         """Of the content of a stored part, which fits what it says."""
         self._read(place)
-        return next(files[place][1] for files in self._stages.values() if place in files)
+        return self._files[place][1]
 
     def content(self, place: str) -> Any:
         """The records or tensors of a stored part."""
@@ -453,7 +454,7 @@ class RunDirectory:
                 return self._read(place)
             except InputError as error:
                 self._set_aside(place, error)
-        elif place in self._stages.get(stage, {}):
+        elif place in self._files:
             _log.warning("%s is lost and computed again", self.path / place)
         if self._borrowed(place):
             return self._read(place)
@@ -481,12 +482,12 @@ class RunDirectory:
             if held.run != self.key or not (place in wanted or (stage == _REMEMBERED and key in place)):
                 raise DamagedError(f"it belongs to another place or run: stage {stage}, key {key}")
             told = held.count, held.sha256
-            if self._lock is None and self._stages.get(stage, {}).get(place, told) != told:
+            if self._lock is None and self._files.get(place, told) != told:
                 raise DamagedError("it is not the file that the finished stage lists")
         except InputError as error:
             again = "" if self._lock else "; the command that wrote it computes it again"
             raise DamagedError(f"{path} is damaged: {error}{again}") from None
-        self._stages.setdefault(stage, {})[place] = told
+        self._files[place] = told
         return value
 
     def places(self) -> list[str]:
@@ -497,8 +498,7 @@ class RunDirectory:
         """Move a damaged file away, so that it is computed again; a run that is only read is refused instead."""
         if self._lock is None:
             raise error
-        for files in self._stages.values():
-            files.pop(place, None)
+        self._files.pop(place, None)
         if not os.path.lexists(self.path / place):
             _log.warning("%s", error)
             return
@@ -522,16 +522,15 @@ class RunDirectory:
         """
         readable_json("results.json", results)  # names a number that is not finite, while nothing is written
         with self.writing():
-            places, listed_places = self.places(), {place for files in self._stages.values() for place in files}
-            for place in places:
-                if place not in listed_places:
+            for place in (places := self.places()):
+                if place not in self._files:
                     try:
                         self._read(place)
                     except InputError as error:
                         self._set_aside(place, error)
             stages = {}
-            for stage, files in sorted(self._stages.items()):
-                listed = [[place, *files[place]] for place in places if place in files]
+            for stage, of in groupby(sorted(filter(self._files.get, places), key=stage_of), stage_of):
+                listed = [[place, *self._files[place]] for place in of]
                 stages[stage] = content_key({"files": listed})
                 self._write_json(f"stages/{stage}.json", {"stage": stage, "files": listed})
             self._write_json("results.json", {**results, "stages": stages})
@@ -556,18 +555,17 @@ class RunDirectory:
         named = results.get("stages")
         if not isinstance(named, dict):
             raise DamagedError(f"{self.path / 'results.json'} has no stages")
-        self._stages = {}
+        self._files = {}
         for stage, digest in named.items():
-            self._load_stage(f"stages/{stage}.json")
-            listed = [[place, *told] for place, told in sorted(self._stages.get(stage, {}).items())]
-            if content_key({"files": listed}) != digest:
+            if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
                 raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
         self._results = results
 
-    def _load_stage(self, place: str) -> None:
-        stage = converted(self._read_json(place), Stage)
-        listed = {file: (count, sha256) for file, count, sha256 in stage.files}
-        self._stages[stage.stage] = listed | self._stages.get(stage.stage, {})
+    def _load_stage(self, place: str) -> list[tuple[str, int, str]]:
+        """The files that the list of a finished stage names, which are known from here on."""
+        files = converted(self._read_json(place), Stage).files
+        self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
+        return files
 
     def _load_stages(self) -> None:
         for place in self._names("stages/*.json"):
@@ -629,8 +627,7 @@ class RunDirectory:
         check(self._names("plan/*.json") + self._names("starts/*.json"), self._read_json)
         check(self._names("timings.json"), self._read_json)
         check(self._names("results.json"), lambda _: self._read_finished())
-        listed = {place for files in self._stages.values() for place in files}
-        places = set(self.places())
+        listed, places = set(self._files), set(self.places())
         check(sorted(places | listed), self._read)
         found.unlisted = sorted(places - listed)
         return found
@@ -703,6 +700,8 @@ def _elsewhere(places: Iterable[str]) -> ElsewhereError:
 def stage_of(place: str) -> str:
     """The stage of a file of records or tensors, from its place."""
     folder, _, rest = place.partition("/")
+    if folder == _REMEMBERED:
+        return folder
     return rest.split("/")[0] if folder == "shards" else rest.rpartition("-")[0]
 
 

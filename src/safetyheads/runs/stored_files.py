@@ -50,10 +50,6 @@ class Held:
         about = canonical_json(asdict(replace(self, sha256="")))
         return replace(self, sha256=hashlib.sha256(about.encode() + content).hexdigest())
 
-    def as_json(self) -> str:
-        """One line."""
-        return canonical_json(asdict(self))
-
     @classmethod
     def read(cls, text: str | bytes, content: bytes, count: int) -> Held:
         """What a file says, once it fits the content."""
@@ -87,7 +83,7 @@ def pack_records(run: str, stage: str, key: str, records: Iterable[Record]) -> b
     lines = [canonical_json(record) for record in records]
     content = "".join(line + "\n" for line in lines).encode()
     held = Held(run, stage, key, len(lines)).with_checksum(content)
-    return held.as_json().encode() + b"\n" + content
+    return canonical_json(asdict(held)).encode() + b"\n" + content
 
 
 def unpack_records(file: bytes) -> tuple[Held, list[Record]]:
@@ -118,7 +114,7 @@ def pack_tensors(run: str, stage: str, key: str, tensors: Mapping[str, Tensor]) 
     content = canonical_json(layout).encode() + data
     held = Held(run, stage, key, len(whole)).with_checksum(content)
     # One metadata entry only: the order of two, and so the bytes, would differ from run to run.
-    head = canonical_json({"__metadata__": {"held": held.as_json()}, **layout}).encode()
+    head = canonical_json({"__metadata__": {"held": canonical_json(asdict(held))}, **layout}).encode()
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head + data
 

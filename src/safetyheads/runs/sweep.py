@@ -78,7 +78,7 @@ def _n_heads(config: AuditConfig) -> int:
     path, _ = find_model(config.model)
     if Path(path).is_file():
         return 0
-    told = read_config(path, path, trust_remote_code=config.trust_remote_code, revision=config.revision or "main")
+    told = read_config(path, path, **config.load_options.source)
     text = told.get_text_config(decoder=True)
     counts = [getattr(text, name, 0) for name in ("num_hidden_layers", "num_attention_heads")]
     return int(counts[0] * counts[1]) if all(isinstance(count, int) for count in counts) else 0
