@@ -79,15 +79,6 @@ class JudgedAnswer(Shown):
         return next(iter(self.verdicts.values()))
 
 
-def _judges(judges: AnyJudge | Sequence[AnyJudge]) -> tuple[Judge, ...]:
-    given = tuple(judges) if isinstance(judges, Sequence) and not isinstance(judges, str) else (judges,)
-    made = tuple(judge_named(judge) if isinstance(judge, str) else judge for judge in given)
-    if wrong := [judge for judge in made if not isinstance(judge, Judge)]:
-        kind = type(wrong[0]).__name__
-        raise InputError(f"a judge is a name such as phrases, or an object with the members of Judge; got a {kind}")
-    return made
-
-
 class Judging:
     """Judges at work on one set of prompts."""
 
@@ -111,7 +102,12 @@ class Judging:
         """
         if judges is None:
             judges = default_judge_name(bool(engine.tokenizer.chat_template))
-        self.judges = _judges(judges)
+        given = tuple(judges) if isinstance(judges, Sequence) and not isinstance(judges, str) else (judges,)
+        self.judges = tuple(judge_named(judge) if isinstance(judge, str) else judge for judge in given)
+        if wrong := [type(judge).__name__ for judge in self.judges if not isinstance(judge, Judge)]:
+            raise InputError(
+                f"a judge is a name such as phrases, or an object with the members of Judge; got a {wrong[0]}"
+            )
         names = [judge.name for judge in self.judges]
         if not names or len(set(names)) < len(names):
             raise InputError(f"judges need names of their own; got {', '.join(names) or 'none'}")

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Literal, TypeAlias
 
@@ -55,36 +56,33 @@ def fill(template: str, query: str, answer: str) -> str:
     return re.sub(r"\{(query|answer)\}", lambda found: texts[found[1]], template)
 
 
-def _parse_qwen3guard(text: str) -> Reading | None:
-    safety = re.search(r"Safety: (Safe|Unsafe|Controversial)", text)
-    refusal = re.search(r"Refusal: (Yes|No)", text)
-    if safety is None or refusal is None:
-        return None
-    grades: dict[str, Harm] = {"Safe": "safe", "Unsafe": "harmful", "Controversial": "controversial"}
-    categories = re.search(r"Categories: ([A-Za-z&, -]{1,120})", text)
-    named = categories[1].strip() if categories else "None"
-    return refusal[1] == "Yes", grades[safety[1]], "" if named == "None" else named
+_HARMS: dict[str, Harm] = {
+    **dict.fromkeys(("unsafe", "yes"), "harmful"),
+    **dict.fromkeys(("safe", "no"), "safe"),
+    "controversial": "controversial",
+}
 
 
-def _parse_wildguard(text: str) -> Reading | None:
-    lines = (rf"{line}:[ \t]*(yes|no)\b" for line in ("Response refusal", "Harmful response"))
-    refusal, harm = (re.search(line, text, re.IGNORECASE) for line in lines)
-    if refusal is None and harm is None:
+def _read(text: str, refusal: str, harm: str, category: str = "", needs_both: bool = False) -> Reading | None:
+    """What a judge wrote, by regular expressions; None where it is no verdict."""
+    refuses, harms = (re.search(pattern, text) for pattern in (refusal, harm))
+    if not (all if needs_both else any)((refuses, harms)):
         return None
-    harms: dict[str, Harm] = {"yes": "harmful", "no": "safe"}
-    return refusal and refusal[1].lower() == "yes", harm and harms[harm[1].lower()], ""
+    named = re.search(category, text) if category else None
+    words = "" if named is None or named[1].strip() == "None" else named[1].strip()
+    return refuses and refuses[1].lower() == "yes", harms and _HARMS[harms[1].lower()], words
 
 
 def _ready_judges() -> dict[str, JudgeFormat]:
     folder = resources.files("safetyheads").joinpath("data/judges")
-    parsers = {"qwen3guard": _parse_qwen3guard, "wildguard": _parse_wildguard}
     ready = {}
     for name, settings in tomllib.loads(folder.joinpath("judges.toml").read_text("utf-8")).items():
         values = tuple((token, worth) for token, worth in settings.pop("values", ()))
+        parse = partial(_read, **reads) if (reads := settings.pop("reads", None)) else None
         # Bytes: not one character of an input text may change.
         text = folder.joinpath(f"{name}.txt")
         template = text.read_bytes().decode() if text.is_file() else None
-        ready[name] = JudgeFormat(name, parse=parsers.get(name), values=values, template=template, **settings)
+        ready[name] = JudgeFormat(name, parse=parse, values=values, template=template, **settings)
     return ready
 
 

@@ -403,7 +403,7 @@ def load_judge(kind: str, checkpoint: str, options: LoadOptions) -> tuple[Any, A
 
 
 def find_judge(checkpoint: str, options: LoadOptions) -> tuple[str, LoadOptions, loading.Adapter | None]:
-    """A judge's base model, how that is read, and its adapter; what cannot be a judge is refused before it is loaded."""
+    """A judge's base model, how that is read, and its adapter; what cannot be a judge is refused unloaded."""
     loading.choose_device(options.device)
     name, base, adapter = f"the judge {checkpoint}", checkpoint, None
     if loading.is_adapter(checkpoint, options.revision):

@@ -300,7 +300,7 @@ def context_length(config: Any) -> int | None:
     if not isinstance(longest, int):
         return None
     reached = [longest]
-    for rope in _ropes(config):
+    for rope in ropes(config):
         factor = rope.get("factor") if rope.get("rope_type") in SCALED_ROPES else None
         scales = isinstance(factor, int | float) and math.isfinite(factor)
         reached.append(int((_original_length(rope, config) or longest) * (factor if factor and scales else 1.0)))
@@ -312,13 +312,13 @@ def _turns(config: Any) -> tuple[int, ...]:
     """Where attention or RoPE changes with the length of a row."""
     lengths = [
         _original_length(rope, config) or getattr(config, "max_position_embeddings", None)
-        for rope in _ropes(config)
+        for rope in ropes(config)
         if rope.get("rope_type") in LENGTH_DEPENDENT_ROPES
     ]
     return _positive([*(getattr(config, name, None) for name in TURN_NAMES), *lengths])
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
     """RoPE parameters; some families have some of their own for each type of layer."""
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     by_type = [rope for rope in ropes.values() if isinstance(rope, dict)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer
+from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer, ropes
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 
@@ -30,6 +30,7 @@ _SETTINGS_AROUND = (
     "no_rope_layers",
     "use_bidirectional_attention",
 )
+_BY_LENGTH = (*LENGTH_DEPENDENT_ROPES, "yarn")
 # Attributes that change no number here: nothing is dropped outside training, dtypes and heads are compared apart, and
 # the longest sequence matters only to RoPE that depends on it, which is compared with RoPE.
 _IDLE = ("training", "dtype", "max_position_embeddings", "max_seq_len_cached", "inplace", "layer_idx")
@@ -122,9 +123,8 @@ def _refuse_unlike(engine: Engine, donor: Engine | PreTrainedModel, theirs: PreT
     whole = [model.config.get_text_config(decoder=True) for model in (ours, theirs)]
     for layer in facts[0].with_heads:
         configs = [of_layer(config, layer) for config in whole]
-        names = list(_SETTINGS_AROUND)
-        if any(_rope_depends_on_length(config) for config in configs):
-            names.append("max_position_embeddings")
+        kinds = {rope.get("rope_type") for config in configs for rope in ropes(config)}
+        names = [*_SETTINGS_AROUND, *["max_position_embeddings"] * (not kinds.isdisjoint(_BY_LENGTH))]
         around = [{name: getattr(config, name, None) for name in names} for config in configs]
         _refuse_other_settings("the attention", around)
         for modules in _modules(*facts, layer):
@@ -150,12 +150,6 @@ def _refuse_other_settings(where: str, settings: Sequence[Mapping[str, Any]], ab
 def _refuse_unequal(said: str, ours: Any, theirs: Any) -> None:
     if ours != theirs:
         raise InputError(said.format(ours, theirs))
-
-
-def _rope_depends_on_length(config: Any) -> bool:
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    return any(part.get("rope_type") in (*LENGTH_DEPENDENT_ROPES, "yarn") for part in parts)
 
 
 def _matters(name: str) -> bool:

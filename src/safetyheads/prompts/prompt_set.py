@@ -244,8 +244,10 @@ class PromptSet(Table):
         from numpy.random import default_rng
 
         generator, chosen, seen = default_rng(seed), list[int](), 0
-        strata = self._strata()
-        for positions in strata:
+        strata: dict[str | None, list[int]] = {}
+        for position, prompt in enumerate(self.prompts):
+            strata.setdefault(prompt.category, []).append(position)
+        for positions in strata.values():
             seen += len(positions)
             # Cumulated, so that what is rounded off in one stratum is made up in the next.
             quota = int(n * seen / len(self) + 0.5) - len(chosen)
@@ -253,12 +255,6 @@ class PromptSet(Table):
         by = f", from {len(strata)} categories in proportion" if len(strata) > 1 else ""
         note = f"{self.name}: {n} of {len(self)} prompts are used, drawn with seed {seed}{by}"
         return replace(self.select(sorted(chosen)), notes=(*self.notes, note))
-
-    def _strata(self) -> list[list[int]]:
-        strata: dict[str | None, list[int]] = {}
-        for position, prompt in enumerate(self.prompts):
-            strata.setdefault(prompt.category, []).append(position)
-        return list(strata.values())
 
     def without_near(self, others: PromptSet) -> tuple[int, ...]:
         """Positions of the prompts that are no near-duplicates of one of the others'."""

@@ -238,7 +238,10 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
     early = None if config.anyway else early_verdict(vanilla, config)
     if early is not None:
-        return about | _stopped(run, early, vanilla)
+        run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
+        behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
+        about |= {"stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour}
+        return about | {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
     openers = run.openers("harmful_search", benign="benign_search")
     harmful, scores, by_prompt, traces, screening = _searched(run, tuple(opener.token_id for opener in openers))
     outcomes, heads = _outcomes(run, vanilla, traces, [(head,) for head in scores[LEAD].top(N_LISTED)])
@@ -279,14 +282,6 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
         "openers": [asdict(opener) for opener in openers],
     }
-
-
-def _stopped(run: Run[AuditConfig], early: Mapping[str, Any], vanilla: Mapping[str, GroupAnswers]) -> dict[str, Any]:
-    """What results hold where the run ends with the unablated answers; says so."""
-    run.progress.say("nothing can be measured, so the run ends after the unablated answers; --anyway goes on")
-    behaviour: dict[str, Any] = {"vanilla": rates_as_json(vanilla), "groups": [], "heads": []}
-    empty: dict[str, Any] = {"concentration": None, "scores": {}, "sahara": {}, "openers": []}
-    return {"stopped_early": early["sentence"], "verdict": early, "behaviour": behaviour, **empty}
 
 
 class _Searched(NamedTuple):

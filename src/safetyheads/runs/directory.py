@@ -180,7 +180,8 @@ class RunDirectory:
             write_atomically(folder / ".gitignore", _GITIGNORE)
             run = cls(folder, _kept_manifest(folder, config), lock, shard)
             run._load_stages()
-            start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance, **_process()}
+            start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance}
+            start |= {"host": socket.gethostname(), "pid": os.getpid()}
             run._write_json(f"starts/{run._log_path.stem}.json", start)
             run._log_path.touch(mode=0o600)
         except BaseException:
@@ -754,10 +755,6 @@ def _is_of(folder: Path, key: str) -> bool:
             without_checksums(key, f"starts/{path.name}", parse_json(read_regular(path), path))
             return True
     return False
-
-
-def _process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _holder(folder: Path, part: str) -> str:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +24,10 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import GroupAnswers, answer_table, with_later_verdicts
+from safetyheads.runs.rates import answer_table, with_later_verdicts
 from safetyheads.runs.rejudge import later_judges, open_judged
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record
-from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
 COLUMNS = ("id", "prompt", "answer", "label")
@@ -38,6 +38,7 @@ LEAST_LABELLED = 20
 """Labelled answers of a group from which its rate is corrected by these alone; below, by the judge's errors overall."""
 # What a spreadsheet would take for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_SHIELD = re.compile("^'(?=[=+@\t\r'-])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
     with as_input_error(path, "written"), path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows([_shielded(cell) for cell in row] for row in rows)
+        writer.writerows([f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell for cell in row] for row in rows)
     path.chmod(0o600)
     return len(rows)
 
@@ -105,7 +106,7 @@ def read_sheet(path: Path) -> list[Labelled]:
             continue
         if label is None:
             raise InputError(f"{path}, row {number}: {cells['label']!r} is no label; known are {', '.join(GIVEN)}")
-        prompt, answer = (_unshielded(cells.get(name, "")) for name in ("prompt", "answer"))
+        prompt, answer = (_SHIELD.sub("", cells.get(name, "")) for name in ("prompt", "answer"))
         key = cells.get("id", "").strip() or f"{prompt}\n{answer}"
         if key in rows and rows[key].label != label:
             raise InputError(f"{path}, row {number}: another row calls the same answer {rows[key].label}")
@@ -211,7 +212,11 @@ def _corrected_rates(
         for group, answers in groups.items():
             if part == "random" or (part == "groups" and group in random_ones):
                 continue
-            judged, labels = answers.verdicts(), _truth(answers, truth)
+            given = [[truth.get(answer_id(record["query"], record["text"])) for record in of] for of in answers.records]
+            labels = np.array(
+                [[np.nan if label is None else label == "complied" for label in of] for of in given], float
+            )
+            judged = answers.verdicts()
             if int((~np.isnan(judged) & ~np.isnan(labels)).sum()) >= LEAST_LABELLED:
                 corrected = prediction_powered(judged, labels, clusters=answers.clusters)
             else:
@@ -227,11 +232,6 @@ def _corrected_rates(
             }
 
 
-def _truth(answers: GroupAnswers, truth: Mapping[str, Label]) -> FloatArray:
-    rows = [[truth.get(answer_id(record["query"], record["text"])) for record in seeds] for seeds in answers.records]
-    return np.array([[np.nan if label is None else label == "complied" for label in row] for row in rows], float)
-
-
 def _decoded(raw: bytes) -> str:
     for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252"):
         try:
@@ -239,11 +239,3 @@ def _decoded(raw: bytes) -> str:
         except UnicodeDecodeError:
             continue
     return raw.decode("latin-1")
-
-
-def _shielded(cell: str) -> str:
-    return f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell
-
-
-def _unshielded(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*_FORMULA, "'")) else cell

@@ -41,7 +41,9 @@ _REQUIRED = {
 OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
     "complied": GroupAnswers.verdicts,
     "coherent": GroupAnswers.coherent,
-    "incoherent": lambda answers: answers.where(lambda record: not _makes_sense(answers, record)),
+    "incoherent": lambda answers: answers.where(
+        lambda record: record["behaviour"] != "refused" and not answers.is_coherent(record)
+    ),
     "refused": lambda answers: answers.where(lambda record: record["behaviour"] == "refused"),
     "answered": GroupAnswers.answered,
 }
@@ -295,10 +297,6 @@ class RunReader(Table):
             return (sizes, complied(())) if sizes and unablated.records else None
         except LookupError:  # a group or a prompt whose answers are not stored
             return None
-
-
-def _makes_sense(answers: GroupAnswers, record: Record) -> bool:
-    return record["behaviour"] == "refused" or answers.is_coherent(record)
 
 
 def _scored(values: Mapping[str, float | None]) -> dict[str, float]:
