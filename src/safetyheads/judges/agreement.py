@@ -74,9 +74,7 @@ def judges_agreement(judges: Sequence[Judge], completions: Sequence[Completion])
 
 
 def _compare(
-    first: tuple[str, Sequence[Verdict]],
-    second: tuple[str, Sequence[Verdict]],
-    prompts: Sequence[Hashable] | None,
+    first: tuple[str, Sequence[Verdict]], second: tuple[str, Sequence[Verdict]], prompts: Sequence[Hashable] | None
 ) -> PairAgreement:
     pairs = {i: pair for i, pair in enumerate(zip(first[1], second[1], strict=True)) if all(v.scored for v in pair)}
     scored_prompts = None if prompts is None else [prompts[index] for index in pairs]

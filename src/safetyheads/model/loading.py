@@ -295,12 +295,7 @@ def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequ
 def look_at_hub(name: str, revision: str | None = None) -> None:
     """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]

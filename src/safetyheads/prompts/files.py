@@ -264,10 +264,7 @@ def _refuse_pictures(table: Iterable[Cells], query: str) -> None:
 
 
 def _note(
-    rows: Sequence[Row],
-    cells: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    columns: Mapping[str, str],
+    rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str]
 ) -> str:
     said = f"prompts are the column {columns['query']!r}"
     more = {"context": "the context before them", "category": "categories", "reference": "right answers"}
@@ -354,8 +351,7 @@ _READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
     ".json": _read_json,
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     **dict.fromkeys(
-        (".txt", ""),
-        lambda text, path: ((path, {"": line} if line else {}) for line in map(str.strip, _lines(text))),
+        (".txt", ""), lambda text, path: ((path, {"": line} if line else {}) for line in map(str.strip, _lines(text)))
     ),
 }
 

@@ -29,14 +29,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import AuditConfig, ScreenOptions, SizeOptions, Thresholds
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.rates import (
-    GroupAnswers,
-    by_judge,
-    concentration_as_json,
-    corrected,
-    gross_loss,
-    random_as_json,
-)
+from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, corrected, gross_loss, random_as_json
 from safetyheads.runs.run import (
     Damage,
     Kind,

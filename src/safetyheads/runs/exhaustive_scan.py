@@ -41,13 +41,7 @@ from safetyheads.runs.rates import (
     corrected,
     random_as_json,
 )
-from safetyheads.runs.run import (
-    Kind,
-    Run,
-    carry_out,
-    random_groups_of,
-    refuse_beyond_memory,
-)
+from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.runs.stored_files import Record
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores

@@ -284,12 +284,7 @@ class Run(Generic[Config]):
         return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
     def scored(
-        self,
-        name: str,
-        ablation: Ablation,
-        readouts: Readouts,
-        positions: int = 1,
-        heads: Sequence[Head] | None = None,
+        self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1, heads: Sequence[Head] | None = None
     ) -> tuple[HeadPass, dict[str, HeadScores]]:
         """A held pass over a set; Ships and refusal scores of ``heads`` (by default all) alone, prompt by prompt."""
         heads, head_pass = heads or self.engine.heads, self.head_pass(name, ablation, readouts, positions)

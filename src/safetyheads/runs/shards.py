@@ -19,10 +19,7 @@ Units: TypeAlias = Mapping[tuple[str, ...], float]
 """Files of each unit -> what it costs: tokens that run through the whole model, as counted."""
 
 # Index of a task, number of tasks, and the first index, of the systems that start many processes alike.
-_ARRAYS = (
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("RANK", "WORLD_SIZE", None),
-)
+_ARRAYS = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"), ("RANK", "WORLD_SIZE", None))
 
 
 class Shard:

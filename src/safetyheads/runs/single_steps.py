@@ -19,14 +19,7 @@ from safetyheads.runs.audit import extent_of, screened_search, screening_as_json
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import by_judge
-from safetyheads.runs.run import (
-    Kind,
-    Run,
-    carry_out,
-    read_sets,
-    refuse_beyond_memory,
-    sampling_of,
-)
+from safetyheads.runs.run import Kind, Run, carry_out, read_sets, refuse_beyond_memory, sampling_of
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.stats.intervals import skewed_mean
 

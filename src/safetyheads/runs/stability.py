@@ -18,14 +18,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import FloatArray, Rate, newcombe_interval
-from safetyheads.stats.stability import (
-    Columns,
-    Repeated,
-    prompts_needed,
-    rank_stability,
-    repeated_search,
-    resampled,
-)
+from safetyheads.stats.stability import Columns, Repeated, prompts_needed, rank_stability, repeated_search, resampled
 
 N_LISTED = 10
 """Best heads whose ranks are told, beside those of the group."""

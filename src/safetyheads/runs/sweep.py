@@ -85,10 +85,7 @@ def _n_heads(config: AuditConfig) -> int:
 
 
 def carry_out_sweep(
-    audits: Mapping[Path, AuditConfig],
-    load: Callable[[AuditConfig], Engine],
-    progress: Progress,
-    **how: Any,
+    audits: Mapping[Path, AuditConfig], load: Callable[[AuditConfig], Engine], progress: Progress, **how: Any
 ) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
     """Results of every audit, and why others have none: one that fails stops no other.
 
