@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import random
-from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -209,7 +208,7 @@ def test_other_errors_pass_and_nothing_is_tried_again(error, fits, tried):
 PROMPTS = ((5, 9, 12, 40, 41, 8), (5, 9, 12, 7, 7, 19, 33, 50), (5, 9, 12, 1))
 SEQUENCES = [TokenSequence(ids) for ids in PROMPTS]
 LAYOUT = Plan(((0, 1), (2,)), 1, 1)
-SIZES = [replace(size, n_pairs=0, n_wanted_pairs=0) for size in row_sizes(SEQUENCES, LAYOUT)]
+SIZES = [size._replace(n_pairs=0, n_wanted_pairs=0) for size in row_sizes(SEQUENCES, LAYOUT)]
 
 
 def weights_only(run):

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -94,8 +94,7 @@ class Decoding(Shown):
             raise InputError(f"an answer needs at least one new token; got {self.max_new_tokens}")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One answer to decode: a batch row."""
 
     token_ids: tuple[int, ...]

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -54,8 +54,7 @@ _SAFETY = 4.0
 _MEMORY_SHARE = 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A prompt with its unablated answer."""
 
     prompt: tuple[int, ...]
@@ -69,8 +68,7 @@ class Draft:
         return TokenSequence(self.prompt + self.choices[:-1], len(self.choices))
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
+class Compared(NamedTuple):
     """One group's choices along one draft."""
 
     n_same: int

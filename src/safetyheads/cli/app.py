@@ -434,7 +434,7 @@ def status(
     from safetyheads.runs.status import status_of
 
     found = status_of(run)
-    _show(asdict(found), output, lambda: show.print_lines(found.lines))
+    _show(found._asdict(), output, lambda: show.print_lines(found.lines))
 
 
 @command

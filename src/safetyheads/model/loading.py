@@ -11,11 +11,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -104,7 +103,7 @@ def load_model(
     file = look_at(path, options, path)
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
     if own_adapter is not None:
-        adapter = replace(find_adapter(own_adapter), name=name)
+        adapter = find_adapter(own_adapter)._replace(name=name)
     model = _read_model(path, options, place, file)
     if adapter is not None:
         put_on(model, adapter, path)
@@ -601,8 +600,7 @@ _FETCHED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(NamedTuple):
     """An adapter, found and looked at, before it is put on a base."""
 
     name: str

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -285,8 +285,7 @@ def halving(
 # Without padding, masked pairs and elementwise work a share of the machine's peak that is computed from it is honest.
 
 
-@dataclass(frozen=True, slots=True)
-class RowSize:
+class RowSize(NamedTuple):
     """What the cost of a packed row depends on."""
 
     n_tokens: int

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,7 @@ _DRAWS_WITH_EXPERTS = 4
 _PATH_OF = {"apart": "packs", "apart_by_segments": "segments"}
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """One claim and how far it held."""
 
     name: str
@@ -85,8 +84,7 @@ class Proof:
         return self.error <= self.tolerance
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
+class CheckReport(NamedTuple):
     """All claims, and the quick paths they leave."""
 
     proofs: tuple[Proof, ...]

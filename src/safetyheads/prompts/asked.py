@@ -7,7 +7,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from safetyheads.display import Shown
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
@@ -16,8 +16,7 @@ from safetyheads.prompts.templates import Template, ThinkBlock
 _UNFINISHED_CHARACTER = "\ufffd"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadAnswer:
+class ReadAnswer(NamedTuple):
     """An answer as judges get it."""
 
     text: str

@@ -10,10 +10,11 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from safetyheads.errors import InputError, first_line
@@ -79,8 +80,7 @@ Cells: TypeAlias = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and its cells by column; a text alone is the column ``""``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """Where the authors publish a benchmark, and what we found there."""
 
     url: str
@@ -92,7 +92,7 @@ class Benchmark:
     """Fingerprint of the published file; None where we have not seen the file, which is then not verified."""
     columns: Columns = Columns()
     """Its columns, where their names are its own."""
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    only: Mapping[str, Sequence[str]] = MappingProxyType({})
     """Rows that are kept: values of a column. The others are another set, or not for us."""
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, time_limit
@@ -20,8 +20,7 @@ Thinking: TypeAlias = Literal["closed", "open"]
 removed before judging."""
 
 
-@dataclass(frozen=True, slots=True)
-class ThinkBlock:
+class ThinkBlock(NamedTuple):
     """How a family marks what a model thinks before it answers."""
 
     opener: str
@@ -61,8 +60,7 @@ SYSTEM_PLACEHOLDER = "{system}"
 _PLACEHOLDERS = re.compile(f"{re.escape(PLACEHOLDER)}|{re.escape(SYSTEM_PLACEHOLDER)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """A named template, as data."""
 
     format: str | None

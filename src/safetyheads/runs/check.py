@@ -46,7 +46,7 @@ def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, pro
         proved = engine.check(config.longest)
     proofs = [
         # An attempt that raised has no figure; the notes tell what it raised.
-        {**asdict(proof), "error": proof.error if isfinite(proof.error) else None, "passed": proof.passed}
+        {**proof._asdict(), "error": proof.error if isfinite(proof.error) else None, "passed": proof.passed}
         for proof in proved.proofs
     ]
     not_followed = not_followed_line(engine.model)

@@ -12,9 +12,9 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _SHIELD = re.compile("^'(?=[=+@\t\r'-])")
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(NamedTuple):
     """A row of a sheet that has a label."""
 
     id: str

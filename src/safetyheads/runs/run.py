@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -540,8 +540,7 @@ def run_directory(
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class Kind(Generic[Config]):
+class Kind(NamedTuple, Generic[Config]):
     """What is particular about a kind of run."""
 
     name: str

@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetyheads.display import duration
 from safetyheads.errors import InputError
@@ -16,8 +16,7 @@ from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.shards import array_text, owners
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """How far a run is. Stages that no process reached yet are not in it: their units depend on earlier ones."""
 
     finished: bool
