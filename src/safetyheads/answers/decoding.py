@@ -14,23 +14,20 @@ from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import AnyHeads, Group, within
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import allowed_memory, halving, left_padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.asked import AnyPrompts
+from safetyheads.prompts.asked import AnyPrompts
 
 Route: TypeAlias = Literal["plain", "drafted", "continued"]
 """How an answer was decoded: from its first token; it is the unablated answer; from the first difference on."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,11 +35,9 @@ from safetyheads.answers.decoding import (
 )
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import Plan, TokenSequence, allowed_memory, halving, row_sizes
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.model.replay import Capture
+from safetyheads.model.replay import Capture
 
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from safetyheads.answers.decoding import Answer, Route, Stop
 from safetyheads.answers.surprise import Surprises, answer_key
@@ -15,12 +15,9 @@ from safetyheads.heads import Group, format_heads
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
 from safetyheads.judges.named import default_judge_name, judge_named
 from safetyheads.judges.phrase_judge import PhraseJudge
-from safetyheads.prompts.asked import ReadAnswer
+from safetyheads.model.engine import Engine
+from safetyheads.prompts.asked import AnyPrompts, ReadAnswer
 from safetyheads.prompts.prompt_set import Prompt
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.asked import AnyPrompts
 
 AnyJudge: TypeAlias = Judge | str
 """A judge, or its name."""

@@ -21,13 +21,13 @@ from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads, within
 from safetyheads.judges.base import leaves_refusal_open
+from safetyheads.model.engine import Engine
+from safetyheads.prompts.asked import AnyPrompts
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
 
 if TYPE_CHECKING:
     from safetyheads.display import Chart
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.asked import AnyPrompts
 
 
 @dataclass(frozen=True, slots=True, repr=False)

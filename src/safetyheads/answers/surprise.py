@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import Plan, TokenSequence, lay_out, longest_row
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 AnswerKey: TypeAlias = tuple[int, bytes]
 """Number of the prompt, and hash of the answer's tokens: a scan holds the keys of all its answers."""

@@ -6,17 +6,15 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer, ropes
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Config fields that change attention from outside its modules: positions and masks.
 _SETTINGS_AROUND = (

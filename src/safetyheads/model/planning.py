@@ -8,18 +8,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
+from safetyheads.model.architecture import Architecture, Capabilities
 from safetyheads.model.attention import family_supports_sdpa
 from safetyheads.model.packed_attention import Packing
-
-if TYPE_CHECKING:
-    from safetyheads.model.architecture import Architecture, Capabilities
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -17,20 +17,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from safetyheads.ablation import Ablation
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
 from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls
 from safetyheads.model.packed_attention import packed
 from safetyheads.model.planning import PackedRow
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What layers are given beside their hidden states. Captured arguments are read-only: a replay that wrote to them would
 # poison the next one. But what a layer writes for a later one (shared keys and values) has to reach it within the same

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, ran
 from safetyheads.measures.sahara import n_scored, rank_heads, sahara
 from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import AuditConfig, ScreenOptions, SizeOptions, Thresholds
@@ -52,9 +53,6 @@ from safetyheads.runs.verdict import (
 )
 from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import skewed_mean
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 LEAD = "mean_ships"
 """The score that the verdict is about: it separates known heads best."""

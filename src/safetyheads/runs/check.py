@@ -6,18 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetyheads.answers.decoding import not_followed_line, settings_not_followed
 from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.prompt_set import PromptSet, builtin_benign
+from safetyheads.prompts.templates import BoundTemplate
 from safetyheads.runs.config import CheckConfig, Progress
 from safetyheads.runs.run import resolved
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
-    from safetyheads.prompts.templates import BoundTemplate
 
 _PARTS = ("before the query", "the query", "after the query", "prefilled answer")
 # Queries that are not like any; of these the one counts that has the least in common with what is shown.

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +19,10 @@ from safetyheads.model.engine import Engine
 from safetyheads.model.loading import bits_of_weights, load_shape
 from safetyheads.model.names import find_model
 from safetyheads.model.planning import CUDA_TOKENS, Plan, TokenSequence, row_sizes
+from safetyheads.prompts.prompt_set import PromptSet
+from safetyheads.runs.config import ModelOptions
 from safetyheads.runs.start import silence_libraries
 from safetyheads.stats.power import prompts_line, smallest_change_with_power
-
-if TYPE_CHECKING:
-    from safetyheads.prompts.prompt_set import PromptSet
-    from safetyheads.runs.config import ModelOptions
 
 # A pass is timed over a batch of the last so many layers.
 _TIMED_LAYERS = 3

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.scorers import answer_sequences, scorer_of
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
@@ -50,9 +51,6 @@ from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
 from safetyheads.stats.shrinkage import shrunken_rates
 from safetyheads.stats.testing import ALPHA, holm, log_odds_synergy
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 BENIGN_LOSS = 0.05
 """Largest share of benign answers that a head may cost and still be said to carry refusal."""

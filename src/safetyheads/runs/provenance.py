@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,12 +17,10 @@ from safetyheads.answers.decoding import settings_not_followed
 from safetyheads.errors import InputError
 from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
+from safetyheads.model.engine import Engine
 from safetyheads.model.loading import dequantised, device_layout, quantisation
 from safetyheads.prompts.files import KNOWN_BENCHMARKS
 from safetyheads.prompts.prompt_set import PromptSet
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 
 def fingerprint(engine: Engine) -> str:

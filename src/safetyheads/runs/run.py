@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Value
 from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
 from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.measures.screening import Screening, screen
+from safetyheads.model.engine import Engine
 from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
@@ -62,9 +63,6 @@ from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.scores import HeadScores
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]

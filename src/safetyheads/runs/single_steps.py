@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from safetyheads.answers.success import query_level_groups
 from safetyheads.errors import InputError
@@ -13,6 +13,7 @@ from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, S
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.scorers import OPENER_TOKENS, scorer_of
 from safetyheads.measures.screening import costs_of, missed, propose, rescore_pairs
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import extent_of, screened_search, screening_as_json, search_steps
@@ -22,9 +23,6 @@ from safetyheads.runs.rates import by_judge
 from safetyheads.runs.run import Kind, Run, carry_out, read_sets, refuse_beyond_memory, sampling_of
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.stats.intervals import skewed_mean
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 # The bound on missed heads is about so many best ones.
 _TOP = 10

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
 from safetyheads.files import read_toml
+from safetyheads.model.engine import Engine
 from safetyheads.model.names import find_model
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
@@ -20,9 +21,6 @@ from safetyheads.runs.config import AuditConfig, Progress
 from safetyheads.runs.history import read_history
 from safetyheads.runs.reader import RunReader
 from safetyheads.runs.start import refuse_missing, settled
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 AXES = {"models": "model", "prompts": "prompts", "ablations": "ablation"}
 """What a sweep combines -> the setting of an audit that a name among it stands for."""
