@@ -371,11 +371,7 @@ class SequenceClassifierJudge(_LocalJudge):
 
 
 def load_judge(kind: str, checkpoint: str, options: LoadOptions) -> tuple[Any, Any]:
-    """A judge's model and tokenizer, from a directory or the hub; weights are read as safetensors only.
-
-    Raises:
-        InputError: it is not there, gated, incomplete, of another kind, or needs an extra that is not installed.
-    """
+    """A judge's model and tokenizer, from a directory or the hub; weights are read as safetensors only."""
     name = f"the judge {checkpoint}"
     base, options, adapter = find_judge(checkpoint, options)
     kinds = loading.TEXT_MODELS if kind == loading.TEXT_MODELS[0] else (kind,)

@@ -47,9 +47,6 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
     """The judge of that name: a key of :data:`JUDGES` or of ``MODEL_JUDGES``, or one of :data:`FORMS`.
 
     ``tokens`` is what a judge that writes its verdict may write, thinking included; None is the judge's own number.
-
-    Raises:
-        InputError: no judge has this name, or the judge lacks what it needs, such as an endpoint's address.
     """
     form, _, argument = spec.partition(":")
     name, equals, checkpoint = spec.partition("=")

@@ -353,11 +353,7 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
 
 
 def load_shape(path: str, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model without weights, from its config and tokenizer alone: it can be counted, and not run.
-
-    Raises:
-        InputError: one of them cannot be read.
-    """
+    """A model without weights, from its config and tokenizer alone: it can be counted, and not run."""
     config = read_config(path, path, **options.source)
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32
     try:
@@ -623,11 +619,7 @@ class Adapter(NamedTuple):
 
 
 def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = None) -> Adapter:
-    """Look at a local adapter, or fetch one from the hub.
-
-    Raises:
-        InputError: it is not there, is no adapter, has pickled weights only, or peft is not installed.
-    """
+    """Look at a local adapter, or fetch one from the hub."""
     from huggingface_hub import snapshot_download
 
     directory = Path(name)
@@ -892,11 +884,7 @@ class TokenizerWarning(UserWarning):
 
 
 def gguf_file(path: str) -> Path | None:
-    """The GGUF file that a path means: itself, or the one in a directory that holds no other weights.
-
-    Raises:
-        InputError: the directory holds several, or the package gguf is missing.
-    """
+    """The GGUF file that a path means: itself, or the one in a directory that holds no other weights."""
     place = Path(path)
     if place.is_dir() and not (place / "config.json").is_file():
         files = sorted(place.glob(f"*{SUFFIX}"))
@@ -911,11 +899,7 @@ def gguf_file(path: str) -> Path | None:
 
 
 def read_header(file: Path) -> tuple[str, dict[str, Any]]:
-    """How the weights are quantised, in words, and what the file says of its tokenizer, by GGUF's names.
-
-    Raises:
-        InputError: it is no GGUF file that can be read.
-    """
+    """How the weights are quantised, in words, and what the file says of its tokenizer, by GGUF's names."""
     from gguf import GGUFReader
 
     try:

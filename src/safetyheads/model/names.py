@@ -25,11 +25,7 @@ def is_named(name: str) -> bool:
 
 
 def find_model(name: str) -> tuple[str, str | None]:
-    """The directory, file or hub id of a model, and the adapter that goes on it where its name means one.
-
-    Raises:
-        InputError: a name of ours that is unknown, or a model that was not fetched.
-    """
+    """The directory, file or hub id of a model, and the adapter that goes on it where its name means one."""
     if not is_named(name):
         return name, None
     family, _, variant = name.partition(":")

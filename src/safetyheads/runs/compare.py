@@ -305,11 +305,7 @@ class Comparison(Table):
 
 
 def compare_runs(before: RunReader, after: RunReader) -> Comparison:
-    """Compare two runs of one kind.
-
-    Raises:
-        InputError: one is an audit and the other a scan, or stored answers are broken.
-    """
+    """Compare two runs of one kind."""
     if before.kind != after.kind:
         raise InputError(f"{before.path} is of kind {before.kind} and {after.path} of kind {after.kind}; compare alike")
     runs, is_audit, comparable = (before, after), before.kind == "audit", before.shape == after.shape
@@ -422,11 +418,7 @@ _CONDITION = re.compile(r"\s*(\w+)(?:\.(low|high|value))?\s*(>=|<=|==|!=|>|<)\s*
 
 
 def parse_condition(text: str) -> Condition:
-    """Read a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0``.
-
-    Raises:
-        InputError: the text is no condition, or names an unknown quantity.
-    """
+    """Read a condition such as ``asr_increase > 0.1`` or ``asr_increase.low > 0``."""
     match = _CONDITION.fullmatch(text)
     if match is None:
         raise InputError(f"condition {text!r} is not of the form NAME OP NUMBER, such as 'asr_increase > 0.1'")

@@ -110,11 +110,7 @@ class TemplateOptions(Options):
 
     @property
     def parsed_template(self) -> Template | None:
-        """The template that the options name; None where the model's default holds.
-
-        Raises:
-            InputError: a bad template, or options that exclude each other.
-        """
+        """The template that the options name; None where the model's default holds."""
         # The default is parsed too, as chat, so that bad options raise. A system prompt alone means the chat template.
         template = Template.parse(
             self.template or "chat",

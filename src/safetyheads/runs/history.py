@@ -30,9 +30,6 @@ def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
     Returns:
         ``folder``; ``runs`` (:func:`_entry`), oldest first, and last those without a start time; ``skipped``: name and
         reason of each run that could not be read.
-
-    Raises:
-        InputError: there is no such folder, or no finished run below it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory")

@@ -57,11 +57,7 @@ def answer_id(query: str, text: str) -> str:
 
 
 def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
-    """Write ``n`` distinct answers to held-out harmful prompts, or all where there are fewer; returns how many.
-
-    Raises:
-        InputError: the run stores no answers, or the file is there already.
-    """
+    """Write ``n`` distinct answers to held-out harmful prompts, or all where there are fewer; returns how many."""
     if n < 1:
         raise InputError(f"a sheet needs at least one answer; got {n}")
     if path.exists():
@@ -81,11 +77,7 @@ def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
 
 
 def read_sheet(path: Path) -> list[Labelled]:
-    """The rows that have a label, as any spreadsheet may have saved them (commas, semicolons or tabs).
-
-    Raises:
-        InputError: no such columns, no labels, an unknown label, or two labels of one answer.
-    """
+    """The rows that have a label, as any spreadsheet may have saved them (commas, semicolons or tabs)."""
     text = _decoded(read_whole(path))
     header = text.lstrip().split("\n", 1)[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))

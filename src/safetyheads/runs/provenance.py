@@ -33,11 +33,7 @@ def fingerprint(engine: Engine) -> str:
 
 
 def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -> dict[str, Any]:
-    """All that the numbers of a run depend on, judges aside.
-
-    Raises:
-        InputError: the prompt sets have different templates: scores, search and answers need the same.
-    """
+    """All that the numbers of a run depend on, judges aside."""
     paths = {name: getattr(config, name) for name in ("model", "prompts", "benign") if hasattr(config, name)}
     template, *others = (prompt_set.template for prompt_set in prompts.values())
     if template is None or any(other != template for other in others):

@@ -235,9 +235,6 @@ class RunReader(Table):
     def under(self, prompts: str, heads: Iterable[str] = ()) -> GroupAnswers:
         """The stored answers to ``harmful`` or ``benign`` prompts under a group, which may be none; of a scan,
         unablated only.
-
-        Raises:
-            InputError: a file of answers is broken.
         """
         nothing = GroupAnswers("", (), self.results["lead_judge"])
         return self.stored_answers.get((prompts, frozenset(heads)), nothing)

@@ -142,9 +142,6 @@ def resolved(engine: Engine, prompts: PromptSet, options: TemplateOptions) -> Pr
     """The prompts with their template settled, so that the manifest can name it.
 
     The options' template comes first, then the prompts' own, then the model's default.
-
-    Raises:
-        InputError: the template does not fit the options or the tokenizer.
     """
     template = options.parsed_template or prompts.template or engine.default_template
     thinking, prefill = options.thinking or template.thinking, options.prefill or template.prefill
@@ -510,9 +507,6 @@ def run_directory(
     """A run directory that is started, or continued with as many threads as it began with.
 
     What ``lenders`` have is read from there (:meth:`.RunDirectory.borrow`).
-
-    Raises:
-        InputError: it belongs to another run.
     """
     is_new = not os.path.exists(out)
     try:

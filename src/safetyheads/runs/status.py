@@ -60,11 +60,7 @@ class Status(NamedTuple):
 
 
 def status_of(folder: Path) -> Status:
-    """How far the run in a folder is.
-
-    Raises:
-        InputError: there is no run, or its plan is damaged.
-    """
+    """How far the run in a folder is."""
     directory = RunDirectory.look(folder)
     there = set(_stored_places(folder))
     count, (seconds, begun) = directory.n_shards, _read_logs(folder)

@@ -42,9 +42,6 @@ def audits_of(settings: Mapping[str, Any], out: Path) -> dict[Path, AuditConfig]
     """Run directory -> audit, for every combination; those of a model follow each other.
 
     Models of :data:`SCREENED_FROM` heads or more are screened, where ``screen`` is not set.
-
-    Raises:
-        InputError: an axis without a value, an unknown setting, or two combinations that are one audit.
     """
     audits: dict[Path, AuditConfig] = {}
     for combination in product(*(settings.get(axis) or ["ua"] * (axis == "ablations") for axis in AXES)):
