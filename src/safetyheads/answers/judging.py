@@ -150,29 +150,16 @@ class Judging:
         ``surprises`` measures how surprising whole answers are that are no refusals; without it, none is measured.
         """
         keys: list[Key] = [(*answer_key(number, answer.token_ids), answer.finished) for number, _, answer in answers]
-        read = {
-            key: self.asked.reader.read(answer.token_ids) for key, (_, _, answer) in zip(keys, answers, strict=True)
-        }
+        pairs = list(zip(keys, answers, strict=True))
+        read = {key: self.asked.reader.read(answer.token_ids) for key, (_, _, answer) in pairs}
         self._judge({key: answer for key, answer in read.items() if key not in self._verdicts}, known or {})
-        judged = [
-            self._judged(key, group, answer, read[key]) for key, (_, group, answer) in zip(keys, answers, strict=True)
-        ]
-        if surprises is None:
-            return judged
-        whole = [
-            key if row.complete and row.behaviour != "refused" else None for key, row in zip(keys, judged, strict=True)
-        ]
-        surprises.measure(
-            [
-                (key[0], row.token_ids, read[key].n_thought)
-                for key, row in zip(whole, judged, strict=True)
-                if key is not None
-            ]
-        )
-        return [
-            row if key is None else replace(row, surprise=surprises.known.get(key[:2]))
-            for key, row in zip(whole, judged, strict=True)
-        ]
+        judged = [self._judged(key, group, answer, read[key]) for key, (_, group, answer) in pairs]
+        if surprises is not None:
+            whole = [at for at, row in enumerate(judged) if row.complete and row.behaviour != "refused"]
+            surprises.measure([(keys[at][0], judged[at].token_ids, read[keys[at]].n_thought) for at in whole])
+            for at in whole:
+                judged[at] = replace(judged[at], surprise=surprises.known.get(keys[at][:2]))
+        return judged
 
     def _judge(self, answers: Mapping[Key, ReadAnswer], known: Mapping[Key, Mapping[str, Verdict]]) -> None:
         """Ask about answers that are new every judge whose verdict is not known."""
@@ -185,9 +172,8 @@ class Judging:
         for judge in self.judges:
             started = time.monotonic()
             asked = [key for key in answers if judge.name not in known.get(key, {})]
-            given = (
-                dict(zip(asked, verdicts_of(judge, [completions[key] for key in asked]), strict=True)) if asked else {}
-            )
+            answered = verdicts_of(judge, [completions[key] for key in asked]) if asked else ()
+            given = dict(zip(asked, answered, strict=True))
             for key, by_judge in verdicts.items():
                 by_judge[judge.name] = given[key] if key in given else known[key][judge.name]
             self.seconds[judge.name] += time.monotonic() - started

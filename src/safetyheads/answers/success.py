@@ -239,12 +239,5 @@ def scan_attack_success_rate(
     every = zip(places, [*drafts.unablated, *answers], strict=True)
     rows = judging.judged([(*place, decoded) for place, decoded in every])
     vanilla, *by_group = (tuple(rows[at * n : (at + 1) * n]) for at in range(1 + len(chosen)))
-    return AnswerScan(
-        engine.n_layers,
-        engine.n_heads,
-        tuple(chosen),
-        vanilla,
-        tuple(by_group),
-        economy + drafts.cost_of_drafts,
-        drafts.tolerance,
-    )
+    found = tuple(chosen), vanilla, tuple(by_group), economy + drafts.cost_of_drafts, drafts.tolerance
+    return AnswerScan(engine.n_layers, engine.n_heads, *found)

@@ -788,19 +788,16 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
     heads = [f"{name}." for name, module in model.named_modules() if module is head]
     within = (f"{model.base_model_prefix}.", *heads)
     # Layers after the last one that guess further tokens (DeepSeek-V3 and its kin).
-    further = getattr(config, "num_nextn_predict_layers", None) or 0
-    last = config.num_hidden_layers + further if further else None
-
-    def is_further(name: str) -> bool:
-        number = _LAYER_NUMBER.search(name)
-        return last is not None and number is not None and config.num_hidden_layers <= int(number[1]) < last
-
+    beyond = range(
+        config.num_hidden_layers, config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    )
+    numbers = {name: number for name in unexpected if (number := _LAYER_NUMBER.search(name))}
     unused = [
         name
         for name in sorted(unexpected)
         if name.startswith(within)
         and not _BESIDE_TEXT.search(name)
-        and not is_further(name)
+        and not (name in numbers and int(numbers[name][1]) in beyond)
         and (not is_quantised or name.rpartition(".")[2] in _PLAIN_TENSORS)
         and not _is_bias_of_zeros(model, path, name)
     ]

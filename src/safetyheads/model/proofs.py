@@ -474,18 +474,11 @@ class _Probes:
         layout, n_prefix = self.together.packing.segments, self.together.packing.n_prefix
         size = min(engine.architecture.vocabulary_size, engine.n_embedded)
         for offset in range(1, size):
-            others = [
-                replace(
-                    sequence,
-                    token_ids=(
-                        *sequence.token_ids[:n_prefix],
-                        *((token + offset) % size for token in sequence.token_ids[n_prefix:]),
-                    ),
-                )
-                if member in changed
-                else sequence
-                for member, sequence in enumerate(self.sequences)
-            ]
+            others = list(self.sequences)
+            for member in changed:
+                ids = others[member].token_ids
+                moved = ((token + offset) % size for token in ids[n_prefix:])
+                others[member] = replace(others[member], token_ids=(*ids[:n_prefix], *moved))
             row = pack(others, range(len(others)), engine.device)
             if torch.equal(row.packing.segments, layout):  # equal tokens would belong to what all share
                 return row

@@ -242,16 +242,10 @@ class Run(Generic[Config]):
             length, full = self.decoding.max_new_tokens, self.decoding.full_answers
             if name not in self._judging:
                 self._judging[name] = Judging(self.engine, self.asked[name].prompts, self.judges, length, full)
+            keeps = self.stores_completions, self._about[name], self.measures_surprise, self.holds_texts
+            decoding = Decoding(length, sampling, full)
             self._answers[name, sampling] = KeptAnswers(
-                name,
-                self._judging[name],
-                Decoding(length, sampling, full),
-                self.directory,
-                self.progress,
-                self.stores_completions,
-                self._about[name],
-                self.measures_surprise,
-                self.holds_texts,
+                name, self._judging[name], decoding, self.directory, self.progress, *keeps
             )
             self._answers[name, sampling].limit = self.limit
         return self._answers[name, sampling]
