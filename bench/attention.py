@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from safetyheads.model.packed_attention import by_segment
+from safetyheads.model.attention import by_segment
 from safetyheads.model.planning import TokenSequence, pack
 
 

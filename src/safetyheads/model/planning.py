@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
 from safetyheads.model.architecture import Architecture, Capabilities
-from safetyheads.model.attention import family_supports_sdpa
-from safetyheads.model.packed_attention import Packing
+from safetyheads.model.attention import Packing, family_supports_sdpa
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 
 from safetyheads.ablation import Ablation
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
-from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls
-from safetyheads.model.packed_attention import packed
+from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls, packed
 from safetyheads.model.planning import PackedRow
 
 # What layers are given beside their hidden states. Captured arguments are read-only: a replay that wrote to them would

@@ -50,6 +50,11 @@ _OF_RATES = (
 )
 
 
+# What answers and records have alike; and what a record has only where it is told.
+_AS_IT_IS = ("finished", "complete", "route", "changed", "behaviour", "answered")
+_WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
+
+
 def _has_failed(record: Record) -> bool:
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
 
@@ -86,24 +91,21 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
             given.pop("raw", None)
         # A reason may be empty, and belongs to every verdict.
         verdicts[name] = {"reason": "", **given}
+    told: dict[str, Any] = {
+        "surprise": judged.surprise,
+        "thinks": judged.thinks or None,
+        "unclosed": judged.unclosed or None,
+    }
+    # Of the prompt: rates are made of records alone.
+    told |= {"cluster": judged.prompt.cluster, "category": judged.prompt.category}
     record: dict[str, Any] = {
         **place,
         "group": format_heads(judged.group),
         "first_token": list(judged.token_ids[:1]),
         "n_tokens": len(judged.token_ids),
-        "finished": judged.finished,
-        "complete": judged.complete,
-        "route": judged.route,
-        "changed": judged.changed,
-        "behaviour": judged.behaviour,
-        "answered": judged.answered,
+        **{name: getattr(judged, name) for name in _AS_IT_IS},
         "verdicts": verdicts,
-        **({} if judged.surprise is None else {"surprise": judged.surprise}),
-        # Of the prompt: rates are made of records alone.
-        **({} if judged.prompt.cluster is None else {"cluster": judged.prompt.cluster}),
-        **({} if judged.prompt.category is None else {"category": judged.prompt.category}),
-        # Stored only where they are true, which is rare.
-        **{mark: True for mark in ("thinks", "unclosed") if getattr(judged, mark)},
+        **{name: value for name, value in told.items() if value is not None},
     }
     if stores_completions:
         record |= {"query": judged.prompt.query, "text": judged.text, "token_ids": list(judged.token_ids)}
@@ -123,17 +125,8 @@ def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> Ju
         group=parse_heads(record["group"]),
         token_ids=tuple(record["token_ids"] if "token_ids" in record else record["first_token"]),
         text=record.get("text", ""),
-        finished=record["finished"],
-        complete=record["complete"],
-        route=record["route"],
-        changed=record["changed"],
         verdicts={name: Verdict(**record["verdicts"][name]) for name in names},
-        behaviour=record["behaviour"],
-        answered=record["answered"],
-        surprise=record.get("surprise"),
-        thinks=record.get("thinks", False),
-        thought=record.get("thought", ""),
-        unclosed=record.get("unclosed", False),
+        **{name: record[name] for name in (*_AS_IT_IS, *_WHERE_TOLD) if name in record},
     )
 
 

@@ -138,14 +138,10 @@ def _halves(file: bytes) -> tuple[dict[str, Any], bytes]:
 # Objects of JSON: a checksum a field, so that an error can name the field.
 
 
-def checksums(run: str, name: str, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The checksum of every field of a file of that name, which belongs to a run."""
-    return {field: content_key({"run": run, "file": name, field: value}) for field, value in fields.items()}
-
-
 def with_checksums(run: str, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with the checksum of every field."""
-    return {**fields, _CHECKED: checksums(run, name, fields)}
+    """An object with the checksum of every field, of a file of that name, which belongs to a run."""
+    sums = {field: content_key({"run": run, "file": name, field: value}) for field, value in fields.items()}
+    return {**fields, _CHECKED: sums}
 
 
 def without_checksums(run: str, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +158,7 @@ def without_checksums(run: str, name: str, told: Mapping[str, Any]) -> dict[str,
         if field not in fields:
             raise DamagedError(f"{name} has no {field}")
         try:
-            fits = expected.get(field) == checksums(run, name, {field: fields[field]})[field]
+            fits = expected.get(field) == content_key({"run": run, "file": name, field: fields[field]})
         except RecursionError:
             raise DamagedError(f"{name}: {field} is nested too deep") from None
         except ValueError:
