@@ -303,7 +303,7 @@ class SharedAudits:
         self.answer(drawn.groups, ("harmful",))
         places = split["harmful_test"]
         controls = tuple(part(self.answered["harmful", group], places, False) for group in drawn.groups)
-        outcome = replace(outcome, random=controls, drawn=drawn)
+        outcome = outcome._replace(random=controls, drawn=drawn)
         return str(audit.audit_verdict(before, outcome, self.config, len(self.engine.heads))["label"])
 
 

@@ -268,7 +268,7 @@ def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_s
     # The group counts as one of the groups that it is ranked among.
     assert block["p_value"] == block["least_p"] == 1 / 32
     assert random_as_json(answered(4, N), controls, drawn)["p_value"] == (1 + 6) / 32
-    reasons = verdict(replace(outcome(), random=tuple(controls), drawn=drawn))["reasons"]
+    reasons = verdict(outcome()._replace(random=tuple(controls), drawn=drawn))["reasons"]
     assert any("31 distinct random groups of all layers" in reason for reason in reasons)
     assert any("the least attainable is .031" in reason for reason in reasons)
     nobody = given([("unscored",)] * N, "1-0")

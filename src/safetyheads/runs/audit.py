@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import compress
 from typing import Any, Literal, NamedTuple
 
@@ -86,8 +86,7 @@ STAGES = ("unablated answers", "scores of heads", "searching groups", "groups", 
 """Stages of an audit, in their order."""
 
 
-@dataclass(frozen=True)
-class GroupOutcome:
+class GroupOutcome(NamedTuple):
     """One group's effect."""
 
     scorer: str
@@ -101,20 +100,15 @@ class GroupOutcome:
     """Ships of the group on each benign test prompt, in nats."""
     random: tuple[GroupAnswers, ...] = ()
     """Answers to the harmful test prompts under each random group."""
-    drawn: RandomGroups = field(default_factory=RandomGroups)
+    drawn: RandomGroups = RandomGroups()
     """How the random groups were matched to the group."""
-    damage: Damage = field(default_factory=Damage)
+    damage: Damage = Damage()
     """Over the unablated benign test answers, of the prompts that are answered unablated: where benign prompts are
     refused, to answer them is no damage. The verdict's KL is its mean."""
     random_damage: tuple[Damage, ...] = ()
     """The same under each random group."""
     settled: bool = False
     """No random group was answered, for none could change the verdict."""
-
-    @cached_property
-    def control(self) -> dict[str, Any] | None:
-        """The ASR under the random groups (:func:`.rates.random_as_json`)."""
-        return random_as_json(self.answers["harmful_test"], self.random, self.drawn)
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
@@ -494,7 +488,7 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         "benign_ships": asdict(skewed_mean(outcome.benign_ships)),
         "gross_loss": gross_loss(vanilla["benign_test"], benign),
         "damage": damage_as_json(outcome),
-        "random": outcome.control,
+        "random": random_as_json(harmful, outcome.random, outcome.drawn),
     }
 
 

@@ -253,7 +253,10 @@ def results_of_records(
             for answers in table["vanilla", name, None].values()
         },
         "heads": _heads(table, changes, about),
-        "epsilons": _epsilons(table),
+        "epsilons": [
+            {"epsilon": key[2] or 0.0, "heads": {head: of.rate_of(of.verdicts()) for head, of in table[key].items()}}
+            for key in sorted(key for key in table if key[:2] == ("heads", "harmful"))
+        ],
         "groups": _scanned_groups(table, vanilla, epsilon, random, random_groups),
         "synergy": _synergy(table, vanilla, epsilon, about["settings"]["seed"]),
         "query_level": [
@@ -283,14 +286,6 @@ def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
         "correction": "Tarone",
         "smallest_change": {"change": least, "n": n, "tests": n_heads, "alpha": ALPHA, "power": POWER},
     }
-
-
-def _epsilons(table: AnswerTable) -> list[dict[str, Any]]:
-    scanned = sorted((key[2] or 0.0, heads) for key, heads in table.items() if key[:2] == ("heads", "harmful"))
-    return [
-        {"epsilon": epsilon, "heads": {head: answers.rate_of(answers.verdicts()) for head, answers in heads.items()}}
-        for epsilon, heads in scanned
-    ]
 
 
 def _is_higher(change: Mapping[str, Any]) -> bool:

@@ -372,18 +372,9 @@ class KeptAnswers:
                 # Asked of the directory first: where shards start at once, all take the plan of the first one.
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
                 plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict())
-            verified = VerifiedDrafts(
-                self.engine,
-                self.asked.token_ids,
-                ablation,
-                self.decoding,
-                self.judging.stop,
-                self.unablated,
-                None if plan is None else Plan.from_dict(plan),
-                known.get(f"tolerance_{key}"),
-                self._n_rows,
-                self._halved,
-            )
+            asked = self.engine, self.asked.token_ids, ablation, self.decoding, self.judging.stop
+            how = None if plan is None else Plan.from_dict(plan), known.get(f"tolerance_{key}"), self._n_rows
+            verified = VerifiedDrafts(*asked, self.unablated, *how, self._halved)
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
             verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance)
