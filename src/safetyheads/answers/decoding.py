@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.display import Shown
@@ -319,8 +319,6 @@ class _Batch:
     @torch.inference_mode()
     def run(self) -> list[Answer]:
         """Decode until every row has ended."""
-        from transformers import DynamicCache
-
         engine, turns = self.engine, self.engine.architecture.turns
         # Padding is masked, so any token will do; but the model may have no embedding for an end token.
         pad = next(iter(self.ends), 0)

@@ -14,12 +14,23 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+import transformers
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
 
 from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, time_limit
 from safetyheads.files import leaves, read_json, shorten
@@ -28,9 +39,6 @@ from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.names import find_model
 from safetyheads.model.options import DTYPES, LoadOptions
 from safetyheads.model.planning import allowed_memory, is_out_of_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -127,8 +135,6 @@ def borrow(model: Any) -> tuple[PreTrainedModel, Callable[[], None]]:
         InputError: it is nothing that can be proved.
         UnsupportedModelError: no ablation can be put into its attention.
     """
-    from transformers import PreTrainedModel
-
     if hasattr(model, "active_peft_config"):
         if model.active_peft_config.is_prompt_learning:
             raise InputError("the adapter adds virtual tokens and changes no module, so it cannot be proved")
@@ -190,8 +196,6 @@ def use_our_attention(model: PreTrainedModel) -> None:
 
 def is_adapter(path: str, revision: str | None) -> bool:
     """Whether a directory, or what the hub has under that name, is an adapter; refuses what is neither of the two."""
-    from transformers.utils import find_adapter_config_file
-
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
     if not os.path.exists(path):
         look_at_hub(path, revision)
@@ -219,8 +223,6 @@ def look_at(path: str, options: LoadOptions, name: str) -> Path | None:
 
 def look_at_directory(path: Path, name: str, options: LoadOptions | None = None, is_model: bool = True) -> None:
     """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone."""
-    from transformers import CONFIG_MAPPING, GenerationConfig
-
     options = options or LoadOptions()
     for file in path.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
@@ -244,12 +246,12 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
     described = found["config.json"]
     family = described.get("model_type")
-    is_shipped = isinstance(family, str) and family in CONFIG_MAPPING
+    is_shipped = isinstance(family, str) and family in transformers.CONFIG_MAPPING
     if "auto_map" in described and not options.trust_remote_code and not is_shipped:
         raise InputError(_BRINGS_CODE.format(name))
     if "generation_config.json" in found:
         try:
-            GenerationConfig.from_dict(found["generation_config.json"])
+            transformers.GenerationConfig.from_dict(found["generation_config.json"])
         except (*UNREADABLE, *_NONSENSE) as error:
             if isinstance(error, InputError):
                 raise
@@ -259,8 +261,6 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
 
 def refuse_stray_weights(name: str, revision: str | None = None, allow_pickle: bool = False) -> None:
     """Refuse a checkpoint whose config or index names weights outside of it, or pickles where they are not allowed."""
-    from transformers.utils import cached_file
-
     quietly = {
         f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
     }
@@ -293,9 +293,6 @@ def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequ
 
 def look_at_hub(name: str, revision: str | None = None) -> None:
     """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
@@ -317,7 +314,6 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
-    from transformers import GgufConfig
 
     source, folder = options.source, path
     if file is not None:
@@ -340,7 +336,7 @@ def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path
         arguments["device_map"] = {"": str(place)}
         _refuse_places(arguments["device_map"])
     if file is not None:  # plain numbers in memory, so that everything works on them
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, unexpected = read_weights(TEXT_MODELS, folder, path, config, **arguments)
     if file is not None:
         model.config.safetyheads_quantisation = header[0]
@@ -376,10 +372,8 @@ def bits_of_weights(model: PreTrainedModel) -> float:
 
 def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
     """A checkpoint's config, without the attention that it names, which ours replaces; ``name`` is for messages."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(path, **arguments)
+        config = transformers.AutoConfig.from_pretrained(path, **arguments)
     except (*UNREADABLE, *_NONSENSE) as error:
         raise _cannot_load(name, error) from error
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
@@ -393,8 +387,6 @@ def read_weights(
     kinds: Sequence[str], path: str, name: str, config: PreTrainedConfig, **arguments: Any
 ) -> tuple[PreTrainedModel, Collection[str]]:
     """A checkpoint as the first of transformers' auto classes that knows its config, and tensors it has no use for."""
-    from safetensors import SafetensorError
-
     try:
         model, report = _auto_class(kinds, config).from_pretrained(
             path, config=config, output_loading_info=True, **arguments
@@ -414,7 +406,6 @@ def read_weights(
 
 
 def _auto_class(kinds: Sequence[str], config: PreTrainedConfig) -> Any:
-    import transformers
 
     known = [kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping]
     return getattr(transformers, (*known, kinds[0])[0])
@@ -449,9 +440,6 @@ def read_tokenizer(
 
     Its chat template comes with it, wherever the checkpoint keeps that.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
     source, arguments = path, options.source
     if adapter is not None and adapter.has_tokenizer:
         source, file = str(adapter.directory), None
@@ -460,7 +448,7 @@ def read_tokenizer(
     if os.path.isdir(source):
         look_at_directory(Path(source), source, is_model=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
     except Exception as error:
         # The tokenizers library raises bare exceptions.
         if type(error) is not Exception and not isinstance(error, (*UNREADABLE, *_NONSENSE, RuntimeError)):
@@ -620,8 +608,6 @@ class Adapter(NamedTuple):
 
 def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = None) -> Adapter:
     """Look at a local adapter, or fetch one from the hub."""
-    from huggingface_hub import snapshot_download
-
     directory = Path(name)
     if not os.path.exists(name):
         look_at_hub(name)
@@ -701,7 +687,6 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
     from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
 
     refused = f"the adapter {adapter.name} is not for {base}"
     try:
@@ -810,9 +795,6 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
 
 def _is_bias_of_zeros(model: PreTrainedModel, path: str, name: str) -> bool:
     """Whether a tensor is one of the biases of zeros that some tools write for every projection."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
     if not name.endswith(".bias") or dequantised(model) is not None:
         return False
     commit = getattr(model.config, "_commit_hash", None)

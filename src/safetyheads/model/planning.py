@@ -10,6 +10,7 @@ from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -207,8 +208,6 @@ def allowed_memory(device: torch.device, memory_budget: int | None, share: float
         return memory_budget
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * share)
-    import psutil
-
     return int(psutil.virtual_memory().available * share)
 
 

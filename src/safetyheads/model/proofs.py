@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import UnsupportedModelError, first_line
@@ -663,8 +664,6 @@ def _mixing_error(engine: Engine, probes: _Probes, quick: Capabilities | None) -
 
 def _cached_error(engine: Engine, prompts: list[tuple[int, ...]]) -> float:
     """The prompts in one batch, their last token decoded with a cache, against each alone."""
-    from transformers import DynamicCache
-
     facts, batch = engine.architecture, left_padded(prompts, 0, engine.device)
     cache_of_batch = DynamicCache(config=engine.model.config)
     with given_to_norm(facts) as caught:

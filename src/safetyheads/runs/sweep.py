@@ -14,6 +14,7 @@ from typing import Any
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
+from safetyheads.model.loading import read_config
 from safetyheads.model.names import find_model
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
@@ -68,8 +69,6 @@ def audits_of(settings: Mapping[str, Any], out: Path) -> dict[Path, AuditConfig]
 
 def _n_heads(config: AuditConfig) -> int:
     """As the model's config tells; 0 where it tells none, and of GGUF files."""
-    from safetyheads.model.loading import read_config
-
     path, _ = find_model(config.model)
     if Path(path).is_file():
         return 0
