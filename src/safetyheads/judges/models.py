@@ -409,8 +409,8 @@ def find_judge(checkpoint: str, options: LoadOptions) -> tuple[str, LoadOptions,
         base, options = adapter.base, replace(options, revision=None)
         if not os.path.exists(base):
             loading.look_at_hub(base)
-    if loading.look_at(base, options, name) is not None:
-        raise InputError(f"{name} is a GGUF file; a judge is a directory, or a hub id")
+    if os.path.isfile(base) or loading.look_at(base, options, name) is not None:
+        raise InputError(f"{name} is a file, or holds a GGUF file; a judge is a directory of safetensors, or a hub id")
     if os.path.isdir(base):
         loading.read_config(base, name, **options.source)
     if os.path.isdir(base) or (adapter is not None and adapter.has_tokenizer):

@@ -275,17 +275,14 @@ class KeptAnswers:
         """
 
         def compute() -> list[dict[str, Any]]:
-            judging, read = Judging(self.engine, self.asked.prompts, judges, self.decoding.max_new_tokens, True), []
-            for number, decoded in enumerate(self.unablated):
-                seen = self.asked.reader.read(decoded.token_ids)
-                whole = decoded.complete or seen.stopped
-                certain = seen.certain
-                if not whole and not (certain is not None and all(judge.final(certain) for judge in judges)):
-                    read.append(number)
-            requests = [Request(self.asked.token_ids[number], stop=judging.stop) for number in read]
+            judging = Judging(self.engine, self.asked.prompts, judges, self.decoding.max_new_tokens)
+            settles = judging.stop or (lambda _: False)
+            whole = [decoded.complete or settles(decoded.token_ids) for decoded in self.unablated]
+            cut = [number for number, is_whole in enumerate(whole) if not is_whole]
+            requests = [Request(self.asked.token_ids[number], stop=self.asked.reader.ends) for number in cut]
             decoding = replace(self.decoding, full_answers=True)
-            again = answer(self.engine, requests, decoding, n_rows=self._n_rows, halved=self._halved) if read else ()
-            answers = dict(enumerate(self.unablated)) | dict(zip(read, again, strict=True))
+            again = answer(self.engine, requests, decoding, n_rows=self._n_rows, halved=self._halved) if cut else ()
+            answers = dict(enumerate(self.unablated)) | dict(zip(cut, again, strict=True))
             judged = judging.judged([(number, (), decoded) for number, decoded in answers.items()])
             return [
                 {"id": number, "by_words": {name: verdict.label for name, verdict in row.verdicts.items()}}
