@@ -234,15 +234,9 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     group = of_lead[0] if config.chosen_size else lead_group(vanilla, outcomes)
     stability = concentration = None
     if not config.screen and not config.chosen_size:
-        stability = stability_as_json(
-            harmful,
-            by_prompt[LEAD],
-            [traces[name] for name in SEARCHED],
-            [vanilla, *(outcome.answers for outcome in of_lead)],
-            group.size,
-            [asked["harmful_search"].prompts, asked["benign_search"].prompts],
-            SIZE_TOLERANCE,
-        )
+        searches, answers = [traces[name] for name in SEARCHED], [vanilla, *(outcome.answers for outcome in of_lead)]
+        found = harmful, by_prompt[LEAD], searches, answers, group.size
+        stability = stability_as_json(*found, [asked[f"{kind}_search"].prompts for kind in KINDS], SIZE_TOLERANCE)
     if not config.chosen_size:
         lead = [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in of_lead]
         concentration = concentration_as_json(lead, vanilla["harmful_test"])
@@ -393,10 +387,9 @@ def _outcomes(
         key = tuple(sorted(group))
         of_group = {name: answers[name][key] for name in SETS}
         random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
-        harm = damage[key], tuple(damage[control] for control in controls[key].groups)
+        harm = damage[key], tuple(damage[control] for control in controls[key].groups), needless
         on_benign = tuple(ships[key])
-        drawn = controls[key], *harm, needless
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, *drawn))
+        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, controls[key], *harm))
     return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
 
 

@@ -213,12 +213,9 @@ def results_of_records(
 ) -> dict[str, Any]:
     """The fields of a scan's ``results.json`` that come from answers.
 
-    Args:
-        records: all answers with their verdicts.
-        about: the results' other fields; ``ablation``, ``scores`` and ``benign_kl`` (mean Ships on benign prompts, head
-            by head) are used.
-        judges: each judge's description, the leading one first; each needs its verdict in every record.
-        random_groups: by the group that they control, as text.
+    Of the results' other fields, ``about``, those used are ``ablation``, ``scores`` and ``benign_kl`` (mean Ships on
+    benign prompts, head by head). Each judge, the leading one first, needs its verdict in every record; random groups
+    are by the group that they control, as text.
     """
     names = [judge["name"] for judge in judges]
     limit = about.get("coherence", {}).get("limit")
