@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from safetyheads.errors import InputError
-from safetyheads.files import shorten
+from safetyheads.errors import InputError, shorten
 
 if TYPE_CHECKING:
     import altair

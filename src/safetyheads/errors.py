@@ -1,4 +1,4 @@
-"""The errors that users see, and a limit of time for what others wrote and might never end."""
+"""The errors that users see, their texts in one line, and a limit of time for what others wrote and might never end."""
 
 import signal
 import threading
@@ -41,6 +41,11 @@ def one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())
     kind = type(error).__name__
     return f"{kind}: {said}" if type(error).__module__ == "builtins" and said else said or kind
+
+
+def shorten(text: str, width: int = 40) -> str:
+    """The text, cut to a width that a line has room for."""
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 @contextmanager

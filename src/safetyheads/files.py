@@ -97,11 +97,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def shorten(text: str, width: int = 40) -> str:
-    """The text, cut to a width that a line has room for."""
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def readable_json(name: str, value: Mapping[str, Any]) -> str:
     """Indented, keys sorted; floats are Python's shortest exact form, so they read back the same."""
     try:

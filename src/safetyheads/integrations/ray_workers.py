@@ -19,8 +19,7 @@ from typing import Any
 
 import psutil
 
-from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one_line
-from safetyheads.files import shorten
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one_line, shorten
 from safetyheads.runs.config import ModelOptions, Progress, Silent
 from safetyheads.runs.directory import stage_of
 from safetyheads.runs.shards import Shard, Units

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, time_limit
-from safetyheads.files import leaves, read_json, shorten
+from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, shorten, time_limit
+from safetyheads.files import leaves, read_json
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.names import find_model

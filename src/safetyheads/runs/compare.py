@@ -14,8 +14,7 @@ import numpy as np
 import scipy  # its modules load on first use
 
 from safetyheads.display import Table
-from safetyheads.errors import InputError
-from safetyheads.files import shorten
+from safetyheads.errors import InputError, shorten
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains

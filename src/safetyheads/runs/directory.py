@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from safetyheads.errors import ElsewhereError, IncompleteError, InputError
+from safetyheads.errors import ElsewhereError, IncompleteError, InputError, shorten
 from safetyheads.files import (
     PARTIAL,
     as_input_error,
@@ -29,7 +29,6 @@ from safetyheads.files import (
     read_regular,
     readable_json,
     remove_partial_files,
-    shorten,
     write_atomically,
     write_page,
 )
