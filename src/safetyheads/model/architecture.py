@@ -259,13 +259,8 @@ def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:
         window = _number(attention, WINDOW_NAMES[:1])
     else:
         window = min(_positive(getattr(config, name, None) for name in WINDOW_NAMES), default=None)
-    return HeadShape(
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=_number(attention, HEAD_WIDTH_NAMES) or width,
-        d_value=_number(attention, VALUE_WIDTH_NAMES) or width,
-        window=window,
-    )
+    d_head, d_value = (_number(attention, names) or width for names in (HEAD_WIDTH_NAMES, VALUE_WIDTH_NAMES))
+    return HeadShape(n_heads, n_kv_heads, d_head, d_value, window)
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:

@@ -204,14 +204,8 @@ class Template(Shown):
 
     def settings(self) -> dict[str, Any]:
         """All that distinguishes this template from others, for manifests and results; valid JSON."""
-        return {
-            "template": str(self),
-            "system": self.system,
-            "fold_system": self.folds_system,
-            "thinking": self.thinking,
-            "prefill": self.prefill,
-            "stops": list(self.stops),
-        }
+        answer = {"thinking": self.thinking, "prefill": self.prefill, "stops": list(self.stops)}
+        return {"template": str(self), "system": self.system, "fold_system": self.folds_system, **answer}
 
 
 @dataclass(frozen=True, slots=True)

@@ -425,13 +425,8 @@ def audit_verdict(
     evidence = replace(evidence, settled=outcome.settled)
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
-    return verdict.as_dict() | {
-        "heads": heads,
-        "size": outcome.size,
-        "scorer": outcome.scorer,
-        "stopped_early": False,
-        "score_rule": "mean Ships on the search half; all rates on the test half",
-    }
+    group = {"heads": heads, "size": outcome.size, "scorer": outcome.scorer, "stopped_early": False}
+    return verdict.as_dict() | group | {"score_rule": "mean Ships on the search half; all rates on the test half"}
 
 
 def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:

@@ -116,10 +116,5 @@ def device_name(engine: Engine) -> str:
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:
     """What may differ between two starts of one run."""
-    return {
-        "command": list(command),
-        "started": datetime.now(UTC).isoformat(),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cuda": torch.version.cuda,
-    }
+    machine = {"python": sys.version.split()[0], "platform": platform.platform(), "cuda": torch.version.cuda}
+    return {"command": list(command), "started": datetime.now(UTC).isoformat(), **machine}
