@@ -31,7 +31,7 @@ def test_the_page_has_every_number(runs):
 
 def test_the_page_of_other_outcomes(runs, tmp_path):
     early = audit_run(Path("early"), groups=[], stopped_early="it refuses none", config=settings(weights_sha256="x"))
-    other = audit_run(Path("other"), config=settings("other", weights_sha256="x"), rows=False)
+    other = audit_run(Path("other"), config=settings("other", weights_sha256="x"))
     scans = [scan_run(tmp_path / name, {}, n_layers=n) for name, n in (("s", 4), ("t", 3))]
     for found, words in (
         (compared_record("a", early), ["cannot", "be", "compared", "B", "stopped", "early"]),

@@ -61,14 +61,10 @@ def test_the_same_prompts_are_paired(same, tmp_path):
     [
         ({"config": settings("other")}, "the prompts are not the same"),
         ({"config": {"seed": 0}}, "does not tell"),
-        ({"rows": False}, "not all stored"),
-        ({}, "not all stored"),  # one answer is lost: they do not give the published rate
     ],
 )
 def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, words):
     other = audit_run(tmp_path / "b", vanilla=first(9), **changed)
-    if not changed:
-        rewritten(other, drop="vanilla-harmful_test")
     found = compared(same, other).vanilla_asr
     assert not found.paired
     assert words in found.note
@@ -110,8 +106,8 @@ def test_concentrations_are_compared_over_the_same_sizes_and_groups(same, tmp_pa
     found = compared(same, audit_run(tmp_path / "b", groups=[first(10)])).concentration
     assert (found.change, found.note) == (0, "over the sizes that both have")
     assert found.before == pytest.approx((10 - 1.5) / N)
-    # Without answers the published intervals are used.
-    other = audit_run(tmp_path / "c", groups=[first(3), first(9)], rows=False)
+    # With other prompts the published intervals are used.
+    other = audit_run(tmp_path / "c", groups=[first(3), first(9)], config=settings("other"))
     found = compared(same, other).concentration
     old, new = (RunReader(path).concentration for path in (same, other))
     assert not found.paired
@@ -206,8 +202,6 @@ def test_what_is_no_finished_run_is_refused(same, tmp_path):
     for changed, words in (
         ({"kind": "poem"}, "kind 'poem'"),
         ({"schema_version": 99}, "schema 99"),
-        ({"verdict": None}, "has no verdict.label"),
-        ({"behaviour": {}}, "behaviour.vanilla.asr"),
     ):
         rewritten(same, **{**results, **changed})
         with pytest.raises(InputError, match=words):

@@ -84,9 +84,10 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path
     n = rounds(carry_out, engine, config, [tmp_path / "many"] * 3)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
     if config is SCREENED:  # units are the forecast, and its best heads with the sample: 5 a step, and not 32
-        stages = [stage for stage in RunDirectory.look(tmp_path / "many").planned() if "harmful_search" in stage.stage]
-        assert any(stage.stage.startswith("screening-") for stage in stages)
-        cost = sum(cost for stage in stages if stage.stage.startswith("scores-") for _, cost in stage.units)
+        reached = RunDirectory.look(tmp_path / "many").planned()
+        planned = [(stage, units) for stage, units in reached if "harmful_search" in stage]
+        assert any(stage.startswith("screening-") for stage, _ in planned)
+        cost = sum(sum(units.values()) for stage, units in planned if stage.startswith("scores-"))
         asked = engine.ask(read_prompts(config)["harmful_search"])
         assert 0 < cost <= 15 * sum(map(len, asked.token_ids))
     one, many = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")

@@ -59,7 +59,6 @@ def audit_run(
     config: Mapping[str, Any] | None = None,
     started: str | None = STARTED,
     scores: Mapping[str, float] | None = None,
-    rows: bool = True,
     said: Sequence[str] | None = None,
     benign: Sequence[str] | None = None,
     stopped_early: str | None = None,
@@ -108,7 +107,7 @@ def audit_run(
         for group, complied in stored.items()
         for at, label in enumerate(complied)
     ]
-    return _written(path, config, started, results, stages if rows else {})
+    return _written(path, config, started, results, stages)
 
 
 def record(name: str, number: int, label: bool | str, group: str = "", seed: int = 0) -> dict[str, Any]:
@@ -184,12 +183,10 @@ def scan_run(
     return _written(path, config, started, results, stages)
 
 
-def rewritten(path: str | Path, drop: str = "", **changed: Any) -> None:
-    """Change fields of a finished run's results (a mapping: fields in a field), or drop the first record of a stage."""
+def rewritten(path: str | Path, **changed: Any) -> None:
+    """Change fields of a finished run's results (a mapping: fields in a field)."""
     opened = RunDirectory.open(path)
     with RunDirectory.start(path, opened.manifest.config, {}) as run:
-        if drop:
-            run.records(drop, {"stage": drop}, list, lambda stored: stored[1:])
         results = run.read_results()
         for name, value in changed.items():
             keeps = isinstance(value, dict) and value and isinstance(results[name], dict)

@@ -18,7 +18,7 @@ from safetyheads.errors import InputError, shorten
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
-from safetyheads.stats.intervals import FloatArray, Interval, Rate, newcombe_interval
+from safetyheads.stats.intervals import Interval, Rate, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -117,17 +117,15 @@ def _rate_change(
     groups: Sequence[Sequence[str]] = ((), ()),
     absent: str = "",
 ) -> Change:
-    """The change of a rate: paired where both runs have the same prompts and the answers that give their rates."""
+    """The change of a rate: paired where both runs have the same prompts."""
     stored = [run.under(prompts, heads) for run, heads in zip(runs, groups, strict=True)]
-    outcomes = [OUTCOMES[what](answers) for answers in stored]
-    old, new = (run.rate(prompts, what, heads) for run, heads in zip(runs, groups, strict=True))
-    if absent or old is None or new is None:
+    if absent or not all(answers.records for answers in stored):
         return _no_change(absent or f"a run has no {prompts} answers of which that is known")
+    outcomes = [OUTCOMES[what](answers) for answers in stored]
+    old, new = (answers.rate_of(values) for answers, values in zip(stored, outcomes, strict=True))
     if old["rate"] is None or new["rate"] is None:
         return _no_change("a run has no scored answers")
     note = _why_unpaired(runs, prompts)
-    if not note and not all(map(_gives_rate, outcomes, (old, new))):
-        note = "the answers are not all stored"
     if not note and stored[0].prompts != stored[1].prompts:
         note = "the prompts are not the same"
     unknown = old["unscored"] + new["unscored"]
@@ -176,12 +174,6 @@ def _why_unpaired(runs: tuple[RunReader, RunReader], prompts: str = "harmful") -
     if None in names:
         return "a manifest does not tell which prompts were used"
     return "" if names[0] == names[1] else "the prompts are not the same"
-
-
-def _gives_rate(outcomes: FloatArray, rate: RateRecord) -> bool:
-    """Whether the stored outcomes are those behind the rate in the results."""
-    counts = np.nansum(outcomes), (~np.isnan(outcomes)).sum(), outcomes.size
-    return counts == (rate["count"], rate["n"], rate["n"] + rate["unscored"])
 
 
 def _damage(runs: tuple[RunReader, RunReader]) -> Change:

@@ -82,24 +82,6 @@ class Manifest:
     """All settings, and fingerprints of model and prompts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """All files of a finished stage: ``stages/NAME.json``."""
-
-    stage: str
-    files: list[tuple[str, int, str]]
-    """Place, number of entries and checksum of each, sorted."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedStage:
-    """Units of a stage, as a process found them when it reached the stage: ``plan/NAME-KEY.json``."""
-
-    stage: str
-    units: list[tuple[list[str], float]]
-    """Files of each, and what it costs."""
-
-
 @dataclass(slots=True)
 class Verification:
     """What :meth:`RunDirectory.verify` found."""
@@ -335,9 +317,10 @@ class RunDirectory:
         parts = (re.fullmatch(r"shard-\d+-of-(\d+)", str(start.get("part"))) for start in self.read_starts())
         return max((int(part[1]) for part in parts if part), default=1)
 
-    def planned(self) -> list[PlannedStage]:
-        """The units of every stage that was reached."""
-        return [converted(self._read_json(place), PlannedStage) for place in self._names("plan/*.json")]
+    def planned(self) -> list[tuple[str, Units]]:
+        """Every stage that was reached, and its units as the process found them that reached it."""
+        listed = (self._read_json(place) for place in self._names("plan/*.json"))
+        return [(of["stage"], {tuple(places): cost for places, cost in of["units"]}) for of in listed]
 
     # Joining the directories of shards.
 
@@ -552,18 +535,15 @@ class RunDirectory:
     def _read_finished(self) -> None:
         """Read the results and the lists of finished stages, which must fit each other."""
         results = self._read_json("results.json")
-        named = results.get("stages")
-        if not isinstance(named, dict):
-            raise DamagedError(f"{self.path / 'results.json'} has no stages")
         self._files = {}
-        for stage, digest in named.items():
+        for stage, digest in results["stages"].items():
             if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
                 raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
         self._results = results
 
-    def _load_stage(self, place: str) -> list[tuple[str, int, str]]:
-        """The files that the list of a finished stage names, which are known from here on."""
-        files = converted(self._read_json(place), Stage).files
+    def _load_stage(self, place: str) -> list[list[Any]]:
+        """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
+        files: list[list[Any]] = self._read_json(place)["files"]
         self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
         return files
 

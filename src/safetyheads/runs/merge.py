@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,11 @@ def _refuse_gaps(runs: Sequence[RunDirectory], there: set[str]) -> None:
     """Raise where a unit is in no directory, of a stage that all have reached; others go on once they are joined."""
     missing, count = list[int](), max(run.n_shards for run in runs)
     stages = set()
-    planned = [{content_key(asdict(stage)): stage for stage in run.planned()} for run in runs]
+    planned = [{content_key({stage: sorted(units.items())}): units for stage, units in run.planned()} for run in runs]
     for key in set.intersection(*map(set, planned)):
-        units = planned[0][key].units
-        owner = owners({tuple(places): cost for places, cost in units}, count)
-        lacking = [place for places, _ in units for place in places if place not in there]
+        units = planned[0][key]
+        owner = owners(units, count)
+        lacking = [place for places in units for place in places if place not in there]
         missing += [owner[place] for place in lacking]
         stages |= set(map(stage_of, lacking))
     if missing:

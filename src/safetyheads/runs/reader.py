@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -31,13 +31,8 @@ ASR_ALONE = "asr_alone"
 
 _LONGEST_NAME = 250  # of a metric, in MLflow
 _TEXTS = ("query", "text", "token_ids", "thought")  # which would fill the memory
-_SHARED = ("model.name", "model.n_layers", "model.n_heads")
 _ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
-_REQUIRED = {
-    "audit": (*_SHARED, _ASR["audit"], "behaviour.groups", "verdict.label", "verdict.heads"),
-    "scan": (*_SHARED, _ASR["scan"], "heads"),
-}
 OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
     "complied": GroupAnswers.verdicts,
     "coherent": GroupAnswers.coherent,
@@ -50,19 +45,6 @@ OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
 """What is asked of answers -> 1, 0 or NaN of each: ``coherent`` also complied; ``incoherent`` is no refusal, and
 ``refused`` by rules of words."""
 
-_PUBLISHED: dict[str, dict[tuple[str, str], str]] = {
-    "audit": {
-        ("harmful", "complied"): "asr",
-        ("harmful", "coherent"): "coherent_asr",
-        ("benign", "answered"): "benign_answered",
-    },
-    "scan": {
-        ("harmful", "complied"): "harmful.asr",
-        ("harmful", "coherent"): "harmful.coherent_asr",
-        ("benign", "answered"): "benign.answered",
-    },
-}
-"""Where results have a rate: below those of the unablated model, or of a group."""
 # Answers of every group for an audit, of the unablated model for a scan.
 _STAGES = {"audit": "*_test", "scan": "vanilla-*"}
 
@@ -94,17 +76,15 @@ class RunReader(Table):
         directory = RunDirectory.open(path)
         results = directory.read_results()
         kind, version = results.get("kind"), results.get("schema_version")
-        if kind not in _REQUIRED or version != SCHEMA_VERSION:
+        if kind not in _ASR or version != SCHEMA_VERSION:
             raise InputError(
                 f"{path} holds results of kind {kind!r}, schema {version!r}; "
                 f"what is read are audits and scans of schema {SCHEMA_VERSION}"
             )
         self.path, self.kind, self.directory = path, kind, directory
         self.config, self.results = directory.manifest.config, results
-        for name in _REQUIRED[kind]:
-            if _value_at(results, name) is None:
-                raise InputError(f"{path}: its results.json has no {name}")
-        self.started, self.model = _start_time(directory.read_starts()), str(results["model"]["name"])
+        starts, self.model = directory.read_starts(), str(results["model"]["name"])
+        self.started = datetime.fromisoformat(starts[0]["started"]) if starts else None
         self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
         self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
         self.limit: float | None = _value_at(results, "coherence.limit")
@@ -239,24 +219,6 @@ class RunReader(Table):
         nothing = GroupAnswers("", (), self.results["lead_judge"])
         return self.stored_answers.get((prompts, frozenset(heads)), nothing)
 
-    def rate(self, prompts: str, what: str, heads: Iterable[str] = ()) -> RateRecord | None:
-        """The share of answers of which one of :data:`OUTCOMES` is true: as published, else from the stored answers.
-
-        None where it is not published and the answers are not all stored.
-        """
-        place = self.results["vanilla"] if self.kind == "scan" else self.results["behaviour"]["vanilla"]
-        if heads:
-            place = self.lead_group if self.lead_group and {*self.lead_group["heads"]} == {*heads} else {}
-        names = _PUBLISHED[self.kind]
-        published = _value_at(place, names.get((prompts, what), ""))
-        if published is not None:
-            return published
-        stored = self.under(prompts, heads)
-        asked = _value_at(place, names["harmful", "complied"] if prompts == "harmful" else names["benign", "answered"])
-        if asked is None or len(stored.flat()) != asked["n"] + asked["unscored"]:
-            return None
-        return stored.rate_of(OUTCOMES[what](stored))
-
     @cached_property
     def stored_answers(self) -> dict[tuple[str, frozenset[str]], GroupAnswers]:
         """By prompts (``harmful`` or ``benign``) and group."""
@@ -309,14 +271,6 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """An audit's groups of the verdict's scorer, by size."""
     groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == lead_score_of(results)]
     return sorted(groups, key=lambda group: int(group["size"]))
-
-
-def _start_time(starts: Sequence[Mapping[str, Any]]) -> datetime | None:
-    try:
-        started = datetime.fromisoformat(starts[0]["started"])
-    except (LookupError, TypeError, ValueError):
-        return None
-    return started.replace(tzinfo=UTC) if started.tzinfo is None else started.astimezone(UTC)
 
 
 def _value_at(results: Mapping[str, Any], path: str) -> Any:

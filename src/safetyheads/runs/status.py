@@ -66,10 +66,9 @@ def status_of(folder: Path) -> Status:
     count, (seconds, begun) = directory.n_shards, _read_logs(folder)
     stages: dict[str, dict[str, int]] = {}
     missing, cost_left, cost_timed, seconds_timed, n_timed = list[int](), 0.0, 0.0, 0.0, 0
-    for stage in directory.planned():
-        units = {tuple(places): cost for places, cost in stage.units}
+    for stage, units in directory.planned():
         owner = owners(units, count)
-        counts = stages.setdefault(stage.stage, dict.fromkeys(("units", "done", "running", "missing"), 0))
+        counts = stages.setdefault(stage, dict.fromkeys(("units", "done", "running", "missing"), 0))
         for places, cost in units.items():
             lacking = [place for place in places if place not in there]
             counts["units"] += 1
