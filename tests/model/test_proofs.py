@@ -87,7 +87,7 @@ BY_KEY = r"undifferentiated attention \(key\)"
 
 def with_shapes(**wrong):
     """Facts of heads that are wrong in the same way in every layer."""
-    return lambda facts, _: {"shapes": tuple(shape and replace(shape, **wrong) for shape in facts.shapes)}
+    return lambda facts, _: {"shapes": tuple(shape and shape._replace(**wrong) for shape in facts.shapes)}
 
 
 def with_selected(change, tensors=("query", "key", "head_output")):
@@ -343,7 +343,7 @@ def test_a_window_of_the_wrong_layer_is_told(monkeypatch):
     assert [shape.window for shape in proved("gemma2").architecture.shapes] == [6, None, 6]
 
     def first_has_none(facts, _):
-        return {"shapes": (replace(facts.shapes[0], window=None), *facts.shapes[1:])}
+        return {"shapes": (facts.shapes[0]._replace(window=None), *facts.shapes[1:])}
 
     report = told(first_has_none, "gemma2", monkeypatch).check()
     (failed,) = (proof for proof in report.proofs if not proof.passed and "window" in proof.name)
@@ -412,7 +412,7 @@ def leaking(monkeypatch):
 
     def all_one(sequences, members, device):
         row = real(sequences, members, device)
-        return replace(row, packing=replace(row.packing, segments=torch.zeros_like(row.packing.segments)))
+        return row._replace(packing=row.packing._replace(segments=torch.zeros_like(row.packing.segments)))
 
     monkeypatch.setattr(proofs, "pack", all_one)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -89,7 +89,7 @@ class AblatedChats:
         sampling = Sampling(top_k or 1 << 30, seed, 1.0 if temperature is None else temperature or 1.0)
         greedy = temperature == 0 or top_k == 1
         decoding = Decoding(max_new_tokens, GREEDY if greedy else sampling)
-        reader = replace(asked.reader, stops=(*asked.reader.stops, *stops))
+        reader = asked.reader._replace(stops=(*asked.reader.stops, *stops))
         return Chat(Request(asked.token_ids[0], group, stop=reader.ends), decoding, reader)
 
     async def answer(self, chat: Chat) -> Chat:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Harm = Literal["harmful", "controversial", "safe"]
 """What a judge may say of an answer's harm; ``controversial`` only where it has such a grade."""
@@ -22,8 +21,7 @@ Reading: TypeAlias = tuple[bool | None, Harm | None, str]
 it, such as a category of harm; never a passage of the answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeFormat:
+class JudgeFormat(NamedTuple):
     """One ready judge: what it is asked, and how its answer is read."""
 
     name: str

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,8 +47,7 @@ SCALED_ROPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # transformers' attention registry, by its name in every family's source
 
 
-@dataclass(frozen=True, slots=True)
-class HeadShape:
+class HeadShape(NamedTuple):
     """The heads of one layer, as its attention module says."""
 
     n_heads: int

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -271,8 +271,7 @@ def is_ablation_hook(hook: Any) -> bool:
 # Prompts in one row are kept apart: by the mask of packed prompts, and by attention prompt by prompt.
 
 
-@dataclass(frozen=True, slots=True)
-class Packing:
+class Packing(NamedTuple):
     """How prompts lie in one row: [shared prefix | rest of prompt 1 | rest of prompt 2 | ...]."""
 
     positions: Tensor

@@ -49,8 +49,7 @@ class TokenSequence:
     """States of the last ``n_wanted`` tokens are read."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedRow:
+class PackedRow(NamedTuple):
     """Several sequences in one row: [shared prefix | rest of the first | rest of the second | ...]."""
 
     members: tuple[int, ...]

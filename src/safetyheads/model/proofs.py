@@ -680,7 +680,7 @@ def _head_error(engine: Engine, probes: _Probes, plain_head: bool) -> float:
     """The engine's logits and norm against the model's own, of all tokens: the same shapes, so the same arithmetic."""
     facts, errors = engine.architecture, []
     for row in probes.rows:
-        whole = replace(row, wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
+        whole = row._replace(wanted=torch.arange(row.n_tokens, device=row.token_ids.device))
         states = rerun(facts, whole, {}, 1)
         its_own = engine.model(input_ids=row.token_ids[None], use_cache=False).logits[0]
         errors.append(difference(logits(engine.model, facts, states[0], plain_head), its_own))

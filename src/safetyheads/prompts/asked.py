@@ -40,8 +40,7 @@ class ReadAnswer(NamedTuple):
         return self.unclosed or self.n_thought > 0
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerReader:
+class AnswerReader(NamedTuple):
     """Reads the answers to prompts of one template."""
 
     tokenizer: Any

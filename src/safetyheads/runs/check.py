@@ -134,7 +134,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
         "n_layers": facts.n_layers,
-        "heads": [None if shape is None else asdict(shape) for shape in facts.shapes],
+        "heads": [None if shape is None else shape._asdict() for shape in facts.shapes],
         "d_model": facts.d_model,
         "d_mlp": facts.d_mlp,
         "active_experts": facts.active_experts,

@@ -63,8 +63,7 @@ class Work:
         return self.answers + self.short_answers[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Work, and how long it takes on this machine."""
 
     work: Work

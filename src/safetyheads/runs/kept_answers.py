@@ -257,9 +257,10 @@ class KeptAnswers:
         """
         sizes, numbers = range(1, len(own_groups[0]) + 1), range(len(own_groups))
         chunks: list[tuple[Any, list[tuple[int, Group]]]] = []
-        for at in numbers[:: max(1, _RECORDS_TOGETHER // max(1, len(sizes)))]:
+        together = max(1, _RECORDS_TOGETHER // max(1, len(sizes)))
+        for at in numbers[::together]:
             # Every prompt keeps its place; those of other chunks have no groups.
-            chunk = numbers[at : at + max(1, _RECORDS_TOGETHER // max(1, len(sizes)))]
+            chunk = numbers[at : at + together]
             own = [[own_groups[number][:size] for size in sizes if number in chunk] for number in numbers]
             texts = [[format_heads(group) for group in groups] for groups in own]
             chunks.append((texts, [(number, group) for number, groups in enumerate(own) for group in groups]))
