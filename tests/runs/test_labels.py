@@ -11,7 +11,7 @@ from scan_samples import Sample
 from safetyheads.errors import InputError
 from safetyheads.judges.named import judge_named
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.labels import COLUMNS, answer_id, read_sheet, validate, write_sheet
+from safetyheads.runs.rejudge import COLUMNS, answer_id, read_sheet, validate, write_sheet
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from audit_samples import answered
 from safetyheads.heads import Head
 from safetyheads.measures.sahara import sahara
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
-from safetyheads.runs.stability import stability_as_json
+from safetyheads.runs.audit import stability_as_json
 from safetyheads.scores import FunctionScorer, HeadScores
 from safetyheads.stats.intervals import newcombe_interval
 

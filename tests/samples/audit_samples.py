@@ -33,12 +33,12 @@ from safetyheads.runs.audit import (
     rates_as_json,
     score_as_json,
     search_steps,
+    stability_as_json,
 )
 from safetyheads.runs.config import Thresholds
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT, Damage
-from safetyheads.runs.stability import stability_as_json
 from safetyheads.scores import FunctionScorer, HeadScores
 
 JUDGE = {"name": "paper", "judge": "keyword", "shortest": 32, "repeats": 8}

@@ -505,10 +505,9 @@ def judge(
     from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
-    from safetyheads.runs.labels import validate as validate_judges
-    from safetyheads.runs.labels import write_sheet
     from safetyheads.runs.provenance import provenance
-    from safetyheads.runs.rejudge import later_judges, open_judged, rejudge
+    from safetyheads.runs.rejudge import later_judges, open_judged, rejudge, write_sheet
+    from safetyheads.runs.rejudge import validate as validate_judges
 
     opened = open_judged(run)
     if label_sheet is not None:

@@ -15,6 +15,7 @@ from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
@@ -42,7 +43,6 @@ from safetyheads.runs.run import (
     refuse_beyond_memory,
     sampling_of,
 )
-from safetyheads.runs.stability import chosen_sizes, stability_as_json
 from safetyheads.runs.verdict import (
     before_ablation,
     evidence_of,
@@ -52,7 +52,8 @@ from safetyheads.runs.verdict import (
     verdict_of,
 )
 from safetyheads.scores import HeadScores, SearchTrace
-from safetyheads.stats.intervals import skewed_mean
+from safetyheads.stats.intervals import FloatArray, Rate, newcombe_interval, skewed_mean
+from safetyheads.stats.stability import Columns, Repeated, prompts_needed, rank_stability, repeated_search, resampled
 
 LEAD = "mean_ships"
 """The score that the verdict is about: it separates known heads best."""
@@ -61,7 +62,7 @@ ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representa
 SEARCHED = (LEAD, *(angle.label for angle in ANGLES))
 """The scores that Sahara searches with."""
 N_LISTED = 10
-"""Heads whose own ASR is measured."""
+"""Best heads that are listed: with their own ASR, and with how stable their ranks are."""
 BENIGN_SPLIT = 0.2
 """Share of the benign prompts that goes to the search half: there they only help to choose the group's size."""
 LEAST_BENIGN_TEST = 50
@@ -406,7 +407,7 @@ def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) 
 
 
 def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
-    """The lead search's group, of the size that does best on the search half (:func:`.stability.chosen_sizes`)."""
+    """The lead search's group, of the size that does best on the search half (:func:`chosen_sizes`)."""
     candidates = [outcome for outcome in outcomes if outcome.scorer == LEAD]
     (size,) = chosen_sizes([vanilla, *(outcome.answers for outcome in candidates)], SIZE_TOLERANCE)
     return candidates[size - 1]
@@ -534,6 +535,149 @@ def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:
         }
         for head, score, step, ties in zip(trace.group, trace.scores, trace.steps, trace.ties(), strict=True)
     ]
+
+
+# How far it would find the same on other prompts: its ranking, its group, and the group's figures. All from stored
+# scores and answers of the search half, but for a few passes over heads where resamples part early.
+
+FIGURES = {"asr": ("harmful", "coherent_asr"), "benign_answered": ("benign", "answered_rate")}
+"""Figure that stands side by side for both halves -> its prompts, and its rate in :class:`GroupAnswers`."""
+
+
+def stability_as_json(
+    measuring: HeadPass,
+    alone: HeadScores,
+    traces: Sequence[SearchTrace],
+    answers: Sequence[Mapping[str, GroupAnswers]],
+    size: int,
+    prompts: Sequence[PromptSet],
+    tolerance: float,
+) -> dict[str, Any]:
+    """How stable an audit's group and ranking are, as JSON.
+
+    Args:
+        measuring: the pass over the harmful search prompts that the searches used.
+        alone: mean Ships of every head alone, prompt by prompt.
+        traces: the search that the group is from, and others of the same pass, whose steps cost nothing here.
+        answers: by prompt set: of the unablated model, then under that search's group of each size.
+        size: heads in the group.
+        prompts: harmful and benign search prompts.
+        tolerance: the smallest size within it of the best gain is chosen.
+    """
+    heads = measuring.engine.heads
+    harmful, benign = (_weights(prompt_set, seed) for seed, prompt_set in enumerate(prompts))
+    search = _searched_again(measuring, traces, size, harmful, alone.resolution)
+    chosen = chosen_sizes(answers, tolerance, harmful, benign)
+    values = alone.values[:, [head.layer for head in heads], [head.index for head in heads]].numpy()
+    best = np.argsort(-values.mean(axis=0), kind="stable")[:N_LISTED].tolist()
+    listed = list(dict.fromkeys([*best, *map(heads.index, traces[0].group[:size])]))
+    same_size, n_draws = chosen == size, len(chosen)
+    return {
+        "n": len(values),
+        "n_draws": n_draws,
+        "group": {
+            "heads": [str(head) for head in traces[0].group[:size]],
+            "repeatability": asdict(Rate(int((search.repeats & same_size).sum()), n_draws)),
+            "same_heads": asdict(search.same),
+            "same_size": asdict(Rate(int(same_size.sum()), n_draws)),
+            "sizes": {str(number): float((chosen == number).mean()) for number in range(1, len(answers))},
+            "jaccard": search.jaccard,
+            "frequencies": {str(heads[at]): share for at, share in search.frequencies.items()},
+            "not_followed": search.not_followed,
+            "further_passes": search.further,
+            "tied": search.tied,
+        },
+        "heads": [
+            {
+                "head": str(heads[rank.column]),
+                "rank": rank.rank,
+                "interval": list(rank.interval),
+                "frequency": rank.frequency,
+                "in_group": search.frequencies.get(rank.column, 0.0),
+            }
+            for rank in rank_stability(values, listed, harmful, alone.resolution)
+        ],
+        "tops": [asdict(needs) for needs in prompts_needed(values, resolution=alone.resolution)],
+        "halves": {name: _side_by_side(answers[0], answers[size], *figure) for name, figure in FIGURES.items()},
+    }
+
+
+def _weights(prompts: PromptSet, seed: int) -> FloatArray:
+    """Weights of the prompts in each resample: clusters whole, within categories where every prompt has one."""
+    clusters = [getattr(prompt, "cluster", None) for prompt in prompts.prompts]
+    categories = [prompt.category for prompt in prompts.prompts]
+    names = [("alone", at) if cluster is None else cluster for at, cluster in enumerate(clusters)]
+    return resampled(len(names), clusters=names, strata=None if None in categories else categories, seed=seed)
+
+
+def _searched_again(
+    measuring: HeadPass, traces: Sequence[SearchTrace], size: int, weights: FloatArray, resolution: float
+) -> Repeated:
+    heads = measuring.engine.heads
+    column = {head: at for at, head in enumerate(heads)}
+    in_order: dict[frozenset[int], Group] = {}
+    for trace in traces:
+        for step in range(size):
+            in_order.setdefault(frozenset(column[head] for head in trace.group[:step]), trace.group[:step])
+
+    def scores(prefix: Columns) -> FloatArray:
+        # In the order of the search, so that its own steps are read from the store.
+        group = in_order.get(prefix, tuple(heads[at] for at in sorted(prefix)))
+        candidates = [head for head in heads if head not in group]
+        ships = measuring.measure([(*group, head) for head in candidates])["ships"].numpy()
+        values = np.full((ships.shape[1], len(heads)), np.nan)
+        values[:, [column[head] for head in candidates]] = ships.T
+        return values
+
+    own = [column[head] for head in traces[0].group[:size]]
+    return repeated_search(own, scores, weights, resolution, tuple(in_order))
+
+
+def chosen_sizes(
+    answers: Sequence[Mapping[str, GroupAnswers]],
+    tolerance: float,
+    harmful: FloatArray | None = None,
+    benign: FloatArray | None = None,
+) -> NDArray[np.int64]:
+    """The size of group that does best on the search half, on each resample [n_draws].
+
+    A size's gain is its share of harmful prompts coherently complied with, unscored ones counting as not, less the
+    share of benign answers that it loses. The smallest size within the tolerance of the best gain is taken, so that a
+    group holds no head that adds next to nothing. Benign prompts of the search half choose nothing else.
+
+    Args:
+        answers: by prompt set: of the unablated model, then under the group of each size from 1 on.
+        tolerance: what a smaller size may gain less.
+        harmful: weight of each prompt in each resample [n_draws, n_prompts]; by default all alike, once.
+        benign: likewise.
+    """
+    complied = np.array([np.nan_to_num(under["harmful_search"].coherent()).mean(axis=1) for under in answers[1:]])
+    answered = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
+    harmful, benign = (
+        np.full((1, values.shape[1]), 1 / values.shape[1]) if weights is None else weights
+        for values, weights in ((complied, harmful), (answered, benign))
+    )
+    shares = benign @ answered.T
+    gains = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
+    # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
+    sizes: NDArray[np.int64] = 1 + (gains >= gains.max(axis=1, keepdims=True) - tolerance - 1e-9).argmax(axis=1)
+    return sizes
+
+
+def _side_by_side(
+    unablated: Mapping[str, GroupAnswers], under: Mapping[str, GroupAnswers], kind: str, rate: str
+) -> dict[str, Any]:
+    """A rate on the search half, which chose the group, beside the test half, which did not.
+
+    The difference, search less test, is of independent prompts; its interval is Newcombe's.
+    """
+    search, test = (asdict(getattr(under[f"{kind}_{half}"], rate)) for half in ("search", "test"))
+    before = {half: asdict(getattr(unablated[f"{kind}_{half}"], rate)) for half in ("search", "test")}
+    difference = interval = None
+    if search["interval"] and test["interval"]:
+        difference = search["rate"] - test["rate"]
+        interval = list(newcombe_interval(test["rate"], test["interval"], search["rate"], search["interval"]))
+    return {"search": search, "test": test, "unablated": before, "difference": difference, "interval": interval}
 
 
 _AUDIT = Kind("audit", _work, audit_results, read_prompts)
