@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
@@ -39,8 +38,7 @@ _LOGIT_BYTES = 44
 # What is laid out
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
+class TokenSequence(NamedTuple):
     """The tokens of one prompt, and how many of the last ones are read."""
 
     token_ids: tuple[int, ...]
@@ -67,8 +65,7 @@ class PackedRow(NamedTuple):
         return len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The layout of a pass. The manifest keeps it, because batch shapes move results in the last bits."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -79,7 +76,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
-        return {**asdict(self), "rows": [list(row) for row in self.rows]}
+        return {**self._asdict(), "rows": [list(row) for row in self.rows]}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
@@ -174,7 +171,7 @@ def lay_out(sequences: Sequence[TokenSequence], costs: ModelCosts, token_budget:
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
     plan = Plan(tuple(tuple(range(start, end)) for start, end in pairwise(starts)), 1, torch.get_num_threads())
     groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, plan)))
-    return replace(plan, groups_per_batch=groups)
+    return plan._replace(groups_per_batch=groups)
 
 
 def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None) -> Plan:

@@ -479,7 +479,7 @@ class _Probes:
             for member in changed:
                 ids = others[member].token_ids
                 moved = ((token + offset) % size for token in ids[n_prefix:])
-                others[member] = replace(others[member], token_ids=(*ids[:n_prefix], *moved))
+                others[member] = others[member]._replace(token_ids=(*ids[:n_prefix], *moved))
             row = pack(others, range(len(others)), engine.device)
             if torch.equal(row.packing.segments, layout):  # equal tokens would belong to what all share
                 return row

@@ -177,7 +177,7 @@ class Template(Shown):
         if not source:
             raise InputError(f"the tokenizer of {bound.model} has no chat template; {_WITHOUT_CHAT}")
         text = str(source.get("default", "") if isinstance(source, dict) else source)  # some have several, by name
-        in_parts = replace(bound, takes_parts=True)
+        in_parts = bound._replace(takes_parts=True)
         if _MARK not in (bound.conversation(_MARK) or "") and _MARK in (in_parts.conversation(_MARK) or ""):
             bound = in_parts
         # The word alone may stand in the source for something else.
@@ -186,17 +186,17 @@ class Template(Shown):
         }
         switches = tuple(name for name, (off, on) in renderings.items() if None not in (off, on) and off != on)
         listed = (block for block in THINK_BLOCKS if block.opener in text or block.closer in text)
-        bound = replace(bound, known_block=bound._written_block() or next(listed, None), switches=switches)
+        bound = bound._replace(known_block=bound._written_block() or next(listed, None), switches=switches)
         if self.thinking == "closed" and bound.known_block is None and not switches:
             raise InputError(f"the chat template of {bound.model} has no think block to close; leave --thinking out")
         # Where the template neither opens a block nor writes one, the model may not think at all: nothing is closed.
         if self.thinking is None and (
             switches or bound._closed(bound._messages("?"), bound.conversation("?") or "") is not None
         ):
-            bound = replace(bound, template=replace(self, thinking="closed"))
+            bound = bound._replace(template=replace(self, thinking="closed"))
         # Under two clocks: a template may ask for the date and not write it under these settings.
         written = {bound.conversation("?", chat_template=_CLOCK.format(year) + text) for year in (1999, 2000)}
-        return replace(bound, note=_DATED if len(written) > 1 else None)
+        return bound._replace(note=_DATED if len(written) > 1 else None)
 
     def render(self, query: str, tokenizer: Any) -> str:
         """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
@@ -208,8 +208,7 @@ class Template(Shown):
         return {"template": str(self), "system": self.system, "fold_system": self.folds_system, **answer}
 
 
-@dataclass(frozen=True, slots=True)
-class BoundTemplate:
+class BoundTemplate(NamedTuple):
     """A template with the tokenizer that encodes its prompts."""
 
     template: Template

@@ -175,14 +175,14 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
         asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
     )
     if config.control_tokens is None:
-        work = replace(work, answers=n_answers + n_controls)
+        work = work._replace(answers=n_answers + n_controls)
     else:
-        work = replace(work, short_answers=(n_controls, config.control_tokens))
+        work = work._replace(short_answers=(n_controls, config.control_tokens))
     # Unablated answers, steps of the search (the first with all scores; screened, these follow), groups on the search
     # half and on the test half, and the end.
     forecasts = 0 if not config.screen else 1 if config.screen_once else config.size
     rounds = 4 + config.size + forecasts + config.screen + config.needed_controls
-    return replace(work, prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)), rounds=rounds)
+    return work._replace(prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)), rounds=rounds)
 
 
 def shortened(config: AuditConfig) -> list[str]:

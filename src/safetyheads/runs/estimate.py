@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,7 @@ _TIMED_TOKENS = 4
 _TIMED_ROWS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a run computes at most."""
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -169,7 +168,7 @@ def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Pl
     """
     begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
     start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
-    timed = replace(layout, rows=layout.rows[:1])
+    timed = layout._replace(rows=layout.rows[:1])
     captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
     groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
     seconds = []
@@ -281,5 +280,5 @@ class Machine:
         notes = [work.note, f"Counted for {self.name} at {rated}, not measured."]
         notes += [f"Weights take {weights:.1f} GB on {self.count} x {self.device.memory:g} GB."]
         notes += [f"{offloaded:.1f} GB of them lie in the host's memory and move with each batch."] * (offloaded > 0)
-        work, captures = replace(work, note=" ".join(filter(None, notes))), captures_line(engine, sequences, layout)
+        work, captures = work._replace(note=" ".join(filter(None, notes))), captures_line(engine, sequences, layout)
         return Estimate(work, len(engine.heads), pass_seconds, mean * token, step / n_rows, memory, captures)

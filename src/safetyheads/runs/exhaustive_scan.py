@@ -85,7 +85,7 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
     beside = bool(config.groups or config.pairs or config.prefixes or config.query_level)
     rounds = 2 + max(1, (len(asked) > 1) + measured) + beside
     work = Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
-    return replace(work, rounds=rounds)
+    return work._replace(rounds=rounds)
 
 
 # Stages.

@@ -300,7 +300,7 @@ class Run(Generic[Config]):
 
         fields = {
             **self._about[name],
-            "sequences": content_key({"all": [asdict(sequence) for sequence in sequences]}),
+            "sequences": content_key({"all": [sequence._asdict() for sequence in sequences]}),
             "ablation": asdict(ablation),
             "openers": list(openers),
             "common": format_heads(common),
@@ -401,7 +401,7 @@ class Run(Generic[Config]):
             return answer_sequences(self.engine, prompts, positions)
 
         def compute() -> list[dict[str, Any]]:
-            return [asdict(sequence) for sequence in answer_sequences(self.engine, prompts, positions)]
+            return [sequence._asdict() for sequence in answer_sequences(self.engine, prompts, positions)]
 
         fields = {**self._about[name], "tokens": self.asked[name].sha256, "positions": positions}
         records = self.directory.records(f"sequences-{name}", fields, compute)
