@@ -58,7 +58,7 @@ def verdict(group, **vanilla):
 def last(freed):
     """An outcome that frees the last prompts, where the unablated model complies with the first."""
     change = outcome()
-    return replace(change, answers={**change.answers, "harmful_test": answered([at >= N - freed for at in range(N)])})
+    return change._replace(answers={**change.answers, "harmful_test": answered([at >= N - freed for at in range(N)])})
 
 
 # From 2 of 50, five freed have p 0.0625 and six 0.03125.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,7 +111,7 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
             drawn = random_groups(group, [heads] * layers, 39)
             random = {format_heads(control): at % 5 for at, control in enumerate(drawn.groups)}
             effect = outcome(group, (counts[0] + 1, counts[0], counts[1], counts[1]), random, n, name)
-            outcomes.append(replace(effect, drawn=drawn))
+            outcomes.append(effect._replace(drawn=drawn))
     top = [str(head) for head in tables[LEAD].top(10)]
     alone = [answered(round(0.25 * n) if head in strong else 2, n, group=head) for head in top]
     spread = torch.linspace(0.5, 1.5, n)[:, None, None]
