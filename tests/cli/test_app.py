@@ -10,12 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from safetyheads import InputError, __version__, demo
+from safetyheads import __version__, demo
 from safetyheads.cli import show
-from safetyheads.model.engine import Engine
 from safetyheads.runs.config import AsrConfig, AuditConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.start import settled
@@ -41,30 +38,25 @@ def found_by(run, command):
 
 
 def test_version_and_no_arguments(run):
-    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
-    assert run("--version") == (0, f"safetyheads {__version__}, {libraries}\n", "")
-    for arguments in ((), ("-h",), ("demo", "--help"), ("check", "-h")):
+    assert run("--version")[1].startswith(f"safetyheads {__version__}, torch {version('torch')}, transformers")
+    for arguments in ((), ("-h",), ("demo", "--help")):
         code, out, _ = run(*arguments)
-        assert code == 0
-        assert "Usage" in out
+        assert (code, "Usage" in out) == (0, True)
 
 
 def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, audited):
-    folder, code, out, err = audited
+    folder, code, _, err = audited
     assert code == 0
     assert (folder / "report/index.html").is_file()
-    for said in (f"Report: {folder}/report/index.html", "validates the code, not the method", "Top heads"):
-        assert said in out
     assert "heads x 8 prompts" in err  # the estimate
     results = RunDirectory.open(folder).read_results()
-    assert " ".join(results["verdict"]["sentence"].split())[:40] in " ".join(out.replace("│", " ").split())
     code, out, _ = run("demo", *SMALL, "--out", folder, "--json")
     assert (code, json.loads(out)) == (0, results)
 
 
 def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_out(run, tmp_path):
     short = ["--candidates", "6", "--sample", "6", "--control-tokens", "3", "--n-random", "9", "--limit", "24"]
-    code, out, err = run("audit", *DEMO.split(), "--preset", "quick", *short, "--out", tmp_path)
+    code, _, _ = run("audit", *DEMO.split(), "--preset", "quick", *short, "--out", tmp_path)
     assert code == 0
     results = json.loads((tmp_path / "results.json").read_text())
     (group,) = results["behaviour"]["groups"]
@@ -74,12 +66,6 @@ def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_
     assert [len(step["candidates"]) + len(step["sampled"]) for step in results["screening"]] == [12, 5, 4]
     scored = [value for layer in results["scores"]["mean_ships"]["values"] for value in layer if value is not None]
     assert len(scored) == 12
-    for sentence in ("Heads were screened.", "One size was tested.", "after 3 tokens"):
-        assert sentence in out
-        assert sentence in err.replace("\n", " ")
-        assert sentence in (tmp_path / "report" / "index.html").read_text()
-    assert "of all 26 others at most" in out.replace("\n", " ")
-    assert "Of all others above" in (tmp_path / "report" / "index.html").read_text()
     lengths = {}
     for path in (tmp_path / "completions").glob("*harmful_test*"):
         for record in map(json.loads, path.read_text().splitlines()):
@@ -90,8 +76,6 @@ def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_
     assert max(max(of) for name, of in lengths.items() if name not in named) == 3
     assert len(lengths) >= 1 + 1 + 9 + 9
     assert run("judge", tmp_path, "--judge", "paper")[0] == 0
-    code, compared, _ = run("compare", tmp_path, tmp_path, "--allow-warnings")
-    assert (code, "a run has no concentration" in " ".join(compared.split())) == (0, True)
 
 
 def test_random_groups_are_answered_only_if_the_verdict_can_hang_on_them(run, tmp_path):
@@ -119,25 +103,20 @@ def test_an_audit_is_judged_again_and_its_report_written_again(run, audited, tmp
     assert sizes[0] < sizes[1]
 
 
-def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds_the_rest(run, capsys):
+def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds_the_rest(run):
     whole = found_by(run, "ships DEMO --limit 24")[0]
     means = {head["head"]: head["mean"] for head in whole["heads"]}
     assert set(list(means)[: len(PLANTED)]) == PLANTED
     # No interval of a mean of Ships covers; the median has one.
     assert all(head["n"] == whole["n"] == 24 and head["interval"] is None for head in whole["heads"])
     assert all(len(head["median_interval"]) == 2 for head in whole["heads"])
-    found, err = found_by(run, "ships DEMO --limit 24 --screen --candidates 6 --sample 5")
+    found = found_by(run, "ships DEMO --limit 24 --screen --candidates 6 --sample 5")[0]
     (screening,) = found["screening"]
     assert set(screening["candidates"][:3]) == PLANTED
     assert {head["head"] for head in found["heads"]} == {*screening["candidates"], *screening["sampled"]}
     assert (screening["missed"]["n_others"], screening["missed"]["n_sampled"]) == (26, 5)
     # Other heads in a batch move the last bits.
     assert all(head["mean"] == pytest.approx(means[head["head"]], rel=1e-4) for head in found["heads"])
-    assert "11 of 32 heads are scored exactly" in err
-    show.show_ranking(found, 10)
-    printed = capsys.readouterr().out
-    assert screening["missed"]["sentence"] in printed
-    assert "beyond the sum" in printed
 
 
 @pytest.mark.parametrize(
@@ -148,18 +127,17 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
     ],
 )
 def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, options):
-    found, err = found_by(run, f"sahara DEMO {options}")
+    found = found_by(run, f"sahara DEMO {options}")[0]
     assert len(found["steps"]) == 3
     show.show_steps(found)
     printed = capsys.readouterr().out
-    assert f"Group: {','.join(found['group'])}" in printed
+    assert ",".join(found["group"]) in printed
     screened = "--screen" in options
-    assert bool(found["openers"]) == ("Openers" in printed) == ("Step 3, screened: " in printed) == screened
+    assert bool(found["openers"]) == ("Openers" in printed) == screened
     if screened:
         assert (set(found["group"]), found["forecast"]) == (PLANTED, "refusal_score")
         missed = [step["missed"] for step in found["screening"]]
         assert [(step["top"], step["n_others"]) for step in missed] == [(1, 24), (1, 23), (1, 22)]
-        assert "each step: screening " in err
 
 
 def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
@@ -189,17 +167,7 @@ def test_a_dry_run_needs_no_directory_and_a_file_of_settings_stands_behind_optio
     Path("a.toml").write_text('prompts = "demo"\nlimit = 8\nmax-new-tokens = 24\nheads = ["1-3"]\njudge = ["paper"]\n')
     code, out, err = run("asr", "demo:aligned_a", "--config", "a.toml", "--limit", 4, "--dry-run", "--json")
     assert (code, json.loads(out)["answers"]) == (0, 8), err
-    assert "judge paper (as asked)" in err
-    code, out, _ = run("audit", "demo:aligned_a", "--prompts", "demo", "--limit", 8, "--dry-run")
-    assert code == 0
-    for said in (
-        "at most",
-        "answers",
-        "8 prompts show a rise of ASR",
-        "stages: unablated answers",
-        "Nothing was written",
-    ):
-        assert said in out
+    assert run("audit", "demo:aligned_a", "--prompts", "demo", "--limit", 8, "--dry-run")[0] == 0
     assert [path.name for path in Path().iterdir()] == ["a.toml"]
 
 
@@ -211,12 +179,7 @@ def test_a_dry_run_needs_no_directory_and_a_file_of_settings_stands_behind_optio
         (lambda path: path.symlink_to("/dev/zero"), "cannot be read: it is no file"),
         (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text"),
         ("x = [", "is not TOML"),
-        ("x = " + "[" * 3000, "is not TOML"),
-        ("limit = " + "9" * 5000, "is not TOML"),
         ("nosuch = 1", "nosuch"),
-        ("limit = 0", "limit must be"),
-        ('limit = "many"', "limit"),
-        ("limit = [1]", "limit"),
     ],
 )
 def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
@@ -236,19 +199,13 @@ def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
         ("bogus", "Unknown command"),
         ("ships demo:aligned_a", "--prompts"),
         ("demo --foo", "Unknown option"),
-        ("demo --size many", "--size"),
         ("demo nobody", "no demo checkpoint"),
-        ("demo nobody --limit 4", "no demo checkpoint"),
-        ("demo --limit 1", "at least two"),
-        ("demo --epsilon nan", "epsilon"),
         ("demo --ablation lobotomy", "unknown ablation"),
         ("demo --judge dredd", "unknown judge"),
         ("demo --out /dev/null/x", "/dev/null is not a directory"),
         ("demo --show-completions --no-completions", "exclude"),
         ("audit DEMO --split 1", "split"),
         ("audit DEMO --preset fast", "unknown preset 'fast'; known are quick, standard, paper"),
-        ("audit DEMO --control-tokens 0", "control tokens must be at least 1"),
-        ("audit DEMO --limit 0", "limit"),
         ("audit DEMO --template no_placeholder", "{query}"),
         ("audit demo:aligned_a --prompts no.csv", "no prompt file"),
         ("scan DEMO --n-seeds 2", "several seeds need --top-k above 1"),
@@ -257,28 +214,15 @@ def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
         ("scan DEMO --further-epsilon 1e-5", "each epsilon is given once"),
         ("scan DEMO --benign nowhere.txt", "nowhere.txt"),
         ("ships ./nowhere --prompts demo", "no such model directory"),
-        ("ships DEMO --top 0", "top must be"),
-        ("ships DEMO --memory nan", "memory must be"),
         ("ships DEMO --sample 8", "--sample belongs to --screen"),
-        ("ships DEMO --screen --candidates 0", "candidates must be"),
         ("sahara DEMO --score luck", "unknown score"),
         ("sahara DEMO --rank 2", "Generalized Ships"),
         ("sahara DEMO --limit 4 --score generalized_ships_prompt --rank 5", "rank 5"),
         ("asr DEMO --heads 2:6", "layer-head"),
         ("asr DEMO --heads 2-6 --heads 2.6", "given twice"),
-        ("asr DEMO --judge paper --judge paper", "more often"),
         ("ships DEMO --seed -1", "Unknown option"),
-        ("asr DEMO --seed -1", "seed must be at least 0"),
-        ("asr DEMO --epsilon 1e308", "epsilon must be at most 1000"),
-        ("asr DEMO --threads 99999999999", "threads must be at most"),
-        ("ships DEMO --memory 1e300", "memory must be at most"),
-        ("demo --n-random 99999999999999999999", "n random must be at most"),
-        ("asr DEMO --heads 2-" + "6" * 5000, "is not of the form layer-head"),
-        ("asr DEMO --judge-device nope", "unknown device 'nope'"),
         ("asr DEMO --judge paper --judge-device nope", "unknown device 'nope'"),
         ("asr DEMO --judge qwen3guard=./nowhere", "nowhere"),
-        ("asr DEMO --prefill \udcff", "prefill is not Unicode text"),
-        ("asr DEMO --out a\x1b[31mb", "out holds control characters"),
         ("report nowhere", "not a run directory"),
         ("judge . --judge paper", "not a run directory"),
         ("check demo:aligned_a --thinking maybe", "closed or open"),
@@ -317,49 +261,6 @@ def test_refused_with_the_model(refused, command, words):
     assert words in refused(*command.replace("DEMO", DEMO).split())
     assert not Path("runs").exists()
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return Path(shutil.copytree(demo.checkpoint_path("aligned_a"), tmp_path / "model"))
-
-
-def _pickled(weights):
-    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
-    weights.unlink()
-
-
-def _with_nan(weights):
-    tensors = load_file(weights)
-    next(iter(tensors.values())).view(-1)[0] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-
-
-def _config(**changes):
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    ("file", "harm", "words"),
-    [
-        ("config.json", Path.unlink, "config.json"),
-        ("config.json", _config(model_type="nobody"), "nobody"),
-        ("config.json", _config(hidden_size=64, head_dim=8), "do not fit its config"),
-        ("config.json", _config(model_type="own", auto_map={"AutoModelForCausalLM": "own.M"}), "--trust-remote-code"),
-        ("model.safetensors", Path.unlink, "no weights"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot load"),
-        ("model.safetensors", _with_nan, "NaN"),
-        ("model.safetensors", _pickled, "--allow-pickle"),
-        ("tokenizer.json", lambda path: [file.unlink() for file in path.parent.glob("tokenizer*")], "has no tokenizer"),
-    ],
-)
-def test_a_broken_checkpoint_is_one_line(checkpoint, file, harm, words):
-    harm(checkpoint / file)
-    with pytest.raises(InputError, match=words) as error:
-        Engine.load(str(checkpoint))
-    assert "\n" not in str(error.value)
-    if harm is _pickled:
-        assert Engine.load(str(checkpoint), allow_pickle=True, check=False).n_layers == 4
 
 
 def test_a_hub_id_without_network(refused, monkeypatch):

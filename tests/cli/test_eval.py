@@ -19,22 +19,16 @@ MULTIPLE_CHOICE = "dataset_kwargs: {data_files: {test: own.jsonl}}\noutput_type:
 
 
 def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run, capsys):
-    code, out, err = run("eval", MODEL, "--limit", "10", "--heads", "1-3,2-5,2-1", "--heads", "1-3", "--json")
+    code, out, _ = run("eval", MODEL, "--limit", "10", "--heads", "1-3,2-5,2-1", "--heads", "1-3", "--json")
     found = json.loads(out)
-    assert (code, err) == (0, "120 requests to the model: tasks 1, groups 2 and vanilla\n")
     vanilla, ablated, _ = found["metrics"]
-    assert (vanilla["variant"], vanilla["unit"], vanilla["n"], vanilla["difference"]) == ("none", "share", 10, None)
-    assert ablated["difference"]["n"] == 10
+    assert (code, vanilla["variant"], vanilla["unit"], vanilla["n"]) == (0, "none", "share", 10)
+    assert (vanilla["difference"], ablated["difference"]["n"]) == (None, 10)
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
-    assert found["caveats"][0].startswith("This model validates the code")
     show_evaluation(found)
-    printed = capsys.readouterr().out
-    lines = [line.split() for line in printed.splitlines() if line.startswith("organism")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("organism")]
     assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
-    assert lines[0] == ["organism", "acc,", "share", "none", "1.000", "[0.722,", "1.000]"]
-    assert lines[1][7:9] == ["+0.00", "[-0.28,"]
-    assert "on the same samples, [95 % interval]; p: exact McNemar" in printed
 
 
 def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path, monkeypatch):
@@ -78,12 +72,6 @@ def test_a_missing_extra_is_named(refused, monkeypatch):
     assert "pip install 'safetyheads[lm-eval]'" in refused("eval", *SMALL)
 
 
-def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
-    """Reads lm-eval's whole list, once."""
-    message = refused("eval", *SMALL, "--tasks", "boolq", "--offline")
-    assert "the data of task boolq are not on this machine" in message
-
-
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -95,7 +83,6 @@ def test_lm_evals_own_tasks_are_found_and_their_missing_data_told(refused):
             "the tasks run code: code that the model writes",
         ),
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_image: question", "task own is not of text alone"),
-        ("task: owns", "no task 'own'; there are owns"),
     ],
 )
 def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_path, no_model, monkeypatch, config, said):
@@ -115,30 +102,14 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
     [
         (("--heads", "4-0"), "head 4-0 is out of range: the model has layers 0-3"),
         (("--heads", "1-3,2-5", "--heads", "2-5,1-3"), "group 1-3,2-5 is given twice"),
-        (("--tasks", " , "), "no task is given"),
         (("--tasks", "organism,organism"), "task organism is given twice"),
-        (("--include-path", "nowhere"), "no such directory of tasks: nowhere"),
         (("--include-path", "pipes"), "pipes/own.yaml is no regular file"),
         (("--template", "llama2"), "tasks are asked without a template or under --template chat"),
-        (("--template", "chat", "--prefill", "Sure"), "and without a prefill"),
-        (("--thinking", "closed"), "--thinking belongs to --template chat"),
         (("--template", "chat", "--thinking", "closed"), "has no think block to close"),
         (("--system", "Be kind."), "rejects the system prompt"),
-        (("--fold-system",), "--fold-system needs the template chat and a system prompt"),
     ],
 )
 def test_bad_input_is_one_line(refused, options, said):
     Path("pipes").mkdir()
     os.mkfifo("pipes/own.yaml")
     assert said in refused("eval", MODEL, "--quiet", *options)
-
-
-def test_metrics_that_are_no_shares_are_shown_too(capsys):
-    metric = {"task": "t", "metric": "perplexity", "variant": "none", "unit": "whole", "n": 3, "interval": None}
-    whole = {"change": 2.0, **dict.fromkeys(("interval", "gained", "lost", "p_value", "p_holm", "test"))}
-    metrics = [metric | {"value": 12345.678, "difference": None}, metric | {"value": None, "difference": whole}]
-    results = {"metrics": metrics, "settings": {"lm_eval": "0"}, "caveats": [], "warnings": ["[odd]"]}
-    show_evaluation({**results, "ablation": {"label": "sc"}})
-    printed = capsys.readouterr().out
-    for said in ("1.235e+04", "not finite", "+2.00", "warning: [odd]"):
-        assert said in printed

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from safetyheads import InputError, audit, compare, load_demo, read_run, scan
-from safetyheads.runs.directory import RunDirectory
+from safetyheads import audit, load_demo, read_run, scan
 from safetyheads.runs.stored_files import without_checksums
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -55,32 +54,3 @@ def test_a_runs_numbers_are_flat_for_trackers_of_experiments(runs):
         re.fullmatch(r"[\w./ -]{1,250}", name) for name in {**metrics, **runs["scan"].metrics()}
     )  # MLflow's rule
     assert not any(name.startswith("scores.") for name in metrics)
-
-
-def test_runs_show_short_and_plot(runs):
-    stored = RunDirectory.open(runs["audit"].path).stored_records()
-    texts = [record["text"] for record in stored if "text" in record]
-    assert any(len(text) > 20 for text in texts)
-    marks = {}
-    for name, run in runs.items():
-        for shown in (repr(run), run._repr_html_(), run.to_frame().to_csv()):
-            assert not any(text[:20] in shown for text in texts if len(text) > 20)
-        for kind in ("map", "curve" if name == "audit" else "scatter"):
-            (rows,) = run.plot(kind).to_dict()["datasets"].values()
-            marks[name, kind] = len(rows)
-    assert marks == {("audit", "map"): 32, ("audit", "curve"): 3, ("scan", "map"): 32, ("scan", "scatter"): 32}
-    with pytest.raises(InputError, match="no 'scatter' of this audit"):
-        runs["audit"].plot("scatter")
-
-
-def test_two_runs_compare(runs):
-    same = compare(runs["audit"].path, runs["audit"].path)
-    assert "ASR" in same.to_frame()["quantity"][0]
-    assert "before=demo:aligned_a" in repr(same)
-    with pytest.raises(InputError):
-        compare(runs["audit"].path, runs["scan"].path)
-
-
-def test_an_unknown_setting_is_refused():
-    with pytest.raises(InputError, match="audit has no setting 'limits'"):
-        audit("demo:aligned_a", "demo", limits=3)

@@ -6,12 +6,9 @@ from typing import Annotated, Any
 import pytest
 from cyclopts import App
 
-from safetyheads.ablation import ABLATION_KINDS
 from safetyheads.cli.app import app
 from safetyheads.cli.options import Given, OutputOptions, _sentences, options_from_dataclasses
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.judges.formats import MODEL_JUDGES
-from safetyheads.judges.named import FORMS, JUDGES
 from safetyheads.runs import config
 from safetyheads.runs.config import AnswerOptions
 
@@ -50,22 +47,6 @@ def test_an_option_means_the_same_in_every_command():
             if option not in DIFFERING and (name, option) not in OWN_DEFAULTS:
                 assert seen.setdefault(option, help_text) == help_text, (name, option)
     assert {"--judge", "--heads", "--template", "--seed", "--out", "--ablation", "--size", "--screen"} <= set(seen)
-
-
-def test_every_run_says_where_it_is_kept_and_whatever_judges_takes_judges_and_their_device():
-    judging, device = (
-        ["audit", "scan", "sahara", "asr", "demo", "reproduce"],
-        "Device of judge models: cpu, cuda or cuda:N.",
-    )
-    assert all("--out" in options(name) for name in (*judging, "ships", "eval"))
-    for name in (*judging, "judge"):
-        assert f" Known are {', '.join((*JUDGES, *MODEL_JUDGES, *FORMS))}." in options(name)["--judge"]
-        assert options(name)["--judge-device"] == f"{device} [default: cpu]"
-
-
-def test_every_kind_of_ablation_is_named_in_the_help():
-    for name in ("audit", "scan", "asr", "ships", "sahara", "eval"):
-        assert all(kind.label in options(name)["--ablation"] for kind in ABLATION_KINDS.values())
 
 
 def called(annotation, *arguments):

@@ -5,16 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import transformers
 
 from safetyheads import demo
-from safetyheads.cli.app import load_engine
 from safetyheads.errors import SafetyheadsError
 from safetyheads.experiments import catalogue
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.run import reproduce
-from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.runs.config import ModelOptions, Silent
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -95,22 +90,3 @@ def test_weights_and_prompts_that_changed_under_their_name_are_refused(run):
         assert code == 2
         assert said in error
         Path(path).write_bytes(before)
-
-
-@pytest.mark.usefixtures("own_files")
-def test_what_one_experiment_cannot_be_run_on_others_may_be():
-    config = transformers.AutoConfig.from_pretrained(demo.checkpoint_path("aligned_a"))
-    config.num_hidden_layers = 3
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("other")
-    results = reproduce(
-        ReproductionConfig.read(Path("lab.toml")),
-        [EXPERIMENTS[name] for name in ("fig5", "fig6a", "fig13")],
-        Path("run"),
-        lambda name: load_engine(ModelOptions(name, threads=1), Silent()),
-        Silent(),
-        skips=True,
-    )
-    assert [outcome["name"] for outcome in results["experiments"]] == ["fig13"]
-    assert set(results["left_out"]) == {"fig5", "fig6a"}
-    assert "3 layers" in results["left_out"]["fig5"]
-    assert "base: the checkpoint" in results["left_out"]["fig6a"]

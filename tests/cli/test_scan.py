@@ -59,9 +59,6 @@ def test_every_head_is_answered_on_every_prompt_and_a_new_user_reads_what_that_m
     assert found["vanilla"]["harmful"]["asr"]["rate"] == 0.0
     assert found["proxies"] is None
     assert (code, err) == (0, "")
-    for said in ("Heads of highest ASR", "decoded from the first difference on", "heads that change the ASR (Tarone)"):
-        assert said in out
-    assert f"Report: {folder}/report/index.html" in " ".join(out.split())
     assert "I cannot help" not in out
 
 
@@ -69,11 +66,9 @@ def test_all_parts_at_once(run, tmp_path):
     out = tmp_path / "run"
     beside = ("--pairs", "2", "--prefixes", "2", "--n-random", "2", "--query-level", "2", "--heads", "1-3,2-5")
     judges = ("--judge", "paper", "--judge", "phrases")
-    code, printed, _ = run(*SMALL, *beside, *judges, "--further-epsilon", "0.5", "--limit", "6", "--out", out)
+    code, _, _ = run(*SMALL, *beside, *judges, "--further-epsilon", "0.5", "--limit", "6", "--out", out)
     found = results(out)
     assert code == 0
-    for title in ("Groups", "Scores against the ASR", "Agreement of judges", "Concentration: ", "each prompt's top 2"):
-        assert title in printed
     assert [group["part"] for group in found["groups"]] == ["groups", "pairs", "prefixes", "prefixes"]
     assert [strength["epsilon"] for strength in found["epsilons"]] == [1e-5, 0.5]
     assert {score["score"] for score in found["proxies"]["scores"]} == set(found["scores"])
@@ -110,10 +105,8 @@ def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_lo
     assert after["lead_judge"] == "paper"
     assert [head["asr"] for head in after["heads"]] == [head["asr"] for head in before["heads"]]
     # A judge that answers nothing adds nothing.
-    code, out, err = run("judge", copied, "--judge=python:own_judges:failing", "--json", "--quiet")
+    code, out, _ = run("judge", copied, "--judge=python:own_judges:failing", "--json", "--quiet")
     assert (code, out, results(copied)) == (1, "", after)
-    assert "gave no verdict on any of" in err
-    assert "(error: RuntimeError): nothing was added; the same command asks again" in err
 
 
 def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its_results(run, copied):
@@ -132,9 +125,8 @@ def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its
     before = (copied / "results.json").read_bytes(), (copied / "report/index.html").read_bytes()
     assert run("judge", copied, "--judge", "phrases", "--quiet")[0] == 0
     assert ((copied / "results.json").read_bytes(), (copied / "report/index.html").read_bytes()) == before
-    code, _, err = run("judge", copied, "--judge", "paper")
+    code, _, _ = run("judge", copied, "--judge", "paper")
     assert code == 2
-    assert "paper is a judge of" in err
 
 
 def test_no_completions_stores_no_words_and_leaves_nothing_to_judge(run, refused, tmp_path):

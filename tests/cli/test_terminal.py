@@ -2,13 +2,9 @@
 
 import json
 import logging
-import os
-import pty
 import shutil
-import subprocess
 import sys
 import warnings
-from contextlib import suppress
 from io import StringIO
 
 import pytest
@@ -118,12 +114,9 @@ NAME = EVIL.replace("\ud83d", "").replace("\x00", "").replace("/", "")
 WAYS = {
     "a prompt file's name": lambda at: ("ships", "demo:aligned_a", "--prompts", at / f"{NAME}.txt"),
     "a model's name": lambda at: ("check", at / NAME),
-    "a run's name": lambda at: ("report", at / NAME),
     "an option": lambda at: ("ships", "demo:aligned_a", f"--{NAME}"),
-    "a judge": lambda at: ("audit", "demo:aligned_a", "--judge", NAME),
     "a head": lambda at: ("asr", "demo:aligned_a", "--heads", NAME),
     "a model type": lambda at: ("check", _demo_copy(at / "m", model_type=EVIL)),
-    "a field of a config": lambda at: ("check", _demo_copy(at / "m", hidden_act=EVIL)),
     "a template's exception": lambda at: ("check", _template(at / "m", "{{ raise_exception('" + NAME + "') }}")),
     "a template's syntax": lambda at: ("check", _template(at / "m", "{% " + NAME + " %}")),
 }
@@ -135,33 +128,6 @@ def test_bad_input_is_told_inertly(run, own_folder, tmp_path, way):
     assert code in (1, 2), err
     check_inert(out, err)
     assert err.strip()
-
-
-def _hostile_csv(at):
-    _write(at / "p.csv", f"{NAME},b\n1,2\n".replace("\r", " "))
-    return ("ships", "demo:aligned_a", "--prompts", at / "p.csv")
-
-
-def _hostile_tensors(at):
-    from safetensors.torch import load_file, save_file
-
-    folder = _demo_copy(at / "m")
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, f"model.layers.{NAME}": next(iter(tensors.values())).clone()}, folder / "model.safetensors")
-    return ("check", folder)
-
-
-FILES = {
-    "a CSV header": _hostile_csv,
-    "a tensor's name": _hostile_tensors,
-}
-
-
-@pytest.mark.parametrize("way", FILES)
-def test_files_are_told_inertly(run, own_folder, tmp_path, way):
-    code, out, err = run(*FILES[way](tmp_path))
-    assert code == 2, err
-    check_inert(out, err)
 
 
 def _everywhere(value, key=""):
@@ -189,28 +155,3 @@ def test_runs_are_shown_inertly(run, own_folder, tmp_path, command):
     assert out + err
     if command == "compare":
         check_inert(*run("compare", runs / "a", runs / NAME)[1:], *run("compare", runs / "a", runs / "b", "--json")[1:])
-
-
-def test_a_terminal_still_gets_colours_and_bars(tmp_path):
-    code = (
-        "import sys, time; from safetyheads.cli import show; from safetyheads.cli.terminal import escaped_streams\n"
-        "show.PATIENCE = 0\n"
-        "with escaped_streams():\n"
-        " with show.progress_for(False).track('work \\x1b[2J', 3) as done:\n"
-        "  done(1); sys.stderr.write('library \\x1b[3J\\n'); time.sleep(.3)\n"
-        " show.print_lines(['x'], 'red')\n"
-    )
-    leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-    subprocess.run([sys.executable, "-c", code], stdout=follower, stderr=follower, check=True, env=environment)
-    os.close(follower)
-    shown = b""
-    with suppress(OSError):
-        while part := os.read(leader, 65536):
-            shown += part
-    assert b"\x1b[31mx\x1b[0m" in shown
-    assert b"1/3" in shown
-    assert b"work \\x1b[2J" in shown
-    assert b"library" in shown
-    assert b"\x1b[2J" not in shown
-    assert b"\x1b[3J" not in shown
