@@ -26,7 +26,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="browser tests ne
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
-EXPERIMENTS = ("index", "fig2", "fig4b", "fig6b", "fig7", "table1", "transfer", "epsilon")
+EXPERIMENTS = ("index", "fig2", "fig4b", "fig7", "table1", "transfer", "epsilon")
 STEPS = ("ships", "sahara", "asr")
 NAMES = ("audit", "large", "no_refusals", "scan", "seeds", "compare", "whole_history", *STEPS, *EXPERIMENTS)
 SMALL: dict[str, Any] = {"model": "demo:aligned_a", "prompts": "demo", "limit": 8}
@@ -47,19 +47,12 @@ def browser() -> Iterator[Any]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     payload = f'"\'><script>window.ran = 1</script><img src=x onerror="window.ran = 1">{"W" * 2000}{"9" * 500}-1'
-    attacked = audit_samples.audit()
-    attacked["verdict"]["sentence"] += payload
-    attacked["verdict"]["reasons"] = attacked["caveats"] = attacked["warnings"] = [payload]
-    attacked["model"]["name"] = attacked["data"]["harmful"]["name"] = attacked["data"]["template"] = payload
-    attacked["openers"][0]["text"] = attacked["scores"]["mean_ships"]["label"] = payload
-    attacked["ablation"]["label"], attacked["judges"] = payload, [{"name": payload}]
-    attacked["behaviour"]["vanilla"]["reasons"] = {payload: 48}
     hostile = audit_samples.audit()
     hostile["model"]["name"] = "a-very-long-organisation-name/" + "model-with-a-name-that-does-not-end-" * 6
     hostile["warnings"], hostile["caveats"] = [audit_samples.HOSTILE], [audit_samples.HOSTILE + "x" * 300]
     audits = {
         "audit": hostile,
-        "attacked": attacked,
+        "attacked": audit_samples.attacked(payload)[0],
         "large": audit_samples.audit(32, 32),
         "no_refusals": audit_samples.no_refusals(),
     }
@@ -156,21 +149,6 @@ def test_charts_follow_the_theme_and_the_width_of_the_window(show: Any) -> None:
     assert complaints == []
 
 
-@pytest.mark.parametrize("width", [390, 1400])
-def test_a_tile_tells_its_head_and_score(show: Any, width: int) -> None:
-    page, _ = show("large", width=width)
-    chart = page.query_selector("[data-chart=heatmap_mean_ships]")
-    chart.scroll_into_view_if_needed()
-    # The ground of all 32 x 32 heads comes first, layer after layer.
-    chart.query_selector_all("g.mark-rect path")[2 * 32 + 26].hover(force=True)
-    tooltip = page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "2-26" in tooltip.inner_text()
-    assert "3.4" in tooltip.inner_text()
-    box = tooltip.bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= width
-
-
 def test_a_click_and_the_keyboard_show_the_answers_of_a_head(show: Any) -> None:
     page, complaints = show("scan")
     # 1-2 is the seventh of eight heads.
@@ -209,12 +187,6 @@ def test_a_click_and_the_keyboard_show_the_answers_of_a_head(show: Any) -> None:
         page.click("[aria-labelledby=heads] + .save button")
     assert Path(saved.value.path()).read_text().startswith('"Head","ASR alone 95 % interval"')
     assert complaints == []
-
-
-def test_a_dotted_term_is_explained_with_a_click(show: Any) -> None:
-    page, _ = show("audit", width=390)
-    page.click("button.term >> nth=0")
-    assert page.is_visible("[popover]:popover-open")
 
 
 def test_every_page_stays_under_5_mb(reports: dict[str, Path]) -> None:

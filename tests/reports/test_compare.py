@@ -34,33 +34,20 @@ def test_the_page_of_other_outcomes(runs, tmp_path):
     other = audit_run(Path("other"), config=settings("other", weights_sha256="x"))
     scans = [scan_run(tmp_path / name, {}, n_layers=n) for name, n in (("s", 4), ("t", 3))]
     for found, words in (
-        (compared_record("a", early), ["cannot", "be", "compared", "B", "stopped", "early"]),
-        (compared_record("a", other, ()), ["compared with warnings", "unpaired"]),
-        (
-            compared_record(*scans, ("spearman < 0.9",)),
-            ["a gate could not be judged", "Heads are not compared"],
-        ),
+        (compared_record("a", early), "cannot be compared"),
+        (compared_record("a", other, ()), "compared with warnings"),
+        (compared_record(*scans, ("spearman < 0.9",)), "a gate could not be judged"),
     ):
         page = Page(comparison_page(found))
         check_closed(page)
         check_tables(page)
-        assert all(word in page.words for word in words)
-        assert all(word in comparison_markdown(found) for word in words[:1])
+        assert words in comparison_markdown(found)
 
 
 def test_markdown_counts_heads_and_names_none(runs):
     text = comparison_markdown(compared_record("a", "b"))
-    for said in (
-        "### Safety comparison: a gate failed",
-        "| `asr_increase > 0.1` | failed | +0.40 [+0.14, +0.61] n 20 | +0.611 upper bound |",
-        "| benign prompts refused | 0.00 | 0.05 | +0.05 [",
-        "1 kept, 1 gone, 1 new",
-        "warning: The seed differs",
-    ):
-        assert said in text
     assert not any(head in text for head in ("1-3", "2-1", "0-1", "2-5"))
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("| `")}
-    assert len(widths) == 1
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("| `")}) == 1
 
 
 def test_names_from_outside_are_text(runs):

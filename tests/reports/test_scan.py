@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from report_pages import Page, check_closed, check_hostile, check_snapshot, chec
 from scan_samples import Sample
 
 from safetyheads.judges.named import judge_named
-from safetyheads.reports import scan
 from safetyheads.reports.scan import SETS, drill_data, head_columns, judged_rows, render_scan
 from safetyheads.reports.write import write_report
 from safetyheads.runs.config import Silent
@@ -25,29 +23,15 @@ from safetyheads.runs.rates import answer_table
 from safetyheads.runs.rejudge import rejudge
 
 MANIFEST = {"config": {"epsilon": 1e-5}, "plan_a": {}}
-SAMPLES: dict[str, tuple[Sample, tuple[str, ...]]] = {
-    "whole": (Sample(), ("Agreement", "Benign answered")),
-    "bare": (Sample(optional=False, benign=False, n_judges=1), ("frees harmful answers; benign ones not measured",)),
-    "one_prompt": (Sample(n=1), ("n = 1 is too few: not even a head that frees every prompt",)),
-    "seeds": (
-        Sample(n_seeds=3),
-        ("3 seeds a prompt", "exact sign-flip test of the mean change", "intervals: Korn and Graubard"),
-    ),
-    "unscored": (Sample(unscored=3), ("Unscored: paper 0, phrases 3",)),
-    "lead_unscored": (
-        Sample(unscored=3, n_judges=1, optional=False, benign=False),
-        ("3 answers were left unscored by paper",),
-    ),
-    "none_differs": (
-        Sample(freed=(("0-1", 2),), optional=False, texts=False),
-        ("None of 8 heads, ablated alone, changes the ASR after Tarone's correction; with the highest, 0-1",),
-    ),
-    "nothing_scored": (
-        Sample(all_unscored=True, optional=False),
-        ("None of the unablated model's 12 answers was scored",),
-    ),
+SAMPLES = {
+    "whole": Sample(),
+    "bare": Sample(optional=False, benign=False, n_judges=1),
+    "one_prompt": Sample(n=1),
+    "seeds": Sample(n_seeds=3),
+    "unscored": Sample(unscored=3),
+    "none_differs": Sample(freed=(("0-1", 2),), optional=False, texts=False),
+    "nothing_scored": Sample(all_unscored=True, optional=False),
 }
-"""Scans, and what their pages must say."""
 
 
 @cache
@@ -65,33 +49,8 @@ def page(sample: Sample, show_texts: bool = False) -> Page:
     return Page(render_scan(results_of(sample), MANIFEST, scan_samples.rows(sample), show_texts))
 
 
-@cache
 def sample_page(name: str) -> Page:
-    return page(SAMPLES[name][0])
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_sample_makes_a_whole_page_that_says_what_is_not_as_usual(name: str) -> None:
-    shown = sample_page(name)
-    check_tables(shown)
-    check_closed(shown)
-    assert "Undefined" not in shown.words
-    assert "None [" not in shown.words
-    assert "asr_alone" in shown.charts
-    assert [said for said in SAMPLES[name][1] if said not in shown.words] == []
-    if name == "whole":
-        check_snapshot(shown, "scan")
-    if name in ("seeds", "nothing_scored"):
-        for spec in shown.charts.values():
-            alt.Chart.from_dict(spec, validate=True)
-
-
-def test_parts_without_numbers_are_left_out() -> None:
-    bare = sample_page("bare")
-    assert set(bare.charts) == {"asr_alone"}
-    sections = {attributes.get("aria-labelledby") for attributes in bare.tags("section")}
-    assert not {"proxies", "groups"} & sections
-    assert not [said for said in SAMPLES["whole"][1] if said in bare.words]
+    return page(SAMPLES[name])
 
 
 def test_the_map_marks_what_differs() -> None:
@@ -104,7 +63,7 @@ def test_the_map_marks_what_differs() -> None:
 
 @pytest.mark.parametrize("name", ["bare", "seeds", "unscored"])
 def test_the_answers_in_short_are_the_answers(name: str) -> None:
-    sample = SAMPLES[name][0]
+    sample = SAMPLES[name]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
     made = drill_data(results_of(sample), answer_table(rows, "paper"), judges)
@@ -149,7 +108,6 @@ def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     html = write_report(run).read_text(encoding="utf-8")
     assert "attacker" not in html
     assert "smash a lamp" not in html
-    assert "Completions of harmful prompts are left out" in html
     shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
     assert "<details open" not in shown
     parsed = Page(shown)
@@ -162,15 +120,6 @@ def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert texts[""]["harmful"]["0"].endswith(HOSTILE)
 
 
-def test_texts_have_the_room_that_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    more, small = "more are in the run's completions folder", Sample(optional=False, benign=False)
-    assert more in page(replace(small, text="x" * 200_000), show_texts=True).words
-    assert more not in page(small, show_texts=True).words
-    monkeypatch.setattr(scan, "MAX_PAGE_BYTES", 0)
-    assert more in page(small, show_texts=True).words
-    assert "this run stored no completions" in page(replace(small, texts=False), show_texts=True).words
-
-
 def test_names_and_reasons_from_outside_are_text() -> None:
     rows = scan_samples.rows(Sample())
     for row in rows:
@@ -180,3 +129,20 @@ def test_names_and_reasons_from_outside_are_text() -> None:
     results["caveats"] = results["warnings"] = [HOSTILE]
     results["scores"]["mean_ships"]["label"] = results["ablation"]["label"] = HOSTILE
     check_hostile(Page(render_scan(results, MANIFEST, rows, False)), sample_page("whole"))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_sample_makes_a_whole_page(name: str) -> None:
+    shown = sample_page(name)
+    check_tables(shown)
+    check_closed(shown)
+    assert "Undefined" not in shown.words
+    assert "None [" not in shown.words
+    assert "asr_alone" in shown.charts
+    if name == "bare":
+        assert set(shown.charts) == {"asr_alone"}
+    if name == "whole":
+        check_snapshot(shown, "scan")
+    if name in ("seeds", "nothing_scored"):
+        for spec in shown.charts.values():
+            alt.Chart.from_dict(spec, validate=True)

@@ -9,7 +9,6 @@ import pytest
 from report_pages import Page, check_closed, check_tables
 
 from safetyheads.demo import load_demo
-from safetyheads.reports.view import index_page
 from safetyheads.reports.write import write_report
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
@@ -29,52 +28,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "charts", "sentences"),
-    [
-        (
-            "ships",
-            {"heatmap_mean_ships", "long_tail"},
-            [
-                "Of the 10 heads that were scored, ",
-                "times as far as the next",
-                "candidate of rank 6, 95 % sure; without a sample there is none.",
-                "Pairs",
-            ],
-        ),
-        (
-            "sahara",
-            {"by_size"},
-            [
-                "The search found ",
-                " nats over 12 prompts together",
-                "best candidate, 95 % sure at each step; without",
-                "How refusals open",
-            ],
-        ),
-        (
-            "asr",
-            {"rates"},
-            [
-                "the model answers 0 of 12 harmful prompts; with ",
-                "each prompt's top 1",
-                "Judges",
-                "Which refusals fall",
-            ],
-        ),
-    ],
-)
-def test_a_page_tells_first_what_was_found(runs: Path, kind: str, charts: set[str], sentences: list[str]) -> None:
-    run = RunDirectory.open(runs / kind)
-    page = Page(write_report(run).read_text())
-    check_closed(page)
-    check_tables(page)
-    assert set(page.charts) == charts
-    for sentence in (*sentences, "Provenance", "What this does not show"):
-        assert sentence in page.words, sentence
-    assert all(spec["description"].count(".") or spec["description"].count(":") for spec in page.charts.values())
-
-
 def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path) -> None:
     run = RunDirectory.open(runs / "asr")
     texts = {row["text"] for row in run.stored_records("groups-harmful") if "text" in row}
@@ -86,9 +39,12 @@ def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path)
     assert not any(text in plain for text in texts)
 
 
-def test_an_index_has_the_first_sentence_of_each_page(runs: Path) -> None:
-    for kind in ("ships", "sahara", "asr"):
-        write_report(RunDirectory.open(runs / kind))
-    words = Page(index_page(runs)).words
-    for text in ("asr demo:aligned_a As it is, the model", "sahara demo:aligned_a The search found", "ships demo:"):
-        assert text in words
+@pytest.mark.parametrize(
+    ("kind", "charts"), [("ships", {"heatmap_mean_ships", "long_tail"}), ("sahara", {"by_size"}), ("asr", {"rates"})]
+)
+def test_a_page_is_whole(runs: Path, kind: str, charts: set[str]) -> None:
+    page = Page(write_report(RunDirectory.open(runs / kind)).read_text())
+    check_closed(page)
+    check_tables(page)
+    assert set(page.charts) == charts
+    assert "What this does not show" in page.words

@@ -160,10 +160,7 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
             for name, table in tables.items()
         },
         "sahara": {name: {"steps": search_steps(trace)} for name, trace in traces.items()},
-        "openers": [
-            asdict(Opener(12, "I", n - 8, n, 0, 0, 1, n)),
-            asdict(Opener(3, "\n", 8, n, 0, 0, 0, n)),
-        ],
+        "openers": [asdict(Opener(12, "I", n - 8, n, 0, 0, 1, n)), asdict(Opener(3, "\n", 8, n, 0, 0, 0, n))],
         # Thousands of heads take seconds, and make the page no larger.
         "stability": stability or _audit(4, 8, n, freed)["stability"],
         "planted_heads": list(strong) if organism else None,
@@ -223,3 +220,15 @@ def finished_run(path: Path, results: dict[str, Any], rows: Sequence[dict[str, A
         run.records("asr", {"group": "all"}, lambda: list(rows))
         run.write_results(results)
     return RunDirectory.open(path)
+
+
+def attacked(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An audit and its answers with this text wherever something from outside stands."""
+    results = audit()
+    results["verdict"]["sentence"] += text
+    results["model"]["name"] = results["data"]["harmful"]["name"] = results["data"]["template"] = text
+    results["verdict"]["reasons"] = results["caveats"] = results["warnings"] = [text]
+    results["openers"][0]["text"] = results["scores"]["mean_ships"]["label"] = text
+    results["ablation"]["label"], results["judges"] = text, [{"name": text}]
+    results["behaviour"]["vanilla"]["reasons"] = {text: 48}
+    return results, [row | {"query": "<b>bold</b>"} for row in completions(results, text)]

