@@ -111,10 +111,8 @@ def another_prompts(token_ids, number, of_all):
 
 BAD = {
     "word salad": word_salad,
-    "one token repeated": lambda token_ids, number, of_all: token_ids[5:6] * 60,
     "another prompt's answer": another_prompts,
     "nothing": lambda token_ids, number, of_all: (),
-    "said twice": lambda token_ids, number, of_all: token_ids * 2,
 }
 
 

@@ -1,9 +1,6 @@
 """Kill a command at any moment and start it again: the same bytes. Damage a run: it is found, named and mended."""
 
-from contextlib import nullcontext
-
 import pytest
-import robustness
 from robustness import COMMANDS, DAMAGES, READING, Commands, finds_and_mends, survives, whole_run
 
 SHARES = (0.5, 1.0)
@@ -59,10 +56,3 @@ def test_all_damages_at_once_are_found_named_and_mended(commands, whole, tmp_pat
 @pytest.mark.parametrize("name", DAMAGES)
 def test_each_damage_is_found_named_and_mended(commands, whole, tmp_path, name):
     assert finds_and_mends(commands, whole("scan"), tmp_path / "run", name), commands.errors.read_text()[-2000:]
-
-
-def test_what_is_lost_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(robustness, "Commands", lambda _: nullcontext())
-    monkeypatch.setitem(robustness.COUNTERS, "kills", lambda *_: iter([("scan 0", True), ("scan 1", False)]))
-    assert robustness.main(["--only", "kills"]) == 1
-    assert capsys.readouterr().out == '{"counter": "kills", "tried": 2, "survived": 1, "lost": ["scan 1"]}\n'
