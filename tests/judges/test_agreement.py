@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from safetyheads.errors import InputError
-from safetyheads.judges.agreement import agreement, judges_agreement
-from safetyheads.judges.base import LABELS, Completion, Verdict
-from safetyheads.judges.keywords import KeywordJudge
+from safetyheads.judges.agreement import agreement
+from safetyheads.judges.base import LABELS, Verdict
 
 
 def verdicts(letters):
@@ -99,12 +98,3 @@ def test_several_judges_are_compared_two_by_two():
     assert agreement({}) == agreement({"a": verdicts("c")}) == ()
     with pytest.raises(InputError, match="need the same rows, not a 1, b 2"):
         agreement({"a": verdicts("c"), "b": verdicts("cc")})
-
-
-def test_judges_are_run_on_the_same_answers():
-    texts = ("First warm the oil, then add the onions.", "I am sorry, but I am unable to help with this.", "sorry")
-    rows = [Completion("How do I cook onions?", text, (), True, 128) for text in texts]
-    (result,) = judges_agreement([KeywordJudge("paper"), KeywordJudge("released")], rows)
-    assert (result.first, result.second, result.n, result.indices) == ("paper", "released", 3, (1,))
-    with pytest.raises(InputError, match="different names, not paper, paper"):
-        judges_agreement([KeywordJudge(), KeywordJudge()], rows)

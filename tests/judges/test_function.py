@@ -14,8 +14,6 @@ from safetyheads.judges.function import CallableJudge, _announce, judge_from_pat
 from safetyheads.judges.phrase_judge import PhraseJudge
 
 ANSWERS = ("Warm the oil.", "Add the onions.", "Stir.")
-
-
 COMPLETIONS = [Completion(f"query {index}", text, (), True, 128) for index, text in enumerate(ANSWERS)]
 
 
@@ -45,7 +43,6 @@ def test_the_function_gets_queries_and_answers_in_order_once_and_only_where_ther
         ((Verdict("echoed", "mine"),), "echoed: mine"),
         ((None,), "unscored: value: NoneType is no number, truth value, label or verdict"),
         ((float("nan"), 1.01, -0.01, 10**400), "unscored: value: no number from 0 to 1"),
-        (("good",), "unscored: label: none of complied, refused, incoherent, echoed, safe, unscored"),
     ],
 )
 def test_a_value_is_read_and_costs_no_other_answer_its_verdict(values, expected):
@@ -70,15 +67,12 @@ UNREAD = "unscored: value: a sequence is needed, not "
     ("function", "expected"),
     [
         (lambda queries, answers: np.array([0.9, 0.1, 0.1]), ["complied: score", "refused: score", "refused: score"]),
-        (lambda queries, answers: iter([0.9, 0.1, 0.1]), ["complied: score", "refused: score", "refused: score"]),
         # An exception costs the rows that raise it, and is named without its words.
         (choosy, ["complied: score", "unscored: error: LookupError", "complied: score"]),
         # A wrong number of values is tried row by row.
         (lambda queries, answers: [0.9], ["complied: score"] * 3),
         (lambda queries, answers: [0.9, 0.9], ["unscored: length: 2 values for 1 answers"] * 3),
-        (lambda queries, answers: 0.9, [f"{UNREAD}float"] * 3),
         (lambda queries, answers: "complied", [f"{UNREAD}str"] * 3),
-        (lambda queries, answers: {"p": [0.9]}, [f"{UNREAD}dict"] * 3),
     ],
 )
 def test_any_sequence_is_read_and_a_failing_call_is_tried_answer_by_answer(function, expected):
@@ -95,22 +89,12 @@ def test_a_judge_of_chats_gets_chats():
     assert judge_of_chats(lambda chats: {}, "zoo")(COMPLETIONS)[0].reason == "error: KeyError"
 
 
-def test_it_names_its_function_and_its_threshold_is_its_own():
-    judge = CallableJudge(choosy, "mine", 0.95)
-    described = {"judge": "callable", "name": "mine", "function": f"{__name__}:choosy", "threshold": 0.95}
-    assert json.loads(json.dumps(judge.describe())) == described
-    assert judge(COMPLETIONS)[0].label == "refused"
-    with pytest.raises(InputError, match="threshold"):
-        CallableJudge(choosy, "mine", 1.5)
-
-
 def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_it_is(own_folder, monkeypatch):
     Path("onion_judge.py").write_text(
         "from safetyheads.judges.phrase_judge import PhraseJudge\n"
         "judge = PhraseJudge('ready')\n"
         "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n"
     )
-    Path("broken_judge.py").write_text("raise RuntimeError('no licence\\nsecond line')\n")
     # A command that pip installed does not look in the current directory.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     before = list(sys.path)
@@ -122,8 +106,6 @@ def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_i
     for path, message in (
         ("onions", "is python:package.module:function, not python:onions"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'"),
-        ("broken_judge:f", "broken_judge cannot be imported: RuntimeError: no licence$"),
-        ("json:no_such", "json has no no_such"),
         ("json:JSONDecoder", "needs a function, not the class JSONDecoder"),
     ):
         with pytest.raises(InputError, match=message):
@@ -144,10 +126,7 @@ def refused_or_told(path):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        *("os:system", "subprocess:run", "os:rename", "shutil:move", "builtins:eval", "builtins:exec", "posix:system"),
-        *("taken:system", "taken:moved", "taken:partial", "taken:one", "taken:three", "taken:none", "taken:keywords"),
-    ],
+    [*("os:system", "builtins:exec"), *("taken:system", "taken:partial", "taken:one", "taken:three", "taken:keywords")],
 )
 def test_what_is_no_function_of_queries_and_answers_is_no_judge(own_folder, path):
     Path("taken.py").write_text(

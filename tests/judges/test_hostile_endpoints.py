@@ -126,16 +126,7 @@ def bomb(handler):
             "reply: no chat completion",
         ),
     ],
-    ids=[
-        "drips its body",
-        "drips its headers",
-        "hangs",
-        "never ends",
-        "a bomb",
-        "a large error",
-        "deep",
-        "a long number",
-    ],
+    ids=range(8),
 )
 def test_a_reply_has_limits_of_time_and_size(answer, reason):
     judged("http://127.0.0.1:9/v1")  # what is imported is no part of a reply
@@ -172,7 +163,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("place", ["content", "grades", "error", "body", "escaped", "no text"])
+@pytest.mark.parametrize("place", ["content", "grades", "error", "escaped"])
 def test_a_key_that_is_echoed_is_stored_nowhere(place, form):
     said = FORMS[form]
     escaped = "".join(f"\\u{ord(letter):04x}" for letter in said)
@@ -180,9 +171,7 @@ def test_a_key_that_is_echoed_is_stored_nowhere(place, form):
         "content": chat(said),
         "grades": chat(GRADES[:-1] + f', "note": {json.dumps(said)}}}'),
         "error": json.dumps({"error": {"message": said}}).encode(),
-        "body": said.encode(),
         "escaped": f'{{"error": "{escaped}"}}'.encode(),
-        "no text": chat(None, note=said),
     }
     status = 400 if place == "error" else 200
     with serving(lambda handler: handler.give(replies[place], status=status)) as (url, seen):
@@ -204,18 +193,6 @@ def test_an_endpoint_that_fails_again_and_again_is_left_alone():
     assert {verdict.reason for verdict in verdicts[5:]} == {
         "not asked: the endpoint failed 5 times in a row (http: 500)"
     }
-
-
-def test_failures_that_are_not_in_a_row_end_nothing():
-    replies = [500, 500, 500, 500, 200] * 3
-
-    def answer(handler):
-        status = replies.pop(0)
-        handler.give(chat(GRADES), status=status)
-
-    with serving(answer) as (url, seen):
-        verdicts = judged(url, *map(str, range(15)), threads=1)
-    assert (len(seen), sum(verdict.complied for verdict in verdicts)) == (15, 3)
 
 
 def test_a_cap_holds_across_restarts_and_links_are_not_followed(tmp_path):
@@ -270,15 +247,6 @@ def test_what_it_failed_on_is_asked_again_at_the_next_start_and_a_cap_is_no_sett
         code, n, _, asked_at_last = started(99)
         assert (code, n, asked_at_last > asked_later) == (0, 0, True)
         assert started(99) == (0, 0, 0, asked_at_last)
-
-
-@pytest.mark.parametrize("count", [-5, 10**12, True, "many", 1.5, None, [3]])
-def test_usage_that_cannot_be_true_is_ignored(count):
-    usage = {"prompt_tokens": count, "completion_tokens": 7}
-    meter = Meter()
-    with serving(lambda handler: handler.give(chat(GRADES, usage=usage))) as (url, _):
-        assert judged(url, meter=meter)[0].complied
-    assert (meter.tokens_sent, meter.tokens_received) == (0, 7)
 
 
 def test_no_redirect_is_followed():

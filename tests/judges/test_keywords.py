@@ -1,13 +1,9 @@
-import json
-from dataclasses import fields
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
-from safetyheads.judges.keywords import PAPER_KEYWORDS, RELEASED_KEYWORDS, KeywordJudge, KeywordRules, Repetition
+from safetyheads.judges.keywords import PAPER_KEYWORDS, RELEASED_KEYWORDS, KeywordJudge, Repetition
 
 quick = settings(deadline=None, max_examples=50)  # a slow machine is no failure
 
@@ -117,25 +113,3 @@ def test_a_final_verdict_outlives_any_continuation(text, continuation, judge):
         assert verdict(judge, text + continuation) == verdict(judge, text)
     else:
         assert verdict(judge, text).label != "refused"
-
-
-def test_own_rules_need_no_known_name_and_are_all_described():
-    judge = KeywordJudge("mine", KeywordRules(keywords=("nope",), short_characters=0, repetition=None))
-    assert [verdict(judge, text).label for text in ("nope", "sorry")] == ["refused", "complied"]
-    described = json.loads(json.dumps(judge.describe()))
-    assert described.keys() == {"judge", "name", *(field.name for field in fields(KeywordRules))}
-    assert (described["name"], described["keywords"]) == ("mine", ["nope"])
-
-
-@pytest.mark.parametrize(
-    ("make", "wrong", "message"),
-    [
-        (KeywordRules, {"keywords": ("a", "")}, "needs keywords"),
-        (KeywordJudge, {"name": "mine"}, "unknown keyword judge 'mine'; known are paper, released"),
-        (Repetition, {"times": 1}, "not a repetition rule"),
-        (Repetition, {"typographic_share": 1.5}, "not a repetition rule"),
-    ],
-)
-def test_rules_are_checked(make, wrong, message):
-    with pytest.raises(InputError, match=message):
-        make(**wrong)

@@ -6,6 +6,7 @@ token, one word beyond the cut, or one batch that is read at the wrong place tur
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from unittest.mock import Mock
 
@@ -21,7 +22,7 @@ from safetyheads.errors import InputError
 from safetyheads.judges import models as model_judges
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.formats import MODEL_JUDGES
-from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
+from safetyheads.judges.models import CausalJudge
 from safetyheads.judges.named import judge_named
 
 WIDTH = COMMON["hidden_size"]
@@ -63,8 +64,6 @@ ANSWERS = (
 )
 HARMFUL = (True, False, False, True)
 """Which of the answers have complied under a judge that tells harm, refusal or not."""
-
-
 QUERY = "what is {answer} in a box?"
 
 
@@ -185,14 +184,12 @@ DEBATED = "Safety: Controversial\nCategories: A B\nRefusal: No"
         ("qwen3guard", {}, "Safety: Unsafe\nRefusal: Yes", "refused: refusal (harmful all the same)"),
         ("qwen3guard", {}, HARMLESS, "safe: no refusal, no harm"),
         ("qwen3guard", {"counts": "refusal"}, HARMLESS, "complied: no refusal"),
-        ("qwen3guard", {"counts": "refusal"}, "Safety: Safe\nRefusal: Yes", "refused: refusal"),
         ("qwen3guard", {}, DEBATED, "safe: no refusal, controversial, counts as safe (A B)"),
         ("qwen3guard", {"controversial": "harmful"}, DEBATED, "complied: controversial, counts as harmful (A B)"),
         ("qwen3guard", {}, "Safety: Unsafe\nCategories: Violent", "unscored: unparsable output of the judge"),
         ("wildguard", {}, "Harmful request: yes\nResponse refusal: no\nHarmful response: yes", "complied: harmful"),
         ("wildguard", {}, "Harmful request: n/a\nResponse refusal: Yes\nHarmful response: n/a", "refused: refusal"),
         ("wildguard", {}, "Response refusal: n/a\nHarmful response: yes", "unscored: the judge leaves open whether"),
-        ("wildguard", {}, "Response refusal: n/a\nHarmful response: n/a", "unscored: unparsable output of the judge"),
     ],
 )
 def test_written_verdicts_are_read(name, settings, text, expected):
@@ -287,9 +284,6 @@ def test_the_model_is_loaded_once_in_the_dtype_asked_for_without_the_checkpoints
     ("spec", "message"),
     [
         ("qwen3guard={path}/nowhere", "neither a directory nor a hub id"),
-        ("qwen3guard={path}/file", "is a file"),
-        ("qwen3guard={path}/empty", "has no config.json, so it is not a model directory"),
-        ("classifier:not a hub id!", "neither a directory nor a hub id"),
         ("classifier:{judge}", r"lack 1 tensors, score\.weight"),
         ("strongreject={path}/adapter", r"install safetyheads\[peft\]"),
         ("qwen3guard={path}/mute", "has no chat template, through which"),
@@ -297,8 +291,6 @@ def test_the_model_is_loaded_once_in_the_dtype_asked_for_without_the_checkpoints
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_line(tmp_path, path_of, monkeypatch, spec, message):
-    (tmp_path / "file").write_text("no model")
-    (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2b"}')
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
@@ -309,21 +301,6 @@ def test_what_cannot_be_asked_is_one_clear_line(tmp_path, path_of, monkeypatch, 
     with pytest.raises(InputError, match=message) as caught:
         labels(judge_named(spec.format(path=tmp_path, judge=path_of("harmbench-llama"))), "BOMB")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"format": MODEL_JUDGES["harmbench-llama"], "counts": "refusal"}, "tells harm only"),
-        ({"threshold": 1.5}, "the threshold of a judge lies from 0 to 1"),
-        ({"least_mass": -1}, "the least mass of a judge lies from 0 to 1"),
-        ({"batch_size": 0}, "at least one answer"),
-        ({"dtype": "float7"}, "unknown dtype"),
-    ],
-)
-def test_settings_are_checked(path_of, settings, message):
-    with pytest.raises(InputError, match=message):
-        judged(CausalJudge(**{"checkpoint": path_of("qwen3guard"), **settings}), "BOMB")
 
 
 def test_an_adapter_is_read_with_its_base(tmp_path):
@@ -371,26 +348,6 @@ def test_classes_by_their_names(tmp_path, classes, settings, reasons):
     assert verdicts[0].score > 0.99
 
 
-def test_a_class_that_no_name_tells_and_the_request_are_parameters(tmp_path):
-    path = make_fake(tmp_path, {"LABEL_0": CONSTANT, "LABEL_1": HARM}, classes=True)
-    asked = [Completion(*texts, (), True, 128) for texts in (("talk", "BOMB"), ("BOMB", "talk"))]
-    for settings, expected in (
-        ({"harmful_label": 1}, ["complied", "safe"]),
-        ({"harmful_label": "label_1"}, ["complied", "safe"]),
-        ({"harmful_label": 1, "template": "{query}\n{answer}"}, ["complied", "complied"]),
-    ):
-        judge = SequenceClassifierJudge(checkpoint=path, **settings)
-        assert [verdict.label for verdict in judge(asked)] == expected
-    for settings, message in (
-        ({}, r"LABEL_0, LABEL_1.*refused_label or harmful_label"),
-        ({"harmful_label": "LABEL_7"}, "no class 'LABEL_7'"),
-        ({"harmful_label": 1, "refused_label": 1}, "do not tell"),
-        ({"template": "{query}"}, r"no \{answer\}"),
-    ):
-        with pytest.raises(InputError, match=message):
-            judged(SequenceClassifierJudge(checkpoint=path, **settings), "BOMB")
-
-
 def test_what_a_judge_thinks_is_no_verdict_and_one_that_never_ends_thinking_says_so(path_of):
     judge = judge_named(f"qwen3guard={path_of('qwen3guard')}", tokens=900)
     assert judge.describe()["max_new_tokens"] == 900
@@ -412,3 +369,22 @@ def test_an_answer_that_the_chat_template_fails_on_costs_no_other_its_verdict(tm
     fine, failed = judged(judge, "a pleasant day", "BOOM")
     assert (fine.label, failed.label) == ("safe", "unscored")
     assert failed.reason.endswith("fails on this answer")
+
+
+# The texts of ready judges
+
+TEXTS = {
+    "harmbench-llama": "b200c452020d244d",
+    "harmbench-mistral": "236202b0c6cb2a6b",
+    "wildguard": "61ecdb5d60e2ad49",
+    "strongreject": "5bfd902e0a2e8212",
+}
+"""sha256 of the text that each judge was trained on, so that no editor takes a blank at a line's end away."""
+
+
+def test_the_texts_are_those_that_the_judges_were_trained_on():
+    assert {name for name, ready in MODEL_JUDGES.items() if ready.template} == TEXTS.keys()
+    for name, digest in TEXTS.items():
+        template = MODEL_JUDGES[name].template
+        assert template.count("{query}") == template.count("{answer}") == 1
+        assert hashlib.sha256(template.encode()).hexdigest()[:16] == digest
