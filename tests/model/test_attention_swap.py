@@ -160,17 +160,6 @@ def test_settings_that_live_in_the_attention_itself_are_refused_by_name(setting,
     assert re.match(rf"{setting} of the attention of layer \d is \S+ in the model, \S+ in the donor$", said)
 
 
-def test_settings_outside_attention_are_no_reason_to_refuse(pair):
-    """Norms of the residual stream, dropouts and the length of the context: attention is the same whatever they are."""
-    idle = {"rms_norm_eps": 1e-3, "attention_dropout": 0.3, "max_position_embeddings": 256, "eos_token_id": 5}
-    with swapped_attention(pair[0], changed(**idle)):
-        pass
-    for rope in ({"rope_type": "yarn", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
-        both = {"rope_parameters": {**rope, "rope_theta": 1e4}}
-        ours, theirs = changed(**both), changed(**both, max_position_embeddings=256)
-        assert refusal(ours, theirs).startswith("max_position_embeddings of the attention is 128 in the model")
-
-
 def test_other_layers_and_tokenizers_the_model_itself_and_a_donor_that_is_swapped_are_refused(pair):
     engine, donor = pair
     assert refusal(engine, donor, layers=[3]).endswith("the model's layers with heads are 0-2")

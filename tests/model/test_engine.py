@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from safetyheads import Ablation, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.model.planning import Plan, TokenSequence, left_padded
+from safetyheads.model.planning import TokenSequence, left_padded
 
 FLOAT32 = 1e-5
 PROMPTS = (PACKED[0], (5, 9, 12, 40, 41, 8, 3, 60, 11), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6))
@@ -120,13 +120,6 @@ def test_scores_do_not_depend_on_the_token_budget():
     for table in tables[1:]:
         # Batch shapes move logits in the last bits.
         assert float((table - tables[0]).abs().max()) < 1e-6
-
-
-def test_heads_common_to_all_groups_start_no_batch():
-    common = (Head(0, 1), Head(1, 0))
-    groups = [(*common, Head(1, 2)), (*common, Head(2, 3)), (*common, Head(0, 0))]
-    batches = engine_of("llama_gqa").batches(groups, Plan(((0,),), 4, 1))
-    assert batches == [((2,), 0), ((0,), 1), ((1,), 2)]
 
 
 def test_prompts_are_asked_once_and_those_beyond_the_context_are_an_input_error():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_gguf import TEMPLATE, write_gguf
+from tiny_gguf import write_gguf
 
 from safetyheads import Engine, InputError
 from safetyheads.model.loading import TokenizerWarning, is_quantised
@@ -27,19 +27,7 @@ def test_the_weights_are_those_of_the_file_and_proved(file):
         assert torch.equal(ours.weight, torch.from_numpy(held[theirs]))
     assert torch.equal(engine.model.get_input_embeddings().weight, torch.from_numpy(held["token_embd"]))
     assert not is_quantised(engine.model)  # so baselines can edit them
-    assert loading_facts(engine) == {
-        "quantisation": "dequantised GGUF (15 Q8_0, 5 F32)",
-        "dtype": "float32",
-    }
-
-
-def test_a_directory_means_the_one_file_in_it(file, tmp_path):
-    path, _ = file
-    assert Engine.load(str(path.parent), check=False).n_heads == 4
-    for name in ("a.gguf", "b.gguf"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds 2 GGUF files; give the path of one, such as .*a\.gguf$"):
-        Engine.load(str(tmp_path))
+    assert loading_facts(engine) == {"quantisation": "dequantised GGUF (15 Q8_0, 5 F32)", "dtype": "float32"}
 
 
 def test_check_reads_a_file(file, run):
@@ -64,21 +52,12 @@ def test_text_is_split_by_the_rule_of_the_file(tmp_path, recwarn, rule, split, w
     assert [f"by the rule '{rule}', which is not known here" in line for line in told] == [True] * warns
 
 
-def test_its_chat_template_holds_beside_files_of_another_tokenizer_too(tmp_path):
-    write_gguf(tmp_path / "tiny.gguf")
-    Engine.load(str(tmp_path / "tiny.gguf"), check=False).tokenizer.save_pretrained(tmp_path)
-    assert Engine.load(str(tmp_path / "tiny.gguf"), check=False).tokenizer.chat_template == TEMPLATE
-
-
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda path: path.write_bytes(b"no model"), "is no GGUF file that can be read"),
         (lambda path: path.write_bytes(b""), "is no GGUF file that can be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is no GGUF file that can be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:60000]), "is no GGUF file that can be read"),
         (lambda path: write_gguf(path, n_parts=3), "is one part of a model in 3 files"),
-        (lambda path: path.rename(path.with_suffix(".bin")), "is neither a directory nor|no such directory|hub"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):
@@ -88,9 +67,3 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):
     with pytest.raises(InputError, match=words) as refused:
         Engine.load(str(path))
     assert "\n" not in str(refused.value)
-
-
-def test_without_the_package_the_extra_is_named(file, monkeypatch):
-    monkeypatch.setattr("safetyheads.model.loading.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"install safetyheads\[gguf\]"):
-        Engine.load(str(file[0]))

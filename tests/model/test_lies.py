@@ -93,17 +93,6 @@ def test_a_changed_model_is_refused_at_the_next_use(name):
             use()
 
 
-def test_dropout_in_training_mode_is_refused():
-    engine = engine_of("llama_gqa")
-    for attention in engine.architecture.attentions:
-        attention.attention_dropout = 0.5
-    engine.model.train()
-    with pytest.raises(SafetyheadsError, match="is in training mode"):
-        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
-    engine.model.eval()
-    assert torch.isfinite(ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION).values).all()
-
-
 def test_autocast_is_refused_within_and_forgotten_after():
     engine = engine_of("llama_gqa")
     before = ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION).values

@@ -132,18 +132,6 @@ def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest,
     assert batch_tokens(lay_out(chosen, costs(n_heads=n_heads), budget), chosen) <= max(budget, prefix + rest)
 
 
-def test_packing_pays_where_much_is_shared_and_rows_stay_within_the_budget():
-    shared = [sequence(*[0] * 50, at) for at in range(1, 9)]
-    assert len(lay_out(shared, costs(), 4096).rows) == 1
-    assert len(lay_out([sequence(*[at] * 500) for at in range(1, 9)], costs(token=1, pair=1), 4096).rows) == 8
-    made = lay_out(shared, costs(packs=False), 4096)
-    assert (made.rows, made.groups_per_batch) == (tuple((at,) for at in range(8)), 32)
-    assert lay_out(shared, costs(packs=False), 51 * 5 + 50).groups_per_batch == 5
-    # Three long ones come first and may share a row: 320 tokens, where a row of average ones has 136.
-    uneven = [sequence(*[0] * 20, *[1 + at] * rest) for at, rest in enumerate([100] * 3 + [2] * 5)]
-    assert batch_tokens(lay_out(uneven, costs(), 550), uneven) <= 550
-
-
 def on_small_device(fits, error):
     """A run over items on a device with memory for so many at once; what it tried, and what it did."""
     tried, done = [], []

@@ -82,7 +82,8 @@ OTHERS = "undifferentiated attention leaves the other heads unchanged"
 SCALED = "undifferentiated attention scales what meets the keys"
 EVEN = "undifferentiated attention is uniform over the allowed keys"
 SILENCED = "scaling a head to 0 silences it"
-BY_KEY = r"undifferentiated attention \(key\)"
+KEY_OTHERS = r"undifferentiated attention \(key\) leaves the other heads unchanged"
+MEAN = "mean {} over the layer's heads is the mean"
 
 
 def with_shapes(**wrong):
@@ -90,13 +91,14 @@ def with_shapes(**wrong):
     return lambda facts, _: {"shapes": tuple(shape and shape._replace(**wrong) for shape in facts.shapes)}
 
 
-def with_selected(change, tensors=("query", "key", "head_output")):
-    """A lie to the ablation: the heads it is told, [n_rows, n_heads], become others."""
+def with_selected(change, tensors=("query", "key", "head_output"), name=None):
+    """A lie to the ablation, or to that of one name: the heads it is told, [n_rows, n_heads], become others."""
     ablate = attention._ablate
 
     def lie(_, monkeypatch):
         def another(tensor, before, ablation, selected, head_dimension):
-            selected = change(selected) if ablation.kind.tensor in tensors else selected
+            if ablation.kind.tensor in tensors and name in (None, ablation.name):
+                selected = change(selected)
             return ablate(tensor, before, ablation, selected, head_dimension)
 
         monkeypatch.setattr(attention, "_ablate", another)
@@ -207,33 +209,41 @@ def whole_group(selected):
     return pairs(selected).any(2, True).expand(-1, -1, 2).flatten(1)
 
 
+def mean_of_tokens(heads, _):
+    return heads.mean(1, keepdim=True).expand_as(heads)
+
+
+def as_they_were(heads, _):
+    return heads
+
+
+def none(selected):
+    return torch.zeros_like(selected)
+
+
+def flipped(selected):
+    return selected.flip(1)
+
+
+def flipped_in_pairs(selected):
+    return pairs(selected).flip(2).flatten(1)
+
+
+def all_if_any(selected):
+    return selected.any(1, True).expand_as(selected)
+
+
 LIES = {
     "wrong norm": (
         ("llama3", "gemma2", "olmo2"),
         lambda facts, _: {"final_norm": facts.layers[-1].post_attention_layernorm},
         "logits of given states equal the model's own",
     ),
-    "heads swapped": (
-        ("llama2", "llama3", "gpt_oss"),
-        with_selected(lambda selected: selected.flip(1), ("query",)),
-        OTHERS,
-    ),
-    "heads swapped, of one key head": (
-        ("llama3", "gpt_oss"),
-        with_selected(lambda selected: pairs(selected).flip(2).flatten(1), ("query",)),
-        OTHERS,
-    ),
-    "heads swapped, by their outputs": (
-        ("llama3", "deepseek_v3"),
-        with_selected(lambda selected: selected.flip(1), ("head_output",)),
-        SILENCED,
-    ),
+    "heads swapped": (("llama2", "llama3", "gpt_oss"), with_selected(flipped, ("query",)), OTHERS),
+    "heads swapped, of one key head": (("llama3", "gpt_oss"), with_selected(flipped_in_pairs, ("query",)), OTHERS),
+    "heads swapped, by their outputs": (("llama3", "deepseek_v3"), with_selected(flipped, ("head_output",)), SILENCED),
     "window ignored": (("mistral", "gemma3", "gpt_oss"), without_mask, EAGER),
-    "window ignored, by the facts": (
-        ("mistral",),
-        lambda *_: {"windows": ()},
-        "see 5 tokens back, which no window says",
-    ),
+    "window ignored, by the facts": (("mistral",), lambda *_: {"windows": ()}, "see 5 tokens back, which no window"),
     "ablation that hits the whole KV group": (("llama3", "gpt_oss"), with_selected(whole_group, ("query",)), OTHERS),
     "ablation applied before QK-norm": (("qwen3", "gemma3", "stablelm"), before_the_norm, SCALED),
     "ablation applied before a QK-norm over all heads": (("olmo2",), before_the_norm, OTHERS),
@@ -253,66 +263,40 @@ LIES = {
         lambda facts, _: {"attentions": facts.attentions[::-1]},
         "layer 0 does not call the attention registry",
     ),
-    "the key form hits the whole KV group": (
-        ("llama3", "gpt_oss"),
-        with_selected(whole_group, ("key",)),
-        f"{BY_KEY} leaves the other heads unchanged",
-    ),
-    "the key form hits another head": (
-        ("llama2", "llama3", "qwen3"),
-        with_selected(lambda selected: selected.flip(1), ("key",)),
-        f"{BY_KEY} leaves the other heads unchanged",
-    ),
+    "the key form hits the whole KV group": (("llama3", "gpt_oss"), with_selected(whole_group, ("key",)), KEY_OTHERS),
+    "the key form hits another head": (("llama2", "llama3", "qwen3"), with_selected(flipped, ("key",)), KEY_OTHERS),
     "the key form does nothing": (
         ("llama2", "llama3", "gpt_oss", "deepseek_v3"),
-        with_selected(torch.zeros_like, ("key",)),
-        f"{BY_KEY} does what it does by query",
+        with_selected(none, ("key",)),
+        r"undifferentiated attention \(key\) does what it does by query",
     ),
     "the mean of queries leaves out those that are ablated": (
         ("llama2", "gemma2"),
         with_mean(mean_of_the_others, ("query",)),
-        "mean query over the layer's heads is the mean",
+        MEAN.format("query"),
     ),
     "the mean of keys is over a group": (
         ("llama2", "qwen3"),
         with_mean(mean_of_its_group, ("key",)),
-        "mean key over the layer's heads is the mean",
+        MEAN.format("key"),
     ),
     "the mean of outputs is over tokens": (
         ("llama3", "gpt_oss"),
-        with_mean(lambda heads, _: heads.mean(1, keepdim=True).expand_as(heads), ("head_output",)),
-        "mean output over the layer's heads is the mean",
+        with_mean(mean_of_tokens, ("head_output",)),
+        MEAN.format("output"),
     ),
-    "the mean of queries does nothing": (
-        ("llama3",),
-        with_mean(lambda heads, _: heads, ("query",)),
-        "mean query over the layer's heads is the mean",
-    ),
+    "the mean of queries does nothing": (("llama3",), with_mean(as_they_were, ("query",)), MEAN.format("query")),
     "the mean of keys does nothing": (
         ("llama3", "deepseek_v3"),
-        with_mean(lambda heads, _: heads, ("key",)),
-        "mean key over the layer's heads is the mean",
+        with_mean(as_they_were, ("key",)),
+        MEAN.format("key"),
     ),
     "the mean of keys reaches all heads": (
         ("llama3", "gpt_oss"),
-        lambda facts, monkeypatch: monkeypatch.setattr(
-            attention,
-            "_ablate",
-            lambda tensor, before, ablation, selected, head_dimension, own=attention._ablate: own(
-                tensor,
-                before,
-                ablation,
-                selected.any(1, True).expand_as(selected) if ablation.name == "mean_key" else selected,
-                head_dimension,
-            ),
-        ),
+        with_selected(all_if_any, name="mean_key"),
         "mean key over the layer's heads leaves the other heads unchanged",
     ),
-    "an ablation that does nothing": (
-        ("llama3", "gpt_oss"),
-        with_selected(torch.zeros_like, ("query",)),
-        f"{SCALED}|{EVEN}",
-    ),
+    "an ablation that does nothing": (("llama3", "gpt_oss"), with_selected(none, ("query",)), f"{SCALED}|{EVEN}"),
 }
 """Lie -> names of :data:`families.FAMILIES`, (facts, monkeypatch) -> facts that change, pattern of the refusal."""
 

