@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbclient
@@ -52,3 +54,33 @@ def test_the_recipe_for_ci_gives_commands_that_parse():
         app.parse_args(words[1:], exit_on_error=False, print_error=False)
     assert all({"run", "uses"} & step.keys() for step in job["steps"])
     assert job["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.parametrize(
+    ("script", "called"),
+    [
+        ("eight_gpus.sh", ("--shard 1/2", "--shard 2/2", "status run")),
+        ("ray_slurm.sh", ("--ray node-1:6379 --workers 4 --gpus-per-worker 1",)),
+        ("slurm_array.sh", ("--shard 3/4",)),
+        ("slurm_merge.sh", ("merge run run-1 run-2 run-3 run-4", "plan 4 audit model")),
+        ("spot_machine.sh", ("--shard 2/5",)),
+    ],
+)
+def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, called, tmp_path):
+    """A stand-in for the command notes how it is called."""
+    commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}
+    commands |= {"scontrol": "echo node-1; echo node-2", "srun": 'echo "$@" >> calls', "ray": "true"}
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
+    settings |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
+    settings |= {"CODE": "3"} if script == "slurm_array.sh" else {}
+    subprocess.run(
+        ["bash", FOLDER / script, "model", "prompts", "run", "2", "5"], cwd=tmp_path, env=settings, check=True
+    )
+    for _ in range(100):  # of calls in the background, the last may come after the script's end
+        if all(text in (tmp_path / "calls").read_text() for text in called):
+            return
+        time.sleep(0.1)
+    raise AssertionError((tmp_path / "calls").read_text())

@@ -64,21 +64,11 @@ def last(freed):
 # From 2 of 50, five freed have p 0.0625 and six 0.03125.
 CASES = {
     "freed, above chance, answers kept": ("concentrated", outcome(), {}),
-    "p just above .05": ("none found", outcome(freed=7), {}),
-    "p just below .05": ("partly concentrated", outcome(freed=8, random=(1,) * 20), {}),
-    "fewer answers than before": ("none found", outcome(freed=5), {"complied": 30}),
     "ten more answers, but of other prompts": ("none found", last(30), {"complied": 20}),
     "above the best random group": ("concentrated", outcome(random=(2, 39, *RANDOM[2:])), {}),
-    "like the best random group": ("not specific", outcome(random=(2, 40, *RANDOM[2:])), {}),
-    "random groups do half as well": ("not specific", outcome(random=range(15, 35)), {}),
-    "no random group": ("cannot say", outcome(random=()), {}),
     "equal random groups count once": ("cannot say", outcome(random=RANDOM[:18]), {}),
     "few answers lost": ("concentrated", outcome(kept=N - 1), {}),
-    "a tenth lost": ("cannot say: damage not bounded", outcome(kept=N - 5), {}),
-    "most lost": ("breaks the model", outcome(kept=10), {}),
-    "hardly a benign answer before": ("cannot say: damage not bounded", outcome(kept=2), {"kept": 2}),
     "all well on the search half only": ("none found", outcome(freed=2, kept=20, search=N, search_kept=N), {}),
-    "as many refusals as can be seen": ("concentrated", outcome(freed=N, random=(44,) * 20), {"complied": 44}),
     "fewer refusals than can be seen": ("no refusals to lose", outcome(freed=N), {"complied": 45}),
     "incoherent answers are no refusals": ("no refusals to lose", outcome(freed=N), {"complied": 10, "incoherent": 38}),
     "too few prompts": ("cannot say", outcome(freed=5, kept=5, random=(0,) * 20, n=5), {"complied": 0}),
@@ -268,9 +258,6 @@ def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_s
     # The group counts as one of the groups that it is ranked among.
     assert block["p_value"] == block["least_p"] == 1 / 32
     assert random_as_json(answered(4, N), controls, drawn)["p_value"] == (1 + 6) / 32
-    reasons = verdict(outcome()._replace(random=tuple(controls), drawn=drawn))["reasons"]
-    assert any("31 distinct random groups of all layers" in reason for reason in reasons)
-    assert any("the least attainable is .031" in reason for reason in reasons)
     nobody = given([("unscored",)] * N, "1-0")
     some = random_as_json(found, (nobody, answered(3, N, group="1-1")), outcome().drawn)
     assert (some["n_groups"], some["n_unscored"]) == (1, 1)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from run_samples import N, audit_run, first, rewritten, scan_run, settings
+from run_samples import N, audit_run, first, scan_run, settings
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from safetyheads.errors import InputError
@@ -19,7 +19,6 @@ from safetyheads.runs.compare import (
     parse_condition,
     quantities,
 )
-from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import (
     N_RESAMPLES,
@@ -164,24 +163,12 @@ def test_prompts_are_the_observations_where_each_has_several_answers(tmp_path):
     assert compared(one, other).vanilla_asr.p_value is None
 
 
-def test_scans_may_have_benign_answers_and_a_concentration(tmp_path):
-    runs = [scan_run(tmp_path / name, {}, kept=first(k), concentration=k / N) for name, k in (("a", 19), ("b", 15))]
-    found = compared(*runs)
-    assert (found.benign_answered.paired, found.benign_answered.change) == (True, pytest.approx(-4 / N))
-    assert (found.concentration.paired, found.concentration.change) == (False, pytest.approx(-4 / N))
-
-
 def test_other_settings_are_warned_of(same, tmp_path):
     changed = {"judges": [{"name": "released"}], "template": "x" * 90, "top_k": 5, "weights_sha256": "other"}
     found = compared(same, audit_run(tmp_path / "b", config=settings("other", **changed)))
     text = " ".join(found.warnings)
-    for warning in (
-        "The judge differs (paper -> released).",
-        "The template differs (",
-        "The sampling differs (1 -> 5).",
-        "The harmful prompts that rates are of are not the same.",
-    ):
-        assert warning in text
+    assert all(f"The {name} differs" in text for name in ("judge", "template", "sampling"))
+    assert "harmful prompts" in text
     assert max(map(len, found.warnings)) < 120
     alike = settings() | {"weights_sha256": "tuned"}
     assert compared(same, audit_run(tmp_path / "c", config=alike)).warnings == ()
@@ -193,19 +180,9 @@ def test_what_is_no_finished_run_is_refused(same, tmp_path):
     with pytest.raises(InputError, match="compare alike"):
         compared(same, scan_run(tmp_path / "b", {}))
     (path,) = (same / "completions").glob("groups-harmful*")
-    whole = path.read_text()
-    path.write_text(whole[:-20])
+    path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match=r"groups-harmful.* is damaged"):
         compared(same, same)
-    path.write_text(whole)
-    results = RunDirectory.open(same).read_results()
-    for changed, words in (
-        ({"kind": "poem"}, "kind 'poem'"),
-        ({"schema_version": 99}, "schema 99"),
-    ):
-        rewritten(same, **{**results, **changed})
-        with pytest.raises(InputError, match=words):
-            RunReader(same)
 
 
 def outcome(found, text):
@@ -246,15 +223,6 @@ def test_conditions(same, tmp_path):
     told = check_gate(parse_condition(" asr_increase>0.5"), found)
     assert gate | {"n": N, "interval": (low, high), "reason": told["reason"]} == told
     assert "too few prompts to show it: were +0.40 true, about 90 would" in told["reason"]
-
-
-def test_what_an_interval_shows_is_said_in_bounds(same, tmp_path):
-    found = compared(same, audit_run(tmp_path / "b", vanilla=first(9)))
-    assert found.vanilla_asr.shown == f"rose by at least {found.vanilla_asr.interval[0]:.2f}"
-    assert found.group_asr.shown == "no change shown: between -0.16 and +0.16"
-    assert found.damage.shown == "at least 0.00, at most 0.16"
-    fell = compared(audit_run(tmp_path / "c", vanilla=first(12)), same).vanilla_asr
-    assert fell.shown == f"fell by at least {-fell.interval[1]:.2f}"
 
 
 def test_incoherence_over_refusal_and_damage_have_gates_of_their_own(same, tmp_path):
@@ -359,33 +327,20 @@ def test_a_gate_lets_through_a_rise_at_its_margin_in_2_5_percent_of_comparisons(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    "text",
     [
-        ("asr_increase", "not of the form"),
-        ("__import__('os') > 1", "not of the form"),
-        ("asr_increase.mean > 1", "not of the form"),
-        ("heads_gone.low > 0", "no interval"),
-        ("asr_increase > nan", "finite"),
-        ("asr_increase > ten", "finite"),
-        ("luck > 1", "known are asr_increase, raw_asr_increase, group_asr_increase"),
+        *("asr_increase", "__import__('os') > 1", "asr_increase.mean > 1", "heads_gone.low > 0"),
+        *("asr_increase > nan", "asr_increase > ten", "luck > 1"),
     ],
 )
-def test_conditions_that_cannot_be_read(text, words):
-    with pytest.raises(InputError, match=words):
+def test_conditions_that_cannot_be_read(text):
+    with pytest.raises(InputError):
         parse_condition(text)
 
 
 def test_a_gate_on_what_is_not_there_does_not_pass(tmp_path):
     found = compared(scan_run(tmp_path / "a", {}), scan_run(tmp_path / "b", {}))
     assert outcome(found, "heads_gone > 0") == PASSED
-    for condition, words in {
-        "concentration_increase > 0": "these scans have none",
-        "group_asr_increase > 0": "these scans have none",
-        "over_refusal_increase > 0": "no benign answers",
-        "damage > 0": "no benign prompts were asked",
-        "spearman > 0": "scores are tied",
-        "top3_overlap > 0": "scores are tied",
-    }.items():
-        gate = check_gate(parse_condition(condition), found)
-        assert gate["outcome"] == NOT_JUDGED
-        assert words in gate["reason"]
+    missing = ("concentration_increase", "group_asr_increase", "over_refusal_increase", "damage", "spearman")
+    for name in (*missing, "top3_overlap"):
+        assert outcome(found, f"{name} > 0") == NOT_JUDGED

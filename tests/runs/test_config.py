@@ -53,13 +53,6 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(field, value):
     tried(*field, value)
 
 
-@pytest.mark.long
-@settings(deadline=None, max_examples=20_000)
-@given(st.sampled_from(FIELDS), VALUES)
-def test_many_values_of_every_field_are_taken_or_refused_in_one_line(field, value):
-    tried(*field, value)
-
-
 def test_every_number_has_bounds_of_its_own_and_no_number_beyond_them_is_taken():
     for kind, name in FIELDS:
         annotation = str(kind.__dataclass_fields__[name].type)

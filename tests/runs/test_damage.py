@@ -26,9 +26,14 @@ def changed(text, file, field, kind):
     return json.dumps(fields)
 
 
-@pytest.mark.parametrize("kind", ["lost", "another type", "not a number", "deep"])
 @pytest.mark.parametrize(
-    ("file", "field"), [("results.json", "verdict"), ("results.json", "checksums"), ("manifest.json", "config")]
+    ("file", "field", "kind"),
+    [
+        ("results.json", "verdict", "lost"),
+        ("results.json", "verdict", "deep"),
+        ("results.json", "checksums", "another type"),
+        ("manifest.json", "config", "not a number"),
+    ],
 )
 def test_what_does_not_fit_is_named_by_every_command_and_hides_no_other_run(run, tmp_path, file, field, kind):
     for name in ("run", "whole"):

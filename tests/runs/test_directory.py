@@ -197,16 +197,6 @@ def test_a_run_in_work_goes_on_without_records_that_are_lost_or_damaged(run, bre
     assert len(list(run.stored_records())) == 2
 
 
-def test_a_stage_whose_name_has_a_dot_is_kept(run):
-    run.tensors("scores-own.jsonl", FIELDS, lambda: {"x": torch.ones(2)})
-    run.write_results({})
-    assert run.tensors("scores-own.jsonl", FIELDS, refuse)["x"].tolist() == [1, 1]
-    found = RunDirectory.verify(run.path)
-    assert not found.damaged
-    assert not found.unlisted
-    assert not (run.path / "set-aside").exists()
-
-
 def test_a_directory_that_is_removed_at_work_is_not_made_again(run):
     shutil.rmtree(run.path)
     for write in (
@@ -229,13 +219,6 @@ def test_what_fails_to_compute_leaves_nothing_behind(run):
     with pytest.raises(ValueError, match=r"results\.json: scores\.mean_ships\.1 is not a finite number"):
         run.write_results({"scores": {"mean_ships": [0.0, float("nan")]}})
     assert names(run.path) == before
-
-
-def test_what_was_remembered_first_is_returned_ever_after(tmp_path):
-    for value, stored in (({"rows": (4, 8)}, {"rows": [4, 8]}), ({"rows": [16]}, {"rows": [4, 8]})):
-        with started(tmp_path / "run") as run:
-            assert run.remember("plan", value) == stored
-            assert run.remembered("pl") == {"plan": stored}
 
 
 def test_a_finished_run_is_read_while_it_is_held_and_what_is_closed_is_not_written(run, tmp_path):

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, load_demo, parse_heads
-from safetyheads.answers import decoding as decoding_module
-from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling
+from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
 from safetyheads.heads import format_heads
@@ -90,24 +89,6 @@ def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monk
     assert records(organism, GREEDY, True, monkeypatch, tmp_path / "run", 1)[0] == {"plain"}
 
 
-def test_each_sampling_decides_about_drafts_for_itself(organism, tmp_path, monkeypatch):
-    # Drafts of one sampling may fit the memory where another's longer ones do not.
-    samplings, asked = (GREEDY, TOP_5, Sampling(5, seed=1)), []
-    monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", 1)
-    monkeypatch.setattr(kept_module, "drafts_fit", lambda *_: asked.append(1) or len(asked) != 2)
-    prompts = organism.harmful[:2]
-    judging = Judging(organism.engine, prompts, judges_named(["paper"]), 8)
-    with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
-        for _ in range(2):  # the second time as the manifest says
-            routes = []
-            for sampling in samplings:
-                kept = KeptAnswers("harmful", judging, Decoding(8, sampling), directory, Silent())
-                (answers,) = kept.under("groups", [()], UNDIFFERENTIATED_ATTENTION)
-                routes.append({record["route"] for record in answers.flat()})
-            assert routes == [{"drafted"}, {"plain"}, {"drafted"}]
-    assert len(asked) == len(samplings)
-
-
 def test_a_record_gives_its_answer_back(organism):
     judging = Judging(organism.engine, organism.benign[:2], judges_named(["phrases", "paper"]), 12)
     answers = generate(organism.engine, organism.benign[:2], 12)
@@ -141,23 +122,3 @@ def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp
         monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
         assert Run(engine, None, directory, Silent()).random_groups(groups, 12, 0) == drawn
         assert random_groups_of(directory) == {format_heads(group): controls for group, controls in drawn.items()}
-
-
-def test_batches_that_did_not_fit_the_memory_are_halved_again(organism, tmp_path, monkeypatch):
-    sizes, run, most = [], decoding_module._Batch.run, 3
-
-    def counted(batch):
-        sizes.append(len(batch.requests))
-        if len(batch.requests) > most:
-            raise MemoryError
-        return run(batch)
-
-    monkeypatch.setattr(decoding_module._Batch, "run", counted)
-    judging = Judging(organism.engine, organism.harmful[:8], judges_named(["paper"]), 8)
-    for fits, expected in ((3, [8, 4, 2, 2, 4, 2, 2]), (8, [2, 2, 2, 2])):
-        most = fits
-        with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
-            kept = KeptAnswers("harmful", judging, Decoding(8), directory, Silent(), stores_completions=False)
-            assert len(kept.unablated) == 8
-        assert sizes == expected
-        sizes.clear()

@@ -4,15 +4,14 @@ import json
 import shutil
 
 import pytest
-import torch
 from transformers import LlamaConfig
 
-from safetyheads import Engine, InputError
+from safetyheads import Engine
 from safetyheads.model.loading import bits_of_weights
 from safetyheads.model.names import CHECKPOINTS
 from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs.config import ModelOptions
-from safetyheads.runs.estimate import DEVICES, Machine, Work, chain_lines
+from safetyheads.runs.estimate import DEVICES, Machine, Work
 
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 SEVENTY |= {"num_key_value_heads": 8, "vocab_size": 128256}
@@ -42,12 +41,6 @@ def test_machines_are_named(text, count, rate):
     assert machine.device in DEVICES.values()
 
 
-@pytest.mark.parametrize("text", ["", "H900", "0xH100", "H100@0", "H100@fast", "2 x H100"])
-def test_other_machines_are_refused_with_the_known_ones(text):
-    with pytest.raises(InputError, match=r"unknown machine .*; known are A100, .*, as H100, 2xH100 or H100@410"):
-        Machine.parse(text)
-
-
 def test_a_model_is_counted_as_it_is_when_it_is_loaded():
     path = str(CHECKPOINTS / "aligned_a")
     loaded, shape = Engine.load(path, check=False), Machine.parse("H100@10").engine(ModelOptions(path))
@@ -62,7 +55,6 @@ def test_a_model_is_counted_as_it_is_when_it_is_loaded():
     # Without arithmetic a step takes as long as to read all weights.
     quick = Machine.parse("H100@900000").estimate(shape, WORK)
     assert quick.token_seconds * 200 == pytest.approx(4 * n_weights / (0.4 * 3.35e12))
-    assert "Counted for H100@10 at 10 TFLOP/s, not measured" in str(counted)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +91,8 @@ def test_plan_prints_the_chain_of_arrays_and_writes_nothing(run, tmp_path):
         num_key_value_heads=2,
     )
     out = tmp_path / "run"
-    code, text, err = run("plan", 8, "audit", path, "--prompts", "demo", "--machine", "2xH100", "--out", out)
+    code, _, err = run("plan", 8, "audit", path, "--prompts", "demo", "--machine", "2xH100", "--out", out)
     assert code == 0, err
-    words = " ".join(text.split())
-    assert "8 shards end after 7 rounds at most" in words
-    assert "in $(seq 2 7); do job=$(sbatch --parsable --array=1-8 --dependency=afterany:$job JOB); done" in words
-    assert "Counted for 2xH100 at 40% of what is stated for it, not measured" in words
     assert not out.exists()
     code, text, _ = run("audit", path, "--prompts", "demo", "--machine", "H100", "--json")
     found = json.loads(text)
@@ -114,8 +102,3 @@ def test_plan_prints_the_chain_of_arrays_and_writes_nothing(run, tmp_path):
     (tmp_path / "tiny" / "config.json").write_text("{}")
     code, _, err = run("audit", path, "--prompts", "demo", "--machine", "H100")
     assert (code, err.count("\n")) == (2, 1)
-
-
-def test_one_round_needs_no_chain():
-    assert chain_lines(1, 4) == ["4 shards end after 1 rounds at most, or in one where each has --wait"]
-    assert torch.get_default_device().type == "cpu"

@@ -26,11 +26,10 @@ from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
-from safetyheads.runs.run import ON_WORDS, refuse_beyond_memory
+from safetyheads.runs.run import refuse_beyond_memory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
-PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 41, 8), (1, 2, 3, 4, 5, 6, 7, 8, 9))
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +87,15 @@ def test_rates_equal_the_public_function_by_every_judge(organism, tmp_path, monk
     words = found["word_judges"]
     assert words["labels"] == {"phrases": {"refused": 8}, "paper": {"refused": 8}}
     assert (words["n"], words["n_differing"]) == (8, 0)
-    assert words["sentence"].endswith("complied are 0 by phrases, 0 by paper: they agree on all.")
-    assert found["chosen"] == "template chat (the demo's own), judges paper, phrases (as asked; the first leads)"
-    assert ON_WORDS in found["caveats"]
 
 
-def test_screenings_and_openers_are_kept_and_judges_of_words_are_told_of_only_where_there_are_any(
-    organism, tmp_path, monkeypatch
-):
+def test_screenings_and_openers_are_kept(organism, tmp_path, monkeypatch):
     screened = {"limit": 8, "screen": True, "candidates": 3, "sample": 2}
     config = SaharaConfig(MODEL, "demo", size=2, score="refusal_score", **screened)
     found = twice(run_sahara, organism, config, tmp_path / "sahara", monkeypatch)
     assert found["openers"]
     ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", **screened), tmp_path / "ships", monkeypatch)
     assert len(ranked["heads"]) == 5
-    assert ON_WORDS not in ranked["caveats"]
 
 
 def test_what_a_checkpoint_asks_of_generation_and_is_not_done_is_in_warnings_manifest_and_check(
@@ -135,33 +128,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeyp
             assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1
 
 
-class Lines(Silent):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, line):
-        self.said.append(line if isinstance(line, str) else "an estimate")
-
-
-def test_a_runs_first_line_says_which_template_and_judge_and_why(tmp_path):
-    (tmp_path / "asked.txt").write_text("Explain how to smash a lamp.\nExplain how to store a coin.\n")
-    engine, reasons = load_demo("base").engine, {}
-    for chat in (engine.tokenizer.chat_template, None):
-        engine.tokenizer.chat_template = chat
-        told = Lines()
-        config = AsrConfig("tiny", str(tmp_path / "asked.txt"), max_new_tokens=4)
-        found = run_asr(engine, config, tmp_path / f"chat {chat is None}", progress=told)
-        assert told.said[0] == found["chosen"]
-        reasons[found["lead_judge"], found["template"]["template"]] = found["chosen"]
-    a, no = (f"(the tokenizer has {article} chat template)" for article in ("a", "no"))
-    assert reasons == {
-        ("phrases", "chat"): f"template chat {a}, judge phrases {a}",
-        ("paper", "query_answer"): f"template query_answer {no}, judge paper {no}",
-    }
-
-
 def test_judges_of_words_differ_on_whole_answers_though_the_runs_judge_cuts_them(organism, tmp_path, monkeypatch):
     """Another judge needs all of an answer that ended where the run's judge and the rules of words were final."""
     # The organism's refusals are one sentence, about which the rules are final only at its end.
@@ -180,7 +146,6 @@ def test_judges_of_words_differ_on_whole_answers_though_the_runs_judge_cuts_them
     assert all(len(answer) > max(len(row["text"]) for row in rows) for answer in read)
     words = found["word_judges"]
     assert (words["n"], words["n_differing"], words["alone"]) == (4, 4, {"phrases": 4, "paper": 0})
-    assert words["sentence"].endswith("complied are 4 by phrases, 0 by paper: they differ on 4 (4 by phrases alone).")
 
 
 def test_the_columns_of_one_file_do_not_reach_the_other(tmp_path):

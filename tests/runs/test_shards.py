@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from safetyheads.runs.config import AuditConfig, ScanConfig
 from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.merge import merge
-from safetyheads.runs.shards import Shard, array_text, owners
+from safetyheads.runs.shards import Shard, owners
 from safetyheads.runs.status import status_of
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
 AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SHORT)
@@ -51,26 +49,17 @@ def bytes_of(folder):
     return {str(place): path.read_bytes() for place, path in places.items() if place.parts[0] not in BESIDE}
 
 
-def rounds(carry_out, engine, config, folders, merged=None):
+def rounds(carry_out, engine, config, folder, n_shards):
     """Run every shard, in another order each round, until one writes the results."""
     for number in range(12):
-        order = list(enumerate(folders, start=1))
+        order, ended = list(range(1, n_shards + 1)), []
         random.Random(number).shuffle(order)
-        ended = []
-        for index, folder in order:
-            try:
-                carry_out(engine, config, folder, shard=Shard(index, len(folders)))
-                ended.append(folder)
-            except ElsewhereError:
-                continue
-        if merged is None and ended:
+        for index in order:
+            with suppress(ElsewhereError):
+                carry_out(engine, config, folder, shard=Shard(index, n_shards))
+                ended.append(index)
+        if ended:
             return number + 1
-        if merged is not None:
-            merge(merged, folders, {})
-            if not status_of(merged).missing_shards and ended:
-                return number + 1
-            for folder in folders:
-                shutil.copytree(merged, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock*"))
     raise AssertionError("the rounds do not end")
 
 
@@ -81,7 +70,7 @@ def rounds(carry_out, engine, config, folders, merged=None):
 )
 def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, carry_out, config):
     carry_out(engine, config, tmp_path / "one")
-    n = rounds(carry_out, engine, config, [tmp_path / "many"] * 3)
+    n = rounds(carry_out, engine, config, tmp_path / "many", 2)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
     if config is SCREENED:  # units are the forecast, and its best heads with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
@@ -93,19 +82,6 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path
     one, many = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")
     assert sorted(one) == sorted(many)
     assert [place for place in one if one[place] != many[place]] == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("carry_out", "config"), [(run_audit, AUDIT), (run_scan, SCAN)], ids=["audit", "scan"])
-def test_seven_shards_with_a_directory_each_are_merged_to_the_bytes_of_one_process(engine, tmp_path, carry_out, config):
-    carry_out(engine, config, tmp_path / "one")
-    folders = [tmp_path / f"shard-{index}" for index in range(1, 8)]
-    n = rounds(carry_out, engine, config, folders, tmp_path / "merged")
-    assert n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
-    carry_out(engine, config, tmp_path / "merged")
-    one, merged = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "merged")
-    assert {place: one[place] == merged.get(place) for place in one} == dict.fromkeys(one, True)
-    assert sorted(one) == sorted(merged)
 
 
 # Units and shards, without a model.
@@ -164,14 +140,10 @@ def test_units_go_in_falling_cost_to_the_least_loaded_shard_and_each_shard_compu
     ("text", "environment", "expected"),
     [
         ("3/8", {}, (3, 8)),
-        ("0/8", {}, (0, 8)),
         (None, {"RANK": "1", "WORLD_SIZE": "4"}, (1, 1)),
         ("env", {"RANK": "1", "WORLD_SIZE": "4"}, (2, 4)),
         ("env", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 4)),
-        ("env", {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}, (1, 4)),
         ("env", {}, "needs a job array"),
-        ("env", {"RANK": "x", "WORLD_SIZE": "4"}, "are no numbers"),
-        ("env", {"RANK": "4", "WORLD_SIZE": "4"}, "a part of an array"),
         # Only the tasks that were lost were sent again.
         (
             "env",
@@ -184,7 +156,6 @@ def test_units_go_in_falling_cost_to_the_least_loaded_shard_and_each_shard_compu
             r"has to say --shard I/N itself, such as --shard \$SLURM_ARRAY_TASK_ID/N",
         ),
         ("9/8", {}, "I from 1 to N"),
-        ("two", {}, "such as 3/8, or env"),
     ],
 )
 def test_a_shard_is_named_or_read_from_the_environment(text, environment, expected):
@@ -194,11 +165,6 @@ def test_a_shard_is_named_or_read_from_the_environment(text, environment, expect
     else:
         shard = Shard.parse(text, environment=environment)
         assert (shard.index, shard.count) == expected
-
-
-def test_arrays_are_written_as_slurm_takes_them():
-    assert array_text([7, 2, 5, 6, 2]) == "2,5-7"
-    assert array_text([]) == ""
 
 
 def test_a_shard_waits_for_the_files_of_others(tmp_path):
@@ -324,42 +290,6 @@ def test_a_full_disk_is_one_line_and_the_unit_is_done_again(apart, tmp_path, mon
     assert bytes_of(folder) == bytes_of(apart[0])
 
 
-def test_clocks_need_not_agree(apart, tmp_path, monkeypatch):
-    folder, days = tmp_path / "run", {1: 1000, 2: -1000, 3: 0}
-    now, now_ns = time.time, time.time_ns
-    for index in (1, 2, 3):
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda days=days[index]: now() + days * 86_400)
-            patch.setattr(time, "time_ns", lambda days=days[index]: now_ns() + days * 86_400 * 10**9)
-            if index < 3:
-                with pytest.raises(ElsewhereError):
-                    unit_files(folder, Shard(index, 3))
-            else:
-                assert unit_files(folder, Shard(index, 3)) == [1.0, 2.0, 3.0]
-    assert status_of(folder).stages["things"]["done"] == 3
-    merge(tmp_path / "merged", apart, {})
-    assert unit_files(tmp_path / "merged") == [1.0, 2.0, 3.0]
-
-
-def test_a_rename_that_is_seen_late_costs_a_wait_or_a_round(tmp_path, monkeypatch):
-    """A network file system shows a file of another machine only after some looks at it."""
-    looks, exists, folder = Counter(), os.path.lexists, tmp_path / "run"
-    for index in (1, 2):
-        with pytest.raises(ElsewhereError):
-            unit_files(folder, Shard(index, 3))
-    of_others = set(folder.glob("completions/[!.]*"))
-
-    def sees(path):
-        looks[path] += 1
-        return exists(path) and (path not in of_others or looks[path] > 3)
-
-    monkeypatch.setattr(os.path, "lexists", sees)
-    with pytest.raises(ElsewhereError, match=r"not there yet: 2 units of other shards"):
-        unit_files(folder, Shard(3, 3))
-    looks.clear()
-    assert unit_files(folder, Shard(3, 3, 60.0)) == [1.0, 2.0, 3.0]
-
-
 def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
     with (
         RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 2)) as first,
@@ -374,47 +304,3 @@ def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
         assert (tmp_path / "file").read_bytes() == b"1"
         with pytest.raises(InputError, match=r"is in use by process"):
             RunDirectory.start(tmp_path, {}, {}, shard=Shard(2, 2))
-
-
-@pytest.mark.long
-def test_ten_thousand_units_are_planned_and_told_of(tmp_path):
-    units = {(f"completions/things-{number:024x}.jsonl",): 1.0 + number % 7 for number in range(10_000)}
-    with RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 64)) as run:
-        run.divide("things", units)
-        mine = sum(run.shard.takes(places[0]) for places in units)
-    assert 140 < mine < 180
-    assert status_of(tmp_path).stages["things"]["missing"] == 10_000
-
-
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
-def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, tmp_path):
-    """A stand-in for the command notes how it is called."""
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}
-    commands |= {"scontrol": "echo node-1; echo node-2", "srun": 'echo "$@" >> calls', "ray": "true"}
-    for name, does in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
-    environment |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
-    code = "3" if script.name == "slurm_array.sh" else "0"
-    arguments = ["model", "prompts", "run", "2", "5"]
-    ended = subprocess.run(
-        ["bash", str(script), *arguments], cwd=tmp_path, env=environment | {"CODE": code}, check=False
-    )
-    assert ended.returncode == 0
-    expected = {
-        "eight_gpus.sh": ("--shard 1/2", "--shard 2/2", "status run"),
-        "ray_slurm.sh": ("--ray node-1:6379 --workers 4 --gpus-per-worker 1",),
-        "slurm_array.sh": ("--shard 3/4",),
-        "slurm_merge.sh": ("merge run run-1 run-2 run-3 run-4", "plan 4 audit model"),
-        "spot_machine.sh": ("--shard 2/5",),
-    }
-    for _ in range(100):  # of calls in the background, the last may come after the script's end
-        calls = (tmp_path / "calls").read_text()
-        missing = [text for text in expected[script.name] if text not in calls]
-        if not missing:
-            break
-        time.sleep(0.1)
-    assert missing == []

@@ -88,13 +88,10 @@ def test_what_fails_stops_no_other_and_shards_are_run_again(engine, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prompts": ["demo"]}, "a sweep needs models and prompts"),
         (AXES | {"prompts": []}, "a sweep needs models and prompts"),
         (AXES | {"sizes": 1}, "an audit has no setting 'sizes'"),
-        (AXES | {"models": [{"dtype": "float32"}]}, "a table of the sweep names no model"),
         (AXES | {"models": [MODEL, MODEL]}, "two combinations of the sweep are one audit"),
         (AXES | {"ablations": ["no_such"]}, "no_such"),
-        (AXES | {"models": ["./nowhere"]}, "no such model directory"),
     ],
 )
 def test_what_is_no_sweep_is_refused_before_a_model_is_loaded(tmp_path, settings, words):
