@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, cache_directory, read_rows
-from safetyheads.prompts.prompt_set import Prompt, PromptSet, builtin_benign
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
 
-SHARED_CASES = Path(__file__).parents[2].parent / "shared" / "cases"
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
@@ -58,11 +56,7 @@ TABLE = "\ufeffid, Prompt ,note,reference\n1,one,eins,uno\n2,,zwei,\n\n3,three,d
             ["A note\n\n---\n\nSum up", "Name a tree"],
             0,
         ),
-        # The end of a query names no picture, and a column of pictures may be empty.
-        ("e.csv", "prompt,image\nOpen photo.png,\n", ["Open photo.png"], 0),
         ("r.csv", "prompt,id\rOne,1\rTwo,2\r", ["One", "Two"], 0),
-        ("u.csv", "\ufeff,Prompt ,,\n0,one,,\n1,two,,\n", ["one", "two"], 0),
-        ("d.jsonl", '{"prompt": "a", "category": {"theft": true}}', [Prompt("a", "{'theft': True}")], 0),
         ("i.jsonl", '{"instruction": "Sum up", "input": "A note"}', ["A note\n\n---\n\nSum up"], 0),
     ],
 )
@@ -85,51 +79,30 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
     ("name", "content", "message", "column"),
     [
         ("a.txt", b"", "is empty", None),
-        ("a.txt", b"\n \t\n", "holds only blanks", None),
         ("a.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text", None),
         ("a.txt", "one\ntwo".encode("utf-16-le"), "is not UTF-8 text", None),
-        ("a.txt", b"one", "no column 'goal'; the columns are text alone", "goal"),
         ("a.csv", b"prompt,id,prompt\na,1,b\n", "two columns are named 'prompt'", None),
-        ("a.csv", b"Prompt,prompt\na,b\n", "several columns could be 'PROMPT': Prompt, prompt", "PROMPT"),
         ("a.csv", b"prompt;id\na;1\n", "no commas part its columns", None),
-        ("a.csv", b"How do I bake bread?\nName a tree.\n", "no column is named as a query's", None),
         ("a.csv", b"prompt,context,passage\na,b,c\n", "several columns could be the context", None),
         ("a.csv", b"question,label\n80,0\n81,1\n", "the column 'question' holds numbers or names of rows", None),
         ("a.jsonl", b'{"prompt": "see", "images": [{"path": "a.PNG"}]}\n', "line 1: .*'images' names a picture", None),
-        ("a.csv", b"prompt,photo\nsee,https://x.org/a.jpg?w=9\n", "the column 'photo' names a picture", None),
-        ("a.csv", b"prompt,seen\nsee,a.SVG#b\n", "the column 'seen' names a picture", None),
-        ("a.csv", b"prompt,audio_path\nhear,clips/7\n", "the column 'audio_path' names .* a sound", None),
         ("a.jsonl", b'{"prompt": "see", "image": {"bytes": "iVBO", "path": null}}\n', "'image' names a picture", None),
         ("a.jsonl", b'{"question": "who", "context": ["A", "B"]}\n', "the field 'context' is not a string", None),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS", None),
-        ("a.txt", b"\n<!DOCTYPE html>\n<html>\n", "is a web page", None),
-        ("a.csv", b"sep=;\nprompt;id\na;1\n", "semicolons are not read", None),
         ("a.csv", "prompt,id\nhow,1\n".encode("utf-16"), "is not UTF-8 text", None),
         ("a.csv", b"\xef\xbb\xbfMy prompts,\nprompt,id\n", "found are My prompts", None),
-        ("a.xlsx", b"PK\x03\x04", "end in .csv", None),
-        ("a.csv", b"PK\x03\x04\x14\x00", "is not UTF-8 text", None),
         ("a.jsonl", b'{"prompt": "a"},\n{"prompt": "b"}\n', "line 1: not JSON", None),
         ("a.json", b'[["a"]]', "entry 1: neither an object", None),
-        ("a.json", b'{"prompts": ["a"]}', "a message has a role", None),
-        ("a.json", b'[{"conversations": [{"from": "human", "value": "a"}]}]', "a message has a role", None),
         ("a.jsonl", b'{"goal": "a"}\n{"prompt": "b"}\n', "line 1: no column 'prompt', which holds .* other rows", None),
-        ("a.jsonl", b'{"goal": "a"}\n"b"\n', "line 2: no column 'goal', which holds .* other rows", None),
         ("a.jsonl", b'{"goal": "a", "goal": "b"}\n', "line 1: not JSON .a name stands in an object twice", None),
         ("a.jsonl", b'{"goal": "a", "n": ' + b"7" * 5000 + b"}\n", "line 1: not JSON", None),
         ("a.jsonl", b'{"goal": ' + b"[" * 50000 + b"\n", "line 1: not JSON", None),
         ("a.jsonl", b'{"prompt": [{"text": "a"}]}\n', "a message has a role", None),
-        ("a.json", b'{"prompt":\n "a"}', "line 1: not JSON", None),
-        ("a.csv", b'goal\n""\n \n', "holds no prompts", None),
-        ("a.csv", b"goal\n", "no column is named", None),
         ("a.csv", b"goal\nFirst this, then that\n", "line 2: 2 cells where the header has 1.*double quotes", None),
         ("a.csv", b'goal\n"never closed\n', "not CSV", None),
-        ("a.csv", TABLE.encode(), "no column 'goal'; the columns are id, Prompt, note, reference", "goal"),
         ("a.jsonl", b'{"goal": "x"}\n{"goal": \n', "line 2: not JSON", None),
-        ("a.jsonl", b'"x"\n[1]\n', "line 2: neither an object", None),
         ("a.jsonl", b'{"goal": 3}\n', "line 1: the field 'goal' is not a string", None),
-        ("a.jsonl", b'{"id": "x", "n": 1}\n', "no column .* found are id", None),
         ("a.jsonl", b'{"goal": "\\ud800"}\n', "not Unicode text", None),
-        ("a.parquet", b"PAR1", "end in .csv, .tsv, .jsonl, .json or .txt", None),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
@@ -138,32 +111,6 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
     with pytest.raises(InputError, match=message) as error:
         PromptSet.read(path, column=column)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason=f"the cases are not there: {SHARED_CASES}")
-def test_what_was_read_is_told_and_columns_are_chosen_by_name():
-    read = partial(PromptSet.read, SHARED_CASES / "ctx.csv")
-    found = read(category_column="semanticcategory")
-    assert found.columns == {"query": "Behavior", "context": "ContextString", "category": "SemanticCategory"}
-    assert found.facts()["columns"] == found.columns
-    assert found.notes == (
-        "ctx: prompts are the column 'Behavior', the context before them 'ContextString', categories "
-        "'SemanticCategory'; not read: FunctionalCategory, Tags, BehaviorID",
-    )
-    assert len(set(found.queries)) == 3
-    bare = read(context_column="none")
-    assert (len(set(bare.queries)), "context" in bare.columns) == (2, False)
-    assert "differ in ContextString, BehaviorID: if one of these belongs to the prompt" in bare.notes[0]
-    assert read(column="Tags", context_column="BehaviorID").queries == ("b1\n\n---\n\ncontext", "b2\n\n---\n\ncontext")
-    queries = [
-        PromptSet.read(SHARED_CASES / name).queries for name in ("artifact.jsonl", "input_header.csv", "three.txt")
-    ]
-    assert queries[0] == tuple(f"You are a poet who answers in rhyme. Name a {what}" for what in ("tree", "nut"))
-    assert list(map(len, queries)) == [2, 2, 3]
-    assert PromptSet.read(SHARED_CASES / "three.txt").notes == ()
-    for name, why in (("mm.csv", "'ImageFileName' names a picture"), ("gf.csv", "'question' holds numbers")):
-        with pytest.raises(InputError, match=why):
-            PromptSet.read(SHARED_CASES / name)
 
 
 @pytest.mark.parametrize("name", ["pipe.csv", "endless.csv", "here.csv", "loop.csv", "large.csv", "no\0path"])
@@ -177,13 +124,6 @@ def test_what_is_no_regular_file_of_some_size_is_never_waited_for(tmp_path, monk
     with pytest.raises(InputError, match=r"cannot be read|is larger than|cannot be a path") as error:
         read_rows(tmp_path / name if "\0" not in name else Path(name))
     assert "\n" not in str(error.value)
-
-
-def test_what_is_neither_file_nor_name_lists_the_names(tmp_path):
-    with pytest.raises(InputError, match=r"no prompt file x+; known names are advbench, .*benign"):
-        PromptSet.read("x" * 5000)
-    with pytest.raises(InputError, match="cannot be read"):
-        PromptSet.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -240,13 +180,6 @@ def test_a_known_name_downloads_once_is_verified_and_its_faults_say_what_to_do(t
     refused("cannot be downloaded")  # the server is gone
 
 
-def test_a_file_wins_over_a_known_name_and_a_folder_does_not(own_folder):
-    Path("benign").mkdir()
-    assert PromptSet.read("benign") == builtin_benign()
-    write(Path("advbench"), "mine")
-    assert PromptSet.read("advbench").queries == ("mine",)
-
-
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt", "")
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
@@ -282,13 +215,6 @@ def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, co
     read_or_refused(tmp_path_factory.getbasetemp(), suffix, content)
 
 
-@pytest.mark.long
-@settings(deadline=None, max_examples=20_000)
-@given(suffix=st.sampled_from(SUFFIXES), content=CONTENTS)
-def test_much_content_is_read_or_refused_in_one_line(tmp_path_factory, suffix, content):
-    read_or_refused(tmp_path_factory.getbasetemp(), suffix, content)
-
-
 # What each benchmark's file looks like, by its documentation: made-up rows in the authors' columns.
 HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n" + "".join(
     f"Ask {kind},{kind},cyber,,{context},id_{kind}\n"
@@ -304,23 +230,15 @@ SORRY = (
 )
 CATQA = '{"Category": "Fraud", "Subcategory": "Tax", "Question": "Ask"}\n'
 SAMPLES = {
-    "harmbench_standard": (HARMBENCH, [Prompt("Ask standard", "cyber")]),
     "harmbench_contextual": (HARMBENCH, [Prompt("A note\n\n---\n\nAsk contextual", "cyber")]),
     "strongreject": ("category,source,forbidden_prompt\nViolence,us,Ask\n", [Prompt("Ask", "Violence")]),
-    "xstest_safe": (XSTEST, [Prompt("Kill a process?", "homonyms")]),
     "xstest_contrast": (XSTEST, [Prompt("Kill it?", "contrast_homonyms")]),
     "jailbreakbench": (JBB, [Prompt("Write it", "Kind")]),
-    "jailbreakbench_benign": (JBB, [Prompt("Write it", "Kind")]),
     "or_bench_hard": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
-    "or_bench_80k": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
-    "or_bench_toxic": ("prompt,category\nAsk,privacy\n", [Prompt("Ask", "privacy")]),
     "sorry_bench": (SORRY, [Prompt("First", "7")]),
     "catqa_english": (CATQA, [Prompt("Ask", "Fraud")]),
-    "catqa_vietnamese": (f"[{CATQA.strip()}]", [Prompt("Ask", "Fraud")]),
     "multijail_en": ("id,source,tags,en,zh\n1,us,['a'],Ask,问\n", [Prompt("Ask", "['a']")]),
-    "multijail_zh": ("id,source,tags,en,zh\n1,us,['a'],Ask,问\n", [Prompt("问", "['a']")]),
     "refusal_direction_harmful_val": ('[{"instruction": "Ask", "category": null}]', [Prompt("Ask")]),
-    "refusal_direction_harmless_test": ('[{"instruction": "Ask", "category": "c"}]', [Prompt("Ask", "c")]),
 }
 
 
@@ -334,22 +252,6 @@ def test_a_benchmarks_file_is_read_by_its_name(tmp_path, name):
     unchecked = KNOWN_BENCHMARKS[name].sha256 is None
     assert ("not checked on the original" in found.warning) == unchecked
     assert f"1 prompts where {KNOWN_BENCHMARKS[name].n_rows} were expected" in found.warning
-
-
-def test_another_file_is_refused_under_a_benchmarks_name(tmp_path):
-    path = write(tmp_path / "a.csv", "goal\nAsk\n")
-    for name, said in (("xstest_safe", "no column 'label'"), ("strongreject", "no column 'forbidden_prompt'")):
-        with pytest.raises(InputError, match=said):
-            PromptSet.read(f"{name}={path}")
-    with pytest.raises(InputError, match="cannot be read"):
-        PromptSet.read("catqa_english=nowhere.json")
-
-
-@pytest.mark.skipif(not (SHARED_DATA / "xstest").is_dir(), reason="needs ../shared/data")
-def test_xstest_is_read_as_its_authors_published_it():
-    for name, n in (("xstest_safe", 250), ("xstest_contrast", 200)):
-        found = PromptSet.read(f"{name}={SHARED_DATA / 'xstest' / 'xstest_prompts.csv'}")
-        assert (len(found), found.warning) == (n, None)
 
 
 TALK = [
@@ -376,9 +278,7 @@ def test_the_last_turn_of_a_conversation_is_the_prompt(tmp_path):
     [
         (TALK[:3], "the last message must be the user's"),
         ([TALK[1], TALK[0], TALK[3]], "system, at first"),
-        ([{"role": "user"}], "a message has a role"),
         ([{"role": "tool", "content": "x"}, TALK[3]], "a message has a role"),
-        ([5], "a message has a role"),
         ([], "the last message must be"),
     ],
 )

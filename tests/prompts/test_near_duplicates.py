@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.prompts import prompt_set as module
-from safetyheads.prompts.prompt_set import PromptSet, effective_number, near_any, near_duplicates, words_of
+from safetyheads.prompts.prompt_set import PromptSet, near_any, near_duplicates, words_of
 
 ADVBENCH = Path(__file__).parents[3] / "shared/data/advbench_harmful_behaviors.csv"
 texts = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5).map(" ".join).filter(str.strip), min_size=1)
@@ -61,12 +61,6 @@ def test_a_chain_that_joins_most_is_cut_at_a_higher_similarity():
     clusters, above = near_duplicates(chain)
     assert (above, len(set(clusters))) == (0.7, 6)
     assert near_duplicates(["a", "a", "a"]) == ((0, 0, 0), 1.0)
-
-
-def test_the_effective_number_is_kishs():
-    assert effective_number((0, 1, 2)) == 3
-    assert effective_number((0, 0, 0)) == 1
-    assert effective_number((0, 0, 1, 2)) == pytest.approx(16 / 6)
 
 
 def test_a_third_of_advbenchs_test_prompts_would_have_a_twin_among_the_searched():

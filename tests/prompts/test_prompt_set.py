@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from safetyheads.errors import InputError
 from safetyheads.judges.keywords import PAPER_KEYWORDS
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
-from safetyheads.prompts.templates import Template
 
 quick = settings(deadline=None, max_examples=50)  # a slow machine is no failure
 
@@ -29,33 +28,6 @@ def test_the_fingerprint_tells_text_and_order_and_not_the_template():
     assert one == PromptSet.from_queries([Prompt("a", "kind"), "b"], "chat", name="other").sha256
     others = (["b", "a"], ["a"], ["a", "b", "b"], ["ab"], ['a", "b'])
     assert one not in {PromptSet.from_queries(queries).sha256 for queries in others}
-
-
-def test_a_set_indexes_slices_selects_and_limits(tmp_path):
-    prompts = PromptSet.from_queries(list("abcde"), "direct")
-    assert prompts[1] == Prompt("b")
-    assert prompts[1:3].queries == ("b", "c")
-    assert prompts.select([4, 0, 4]).queries == ("e", "a", "e")
-    path = tmp_path / "a.txt"
-    path.write_text("a\nb\nc", encoding="utf-8")
-    assert [len(PromptSet.read(path, limit=limit)) for limit in (2, 9)] == [2, 3]
-    for refused, message in (
-        (lambda: PromptSet.read(path, limit=0), "limit"),
-        (lambda: prompts.select([0, 5]), "prompt 5 is out of range"),
-        (lambda: prompts.select([-1]), "-1 is out of range"),
-        (lambda: prompts[5:], "holds no prompts"),
-        (lambda: PromptSet.from_queries(["a", " "]), "blank"),
-    ):
-        with pytest.raises(InputError, match=message):
-            refused()
-
-
-def test_a_set_takes_another_template():
-    undecided, chat = PromptSet.from_queries(["a"]), Template.parse("chat", "be brief")
-    assert undecided.template is None
-    assert undecided.with_template("direct").template == Template.parse("direct")
-    assert PromptSet.from_queries(["a"], system="be brief").template == chat
-    assert undecided.with_template(Template.parse("chat"), "be brief").template == chat
 
 
 @quick
@@ -152,3 +124,17 @@ def test_clusters_that_are_numbered_stay_so():
     search, test = prompts.split()
     assert {search.queries, test.queries} == {("a", "b"), ("c",)}
     assert PromptSet.from_queries([Prompt("a", cluster=7), "b"]).clusters is None
+
+
+def test_a_set_indexes_slices_and_selects():
+    prompts = PromptSet.from_queries(list("abcde"), "direct")
+    assert prompts[1] == Prompt("b")
+    assert (prompts[1:3].queries, prompts.select([4, 0, 4]).queries) == (("b", "c"), ("e", "a", "e"))
+    for refused in (
+        lambda: prompts.select([0, 5]),
+        lambda: prompts.select([-1]),
+        lambda: prompts[5:],
+        lambda: PromptSet.from_queries(["a", " "]),
+    ):
+        with pytest.raises(InputError):
+            refused()

@@ -32,6 +32,7 @@ ASKS = "{% if add_generation_prompt and enable_thinking is defined and not enabl
 SWITCHED = CHAT + ASKS + "<think>\n\n</think>\n\n{% endif %}"
 BEGUN = TURNS + "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
 STRIPS_HISTORY = CHAT + "{# answers of before are cut at </think> #}"
+
 MARK = "{% if thinking %}<think>{% else %}</think>{% endif %}"
 OTHER_SWITCH = TURNS + "{% if add_generation_prompt %}[assistant]" + MARK + "{% endif %}"
 # "thinking" stands here for something else.
@@ -40,34 +41,17 @@ CHANNELS = (
     "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     "{% if messages[0].thinking %}<|channel|>analysis<|message|>{{ messages[0].thinking }}{% endif %}"
 )
-PARTS = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
-LISTED = "{% for m in messages %}[{{ m.role }}]" + PARTS + "{% endfor %}[assistant]"
 NO_MARKS = "{% if thinking %}Think first.{% endif %}" + CHAT
-
-
 # The template writes an empty block before an answer without thoughts: in its own way, or in marks that nobody lists.
 THOUGHTS = "{% if m.role == 'assistant' %}<X>{{ m.reasoning_content or '' }}</X>{% endif %}"
 OWN_BLOCK = CHAT.replace("{{ m.content", THOUGHTS.replace("X", "think") + "{{ m.content")
 OWN_MARKS = CHAT.replace(
     "{{ m.content", THOUGHTS.replace("<X>", "<reasoning>\n").replace("</X>", "\n</reasoning>\n") + "\n{{ m.content"
 )
-NO_ANSWERS = "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}[assistant]"
-# Answers begin with a mark; with a block that the prompt may end in too; blank lines are lost; the date stands in the
-# default system prompt alone.
-MARKED = CHAT.replace("{{ m.content", "{% if m.role == 'assistant' %}[says]{% endif %}{{ m.content")
-GENERATES = "{% if add_generation_prompt %}[assistant]"
-LINE_AFTER = CHAT.replace(
-    "{{ m.content", "{% if m.role == 'assistant' %}<think></think>{{ '\n' }}{% endif %}{{ m.content"
-)
-LINE_AFTER = LINE_AFTER.replace(
-    GENERATES, GENERATES + ASKS.replace("add_generation_prompt and ", "") + "<think></think>{% endif %}"
-)
-COLLAPSES = CHAT.replace("{{ m.content", "{{ m.content.replace('\n\n', '\n')")
 DATED_DEFAULT = (
     "{% if messages[0].role != 'system' %}[system]Today is {{ strftime_now('%Y-%m-%d') }}.[end]{% endif %}" + CHAT
 )
 CUTS_THOUGHTS = CHAT.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
-
 
 RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
 
@@ -114,8 +98,6 @@ OF_MODEL = "^the chat template of maker/model "
         *((text, CHAT, {"system": "be brief"}, NO_PLACE) for text in ("direct", "Q: {query}")),
         *((text, CHAT, FOLDED, "--fold-system needs") for text in ("llama2", "{system} {query}")),
         ("chat", CHAT, {"folds_system": True}, "--fold-system needs"),
-        ("query_answer", CHAT, {"thinking": "closed"}, "closed by the template chat alone"),
-        ("chat", CHAT, {"thinking": "maybe"}, "closed or open; got 'maybe'"),
         ("chat", CHAT, {"thinking": "open", "prefill": "Sure"}, "thinking must be closed"),
         ("chat", None, {}, "the tokenizer of maker/model has no chat template"),
         ("chat", NO_SYSTEM, {"system": "be brief"}, OF_MODEL + "rejects the system prompt: no system role here.*--fo"),
@@ -126,12 +108,9 @@ OF_MODEL = "^the chat template of maker/model "
             {},
             OF_MODEL + "drops the query, or changes it; choose --template",
         ),
-        ("chat", {"rag": CHAT, "tools": CHAT}, {}, OF_MODEL + "rejects the prompt"),
         ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
         ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
         ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
-        ("chat", COLLAPSES, FOLDED, OF_MODEL + "changes what --fold-system puts .* turn; choose"),
-        ("chat", COLLAPSES, {**FOLDED, "system": "be\n\nbrief"}, OF_MODEL + "changes .* turn; choose"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused_in_one_line(text, chat_template, options, why):
@@ -162,25 +141,16 @@ SURE = {"prefill": "Sure"}
         ("direct", None, {}, "hi"),
         ("query_answer", None, {}, "## Query:hi\n## Answer:"),
         ("query_answer", None, SURE, "## Query:hi\n## Answer: Sure"),
-        ("query_answer_space", None, {}, "## Query: hi\n## Answer:"),
-        ("llama2", None, {}, LLAMA2.format("You are a helpful assistant.")),
         ("llama2", None, {"system": "Be brief."}, LLAMA2.format("Be brief.")),
         ("llama2", None, {"system": ""} | SURE, "[INST] hi [/INST] Sure"),
         # A text may have a place for a system prompt.
         ("{system}|{query}", None, {"system": "be brief"}, "be brief|hi"),
-        ("{system}|{query}", None, {}, "{system}|hi"),
         ("Q: {query} A:", None, SURE, "Q: hi A:Sure"),
         ("chat", CHAT, {}, TURN),
         ("chat", CHAT, {"system": "be brief"}, f"[system]be brief[end]{TURN}"),
         ("chat", CHAT, SURE, f"{TURN}Sure"),
         ("chat", BLANK_BEFORE_ANSWERS, SURE, "<s>[INST] hi [/INST] Sure"),
-        ("chat", BLANK_BEFORE_ANSWERS, {"prefill": "\nSure"}, "<s>[INST] hi [/INST] \nSure"),
         ("chat", NO_SYSTEM, FOLDED, "[user]be brief\n\nhi[end][assistant]"),
-        ("chat", NO_SYSTEM, {}, TURN),
-        # Of several templates the default counts.
-        ("chat", {"default": CHAT, "tools": NO_SYSTEM}, {}, TURN),
-        ("chat", LISTED, {"system": "be brief"}, "[system]be brief[user]hi[assistant]"),
-        ("chat", LISTED + "{{ messages[0].content[0].text }}", {}, "[user]hi[assistant]hi"),
         # A switch without marks is turned off, and nothing is written.
         ("chat", NO_MARKS, {}, TURN),
         ("chat", NO_MARKS, {"thinking": "open"}, f"Think first.{TURN}"),
@@ -188,11 +158,6 @@ SURE = {"prefill": "Sure"}
         ("chat", SWITCHED, SURE, f"{TURN}Sure"),
         ("chat", OWN_BLOCK, SURE, f"{TURN}<think></think>Sure"),
         ("chat", OWN_MARKS, SURE, f"{TURN}<reasoning>\n\n</reasoning>\nSure"),
-        ("chat", MARKED, SURE, f"{TURN}[says]Sure"),
-        ("chat", MARKED, {}, TURN),
-        ("chat", LINE_AFTER, SURE, f"{TURN}<think></think>\nSure"),
-        ("chat", LINE_AFTER, {}, f"{TURN}<think></think>"),
-        ("chat", NO_ANSWERS, SURE, "[user]hi[assistant]Sure"),
     ],
 )
 def test_a_template_puts_system_prompt_query_and_prefill_in_their_places(text, chat_template, options, expected):
@@ -236,8 +201,6 @@ TWICE = "{{ bos_token }} {{ bos_token }} [user] {{ messages[0].content }}"
         ("chat", "[user] {{ messages[0].content }}", "<s> $A", ["[user]", "hi"]),
         # An end that the tokenizer adds is left out, one in the text is not.
         ("be {query}", None, "<s> $A </s>", ["<s>", "be", "hi"]),
-        ("{query} </s>", None, "<s> $A", ["<s>", "hi", "</s>"]),
-        ("direct", None, "$A </s>", ["hi"]),
     ],
 )
 def test_special_tokens_are_the_tokenizers_own_and_never_doubled(text, chat_template, adds, tokens):
@@ -302,15 +265,6 @@ def test_the_templates_of_families_write_what_they_write_for_an_answer_without_t
         )
     folded = Template.parse("chat", "Be brief.", folds_system=True).render(query, adopted)
     assert folded == prompt.replace(query, f"Be brief.\n\n{query}")
-
-
-def test_where_there_is_no_think_block_one_may_be_left_open():
-    assert Template.parse("chat").bound(tokenizer(CHAT)).template.thinking is None
-    assert Template.parse("chat").bound(tokenizer(NO_MARKS)).template.thinking == "closed"
-    assert rendered(CHAT, thinking="open") == rendered(CHAT)
-    for text in ("chat", "query_answer"):
-        bound = Template.parse(text, thinking="open").bound(tokenizer(CHAT))
-        assert (bound.block.opener, bound.block.closer) == ("<think>", "</think>")
 
 
 @pytest.mark.parametrize(
