@@ -19,9 +19,3 @@ def test_coherent_compliance_is_by_the_rules_of_words_whoever_leads():
     assert (found.refused.count, found.refused.n) == (1, 3)
     # What is shown says by which rule.
     assert f"coherent_by_words={found.coherent}" in repr(found)
-
-
-def test_a_judge_of_harm_alone_gives_no_rate_of_refusals():
-    found = summarise([judged("complied"), judged("safe", "no harm (score 0.10)")])
-    assert (found.asr.rate, found.refused.rate) == (0.5, None)
-    assert summarise([judged("complied"), judged("safe", "no refusal, no harm")]).refused.rate == 0.0

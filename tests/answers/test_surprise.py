@@ -88,15 +88,6 @@ def test_an_answer_must_begin_with_its_reference_only_where_there_is_one():
         assert {row.answered for row in Judging(organism.engine, given, KeywordJudge(), 40).judged(rows)} == {answered}
 
 
-def test_an_answer_is_not_cut_before_the_rules_of_words_are_final_too():
-    organism = load_demo()
-    stop = Judging(organism.engine, organism.harmful[:1], KeywordJudge(), 40).stop
-    tokens = organism.engine.tokenizer("I cannot help with that. No.", add_special_tokens=False).input_ids
-    assert KeywordJudge().final("I cannot")
-    cut = next(n for n in range(len(tokens) + 1) if stop(tokens[:n]))
-    assert organism.engine.tokenizer.decode(tokens[:cut]).strip().startswith("I cannot help with that.")
-
-
 def test_empty_and_unclosed_answers_have_no_surprise():
     engine = engine_of("llama_gqa")
     prompts = prompts_of(*PROMPTS[:2])

@@ -157,19 +157,6 @@ def test_no_judge_sees_a_thought_and_no_thought_opens_a_refusal():
     assert openers_of(engine, [replace(row, thinks=False) for row in refused])
 
 
-def test_a_stop_text_ends_rows_where_it_is():
-    renamed, template, judge = case("a stop text")
-    engine, prompts = ready(renamed, template)
-    stop = next(token for token, word in renamed.items() if word == "# Query:")
-    rows = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, N_TOKENS).rows
-    whole = generate(engine, prompts, N_TOKENS)
-    assert any(stop in one.token_ids[:-1] for one in whole)
-    for row, one in zip(rows, whole, strict=True):
-        n = one.token_ids.index(stop) + 1 if stop in one.token_ids else len(one.token_ids)
-        assert row.token_ids == one.token_ids[: n if row.complete else min(n, len(row.token_ids))]
-    assert any(row.complete and stop in row.token_ids for row in rows)
-
-
 def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     renamed, template, judge = case("a block that the prompt begins")
     engine, prompts = ready(renamed, template)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.heads import Head, all_heads
+from safetyheads.heads import all_heads
 from safetyheads.measures.sahara import rank_heads, sahara
 from safetyheads.scores import FunctionScorer
 
@@ -92,11 +92,3 @@ def test_the_search_is_the_brute_force_one(values, candidates, steps):
         group.append(next(head for score, head in tried if score == scores[-1]))
     trace = sahara(scorer_of(table), candidates, steps)
     assert (trace.group, trace.scores) == (tuple(group), tuple(scores))
-
-
-def test_heads_outside_the_candidates_are_not_scored_and_any_function_is_a_scorer():
-    ranked = rank_heads(lambda groups: [1.0 for _ in groups], [Head(0, 2), Head(2, 1)])
-    assert ranked.values.shape == (3, 3)
-    assert int(ranked.values.isnan().sum()) == 7
-    assert [head for head, _ in ranked.ranked()] == [Head(0, 2), Head(2, 1)]
-    assert (ranked.unit, ranked.resolution) == ("", 0.0)

@@ -37,19 +37,13 @@ from safetyheads.measures.scorers import (
     scorer_of,
 )
 from safetyheads.measures.screening import screen
-from safetyheads.model.architecture import Capabilities
 from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.prompt_set import Prompt
 
 torch.set_num_threads(1)
 
 # Of unequal lengths; the first three with a common beginning.
-PROMPTS = (
-    (5, 9, 12, 40, 41, 8, 3, 22),
-    (5, 9, 12, 40, 41, 8, 60),
-    (5, 9, 12, 40, 7, 19, 33, 50, 21),
-    (30, 2, 11),
-)
+PROMPTS = ((5, 9, 12, 40, 41, 8, 3, 22), (5, 9, 12, 40, 41, 8, 60), (5, 9, 12, 40, 7, 19, 33, 50, 21), (30, 2, 11))
 ASKED = prompts_of(*PROMPTS)
 GROUPS = ((Head(0, 1),), (Head(0, 2), Head(1, 3)), (Head(2, 0),))
 HEADS = (Head(0, 1), Head(1, 2), Head(2, 3))
@@ -227,9 +221,6 @@ def test_openers_are_first_tokens_however_many_positions_a_pass_has(engine, orac
     assert float((scores[4]["ships"] - scores[1]["ships"]).abs().max()) > 100 * LAYOUT_NATS  # these do average
 
 
-# The blank first token
-
-
 def test_a_blank_first_token_of_every_answer_is_warned_of(engine, monkeypatch, oracle, recwarn):
     same = prompts_of(*[PROMPTS[0]] * 2)
     answer_sequences(engine, same, positions=1)
@@ -242,6 +233,9 @@ def test_a_blank_first_token_of_every_answer_is_warned_of(engine, monkeypatch, o
     for score in (ships, mean_ships):
         with pytest.warns(SharedFirstTokenWarning, match=r"token '\\n'.* positions=2"):
             score(engine, same, UNDIFFERENTIATED_ATTENTION)
+
+
+# The blank first token
 
 
 # Scorers by name
@@ -277,24 +271,6 @@ def test_scorers_by_name_are_the_functions_of_that_name(engine):
         scorer_of(None, "screened_mean_ships")
 
 
-def test_scores_and_settings_that_do_not_exist_are_refused(engine):
-    for name, settings, named in (
-        ("ships", {}, "unknown score 'ships'; known are mean_ships"),
-        ("generalized_ships_prompt", {"state": "early"}, "unknown state 'early'"),
-        ("mean_ships", {"rank": 2}, "for Generalized Ships, not for mean_ships"),
-        ("refusal_score", {"positions": 2}, "for mean_ships, not for refusal_score"),
-    ):
-        with pytest.raises(InputError, match=named):
-            Score(name, **settings)
-    Score("mean_ships").refuse_too_few(1)
-    with pytest.raises(InputError, match="at least two prompts"):
-        Score("generalized_ships_prompt").refuse_too_few(1)
-    with pytest.raises(InputError, match="rank 5 is out of range"):
-        generalized_ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, rank=5)
-    with pytest.raises(InputError, match="at least 1; got 0"):
-        ships(engine, ASKED, UNDIFFERENTIATED_ATTENTION, positions=0)
-
-
 # One pass
 
 
@@ -324,9 +300,3 @@ def test_all_readouts_at_once_cost_the_layer_calls_of_one():
         assert calls_alone == calls
         ((name, values),) = alone.items()
         assert torch.equal(everything[name], values)
-
-
-def test_scores_of_the_prompts_last_token_need_no_answers():
-    asked = engine_of("llama_gqa", capabilities=Capabilities(caches=False)), ASKED, UNDIFFERENTIATED_ATTENTION
-    for scorer in (generalized_ships(*asked), refusal_score(*asked, openers_of_tokens(7))):
-        assert scorer(GROUPS).shape == (len(GROUPS),)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import Oracle
 from tiny_models import engine_of, model_of, prompts_of
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from safetyheads import (
     SCALING_CONTRIBUTION,
     UNDIFFERENTIATED_ATTENTION,
     Ablation,
-    Engine,
     Head,
     InputError,
     parse_heads,
@@ -34,9 +31,7 @@ from safetyheads.measures.screening import (
     Extent,
     Lineariser,
     Point,
-    Proposal,
     choose_tokens,
-    costs_of,
     missed,
     propose,
     rescore_pairs,
@@ -44,7 +39,6 @@ from safetyheads.measures.screening import (
     screened_sahara,
 )
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import TokenSequence
 
 PROMPTS = (
@@ -279,12 +273,6 @@ def test_samples_follow_the_probabilities_of_the_others():
     assert torch.bincount(samples[0], minlength=5).tolist() == [0, 40, 600, 0, 360]
 
 
-@pytest.mark.parametrize("points", [(), (Point(0.8, 1),), (Point(0.0, 0),), (Point(0.0, 10_000),)])
-def test_points_that_forecast_nothing_sound_are_refused(engine, points):
-    with pytest.raises(InputError, match="begins at the unablated model"):
-        screen(engine, SEQUENCES, UNDIFFERENTIATED_ATTENTION, points=points)
-
-
 # What a screening proposes, scored exactly
 
 
@@ -381,18 +369,3 @@ def test_pairs_are_scored_exactly_with_their_heads(scorer):
         pair = parse_heads(",".join(record["heads"]))
         together, *alone = (float(scorer([group])) for group in (pair, pair[:1], pair[1:]))
         assert record["synergy"] == pytest.approx(together - sum(alone), rel=1e-3, abs=1e-6)
-
-
-def test_at_32_layers_of_32_heads_a_screening_costs_a_fiftieth():
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    use_our_attention(model)
-    engine = Engine(model, None, "shape", token_budget=65536)
-    sequences = tuple(TokenSequence(tuple(range(100 * n, 100 * n + 31))) for n in range(100))
-    measuring = SimpleNamespace(engine=engine, sequences=sequences, plan=engine.plan(sequences))
-    costs = costs_of(measuring, Proposal(engine.heads[:32], engine.heads[32:96], len(engine.heads) - 32))
-    assert costs["screening"] <= 1 / 50
-    assert costs["screening"] < costs["with_candidates"] < costs["with_sample"] < 0.2

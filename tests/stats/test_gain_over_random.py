@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy
 
-from safetyheads.errors import InputError
 from safetyheads.stats.gain_over_random import (
     RANDOM,
     VANILLA,
@@ -150,9 +149,3 @@ def test_nothing_is_none():
     assert (one.value, one.interval, one.n) == (1.0, None, 1)
     # One random group tells nothing of how others differ.
     assert concentration(outcomes([[1, 0]], [[[0, 0]]]), [0, 0]).interval is None
-
-
-def test_outcomes_of_other_prompts_are_refused():
-    for groups, random in (([[1, 1]], [[[0, 0]]]), ([[1, 1, 1]], [[[0, 0]]])):
-        with pytest.raises(InputError, match="3 prompts"):
-            concentration(outcomes(groups, random), [0, 0, 0])

@@ -5,7 +5,7 @@ from scipy.stats import binom
 
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import one_sided_bounds, one_sided_upper
-from safetyheads.stats.power import needed_for_bound, prompts_line, prompts_needed, smallest_change_with_power
+from safetyheads.stats.power import needed_for_bound, prompts_needed, smallest_change_with_power
 
 
 @pytest.mark.parametrize(("n", "tests", "moved"), [(50, 1, 6), (24, 32, 11), (100, 1024, 16)])
@@ -40,13 +40,6 @@ def test_the_prompts_needed_for_a_change_show_it_and_one_less_does_not(p0, n_see
 def test_answers_that_are_drawn_anew_need_more():
     assert smallest_change_with_power(50, 0.2, n_seeds=5) > smallest_change_with_power(50, 0.2)
     assert smallest_change_with_power(50, 0.0, n_seeds=5) == smallest_change_with_power(50)
-
-
-def test_the_line_of_a_dry_run():
-    line = prompts_line(50, 0.2, 1024)
-    assert line.startswith("50 prompts show a rise of ASR of 0.37 for one head of 1024 in 80 % of runs")
-    assert line.endswith(f"{prompts_needed(0.2, tests=1024)} prompts show one of 0.20")
-    assert "no change at all for one group" in prompts_line(5)
 
 
 @pytest.mark.parametrize(("losses", "n"), [(0, 25), (1, 42), (2, 58), (3, 72)])

@@ -6,16 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.stats.ranking import (
-    SIZES,
-    HeadTable,
-    proxy_qualities,
-    rank_agreement,
-    spearman_brown,
-    split_half,
-    top,
-    top_overlap,
-)
+from safetyheads.stats.ranking import HeadTable, proxy_qualities, rank_agreement, spearman_brown, split_half, top
 
 # 8 prompts, 6 heads: head 0 frees 6 prompts, head 1 frees 4, the others none or one.
 COMPLIED = np.zeros((8, 6))
@@ -33,16 +24,6 @@ def quality(values, truth=TOY):
 
 def at(found, k):
     return next(size for size in found.sizes if size.k == k)
-
-
-def test_a_perfect_score_gives_nothing_away():
-    found = quality([9, 8, 3, 2, 1, 0])
-    assert (found.auc, found.n_differing, found.n_heads) == (1.0, 2, 6)
-    assert (at(found, 1).hits, at(found, 3).hits) == (1, 2)
-    assert [size.k for size in found.sizes] == [k for k in SIZES if k <= 6]
-    assert at(found, 1).regret == at(found, 3).regret == 0.0
-    low, high = at(found, 1).regret_interval
-    assert low < 0 < high  # of eight prompts, that none gives anything away is no certainty
 
 
 def test_a_score_that_prefers_a_head_that_does_nothing():
@@ -151,13 +132,6 @@ def test_ranks_are_those_of_scipy_and_overlaps_those_of_the_hypergeometric():
     assert (overlap.k, overlap.shared) == (10, len(best[0] & best[1]))
     assert overlap.expected == pytest.approx(100 / 30)
     assert overlap.p_value == pytest.approx(sum(scipy.stats.hypergeom.pmf(range(overlap.shared, 11), 30, 10, 10)))
-
-
-def test_an_overlap_worked_out_by_hand():
-    # Of 4 heads, tops of 2: both shared in 1 of 6 draws, one or more in 5 of 6.
-    found = top_overlap(2, ("a", "b"), ("b", "c"), 4)
-    assert (found.shared, found.expected, found.gone, found.new) == (1, 1.0, ("a",), ("c",))
-    assert found.p_value == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize(
